@@ -1,0 +1,89 @@
+"""What changed between versions of ggml (`Dialect`), and what pyggml mends (`Repairs`).
+
+Code asks for a field, never for a version. ``docs/upstream.md`` tells what each rule means to a user.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+__all__ = ["DEFAULT_DIALECT", "DIALECTS", "Dialect", "Repairs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """The rules of one version of ggml's scheduler and allocator; the defaults are 0.26's."""
+
+    version: str = "0.26"
+    #: compute: before a split without inputs the host waits for the previous split of another backend
+    wait_previous_split: bool = True
+    #: compute: the split's event is recorded after every split, else only after splits with inputs
+    record_every_split: bool = True
+    #: pass 5: a split is cut when its record of inputs is full; the record of a split that was pushed over doubles for good
+    cut_at_input_capacity: bool = False
+    #: which tensors get pipeline copies: input leafs, or flagged sources of computed nodes as they are met
+    graph_inputs_from: Literal["leafs", "sources"] = "leafs"
+    #: graph copy: a backend may ask that a tensor stay allocated until a node of the split
+    alloc_deps: bool = True
+    #: allocator: CLAMP may take over the memory of a source
+    clamp_inplace: bool = True
+    #: used-expert copy: ids without elements copy nothing and wait for nothing
+    skip_empty_ids: bool = True
+    #: alloc_graph: a reserve that fails inside is "returned" to the caller, or "ignored"
+    reserve_failure: Literal["returned", "ignored"] = "returned"
+    #: allocator: a buffer type may ask for more than `nbytes` only for some ops and types
+    alloc_size_check: bool = True
+
+
+_V0_20 = Dialect(
+    version="0.20",
+    wait_previous_split=False,
+    record_every_split=False,
+    cut_at_input_capacity=True,
+    graph_inputs_from="sources",
+    alloc_deps=False,
+    clamp_inplace=False,
+    skip_empty_ids=False,
+    reserve_failure="ignored",
+    alloc_size_check=False,
+)
+_V0_21 = Dialect(
+    version="0.21",
+    cut_at_input_capacity=True,
+    graph_inputs_from="sources",
+    alloc_deps=False,
+    clamp_inplace=False,
+    skip_empty_ids=False,
+    reserve_failure="ignored",
+    alloc_size_check=False,
+)
+DEFAULT_DIALECT = Dialect()
+#: The dialects by version, oldest first.
+DIALECTS: dict[str, Dialect] = {d.version: d for d in (_V0_20, _V0_21, DEFAULT_DIALECT)}
+
+
+@dataclass(frozen=True, slots=True)
+class Repairs:
+    """Where upstream computes wrongly and pyggml does not; all on by default, all off is `Repairs.strict()`.
+
+    What aborts or crashes upstream is never replayed and has no field here.
+    """
+
+    #: a graph without computed nodes does not run on the backend that an earlier graph left behind
+    empty_split: bool = field(default=True)
+    #: a host weight pinned to a device is copied there as any other input
+    pinned_weight: bool = field(default=True)
+    #: ids that a node rewrote since they were read are read again
+    stale_ids: bool = field(default=True)
+    #: experts of a shared copy that a later user needs are added
+    shared_experts: bool = field(default=True)
+    #: the cached set of used experts belongs to ids and n_expert, not to ids alone
+    ids_cache_key: bool = field(default=True)
+    #: computing another graph than the allocated one is an error
+    other_graph: bool = field(default=True)
+
+    @classmethod
+    def strict(cls) -> Repairs:
+        """Return the value that replays upstream exactly."""
+        return cls(**{f.name: False for f in fields(cls)})

@@ -1,0 +1,467 @@
+"""`Tensor`: what is known of a piece of data, and the arithmetic of its layout.
+
+A tensor is metadata. Its bytes live in a `Buffer`, at the address ``data`` of that buffer's own address space: only the
+buffer can read or write them. The order of dimensions is ggml's everywhere (``ne[0]`` runs fastest, ``nb`` in bytes);
+``shape`` and ``strides`` alone are in numpy's order.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import GraphError, ShapeError
+from .types import MAX_DIMS, GluOp, Op, TensorFlag, Type, UnaryOp
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from .buffer import Buffer
+
+__all__ = ["Shape", "Tensor", "are_same_layout", "dup_layout", "pack_params", "view_tensor"]
+
+Shape = tuple[int, int, int, int]
+
+
+def pad_ne(ne: Sequence[int]) -> Shape:
+    """Return ``ne`` with ones up to four dimensions."""
+    if not 1 <= len(ne) <= MAX_DIMS:
+        raise ShapeError("tensor", f"1 to {MAX_DIMS} dimensions are possible, not {len(ne)}")
+    return tuple(int(n) for n in ne) + (1,) * (MAX_DIMS - len(ne))  # type: ignore[return-value]
+
+
+def contiguous_nb(type: Type, ne: Sequence[int]) -> Shape:
+    """Return the strides in bytes of a contiguous tensor.
+
+    Notes
+    -----
+    Mirrors `ggml_new_tensor_impl`.
+    """
+    nb0 = type.type_size
+    nb1 = nb0 * (ne[0] // type.block_size)
+    nb2 = nb1 * ne[1]
+    return nb0, nb1, nb2, nb2 * ne[2]
+
+
+def pack_params(*values: int | float) -> tuple[int, ...]:
+    """Return op parameters as int32 words; floats by their bits.
+
+    Examples
+    --------
+    >>> pack_params(3, 1.0)
+    (3, 1065353216)
+    """
+    return tuple(
+        struct.unpack("<i", struct.pack("<f", v))[0] if isinstance(v, float) else int(v) for v in values
+    )
+
+
+class Tensor:
+    """One tensor: a weight, an input, or the result of an op.
+
+    Parameters
+    ----------
+    type : Type or str
+        Element type.
+    ne : sequence of int
+        Elements in each dimension, fastest first; 1 to 4 of them.
+    nb : sequence of int, optional
+        Strides in bytes, 4 of them; contiguous if not given.
+    name : str
+        Any length; traces cut it to 63 bytes.
+    op : Op
+        What makes it; NONE for weights and inputs.
+    src : iterable of Tensor or None
+        Sources of the op, at most 10; None where an optional one is absent.
+    op_params : tuple of int
+        Parameters of the op as int32 words (`pack_params`); missing ones are 0.
+    view_src, view_offs : Tensor, int
+        The tensor that owns the memory, never itself a view, and the offset in it in bytes.
+
+    Notes
+    -----
+    Mirrors `struct ggml_tensor`. Compared and hashed by identity. ``ne``, ``nb`` and ``type`` never change.
+    Differs: names of any length.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_nbytes",
+        "buffer",
+        "data",
+        "extra",
+        "flags",
+        "name",
+        "nb",
+        "ne",
+        "op",
+        "op_params",
+        "src",
+        "type",
+        "view_offs",
+        "view_src",
+    )
+
+    type: Type
+    ne: Shape
+    nb: Shape
+    op: Op
+    op_params: tuple[int, ...]
+    flags: int  #: of `TensorFlag`
+    src: list[Tensor | None]  #: at most 10; the scheduler rewrites entries to copies
+    view_src: Tensor | None
+    view_offs: int
+    data: int | None  #: address in the buffer's own address space; None until allocated
+    buffer: Buffer | None
+    name: str
+    extra: Any  # a backend's own note on the tensor: its type is the backend's
+
+    def __init__(
+        self,
+        type: Type | str,
+        ne: Sequence[int],
+        nb: Sequence[int] | None = None,
+        *,
+        name: str = "",
+        op: Op = Op.NONE,
+        src: Iterable[Tensor | None] = (),
+        op_params: tuple[int, ...] = (),
+        flags: int = 0,
+        view_src: Tensor | None = None,
+        view_offs: int = 0,
+    ) -> None:
+        self.type = type = Type.of(type) if isinstance(type, str) else type
+        self.ne = ne = pad_ne(ne)
+        self.nb = contiguous_nb(type, ne) if nb is None else tuple(nb)  # type: ignore[assignment]
+        self.name = name
+        self.op = op
+        self.op_params = op_params
+        self.src = list(src)
+        self.flags = flags
+        self.buffer = None
+        self.data = None
+        self.extra = None
+        self._nbytes = -1
+        if view_src is not None and view_src.view_src is not None:
+            view_offs += view_src.view_offs
+            view_src = view_src.view_src
+        self.view_src = view_src
+        self.view_offs = view_offs
+        if view_src is not None and view_src.data is not None:
+            # as in ggml: a view of a tensor with memory has its data at once, its buffer only at allocation
+            self.data = view_src.data + view_offs
+
+    # -- sizes ---------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from the first element's to the last element's end, gaps included.
+
+        Notes
+        -----
+        Mirrors `ggml_nbytes`.
+        """
+        n = self._nbytes
+        if n < 0:
+            n = self._nbytes = _span_bytes(self.type, self.ne, self.nb)
+        return n
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        a, b, c, d = self.ne
+        return a * b * c * d
+
+    @property
+    def nrows(self) -> int:
+        """Number of rows: elements of all dimensions but the first."""
+        _, b, c, d = self.ne
+        return b * c * d
+
+    @property
+    def n_dims(self) -> int:
+        """Dimensions up to the last that is not 1; at least 1."""
+        return next((i + 1 for i in range(MAX_DIMS - 1, 0, -1) if self.ne[i] > 1), 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``ne`` in numpy's order: slowest first, leading ones dropped."""
+        return self.ne[: self.n_dims][::-1]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """``nb`` in numpy's order, in bytes."""
+        return self.nb[: self.n_dims][::-1]
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of the elements of one row."""
+        return self.type.row_size(self.ne[0])
+
+    # -- layout --------------------------------------------------------------
+
+    @property
+    def is_view(self) -> bool:
+        """Whether another tensor owns the memory."""
+        return self.view_src is not None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no element."""
+        return 0 in self.ne
+
+    @property
+    def is_transposed(self) -> bool:
+        """Mirrors `ggml_is_transposed`."""
+        return self.nb[0] > self.nb[1]
+
+    @property
+    def is_permuted(self) -> bool:
+        """Mirrors `ggml_is_permuted`."""
+        nb = self.nb
+        return nb[0] > nb[1] or nb[1] > nb[2] or nb[2] > nb[3]
+
+    def is_contiguous(self, n: int = 0) -> bool:
+        """Whether the elements lie densely from dimension n on.
+
+        Notes
+        -----
+        Mirrors `ggml_is_contiguous_n`.
+        """
+        ne, nb, type = self.ne, self.nb, self.type
+        next_nb = type.type_size
+        if ne[0] != type.block_size and nb[0] != next_nb:
+            return False
+        next_nb *= ne[0] // type.block_size
+        for i in range(1, MAX_DIMS):
+            if i > n:
+                if ne[i] != 1 and nb[i] != next_nb:
+                    return False
+                next_nb *= ne[i]
+            else:
+                next_nb = ne[i] * nb[i]  # dimension i may have gaps
+        return True
+
+    # -- parameters ----------------------------------------------------------
+
+    def param_i32(self, i: int) -> int:
+        """Return parameter word i as an integer; 0 if it was never set."""
+        return self.op_params[i] if i < len(self.op_params) else 0
+
+    def param_f32(self, i: int) -> float:
+        """Return parameter word i as a float; 0.0 if it was never set."""
+        value: float = struct.unpack("<f", struct.pack("<i", self.param_i32(i)))[0]
+        return value
+
+    @property
+    def op_desc(self) -> str:
+        """Name of the op; of the sub-op for UNARY and GLU.
+
+        Notes
+        -----
+        Mirrors `ggml_op_desc`.
+        """
+        if self.op is Op.UNARY:
+            return UnaryOp(self.param_i32(0)).name
+        if self.op is Op.GLU:
+            return GluOp(self.param_i32(0)).name
+        return self.op.name
+
+    # -- naming and flags ----------------------------------------------------
+
+    def named(self, name: str) -> Tensor:
+        """Set the name and return the tensor itself."""
+        self.name = name
+        return self
+
+    def set_input(self) -> Tensor:
+        """Flag as an input of the graph and return the tensor itself."""
+        self.flags |= TensorFlag.INPUT
+        return self
+
+    def set_output(self) -> Tensor:
+        """Flag as an output of the graph, never overwritten, and return the tensor itself."""
+        self.flags |= TensorFlag.OUTPUT
+        return self
+
+    # -- data ----------------------------------------------------------------
+
+    @property
+    def storage(self) -> Buffer | None:
+        """The buffer that holds the bytes: its own, or that of the tensor it views."""
+        return self.buffer if self.view_src is None else self.view_src.buffer
+
+    def set_array(self, array: npt.ArrayLike) -> None:
+        """Write an array into the tensor, converted or quantised to its type.
+
+        Parameters
+        ----------
+        array : array_like
+            In numpy's order, with the tensor's number of elements in the tensor's ``shape``.
+
+        Raises
+        ------
+        GraphError
+            The tensor has no memory yet, or is a view with gaps.
+        ShapeError
+            The shape is another, or the type cannot be quantised to.
+        """
+        raw = encode_array(self, array)
+        buffer = self._memory("written")
+        if raw.nbytes:
+            buffer.set_tensor(self, raw.ctypes.data, 0, raw.nbytes)
+
+    def tobytes(self) -> bytes:
+        """Return the tensor's ``nbytes`` bytes as they lie in its buffer."""
+        import numpy as np
+
+        raw = np.empty(self.nbytes, np.uint8)
+        buffer = self._memory("read")
+        if raw.nbytes:
+            buffer.get_tensor(self, raw.ctypes.data, 0, raw.nbytes)
+        return raw.tobytes()
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """Return the values as a new array: quantised, F16 and BF16 ones as float32, others in their own type."""
+        return decode_array(self, self.tobytes())
+
+    def _memory(self, verb: str) -> Buffer:
+        buffer = self.storage
+        if buffer is None or self.data is None:
+            raise GraphError(
+                f"'{self.name}' cannot be {verb}: it has no memory yet",
+                hint="allocate its context, or the graph it belongs to, first",
+            )
+        return buffer
+
+    def __repr__(self) -> str:
+        dims = "×".join(str(n) for n in self.ne[: self.n_dims])
+        made = "" if self.op is Op.NONE else f" = {self.op_desc}"
+        if made and self.src:
+            made += "(" + ", ".join("None" if s is None else repr(s.name) for s in self.src) + ")"
+        where = "" if (b := self.storage) is None else f" in {b.buft.name}"
+        return f"<{self.type.ggml_name} {self.name!r} [{dims}]{made}{where}>"
+
+
+def _span_bytes(type: Type, ne: Shape, nb: Shape) -> int:
+    if min(ne) <= 0:
+        return 0
+    size = (ne[1] - 1) * nb[1] + (ne[2] - 1) * nb[2] + (ne[3] - 1) * nb[3]
+    if type.block_size == 1:
+        return size + type.type_size + (ne[0] - 1) * nb[0]
+    return size + ne[0] * nb[0] // type.block_size
+
+
+def are_same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether type, ``ne`` and ``nb`` agree.
+
+    Notes
+    -----
+    Mirrors `ggml_are_same_layout`: strides of dimensions with one element count too.
+    """
+    return a.type is b.type and a.ne == b.ne and a.nb == b.nb
+
+
+def dup_layout(tensor: Tensor, name: str) -> Tensor:
+    """Return a tensor of the same type and layout, without memory, op or flags.
+
+    Notes
+    -----
+    Mirrors `ggml_dup_tensor_layout`.
+    """
+    return Tensor(tensor.type, tensor.ne, tensor.nb, name=name)
+
+
+def view_tensor(tensor: Tensor) -> Tensor:
+    """Return a view of the whole tensor that no op makes.
+
+    Notes
+    -----
+    Mirrors `ggml_view_tensor`; the scheduler makes its dependency nodes with it.
+    """
+    return Tensor(tensor.type, tensor.ne, tensor.nb, name=f"{tensor.name} (view)", view_src=tensor)
+
+
+_NUMPY_TYPE = {
+    Type.F32: "f4",
+    Type.F64: "f8",
+    Type.F16: "f2",
+    Type.I8: "i1",
+    Type.I16: "i2",
+    Type.I32: "i4",
+    Type.I64: "i8",
+}
+
+
+def encode_array(tensor: Tensor, array: npt.ArrayLike) -> npt.NDArray[np.uint8]:
+    """Return the bytes that ``tensor`` would hold for ``array``.
+
+    Raises
+    ------
+    ShapeError
+        The shape is another, the tensor has gaps, or its type cannot be quantised to.
+    """
+    import numpy as np
+
+    values = np.asarray(array)
+    if values.size != tensor.numel or tuple(n for n in values.shape if n != 1) != tuple(n for n in tensor.shape if n != 1):
+        raise ShapeError("set_array", f"'{tensor.name}' has shape {tensor.shape}, the array {values.shape}")
+    if not tensor.is_contiguous():
+        raise ShapeError("set_array", f"'{tensor.name}' has gaps (nb {tensor.nb})", hint="write the tensor it views")
+    if tensor.numel == 0:
+        return np.empty(0, np.uint8)
+    if tensor.type in _NUMPY_TYPE:
+        raw = np.ascontiguousarray(values, dtype=_NUMPY_TYPE[tensor.type])
+    elif tensor.type is Type.BF16:
+        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+        raw = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+    else:
+        raw = _quantize(tensor, np.ascontiguousarray(values, dtype=np.float32))
+    return raw.reshape(-1).view(np.uint8)
+
+
+def _quantize(tensor: Tensor, values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    from gguf import GGMLQuantizationType, quants
+
+    try:
+        rows: npt.NDArray[np.uint8] = quants.quantize(
+            values.reshape(-1, tensor.ne[0]), GGMLQuantizationType(int(tensor.type))
+        )
+    except NotImplementedError:
+        raise ShapeError(
+            "set_array",
+            f"numbers cannot be quantised to {tensor.type.ggml_name}",
+            hint="quantise with llama.cpp, or use q4_0, q4_1, q5_0, q5_1, q8_0, mxfp4, f16 or bf16",
+        ) from None
+    return np_contiguous(rows)
+
+
+def np_contiguous(a: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return ``a`` as a contiguous array."""
+    import numpy as np
+
+    return np.ascontiguousarray(a)
+
+
+def decode_array(tensor: Tensor, raw: bytes) -> npt.NDArray[Any]:
+    """Return the values in the bytes of ``tensor``, gaps left out."""
+    import numpy as np
+
+    if tensor.numel == 0:
+        return np.zeros(tensor.shape, _NUMPY_TYPE.get(tensor.type, "f4"))
+    type, ne, nb = tensor.type, tensor.ne, tensor.nb
+    if type in _NUMPY_TYPE or type is Type.BF16:
+        dtype = np.dtype(_NUMPY_TYPE.get(type, "u2"))
+        values = np.ndarray(ne[::-1], dtype, buffer=raw, strides=nb[::-1]).reshape(tensor.shape)
+        if type is Type.BF16:
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32) if type is Type.F16 else values.copy()
+    from gguf import GGMLQuantizationType, quants
+
+    blocks = ne[0] // type.block_size
+    packed = np.ndarray(
+        (ne[3], ne[2], ne[1], blocks * type.type_size), np.uint8, buffer=raw, strides=(nb[3], nb[2], nb[1], 1)
+    )
+    return quants.dequantize(np.ascontiguousarray(packed), GGMLQuantizationType(int(type))).reshape(tensor.shape)
