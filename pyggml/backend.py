@@ -1,0 +1,278 @@
+"""`Device`, `Backend` and `Event`: what a device must and may do for the scheduler.
+
+A device answers questions (what it can run, whose memory it can use); a backend is a stream of work on it. Optional
+methods have a default body that is upstream's fallback, so that no caller asks whether they exist.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol
+
+from .buffer import Buffer, BufferType, tensor_copy, tensor_get, tensor_set
+from .errors import DeviceUnavailableError
+from .graph import GraphView
+from .tensor import Tensor
+from .types import DeviceType
+
+__all__ = ["REGISTRY", "Backend", "Device", "Event", "Registry", "tensor_copy_async"]
+
+#: `graph_optimize` calls it with a tensor, and the node until which the tensor is to keep its memory.
+AddAllocDep = Callable[[Tensor, Tensor], None]
+
+
+class Device(ABC):
+    """A device: what it can run and whose memory it can use.
+
+    Attributes
+    ----------
+    name, description : str
+        Short name for reports (``CPU``, ``SIM0``), and a line for people.
+    type : DeviceType
+        Kind. A scheduler's last backend is of kind CPU.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_device_i`.
+    """
+
+    name: str
+    description: str
+    type: DeviceType
+
+    @property
+    @abstractmethod
+    def buffer_type(self) -> BufferType:
+        """Memory that its results go to."""
+
+    @property
+    def host_buffer_type(self) -> BufferType | None:
+        """Host memory from which it copies fastest (pinned), if it has such."""
+        return None
+
+    @abstractmethod
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and in all."""
+
+    @abstractmethod
+    def supports_op(self, op: Tensor) -> bool:
+        """Whether it can run a node."""
+
+    @abstractmethod
+    def supports_buft(self, buft: BufferType) -> bool:
+        """Whether its kernels can read and write such memory."""
+
+    def offload_op(self, op: Tensor) -> bool:
+        """Whether it wants to run a node whose weights lie in host memory, for all the copying."""
+        return False
+
+    def event_new(self) -> Event | None:
+        """Return a new event, or None: then the scheduler synchronizes instead."""
+        return None
+
+    def buffer_from_host(self, address: int, size: int, owner: object) -> Buffer | None:
+        """Return a buffer over existing host memory, which ``owner`` keeps alive; None if it cannot use it."""
+        return None
+
+    @abstractmethod
+    def backend(self) -> Backend:
+        """Return a new stream of work on this device."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {self.description}>"
+
+
+class Event(ABC):
+    """A point in a backend's work that others can wait for.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_event`. Recorded by `Backend.event_record`.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Block the host until the recorded point is reached."""
+
+
+class Backend(ABC):
+    """A stream of work on a device.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_i`. Work may be asynchronous; `synchronize` waits for all of it.
+    """
+
+    #: set by the constructor of the concrete backend
+    device: Device
+    name: str
+
+    @abstractmethod
+    def graph_compute(self, graph: GraphView) -> None:
+        """Start computing nodes in order; those without the COMPUTE flag and view ops are skipped.
+
+        Raises
+        ------
+        ComputeError
+            It could not. Nothing after the failing node is computed.
+        """
+
+    def synchronize(self) -> None:
+        """Wait until all work is done; by default there is never any left."""
+        return
+
+    def set_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
+        """Copy host memory into a tensor in stream order; the memory must stay until then.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_tensor_set_async`: by default a synchronous copy after a synchronization.
+        """
+        self.synchronize()
+        tensor_set(tensor, address, offset, size)
+
+    def get_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
+        """Copy bytes of a tensor to host memory in stream order; by default at once, after a synchronization."""
+        self.synchronize()
+        tensor_get(tensor, address, offset, size)
+
+    def set_tensor_2d_async(
+        self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
+    ) -> None:
+        """Copy ``n_copies`` pieces, strides apart; by default one by one."""
+        for i in range(n_copies):
+            self.set_tensor_async(tensor, address + i * stride_data, offset + i * stride_tensor, size)
+
+    def get_tensor_2d_async(
+        self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
+    ) -> None:
+        """Copy ``n_copies`` pieces out, strides apart; by default one by one."""
+        for i in range(n_copies):
+            self.get_tensor_async(tensor, address + i * stride_data, offset + i * stride_tensor, size)
+
+    def cpy_tensor_async(self, backend_src: Backend, src: Tensor, dst: Tensor) -> bool:
+        """Copy a tensor of another backend in stream order; False if it cannot, then nothing was done."""
+        return False
+
+    def event_record(self, event: Event) -> None:
+        """Let an event stand for all work given so far."""
+        raise NotImplementedError(f"{self.name} has events but does not record them")
+
+    def event_wait(self, event: Event) -> None:
+        """Let work given from now on wait for an event."""
+        raise NotImplementedError(f"{self.name} has events but does not wait for them")
+
+    def graph_optimize(self, graph: GraphView, add_alloc_dep: AddAllocDep) -> None:
+        """Reorder the nodes of a split, or ask that tensors keep their memory longer; by default neither."""
+        return
+
+    # -- questions, passed on to the device ----------------------------------
+
+    @property
+    def buffer_type(self) -> BufferType:
+        """The device's default memory."""
+        return self.device.buffer_type
+
+    def supports_op(self, op: Tensor) -> bool:
+        """Whether the device can run a node."""
+        return self.device.supports_op(op)
+
+    def supports_buft(self, buft: BufferType) -> bool:
+        """Whether the device's kernels can use such memory."""
+        return self.device.supports_buft(buft)
+
+    def offload_op(self, op: Tensor) -> bool:
+        """Whether the device wants a node whose weights lie in host memory."""
+        return self.device.offload_op(op)
+
+    def close(self) -> None:
+        """Stop threads and free what the stream holds; by default nothing."""
+        return
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+
+def tensor_copy_async(backend_src: Backend, backend_dst: Backend, src: Tensor, dst: Tensor) -> None:
+    """Copy a tensor between backends, in stream order where the receiving one can.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_tensor_copy_async`.
+    """
+    if src is dst:
+        return
+    if not backend_dst.cpy_tensor_async(backend_src, src, dst):
+        backend_src.synchronize()
+        backend_dst.synchronize()
+        tensor_copy(src, dst)
+
+
+class DeviceModule(Protocol):
+    """What a module in ``pyggml.backends`` offers to the registry."""
+
+    def devices(self) -> list[Device]:
+        """Return the devices found on this machine; none where there are none, with no error."""
+
+    def open_device(self, spec: str) -> Device:
+        """Return the device that the part of a name after ``kind:`` stands for."""
+
+    def why_missing(self) -> str:
+        """Say in one line why `devices` is empty; empty text if it is not."""
+
+
+class Registry:
+    """Kinds of devices by name, each a module that is imported only when asked for.
+
+    Examples
+    --------
+    >>> REGISTRY.open("sim:rtx4090-pcie4").type.name
+    'GPU'
+    """
+
+    def __init__(self, modules: dict[str, str]) -> None:
+        self.modules = modules
+
+    def load(self, kind: str) -> DeviceModule:
+        """Return the module of a kind of device.
+
+        Raises
+        ------
+        DeviceUnavailableError
+            There is no such kind.
+        """
+        if kind not in self.modules:
+            raise DeviceUnavailableError(
+                kind, "no such kind of device", hint=f"there are {', '.join(self.modules)}; see `pyggml devices`"
+            )
+        module: DeviceModule = importlib.import_module(self.modules[kind])
+        return module
+
+    def open(self, name: str) -> Device:
+        """Return the device of a name such as ``cpu`` or ``sim:h100-pcie5``.
+
+        Raises
+        ------
+        DeviceUnavailableError
+            There is none of that name; the text says why.
+        """
+        kind, _, spec = name.partition(":")
+        return self.load(kind).open_device(spec)
+
+    def kinds(self) -> list[str]:
+        """Names of the kinds of devices, in the order of preference."""
+        return list(self.modules)
+
+
+#: The kinds that come with pyggml.
+REGISTRY = Registry(
+    {
+        "cpu": "pyggml.backends.cpu",
+        "sim": "pyggml.backends.sim",
+        "mock": "pyggml.backends.mock",
+    }
+)

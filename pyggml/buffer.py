@@ -1,0 +1,394 @@
+"""`BufferType` and `Buffer`: memory of a device, and the only way to its bytes.
+
+Addresses: every buffer has a ``base``, and a tensor in it a ``data``, in the buffer's own address space. For host memory
+that is the process's; for other devices a number that only the buffer understands. What is copied in or out is given as
+a host address and a size, as upstream's ``void *``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .errors import AllocError, GraphError
+from .tensor import Tensor, are_same_layout
+from .types import SIZE_MAX, BufferUsage
+
+if TYPE_CHECKING:
+    from .backend import Device
+
+__all__ = [
+    "Buffer",
+    "BufferType",
+    "MultiBuffer",
+    "tensor_alloc",
+    "tensor_copy",
+    "tensor_get",
+    "tensor_get_2d",
+    "tensor_memset",
+    "tensor_set",
+    "tensor_set_2d",
+    "view_init",
+]
+
+
+class BufferType(ABC):
+    """A kind of memory.
+
+    Parameters
+    ----------
+    name : str
+        As it shows in reports and in ``-ot``.
+    alignment : int
+        Tensors start at multiples of it; a power of 2.
+    max_size : int
+        Bytes of the largest buffer.
+    is_host : bool
+        Whether the CPU can use its addresses.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_buffer_type_i`. Compared by identity, as upstream compares pointers.
+    """
+
+    __slots__ = ("alignment", "device", "is_host", "max_size", "name")
+
+    def __init__(self, name: str, *, alignment: int, max_size: int = SIZE_MAX, is_host: bool = False) -> None:
+        self.name = name
+        self.alignment = alignment
+        self.max_size = max_size
+        self.is_host = is_host
+        self.device: Device | None = None  #: set by the device that owns the type
+
+    @abstractmethod
+    def _alloc(self, size: int) -> Buffer:
+        """Return a new buffer of at least one byte, or raise `OutOfMemoryError`."""
+
+    def alloc_buffer(self, size: int) -> Buffer:
+        """Return a new buffer.
+
+        Raises
+        ------
+        OutOfMemoryError
+            The device has not so much.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_buft_alloc_buffer`: no bytes give a dummy that the device never sees.
+        """
+        return self._alloc(size) if size > 0 else EmptyBuffer(self, 0)
+
+    def alloc_size(self, tensor: Tensor) -> int:
+        """Bytes that a tensor takes here: its ``nbytes``, or more where kernels read past the end."""
+        return tensor.nbytes
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+
+class Buffer(ABC):
+    """A piece of memory of one kind.
+
+    Attributes
+    ----------
+    buft : BufferType
+        What kind.
+    size : int
+        Bytes.
+    base : int
+        Address of the first byte, in the buffer's own address space.
+    usage : BufferUsage
+        What it holds; WEIGHTS is what offloading and the used-expert copy look for.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_buffer_i`. Frees itself when nothing refers to it; `close` does so at once.
+    Callers use `tensor_set` and its siblings, which check bounds.
+    """
+
+    __slots__ = ("__weakref__", "base", "buft", "size", "usage")
+
+    def __init__(self, buft: BufferType, size: int, base: int = 0) -> None:
+        self.buft = buft
+        self.size = size
+        self.base = base
+        self.usage = BufferUsage.ANY
+
+    @abstractmethod
+    def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
+        """Copy ``size`` bytes from a host address to byte ``offset`` of the tensor."""
+
+    @abstractmethod
+    def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
+        """Copy ``size`` bytes from byte ``offset`` of the tensor to a host address."""
+
+    @abstractmethod
+    def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
+        """Set ``size`` bytes of the tensor to a value."""
+
+    @abstractmethod
+    def clear(self, value: int) -> None:
+        """Set all bytes to a value."""
+
+    def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
+        """Copy a tensor of another buffer into one of this; False if it cannot (then it goes through the host)."""
+        return False
+
+    def set_tensor_2d(
+        self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
+    ) -> None:
+        """Copy ``n_copies`` pieces of ``size`` bytes, strides apart; by default one by one."""
+        for i in range(n_copies):
+            self.set_tensor(tensor, address + i * stride_data, offset + i * stride_tensor, size)
+
+    def get_tensor_2d(
+        self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
+    ) -> None:
+        """Copy ``n_copies`` pieces of ``size`` bytes out, strides apart; by default one by one."""
+        for i in range(n_copies):
+            self.get_tensor(tensor, address + i * stride_data, offset + i * stride_tensor, size)
+
+    def init_tensor(self, tensor: Tensor) -> None:
+        """Prepare a tensor that was just placed here; by default nothing."""
+        return
+
+    def reset(self) -> None:
+        """Forget what `init_tensor` made; by default nothing."""
+        return
+
+    def set_usage(self, usage: BufferUsage) -> None:
+        """Say what the buffer holds."""
+        self.usage = usage
+
+    def close(self) -> None:
+        """Give the memory back now; tensors in it must not be used any more."""
+        return
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the CPU can use its addresses."""
+        return self.buft.is_host
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.size:,} bytes in {self.buft.name}, {self.usage.name.lower()}>"
+
+
+class EmptyBuffer(Buffer):
+    """A buffer of no bytes, for any buffer type."""
+
+    __slots__ = ()
+
+    def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
+        """Refuse: there is nothing to write to."""
+        raise AllocError(f"'{tensor.name}' lies in an empty buffer of {self.buft.name}")
+
+    get_tensor = set_tensor
+
+    def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
+        """Refuse: there is nothing to write to."""
+        raise AllocError(f"'{tensor.name}' lies in an empty buffer of {self.buft.name}")
+
+    def clear(self, value: int) -> None:
+        """Do nothing."""
+
+
+class MultiBuffer(Buffer):
+    """Several buffers that were allocated together, to be kept, flagged and freed together.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_multi_buffer_alloc_buffer`. Tensors lie in the parts, never in this.
+    """
+
+    __slots__ = ("buffers",)
+
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        super().__init__(buffers[0].buft, sum(b.size for b in buffers))
+        self.buffers = tuple(buffers)
+
+    def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
+        """Refuse: tensors lie in the parts."""
+        raise AllocError(f"'{tensor.name}' cannot lie in a multi-buffer, only in one of its parts")
+
+    get_tensor = set_tensor
+
+    def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
+        """Refuse: tensors lie in the parts."""
+        raise AllocError(f"'{tensor.name}' cannot lie in a multi-buffer, only in one of its parts")
+
+    def clear(self, value: int) -> None:
+        """Set all bytes of all parts."""
+        for b in self.buffers:
+            b.clear(value)
+
+    def set_usage(self, usage: BufferUsage) -> None:
+        """Say what all parts hold."""
+        self.usage = usage
+        for b in self.buffers:
+            b.set_usage(usage)
+
+    def close(self) -> None:
+        """Give back the memory of all parts."""
+        for b in self.buffers:
+            b.close()
+
+
+# -- tensors in buffers ------------------------------------------------------
+
+
+def tensor_alloc(buffer: Buffer, tensor: Tensor, address: int) -> None:
+    """Place a tensor at an address of a buffer.
+
+    Raises
+    ------
+    AllocError
+        The tensor has memory already, is a view, or does not fit.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_tensor_alloc`.
+    """
+    if tensor.buffer is not None or tensor.data is not None or tensor.view_src is not None:
+        state = "is a view" if tensor.view_src is not None else "has memory already"
+        raise AllocError(f"'{tensor.name}' cannot be placed in {buffer.buft.name}: it {state}")
+    if not buffer.base <= address or address + buffer.buft.alloc_size(tensor) > buffer.base + buffer.size:
+        raise AllocError(
+            f"'{tensor.name}' of {buffer.buft.alloc_size(tensor):,} bytes does not fit at offset "
+            f"{address - buffer.base:,} of a buffer of {buffer.size:,} bytes in {buffer.buft.name}"
+        )
+    tensor.buffer = buffer
+    tensor.data = address
+    buffer.init_tensor(tensor)
+
+
+def view_init(tensor: Tensor) -> None:
+    """Give a view the memory of the tensor that it views.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_view_init`.
+    """
+    root = tensor.view_src
+    if root is None or root.buffer is None or root.data is None or tensor.buffer is not None:
+        raise AllocError(f"the view '{tensor.name}' cannot be initialised: what it views has no memory")
+    tensor.buffer = root.buffer
+    tensor.data = root.data + tensor.view_offs
+    tensor.buffer.init_tensor(tensor)
+
+
+def _checked(tensor: Tensor, offset: int, end: int, verb: str) -> Buffer:
+    buffer = tensor.storage
+    if buffer is None or tensor.data is None:
+        raise GraphError(f"'{tensor.name}' cannot be {verb}: it has no memory yet")
+    if offset < 0 or end > tensor.nbytes:
+        raise GraphError(
+            f"'{tensor.name}' has {tensor.nbytes:,} bytes; {offset:,}..{end - 1:,} cannot be {verb}"
+        )
+    return buffer
+
+
+def tensor_set(tensor: Tensor, address: int, offset: int, size: int) -> None:
+    """Copy host memory into a tensor.
+
+    Parameters
+    ----------
+    address : int
+        Host address of the first byte.
+    offset, size : int
+        Bytes; the range lies in the tensor.
+
+    Raises
+    ------
+    GraphError
+        No memory, or out of its bounds.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_tensor_set`.
+    """
+    if size:
+        _checked(tensor, offset, offset + size, "written").set_tensor(tensor, address, offset, size)
+
+
+def tensor_get(tensor: Tensor, address: int, offset: int, size: int) -> None:
+    """Copy bytes of a tensor to host memory; see `tensor_set`.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_tensor_get`.
+    """
+    if size:
+        _checked(tensor, offset, offset + size, "read").get_tensor(tensor, address, offset, size)
+
+
+def tensor_set_2d(
+    tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
+) -> None:
+    """Copy ``n_copies`` pieces of host memory, ``stride_data`` apart, into a tensor, ``stride_tensor`` apart.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_tensor_set_2d`.
+    """
+    if size and n_copies > 0:
+        buffer = _checked(tensor, offset, offset + (n_copies - 1) * stride_tensor + size, "written")
+        buffer.set_tensor_2d(tensor, address, offset, size, n_copies, stride_tensor, stride_data)
+
+
+def tensor_get_2d(
+    tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
+) -> None:
+    """Copy ``n_copies`` pieces of a tensor out; see `tensor_set_2d`.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_tensor_get_2d`.
+    """
+    if size and n_copies > 0:
+        buffer = _checked(tensor, offset, offset + (n_copies - 1) * stride_tensor + size, "read")
+        buffer.get_tensor_2d(tensor, address, offset, size, n_copies, stride_tensor, stride_data)
+
+
+def tensor_memset(tensor: Tensor, value: int, offset: int, size: int) -> None:
+    """Set bytes of a tensor.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_tensor_memset`.
+    """
+    if size:
+        _checked(tensor, offset, offset + size, "written").memset_tensor(tensor, value, offset, size)
+
+
+def tensor_copy(src: Tensor, dst: Tensor) -> None:
+    """Copy a whole tensor, by the shortest way that its buffers have.
+
+    Raises
+    ------
+    GraphError
+        The layouts differ, or one has no memory.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_tensor_copy`: from host memory one write, to host memory one read, else device to device, and
+    through the host where that is not possible.
+    """
+    if not are_same_layout(src, dst):
+        raise GraphError(f"'{src.name}' cannot be copied to '{dst.name}': their layouts differ")
+    if src is dst:
+        return
+    src_buffer, dst_buffer = src.storage, dst.storage
+    if src_buffer is None or dst_buffer is None or src.data is None or dst.data is None:
+        bare = src if src_buffer is None or src.data is None else dst
+        raise GraphError(f"'{src.name}' cannot be copied to '{dst.name}': '{bare.name}' has no memory yet")
+    if src_buffer.is_host:
+        tensor_set(dst, src.data, 0, src.nbytes)
+    elif dst_buffer.is_host:
+        tensor_get(src, dst.data, 0, src.nbytes)
+    elif not dst_buffer.cpy_tensor(src, dst):
+        import numpy as np
+
+        staging = np.empty(src.nbytes, np.uint8)
+        tensor_get(src, staging.ctypes.data, 0, src.nbytes)
+        tensor_set(dst, staging.ctypes.data, 0, src.nbytes)

@@ -1,0 +1,285 @@
+"""`Graph`: the order in which tensors are computed.
+
+Ops make tensors that know their sources; a graph puts those that a result needs into an order. Node order, leaf order
+and names of unnamed tensors are upstream's, as splits are ranges of nodes and traces name tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from .errors import GraphError
+from .tensor import Tensor
+from .types import MAX_SRC, Op, TensorFlag, Type
+
+if TYPE_CHECKING:
+    from contextvars import Token
+
+__all__ = ["Graph", "GraphView"]
+
+_uids = itertools.count(1)
+
+
+class Graph:
+    """Nodes to compute, in order, and the leafs they start from.
+
+    Parameters
+    ----------
+    size : int, optional
+        Most nodes, and most leafs, that it may hold; without limit if not given.
+
+    Attributes
+    ----------
+    nodes : list of Tensor
+        Results of ops, each after all its sources.
+    leafs : list of Tensor
+        Weights and inputs, in the order met.
+    use_counts : dict of Tensor to int
+        How often a tensor is a source of a node.
+    version : int
+        Grows with every change; what was planned for another version is stale.
+
+    Notes
+    -----
+    Mirrors `struct ggml_cgraph`. Differs: no limit of size unless asked for.
+
+    Examples
+    --------
+    >>> import pyggml as ggml
+    >>> graph = ggml.Graph()
+    >>> with graph:
+    ...     x = graph.input("f32", (4, 2), name="x")
+    ...     y = ggml.scale(x, 2.0).named("y")
+    >>> graph.expand(y)
+    >>> [n.name for n in graph.nodes], [n.name for n in graph.leafs]
+    (['y'], ['x'])
+    """
+
+    __slots__ = ("__weakref__", "_token", "leafs", "made", "nodes", "size", "use_counts", "version")
+
+    nodes: list[Tensor]
+    leafs: list[Tensor]
+    use_counts: dict[Tensor, int]
+    made: list[Tensor]  #: tensors made inside ``with graph``, needed or not
+    size: int | None
+    version: int
+
+    def __init__(self, size: int | None = None) -> None:
+        self.nodes, self.leafs, self.made = [], [], []
+        self.use_counts = {}
+        self.size = size
+        self.version = 0
+        self._token: Token[object] | None = None
+
+    # -- building ------------------------------------------------------------
+
+    def expand(self, *tensors: Tensor) -> None:
+        """Append what the tensors need and do not yet have here, then the tensors.
+
+        Raises
+        ------
+        GraphError
+            The graph is full, or a tensor is its own ancestor.
+
+        Notes
+        -----
+        Mirrors `ggml_build_forward_expand`: depth first, sources in order.
+        """
+        for tensor in tensors:
+            self._visit(tensor, compute=True)
+        self.version += 1
+
+    def select(self, tensors: Sequence[Tensor], chosen: int) -> Tensor:
+        """Append all of the tensors, but flag only the chosen one and what it needs to be computed.
+
+        Returns
+        -------
+        Tensor
+            The chosen one.
+
+        Notes
+        -----
+        Mirrors `ggml_build_forward_select`: the graph has the same nodes whichever is chosen; backends skip nodes
+        without the COMPUTE flag.
+        """
+        for i, tensor in enumerate(tensors):
+            self._visit(tensor, compute=i == chosen)
+        self.version += 1
+        return tensors[chosen]
+
+    def input(self, type: Type | str, ne: Sequence[int], *, name: str = "") -> Tensor:
+        """Return a new tensor flagged as an input, collected by this graph."""
+        tensor = Tensor(type, ne, name=name, flags=TensorFlag.INPUT)
+        self.made.append(tensor)
+        return tensor
+
+    def add(self, tensor: Tensor) -> None:
+        """Collect a tensor made inside ``with graph``."""
+        self.made.append(tensor)
+
+    def __enter__(self) -> Graph:
+        from . import graph_context
+
+        self._token = graph_context.current.set(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        from . import graph_context
+
+        if self._token is not None:
+            graph_context.current.reset(self._token)  # type: ignore[arg-type]
+            self._token = None
+
+    def _visit(self, root: Tensor, *, compute: bool) -> None:
+        """Visit depth first with a stack of our own: graphs are deeper than Python's recursion."""
+        counts = self.use_counts
+        if root in counts:
+            if compute:
+                self._flag_compute(root)
+            return
+        if compute and root.op is not Op.NONE:
+            root.flags |= TensorFlag.COMPUTE
+        counts[root] = 0
+        stack: list[tuple[Tensor, Iterator[Tensor | None]]] = [(root, iter(root.src))]
+        open_: set[Tensor] = {root}
+        while stack:
+            tensor, sources = stack[-1]
+            for src in sources:
+                if src is None:
+                    continue
+                if src in counts:
+                    if src in open_:
+                        raise GraphError(f"'{src.name}' is its own ancestor, through '{tensor.name}'")
+                    counts[src] += 1
+                    if compute:
+                        self._flag_compute(src)
+                    continue
+                if compute and src.op is not Op.NONE:
+                    src.flags |= TensorFlag.COMPUTE
+                counts[src] = 1
+                open_.add(src)
+                stack.append((src, iter(src.src)))
+                break
+            else:
+                stack.pop()
+                open_.discard(tensor)
+                self._append(tensor)
+
+    def _flag_compute(self, tensor: Tensor) -> None:
+        """Flag a tensor met before, and what it needs, to be computed."""
+        compute = int(TensorFlag.COMPUTE)
+        if tensor.op is not Op.NONE:
+            tensor.flags |= compute
+        stack = [tensor]
+        while stack:
+            for src in stack.pop().src:
+                if src is not None and src.op is not Op.NONE and not src.flags & compute:
+                    src.flags |= compute
+                    stack.append(src)
+
+    def _append(self, tensor: Tensor) -> None:
+        is_leaf = tensor.op is Op.NONE and not tensor.flags & TensorFlag.PARAM
+        into, kind = (self.leafs, "leaf") if is_leaf else (self.nodes, "node")
+        if self.size is not None and len(into) >= self.size:
+            raise GraphError(
+                f"the graph is full: '{tensor.name}' would be {kind} {len(into)} of at most {self.size}",
+                hint="give Graph a larger size, or none",
+            )
+        if len(tensor.src) > MAX_SRC:
+            raise GraphError(f"'{tensor.name}' has {len(tensor.src)} sources; {MAX_SRC} are possible")
+        if not tensor.name:
+            tensor.name = f"{kind}_{len(into)}"
+        into.append(tensor)
+
+    # -- reading -------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the first tensor of that name: node, leaf, or made in this graph's context."""
+        for tensor in itertools.chain(self.nodes, self.leafs, self.made):
+            if tensor.name == name:
+                return tensor
+        raise KeyError(name)
+
+    def view(self, i_start: int, i_end: int) -> GraphView:
+        """Return the nodes ``i_start .. i_end - 1`` as a graph that a backend can compute."""
+        return GraphView(self, i_start, i_end)
+
+    def check(self) -> None:
+        """Verify that every source stands before its node.
+
+        Raises
+        ------
+        GraphError
+            A node comes before one of its sources, or a source is missing.
+        """
+        seen = set(self.leafs)
+        for i, node in enumerate(self.nodes):
+            for j, src in enumerate(node.src):
+                if src is not None and src not in seen:
+                    raise GraphError(f"node {i} '{node.name}' comes before its source {j} '{src.name}', or lacks it")
+            seen.add(node)
+
+    def __repr__(self) -> str:
+        return f"<Graph of {len(self.nodes)} nodes, {len(self.leafs)} leafs>"
+
+
+class GraphView:
+    """A range of a graph's nodes: what a backend is given to compute.
+
+    Attributes
+    ----------
+    graph : Graph
+        Whose nodes these are. A backend's `graph_optimize` may change their order in place.
+    i_start, i_end : int
+        The range, end excluded.
+    uid : int
+        Unique in the process; a backend keys its plans by it.
+    plan : object
+        A backend's plan for these nodes, kept here so that it lives as long as the view.
+
+    Notes
+    -----
+    Mirrors `ggml_graph_view`.
+    """
+
+    __slots__ = ("graph", "i_end", "i_start", "plan", "uid")
+
+    def __init__(self, graph: Graph, i_start: int, i_end: int) -> None:
+        self.graph = graph
+        self.i_start = i_start
+        self.i_end = i_end
+        self.uid = next(_uids)
+        self.plan: object = None
+
+    @property
+    def nodes(self) -> list[Tensor]:
+        """The nodes, as a new list."""
+        return self.graph.nodes[self.i_start : self.i_end]
+
+    def __len__(self) -> int:
+        return self.i_end - self.i_start
+
+    def view(self, i_start: int, i_end: int) -> GraphView:
+        """Return a range of this range."""
+        return GraphView(self.graph, self.i_start + i_start, self.i_start + i_end)
+
+    def reorder(self, nodes: Sequence[Tensor]) -> None:
+        """Put the same nodes into another order, in the graph itself.
+
+        Raises
+        ------
+        GraphError
+            They are not the same nodes.
+        """
+        if set(nodes) != set(self.nodes) or len(nodes) != len(self):
+            raise GraphError("a range can be reordered, not changed")
+        self.graph.nodes[self.i_start : self.i_end] = nodes
+        self.graph.version += 1
+
+    def __repr__(self) -> str:
+        return f"<GraphView of nodes {self.i_start}..{self.i_end - 1} of {self.graph!r}>"
