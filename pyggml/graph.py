@@ -18,6 +18,8 @@ from .types import MAX_SRC, Op, TensorFlag, Type
 if TYPE_CHECKING:
     from contextvars import Token
 
+    from .graph_context import Collector
+
 __all__ = ["Graph", "GraphView"]
 
 _uids = itertools.count(1)
@@ -72,7 +74,7 @@ class Graph:
         self.use_counts = {}
         self.size = size
         self.version = 0
-        self._token: Token[object] | None = None
+        self._token: Token[Collector | None] | None = None
 
     # -- building ------------------------------------------------------------
 
@@ -132,7 +134,7 @@ class Graph:
         from . import graph_context
 
         if self._token is not None:
-            graph_context.current.reset(self._token)  # type: ignore[arg-type]
+            graph_context.current.reset(self._token)
             self._token = None
 
     def _visit(self, root: Tensor, *, compute: bool) -> None:
@@ -153,7 +155,7 @@ class Graph:
                 if src is None:
                     continue
                 if src in counts:
-                    if src in open_:
+                    if src in open_ and src is not tensor:  # CAST is its own second source
                         raise GraphError(f"'{src.name}' is its own ancestor, through '{tensor.name}'")
                     counts[src] += 1
                     if compute:
@@ -220,7 +222,7 @@ class Graph:
         seen = set(self.leafs)
         for i, node in enumerate(self.nodes):
             for j, src in enumerate(node.src):
-                if src is not None and src not in seen:
+                if src is not None and src is not node and src not in seen:
                     raise GraphError(f"node {i} '{node.name}' comes before its source {j} '{src.name}', or lacks it")
             seen.add(node)
 

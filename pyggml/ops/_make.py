@@ -1,0 +1,221 @@
+"""The one way by which builders make tensors, and the conditions they refuse by.
+
+Every builder ends in `new`, `like` or `view_of`; these tell the graph whose block is running. Nothing here or in the
+builders touches data: a graph of a thousand nodes is built anew for each new shape, so a builder costs microseconds.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from math import inf
+from typing import NoReturn
+
+from ..errors import ShapeError
+from ..graph_context import current
+from ..tensor import Tensor
+from ..types import Op, Type
+
+_FLOAT = struct.Struct("<f")
+_WORD = struct.Struct("<i")
+
+Sources = Sequence[Tensor | None]
+Params = tuple[int, ...]
+
+
+# -- parameters ------------------------------------------------------------------
+
+
+def f32(value: float) -> int:
+    """Return the bits of a number as a float32, read as an int32; too large a number becomes infinite."""
+    try:
+        raw = _FLOAT.pack(value)
+    except OverflowError:
+        raw = _FLOAT.pack(inf if value > 0 else -inf)
+    word: int = _WORD.unpack(raw)[0]
+    return word
+
+
+def round_f32(value: float) -> float:
+    """Return the float32 nearest to a number."""
+    rounded: float = _FLOAT.unpack(_WORD.pack(f32(value)))[0]
+    return rounded
+
+
+def i32(value: int) -> int:
+    """Return the low 32 bits of an integer as an int32, as a C conversion does."""
+    return ((int(value) + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+
+
+def set_param(tensor: Tensor, i: int, word: int) -> None:
+    """Set parameter word i of a tensor, words before it that were never set becoming 0."""
+    words = list(tensor.op_params)
+    words.extend([0] * (i + 1 - len(words)))
+    words[i] = word
+    tensor.op_params = tuple(words)
+
+
+# -- tensors ---------------------------------------------------------------------
+
+
+def new(op: Op, type: Type, ne: Sequence[int], src: Sources, params: Params = (), name: str = "") -> Tensor:
+    """Return a new contiguous tensor that ``op`` makes of ``src``.
+
+    Raises
+    ------
+    ShapeError
+        A row is not a whole number of the type's blocks.
+
+    Notes
+    -----
+    Mirrors `ggml_new_tensor_impl`. Differs: refuses rows with a broken block, as only debug builds of ggml do.
+    """
+    if type.block_size != 1 and ne[0] % type.block_size:
+        raise ShapeError(
+            op.name.lower(),
+            f"a row of {ne[0]} elements is no whole number of {type.ggml_name} blocks ({type.block_size})",
+        )
+    tensor = Tensor(type, ne, name=name, op=op, src=src, op_params=params)
+    collector = current.get()
+    if collector is not None:
+        collector.add(tensor)
+    return tensor
+
+
+def view_of(
+    op: Op,
+    a: Tensor,
+    ne: Sequence[int],
+    nb: Sequence[int] | None,
+    src: Sources,
+    params: Params = (),
+    *,
+    name: str,
+    offset: int = 0,
+) -> Tensor:
+    """Return a tensor on the memory of ``a``, ``offset`` bytes into it, that ``op`` makes.
+
+    Raises
+    ------
+    ShapeError
+        It would end past the tensor that owns the memory.
+
+    Notes
+    -----
+    Mirrors `ggml_new_tensor_impl` with a ``view_src``: the size that must fit is that of contiguous elements,
+    whatever ``nb`` will be.
+    """
+    tensor = Tensor(a.type, ne, nb, name=name, op=op, src=src, op_params=params, view_src=a, view_offs=offset)
+    ne0, ne1, ne2, ne3 = tensor.ne
+    size = a.type.row_size(ne0) * ne1 * ne2 * ne3
+    root = tensor.view_src
+    assert root is not None
+    if size and size + tensor.view_offs > root.nbytes:
+        refuse(
+            op.name.lower(),
+            f"{size} bytes at offset {tensor.view_offs} end past the {root.nbytes} bytes of {root.name!r}",
+            a=a,
+        )
+    collector = current.get()
+    if collector is not None:
+        collector.add(tensor)
+    return tensor
+
+
+def like(op: Op, a: Tensor, src: Sources, params: Params = (), inplace: bool = False) -> Tensor:
+    """Return a contiguous tensor of the type and shape of ``a``, or a view of ``a`` if in place.
+
+    Notes
+    -----
+    Mirrors `ggml_dup_tensor` and `ggml_view_tensor`.
+    """
+    if inplace:
+        return view_of(op, a, a.ne, a.nb, src, params, name=a.name + " (view)")
+    return new(op, a.type, a.ne, src, params)
+
+
+# -- refusals --------------------------------------------------------------------
+
+
+def refuse(op: str, why: str, **tensors: Tensor | None) -> NoReturn:
+    """Raise the error of a builder that cannot: what is wrong, then each tensor with its type and layout."""
+    shown = "; ".join(f"{key} is {_describe(t)}" for key, t in tensors.items())
+    raise ShapeError(op, f"{why}: {shown}" if shown else why)
+
+
+def _describe(t: Tensor | None) -> str:
+    if t is None:
+        return "None"
+    gaps = "" if t.is_contiguous() else f", nb {list(t.nb)}"
+    return f"{t.name!r} {t.type.ggml_name} {list(t.ne)}{gaps}"
+
+
+def require_sizes(op: str, *ne: int) -> None:
+    """Refuse dimensions below 0, which the arithmetic of strides cannot mean."""
+    if min(ne) < 0:
+        refuse(op, f"no dimension can have {min(ne)} elements (asked for {list(ne)})")
+
+
+# -- conditions ------------------------------------------------------------------
+
+
+def divides(n: int, whole: int) -> bool:
+    """Whether ``whole`` is a multiple of n; nothing is one of 0."""
+    return n != 0 and whole % n == 0
+
+
+def can_repeat(a: Tensor, b: Tensor) -> bool:
+    """Whether repeating ``a`` gives the shape of ``b``.
+
+    Notes
+    -----
+    Mirrors `ggml_can_repeat`.
+    """
+    if a.ne == b.ne:
+        return True
+    if a.is_empty:
+        return b.is_empty
+    a0, a1, a2, a3 = a.ne
+    b0, b1, b2, b3 = b.ne
+    return b0 % a0 == 0 and b1 % a1 == 0 and b2 % a2 == 0 and b3 % a3 == 0
+
+
+def can_mul_mat(a: Tensor, b: Tensor) -> bool:
+    """Whether rows have one length and the matrices of ``a`` broadcast to those of ``b``.
+
+    Notes
+    -----
+    Mirrors `ggml_can_mul_mat`.
+    """
+    return a.ne[0] == b.ne[0] and divides(a.ne[2], b.ne[2]) and divides(a.ne[3], b.ne[3])
+
+
+def is_padded_1d(a: Tensor) -> bool:
+    """Whether elements are dense in a row and rows lie at one distance.
+
+    Notes
+    -----
+    Mirrors `ggml_is_padded_1d`.
+    """
+    ne, nb = a.ne, a.nb
+    return nb[0] == a.type.type_size and nb[2] == nb[1] * ne[1] and nb[3] == nb[2] * ne[2]
+
+
+def is_contiguous_rows(a: Tensor) -> bool:
+    """Whether elements are dense in a row.
+
+    Notes
+    -----
+    Mirrors `ggml_is_contiguous_rows`.
+    """
+    return a.nb[0] == a.type.type_size or a.ne[0] == a.type.block_size
+
+
+def is_matrix(a: Tensor) -> bool:
+    """Whether there are at most two dimensions."""
+    return a.ne[2] == 1 and a.ne[3] == 1
+
+
+def is_vector(a: Tensor) -> bool:
+    """Whether there is at most one dimension."""
+    return a.ne[1] == 1 and a.ne[2] == 1 and a.ne[3] == 1

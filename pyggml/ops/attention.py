@@ -1,0 +1,432 @@
+"""What attention is made of: masks, softmax, rotary positions, and the fused FLASH_ATTN_EXT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..tensor import Tensor
+from ..types import Op, Type
+from ._make import can_mul_mat, divides, f32, is_vector, like, new, refuse, set_param
+from .modes import Prec, RopeType
+
+
+def diag_mask_inf(a: Tensor, n_past: int) -> Tensor:
+    """Set what lies right of the diagonal, shifted by ``n_past``, to minus infinity. Mirrors `ggml_diag_mask_inf`."""
+    return like(Op.DIAG_MASK_INF, a, (a,), (int(n_past),))
+
+
+def diag_mask_inf_inplace(a: Tensor, n_past: int) -> Tensor:
+    """`diag_mask_inf` on a's own memory."""
+    return like(Op.DIAG_MASK_INF, a, (a,), (int(n_past),), True)
+
+
+def diag_mask_zero(a: Tensor, n_past: int) -> Tensor:
+    """Set what lies right of the diagonal, shifted by ``n_past``, to zero. Mirrors `ggml_diag_mask_zero`."""
+    return like(Op.DIAG_MASK_ZERO, a, (a,), (int(n_past),))
+
+
+def diag_mask_zero_inplace(a: Tensor, n_past: int) -> Tensor:
+    """`diag_mask_zero` on a's own memory."""
+    return like(Op.DIAG_MASK_ZERO, a, (a,), (int(n_past),), True)
+
+
+# -- softmax ---------------------------------------------------------------------
+
+
+def _soft_max(a: Tensor, mask: Tensor | None, scale: float, max_bias: float, inplace: bool) -> Tensor:
+    if not a.is_contiguous():
+        refuse("soft_max", "a is not contiguous", a=a)
+    if mask is not None:
+        if mask.type is not Type.F16 and mask.type is not Type.F32:
+            refuse("soft_max", "the mask must be f16 or f32", mask=mask)
+        if not mask.is_contiguous():
+            refuse("soft_max", "the mask is not contiguous", mask=mask)
+        if mask.ne[0] != a.ne[0] or mask.ne[1] < a.ne[1]:
+            refuse("soft_max", "the mask's rows are of another length, or too few", a=a, mask=mask)
+        if not divides(mask.ne[2], a.ne[2]) or not divides(mask.ne[3], a.ne[3]):
+            refuse("soft_max", "the mask does not broadcast to a", a=a, mask=mask)
+    elif max_bias > 0.0:
+        refuse("soft_max", f"max_bias {max_bias} needs a mask, whose values it scales by head", a=a)
+    return like(Op.SOFT_MAX, a, (a, mask, None), (f32(scale), f32(max_bias)), inplace)
+
+
+def soft_max(a: Tensor) -> Tensor:
+    """Return the softmax of each row.
+
+    Raises
+    ------
+    ShapeError
+        ``a`` is not contiguous.
+
+    Notes
+    -----
+    Mirrors `ggml_soft_max`. The slots of mask and sinks are there, with None.
+    """
+    return _soft_max(a, None, 1.0, 0.0, False)
+
+
+def soft_max_inplace(a: Tensor) -> Tensor:
+    """`soft_max` on a's own memory."""
+    return _soft_max(a, None, 1.0, 0.0, True)
+
+
+def soft_max_ext(a: Tensor, mask: Tensor | None, scale: float, max_bias: float) -> Tensor:
+    """Return the softmax of each row of ``a * scale + slope * mask``.
+
+    Parameters
+    ----------
+    a : Tensor, [n_kv, n_token, n_head, n_stream]
+    mask : Tensor or None, f16 or f32, [n_kv, at least n_token, divisor of n_head, divisor of n_stream]
+    max_bias : float
+        Largest ALiBi slope exponent; 0 leaves the slope at 1.
+
+    Raises
+    ------
+    ShapeError
+        ``a`` or the mask is not contiguous, or the mask does not fit, or is missing where ``max_bias`` needs it.
+
+    Notes
+    -----
+    Mirrors `ggml_soft_max_ext`.
+    """
+    return _soft_max(a, mask, scale, max_bias, False)
+
+
+def soft_max_ext_inplace(a: Tensor, mask: Tensor | None, scale: float, max_bias: float) -> Tensor:
+    """`soft_max_ext` on a's own memory."""
+    return _soft_max(a, mask, scale, max_bias, True)
+
+
+def _add_sinks(builder: str, op: Op, slot: int, a: Tensor, sinks: Tensor | None) -> None:
+    if sinks is None:
+        if len(a.src) > slot:
+            a.src[slot] = None
+        return
+    if a.op is not op:
+        refuse(builder, f"a is made by {a.op.name}, not {op.name}", a=a)
+    a.src.extend([None] * (slot + 1 - len(a.src)))
+    if a.src[slot] is not None:
+        refuse(builder, "a has sinks already", a=a, sinks=a.src[slot])
+    scores = a.src[0]
+    assert scores is not None
+    if scores.ne[2] != sinks.ne[0]:
+        refuse(builder, f"there is not one sink for each of {scores.ne[2]} heads", a=a, sinks=sinks)
+    if sinks.type is not Type.F32:
+        refuse(builder, "sinks must be f32", sinks=sinks)
+    a.src[slot] = sinks
+
+
+def soft_max_add_sinks(a: Tensor, sinks: Tensor | None) -> None:
+    """Give each head of a SOFT_MAX a sink: one more score, which takes part in the sum alone.
+
+    Parameters
+    ----------
+    a : Tensor
+        Made by `soft_max` or `soft_max_ext`; changed in place.
+    sinks : Tensor or None, f32, [n_head]
+        None takes sinks away.
+
+    Raises
+    ------
+    ShapeError
+        ``a`` is another op or has sinks, or they do not fit.
+
+    Notes
+    -----
+    Mirrors `ggml_soft_max_add_sinks`.
+    """
+    _add_sinks("soft_max_add_sinks", Op.SOFT_MAX, 2, a, sinks)
+
+
+# -- rotary positions ------------------------------------------------------------
+
+
+def _rope(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    sections: Sequence[int] | None,
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    inplace: bool,
+) -> Tensor:
+    if mode & 1:
+        refuse("rope", f"mode {mode} is no longer supported", a=a)
+    if not is_vector(b) or b.type is not Type.I32:
+        refuse("rope", "positions must be i32 in one dimension", a=a, b=b)
+    is_mrope = bool(mode & RopeType.MROPE)
+    if b.ne[0] != a.ne[2] * (4 if is_mrope else 1):
+        refuse("rope", f"{a.ne[2]} tokens need {'4 positions each' if is_mrope else 'a position each'}", a=a, b=b)
+    if c is not None and (c.type is not Type.F32 or c.ne[0] < n_dims // 2):
+        refuse("rope", f"frequency factors must be f32, at least {n_dims // 2}", c=c)
+    params: tuple[int, ...] = (
+        0,
+        int(n_dims),
+        int(mode),
+        0,
+        int(n_ctx_orig),
+        f32(freq_base),
+        f32(freq_scale),
+        f32(ext_factor),
+        f32(attn_factor),
+        f32(beta_fast),
+        f32(beta_slow),
+    )
+    if is_mrope and sections is not None:
+        params += tuple(int(n) for n in sections)
+    return like(Op.ROPE, a, (a, b, c), params, inplace)
+
+
+def rope(a: Tensor, b: Tensor, n_dims: int, mode: int) -> Tensor:
+    """Rotate pairs of each row by its token's position, with base frequency 10000 and no scaling.
+
+    Parameters
+    ----------
+    a : Tensor, [n_embd_head, n_head, n_token, ne3]
+    b : Tensor, i32, [n_token]
+        Positions; four a token with ``RopeType.MROPE``.
+    n_dims : int
+        Elements of a row that rotate.
+    mode : int
+        Of `RopeType`.
+
+    Raises
+    ------
+    ShapeError
+        Positions do not fit.
+
+    Notes
+    -----
+    Mirrors `ggml_rope`.
+    """
+    return _rope(a, b, None, n_dims, None, mode, 0, 10000.0, 1.0, 0.0, 1.0, 0.0, 0.0, False)
+
+
+def rope_inplace(a: Tensor, b: Tensor, n_dims: int, mode: int) -> Tensor:
+    """`rope` on a's own memory."""
+    return _rope(a, b, None, n_dims, None, mode, 0, 10000.0, 1.0, 0.0, 1.0, 0.0, 0.0, True)
+
+
+def rope_ext(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
+    """Rotate pairs of each row by its token's position, with YaRN scaling.
+
+    Parameters
+    ----------
+    a, b, n_dims, mode
+        As of `rope`.
+    c : Tensor or None, f32, [at least n_dims / 2]
+        Factors by which frequencies are divided.
+    n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
+        Trained context, base frequency, and YaRN's parameters.
+
+    Raises
+    ------
+    ShapeError
+        Positions or factors do not fit.
+
+    Notes
+    -----
+    Mirrors `ggml_rope_ext`.
+    """
+    return _rope(
+        a, b, c, n_dims, None, mode, n_ctx_orig,
+        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, False,
+    )  # fmt: skip
+
+
+def rope_ext_inplace(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
+    """`rope_ext` on a's own memory."""
+    return _rope(
+        a, b, c, n_dims, None, mode, n_ctx_orig,
+        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, True,
+    )  # fmt: skip
+
+
+def rope_multi(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    sections: Sequence[int],
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
+    """Rotate pairs by one of four positions of a token: ``sections`` tells how many pairs each governs.
+
+    Raises
+    ------
+    ShapeError
+        Positions or factors do not fit.
+
+    Notes
+    -----
+    Mirrors `ggml_rope_multi`.
+    """
+    return _rope(
+        a, b, c, n_dims, sections, mode, n_ctx_orig,
+        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, False,
+    )  # fmt: skip
+
+
+def rope_multi_inplace(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    sections: Sequence[int],
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
+    """`rope_multi` on a's own memory."""
+    return _rope(
+        a, b, c, n_dims, sections, mode, n_ctx_orig,
+        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, True,
+    )  # fmt: skip
+
+
+def rope_set_offset(a: Tensor, n_offs: int) -> Tensor:
+    """Let a ROPE begin at element ``n_offs`` of each row; return it.
+
+    Raises
+    ------
+    ShapeError
+        ``a`` is another op, the offset is negative, or the mode is VISION.
+
+    Notes
+    -----
+    Mirrors `ggml_rope_set_offset`, new in ggml 0.26.
+    """
+    if a.op is not Op.ROPE and a.op is not Op.ROPE_BACK:
+        refuse("rope_set_offset", f"a is made by {a.op.name}, not ROPE", a=a)
+    if n_offs < 0 or a.param_i32(2) == RopeType.VISION:
+        refuse("rope_set_offset", f"offset {n_offs} cannot be, or the mode is VISION", a=a)
+    set_param(a, 15, int(n_offs))
+    return a
+
+
+# -- flash attention -------------------------------------------------------------
+
+
+def flash_attn_ext(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, max_bias: float, logit_softcap: float
+) -> Tensor:
+    """Return ``softmax(q kᵀ * scale + slope * mask) v`` for each head, in one op.
+
+    Parameters
+    ----------
+    q : Tensor, [n_embd_k, n_token, n_head, n_stream]
+    k : Tensor, [n_embd_k, n_kv, n_head_kv, n_stream]
+    v : Tensor, [n_embd_v, n_kv, n_head_kv, n_stream]
+        Not transposed.
+    mask : Tensor or None, f16, [n_kv, n_token, divisor of n_head, divisor of n_stream]
+    logit_softcap : float
+        Scores become ``cap * tanh(score / cap)``; 0 for none.
+
+    Returns
+    -------
+    Tensor
+        f32, [n_embd_v, n_head, n_token, n_stream]: already permuted back.
+
+    Raises
+    ------
+    ShapeError
+        Shapes do not fit, the mask is not contiguous f16, or is missing where ``max_bias`` needs it.
+
+    Notes
+    -----
+    Mirrors `ggml_flash_attn_ext`. The slot of the sinks is there, with None.
+    """
+    if not can_mul_mat(k, q):
+        refuse("flash_attn_ext", "the rows of q and k differ, or k's heads do not broadcast to q's", q=q, k=k)
+    if q.ne[3] != k.ne[3] or q.ne[3] != v.ne[3]:
+        refuse("flash_attn_ext", "q, k and v differ in streams", q=q, k=k, v=v)
+    if mask is not None:
+        if mask.type is not Type.F16 or not mask.is_contiguous():
+            refuse("flash_attn_ext", "the mask must be contiguous f16", mask=mask)
+        if not divides(mask.ne[2], q.ne[2]) or not divides(mask.ne[3], q.ne[3]):
+            refuse("flash_attn_ext", "the mask does not broadcast to q", q=q, mask=mask)
+    elif max_bias > 0.0:
+        refuse("flash_attn_ext", f"max_bias {max_bias} needs a mask, whose values it scales by head", q=q)
+    ne = (v.ne[0], q.ne[2], q.ne[1], q.ne[3])
+    params = (f32(scale), f32(max_bias), f32(logit_softcap))
+    return new(Op.FLASH_ATTN_EXT, Type.F32, ne, (q, k, v, mask, None), params)
+
+
+def _require_flash(builder: str, a: Tensor) -> None:
+    if a.op is not Op.FLASH_ATTN_EXT:
+        refuse(builder, f"a is made by {a.op.name}, not FLASH_ATTN_EXT", a=a)
+
+
+def flash_attn_ext_set_prec(a: Tensor, prec: Prec | int) -> None:
+    """Set the least precision in which it adds up. Mirrors `ggml_flash_attn_ext_set_prec`; ShapeError on another op."""
+    _require_flash("flash_attn_ext_set_prec", a)
+    set_param(a, 3, int(prec))
+
+
+def flash_attn_ext_get_prec(a: Tensor) -> Prec:
+    """Return what `flash_attn_ext_set_prec` has set. Mirrors `ggml_flash_attn_ext_get_prec`."""
+    _require_flash("flash_attn_ext_get_prec", a)
+    return Prec(a.param_i32(3))
+
+
+def flash_attn_ext_set_n_kv_max(a: Tensor, n_kv_max: int) -> None:
+    """Promise at most so many finite mask entries a row; 0 promises nothing.
+
+    Notes
+    -----
+    Mirrors `ggml_flash_attn_ext_set_n_kv_max`, new in ggml 0.26.
+    """
+    _require_flash("flash_attn_ext_set_n_kv_max", a)
+    if n_kv_max < 0:
+        refuse("flash_attn_ext_set_n_kv_max", f"{n_kv_max} entries cannot be", a=a)
+    set_param(a, 4, int(n_kv_max))
+
+
+def flash_attn_ext_add_sinks(a: Tensor, sinks: Tensor | None) -> None:
+    """Give each head a sink, as `soft_max_add_sinks`. Mirrors `ggml_flash_attn_ext_add_sinks`."""
+    _add_sinks("flash_attn_ext_add_sinks", Op.FLASH_ATTN_EXT, 4, a, sinks)
