@@ -282,9 +282,7 @@ def _checked(tensor: Tensor, offset: int, end: int, verb: str) -> Buffer:
     if buffer is None or tensor.data is None:
         raise GraphError(f"'{tensor.name}' cannot be {verb}: it has no memory yet")
     if offset < 0 or end > tensor.nbytes:
-        raise GraphError(
-            f"'{tensor.name}' has {tensor.nbytes:,} bytes; {offset:,}..{end - 1:,} cannot be {verb}"
-        )
+        raise GraphError(f"'{tensor.name}' has {tensor.nbytes:,} bytes; {offset:,}..{end - 1:,} cannot be {verb}")
     return buffer
 
 

@@ -78,8 +78,6 @@ class Repairs:
     stale_ids: bool = field(default=True)
     #: experts of a shared copy that a later user needs are added
     shared_experts: bool = field(default=True)
-    #: the cached set of used experts belongs to ids and n_expert, not to ids alone
-    ids_cache_key: bool = field(default=True)
     #: computing another graph than the allocated one is an error
     other_graph: bool = field(default=True)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from .errors import GraphError
 from .tensor import Tensor
@@ -122,7 +122,7 @@ class Graph:
         """Collect a tensor made inside ``with graph``."""
         self.made.append(tensor)
 
-    def __enter__(self) -> Graph:
+    def __enter__(self) -> Self:
         from . import graph_context
 
         self._token = graph_context.current.set(self)

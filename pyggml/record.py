@@ -18,6 +18,7 @@ __all__ = [
     "Record",
     "Recorder",
     "Recording",
+    "Statistics",
     "UsedExpertsRecord",
     "WaitRecord",
 ]
@@ -44,7 +45,7 @@ class CopyRecord:
 
 @dataclass(frozen=True, slots=True)
 class UsedExpertsRecord:
-    """The experts of one weight that a split needs; its `CopyRecord`\\ s follow."""
+    """The experts of one weight that a split needs; the records of their copies follow."""
 
     split: int
     tensor: str
@@ -52,6 +53,7 @@ class UsedExpertsRecord:
     used: tuple[int, ...]
     n_expert: int
     expert_bytes: int
+    tensor_bytes: int  #: what a whole copy would have moved; 0 if experts are added to an earlier copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +131,57 @@ class Recording:
     def clear(self) -> None:
         """Forget all records."""
         self.records.clear()
+
+
+class Statistics:
+    """Counts made from records.
+
+    Attributes
+    ----------
+    n_copies, bytes_copied : int
+        Copies to split backends, and their bytes.
+    bytes_full : int
+        Bytes that whole copies of the same inputs would have moved.
+    bytes_by_reason : dict
+        Bytes copied, by `CopyReason`.
+    n_launches, n_waits : int
+        Graphs given to backends; waits of host and backends.
+    """
+
+    __slots__ = ("bytes_by_reason", "bytes_copied", "bytes_full", "n_copies", "n_launches", "n_waits")
+
+    n_copies: int
+    bytes_copied: int
+    bytes_full: int
+    bytes_by_reason: dict[CopyReason, int]
+    n_launches: int
+    n_waits: int
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Start counting anew."""
+        self.n_copies = self.bytes_copied = self.bytes_full = self.n_launches = self.n_waits = 0
+        self.bytes_by_reason = {"input": 0, "activation": 0, "weight": 0, "experts": 0}
+
+    def record(self, record: Record) -> None:
+        """Count one record."""
+        if isinstance(record, CopyRecord):
+            self.n_copies += 1
+            self.bytes_copied += record.size_bytes
+            self.bytes_by_reason[record.reason] += record.size_bytes
+            if record.reason != "experts":
+                self.bytes_full += record.tensor_bytes
+        elif isinstance(record, UsedExpertsRecord):
+            self.bytes_full += record.tensor_bytes
+        elif isinstance(record, ComputeRecord):
+            self.n_launches += 1
+        elif isinstance(record, WaitRecord):
+            self.n_waits += 1
+
+    def __repr__(self) -> str:
+        return (
+            f"<Statistics: {self.bytes_copied:,} bytes in {self.n_copies} copies, {self.bytes_full:,} if whole, "
+            f"{self.n_launches} launches>"
+        )

@@ -45,17 +45,15 @@ def contiguous_nb(type: Type, ne: Sequence[int]) -> Shape:
     return nb0, nb1, nb2, nb2 * ne[2]
 
 
-def pack_params(*values: int | float) -> tuple[int, ...]:
-    """Return op parameters as int32 words; floats by their bits.
+def pack_params(*values: float) -> tuple[int, ...]:
+    """Return op parameters as int32 words: ints as they are, floats by their bits.
 
     Examples
     --------
     >>> pack_params(3, 1.0)
     (3, 1065353216)
     """
-    return tuple(
-        struct.unpack("<i", struct.pack("<f", v))[0] if isinstance(v, float) else int(v) for v in values
-    )
+    return tuple(struct.unpack("<i", struct.pack("<f", v))[0] if isinstance(v, float) else int(v) for v in values)
 
 
 class Tensor:
@@ -406,7 +404,9 @@ def encode_array(tensor: Tensor, array: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     import numpy as np
 
     values = np.asarray(array)
-    if values.size != tensor.numel or tuple(n for n in values.shape if n != 1) != tuple(n for n in tensor.shape if n != 1):
+    if values.size != tensor.numel or tuple(n for n in values.shape if n != 1) != tuple(
+        n for n in tensor.shape if n != 1
+    ):
         raise ShapeError("set_array", f"'{tensor.name}' has shape {tensor.shape}, the array {values.shape}")
     if not tensor.is_contiguous():
         raise ShapeError("set_array", f"'{tensor.name}' has gaps (nb {tensor.nb})", hint="write the tensor it views")

@@ -1,0 +1,199 @@
+"""Computing: copy each split's inputs, wait as little as is safe, launch, and mark the end by an event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+from ..backend import Backend, Event
+from ..buffer import tensor_copy
+from ..graph import GraphView
+from ..record import ComputeRecord, CopyReason, CopyRecord, Record, WaitRecord
+from ..tensor import Tensor
+from ..types import BufferUsage, TensorFlag
+from .policies import InputCopier
+from .state import Assignment, Copies, Machine, Split
+
+__all__ = ["EvalCallback", "SplitRun", "compute_splits"]
+
+#: Called with a node and True: is its data wanted? Then, if so, with False once it is there: False ends the split.
+EvalCallback = Callable[[Tensor, bool], bool]
+
+
+@dataclass(slots=True)
+class SplitRun:
+    """All that one computing of an allocated graph needs; what an `InputCopier` is given.
+
+    Attributes
+    ----------
+    record : callable or None
+        Takes records; None if nobody does.
+    """
+
+    machine: Machine
+    splits: Sequence[Split]
+    copies: Copies
+    asg: Assignment
+    cur_copy: int
+    events: Sequence[Sequence[Event | None]]
+    copier: InputCopier
+    eval_callback: EvalCallback | None
+    record: Callable[[Record], None] | None
+
+    def copy_of(self, tensor: Tensor, backend_id: int) -> Tensor:
+        """Return the current copy of a split input on a backend."""
+        return self.copies[tensor][backend_id][self.cur_copy]
+
+    def backend_of(self, tensor: Tensor) -> Backend:
+        """Return the backend that a tensor is assigned to."""
+        return self.machine.backends[self.asg.ids[tensor]]
+
+    def causes_of(self, tensor: Tensor) -> tuple[str, ...]:
+        """Return why a tensor is where it is, as text for errors."""
+        cause = self.asg.cause(tensor)
+        return () if cause is None else (f"'{tensor.name}': {cause.text} ({cause.value})",)
+
+    def now(self) -> float:
+        """Return the host's time in seconds; 0 if nobody records."""
+        return 0.0 if self.record is None else perf_counter()
+
+    # -- waits ---------------------------------------------------------------
+
+    def synchronize(self, i_split: int, backend: Backend) -> None:
+        """Let the host wait for all work of a backend."""
+        start_s = self.now()
+        backend.synchronize()
+        self._waited(i_split, "synchronize", backend, start_s)
+
+    def host_wait(self, i_split: int, backend_id: int) -> None:
+        """Let the host wait until a backend's last use of this pipeline copy is over."""
+        event = self.events[backend_id][self.cur_copy]
+        backend = self.machine.backends[backend_id]
+        if event is None:
+            self.synchronize(i_split, backend)
+            return
+        start_s = self.now()
+        event.synchronize()
+        self._waited(i_split, "event_synchronize", backend, start_s)
+
+    def stream_wait(self, i_split: int, backend_id: int) -> None:
+        """Let a backend wait until its last use of this pipeline copy is over; without events the host waits."""
+        event = self.events[backend_id][self.cur_copy]
+        backend = self.machine.backends[backend_id]
+        if event is None:
+            self.synchronize(i_split, backend)
+            return
+        start_s = self.now()
+        backend.event_wait(event)
+        self._waited(i_split, "event_wait", backend, start_s)
+
+    def _waited(
+        self,
+        i_split: int,
+        what: Literal["synchronize", "event_synchronize", "event_wait"],
+        backend: Backend,
+        start_s: float,
+    ) -> None:
+        if self.record is not None:
+            self.record(WaitRecord(i_split, what, backend.name, start_s, perf_counter()))
+
+    def copied(self, i_split: int, tensor: Tensor, reason: CopyReason, start_s: float) -> None:
+        """Record a whole copy of a split's input."""
+        if self.record is not None:
+            dst = self.machine.backends[self.splits[i_split].backend_id].name
+            size = tensor.nbytes
+            src = self.backend_of(tensor).name
+            self.record(CopyRecord(i_split, tensor.name, src, dst, 0, size, size, reason, start_s, perf_counter()))
+
+
+def compute_splits(run: SplitRun) -> None:
+    """Compute all splits of an allocated graph.
+
+    Raises
+    ------
+    ComputeError
+        A backend failed; no later split was computed, and no event recorded for the one that failed.
+    ExpertIdError
+        Ids that choose no expert; nothing was computed after they were read.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_sched_compute_splits`.
+    """
+    run.copier.begin()
+    dialect = run.machine.dialect
+    previous: int | None = None
+    for i_split, split in enumerate(run.splits):
+        b = split.backend_id
+        if dialect.wait_previous_split and not split.inputs and previous is not None and previous != b:
+            # the allocator may have given both splits the same memory
+            run.host_wait(i_split, previous)
+        for i_input in range(len(split.inputs)):
+            _copy_input(run, i_split, i_input)
+        run.copier.before_compute(run, i_split)
+        _launch(run, i_split)
+        run.copier.after_compute(run, i_split)
+        event = run.events[b][run.cur_copy]
+        if event is not None and (split.inputs or dialect.record_every_split):
+            run.machine.backends[b].event_record(event)
+        previous = b
+
+
+def _copy_input(run: SplitRun, i_split: int, i_input: int) -> None:
+    split = run.splits[i_split]
+    b = split.backend_id
+    tensor = split.inputs[i_input]
+    copy = run.copy_of(tensor, b)
+    if tensor.flags & TensorFlag.INPUT:
+        # at once: the user may overwrite an input as soon as compute_async returns
+        run.host_wait(i_split, b)
+        start_s = run.now()
+        tensor_copy(tensor, copy)
+        run.copied(i_split, tensor, "input", start_s)
+        return
+    run.stream_wait(i_split, b)
+    if run.copier.copy_input(run, i_split, i_input):
+        return
+    is_weight = tensor.buffer is not None and tensor.buffer.usage is BufferUsage.WEIGHTS
+    start_s = run.now()
+    input_backend = run.backend_of(tensor)
+    if not run.machine.backends[b].cpy_tensor_async(input_backend, tensor, copy):
+        run.synchronize(i_split, input_backend)
+        run.host_wait(i_split, b)
+        start_s = run.now()
+        tensor_copy(tensor, copy)
+    run.copied(i_split, tensor, "weight" if is_weight else "activation", start_s)
+
+
+def _launch(run: SplitRun, i_split: int) -> None:
+    """Give a split's nodes to its backend: all at once, or in parts that end where the eval callback wants data."""
+    split = run.splits[i_split]
+    backend = run.machine.backends[split.backend_id]
+    callback = run.eval_callback
+    if callback is None:
+        _compute(run, i_split, backend, split.graph)
+        return
+    nodes = split.graph.nodes
+    start = 0
+    while start < len(nodes):
+        end = start
+        wanted = callback(nodes[end], True)
+        while not wanted and end + 1 < len(nodes):
+            end += 1
+            wanted = callback(nodes[end], True)
+        _compute(run, i_split, backend, split.graph.view(start, end + 1))
+        run.synchronize(i_split, backend)
+        if wanted and not callback(nodes[end], False):
+            return
+        start = end + 1
+
+
+def _compute(run: SplitRun, i_split: int, backend: Backend, graph: GraphView) -> None:
+    start_s = run.now()
+    backend.graph_compute(graph)
+    if run.record is not None:
+        nodes = graph.graph.nodes
+        first = nodes[graph.i_start].name if len(graph) else ""
+        run.record(ComputeRecord(i_split, backend.name, len(graph), first, start_s, perf_counter()))

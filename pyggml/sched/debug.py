@@ -1,0 +1,73 @@
+"""The text of `GGML_SCHED_DEBUG`: which node runs where, and what each split copies.
+
+Levels 1 and 2 are upstream's to the letter, so that they can be compared with a log of llama.cpp; 3 fills the causes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..graph import Graph
+from ..tensor import Tensor
+from ..types import TensorFlag
+from .state import Assignment, Machine, Split
+
+__all__ = ["assignments_text"]
+
+
+def assignments_text(graph: Graph, splits: Sequence[Split], asg: Assignment, machine: Machine, *, level: int) -> str:
+    """Return what upstream prints after it split a graph.
+
+    Parameters
+    ----------
+    level : int
+        1: splits with their inputs; 2: nodes too; 3: and why each is where it is.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_sched_print_assignments`, whose causes are compiled out.
+    """
+    lines: list[str] = []
+    starts = {split.i_start: i for i, split in reversed(list(enumerate(splits)))}
+    for i, node in enumerate(graph.nodes):
+        i_split = starts.get(i)
+        if i_split is not None:
+            lines.append(_split_line(i_split, splits[i_split], machine))
+        if level > 1 and not node.op.is_view:
+            lines.append(_node_line(i, node, graph, asg, machine, level))
+    return "".join(lines)
+
+
+def _split_line(i_split: int, split: Split, machine: Machine) -> str:
+    inputs = "".join(f"[{t.name} ({_cut(_size(t), 5)})] " for t in split.inputs)
+    name = machine.backends[split.backend_id].name
+    return f"\n## SPLIT #{i_split}: {name} # {len(split.inputs)} inputs{': ' if inputs else ''}{inputs}\n"
+
+
+def _node_line(i: int, node: Tensor, graph: Graph, asg: Assignment, machine: Machine, level: int) -> str:
+    flag = 1 if node.flags & TensorFlag.COMPUTE else 0
+    head = (
+        f"node #{i:3} ({_cut(node.op_desc, 10)}): {_what(node, asg, machine, level)} "
+        f"use={graph.use_counts.get(node, 0)},c={flag}:"
+    )
+    return head + "".join(f" {_what(s, asg, machine, level)}" for s in node.src if s is not None) + "\n"
+
+
+def _what(tensor: Tensor, asg: Assignment, machine: Machine, level: int) -> str:
+    at = asg.ids.get(tensor)
+    cause = asg.causes.get(tensor) if level > 2 else None
+    name = "NULL" if at is None else machine.backends[at].name
+    return (
+        f"{_cut(tensor.name, 20)} ({_cut(_size(tensor), 5)}) "
+        f"[{_cut(name, 5)} {_cut('' if cause is None else cause.value, 8)}]"
+    )
+
+
+def _cut(text: str, width: int) -> str:
+    """Right-align and cut, as C's ``%5.5s``."""
+    return f"{text[:width]:>{width}}"
+
+
+def _size(tensor: Tensor) -> str:
+    n = tensor.nbytes
+    return f"{n // 1024**2}M" if n >= 1024**2 else f"{n // 1024}K"

@@ -1,0 +1,122 @@
+"""Which experts a batch uses, and which bytes of a weight hold them. Pure: no device, no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["EXPERT_PAD_BYTES", "CopyRange", "expert_copy_ranges", "find_bad_id", "used_experts"]
+
+#: MMQ reads past the last expert of a run; what is there must be no NaN (`ggml_backend_sched_compute_splits`).
+EXPERT_PAD_BYTES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRange:
+    """Bytes of a weight to copy, at the same offset in source and copy."""
+
+    offset_bytes: int
+    size_bytes: int
+
+    @property
+    def end_bytes(self) -> int:
+        """First byte after the range."""
+        return self.offset_bytes + self.size_bytes
+
+
+def used_experts(words: Sequence[int], *, n_used: int, n_token: int, strides: tuple[int, int]) -> set[int]:
+    """Return the distinct ids of a batch.
+
+    Parameters
+    ----------
+    words : sequence of int32
+        The ids tensor's bytes, gaps included.
+    n_used, n_token : int
+        Slots of a token, and tokens: the tensor's ``ne[0]`` and ``ne[1]``.
+    strides : (int, int)
+        Of slot and token, in words.
+
+    Examples
+    --------
+    >>> sorted(used_experts([3, 1, 9, 1, 0, 9], n_used=2, n_token=2, strides=(1, 3)))
+    [0, 1, 3]
+    """
+    s0, s1 = strides
+    used: set[int] = set()
+    if n_used == 0:
+        return used
+    span = (n_used - 1) * s0 + 1
+    for i1 in range(n_token):
+        used.update(words[i1 * s1 : i1 * s1 + span : s0])
+    return used
+
+
+def find_bad_id(
+    words: Sequence[int], *, n_used: int, n_token: int, strides: tuple[int, int], n_expert: int
+) -> tuple[int, int, int] | None:
+    """Return token, slot and id of the first id outside ``0 .. n_expert - 1``; None if there is none."""
+    s0, s1 = strides
+    for i1 in range(n_token):
+        for i0 in range(n_used):
+            id = words[i1 * s1 + i0 * s0]
+            if not 0 <= id < n_expert:
+                return i1, i0, id
+    return None
+
+
+def expert_copy_ranges(
+    used: Iterable[int],
+    n_expert: int,
+    expert_bytes: int,
+    *,
+    pad_bytes: int = EXPERT_PAD_BYTES,
+    tensor_bytes: int | None = None,
+) -> list[CopyRange]:
+    """Return the byte ranges that hold the used experts, neighbours merged.
+
+    Parameters
+    ----------
+    used : iterable of int
+        Ids, each in ``0 .. n_expert - 1``.
+    expert_bytes : int
+        From one expert to the next, ``nb[2]``.
+    pad_bytes : int
+        At most so many bytes more after a run that does not end at the last expert; never more than an expert.
+    tensor_bytes : int, optional
+        Bytes of the weight; ranges end there.
+
+    Returns
+    -------
+    list of CopyRange
+        Ascending.
+
+    Notes
+    -----
+    Mirrors the grouping in `ggml_backend_sched_compute_splits`.
+    Differs: no used expert gives no range, where upstream presumes one; a range is clipped to the weight, where
+    upstream aborts at the last expert of a strided view.
+
+    Examples
+    --------
+    >>> expert_copy_ranges({0, 1, 7}, 8, 1000)
+    [CopyRange(offset_bytes=0, size_bytes=2512), CopyRange(offset_bytes=7000, size_bytes=1000)]
+    """
+    end = n_expert * expert_bytes if tensor_bytes is None else tensor_bytes
+    pad = min(expert_bytes, pad_bytes)
+    ranges = []
+    for first, last in _runs(sorted(set(used))):
+        offset = first * expert_bytes
+        size = (last - first + 1) * expert_bytes + (pad if last < n_expert - 1 else 0)
+        ranges.append(CopyRange(offset, min(size, end - offset)))
+    return ranges
+
+
+def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Return first and last of each run of neighbours."""
+    runs: list[tuple[int, int]] = []
+    for id in ids:
+        if runs and id == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], id)
+        else:
+            runs.append((id, id))
+    return runs

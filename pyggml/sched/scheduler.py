@@ -1,0 +1,515 @@
+"""`Scheduler`: a graph over several backends.
+
+A whole use::
+
+    import numpy as np
+    import pyggml as ggml
+
+    cpu, gpu = ggml.CPU(threads=2), ggml.Sim("rtx4090-pcie4")
+    weights = ggml.Context()
+    w = weights.new_tensor("q8_0", (256, 512, 8), name="ffn_up_exps.weight")
+    weights.alloc(cpu, usage="weights")
+    w.set_array(np.random.randn(8, 512, 256))
+
+    graph = ggml.Graph()
+    with graph:
+        x = graph.input("f32", (256, 1, 40), name="x")
+        ids = graph.input("i32", (2, 40), name="ids")
+        y = ggml.mul_mat_id(w, x, ids).named("y")
+    graph.expand(y)
+
+    sched = ggml.Scheduler([gpu, cpu])
+    sched.alloc_graph(graph)          # assign, split, allocate
+    x.set_array(...); ids.set_array(...)
+    sched.compute(graph)              # copy inputs (only the used experts of w), launch, wait
+    print(y.numpy(), sched.splits, sched.stats)
+
+The way of a graph: `assign` (which backend), `split` (where to cut, what to copy), `alloc` (where in memory), `compute`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+from weakref import WeakKeyDictionary, ref
+
+from .. import config
+from ..alloc import Gallocr
+from ..backend import Backend, Event
+from ..buffer import BufferType
+from ..dialect import DEFAULT_DIALECT, Dialect, Repairs
+from ..errors import SchedError
+from ..graph import Graph
+from ..record import AllocRecord, Record, Recorder, Statistics
+from ..tensor import Tensor
+from ..types import SCHED_MAX_COPIES, BufferUsage, DeviceType
+from .assign import OffloadOp, assign
+from .compute import EvalCallback, SplitRun, compute_splits
+from .debug import assignments_text
+from .policies import InputCopier, UpstreamCopier, UsedExpertCopier, default_offload
+from .split import CutMemory, Cutter, make_sched_graph, optimize_splits
+from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Runs graphs over several backends.
+
+    Parameters
+    ----------
+    backends : sequence of Backend
+        In order of priority; the last is a CPU, which takes what no other can.
+    bufts : sequence of BufferType, optional
+        Where each backend's results go; its default buffer type if not given.
+    parallel : bool
+        Keep four copies of every input, so that the next graph can start before the last one ends.
+    op_offload : bool
+        Let devices take ops whose weights lie in host memory, where they offer to.
+    dialect : Dialect
+        The version of ggml whose rules decide; the newest by default.
+    strict : bool
+        Replay upstream exactly, mistakes included.
+    repairs : Repairs, optional
+        Which mistakes are mended; all, or none if strict.
+    copier : InputCopier, optional
+        How inputs are copied; `UsedExpertCopier`, or `UpstreamCopier` if strict.
+    offload_rule : callable, optional
+        ``(backend, tensor) -> bool``; the device's own rule by default.
+    recorder : Recorder, optional
+        Takes a record of everything that happens.
+    eval_callback : callable, optional
+        ``(tensor, ask) -> bool``; see `EvalCallback`.
+    debug : int, optional
+        Level of the text on stderr after each split; ``GGML_SCHED_DEBUG`` if not given.
+
+    Raises
+    ------
+    SchedError
+        There is no backend, the last is no CPU, or one cannot use its buffer type.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_sched`. Differs: no limits of graph size, backends or names; one scheduler is for one thread
+    at a time, and says so; an error leaves it usable; a graph can be allocated again after `reset`.
+    """
+
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        *,
+        bufts: Sequence[BufferType] | None = None,
+        parallel: bool = False,
+        op_offload: bool = True,
+        dialect: Dialect = DEFAULT_DIALECT,
+        strict: bool = False,
+        repairs: Repairs | None = None,
+        copier: InputCopier | None = None,
+        offload_rule: OffloadOp | None = None,
+        recorder: Recorder | None = None,
+        eval_callback: EvalCallback | None = None,
+        debug: int | None = None,
+    ) -> None:
+        self.backends = tuple(backends)
+        self.bufts = tuple(b.buffer_type for b in self.backends) if bufts is None else tuple(bufts)
+        _check_backends(self.backends, self.bufts)
+        self.dialect = dialect
+        self.repairs = (Repairs.strict() if strict else Repairs()) if repairs is None else repairs
+        self.machine = Machine(self.backends, self.bufts, dialect, self.repairs)
+        self.n_copies = SCHED_MAX_COPIES if parallel else 1
+        self.cur_copy = self.next_copy = 0
+        self.op_offload = op_offload
+        self.offload_rule: OffloadOp = default_offload if offload_rule is None else offload_rule
+        self.copier: InputCopier = (
+            copier if copier is not None else UpstreamCopier() if strict else UsedExpertCopier(self.repairs)
+        )
+        self.eval_callback = eval_callback
+        self.debug = config.sched_debug() if debug is None else debug
+        #: counts of all that was copied and computed since the scheduler was made, or since ``stats.clear()``
+        self.stats = Statistics()
+        self.recorder = recorder
+
+        self.assignment = Assignment()
+        self.splits: list[Split] = []
+        self.copies: Copies = {}
+        self.graph_inputs: list[Tensor] = []
+        self.graph_copy = SchedGraph()
+        self.events: list[list[Event | None]] = [
+            [b.device.event_new() if parallel else None for _ in range(self.n_copies)] for b in self.backends
+        ]
+        self.galloc = Gallocr(self.bufts, dialect=dialect)
+        self.is_reset = True
+        self.is_alloc = False
+        self._memory = CutMemory()
+        self._node_ids, self._prev_node_ids = _IdTable(), _IdTable()
+        self._leaf_ids, self._prev_leaf_ids = _IdTable(), _IdTable()
+        self._cutter: Cutter | None = None
+        self._allocated: ref[Graph] | None = None
+        self._rewritten: WeakKeyDictionary[Graph, list[tuple[Tensor, int, Tensor]]] = WeakKeyDictionary()
+        self._thread = threading.RLock()
+
+    # -- questions -----------------------------------------------------------
+
+    @property
+    def n_splits(self) -> int:
+        """Number of splits of the latest graph."""
+        return len(self.splits)
+
+    def tensor_backend(self, tensor: Tensor) -> Backend | None:
+        """Return the backend that a tensor is assigned to."""
+        backend_id = self.assignment.get(tensor)
+        return None if backend_id is None else self.backends[backend_id]
+
+    def cause(self, tensor: Tensor) -> Cause | None:
+        """Return why a tensor is where it is."""
+        return self.assignment.cause(tensor)
+
+    def buffer_size(self, backend: Backend) -> int:
+        """Bytes of a backend's compute buffer; 0 if an earlier backend has the same.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_get_buffer_size`.
+        """
+        return self.galloc.buffer_size(self._backend_id(backend))
+
+    def chunk_sizes(self, backend: Backend) -> list[int]:
+        """Bytes of each chunk of a backend's compute buffer."""
+        return [b.size for b in self.galloc.chunks(self._backend_id(backend))]
+
+    def _backend_id(self, backend: Backend) -> int:
+        for i, b in enumerate(self.backends):
+            if b is backend:
+                return i
+        raise SchedError(f"{backend.name} is no backend of this scheduler")
+
+    # -- user's choices ------------------------------------------------------
+
+    def set_tensor_backend(self, tensor: Tensor, backend: Backend) -> None:
+        """Pin a tensor to a backend, for the next graph; `reset` and `reserve` forget it.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_set_tensor_backend`: obeyed even if the backend does not support the op.
+        """
+        with self._one_thread():
+            self.assignment.set(tensor, self._backend_id(backend), Cause.USER)
+            self.is_reset = False
+
+    def set_eval_callback(self, callback: EvalCallback | None) -> None:
+        """Set or remove the callback that sees nodes as they are computed."""
+        self.eval_callback = callback
+
+    # -- planning ------------------------------------------------------------
+
+    def split_graph(self, graph: Graph) -> list[Split]:
+        """Assign and cut a graph, without allocating it.
+
+        Raises
+        ------
+        UnsupportedOpError
+            No backend can run a node.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_split_graph`.
+        """
+        with self._one_thread():
+            return self._split(graph)
+
+    def _split(self, graph: Graph) -> list[Split]:
+        self._restore(graph)
+        self.is_reset = False
+        self._cutter = None
+        asg = self.assignment
+        assign(graph, asg, self.machine, self.offload_rule if self.op_offload else None)
+        cutter = Cutter(asg, self.machine, self._memory, n_copies=self.n_copies, cur_copy=self.cur_copy)
+        self._rewritten[graph] = cutter.rewritten
+        cutter.cut(graph)
+        if self.debug:
+            sys.stderr.write(assignments_text(graph, cutter.splits, asg, self.machine, level=self.debug))
+        cutter.copy_graph_inputs(graph)
+        self._node_ids, self._prev_node_ids = self._prev_node_ids, self._node_ids
+        self._leaf_ids, self._prev_leaf_ids = self._prev_leaf_ids, self._leaf_ids
+        deps = optimize_splits(graph, cutter.splits, self.machine)
+        self.graph_copy = make_sched_graph(graph, cutter, deps)
+        self._node_ids.write(self.graph_copy.node_backend_ids)
+        self._leaf_ids.write(self.graph_copy.leaf_backend_ids)
+        self.splits, self.copies, self.graph_inputs = cutter.splits, cutter.copies, cutter.graph_inputs
+        self._cutter = cutter
+        return self.splits
+
+    def _restore(self, graph: Graph) -> None:
+        """Undo what an earlier splitting and allocation of the same graph did to its tensors."""
+        rewritten = self._rewritten.pop(graph, None)
+        if rewritten is None:
+            return
+        for node, j, src in rewritten:
+            node.src[j] = src
+        for tensor in (*graph.leafs, *graph.nodes):
+            storage = tensor.storage
+            if storage is not None and storage.usage is BufferUsage.COMPUTE:
+                tensor.buffer = tensor.data = None
+
+    def reserve(self, graph: Graph) -> None:
+        """Allocate compute buffers that a graph needs, and forget the graph.
+
+        Raises
+        ------
+        OutOfMemoryError
+            A device has not so much. The scheduler is not reset then; the next graph is laid out anew.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_reserve`.
+        """
+        with self._one_thread():
+            self._synchronize()
+            self._split(graph)
+            self._reserve_copy()
+            self._reset()
+
+    def reserve_size(self, graph: Graph) -> list[int]:
+        """Return the bytes of compute buffer that a graph would need on each backend.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_reserve_size`. Differs: a graph that is allocated next gets its buffers.
+        """
+        with self._one_thread():
+            self._reset()
+            self._synchronize()
+            self._split(graph)
+            copy = self.graph_copy
+            return self.galloc.reserve_n_size(copy, copy.node_backend_ids, copy.leaf_backend_ids)
+
+    def _reserve_copy(self) -> None:
+        copy = self.graph_copy
+        self.galloc.reserve_n(copy, copy.node_backend_ids, copy.leaf_backend_ids)
+        if self.recorder is not None:
+            for i, backend in enumerate(self.backends):
+                self.recorder.record(
+                    AllocRecord(copy.nodes[-1].name if copy.nodes else "", backend.name, self.bufts[i].name,
+                                self.galloc.buffer_size(i))
+                )  # fmt: skip
+
+    def alloc_graph(self, graph: Graph) -> None:
+        """Assign, cut and allocate a graph, so that its inputs can be set.
+
+        Raises
+        ------
+        SchedError
+            A graph is allocated already: `reset` first.
+        UnsupportedOpError
+            No backend can run a node.
+        OutOfMemoryError
+            A device has not enough memory for the compute buffer.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_alloc_graph`.
+        Differs: a failed reserve is an error in every dialect (`reserve_failure`: upstream before 0.26 goes on with a
+        null buffer).
+        """
+        with self._one_thread():
+            self._alloc(graph)
+
+    def _alloc(self, graph: Graph) -> None:
+        if self.is_alloc:
+            held = self._allocated() if self._allocated is not None else None
+            raise SchedError(
+                f"{held!r} is allocated already" if held is not graph else "the graph is allocated already",
+                hint="call reset() before the next alloc_graph",
+            )
+        self.cur_copy = self.next_copy
+        self.next_copy = (self.next_copy + 1) % self.n_copies
+        self._split(graph)
+        self._alloc_splits()
+        assert self._cutter is not None
+        self.copier.prepare(self._cutter)
+        self._allocated = ref(graph)
+        self.is_alloc = True
+
+    def _alloc_splits(self) -> None:
+        """Place the graph; reserve anew if it moved between buffer types or does not fit.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_alloc_splits`.
+        """
+        bufts = self.bufts
+        moved = self._node_ids.moved(self._prev_node_ids, len(self.graph_copy.nodes), bufts) or self._leaf_ids.moved(
+            self._prev_leaf_ids, len(self.graph_copy.leafs), bufts
+        )
+        if moved or not self.galloc.alloc_graph(self.graph_copy):
+            # inputs may move in memory; next_copy must not change, so this is no `synchronize`
+            for backend in self.backends:
+                backend.synchronize()
+            self._reserve_copy()
+            self.galloc.alloc_graph(self.graph_copy)
+
+    # -- computing -----------------------------------------------------------
+
+    def compute(self, graph: Graph) -> None:
+        """Compute a graph and wait until it is done; allocates it if it is not.
+
+        Raises
+        ------
+        SchedError
+            Another graph is allocated.
+        ComputeError, ExpertIdError
+            See `compute_splits`. The graph stays allocated; the next call starts from the beginning.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_graph_compute`.
+        """
+        with self._one_thread():
+            try:
+                self._compute_async(graph)
+            finally:
+                self._synchronize()
+
+    def compute_async(self, graph: Graph) -> None:
+        """Start computing a graph; allocates it if it is not. See `compute`.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_graph_compute_async`.
+        """
+        with self._one_thread():
+            self._compute_async(graph)
+
+    def _compute_async(self, graph: Graph) -> None:
+        if not self.is_reset and not self.is_alloc:
+            self._reset()
+        if not self.is_alloc:
+            self._alloc(graph)
+        elif self.repairs.other_graph:
+            held = self._allocated() if self._allocated is not None else None
+            if held is not graph:
+                raise SchedError(
+                    f"{held!r} is allocated, {graph!r} was to be computed",
+                    hint="call reset(), then alloc_graph() with the graph to compute",
+                )
+        compute_splits(
+            SplitRun(
+                self.machine, self.splits, self.copies, self.assignment, self.cur_copy, self.events, self.copier,
+                self.eval_callback, self._record_call(),
+            )
+        )  # fmt: skip
+
+    def _record_call(self) -> Callable[[Record], None]:
+        if self.recorder is None:
+            return self.stats.record
+        stats, recorder = self.stats.record, self.recorder.record
+
+        def both(record: Record) -> None:
+            stats(record)
+            recorder(record)
+
+        return both
+
+    def synchronize(self) -> None:
+        """Wait for all work of all backends.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_synchronize`: while nothing is allocated the next pipeline copy is the first again.
+        """
+        with self._one_thread():
+            self._synchronize()
+
+    def _synchronize(self) -> None:
+        for backend in self.backends:
+            backend.synchronize()
+        if not self.is_alloc:
+            self.next_copy = 0
+
+    def reset(self) -> None:
+        """Forget graph, assignments and pins; compute buffers stay.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_reset`.
+        """
+        with self._one_thread():
+            self._reset()
+
+    def _reset(self) -> None:
+        if not self.is_reset:
+            self.assignment = Assignment()
+            self.copies = {}
+            self.is_reset = True
+        self.is_alloc = False
+        self._allocated = None
+
+    def close(self) -> None:
+        """Give the compute buffers back. The backends stay as they are."""
+        with self._one_thread():
+            self._synchronize()
+            self._reset()
+            self.splits = []
+            self.graph_copy = SchedGraph()
+            self.galloc.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        if not self._thread.acquire(blocking=False):
+            raise SchedError(
+                "the scheduler is in use by another thread", hint="use one scheduler per thread, or a lock of your own"
+            )
+        try:
+            yield
+        finally:
+            self._thread.release()
+
+    def __repr__(self) -> str:
+        names = ", ".join(b.name for b in self.backends)
+        state = f"{self.n_splits} splits" if self.is_alloc else "nothing allocated"
+        return f"<Scheduler over {names}: {state}, {self.n_copies} pipeline copies>"
+
+
+def _check_backends(backends: Sequence[Backend], bufts: Sequence[BufferType]) -> None:
+    if not backends:
+        raise SchedError("a scheduler needs at least one backend", hint="the last one must be a CPU")
+    if backends[-1].device.type is not DeviceType.CPU:
+        raise SchedError(
+            f"the last backend must be a CPU, not {backends[-1].name}", hint="append pyggml.CPU() to the backends"
+        )
+    if len(bufts) != len(backends):
+        raise SchedError(f"{len(backends)} backends need as many buffer types, not {len(bufts)}")
+    for backend, buft in zip(backends, bufts, strict=True):
+        if not backend.supports_buft(buft):
+            raise SchedError(f"{backend.name} cannot use memory of type {buft.name}")
+
+
+class _IdTable:
+    """Backend ids by position in the graph, as upstream's arrays: what a shorter graph does not write stays."""
+
+    __slots__ = ("ids",)
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def write(self, ids: Sequence[int]) -> None:
+        self.ids[: len(ids)] = ids
+
+    def moved(self, previous: _IdTable, n: int, bufts: Sequence[BufferType]) -> bool:
+        """Whether one of the first n positions has another buffer type than in the previous graph."""
+        if self.ids[:n] == previous.ids[:n]:
+            return False
+        before = previous.ids[:n] + [0] * (n - len(previous.ids))
+        return any(a != b and bufts[a] is not bufts[b] for a, b in zip(self.ids[:n], before, strict=True))

@@ -1,0 +1,276 @@
+"""Passes 5 and 6: cut the graph into splits, find what must be copied, and make the graph that the allocator sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..errors import SchedError
+from ..graph import Graph
+from ..tensor import Tensor, dup_layout, view_tensor
+from ..types import MAX_SRC, SCHED_MAX_SPLIT_INPUTS, BufferUsage, TensorFlag
+from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
+
+__all__ = ["CutMemory", "Cutter", "make_sched_graph", "optimize_splits"]
+
+
+class CutMemory:
+    """What upstream's split records keep from one graph to the next.
+
+    Attributes
+    ----------
+    backend_id : int
+        Backend of the first split; a graph without computed nodes keeps it (`Repairs.empty_split`).
+    capacities : list of int
+        Inputs that each split's record has room for (`Dialect.cut_at_input_capacity`).
+    """
+
+    __slots__ = ("backend_id", "capacities")
+
+    def __init__(self) -> None:
+        self.backend_id = 0
+        self.capacities: list[int] = []
+
+    def capacity(self, i_split: int) -> int:
+        """Return the room of a split's record."""
+        return self.capacities[i_split] if i_split < len(self.capacities) else 0
+
+    def grow(self, i_split: int) -> None:
+        """Double the room of a split's record for good."""
+        self.capacities.extend([0] * (i_split + 1 - len(self.capacities)))
+        self.capacities[i_split] = 2 * self.capacities[i_split] or SCHED_MAX_SPLIT_INPUTS
+
+
+class Cutter:
+    """Pass 5, and 6 with pipeline copies: one use for one graph.
+
+    Attributes
+    ----------
+    splits : list of Split
+        In the order of computing.
+    copies : Copies
+        Copies of split inputs and of graph inputs.
+    graph_inputs : list of Tensor
+        Inputs that have pipeline copies.
+    rewritten : list of (Tensor, int, Tensor)
+        Node, index and former source, for every source that now is a copy.
+    """
+
+    __slots__ = ("asg", "copies", "cur_copy", "graph_inputs", "machine", "memory", "n_copies", "rewritten", "splits")
+
+    def __init__(self, asg: Assignment, machine: Machine, memory: CutMemory, *, n_copies: int, cur_copy: int) -> None:
+        self.asg = asg
+        self.machine = machine
+        self.memory = memory
+        self.n_copies = n_copies
+        self.cur_copy = cur_copy
+        self.splits: list[Split] = []
+        self.copies: Copies = {}
+        self.graph_inputs: list[Tensor] = []
+        self.rewritten: list[tuple[Tensor, int, Tensor]] = []
+
+    def cut(self, graph: Graph) -> None:
+        """Cut at every change of backend, and before every weight that must be copied.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_split_graph`, pass 5. A split that starts for its weight lets the allocator reuse
+        the memory of the weight before.
+        """
+        nodes = graph.nodes
+        ids = self.asg.ids
+        i_first = next((i for i, node in enumerate(nodes) if not node.op.is_view), len(nodes))
+        if i_first < len(nodes):
+            self.memory.backend_id = ids[nodes[i_first]]
+        elif self.machine.repairs.empty_split:
+            self.memory.backend_id = ids[nodes[0]] if nodes else self.machine.cpu
+        split = Split(self.memory.backend_id, 0, len(nodes))
+        self.splits.append(split)
+        by_source = self.machine.dialect.graph_inputs_from == "sources"
+        for i in range(i_first, len(nodes)):
+            node = nodes[i]
+            if node.op.is_view:
+                continue
+            backend_id = ids[node]
+            if backend_id != split.backend_id or (split.inputs and self._must_start(node, split)):
+                split.i_end = i
+                split = Split(backend_id, i, len(nodes))
+                self.splits.append(split)
+            for j, src in enumerate(node.src):
+                if src is None:
+                    continue
+                if by_source and self.n_copies > 1 and src.flags & TensorFlag.INPUT:
+                    self._copy_graph_input(src)
+                if self._needs_copy(src, split.backend_id):
+                    by_backend = self.copies.setdefault(src, {})
+                    if split.backend_id not in by_backend:
+                        by_backend[split.backend_id] = self._make_copies(src, split.backend_id)
+                        self._add_input(split, src)
+                    self.rewritten.append((node, j, src))
+                    node.src[j] = by_backend[split.backend_id][self.cur_copy]
+
+    def _needs_copy(self, src: Tensor, backend_id: int) -> bool:
+        """Whether a backend cannot use a source where it is.
+
+        Notes
+        -----
+        Differs: a weight that the user pinned to a device whose kernels cannot reach it is copied (`pinned_weight`).
+        """
+        at = self.asg.ids.get(src)
+        if at is None:
+            raise SchedError(f"'{src.name}' has no backend: the tensor that it views is not in the graph")
+        if at == backend_id and not (self.machine.repairs.pinned_weight and src.storage is not None):
+            return False
+        return not self.machine.buffer_supported(src, backend_id, self.asg)
+
+    def _must_start(self, node: Tensor, split: Split) -> bool:
+        """Whether a node on the split's own backend starts a new one."""
+        is_full = self.machine.dialect.cut_at_input_capacity and len(split.inputs) == self.memory.capacity(
+            len(self.splits) - 1
+        )
+        for src in node.src:
+            if src is None:
+                continue
+            is_weight = src.buffer is not None and src.buffer.usage is BufferUsage.WEIGHTS
+            if is_weight and self._needs_copy(src, split.backend_id):
+                return True
+            if is_full and split.backend_id not in self.copies.get(src, ()) and self._needs_copy(src, split.backend_id):
+                return True
+        return False
+
+    def _add_input(self, split: Split, src: Tensor) -> None:
+        i_split = len(self.splits) - 1
+        if len(split.inputs) >= self.memory.capacity(i_split):
+            self.memory.grow(i_split)
+        split.inputs.append(src)
+
+    def _make_copies(self, src: Tensor, backend_id: int) -> list[Tensor]:
+        """Return a tensor on the backend for each pipeline copy."""
+        made = []
+        for c in range(self.n_copies):
+            copy = dup_layout(src, f"{self.machine.backends[backend_id].name}#{src.name}#{c}")
+            if self.n_copies > 1:
+                copy.flags |= TensorFlag.INPUT | TensorFlag.OUTPUT  # the allocator must not overwrite it
+            self.asg.causes[copy] = Cause.COPIED
+            made.append(copy)
+        return made
+
+    # pass 6: pipeline copies of the graph's inputs
+
+    def copy_graph_inputs(self, graph: Graph) -> None:
+        """Give every input leaf its pipeline copies, used or not.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_split_graph`, pass 6; before 0.26 the inputs were found in pass 5.
+        """
+        if self.n_copies > 1 and self.machine.dialect.graph_inputs_from == "leafs":
+            for leaf in graph.leafs:
+                if leaf.flags & TensorFlag.INPUT:
+                    self._copy_graph_input(leaf, always_listed=True)
+
+    def _copy_graph_input(self, tensor: Tensor, *, always_listed: bool = False) -> None:
+        """Make the other copies of an input; it is itself the current one."""
+        backend_id = self.asg.ids[tensor]
+        by_backend = self.copies.setdefault(tensor, {})
+        is_new = backend_id not in by_backend
+        if is_new:
+            name = self.machine.backends[backend_id].name
+            made = []
+            for c in range(self.n_copies):
+                copy = tensor if c == self.cur_copy else dup_layout(tensor, f"{name}#{tensor.name}#{c}")
+                copy.flags |= TensorFlag.INPUT | TensorFlag.OUTPUT
+                if copy is not tensor:
+                    self.asg.causes[copy] = Cause.GRAPH_INPUT
+                made.append(copy)
+            by_backend[backend_id] = made
+        if is_new or always_listed:
+            self.graph_inputs.append(tensor)
+
+
+#: Tensors that are to stay allocated until a node: by node, in the order of asking.
+AllocDeps = dict[Tensor, list[Tensor]]
+
+
+def optimize_splits(graph: Graph, splits: Sequence[Split], machine: Machine) -> AllocDeps:
+    """Make each split's view of the graph and let its backend reorder it.
+
+    Returns
+    -------
+    dict
+        The tensors that a backend asked to keep until a node; empty in dialects without `alloc_deps`.
+    """
+    deps: AllocDeps = {}
+
+    def add_alloc_dep(tensor: Tensor, until: Tensor) -> None:
+        kept = deps.setdefault(until, [])
+        if tensor not in kept:
+            kept.append(tensor)
+
+    def ignore(tensor: Tensor, until: Tensor) -> None:
+        """Before 0.26 there was no such means."""
+
+    ask: Callable[[Tensor, Tensor], None] = add_alloc_dep if machine.dialect.alloc_deps else ignore
+    for split in splits:
+        split.graph = graph.view(split.i_start, split.i_end)
+        machine.backends[split.backend_id].graph_optimize(split.graph, ask)
+    return deps
+
+
+def make_sched_graph(graph: Graph, cutter: Cutter, deps: AllocDeps) -> SchedGraph:
+    """Return the graph for the allocator.
+
+    Before each split stand, for each input, a view that keeps its source alive and the copy that is to be allocated.
+
+    Raises
+    ------
+    SchedError
+        A backend asked to keep a tensor until one that is no node of a split.
+
+    Notes
+    -----
+    Mirrors the end of `ggml_backend_sched_split_graph`.
+    """
+    made = SchedGraph()
+    nodes, node_ids = made.nodes, made.node_backend_ids
+    ids, copies = cutter.asg.ids, cutter.copies
+    pending = set(deps)
+    for split in cutter.splits:
+        for tensor in split.inputs:
+            dep = view_tensor(tensor)
+            dep.src = [tensor]
+            nodes += (dep, copies[tensor][split.backend_id][cutter.cur_copy])
+            node_ids += (ids[tensor], split.backend_id)
+        for node in graph.nodes[split.i_start : split.i_end]:
+            nodes.append(node)
+            node_ids.append(ids[node])
+            kept = deps.get(node, ())
+            for k in range(0, len(kept), MAX_SRC):
+                dep = view_tensor(kept[k])
+                dep.src = list(kept[k : k + MAX_SRC])
+                nodes.append(dep)
+                node_ids.append(split.backend_id)
+            pending.discard(node)
+    if pending:
+        until = next(iter(pending))
+        raise SchedError(
+            f"a backend asked to keep '{deps[until][0].name}' until '{until.name}', which is no node of a split",
+            hint="its graph_optimize is wrong",
+        )
+    _add_leafs(graph, cutter, made)
+    return made
+
+
+def _add_leafs(graph: Graph, cutter: Cutter, made: SchedGraph) -> None:
+    """Append the pipeline copies, which are allocated before all else, then the graph's leafs."""
+    ids, copies = cutter.asg.ids, cutter.copies
+    if cutter.n_copies > 1:
+        for tensor in cutter.graph_inputs:
+            made.leafs += copies[tensor][ids[tensor]]
+            made.leaf_backend_ids += [ids[tensor]] * cutter.n_copies
+        for split in cutter.splits:
+            for tensor in split.inputs:
+                made.leafs += copies[tensor][split.backend_id]
+                made.leaf_backend_ids += [split.backend_id] * cutter.n_copies
+    made.leafs += graph.leafs
+    # a leaf that nothing uses and that is no input has no backend; upstream reads before its table then
+    made.leaf_backend_ids += [ids.get(leaf, cutter.machine.cpu) for leaf in graph.leafs]

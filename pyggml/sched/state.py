@@ -1,0 +1,176 @@
+"""The data that the passes hand on: machine, assignment with causes, splits, and the scheduler's own graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..backend import Backend
+from ..buffer import BufferType
+from ..dialect import Dialect, Repairs
+from ..graph import GraphView
+from ..tensor import Tensor
+
+__all__ = ["Assignment", "Cause", "Copies", "Machine", "SchedGraph", "Split"]
+
+
+class Cause(Enum):
+    """Why a tensor is where it is; the value is upstream's note (`SET_CAUSE`), its digit the pass."""
+
+    USER = "usr"
+    DST = "1.dst"
+    VIEW_SRC = "1.vsrc"
+    INPUT = "1.inp"
+    OFFLOADED = "1.off"
+    WEIGHT0 = "1.wgt0"
+    WEIGHT1 = "1.wgt1"
+    WEIGHT2 = "1.wgt2"
+    WEIGHT3 = "1.wgt3"
+    WEIGHT4 = "1.wgt4"
+    WEIGHT5 = "1.wgt5"
+    WEIGHT6 = "1.wgt6"
+    WEIGHT7 = "1.wgt7"
+    WEIGHT8 = "1.wgt8"
+    WEIGHT9 = "1.wgt9"
+    EXPANDED = "2.sup"
+    BEST = "3.best"
+    UPGRADED = "3.upg"
+    VIEWED = "4.vsrc"
+    USED = "4.cur"
+    COPIED = "4.cpy"
+    GRAPH_INPUT = "6.cpy"
+
+    @staticmethod
+    def weight(i_src: int) -> Cause:
+        """Return the cause "source i is a weight"."""
+        return _WEIGHTS[i_src]
+
+    @property
+    def text(self) -> str:
+        """A phrase for people, that completes "it is there because"."""
+        if self.value.startswith("1.wgt"):
+            return f"its source {self.value[5:]} is a weight there"
+        return _TEXTS[self.value]
+
+
+_WEIGHTS = [c for c in Cause if c.value.startswith("1.wgt")]
+_TEXTS = {
+    "usr": "the user pinned it there",
+    "1.dst": "its own buffer is there",
+    "1.vsrc": "it is a view of a tensor there",
+    "1.inp": "it is an input, and inputs start on the CPU",
+    "1.off": "its weight is in host memory, and the device offered to take the op",
+    "2.sup": "its neighbours are there, and the op is supported there",
+    "3.best": "most of its sources can be used there",
+    "3.upg": "a backend of higher priority shares the memory",
+    "4.vsrc": "it is a view of a tensor there",
+    "4.cur": "the node that uses it is there",
+    "4.cpy": "it is a copy of a split's input",
+    "6.cpy": "it is a pipeline copy of a graph's input",
+}
+
+#: Copies of a tensor: by tensor, then backend id, one for each pipeline copy.
+Copies = dict[Tensor, dict[int, list[Tensor]]]
+
+
+class Assignment:
+    """Which backend each tensor is on, and why.
+
+    Attributes
+    ----------
+    ids : dict of Tensor to int
+        Index of the backend; a tensor that is not in it is not assigned.
+    causes : dict of Tensor to Cause
+        The latest cause of each.
+    """
+
+    __slots__ = ("causes", "ids")
+
+    def __init__(self) -> None:
+        self.ids: dict[Tensor, int] = {}
+        self.causes: dict[Tensor, Cause] = {}
+
+    def get(self, tensor: Tensor) -> int | None:
+        """Return the backend id of a tensor."""
+        return self.ids.get(tensor)
+
+    def set(self, tensor: Tensor, backend_id: int, cause: Cause) -> None:
+        """Assign a tensor."""
+        self.ids[tensor] = backend_id
+        self.causes[tensor] = cause
+
+    def cause(self, tensor: Tensor) -> Cause | None:
+        """Return why a tensor is where it is."""
+        return self.causes.get(tensor)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.ids.clear()
+        self.causes.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the passes ask: the backends in order of priority, the last a CPU, and the rules."""
+
+    backends: Sequence[Backend]
+    bufts: Sequence[BufferType]  #: where each backend's results go
+    dialect: Dialect
+    repairs: Repairs
+
+    @property
+    def cpu(self) -> int:
+        """Index of the last backend, which is a CPU."""
+        return len(self.backends) - 1
+
+    def buffer_supported(self, tensor: Tensor, backend_id: int, asg: Assignment) -> bool:
+        """Whether a backend can use a tensor where it is, or will be.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_buffer_supported`.
+        """
+        root = tensor.view_src
+        buffer = tensor.buffer if root is None else root.buffer
+        if buffer is not None:
+            return self.backends[backend_id].supports_buft(buffer.buft)
+        at = asg.ids.get(tensor)
+        if at is None and root is not None:
+            at = asg.ids.get(root)
+        return at is not None and self.backends[backend_id].supports_buft(self.bufts[at])
+
+
+@dataclass(eq=False, slots=True)
+class Split:
+    """A range of nodes that one backend computes in one go, after its inputs were copied there.
+
+    Notes
+    -----
+    Mirrors `struct ggml_backend_sched_split`.
+    """
+
+    backend_id: int
+    i_start: int
+    i_end: int
+    inputs: list[Tensor] = field(default_factory=list)
+    graph: GraphView = None  # type: ignore[assignment]  # set once all splits are known
+
+    def __repr__(self) -> str:
+        names = ", ".join(t.name for t in self.inputs)
+        return f"<Split of nodes {self.i_start}..{self.i_end - 1} on backend {self.backend_id}, inputs [{names}]>"
+
+
+@dataclass(slots=True)
+class SchedGraph:
+    """The graph that the allocator sees: the nodes, and before each split its inputs' sources and copies.
+
+    Notes
+    -----
+    Mirrors the copy of the graph made at the end of `ggml_backend_sched_split_graph`.
+    """
+
+    nodes: list[Tensor] = field(default_factory=list)
+    leafs: list[Tensor] = field(default_factory=list)
+    node_backend_ids: list[int] = field(default_factory=list)
+    leaf_backend_ids: list[int] = field(default_factory=list)
