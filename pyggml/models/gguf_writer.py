@@ -1,0 +1,227 @@
+"""Write a GGUF file: keys and tensors announced first, data streamed after, the file there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import PyggmlError
+from ..gguf import DEFAULT_ALIGNMENT, MAGIC, ValueType
+from ..types import Type
+
+__all__ = ["GGUFWriter", "Progress", "Written", "atomic_file"]
+
+#: Told after each piece: bytes done, bytes in all.
+Progress = Callable[[int, int], None]
+
+_VERSION = 3
+_PIECE_BYTES = 1 << 22
+#: A writer touches its temporary file all the time; one left alone for so long has lost its writer.
+_ABANDONED_S = 600.0
+_SCALARS = {
+    ValueType.UINT8: "<B",
+    ValueType.INT8: "<b",
+    ValueType.UINT32: "<I",
+    ValueType.INT32: "<i",
+    ValueType.FLOAT32: "<f",
+    ValueType.BOOL: "<?",
+    ValueType.UINT64: "<Q",
+    ValueType.INT64: "<q",
+    ValueType.FLOAT64: "<d",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A file that was written."""
+
+    path: str
+    n_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    record: bytes  #: all but the offset
+    nbytes: int
+    pieces: Callable[[], Iterable[bytes | memoryview]]
+
+
+class GGUFWriter:
+    """A GGUF file to be: version 3, little-endian, one part.
+
+    Tensors are given as functions that yield their bytes in pieces, so that no model need fit in memory.
+    """
+
+    def __init__(self, *, alignment: int = DEFAULT_ALIGNMENT) -> None:
+        self.alignment = alignment
+        self._keys: list[bytes] = []
+        self._tensors: list[_Tensor] = []
+
+    def add(self, key: str, kind: ValueType, value: object) -> None:
+        """Add a single value."""
+        self._keys.append(_string(key) + struct.pack("<I", kind) + _value(kind, value))
+
+    def add_array(self, key: str, kind: ValueType, values: Sequence[object]) -> None:
+        """Add an array of single values."""
+        packed = b"".join(_value(kind, value) for value in values)
+        self.add_raw(key, kind, len(values), packed)
+
+    def add_raw(self, key: str, kind: ValueType, length: int | None, packed: bytes) -> None:
+        """Add a value, or an array of a length, in the form that files hold (`Metadata.raw`)."""
+        head = struct.pack("<I", kind) if length is None else struct.pack("<IIQ", ValueType.ARRAY, kind, length)
+        self._keys.append(_string(key) + head + packed)
+
+    def add_tensor(
+        self, name: str, kind: Type, ne: Sequence[int], pieces: Callable[[], Iterable[bytes | memoryview]]
+    ) -> None:
+        """Add a tensor.
+
+        Parameters
+        ----------
+        name : str
+        kind : Type
+        ne : sequence of int
+            Elements by dimension, ggml order; as many as the file shall hold.
+        pieces : callable
+            Called once, when the tensor's turn comes; what it yields is the tensor's bytes in order.
+        """
+        nbytes = kind.row_size(ne[0])
+        for n in ne[1:]:
+            nbytes *= n
+        record = _string(name) + struct.pack(f"<I{len(ne)}QI", len(ne), *ne, kind)
+        self._tensors.append(_Tensor(record, nbytes, pieces))
+
+    def write(self, path: str | os.PathLike[str], *, progress: Progress | None = None) -> Written:
+        """Write the file; until the last byte is written, what stood at the path before stays there.
+
+        Raises
+        ------
+        PyggmlError
+            The folder is missing, full, or may not be written to.
+        """
+        head = self._head()
+        total = len(head) + sum(self._padded(tensor.nbytes) for tensor in self._tensors)
+        digest, done = hashlib.sha256(), 0
+        with atomic_file(path, total) as file:
+            for piece in self._bytes(head):
+                file.write(piece)
+                digest.update(piece)
+                done += len(piece)
+                if progress is not None:
+                    progress(done, total)
+        assert done == total, f"{done} bytes written, {total} announced"
+        return Written(os.fspath(path), total, digest.hexdigest())
+
+    def _padded(self, n_bytes: int) -> int:
+        return -(-n_bytes // self.alignment) * self.alignment
+
+    def _head(self) -> bytes:
+        head = bytearray(MAGIC + struct.pack("<IQQ", _VERSION, len(self._tensors), len(self._keys)))
+        head += b"".join(self._keys)
+        offset = 0
+        for tensor in self._tensors:
+            head += tensor.record + struct.pack("<Q", offset)
+            offset += self._padded(tensor.nbytes)
+        return bytes(head) + bytes(self._padded(len(head)) - len(head))
+
+    def _bytes(self, head: bytes) -> Iterator[bytes | memoryview]:
+        yield head
+        for tensor in self._tensors:
+            n_bytes = 0
+            for piece in tensor.pieces():
+                view = memoryview(piece).cast("B")
+                n_bytes += len(view)
+                for start in range(0, len(view), _PIECE_BYTES):
+                    yield view[start : start + _PIECE_BYTES]
+            assert n_bytes == tensor.nbytes, f"{n_bytes} bytes given, {tensor.nbytes} announced"
+            if n_bytes % self.alignment:
+                yield bytes(self._padded(n_bytes) - n_bytes)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str], n_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes its place when the block ends well, and is removed when it does not.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        Where the file shall be; its folder exists.
+    n_bytes : int, optional
+        How large it will be: a disk with less room is refused at once.
+
+    Raises
+    ------
+    PyggmlError
+        The folder is missing, full, or may not be written to. The text has the path, the reason and what to try.
+
+    Notes
+    -----
+    A process that is killed outright leaves a hidden ``.part`` file beside the path; the next writer of the same path
+    removes it once it is ten minutes old.
+    """
+    target = Path(path)
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "this is a folder")
+        _remove_abandoned(target)
+        if n_bytes is not None and (free := shutil.disk_usage(target.parent).free) < n_bytes:
+            raise OSError(errno.ENOSPC, f"{n_bytes / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        opened = part.open("xb")
+    except OSError as error:
+        raise _cannot_write(target, error) from None
+    try:
+        with opened as file:
+            yield file
+        os.replace(part, target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            raise _cannot_write(target, error) from None
+        raise
+
+
+def _remove_abandoned(target: Path) -> None:
+    for part in target.parent.glob(f".{_literal(target.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > _ABANDONED_S:
+                part.unlink()
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{char}]" if char in "[]*?" else char for char in name)
+
+
+def _cannot_write(target: Path, error: OSError) -> PyggmlError:
+    hint = {
+        errno.ENOSPC: "free some room, or choose another disk",
+        errno.EDQUOT: "free some room, or choose another disk",
+        errno.ENOENT: "make the folder first, or choose another",
+        errno.ENOTDIR: "make the folder first, or choose another",
+        errno.EISDIR: "name a file in it",
+    }.get(error.errno or 0, "choose a folder that you may write to")
+    return PyggmlError(f"{target}: cannot write: {error.strerror or error}", hint=hint)
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(kind: ValueType, value: object) -> bytes:
+    if kind is ValueType.STRING:
+        assert isinstance(value, str)
+        return _string(value)
+    return struct.pack(_SCALARS[kind], value)

@@ -1,0 +1,121 @@
+"""Numbers to rows of a quantised type, with numpy: gguf's quantisers, and two K-quants that gguf only reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType, quants
+
+from ..types import Type
+
+__all__ = ["QUANTIZABLE", "dequantize", "quantize"]
+
+#: Types that `quantize` can make.
+QUANTIZABLE = (
+    Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Type.Q6_K, Type.MXFP4,
+)  # fmt: skip
+
+_Floats = npt.NDArray[np.float32]
+_Bytes = npt.NDArray[np.uint8]
+
+
+def quantize(values: _Floats, kind: Type) -> _Bytes:
+    """Turn float32 rows into rows of a type.
+
+    Parameters
+    ----------
+    values : float32, (..., n)
+        n is a multiple of the type's block size.
+    kind : Type
+        One of `QUANTIZABLE`.
+
+    Returns
+    -------
+    uint8, (..., row_size(n))
+    """
+    if kind is Type.F32 or kind is Type.F16:
+        packed = values.astype(np.float32 if kind is Type.F32 else np.float16, copy=False)
+        return np.ascontiguousarray(packed).view(np.uint8)
+    if kind is Type.Q4_K:
+        return _quantize_q4_k(values)
+    if kind is Type.Q6_K:
+        return _quantize_q6_k(values)
+    rows: _Bytes = quants.quantize(values, GGMLQuantizationType(int(kind)))
+    return rows
+
+
+def dequantize(packed: _Bytes, kind: Type) -> _Floats:
+    """Turn rows of a type (uint8, ``(..., row bytes)``) into float32 rows.
+
+    Raises
+    ------
+    NotImplementedError
+        gguf cannot read the type.
+    """
+    if kind is Type.F32:
+        return packed.view(np.float32)
+    if kind is Type.F16:
+        return packed.view(np.float16).astype(np.float32)
+    values: _Floats = quants.dequantize(packed, GGMLQuantizationType(int(kind)))
+    return values
+
+
+def _inverse(values: _Floats) -> _Floats:
+    """Return 1 / x, and 0 for 0."""
+    nonzero = values != 0
+    return np.where(nonzero, np.float32(1) / np.where(nonzero, values, np.float32(1)), np.float32(0))
+
+
+def _steps(values: npt.NDArray[Any], low: int, high: int) -> npt.NDArray[Any]:
+    return np.clip(np.rint(values), low, high)
+
+
+def _quantize_q4_k(values: _Floats) -> _Bytes:
+    """Make Q4_K blocks: 256 values in 144 bytes (d, dmin, eight 6-bit pairs of scale and minimum, nibbles)."""
+    *lead, n = values.shape
+    v = values.reshape(-1, 8, 32).astype(np.float32)
+    low = np.minimum(v.min(-1), 0).astype(np.float32)
+    scale = ((v.max(-1) - low) / np.float32(15)).astype(np.float32)
+    d = (scale.max(-1) / np.float32(63)).astype(np.float16)
+    dmin = ((-low).max(-1) / np.float32(63)).astype(np.float16)
+    d32, dmin32 = d.astype(np.float32)[:, None], dmin.astype(np.float32)[:, None]
+    scales = _steps(scale * _inverse(d32), 0, 63).astype(np.uint8)
+    mins = _steps(-low * _inverse(dmin32), 0, 63).astype(np.uint8)
+    step, shift = d32 * scales, dmin32 * mins
+    q = _steps((v + shift[..., None]) * _inverse(step)[..., None], 0, 15).astype(np.uint8)
+    pairs = np.empty((len(v), 12), np.uint8)  # the upper two bits of the last four fill the first eight bytes up
+    pairs[:, 0:4] = scales[:, :4] | ((scales[:, 4:] >> 4) << 6)
+    pairs[:, 4:8] = mins[:, :4] | ((mins[:, 4:] >> 4) << 6)
+    pairs[:, 8:12] = (scales[:, 4:] & 15) | ((mins[:, 4:] & 15) << 4)
+    nibbles = (q[:, 0::2] | (q[:, 1::2] << 4)).reshape(len(v), 128)
+    blocks = np.concatenate([_half_bytes(d), _half_bytes(dmin), pairs, nibbles], axis=1)
+    return blocks.reshape(*lead, Type.Q4_K.row_size(n))
+
+
+def _quantize_q6_k(values: _Floats) -> _Bytes:
+    """Make Q6_K blocks: 256 values in 210 bytes (low nibbles, upper bit pairs, sixteen int8 scales, d)."""
+    *lead, n = values.shape
+    v = values.reshape(-1, 16, 16).astype(np.float32)
+    scale = (_largest(v) / np.float32(-32)).astype(np.float32)
+    d = (_largest(scale) / np.float32(-128)).astype(np.float16)
+    d32 = d.astype(np.float32)[:, None]
+    scales = _steps(scale * _inverse(d32), -128, 127).astype(np.int8)
+    step = d32 * scales
+    q = (_steps(v * _inverse(step)[..., None], -32, 31) + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
+    low = np.stack([(q[:, :, i] & 15) | ((q[:, :, i + 2] & 15) << 4) for i in (0, 1)], axis=2)
+    high = (q[:, :, 0] >> 4) | ((q[:, :, 1] >> 4) << 2) | ((q[:, :, 2] >> 4) << 4) | ((q[:, :, 3] >> 4) << 6)
+    blocks = np.concatenate([low.reshape(-1, 128), high.reshape(-1, 64), scales.view(np.uint8), _half_bytes(d)], axis=1)
+    return blocks.reshape(*lead, Type.Q6_K.row_size(n))
+
+
+def _largest(values: _Floats) -> _Floats:
+    """Return the value of largest magnitude along the last axis, with its sign."""
+    at = np.abs(values).argmax(-1)[..., None]
+    largest: _Floats = np.take_along_axis(values, at, -1)[..., 0]
+    return largest
+
+
+def _half_bytes(values: npt.NDArray[np.float16]) -> _Bytes:
+    return values.view(np.uint8).reshape(-1, 2)
