@@ -1,0 +1,1 @@
+"""Models: hyper-parameters, weights and their placement, the KV cache, and graphs as llama.cpp builds them."""

@@ -1,0 +1,37 @@
+"""Which module knows an architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from ..gguf import TensorInfo
+from . import llama, qwen3
+from .graph import GraphParams, ModelGraph
+from .hparams import HParams
+from .weights import Weights, WeightSpec
+
+__all__ = ["build_graph", "weight_specs"]
+
+
+class Architecture(Protocol):
+    """What the module of an architecture offers."""
+
+    def weight_specs(self, hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+        """Return the tensors that a model uses."""
+
+    def build_graph(self, p: GraphParams, weights: Weights) -> ModelGraph:
+        """Return the graph of a micro-batch."""
+
+
+_MODULES: dict[str, Architecture] = {"llama": llama, "qwen3": qwen3, "qwen3moe": qwen3}
+
+
+def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+    """Return the tensors that a model of this architecture uses, in upstream's order."""
+    return _MODULES[hp.arch].weight_specs(hp, present)
+
+
+def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
+    """Return the graph of a micro-batch."""
+    return _MODULES[p.hparams.arch].build_graph(p, weights)

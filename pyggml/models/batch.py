@@ -1,0 +1,213 @@
+"""`Batch`: the tokens of one decode; `MicroBatch`: those of one graph, cut from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import GraphError
+
+__all__ = ["Batch", "MicroBatch", "Outputs", "split_equal", "split_simple"]
+
+Outputs = Literal["last", "all", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The tokens of one graph.
+
+    Attributes
+    ----------
+    tokens, pos, seqs : int32, (n_token,)
+        Ids, positions, and the sequence of each.
+    outputs : bool, (n_token,)
+        Whose logits are wanted.
+    idxs : int64, (n_token,)
+        Their places in the batch.
+    n_seqs, n_seq_tokens : int
+        Rows and their length where sequences are cut to equal lengths; else one row a token.
+    seqs_unq : tuple of int
+        The sequences in it, ascending.
+    equal_seqs : bool
+        Whether it was cut by `split_equal`.
+
+    Notes
+    -----
+    Mirrors `llama_ubatch`. Differs: a token belongs to one sequence; sequences share cells by `KVCache.seq_cp`.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    pos: npt.NDArray[np.int32]
+    seqs: npt.NDArray[np.int32]
+    outputs: npt.NDArray[np.bool_]
+    idxs: npt.NDArray[np.int64]
+    n_seqs: int
+    n_seq_tokens: int
+    seqs_unq: tuple[int, ...]
+    equal_seqs: bool
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of tokens whose logits are wanted."""
+        return int(np.count_nonzero(self.outputs))
+
+    @classmethod
+    def reserve(cls, n_tokens: int, n_seqs: int, n_outputs: int) -> MicroBatch:
+        """Return the micro-batch with which memory is reserved: positions and ids do not matter.
+
+        Notes
+        -----
+        Mirrors `llama_batch_allocr::ubatch_reserve` and `ubatch_prepare_reserve`.
+        """
+        n_seq_tokens = -(-n_tokens // n_seqs)
+        n_tokens = n_seq_tokens * n_seqs
+        seqs = np.repeat(np.arange(n_seqs, dtype=np.int32), n_seq_tokens)
+        outputs = np.zeros(n_tokens, np.bool_)
+        by_place = np.arange(n_tokens).reshape(n_seqs, n_seq_tokens).T.reshape(-1)
+        outputs[by_place[:n_outputs]] = True
+        zeros = np.zeros(n_tokens, np.int32)
+        return cls(
+            zeros,
+            zeros,
+            seqs,
+            outputs,
+            np.arange(n_tokens),
+            n_seqs,
+            n_seq_tokens,
+            tuple(range(n_seqs)),
+            equal_seqs=True,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tokens of one decode.
+
+    Attributes
+    ----------
+    tokens, pos, seqs, outputs
+        As of `MicroBatch`.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    pos: npt.NDArray[np.int32]
+    seqs: npt.NDArray[np.int32]
+    outputs: npt.NDArray[np.bool_]
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], pos: int, *, seq: int = 0, outputs: Outputs = "last") -> Batch:
+        """Return the batch of one sequence's next tokens.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            Ids.
+        pos : int
+            Position of the first; the others follow.
+        seq : int
+            Their sequence.
+        outputs : str
+            Whose logits are wanted: ``"last"``, ``"all"`` or ``"none"``.
+        """
+        n = len(tokens)
+        flags = np.full(n, outputs == "all", np.bool_)
+        if outputs == "last" and n:
+            flags[-1] = True
+        return cls(
+            np.asarray(tokens, np.int32).reshape(n),
+            np.arange(pos, pos + n, dtype=np.int32),
+            np.full(n, seq, np.int32),
+            flags,
+        )
+
+    def check(self, n_vocab: int, n_seq_max: int) -> None:
+        """Verify that ids and sequences exist.
+
+        Raises
+        ------
+        GraphError
+            There is no token, or one that the vocabulary or the context does not have.
+        """
+        if not self.n_tokens:
+            raise GraphError("a batch without tokens cannot be decoded")
+        lows, highs = int(self.tokens.min()), int(self.tokens.max())
+        if lows < 0 or highs >= n_vocab:
+            i = int(np.flatnonzero((self.tokens < 0) | (self.tokens >= n_vocab))[0])
+            raise GraphError(
+                f"token {i} of the batch has the id {int(self.tokens[i])}",
+                hint=f"the vocabulary has the ids 0..{n_vocab - 1}",
+            )
+        if int(self.seqs.min()) < 0 or int(self.seqs.max()) >= n_seq_max:
+            i = int(np.flatnonzero((self.seqs < 0) | (self.seqs >= n_seq_max))[0])
+            raise GraphError(
+                f"token {i} of the batch belongs to sequence {int(self.seqs[i])}",
+                hint=f"the context has {n_seq_max}: make it with a larger n_seq_max",
+            )
+
+    def take(self, idxs: npt.NDArray[np.int64], n_seqs: int, *, equal_seqs: bool) -> MicroBatch:
+        """Return the micro-batch of the tokens at some places."""
+        seqs = self.seqs[idxs]
+        return MicroBatch(
+            self.tokens[idxs],
+            self.pos[idxs],
+            seqs,
+            self.outputs[idxs],
+            idxs,
+            n_seqs,
+            len(idxs) // n_seqs,
+            tuple(np.unique(seqs).tolist()),
+            equal_seqs,
+        )
+
+
+def split_simple(batch: Batch, n_ubatch: int) -> list[MicroBatch]:
+    """Cut a batch into runs of at most ``n_ubatch`` tokens.
+
+    Notes
+    -----
+    Mirrors `llama_batch_allocr::split_simple`.
+    """
+    idxs = np.arange(batch.n_tokens)
+    parts = (idxs[i : i + n_ubatch] for i in range(0, batch.n_tokens, n_ubatch))
+    return [batch.take(part, len(part), equal_seqs=False) for part in parts]
+
+
+def split_equal(batch: Batch, n_ubatch: int) -> list[MicroBatch]:
+    """Cut a batch into micro-batches that hold equally many tokens of each of their sequences.
+
+    Notes
+    -----
+    Mirrors `llama_batch_allocr::split_equal` with ``sequential``: a micro-batch takes sequences of consecutive ids, in
+    the order in which they come in the batch, and as many tokens of each as the shortest has left.
+    """
+    waiting: dict[int, list[int]] = {int(s): np.flatnonzero(batch.seqs == s).tolist() for s in np.unique(batch.seqs)}
+    out: list[MicroBatch] = []
+    while any(waiting.values()):
+        chosen: list[int] = []
+        for _, s in sorted((place, s) for s, places in waiting.items() for place in places):
+            if s not in chosen and (not chosen or s == chosen[-1] + 1):
+                chosen.append(s)
+                if len(chosen) > n_ubatch:
+                    break
+        n_seqs = len(chosen)
+        n_each = min(min(len(waiting[s]) for s in chosen), max(1, n_ubatch // n_seqs))
+        idxs: list[int] = []
+        for s in chosen:
+            idxs += waiting[s][:n_each]
+            del waiting[s][:n_each]
+        out.append(batch.take(np.asarray(idxs, np.int64), n_seqs, equal_seqs=True))
+    return out

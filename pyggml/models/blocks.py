@@ -1,0 +1,396 @@
+"""The blocks that models are made of: inputs, norms, projections, attention with its cache, feed-forward, experts.
+
+`Builder` holds what one graph needs while it is made. An architecture calls its methods in upstream's order: the order
+of calls, of `expand`s and of names is the order and the names of nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from .. import ops
+from ..graph import Graph
+from ..ops import OpHint, Prec
+from ..tensor import Tensor
+from ..types import TensorFlag, Type
+from .graph import GraphInputs, GraphParams, ModelGraph
+from .hparams import round_f32
+from .weights import LayerWeights, Weights
+
+__all__ = ["Builder", "kq_scale"]
+
+#: Smallest sum of expert weights, so that none is divided by zero: the smallest normal F16.
+_MIN_WEIGHT_SUM = 6.103515625e-5
+
+Gating = Literal["softmax", "sigmoid", "softmax_weight"]
+Activation = Literal["silu", "swiglu_oai"]
+
+
+def kq_scale(n_embd_head: int) -> float:
+    """Return ``1 / sqrt(n_embd_head)`` as float32 arithmetic gives it."""
+    return round_f32(1.0 / round_f32(math.sqrt(n_embd_head)))
+
+
+class Builder:
+    """Makes the graph of one micro-batch.
+
+    Notes
+    -----
+    Mirrors `llm_graph_context`.
+    """
+
+    def __init__(self, p: GraphParams, weights: Weights) -> None:
+        self.hp, self.cp, self.part, self.view = p.hparams, p.params, p.part, p.view
+        self.n_tokens, self.n_outputs, self.key = p.part.n_tokens, p.n_outputs, p.key
+        self.weights = weights
+        self.graph = Graph()
+        self.topk: list[Tensor] = []
+        self.norms: list[tuple[Tensor, int]] = []
+        self.attn_outputs: list[Tensor] = []
+        self.flash_nodes: list[tuple[Tensor, int]] = []
+
+    def name(self, tensor: Tensor, name: str, layer: int = -1) -> Tensor:
+        """Name a node after its layer, and note it if it is a norm.
+
+        Notes
+        -----
+        Mirrors `llama_context::graph_get_cb`.
+        """
+        tensor.name = f"{name}-{layer}" if layer >= 0 else name
+        if layer >= 0 and name == "norm":
+            self.norms.append((tensor, layer))
+        return tensor
+
+    def finish(self, logits: Tensor, embd: Tensor) -> ModelGraph:
+        """Complete the graph with its results."""
+        self.graph.expand(logits)
+        logits.set_output()
+        embd.set_output()
+        return ModelGraph(
+            self.graph, self.key, self.inputs, logits, embd, self.topk, self.norms, self.attn_outputs, self.flash_nodes
+        )
+
+    # -- inputs --------------------------------------------------------------
+
+    def _input(self, type: Type, ne: tuple[int, ...], name: str) -> Tensor:
+        return Tensor(type, ne, name=name, flags=TensorFlag.INPUT)
+
+    def input_embd(self) -> Tensor:
+        """Return the embedded tokens, and put the two other ways to embed into the graph, not to be computed.
+
+        Notes
+        -----
+        Mirrors `llm_graph_context::build_inp_embd`.
+        """
+        embedding = self.weights["token_embd.weight"]
+        n_embd, n = self.hp.n_embd, self.n_tokens
+        self.inp_tokens = self._input(Type.I32, (n,), "inp_tokens")
+        vectors = self._input(Type.F32, (n_embd, n), "inp_embd")
+        mixed_tokens = self._input(Type.I32, (n,), "inp_mixed_tokens")
+        mixed_slots = self._input(Type.I64, (n,), "inp_mixed_slots")
+        mixed_embd = self._input(Type.F32, (n_embd, n), "inp_mixed_embd")
+        by_token = ops.get_rows(embedding, self.inp_tokens)
+        mixed = ops.set_rows(ops.dup(mixed_embd), ops.get_rows(embedding, mixed_tokens), mixed_slots)
+        cur = self.graph.select([by_token, vectors, mixed], 0)
+        self.name(cur, "embd")
+        self.graph.expand(cur)
+        return cur
+
+    def attention_inputs(self) -> None:
+        """Make the inputs of attention and of the outputs' choice.
+
+        Notes
+        -----
+        Mirrors `build_inp_pos`, `build_attn_inp_kv` and `build_inp_out_ids`.
+        """
+        cache, n, view = self.view.cache, self.n_tokens, self.view
+        n_v = n * self.hp.n_embd_v_gqa if cache.v_trans else n
+        n_stream = 1 if self.cp.kv_unified else len(self.part.seqs_unq)
+        mask_type = Type.F16 if self.cp.flash_attn else Type.F32
+        self.inputs = GraphInputs(
+            self.inp_tokens,
+            self._input(Type.I32, (n,), "inp_pos"),
+            self._input(Type.I64, (n,), "attn_inp_k_idxs"),
+            self._input(Type.I64, (n_v,), "attn_inp_v_idxs"),
+            self._input(mask_type, (view.n_kv, n // n_stream, 1, n_stream), "attn_inp_kq_mask"),
+            self._input(Type.I32, (self.n_outputs,), "out_ids"),
+        )
+        if cache.n_rot_k:
+            self.inputs.k_rot = self._input(Type.F32, (cache.n_rot_k,) * 2, "attn_inp_k_rot")
+        if cache.n_rot_v:
+            self.inputs.v_rot = self._input(Type.F32, (cache.n_rot_v,) * 2, "attn_inp_v_rot")
+
+    # -- norms and projections -----------------------------------------------
+
+    def norm(self, cur: Tensor, weight: Tensor, layer: int) -> Tensor:
+        """Return the RMS norm times its weight. Mirrors `build_norm` with `LLM_NORM_RMS`."""
+        cur = self.name(ops.rms_norm(cur, self.hp.norm_rms_eps), "norm", layer)
+        return ops.mul(cur, weight)
+
+    def qkv(self, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Q, K and V as [n_embd_head, n_head, n_token], from one weight or from three.
+
+        Notes
+        -----
+        Mirrors `llm_graph_context::build_qkv`.
+        """
+        hp, n, il = self.hp, self.n_tokens, w.layer
+        sizes = (
+            ("q", hp.n_embd_head_k, hp.n_head),
+            ("k", hp.n_embd_head_k, hp.n_head_kv),
+            ("v", hp.n_embd_head_v, hp.n_head_kv),
+        )
+        parts: list[Tensor] = []
+        fused = w.get("attn_qkv.weight")
+        if fused is not None:
+            qkv = self._fused_qkv(w, fused, cur)
+            offset = 0
+            for _, n_embd_head, n_head in sizes:
+                row = qkv.type.row_size
+                parts.append(ops.view_3d(qkv, n_embd_head, n_head, n, row(n_embd_head), qkv.nb[1], row(offset)))
+                offset += n_embd_head * n_head
+        else:
+            for letter, _, _ in sizes:
+                part = self.name(ops.mul_mat(w[f"attn_{letter}.weight"], cur), f"{letter.upper()}cur", il)
+                bias = w.get(f"attn_{letter}.bias")
+                if bias is not None:
+                    part = self.name(ops.add(part, bias), f"{letter.upper()}cur", il)
+                parts.append(part)
+            parts = [
+                ops.reshape_3d(part, n_embd_head, n_head, n)
+                for part, (_, n_embd_head, n_head) in zip(parts, sizes, strict=True)
+            ]
+        for part, (letter, _, _) in zip(parts, sizes, strict=True):
+            self.name(part, f"{letter.upper()}cur", il)
+        q, k, v = parts
+        return q, k, v
+
+    def _fused_qkv(self, w: LayerWeights, fused: Tensor, cur: Tensor) -> Tensor:
+        qkv = self.name(ops.mul_mat(fused, cur), "wqkv", w.layer)
+        bias = w.get("attn_qkv.bias")
+        if bias is None:
+            parts = [w.get(f"attn_{letter}.bias") for letter in "qkv"]
+            if all(part is not None for part in parts):
+                q, k, v = (part for part in parts if part is not None)
+                bias = ops.concat(ops.concat(q, k, 0), v, 0)
+        return qkv if bias is None else self.name(ops.add(qkv, bias), "wqkv_b", w.layer)
+
+    def rope(self, cur: Tensor, factors: Tensor | None = None) -> Tensor:
+        """Rotate Q or K by position, with the context's parameters."""
+        hp, cp = self.hp, self.cp
+        return ops.rope_ext(
+            cur, self.inputs.pos, factors, hp.n_rot, int(hp.rope_type), cp.n_ctx_orig,
+            cp.freq_base, cp.freq_scale, cp.ext_factor, cp.attn_factor, cp.beta_fast, cp.beta_slow,
+        )  # fmt: skip
+
+    # -- attention -----------------------------------------------------------
+
+    def attention(
+        self, w: LayerWeights, q: Tensor, k: Tensor, v: Tensor, scale: float, *, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Store K and V of new tokens and return what attention makes of the cache, through ``attn_output``.
+
+        Notes
+        -----
+        Mirrors `llm_graph_context::build_attn` for `llm_graph_input_attn_kv`: Q, V and K are expanded before the
+        stores, so that they stay together.
+        """
+        inputs, view, il = self.inputs, self.view, w.layer
+        if inputs.k_rot is not None:
+            q, k = _rotate(q, inputs.k_rot), _rotate(k, inputs.k_rot)
+        if inputs.v_rot is not None:
+            v = _rotate(v, inputs.v_rot)
+        self.graph.expand(q, v, k)
+        self.graph.expand(view.cpy_k(k, inputs.k_idxs, il))
+        self.graph.expand(view.cpy_v(v, inputs.v_idxs, il))
+        cur = self._mha(q, view.get_k(il), view.get_v(il), scale, sinks, il)
+        self.name(cur, "kqv_out", il)
+        if inputs.v_rot is not None:
+            cur = _rotate(cur, inputs.v_rot)
+        cur = ops.mul_mat(w["attn_output.weight"], cur)
+        bias = w.get("attn_output.bias")
+        return cur if bias is None else ops.add(cur, bias)
+
+    def _mha(self, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, il: int) -> Tensor:
+        """Mirrors `llm_graph_context::build_attn_mha`."""
+        v_trans = v.nb[1] > v.nb[2]
+        n_stream = k.ne[3]
+        n = q.ne[2] // n_stream
+        q = ops.view_4d(q, q.ne[0], q.ne[1], n, n_stream, q.nb[1], q.nb[2], q.nb[2] * n, 0)
+        q, k, v = (ops.permute(t, 0, 2, 1, 3) for t in (q, k, v))
+        if self.cp.flash_attn:
+            cur = self._flash(q, k, v, scale, sinks, il, v_trans=v_trans)
+        else:
+            cur = self._softmax_attention(q, k, v, scale, sinks, il, v_trans=v_trans)
+        self.graph.expand(cur)
+        return cur
+
+    def _flash(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, il: int, *, v_trans: bool
+    ) -> Tensor:
+        if v_trans:
+            v = ops.transpose(v)
+        if k.type is Type.F32:
+            k = ops.cast(k, Type.F16)
+        if v.type is Type.F32:
+            v = ops.cast(v, Type.F16)
+        cur = ops.flash_attn_ext(q, k, v, self.inputs.kq_mask, scale, 0.0, 0.0)
+        self.flash_nodes.append((cur, il))
+        ops.flash_attn_ext_add_sinks(cur, sinks)
+        ops.prec_set_acc(cur, Prec.F32)
+        return ops.reshape_2d(cur, cur.ne[0] * cur.ne[1], cur.ne[2] * cur.ne[3])
+
+    def _softmax_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, il: int, *, v_trans: bool
+    ) -> Tensor:
+        kq = self.name(ops.mul_mat(k, q), "kq", il)
+        ops.prec_set_acc(kq, Prec.F32)
+        kq = ops.soft_max_ext(kq, self.inputs.kq_mask, scale, 0.0)
+        ops.soft_max_add_sinks(kq, sinks)
+        self.name(kq, "kq_soft_max", il)
+        if not v_trans:
+            v = self.name(ops.cont(ops.transpose(v)), "v_cont", il)
+        kqv = self.name(ops.mul_mat(v, kq), "kqv", il)
+        cur = ops.permute(kqv, 0, 2, 1, 3)
+        cur = ops.cont_2d(cur, cur.ne[0] * cur.ne[1], cur.ne[2] * cur.ne[3])
+        self.attn_outputs.append(cur)
+        return cur
+
+    # -- feed-forward --------------------------------------------------------
+
+    def ffn(self, w: LayerWeights, cur: Tensor) -> Tensor:
+        """Return the dense feed-forward with a parallel gate and SWIGLU. Mirrors `build_ffn`."""
+        il = w.layer
+        up = self._biased(w, "ffn_up", cur)
+        gate = self._biased(w, "ffn_gate", cur)
+        cur = self.name(ops.swiglu_split(gate, up), "ffn_swiglu", il)
+        cur = ops.mul_mat(w["ffn_down.weight"], cur)
+        bias = w.get("ffn_down.bias")
+        if bias is not None:
+            cur = ops.add(self.name(cur, "ffn_down", il), bias)
+        return cur
+
+    def _biased(self, w: LayerWeights, name: str, cur: Tensor) -> Tensor:
+        cur = self.name(ops.mul_mat(w[f"{name}.weight"], cur), name, w.layer)
+        bias = w.get(f"{name}.bias")
+        return cur if bias is None else self.name(ops.add(cur, bias), f"{name}_b", w.layer)
+
+    def moe_ffn(
+        self,
+        w: LayerWeights,
+        cur: Tensor,
+        *,
+        gating: Gating = "softmax",
+        activation: Activation = "silu",
+        norm_weights: bool = True,
+        weights_scale: float = 0.0,
+    ) -> Tensor:
+        """Return the sum of the chosen experts' feed-forwards, by their weights.
+
+        Parameters
+        ----------
+        cur : Tensor
+            f32, [n_embd, n_token]
+        gating : str
+            How the router's logits become probabilities; ``softmax_weight`` does so for the chosen alone.
+        norm_weights : bool
+            Weights of the chosen add up to 1.
+        weights_scale : float
+            By which weights are multiplied; 0 and 1 leave them.
+
+        Notes
+        -----
+        Mirrors `llm_graph_context::build_moe_ffn`: weights are expanded before the experts, views before the sums.
+        """
+        il, n_used = w.layer, self.hp.n_expert_used
+        n_embd, n_tokens = cur.ne[0], cur.ne[1]
+        chosen, weights = self._route(w, cur, gating, norm_weights, weights_scale)
+        self.topk.append(chosen)
+        self.graph.expand(weights)
+        cur = ops.reshape_3d(cur, n_embd, 1, n_tokens)
+        experts = self._experts(w, cur, chosen, activation)
+        experts = self.name(ops.mul(experts, weights), "ffn_moe_weighted", il)
+        self.graph.expand(experts)
+        views = [ops.view_2d(experts, n_embd, n_tokens, experts.nb[2], i * experts.nb[1]) for i in range(n_used)]
+        for view in views:
+            self.graph.expand(view)
+        out = views[0]
+        for view in views[1:]:
+            out = ops.add(out, view)
+            self.graph.expand(out)
+        if n_used == 1:
+            out = ops.cont(out)  # the caller expects dense rows
+        return self.name(out, "ffn_moe_out", il)
+
+    def _route(
+        self, w: LayerWeights, cur: Tensor, gating: Gating, norm_weights: bool, weights_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the chosen experts, i32 [n_used, n_token], and their weights, f32 [1, n_used, n_token]."""
+        il, n_used, n_expert = w.layer, self.hp.n_expert_used, self.hp.n_expert
+        n_tokens = cur.ne[1]
+        logits = self.name(ops.mul_mat(w["ffn_gate_inp.weight"], cur), "ffn_moe_logits", il)
+        bias = w.get("ffn_gate_inp.bias")
+        if bias is not None:
+            logits = self.name(ops.add(logits, bias), "ffn_moe_logits_biased", il)
+        to_probs: dict[Gating, Callable[[Tensor], Tensor]] = {"softmax": ops.soft_max, "sigmoid": ops.sigmoid}
+        probs = self.name(to_probs[gating](logits) if gating in to_probs else logits, "ffn_moe_probs", il)
+        selection = probs
+        probs_bias = w.get("exp_probs_b.bias")
+        if probs_bias is not None:
+            selection = self.name(ops.add(probs, probs_bias), "ffn_moe_probs_biased", il)
+        chosen = ops.argsort_top_k(selection, n_used)
+        argsort = chosen.src[0]
+        assert argsort is not None
+        self.name(argsort, "ffn_moe_argsort", il)
+        self.name(chosen, "ffn_moe_topk", il)
+        probs = ops.reshape_3d(probs, 1, n_expert, n_tokens)
+        weights = self.name(ops.get_rows(probs, chosen), "ffn_moe_weights", il)
+        if gating == "softmax_weight":
+            weights = ops.soft_max(ops.reshape_2d(weights, n_used, n_tokens))
+            weights = self.name(ops.reshape_3d(weights, 1, n_used, n_tokens), "ffn_moe_weights_softmax", il)
+        if norm_weights:
+            weights = ops.reshape_2d(weights, n_used, n_tokens)
+            total = self.name(ops.sum_rows(weights), "ffn_moe_weights_sum", il)
+            total = self.name(ops.clamp(total, _MIN_WEIGHT_SUM, math.inf), "ffn_moe_weights_sum_clamped", il)
+            weights = self.name(ops.div(weights, total), "ffn_moe_weights_norm", il)
+            weights = ops.reshape_3d(weights, 1, n_used, n_tokens)
+        if weights_scale not in (0.0, 1.0):
+            weights = self.name(ops.scale(weights, weights_scale), "ffn_moe_weights_scaled", il)
+        return chosen, weights
+
+    def _experts(self, w: LayerWeights, cur: Tensor, chosen: Tensor, activation: Activation) -> Tensor:
+        """Return what each chosen expert makes of each token: [n_embd, n_used, n_token]."""
+        il = w.layer
+        up = self._expert_mul(w, "up", cur, chosen)
+        gated = w.get("ffn_gate_exps.weight") is not None
+        gate = self._expert_mul(w, "gate", cur, chosen) if gated else up
+        if activation == "swiglu_oai":
+            cur = self.name(ops.swiglu_oai(gate, up, 1.702, 7.0), "ffn_moe_swiglu_oai", il)
+        elif gated:
+            cur = self.name(ops.swiglu_split(gate, up), "ffn_moe_swiglu", il)
+        else:
+            cur = self.name(ops.silu(gate), "ffn_moe_silu", il)
+        return self._expert_mul(w, "down", cur, chosen)
+
+    def _expert_mul(self, w: LayerWeights, which: str, cur: Tensor, chosen: Tensor) -> Tensor:
+        il = w.layer
+        cur = self.name(ops.mul_mat_id(w[f"ffn_{which}_exps.weight"], cur, chosen), f"ffn_moe_{which}", il)
+        bias = w.get(f"ffn_{which}_exps.bias")
+        return cur if bias is None else self.name(ops.add_id(cur, bias, chosen), f"ffn_moe_{which}_biased", il)
+
+    # -- rows of outputs -----------------------------------------------------
+
+    def choose_outputs(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the rows whose logits are wanted, of each tensor."""
+        return tuple(ops.get_rows(t, self.inputs.out_ids) for t in tensors)
+
+
+def _rotate(cur: Tensor, rot: Tensor) -> Tensor:
+    """Mirrors `llama_mul_mat_hadamard`."""
+    n = rot.ne[0]
+    rows = ops.reshape_2d if cur.is_contiguous() else ops.cont_2d
+    out = ops.mul_mat(rot, rows(cur, n, cur.numel // n))
+    ops.mul_mat_set_hint(out, OpHint.SRC0_IS_HADAMARD)
+    return ops.reshape_4d(out, *cur.ne)

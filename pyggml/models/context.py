@@ -1,0 +1,155 @@
+"""`ContextFlags`, what a user asks of a context, and `ContextParams`, what that comes to for a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import GraphError
+from ..types import Type
+from .hparams import HParams, round_f32
+
+__all__ = ["MAX_SEQ", "ContextFlags", "ContextParams"]
+
+#: Sequences that one context can tell apart (`LLAMA_MAX_SEQ` is 256; a set of ours is one 64-bit word).
+MAX_SEQ = 64
+#: Types that a KV cache can have here.
+CACHE_TYPES = (Type.F32, Type.F16, Type.Q8_0)
+
+FlashAttn = Literal["on", "off", "auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class ContextFlags:
+    """What a user asks of a context; the defaults are llama.cpp's command line's.
+
+    Notes
+    -----
+    Mirrors `llama_context_params`.
+    """
+
+    n_ctx: int = 0  #: ``-c``; 0 takes the context the model was trained with
+    n_batch: int = 2048  #: ``-b``: most tokens of one decode
+    n_ubatch: int = 512  #: ``-ub``: most tokens of one graph
+    n_seq_max: int = 1  #: sequences
+    kv_unified: bool = False  #: all sequences share one stream of cells
+    type_k: Type = Type.F16  #: ``-ctk``
+    type_v: Type = Type.F16  #: ``-ctv``
+    flash_attn: FlashAttn = "auto"  #: ``-fa``
+    offload_kqv: bool = True  #: ``--no-kv-offload`` makes it False
+    op_offload: bool = True  #: ``--no-op-offload`` makes it False
+    rope_freq_base: float = 0.0  #: 0 takes the model's
+    rope_freq_scale: float = 0.0  #: 0 takes the model's
+
+
+@dataclass(frozen=True, slots=True)
+class ContextParams:
+    """What `ContextFlags` come to for one model.
+
+    Notes
+    -----
+    Mirrors `llama_cparams` and the first half of the constructor of `llama_context`.
+    """
+
+    n_ctx: int
+    n_ctx_seq: int  #: cells of one stream
+    n_batch: int
+    n_ubatch: int
+    n_seq_max: int
+    kv_unified: bool
+    type_k: Type
+    type_v: Type
+    flash_attn: bool
+    auto_flash_attn: bool  #: a probe decides whether it stays on
+    offload_kqv: bool
+    op_offload: bool
+    n_ctx_orig: int
+    freq_base: float
+    freq_scale: float
+    ext_factor: float
+    attn_factor: float
+    beta_fast: float
+    beta_slow: float
+
+    @property
+    def n_stream(self) -> int:
+        """Streams of the KV cache."""
+        return 1 if self.kv_unified else self.n_seq_max
+
+    @classmethod
+    def resolve(cls, flags: ContextFlags, hparams: HParams) -> ContextParams:
+        """Return the parameters for a model.
+
+        Raises
+        ------
+        GraphError
+            A number is out of bounds, or a cache type is not possible.
+        """
+        _check(flags)
+        n_ctx = flags.n_ctx or hparams.n_ctx_train
+        n_batch = min(n_ctx, flags.n_batch)
+        n_ubatch = min(n_batch, flags.n_ubatch or flags.n_batch)
+        n_ctx = _pad(n_ctx, 256)
+        if flags.kv_unified:
+            n_ctx_seq = n_ctx
+        else:
+            n_ctx_seq = _pad(n_ctx // flags.n_seq_max, 256)
+            n_ctx = n_ctx_seq * flags.n_seq_max
+        freq_scale = round_f32(flags.rope_freq_scale or hparams.rope_freq_scale)
+        if hparams.rope_scaling == "none":
+            freq_scale = 1.0
+        ext_factor = 1.0 if hparams.rope_scaling == "yarn" else 0.0
+        return cls(
+            n_ctx=n_ctx,
+            n_ctx_seq=n_ctx_seq,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_seq_max=flags.n_seq_max,
+            kv_unified=flags.kv_unified,
+            type_k=flags.type_k,
+            type_v=flags.type_v,
+            flash_attn=flags.flash_attn != "off",
+            auto_flash_attn=flags.flash_attn == "auto",
+            offload_kqv=flags.offload_kqv,
+            op_offload=flags.op_offload,
+            n_ctx_orig=hparams.n_ctx_orig_yarn,
+            freq_base=round_f32(flags.rope_freq_base or hparams.rope_freq_base),
+            freq_scale=freq_scale,
+            ext_factor=ext_factor,
+            attn_factor=_attn_factor(ext_factor, freq_scale, hparams),
+            beta_fast=32.0,
+            beta_slow=1.0,
+        )
+
+
+def _pad(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _check(flags: ContextFlags) -> None:
+    if not 1 <= flags.n_seq_max <= MAX_SEQ:
+        raise GraphError(f"a context cannot have {flags.n_seq_max} sequences", hint=f"1 to {MAX_SEQ} are possible")
+    for name, n, least in (("n_ctx", flags.n_ctx, 0), ("n_batch", flags.n_batch, 1), ("n_ubatch", flags.n_ubatch, 0)):
+        if n < least:
+            raise GraphError(f"{name} is {n}, at least {least} is needed")
+    for name, type in (("type_k", flags.type_k), ("type_v", flags.type_v)):
+        if type not in CACHE_TYPES:
+            known = ", ".join(t.ggml_name for t in CACHE_TYPES)
+            raise GraphError(f"{name} cannot be {type.ggml_name}", hint=f"a KV cache is of {known}")
+    if flags.type_v.is_quantized and flags.flash_attn == "off":
+        raise GraphError(
+            f"a V cache of {flags.type_v.ggml_name} needs flash attention", hint="use -fa on, or -ctv f16 or f32"
+        )
+
+
+def _attn_factor(ext_factor: float, freq_scale: float, hparams: HParams) -> float:
+    """YaRN's magnitude, whose second half ROPE itself applies and which is cancelled here."""
+    factor = 1.0
+    if ext_factor != 0.0:
+        stretch = round_f32(1.0 / freq_scale)
+        log = round_f32(math.log(stretch))
+        mscale = 1.0 if stretch <= 1.0 else round_f32(round_f32(round_f32(0.1) * log) + 1.0)
+        cancel = round_f32(1.0 / round_f32(1.0 + round_f32(round_f32(0.1) * log)))
+        factor = round_f32(mscale * cancel)
+    return round_f32(factor * round_f32(hparams.rope_attn_factor))

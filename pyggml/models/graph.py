@@ -1,0 +1,124 @@
+"""`ModelGraph`: the graph of one micro-batch with what a session needs to know of it.
+
+Nothing here computes or allocates. What a scheduler is to be told (`norms`, `attn_outputs`) is collected as data, since
+builders know no scheduler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..graph import Graph
+from ..tensor import Tensor
+from .batch import MicroBatch
+from .context import ContextParams
+from .hparams import HParams
+from .kv_cache import CacheView
+
+__all__ = ["GraphInputs", "GraphKey", "GraphParams", "ModelGraph"]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphParams:
+    """All that determines a graph, beside the weights.
+
+    Notes
+    -----
+    Mirrors `llm_graph_params`.
+    """
+
+    hparams: HParams
+    params: ContextParams
+    part: MicroBatch
+    n_outputs: int
+    view: CacheView
+
+    @property
+    def key(self) -> GraphKey:
+        """What must agree for a graph to be used again."""
+        part = self.part
+        return GraphKey(
+            part.n_tokens,
+            part.n_seq_tokens,
+            part.n_seqs,
+            len(part.seqs_unq),
+            part.equal_seqs,
+            part.seqs_unq if part.equal_seqs else (),
+            self.n_outputs,
+            self.view.n_kv,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GraphKey:
+    """What must agree for a graph to be used again; compared as a whole.
+
+    Notes
+    -----
+    Mirrors `llm_graph_params::allow_reuse` and the `can_reuse` of each input, for batches of tokens.
+    """
+
+    n_tokens: int
+    n_seq_tokens: int
+    n_seqs: int
+    n_seqs_unq: int
+    equal_seqs: bool
+    seqs_unq: tuple[int, ...]
+    n_outputs: int
+    n_kv: int
+
+
+@dataclass(eq=False, slots=True)
+class GraphInputs:
+    """The inputs of a graph that are filled before it is computed; None where the model has none."""
+
+    tokens: Tensor
+    pos: Tensor
+    k_idxs: Tensor
+    v_idxs: Tensor
+    kq_mask: Tensor
+    out_ids: Tensor
+    k_rot: Tensor | None = None
+    v_rot: Tensor | None = None
+
+
+@dataclass(eq=False, slots=True)
+class ModelGraph:
+    """The graph of one micro-batch.
+
+    Attributes
+    ----------
+    graph : Graph
+        The nodes in upstream's order.
+    key : GraphKey
+        For which micro-batches it can be used again.
+    inputs : GraphInputs
+        To be filled.
+    logits, embd : Tensor
+        The results, flagged as outputs: logits [n_vocab, n_outputs], the last norm [n_embd, n_outputs].
+    topk : list of Tensor
+        The chosen experts of each MoE layer: i32, [n_expert_used, n_tokens].
+    norms : list of (Tensor, int)
+        Nodes that were named ``norm``, with their layers; see `placement.norm_pins`.
+    attn_outputs : list of Tensor
+        Results of attention without FLASH_ATTN_EXT: they stay with a KV cache that is kept on the CPU.
+    flash_nodes : list of (Tensor, int)
+        FLASH_ATTN_EXT nodes with their layers, for the probe whether it can stay on.
+
+    Notes
+    -----
+    Mirrors `llm_graph_result`.
+    """
+
+    graph: Graph
+    key: GraphKey
+    inputs: GraphInputs
+    logits: Tensor
+    embd: Tensor
+    topk: list[Tensor] = field(default_factory=list)
+    norms: list[tuple[Tensor, int]] = field(default_factory=list)
+    attn_outputs: list[Tensor] = field(default_factory=list)
+    flash_nodes: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<ModelGraph of {self.key.n_tokens} tokens, {self.key.n_kv} cells: {self.graph!r}>"

@@ -1,0 +1,199 @@
+"""`HParams`: the sizes and constants of a model, read from its metadata and checked once.
+
+Graph builders, placement and the KV cache take what they need from here and never look into the file.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FormatError
+from ..gguf import TensorInfo
+from ..ops import RopeType
+
+if TYPE_CHECKING:
+    from ..gguf import GGUFFile
+
+__all__ = ["ARCHITECTURES", "HParams", "round_f32"]
+
+#: Architectures with a graph here, and how their rows rotate.
+ARCHITECTURES: dict[str, RopeType] = {
+    "llama": RopeType.NORMAL,
+    "qwen3": RopeType.NEOX,
+    "qwen3moe": RopeType.NEOX,
+}
+_ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+#: Upstream's `LLAMA_MAX_LAYERS` and `LLAMA_MAX_EXPERTS`.
+_MAX_LAYERS, _MAX_EXPERTS = 512, 1024
+
+
+def round_f32(value: float) -> float:
+    """Return the float32 nearest to a number, as upstream keeps its constants."""
+    rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    return rounded
+
+
+@dataclass(frozen=True, slots=True)
+class HParams:
+    """The sizes and constants of a model.
+
+    Notes
+    -----
+    Mirrors `llama_hparams` and `llama_model_base::load_hparams`. Differs: layers are all of one size; a file whose
+    layers differ is refused.
+    """
+
+    arch: str
+    name: str
+    n_vocab: int
+    n_ctx_train: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_embd_head_k: int
+    n_embd_head_v: int
+    n_rot: int
+    n_ff: int
+    n_expert: int
+    n_expert_used: int
+    n_ff_exp: int  #: of one expert; 0 where the file does not say
+    norm_rms_eps: float
+    rope_type: RopeType
+    rope_scaling: str  #: none, linear, yarn or longrope
+    rope_freq_base: float
+    rope_freq_scale: float
+    rope_attn_factor: float
+    n_ctx_orig_yarn: int
+
+    @property
+    def n_embd_k_gqa(self) -> int:
+        """Elements of all K heads of a token."""
+        return self.n_embd_head_k * self.n_head_kv
+
+    @property
+    def n_embd_v_gqa(self) -> int:
+        """Elements of all V heads of a token."""
+        return self.n_embd_head_v * self.n_head_kv
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether its feed-forward layers have experts."""
+        return self.n_expert > 0
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> HParams:
+        """Read the hyper-parameters of a file.
+
+        Raises
+        ------
+        FormatError
+            The architecture is not supported, or a key is missing, of another kind, or out of bounds.
+        """
+        return _Reader(file).read()
+
+
+class _Reader:
+    """Reads keys of one architecture, with errors that name the key."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.metadata: Mapping[str, Any] = file.metadata  # Any: a value's type is the file's to say
+        self.arch = file.require("general.architecture", str)
+        if self.arch not in ARCHITECTURES:
+            raise FormatError(
+                file.path,
+                f"the architecture '{self.arch}' is not supported",
+                hint=f"supported are {', '.join(ARCHITECTURES)}",
+            )
+
+    def error(self, key: str, message: str) -> FormatError:
+        return FormatError(self.file.path, f"'{self.arch}.{key}' {message}", hint="the model was converted wrongly")
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """Return a number, or the one number that an array of one for each layer holds."""
+        full = f"{self.arch}.{key}"
+        if default is not None and full not in self.metadata:
+            return default
+        if full in self.metadata and not isinstance(self.metadata[full], int | float | str):
+            values = {int(v) for v in self.metadata[full]}
+            if len(values) != 1:
+                raise FormatError(
+                    self.file.path,
+                    f"'{full}' differs between layers ({', '.join(map(str, sorted(values)))})",
+                    hint="only models whose layers are all of one size are supported",
+                )
+            value = values.pop()
+        else:
+            value = self.file.require(full, int)
+        if value < least:
+            raise self.error(key, f"is {value}, at least {least} is needed")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        full = f"{self.arch}.{key}"
+        if default is not None and full not in self.metadata:
+            return default
+        return self.file.require(full, float)
+
+    def n_vocab(self) -> int:
+        """Mirrors `llama_vocab::load`: the tokens' number, else the key, else the embedding's rows."""
+        if "tokenizer.ggml.tokens" in self.metadata:
+            length = self.file.metadata.entry("tokenizer.ggml.tokens").length
+            if length is not None:
+                return length
+        embedding: TensorInfo = self.file.tensor("token_embd.weight")
+        return self.integer("vocab_size", embedding.ne[1])
+
+    def read(self) -> HParams:
+        n_embd = self.integer("embedding_length")
+        n_layer = self.integer("block_count")
+        if n_layer > _MAX_LAYERS:
+            raise self.error("block_count", f"is {n_layer}, more than the {_MAX_LAYERS} possible")
+        n_head = self.integer("attention.head_count")
+        n_head_kv = self.integer("attention.head_count_kv", n_head)
+        if n_head % n_head_kv:
+            raise self.error("attention.head_count", f"is {n_head}, no multiple of {n_head_kv} heads of K and V")
+        n_expert = self.integer("expert_count", 0, least=0)
+        n_used = self.integer("expert_used_count", 0, least=0)
+        if n_used > n_expert or (n_expert and not n_used) or n_expert > _MAX_EXPERTS:
+            raise self.error("expert_used_count", f"is {n_used} of {n_expert} experts")
+        if self.arch == "qwen3moe" and not n_expert:
+            raise self.error("expert_count", "is missing or 0, and this architecture has experts")
+        n_ctx_train = self.integer("context_length")
+        head_k = self.integer("attention.key_length", n_embd // n_head)
+        head_v = self.integer("attention.value_length", n_embd // n_head)
+        n_rot = self.integer("rope.dimension_count", head_k)
+        if n_rot != head_k or head_k != head_v:
+            raise self.error("rope.dimension_count", f"is {n_rot}, with heads of {head_k} (K) and {head_v} (V)")
+        scaling = self.file.require(f"{self.arch}.rope.scaling.type", str, "linear")
+        if scaling not in _ROPE_SCALINGS:
+            raise self.error("rope.scaling.type", f"is '{scaling}'; known are {', '.join(_ROPE_SCALINGS)}")
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0))
+        return HParams(
+            arch=self.arch,
+            name=self.file.require("general.name", str, ""),
+            n_vocab=self.n_vocab(),
+            n_ctx_train=n_ctx_train,
+            n_embd=n_embd,
+            n_layer=n_layer,
+            n_head=n_head,
+            n_head_kv=n_head_kv,
+            n_embd_head_k=head_k,
+            n_embd_head_v=head_v,
+            n_rot=n_rot,
+            n_ff=self.integer("feed_forward_length", 0, least=0),
+            n_expert=n_expert,
+            n_expert_used=n_used,
+            n_ff_exp=self.integer("expert_feed_forward_length", 0, least=0),
+            norm_rms_eps=round_f32(self.number("attention.layer_norm_rms_epsilon")),
+            rope_type=ARCHITECTURES[self.arch],
+            rope_scaling=scaling,
+            rope_freq_base=round_f32(self.number("rope.freq_base", 10000.0)),
+            rope_freq_scale=1.0 if factor == 0.0 else round_f32(1.0 / round_f32(factor)),
+            rope_attn_factor=self.number("rope.scaling.attn_factor", 1.0),
+            n_ctx_orig_yarn=self.integer("rope.scaling.original_context_length", n_ctx_train),
+        )

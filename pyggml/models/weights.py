@@ -1,0 +1,197 @@
+"""What tensors a model is made of (`WeightSpec`), and the tensors themselves by name (`Weights`).
+
+An architecture lists its tensors once; placement decides from the list where each goes, loading makes them, and graph
+builders ask for them by the names that they have in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import FormatError
+from ..gguf import TensorInfo
+from ..tensor import Shape, Tensor, pad_ne
+from ..types import Op
+from .hparams import HParams
+
+__all__ = ["LayerWeights", "WeightSpec", "Weights", "layer_specs", "qkv_specs", "resolve_specs", "trunk_specs"]
+
+Part = Literal["input", "repeating", "output"]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """One tensor that a model uses, in one place.
+
+    Attributes
+    ----------
+    name : str
+        In the file.
+    ne : tuple of int
+        Shape it must have, ggml order.
+    part : str
+        input, repeating or output: which of the devices' lists it is placed by.
+    layer : int
+        Of a repeating one; -1 else.
+    op : Op
+        The op that uses it: a device must support that on the buffer type.
+    is_optional, is_duplicate : bool
+        It may be missing; it is another use of a tensor listed before.
+    """
+
+    name: str
+    ne: Shape
+    part: Part
+    layer: int
+    op: Op
+    is_optional: bool = False
+    is_duplicate: bool = False
+
+
+def spec(name: str, ne: Iterable[int], part: Part, layer: int, op: Op, *, optional: bool = False) -> WeightSpec:
+    """Return a `WeightSpec`; the bias of a multiplication is added, whatever op its weight has."""
+    if name.endswith(".bias"):
+        op = Op.ADD_ID if op is Op.MUL_MAT_ID else Op.ADD
+    return WeightSpec(name, pad_ne(tuple(ne)), part, layer, op, optional)
+
+
+def layer_specs(layer: int, table: Iterable[tuple[str, tuple[int, ...], Op, bool]]) -> list[WeightSpec]:
+    """Return the specs of one layer from rows of (name without ``blk.N.``, ne, op, optional)."""
+    return [
+        spec(f"blk.{layer}.{name}", ne, "repeating", layer, op, optional=optional) for name, ne, op, optional in table
+    ]
+
+
+def trunk_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+    """Return the specs of the embedding, the last norm and the head, which may be the embedding once more."""
+    ne = pad_ne((hp.n_embd, hp.n_vocab))
+    out = [
+        WeightSpec("token_embd.weight", ne, "input", -1, Op.GET_ROWS),
+        WeightSpec("output_norm.weight", pad_ne((hp.n_embd,)), "output", -1, Op.MUL),
+    ]
+    if "output.weight" in present:
+        out.append(WeightSpec("output.weight", ne, "output", -1, Op.MUL_MAT))
+    else:
+        out.append(WeightSpec("token_embd.weight", ne, "output", -1, Op.MUL_MAT, is_duplicate=True))
+    return out
+
+
+def qkv_specs(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+    """Return the specs of one layer's projections to Q, K and V, fused if the file has them so.
+
+    Notes
+    -----
+    Mirrors `llama_model_base::create_tensor_qkv`.
+    """
+    q, k, v = hp.n_embd_head_k * hp.n_head, hp.n_embd_k_gqa, hp.n_embd_v_gqa
+    biases = [
+        ("attn_q.bias", (q,), Op.ADD, True),
+        ("attn_k.bias", (k,), Op.ADD, True),
+        ("attn_v.bias", (v,), Op.ADD, True),
+    ]
+    if f"blk.{layer}.attn_qkv.weight" in present:
+        fused = [("attn_qkv.weight", (hp.n_embd, q + k + v), Op.MUL_MAT, False)]
+        if f"blk.{layer}.attn_qkv.bias" in present:
+            return layer_specs(layer, [*fused, ("attn_qkv.bias", (q + k + v,), Op.ADD, True)])
+        return layer_specs(layer, [*fused, *biases])
+    weights = [
+        ("attn_q.weight", (hp.n_embd, q), Op.MUL_MAT, False),
+        ("attn_k.weight", (hp.n_embd, k), Op.MUL_MAT, False),
+        ("attn_v.weight", (hp.n_embd, v), Op.MUL_MAT, False),
+    ]
+    return layer_specs(layer, [*weights, *biases])
+
+
+def resolve_specs(specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo], path: str) -> list[WeightSpec]:
+    """Return the specs whose tensors are there, after checking each.
+
+    Raises
+    ------
+    FormatError
+        A tensor is missing or of another shape, or the file has tensors that the architecture does not use.
+
+    Notes
+    -----
+    Mirrors `llama_model_loader::check_tensor_dims` and `done_getting_tensors`.
+    """
+    found: list[WeightSpec] = []
+    for s in specs:
+        info = present.get(s.name)
+        if info is None:
+            if s.is_optional:
+                continue
+            raise FormatError(
+                path, f"the tensor '{s.name}' is missing", hint="the model is incomplete: convert it again"
+            )
+        if info.ne != s.ne:
+            raise FormatError(
+                path,
+                f"'{s.name}' has ne {list(info.ne)}, the metadata asks for {list(s.ne)}",
+                offset=info.offset,
+                hint="metadata and tensors belong to different models",
+            )
+        found.append(s)
+    unused = present.keys() - {s.name for s in found}
+    if unused:
+        raise FormatError(
+            path,
+            f"{len(unused)} tensors have no place in this architecture, such as '{min(unused)}'",
+            hint="the model is of a variant that is not supported",
+        )
+    return found
+
+
+class LayerWeights:
+    """The weights of one layer, by their names without ``blk.N.``."""
+
+    __slots__ = ("_by_name", "layer")
+
+    def __init__(self, layer: int, by_name: dict[str, Tensor]) -> None:
+        self.layer = layer
+        self._by_name = by_name
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._by_name[name]
+
+    def get(self, name: str) -> Tensor | None:
+        """Return a weight, or None where the model has none of that name."""
+        return self._by_name.get(name)
+
+
+class Weights:
+    """The weights of a model: ``weights["output_norm.weight"]``, ``weights.layers[3]["attn_q.weight"]``.
+
+    Attributes
+    ----------
+    output : Tensor
+        The head, which may be the embedding once more.
+    layers : list of LayerWeights
+        By layer.
+    tensors : list of Tensor
+        Each once.
+    """
+
+    __slots__ = ("_trunk", "layers", "output", "tensors")
+
+    def __init__(self, specs: Iterable[WeightSpec], tensors: Iterable[Tensor], n_layer: int) -> None:
+        by_layer: list[dict[str, Tensor]] = [{} for _ in range(n_layer)]
+        self._trunk: dict[str, Tensor] = {}
+        self.tensors: list[Tensor] = []
+        output: Tensor | None = None
+        for s, tensor in zip(specs, tensors, strict=True):
+            self.tensors.append(tensor)
+            if s.part == "repeating":
+                by_layer[s.layer][s.name.removeprefix(f"blk.{s.layer}.")] = tensor
+            elif s.part == "output" and s.op is Op.MUL_MAT:
+                output = tensor
+            else:
+                self._trunk[s.name] = tensor
+        assert output is not None
+        self.output = output
+        self.layers = [LayerWeights(i, d) for i, d in enumerate(by_layer)]
+        self.tensors = list(dict.fromkeys(self.tensors))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._trunk[name]
