@@ -1,0 +1,116 @@
+"""`pyggml replay`: scheduler cases through the real scheduler, traces written."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..dialect import DIALECTS, Dialect
+from ..errors import FormatError
+from ..replay import replay_file
+
+__all__ = ["command", "trace_name"]
+
+#: What a user may call the dialects: by our name, or by the whole version of ggml that their traces come from.
+_VERSIONS = {**{name: name for name in DIALECTS}, "0.20.2": "0.20", "0.21.0": "0.21", "0.26.0": "0.26"}
+#: Ends of trace files, so that those of several dialects can lie in one folder.
+_SUFFIXES = {"0.20": ".trace.json.gz", "0.21": ".trace021.json.gz", "0.26": ".trace026.json.gz"}
+_CASE_ENDS = (".case.json.gz", ".case.json", ".json.gz", ".json")
+_MANY = 8  #: cases from which on progress is shown: fewer take less than a second
+
+
+@click.command("replay", short_help="Run scheduler cases and write their traces.")
+@click.argument("case", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--trace", type=click.Path(dir_okay=False, path_type=Path), help="Trace to write; gzip if it ends in .gz."
+)
+@click.option(
+    "--all", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Run every case here."
+)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the traces of --all.")
+@click.option(
+    "--dialect", type=click.Choice(list(_VERSIONS)), default="0.26", show_default=True, help="Version of ggml."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
+def command(
+    case: Path | None, trace: Path | None, folder: Path | None, out: Path | None, dialect: str, as_json: bool
+) -> None:
+    """Run scheduler cases through the scheduler over mock backends and write what it did.
+
+    One CASE with --trace, or --all of a folder with --out.
+    """
+    if (case is None) == (folder is None):
+        raise click.UsageError("give either a CASE or --all DIR")
+    rules = DIALECTS[_VERSIONS[dialect]]
+    if case is not None:
+        if trace is None:
+            raise click.UsageError("--trace OUT is missing: where to write the trace")
+        todo = [(case, trace)]
+    else:
+        assert folder is not None
+        if out is None:
+            raise click.UsageError("--out DIR is missing: where to write the traces")
+        todo = [(path, out / trace_name(path, rules)) for path in _cases_in(folder)]
+        if not todo:
+            raise click.ClickException(f"{folder}: no case here: files that end in .case.json or .case.json.gz")
+        out.mkdir(parents=True, exist_ok=True)
+    rows = list(_replay_each(todo, rules))
+    failed = [row for row in rows if "error" in row]
+    for row in failed:
+        click.echo(f"Error: {row['error']}", err=True)
+    if as_json:
+        seconds = round(sum(row["seconds"] for row in rows), 3)
+        click.echo(json.dumps({"dialect": rules.version, "n": len(rows), "seconds": seconds, "cases": rows}))
+    elif case is None:
+        click.echo(f"{len(rows) - len(failed)} of {len(rows)} cases replayed in dialect {rules.version}: {out}")
+    if failed:
+        sys.exit(1)
+
+
+def trace_name(case: Path, dialect: Dialect) -> str:
+    """Return the name of a case's trace in a dialect."""
+    name = case.name
+    for end in _CASE_ENDS:
+        if name.endswith(end):
+            name = name[: -len(end)]
+            break
+    return name + _SUFFIXES[dialect.version]
+
+
+def _cases_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.name.endswith(_CASE_ENDS[:2]))
+
+
+def _replay_each(todo: list[tuple[Path, Path]], dialect: Dialect) -> Iterator[dict[str, Any]]:
+    """Run cases one after the other; one that fails does not keep the others from running."""
+    for path, trace in _with_progress(todo):
+        start_s = time.perf_counter()
+        row: dict[str, Any] = {  # of JSON values
+            "case": str(path),
+            "trace": str(trace),
+        }
+        try:
+            steps = replay_file(path, trace, dialect=dialect)["steps"]
+        except (FormatError, OSError) as error:
+            row["error"] = str(error)
+        else:
+            row["steps"] = len(steps)
+            if "abort" in steps[-1]:
+                row["abort"] = steps[-1]["abort"]["message"]
+        row["seconds"] = round(time.perf_counter() - start_s, 4)
+        yield row
+
+
+def _with_progress(todo: list[tuple[Path, Path]]) -> Iterable[tuple[Path, Path]]:
+    if len(todo) < _MANY or not sys.stderr.isatty():
+        return todo
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(todo, description="replay", console=Console(stderr=True), transient=True)
