@@ -1,0 +1,1 @@
+"""Golden split decisions: recorded cases, traces, and their comparison."""
