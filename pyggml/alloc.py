@@ -407,7 +407,7 @@ class Gallocr:
         self._check_size = dialect.alloc_size_check
         self._nodes: list[tuple[_Place, list[_Place]]] = []
         self._leafs: list[_Place] = []
-        self.is_reserved = False  #: whether the buffers fit the places
+        self.is_reserved = True  #: whether the buffers fit the places; at first there are none, for an empty graph
 
     # -- reserving -----------------------------------------------------------
 
@@ -553,20 +553,29 @@ class Gallocr:
         nodes = graph.nodes
         if len(self._nodes) != len(nodes) or len(self._leafs) != len(graph.leafs):
             return False
-        for node, (dst, srcs) in zip(nodes, self._nodes, strict=True):
-            if not self._fits_place(node, dst):
+        fitting: dict[Tensor, _Place] = {}  # most sources stand at the place they were met at before
+
+        def fits(tensor: Tensor, place: _Place) -> bool:
+            if fitting.get(tensor) is place:
+                return True
+            if place.buffer_id < 0 or self.alloc_size(place.buffer_id, tensor) > place.size_max:
                 return False
+            fitting[tensor] = place
+            return True
+
+        for node, (dst, srcs) in zip(nodes, self._nodes, strict=True):
+            if node.data is None and node.view_src is None and not fits(node, dst):
+                return False
+            n_places = len(srcs)
             for j, src in enumerate(node.src):
-                if src is not None and not self._fits_place(src, srcs[j] if j < len(srcs) else _NOWHERE):
+                if (
+                    src is not None
+                    and src.data is None
+                    and src.view_src is None
+                    and not fits(src, srcs[j] if j < n_places else _NOWHERE)
+                ):
                     return False
         return True
-
-    def _fits_place(self, tensor: Tensor, place: _Place) -> bool:
-        if tensor.data is not None or tensor.view_src is not None:
-            return True
-        if place.buffer_id < 0:
-            return False
-        return self.alloc_size(place.buffer_id, tensor) <= place.size_max
 
     # -- sizes ---------------------------------------------------------------
 

@@ -6,7 +6,7 @@ Values of `Type`, `TensorFlag`, `BufferUsage`, `UnaryOp` and `GluOp` equal upstr
 
 from __future__ import annotations
 
-from enum import Enum, IntEnum, IntFlag
+from enum import Enum, IntEnum
 from typing import NamedTuple
 
 MAX_DIMS = 4
@@ -308,8 +308,8 @@ class GluOp(IntEnum):
     SWIGLU_CLAMP = 6
 
 
-class TensorFlag(IntFlag):
-    """What a tensor is to its graph."""
+class TensorFlag(IntEnum):
+    """What a tensor is to its graph: bits of ``Tensor.flags``, which is a plain int as it is tested so often."""
 
     NONE = 0
     INPUT = 1

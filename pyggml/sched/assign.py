@@ -61,7 +61,8 @@ def _from_location(tensor: Tensor, machine: Machine, offload_op: OffloadOp | Non
     Mirrors `ggml_backend_sched_backend_id_from_cur`. Upstream's separate look at ``view_src`` (1.vsrc) never decides:
     the first look follows ``view_src`` already.
     """
-    storage = tensor.storage
+    root = tensor.view_src
+    storage = tensor.buffer if root is None else root.buffer
     if storage is not None:
         backend_id = _from_buffer(tensor, tensor, machine)
         if backend_id is None:
@@ -79,10 +80,13 @@ def _from_location(tensor: Tensor, machine: Machine, offload_op: OffloadOp | Non
     if tensor.op is Op.ROPE or tensor.op is Op.FLASH_ATTN_EXT:
         return None
     for i, src in enumerate(tensor.src):
-        if src is None or src.buffer is None or src.buffer.usage is not BufferUsage.WEIGHTS:
+        if src is None:
+            continue
+        buffer = src.buffer
+        if buffer is None or buffer.usage is not BufferUsage.WEIGHTS:
             continue
         backend_id = _from_buffer(src, tensor, machine)
-        if offload_op is not None and backend_id == machine.cpu and src.buffer.is_host:
+        if offload_op is not None and backend_id == machine.cpu and buffer.is_host:
             for b in range(machine.cpu):
                 backend = machine.backends[b]
                 if backend.supports_op(tensor) and offload_op(backend, tensor):

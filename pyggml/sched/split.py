@@ -55,7 +55,18 @@ class Cutter:
         Node, index and former source, for every source that now is a copy.
     """
 
-    __slots__ = ("asg", "copies", "cur_copy", "graph_inputs", "machine", "memory", "n_copies", "rewritten", "splits")
+    __slots__ = (
+        "asg",
+        "copies",
+        "cur_copy",
+        "graph_inputs",
+        "machine",
+        "memory",
+        "n_copies",
+        "pins_are_suspect",
+        "rewritten",
+        "splits",
+    )
 
     def __init__(self, asg: Assignment, machine: Machine, memory: CutMemory, *, n_copies: int, cur_copy: int) -> None:
         self.asg = asg
@@ -63,6 +74,7 @@ class Cutter:
         self.memory = memory
         self.n_copies = n_copies
         self.cur_copy = cur_copy
+        self.pins_are_suspect = machine.repairs.pinned_weight and asg.has_pins
         self.splits: list[Split] = []
         self.copies: Copies = {}
         self.graph_inputs: list[Tensor] = []
@@ -86,6 +98,7 @@ class Cutter:
         split = Split(self.memory.backend_id, 0, len(nodes))
         self.splits.append(split)
         by_source = self.machine.dialect.graph_inputs_from == "sources"
+        suspect = self.pins_are_suspect
         for i in range(i_first, len(nodes)):
             node = nodes[i]
             if node.op.is_view:
@@ -100,6 +113,8 @@ class Cutter:
                     continue
                 if by_source and self.n_copies > 1 and src.flags & TensorFlag.INPUT:
                     self._copy_graph_input(src)
+                if ids.get(src) == backend_id and not suspect:
+                    continue  # where it is needed: most sources are
                 if self._needs_copy(src, split.backend_id):
                     by_backend = self.copies.setdefault(src, {})
                     if split.backend_id not in by_backend:
@@ -118,9 +133,13 @@ class Cutter:
         at = self.asg.ids.get(src)
         if at is None:
             raise SchedError(f"'{src.name}' has no backend: the tensor that it views is not in the graph")
-        if at == backend_id and not (self.machine.repairs.pinned_weight and src.storage is not None):
+        if at == backend_id and not (self.pins_are_suspect and self._is_pinned_in_memory(src)):
             return False
         return not self.machine.buffer_supported(src, backend_id, self.asg)
+
+    def _is_pinned_in_memory(self, tensor: Tensor) -> bool:
+        """Whether the user pinned a tensor that has memory already, perhaps elsewhere."""
+        return self.asg.causes.get(tensor) is Cause.USER and tensor.storage is not None
 
     def _must_start(self, node: Tensor, split: Split) -> bool:
         """Whether a node on the split's own backend starts a new one."""
@@ -240,7 +259,12 @@ def make_sched_graph(graph: Graph, cutter: Cutter, deps: AllocDeps) -> SchedGrap
             dep.src = [tensor]
             nodes += (dep, copies[tensor][split.backend_id][cutter.cur_copy])
             node_ids += (ids[tensor], split.backend_id)
-        for node in graph.nodes[split.i_start : split.i_end]:
+        in_split = graph.nodes[split.i_start : split.i_end]
+        if not deps:
+            nodes += in_split
+            node_ids += [ids[node] for node in in_split]
+            continue
+        for node in in_split:
             nodes.append(node)
             node_ids.append(ids[node])
             kept = deps.get(node, ())

@@ -85,11 +85,12 @@ class Assignment:
         The latest cause of each.
     """
 
-    __slots__ = ("causes", "ids")
+    __slots__ = ("causes", "has_pins", "ids")
 
     def __init__(self) -> None:
         self.ids: dict[Tensor, int] = {}
         self.causes: dict[Tensor, Cause] = {}
+        self.has_pins = False  #: whether the user pinned anything
 
     def get(self, tensor: Tensor) -> int | None:
         """Return the backend id of a tensor."""
@@ -99,15 +100,12 @@ class Assignment:
         """Assign a tensor."""
         self.ids[tensor] = backend_id
         self.causes[tensor] = cause
+        if cause is Cause.USER:
+            self.has_pins = True
 
     def cause(self, tensor: Tensor) -> Cause | None:
         """Return why a tensor is where it is."""
         return self.causes.get(tensor)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.ids.clear()
-        self.causes.clear()
 
 
 @dataclass(frozen=True, slots=True)
