@@ -150,6 +150,7 @@ class Scheduler:
         self._cutter: Cutter | None = None
         self._allocated: ref[Graph] | None = None
         self._rewritten: WeakKeyDictionary[Graph, list[tuple[Tensor, int, Tensor]]] = WeakKeyDictionary()
+        self._kept: _Kept | None = None
         self._thread = threading.RLock()
 
     # -- questions -----------------------------------------------------------
@@ -224,7 +225,7 @@ class Scheduler:
     def _split(self, graph: Graph) -> list[Split]:
         self._restore(graph)
         self.is_reset = False
-        self._cutter = None
+        self._cutter = self._kept = None
         asg = self.assignment
         assign(graph, asg, self.machine, self.offload_rule if self.op_offload else None)
         cutter = Cutter(asg, self.machine, self._memory, n_copies=self.n_copies, cur_copy=self.cur_copy)
@@ -327,12 +328,28 @@ class Scheduler:
             )
         self.cur_copy = self.next_copy
         self.next_copy = (self.next_copy + 1) % self.n_copies
-        self._split(graph)
-        self._alloc_splits()
-        assert self._cutter is not None
-        self.copier.prepare(self._cutter)
+        if not self._revive(graph):
+            self._split(graph)
+            self._alloc_splits()
+            assert self._cutter is not None
+            self.copier.prepare(self._cutter)
+            self._kept = _Kept(self, graph)
         self._allocated = ref(graph)
         self.is_alloc = True
+
+    def _revive(self, graph: Graph) -> bool:
+        """Take up the latest allocation again, if the graph is the same and nothing about it changed.
+
+        Notes
+        -----
+        Differs: upstream always splits and places anew, which for an unchanged graph ends where it began.
+        """
+        kept = self._kept
+        if kept is None or self.assignment.ids or not kept.serves(self, graph):
+            return False
+        self.assignment, self.copies = kept.assignment, kept.copies
+        self.is_reset = False
+        return True
 
     def _alloc_splits(self) -> None:
         """Place the graph; reserve anew if it moved between buffer types or does not fit.
@@ -453,6 +470,7 @@ class Scheduler:
         with self._one_thread():
             self._synchronize()
             self._reset()
+            self._kept = None
             self.splits = []
             self.graph_copy = SchedGraph()
             self.galloc.close()
@@ -494,6 +512,38 @@ def _check_backends(backends: Sequence[Backend], bufts: Sequence[BufferType]) ->
     for backend, buft in zip(backends, bufts, strict=True):
         if not backend.supports_buft(buft):
             raise SchedError(f"{backend.name} cannot use memory of type {buft.name}")
+
+
+def _flags(graph: Graph) -> list[int]:
+    return [t.flags for t in graph.nodes] + [t.flags for t in graph.leafs]
+
+
+class _Kept:
+    """An allocation that a `reset` forgot, and all that it rests on."""
+
+    __slots__ = ("assignment", "buffers", "copies", "flags", "graph", "rules", "version")
+
+    def __init__(self, sched: Scheduler, graph: Graph) -> None:
+        self.graph = ref(graph)
+        self.version = graph.version
+        self.flags = _flags(graph)
+        self.buffers = [leaf.buffer for leaf in graph.leafs]
+        self.assignment = sched.assignment
+        self.copies = sched.copies
+        self.rules = (sched.op_offload, sched.offload_rule)
+
+    def serves(self, sched: Scheduler, graph: Graph) -> bool:
+        """Whether nothing changed since. Pins are for one graph, and pipeline copies change with each."""
+        return (
+            self.graph() is graph
+            and self.version == graph.version
+            and sched.n_copies == 1
+            and not sched.debug
+            and not self.assignment.has_pins
+            and self.rules == (sched.op_offload, sched.offload_rule)
+            and self.flags == _flags(graph)
+            and self.buffers == [leaf.buffer for leaf in graph.leafs]
+        )
 
 
 class _IdTable:
