@@ -1,0 +1,126 @@
+"""What a run did, in numbers: made from records, returned as data and as tables, never printed here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from .record import CopyRecord, Record, UsedExpertsRecord
+
+__all__ = ["CopyAccount", "LayerCopies", "format_bytes", "layer_of"]
+
+Phase = Literal["prompt", "generate"]
+
+
+def layer_of(name: str) -> int | None:
+    """Return the layer that a tensor's name tells: ``blk.3.ffn_up_exps.weight`` or ``ffn_inp-3``."""
+    found = re.match(r"blk\.(\d+)\.", name) or re.search(r"-(\d+)(?: |$)", name)
+    return int(found[1]) if found else None
+
+
+def format_bytes(n: float) -> str:
+    """Return bytes as people read them.
+
+    Examples
+    --------
+    >>> format_bytes(1536), format_bytes(3 * 1024**3)
+    ('1.5 KiB', '3.00 GiB')
+    """
+    for unit, size, digits in (("GiB", 1024**3, 2), ("MiB", 1024**2, 1), ("KiB", 1024, 1)):
+        if abs(n) >= size:
+            return f"{n / size:,.{digits}f} {unit}"
+    return f"{n:,.0f} B"
+
+
+@dataclass(slots=True)
+class LayerCopies:
+    """Expert weights of one layer that went to a device."""
+
+    layer: int | None  #: None: the weight's name tells none
+    n_expert: int = 0
+    n_reads: int = 0  #: how often used experts were copied, one for each weight and batch
+    n_used: int = 0  #: sum of the experts used over the reads
+    bytes_copied: int = 0
+    bytes_full: int = 0  #: what whole copies would have moved
+
+    @property
+    def used_mean(self) -> float:
+        """Experts used on average."""
+        return self.n_used / self.n_reads if self.n_reads else 0.0
+
+    @property
+    def ratio(self) -> float:
+        """Bytes copied over bytes of whole copies; 1 if there were none."""
+        return self.bytes_copied / self.bytes_full if self.bytes_full else 1.0
+
+    def add(self, other: LayerCopies) -> None:
+        """Add another's counts."""
+        self.n_expert = max(self.n_expert, other.n_expert)
+        self.n_reads += other.n_reads
+        self.n_used += other.n_used
+        self.bytes_copied += other.bytes_copied
+        self.bytes_full += other.bytes_full
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts and what follows from them, for JSON."""
+        return {**asdict(self), "used_mean": self.used_mean, "ratio": self.ratio}
+
+
+@dataclass(slots=True)
+class CopyAccount:
+    """A recorder that keeps sums, not records: a long run needs no more memory than a short one.
+
+    Attributes
+    ----------
+    phase : str
+        What the records that come now belong to; the driver sets it.
+    """
+
+    phase: Phase = "prompt"
+    _layers: dict[tuple[Phase, int | None], LayerCopies] = field(default_factory=dict)
+    _bytes: dict[tuple[Phase, str, str], int] = field(default_factory=dict)
+
+    def record(self, record: Record) -> None:
+        """Add one record to the sums."""
+        if isinstance(record, UsedExpertsRecord):
+            row = self._row(record.tensor)
+            row.n_expert = record.n_expert
+            row.n_reads += 1
+            row.n_used += len(record.used)
+            row.bytes_full += record.tensor_bytes
+        elif isinstance(record, CopyRecord):
+            if record.reason in ("experts", "weight"):
+                row = self._row(record.tensor)
+                row.bytes_copied += record.size_bytes
+                if record.reason == "weight":
+                    row.bytes_full += record.tensor_bytes
+            key = (self.phase, record.dst, record.reason)
+            self._bytes[key] = self._bytes.get(key, 0) + record.size_bytes
+
+    def _row(self, tensor: str) -> LayerCopies:
+        layer = layer_of(tensor)
+        return self._layers.setdefault((self.phase, layer), LayerCopies(layer))
+
+    def layers(self, phase: Phase | None = None) -> list[LayerCopies]:
+        """Return the sums of each layer, of one phase or of all, in the order of layers."""
+        rows: dict[int | None, LayerCopies] = {}
+        for (p, layer), row in self._layers.items():
+            if phase in (None, p):
+                rows.setdefault(layer, LayerCopies(layer)).add(row)
+        return sorted(rows.values(), key=lambda r: -1 if r.layer is None else r.layer)
+
+    def total(self, phase: Phase | None = None) -> LayerCopies:
+        """Return the sum over all layers."""
+        total = LayerCopies(None)
+        for row in self.layers(phase):
+            total.add(row)
+        return total
+
+    def bytes_to(self, backend: str, phase: Phase | None = None) -> dict[str, int]:
+        """Return the bytes that were copied to a backend, by reason."""
+        found: dict[str, int] = {}
+        for (p, dst, reason), n in self._bytes.items():
+            if dst == backend and phase in (None, p):
+                found[reason] = found.get(reason, 0) + n
+        return found
