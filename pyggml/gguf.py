@@ -202,13 +202,28 @@ class Metadata(Mapping[str, Any]):  # Any: a value's type is the file's to say; 
             walk.at = entry.offset
             if entry.length is None:
                 return walk.text(f"the value of '{key}'")
-            return [walk.text(f"'{key}'[{i:,}]") for i in range(entry.length)]
+            return self._strings(key, entry, entry.length)
         if entry.length is None:
             return _SCALARS[entry.type].unpack_from(self._map, entry.offset)[0]
         import numpy as np
 
         values: npt.NDArray[Any] = np.frombuffer(self.raw(key), dtype="<" + _LETTERS[entry.type])
         return values
+
+    def _strings(self, key: str, entry: Entry, n: int) -> list[str]:
+        """Decode an array of strings, whose lengths were checked when the file was opened."""
+        raw, at, unpack = self.raw(key), 0, _U64.unpack_from
+        strings: list[str] = []
+        try:
+            for _ in range(n):
+                end = at + 8 + unpack(raw, at)[0]
+                strings.append(raw[at + 8 : end].decode())
+                at = end
+        except UnicodeDecodeError as error:
+            offset = entry.offset + at + 8 + error.start
+            message = f"'{key}'[{len(strings):,}] is not UTF-8"
+            raise FormatError(self._path, message, offset=offset, hint=_AGAIN) from None
+        return strings
 
 
 _T = TypeVar("_T", int, float, bool, str)

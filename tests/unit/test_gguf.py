@@ -223,6 +223,10 @@ DAMAGES: dict[str, tuple[dict[str, object], str]] = {
     "huge names": ({"keys": [("k", 9, struct.pack("<IQ", 8, 2**63))]}, "strings, wants"),
     "string past the end": ({"keys": [("k", 8, struct.pack("<Q", 2**64 - 1))]}, "runs past the end"),
     "not UTF-8": ({"keys": [("k", 8, text(b"\xff\xfe"))]}, "the value of 'k' is not UTF-8"),
+    "names not UTF-8": (
+        {"keys": [("k", 9, struct.pack("<IQ", 8, 2) + text("a") + text(b"b\xff"))]},
+        "'k'[1] is not UTF-8",
+    ),
     "alignment 0": ({"keys": [("general.alignment", 4, bytes(4))]}, "not a power of two"),
     "alignment 48": ({"keys": [("general.alignment", 4, struct.pack("<I", 48))]}, "not a power of two"),
     "alignment kind": ({"keys": [("general.alignment", 10, struct.pack("<Q", 32))]}, "not a uint32"),
