@@ -1,0 +1,214 @@
+"""Weights into memory, where `Placement` says: in place where the file is mapped, else into device buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..alloc import alloc_tensors
+from ..buffer import Buffer, BufferType, tensor_alloc, tensor_set
+from ..errors import OutOfMemoryError
+from ..gguf import GGUFFile
+from ..tensor import Tensor
+from ..types import BufferUsage
+from .context import ContextParams
+from .hparams import HParams
+from .kv_cache import KVCache
+from .placement import Placement, WeightPlace
+from .weights import Weights
+
+__all__ = ["LoadedWeights", "Progress", "allocate_cache", "load_weights", "plan_cache", "plan_weights"]
+
+#: Told the bytes copied so far and in all; may raise to stop the load.
+Progress = Callable[[int, int], None]
+#: Copied at once, so that progress moves and a load can be stopped.
+_STEP_BYTES = 16 * 1024**2
+
+
+@dataclass(eq=False, slots=True)
+class LoadedWeights:
+    """Weights and the buffers that hold them.
+
+    Attributes
+    ----------
+    weights : Weights
+        By name and layer.
+    buffers : list of Buffer
+        Those over the mapped file among them.
+    mapped_bytes, copied_bytes : int
+        Bytes of weights used in place, and copied.
+    """
+
+    weights: Weights
+    buffers: list[Buffer]
+    mapped_bytes: int
+    copied_bytes: int
+
+    def close(self) -> None:
+        """Give the memory back; the weights have none afterwards."""
+        for tensor in self.weights.tensors:
+            tensor.buffer = tensor.data = None
+        for buffer in self.buffers:
+            buffer.close()
+        self.buffers.clear()
+
+
+def _make_tensors(placement: Placement, n_layer: int) -> tuple[Weights, dict[tuple[BufferType, str], Tensor]]:
+    """Return the tensors without memory; uses of one tensor in one buffer type share it."""
+    made: dict[tuple[BufferType, str], Tensor] = {}
+    in_order: list[Tensor] = []
+    for w in placement.weights:
+        key = (w.buft, w.spec.name)
+        if key not in made:
+            made[key] = Tensor(w.info.type, w.info.ne, name=w.spec.name)
+        in_order.append(made[key])
+    return Weights([w.spec for w in placement.weights], in_order, n_layer), made
+
+
+def plan_weights(placement: Placement, hparams: HParams) -> LoadedWeights:
+    """Return weights that lie in buffers of no bytes: enough to plan with, and nothing is read or allocated.
+
+    Notes
+    -----
+    Mirrors `llama_model_base::load_tensors` with ``no_alloc``.
+    """
+    weights, made = _make_tensors(placement, hparams.n_layer)
+    buffers = {buft: buft.alloc_buffer(0) for buft in placement.by_buft()}
+    for buffer in buffers.values():
+        buffer.set_usage(BufferUsage.WEIGHTS)
+    for (buft, _), tensor in made.items():
+        tensor.buffer = buffers[buft]
+    return LoadedWeights(weights, list(buffers.values()), 0, 0)
+
+
+def load_weights(
+    file: GGUFFile, placement: Placement, hparams: HParams, *, progress: Progress | None = None
+) -> LoadedWeights:
+    """Bring the weights of a file to where they are placed.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        Told ``(done_bytes, total_bytes)`` of what is copied; what is used in place is not.
+
+    Raises
+    ------
+    OutOfMemoryError
+        A device has not enough memory; nothing stays allocated.
+
+    Notes
+    -----
+    Mirrors `llama_model_base::load_tensors` and `llama_model_loader::load_all_data`.
+    """
+    weights, made = _make_tensors(placement, hparams.n_layer)
+    loaded = LoadedWeights(weights, [], 0, 0)
+    to_copy: list[tuple[WeightPlace, Tensor]] = []
+    try:
+        for buft, places in placement.by_buft().items():
+            pairs = [(w, made[buft, w.spec.name]) for w in places]
+            mapped = _map_weights(file, buft, pairs) if placement.is_mapped(buft) else None
+            if mapped is not None:
+                loaded.buffers.append(mapped)
+                loaded.mapped_bytes += sum(w.info.nbytes for w, _ in pairs)
+                continue
+            loaded.buffers.append(_alloc_weights(buft, [t for _, t in pairs]))
+            to_copy += pairs
+        _copy_weights(file, to_copy, progress)
+    except BaseException:
+        loaded.close()
+        raise
+    loaded.copied_bytes = sum(w.info.nbytes for w, _ in to_copy)
+    return loaded
+
+
+def _map_weights(file: GGUFFile, buft: BufferType, pairs: Sequence[tuple[WeightPlace, Tensor]]) -> Buffer | None:
+    """Return a buffer over the mapped file, from the first to the last of some weights; None if that cannot be."""
+    assert buft.device is not None
+    first = min(w.info.offset for w, _ in pairs)
+    last = max(w.info.offset + w.info.nbytes for w, _ in pairs)
+    name = pairs[0][0].spec.name
+    base = file.address(name) - file.tensors[name].offset
+    buffer = buft.device.buffer_from_host(base + first, last - first, file.data(name))
+    if buffer is None:
+        return None
+    buffer.set_usage(BufferUsage.WEIGHTS)
+    for w, tensor in pairs:
+        tensor_alloc(buffer, tensor, base + w.info.offset)
+    return buffer
+
+
+def _alloc_weights(buft: BufferType, tensors: Sequence[Tensor]) -> Buffer:
+    try:
+        buffer = alloc_tensors(tensors, buft, usage=BufferUsage.WEIGHTS)
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            error.buft,
+            error.requested_bytes,
+            error.available_bytes,
+            f"{len(tensors)} weights",
+            hint="put fewer layers there (-ngl), or experts on the CPU (--cpu-moe)",
+        ) from error
+    assert buffer is not None
+    return buffer
+
+
+def _copy_weights(file: GGUFFile, pairs: Sequence[tuple[WeightPlace, Tensor]], progress: Progress | None) -> None:
+    total = sum(w.info.nbytes for w, _ in pairs)
+    done = 0
+    for w, tensor in pairs:
+        address, size = file.address(w.spec.name), w.info.nbytes
+        for offset in range(0, size, _STEP_BYTES):
+            n = min(_STEP_BYTES, size - offset)
+            tensor_set(tensor, address + offset, offset, n)
+            done += n
+            if progress is not None:
+                progress(done, total)
+
+
+# -- the KV cache ------------------------------------------------------------
+
+
+def _cache_groups(cache: KVCache, placement: Placement, params: ContextParams) -> dict[BufferType, list[Tensor]]:
+    groups: dict[BufferType, list[Tensor]] = {}
+    for layer, pair in enumerate(zip(cache.k, cache.v, strict=True)):
+        groups.setdefault(placement.cache_buft(layer, params), []).extend(pair)
+    return groups
+
+
+def allocate_cache(cache: KVCache, placement: Placement, params: ContextParams) -> list[Buffer]:
+    """Allocate the KV cache, zeroed: what masks hide must not be NaN.
+
+    Raises
+    ------
+    OutOfMemoryError
+        A device has not enough memory; nothing stays allocated.
+    """
+    buffers: list[Buffer] = []
+    try:
+        for buft, tensors in _cache_groups(cache, placement, params).items():
+            buffer = alloc_tensors(tensors, buft)
+            assert buffer is not None
+            buffer.clear(0)
+            buffers.append(buffer)
+    except OutOfMemoryError as error:
+        for buffer in buffers:
+            buffer.close()
+        raise OutOfMemoryError(
+            error.buft,
+            error.requested_bytes,
+            error.available_bytes,
+            f"a KV cache of {cache.n_cells} cells",
+            hint="make the context smaller (-c), or keep the cache on the host (--no-kv-offload)",
+        ) from error
+    return buffers
+
+
+def plan_cache(cache: KVCache, placement: Placement, params: ContextParams) -> dict[BufferType, int]:
+    """Put the KV cache into buffers of no bytes, and return what it would take of each buffer type."""
+    sizes: dict[BufferType, int] = {}
+    for buft, tensors in _cache_groups(cache, placement, params).items():
+        buffer = buft.alloc_buffer(0)
+        for tensor in tensors:
+            tensor.buffer = buffer
+        sizes[buft] = sum(-(-buft.alloc_size(t) // buft.alignment) * buft.alignment for t in tensors)
+    return sizes

@@ -1,0 +1,409 @@
+"""Where each tensor of a model goes, decided from the header alone: `place` makes a `Placement`, which is data.
+
+A layer belongs to a device (`-ngl`, `-ts`); its weights go to the first buffer type of the device's list that the device
+can use for the op in question; `-ot`, `--cpu-moe` and `--n-cpu-moe` move single tensors by name. Loading follows the
+placement, the KV cache follows the layers, and `pyggml splits` shows both without reading a weight.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .. import ops
+from ..backend import Device
+from ..buffer import BufferType
+from ..errors import GraphError, UnsupportedOpError
+from ..gguf import TensorInfo
+from ..tensor import Tensor
+from ..types import Op, Type
+from .context import ContextParams
+from .graph import ModelGraph
+from .hparams import HParams, round_f32
+from .weights import WeightSpec
+
+__all__ = [
+    "EXPERTS",
+    "Override",
+    "Placement",
+    "PlacementFlags",
+    "WeightPlace",
+    "norm_pins",
+    "parse_overrides",
+    "place",
+]
+
+#: Names of expert weights, as ``--cpu-moe`` means them (`LLM_FFN_EXPS_REGEX`).
+EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+#: Tokens with which support of a weight's op is asked (`weight_buft_supported`).
+_N_PROBE = 512
+#: Batches below so many tokens have their norms pinned to the layer's device, whatever is offloaded.
+_PIN_BELOW = 32
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementFlags:
+    """What a user asks of placement; the defaults are llama.cpp's.
+
+    Attributes
+    ----------
+    n_gpu_layers : int
+        ``-ngl``: layers on devices, counted from the last, the output being one; below 0: all.
+    overrides : tuple of str
+        ``-ot``: each ``REGEX=BUFT``, or several with commas between. The first that matches a name holds.
+    cpu_moe : bool
+        ``--cpu-moe``: experts stay on the CPU; comes after `overrides`.
+    n_cpu_moe : int
+        ``--n-cpu-moe``: experts of the first N layers stay on the CPU; comes last.
+    tensor_split : tuple of float
+        ``-ts``: shares of the devices; by their free memory if not given.
+    use_mmap : bool
+        Weights in host memory are used where the file is mapped.
+    """
+
+    n_gpu_layers: int = -1
+    overrides: tuple[str, ...] = ()
+    cpu_moe: bool = False
+    n_cpu_moe: int = 0
+    tensor_split: tuple[float, ...] = ()
+    use_mmap: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Weights whose names match go to a buffer type."""
+
+    pattern: re.Pattern[str]
+    buft: BufferType
+    text: str  #: as the user gave it
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlace:
+    """Where one weight goes, and why."""
+
+    spec: WeightSpec
+    info: TensorInfo
+    buft: BufferType
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where everything of a model goes.
+
+    Attributes
+    ----------
+    devices : tuple of Device
+        Beside the CPU, in the scheduler's order.
+    cpu : Device
+        The last.
+    layers : tuple of Device
+        Of each layer: its weights, its KV cache, its norms.
+    output : Device
+        Of the last norm and the head.
+    n_gpu_layers : int
+        On devices, the output included.
+    weights : tuple of WeightPlace
+        In the order in which upstream makes them.
+    has_overrides : bool
+        Whether weights were moved by name.
+    """
+
+    devices: tuple[Device, ...]
+    cpu: Device
+    layers: tuple[Device, ...]
+    output: Device
+    n_gpu_layers: int
+    weights: tuple[WeightPlace, ...]
+    has_overrides: bool
+    use_mmap: bool
+
+    @property
+    def is_full_offload(self) -> bool:
+        """Whether all layers and the output are on devices."""
+        return self.n_gpu_layers > len(self.layers)
+
+    def cache_buft(self, layer: int, params: ContextParams) -> BufferType:
+        """Return where the K and V of a layer lie."""
+        return (self.layers[layer] if params.offload_kqv else self.cpu).buffer_type
+
+    def by_buft(self) -> dict[BufferType, list[WeightPlace]]:
+        """Return the weights of each buffer type, a tensor that is used twice there only once."""
+        out: dict[BufferType, dict[str, WeightPlace]] = {}
+        for w in self.weights:
+            out.setdefault(w.buft, {}).setdefault(w.spec.name, w)
+        return {buft: list(by_name.values()) for buft, by_name in out.items()}
+
+    def is_mapped(self, buft: BufferType) -> bool:
+        """Whether weights of a buffer type are used in place, where the file is mapped."""
+        return self.use_mmap and buft.is_host and buft.device is not None and buft is buft.device.buffer_type
+
+    def weight_bytes(self) -> dict[BufferType, int]:
+        """Return the bytes of weights in each buffer type, as loading will take them.
+
+        Notes
+        -----
+        Mirrors the sizes that `llama_model_base::load_tensors` reports: of mapped weights from the first to the last.
+        """
+        out: dict[BufferType, int] = {}
+        for buft, places in self.by_buft().items():
+            if self.is_mapped(buft):
+                infos = [w.info for w in places]
+                out[buft] = max(i.offset + i.nbytes for i in infos) - min(i.offset for i in infos)
+            else:
+                sizes = (buft.alloc_size(Tensor(w.info.type, w.info.ne)) for w in places)
+                out[buft] = sum(-(-size // buft.alignment) * buft.alignment for size in sizes)
+        return out
+
+
+# -- overrides ---------------------------------------------------------------
+
+
+def parse_overrides(flags: PlacementFlags, devices: Sequence[Device], cpu: Device) -> list[Override]:
+    """Return what ``-ot``, ``--cpu-moe`` and ``--n-cpu-moe`` come to, in the order in which they hold.
+
+    Raises
+    ------
+    GraphError
+        One has no ``=``, an unknown buffer type, or a pattern that is no regular expression.
+
+    Notes
+    -----
+    Mirrors `parse_tensor_buffer_overrides` and `llm_add_n_cpu_ffn_overrides`: commas separate, so that no pattern can
+    hold one.
+    """
+    known = {device.buffer_type.name: device.buffer_type for device in (*devices, cpu)}
+    out: list[Override] = []
+    for text in (part for value in flags.overrides for part in value.split(",")):
+        pattern, equals, name = text.partition("=")
+        if not equals or not pattern:
+            raise GraphError(f"-ot '{text}' is not of the form REGEX=BUFT", hint=f"such as '{EXPERTS}=CPU'")
+        if name not in known:
+            raise GraphError(f"-ot '{text}': no buffer type is called '{name}'", hint=f"there are {', '.join(known)}")
+        try:
+            out.append(Override(re.compile(pattern), known[name], f"-ot {text}"))
+        except re.error as error:
+            raise GraphError(
+                f"-ot '{text}': '{pattern}' is no regular expression: {error}", hint="escape dots and brackets with \\"
+            ) from None
+    if flags.n_cpu_moe < 0:
+        raise GraphError(f"--n-cpu-moe is {flags.n_cpu_moe}, at least 0 is needed")
+    if flags.cpu_moe:
+        out.append(Override(re.compile(EXPERTS), cpu.buffer_type, "--cpu-moe"))
+    for layer in range(flags.n_cpu_moe):
+        out.append(Override(re.compile(rf"blk\.{layer}{EXPERTS}"), cpu.buffer_type, f"--n-cpu-moe {flags.n_cpu_moe}"))
+    return out
+
+
+# -- layers ------------------------------------------------------------------
+
+
+def _layer_devices(
+    n_layer: int, n_gpu_layers: int, flags: PlacementFlags, devices: Sequence[Device], cpu: Device
+) -> list[Device]:
+    """Return the device of each layer and, last, of the output.
+
+    Notes
+    -----
+    Mirrors `llama_model_base::load_tensors`: the last layers go to devices, in shares by free memory or as told.
+    """
+    if not devices:
+        return [cpu] * (n_layer + 1)
+    ends = _shares(flags, devices, cpu)
+    first = max(n_layer + 1 - n_gpu_layers, 0)
+    n_on_devices = min(n_gpu_layers, n_layer + 1)
+    out: list[Device] = []
+    for layer in range(n_layer + 1):
+        if layer < first or layer - first >= n_on_devices:
+            out.append(cpu)
+        else:
+            out.append(devices[bisect_right(ends, round_f32((layer - first) / n_on_devices))])
+    return out
+
+
+def _shares(flags: PlacementFlags, devices: Sequence[Device], cpu: Device) -> list[float]:
+    """Return where each device's share of the layers ends, from 0 to 1."""
+    if len(flags.tensor_split) > len(devices) or any(s < 0 for s in flags.tensor_split):
+        names = ", ".join(d.name for d in devices)
+        raise GraphError(
+            f"-ts has {len(flags.tensor_split)} shares, {list(flags.tensor_split)}",
+            hint=f"one for each of {names}, none below 0",
+        )
+    if any(flags.tensor_split):
+        shares = [*flags.tensor_split, *([0.0] * (len(devices) - len(flags.tensor_split)))]
+    else:
+        shares = []
+        for device in devices:
+            free, total = device.memory()
+            shares.append(float(free if free or total else cpu.memory()[0]))
+    ends: list[float] = []
+    total_share = 0.0
+    for share in shares:
+        total_share = round_f32(total_share + round_f32(share))
+        ends.append(total_share)
+    return [round_f32(end / total_share) if total_share else 1.0 for end in ends]
+
+
+# -- weights -----------------------------------------------------------------
+
+
+class _Support:
+    """Asks devices whether they can use a weight in a buffer type; each question once."""
+
+    def __init__(self, hparams: HParams) -> None:
+        self.hparams = hparams
+        self.known: dict[tuple[object, ...], bool] = {}
+
+    def __call__(self, spec: WeightSpec, info: TensorInfo, buft: BufferType, device: Device) -> bool:
+        key = (spec.op, info.type, info.ne, buft, device)
+        if key not in self.known:
+            self.known[key] = self._ask(spec, info, buft, device)
+        return self.known[key]
+
+    def _ask(self, spec: WeightSpec, info: TensorInfo, buft: BufferType, device: Device) -> bool:
+        """Mirrors `weight_buft_supported`: make the op that will use the weight and ask for it."""
+        weight = Tensor(info.type, info.ne, name=spec.name)
+        weight.buffer = buft.alloc_buffer(0)
+        return device.supports_op(self._probe(spec.op, weight))
+
+    def _probe(self, op: Op, w: Tensor) -> Tensor:
+        hp, n_used = self.hparams, self.hparams.n_expert_used
+        if op is Op.GET_ROWS:
+            return ops.get_rows(w, Tensor(Type.I32, (_N_PROBE,)))
+        if op is Op.MUL_MAT:
+            return ops.mul_mat(w, Tensor(Type.F32, (w.ne[0], _N_PROBE, w.ne[2], w.ne[3])))
+        if op is Op.MUL_MAT_ID:
+            ids = Tensor(Type.I32, (n_used, _N_PROBE))
+            return ops.mul_mat_id(w, Tensor(Type.F32, (w.ne[0], n_used, _N_PROBE)), ids)
+        if op is Op.ADD_ID:
+            ids = Tensor(Type.I32, (n_used, _N_PROBE))
+            return ops.add_id(Tensor(Type.F32, (w.ne[0], n_used, _N_PROBE)), w, ids)
+        if op is Op.ADD:
+            return ops.add(Tensor(Type.F32, w.ne), w)
+        if op is Op.MUL:
+            return ops.mul(Tensor(Type.F32, w.ne), w)
+        assert op is Op.ROPE, op
+        rows = Tensor(Type.F32, (hp.n_embd_head_v, hp.n_head, _N_PROBE))
+        return ops.rope_ext(rows, Tensor(Type.I32, (_N_PROBE,)), w, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+BuftList = list[tuple[Device, BufferType]]
+
+
+def _cpu_bufts(devices: Sequence[Device], cpu: Device) -> BuftList:
+    """Mirrors `make_cpu_buft_list`: pinned memory of the first device that has it, then the CPU's own."""
+    out: BuftList = []
+    for device in devices:
+        host = device.host_buffer_type
+        if host is not None:
+            out.append((device, host))
+            break
+    out.append((cpu, cpu.buffer_type))
+    return out
+
+
+def place(
+    hparams: HParams,
+    specs: Iterable[WeightSpec],
+    infos: Mapping[str, TensorInfo],
+    devices: Sequence[Device],
+    cpu: Device,
+    flags: PlacementFlags,
+) -> Placement:
+    """Decide where each weight of a model goes.
+
+    Parameters
+    ----------
+    specs : iterable of WeightSpec
+        As `resolve_specs` returns them.
+    infos : mapping of str to TensorInfo
+        The tensors of the file.
+    devices : sequence of Device
+        Beside the CPU, in order; none: all stays on the CPU.
+
+    Raises
+    ------
+    GraphError
+        A flag cannot be, or an override is wrong.
+    UnsupportedOpError
+        No buffer type can hold a weight so that its op can be run.
+
+    Notes
+    -----
+    Mirrors `llama_model_base::load_tensors` and `llama_model_loader::create_tensor`.
+    """
+    n_layer = hparams.n_layer
+    n_gpu_layers = flags.n_gpu_layers if flags.n_gpu_layers >= 0 else n_layer + 1
+    by_layer = _layer_devices(n_layer, n_gpu_layers, flags, devices, cpu)
+    overrides = parse_overrides(flags, devices, cpu)
+    supports = _Support(hparams)
+    cpu_list = _cpu_bufts(devices, cpu)
+    lists: dict[Device, BuftList] = {d: [(d, d.buffer_type), *cpu_list] for d in devices}
+    lists[cpu] = cpu_list
+    placed: list[WeightPlace] = []
+    for spec in specs:
+        info = infos[spec.name]
+        device = {"input": cpu, "output": by_layer[n_layer]}.get(spec.part) or by_layer[spec.layer]
+        where = {"input": "the input embedding", "output": "the output"}.get(spec.part) or f"layer {spec.layer}"
+        override = next((o for o in overrides if o.pattern.search(spec.name)), None)
+        if override is not None:
+            reason = override.text
+            # an override to the CPU still takes the best of the CPU's list
+            choices = cpu_list if override.buft is cpu.buffer_type else [(device, override.buft)]
+            buft = override.buft if override.buft is not cpu.buffer_type else _first(spec, info, choices, supports)
+        else:
+            choices = lists[device]
+            buft = _first(spec, info, choices, supports)
+            reason = f"{where} is on {device.name}"
+            if buft is not choices[0][1]:
+                reason += (
+                    f", which cannot use a {info.type.ggml_name} weight for {spec.op.name} in {choices[0][1].name}"
+                )
+        owner = buft.device
+        if flags.use_mmap and owner is not None and buft is owner.host_buffer_type:
+            buft = cpu.buffer_type  # the file is mapped: no copy into pinned memory
+        placed.append(WeightPlace(spec, info, buft, reason))
+    return Placement(
+        tuple(devices),
+        cpu,
+        tuple(by_layer[:n_layer]),
+        by_layer[n_layer],
+        n_gpu_layers if devices else 0,
+        tuple(placed),
+        bool(overrides),
+        flags.use_mmap,
+    )
+
+
+def _first(spec: WeightSpec, info: TensorInfo, choices: BuftList, supports: _Support) -> BufferType:
+    """Mirrors `select_weight_buft`."""
+    for device, buft in choices:
+        if supports(spec, info, buft, device):
+            return buft
+    names = tuple(device.name for device, _ in choices)
+    raise UnsupportedOpError(
+        spec.name,
+        spec.op.name,
+        names,
+        reason=f"its type is {info.type.ggml_name}",
+        hint="convert the model to another type, such as q8_0",
+    )
+
+
+# -- pins --------------------------------------------------------------------
+
+
+def norm_pins(graph: ModelGraph, placement: Placement) -> list[tuple[Tensor, Device]]:
+    """Return which norms of a graph are pinned to their layers' devices.
+
+    Notes
+    -----
+    Mirrors `llama_context::graph_get_cb`: else a norm may run where the layer before ran, and its input be copied back.
+    """
+    if graph.key.n_tokens >= _PIN_BELOW and not placement.is_full_offload:
+        return []
+    pins = ((tensor, placement.layers[layer]) for tensor, layer in graph.norms)
+    return [(tensor, device) for tensor, device in pins if device.supports_op(tensor)]
