@@ -1,0 +1,54 @@
+"""`InputFiller`: the values of a graph's inputs, written before each computing."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..buffer import tensor_set
+from ..tensor import Tensor
+from ..types import Type
+from .batch import MicroBatch
+from .graph import GraphInputs
+from .kv_cache import KVCache, Slot, hadamard
+
+__all__ = ["InputFiller"]
+
+
+def _write(tensor: Tensor, values: npt.NDArray[np.generic]) -> None:
+    tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
+
+
+class InputFiller:
+    """Writes the inputs of one allocated graph, again for each micro-batch that uses it.
+
+    Notes
+    -----
+    Mirrors `llm_graph_result::set_inputs` and the `set_input` of each input. All are written each time: an input's
+    memory may hold a result after its last use.
+    """
+
+    def __init__(self, inputs: GraphInputs, cache: KVCache) -> None:
+        self.inputs, self.cache = inputs, cache
+        mask = inputs.kq_mask
+        self._mask = np.empty(
+            (mask.ne[1] * mask.ne[3], mask.ne[0]), np.float16 if mask.type is Type.F16 else np.float32
+        )
+        self._drop = self._mask.dtype.type(-np.inf)
+        self._rotations = [(t, hadamard(t.ne[0])) for t in (inputs.k_rot, inputs.v_rot) if t is not None]
+
+    def fill(self, part: MicroBatch, slot: Slot) -> None:
+        """Write the inputs for a micro-batch whose cells are taken."""
+        inputs, cache = self.inputs, self.cache
+        _write(inputs.tokens, part.tokens)
+        _write(inputs.pos, part.pos)
+        if inputs.out_ids.ne[0]:
+            _write(inputs.out_ids, np.flatnonzero(part.outputs).astype(np.int32))
+        k_idxs = cache.k_idxs(slot)
+        _write(inputs.k_idxs, k_idxs)
+        _write(inputs.v_idxs, cache.v_idxs(slot) if cache.v_trans else k_idxs)
+        self._mask.fill(0)
+        self._mask[cache.mask(part, inputs.kq_mask.ne[0])] = self._drop
+        _write(inputs.kq_mask, self._mask)
+        for tensor, values in self._rotations:
+            _write(tensor, values)

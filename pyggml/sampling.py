@@ -1,0 +1,108 @@
+"""From logits to the next token: greedy, or by temperature, top-k, top-p and min-p with a seed.
+
+A sampler is any callable from logits, float32 ``(n_vocab,)``, to a token id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import GraphError
+
+__all__ = ["Sampler", "SamplerFlags", "greedy", "make_sampler"]
+
+Sampler = Callable[[npt.NDArray[np.float32]], int]
+
+
+def greedy(logits: npt.NDArray[np.float32]) -> int:
+    """Return the most likely token; the first of equals."""
+    return int(logits.argmax())
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerFlags:
+    """How to choose among likely tokens.
+
+    Notes
+    -----
+    Names and meaning are llama.cpp's. Differs: ``temperature`` is 0, greedy, by default.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 40  #: only the k most likely; 0: all
+    top_p: float = 0.95  #: only the most likely that together reach p; 1: all
+    min_p: float = 0.05  #: only those at least p times as likely as the most likely; 0: all
+    seed: int | None = None  #: None: another result each time
+
+    def check(self) -> None:
+        """Verify the numbers.
+
+        Raises
+        ------
+        GraphError
+            One is out of bounds.
+        """
+        if not self.temperature >= 0.0:
+            raise GraphError(f"the temperature is {self.temperature}, at least 0 is needed")
+        if self.top_k < 0:
+            raise GraphError(f"top-k is {self.top_k}, at least 0 is needed", hint="0 takes all tokens")
+        for name, p in (("top-p", self.top_p), ("min-p", self.min_p)):
+            if not 0.0 <= p <= 1.0:
+                raise GraphError(f"{name} is {p}, a number from 0 to 1 is needed")
+
+
+def make_sampler(flags: SamplerFlags) -> Sampler:
+    """Return a sampler; `greedy` at temperature 0.
+
+    Raises
+    ------
+    GraphError
+        A flag is out of bounds.
+    """
+    flags.check()
+    return greedy if flags.temperature == 0.0 else _Random(flags)
+
+
+class _Random:
+    """Draws a token.
+
+    Notes
+    -----
+    Mirrors the order of `common_sampler`'s default chain: top-k, top-p, min-p, then the temperature.
+    """
+
+    def __init__(self, flags: SamplerFlags) -> None:
+        self.flags = flags
+        self.rng = np.random.Generator(np.random.PCG64(flags.seed))
+
+    def __call__(self, logits: npt.NDArray[np.float32]) -> int:
+        order = self._candidates(logits)
+        values = logits[order].astype(np.float64)
+        scaled = _softmax(values / self.flags.temperature)
+        return int(order[np.searchsorted(np.cumsum(scaled), self.rng.random(), side="right").clip(max=len(order) - 1)])
+
+    def _candidates(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+        """Return the ids of likely tokens, most likely first; equals by id."""
+        flags, n = self.flags, len(logits)
+        if 0 < flags.top_k < n:
+            part = np.argpartition(-logits, flags.top_k - 1)[: flags.top_k]
+            order = part[np.lexsort((part, -logits[part]))]
+        else:
+            order = np.argsort(-logits, kind="stable")
+        probs = _softmax(logits[order].astype(np.float64))
+        if flags.top_p < 1.0:
+            n_kept = int(np.searchsorted(np.cumsum(probs), flags.top_p)) + 1
+            order, probs = order[:n_kept], probs[:n_kept]
+        if flags.min_p > 0.0:
+            order = order[probs >= flags.min_p * probs[0]]
+        kept: npt.NDArray[np.int64] = order
+        return kept
+
+
+def _softmax(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    powers: npt.NDArray[np.float64] = np.exp(values - values.max())
+    return powers / powers.sum()
