@@ -1,16 +1,119 @@
-"""Every environment variable that pyggml reads, parsed in one place."""
+"""Every environment variable that pyggml reads, parsed in one place.
+
+The functions read the environment when called, so that a program, or a test, may set a variable at any time.
+``docs/env_vars.md`` is the page for people; a test keeps it equal to `VARIABLES`.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["VARIABLES", "Variable", "cache_dir", "check", "op_offload_min_batch", "sched_debug", "traceback"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One environment variable."""
+
+    name: str
+    type: str  #: integer, switch (anything but empty and ``0`` is on) or path
+    default: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable(
+        "GGML_OP_OFFLOAD_MIN_BATCH",
+        "integer",
+        "32",
+        "Rows from which on a device offers to run an op whose weights lie in host memory; read when a device is made.",
+    ),
+    Variable(
+        "GGML_SCHED_DEBUG",
+        "integer",
+        "0",
+        "1 prints the splits of each graph to stderr, 2 its nodes too, both exactly as upstream does; "
+        "3 adds why each node is where it is.",
+    ),
+    Variable(
+        "PYGGML_CACHE_DIR",
+        "path",
+        "the platform's cache folder, below it pyggml",
+        "Where models that pyggml makes or fetches are kept.",
+    ),
+    Variable(
+        "PYGGML_CHECK",
+        "switch",
+        "0",
+        "Verify the scheduler's and the allocator's invariants after each step; slow.",
+    ),
+    Variable(
+        "PYGGML_TRACEBACK",
+        "switch",
+        "0",
+        "Let a failing command show where in the code it failed, not only one line.",
+    ),
+    Variable(
+        "NUMBA_CACHE_DIR",
+        "path",
+        "the platform's cache folder, below it pyggml/kernels",
+        "Where compiled kernels are kept, in a folder named after a hash of their sources.",
+    ),
+)
+
+
+def _integer(name: str, default: int) -> int:
+    """Return a number as C's `atoi` reads it; the default if the variable is not set or empty."""
+    text = os.environ.get(name, "")
+    if not text.strip():
+        return default
+    number = re.match(r"\s*([+-]?\d+)", text)
+    return int(number[1]) if number else 0
+
+
+def _switch(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
 
 
 def sched_debug() -> int:
-    """Return the level of ``GGML_SCHED_DEBUG``; 0 if it is not set or no number."""
-    text = os.environ.get("GGML_SCHED_DEBUG", "").strip()
-    return int(text) if text.lstrip("-").isdigit() else 0
+    """Return the level of ``GGML_SCHED_DEBUG``."""
+    return _integer("GGML_SCHED_DEBUG", 0)
+
+
+def op_offload_min_batch() -> int:
+    """Return ``GGML_OP_OFFLOAD_MIN_BATCH``."""
+    return _integer("GGML_OP_OFFLOAD_MIN_BATCH", 32)
 
 
 def check() -> bool:
     """Return whether ``PYGGML_CHECK`` asks for invariants to be verified."""
-    return os.environ.get("PYGGML_CHECK", "") not in ("", "0")
+    return _switch("PYGGML_CHECK")
+
+
+def traceback() -> bool:
+    """Return whether ``PYGGML_TRACEBACK`` asks for tracebacks."""
+    return _switch("PYGGML_TRACEBACK")
+
+
+def cache_dir() -> Path:
+    """Return the folder for what can be made or fetched again; it may not exist yet.
+
+    Raises
+    ------
+    RuntimeError
+        There is no home folder.
+    """
+    given = os.environ.get("PYGGML_CACHE_DIR")
+    if given:
+        return Path(given)
+    if sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "pyggml"
