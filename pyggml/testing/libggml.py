@@ -35,7 +35,15 @@ struct ggml_tensor {
     char padding[8];
 };
 struct ggml_init_params { size_t mem_size; void * mem_buffer; bool no_alloc; };
-struct ggml_cgraph;
+struct ggml_hash_set { size_t size; uint32_t * used; struct ggml_tensor ** keys; };
+struct ggml_cgraph {
+    int size, n_nodes, n_leafs;
+    struct ggml_tensor ** nodes, ** grads, ** grad_accs, ** leafs;
+    int32_t * use_counts;
+    struct ggml_hash_set visited;
+    int order;
+    uint64_t uid;
+};
 struct ggml_context;
 const char * ggml_version(void);
 void ggml_set_abort_callback(void (*callback)(const char *));

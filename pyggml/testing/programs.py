@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import ops
 from ..errors import ShapeError
+from ..graph import Graph
 from ..tensor import Tensor
 from ..types import MAX_SRC
 from .child import Message
@@ -90,6 +91,24 @@ def run_and_describe(steps: Sequence[Step]) -> Message:
         return {"refused": str(error)}
 
 
+def expand(steps: Sequence[Step], results: Sequence[int]) -> Message:
+    """Return the graph that expanding the given steps makes: names, use counts and flags of nodes and leafs."""
+    values = run(steps)
+    graph = Graph()
+    for i in results:
+        result = values[i]
+        assert result is not None
+        graph.expand(result)
+
+    def show(tensors: Sequence[Tensor]) -> list[Message]:
+        known = {t: i for i, t in enumerate(values)}
+        return [
+            {"step": known.get(t), "name": t.name, "uses": graph.use_counts[t], "flags": int(t.flags)} for t in tensors
+        ]
+
+    return {"nodes": show(graph.nodes), "leafs": show(graph.leafs)}
+
+
 # -- the library's, in the child -------------------------------------------------
 
 
@@ -157,6 +176,24 @@ def _build(lib: Library, request: Message) -> Message:
     return {"tensors": _describe_library(lib, _run_library(lib, ctx, request["steps"]))}
 
 
+def _expand(lib: Library, request: Message) -> Message:
+    ctx = lib.new_context(1024 * 1024)
+    values = _run_library(lib, ctx, request["steps"])
+    graph = lib.base.ggml_new_graph(ctx)
+    for i in request["results"]:
+        lib.base.ggml_build_forward_expand(graph, values[i])
+    visited = graph.visited
+    slots = (i for i in range(visited.size) if visited.used[i >> 5] >> (i & 31) & 1)
+    uses = {visited.keys[i]: graph.use_counts[i] for i in slots}
+
+    def show(tensors: Any, n: int) -> list[Message]:
+        known = {t: i for i, t in enumerate(values)}
+        found = [tensors[i] for i in range(n)]
+        return [{"step": known.get(t), "name": lib.text(t.name), "uses": uses[t], "flags": t.flags} for t in found]
+
+    return {"nodes": show(graph.nodes, graph.n_nodes), "leafs": show(graph.leafs, graph.n_leafs)}
+
+
 def _compute(lib: Library, request: Message) -> Message:
     """Run a program, fill its leafs, compute its last result with one thread, and return the bytes of some steps."""
     ffi = lib.ffi
@@ -177,4 +214,4 @@ def _compute(lib: Library, request: Message) -> Message:
     return {"status": status, "bytes": bytes_of}
 
 
-HANDLERS = {"build": _build, "compute": _compute}
+HANDLERS = {"build": _build, "expand": _expand, "compute": _compute}
