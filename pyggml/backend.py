@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from .buffer import Buffer, BufferType, tensor_copy, tensor_get, tensor_set
@@ -218,8 +218,16 @@ class DeviceModule(Protocol):
     def devices(self) -> list[Device]:
         """Return the devices found on this machine; none where there are none, with no error."""
 
-    def open_device(self, spec: str) -> Device:
-        """Return the device that the part of a name after ``kind:`` stands for."""
+    def open_device(self, spec: str, *, index: int = 0, data: bool = True) -> Device:
+        """Return the device that the part of a name after ``kind:`` stands for.
+
+        Parameters
+        ----------
+        index : int
+            How many devices of the kind were opened for the same list before; simulated ones are numbered by it.
+        data : bool
+            False: it is for plans only and needs no memory.
+        """
 
     def why_missing(self) -> str:
         """Say in one line why `devices` is empty; empty text if it is not."""
@@ -260,8 +268,29 @@ class Registry:
         DeviceUnavailableError
             There is none of that name; the text says why.
         """
-        kind, _, spec = name.partition(":")
-        return self.load(kind).open_device(spec)
+        return self.open_all([name])[0]
+
+    def open_all(self, names: Sequence[str], *, data: bool = True) -> list[Device]:
+        """Return the devices of several names; those of one kind are numbered in order.
+
+        Parameters
+        ----------
+        data : bool
+            False: they are for plans only and need no memory.
+
+        Raises
+        ------
+        DeviceUnavailableError
+            One is not there.
+        """
+        opened: list[Device] = []
+        counts: dict[str, int] = {}
+        for name in names:
+            kind, _, spec = name.partition(":")
+            index = counts.get(kind, 0)
+            opened.append(self.load(kind).open_device(spec, index=index, data=data))
+            counts[kind] = index + 1
+        return opened
 
     def kinds(self) -> list[str]:
         """Names of the kinds of devices, in the order of preference."""

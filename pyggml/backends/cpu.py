@@ -207,7 +207,7 @@ def devices() -> list[CPUDevice]:
     return [_device]
 
 
-def open_device(spec: str) -> CPUDevice:
+def open_device(spec: str, *, index: int = 0, data: bool = True) -> CPUDevice:
     """Return the CPU of the name ``cpu``.
 
     Raises

@@ -567,7 +567,7 @@ def devices() -> list[Device]:
     return []
 
 
-def open_device(spec: str) -> Device:
+def open_device(spec: str, *, index: int = 0, data: bool = True) -> Device:
     """Return the device for plans that ``NAME[:offload=N]`` asks for.
 
     Raises

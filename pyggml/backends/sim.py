@@ -391,7 +391,7 @@ def devices() -> list[SimDevice]:
     return []
 
 
-def open_device(spec: str, index: int = 0) -> SimDevice:
+def open_device(spec: str, *, index: int = 0, data: bool = True) -> SimDevice:
     """Return a device of a profile, ``rtx4090-pcie4`` if none is named.
 
     Raises
@@ -399,7 +399,7 @@ def open_device(spec: str, index: int = 0) -> SimDevice:
     DeviceUnavailableError
         There is no such profile.
     """
-    return SimDevice(parse_profile(spec or "rtx4090-pcie4"), index=index)
+    return SimDevice(parse_profile(spec or "rtx4090-pcie4"), index=index, data=data)
 
 
 def why_missing() -> str:

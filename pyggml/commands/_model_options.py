@@ -1,0 +1,182 @@
+"""Options that `run` and `splits` share: llama.cpp's names and meaning."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import DeviceUnavailableError
+
+if TYPE_CHECKING:
+    from ..backend import Backend
+    from ..models.context import ContextFlags
+    from ..models.placement import PlacementFlags
+    from ..sched.policies import InputCopier
+
+__all__ = ["ModelFlags", "model_options", "open_backends", "split_devices"]
+
+#: What computes if nothing is asked for: a device that every machine has, and the CPU.
+DEFAULT_DEVICES = "sim:rtx4090-pcie4,cpu"
+EXPERT_COPIES = ("used", "upstream", "full")
+
+
+class LayerCount(click.ParamType):
+    """A number of layers, or ``all``."""
+
+    name = "N|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number; -1 for all."""
+        if value in ("all", "auto"):
+            return -1
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number of layers", param, ctx)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFlags:
+    """The shared options as given."""
+
+    n_gpu_layers: int
+    cpu_moe: bool
+    n_cpu_moe: int
+    override_tensor: tuple[str, ...]
+    n_ctx: int
+    n_batch: int
+    n_ubatch: int
+    op_offload: bool
+    type_k: str
+    type_v: str
+    threads: int | None
+    device: str
+    kv_offload: bool
+    flash_attn: str
+    tensor_split: str
+    expert_copy: str
+
+    def placement(self) -> PlacementFlags:
+        """Return where weights are to go."""
+        from ..models.placement import PlacementFlags
+
+        try:
+            shares = tuple(float(s) for s in self.tensor_split.split(",") if s)
+        except ValueError:
+            raise click.UsageError(f"-ts {self.tensor_split}: shares are numbers, as in 3,1") from None
+        return PlacementFlags(
+            n_gpu_layers=self.n_gpu_layers,
+            overrides=self.override_tensor,
+            cpu_moe=self.cpu_moe,
+            n_cpu_moe=self.n_cpu_moe,
+            tensor_split=shares,
+        )
+
+    def context(self, *, n_ctx: int | None = None) -> ContextFlags:
+        """Return what the context is to be; ``n_ctx`` holds if none was given."""
+        from ..models.context import ContextFlags
+        from ..types import Type
+
+        try:
+            type_k, type_v = Type.of(self.type_k), Type.of(self.type_v)
+        except ValueError as error:
+            raise click.UsageError(f"-ctk, -ctv: {error}") from None
+        return ContextFlags(
+            n_ctx=self.n_ctx or n_ctx or 0,
+            n_batch=self.n_batch,
+            n_ubatch=self.n_ubatch,
+            type_k=type_k,
+            type_v=type_v,
+            flash_attn=self.flash_attn,  # type: ignore[arg-type]  # click has checked the choice
+            offload_kqv=self.kv_offload,
+            op_offload=self.op_offload,
+        )
+
+    def copier(self) -> InputCopier | None:
+        """Return what copies split inputs; None for the scheduler's default."""
+        from ..sched.policies import FullCopier, UpstreamCopier
+
+        return {"used": None, "upstream": UpstreamCopier(), "full": FullCopier()}[self.expert_copy]
+
+
+_OPTIONS = [
+    click.option("-ngl", "--n-gpu-layers", type=LayerCount(), default=-1, help="Layers on devices, from the last. [all]"),
+    click.option("-cmoe", "--cpu-moe", is_flag=True, help="Keep all experts in host memory."),
+    click.option(
+        "-ncmoe", "--n-cpu-moe", type=click.IntRange(0), default=0, help="Keep the first N layers' experts there."
+    ),
+    click.option(
+        "-ot", "--override-tensor", multiple=True, metavar="REGEX=BUFT", help="Put matching weights into a buffer type."
+    ),
+    click.option(
+        "-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, help="Context. [what is needed, or trained]"
+    ),
+    click.option("-b", "--batch-size", "n_batch", type=click.IntRange(1), default=2048, show_default=True),
+    click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(1), default=512, show_default=True),
+    click.option("--op-offload/--no-op-offload", default=True, help="Let devices take ops with host weights. [on]"),
+    click.option("-ctk", "--cache-type-k", "type_k", default="f16", show_default=True),
+    click.option("-ctv", "--cache-type-v", "type_v", default="f16", show_default=True),
+    click.option("-t", "--threads", type=click.IntRange(1), default=None, help="Of the CPU's kernels. [cores]"),
+    click.option("-dev", "--device", default=DEFAULT_DEVICES, show_default=True, metavar="LIST"),
+    click.option("--kv-offload/--no-kv-offload", default=True, help="Keep the KV cache on the device. [on]"),
+    click.option(
+        "-fa", "--flash-attn", type=click.Choice(["on", "off", "auto"]), default="auto", show_default=True
+    ),
+    click.option("-ts", "--tensor-split", default="", metavar="N,N", help="Shares of the devices. [by free memory]"),
+    click.option(
+        "--expert-copy", type=click.Choice(EXPERT_COPIES), default="used", show_default=True,
+        help="What is copied of an expert weight.",
+    ),
+]  # fmt: skip
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the shared options; it gets them as ``flags: ModelFlags``."""
+
+    @functools.wraps(function)
+    def call(**given: Any) -> Any:
+        own = {f: given.pop(f) for f in ModelFlags.__slots__}
+        return function(flags=ModelFlags(**own), **given)
+
+    for option in reversed(_OPTIONS):
+        call = option(call)
+    return call
+
+
+def split_devices(text: str, kinds: list[str]) -> list[str]:
+    """Cut a list of devices at commas; those inside ``sim:custom:...`` stay.
+
+    Examples
+    --------
+    >>> split_devices("sim:custom:8GiB,400GB/s,12GB/s,cpu", ["cpu", "sim"])
+    ['sim:custom:8GiB,400GB/s,12GB/s', 'cpu']
+    """
+    names = re.split(rf",(?=(?:{'|'.join(kinds)})(?::|,|$))", text)
+    return [n.strip() for n in names if n.strip()]
+
+
+def open_backends(flags: ModelFlags, *, data: bool = True) -> tuple[list[Backend], Backend]:
+    """Return the backends of the devices asked for, and the CPU's.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        One is not there.
+    """
+    from ..backend import REGISTRY
+    from ..backends.cpu import CPU
+
+    names = split_devices(flags.device, REGISTRY.kinds())
+    if names and names[-1] == "cpu":
+        names.pop()
+    if "cpu" in names:
+        raise DeviceUnavailableError("cpu", "the CPU comes last in a list of devices", hint=f"not {flags.device}")
+    if names == ["none"]:
+        names = []
+    backends = [device.backend() for device in REGISTRY.open_all(names, data=data)]
+    return backends, CPU(flags.threads)
