@@ -280,8 +280,15 @@ class Tensor:
         return self
 
     def set_output(self) -> Tensor:
-        """Flag as an output of the graph, never overwritten, and return the tensor itself."""
+        """Flag as an output of the graph, never overwritten, and return the tensor itself.
+
+        Notes
+        -----
+        Mirrors `ggml_set_output`: of a view the tensor that owns the memory is flagged, too.
+        """
         self.flags |= TensorFlag.OUTPUT
+        if self.view_src is not None:
+            self.view_src.flags |= TensorFlag.OUTPUT
         return self
 
     # -- data ----------------------------------------------------------------

@@ -168,7 +168,7 @@ class Cutter:
         for c in range(self.n_copies):
             copy = dup_layout(src, f"{self.machine.backends[backend_id].name}#{src.name}#{c}")
             if self.n_copies > 1:
-                copy.flags |= TensorFlag.INPUT | TensorFlag.OUTPUT  # the allocator must not overwrite it
+                copy.set_input().set_output()  # the allocator must not overwrite it
             self.asg.causes[copy] = Cause.COPIED
             made.append(copy)
         return made
@@ -197,7 +197,7 @@ class Cutter:
             made = []
             for c in range(self.n_copies):
                 copy = tensor if c == self.cur_copy else dup_layout(tensor, f"{name}#{tensor.name}#{c}")
-                copy.flags |= TensorFlag.INPUT | TensorFlag.OUTPUT
+                copy.set_input().set_output()
                 if copy is not tensor:
                     self.asg.causes[copy] = Cause.GRAPH_INPUT
                 made.append(copy)
