@@ -77,6 +77,13 @@ def compute(tensor: Tensor, arrays: Sequence[Array | None]) -> Array:
     return store(tensor.type, definition(tensor, sources).reshape(tensor.ne[::-1]))
 
 
+def defined_ops() -> set[Op]:
+    """Return the ops that have a definition."""
+    from . import ref_attention  # noqa: F401  registers its definitions
+
+    return set(_DEFINITIONS)
+
+
 def store(type: Type, values: Array) -> Array:
     """Return values as a tensor of ``type`` would hold them, read back."""
     if type in _INTEGER:
