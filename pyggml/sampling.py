@@ -104,5 +104,6 @@ class _Random:
 
 
 def _softmax(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    powers: npt.NDArray[np.float64] = np.exp(values - values.max())
-    return powers / powers.sum()
+    powers = np.exp(values - values.max())
+    probs: npt.NDArray[np.float64] = powers / powers.sum()
+    return probs

@@ -158,6 +158,11 @@ class Batch:
                 hint=f"the context has {n_seq_max}: make it with a larger n_seq_max",
             )
 
+    def cut(self, n: int) -> list[Batch]:
+        """Return batches of at most n tokens each."""
+        parts = [slice(i, i + n) for i in range(0, self.n_tokens, n)]
+        return [Batch(self.tokens[p], self.pos[p], self.seqs[p], self.outputs[p]) for p in parts]
+
     def take(self, idxs: npt.NDArray[np.int64], n_seqs: int, *, equal_seqs: bool) -> MicroBatch:
         """Return the micro-batch of the tokens at some places."""
         seqs = self.seqs[idxs]

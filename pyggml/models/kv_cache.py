@@ -183,6 +183,10 @@ class KVCache:
         own = cells.pos[(cells.seqs & _bit(seq)) != 0]
         return int(own.max()) if len(own) else -1
 
+    def n_free(self, seq: int) -> int:
+        """Free cells that a sequence could take."""
+        return self.n_cells - self.streams[self._stream_of(seq)].n_used
+
     @property
     def n_used(self) -> int:
         """Cells in use, of all streams."""

@@ -1,0 +1,51 @@
+"""`TopK`: which experts each layer chose, read while a graph is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from ..tensor import Tensor
+from .batch import MicroBatch
+from .graph import ModelGraph
+from .hparams import HParams
+
+__all__ = ["TopK"]
+
+
+class TopK:
+    """Takes the experts that each MoE layer chooses.
+
+    Attributes
+    ----------
+    ids : int32, (n_moe_layer, n_token, n_used)
+        Of all tokens decoded with it, in order; -1 where a layer did not run for a token, as the last does not where
+        its logits are not wanted.
+    """
+
+    def __init__(self) -> None:
+        self.ids: npt.NDArray[np.int32] = np.empty((0, 0, 0), np.int32)
+        self._n_before = 0
+
+    def start(self, hparams: HParams, n_tokens: int) -> None:
+        """Make room for the tokens of a batch."""
+        shape = (hparams.n_layer if hparams.is_moe else 0, n_tokens, hparams.n_expert_used)
+        fresh = np.full(shape, -1, np.int32)
+        self._n_before = self.ids.shape[1]
+        self.ids = np.concatenate([self.ids, fresh], axis=1) if self._n_before else fresh
+
+    def watch(self, graph: ModelGraph, part: MicroBatch) -> Callable[[Tensor, bool], bool]:
+        """Return the eval callback that reads the ids of one micro-batch."""
+        layers = {tensor: i for i, tensor in enumerate(graph.topk)}
+        places = part.idxs + self._n_before
+
+        def see(tensor: Tensor, ask: bool) -> bool:
+            layer = layers.get(tensor)
+            if not ask and layer is not None:
+                rows = places if tensor.ne[1] == part.n_tokens else places[part.outputs]
+                self.ids[layer, rows] = tensor.numpy().reshape(len(rows), -1)
+            return not ask or layer is not None
+
+        return see

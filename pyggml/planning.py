@@ -1,0 +1,407 @@
+"""`Planner`: a model over devices, decided: placement, KV cache, scheduler, reserved memory, and what a decode would do.
+
+`Session` adds data and decoding. With ``data=False`` no weight is read and nothing is allocated, so that a plan of a
+model larger than the machine costs milliseconds; its graphs, splits and sizes are those of a run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+from .backend import REGISTRY, Backend, Device
+from .buffer import Buffer, BufferType
+from .dialect import DEFAULT_DIALECT, Dialect
+from .errors import GraphError, OutOfMemoryError
+from .gguf import GGUFFile
+from .models.architectures import build_graph, weight_specs
+from .models.batch import Batch, MicroBatch, Outputs
+from .models.context import ContextFlags, ContextParams
+from .models.graph import GraphParams, ModelGraph
+from .models.hparams import HParams
+from .models.kv_cache import CacheFullError, KVCache
+from .models.loading import LoadedWeights, Progress, allocate_cache, load_weights, plan_cache, plan_weights
+from .models.placement import Placement, PlacementFlags, norm_pins, place
+from .models.weights import resolve_specs
+from .record import Recorder
+from .sched.assign import OffloadOp
+from .sched.policies import InputCopier
+from .sched.scheduler import Scheduler
+from .sched.state import Assignment, Split
+
+__all__ = ["Memory", "PlannedGraph", "Planner", "SchedOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedOptions:
+    """What a session passes on to its `Scheduler`."""
+
+    strict: bool = False
+    dialect: Dialect = DEFAULT_DIALECT
+    copier: InputCopier | None = None
+    offload_rule: OffloadOp | None = None
+    recorder: Recorder | None = None
+    debug: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedGraph:
+    """What one micro-batch would come to.
+
+    Attributes
+    ----------
+    graph : ModelGraph
+        Its nodes' sources are rewritten to copies, as upstream prints them.
+    part : MicroBatch
+        The tokens that it is for.
+    splits : list of Split
+        As the scheduler cut it.
+    assignment : Assignment
+        Where each tensor would be, and why.
+    compute_bytes : list of int
+        Compute buffer that each backend would need for it.
+    """
+
+    graph: ModelGraph
+    part: MicroBatch
+    splits: list[Split]
+    assignment: Assignment
+    compute_bytes: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that a session takes of one buffer type, or would take."""
+
+    buft: str
+    weights: int
+    cache: int
+    compute: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.compute
+
+
+class Planner:
+    """A model over devices, ready to plan; see `Session.open` for the arguments.
+
+    Attributes
+    ----------
+    file : GGUFFile
+        The model's file.
+    hparams, params, placement
+        Of the model, of the context, of its weights.
+    backends : tuple of Backend
+        The devices', then the CPU's.
+    sched : Scheduler
+        Over ``backends``.
+    cache : KVCache
+        The book of tokens seen.
+    loaded : LoadedWeights
+        The weights and their buffers.
+    """
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        backends: Sequence[Backend],
+        *,
+        placement: PlacementFlags,
+        context: ContextFlags,
+        options: SchedOptions,
+        data: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.file, self.data, self.options = file, data, options
+        self.backends = tuple(backends)
+        self.hparams = hp = HParams.from_gguf(file)
+        self.params = ContextParams.resolve(context, hp)
+        specs = resolve_specs(weight_specs(hp, file.tensors), file.tensors, file.path)
+        devices = [b.device for b in self.backends]
+        self.placement: Placement = place(hp, specs, file.tensors, devices[:-1], devices[-1], placement)
+        self.cache = KVCache(hp, self.params, v_trans=not self.params.flash_attn)
+        self.is_closed = False
+        self._current: ModelGraph | None = None
+        self._cache_buffers: list[Buffer] = []
+        self._cache_bytes: dict[BufferType, int] = {}
+        self._planned_compute: list[int] = [0] * len(self.backends)
+        self.sched = self._new_sched(parallel=False)
+        self.loaded: LoadedWeights = (
+            load_weights(file, self.placement, hp, progress=progress) if data else plan_weights(self.placement, hp)
+        )
+        try:
+            self._make_cache()
+            self._reserve()
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(
+        cls,
+        model: str | os.PathLike[str] | GGUFFile,
+        *,
+        devices: Sequence[str | Device | Backend] = (),
+        cpu: str | Device | Backend = "cpu",
+        placement: PlacementFlags | None = None,
+        context: ContextFlags | None = None,
+        data: bool = True,
+        progress: Progress | None = None,
+        strict: bool = False,
+        dialect: Dialect = DEFAULT_DIALECT,
+        copier: InputCopier | None = None,
+        offload_rule: OffloadOp | None = None,
+        recorder: Recorder | None = None,
+        debug: int | None = None,
+    ) -> Self:
+        """Place a model, load it, and reserve the memory that it needs.
+
+        Parameters
+        ----------
+        model : path or GGUFFile
+            A file that is opened here stays mapped until its last user is gone.
+        devices : sequence of str, Device or Backend
+            Beside the CPU, in order: names such as ``sim:rtx4090-pcie4``, or opened ones.
+        cpu : str, Device or Backend
+            The last backend; ``CPU(threads=2)`` sets its threads.
+        placement : PlacementFlags, optional
+            ``-ngl``, ``-ot``, ``--cpu-moe``, ``-ts``, ...
+        context : ContextFlags, optional
+            ``-c``, ``-b``, ``-ub``, ``-fa``, ``-ctk``, ``--no-kv-offload``, ...
+        data : bool
+            False plans only: no weight is read, nothing is allocated, nothing can be decoded.
+        progress : callable, optional
+            Told ``(done_bytes, total_bytes)`` while weights are copied.
+        strict, dialect, copier, offload_rule, recorder, debug
+            Of the `Scheduler`.
+
+        Raises
+        ------
+        FormatError
+            The file is damaged, incomplete, or of an architecture that is not supported.
+        GraphError
+            A flag cannot be.
+        DeviceUnavailableError
+            There is no such device.
+        OutOfMemoryError
+            A device has not enough memory.
+        """
+        file = model if isinstance(model, GGUFFile) else GGUFFile.open(model)
+        return cls(
+            file,
+            [*(_backend_of(d) for d in devices), _backend_of(cpu)],
+            placement=placement or PlacementFlags(),
+            context=context or ContextFlags(),
+            options=SchedOptions(strict, dialect, copier, offload_rule, recorder, debug),
+            data=data,
+            progress=progress,
+        )
+
+    # -- memory --------------------------------------------------------------
+
+    def _new_sched(self, *, parallel: bool) -> Scheduler:
+        options = self.options
+        bufts = [b.buffer_type for b in self.backends]
+        if len(self.backends) > 1:  # results on the CPU go to the first device's pinned memory, as upstream has it
+            bufts[-1] = self.backends[0].device.host_buffer_type or bufts[-1]
+        return Scheduler(
+            self.backends,
+            bufts=bufts,
+            parallel=parallel,
+            op_offload=self.params.op_offload,
+            dialect=options.dialect,
+            strict=options.strict,
+            copier=options.copier,
+            offload_rule=options.offload_rule,
+            recorder=options.recorder,
+            debug=options.debug,
+        )
+
+    def _make_cache(self) -> None:
+        if not self.data:
+            self._cache_bytes = plan_cache(self.cache, self.placement, self.params)
+            return
+        self._cache_buffers = allocate_cache(self.cache, self.placement, self.params)
+        for buffer in self._cache_buffers:
+            self._cache_bytes[buffer.buft] = self._cache_bytes.get(buffer.buft, 0) + buffer.size
+
+    def _can_pipeline(self) -> bool:
+        """Mirrors the conditions of pipeline parallelism in the constructor of `llama_context`."""
+        devices = self.placement.devices
+        return (
+            len(devices) > 1
+            and self.placement.is_full_offload
+            and self.params.offload_kqv
+            and not self.placement.has_overrides
+            and all(device.event_new() is not None for device in devices)
+        )
+
+    def _reserve(self) -> None:
+        """Settle flash attention and reserve compute buffers for the largest graphs.
+
+        Notes
+        -----
+        Mirrors `llama_context::sched_reserve` and `resolve_fused_ops`. Differs: ops of architectures that are not
+        supported here are not probed.
+        """
+        parallel = self._can_pipeline()
+        if parallel:
+            self.sched = self._new_sched(parallel=True)
+        n_seqs, n_tokens = self.params.n_seq_max, min(self.params.n_ctx, self.params.n_ubatch)
+        if self.params.auto_flash_attn:
+            self._settle_flash_attention(n_seqs)
+        n_outputs = min(n_tokens, self.params.n_batch)
+        try:
+            self._reserve_graph(n_tokens, n_seqs, n_outputs)
+        except OutOfMemoryError:
+            if not parallel:
+                raise
+            self.sched.close()
+            self.sched = self._new_sched(parallel=False)
+            self._reserve_graph(n_tokens, n_seqs, n_outputs)
+        self._reserve_graph(n_seqs, n_seqs, n_seqs)
+        self._reserve_graph(n_tokens, n_seqs, n_outputs)
+
+    def _settle_flash_attention(self, n_seqs: int) -> None:
+        """Keep flash attention if every FLASH_ATTN_EXT lands on its layer's device."""
+        probe = self._reserve_params(n_seqs, n_seqs, n_seqs)
+        graph = self._build(probe)
+        self.sched.split_graph(graph.graph)
+        on = True
+        for node, layer in graph.flash_nodes:
+            backend = self.sched.tensor_backend(node)
+            on = on and backend is not None and backend.device is self.placement.layers[layer]
+        if not on and self.params.type_v.is_quantized:
+            raise GraphError(
+                f"a V cache of {self.params.type_v.ggml_name} needs flash attention, which a device cannot run",
+                hint="use -ctv f16 or f32",
+            )
+        self.params = replace(self.params, flash_attn=on, auto_flash_attn=False)
+
+    def _reserve_params(self, n_tokens: int, n_seqs: int, n_outputs: int) -> GraphParams:
+        part = MicroBatch.reserve(n_tokens, n_seqs, n_outputs)
+        return GraphParams(self.hparams, self.params, part, n_outputs, self.cache.full_view())
+
+    def _reserve_graph(self, n_tokens: int, n_seqs: int, n_outputs: int) -> None:
+        graph = self._build(self._reserve_params(n_tokens, n_seqs, n_outputs))
+        if self.data:
+            self.sched.reserve(graph.graph)
+            return
+        self.sched.split_graph(graph.graph)
+        self._planned_compute = [max(a, b) for a, b in zip(self._planned_compute, self._size_of_split(), strict=True)]
+
+    def _size_of_split(self) -> list[int]:
+        """Return the compute buffers that the graph just split would need."""
+        copy = self.sched.graph_copy
+        return self.sched.galloc.reserve_n_size(copy, copy.node_backend_ids, copy.leaf_backend_ids)
+
+    def memory(self) -> list[Memory]:
+        """Return what the session takes of each buffer type, or would take; the scheduler's types first."""
+        bufts = self.sched.bufts
+        sizes = [self.sched.buffer_size(b) for b in self.backends] if self.data else self._planned_compute
+        compute: dict[BufferType, int] = {}
+        for buft, size in zip(bufts, sizes, strict=True):
+            compute[buft] = compute.get(buft, 0) + size
+        weights, cache = self.placement.weight_bytes(), self._cache_bytes
+        return [
+            Memory(buft.name, weights.get(buft, 0), cache.get(buft, 0), compute.get(buft, 0))
+            for buft in dict.fromkeys([*bufts, *weights, *cache])
+        ]
+
+    # -- graphs --------------------------------------------------------------
+
+    def _build(self, p: GraphParams) -> ModelGraph:
+        """Reset the scheduler, build a graph, and pin what is pinned."""
+        self._current = None
+        self.sched.reset()
+        graph = build_graph(p, self.loaded.weights)
+        backends = {b.device: b for b in self.backends}
+        for tensor, device in norm_pins(graph, self.placement):
+            self.sched.set_tensor_backend(tensor, backends[device])
+        if not self.params.offload_kqv:
+            for tensor in graph.attn_outputs:
+                self.sched.set_tensor_backend(tensor, self.backends[-1])
+        return graph
+
+    def _batches(self, tokens: Sequence[int], seq: int, outputs: Outputs) -> list[Batch]:
+        """Cut a sequence's next tokens by ``n_batch``, after checking all of them."""
+        whole = Batch.of(tokens, 0, seq=seq, outputs=outputs)
+        whole.check(self.hparams.n_vocab, self.params.n_seq_max)
+        whole = replace(whole, pos=whole.pos + (self.cache.seq_pos_max(seq) + 1))
+        n_free = self.cache.n_free(seq)
+        if whole.n_tokens > n_free:
+            raise CacheFullError(whole.n_tokens, self.cache.n_cells - n_free, self.cache.n_cells)
+        return whole.cut(self.params.n_batch)
+
+    def plan_batch(self, n_tokens: int, *, outputs: Outputs = "last") -> list[PlannedGraph]:
+        """Return the graphs that a decode of so many tokens of one sequence would make, from an empty cache.
+
+        Parameters
+        ----------
+        n_tokens : int
+            Cut by ``n_batch``, then into micro-batches.
+        outputs : str
+            Whose logits are wanted: ``"last"`` or ``"all"``.
+
+        Raises
+        ------
+        CacheFullError
+            So many tokens do not fit into the context.
+
+        Notes
+        -----
+        A micro-batch that would use the graph before again makes none. The cache is empty afterwards.
+        """
+        self.cache.clear()
+        planned: list[PlannedGraph] = []
+        try:
+            for batch in self._batches([0] * n_tokens, 0, outputs):
+                for part, slot in self.cache.prepare(batch, self.params.n_ubatch):
+                    self.cache.apply(part, slot)
+                    p = GraphParams(self.hparams, self.params, part, part.n_outputs, self.cache.view(slot))
+                    if planned and planned[-1].graph.key == p.key:
+                        continue
+                    graph = self._build(p)
+                    splits = list(self.sched.split_graph(graph.graph))
+                    planned.append(PlannedGraph(graph, part, splits, self.sched.assignment, self._size_of_split()))
+        finally:
+            self.cache.clear()
+        return planned
+
+    # -- the end -------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give all memory back now. The backends stay as they are."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._current = None
+        self.sched.close()
+        for tensor in (*self.cache.k, *self.cache.v):
+            tensor.buffer = tensor.data = None
+        for buffer in self._cache_buffers:
+            buffer.close()
+        self.loaded.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        names = ", ".join(b.name for b in self.backends)
+        return f"<{type(self).__name__} of {self.hparams.arch} '{self.hparams.name}' on {names}>"
+
+
+def _backend_of(what: str | Device | Backend) -> Backend:
+    if isinstance(what, Backend):
+        return what
+    return (REGISTRY.open(what) if isinstance(what, str) else what).backend()
