@@ -1,0 +1,176 @@
+"""`pyggml devices`: devices found, their memory, what they can run, and why one is missing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+
+from ..backend import REGISTRY, Device
+from ..cost import PROFILES
+from ..errors import PyggmlError
+from ..types import DeviceType, Type
+
+__all__ = ["DeviceFacts", "command", "find_devices", "weight_types"]
+
+#: Elements of a row that every type's blocks divide.
+_ROW = 256
+
+
+@dataclass(frozen=True, slots=True)
+class BufferTypeFacts:
+    """A kind of memory of a device."""
+
+    name: str  #: as ``-ot`` calls it
+    alignment_bytes: int
+    max_size_bytes: int
+    is_host: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What is told of one device."""
+
+    kind: str  #: what ``-dev`` calls it, up to the colon
+    name: str
+    type: str
+    description: str
+    memory_free_bytes: int
+    memory_total_bytes: int
+    buffer_types: tuple[BufferTypeFacts, ...]
+    weight_types: tuple[str, ...]  #: that it can multiply with
+    expert_weight_types: tuple[str, ...]  #: that it can multiply with, expert by expert
+    has_events: bool
+
+
+def weight_types(device: Device, *, experts: bool = False) -> tuple[str, ...]:
+    """Return the types of weights that a device says it can multiply with.
+
+    Parameters
+    ----------
+    experts : bool
+        Ask for MUL_MAT_ID instead of MUL_MAT.
+    """
+    from ..ops import mul_mat, mul_mat_id
+    from ..tensor import Tensor
+
+    found = []
+    x = Tensor(Type.F32, (_ROW, 1))
+    ids = Tensor(Type.I32, (1, 1))
+    for type in Type:
+        try:
+            if experts:
+                node = mul_mat_id(Tensor(type, (_ROW, _ROW, 2)), Tensor(Type.F32, (_ROW, 1, 1)), ids)
+            else:
+                node = mul_mat(Tensor(type, (_ROW, _ROW)), x)
+        except PyggmlError:  # not a type of weights
+            continue
+        if device.supports_op(node):
+            found.append(type.ggml_name)
+    return tuple(found)
+
+
+def _facts(kind: str, device: Device) -> DeviceFacts:
+    free, total = device.memory()
+    bufts = (device.buffer_type, device.host_buffer_type)
+    return DeviceFacts(
+        kind,
+        device.name,
+        device.type.value,
+        device.description,
+        free,
+        total,
+        tuple(BufferTypeFacts(b.name, b.alignment, b.max_size, b.is_host) for b in bufts if b is not None),
+        weight_types(device),
+        weight_types(device, experts=True),
+        device.event_new() is not None,
+    )
+
+
+def find_devices() -> tuple[list[DeviceFacts], dict[str, str]]:
+    """Return what is known of the devices found, and for each kind without any, why."""
+    found: list[DeviceFacts] = []
+    missing: dict[str, str] = {}
+    for kind in REGISTRY.kinds():
+        try:
+            module = REGISTRY.load(kind)
+            devices = [_facts(kind, device) for device in module.devices()]
+        except (PyggmlError, ImportError, OSError) as error:
+            missing[kind] = " ".join(str(error).split())
+            continue
+        found += devices
+        if not devices:
+            missing[kind] = module.why_missing()
+    return found, missing
+
+
+@click.command("devices", short_help="Show devices, their memory, and what they can run.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(as_json: bool) -> None:
+    """Show the devices of this machine, their buffer types and memory, what they can run, and why others are missing."""
+    found, missing = find_devices()
+    from . import _console
+
+    if as_json:
+        _console.print_json(_as_json(found, missing))
+    else:
+        _print(found, missing)
+
+
+def _as_json(found: list[DeviceFacts], missing: dict[str, str]) -> dict[str, Any]:  # of JSON's values
+    return {
+        "devices": [asdict(facts) for facts in found],
+        "missing": [{"kind": kind, "why": why} for kind, why in missing.items()],
+        "profiles": [
+            {
+                "device": f"sim:{p.name}",
+                "description": p.description,
+                "memory_bytes": p.memory_bytes,
+                "memory_bytes_per_s": p.memory_bytes_per_s,
+                "link_bytes_per_s": p.link.bytes_per_s,
+                "source": p.source,
+            }
+            for p in PROFILES.values()
+        ],
+    }
+
+
+def _print(found: list[DeviceFacts], missing: dict[str, str]) -> None:
+    from . import _console
+
+    console = _console.report()
+    devices = _console.table("Devices", "name", "kind", "free", "memory", "buffer types", "", right=("free", "memory"))
+    for d in found:
+        bufts = ", ".join(f"{b.name}{' (host)' if b.is_host else ''}" for b in d.buffer_types)
+        free, total = _console.n_bytes(d.memory_free_bytes), _console.n_bytes(d.memory_total_bytes)
+        devices.add_row(d.name, d.kind, free, total, bufts, d.description)
+    console.print(devices)
+    for d in found:
+        console.print(f"{d.name} multiplies with weights of {_words(d.weight_types)}")
+        experts = "the same" if d.expert_weight_types == d.weight_types else _words(d.expert_weight_types)
+        console.print(f"{' ' * len(d.name)} and expert by expert with {experts}")
+    simulated = _console.table(
+        "\nSimulated devices, made when named", "device", "memory", "bandwidth", "link", "", right=("memory",)
+    )
+    for p in PROFILES.values():
+        simulated.add_row(
+            f"sim:{p.name}",
+            _console.n_bytes(p.memory_bytes),
+            f"{p.memory_bytes_per_s / 1e9:,.0f} GB/s",
+            f"{p.link.bytes_per_s / 1e9:,.0f} GB/s",
+            p.description,
+        )
+    console.print(simulated)
+    others = {kind: why for kind, why in missing.items() if kind != "sim"}
+    if others:
+        none = _console.table("\nNot found", "kind", "why")
+        for kind, why in others.items():
+            none.add_row(kind, why)
+        console.print(none)
+    if not any(d.type != DeviceType.CPU.value for d in found):
+        console.print("\nNo accelerator was found: `pyggml run` computes on the CPU and a simulated device.")
+
+
+def _words(names: tuple[str, ...]) -> str:
+    return ", ".join(names) or "nothing"
