@@ -1,0 +1,143 @@
+"""The book of cells: places, masks, sequences, and an end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+
+from pyggml.models.batch import Batch, split_equal, split_simple
+from pyggml.models.context import ContextFlags, ContextParams
+from pyggml.models.kv_cache import CacheFullError, KVCache, hadamard
+
+
+def cache(n_ctx: int = 512, **flags: object) -> KVCache:
+    """Return the cache of a tiny model."""
+    hp = tiny.hparams("llama")
+    params = ContextParams.resolve(ContextFlags(n_ctx=n_ctx, flash_attn="off", **flags), hp)
+    return KVCache(hp, params, v_trans=True)
+
+
+def take(c: KVCache, batch: Batch, n_ubatch: int = 512) -> list:
+    """Take cells for a batch; return micro-batches and slots."""
+    parts = c.prepare(batch, n_ubatch)
+    for part, slot in parts:
+        c.apply(part, slot)
+    return parts
+
+
+def test_tokens_take_cells_in_order():
+    """A first batch takes the first cells, the next goes on behind."""
+    c = cache()
+    ((_, slot),) = take(c, Batch.of(range(5), 0))
+    assert slot.cells.tolist() == [[0, 1, 2, 3, 4]]
+    ((_, slot),) = take(c, Batch.of(range(2), 5))
+    assert slot.cells.tolist() == [[5, 6]]
+    assert c.seq_pos_max(0) == 6
+
+
+def test_graphs_see_cells_in_steps_of_256():
+    """n_kv is the used cells rounded up to 256, at most all."""
+    c = cache(512)
+    ((_, slot),) = take(c, Batch.of([0] * 256, 0))
+    assert c.view(slot).n_kv == 256
+    ((_, slot),) = take(c, Batch.of([0], 256))
+    assert c.view(slot).n_kv == 512
+
+
+def test_preparing_takes_nothing():
+    """A batch that does not fit leaves the book as it was."""
+    c = cache(256)
+    take(c, Batch.of([0] * 250, 0))
+    with pytest.raises(CacheFullError) as caught:
+        c.prepare(Batch.of([0] * 20, 250), 8)
+    assert caught.value.n_cells == 256
+    assert c.n_used == 250
+
+
+def test_removed_cells_are_used_again():
+    """After a rewind the next tokens take the freed cells."""
+    c = cache()
+    take(c, Batch.of(range(10), 0))
+    c.seq_rm(0, 4)
+    assert c.n_used == 4
+    ((_, slot),) = take(c, Batch.of(range(3), 4))
+    assert slot.cells.tolist() == [[4, 5, 6]]
+
+
+def test_a_token_sees_its_past_and_itself():
+    """The mask hides later positions and empty cells."""
+    c = cache()
+    take(c, Batch.of(range(3), 0))
+    ((part, _),) = take(c, Batch.of(range(2), 3))
+    unseen = c.mask(part, 8)
+    assert unseen.tolist() == [[False] * 4 + [True] * 4, [False] * 5 + [True] * 3]
+
+
+def test_sequences_do_not_see_each_other():
+    """In one stream, cells of another sequence are hidden."""
+    c = cache(n_seq_max=2, kv_unified=True)
+    take(c, Batch.of(range(2), 0, seq=0))
+    ((part, _),) = take(c, Batch.of(range(2), 0, seq=1))
+    assert c.mask(part, 4).tolist() == [[True, True, False, True], [True, True, False, False]]
+
+
+def test_a_copied_sequence_shares_cells():
+    """seq_cp lets another sequence see tokens without more cells."""
+    c = cache(n_seq_max=2, kv_unified=True)
+    take(c, Batch.of(range(2), 0, seq=0))
+    c.seq_cp(0, 1)
+    ((part, _),) = take(c, Batch.of([7], 2, seq=1))
+    assert c.n_used == 3
+    assert c.mask(part, 4).tolist() == [[False, False, False, True]]
+    c.seq_rm(0)
+    assert c.n_used == 3
+
+
+def test_streams_have_their_own_cells():
+    """Without a unified cache each sequence has a stream, and indices count through all of them."""
+    c = cache(n_ctx=512, n_seq_max=2)
+    batch = Batch(
+        np.arange(4, dtype=np.int32),
+        np.array([0, 1, 0, 1], np.int32),
+        np.array([0, 0, 1, 1], np.int32),
+        np.ones(4, bool),
+    )
+    ((part, slot),) = take(c, batch)
+    assert slot.streams == (0, 1)
+    assert c.k_idxs(slot).tolist() == [0, 1, 256, 257]
+    view = c.view(slot)
+    assert (view.s0, view.n_stream) == (0, 2)
+    assert c.mask(part, 3).tolist() == [[False, True, True], [False, False, True]] * 2
+
+
+def test_v_indices_are_one_for_each_element():
+    """Where V lies transposed each element of a token is a row: element j of cell c is row j * n_cells + c."""
+    c = cache()
+    ((_, slot),) = take(c, Batch.of([0, 0], 0))
+    idxs = c.v_idxs(slot).reshape(2, -1)
+    assert idxs.shape == (2, 128)
+    assert idxs[1, :3].tolist() == [1, 513, 1025]
+
+
+def test_simple_splits_are_runs():
+    """40 tokens at 16 are 16, 16 and 8; only the last holds the output."""
+    parts = split_simple(Batch.of(range(40), 0), 16)
+    assert [(p.n_tokens, p.n_outputs) for p in parts] == [(16, 0), (16, 0), (8, 1)]
+
+
+def test_equal_splits_hold_as_many_of_each_sequence():
+    """Sequences of 3 and 1 tokens go as one of each, then what is left."""
+    seqs = np.array([0, 0, 0, 1], np.int32)
+    batch = Batch(np.arange(4, dtype=np.int32), np.array([0, 1, 2, 0], np.int32), seqs, np.ones(4, bool))
+    parts = split_equal(batch, 8)
+    assert [p.idxs.tolist() for p in parts] == [[0, 3], [1, 2]]
+    assert [p.n_seqs for p in parts] == [2, 1]
+
+
+@pytest.mark.parametrize("n", [64, 128])
+def test_the_rotation_is_its_own_inverse(n):
+    """The Hadamard matrix is orthonormal and symmetric."""
+    h = hadamard(n)
+    assert h.shape == (n, n)
+    np.testing.assert_allclose(h @ h, np.eye(n), atol=1e-5)
