@@ -128,7 +128,7 @@ def test_a_type_that_nobody_can_use_is_refused():
     hp = tiny.hparams("llama")
     infos = tiny.infos(hp, Type.IQ1_S)
     specs = resolve_specs(weight_specs(hp, infos), infos, "tiny.gguf")
-    with pytest.raises(UnsupportedOpError, match="token_embd.weight.*iq1_s"):
+    with pytest.raises(UnsupportedOpError, match=r"token_embd\.weight.*iq1_s"):
         place(hp, specs, infos, [], REGISTRY.open("cpu"), PlacementFlags())
 
 
