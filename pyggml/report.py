@@ -1,4 +1,4 @@
-"""What a run did, in numbers: made from records, returned as data and as tables, never printed here."""
+"""What a run did, in numbers: made from records, returned as data, never printed here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from .record import CopyRecord, Record, UsedExpertsRecord
 
-__all__ = ["CopyAccount", "LayerCopies", "format_bytes", "layer_of"]
+__all__ = ["CopyAccount", "LayerCopies", "Phase", "layer_of"]
 
 Phase = Literal["prompt", "generate"]
 
@@ -17,20 +17,6 @@ def layer_of(name: str) -> int | None:
     """Return the layer that a tensor's name tells: ``blk.3.ffn_up_exps.weight`` or ``ffn_inp-3``."""
     found = re.match(r"blk\.(\d+)\.", name) or re.search(r"-(\d+)(?: |$)", name)
     return int(found[1]) if found else None
-
-
-def format_bytes(n: float) -> str:
-    """Return bytes as people read them.
-
-    Examples
-    --------
-    >>> format_bytes(1536), format_bytes(3 * 1024**3)
-    ('1.5 KiB', '3.00 GiB')
-    """
-    for unit, size, digits in (("GiB", 1024**3, 2), ("MiB", 1024**2, 1), ("KiB", 1024, 1)):
-        if abs(n) >= size:
-            return f"{n / size:,.{digits}f} {unit}"
-    return f"{n:,.0f} B"
 
 
 @dataclass(slots=True)

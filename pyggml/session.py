@@ -238,11 +238,24 @@ class Session(Planner):
             As `decode`, before the first token.
         """
         logits = self.decode(prompt, outputs="last", seq=seq)
-        return self._continue(logits[-1], n_predict, sampler, stop, seq)
+        return self.continue_from(logits[-1], n_predict, sampler, stop=stop, seq=seq)
 
-    def _continue(
-        self, logits: npt.NDArray[np.float32], n_predict: int, sampler: Sampler, stop: Collection[int], seq: int
+    def continue_from(
+        self,
+        logits: npt.NDArray[np.float32],
+        n_predict: int,
+        sampler: Sampler = greedy,
+        *,
+        stop: Collection[int] = (),
+        seq: int = 0,
     ) -> Iterator[int]:
+        """Yield the tokens that follow a decode, one by one; see `generate`.
+
+        Parameters
+        ----------
+        logits : float32, (n_vocab,)
+            Of the last token that was decoded.
+        """
         for i in range(n_predict):
             token = sampler(logits)
             if token in stop:

@@ -25,7 +25,7 @@ DEFAULT_DEVICES = "sim:rtx4090-pcie4,cpu"
 EXPERT_COPIES = ("used", "upstream", "full")
 
 
-class LayerCount(click.ParamType):
+class LayerCount(click.ParamType[int]):
     """A number of layers, or ``all``."""
 
     name = "N|all"

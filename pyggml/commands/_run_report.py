@@ -1,0 +1,188 @@
+"""The report at the end of `run`: what was split, copied, used and waited for, as JSON and as tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+
+from ..report import CopyAccount, LayerCopies, Phase
+from ._console import n_bytes, table
+
+if TYPE_CHECKING:
+    from ..session import BatchRecord, Session
+
+__all__ = ["BatchShape", "RunReport"]
+
+
+@dataclass(slots=True)
+class BatchShape:
+    """Micro-batches of one size: they share a plan."""
+
+    n_tokens: int
+    n_splits: int
+    splits_by_backend: dict[str, int]
+    n_split_inputs: int
+    n_nodes: int
+    n_batches: int = 0
+    bytes_copied: int = 0
+    bytes_full: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class RunReport:
+    """Everything that `run` tells of itself; filled while it goes on, so that a part of it can be shown at any time."""
+
+    model: dict[str, Any]
+    devices: list[dict[str, Any]]
+    account: CopyAccount
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    shapes: dict[tuple[int, int], BatchShape] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    n_prompt: int = 0
+    n_generated: int = 0
+    text: str = ""
+    prompt_tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    is_complete: bool = False
+    link_bytes_per_s: float | None = None
+    stopped: str = ""
+
+    def watch(self, session: Session) -> None:
+        """Take note of the session's memory, and of every micro-batch from now on."""
+        self.memory = [{**asdict(m), "total": m.total} for m in session.memory() if m.total]
+
+        def on_batch(batch: BatchRecord) -> None:
+            key = (batch.n_tokens, batch.n_splits)
+            shape = self.shapes.get(key)
+            if shape is None:
+                by_backend: dict[str, int] = {}
+                for split in session.sched.splits:
+                    name = session.backends[split.backend_id].name
+                    by_backend[name] = by_backend.get(name, 0) + 1
+                n_inputs = sum(len(s.inputs) for s in session.sched.splits)
+                shape = BatchShape(batch.n_tokens, batch.n_splits, by_backend, n_inputs, batch.n_nodes)
+                self.shapes[key] = shape
+            shape.n_batches += 1
+            shape.bytes_copied += batch.bytes_copied
+            shape.bytes_full += batch.bytes_full
+            shape.seconds += batch.seconds
+
+        session.on_batch = on_batch
+
+    # -- as data -------------------------------------------------------------
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        return {
+            "model": self.model,
+            "devices": self.devices,
+            "complete": self.is_complete,
+            "stopped": self.stopped,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+            "text": self.text,
+            "batches": [asdict(s) for s in self.shapes.values()],
+            "layers": [row.as_dict() for row in self.account.layers()],
+            "experts": {
+                "prompt": self.account.total("prompt").as_dict(),
+                "generate": self.account.total("generate").as_dict(),
+                "total": self.account.total().as_dict(),
+            },
+            "bytes_by_device": {d["name"]: self.account.bytes_to(d["name"]) for d in self.devices},
+            "seconds": {k: round(v, 6) for k, v in self.seconds.items()},
+            "tokens_per_s": {k: v and round(v, 2) for k, v in self._rates().items()},
+            "memory": self.memory,
+        }
+
+    def _rates(self) -> dict[str, float | None]:
+        prompt_s, generate_s = self.seconds.get("prompt", 0.0), self.seconds.get("generate", 0.0)
+        n_steps = max(self.n_generated - 1, 0)  # the first token comes with the prompt
+        return {
+            "prompt": self.n_prompt / prompt_s if prompt_s else None,
+            "generate": n_steps / generate_s if generate_s and n_steps else None,
+        }
+
+    # -- as tables -----------------------------------------------------------
+
+    def print(self, console: Console) -> None:
+        """Print the report for people."""
+        for i, part in enumerate(self._parts()):
+            if i:
+                console.print()
+            console.print(part)
+
+    def _parts(self) -> list[RenderableType]:
+        parts: list[RenderableType] = [self._splits_table()] if self.shapes else []
+        if any(row.bytes_full for row in self.account.layers()):
+            parts += [self._layers_table(), self._saved_text()]
+        parts += [self._memory_table(), self._time_table()]
+        return parts
+
+    def _splits_table(self) -> RenderableType:
+        right = ("tokens", "batches", "splits", "inputs", "nodes", "copied", "if whole")
+        made = table("Splits by batch size", "tokens", "batches", "splits", "on", "inputs", "nodes", "copied",
+                     "if whole", right=right)  # fmt: skip
+        for s in self.shapes.values():
+            where = ", ".join(f"{n} × {name}" for name, n in s.splits_by_backend.items())
+            made.add_row(
+                str(s.n_tokens), str(s.n_batches), str(s.n_splits), where, str(s.n_split_inputs), str(s.n_nodes),
+                n_bytes(s.bytes_copied), n_bytes(s.bytes_full),
+            )  # fmt: skip
+        return made
+
+    def _layers_table(self) -> RenderableType:
+        phases: list[Phase] = [p for p in ("prompt", "generate") if self.account.layers(p)]
+        columns = ["layer"]
+        for phase in phases:
+            columns += [f"{phase}: used", "copied", "if whole", "ratio"]
+        made = table("Expert weights copied, by layer", *columns, right=tuple(columns))
+        rows = {phase: {r.layer: r for r in self.account.layers(phase)} for phase in phases}
+        for layer in [r.layer for r in self.account.layers()]:
+            made.add_row(
+                "-" if layer is None else str(layer),
+                *(c for p in phases for c in _cells(rows[p].get(layer, LayerCopies(layer)))),
+            )
+        made.add_section()
+        made.add_row("all", *(c for p in phases for c in _cells(self.account.total(p))))
+        return made
+
+    def _saved_text(self) -> str:
+        total = self.account.total()
+        saved = total.bytes_full - total.bytes_copied
+        text = (
+            f"Copied {n_bytes(total.bytes_copied)} of expert weights; whole copies would have moved "
+            f"{n_bytes(total.bytes_full)}: {total.ratio:.0%}, {n_bytes(saved)} saved."
+        )
+        if self.link_bytes_per_s:
+            copied_s, full_s = (n / self.link_bytes_per_s for n in (total.bytes_copied, total.bytes_full))
+            text += (
+                f"\nOn this device's link ({self.link_bytes_per_s / 1e9:.1f} GB/s) that is {copied_s:.3f} s "
+                f"instead of {full_s:.3f} s."
+            )
+        return text
+
+    def _memory_table(self) -> RenderableType:
+        columns = ("buffer type", "weights", "KV cache", "compute", "total")
+        made = table("Memory", *columns, right=columns[1:])
+        for m in self.memory:
+            made.add_row(m["buft"], *(n_bytes(m[k]) if m[k] else "-" for k in ("weights", "cache", "compute", "total")))
+        return made
+
+    def _time_table(self) -> RenderableType:
+        made = table("Time", "phase", "seconds", "tokens", "tokens/s", right=("seconds", "tokens", "tokens/s"))
+        rates = self._rates()
+        counts = {"prompt": self.n_prompt, "generate": max(self.n_generated - 1, 0)}
+        for phase, seconds in self.seconds.items():
+            rate = rates.get(phase)
+            made.add_row(phase, f"{seconds:.3f}", str(counts.get(phase, "")), "" if rate is None else f"{rate:,.1f}")
+        return made
+
+
+def _cells(row: LayerCopies) -> tuple[str, str, str, str]:
+    if not row.bytes_full:
+        return "-", "-", "-", "-"
+    used = f"{row.used_mean:.1f} of {row.n_expert}" if row.n_reads else "all"
+    return used, n_bytes(row.bytes_copied), n_bytes(row.bytes_full), f"{row.ratio:.0%}"
