@@ -65,7 +65,8 @@ def dequantize(packed: _Bytes, kind: Type) -> _Floats:
 def _inverse(values: _Floats) -> _Floats:
     """Return 1 / x, and 0 for 0."""
     nonzero = values != 0
-    return np.where(nonzero, np.float32(1) / np.where(nonzero, values, np.float32(1)), np.float32(0))
+    inverse: _Floats = np.where(nonzero, np.float32(1) / np.where(nonzero, values, np.float32(1)), np.float32(0))
+    return inverse
 
 
 def _steps(values: npt.NDArray[Any], low: int, high: int) -> npt.NDArray[Any]:

@@ -1,0 +1,144 @@
+"""`pyggml make-moe`: write a small mixture-of-experts model, random or made of a dense one."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..types import Type
+
+if TYPE_CHECKING:
+    from ..models.gguf_writer import Progress, Written
+
+__all__ = ["command"]
+
+_MB = 10**6
+_TYPES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "MXFP4"]
+_ARCHS = ["llama", "qwen3moe", "gpt-oss", "olmoe", "granitemoe", "qwen2moe", "glm4moe", "deepseek2", "llama-dense"]
+#: What only random models have; an upcycled one takes these from its dense model.
+_RANDOM_ONLY = (
+    "arch", "preset", "dense_type", "tokenizer", "layers", "embd", "heads", "kv_heads", "head_dim", "ff", "ff_exp", "ctx",
+    "vocab",
+)  # fmt: skip
+_SIZES = {
+    "layers": "Layers.",
+    "embd": "Width of the residual stream.",
+    "heads": "Attention heads.",
+    "kv-heads": "Key-value heads.",
+    "head-dim": "Elements of a head.",
+    "ff": "Width of a dense feed-forward network.",
+    "ff-exp": "Width of one expert.",
+    "vocab": "Tokens of the vocabulary.",
+    "ctx": "Trained context.",
+}
+
+
+def _size_options(function: Any) -> Any:  # click's decorators have no simple type
+    for name, help in reversed(_SIZES.items()):
+        function = click.option(f"--{name}", type=click.IntRange(min=1), help=help)(function)
+    return function
+
+
+@click.command("make-moe", short_help="Write a small mixture-of-experts model.")
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--from", "dense", type=click.Path(dir_okay=False, path_type=Path), help="Dense llama to make it of.")
+@click.option("--preset", type=click.Choice(["fine-grained"]), help="32 small experts, 4 used, unevenly.")
+@click.option("--arch", type=click.Choice(_ARCHS), help="Architecture of a random model.  [default: llama]")
+@click.option("--experts", type=click.IntRange(min=1), help="Experts of a layer.  [default: 8]")
+@click.option("--used", type=click.IntRange(min=1), help="Experts that a token goes through.  [default: 2]")
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(_TYPES, case_sensitive=False),
+    help="Type of the weights; with --from, of experts.",
+)
+@click.option("--dense-type", type=click.Choice(_TYPES, case_sensitive=False), help="Type of what is no expert.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of all noise.  [default: 1]")
+@click.option("--noise", type=click.FloatRange(min=0), help="With --from: how much experts differ.  [default: 0.05]")
+@click.option("--skew", type=click.FloatRange(min=0), help="How much routers prefer some experts.")
+@click.option("--tokenizer", type=click.Choice(["bytes", "none"]), help="Of a random model.  [default: bytes]")
+@_size_options
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(out: Path, dense: Path | None, as_json: bool, **given: Any) -> None:
+    """Write a small, well-formed mixture-of-experts model to OUT: the same arguments give the same bytes.
+
+    Without --from its weights are random: for tests and examples. With it, each expert is a slightly different copy of
+    the dense model's feed-forward network, and text remains as sensible as the dense model's.
+    """
+    from . import _console
+
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in ("kind", "dense_type"):
+        if name in given:
+            given[name] = Type.of(given[name])
+    if dense is None and "noise" in given:
+        raise click.UsageError("--noise wants --from: random experts differ as it is")
+    with _console.progress() as bar:
+        task = bar.add_task("Writing (MB)", total=None)
+        tell: Progress = lambda done, total: bar.update(task, completed=done // _MB, total=-(-total // _MB))
+        report = _make_random(out, given, tell) if dense is None else _upcycle(out, dense, given, tell)
+    if as_json:
+        _console.print_json(report)
+    else:
+        console = _console.report()
+        console.print(f"{report['path']}: {report['arch']}, {report['experts']} experts, {report['used']} used")
+        console.print(f"{_console.n_bytes(report['bytes'])}, sha256 {report['sha256']}")
+
+
+def _make_random(out: Path, given: dict[str, Any], tell: Progress) -> dict[str, Any]:
+    from ..models.make_moe import PRESETS, Recipe, Sizes, make_moe
+
+    recipe = PRESETS[given["preset"]] if "preset" in given else Recipe("llama")
+    sizes = {field.name: given[field.name] for field in fields(Sizes) if field.name in given}
+    names = {n: n for n in ("arch", "dense_type", "seed", "tokenizer", "skew")} | {"kind": "type"}
+    rest = {ours: given[name] for name, ours in names.items() if name in given}
+    recipe = replace(recipe, sizes=replace(recipe.sizes, **sizes), **rest)
+    written = make_moe(out, recipe, progress=tell)
+    has_experts = recipe.arch != "llama-dense"
+    return _report(
+        written,
+        arch=recipe.arch,
+        type=recipe.type.ggml_name,
+        experts=recipe.sizes.experts if has_experts else 0,
+        used=recipe.sizes.used if has_experts else 0,
+        seed=recipe.seed,
+    )
+
+
+def _upcycle(out: Path, dense: Path, given: dict[str, Any], tell: Progress) -> dict[str, Any]:
+    unfit = [name for name in _RANDOM_ONLY if name in given]
+    if given.get("arch") == "llama":
+        unfit.remove("arch")
+    if unfit:
+        raise click.UsageError(
+            f"--{unfit[0].replace('_', '-')} does not go with --from: that is the dense model's to say"
+        )
+    if out.exists() and dense.exists() and out.samefile(dense):
+        raise click.UsageError("OUT and --from are the same file")
+    from ..gguf import GGUFFile
+    from ..models.upcycle import Upcycling, upcycle
+    from ._fetch import calibration_tokens
+
+    options = Upcycling()
+    names = {"experts": "experts", "used": "used", "seed": "seed", "noise": "noise", "skew": "skew", "kind": "type"}
+    options = replace(options, **{ours: given[name] for name, ours in names.items() if name in given})
+    with GGUFFile.open(dense) as file:
+        written = upcycle(file, out, calibration_tokens(file), options, progress=tell)
+        kind = options.type or file.tensor("blk.0.ffn_gate.weight").type
+        arch = file.require("general.architecture", str)
+    return _report(
+        written,
+        arch=arch,
+        type=kind.ggml_name,
+        experts=options.experts,
+        used=options.used,
+        seed=options.seed,
+        source=str(dense),
+    )
+
+
+def _report(written: Written, **facts: Any) -> dict[str, Any]:
+    return {"path": written.path, "bytes": written.n_bytes, "sha256": written.sha256, **facts}

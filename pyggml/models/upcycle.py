@@ -1,0 +1,301 @@
+"""Turn a dense llama into a mixture of experts: each expert a copy of the feed-forward network, a little different.
+
+The result is no better than the dense model, but it is a real one: it writes sensible text, its experts differ (so that a
+wrong expert changes the result), and its router prefers some experts, as trained routers do. The router is calibrated on
+what the dense model's own norms give for a short text (`calibrate`).
+
+Same arguments, same bytes: noise comes from integers, and the calibration is computed in float64 and rounded so coarsely
+that the order of a machine's sums does not show.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import FormatError, PyggmlError
+from ..gguf import GGUFFile, TensorInfo, ValueType
+from ..types import Type
+from .dense_llama import ffn_inputs
+from .gguf_writer import GGUFWriter, Progress, Written
+from .make_moe import noise
+from .quantize import QUANTIZABLE, dequantize, quantize
+
+__all__ = ["CALIBRATION_TEXT", "Upcycling", "upcycle"]
+
+_Floats = npt.NDArray[np.float32]
+_Bytes = npt.NDArray[np.uint8]
+
+#: What a router is calibrated on: prose, a question, a list, numbers, code; about 120 tokens of an English vocabulary.
+CALIBRATION_TEXT = """\
+A lighthouse stands on the cliff above the harbour, and every evening its keeper climbs the 127 steps to light the lamp.
+What makes the sea look blue on a clear day? Water absorbs red light first, so mostly blue light comes back to our eyes.
+1. Bring a litre of water to the boil.
+2. Add salt, then the pasta, and stir once.
+def mean(values):
+    return sum(values) / len(values)
+"Thank you," she said, "I would rather walk home while it is still warm outside."
+"""
+
+#: Elements that share one factor in types without scales of their own.
+_BLOCK = 32
+#: Where a block's half-precision scales and minima stand, in bytes.
+_SCALES: dict[Type, tuple[int, ...]] = {
+    Type.Q4_0: (0,),
+    Type.Q4_1: (0, 2),
+    Type.Q5_0: (0,),
+    Type.Q5_1: (0, 2),
+    Type.Q8_0: (0,),
+    Type.Q2_K: (80, 82),
+    Type.Q3_K: (108,),
+    Type.Q4_K: (0, 2),
+    Type.Q5_K: (0, 2),
+    Type.Q6_K: (208,),
+    Type.IQ4_NL: (0,),
+    Type.IQ4_XS: (0,),
+}
+#: Share of the mean variance that unseen directions are given: fewer tokens calibrate than there are dimensions.
+_RIDGE = 0.3
+_FFN = ("gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class Upcycling:
+    """All that decides an upcycled model's bytes, beside the dense model.
+
+    Attributes
+    ----------
+    experts, used : int
+        How many there are, and through how many a token goes.
+    type : Type, optional
+        Of the experts; by default what the dense network has, whose scales are then changed in place.
+    seed : int
+    noise : float
+        By how much, relatively, an expert's scales deviate from the dense network's. 0.15 still reads well, 0.3 does not.
+    skew : float
+        An expert of rank r is less likely by ``skew * log(r)`` in the router's logits, whose own deviation is 1.
+    """
+
+    experts: int = 8
+    used: int = 2
+    type: Type | None = None
+    seed: int = 1
+    noise: float = 0.05
+    skew: float = 3.0
+
+
+def upcycle(
+    dense: GGUFFile,
+    path: str | os.PathLike[str],
+    tokens: Sequence[int],
+    options: Upcycling,
+    *,
+    progress: Progress | None = None,
+) -> Written:
+    """Write a mixture of experts made of a dense model.
+
+    Parameters
+    ----------
+    dense : GGUFFile
+        A llama without experts.
+    path : str or os.PathLike
+        Written whole or not at all; its folder exists.
+    tokens : sequence of int
+        What routers are calibrated on: `CALIBRATION_TEXT` in the model's vocabulary, or any 30 tokens or more.
+    options : Upcycling
+    progress : callable, optional
+        Told bytes done and bytes in all.
+
+    Raises
+    ------
+    FormatError
+        The dense model is of another architecture, has experts already, or lacks a tensor.
+    PyggmlError
+        The options make no sense, or the file cannot be written.
+    """
+    _check(dense, options)
+    layers = dense.require("llama.block_count", int)
+    for name in (f"blk.{i}.ffn_{part}.weight" for i in range(layers) for part in _FFN):
+        _experts_type(dense, dense.tensor(name), options)  # refused before the minute's work, not after
+    routers = _calibrated(dense, tokens, options)
+    writer = GGUFWriter(alignment=dense.alignment)
+    _copy_keys(dense, writer, options)
+    ours: dict[str, Callable[[GGUFWriter], None]] = {}
+    for i in range(layers):
+        ours[f"blk.{i}.ffn_gate.weight"] = partial(_add_gate, dense, options, i, routers[i])
+        for part in ("up", "down"):
+            ours[f"blk.{i}.ffn_{part}.weight"] = partial(_add_experts, dense, options, i, part)
+    for info in dense.tensors.values():
+        if info.name in ours:
+            ours[info.name](writer)
+        else:
+            writer.add_tensor(info.name, info.type, _dims(info.ne), partial(_copied, dense, info.name))
+    return writer.write(path, progress=progress)
+
+
+def _check(dense: GGUFFile, options: Upcycling) -> None:
+    arch = dense.require("general.architecture", str)
+    if arch != "llama":
+        raise FormatError(dense.path, f"a dense llama is needed, this is '{arch}'", hint="choose another model")
+    if dense.require("llama.expert_count", int, 0):
+        raise FormatError(dense.path, "the model has experts already", hint="run it as it is")
+    if not 1 <= options.used <= options.experts:
+        raise PyggmlError(f"make-moe: {options.used} of {options.experts} experts cannot be used")
+    for name in ("noise", "skew"):
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise PyggmlError(f"make-moe: a {name} of {value} is not a number from 0 up")
+    if options.type is not None and options.type not in QUANTIZABLE:
+        names = ", ".join(kind.name for kind in QUANTIZABLE)
+        raise PyggmlError(f"make-moe: experts of type {options.type.name} cannot be made; there are {names}")
+
+
+def _copy_keys(dense: GGUFFile, writer: GGUFWriter, options: Upcycling) -> None:
+    """Keep every key as it is, and say how many experts there are and where they come from."""
+    added = {"llama.expert_count": options.experts, "llama.expert_used_count": options.used}
+    story = "pyggml.make_moe"
+    for key in dense.metadata:
+        if key not in added and key != story:
+            entry = dense.metadata.entry(key)
+            writer.add_raw(key, entry.type, entry.length, dense.metadata.raw(key))
+    for key, value in added.items():
+        writer.add(key, ValueType.UINT32, value)
+    writer.add(story, ValueType.STRING, f"upcycled: seed {options.seed}, noise {options.noise}, skew {options.skew}")
+
+
+# routers
+
+
+def _calibrated(dense: GGUFFile, tokens: Sequence[int], options: Upcycling) -> list[_Floats]:
+    """Return each layer's router: float32, ``(n_expert, n_embd)``."""
+    if len(tokens) < 8:
+        raise PyggmlError(f"make-moe: {len(tokens)} tokens are too few to calibrate a router", hint="give 30 or more")
+    return [calibrate(i, inputs, options) for i, inputs in enumerate(ffn_inputs(dense, tokens))]
+
+
+def calibrate(layer: int, inputs: npt.NDArray[np.float64], options: Upcycling) -> _Floats:
+    """Make a router that prefers some experts for every token, and chooses among them by the token.
+
+    Parameters
+    ----------
+    layer : int
+    inputs : float64, (n_token, n_embd)
+        What the layer's feed-forward network saw.
+    options : Upcycling
+
+    Returns
+    -------
+    float32, (n_expert, n_embd)
+        The logits of expert e for an input x are about ``-skew * log(rank[e])`` plus a part of deviation 1 that
+        depends on x.
+
+    Notes
+    -----
+    All inputs of a layer have a large part in common, their mean. A router that is all noise mistakes that part for a
+    choice, or, made orthogonal to it, uses every expert; this one spends it on the ranks. The first token's input is unlike
+    all others, as models rest their attention there: it is sent to the likeliest experts, not to some of its own.
+    """
+    n_embd = inputs.shape[1]
+    first, inputs = inputs[0], inputs[1:]
+    mean = inputs.mean(axis=0)
+    fixed = np.stack([mean, first])
+    along = _steady(fixed, inputs - mean)
+    stream = f"blk.{layer}.ffn_gate_inp"
+    own = noise(options.seed, stream, options.experts * n_embd)(options.experts * n_embd)
+    directions = own.reshape(options.experts, n_embd).astype(np.float64)
+    directions -= directions @ np.linalg.pinv(fixed) @ fixed
+    directions /= (inputs @ directions.T).std(axis=0)[:, None]
+    ranks = noise(options.seed, stream + " ranks", options.experts)(options.experts).argsort(kind="stable")
+    offsets = np.empty(options.experts)
+    offsets[ranks] = -options.skew * np.log(np.arange(1, options.experts + 1))
+    router = directions + np.outer(offsets, along)
+    # eleven bits of each value: far coarser than what two machines can differ by, far finer than what routing sees
+    return router.astype(np.float16).astype(np.float32)
+
+
+def _steady(fixed: npt.NDArray[np.float64], deviations: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the vector whose product with each of ``fixed`` is 1 and with deviations from them as near 0 as can be."""
+    spread = deviations.T @ deviations / len(deviations)
+    spread += _RIDGE * np.trace(spread) / len(spread) * np.eye(len(spread))
+    whitened = np.linalg.solve(spread, fixed.T)
+    along: npt.NDArray[np.float64] = whitened @ np.linalg.solve(fixed @ whitened, np.ones(len(fixed)))
+    return along
+
+
+# experts
+
+
+def _add_gate(dense: GGUFFile, options: Upcycling, layer: int, router: _Floats, writer: GGUFWriter) -> None:
+    """Add a layer's router where its gate stood, and its gates."""
+    writer.add_tensor(f"blk.{layer}.ffn_gate_inp.weight", Type.F32, router.shape[::-1], lambda: [router.tobytes()])
+    _add_experts(dense, options, layer, "gate", writer)
+
+
+def _add_experts(dense: GGUFFile, options: Upcycling, layer: int, part: str, writer: GGUFWriter) -> None:
+    info = dense.tensor(f"blk.{layer}.ffn_{part}.weight")
+    kind = _experts_type(dense, info, options)
+    name = f"blk.{layer}.ffn_{part}_exps.weight"
+    ne = (info.ne[0], info.ne[1], options.experts)
+    writer.add_tensor(name, kind, ne, partial(_experts, dense, info, kind, name, options))
+
+
+def _experts_type(dense: GGUFFile, info: TensorInfo, options: Upcycling) -> Type:
+    """Return the type of a tensor's experts, or refuse what cannot be made."""
+    kind = options.type or info.type
+    row = info.ne[0]
+    if row % kind.block_size:
+        raise FormatError(dense.path, f"'{info.name}' has rows of {row}, no multiple of {kind.ggml_name}'s blocks")
+    if kind is info.type and (kind in _SCALES or kind in (Type.F32, Type.F16, Type.BF16)):
+        return kind
+    try:
+        dequantize(dense.data(info.name)[: info.type.row_size(row)].reshape(1, -1), info.type)
+    except NotImplementedError:
+        raise FormatError(dense.path, f"'{info.name}' is {info.type.ggml_name}, which cannot be read") from None
+    if kind not in QUANTIZABLE:
+        hint = f"give --type, one of {', '.join(known.name for known in QUANTIZABLE)}"
+        raise FormatError(dense.path, f"experts of type {kind.ggml_name} cannot be made", hint=hint)
+    return kind
+
+
+def _experts(dense: GGUFFile, info: TensorInfo, kind: Type, name: str, options: Upcycling) -> Iterator[memoryview]:
+    """Yield each expert's bytes."""
+    raw = dense.data(info.name)
+    per_factor = info.type.block_size if kind is info.type and kind in _SCALES else math.gcd(info.ne[0], _BLOCK)
+    n = info.ne[0] * info.ne[1] // per_factor
+    values = None if kind is info.type and kind in _SCALES else _values(raw, info)
+    for i in range(options.experts):
+        factors = np.float32(1) + np.float32(options.noise) * noise(options.seed, f"{name}.{i}", n)(n)
+        if values is None:
+            expert = _scaled(raw, kind, factors)
+        else:
+            expert = quantize((values.reshape(n, -1) * factors[:, None]).reshape(values.shape), kind)
+        yield np.ascontiguousarray(expert).data
+
+
+def _values(raw: _Bytes, info: TensorInfo) -> _Floats:
+    return dequantize(raw.reshape(info.ne[1], -1), info.type)
+
+
+def _scaled(raw: _Bytes, kind: Type, factors: _Floats) -> _Bytes:
+    """Return blocks with their scales and minima multiplied, each block's by its factor."""
+    blocks = raw.reshape(-1, kind.type_size).copy()
+    for at in _SCALES[kind]:
+        scales = blocks[:, at : at + 2].copy().view(np.float16)[:, 0]
+        blocks[:, at : at + 2] = (scales.astype(np.float32) * factors).astype(np.float16).view(np.uint8).reshape(-1, 2)
+    return blocks
+
+
+def _copied(dense: GGUFFile, name: str) -> list[memoryview]:
+    return [dense.data(name).data]
+
+
+def _dims(ne: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """Return ne without the ones at its end, as files hold it."""
+    n = max((i + 1 for i in range(4) if ne[i] != 1), default=1)
+    return ne[:n]
