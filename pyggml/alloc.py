@@ -104,10 +104,10 @@ def alloc_tensors(
 
     buffers: list[Buffer] = []
     try:
-        for size, part in plan:
-            buffer = buft.alloc_buffer(size)
+        for buffer_size, placed in plan:
+            buffer = buft.alloc_buffer(buffer_size)
             buffers.append(buffer)
-            _place(part, Tallocr(buffer))
+            _place(placed, Tallocr(buffer))
     except AllocError:
         for tensor in tensors:
             if tensor.buffer in buffers:
@@ -115,6 +115,9 @@ def alloc_tensors(
         for b in buffers:
             b.close()
         raise
+    for tensor in part if size == 0 else ():  # views behind a tensor that filled its buffer
+        if tensor.buffer is None and tensor.view_src is not None and tensor.view_src.buffer is not None:
+            view_init(tensor)
     if not buffers:
         return None
     whole = buffers[0] if len(buffers) == 1 else MultiBuffer(buffers)

@@ -27,7 +27,7 @@ from .backends.mock import (
 from .errors import FormatError
 from .types import MAX_DIMS, MAX_SRC, SIZE_MAX, BufferUsage, DeviceType, Op, TensorFlag, Type
 
-__all__ = ["CASE_FORMAT", "BufferSpec", "Case", "GraphSpec", "Step", "TensorSpec", "read_case"]
+__all__ = ["CASE_FORMAT", "BufferSpec", "Case", "GraphSpec", "Step", "TensorSpec", "parse_case", "read_case"]
 
 CASE_FORMAT = "pyggml-sched-case/1"
 #: Bytes of a name in a case: one less than a trace can print, so that no two names are cut to one.
@@ -123,6 +123,17 @@ def read_case(path: str | Path) -> Case:
     except RecursionError:
         raise FormatError(str(path), "not a case: nested too deeply") from None
     return _parse(_At(str(path), "", value))
+
+
+def parse_case(value: object) -> Case:
+    """Read a case from JSON values made in this process.
+
+    Raises
+    ------
+    FormatError
+        It is not a case; the text says where and what was expected.
+    """
+    return _parse(_At("case", "", value))
 
 
 # -- walking the file --------------------------------------------------------

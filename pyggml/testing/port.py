@@ -242,6 +242,8 @@ class Port:
 
     def split_graph(self, graph: PlainGraph) -> None:
         """Mirrors `ggml_backend_sched_split_graph`."""
+        if any(s is not None and s.name != graph.sources[t.name][j] for t in graph.nodes for j, s in enumerate(t.src)):
+            raise PortAbort("undefined: the graph's sources name copies of an earlier split")
         self.n_splits = 0
         self.graph_inputs = []
         self.is_reset = False

@@ -451,6 +451,8 @@ class PortGallocr:
                 tensor.data = (root.data[0], root.data[1], root.data[2] + tensor.view_offs)
         elif tensor.data is None:
             buffer_id, chunk, offset, _ = at
+            if self.chunk_sizes[buffer_id] is None:
+                raise PortAbort(f"{tensor.name} in a null buffer")
             name = self.bufts[buffer_id]["name"]
             tensor.buffer, tensor.buft, tensor.usage = f"@{name}", name, "compute"
             first = next(i for i, talloc in enumerate(self.tallocs) if talloc is self.tallocs[buffer_id])

@@ -1,0 +1,1 @@
+"""pyggml against the real library, op by op and call by call."""

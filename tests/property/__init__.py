@@ -1,0 +1,1 @@
+"""Random graphs and machines, against the literal port and against invariants."""
