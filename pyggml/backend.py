@@ -15,9 +15,9 @@ from .buffer import Buffer, BufferType, tensor_copy, tensor_get, tensor_set
 from .errors import DeviceUnavailableError
 from .graph import GraphView
 from .tensor import Tensor
-from .types import DeviceType
+from .types import DeviceType, Op
 
-__all__ = ["REGISTRY", "Backend", "Device", "Event", "Registry", "tensor_copy_async"]
+__all__ = ["REGISTRY", "Backend", "Device", "Event", "Registry", "op_batch_size", "tensor_copy_async"]
 
 #: `graph_optimize` calls it with a tensor, and the node until which the tensor is to keep its memory.
 AddAllocDep = Callable[[Tensor, Tensor], None]
@@ -210,6 +210,22 @@ def tensor_copy_async(backend_src: Backend, backend_dst: Backend, src: Tensor, d
         backend_src.synchronize()
         backend_dst.synchronize()
         tensor_copy(src, dst)
+
+
+def op_batch_size(op: Tensor) -> int:
+    """Return how many rows an op works on at once: what devices go by when they offer to take an op of host weights.
+
+    Notes
+    -----
+    Mirrors `get_op_batch_size` of upstream's CUDA backend.
+    """
+    if op.op is Op.GET_ROWS:
+        return 0
+    if op.op is Op.MUL_MAT:
+        return op.ne[1]
+    if op.op in (Op.MUL_MAT_ID, Op.ROPE, Op.ROPE_BACK):
+        return op.ne[2]
+    return op.nrows
 
 
 class DeviceModule(Protocol):

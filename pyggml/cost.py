@@ -39,6 +39,7 @@ class DeviceProfile:
     memory_bytes_per_s: float
     link: LinkProfile
     source: str  #: where the numbers are from
+    is_pinned: bool = False  #: whether it offers pinned host memory, as CUDA does; what is placed on the CPU goes there
 
 
 def _pcie(generation: int) -> LinkProfile:
@@ -78,12 +79,13 @@ PROFILES: dict[str, DeviceProfile] = {
 }  # fmt: skip
 
 _CUSTOM = re.compile(
-    r"(?P<memory>[\d.]+)(?P<unit>[MG])i?B,(?P<bandwidth>[\d.]+)GB/s,(?P<link>[\d.]+)GB/s", re.IGNORECASE
+    r"(?P<memory>[\d.]+)(?P<unit>[MG])i?B,(?P<bandwidth>[\d.]+)GB/s,(?P<link>[\d.]+)GB/s(?P<pinned>,pinned)?",
+    re.IGNORECASE,
 )
 
 
 def parse_profile(text: str) -> DeviceProfile:
-    """Return the profile of a name, or of ``custom:MEMORY,BANDWIDTH,LINK``.
+    """Return the profile of a name, or of ``custom:MEMORY,BANDWIDTH,LINK[,pinned]``.
 
     Raises
     ------
@@ -110,4 +112,6 @@ def parse_profile(text: str) -> DeviceProfile:
     bandwidth = float(found["bandwidth"]) * _GB
     if memory < 1 or link <= 0 or bandwidth <= 0:
         raise DeviceUnavailableError(f"sim:{text}", "sizes and rates must be above 0")
-    return DeviceProfile(text, f"custom device ({numbers})", int(memory), bandwidth, LinkProfile(link), "given")
+    description = f"custom device ({numbers})"
+    pinned = found["pinned"] is not None
+    return DeviceProfile(text, description, int(memory), bandwidth, LinkProfile(link), "given", pinned)

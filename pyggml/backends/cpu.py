@@ -6,99 +6,29 @@ kernels assume no more, else no tensor of a mapped GGUF could be used where it l
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING
 
 from ..backend import Backend, Device
-from ..buffer import Buffer, BufferType
-from ..errors import AllocError, DeviceUnavailableError
+from ..buffer import BufferType
+from ..errors import BackendError, DeviceUnavailableError
 from ..graph import GraphView
 from ..tensor import Tensor
 from ..types import DeviceType
-from . import _host_ops
-from ._machine import HostBlock, available_cores, physical_memory
+from ._host_ops import supports_op
+from ._machine import (
+    TENSOR_ALIGNMENT,
+    HostBuffer,
+    HostBufferType,
+    available_cores,
+    physical_memory,
+    plan_of,
+    shared_pool,
+)
 
 if TYPE_CHECKING:
     from ..kernels.cpu.pool import Pool
 
-__all__ = ["CPU", "CPUBackend", "CPUBuffer", "CPUBufferType", "CPUDevice", "devices", "open_device", "why_missing"]
-
-#: Mirrors `TENSOR_ALIGNMENT`.
-TENSOR_ALIGNMENT = 32
-
-
-class CPUBufferType(BufferType):
-    """Plain host memory."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        super().__init__("CPU", alignment=TENSOR_ALIGNMENT, is_host=True)
-
-    def _alloc(self, size: int) -> CPUBuffer:
-        block = HostBlock(size, owner=self.name, purpose="a buffer")
-        return CPUBuffer(self, block.address, size, block)
-
-
-class CPUBuffer(Buffer):
-    """Host memory: its own, or somebody else's that ``owner`` keeps alive.
-
-    Parameters
-    ----------
-    is_writable : bool
-        Whether the pages may be written; a mapped file's may not.
-    """
-
-    __slots__ = ("is_writable", "owner")
-
-    def __init__(self, buft: BufferType, address: int, size: int, owner: object, *, is_writable: bool = True) -> None:
-        super().__init__(buft, size, address)
-        self.owner = owner
-        self.is_writable = is_writable
-
-    def _check_writable(self, tensor: Tensor) -> None:
-        if not self.is_writable:
-            raise AllocError(
-                f"'{tensor.name}' lies in a read-only mapping and cannot be written",
-                hint="copy it to a tensor in a buffer of its own",
-            )
-
-    def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
-        """Copy host memory into the tensor."""
-        self._check_writable(tensor)
-        assert tensor.data is not None
-        ctypes.memmove(tensor.data + offset, address, size)
-
-    def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
-        """Copy bytes of the tensor to host memory."""
-        assert tensor.data is not None
-        ctypes.memmove(address, tensor.data + offset, size)
-
-    def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
-        """Set bytes of the tensor."""
-        self._check_writable(tensor)
-        assert tensor.data is not None
-        ctypes.memset(tensor.data + offset, value, size)
-
-    def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
-        """Copy from host memory; anything else goes the caller's way."""
-        storage = src.storage
-        if storage is None or not storage.is_host or src.data is None:
-            return False
-        self.set_tensor(dst, src.data, 0, src.nbytes)
-        return True
-
-    def clear(self, value: int) -> None:
-        """Set all bytes to a value."""
-        if not self.is_writable:
-            raise AllocError("a read-only mapping cannot be cleared")
-        ctypes.memset(self.base, value, self.size)
-
-    def close(self) -> None:
-        """Give own pages back; a mapping stays with its owner."""
-        owner, self.owner = self.owner, None
-        if isinstance(owner, HostBlock):
-            owner.close()
+__all__ = ["CPU", "CPUBackend", "CPUDevice", "devices", "open_device", "why_missing"]
 
 
 class CPUDevice(Device):
@@ -108,11 +38,12 @@ class CPUDevice(Device):
         self.name = "CPU"
         self.description = _processor_name()
         self.type = DeviceType.CPU
-        self._buft = CPUBufferType()
-        self._buft.device = self
+        self._buft = HostBufferType("CPU")
+        self._mapped_buft = HostBufferType("CPU_Mapped")
+        self._buft.device = self._mapped_buft.device = self
 
     @property
-    def buffer_type(self) -> CPUBufferType:
+    def buffer_type(self) -> HostBufferType:
         """Plain host memory."""
         return self._buft
 
@@ -122,15 +53,28 @@ class CPUDevice(Device):
 
     def supports_op(self, op: Tensor) -> bool:
         """Whether there is a kernel."""
-        return _host_ops.supports_op(op)
+        return supports_op(op)
 
     def supports_buft(self, buft: BufferType) -> bool:
         """Whether the memory is host memory."""
         return buft.is_host
 
-    def buffer_from_host(self, address: int, size: int, owner: object) -> CPUBuffer:
-        """Return a read-only buffer over existing memory, which ``owner`` keeps alive."""
-        return CPUBuffer(self._buft, address, size, owner, is_writable=False)
+    def buffer_from_host(self, address: int, size: int, owner: object) -> HostBuffer | None:
+        """Return a buffer over existing memory, which ``owner`` keeps alive; None if its address is not aligned.
+
+        Parameters
+        ----------
+        owner : object
+            If it has Python's buffer interface and is read-only, so is the buffer.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_cpu_buffer_from_ptr`. Differs: read-only memory stays so; an address that is not aligned
+        gives None, upstream aborts.
+        """
+        if address % TENSOR_ALIGNMENT:
+            return None
+        return HostBuffer(self._mapped_buft, address, size, owner, is_writable=_is_writable(owner))
 
     def backend(self, *, threads: int | None = None) -> CPUBackend:
         """Return a new stream of work."""
@@ -156,31 +100,44 @@ class CPUBackend(Backend):
 
     @property
     def pool(self) -> Pool:
-        """The threads, started at the first use."""
+        """The threads, started at the first use and shared with all backends that have as many."""
         if self._pool is None:
-            from ..kernels.cpu.pool import Pool
-
-            self._pool = Pool(self.threads)
+            self._pool = shared_pool(self.threads)
         return self._pool
 
     def graph_compute(self, graph: GraphView) -> None:
-        """Run the nodes' plan, which is made at the first time."""
-        plan = graph.plan
-        if not isinstance(plan, _host_ops.HostPlan):
-            plan = graph.plan = _host_ops.HostPlan(graph.nodes, _address)
-        plan.run(self.pool)
+        """Run the nodes' plan, which is made at the first time.
+
+        Raises
+        ------
+        ComputeError
+            A row index is out of bounds, or the computation was stopped.
+        ExpertIdError
+            An id that is no expert.
+        BackendError
+            A tensor lies in another device's memory.
+        """
+        plan_of(graph, self.device, self.name, self._address).run(self.pool)
+
+    def _address(self, tensor: Tensor) -> int:
+        """Return where kernels find a tensor's bytes: host addresses are what they are."""
+        storage = tensor.storage
+        if storage is None or not storage.is_host or tensor.data is None:
+            where = "nowhere" if storage is None else f"in {storage.buft.name}"
+            raise BackendError(self.name, f"'{tensor.name}' lies {where}, not in host memory")
+        return tensor.data
 
     def close(self) -> None:
-        """Stop the threads; they start again when needed."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        """Let the threads go; they start again when needed."""
+        self._pool = None
 
 
-def _address(tensor: Tensor) -> int:
-    """Return where kernels find a tensor's bytes: host addresses are what they are."""
-    assert tensor.data is not None
-    return tensor.data
+def _is_writable(owner: object) -> bool:
+    try:
+        with memoryview(owner) as view:  # type: ignore[arg-type]  # whether it can be viewed is the question
+            return not view.readonly
+    except TypeError:
+        return True
 
 
 def _processor_name() -> str:

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ..backend import AddAllocDep, Backend, Device, Event
+from ..backend import AddAllocDep, Backend, Device, Event, op_batch_size
 from ..buffer import Buffer, BufferType
 from ..errors import ComputeError, DeviceUnavailableError, OutOfMemoryError
 from ..graph import GraphView
@@ -36,7 +36,6 @@ __all__ = [
     "OffloadWish",
     "OpSupport",
     "Optimize",
-    "batch_size",
     "devices",
     "ignore",
     "open_device",
@@ -55,17 +54,6 @@ def ignore(call: list[object]) -> None:
 def short_name(tensor: Tensor) -> str:
     """Return a name as traces print it, cut to the length of upstream's array."""
     return tensor.name[:MAX_NAME]
-
-
-def batch_size(op: Tensor) -> int:
-    """Return how many rows an op works on at once: what offloading and minimum batches go by."""
-    if op.op is Op.GET_ROWS:
-        return 0
-    if op.op is Op.MUL_MAT:
-        return op.ne[1]
-    if op.op in (Op.MUL_MAT_ID, Op.ROPE, Op.ROPE_BACK):
-        return op.ne[2]
-    return op.nrows
 
 
 # -- abilities ---------------------------------------------------------------
@@ -101,7 +89,7 @@ class OpSupport:
         if kind in self.deny if self.allow is None else kind not in self.allow and not kind.is_empty:
             return False
         least = self.min_batch.get(kind, 0)
-        if least and batch_size(op) < least:
+        if least and op_batch_size(op) < least:
             return False
         src0 = op.src[0] if op.src and not kind.is_empty else None
         return src0 is None or src0.type not in self.deny_src0_types
@@ -116,7 +104,7 @@ class OffloadWish:
 
     def __call__(self, op: Tensor) -> bool:
         """Whether the op is wanted."""
-        return (self.ops is None or op.op in self.ops) and batch_size(op) >= self.min_batch
+        return (self.ops is None or op.op in self.ops) and op_batch_size(op) >= self.min_batch
 
 
 @dataclass(frozen=True, slots=True)

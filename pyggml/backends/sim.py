@@ -1,28 +1,29 @@
 """A simulated device: its own memory, which host code cannot reach, and the CPU's kernels to compute in it.
 
-Addresses of its tensors are numbers of its own; only this module knows where the bytes are. Fresh memory reads as NaN.
-Everything that enters or leaves is counted, apart from anything that the scheduler says of itself.
+Addresses of its tensors are numbers of its own, which no process can have; only this module knows where the bytes are.
+Fresh memory reads as NaN. Everything that enters or leaves is counted, apart from anything that the scheduler says of
+itself. Work goes through one door, `SimBackend._submit`, in stream order; today it is done at once.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .. import config
-from ..backend import Backend, Device, Event
+from ..backend import Backend, Device, Event, op_batch_size
 from ..buffer import Buffer, BufferType
 from ..cost import DeviceProfile, parse_profile
 from ..errors import BackendError, ComputeError, OutOfMemoryError
 from ..graph import GraphView
 from ..tensor import Tensor
-from ..types import DeviceType, Op
-from . import _host_ops
-from ._machine import HostBlock, available_cores
+from ..types import DeviceType, TensorFlag
+from ._host_ops import supports_op
+from ._machine import HostBlock, HostBufferType, available_cores, plan_of, shared_pool
 
 if TYPE_CHECKING:
     from ..kernels.cpu.pool import Pool
@@ -33,8 +34,9 @@ __all__ = ["Sim", "SimBackend", "SimBuffer", "SimBufferType", "SimDevice", "Traf
 ALIGNMENT = 128
 #: All bits set is NaN in every float type, and no sensible id.
 POISON = 0xFF
-#: Device addresses are of a range that no process has mapped; each buffer has its own piece.
+#: Device addresses start here, where no process can have memory; each device and each buffer has its own piece.
 _FIRST_ADDRESS = 1 << 56
+_DEVICE_BYTES = 1 << 52
 
 Moment = Literal["alloc", "copy", "compute"]
 
@@ -84,16 +86,18 @@ class SimBuffer(Buffer):
         What was written and read through this buffer.
     """
 
-    __slots__ = ("_block", "device", "traffic")
+    __slots__ = ("_block", "_is_open", "device", "traffic")
 
     def __init__(self, buft: SimBufferType, size: int, base: int, block: HostBlock | None) -> None:
         super().__init__(buft, size, base)
         self.device = buft.owner
         self.traffic = Traffic()
         self._block = block
+        self._is_open = True
 
     def _arena(self, tensor: Tensor) -> int:
         """Return where the bytes of a tensor really are."""
+        self._check_open(tensor)
         if self._block is None:
             raise BackendError(
                 self.device.name,
@@ -103,44 +107,53 @@ class SimBuffer(Buffer):
         assert tensor.data is not None
         return self._block.address + tensor.data - self.base
 
+    def _check_open(self, tensor: Tensor) -> None:
+        if not self._is_open:
+            raise BackendError(self.device.name, f"'{tensor.name}' lies in a buffer that was closed")
+
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into the tensor."""
+        self._check_open(tensor)
         self.device.at("copy", tensor.name)
-        self._count_in(size)
         if self._block is not None:
             ctypes.memmove(self._arena(tensor) + offset, address, size)
+        self._count_in(size)
 
     def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of the tensor to host memory."""
         self.device.at("copy", tensor.name)
-        source = self._arena(tensor) + offset
-        self.traffic.bytes_out += size
-        self.traffic.n_out += 1
-        self.device.traffic.bytes_out += size
-        self.device.traffic.n_out += 1
-        ctypes.memmove(address, source, size)
+        ctypes.memmove(address, self._arena(tensor) + offset, size)
+        self._count_out(size)
 
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
         """Set bytes of the tensor."""
+        self._check_open(tensor)
         if self._block is not None:
             ctypes.memset(self._arena(tensor) + offset, value, size)
 
     def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
-        """Copy from another simulated device, directly."""
+        """Copy within the device, or from another simulated one; False for any other memory."""
         storage = src.storage
         if not isinstance(storage, SimBuffer):
             return False
+        self._check_open(dst)
         self.device.at("copy", dst.name)
-        self._count_in(src.nbytes)
         if self._block is not None:
             ctypes.memmove(self._arena(dst), storage._arena(src), src.nbytes)
+        if storage.device is not self.device:
+            storage._count_out(src.nbytes)
+            self._count_in(src.nbytes)
         return True
 
     def _count_in(self, size: int) -> None:
-        self.traffic.bytes_in += size
-        self.traffic.n_in += 1
-        self.device.traffic.bytes_in += size
-        self.device.traffic.n_in += 1
+        for traffic in (self.traffic, self.device.traffic):
+            traffic.bytes_in += size
+            traffic.n_in += 1
+
+    def _count_out(self, size: int) -> None:
+        for traffic in (self.traffic, self.device.traffic):
+            traffic.bytes_out += size
+            traffic.n_out += 1
 
     def clear(self, value: int) -> None:
         """Set all bytes to a value."""
@@ -149,15 +162,16 @@ class SimBuffer(Buffer):
 
     def close(self) -> None:
         """Give the memory back to the device."""
-        if self.size:
+        if self._is_open:
+            self._is_open = False
             self.device.free(self.size)
-            self.size = 0
         if self._block is not None:
             self._block.close()
             self._block = None
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_is_open"):  # not so if making it failed
+            self.close()
 
 
 class SimDevice(Device):
@@ -188,12 +202,22 @@ class SimDevice(Device):
         self.traffic = Traffic()
         self._buft = SimBufferType(self)
         self._faults: dict[Moment, int] = {}
-        self._addresses = itertools.count(_FIRST_ADDRESS, 1 << 44)
+        self._addresses = itertools.count(_FIRST_ADDRESS + index * _DEVICE_BYTES, 1 << 44)
+        self._offload_min_batch = config.op_offload_min_batch()
+        self._host_buft: HostBufferType | None = None
+        if profile.is_pinned:
+            self._host_buft = HostBufferType(f"{self.name}_Host")
+            self._host_buft.device = self
 
     @property
     def buffer_type(self) -> SimBufferType:
         """Its own memory."""
         return self._buft
+
+    @property
+    def host_buffer_type(self) -> HostBufferType | None:
+        """Pinned host memory, if the profile has it."""
+        return self._host_buft
 
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all."""
@@ -233,7 +257,7 @@ class SimDevice(Device):
 
     def supports_op(self, op: Tensor) -> bool:
         """Whether there is a kernel; the CPU's kernels compute in the device's memory."""
-        return _host_ops.supports_op(op)
+        return supports_op(op)
 
     def supports_buft(self, buft: BufferType) -> bool:
         """Whether it is this device's own memory."""
@@ -246,15 +270,15 @@ class SimDevice(Device):
         -----
         Mirrors `ggml_backend_cuda_device_offload_op`.
         """
-        return _batch_size(op) >= config.op_offload_min_batch()
+        return op_batch_size(op) >= self._offload_min_batch
 
     def event_new(self) -> SimEvent:
         """Return a new event."""
         return SimEvent()
 
-    def backend(self) -> SimBackend:
-        """Return a new stream of work."""
-        return SimBackend(self)
+    def backend(self, *, threads: int | None = None) -> SimBackend:
+        """Return a new stream of work; as many threads stand for the device, one for each core if not given."""
+        return SimBackend(self, threads=threads)
 
     # -- faults --------------------------------------------------------------
 
@@ -276,96 +300,154 @@ class SimDevice(Device):
         raise BackendError(self.name, f"{moment} of '{what}' failed (a fault that was asked for)")
 
 
-def _batch_size(op: Tensor) -> int:
-    """Mirrors `get_op_batch_size` of upstream's CUDA backend."""
-    if op.op is Op.GET_ROWS:
-        return 0
-    if op.op is Op.MUL_MAT:
-        return op.ne[1]
-    if op.op in (Op.MUL_MAT_ID, Op.ROPE, Op.ROPE_BACK):
-        return op.ne[2]
-    return op.nrows
-
-
 class SimEvent(Event):
-    """A point in a stream. Work is done as it is given, so that every recorded point is reached."""
+    """A point in a stream: so much of its work.
 
-    __slots__ = ()
+    Attributes
+    ----------
+    backend : SimBackend or None
+        Whose stream; None until it is recorded.
+    n_submitted : int
+        Pieces of work given before the point.
+    """
+
+    __slots__ = ("backend", "n_submitted")
+
+    def __init__(self) -> None:
+        self.backend: SimBackend | None = None
+        self.n_submitted = 0
 
     def synchronize(self) -> None:
-        """Return at once."""
+        """Let the host wait until the point is reached."""
+        if self.backend is not None:
+            self.backend.wait_for(self.n_submitted)
 
 
 class SimBackend(Backend):
     """A stream of work on a simulated device.
 
-    Copies and kernels are done when they are given, in stream order.
+    Parameters
+    ----------
+    threads : int, optional
+        That stand for the device; one for each core that the process may use if not given.
+
+    Attributes
+    ----------
+    n_submitted, n_done : int
+        Pieces of work given, and done: the same after each call, as work is done when it is given.
     """
 
-    def __init__(self, device: SimDevice) -> None:
+    def __init__(self, device: SimDevice, *, threads: int | None = None) -> None:
         self.device: SimDevice = device
         self.name = device.name
+        self.threads = available_cores() if threads is None else threads
+        self.n_submitted = self.n_done = 0
         self._pool: Pool | None = None
 
     @property
     def pool(self) -> Pool:
-        """The threads that stand for the device."""
+        """The threads that stand for the device, shared with all backends that have as many."""
         if self._pool is None:
-            from ..kernels.cpu.pool import Pool
-
-            self._pool = Pool(available_cores())
+            self._pool = shared_pool(self.threads)
         return self._pool
+
+    # -- the stream ----------------------------------------------------------
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        """Give one piece of work to the stream. Whatever may run later or cost time starts here."""
+        self.n_submitted += 1
+        try:
+            work()
+        finally:  # work that failed does not come again
+            self.n_done = self.n_submitted
+
+    def wait_for(self, n: int) -> None:
+        """Let the host wait until n pieces of work are done."""
+        assert self.n_done >= n
+
+    def synchronize(self) -> None:
+        """Let the host wait until all work is done."""
+        self.wait_for(self.n_submitted)
+
+    def event_record(self, event: Event) -> None:
+        """Let an event stand for all work given so far."""
+        assert isinstance(event, SimEvent)
+        event.backend, event.n_submitted = self, self.n_submitted
+
+    def event_wait(self, event: Event) -> None:
+        """Let the stream wait for an event, also of another simulated device."""
+        assert isinstance(event, SimEvent)
+        self._submit(event.synchronize)
+
+    # -- work ----------------------------------------------------------------
 
     def set_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into a tensor, in stream order."""
-        self._own(tensor).set_tensor(tensor, address, offset, size)
+        buffer = self._own(tensor)
+        self._submit(lambda: buffer.set_tensor(tensor, address, offset, size))
 
     def get_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of a tensor to host memory, in stream order."""
-        self._own(tensor).get_tensor(tensor, address, offset, size)
+        buffer = self._own(tensor)
+        self._submit(lambda: buffer.get_tensor(tensor, address, offset, size))
 
     def cpy_tensor_async(self, backend_src: Backend, src: Tensor, dst: Tensor) -> bool:
-        """Copy from another simulated device, in stream order."""
-        return isinstance(src.storage, SimBuffer) and self._own(dst).cpy_tensor(src, dst)
-
-    def event_record(self, event: Event) -> None:
-        """Mark the end of what was given so far: it is done."""
-
-    def event_wait(self, event: Event) -> None:
-        """Wait for what is done already."""
+        """Copy from a simulated device, in the order of both streams; False for any other memory."""
+        if not isinstance(src.storage, SimBuffer) or not isinstance(backend_src, SimBackend):
+            return False
+        buffer = self._own(dst)
+        if backend_src is not self:  # upstream's CUDA records an event on the source's stream and waits for it here
+            event = SimEvent()
+            backend_src.event_record(event)
+            self.event_wait(event)
+        self._submit(lambda: _copy(buffer, src, dst))
+        return True
 
     def graph_compute(self, graph: GraphView) -> None:
-        """Run the nodes' plan in the device's memory.
+        """Run the nodes' plan in the device's memory; a device that only plans checks where the tensors lie.
 
         Raises
         ------
         BackendError
             A tensor of a node lies elsewhere: a split input was not copied.
+        ComputeError
+            A row index is out of bounds, or the computation was stopped, or a fault was asked for.
+        ExpertIdError
+            An id that is no expert.
         """
+        self._submit(lambda: self._compute(graph))
+
+    def _compute(self, graph: GraphView) -> None:
         nodes = graph.nodes
         self.device.at("compute", nodes[0].name if nodes else "")
-        if not self.device.has_data:
+        if self.device.has_data:
+            plan_of(graph, self.device, self.name, self._arena_address).run(self.pool)
             return
-        plan = graph.plan
-        if not isinstance(plan, _host_ops.HostPlan):
-            plan = graph.plan = _host_ops.HostPlan(nodes, self._arena_address)
-        plan.run(self.pool)
+        for node in nodes:
+            if node.flags & TensorFlag.COMPUTE and not node.op.is_empty:
+                for tensor in (node, *node.src):
+                    if tensor is not None and not tensor.is_empty:
+                        self._own(tensor)
 
     def _own(self, tensor: Tensor) -> SimBuffer:
         storage = tensor.storage
-        if not isinstance(storage, SimBuffer) or storage.device is not self.device:
+        if not isinstance(storage, SimBuffer) or storage.device is not self.device or tensor.data is None:
             where = "nowhere" if storage is None else f"in {storage.buft.name}"
-            raise BackendError(self.name, f"'{tensor.name}' lies {where}, not in the device's memory")
+            raise BackendError(
+                self.name, f"'{tensor.name}' lies {where}, not in the device's memory", hint="it was not copied"
+            )
         return storage
 
     def _arena_address(self, tensor: Tensor) -> int:
         return self._own(tensor)._arena(tensor)
 
     def close(self) -> None:
-        """Stop the threads; they start again when needed."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        """Let the threads go; they start again when needed."""
+        self._pool = None
+
+
+def _copy(buffer: SimBuffer, src: Tensor, dst: Tensor) -> None:
+    buffer.cpy_tensor(src, dst)
 
 
 @contextmanager
@@ -407,12 +489,23 @@ def why_missing() -> str:
     return "made when named, as in --device sim:rtx4090-pcie4,cpu"
 
 
-def Sim(profile: str = "rtx4090-pcie4", *, index: int = 0, data: bool = True) -> SimBackend:
+def Sim(profile: str = "rtx4090-pcie4", *, index: int = 0, data: bool = True, threads: int | None = None) -> SimBackend:
     """Return a backend on a simulated device.
+
+    Parameters
+    ----------
+    profile : str
+        Of `pyggml.cost.PROFILES`, or ``custom:24GiB,1000GB/s,25GB/s``.
+    index : int
+        Number in its name, ``SIM0``; each device of a scheduler needs its own.
+    data : bool
+        False: it only plans; memory has a size but no bytes.
+    threads : int, optional
+        That compute for it; one for each core if not given.
 
     Examples
     --------
     >>> Sim("custom:1GiB,100GB/s,10GB/s").device.memory()
     (1073741824, 1073741824)
     """
-    return SimDevice(parse_profile(profile), index=index, data=data).backend()
+    return SimDevice(parse_profile(profile), index=index, data=data).backend(threads=threads)
