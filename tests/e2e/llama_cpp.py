@@ -1,0 +1,146 @@
+"""Real llama.cpp as an oracle: ``python llama_cpp.py MODEL TOKENS.npy OUT.npy [options]`` writes its logits.
+
+It runs in a child process (`logits`), through the C API that the extension of xllamacpp exports, so that its thread pool
+and ours never meet. The two parameter structures are those of b11434, with the one field more of builds that have an
+expert cache; the defaults that come back are checked, so that another layout is an error and not nonsense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MODEL_PARAMS = """
+    void ** devices; void * tensor_buft_overrides; int32_t n_gpu_layers; int split_mode; int load_mode; int lazy_mode;
+    int32_t main_gpu; const float * tensor_split; void * progress_callback; void * progress_callback_user_data;
+    const void * kv_overrides;
+    bool vocab_only; bool check_tensors; bool use_extra_bufts; bool no_host; bool no_alloc; bool load_mtp;
+"""
+CONTEXT_PARAMS = """
+    uint32_t n_ctx; uint32_t n_batch; uint32_t n_ubatch; uint32_t n_seq_max; uint32_t n_rs_seq;
+    uint32_t n_outputs_max; uint32_t n_outputs_max_per_seq; int32_t n_threads; int32_t n_threads_batch;
+    int ctx_type; int rope_scaling_type; int pooling_type; int attention_type; int flash_attn_type;
+    float rope_freq_base; float rope_freq_scale; float yarn_ext_factor; float yarn_attn_factor;
+    float yarn_beta_fast; float yarn_beta_slow; uint32_t yarn_orig_ctx; float defrag_thold;
+    void * cb_eval; void * cb_eval_user_data; int type_k; int type_v; %s
+    void * abort_callback; void * abort_callback_data;
+    bool embeddings; bool offload_kqv; bool no_perf; bool op_offload; bool swa_full; bool kv_unified;
+    void * samplers; size_t n_samplers; void * ctx_other;
+"""
+FUNCTIONS = """
+typedef struct {
+    int32_t n_tokens; int32_t * token; float * embd; int32_t * pos; int32_t * n_seq_id; int32_t ** seq_id; int8_t * logits;
+} llama_batch;
+void llama_log_set(void * callback, void * data);
+void llama_backend_init(void);
+struct llama_model_params llama_model_default_params(void);
+struct llama_context_params llama_context_default_params(void);
+void * llama_model_load_from_file(const char * path, struct llama_model_params params);
+void * llama_init_from_model(void * model, struct llama_context_params params);
+const void * llama_model_get_vocab(const void * model);
+int32_t llama_vocab_n_tokens(const void * vocab);
+llama_batch llama_batch_init(int32_t n_tokens, int32_t embd, int32_t n_seq_max);
+void llama_batch_free(llama_batch batch);
+int32_t llama_decode(void * ctx, llama_batch batch);
+float * llama_get_logits_ith(void * ctx, int32_t i);
+"""
+TYPES = {"F32": 0, "F16": 1, "Q8_0": 8}
+
+
+def library() -> Path | None:
+    """Return the shared object of xllamacpp; None where it is not installed."""
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        return None
+    return next(Path(spec.origin).parent.glob("*.so"), None)
+
+
+def logits(
+    model: Path, tokens: Sequence[int], folder: Path, *, batch: int, kv: str = "F32", flash: bool = False
+) -> npt.NDArray[np.float32]:
+    """Return llama.cpp's logits for each token, from a child process: float32, (n_token, n_vocab)."""
+    np.save(folder / "tokens.npy", np.asarray(tokens, np.int32))
+    command = [sys.executable, __file__, str(model), str(folder / "tokens.npy"), str(folder / "out.npy")]
+    command += ["--batch", str(batch), "--kv", kv, *(["--flash"] if flash else [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    out: npt.NDArray[np.float32] = np.load(folder / "out.npy")
+    return out
+
+
+class _Llama:
+    """One model with one context, on the CPU alone."""
+
+    def __init__(self, path: str, n_ctx: int, n_batch: int, kv: str, flash: bool) -> None:
+        import cffi
+
+        self.ffi = ffi = cffi.FFI()
+        so = str(library())
+        probe = cffi.FFI()
+        probe.cdef("void ggml_backend_sched_set_copy_callback(void *, void *, void *);")
+        newer = hasattr(probe.dlopen(so), "ggml_backend_sched_set_copy_callback")
+        context = CONTEXT_PARAMS % ("size_t moe_cache_size;" if newer else "")
+        ffi.cdef(
+            f"struct llama_model_params {{{MODEL_PARAMS}}}; struct llama_context_params {{{context}}};" + FUNCTIONS
+        )
+        self.lib: Any = ffi.dlopen(so)
+        self.quiet = ffi.callback("void(int, const char *, void *)", lambda level, text, data: None)
+        self.lib.llama_log_set(self.quiet, ffi.NULL)
+        self.lib.llama_backend_init()
+        cp = self.lib.llama_context_default_params()
+        found = (cp.n_ctx, cp.n_ubatch, cp.type_k, cp.type_v, cp.offload_kqv, cp.op_offload, cp.n_samplers)
+        if found != (512, 512, 1, 1, True, True, 0):
+            raise SystemExit(f"llama_context_params has another layout in this build: its defaults read as {found}")
+        mp = self.lib.llama_model_default_params()
+        mp.n_gpu_layers, mp.use_extra_bufts = 0, False
+        model = self.lib.llama_model_load_from_file(path.encode(), mp)
+        cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_threads, cp.n_threads_batch = n_ctx, n_batch, n_batch, 2, 2
+        cp.flash_attn_type, cp.type_k, cp.type_v = int(flash), TYPES[kv], TYPES[kv]
+        if model == ffi.NULL:
+            raise SystemExit(f"llama.cpp does not load {path}")
+        self.context = self.lib.llama_init_from_model(model, cp)
+        self.n_vocab = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(model))
+
+    def decode(self, tokens: npt.NDArray[np.int32], pos: int) -> npt.NDArray[np.float32]:
+        """Return the logits of each token of a batch."""
+        n = len(tokens)
+        batch = self.lib.llama_batch_init(n, 0, 1)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), pos + i, 1, 1
+            batch.seq_id[i][0] = 0
+        batch.n_tokens = n
+        status = self.lib.llama_decode(self.context, batch)
+        self.lib.llama_batch_free(batch)
+        if status:
+            raise SystemExit(f"llama_decode gave {status}")
+        rows = (self.ffi.buffer(self.lib.llama_get_logits_ith(self.context, i), 4 * self.n_vocab) for i in range(n))
+        return np.stack([np.frombuffer(row, np.float32).copy() for row in rows])
+
+
+def main() -> None:
+    """Decode the tokens of a file and save the logits."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("tokens")
+    parser.add_argument("out")
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--kv", choices=TYPES, default="F32")
+    parser.add_argument("--flash", action="store_true")
+    args = parser.parse_args()
+    tokens = np.load(args.tokens)
+    n_ctx = -(-max(len(tokens), 256) // 256) * 256
+    llama = _Llama(args.model, n_ctx, min(n_ctx, max(args.batch, 64)), args.kv, args.flash)
+    parts = [llama.decode(tokens[i : i + args.batch], i) for i in range(0, len(tokens), args.batch)]
+    np.save(args.out, np.concatenate(parts))
+
+
+if __name__ == "__main__":
+    main()
