@@ -1,0 +1,178 @@
+"""`pyggml splits`: show what flags will do to a model, from its header alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._console import n_bytes, print_json, report, table
+from ._model_options import ModelFlags, model_options, open_backends
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..plan_report import BatchPlan, GraphPlan, SplitPlan
+    from ..planning import Planner
+    from ..routing import Zipf
+
+__all__ = ["command"]
+
+
+@click.command("splits")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--batches", default="512,1", show_default=True, metavar="N,N", help="Batch sizes, from an empty cache.")
+@click.option("--outputs", type=click.Choice(["last", "all"]), default="last", show_default=True)
+@click.option("--format", "form", type=click.Choice(["table", "ggml"]), default="table", show_default=True,
+              help="ggml: what GGML_SCHED_DEBUG=2 prints.")  # fmt: skip
+@click.option("--routing", default="zipf:1.9", show_default=True, metavar="uniform|zipf:SKEW",
+              help="How tokens are assumed to choose experts.")  # fmt: skip
+@click.option("--all-splits", is_flag=True, help="List every split, also those that repeat by layer.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@model_options
+def command(
+    flags: ModelFlags,
+    model: Path,
+    batches: str,
+    outputs: str,
+    form: str,
+    routing: str,
+    all_splits: bool,
+    as_json: bool,
+) -> None:
+    """Plan a GGUF model without reading a weight: splits, copies, memory, causes."""
+    from ..plan_report import ggml_text, plan_batches
+    from ..planning import Planner
+    from ..routing import parse_routing
+
+    sizes = _parse_sizes(batches)
+    assumed = parse_routing(routing)
+    backends, cpu = open_backends(flags, data=False)
+    with Planner.open(
+        model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
+        strict=True, copier=flags.copier(),
+    ) as planner:  # fmt: skip
+        if form == "ggml" and not as_json:
+            for n in sizes:
+                click.echo(f"# batch {n}")
+                for planned in planner.plan_batch(n, outputs=outputs):  # type: ignore[arg-type]  # a click.Choice
+                    click.echo(ggml_text(planner, planned), nl=False)
+            return
+        plans = plan_batches(planner, sizes, outputs=outputs, routing=assumed)  # type: ignore[arg-type]
+        if as_json:
+            print_json(_as_dict(planner, plans, assumed))
+            return
+        _print(planner, plans, assumed, all_splits=all_splits)
+
+
+def _parse_sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise click.UsageError(f"--batches {text}: sizes are numbers above 0 with commas between")
+    return sizes
+
+
+def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Zipf) -> dict[str, Any]:
+    hp = planner.hparams
+    return {
+        "model": {
+            "path": str(planner.file.path), "name": hp.name, "arch": hp.arch, "n_layer": hp.n_layer,
+            "n_expert": hp.n_expert, "n_expert_used": hp.n_expert_used,
+        },
+        "context": {
+            "n_ctx": planner.params.n_ctx, "n_batch": planner.params.n_batch, "n_ubatch": planner.params.n_ubatch,
+            "flash_attn": planner.params.flash_attn, "op_offload": planner.params.op_offload,
+        },
+        "routing": str(routing),
+        "memory": [{**asdict(m), "total": m.total} for m in planner.memory()],
+        "weights": [
+            {"name": w.info.name, "bytes": w.info.nbytes, "buft": w.buft.name, "reason": w.reason}
+            for w in planner.placement.weights
+        ],
+        "batches": [plan.as_dict() for plan in plans],
+    }  # fmt: skip
+
+
+def _print(planner: Planner, plans: list[BatchPlan], routing: Zipf, *, all_splits: bool) -> None:
+    hp, console = planner.hparams, report()
+    experts = f", {hp.n_expert_used} of {hp.n_expert} experts used" if hp.n_expert else ""
+    console.print(f"{hp.name or Path(planner.file.path).name}: {hp.arch}, {hp.n_layer} layers{experts}")
+    console.print(
+        f"context {planner.params.n_ctx}, micro-batches of up to {planner.params.n_ubatch} tokens, "
+        f"flash attention {'on' if planner.params.flash_attn else 'off'}"
+    )
+    console.print()
+    console.print(_memory_table(planner))
+    console.print()
+    console.print(_summary_table(plans, routing))
+    for plan in plans:
+        for graph in plan.graphs:
+            console.print()
+            console.print(_splits_table(graph, all_splits=all_splits))
+
+
+def _memory_table(planner: Planner) -> Table:
+    columns = ("buffer type", "weights", "KV cache", "compute", "total")
+    made = table("Memory", *columns, right=columns[1:])
+    for m in planner.memory():
+        cells = (m.weights, m.cache, m.compute, m.total)
+        made.add_row(m.buft, *(n_bytes(n) if n else "-" for n in cells))
+    return made
+
+
+def _summary_table(plans: list[BatchPlan], routing: Zipf) -> Table:
+    columns = ("batch", "micro-batch", "nodes", "splits", "copied at most", f"copied, {routing} routing")
+    made = table("Copies between devices", *columns, right=columns)
+    for plan in plans:
+        for graph in plan.graphs:
+            made.add_row(
+                str(plan.n_tokens), str(graph.n_tokens), str(graph.n_nodes), str(len(graph.splits)),
+                n_bytes(graph.bytes_max), n_bytes(graph.bytes_expected),
+            )  # fmt: skip
+    return made
+
+
+def _splits_table(graph: GraphPlan, *, all_splits: bool) -> Table:
+    made = table(
+        f"Splits of a micro-batch of {graph.n_tokens} tokens", "split", "on", "first node", "because", "inputs",
+        "copied at most", "expected", right=("copied at most", "expected"),
+    )  # fmt: skip
+    for splits in _alike(graph.splits, all_splits=all_splits):
+        first = splits[0]
+        label = str(first.index) if len(splits) == 1 else f"{first.index} … {splits[-1].index} ({len(splits)} alike)"
+        inputs = ", ".join(_without_layer(i.name) if len(splits) > 1 else i.name for i in first.inputs)
+        node = _without_layer(first.first_node) if len(splits) > 1 else first.first_node
+        made.add_row(
+            label, first.backend, f"{first.first_op} {node}", first.cause, inputs or "-",
+            n_bytes(sum(i.bytes_max for s in splits for i in s.inputs)),
+            n_bytes(sum(i.bytes_expected for s in splits for i in s.inputs)),
+        )  # fmt: skip
+    return made
+
+
+def _alike(splits: list[SplitPlan], *, all_splits: bool) -> list[list[SplitPlan]]:
+    """Put together the splits that differ only by their layer."""
+    if all_splits:
+        return [[s] for s in splits]
+
+    def pattern(split: SplitPlan) -> tuple[Any, ...]:
+        names = tuple(_without_layer(i.name) for i in split.inputs)
+        return split.backend, split.first_op, _without_layer(split.first_node), split.cause, names
+
+    order: dict[tuple[Any, ...], int] = {}
+    for split in splits:
+        order.setdefault(pattern(split), split.index)
+    ranked = sorted(splits, key=lambda s: (order[pattern(s)], s.index))
+    return [list(group) for _, group in groupby(ranked, key=pattern)]
+
+
+def _without_layer(name: str) -> str:
+    return re.sub(r"(?<=blk\.)\d+(?=\.)|(?<=-)\d+|(?<=_l)\d+|(?<=node_)\d+", "N", name)

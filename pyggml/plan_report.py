@@ -1,0 +1,155 @@
+"""What a plan says before anything is loaded: splits, the bytes each must copy, memory, causes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from .routing import Zipf
+from .sched.debug import assignments_text
+from .sched.policies import takes_used_experts
+from .types import BufferUsage, TensorFlag
+
+if TYPE_CHECKING:
+    from .planning import PlannedGraph, Planner
+    from .sched.state import Split
+    from .tensor import Tensor
+
+__all__ = ["BatchPlan", "GraphPlan", "InputPlan", "SplitPlan", "ggml_text", "plan_batches"]
+
+InputKind = Literal["input", "activation", "weight", "experts"]
+
+
+@dataclass(frozen=True, slots=True)
+class InputPlan:
+    """One tensor that a split copies to its backend."""
+
+    name: str
+    kind: InputKind
+    bytes_max: int  #: of a whole copy
+    bytes_expected: int  #: with the routing that was assumed
+    experts_expected: float | None  #: used experts, for kind "experts"
+    n_expert: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPlan:
+    """One split."""
+
+    index: int
+    backend: str
+    i_start: int
+    i_end: int
+    first_node: str  #: the first that is computed
+    first_op: str
+    cause: str  #: why it is on this backend
+    causes: dict[str, int]  #: of all its computed nodes, by upstream's note
+    inputs: list[InputPlan]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphPlan:
+    """One micro-batch."""
+
+    n_tokens: int
+    n_nodes: int
+    splits: list[SplitPlan]
+    compute_bytes: dict[str, int]  #: by backend
+
+    @property
+    def bytes_max(self) -> int:
+        """Bytes that its splits copy at most."""
+        return sum(i.bytes_max for s in self.splits for i in s.inputs)
+
+    @property
+    def bytes_expected(self) -> int:
+        """Bytes that its splits copy with the routing that was assumed."""
+        return sum(i.bytes_expected for s in self.splits for i in s.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """One batch size, from an empty cache."""
+
+    n_tokens: int
+    graphs: list[GraphPlan]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan for JSON."""
+        return {
+            "n_tokens": self.n_tokens,
+            "bytes_max": sum(g.bytes_max for g in self.graphs),
+            "bytes_expected": sum(g.bytes_expected for g in self.graphs),
+            "graphs": [
+                {**asdict(g), "n_splits": len(g.splits), "bytes_max": g.bytes_max, "bytes_expected": g.bytes_expected}
+                for g in self.graphs
+            ],
+        }
+
+
+def plan_batches(
+    planner: Planner, sizes: Sequence[int], *, outputs: Literal["last", "all"] = "last", routing: Zipf
+) -> list[BatchPlan]:
+    """Return what decodes of some sizes would do, each from an empty cache.
+
+    Raises
+    ------
+    CacheFullError
+        A size is larger than the context.
+    """
+    return [
+        BatchPlan(n, [_graph_plan(planner, planned, routing) for planned in planner.plan_batch(n, outputs=outputs)])
+        for n in sizes
+    ]
+
+
+def _graph_plan(planner: Planner, planned: PlannedGraph, routing: Zipf) -> GraphPlan:
+    splits = [_split_plan(planner, planned, i, split, routing) for i, split in enumerate(planned.splits)]
+    compute = {b.name: n for b, n in zip(planner.backends, planned.compute_bytes, strict=True)}
+    return GraphPlan(planned.part.n_tokens, len(planned.graph.graph.nodes), splits, compute)
+
+
+def _split_plan(planner: Planner, planned: PlannedGraph, i: int, split: Split, routing: Zipf) -> SplitPlan:
+    nodes = [n for n in split.graph.nodes if not n.op.is_view]
+    causes = Counter(c.value for n in nodes if (c := planned.assignment.cause(n)) is not None)
+    cause = planned.assignment.cause(nodes[0]) if nodes else None
+    return SplitPlan(
+        index=i,
+        backend=planner.backends[split.backend_id].name,
+        i_start=split.i_start,
+        i_end=split.i_end,
+        first_node=nodes[0].name if nodes else "",
+        first_op=nodes[0].op_desc if nodes else "",
+        cause="" if cause is None else cause.text,
+        causes=dict(causes),
+        inputs=[_input_plan(planned, split, tensor, routing) for tensor in split.inputs],
+    )
+
+
+def _input_plan(planned: PlannedGraph, split: Split, tensor: Tensor, routing: Zipf) -> InputPlan:
+    size = tensor.nbytes
+    copy = next(
+        (src for node in split.graph.nodes for src in node.src if src is not None and _is_copy_of(src, tensor)), None
+    )
+    if copy is not None and takes_used_experts(split, tensor, copy):
+        ids = split.graph.nodes[0].src[2]
+        assert ids is not None
+        used = routing.used(tensor.ne[2], ids.ne[0], ids.ne[1])
+        return InputPlan(tensor.name, "experts", size, round(size * used / tensor.ne[2]), used, tensor.ne[2])
+    kind: InputKind = "activation"
+    if tensor.flags & TensorFlag.INPUT:
+        kind = "input"
+    elif tensor.buffer is not None and tensor.buffer.usage is BufferUsage.WEIGHTS:
+        kind = "weight"
+    return InputPlan(tensor.name, kind, size, size, None, None)
+
+
+def _is_copy_of(src: Tensor, tensor: Tensor) -> bool:
+    return src.name.endswith(f"#{tensor.name}#0") and src.ne == tensor.ne
+
+
+def ggml_text(planner: Planner, planned: PlannedGraph) -> str:
+    """Return what ``GGML_SCHED_DEBUG=2`` prints upstream for a planned graph."""
+    return assignments_text(planned.graph.graph, planned.splits, planned.assignment, planner.sched.machine, level=2)
