@@ -1,0 +1,93 @@
+"""What a matrix product does to its right-hand side first: rows of floats become blocks of 32 signed bytes.
+
+A quantised row of K elements is K bytes, then four arrays of K/32: the scale d (f32), ``-offset * sum`` (i32), the same
+divided by 8 (i32, for kernels that spread it over 8 lanes), and ``d * sum`` (f32, for types with a minimum). Weights are
+unsigned bytes less an offset; the offset is paid here, in the start value of each dot product.
+"""
+
+from __future__ import annotations
+
+from .emit import F32, F32x16, I32, I32x16, U8x16, Emit, ir
+from .kernel import device, micro_kernel, op_kernel
+from .memory import call4, ld_i64
+from .convert import row_to_f32
+from .words import ADDRESS, NB1, NB2, NB3, NE0, NE1, NE2, NE3, PARAM, SCRATCH, SHARED, SRC0, TYPE
+
+#: Parameters: what is made (MODE_*), the offset of the weights, the address of `quantise_row`.
+MODE, OFFSET, QUANTISE_ROW = PARAM, PARAM + 1, PARAM + 2
+MODE_BYTES, MODE_F32 = 0, 1
+
+
+def quantised_row_bytes(k: int) -> int:
+    """Bytes of a quantised row of k elements."""
+    return k + k // 32 * 16
+
+
+def _quantise_block(e: Emit, x: ir.Value, q: ir.Value, i: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
+    """Store block i's bytes; return its scale, rounded through a half as ggml does, and its 32 integers."""
+    b, at = e.b, e.add(x, e.mul(i, 128))
+    v = [e.load(F32x16, at), e.load(F32x16, at, 64)]
+    largest = e.fold(e.fmax(e.unary("fabs", v[0]), e.unary("fabs", v[1])), e.fmax)
+    exact = b.fdiv(largest, F32(127.0))
+    inverse = b.select(b.fcmp_ordered(">", exact, F32(0.0)), b.fdiv(F32(1.0), exact), F32(0.0))
+    ints = [b.fptosi(e.unary("nearbyint", b.fmul(y, e.splat(inverse))), I32x16) for y in v]
+    e.store(e.cat(*[b.trunc(y, U8x16) for y in ints]), e.add(q, e.mul(i, 32)))
+    return e.round_f16(exact), ints
+
+
+@micro_kernel(4)
+def quantise_row(e, x, q, n_blocks, offset):
+    """Quantise a row; see the module."""
+    b = e.b
+    scales = e.add(q, e.mul(n_blocks, 32))
+    starts = e.add(scales, e.mul(n_blocks, 4))
+    starts8 = e.add(starts, e.mul(n_blocks, 4))
+    sums = e.add(starts8, e.mul(n_blocks, 4))
+    offset = b.trunc(offset, I32)
+    with e.loop(n_blocks) as (i, _):
+        d, ints = _quantise_block(e, x, q, i)
+        total = e.fold(b.add(*ints), b.add)
+        at = e.mul(i, 4)
+        e.store(d, e.add(scales, at))
+        e.store(b.neg(b.mul(total, offset)), e.add(starts, at))
+        e.store(b.neg(b.mul(total, b.sdiv(offset, I32(8)))), e.add(starts8, at))
+        e.store(b.fmul(b.sitofp(total, F32), d), e.add(sums, at))
+
+
+@micro_kernel(4)
+def quantise_row_halves(e, x, q, n_blocks, offset):
+    """Quantise a row for weights with a scale for 16 columns: bytes, scales, ``-offset/4 * sum`` of each 16 (i32)."""
+    b = e.b
+    scales = e.add(q, e.mul(n_blocks, 32))
+    starts = e.add(scales, e.mul(n_blocks, 4))
+    quarter = b.sdiv(b.trunc(offset, I32), I32(4))
+    with e.loop(n_blocks) as (i, _):
+        d, ints = _quantise_block(e, x, q, i)
+        e.store(d, e.add(scales, e.mul(i, 4)))
+        for part, v in enumerate(ints):
+            e.store(b.neg(b.mul(e.fold(v, b.add), quarter)), e.add(starts, e.mul(i, 8)), 4 * part)
+
+
+@device
+def _rows(d, ctl, first, last):
+    """Make rows first .. last - 1 in the order of ne1, ne2, ne3."""
+    k, ne1, ne2 = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
+    nb1, nb2, nb3 = ld_i64(d + 8 * (SRC0 + NB1)), ld_i64(d + 8 * (SRC0 + NB2)), ld_i64(d + 8 * (SRC0 + NB3))
+    x, out = ld_i64(d + 8 * (SRC0 + ADDRESS)), ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
+    mode, offset, quantise = ld_i64(d + 8 * MODE), ld_i64(d + 8 * OFFSET), ld_i64(d + 8 * QUANTISE_ROW)
+    for r in range(first, last):
+        i1 = r % ne1
+        i2 = r // ne1 % ne2
+        at = x + i1 * nb1 + i2 * nb2 + r // (ne1 * ne2) * nb3
+        if mode == MODE_BYTES:
+            call4(quantise, at, out + r * (k + k // 32 * 16), k // 32, offset)
+        else:
+            row_to_f32(ld_i64(d + 8 * (SRC0 + TYPE)), at, out + r * 4 * k, k, 0)
+
+
+@op_kernel
+def prepare_activations(ith, nth, d, ctl):
+    """Make the rows that following products read, in the plan's scratch."""
+    n = ld_i64(d + 8 * (SRC0 + NE1)) * ld_i64(d + 8 * (SRC0 + NE2)) * ld_i64(d + 8 * (SRC0 + NE3))
+    per = (n + nth - 1) // nth
+    _rows(d, ctl, ith * per, min(n, ith * per + per))

@@ -1,0 +1,396 @@
+"""FLASH_ATTN_EXT: softmax of masked products of queries and keys, times values, in one pass over blocks of keys.
+
+A job is up to `QUERIES` queries (tokens, or heads that share keys) of one key head. Keys come in blocks of `KEYS`: transposed
+into a panel of floats whose lanes are keys; scores; probabilities against the largest score so far, by which earlier sums are
+corrected; values added up with lanes along their row. Blocks and jobs depend on shapes alone, so results do not depend
+on threads. A key that the mask hides from all queries of a job is never read: it may be memory that nobody wrote.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .convert import row_to_f32
+from .elementwise import repeated_row_address
+from .emit import F32, F32x16, I16, I32, I64, LANES, Emit, F16x16, I16x16, ir, micro, types, vec
+from .floatrows import load_floats
+from .functions import V, exp, tanh
+from .kernel import device, micro_kernel, op_kernel
+from .memory import (
+    atomic_add,
+    atomic_store,
+    bits_of,
+    call4,
+    call6,
+    call8,
+    floats,
+    ld_f32,
+    ld_i64,
+    ld_u16,
+    st_f32,
+    st_i64,
+)
+from .norms import scale_row
+from .softmax import MAX_BIAS, M0, M1, N_HEAD_LOG2, SCALE, slope
+from .words import (
+    ADDRESS,
+    BF16,
+    COUNTER,
+    DST,
+    F16,
+    NB1,
+    NB2,
+    NB3,
+    NE0,
+    NE1,
+    NE2,
+    NE3,
+    PARAM,
+    SRC0,
+    SRC1,
+    SRC2,
+    SRC3,
+    SRC4,
+    THREAD_BYTES,
+    THREADS,
+    TYPE,
+)
+from .words import F32 as TYPE_F32
+
+#: Parameters after those of softmax: logit softcap (0: none), kernels, their types.
+SOFTCAP, KEYS_KERNEL, VALUES_KERNEL, SCORES_KERNEL, SOFTEN_KERNEL, DEQUANTISE = (PARAM + 5 + i for i in range(6))
+
+KEYS = 64
+QUERIES = 32
+#: Queries of a tile: 4 x 6 accumulators, 4 vectors of keys or values and one broadcast fit 32 registers.
+TILE = 6
+_VECTORS = KEYS // LANES
+
+
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def thread_bytes(d_key: int, d_value: int, quantised: bool) -> int:
+    """Bytes of scratch that each thread needs."""
+    floats_ = KEYS * _round_up(d_key, LANES) + QUERIES * KEYS + QUERIES * _round_up(d_value, LANES) + 4 * QUERIES
+    rows = KEYS * (d_key + d_value) if quantised else 0
+    return 4 * (floats_ + rows) + 8 * (2 * KEYS + 3 * QUERIES)
+
+
+# -- micro-kernels ---------------------------------------------------------------------------
+
+
+def _transpose16(e: Emit, v: list[ir.Value]) -> list[ir.Value]:
+    """Transpose 16 x 16 floats by four exchanges of ever larger halves."""
+    for s in (1, 2, 4, 8):
+        low = [lane if not lane & s else LANES + lane - s for lane in range(LANES)]
+        high = [lane + s if not lane & s else LANES + lane for lane in range(LANES)]
+        out = list(v)
+        for i in range(LANES):
+            if not i & s:
+                out[i], out[i + s] = e.shuffle(v[i], v[i + s], low), e.shuffle(v[i], v[i + s], high)
+        v = out
+    return v
+
+
+def _make_keys_panel(typ: int, name: str):
+    def keys_panel(e, addresses, d_key, panel, _):
+        """Rows of 64 keys -> [dimension][key], floats; dimensions up to a multiple of 16, zeros there."""
+        with e.loop(I64(KEYS), LANES) as (key, _):
+            rows = [e.load(I64, e.add(addresses, e.mul(key, 8)), 8 * i) for i in range(LANES)]
+            column = e.add(panel, e.mul(key, 4))
+
+            def body(i: ir.Value, mask: ir.Value | None, rows=rows, column=column) -> None:
+                at = e.mul(i, 4 if typ == TYPE_F32 else 2)
+                block = [load_floats(e, typ, e.add(row, at), mask) for row in rows]
+                for j, v in enumerate(_transpose16(e, block)):
+                    e.store(v, e.add(column, e.mul(i, 4 * KEYS)), 4 * KEYS * j)
+
+            e.vectors(d_key, body)
+
+    keys_panel.__name__ = name
+    return micro_kernel(4)(keys_panel)
+
+
+def _make_add_values(typ: int, name: str):
+    def add_values(e, n_queries, weights, corrections, addresses, n_keys, sums, d_value, stride):
+        """``sums = sums * correction + weights @ values`` for 1 to 6 queries, whose sums are ``stride`` bytes apart."""
+        b = e.b
+
+        def columns(n: int, first: ir.Value, width: int, mask: ir.Value | None) -> None:
+            at4 = e.mul(first, 4)
+            own = [e.add(e.add(sums, e.mul(stride, q)), at4) for q in range(n)]
+            acc = []
+            for q in range(n):
+                factor = e.splat(e.load(F32, corrections, 4 * q))
+                acc.append([e.var(b.fmul(e.load(F32x16, own[q], 64 * j), factor)) for j in range(width)])
+            size = 4 if typ == TYPE_F32 else 2
+            with e.loop(n_keys) as (key, _):
+                row = e.add(e.load(I64, e.add(addresses, e.mul(key, 8))), e.mul(first, size))
+                values = [load_floats(e, typ, e.add(row, LANES * size * j), mask) for j in range(width)]
+                for q in range(n):
+                    weight = e.splat(e.load(F32, e.add(weights, e.mul(key, 4)), 4 * KEYS * q))
+                    for j, v in enumerate(values):
+                        b.store(e.fma(v, weight, b.load(acc[q][j])), acc[q][j])
+            for q in range(n):
+                for j in range(width):
+                    e.store(b.load(acc[q][j]), own[q], 64 * j)
+
+        def write(n: int) -> None:
+            whole = b.and_(d_value, I64(-4 * LANES))
+            with e.loop(whole, 4 * LANES) as (first, _):
+                columns(n, first, 4, None)
+            with e.loop(d_value, LANES, whole) as (first, _):
+                columns(n, first, 1, e.lanes_below(b.sub(d_value, first)))
+
+        e.switch(n_queries, range(1, TILE + 1), write)
+
+    add_values.__name__ = name
+    return micro_kernel(8)(add_values)
+
+
+@micro_kernel(6)
+def score_tile(e, n_queries, queries, panel, d_key, scores, _):
+    """Products of 1 to 6 queries with the 64 keys of a panel."""
+    b = e.b
+
+    def write(n: int) -> None:
+        at = [e.load(I64, queries, 8 * q) for q in range(n)]
+        acc = [[e.zeros(F32x16) for _ in range(_VECTORS)] for _ in range(n)]
+        with e.loop(d_key) as (i, _):
+            keys = [e.load(F32x16, e.add(panel, e.mul(i, 4 * KEYS)), 64 * j) for j in range(_VECTORS)]
+            for q in range(n):
+                query = e.splat(e.load(F32, e.add(at[q], e.mul(i, 4))))
+                for j, key in enumerate(keys):
+                    b.store(e.fma(key, query, b.load(acc[q][j])), acc[q][j])
+        for q in range(n):
+            for j in range(_VECTORS):
+                e.store(b.load(acc[q][j]), scores, 4 * KEYS * q + 64 * j)
+
+    e.switch(n_queries, range(1, TILE + 1), write)
+
+
+@micro_kernel(8)
+def soften(e, scores, n_keys, factor, softcap, mask_at, mask_slope, state, correction):
+    """Turn a query's 64 scores into weights against the largest so far.
+
+    state : largest score and sum of weights so far, two floats; correction : where the factor of earlier sums goes.
+    """
+    b = e.b
+    factor, cap, mask_slope = (V(e, e.splat(e.float_of(v))) for v in (factor, softcap, mask_slope))
+    has_cap = b.icmp_signed("!=", softcap, I64(0))
+    kind = e.add(b.zext(b.icmp_signed("!=", mask_at, I64(0)), I64), e.mul(b.zext(has_cap, I64), 2))
+    old, total = e.load(F32, state), e.load(F32, state, 4)
+    hidden = e.const(F32x16, -math.inf)
+
+    def write(case: int) -> None:
+        values = []
+        for j in range(_VECTORS):
+            lanes = e.lanes_below(e.add(n_keys, -LANES * j))
+            v = V(e, e.load(F32x16, scores, 64 * j)) * factor
+            if case & 2:
+                v = cap * tanh(v)
+            if case & 1:
+                half = e.load_lanes(I16x16, e.add(mask_at, 2 * LANES * j), lanes)
+                v = v + mask_slope * V(e, e.to_f32(e.cast(half, F16x16)))
+            values.append(V(e, b.select(lanes, v.v, hidden)))
+        largest = e.fold(e.fmax(e.fmax(values[0].v, values[1].v), e.fmax(values[2].v, values[3].v)), e.fmax)
+        top = b.select(b.fcmp_ordered(">", old, largest), old, largest)
+        base = b.select(b.fcmp_ordered(">", top, F32(-math.inf)), top, F32(0.0))  # all hidden: weights 0, not NaN
+        weights = [exp(v - V(e, e.splat(base))).v for v in values]
+        for j, v in enumerate(weights):
+            e.store(v, scores, 64 * j)
+        scale = b.extract_element(exp(V(e, e.splat(b.fsub(old, base)))).v, I32(0))
+        added = e.sum(b.fadd(b.fadd(weights[0], weights[1]), b.fadd(weights[2], weights[3])))
+        e.store(scale, correction)
+        e.store(top, state)
+        e.store(b.fadd(b.fmul(total, scale), added), state, 4)
+
+    e.switch(kind, range(4), write)
+
+
+@micro(types.int64, 3)
+def _visible(e, masks, n_queries, first):
+    """Bits of the 64 keys from ``first`` on that some mask (rows of halves at addresses) does not hide.
+
+    Reads whole blocks: only for keys that are there.
+    """
+    b = e.b
+    shorts = vec(I16, KEYS)
+    seen = e.var(I64(0))
+    with e.loop(n_queries) as (q, _):
+        at = e.add(e.load(I64, e.add(masks, e.mul(q, 8))), e.mul(first, 2))
+        shown = b.icmp_unsigned("!=", e.load(shorts, at), e.const(shorts, -1024))  # 0xFC00: minus infinity
+        b.store(b.or_(b.load(seen), b.bitcast(shown, I64)), seen)
+    return b.load(seen)
+
+
+_FLOAT_NAMES = {TYPE_F32: "f32", F16: "f16", BF16: "bf16"}
+#: Kernels by type; quantised keys and values are turned into F32 first.
+KEYS_PANELS = {typ: _make_keys_panel(typ, f"keys_panel_{name}") for typ, name in _FLOAT_NAMES.items()}
+ADD_VALUES = {typ: _make_add_values(typ, f"add_values_{name}") for typ, name in _FLOAT_NAMES.items()}
+
+
+# -- the op ------------------------------------------------------------------------------------
+
+
+@device
+def _is_float(typ):
+    return typ == TYPE_F32 or typ == F16 or typ == BF16
+
+
+@device
+def _visible_tail(masks, n_queries, first, n_keys):
+    """As `_visible`, for fewer than 64 keys."""
+    seen = 0
+    for key in range(n_keys):
+        for q in range(n_queries):
+            if ld_u16(ld_i64(masks + 8 * q) + 2 * (first + key)) != 0xFC00:
+                seen |= 1 << key
+                break
+    return seen
+
+
+@device
+def _address_rows(d, tensor, i2, i3, first, n_keys, seen, rows, floats_at):
+    """Write where the rows of a block's keys lie; hidden keys get the row of a seen one, and weigh nothing."""
+    base = ld_i64(d + 8 * (tensor + ADDRESS)) + i2 * ld_i64(d + 8 * (tensor + NB2)) + i3 * ld_i64(d + 8 * (tensor + NB3))
+    nb1, typ, n = ld_i64(d + 8 * (tensor + NB1)), ld_i64(d + 8 * (tensor + TYPE)), ld_i64(d + 8 * (tensor + NE0))
+    spare = 0
+    while (seen >> spare) & 1 == 0:
+        spare += 1
+    for key in range(KEYS):
+        use = key if (seen >> key) & 1 != 0 else spare
+        if _is_float(typ):
+            st_i64(rows + 8 * key, base + (first + use) * nb1)
+        else:
+            if use == key:
+                row_to_f32(typ, base + (first + key) * nb1, floats_at + 4 * n * key, n, ld_i64(d + 8 * DEQUANTISE))
+            st_i64(rows + 8 * key, floats_at + 4 * n * use)
+
+
+@device
+def _attend(d, first_query, n_queries, kv_head, i3, scratch):
+    """One job: queries first_query .. of those that share a key head; query = head in group * tokens + token."""
+    d_key, n_token, n_head = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
+    n_kv, n_kv_head, d_value = ld_i64(d + 8 * (SRC1 + NE1)), ld_i64(d + 8 * (SRC1 + NE2)), ld_i64(d + 8 * (SRC2 + NE0))
+    group = n_head // n_kv_head
+    i3_kv = i3 // (ld_i64(d + 8 * (SRC0 + NE3)) // ld_i64(d + 8 * (SRC1 + NE3)))
+    v_head = kv_head * group // (n_head // ld_i64(d + 8 * (SRC2 + NE2)))
+    sum_bytes = (d_value + LANES - 1) // LANES * LANES * 4
+    panel = scratch
+    scores = panel + KEYS * ((d_key + LANES - 1) // LANES * LANES) * 4
+    sums = scores + QUERIES * KEYS * 4
+    states = sums + QUERIES * sum_bytes
+    corrections = states + 8 * QUERIES
+    queries = corrections + 8 * QUERIES
+    masks = queries + 8 * QUERIES
+    key_rows = masks + 16 * QUERIES
+    value_rows = key_rows + 8 * KEYS
+    key_floats = value_rows + 8 * KEYS
+    value_floats = key_floats + 4 * KEYS * d_key
+    mask = ld_i64(d + 8 * (SRC3 + ADDRESS))
+    factor, softcap = ld_f32(d + 8 * SCALE), ld_f32(d + 8 * SOFTCAP)
+    keys_panel, add_values = ld_i64(d + 8 * KEYS_KERNEL), ld_i64(d + 8 * VALUES_KERNEL)
+    score, soften_ = ld_i64(d + 8 * SCORES_KERNEL), ld_i64(d + 8 * SOFTEN_KERNEL)
+    for q in range(n_queries):
+        head, token = kv_head * group + (first_query + q) // n_token, (first_query + q) % n_token
+        st_i64(queries + 8 * q, repeated_row_address(d, SRC0, token, head, i3))
+        st_i64(masks + 8 * q, repeated_row_address(d, SRC3, token, head, i3) if mask != 0 else 0)
+        st_f32(states + 8 * q, np.float32(-np.inf))
+        st_f32(states + 8 * q + 4, np.float32(0.0))
+        own = floats(sums + q * sum_bytes)
+        for i in range(sum_bytes // 4):
+            own[i] = np.float32(0.0)
+    for first in range(0, n_kv, KEYS):
+        n_keys = min(KEYS, n_kv - first)
+        seen = np.int64(-1) if n_keys == KEYS else (np.int64(1) << n_keys) - 1
+        if mask != 0:
+            if n_keys == KEYS:
+                seen = _visible(masks, n_queries, first)
+            else:
+                seen = _visible_tail(masks, n_queries, first, n_keys)
+        if seen == 0:
+            continue
+        _address_rows(d, SRC1, kv_head, i3_kv, first, n_keys, seen, key_rows, key_floats)
+        _address_rows(d, SRC2, v_head, i3_kv, first, n_keys, seen, value_rows, value_floats)
+        call4(keys_panel, key_rows, d_key, panel, 0)
+        for q0 in range(0, n_queries, TILE):
+            n = min(TILE, n_queries - q0)
+            tile_scores = scores + 4 * KEYS * q0
+            call6(score, n, queries + 8 * q0, panel, d_key, tile_scores, 0)
+            for q in range(q0, q0 + n):
+                head = kv_head * group + (first_query + q) // n_token
+                head_slope = slope(
+                    ld_f32(d + 8 * MAX_BIAS), ld_f32(d + 8 * M0), ld_f32(d + 8 * M1), ld_i64(d + 8 * N_HEAD_LOG2), head
+                )
+                mask_at = ld_i64(masks + 8 * q) + 2 * first if mask != 0 else 0
+                call8(
+                    soften_,
+                    scores + 4 * KEYS * q,
+                    n_keys,
+                    bits_of(factor),
+                    bits_of(softcap),
+                    mask_at,
+                    bits_of(head_slope),
+                    states + 8 * q,
+                    corrections + 4 * q,
+                )
+            call8(
+                add_values,
+                n,
+                tile_scores,
+                corrections + 4 * q0,
+                value_rows,
+                n_keys,
+                sums + sum_bytes * q0,
+                d_value,
+                sum_bytes,
+            )
+    _finish(d, first_query, n_queries, kv_head * group, i3, states, sums, sum_bytes)
+
+
+@device
+def _finish(d, first_query, n_queries, first_head, i3, states, sums, sum_bytes):
+    """Divide by the sums of weights, sinks included, and write the rows: heads within tokens."""
+    n_token, d_value = ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC2 + NE0))
+    sinks, dst = ld_i64(d + 8 * (SRC4 + ADDRESS)), ld_i64(d + 8 * (DST + ADDRESS))
+    nb1, nb2, nb3 = ld_i64(d + 8 * (DST + NB1)), ld_i64(d + 8 * (DST + NB2)), ld_i64(d + 8 * (DST + NB3))
+    for q in range(n_queries):
+        head, token = first_head + (first_query + q) // n_token, (first_query + q) % n_token
+        top, total = ld_f32(states + 8 * q), ld_f32(states + 8 * q + 4)
+        factor = np.float32(1.0)
+        if sinks != 0:
+            sink = ld_f32(sinks + 4 * head)
+            if sink > top:
+                factor = np.float32(math.exp(top - sink))
+                total = total * factor + np.float32(1.0)
+            else:
+                total += np.float32(math.exp(sink - top))
+        factor = factor / total if total != np.float32(0.0) else np.float32(0.0)
+        out = dst + head * nb1 + token * nb2 + i3 * nb3
+        scale_row(sums + q * sum_bytes, out, d_value, bits_of(np.float32(0.0)), bits_of(factor))
+
+
+@op_kernel
+def flash_attention(ith, nth, d, ctl):
+    """Attend with all queries; jobs are taken one by one."""
+    n_token, n_head = ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
+    n_kv_head = ld_i64(d + 8 * (SRC1 + NE2))
+    scratch = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
+    n_shared = n_head // n_kv_head * n_token
+    chunks = (n_shared + QUERIES - 1) // QUERIES
+    n_jobs = chunks * n_kv_head * ld_i64(d + 8 * (SRC0 + NE3))
+    while True:
+        job = atomic_add(d + 8 * COUNTER, 1)
+        if job >= n_jobs:
+            break
+        # the last queries see most keys: they come first
+        chunk, rest = chunks - 1 - job % chunks, job // chunks
+        first = chunk * QUERIES
+        _attend(d, first, min(QUERIES, n_shared - first), rest % n_kv_head, rest // n_kv_head, scratch)
+    if job == n_jobs + nth - 1:
+        atomic_store(d + 8 * COUNTER, 0)

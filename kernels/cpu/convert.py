@@ -1,0 +1,156 @@
+"""Rows from one element type to another: everything to floats, floats to what caches and copies hold."""
+
+from __future__ import annotations
+
+from .emit import F16x16, F32x16, I16x16, I32x16, U8x16, micro, types
+from .kernel import device
+from .memory import call4, copy_bytes, f32_of_bits, floats, ld_f16, ld_f32, ld_i32, ld_u16, st_bf16, st_f16, st_f32, st_i32, st_u8
+from .words import BF16, F16, F32, I32, Q4_0, Q8_0
+
+import numba  # isort: skip
+import numpy as np  # isort: skip
+
+
+@micro(types.void, 3)
+def _f16_to_f32(e, src, dst, n):
+    def body(i, mask):
+        half = e.cast(e.load_lanes(I16x16, e.add(src, e.mul(i, 2)), mask), F16x16)
+        e.store_lanes(e.to_f32(half), e.add(dst, e.mul(i, 4)), mask)
+
+    e.vectors(n, body)
+
+
+@micro(types.void, 3)
+def _bf16_to_f32(e, src, dst, n):
+    def body(i, mask):
+        e.store_lanes(e.bf16_to_f32(e.load_lanes(I16x16, e.add(src, e.mul(i, 2)), mask)), e.add(dst, e.mul(i, 4)), mask)
+
+    e.vectors(n, body)
+
+
+@micro(types.void, 3)
+def _f32_to_f16(e, src, dst, n):
+    def body(i, mask):
+        e.store_lanes(e.to_f16(e.load_lanes(F32x16, e.add(src, e.mul(i, 4)), mask)), e.add(dst, e.mul(i, 2)), mask)
+
+    e.vectors(n, body)
+
+
+@micro(types.void, 3)
+def _f32_to_bf16(e, src, dst, n):
+    def body(i, mask):
+        e.store_lanes(e.to_bf16(e.load_lanes(F32x16, e.add(src, e.mul(i, 4)), mask)), e.add(dst, e.mul(i, 2)), mask)
+
+    e.vectors(n, body)
+
+
+@micro(types.void, 3)
+def _i32_to_f32(e, src, dst, n):
+    def body(i, mask):
+        ints = e.load_lanes(I32x16, e.add(src, e.mul(i, 4)), mask)
+        e.store_lanes(e.to_f32(ints), e.add(dst, e.mul(i, 4)), mask)
+
+    e.vectors(n, body)
+
+
+@micro(types.void, 3)
+def _f32_to_i32(e, src, dst, n):
+    def body(i, mask):
+        v = e.load_lanes(F32x16, e.add(src, e.mul(i, 4)), mask)
+        e.store_lanes(e.b.fptosi(v, I32x16), e.add(dst, e.mul(i, 4)), mask)
+
+    e.vectors(n, body)
+
+
+@device
+def row_to_f32(type, src, dst, n, dequantise):
+    """Write n elements of a type as floats; quantised ones by `dequantise_row`, whose address is given."""
+    if type == F32:
+        copy_bytes(dst, src, 4 * n)
+    elif type == F16:
+        _f16_to_f32(src, dst, n)
+    elif type == BF16:
+        _bf16_to_f32(src, dst, n)
+    elif type == I32:
+        _i32_to_f32(src, dst, n)
+    else:
+        call4(dequantise, type, src, dst, n)
+
+
+@device
+def _quantise_q8_0(src, dst, n):
+    x = floats(src)
+    for i in range(0, n, 32):
+        largest = np.float32(0.0)
+        for j in range(32):
+            largest = max(largest, abs(x[i + j]))
+        d = largest / np.float32(127.0)
+        inverse = np.float32(1.0) / d if d > 0 else np.float32(0.0)
+        at = dst + i // 32 * 34
+        st_f16(at, d)
+        for j in range(32):
+            v = x[i + j] * inverse
+            # half away from zero, as roundf
+            st_u8(at + 2 + j, numba.int64(v + np.float32(0.5)) if v >= 0 else numba.int64(v - np.float32(0.5)))
+
+
+@device
+def _quantise_q4_0(src, dst, n):
+    x = floats(src)
+    for i in range(0, n, 32):
+        largest = np.float32(0.0)
+        extreme = np.float32(0.0)
+        for j in range(32):
+            if abs(x[i + j]) > largest:
+                largest = abs(x[i + j])
+                extreme = x[i + j]
+        d = extreme / np.float32(-8.0)
+        inverse = np.float32(1.0) / d if d != 0 else np.float32(0.0)
+        at = dst + i // 32 * 18
+        st_f16(at, d)
+        for j in range(16):
+            low = min(15, numba.int64(x[i + j] * inverse + np.float32(8.5)))
+            high = min(15, numba.int64(x[i + 16 + j] * inverse + np.float32(8.5)))
+            st_u8(at + 2 + j, low | high << 4)
+
+
+@device
+def row_from_f32(type, src, dst, n):
+    """Write n floats, from an address on, as elements of F32, F16, BF16, I32, Q8_0 or Q4_0."""
+    if type == F32:
+        copy_bytes(dst, src, 4 * n)
+    elif type == F16:
+        _f32_to_f16(src, dst, n)
+    elif type == BF16:
+        _f32_to_bf16(src, dst, n)
+    elif type == I32:
+        _f32_to_i32(src, dst, n)
+    elif type == Q8_0:
+        _quantise_q8_0(src, dst, n)
+    elif type == Q4_0:
+        _quantise_q4_0(src, dst, n)
+
+
+@device
+def ld_element(type, a):
+    """Load one element of F32, F16, BF16 or I32 as a float."""
+    if type == F32:
+        return ld_f32(a)
+    if type == F16:
+        return ld_f16(a)
+    if type == BF16:
+        return f32_of_bits(ld_u16(a) << 16)
+    return np.float32(ld_i32(a))
+
+
+@device
+def st_element(type, a, v):
+    """Store one float as an element of F32, F16, BF16 or I32."""
+    if type == F32:
+        st_f32(a, v)
+    elif type == F16:
+        st_f16(a, v)
+    elif type == BF16:
+        st_bf16(a, v)
+    else:
+        st_i32(a, numba.int64(v))

@@ -1,0 +1,175 @@
+"""Ops that move elements: CPY, CONT, DUP, REPEAT, CONCAT."""
+
+from __future__ import annotations
+
+from .convert import ld_element, row_from_f32, row_to_f32, st_element
+from .elementwise import repeated_row_address, row_address, share
+from .kernel import device, op_kernel
+from .memory import copy_bytes, ld_i32, ld_i64, ld_u8, ld_u16, st_i32, st_i64, st_u8, st_u16
+from .words import (
+    ADDRESS,
+    DST,
+    F32,
+    NB0,
+    NB1,
+    NB2,
+    NB3,
+    NE0,
+    NE1,
+    NE2,
+    NE3,
+    PARAM,
+    SRC0,
+    SRC1,
+    THREAD_BYTES,
+    THREADS,
+    TYPE,
+)
+
+#: Parameters of `copy_rows`. HOW: see below. BYTES: of an element, or of a row for RAW_ROWS. DEQUANTISE: address of `dequantise_row`.
+HOW, BYTES, DEQUANTISE = PARAM, PARAM + 1, PARAM + 2
+#: Rows as bytes; rows converted; elements strided within rows; elements in any shape.
+RAW_ROWS, CONVERTED_ROWS, STRIDED, RESHAPED = range(4)
+#: Bytes that one thread copies of a single long row.
+PIECE = 1 << 16
+
+
+@device
+def _copy_element(bytes_, src_type, dst_type, at, out):
+    """Copy an element; 0 bytes: it is converted."""
+    if bytes_ == 4:
+        st_i32(out, ld_i32(at))
+    elif bytes_ == 2:
+        st_u16(out, ld_u16(at))
+    elif bytes_ == 8:
+        st_i64(out, ld_i64(at))
+    elif bytes_ == 1:
+        st_u8(out, ld_u8(at))
+    else:
+        st_element(dst_type, out, ld_element(src_type, at))
+
+
+@device
+def _raw_rows(ith, nth, d, row_bytes):
+    ne1, ne2 = ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
+    pieces = (row_bytes + PIECE - 1) // PIECE
+    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)) * pieces, ith, nth)
+    for unit in range(first, end):
+        row = unit // pieces
+        start = (unit - row * pieces) * PIECE
+        at, out = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)
+        if at != out:
+            copy_bytes(out + start, at + start, min(PIECE, row_bytes - start))
+
+
+@device
+def _converted_rows(ith, nth, d, ctl, src_type, dst_type):
+    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
+    dequantise = ld_i64(d + 8 * DEQUANTISE)
+    floats_at = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
+    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    for row in range(first, end):
+        at, out = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)
+        if dst_type == F32:
+            row_to_f32(src_type, at, out, n, dequantise)
+        elif src_type == F32:
+            row_from_f32(dst_type, at, out, n)
+        else:
+            row_to_f32(src_type, at, floats_at, n, dequantise)
+            row_from_f32(dst_type, floats_at, out, n)
+
+
+@device
+def _strided(ith, nth, d, bytes_, src_type, dst_type):
+    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
+    nb00, nb0 = ld_i64(d + 8 * (SRC0 + NB0)), ld_i64(d + 8 * (DST + NB0))
+    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    for row in range(first, end):
+        at, out = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)
+        for i in range(n):
+            _copy_element(bytes_, src_type, dst_type, at + i * nb00, out + i * nb0)
+
+
+@device
+def _element_address(d, tensor, i):
+    """Address of element i, counted in the tensor's own shape."""
+    ne0, ne1, ne2 = ld_i64(d + 8 * (tensor + NE0)), ld_i64(d + 8 * (tensor + NE1)), ld_i64(d + 8 * (tensor + NE2))
+    row = i // ne0
+    return row_address(d, tensor, row, ne1, ne2) + (i - row * ne0) * ld_i64(d + 8 * (tensor + NB0))
+
+
+@device
+def _reshaped(ith, nth, d, bytes_, src_type, dst_type):
+    n = ld_i64(d + 8 * (DST + NE0)) * ld_i64(d + 8 * (DST + NE1))
+    n *= ld_i64(d + 8 * (DST + NE2)) * ld_i64(d + 8 * (DST + NE3))
+    first, end = share(n, ith, nth)
+    for i in range(first, end):
+        _copy_element(bytes_, src_type, dst_type, _element_address(d, SRC0, i), _element_address(d, DST, i))
+
+
+@op_kernel
+def copy_rows(ith, nth, d, ctl):
+    """Copy src0 to dst, whose element type, strides and shape may be others."""
+    how, bytes_ = ld_i64(d + 8 * HOW), ld_i64(d + 8 * BYTES)
+    src_type, dst_type = ld_i64(d + 8 * (SRC0 + TYPE)), ld_i64(d + 8 * (DST + TYPE))
+    if how == RAW_ROWS:
+        _raw_rows(ith, nth, d, bytes_)
+    elif how == CONVERTED_ROWS:
+        _converted_rows(ith, nth, d, ctl, src_type, dst_type)
+    elif how == STRIDED:
+        _strided(ith, nth, d, bytes_, src_type, dst_type)
+    else:
+        _reshaped(ith, nth, d, bytes_, src_type, dst_type)
+
+
+@op_kernel
+def repeat_rows(ith, nth, d, ctl):
+    """Fill dst with src0, repeated over all dimensions; PARAM: bytes of an element."""
+    size, ne1, ne2 = ld_i64(d + 8 * PARAM), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
+    n, n0 = ld_i64(d + 8 * (DST + NE0)) * size, ld_i64(d + 8 * (SRC0 + NE0)) * size
+    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    for row in range(first, end):
+        at = repeated_row_address(d, SRC0, row % ne1, row // ne1 % ne2, row // (ne1 * ne2))
+        out = row_address(d, DST, row, ne1, ne2)
+        if n0 == 4:
+            for i in range(0, n, 4):
+                st_i32(out + i, ld_i32(at))
+        else:
+            for i in range(0, n, n0):
+                copy_bytes(out + i, at, n0)
+
+
+@device
+def _shifted_row_address(d, tensor, i1, i2, i3):
+    nb1, nb2, nb3 = ld_i64(d + 8 * (tensor + NB1)), ld_i64(d + 8 * (tensor + NB2)), ld_i64(d + 8 * (tensor + NB3))
+    return ld_i64(d + 8 * (tensor + ADDRESS)) + i1 * nb1 + i2 * nb2 + i3 * nb3
+
+
+@op_kernel
+def concat_rows(ith, nth, d, ctl):
+    """Put src1 behind src0 along a dimension (second parameter); the first: bytes of an element."""
+    size, dim, ne1, ne2 = (
+        ld_i64(d + 8 * PARAM),
+        ld_i64(d + 8 * (PARAM + 1)),
+        ld_i64(d + 8 * (DST + NE1)),
+        ld_i64(d + 8 * (DST + NE2)),
+    )
+    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    left, right = ld_i64(d + 8 * (SRC0 + NE0)) * size, ld_i64(d + 8 * (SRC1 + NE0)) * size
+    before = ld_i64(d + 8 * (SRC0 + NE0 + dim))
+    for row in range(first, end):
+        i1, i2, i3 = row % ne1, row // ne1 % ne2, row // (ne1 * ne2)
+        out = row_address(d, DST, row, ne1, ne2)
+        if dim == 0:
+            copy_bytes(out, _shifted_row_address(d, SRC0, i1, i2, i3), left)
+            copy_bytes(out + left, _shifted_row_address(d, SRC1, i1, i2, i3), right)
+            continue
+        j1, j2, j3 = (
+            i1 - before if dim == 1 else i1,
+            i2 - before if dim == 2 else i2,
+            i3 - before if dim == 3 else i3,
+        )
+        if j1 < 0 or j2 < 0 or j3 < 0:
+            copy_bytes(out, _shifted_row_address(d, SRC0, i1, i2, i3), left)
+        else:
+            copy_bytes(out, _shifted_row_address(d, SRC1, j1, j2, j3), right)

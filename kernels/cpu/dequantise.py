@@ -1,0 +1,122 @@
+"""Rows of quantised weights as floats, block by block; for GET_ROWS and attention, where few rows are read."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from .kernel import device, kernel
+from .memory import f32_of_bits, floats, ld_f16, ld_i8, ld_i32, ld_u8
+from .words import MXFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
+
+#: Doubled values of MXFP4's sixteen codes; its scale is halved in turn.
+MXFP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+@device
+def _q8_0(at, y):
+    d = ld_f16(at)
+    for j in range(32):
+        y[j] = d * np.float32(ld_i8(at + 2 + j))
+
+
+@device
+def _nibbles(at, y, d, less):
+    """Sixteen bytes: low halves first, then high; (q - 8) * d, or q * d + less."""
+    for j in range(16):
+        q = ld_u8(at + j)
+        y[j] = np.float32(q & 15) * d + less
+        y[j + 16] = np.float32(q >> 4) * d + less
+
+
+@device
+def _five_bits(at, high_at, y, d, less):
+    high = ld_i32(high_at)
+    for j in range(16):
+        q = ld_u8(at + j)
+        y[j] = np.float32((q & 15) | ((high >> j) & 1) << 4) * d + less
+        y[j + 16] = np.float32((q >> 4) | ((high >> (j + 16)) & 1) << 4) * d + less
+
+
+@device
+def _mxfp4(at, y):
+    exponent = ld_u8(at)
+    bits = (0x200000 << exponent) if exponent < 2 else (exponent - 1) << 23
+    d = f32_of_bits(numba.int64(bits))
+    for j in range(16):
+        q = ld_u8(at + 1 + j)
+        y[j] = np.float32(MXFP4_DOUBLED[q & 15]) * d
+        y[j + 16] = np.float32(MXFP4_DOUBLED[q >> 4]) * d
+
+
+@device
+def _k_scale(at, j):
+    """Sub-block j's scale and minimum, six bits each, out of 12 bytes."""
+    if j < 4:
+        return ld_u8(at + j) & 63, ld_u8(at + j + 4) & 63
+    scale = (ld_u8(at + j + 4) & 15) | ((ld_u8(at + j - 4) >> 6) << 4)
+    return scale, (ld_u8(at + j + 4) >> 4) | ((ld_u8(at + j) >> 6) << 4)
+
+
+@device
+def _q4_q5_k(at, y, five):
+    d, least = ld_f16(at), ld_f16(at + 2)
+    low_at = at + 16 + 32 * five
+    for j in range(8):
+        scale, minimum = _k_scale(at + 4, j)
+        ds, ms = d * np.float32(scale), least * np.float32(minimum)
+        for i in range(32):
+            q = (ld_u8(low_at + j // 2 * 32 + i) >> (4 * (j & 1))) & 15
+            if five != 0:
+                q |= ((ld_u8(at + 16 + i) >> j) & 1) << 4
+            y[32 * j + i] = ds * np.float32(q) - ms
+
+
+@device
+def _q6_k(at, y):
+    d = ld_f16(at + 208)
+    for i in range(256):
+        half, inside = i // 128, i % 128
+        quarter, column = inside // 32, inside % 32
+        low = (ld_u8(at + 64 * half + 32 * (quarter & 1) + column) >> (4 * (quarter >> 1))) & 15
+        high = (ld_u8(at + 128 + 32 * half + column) >> (2 * quarter)) & 3
+        scale = ld_i8(at + 192 + i // 16)
+        y[i] = d * np.float32(scale) * np.float32((low | high << 4) - 32)
+
+
+@kernel(4)
+def dequantise_row(type, src, dst, n):
+    """Write n elements of a quantised type as floats; n is a multiple of the block size."""
+    if type == Q8_0:
+        for i in range(n // 32):
+            _q8_0(src + 34 * i, floats(dst + 128 * i))
+    elif type == Q4_0:
+        for i in range(n // 32):
+            at = src + 18 * i
+            d = ld_f16(at)
+            _nibbles(at + 2, floats(dst + 128 * i), d, np.float32(-8.0) * d)
+    elif type == Q4_1:
+        for i in range(n // 32):
+            at = src + 20 * i
+            _nibbles(at + 4, floats(dst + 128 * i), ld_f16(at), ld_f16(at + 2))
+    elif type == Q5_0:
+        for i in range(n // 32):
+            at = src + 22 * i
+            d = ld_f16(at)
+            _five_bits(at + 6, at + 2, floats(dst + 128 * i), d, np.float32(-16.0) * d)
+    elif type == Q5_1:
+        for i in range(n // 32):
+            at = src + 24 * i
+            _five_bits(at + 8, at + 4, floats(dst + 128 * i), ld_f16(at), ld_f16(at + 2))
+    elif type == MXFP4:
+        for i in range(n // 32):
+            _mxfp4(src + 17 * i, floats(dst + 128 * i))
+    elif type == Q4_K:
+        for i in range(n // 256):
+            _q4_q5_k(src + 144 * i, floats(dst + 1024 * i), 0)
+    elif type == Q5_K:
+        for i in range(n // 256):
+            _q4_q5_k(src + 176 * i, floats(dst + 1024 * i), 1)
+    elif type == Q6_K:
+        for i in range(n // 256):
+            _q6_k(src + 210 * i, floats(dst + 1024 * i))

@@ -1,0 +1,114 @@
+"""`Kernel`: a function that is compiled, or loaded from the cache, when its address is first asked for.
+
+A plan holds addresses, so a program pays for the kernels it uses, and no kernel is compiled again inside its caller.
+Op kernels are decorated with `op_kernel`: ``f(ith, nth, d, ctl)`` for thread ith of nth, the descriptor at d and the
+control block at ctl (`words`). `micro_kernel` makes one of an `Emit` body.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from .emit import micro, types
+
+from numba import cfunc, njit  # isort: skip  (after the cache folder is set)
+
+#: All kernels by name.
+KERNELS: dict[str, Kernel] = {}
+_LOCK = threading.Lock()
+_OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "boundscheck": False}
+
+
+class Kernel:
+    """A function with C's calling convention: int64 arguments, no result.
+
+    Parameters
+    ----------
+    function : callable
+        Python code that Numba compiles.
+    n : int
+        Number of arguments.
+    """
+
+    __slots__ = ("_address", "_compiled", "_prototype", "function", "n", "name")
+
+    def __init__(self, function: Callable[..., None], n: int) -> None:
+        self.name: str = function.__name__
+        self.function = function
+        self.n = n
+        self._address = 0
+        self._compiled: Any = None  # Numba's object, which owns the code
+        self._prototype: Any = None
+        if KERNELS.setdefault(self.name, self) is not self:
+            raise ValueError(f"two kernels are called {self.name}")
+
+    @property
+    def address(self) -> int:
+        """Address of the code, compiled if need be."""
+        return self._address or self._compile()
+
+    def _compile(self) -> int:
+        with _LOCK:
+            if not self._address:
+                self._compiled = cfunc(types.void(*[types.int64] * self.n), **_OPTIONS)(self.function)
+                self._address = self._compiled.address
+        return self._address
+
+    @property
+    def from_cache(self) -> bool:
+        """Whether the code was found in the cache; False if not asked for yet."""
+        return self._compiled is not None and self._compiled.cache_hits > 0
+
+    def __call__(self, *args: int) -> None:
+        """Run it, without the interpreter's lock."""
+        if self._prototype is None:
+            self._prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * self.n)(self.address)
+        self._prototype(*args)
+
+    def __repr__(self) -> str:
+        return f"<Kernel {self.name}>"
+
+
+def kernel(n: int) -> Callable[[Callable[..., None]], Kernel]:
+    """Return a decorator that makes a kernel of a function of n arguments."""
+    return lambda function: Kernel(function, n)
+
+
+def op_kernel(function: Callable[[int, int, int, int], None]) -> Kernel:
+    """Make the kernel of an op: ``f(ith, nth, d, ctl)``."""
+    return Kernel(function, 4)
+
+
+def micro_kernel(n: int) -> Callable[[Callable[..., None]], Kernel]:
+    """Make a kernel of ``body(e, *args)`` with n arguments.
+
+    Notes
+    -----
+    Numba's cache never finds functions that close over an intrinsic; so the wrapper is written out, with the
+    intrinsic among its globals.
+    """
+
+    def wrap(body: Callable[..., None]) -> Kernel:
+        name = body.__name__
+        names = ", ".join(f"a{i}" for i in range(n))
+        scope = {"body": micro(types.void, n)(body)}
+        code = compile(f"def {name}({names}):\n    body({names})\n", body.__code__.co_filename, "exec")
+        exec(code, scope)
+        made: Any = scope[name]
+        made.__module__ = body.__module__
+        made.__doc__ = body.__doc__
+        return Kernel(made, n)
+
+    return wrap
+
+
+#: A function of njit code that kernels call; compiled with its caller only.
+device = njit(error_model="numpy")
+
+
+def entry(n: int) -> Callable[[Callable[..., int]], Any]:
+    """Return a decorator for what Python calls often: n int64 in, one out, without the interpreter's lock."""
+    return njit(types.int64(*[types.int64] * n), nogil=True, **_OPTIONS)

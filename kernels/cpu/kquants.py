@@ -1,0 +1,222 @@
+"""Weights in super-blocks of 256: Q4_K, Q5_K (eight blocks of 32 with scale and minimum) and Q6_K (sixteen of 16 with scale).
+
+Kernels have the signatures of `blocks32`. Q6_K's scales are for 16 columns, so its activations carry sums of 16
+(`activations.quantise_row_halves`), its panels two scales a block, and its tile takes each block in two halves.
+"""
+
+from __future__ import annotations
+
+from .blocks32 import make_rows_kernel, split_nibbles
+from .emit import (
+    F16,
+    F32x8,
+    F32x16,
+    I8,
+    I16,
+    I16x16,
+    I32,
+    I32x16,
+    I64,
+    U8x32,
+    U8x64,
+    Emit,
+    F16x16,
+    ir,
+    vec,
+)
+from .kernel import Kernel, micro_kernel
+from .panel import PANEL_BLOCK, put_columns, put_scales, row_addresses
+from .words import Q4_K, Q5_K, Q6_K
+
+NAMES = {Q4_K: "q4_k", Q5_K: "q5_k", Q6_K: "q6_k"}
+SIZE = {Q4_K: 144, Q5_K: 176, Q6_K: 210}
+#: Where the bytes of low nibbles lie; before them the head (d, dmin, 12 bytes of scales), and Q5_K's fifth bits.
+NIBBLES_AT = {Q4_K: 16, Q5_K: 48}
+FIFTH_BITS_AT = 16
+#: Q6_K: 128 bytes of low nibbles, 64 of high pairs of bits, 16 scales, d.
+Q6_HIGH_AT, Q6_SCALES_AT, Q6_D_AT = 128, 192, 208
+OFFSET = {Q4_K: 0, Q5_K: 0, Q6_K: 32}
+HAS_MINIMUM = frozenset({Q4_K, Q5_K})
+
+
+def _super_blocks(e: Emit, n_blocks: ir.Value):
+    """Return a loop whose index is the first block of 32 of each super-block."""
+    return e.loop(n_blocks, 8)
+
+
+def _shift_bytes(e: Emit, v: ir.Value, shift: int, keep: int) -> ir.Value:
+    """Shift bytes right and keep some low bits."""
+    if shift:
+        words = vec(I16, v.type.count // 2)
+        v = e.cast(e.b.lshr(e.cast(v, words), e.const(words, shift)), v.type)
+    return e.b.and_(v, e.const(v.type, keep))
+
+
+def _scales_and_minima(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Unpack 12 bytes of six-bit numbers into 8 scales and 8 minima, as floats, four at a time in 32-bit words."""
+    b = e.b
+    words = [e.load(I32, at, 4 + 4 * i) for i in range(3)]
+
+    def top(x: ir.Value) -> ir.Value:
+        return b.shl(b.and_(b.lshr(x, I32(6)), I32(0x03030303)), I32(4))
+
+    six, four = I32(0x3F3F3F3F), I32(0x0F0F0F0F)
+    scales = [b.and_(words[0], six), b.or_(b.and_(words[2], four), top(words[0]))]
+    minima = [b.and_(words[1], six), b.or_(b.and_(b.lshr(words[2], I32(4)), four), top(words[1]))]
+
+    def widen(low: ir.Value, high: ir.Value) -> ir.Value:
+        both = b.or_(b.zext(low, I64), b.shl(b.zext(high, I64), I64(32)))
+        return b.uitofp(b.zext(e.cast(both, vec(I8, 8)), vec(I32, 8)), F32x8)
+
+    return widen(*scales), widen(*minima)
+
+
+def _row_q4_q5(e: Emit, typ: int, w: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]) -> list[ir.Value]:
+    b, n4 = e.b, e.mul(n_blocks, 4)
+    acc, minimum_acc = [e.zeros(F32x16) for _ in xs], [e.zeros(F32x8) for _ in xs]
+    scales_at = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
+    sums_at = [e.add(s, e.mul(n4, 3)) for s in scales_at]
+    with _super_blocks(e, n_blocks) as (i, _):
+        at, i4 = e.add(w, e.mul(b.lshr(i, I64(3)), SIZE[typ])), e.mul(i, 4)
+        for line in range(3):
+            e.prefetch(at, 2048 + 64 * line)
+        scales, minima = _scales_and_minima(e, at)
+        scales = b.fmul(scales, e.splat(e.to_f32(e.load(F16, at)), 8))
+        minima = b.fmul(minima, e.splat(e.to_f32(e.load(F16, at, 2)), 8))
+        factors = [b.fmul(scales, e.load(F32x8, e.add(s, i4))) for s in scales_at]
+        for t, s in enumerate(sums_at):
+            b.store(e.fma(minima, e.load(F32x8, e.add(s, i4)), b.load(minimum_acc[t])), minimum_acc[t])
+        fifth = e.load(U8x32, at, FIFTH_BITS_AT) if typ == Q5_K else None
+        for j in range(4):  # 32 bytes: low nibbles are block 2j, high ones 2j + 1
+            q = e.load(U8x32, at, NIBBLES_AT[typ] + 32 * j)
+            u = e.cat(_shift_bytes(e, q, 0, 15), _shift_bytes(e, q, 4, 15))
+            if fifth is not None:
+                bits = e.cat(_shift_bytes(e, fifth, 2 * j, 1), _shift_bytes(e, fifth, 2 * j + 1, 1))
+                u = b.or_(u, b.shl(bits, e.const(U8x64, 4)))
+            lanes = [2 * j] * 8 + [2 * j + 1] * 8
+            for t, x in enumerate(xs):
+                ints = e.dpbusd(e.const(I32x16, 0), u, e.load(U8x64, e.add(x, e.mul(i, 32)), 64 * j))
+                f = e.fma(e.to_f32(ints), e.shuffle(factors[t], factors[t], lanes), b.load(acc[t]))
+                b.store(f, acc[t])
+    return [b.fsub(e.sum(b.load(a)), e.sum(b.load(m))) for a, m in zip(acc, minimum_acc, strict=True)]
+
+
+def _row_q6(e: Emit, w: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]) -> list[ir.Value]:
+    b = e.b
+    acc = [e.zeros(F32x16) for _ in xs]
+    scales_at = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
+    starts_at = [e.add(s, e.mul(n_blocks, 4)) for s in scales_at]
+    with _super_blocks(e, n_blocks) as (i, _):
+        at, i4 = e.add(w, e.mul(b.lshr(i, I64(3)), SIZE[Q6_K])), e.mul(i, 4)
+        for line in range(4):
+            e.prefetch(at, 2048 + 64 * line)
+        scales = b.sitofp(b.sext(e.load(vec(I8, 16), at, Q6_SCALES_AT), I32x16), F32x16)
+        scales = b.fmul(scales, e.splat(e.to_f32(e.load(F16, at, Q6_D_AT))))
+        dx = [e.load(F32x8, e.add(s, i4)) for s in scales_at]
+        starts = [e.load(I32x16, e.add(s, e.mul(i, 8))) for s in starts_at]
+        for j in range(4):  # 64 columns: blocks 2j and 2j + 1
+            half, shift = j // 2, 4 * (j % 2)
+            low = _shift_bytes(e, e.load(U8x64, at, 64 * half), shift, 15)
+            high = e.load(U8x32, at, Q6_HIGH_AT + 32 * half)
+            pairs = e.cat(_shift_bytes(e, high, shift, 3), _shift_bytes(e, high, shift + 2, 3))
+            u = b.or_(low, b.shl(pairs, e.const(U8x64, 4)))
+            fours = [4 * j + lane // 4 for lane in range(16)]
+            for t, x in enumerate(xs):
+                start = e.shuffle(starts[t], starts[t], fours)
+                ints = e.dpbusd(start, u, e.load(U8x64, e.add(x, e.mul(i, 32)), 64 * j))
+                factors = b.fmul(
+                    e.shuffle(scales, scales, fours), e.shuffle(dx[t], dx[t], [2 * j] * 8 + [2 * j + 1] * 8)
+                )
+                b.store(e.fma(e.to_f32(ints), factors, b.load(acc[t])), acc[t])
+    return [e.sum(b.load(a)) for a in acc]
+
+
+def _byte(e: Emit, words: ir.Value, i: int, bits: int, shift: int = 0) -> ir.Value:
+    """Bits of byte i of each word."""
+    return e.b.and_(e.b.lshr(words, e.const(I32x16, 8 * i + shift)), e.const(I32x16, (1 << bits) - 1))
+
+
+def _unpack_heads(e: Emit, rows: list[ir.Value], panel: ir.Value) -> None:
+    """Scales and minima of 8 blocks of 16 rows: the head's 16 bytes transposed once."""
+    b = e.b
+    head = e.transpose(rows)
+
+    def half(shift: int) -> ir.Value:
+        return e.to_f32(e.cast(b.trunc(b.lshr(head[0], e.const(I32x16, shift)), I16x16), F16x16))
+
+    d, least = half(0), b.fneg(half(16))
+    for block in range(8):
+        j = block & 3
+        if block < 4:
+            scale, minimum = _byte(e, head[1], j, 6), _byte(e, head[2], j, 6)
+        else:
+            four = e.const(I32x16, 4)
+            scale = b.or_(_byte(e, head[3], j, 4), b.shl(_byte(e, head[1], j, 2, 6), four))
+            minimum = b.or_(_byte(e, head[3], j, 4, 4), b.shl(_byte(e, head[2], j, 2, 6), four))
+        at = e.add(panel, block * PANEL_BLOCK)
+        put_scales(e, at, b.fmul(e.to_f32(scale), d), b.fmul(e.to_f32(minimum), least))
+
+
+def _make_unpack_q4_q5(typ: int) -> Kernel:
+    def unpack(e, w, stride, n_blocks, panel):
+        b, rows_at = e.b, row_addresses(e, w, stride)
+        with _super_blocks(e, n_blocks) as (i, _):
+            at = e.mul(b.lshr(i, I64(3)), SIZE[typ])
+            rows = [e.add(row, at) for row in rows_at]
+            block = e.add(panel, e.mul(i, PANEL_BLOCK))
+            _unpack_heads(e, rows, block)
+            for part in range(2):  # columns 16 * part .. of each block
+                fifth = e.transpose([e.add(r, FIFTH_BITS_AT + 16 * part) for r in rows]) if typ == Q5_K else None
+                for j in range(4):
+                    columns = e.transpose([e.add(r, NIBBLES_AT[typ] + 32 * j + 16 * part) for r in rows])
+                    for c, v in enumerate(split_nibbles(e, columns)):
+                        if fifth is not None:
+                            bits = _shift_bytes(e, e.cast(fifth[c % 4], U8x64), 2 * j + c // 4, 1)
+                            v = b.or_(v, b.shl(bits, e.const(U8x64, 4)))
+                        put_columns(e, e.add(block, (2 * j + c // 4) * PANEL_BLOCK), 4 * part + c % 4, v)
+
+    unpack.__name__ = f"unpack_{NAMES[typ]}"
+    unpack.__doc__ = "Sixteen rows into half a panel."
+    return micro_kernel(4)(unpack)
+
+
+@micro_kernel(4)
+def unpack_q6_k(e, w, stride, n_blocks, panel):
+    """Sixteen rows into half a panel; a block's scales are those of its halves."""
+    b, rows_at = e.b, row_addresses(e, w, stride)
+    with _super_blocks(e, n_blocks) as (i, _):
+        at = e.mul(b.lshr(i, I64(3)), SIZE[Q6_K])
+        rows = [e.add(row, at) for row in rows_at]
+        first = e.add(panel, e.mul(i, PANEL_BLOCK))
+        d = e.to_f32(e.cast(e.gather(I16, rows, Q6_D_AT), F16x16))
+        words = e.transpose([e.add(row, Q6_SCALES_AT) for row in rows])
+
+        def scale(n: int, words=words, d=d) -> ir.Value:
+            signed = b.ashr(b.shl(words[n // 4], e.const(I32x16, 24 - 8 * (n % 4))), e.const(I32x16, 24))
+            return b.fmul(e.to_f32(signed), d)
+
+        for block in range(8):
+            put_scales(e, e.add(first, block * PANEL_BLOCK), scale(2 * block), scale(2 * block + 1))
+        for half in range(2):
+            high = [
+                e.cast(v, U8x64)
+                for part in range(2)
+                for v in e.transpose([e.add(row, Q6_HIGH_AT + 32 * half + 16 * part) for row in rows])
+            ]
+            for part in range(4):
+                low = split_nibbles(e, e.transpose([e.add(row, 64 * half + 16 * part) for row in rows]))
+                for c, v in enumerate(low):
+                    upper, column = c // 4, 4 * part + c % 4  # 64 columns later; which four columns
+                    pairs = _shift_bytes(e, high[column % 8], 4 * upper + 2 * (column // 8), 3)
+                    block = 4 * half + 2 * upper + column // 8
+                    v = b.or_(v, b.shl(pairs, e.const(U8x64, 4)))
+                    put_columns(e, e.add(first, block * PANEL_BLOCK), column % 8, v)
+
+
+#: Kernels by type.
+ROWS = {
+    Q4_K: make_rows_kernel("rows_q4_k", lambda e, w, n, xs: _row_q4_q5(e, Q4_K, w, n, xs)),
+    Q5_K: make_rows_kernel("rows_q5_k", lambda e, w, n, xs: _row_q4_q5(e, Q5_K, w, n, xs)),
+    Q6_K: make_rows_kernel("rows_q6_k", _row_q6),
+}
+UNPACK = {Q4_K: _make_unpack_q4_q5(Q4_K), Q5_K: _make_unpack_q4_q5(Q5_K), Q6_K: unpack_q6_k}

@@ -1,0 +1,197 @@
+"""MUL_MAT and MUL_MAT_ID: one op kernel, for a dense product is one with as many groups as matrices.
+
+Work is cut into jobs of (matrix, rows), which threads take one by one. A row's result depends neither on the job it falls
+into nor on the thread: panels begin at multiples of 32 rows in any job. What reads the activations was prepared before
+(`activations`), and so was the grouping by expert (`routing`).
+"""
+
+from __future__ import annotations
+
+from . import blocks32, floatrows, kquants, panel
+from .activations import quantise_row, quantise_row_halves
+from .kernel import device, op_kernel
+from .memory import atomic_add, atomic_store, call4, call8, ld_i64, st_i64
+from .panel import PANEL_BLOCK, ROWS, TILE_TOKENS
+from .routing import active_at
+from .words import (
+    ADDRESS,
+    BF16,
+    COUNTER,
+    DST,
+    F16,
+    F32,
+    NB1,
+    NB2,
+    NB3,
+    NE0,
+    NE1,
+    NE2,
+    NE3,
+    PARAM,
+    SHARED,
+    SRC0,
+    SRC1,
+    THREAD_BYTES,
+    THREADS,
+)
+
+#: Parameters. X_BASE: byte offset of prepared rows in the shared scratch, or -1: src1 itself. GROUPS: the same of the
+#: grouping by expert, or -1: dense. FEW: up to so many tokens rows are taken as they lie.
+X_BASE, X_ROW_BYTES, GROUPS, FEW, ROWS_KERNEL, UNPACK_KERNEL, TILE_KERNEL, N_USED = (PARAM + i for i in range(8))
+IS_FLOAT = PARAM + 8
+
+FLOAT_TYPES = frozenset({F32, F16, BF16})
+QUANTISED_TYPES = frozenset(blocks32.NAMES) | frozenset(kquants.NAMES)
+OFFSET = {**blocks32.OFFSET, **kquants.OFFSET, **dict.fromkeys(FLOAT_TYPES, 0)}
+ROWS_KERNELS = {**blocks32.ROWS, **kquants.ROWS, **floatrows.ROWS}
+UNPACK_KERNELS = {**blocks32.UNPACK, **kquants.UNPACK}
+TILE_KERNELS = {
+    **dict.fromkeys(QUANTISED_TYPES, panel.tile_plain),
+    **dict.fromkeys(blocks32.HAS_MINIMUM | kquants.HAS_MINIMUM, panel.tile_minima),
+    kquants.Q6_K: panel.tile_halves,
+}
+#: How activations are quantised for a type.
+QUANTISE_KERNELS = {**dict.fromkeys(QUANTISED_TYPES, quantise_row), kquants.Q6_K: quantise_row_halves}
+#: Rows of a job when there are plenty: shorter streams cost 6 to 10 % where memory limits.
+JOB_ROWS = 256
+#: Tokens for which rows as they lie are faster than a panel; measured.
+FEW_TOKENS = {blocks32.Q8_0: 6}
+FEW_TOKENS_ELSE = 4
+#: Bytes of float activations that are kept in L2 while rows pass.
+TOKEN_BLOCK_BYTES = 256 * 1024
+#: Room for the addresses of one tile's tokens: sources, then results.
+_LISTS = 16
+
+
+def thread_bytes(typ: int, k: int) -> int:
+    """Bytes of scratch that each thread needs."""
+    blocks = 0 if typ in FLOAT_TYPES else k // 32
+    return blocks * PANEL_BLOCK + 2 * 8 * _LISTS
+
+
+@device
+def _address_tokens(d, ctl, i02, i03, order, j, n, lists):
+    """Write where tokens j .. j+n-1 of a group lie and where their results go, to the lists."""
+    ne11, ne12 = ld_i64(d + 8 * (SRC1 + NE1)), ld_i64(d + 8 * (SRC1 + NE2))
+    x_base, row_bytes = ld_i64(d + 8 * X_BASE), ld_i64(d + 8 * X_ROW_BYTES)
+    nb11, nb12, nb13 = ld_i64(d + 8 * (SRC1 + NB1)), ld_i64(d + 8 * (SRC1 + NB2)), ld_i64(d + 8 * (SRC1 + NB3))
+    nb1, nb2, nb3 = ld_i64(d + 8 * (DST + NB1)), ld_i64(d + 8 * (DST + NB2)), ld_i64(d + 8 * (DST + NB3))
+    x = ld_i64(d + 8 * (SRC1 + ADDRESS)) if x_base < 0 else ld_i64(ctl + 8 * SHARED) + x_base
+    out = ld_i64(d + 8 * (DST + ADDRESS))
+    r2 = max(1, ne12 // ld_i64(d + 8 * (SRC0 + NE2)))
+    r3 = max(1, ld_i64(d + 8 * (SRC1 + NE3)) // ld_i64(d + 8 * (SRC0 + NE3)))
+    n_used = ld_i64(d + 8 * N_USED)
+    for i in range(n):
+        if order != 0:
+            pair = ld_i64(order + 8 * (j + i))
+            o1, i2, i3 = pair % n_used, pair // n_used, 0
+            i1 = o1 % ne11
+        else:
+            i1 = (j + i) % ne11
+            outer = (j + i) // ne11
+            o1, i2, i3 = i1, i02 * r2 + outer % r2, i03 * r3 + outer // r2
+        if x_base < 0:
+            st_i64(lists + 8 * i, x + i1 * nb11 + i2 * nb12 + i3 * nb13)
+        else:
+            st_i64(lists + 8 * i, x + ((i3 * ne12 + i2) * ne11 + i1) * row_bytes)
+        st_i64(lists + 8 * (_LISTS + i), out + o1 * nb1 + i2 * nb2 + i3 * nb3)
+
+
+@device
+def _float_job(d, ctl, i02, i03, order, j0, j1, w, r0, r1, lists):
+    """Rows r0 .. r1-1 of a float matrix at w times tokens j0 .. j1-1."""
+    k, nb01, kernel = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NB1)), ld_i64(d + 8 * ROWS_KERNEL)
+    block = max(4, TOKEN_BLOCK_BYTES // (4 * k) // 4 * 4)
+    outs = lists + 8 * _LISTS
+    for b0 in range(j0, j1, block):
+        b1 = min(j1, b0 + block)
+        for r in range(r0, r1, 4):
+            n_rows = min(4, r1 - r)
+            j = b0
+            while j < b1:
+                n = min(4, b1 - j)
+                if b1 - b0 > 4 or r == r0:  # one group of tokens is addressed once
+                    _address_tokens(d, ctl, i02, i03, order, j, n, lists)
+                if n_rows == 4:
+                    call8(kernel, w + r * nb01, nb01, 4, k, n, lists, outs, 4 * r)
+                else:
+                    for i in range(n_rows):
+                        call8(kernel, w + (r + i) * nb01, nb01, 1, k, n, lists, outs, 4 * (r + i))
+                j += n
+
+
+@device
+def _quantised_job(d, ctl, i02, i03, order, j0, j1, w, r0, r1, thread_panel, lists):
+    """Rows r0 .. r1-1 of a quantised matrix at w times tokens j0 .. j1-1."""
+    n_blocks, nb01 = ld_i64(d + 8 * (SRC0 + NE0)) // 32, ld_i64(d + 8 * (SRC0 + NB1))
+    rows_kernel, unpack = ld_i64(d + 8 * ROWS_KERNEL), ld_i64(d + 8 * UNPACK_KERNEL)
+    tile, n_rows = ld_i64(d + 8 * TILE_KERNEL), ld_i64(d + 8 * (SRC0 + NE1))
+    outs, r = lists + 8 * _LISTS, r0
+    if j1 - j0 > ld_i64(d + 8 * FEW):
+        while r + ROWS <= r1:
+            call4(unpack, w + r * nb01, nb01, n_blocks, thread_panel)
+            call4(unpack, w + (r + 16) * nb01, nb01, n_blocks, thread_panel + 64)
+            # while the first tile computes, the next rows are fetched, if there are as many
+            fetch = r + 2 * ROWS <= n_rows
+            ahead = w + (r + ROWS) * nb01 if fetch else thread_panel
+            step = nb01 * ROWS // n_blocks if fetch else 0
+            j = j0
+            while j < j1:
+                tiles = (j1 - j + TILE_TOKENS - 1) // TILE_TOKENS
+                n = (j1 - j + tiles - 1) // tiles  # evenly: 7 tokens are 4 and 3
+                _address_tokens(d, ctl, i02, i03, order, j, n, lists)
+                call8(tile, n, thread_panel, n_blocks, lists, outs, 4 * r, ahead, step)
+                ahead, step = thread_panel, 0
+                j += n
+            r += ROWS
+    j = j0
+    while r < r1 and j < j1:
+        n = min(j1 - j, 8)
+        _address_tokens(d, ctl, i02, i03, order, j, n, lists)
+        call8(rows_kernel, w + r * nb01, nb01, r1 - r, n_blocks, n, lists, outs, 4 * r)
+        j += n
+
+
+@device
+def _job_rows(n_rows, n_matrices, nth):
+    """Rows of a job: fewer where there are few, so that threads end together; always whole panels."""
+    share = n_rows * n_matrices // (4 * nth)
+    return max(ROWS, min(JOB_ROWS, (share + ROWS - 1) // ROWS * ROWS))
+
+
+@op_kernel
+def mul_mat(ith, nth, d, ctl):
+    """Multiply matrices src0 with the tokens of src1 that belong to each."""
+    n_rows, ne02 = ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
+    nb02, nb03 = ld_i64(d + 8 * (SRC0 + NB2)), ld_i64(d + 8 * (SRC0 + NB3))
+    weights, groups = ld_i64(d + 8 * (SRC0 + ADDRESS)), ld_i64(d + 8 * GROUPS)
+    ne03 = ld_i64(d + 8 * (SRC0 + NE3))
+    k, is_float = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * IS_FLOAT)
+    n_outs = ld_i64(d + 8 * (DST + NE1)) * ld_i64(d + 8 * (DST + NE2)) * ld_i64(d + 8 * (DST + NE3))
+    first = ld_i64(ctl + 8 * SHARED) + groups
+    active = active_at(first, ne02, n_outs)
+    order = first + 8 * (ne02 + 1) if groups >= 0 else 0
+    n_matrices = ld_i64(active) if groups >= 0 else ne02 * ne03
+    lists = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
+    thread_panel = lists + 2 * 8 * _LISTS
+    job_rows = _job_rows(n_rows, n_matrices, nth)
+    per_matrix = (n_rows + job_rows - 1) // job_rows
+    n_jobs = n_matrices * per_matrix
+    while True:
+        job = atomic_add(d + 8 * COUNTER, 1)
+        if job >= n_jobs:
+            break
+        matrix = job // per_matrix
+        i02, i03, j0, j1 = matrix % ne02, matrix // ne02, 0, n_outs // (ne02 * ne03)
+        if groups >= 0:
+            i02, i03 = ld_i64(active + 8 * (matrix + 1)), 0
+            j0, j1 = ld_i64(first + 8 * i02), ld_i64(first + 8 * (i02 + 1))
+        r0 = (job - matrix * per_matrix) * job_rows
+        r1 = min(n_rows, r0 + job_rows)
+        w = weights + i02 * nb02 + i03 * nb03
+        if is_float != 0:
+            _float_job(d, ctl, i02, i03, order, j0, j1, w, r0, r1, lists)
+        else:
+            _quantised_job(d, ctl, i02, i03, order, j0, j1, w, r0, r1, thread_panel, lists)
+    if job == n_jobs + nth - 1:  # the last to ask leaves the counter as it was
+        atomic_store(d + 8 * COUNTER, 0)

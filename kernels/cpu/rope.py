@@ -1,0 +1,119 @@
+"""ROPE: pairs of a row's elements turned by angles that grow with the token's position.
+
+Cosines and sines are the same for all layers of a model, so they are an op of their own, run once for all ROPE nodes of a plan
+that share positions and parameters: rows of n_dims floats for each token, cosines first, then sines.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .elementwise import row_address, share
+from .emit import F32x16, I64, LANES, ir, micro, types
+from .kernel import device, op_kernel
+from .memory import copy_bytes, floats, ld_f32, ld_i32, ld_i64
+from .words import ADDRESS, DST, NB0, NE0, NE1, NE2, NE3, PARAM, SCRATCH, SHARED, SRC0, SRC1
+
+#: Parameters of `rope_angles`. THETA_SCALE: factor of the angle from pair to pair; LOW, HIGH: pairs between which YaRN mixes;
+#: MAGNITUDE: factor of cosines and sines.
+N_DIMS, THETA_SCALE, FREQ_SCALE, EXT_FACTOR, MAGNITUDE, LOW, HIGH = (PARAM + i for i in range(7))
+#: Parameters of `rope_rows`: n_dims, whether pairs are half a row apart (NEOX) or neighbours, first dimension, the sign of sines (bits).
+IS_NEOX, FIRST_DIM, SINE_SIGN = PARAM + 1, PARAM + 2, PARAM + 3
+
+
+@op_kernel
+def rope_angles(ith, nth, d, ctl):
+    """Write cosines and sines for the positions of src0; src1: divisors of the frequencies, or absent."""
+    n_dims, n_token = ld_i64(d + 8 * N_DIMS), ld_i64(d + 8 * (SRC0 + NE0))
+    theta_scale, freq_scale = ld_f32(d + 8 * THETA_SCALE), ld_f32(d + 8 * FREQ_SCALE)
+    ext_factor, magnitude = ld_f32(d + 8 * EXT_FACTOR), ld_f32(d + 8 * MAGNITUDE)
+    low, high = ld_f32(d + 8 * LOW), ld_f32(d + 8 * HIGH)
+    positions, nb0, divisors = ld_i64(d + 8 * (SRC0 + ADDRESS)), ld_i64(d + 8 * (SRC0 + NB0)), ld_i64(d + 8 * (SRC1 + ADDRESS))
+    table = ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
+    first, end = share(n_token, ith, nth)
+    half = n_dims // 2
+    for t in range(first, end):
+        row = floats(table + 4 * n_dims * t)
+        angle = np.float32(ld_i32(positions + nb0 * t))
+        for i in range(half):
+            extrapolated = angle
+            if divisors != 0:
+                extrapolated = angle / ld_f32(divisors + 4 * i)
+            theta = freq_scale * extrapolated
+            if ext_factor != np.float32(0.0):
+                ramp = (np.float32(i) - low) / max(np.float32(0.001), high - low)
+                mix = (np.float32(1.0) - min(np.float32(1.0), max(np.float32(0.0), ramp))) * ext_factor
+                theta = theta * (np.float32(1.0) - mix) + extrapolated * mix
+            row[i] = math.cos(theta) * magnitude
+            row[half + i] = math.sin(theta) * magnitude
+            angle *= theta_scale
+
+
+@micro(types.void, 5)
+def _turn_halves(e, x, y, table, half, sign):
+    """Turn pairs (i, i + half); all lanes are read before any is written, so y may be x."""
+    b = e.b
+    sign = e.splat(e.float_of(sign))
+
+    def body(i: ir.Value, mask: ir.Value | None) -> None:
+        at = e.mul(i, 4)
+        far = e.add(at, e.mul(half, 4))
+        p, q = e.load_lanes(F32x16, e.add(x, at), mask), e.load_lanes(F32x16, e.add(x, far), mask)
+        c = e.load_lanes(F32x16, e.add(table, at), mask)
+        s = b.fmul(e.load_lanes(F32x16, e.add(table, far), mask), sign)
+        e.store_lanes(b.fsub(b.fmul(p, c), b.fmul(q, s)), e.add(y, at), mask)
+        e.store_lanes(b.fadd(b.fmul(p, s), b.fmul(q, c)), e.add(y, far), mask)
+
+    e.vectors(half, body)
+
+
+@micro(types.void, 5)
+def _turn_neighbours(e, x, y, table, half, sign):
+    """Turn pairs (2i, 2i + 1), eight at a time."""
+    b = e.b
+    sign = e.splat(e.float_of(sign))
+    swap = [i ^ 1 for i in range(LANES)]
+
+    def body(i: ir.Value, mask: ir.Value | None) -> None:
+        # i counts elements; its pairs are i/2 ..., spread so that both of a pair see their angle
+        at, angle = e.add(x, e.mul(i, 4)), e.mul(i, 2)
+        v = e.load_lanes(F32x16, at, mask)
+        pairs = None if mask is None else e.lanes_below(b.sub(half, b.lshr(i, I64(1))))
+        spread = [k // 2 for k in range(LANES)]
+        eight = e.lanes_below(I64(8)) if pairs is None else b.and_(pairs, e.lanes_below(I64(8)))
+        c = e.load_lanes(F32x16, e.add(table, angle), eight)
+        s = b.fmul(e.load_lanes(F32x16, e.add(e.add(table, angle), e.mul(half, 4)), eight), sign)
+        c, s = e.shuffle(c, c, spread), e.shuffle(s, s, spread)
+        other = e.shuffle(v, v, swap)
+        signed = b.fmul(s, e.const(F32x16, [-1.0, 1.0] * 8))
+        e.store_lanes(b.fadd(b.fmul(v, c), b.fmul(other, signed)), e.add(y, e.mul(i, 4)), mask)
+
+    e.vectors(e.mul(half, 2), body)
+
+
+@device
+def _turn_row(x, y, table, n_dims, is_neox, sign):
+    if is_neox != 0:
+        _turn_halves(x, y, table, n_dims // 2, sign)
+    else:
+        _turn_neighbours(x, y, table, n_dims // 2, sign)
+
+
+@op_kernel
+def rope_rows(ith, nth, d, ctl):
+    """Turn n_dims elements of each row, from FIRST_DIM on, and copy the rest."""
+    ne0, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
+    n_dims, first_dim = ld_i64(d + 8 * N_DIMS), ld_i64(d + 8 * FIRST_DIM)
+    is_neox, sign = ld_i64(d + 8 * IS_NEOX), ld_i64(d + 8 * SINE_SIGN)
+    table = ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
+    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    for row in range(first, end):
+        x, y = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)
+        token = row // ne1 % ne2
+        start = 4 * first_dim
+        if x != y:
+            copy_bytes(y, x, start)
+            copy_bytes(y + start + 4 * n_dims, x + start + 4 * n_dims, 4 * (ne0 - n_dims - first_dim))
+        _turn_row(x + start, y + start, table + 4 * n_dims * token, n_dims, is_neox, sign)

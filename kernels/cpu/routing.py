@@ -1,0 +1,63 @@
+"""Which tokens go to which expert: ids sorted by expert once, for all products that share them.
+
+The result lies in the plan's scratch, in int64 words: ``first[n_expert + 1]`` (the group of expert e is order[first[e]] up to
+order[first[e + 1]]), ``order[n_token * n_used]`` (pairs ``token * n_used + slot``), the number of experts that are used, and
+their numbers.
+"""
+
+from __future__ import annotations
+
+from .kernel import device, op_kernel
+from .memory import ld_i32, ld_i64, st_i64
+from .plan import report
+from .words import ADDRESS, NB0, NB1, NE0, NE1, PARAM, SCRATCH, SHARED, SRC0
+
+N_EXPERT = PARAM
+
+
+def routing_bytes(n_expert: int, n_pairs: int) -> int:
+    """Bytes of the result."""
+    return 8 * (n_expert + 1 + n_pairs + 1 + n_expert)
+
+
+@device
+def active_at(groups, n_expert, n_pairs):
+    """Address of the number of used experts."""
+    return groups + 8 * (n_expert + 1 + n_pairs)
+
+
+@op_kernel
+def group_by_expert(ith, nth, d, ctl):
+    """Sort the pairs of (token, slot) by expert; one thread."""
+    ids = ld_i64(d + 8 * (SRC0 + ADDRESS))
+    n_used, n_token = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1))
+    nb0, nb1 = ld_i64(d + 8 * (SRC0 + NB0)), ld_i64(d + 8 * (SRC0 + NB1))
+    n_expert = ld_i64(d + 8 * N_EXPERT)
+    first = ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
+    order = first + 8 * (n_expert + 1)
+    active = active_at(first, n_expert, n_token * n_used)
+    for e in range(n_expert + 1):
+        st_i64(first + 8 * e, 0)
+    for t in range(n_token):
+        for u in range(n_used):
+            e = ld_i32(ids + t * nb1 + u * nb0)
+            if e < 0 or e >= n_expert:
+                report(ith, d, ctl, t * n_used + u, e, n_expert)
+                return
+            st_i64(first + 8 * e, ld_i64(first + 8 * e) + 1)
+    n_active = 0
+    total = 0
+    for e in range(n_expert):
+        count = ld_i64(first + 8 * e)
+        if count > 0:
+            n_active += 1
+            st_i64(active + 8 * n_active, e)
+        total += count
+        st_i64(first + 8 * e, total)  # the group's end: filling from the back makes it the start
+    st_i64(active, n_active)
+    st_i64(first + 8 * n_expert, total)
+    for t in range(n_token - 1, -1, -1):
+        for u in range(n_used - 1, -1, -1):
+            at = first + 8 * ld_i32(ids + t * nb1 + u * nb0)
+            st_i64(at, ld_i64(at) - 1)
+            st_i64(order + 8 * ld_i64(at), t * n_used + u)

@@ -1,0 +1,168 @@
+"""Which nodes the host's kernels can run; `reason_unsupported` says why not. Needs neither kernels nor Numba."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..tensor import Tensor
+from ..types import GluOp, Op, Type, UnaryOp
+
+__all__ = ["reason_unsupported", "supports_op"]
+
+_FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
+_WEIGHTS = _FLOATS | {
+    Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.MXFP4,
+}  # fmt: skip
+#: What rows of floats can be turned into.
+_WRITABLE = _FLOATS | {Type.I32, Type.Q8_0, Type.Q4_0}
+_KV_TYPES = _FLOATS | {Type.Q8_0, Type.Q4_0}
+
+
+def _types(t: Tensor, *allowed: frozenset[Type] | set[Type]) -> str:
+    """Compare the types of dst and sources with what is allowed for each, absent ones aside."""
+    tensors = [t, *t.src]
+    for i, types in enumerate(allowed):
+        x = tensors[i] if i < len(tensors) else None
+        if x is not None and x.type not in types:
+            what = "dst" if i == 0 else f"src{i - 1}"
+            return f"{what} '{x.name}' is {x.type.ggml_name}, not {' or '.join(sorted(y.ggml_name for y in types))}"
+    return ""
+
+
+def _dense_rows(t: Tensor, *which: int) -> str:
+    """Ask for elements side by side in dst (0) and sources (1, 2, ...)."""
+    tensors = [t, *t.src]
+    for i in which:
+        x = tensors[i] if i < len(tensors) else None
+        if x is not None and x.nb[0] != x.type.type_size and x.ne[0] != 1:
+            return f"{'dst' if i == 0 else f'src{i - 1}'} '{x.name}' has gaps within its rows (nb {x.nb})"
+    return ""
+
+
+_F32 = frozenset({Type.F32})
+_I32 = frozenset({Type.I32})
+
+
+def _elementwise(t: Tensor) -> str:
+    return _types(t, _F32, _F32) or _dense_rows(t, 0, 1)
+
+
+def _binary(t: Tensor) -> str:
+    return _types(t, _F32, _F32, _F32) or _dense_rows(t, 0, 1)
+
+
+def _unary(t: Tensor) -> str:
+    if t.param_i32(0) not in list(UnaryOp):
+        return f"unknown unary op {t.param_i32(0)}"
+    return _elementwise(t)
+
+
+def _glu(t: Tensor) -> str:
+    if t.param_i32(0) not in list(GluOp):
+        return f"unknown GLU op {t.param_i32(0)}"
+    return _types(t, _F32, _F32, _F32) or _dense_rows(t, 0, 1, 2)
+
+
+def _activations(t: Tensor) -> frozenset[Type]:
+    """Float weights take any floats, quantised ones F32."""
+    return _FLOATS if t.src[0] is not None and t.src[0].type in _FLOATS else _F32
+
+
+def _product(t: Tensor) -> str:
+    return _types(t, _F32, _WEIGHTS, _activations(t)) or _dense_rows(t, 0, 1, 2)
+
+
+def _product_id(t: Tensor) -> str:
+    return _types(t, _F32, _WEIGHTS, _activations(t), _I32) or _dense_rows(t, 0, 1, 2)
+
+
+def _add_id(t: Tensor) -> str:
+    return _types(t, _F32, _F32, _F32, _I32) or _dense_rows(t, 0, 1, 2)
+
+
+def _get_rows(t: Tensor) -> str:
+    src0 = t.src[0]
+    if src0 is not None and src0.type is Type.I32:
+        return _types(t, _I32, _I32, _I32) or _dense_rows(t, 0, 1)
+    return _types(t, _F32, _WEIGHTS, _I32) or _dense_rows(t, 0, 1)
+
+
+def _set_rows(t: Tensor) -> str:
+    src0 = t.src[0]
+    if src0 is not None and src0.type is t.type and t.type in _FLOATS | {Type.I32}:
+        return _types(t, {t.type}, {t.type}, {Type.I32, Type.I64}) or _dense_rows(t, 0, 1)
+    return _types(t, _WRITABLE - {Type.I32}, _FLOATS, {Type.I32, Type.I64}) or _dense_rows(t, 0, 1)
+
+
+def _copy(t: Tensor) -> str:
+    src0 = t.src[0]
+    assert src0 is not None
+    if src0.type is t.type:
+        if t.type.is_quantized and src0.ne != t.ne and not (src0.is_contiguous() and t.is_contiguous()):
+            return "a quantised tensor cannot be copied to another shape with gaps"
+        return _dense_rows(t, 0, 1) if t.type.is_quantized else ""
+    reason = _types(t, _WRITABLE, _WEIGHTS | {Type.I32})
+    if not reason and (t.type.is_quantized or src0.type.is_quantized):
+        reason = "rows of different lengths" if src0.ne[0] != t.ne[0] or src0.ne != t.ne else _dense_rows(t, 0, 1)
+    return reason
+
+
+def _rope(t: Tensor) -> str:
+    mode = t.param_i32(2)
+    if mode not in (0, 2):
+        return f"rope mode {mode} is not 0 (normal) or 2 (neox)"
+    return _types(t, _F32, _F32, _I32, _F32) or _dense_rows(t, 0, 1)
+
+
+def _soft_max(t: Tensor) -> str:
+    return _types(t, _F32, _F32, {Type.F32, Type.F16}, _F32) or _dense_rows(t, 0, 1, 2)
+
+
+def _attention(t: Tensor) -> str:
+    return _types(t, _F32, _F32, _KV_TYPES, _KV_TYPES, {Type.F16}, _F32) or _dense_rows(t, 0, 1, 2, 3, 4)
+
+
+def _sort(t: Tensor) -> str:
+    return _types(t, _I32, _F32) or _dense_rows(t, 0, 1)
+
+
+def _same_bytes(t: Tensor) -> str:
+    if t.type.is_quantized:
+        return f"dst '{t.name}' is quantised"
+    n = 2 if t.op is Op.CONCAT else 1
+    return _types(t, *[{t.type}] * (n + 1)) or _dense_rows(t, *range(n + 1))
+
+
+_CHECKS: dict[Op, Callable[[Tensor], str]] = {
+    **dict.fromkeys((Op.ADD, Op.SUB, Op.MUL, Op.DIV), _binary),
+    **dict.fromkeys(
+        (Op.SQR, Op.SQRT, Op.LOG, Op.SIN, Op.COS, Op.SCALE, Op.CLAMP, Op.LEAKY_RELU, Op.FILL, Op.RMS_NORM, Op.NORM,
+         Op.L2_NORM, Op.SUM_ROWS, Op.MEAN, Op.CUMSUM, Op.DIAG_MASK_INF, Op.SUM), _elementwise,
+    ),
+    **dict.fromkeys((Op.CPY, Op.CONT, Op.DUP), _copy),
+    **dict.fromkeys((Op.ARGSORT, Op.TOP_K, Op.ARGMAX), _sort),
+    **dict.fromkeys((Op.REPEAT, Op.CONCAT), _same_bytes),
+    Op.UNARY: _unary,
+    Op.GLU: _glu,
+    Op.MUL_MAT: _product,
+    Op.MUL_MAT_ID: _product_id,
+    Op.ADD_ID: _add_id,
+    Op.GET_ROWS: _get_rows,
+    Op.SET_ROWS: _set_rows,
+    Op.ROPE: _rope,
+    Op.SOFT_MAX: _soft_max,
+    Op.FLASH_ATTN_EXT: _attention,
+}  # fmt: skip
+
+
+def reason_unsupported(tensor: Tensor) -> str:
+    """Return why the kernels cannot run a node; empty if they can."""
+    if tensor.op.is_empty:
+        return ""
+    check = _CHECKS.get(tensor.op)
+    return f"there is no kernel for {tensor.op.name}" if check is None else check(tensor)
+
+
+def supports_op(tensor: Tensor) -> bool:
+    """Whether the kernels can run a node; views and nodes that compute nothing count as supported."""
+    return not reason_unsupported(tensor)
