@@ -1,0 +1,124 @@
+"""Imports go one way, as the rooms of the style guide have it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+#: Rooms by the first name that fits a module's path below ``pyggml``; a module may import rooms of lower numbers, and
+#: its own where `_MAY_STAY` says so.
+_ROOMS = {
+    "errors": 0, "config": 0, "types": 0, "dialect": 0,
+    "record": 1, "cost": 1, "gguf": 1,
+    "tensor": 2,
+    "ops": 3, "graph": 3, "graph_context": 3, "buffer": 3,
+    "alloc": 4, "backend": 4,
+    "sched": 5,
+    "backends": 6, "models": 6, "tokenizer": 6, "pretokenizers": 6, "chat_template": 6, "sampling": 6,
+    "session": 7, "planning": 7, "plan_report": 7, "report": 7,
+    "testing": 8, "replay": 8, "replay_case": 8,
+    "commands": 9, "cli": 9, "__main__": 9, "": 9,
+}  # fmt: skip
+#: What a room must not import although its number is lower.
+_FORBIDDEN = {"backends": {"sched"}, "models": {"sched", "backends"}, "tokenizer": {"sched", "backends"}}
+#: Rooms whose modules may import each other. In ``backends`` only the private modules are shared.
+_MAY_STAY = {0, 2, 3, 4, 5, 6, 7, 8, 9}
+
+
+def _modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted((ROOT / "pyggml").rglob("*.py")):
+        parts = path.relative_to(ROOT / "pyggml").with_suffix("").parts
+        yield ".".join(p for p in parts if p != "__init__"), path
+
+
+MODULES = dict(_modules())
+
+
+def _imports(name: str, path: Path) -> Iterator[tuple[str, int]]:
+    """Yield what a module imports of pyggml, as names below it, with lines; TYPE_CHECKING blocks are exempt."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    exempt: set[int] = set()
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            exempt |= {id(child) for statement in node.body for child in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if id(node) in exempt:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "pyggml":
+                    yield alias.name.partition(".")[2], node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = _base(node, package)
+            if base is None:
+                continue
+            for alias in node.names:
+                whole = f"{base}.{alias.name}".strip(".")
+                yield (whole if whole in MODULES or base == "" else base), node.lineno
+
+
+def _base(node: ast.ImportFrom, package: str) -> str | None:
+    """Return the module that is imported from, below pyggml; None if it is another package's."""
+    if node.level:
+        up = package.split(".") if package else []
+        up = up[: len(up) - (node.level - 1)]
+        return ".".join([*up, *([node.module] if node.module else [])])
+    top, _, rest = (node.module or "").partition(".")
+    return rest if top == "pyggml" else None
+
+
+def _room(name: str) -> str:
+    return name.split(".")[0]
+
+
+@pytest.mark.parametrize("name", MODULES, ids=lambda name: name or "pyggml")
+def test_imports_go_one_way(name: str) -> None:
+    """A module imports rooms of lower numbers, its own where that is allowed, and none that is forbidden to it."""
+    room = _room(name)
+    assert room in _ROOMS, f"{name}: say in test_layers.py and in the style guide which room it belongs to"
+    wrong = []
+    for target, line in _imports(name, MODULES[name]):
+        to = _room(target)
+        if to in ("kernels", "__version__"):
+            continue
+        number = _ROOMS.get(to, 9)  # a name of the package itself counts as its highest room
+        is_lower = number < _ROOMS[room] or (number == _ROOMS[room] and number in _MAY_STAY)
+        if not is_lower or to in _FORBIDDEN.get(room, ()):
+            wrong.append(f"line {line}: {target or 'pyggml'}")
+    assert not wrong, f"{name} imports {', '.join(wrong)}"
+
+
+def test_backends_do_not_know_each_other() -> None:
+    """A backend imports none of its siblings but the private modules that several share."""
+    for name, path in MODULES.items():
+        if _room(name) == "backends" and "." in name:
+            siblings = [t for t, _ in _imports(name, path) if _room(t) == "backends" and t != "backends"]
+            assert not [t for t in siblings if not t.split(".")[1].startswith("_")], name
+
+
+def test_core_needs_the_standard_library_only() -> None:
+    """The lowest room imports nothing but the standard library and itself."""
+    for name in ("errors", "config", "types", "dialect"):
+        tree = ast.parse(MODULES[name].read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert not {a.name.split(".")[0] for a in node.names} & {"numpy", "numba", "rich", "click"}, name
+        assert {_room(t) for t, _ in _imports(name, MODULES[name])} <= {"errors", "config", "types", "dialect"}
+
+
+def test_kernels_know_nothing_of_pyggml() -> None:
+    """Kernels import numpy, numba and each other, never the package around them."""
+    for path in (ROOT / "kernels").rglob("*.py"):
+        depth = len(path.relative_to(ROOT / "kernels").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= depth, f"{path}:{node.lineno}"
+                assert (node.module or "").split(".")[0] != "pyggml" or node.level, f"{path}:{node.lineno}"
+            elif isinstance(node, ast.Import):
+                assert not [a for a in node.names if a.name.split(".")[0] == "pyggml"], f"{path}:{node.lineno}"
