@@ -247,7 +247,7 @@ class Planner:
         Notes
         -----
         Mirrors `llama_context::sched_reserve` and `resolve_fused_ops`. Differs: ops of architectures that are not
-        supported here are not probed.
+        supported here are not probed; a plan is sized by the largest graph alone, as upstream's ``no_alloc``.
         """
         parallel = self._can_pipeline()
         if parallel:
@@ -264,8 +264,9 @@ class Planner:
             self.sched.close()
             self.sched = self._new_sched(parallel=False)
             self._reserve_graph(n_tokens, n_seqs, n_outputs)
-        self._reserve_graph(n_seqs, n_seqs, n_seqs)
-        self._reserve_graph(n_tokens, n_seqs, n_outputs)
+        if self.data:
+            self._reserve_graph(n_seqs, n_seqs, n_seqs)
+            self._reserve_graph(n_tokens, n_seqs, n_outputs)
 
     def _settle_flash_attention(self, n_seqs: int) -> None:
         """Keep flash attention if every FLASH_ATTN_EXT lands on its layer's device."""
@@ -293,7 +294,7 @@ class Planner:
             self.sched.reserve(graph.graph)
             return
         self.sched.split_graph(graph.graph)
-        self._planned_compute = [max(a, b) for a, b in zip(self._planned_compute, self._size_of_split(), strict=True)]
+        self._planned_compute = self._size_of_split()
 
     def _size_of_split(self) -> list[int]:
         """Return the compute buffers that the graph just split would need."""

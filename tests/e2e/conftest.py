@@ -1,0 +1,27 @@
+"""The recorded models, written once for all end-to-end tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from recorded_models import SHA256, write_recorded_model
+
+
+@pytest.fixture(scope="session")
+def recorded_models(tmp_path_factory) -> dict[str, Path]:
+    """Give the files of the recorded models by architecture."""
+    folder = tmp_path_factory.mktemp("models")
+    return {arch: write_recorded_model(arch, folder / f"{arch}.gguf") for arch in SHA256}
+
+
+@pytest.fixture(params=list(SHA256))
+def model(request, recorded_models) -> tuple[str, Path]:
+    """Give each recorded model: its architecture and file."""
+    return request.param, recorded_models[request.param]
+
+
+@pytest.fixture
+def llama(recorded_models) -> Path:
+    """Give the recorded llama model."""
+    return recorded_models["llama"]
