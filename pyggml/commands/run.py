@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+#: Most tokens of an answer under --interactive if -n does not say.
+DEFAULT_ANSWER = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -46,7 +50,8 @@ class Output:
 @click.option("--tokens", metavar="1,2,3", help="The prompt as token ids instead.")
 @click.option("-n", "--n-predict", type=click.IntRange(0), default=0, show_default=True, help="Tokens to generate.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's own chat template.")
-@click.option("--system", default="", help="With --chat: what the system says first.")
+@click.option("-i", "--interactive", is_flag=True, help="Take turns: a line is a prompt, the cache stays between them.")
+@click.option("--system", default="", help="With --chat or -i: what the system says first.")
 @click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
 @click.option("--top-k", type=click.IntRange(0), default=40, show_default=True)
 @click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True)
@@ -65,6 +70,7 @@ def command(
     tokens: str | None,
     n_predict: int,
     chat: bool,
+    interactive: bool,
     system: str,
     temp: float,
     top_k: int,
@@ -85,6 +91,8 @@ def command(
         raise click.UsageError("give either --prompt or --tokens")
     if chat and prompt is None:
         raise click.UsageError("--chat needs a --prompt")
+    if interactive and (as_json or tokens is not None or dump_logits is not None):
+        raise click.UsageError("--interactive goes with text only, not with --json, --tokens or --dump-logits")
     for path in (timeline, dump_logits):
         if path is not None and not path.absolute().parent.is_dir():
             raise click.UsageError(f"{path}: its folder does not exist")
@@ -93,6 +101,9 @@ def command(
     sampler = SamplerFlags(temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     sampler.check()
     run = _Run(flags, model, Output(as_json, timeline, dump_logits, quiet))
+    if interactive:
+        run.converse(prompt, n_predict or DEFAULT_ANSWER, sampler, system=system)
+        return
     ids = _parse_ids(tokens) if tokens is not None else None
     run.go(prompt, ids, n_predict, sampler, chat=chat, system=system, ignore_eos=ignore_eos)
 
@@ -156,6 +167,34 @@ class _Run:
                     self.report.seconds["total"] = time.perf_counter() - start_s
                     self._finish()
 
+    def converse(self, prompt: str | None, n_predict: int, sampler: SamplerFlags, *, system: str) -> None:
+        """Take turns until the input ends, then report."""
+        from ..gguf import GGUFFile
+        from ..sampling import make_sampler
+        from ..tokenizer import Tokenizer
+        from ._conversation import Conversation
+
+        start_s = time.perf_counter()
+        with GGUFFile.open(self.model) as file:
+            tokenizer = Tokenizer.from_gguf(file)
+            backends, cpu = open_backends(self.flags)
+            warm_up()
+            with self._open(file, backends, cpu, None) as session:
+                assert self.report is not None
+                self.report.watch(session)
+                talk = Conversation(session, tokenizer, make_sampler(sampler))
+                if system:
+                    talk.messages.append({"role": "system", "content": system})
+                try:
+                    for text in _lines(prompt):
+                        with _timed(self.report.seconds, "turns"):
+                            talk.turn(text, n_predict, lambda piece: click.echo(piece, nl=False))
+                        click.echo()
+                    self.report.is_complete = True
+                finally:
+                    self.report.seconds["total"] = time.perf_counter() - start_s
+                    self._finish()
+
     def _check_room(self, metadata: object, needed: int) -> None:
         """Refuse a context that is too small before anything is loaded."""
         if self.flags.n_ctx and needed > self.flags.n_ctx:
@@ -164,7 +203,7 @@ class _Run:
                 hint=f"use -c {needed} or more, or a shorter prompt",
             )
 
-    def _open(self, file: object, backends: list[Backend], cpu: Backend, needed: int) -> Session:
+    def _open(self, file: object, backends: list[Backend], cpu: Backend, needed: int | None) -> Session:
         from ..gguf import GGUFFile
         from ..models.hparams import HParams
         from ..record import Recording
@@ -173,7 +212,7 @@ class _Run:
 
         assert isinstance(file, GGUFFile)
         hparams = HParams.from_gguf(file)
-        if needed > hparams.n_ctx_train:
+        if needed is not None and needed > hparams.n_ctx_train:
             if not self.flags.n_ctx:
                 raise GraphError(
                     f"the prompt and -n need {needed} tokens, the model was trained with {hparams.n_ctx_train}",
@@ -197,7 +236,7 @@ class _Run:
                 devices=backends,
                 cpu=cpu,
                 placement=self.flags.placement(),
-                context=self.flags.context(n_ctx=min(max(needed, 1), hparams.n_ctx_train)),
+                context=self.flags.context(n_ctx=None if needed is None else min(max(needed, 1), hparams.n_ctx_train)),
                 copier=self.flags.copier(),
                 recorder=_Tee(account, self.recording),
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
@@ -238,8 +277,10 @@ class _Run:
 
     def _prompt(self, session: Session, ids: list[int]) -> npt.NDArray[np.float32]:
         """Evaluate the prompt; write all its logits if they were asked for."""
+        last: npt.NDArray[np.float32]
         if self.output.logits is None:
-            return session.decode(ids, outputs="last")[-1]
+            last = session.decode(ids, outputs="last")[-1]
+            return last
         from numpy import savez
 
         from ..session import TopK
@@ -247,7 +288,8 @@ class _Run:
         topk = TopK()
         logits = session.decode(ids, outputs="all", topk=topk)
         savez(self.output.logits, logits=logits, topk=topk.ids)
-        return logits[-1]
+        last = logits[-1]
+        return last
 
     def _emit(self, text: str) -> None:
         assert self.report is not None
@@ -303,6 +345,21 @@ def _describe(path: object, hparams: object) -> dict[str, object]:
     }
 
 
+def _lines(first: str | None) -> Iterator[str]:
+    """Yield what the user says: the prompt, then lines until the input ends."""
+    if first is not None:
+        yield first
+    while True:
+        try:
+            line = (
+                click.prompt(">", prompt_suffix=" ", err=True) if sys.stdin.isatty() else next(sys.stdin).rstrip("\n")
+            )
+        except (EOFError, StopIteration, click.Abort):
+            return
+        if line.strip():
+            yield line
+
+
 class _Tee:
     """Gives each record to several recorders."""
 
@@ -321,4 +378,4 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     try:
         yield
     finally:
-        seconds[phase] = time.perf_counter() - start_s
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start_s
