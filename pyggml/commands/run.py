@@ -300,6 +300,8 @@ class _Run:
     def _finish(self) -> None:
         """Print the report, complete or not."""
         assert self.report is not None
+        if not self.report.is_complete and not self.report.shapes:
+            return  # nothing happened that is worth a report
         if self.output.timeline is not None and self.recording is not None:
             from ..timeline import write_timeline
 
