@@ -186,12 +186,17 @@ class Tensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """``ne`` in numpy's order: slowest first, leading ones dropped."""
-        return self.ne[: self.n_dims][::-1]
+        return self.ne[: self._n_shown][::-1]
 
     @property
     def strides(self) -> tuple[int, ...]:
         """``nb`` in numpy's order, in bytes."""
-        return self.nb[: self.n_dims][::-1]
+        return self.nb[: self._n_shown][::-1]
+
+    @property
+    def _n_shown(self) -> int:
+        """Dimensions up to the last that is not 1, empty ones too; at least 1."""
+        return next((i + 1 for i in range(MAX_DIMS - 1, 0, -1) if self.ne[i] != 1), 1)
 
     @property
     def row_size(self) -> int:
