@@ -33,7 +33,7 @@ class Child:
     ----------
     module : str
         What it serves: a module with ``HANDLERS``, a dict of name to handler, and ``FUNCTIONS``, the library's
-        functions that they call.
+        functions that they call; its ``prepare(library)``, if it has one, is called once before any request.
 
     Examples
     --------
@@ -116,6 +116,8 @@ def main(module_name: str) -> None:
     module = importlib.import_module(module_name)
     library = Library(module.FUNCTIONS)
     handlers: dict[str, Handler] = module.HANDLERS
+    if hasattr(module, "prepare"):
+        module.prepare(library)
     out = os.dup(1)
     os.dup2(2, 1)  # what the library prints must not stand between answers
     for line in sys.stdin:
