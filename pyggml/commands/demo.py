@@ -1,0 +1,57 @@
+"""`pyggml demo`: what `make run` does: generate text from a mixture of experts over a device and host memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ._console import progress
+
+__all__ = ["PROMPT", "command"]
+
+#: More than 32 tokens, from which on the device offers to compute with experts that lie in host memory.
+PROMPT = (
+    "A friend who has never programmed wants to know what a computer program is, and why the same program can give "
+    "different results on different days. Explain it in a few friendly sentences, with one example from the kitchen."
+)
+DEVICES = "sim:rtx4090-pcie4,cpu"
+
+
+@click.command("demo", context_settings={"ignore_unknown_options": True})
+@click.option("--model", type=click.Path(dir_okay=False, path_type=Path), help="Your own GGUF file.  [an example]")
+@click.option("--prompt", default=PROMPT, help="What to answer.  [an example]")
+@click.option("-n", "n_predict", type=click.IntRange(0), default=96, show_default=True, help="Tokens to generate.")
+@click.argument("more", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def command(ctx: click.Context, model: Path | None, prompt: str, n_predict: int, more: tuple[str, ...]) -> None:
+    """Generate text with the experts in host memory and the rest on a simulated device, and report what was copied.
+
+    Without --model an example is made of SmolLM2-135M-Instruct, once: 98 MB are downloaded, 450 MB written to the
+    user's cache folder. Further options are those of `pyggml run`, and win.
+    """
+    path = _example() if model is None else model
+    words = [str(path), "--prompt", prompt, "-n", str(n_predict), "--device", DEVICES, "--cpu-moe"]
+    if _has_chat_template(path):
+        words.append("--chat")
+    from .run import command as run
+
+    with run.make_context("run", [*words, *more], parent=ctx.parent) as sub:
+        run.invoke(sub)
+
+
+def _example() -> Path:
+    from ._fetch import cache_folder, example_model
+
+    with progress() as bar:
+        task = bar.add_task("", total=None)
+        return example_model(
+            cache_folder(), lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        )
+
+
+def _has_chat_template(path: Path) -> bool:
+    from ..gguf import GGUFFile
+
+    with GGUFFile.open(path) as file:
+        return "tokenizer.chat_template" in file.metadata

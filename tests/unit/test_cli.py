@@ -1,0 +1,221 @@
+"""The program: help without delay, one clear line for each failure, and the exit status that scripts rely on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+
+import pyggml
+from pyggml import cli
+from pyggml.backend import REGISTRY, Registry
+from pyggml.commands import _console
+from pyggml.errors import FormatError
+
+BUG = "(this is a mistake in pyggml, not yours; PYGGML_TRACEBACK=1 shows where it is)"
+COMMANDS = ("run", "splits", "replay", "devices", "make-moe")
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> dict[str, BaseException]:
+    """A command `broken` that raises what stands under ``error``."""
+    raised: dict[str, BaseException] = {}
+
+    @click.command("broken")
+    def command() -> None:
+        raise raised["error"]
+
+    found = cli.CommandGroup.get_command
+    monkeypatch.setattr(
+        cli.CommandGroup, "get_command", lambda self, ctx, name: command if name == "broken" else found(self, ctx, name)
+    )
+    return raised
+
+
+def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` names every command and says what it does."""
+    assert cli.run(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in COMMANDS:
+        line = next(line for line in text.splitlines() if line.split()[:1] == [name])
+        assert len(line.split()) > 3, line
+
+
+def test_each_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command has help, and every option of it too."""
+    group = cli.group
+    with click.Context(group) as ctx:
+        for name in group.list_commands(ctx):
+            command = group.get_command(ctx, name)
+            assert command is not None
+            assert command.name == name
+            assert command.help, name
+            assert cli.run([name, "--help"]) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_help_is_quick_and_light() -> None:
+    """`--help` and `devices` import neither numba nor numpy; help is there in a blink."""
+    script = (
+        "import sys, time\nstart = time.perf_counter()\nfrom pyggml.cli import run\nassert run({!r}) == 0\n"
+        "seconds = time.perf_counter() - start\nheavy = {{'numba', 'numpy', 'rich', 'gguf'}} & set(sys.modules)\n"
+        "print(seconds, *sorted(heavy), file=sys.stderr)"
+    )
+    said = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(["--help"])], capture_output=True, text=True, check=True
+        )
+        seconds, *heavy = done.stderr.split()
+        assert not heavy
+        said.append(float(seconds))
+    assert min(said) < 0.5  # 0.1 s on an idle machine
+    done = subprocess.run(
+        [sys.executable, "-c", script.format(["devices", "--json"])], capture_output=True, text=True, check=True
+    )
+    assert "numba" not in done.stderr
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--version` tells it, as `python -m pyggml` does."""
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"pyggml {pyggml.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "pyggml", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"pyggml {pyggml.__version__}\n"
+
+
+@pytest.mark.parametrize("words", [["nope"], ["--nope"], [], ["replay"], ["devices", "--nope"], ["devices", "x"]])
+def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What was typed wrongly is said on stderr; the status is 2."""
+    assert cli.run(words) == 2
+    seen = capsys.readouterr()
+    assert not seen.out
+    assert "Usage" in seen.err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (FormatError("a.gguf", "the header ends", offset=12, hint="fetch it again"),
+         "Error: a.gguf: the header ends at byte 12 (fetch it again)"),
+        (OSError(28, "No space left on device", "/x/out.gguf"), "Error: /x/out.gguf: No space left on device"),
+        (MemoryError(), "Error: out of memory (try a smaller model or context)"),
+        (ZeroDivisionError("a\nb"), f"Error: ZeroDivisionError: a b {BUG}"),
+    ],
+    ids=["ours", "system", "memory", "bug"],
+)  # fmt: skip
+def test_failures_are_one_line(
+    broken: dict[str, BaseException], error: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error ends the command with one line on stderr and status 1."""
+    broken["error"] = error
+    assert cli.run(["broken"]) == 1
+    assert capsys.readouterr() == ("", line + "\n")
+
+
+def test_traceback_on_request(broken: dict[str, BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PYGGML_TRACEBACK the error itself comes out."""
+    monkeypatch.setenv("PYGGML_TRACEBACK", "1")
+    broken["error"] = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        cli.run(["broken"])
+
+
+def test_interrupt(broken: dict[str, BaseException], capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C ends a command with status 130, without a traceback."""
+    broken["error"] = KeyboardInterrupt()
+    assert cli.run(["broken"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for child processes there")
+def test_interrupt_of_a_process(tmp_path: Path) -> None:
+    """A real SIGINT gives the same status."""
+    script = tmp_path / "wait.py"
+    script.write_text(
+        "import click, sys, time\nfrom pyggml import cli\n"
+        "@click.command('wait')\ndef wait():\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "cli.CommandGroup.get_command = lambda self, ctx, name: wait\nsys.argv[1:] = ['wait']\ncli.main()\n"
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert err == "Interrupted.\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise there")
+@pytest.mark.parametrize("words", [["--help"], ["devices"], ["devices", "--json"]])
+def test_closed_pipe_is_quiet(words: list[str]) -> None:
+    """A reader that went away, as `head` does, is no error and no noise."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pyggml", *words], stdout=write_end, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# -- devices -----------------------------------------------------------------
+
+
+def test_devices_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """`devices --json` is one document: devices, their memory and types, and what is missing."""
+    assert cli.run(["devices", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    cpu = told["devices"][0]
+    assert (cpu["name"], cpu["type"]) == ("CPU", "CPU")
+    assert 0 < cpu["memory_free_bytes"] <= cpu["memory_total_bytes"]
+    assert cpu["buffer_types"][0]["is_host"] is True
+    assert {"f32", "f16", "q4_1", "q8_0"} <= set(cpu["weight_types"])
+    assert {"f32", "f16", "q4_1", "q8_0"} <= set(cpu["expert_weight_types"])
+    assert "sim:rtx4090-pcie4" in [p["device"] for p in told["profiles"]]
+
+
+def test_devices_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """`devices` names the CPU, the simulated devices and what is missing; without colour where that is no terminal."""
+    assert cli.run(["devices"]) == 0
+    text = capsys.readouterr().out
+    for word in ("CPU", "sim:h100-pcie5", "80.0 GiB", "mock", "q4_1"):
+        assert word in text
+    assert "\x1b" not in text
+
+
+def test_devices_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A kind of device whose module fails is listed as missing with the reason; the others are shown."""
+    modules = {**REGISTRY.modules, "tpu": "pyggml.backends.no_such_module"}
+    monkeypatch.setattr("pyggml.commands.devices.REGISTRY", Registry(modules))
+    assert cli.run(["devices", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["devices"][0]["name"] == "CPU"
+    assert "no_such_module" in {m["kind"]: m["why"] for m in told["missing"]}["tpu"]
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536 * 1024**2, "1.5 GiB"), (5 << 50, "5,120.0 TiB")],
+)
+def test_sizes(n: int, text: str) -> None:
+    """Sizes are told in the unit that people read."""
+    assert _console.n_bytes(n) == text
+
+
+def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """A progress bar that goes to a file or a pipe writes nothing."""
+    with _console.progress() as bar:
+        task = bar.add_task("work", total=2)
+        time.sleep(0.01)
+        bar.update(task, completed=2)
+    assert capsys.readouterr() == ("", "")
