@@ -299,7 +299,9 @@ class Planner:
     def _size_of_split(self) -> list[int]:
         """Return the compute buffers that the graph just split would need."""
         copy = self.sched.graph_copy
-        return self.sched.galloc.reserve_n_size(copy, copy.node_backend_ids, copy.leaf_backend_ids)
+        return self.sched.galloc.reserve_n_size(
+            copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.sched.machine.cpu)
+        )
 
     def memory(self) -> list[Memory]:
         """Return what the session takes of each buffer type, or would take; the scheduler's types first."""

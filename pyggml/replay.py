@@ -277,8 +277,6 @@ class Replay:
         """
         sched = self._sched
         graph = sched.graph_copy
-        # upstream leaves a leaf that nobody uses without a backend, and aborts when it is to be allocated; ours is the CPU's
-        unused = {leaf for leaf in instance.graph.leafs if hashed and sched.assignment.get(leaf) is None}
         state: Record = {
             "n_splits": sched.n_splits,
             "n_copies": sched.n_copies,
@@ -296,15 +294,12 @@ class Replay:
             ],
             "graph_inputs": _names(sched.graph_inputs),
             "copy_nodes": [[short_name(t), b] for t, b in zip(graph.nodes, graph.node_backend_ids, strict=True)],
-            "copy_leafs": [
-                [short_name(t), -1 if t in unused else b]
-                for t, b in zip(graph.leafs, graph.leaf_backend_ids, strict=True)
-            ],
+            "copy_leafs": [[short_name(t), b] for t, b in zip(graph.leafs, graph.leaf_backend_ids, strict=True)],
             "rewritten": self._rewritten(instance),
         }
         known = instance.tensors | self._static
         state["flags_changed"] = {
-            name: sorted(flag.name.lower() for flag in _FLAGS if tensor.flags & flag)  # type: ignore[union-attr]
+            name: sorted(flag.name.lower() for flag in _FLAGS if tensor.flags & flag)
             for name, tensor in known.items()
             if tensor.flags & _FLAG_MASK != instance.flags[name]
         }

@@ -286,11 +286,11 @@ class Scheduler:
             self._synchronize()
             self._split(graph)
             copy = self.graph_copy
-            return self.galloc.reserve_n_size(copy, copy.node_backend_ids, copy.leaf_backend_ids)
+            return self.galloc.reserve_n_size(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
 
     def _reserve_copy(self) -> None:
         copy = self.graph_copy
-        self.galloc.reserve_n(copy, copy.node_backend_ids, copy.leaf_backend_ids)
+        self.galloc.reserve_n(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
         if self.recorder is not None:
             for i, backend in enumerate(self.backends):
                 self.recorder.record(
@@ -558,8 +558,13 @@ class _IdTable:
         self.ids[: len(ids)] = ids
 
     def moved(self, previous: _IdTable, n: int, bufts: Sequence[BufferType]) -> bool:
-        """Whether one of the first n positions has another buffer type than in the previous graph."""
+        """Whether one of the first n positions has another buffer type than in the previous graph.
+
+        No backend (-1) is like another buffer type: upstream reads before its array, where no buffer type is.
+        """
         if self.ids[:n] == previous.ids[:n]:
             return False
         before = previous.ids[:n] + [0] * (n - len(previous.ids))
-        return any(a != b and bufts[a] is not bufts[b] for a, b in zip(self.ids[:n], before, strict=True))
+        return any(
+            a != b and (min(a, b) < 0 or bufts[a] is not bufts[b]) for a, b in zip(self.ids[:n], before, strict=True)
+        )

@@ -296,5 +296,4 @@ def _add_leafs(graph: Graph, cutter: Cutter, made: SchedGraph) -> None:
                 made.leafs += copies[tensor][split.backend_id]
                 made.leaf_backend_ids += [split.backend_id] * cutter.n_copies
     made.leafs += graph.leafs
-    # a leaf that nothing uses and that is no input has no backend; upstream reads before its table then
-    made.leaf_backend_ids += [ids.get(leaf, cutter.machine.cpu) for leaf in graph.leafs]
+    made.leaf_backend_ids += [ids.get(leaf, -1) for leaf in graph.leafs]  # -1: nothing uses it, and it is no input

@@ -171,4 +171,13 @@ class SchedGraph:
     nodes: list[Tensor] = field(default_factory=list)
     leafs: list[Tensor] = field(default_factory=list)
     node_backend_ids: list[int] = field(default_factory=list)
-    leaf_backend_ids: list[int] = field(default_factory=list)
+    leaf_backend_ids: list[int] = field(default_factory=list)  #: -1: a leaf that nothing uses has no backend
+
+    def leaf_buffer_ids(self, unused: int) -> list[int]:
+        """Return in which backend's memory each leaf goes; one that nothing uses goes to ``unused``.
+
+        Notes
+        -----
+        Differs: upstream aborts on a leaf without a backend, unless there is one backend only.
+        """
+        return [unused if b < 0 else b for b in self.leaf_backend_ids]
