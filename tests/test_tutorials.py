@@ -1,0 +1,130 @@
+"""The tutorials and the README say what is true: their code runs, and what they show is what it printed.
+
+A page's Python blocks run in order in one namespace. A ``text`` block that follows one shows what it printed; a block
+without one prints nothing. ``python tests/test_tutorials.py --update`` writes what was printed into the pages.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/tutorials").glob("*.md"))]
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One fenced block of a page."""
+
+    language: str
+    text: str
+    start: int  #: of the fence, in characters
+    end: int
+    line: int  #: of the text's first line
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Python that a page shows, what it says is printed, and what was."""
+
+    code: Block
+    shown: Block | None
+    printed: str
+
+
+def blocks_of(page: str) -> list[Block]:
+    """Return the fenced blocks of a page in order."""
+    return [Block(m[1], m[2], m.start(), m.end(), page.count("\n", 0, m.start()) + 2) for m in _FENCE.finditer(page)]
+
+
+def run_page(path: Path) -> list[Example]:
+    """Run a page's Python, one namespace for all, and return what each block printed, stderr included."""
+    blocks = blocks_of(path.read_text(encoding="utf-8"))
+    namespace: dict[str, object] = {"__name__": path.stem}
+    examples = []
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        if block.language != "python":
+            continue
+        code = compile("\n" * (block.line - 1) + block.text, str(path), "exec")  # so that errors tell the page's line
+        out = io.StringIO()
+        with redirect_stdout(out), redirect_stderr(out):
+            exec(code, namespace)  # noqa: S102  # our own pages
+        shown = following if following is not None and following.language == "text" else None
+        examples.append(Example(block, shown, out.getvalue()))
+    return examples
+
+
+def update_page(path: Path) -> None:
+    """Write what the blocks of a page print under them."""
+    page = path.read_text(encoding="utf-8")
+    for example in reversed(run_page(path)):
+        block = f"```text\n{example.printed}```\n" if example.printed else ""
+        if example.shown is not None:
+            page = page[: example.shown.start] + block + page[example.shown.end :]
+        elif block:
+            page = page[: example.code.end] + "\n" + block + page[example.code.end :]
+    path.write_text(page, encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_page_shows_what_its_code_prints(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block runs, and the text block after it is what it printed."""
+    monkeypatch.delenv("GGML_SCHED_DEBUG", raising=False)
+    monkeypatch.delenv("GGML_OP_OFFLOAD_MIN_BATCH", raising=False)
+    monkeypatch.chdir(ROOT)
+    for example in run_page(path):
+        shown = "" if example.shown is None else example.shown.text
+        assert example.printed == shown, f"{path.name}:{example.code.line} prints something else than the page shows"
+
+
+def shell_lines() -> list[tuple[str, str]]:
+    """Return the commands of all pages, each with the page's name."""
+    found = []
+    for path in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md"]:
+        for block in blocks_of(path.read_text(encoding="utf-8")):
+            if block.language == "sh":
+                lines = block.text.replace("\\\n", " ").splitlines()
+                found += [(path.name, line) for line in lines if line.strip() and not line.startswith("#")]
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), shell_lines())
+def test_shown_commands_exist(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shown command of the program has the options that the page gives it; a make target is in the Makefile."""
+    from pyggml.cli import group
+
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line, comments=True)
+    while words and re.fullmatch(r"\w+=.*", words[0]):  # environment
+        words.pop(0)
+    if words[0] == "pyggml":
+        command = group.get_command(group.make_context("pyggml", ["--help"], resilient_parsing=True), words[1])
+        assert command is not None, f"{page}: there is no {words[1]}"
+        command.make_context(words[1], words[2:])  # raises a usage error if it does not know an option
+    elif words[0] == "make":
+        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+        assert {w for w in words[1:] if "=" not in w} <= targets, f"{page}: {line}"
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))], ids=str)
+def test_links_lead_somewhere(path: Path) -> None:
+    """Relative links of a page lead to files of the project."""
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--update"]:
+        sys.exit("usage: python tests/test_tutorials.py --update")
+    for page_path in PAGES:
+        update_page(page_path)
