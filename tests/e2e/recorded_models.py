@@ -1,4 +1,4 @@
-"""The tiny F32 models whose logits real llama.cpp recorded, written again byte for byte.
+"""The tiny models of which real llama.cpp recorded logits and copies, written again byte for byte.
 
 Three layers of 256, 16 experts of which 4 are used. Weights are sums of raw PCG64 words, so that the same bytes come on
 any machine; the sum of the file is checked.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, HEAD, FF, EXPERTS, USED, VOCAB, CTX, SEED = (
     256,
@@ -30,9 +30,12 @@ N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, HEAD, FF, EXPERTS, USED, VOCAB, CTX, SEED = 
 )
 N_FF_EXP = 256
 SHA256 = {
-    "llama": "0c4528df8ba41e0e0d7297f0707c12b1975636941c1802a718c0cc48ea5e68ce",
-    "qwen3moe": "330df5d0d3f9aacfce7cf58f6780ce0b72bd21e9bbe22676f15f00e09edcf97c",
+    ("llama", "F32"): "0c4528df8ba41e0e0d7297f0707c12b1975636941c1802a718c0cc48ea5e68ce",
+    ("qwen3moe", "F32"): "330df5d0d3f9aacfce7cf58f6780ce0b72bd21e9bbe22676f15f00e09edcf97c",
+    ("qwen3moe", "Q8_0"): "29deddd48a3f1717ffa80fefeb5b6cbd022c0dcd8cf3e33cf47f7a5a418ee556",
 }
+#: Architectures whose logits were recorded.
+ARCHITECTURES = ("llama", "qwen3moe")
 
 Shape = tuple[int, ...]
 Weight = tuple[str, npt.NDArray[np.float32]]
@@ -111,16 +114,22 @@ def _metadata(writer: GGUFWriter, arch: str) -> None:
         writer.add_uint32(f"{arch}.expert_feed_forward_length", N_FF_EXP)
 
 
-def write_recorded_model(arch: str, path: Path) -> Path:
-    """Write the model of an architecture and return its path; an assertion fails if the bytes are others."""
+def write_recorded_model(arch: str, path: Path, type: str = "F32") -> Path:
+    """Write a model and return its path; an assertion fails if the bytes are others."""
     writer = GGUFWriter(str(path), arch)
     _tokenizer(writer)
     _metadata(writer, arch)
     for name, values in _weights(arch):
-        writer.add_tensor(name, values)
+        if type == "F32" or values.ndim == 1:
+            writer.add_tensor(name, values)
+        else:
+            kind = GGMLQuantizationType[type]
+            writer.add_tensor(name, quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[arch], f"the {arch} model is not the recorded one"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[arch, type], (
+        f"the {arch} model is not the recorded one"
+    )
     return path
