@@ -7,10 +7,10 @@ unsigned bytes less an offset; the offset is paid here, in the start value of ea
 
 from __future__ import annotations
 
-from .emit import F32, F32x16, I32, I32x16, U8x16, Emit, ir
+from .convert import row_to_f32
+from .emit import F32, I32, Emit, F32x16, I32x16, U8x16, ir
 from .kernel import device, micro_kernel, op_kernel
 from .memory import call4, ld_i64
-from .convert import row_to_f32
 from .words import ADDRESS, NB1, NB2, NB3, NE0, NE1, NE2, NE3, PARAM, SCRATCH, SHARED, SRC0, TYPE
 
 #: Parameters: what is made (MODE_*), the offset of the weights, the address of `quantise_row`.

@@ -14,7 +14,7 @@ import numpy as np
 
 from .convert import row_to_f32
 from .elementwise import repeated_row_address
-from .emit import F32, F32x16, I16, I32, I64, LANES, Emit, F16x16, I16x16, ir, micro, types, vec
+from .emit import F32, I16, I32, I64, LANES, Emit, F16x16, F32x16, I16x16, ir, micro, types, vec
 from .floatrows import load_floats
 from .functions import V, exp, tanh
 from .kernel import device, micro_kernel, op_kernel
@@ -33,7 +33,7 @@ from .memory import (
     st_i64,
 )
 from .norms import scale_row
-from .softmax import MAX_BIAS, M0, M1, N_HEAD_LOG2, SCALE, slope
+from .softmax import M0, M1, MAX_BIAS, N_HEAD_LOG2, SCALE, slope
 from .words import (
     ADDRESS,
     BF16,
@@ -257,7 +257,9 @@ def _visible_tail(masks, n_queries, first, n_keys):
 @device
 def _address_rows(d, tensor, i2, i3, first, n_keys, seen, rows, floats_at):
     """Write where the rows of a block's keys lie; hidden keys get the row of a seen one, and weigh nothing."""
-    base = ld_i64(d + 8 * (tensor + ADDRESS)) + i2 * ld_i64(d + 8 * (tensor + NB2)) + i3 * ld_i64(d + 8 * (tensor + NB3))
+    base = (
+        ld_i64(d + 8 * (tensor + ADDRESS)) + i2 * ld_i64(d + 8 * (tensor + NB2)) + i3 * ld_i64(d + 8 * (tensor + NB3))
+    )
     nb1, typ, n = ld_i64(d + 8 * (tensor + NB1)), ld_i64(d + 8 * (tensor + TYPE)), ld_i64(d + 8 * (tensor + NE0))
     spare = 0
     while (seen >> spare) & 1 == 0:

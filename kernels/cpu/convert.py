@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from .emit import F16x16, F32x16, I16x16, I32x16, U8x16, micro, types
+from .emit import F16x16, F32x16, I16x16, I32x16, micro, types
 from .kernel import device
-from .memory import call4, copy_bytes, f32_of_bits, floats, ld_f16, ld_f32, ld_i32, ld_u16, st_bf16, st_f16, st_f32, st_i32, st_u8
+from .memory import (
+    call4,
+    copy_bytes,
+    f32_of_bits,
+    floats,
+    ld_f16,
+    ld_f32,
+    ld_i32,
+    ld_u16,
+    st_bf16,
+    st_f16,
+    st_f32,
+    st_i32,
+    st_u8,
+)
 from .words import BF16, F16, F32, I32, Q4_0, Q8_0
 
 import numba  # isort: skip

@@ -51,11 +51,14 @@ def _mxfp4(at, y):
 
 @device
 def _k_scale(at, j):
-    """Sub-block j's scale and minimum, six bits each, out of 12 bytes."""
-    if j < 4:
-        return ld_u8(at + j) & 63, ld_u8(at + j + 4) & 63
-    scale = (ld_u8(at + j + 4) & 15) | ((ld_u8(at + j - 4) >> 6) << 4)
-    return scale, (ld_u8(at + j + 4) >> 4) | ((ld_u8(at + j) >> 6) << 4)
+    """Sub-block j's scale and minimum, six bits each, out of 12 bytes.
+
+    Without branches: with them LLVM 22 takes the caller's loop over j for endless, and drops it.
+    """
+    a, b, c = ld_u8(at + (j & 3)), ld_u8(at + 4 + (j & 3)), ld_u8(at + 8 + (j & 3))
+    second = j >> 2  # 0 for the first four sub-blocks
+    scale = (1 - second) * (a & 63) + second * ((c & 15) | (a >> 6) << 4)
+    return scale, (1 - second) * (b & 63) + second * ((c >> 4) | (b >> 6) << 4)
 
 
 @device
@@ -67,8 +70,7 @@ def _q4_q5_k(at, y, five):
         ds, ms = d * np.float32(scale), least * np.float32(minimum)
         for i in range(32):
             q = (ld_u8(low_at + j // 2 * 32 + i) >> (4 * (j & 1))) & 15
-            if five != 0:
-                q |= ((ld_u8(at + 16 + i) >> j) & 1) << 4
+            q |= five * (((ld_u8(at + 16 + i) >> j) & 1) << 4)
             y[32 * j + i] = ds * np.float32(q) - ms
 
 

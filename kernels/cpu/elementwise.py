@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .emit import F32, F32x16, Emit, ir, micro, types
+from .emit import F32, Emit, F32x16, ir, micro, types
 from .functions import V, exp, expm1, gelu, gelu_erf, gelu_quick, sigmoid, silu, tanh
 from .kernel import device, op_kernel
 from .memory import floats, ld_f32, ld_i64

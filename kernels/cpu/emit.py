@@ -99,9 +99,7 @@ class Emit:
             return self.store(value, addr)
         type = value.type
         suffix = f"v{type.count}{_suffix(type.element)}"
-        f = self.fn(
-            f"llvm.masked.store.{suffix}.p0", ir.VoidType(), type, type.as_pointer(), I32, vec(I1, type.count)
-        )
+        f = self.fn(f"llvm.masked.store.{suffix}.p0", ir.VoidType(), type, type.as_pointer(), I32, vec(I1, type.count))
         self.b.call(f, [value, self.pointer(type, addr), I32(1), mask])
         return None
 
@@ -212,9 +210,7 @@ class Emit:
         ints = vec(I32, n)
         bits = b.bitcast(v, ints)
         sixteen, one = self.const(ints, 16), self.const(ints, 1)
-        rounded = b.lshr(
-            b.add(b.add(bits, self.const(ints, 0x7FFF)), b.and_(b.lshr(bits, sixteen), one)), sixteen
-        )
+        rounded = b.lshr(b.add(b.add(bits, self.const(ints, 0x7FFF)), b.and_(b.lshr(bits, sixteen), one)), sixteen)
         quiet = b.or_(b.lshr(bits, sixteen), self.const(ints, 64))
         return b.trunc(b.select(b.fcmp_unordered("uno", v, v), quiet, rounded), vec(I16, n))
 

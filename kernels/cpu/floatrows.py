@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .emit import F32x16, I16x16, I64, LANES, Emit, F16x16, ir
+from .emit import I64, LANES, Emit, F16x16, F32x16, I16x16, ir
 from .kernel import Kernel, micro_kernel
 from .words import BF16, F16, F32
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .emit import CONTRACT, F32x16, I32x16, Emit, ir
+from .emit import CONTRACT, Emit, F32x16, I32x16, ir
 
 
 class V:

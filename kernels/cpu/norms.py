@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from .elementwise import row_address, share
-from .emit import F32x16, I64, LANES, Emit, ir, micro, types
+from .emit import I64, LANES, Emit, F32x16, ir, micro, types
 from .kernel import op_kernel
 from .memory import bits_of, ld_f32, ld_i64
 from .words import DST, NE0, NE1, NE2, NE3, PARAM, SRC0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .emit import F32, F32x16, I32, I32x16, I64, U8x64, Emit, ir
+from .emit import F32, I32, I64, Emit, F32x16, I32x16, U8x64, ir
 from .kernel import Kernel, micro_kernel
 
 #: Bytes of a panel's block: bytes, scales, minima.

@@ -77,8 +77,11 @@ def report(ith, d, ctl, position, value, limit):
 def run(ith, nth, plan, n, ctl):
     """Run n descriptors from an address on, as thread ith of nth; 1 if stopped before the end."""
     d = plan
+    failed = ctl + 8 * (ERRORS + LINE * ith + ERROR_SET)
     for _ in range(n):
-        if atomic_load(ctl + 8 * ABORT) == 0:
+        # a thread that refused an index does nothing more; the others finish their parts, so that the report is the same
+        # whichever was faster, and leave at the next meeting
+        if ld_i64(failed) == 0:
             if ld_i64(d + 8 * SERIAL) == 0:
                 call4(ld_i64(d + 8 * KERNEL), ith, nth, d, ctl)
             elif ith == 0:

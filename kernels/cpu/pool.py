@@ -45,7 +45,6 @@ from .words import (
     SHARED,
     SLEEPERS,
     THREAD_BYTES,
-    THREADS,
     control_words,
 )
 

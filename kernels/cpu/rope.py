@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from .elementwise import row_address, share
-from .emit import F32x16, I64, LANES, ir, micro, types
+from .emit import I64, LANES, F32x16, ir, micro, types
 from .kernel import device, op_kernel
 from .memory import copy_bytes, floats, ld_f32, ld_i32, ld_i64
 from .words import ADDRESS, DST, NB0, NE0, NE1, NE2, NE3, PARAM, SCRATCH, SHARED, SRC0, SRC1
@@ -30,7 +30,11 @@ def rope_angles(ith, nth, d, ctl):
     theta_scale, freq_scale = ld_f32(d + 8 * THETA_SCALE), ld_f32(d + 8 * FREQ_SCALE)
     ext_factor, magnitude = ld_f32(d + 8 * EXT_FACTOR), ld_f32(d + 8 * MAGNITUDE)
     low, high = ld_f32(d + 8 * LOW), ld_f32(d + 8 * HIGH)
-    positions, nb0, divisors = ld_i64(d + 8 * (SRC0 + ADDRESS)), ld_i64(d + 8 * (SRC0 + NB0)), ld_i64(d + 8 * (SRC1 + ADDRESS))
+    positions, nb0, divisors = (
+        ld_i64(d + 8 * (SRC0 + ADDRESS)),
+        ld_i64(d + 8 * (SRC0 + NB0)),
+        ld_i64(d + 8 * (SRC1 + ADDRESS)),
+    )
     table = ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
     first, end = share(n_token, ith, nth)
     half = n_dims // 2

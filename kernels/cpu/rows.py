@@ -14,8 +14,6 @@ from .words import (
     I64,
     NB0,
     NB1,
-    NB2,
-    NB3,
     NE0,
     NE1,
     NE2,
@@ -36,9 +34,7 @@ DEQUANTISE, RAW_BYTES = PARAM, PARAM + 1
 @device
 def _three_d(d, tensor, i0, i1, i2):
     """Address of an element or row by the strides of three dimensions, given as the tensor's first stride word."""
-    return (
-        i0 * ld_i64(d + 8 * tensor) + i1 * ld_i64(d + 8 * (tensor + 1)) + i2 * ld_i64(d + 8 * (tensor + 2))
-    )
+    return i0 * ld_i64(d + 8 * tensor) + i1 * ld_i64(d + 8 * (tensor + 1)) + i2 * ld_i64(d + 8 * (tensor + 2))
 
 
 @device

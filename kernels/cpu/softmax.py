@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from .elementwise import repeated_row_address, row_address, share
-from .emit import F32x16, I16x16, F16x16, ir, micro, types
+from .emit import F16x16, F32x16, I16x16, ir, micro, types
 from .functions import V, exp
 from .kernel import device, op_kernel
 from .memory import bits_of, ld_f32, ld_i64

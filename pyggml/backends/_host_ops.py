@@ -83,7 +83,9 @@ class HostPlan:
         self._owners: list[Tensor] = []  #: node of each descriptor
         self._costs: list[float] = []  #: seconds, roughly
         self._node_spans: list[tuple[int, int]] = []
-        self._pending: list[tuple[int, int, bool, bool]] = []  #: first, end, is write, is serial: since the last meeting
+        self._pending: list[
+            tuple[int, int, bool, bool]
+        ] = []  #: first, end, is write, is serial: since the last meeting
         self._shared: dict[tuple[Any, ...], tuple[Range, tuple[str, int]]] = {}
         self._fixups: list[tuple[int, str, int]] = []  #: word, slot kind, slot number
         self._slot_bytes = {"rows": 0, "groups": 0}
@@ -314,4 +316,6 @@ class HostPlan:
 
     def __repr__(self) -> str:
         kib = (self.shared_bytes + self.thread_bytes) / 1024
-        return f"<HostPlan of {self.n_descriptors} kernel calls for {len(self._node_spans)} nodes, {kib:,.0f} KiB scratch>"
+        return (
+            f"<HostPlan of {self.n_descriptors} kernel calls for {len(self._node_spans)} nodes, {kib:,.0f} KiB scratch>"
+        )

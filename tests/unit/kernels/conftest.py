@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pyggml.kernels.cpu.pool import Pool
 
 from pyggml.backends._host_ops import HostPlan
-from pyggml.kernels.cpu.pool import Pool
 from pyggml.tensor import Tensor, decode_array, encode_array
 from pyggml.types import Op, TensorFlag, Type
 
@@ -33,9 +33,11 @@ class Memory:
     def tensor(self, array: Any, type: str | Type | None = None, name: str = "") -> Tensor:
         """Return a tensor with an array's values, in numpy's order."""
         array = np.asarray(array)
-        kind = Type.of(type) if type is not None else {"i4": Type.I32, "i8": Type.I64}.get(array.dtype.str[1:], Type.F32)
+        kind = (
+            Type.of(type) if type is not None else {"i4": Type.I32, "i8": Type.I64}.get(array.dtype.str[1:], Type.F32)
+        )
         t = Tensor(kind, array.shape[::-1] or (1,), name=name)
-        return self.place(t, encode_array(t, array))
+        return self.place(t, encode_array(t, array).copy())
 
     def view(self, base: Tensor, ne: Sequence[int], nb: Sequence[int], offset: int = 0) -> Tensor:
         """Return a view with strides of its own."""

@@ -89,9 +89,7 @@ def experts_case(memory, rng, typ, n_token, n_x, *, n_used=2, n_expert=6, ids=No
     if ids is None:
         ids = np.stack([rng.permutation(n_expert)[:n_used] for _ in range(n_token)])
     full = memory.values(w).astype("f8")
-    want = np.stack(
-        [[full[e] @ x[t, u % n_x].astype("f8") for u, e in enumerate(row)] for t, row in enumerate(ids)]
-    )
+    want = np.stack([[full[e] @ x[t, u % n_x].astype("f8") for u, e in enumerate(row)] for t, row in enumerate(ids)])
     return w, memory.tensor(x), ids.astype("i4"), want
 
 

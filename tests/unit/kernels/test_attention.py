@@ -1,0 +1,177 @@
+"""ROPE and FLASH_ATTN_EXT against float64 definitions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from conftest import nmse
+from test_rows import normal, slopes, softmax
+
+from pyggml.tensor import pack_params
+from pyggml.types import Op, Type
+
+
+def rope_params(
+    n_dims, mode, *, n_ctx_orig=2048, base=10000.0, scale=1.0, ext=0.0, attn=1.0, fast=32.0, slow=1.0, at=0
+):
+    """Return ROPE's op_params."""
+    return pack_params(0, n_dims, mode, 0, n_ctx_orig, base, scale, ext, attn, fast, slow, 0, 0, 0, 0, at)
+
+
+def rope_define(x, positions, n_dims, mode, *, n_ctx_orig=2048, base=10000.0, scale=1.0, ext=0.0, attn=1.0, fast=32.0,
+                slow=1.0, at=0, divisors=None):  # fmt: skip
+    """Turn pairs of (token, head, row) by YaRN's angles, in float64."""
+    i = np.arange(n_dims // 2)
+    theta = positions[:, None] * base ** (-2.0 * i / n_dims) / (1 if divisors is None else divisors)
+    angle, magnitude = scale * theta, attn
+    if ext:
+
+        def pair(n):
+            return n_dims * math.log(n_ctx_orig / (n * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = max(0, math.floor(pair(fast))), min(n_dims - 1, math.ceil(pair(slow)))
+        mix = (1 - np.clip((i - low) / max(0.001, high - low), 0, 1)) * ext
+        angle = angle * (1 - mix) + theta * mix
+        magnitude *= 1 + 0.1 * math.log(1 / scale)
+    c, s = (f(angle)[:, None] * magnitude for f in (np.cos, np.sin))
+    y = x.astype("f8")
+    part = y[..., at : at + n_dims]
+    p, q = (part[..., 0::2], part[..., 1::2]) if mode == 0 else (part[..., : n_dims // 2], part[..., n_dims // 2 :])
+    turned = [p * c - q * s, p * s + q * c]
+    y[..., at : at + n_dims] = (
+        np.stack(turned, -1).reshape(part.shape) if mode == 0 else np.concatenate(turned, axis=-1)
+    )
+    return y
+
+
+@pytest.mark.parametrize("mode", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"at": 8}, {"scale": 0.25}, {"scale": 0.25, "ext": 1.0, "attn": 1.1}, {"base": 500000.0, "factors": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("n_dims", [64, 40])
+def test_rope(memory, mode, options, n_dims):
+    """Both kinds of pairs, part of a row, frequency factors, and YaRN's mixture turn as defined."""
+    options = dict(options)
+    has_factors = options.pop("factors", False)
+    x, positions = normal(7, 3, 72), np.array([0, 1, 5, 100, 2000, 3, 77], "i4")
+    divisors = np.linspace(1, 8, n_dims // 2).astype("f4") if has_factors else None
+    src = (memory.tensor(x), memory.tensor(positions), None if divisors is None else memory.tensor(divisors))
+    got = memory.compute(Op.ROPE, (72, 3, 7), *src, params=rope_params(n_dims, mode, **options))
+    want = rope_define(x, positions.astype("f8"), n_dims, mode, divisors=divisors, **options)
+    np.testing.assert_allclose(got, want, atol=2e-3)  # angles grow by repeated products of floats, as upstream's
+    assert nmse(got, want) < 1e-7
+
+
+@pytest.mark.parametrize("mode", [0, 2])
+def test_rope_in_place_and_shared_angles(memory, mode):
+    """ROPE may write where it reads, and nodes with the same positions share their angles."""
+    from pyggml.backends._host_ops import HostPlan
+
+    x, positions = normal(5, 2, 64), np.arange(5, dtype="i4")
+    t, pos = memory.tensor(x), memory.tensor(positions)
+    a = memory.node(Op.ROPE, t.ne, t, pos, None, params=rope_params(64, mode), into=t)
+    b = memory.node(Op.ROPE, t.ne, a, pos, None, params=rope_params(64, mode))
+    plan = HostPlan([a, b], lambda n: n.data)
+    assert plan.n_descriptors == 3
+    plan.run(memory.pool)
+    np.testing.assert_allclose(memory.values(b), rope_define(x, 2.0 * positions, 64, mode), atol=1e-5)
+
+
+def attention_define(q, k, v, mask, scale, max_bias=0.0, softcap=0.0, sinks=None):
+    """Attend in float64: q (batch, head, token, row), k and v with fewer heads."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.astype("f8").repeat(group, axis=1) for x in (k, v))
+    z = scale * (q.astype("f8") @ k.transpose(0, 1, 3, 2))
+    if softcap:
+        z = softcap * np.tanh(z / softcap)
+    if mask is not None:
+        z = z + slopes(q.shape[1], max_bias).reshape(-1, 1, 1) * mask.astype("f8")
+    return (softmax(z, sinks) @ v).transpose(0, 2, 1, 3)
+
+
+def causal(n_token: int, n_kv: int) -> np.ndarray:
+    """Return the mask of the last n_token of n_kv."""
+    hidden = np.arange(n_kv) > np.arange(n_token)[:, None] + n_kv - n_token
+    return np.where(hidden, -np.inf, 0).astype("f4")[None, None]
+
+
+@pytest.mark.parametrize(("n_token", "n_kv"), [(1, 1), (1, 300), (7, 64), (40, 130), (70, 70)])
+@pytest.mark.parametrize("kv_type", ["f16", "f32", "bf16", "q8_0"])
+def test_attention(memory, kv_type, n_token, n_kv):
+    """Grouped heads and a causal mask give softmax(q k) v, for every type of cache and number of tokens."""
+    q, k, v = normal(1, 6, n_token, 64), normal(1, 2, n_kv, 64, seed=1), normal(1, 2, n_kv, 32, seed=2)
+    mask = causal(n_token, n_kv)
+    kt, vt = memory.tensor(k, kv_type), memory.tensor(v, kv_type)
+    got = memory.compute(
+        Op.FLASH_ATTN_EXT, (32, 6, n_token, 1), memory.tensor(q), kt, vt, memory.tensor(mask, "f16"),
+        params=pack_params(0.125, 0.0, 0.0),
+    )  # fmt: skip
+    k, v = (memory.values(x).reshape(y.shape) for x, y in ((kt, k), (vt, v)))
+    want = attention_define(q, k, v, mask, 0.125)
+    assert nmse(got.reshape(want.shape), want) < 1e-10
+
+
+@pytest.mark.parametrize("options", [{"max_bias": 8.0}, {"softcap": 20.0}, {"sinks": True}, {"mask": False}], ids=str)
+def test_attention_options(memory, options):
+    """ALiBi, soft capping, sinks, and no mask at all act as defined; batches keep apart."""
+    q, k, v = normal(2, 3, 5, 40), normal(2, 3, 90, 40, seed=1), normal(2, 3, 90, 40, seed=2)
+    mask = causal(5, 90) if options.get("mask", True) else None
+    sinks = 2 * normal(3, seed=3) if options.get("sinks") else None
+    max_bias, softcap = options.get("max_bias", 0.0), options.get("softcap", 0.0)
+    src = [memory.tensor(q), memory.tensor(k), memory.tensor(v)]
+    src += [None if x is None else memory.tensor(x, t) for x, t in ((mask, "f16"), (sinks, "f32"))]
+    got = memory.compute(Op.FLASH_ATTN_EXT, (40, 3, 5, 2), *src, params=pack_params(0.2, max_bias, softcap))
+    want = attention_define(q, k, v, mask, 0.2, max_bias, softcap, sinks)
+    assert nmse(got, want) < 1e-10
+
+
+def test_attention_over_a_strided_cache(memory):
+    """Keys and values are permuted views of caches in which heads lie side by side."""
+    q, cache_k, cache_v = normal(3, 4, 64), normal(256, 2, 64, seed=1), normal(256, 2, 64, seed=2)
+    mask = causal(3, 200)
+    queries = memory.permute(memory.tensor(q), 0, 2, 1)
+    views = []
+    for x in (cache_k, cache_v):
+        t = memory.tensor(x, "f16")
+        views.append(memory.view(t, (64, 200, 2), (2, t.nb[2], t.nb[1])))
+    got = memory.compute(
+        Op.FLASH_ATTN_EXT, (64, 4, 3), queries, *views, memory.tensor(mask, "f16"), params=pack_params(0.125, 0.0, 0.0)
+    )
+    k, v = (x[:200].astype("f2").astype("f4").transpose(1, 0, 2)[None] for x in (cache_k, cache_v))
+    want = attention_define(q.transpose(1, 0, 2)[None], k, v, mask, 0.125)
+    assert nmse(got.reshape(want.shape), want) < 1e-10
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_hidden_keys_are_never_read(memory, kv_type):
+    """Cells that nobody wrote hold NaN, and do no harm behind the mask; a token that sees nothing gets zeros."""
+    k, v = normal(1, 1, 128, 32, seed=1), normal(1, 1, 128, 32, seed=2)
+    kt, vt = memory.tensor(k, kv_type), memory.tensor(v, kv_type)
+    for t in (kt, vt):
+        memory.arrays[-1 if t is vt else -2][t.nb[1] * 70 :] = 0xFF
+    mask = causal(4, 70)
+    mask = np.concatenate([mask, np.full((1, 1, 4, 58), -np.inf, "f4")], axis=-1)
+    mask[0, 0, 2] = -np.inf
+    q = normal(1, 1, 4, 32)
+    got = memory.compute(
+        Op.FLASH_ATTN_EXT, (32, 1, 4), memory.tensor(q), kt, vt, memory.tensor(mask, "f16"),
+        params=pack_params(0.2, 0.0, 0.0),
+    )  # fmt: skip
+    assert np.isfinite(got).all()
+    assert not got.reshape(4, 32)[2].any()
+
+
+def test_attention_types_are_kept_apart():
+    """The node's types decide support: a mask of floats is refused with its name."""
+    from pyggml.backends._host_ops import reason_unsupported, supports_op
+    from pyggml.tensor import Tensor
+
+    q, k = Tensor(Type.F32, (32, 4, 1)), Tensor(Type.F16, (32, 8, 1))
+    mask = Tensor(Type.F32, (8, 4), name="KQ_mask")
+    node = Tensor(Type.F32, (32, 1, 4), op=Op.FLASH_ATTN_EXT, src=(q, k, k, mask))
+    assert not supports_op(node)
+    assert "KQ_mask" in reason_unsupported(node)
