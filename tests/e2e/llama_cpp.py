@@ -1,4 +1,4 @@
-"""Real llama.cpp as an oracle: ``python llama_cpp.py MODEL TOKENS.npy OUT.npy [options]`` writes its logits.
+"""Real llama.cpp as an oracle: ``python llama_cpp.py JOBS.json OUT.npz`` writes its logits, one array for each job.
 
 It runs in a child process (`logits`), through the C API that the extension of xllamacpp exports, so that its thread pool
 and ours never meet. The two parameter structures are those of b11434, with the one field more of builds that have an
@@ -7,11 +7,12 @@ expert cache; the defaults that come back are checked, so that another layout is
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,32 @@ def library() -> Path | None:
     return next(Path(spec.origin).parent.glob("*.so"), None)
 
 
+@dataclass(frozen=True)
+class Job:
+    """A model to load, and tokens to decode in batches."""
+
+    model: str
+    tokens: list[int]
+    batch: int
+    kv: str = "F32"
+    flash: bool = False
+
+
+def run_jobs(jobs: Sequence[Job], folder: Path) -> list[npt.NDArray[np.float32]]:
+    """Return llama.cpp's logits for each token of each job, from one child process: float32, (n_token, n_vocab)."""
+    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    command = [sys.executable, __file__, str(folder / "jobs.json"), str(folder / "out.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "out.npz") as out:
+        return [out[str(i)] for i in range(len(jobs))]
+
+
 def logits(
     model: Path, tokens: Sequence[int], folder: Path, *, batch: int, kv: str = "F32", flash: bool = False
 ) -> npt.NDArray[np.float32]:
-    """Return llama.cpp's logits for each token, from a child process: float32, (n_token, n_vocab)."""
-    np.save(folder / "tokens.npy", np.asarray(tokens, np.int32))
-    command = [sys.executable, __file__, str(model), str(folder / "tokens.npy"), str(folder / "out.npy")]
-    command += ["--batch", str(batch), "--kv", kv, *(["--flash"] if flash else [])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    out: npt.NDArray[np.float32] = np.load(folder / "out.npy")
-    return out
+    """Return llama.cpp's logits for each token: float32, (n_token, n_vocab)."""
+    return run_jobs([Job(str(model), list(map(int, tokens)), batch, kv, flash)], folder)[0]
 
 
 class _Llama:
@@ -126,20 +142,17 @@ class _Llama:
 
 
 def main() -> None:
-    """Decode the tokens of a file and save the logits."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("tokens")
-    parser.add_argument("out")
-    parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--kv", choices=TYPES, default="F32")
-    parser.add_argument("--flash", action="store_true")
-    args = parser.parse_args()
-    tokens = np.load(args.tokens)
-    n_ctx = -(-max(len(tokens), 256) // 256) * 256
-    llama = _Llama(args.model, n_ctx, min(n_ctx, max(args.batch, 64)), args.kv, args.flash)
-    parts = [llama.decode(tokens[i : i + args.batch], i) for i in range(0, len(tokens), args.batch)]
-    np.save(args.out, np.concatenate(parts))
+    """Do the jobs of a file and save the logits."""
+    jobs_file, out_file = sys.argv[1:]
+    out: dict[str, npt.NDArray[np.float32]] = {}
+    for i, entry in enumerate(json.loads(Path(jobs_file).read_text())):
+        job = Job(**entry)
+        tokens = np.asarray(job.tokens, np.int32)
+        n_ctx = -(-max(len(tokens), 256) // 256) * 256
+        llama = _Llama(job.model, n_ctx, min(n_ctx, max(job.batch, 64)), job.kv, job.flash)
+        parts = [llama.decode(tokens[k : k + job.batch], k) for k in range(0, len(tokens), job.batch)]
+        out[str(i)] = np.concatenate(parts)
+    np.savez(out_file, **out)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def _weights(arch: str) -> Iterator[Weight]:
         yield _matrix(f"{layer}.ffn_down_exps", EXPERTS, N_EMBD, N_FF_EXP)
 
 
-def _tokenizer(writer: GGUFWriter) -> None:
+def write_tokenizer(writer: GGUFWriter) -> None:
+    """Write a vocabulary of bytes and padding."""
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
     types = [2, 3, 3] + [6] * 256
     tokens += [f"<pad{i}>" for i in range(len(tokens), VOCAB)]
@@ -117,7 +118,7 @@ def _metadata(writer: GGUFWriter, arch: str) -> None:
 def write_recorded_model(arch: str, path: Path, type: str = "F32") -> Path:
     """Write a model and return its path; an assertion fails if the bytes are others."""
     writer = GGUFWriter(str(path), arch)
-    _tokenizer(writer)
+    write_tokenizer(writer)
     _metadata(writer, arch)
     for name, values in _weights(arch):
         if type == "F32" or values.ndim == 1:
