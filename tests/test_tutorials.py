@@ -51,7 +51,7 @@ def run_page(path: Path) -> list[Example]:
     blocks = blocks_of(path.read_text(encoding="utf-8"))
     namespace: dict[str, object] = {"__name__": path.stem}
     examples = []
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+    for block, following in zip(blocks, [*blocks[1:], None], strict=False):
         if block.language != "python":
             continue
         code = compile("\n" * (block.line - 1) + block.text, str(path), "exec")  # so that errors tell the page's line
@@ -115,7 +115,23 @@ def test_shown_commands_exist(page: str, line: str, monkeypatch: pytest.MonkeyPa
         assert {w for w in words[1:] if "=" not in w} <= targets, f"{page}: {line}"
 
 
-@pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))], ids=str)
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/upstream.md", "CONTRIBUTING.md"])
+def test_named_code_exists(page: str) -> None:
+    """Files of the project that a page names are there; the names that it gives stand in the sources."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    paths = [path for top in ("pyggml", "kernels", "tests") for path in (ROOT / top).rglob("*.py")]
+    files = ["/" + path.relative_to(ROOT).as_posix() for path in paths]
+    words = set(re.findall(r"\w+", "".join(p.read_text(encoding="utf-8") for p in paths if "tests" not in p.parts)))
+    for code in re.findall(r"`([\w./]+)`", text):
+        if code.endswith(".py"):
+            assert any(file.endswith("/" + code) for file in files), f"{page}: there is no {code}"
+        elif page == "docs/architecture.md" and "/" not in code:
+            assert set(re.findall(r"\w+", code)) <= words, f"{page}: nothing is called {code}"
+
+
+@pytest.mark.parametrize(
+    "path", [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.stem
+)
 def test_links_lead_somewhere(path: Path) -> None:
     """Relative links of a page lead to files of the project."""
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
