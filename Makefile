@@ -1,0 +1,60 @@
+# Everything a newcomer needs, from a bare Python 3.11:
+#   make run [MODEL=path.gguf] [PROMPT="..."]   generate text over two devices, with a report
+#   make test | check | bench | docs | soak | clean
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  ?=
+PROMPT ?=
+ARGS   ?=
+
+# Kernels' threads that wait must not take the cores from the other test process.
+QUIET_THREADS := NUMBA_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+
+.PHONY: run test check bench docs soak clean
+.DEFAULT_GOAL := run
+
+$(VENV)/python.stamp:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pyggml needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/run.stamp: pyproject.toml | $(VENV)/python.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml | $(VENV)/python.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/run.stamp
+
+export MODEL PROMPT
+run: $(VENV)/run.stamp
+	@$(BIN)/pyggml demo $${MODEL:+--model "$$MODEL"} $${PROMPT:+--prompt "$$PROMPT"} $(ARGS)
+
+# Compiled once, before two processes would both do it.
+test: $(VENV)/test.stamp
+	$(QUIET_THREADS) $(BIN)/python -c 'from pyggml.commands._kernels import warm_up; warm_up()'
+	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not bench and not gpu' $(ARGS)
+
+check: $(VENV)/test.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy pyggml
+	rm -rf build  # else the wheel keeps modules that are gone
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel .
+	cd build/wheel && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache/wheel -p pyggml
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -s -m bench -p no:xdist tests/bench $(ARGS)
+
+soak: $(VENV)/test.stamp
+	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+# Tutorials are run as tests; what they print is what they say.
+docs: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -q tests/test_tutorials.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find pyggml kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
