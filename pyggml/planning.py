@@ -194,7 +194,7 @@ class Planner:
         file = model if isinstance(model, GGUFFile) else GGUFFile.open(model)
         return cls(
             file,
-            [*(_backend_of(d) for d in devices), _backend_of(cpu)],
+            _open_backends([*devices, cpu], data=data),
             placement=placement or PlacementFlags(),
             context=context or ContextFlags(),
             options=SchedOptions(strict, dialect, copier, offload_rule, recorder, debug),
@@ -404,7 +404,8 @@ class Planner:
         return f"<{type(self).__name__} of {self.hparams.arch} '{self.hparams.name}' on {names}>"
 
 
-def _backend_of(what: str | Device | Backend) -> Backend:
-    if isinstance(what, Backend):
-        return what
-    return (REGISTRY.open(what) if isinstance(what, str) else what).backend()
+def _open_backends(what: Sequence[str | Device | Backend], *, data: bool) -> list[Backend]:
+    """Return a backend for each; names are opened together, so that devices of one kind are numbered."""
+    opened = iter(REGISTRY.open_all([name for name in what if isinstance(name, str)], data=data))
+    devices = [next(opened) if isinstance(w, str) else w for w in what]
+    return [d if isinstance(d, Backend) else d.backend() for d in devices]

@@ -118,7 +118,7 @@ class _Llama:
         mp = self.lib.llama_model_default_params()
         mp.n_gpu_layers, mp.use_extra_bufts = 0, False
         model = self.lib.llama_model_load_from_file(path.encode(), mp)
-        cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_threads, cp.n_threads_batch = n_ctx, n_batch, n_batch, 2, 2
+        cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_threads, cp.n_threads_batch = n_ctx, n_batch, n_batch, 1, 1
         cp.flash_attn_type, cp.type_k, cp.type_v = int(flash), TYPES[kv], TYPES[kv]
         if model == ffi.NULL:
             raise SystemExit(f"llama.cpp does not load {path}")

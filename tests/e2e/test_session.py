@@ -190,6 +190,18 @@ def test_layers_on_either_side_give_the_same(llama, ngl):
         np.testing.assert_array_equal(s.decode(TOKENS), expected)
 
 
+def test_two_devices_share_the_layers_and_work_in_a_pipeline(llama):
+    """Two simulated devices are numbered, take layers by -ts, keep pipeline copies, and give the CPU's bits."""
+    with Session.open(llama, context=flags(n_ubatch=16)) as s:
+        expected = [s.decode(TOKENS), s.decode([4]), s.decode([5])]
+    options = {"devices": [SIM, SIM], "placement": PlacementFlags(tensor_split=(1.0, 1.0))}
+    with Session.open(llama, context=flags(n_ubatch=16), **options) as s:
+        assert [d.name for d in (*s.placement.layers, s.placement.output)] == ["SIM0", "SIM0", "SIM1", "SIM1"]
+        assert s.sched.n_copies == 4
+        for a, b in zip(expected, [s.decode(TOKENS), s.decode([4]), s.decode([5])], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 # -- reuse -------------------------------------------------------------------
 
 
