@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,3 +123,17 @@ def test_kernels_know_nothing_of_pyggml() -> None:
                 assert (node.module or "").split(".")[0] != "pyggml" or node.level, f"{path}:{node.lineno}"
             elif isinstance(node, ast.Import):
                 assert not [a for a in node.names if a.name.split(".")[0] == "pyggml"], f"{path}:{node.lineno}"
+
+
+def test_the_page_tells_the_same_rooms() -> None:
+    """The table in docs/architecture.md has every module at the top of the package, with the number of its room."""
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    told = {
+        module: int(number)
+        for number, modules in re.findall(r"^\| (\d) \| (.*?) \|", page, re.MULTILINE)
+        for module in re.findall(r"`(\w+)(?:\.py|/)", modules)
+    }
+    own = {path.stem for path in (ROOT / "pyggml").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert {name: _ROOMS[name] for name in own if name not in ("__init__", "__main__")} == {
+        name: number for name, number in told.items() if name != "__init__"
+    } | {"sched": 5}
