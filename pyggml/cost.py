@@ -1,7 +1,7 @@
-"""Profiles of devices and links, and what they make of bytes: seconds.
+"""Profiles of devices and links, and the one cost formula: how many seconds bytes and operations take.
 
-The profile of a simulated device tells how much memory it has and how fast its link is. Numbers are the makers' data
-sheets; links are given at 80 per cent of what the bus can carry, as large copies from pinned memory reach about that.
+Peak numbers are the makers' data sheets. What programs reach of them is stated once, below: `EFFICIENCY` of arithmetic,
+of memory, and of a link. A profile is for plans and comparisons, not for predicting a benchmark.
 """
 
 from __future__ import annotations
@@ -11,73 +11,138 @@ from dataclasses import dataclass
 
 from .errors import DeviceUnavailableError
 
-__all__ = ["PROFILES", "DeviceProfile", "LinkProfile", "parse_profile"]
+__all__ = ["CPU_PROFILE", "EFFICIENCY", "PROFILES", "DeviceProfile", "LinkProfile", "Work", "parse_profile"]
 
 _GIB = 1024**3
 _GB = 1e9
+_T = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """What programs reach of a data sheet's peak."""
+
+    arithmetic: float = 0.45  #: of ggml's matrix kernels, of the type's peak
+    memory: float = 0.8
+    link: float = 0.8  #: of large copies from pinned memory, of what the bus can carry
+    pageable: float = 0.5  #: of a copy from pinned memory (llama.cpp, pull request 20978: 298 against 544 tokens/s)
+
+
+#: The assumptions that every profile shares.
+EFFICIENCY = Efficiency()
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What computing a node takes, whatever the device.
+
+    Attributes
+    ----------
+    flops : float
+        Operations; a multiplication with addition is two.
+    n_bytes : float
+        Bytes of memory read and written.
+    is_int8 : bool
+        Whether the operations are products of quantised weights.
+    n_kernels : int
+        Launches.
+    """
+
+    flops: float = 0.0
+    n_bytes: float = 0.0
+    is_int8: bool = False
+    n_kernels: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class LinkProfile:
     """A link between host and device."""
 
-    bytes_per_s: float  #: of large copies, either way
+    bytes_per_s: float  #: of large copies from pinned memory, either way
     latency_s: float = 10e-6  #: from the call to the first byte
 
-    def seconds(self, n_bytes: int, *, n_copies: int = 1) -> float:
+    def seconds(self, n_bytes: int, *, n_copies: int = 1, is_pinned: bool = True) -> float:
         """Return the time that ``n_copies`` copies of ``n_bytes`` in all take, one after the other."""
-        return n_copies * self.latency_s + n_bytes / self.bytes_per_s
+        rate = self.bytes_per_s * (1.0 if is_pinned else EFFICIENCY.pageable)
+        return n_copies * self.latency_s + n_bytes / rate
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """A device that need not be there."""
+    """A device that need not be there; rates are peaks."""
 
     name: str
     description: str
     memory_bytes: int
     memory_bytes_per_s: float
+    flops_per_s: float  #: 16-bit products summed in 32 bits, matrix units included
+    int8_per_s: float  #: 8-bit products, matrix units included
     link: LinkProfile
     source: str  #: where the numbers are from
+    launch_s: float = 3e-6  #: from the end of one kernel to the start of the next
     is_pinned: bool = False  #: whether it offers pinned host memory, as CUDA does; what is placed on the CPU goes there
+
+    def seconds(self, work: Work) -> float:
+        """Return the time that a node takes: its launch, and the longer of arithmetic and memory."""
+        peak = self.int8_per_s if work.is_int8 else self.flops_per_s
+        arithmetic_s = work.flops / (peak * EFFICIENCY.arithmetic)
+        memory_s = work.n_bytes / (self.memory_bytes_per_s * EFFICIENCY.memory)
+        return work.n_kernels * self.launch_s + max(arithmetic_s, memory_s)
 
 
 def _pcie(generation: int) -> LinkProfile:
-    """Return 80 per cent of 16 lanes: 15.75, 31.5 and 63 GB/s for generations 3, 4 and 5."""
-    return LinkProfile(0.8 * 15.75 * _GB * 2 ** (generation - 3))
+    """Return a link of 16 lanes: 15.75, 31.5 and 63 GB/s for generations 3, 4 and 5."""
+    return LinkProfile(EFFICIENCY.link * 15.75 * _GB * 2 ** (generation - 3))
+
+
+def _gpu(
+    name: str,
+    title: str,
+    memory_gib: int,
+    memory_gb_per_s: float,
+    tflops: float,
+    int8_tops: float,
+    pcie: int,
+    source: str,
+) -> DeviceProfile:
+    description = f"NVIDIA {title}, PCIe {pcie}.0 x16"
+    return DeviceProfile(
+        name, description, memory_gib * _GIB, memory_gb_per_s * _GB, tflops * _T, int8_tops * _T, _pcie(pcie), source
+    )
 
 
 #: Profiles by name.
 PROFILES: dict[str, DeviceProfile] = {
     p.name: p
     for p in (
-        DeviceProfile(
-            "rtx3060-pcie4", "NVIDIA GeForce RTX 3060, PCIe 4.0", 12 * _GIB, 360 * _GB, _pcie(4),
-            "NVIDIA GA106 data sheet: 12 GB, 360 GB/s",
-        ),
-        DeviceProfile(
-            "rtx3090-pcie4", "NVIDIA GeForce RTX 3090, PCIe 4.0", 24 * _GIB, 936 * _GB, _pcie(4),
-            "NVIDIA GA102 white paper: 24 GB, 936 GB/s",
-        ),
-        DeviceProfile(
-            "rtx4090-pcie4", "NVIDIA GeForce RTX 4090, PCIe 4.0", 24 * _GIB, 1008 * _GB, _pcie(4),
-            "NVIDIA Ada white paper: 24 GB, 1008 GB/s",
-        ),
-        DeviceProfile(
-            "rtx5090-pcie5", "NVIDIA GeForce RTX 5090, PCIe 5.0", 32 * _GIB, 1792 * _GB, _pcie(5),
-            "NVIDIA Blackwell white paper: 32 GB, 1792 GB/s",
-        ),
-        DeviceProfile(
-            "a100-pcie4", "NVIDIA A100 80 GB, PCIe 4.0", 80 * _GIB, 1935 * _GB, _pcie(4),
-            "NVIDIA A100 data sheet: 80 GB, 1935 GB/s",
-        ),
-        DeviceProfile(
-            "h100-pcie5", "NVIDIA H100 PCIe, PCIe 5.0", 80 * _GIB, 2000 * _GB, _pcie(5),
-            "NVIDIA H100 data sheet: 80 GB, 2 TB/s",
-        ),
+        _gpu("rtx3060-pcie4", "GeForce RTX 3060", 12, 360, 25.5, 102, 4, "NVIDIA GA102/GA106 white paper"),
+        _gpu("rtx3090-pcie4", "GeForce RTX 3090", 24, 936, 71, 284, 4, "NVIDIA GA102 white paper, appendix A"),
+        _gpu("rtx3090-pcie3", "GeForce RTX 3090", 24, 936, 71, 284, 3, "NVIDIA GA102 white paper, appendix A"),
+        _gpu("rtx4060ti-pcie4", "GeForce RTX 4060 Ti 16 GB", 16, 288, 44, 177, 4, "NVIDIA Ada white paper"),
+        _gpu("rtx4090-pcie4", "GeForce RTX 4090", 24, 1008, 165.2, 660.6, 4, "NVIDIA Ada white paper, appendix A"),
+        _gpu("rtx5090-pcie5", "GeForce RTX 5090", 32, 1792, 209.5, 838, 5, "NVIDIA RTX Blackwell white paper"),
+        _gpu("rtxpro6000-pcie5", "RTX PRO 6000 Blackwell", 96, 1792, 252, 1007, 5, "NVIDIA RTX PRO 6000 data sheet"),
+        _gpu("a100-pcie4", "A100 80 GB PCIe", 80, 1935, 312, 624, 4, "NVIDIA A100 data sheet"),
+        _gpu("h100-pcie5", "H100 PCIe", 80, 2000, 756, 1513, 5, "NVIDIA H100 data sheet, without sparsity"),
+        _gpu("l4-pcie4", "L4", 24, 300, 121, 242, 4, "NVIDIA L4 data sheet, without sparsity"),
     )
-}  # fmt: skip
+}
 
+#: The host that simulated devices are plugged into: eight cores at 5 GHz with AVX2 and VNNI, two channels DDR5-5600.
+CPU_PROFILE = DeviceProfile(
+    "desktop-ddr5",
+    "8 cores, 2 channels DDR5-5600",
+    64 * _GIB,
+    89.6 * _GB,
+    1.28 * _T,  # 8 cores x 5 GHz x 32 operations of AVX2
+    5.12 * _T,  # four times as many with VNNI
+    LinkProfile(0.5 * 89.6 * _GB, 1e-6),  # a copy in memory reads and writes
+    "JEDEC DDR5-5600; arithmetic counted from instructions",
+    launch_s=1e-6,
+)
+
+#: Of custom devices, whose arithmetic nobody states: between those of the cards above (76 to 160 without the servers').
+_FLOPS_PER_BYTE = 100.0
 _CUSTOM = re.compile(
     r"(?P<memory>[\d.]+)(?P<unit>[MG])i?B,(?P<bandwidth>[\d.]+)GB/s,(?P<link>[\d.]+)GB/s(?P<pinned>,pinned)?",
     re.IGNORECASE,
@@ -113,5 +178,14 @@ def parse_profile(text: str) -> DeviceProfile:
     if memory < 1 or link <= 0 or bandwidth <= 0:
         raise DeviceUnavailableError(f"sim:{text}", "sizes and rates must be above 0")
     description = f"custom device ({numbers})"
-    pinned = found["pinned"] is not None
-    return DeviceProfile(text, description, int(memory), bandwidth, LinkProfile(link), "given", pinned)
+    return DeviceProfile(
+        text,
+        description,
+        int(memory),
+        bandwidth,
+        _FLOPS_PER_BYTE * bandwidth,
+        4 * _FLOPS_PER_BYTE * bandwidth,
+        LinkProfile(link),
+        "given; arithmetic in proportion to memory",
+        is_pinned=found["pinned"] is not None,
+    )

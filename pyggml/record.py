@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from .clock import Span
 
 __all__ = [
     "AllocRecord",
     "ComputeRecord",
     "CopyRecord",
     "NullRecorder",
+    "ReadRecord",
     "Record",
     "Recorder",
     "Recording",
@@ -41,6 +45,7 @@ class CopyRecord:
     reason: CopyReason
     start_s: float  #: of the host's clock, `time.perf_counter`
     end_s: float
+    virtual: Span | None = None  #: on the virtual clock, if there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class ComputeRecord:
     first: str  #: name of the first node
     start_s: float
     end_s: float  #: when the call returned; the work may go on
+    virtual: Span | None = None  #: of the work itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,19 @@ class WaitRecord:
     backend: str
     start_s: float
     end_s: float
+    virtual: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRecord:
+    """The host read ids from a backend."""
+
+    tensor: str
+    backend: str
+    size_bytes: int
+    start_s: float
+    end_s: float
+    virtual: Span | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +108,7 @@ class AllocRecord:
     size_bytes: int
 
 
-Record = CopyRecord | UsedExpertsRecord | ComputeRecord | WaitRecord | AllocRecord
+Record = CopyRecord | UsedExpertsRecord | ReadRecord | ComputeRecord | WaitRecord | AllocRecord
 
 
 class Recorder(Protocol):
@@ -134,7 +153,7 @@ class Recording:
 
 
 class Statistics:
-    """Counts made from records.
+    """Counts of what was copied and computed; kept by the scheduler at all times, as they cost next to nothing.
 
     Attributes
     ----------
@@ -165,20 +184,17 @@ class Statistics:
         self.n_copies = self.bytes_copied = self.bytes_full = self.n_launches = self.n_waits = 0
         self.bytes_by_reason = {"input": 0, "activation": 0, "weight": 0, "experts": 0}
 
-    def record(self, record: Record) -> None:
-        """Count one record."""
-        if isinstance(record, CopyRecord):
-            self.n_copies += 1
-            self.bytes_copied += record.size_bytes
-            self.bytes_by_reason[record.reason] += record.size_bytes
-            if record.reason != "experts":
-                self.bytes_full += record.tensor_bytes
-        elif isinstance(record, UsedExpertsRecord):
-            self.bytes_full += record.tensor_bytes
-        elif isinstance(record, ComputeRecord):
-            self.n_launches += 1
-        elif isinstance(record, WaitRecord):
-            self.n_waits += 1
+    def count_copy(self, size_bytes: int, tensor_bytes: int, reason: CopyReason) -> None:
+        """Count one copy; pieces of an expert weight count as a whole one by `count_experts`."""
+        self.n_copies += 1
+        self.bytes_copied += size_bytes
+        self.bytes_by_reason[reason] += size_bytes
+        if reason != "experts":
+            self.bytes_full += tensor_bytes
+
+    def count_experts(self, tensor_bytes: int) -> None:
+        """Count what a whole copy of an expert weight would have moved."""
+        self.bytes_full += tensor_bytes
 
     def __repr__(self) -> str:
         return (

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
-from typing import Literal
 
 from ..backend import Backend, Event
 from ..buffer import tensor_copy
 from ..graph import GraphView
-from ..record import ComputeRecord, CopyReason, CopyRecord, Record, WaitRecord
+from ..record import CopyReason
 from ..tensor import Tensor
 from ..types import BufferUsage, TensorFlag
+from .log import RunLog
 from .policies import InputCopier
 from .state import Assignment, Copies, Machine, Split
 
@@ -28,8 +27,8 @@ class SplitRun:
 
     Attributes
     ----------
-    record : callable or None
-        Takes records; None if nobody does.
+    log : RunLog
+        Is told of every copy, wait and launch.
     """
 
     machine: Machine
@@ -40,7 +39,7 @@ class SplitRun:
     events: Sequence[Sequence[Event | None]]
     copier: InputCopier
     eval_callback: EvalCallback | None
-    record: Callable[[Record], None] | None
+    log: RunLog
 
     def copy_of(self, tensor: Tensor, backend_id: int) -> Tensor:
         """Return the current copy of a split input on a backend."""
@@ -55,57 +54,33 @@ class SplitRun:
         cause = self.asg.cause(tensor)
         return () if cause is None else (f"'{tensor.name}': {cause.text} ({cause.value})",)
 
-    def now(self) -> float:
-        """Return the host's time in seconds; 0 if nobody records."""
-        return 0.0 if self.record is None else perf_counter()
-
     # -- waits ---------------------------------------------------------------
 
-    def synchronize(self, i_split: int, backend: Backend) -> None:
+    def synchronize(self, i_split: int, backend_id: int) -> None:
         """Let the host wait for all work of a backend."""
-        start_s = self.now()
-        backend.synchronize()
-        self._waited(i_split, "synchronize", backend, start_s)
+        start_s = self.log.now()
+        self.machine.backends[backend_id].synchronize()
+        self.log.waited(i_split, "synchronize", backend_id, self.cur_copy, start_s)
 
     def host_wait(self, i_split: int, backend_id: int) -> None:
         """Let the host wait until a backend's last use of this pipeline copy is over."""
         event = self.events[backend_id][self.cur_copy]
-        backend = self.machine.backends[backend_id]
         if event is None:
-            self.synchronize(i_split, backend)
+            self.synchronize(i_split, backend_id)
             return
-        start_s = self.now()
+        start_s = self.log.now()
         event.synchronize()
-        self._waited(i_split, "event_synchronize", backend, start_s)
+        self.log.waited(i_split, "event_synchronize", backend_id, self.cur_copy, start_s)
 
     def stream_wait(self, i_split: int, backend_id: int) -> None:
         """Let a backend wait until its last use of this pipeline copy is over; without events the host waits."""
         event = self.events[backend_id][self.cur_copy]
-        backend = self.machine.backends[backend_id]
         if event is None:
-            self.synchronize(i_split, backend)
+            self.synchronize(i_split, backend_id)
             return
-        start_s = self.now()
-        backend.event_wait(event)
-        self._waited(i_split, "event_wait", backend, start_s)
-
-    def _waited(
-        self,
-        i_split: int,
-        what: Literal["synchronize", "event_synchronize", "event_wait"],
-        backend: Backend,
-        start_s: float,
-    ) -> None:
-        if self.record is not None:
-            self.record(WaitRecord(i_split, what, backend.name, start_s, perf_counter()))
-
-    def copied(self, i_split: int, tensor: Tensor, reason: CopyReason, start_s: float) -> None:
-        """Record a whole copy of a split's input."""
-        if self.record is not None:
-            dst = self.machine.backends[self.splits[i_split].backend_id].name
-            size = tensor.nbytes
-            src = self.backend_of(tensor).name
-            self.record(CopyRecord(i_split, tensor.name, src, dst, 0, size, size, reason, start_s, perf_counter()))
+        start_s = self.log.now()
+        self.machine.backends[backend_id].event_wait(event)
+        self.log.waited(i_split, "event_wait", backend_id, self.cur_copy, start_s)
 
 
 def compute_splits(run: SplitRun) -> None:
@@ -138,6 +113,7 @@ def compute_splits(run: SplitRun) -> None:
         event = run.events[b][run.cur_copy]
         if event is not None and (split.inputs or dialect.record_every_split):
             run.machine.backends[b].event_record(event)
+            run.log.recorded_event(b, run.cur_copy)
         previous = b
 
 
@@ -146,34 +122,35 @@ def _copy_input(run: SplitRun, i_split: int, i_input: int) -> None:
     b = split.backend_id
     tensor = split.inputs[i_input]
     copy = run.copy_of(tensor, b)
+    source = run.asg.ids[tensor]
     if tensor.flags & TensorFlag.INPUT:
         # at once: the user may overwrite an input as soon as compute_async returns
         run.host_wait(i_split, b)
-        start_s = run.now()
+        start_s = run.log.now()
         tensor_copy(tensor, copy)
-        run.copied(i_split, tensor, "input", start_s)
+        run.log.copied(i_split, tensor, source, b, "input", start_s, is_async=False)
         return
     run.stream_wait(i_split, b)
     if run.copier.copy_input(run, i_split, i_input):
         return
     is_weight = tensor.buffer is not None and tensor.buffer.usage is BufferUsage.WEIGHTS
-    start_s = run.now()
-    input_backend = run.backend_of(tensor)
-    if not run.machine.backends[b].cpy_tensor_async(input_backend, tensor, copy):
-        run.synchronize(i_split, input_backend)
+    start_s = run.log.now()
+    is_async = run.machine.backends[b].cpy_tensor_async(run.machine.backends[source], tensor, copy)
+    if not is_async:
+        run.synchronize(i_split, source)
         run.host_wait(i_split, b)
-        start_s = run.now()
+        start_s = run.log.now()
         tensor_copy(tensor, copy)
-    run.copied(i_split, tensor, "weight" if is_weight else "activation", start_s)
+    reason: CopyReason = "weight" if is_weight else "activation"
+    run.log.copied(i_split, tensor, source, b, reason, start_s, is_async=is_async)
 
 
 def _launch(run: SplitRun, i_split: int) -> None:
     """Give a split's nodes to its backend: all at once, or in parts that end where the eval callback wants data."""
     split = run.splits[i_split]
-    backend = run.machine.backends[split.backend_id]
     callback = run.eval_callback
     if callback is None:
-        _compute(run, i_split, backend, split.graph)
+        _compute(run, i_split, split.graph)
         return
     nodes = split.graph.nodes
     start = 0
@@ -183,17 +160,15 @@ def _launch(run: SplitRun, i_split: int) -> None:
         while not wanted and end + 1 < len(nodes):
             end += 1
             wanted = callback(nodes[end], True)
-        _compute(run, i_split, backend, split.graph.view(start, end + 1))
-        run.synchronize(i_split, backend)
+        _compute(run, i_split, split.graph.view(start, end + 1))
+        run.synchronize(i_split, split.backend_id)
         if wanted and not callback(nodes[end], False):
             return
         start = end + 1
 
 
-def _compute(run: SplitRun, i_split: int, backend: Backend, graph: GraphView) -> None:
-    start_s = run.now()
-    backend.graph_compute(graph)
-    if run.record is not None:
-        nodes = graph.graph.nodes
-        first = nodes[graph.i_start].name if len(graph) else ""
-        run.record(ComputeRecord(i_split, backend.name, len(graph), first, start_s, perf_counter()))
+def _compute(run: SplitRun, i_split: int, graph: GraphView) -> None:
+    backend_id = run.splits[i_split].backend_id
+    start_s = run.log.now()
+    run.machine.backends[backend_id].graph_compute(graph)
+    run.log.launched(i_split, backend_id, graph, start_s)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..dialect import Repairs
 from ..errors import ExpertIdError, SchedError
-from ..record import CopyRecord, UsedExpertsRecord
 from ..tensor import Tensor
 from ..types import BufferUsage, Op
 from .experts import expert_copy_ranges, find_bad_id, used_experts
@@ -93,12 +92,14 @@ class _IdsRead:
 
     __slots__ = ("backend", "tensor", "used", "words")
 
-    def __init__(self, tensor: Tensor, backend: Backend) -> None:
+    def __init__(self, run: SplitRun, tensor: Tensor, backend_id: int) -> None:
         self.tensor = tensor
-        self.backend = backend
+        self.backend = backend = run.machine.backends[backend_id]
         self.words = array("i", bytes(tensor.nbytes))
+        start_s = run.log.now()
         backend.get_tensor_async(tensor, self.words.buffer_info()[0], 0, tensor.nbytes)
         backend.synchronize()
+        run.log.ids_read(tensor, backend_id, start_s)
         ne, nb = tensor.ne, tensor.nb
         self.used = used_experts(self.words, n_used=ne[0], n_token=ne[1], strides=(nb[0] // 4, nb[1] // 4))
 
@@ -145,66 +146,49 @@ class UpstreamCopier(FullCopier):
         copy = run.copy_of(weight, split.backend_id)
         if not takes_used_experts(split, weight, copy):
             return False
-        run.synchronize(i_split, run.backend_of(weight))
+        run.synchronize(i_split, run.asg.ids[weight])
         ids = split.graph.graph.nodes[split.graph.i_start].src[2]
         assert ids is not None
         if ids.is_empty and run.machine.dialect.skip_empty_ids:
             self._copied(copy, set())
             return True
-        backend = run.machine.backends[split.backend_id]
+        there = split.backend_id
+        original = ids
         for later in split.inputs[i_input + 1 :]:
             if run.copy_of(later, split.backend_id) is ids:  # not copied yet: the original is what will be there
-                ids, backend = later, run.backend_of(later)
+                original, there = later, run.asg.ids[later]
                 break
-        self._copy_experts(run, i_split, weight, copy, self._read(run, ids, backend, weight))
+        used = self._used(run, original, there, weight)
+        run.log.experts(i_split, weight, original, used, is_added=False)
+        run.log.used[ids] = len(used)
+        self._send(run, i_split, weight, copy, used)
+        self._copied(copy, used)
         return True
 
-    def _read(self, run: SplitRun, ids: Tensor, backend: Backend, weight: Tensor) -> _IdsRead:
-        """Return ids as read before, or read them."""
+    def _used(self, run: SplitRun, ids: Tensor, backend_id: int, weight: Tensor) -> set[int]:
+        """Return the experts that ids name, as read before or read now."""
         if self._ids is None or self._ids.tensor is not ids:
             self._ids = None  # a read that fails leaves nothing behind
-            self._ids = _IdsRead(ids, backend)
+            self._ids = _IdsRead(run, ids, backend_id)
         self._ids.check(weight, weight.ne[2], run.causes_of(ids))
-        return self._ids
-
-    def _copy_experts(self, run: SplitRun, i_split: int, weight: Tensor, copy: Tensor, ids: _IdsRead) -> None:
-        self._send(run, i_split, weight, copy, ids.used, ids.tensor.name)
-        self._copied(copy, ids.used)
+        return self._ids.used
 
     def _copied(self, copy: Tensor, used: set[int]) -> None:
         """Take note of what is on the device; upstream does not."""
 
     @staticmethod
-    def _send(
-        run: SplitRun,
-        i_split: int,
-        weight: Tensor,
-        copy: Tensor,
-        experts: set[int],
-        ids_name: str,
-        *,
-        is_added: bool = False,
-    ) -> None:
+    def _send(run: SplitRun, i_split: int, weight: Tensor, copy: Tensor, experts: set[int]) -> None:
         """Copy experts in stream order, one call for each run of neighbours."""
-        split = run.splits[i_split]
-        backend = run.machine.backends[split.backend_id]
-        n_expert, expert_bytes = weight.ne[2], weight.nb[2]
-        if run.record is not None:
-            whole = 0 if is_added else weight.nbytes
-            used = tuple(sorted(experts))
-            run.record(UsedExpertsRecord(i_split, weight.name, ids_name, used, n_expert, expert_bytes, whole))
+        src, dst = run.asg.ids[weight], run.splits[i_split].backend_id
+        backend = run.machine.backends[dst]
         assert weight.data is not None
-        for r in expert_copy_ranges(experts, n_expert, expert_bytes, tensor_bytes=weight.nbytes):
-            start_s = run.now()
+        for r in expert_copy_ranges(experts, weight.ne[2], weight.nb[2], tensor_bytes=weight.nbytes):
+            start_s = run.log.now()
             backend.set_tensor_async(copy, weight.data + r.offset_bytes, r.offset_bytes, r.size_bytes)
-            if run.record is not None:
-                src = run.backend_of(weight).name
-                run.record(
-                    CopyRecord(
-                        i_split, weight.name, src, backend.name, r.offset_bytes, r.size_bytes, weight.nbytes,
-                        "experts", start_s, run.now(),
-                    )
-                )  # fmt: skip
+            run.log.copied(
+                i_split, weight, src, dst, "experts", start_s,
+                offset=r.offset_bytes, size=r.size_bytes, is_async=True,
+            )  # fmt: skip
 
 
 class _LaterUse:
@@ -285,13 +269,12 @@ class UsedExpertCopier(UpstreamCopier):
             elif use.ids.is_empty:
                 continue
             else:
-                backend = run.machine.backends[run.splits[i_split].backend_id]
-                needed = self._read(run, use.ids, backend, use.weight).used
+                needed = self._used(run, use.ids, run.splits[i_split].backend_id, use.weight)
             missing = needed - present
             if missing:
                 present |= missing
-                ids_name = "" if use.ids is None else use.ids.name
-                self._send(run, i_split, use.weight, use.copy, missing, ids_name, is_added=True)
+                run.log.experts(i_split, use.weight, use.ids, missing, is_added=True)
+                self._send(run, i_split, use.weight, use.copy, missing)
 
     def after_compute(self, run: SplitRun, i_split: int) -> None:
         """Forget ids whose memory the split wrote."""

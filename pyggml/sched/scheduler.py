@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -41,15 +41,17 @@ from .. import config
 from ..alloc import Gallocr
 from ..backend import Backend, Event
 from ..buffer import BufferType
+from ..clock import VirtualClock
 from ..dialect import DEFAULT_DIALECT, Dialect, Repairs
 from ..errors import SchedError
 from ..graph import Graph
-from ..record import AllocRecord, Record, Recorder, Statistics
+from ..record import AllocRecord, Recorder, Statistics
 from ..tensor import Tensor
 from ..types import SCHED_MAX_COPIES, BufferUsage, DeviceType
 from .assign import OffloadOp, assign
 from .compute import EvalCallback, SplitRun, compute_splits
 from .debug import assignments_text
+from .log import RunLog
 from .policies import InputCopier, UpstreamCopier, UsedExpertCopier, default_offload
 from .split import CutMemory, Cutter, make_sched_graph, optimize_splits
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
@@ -82,6 +84,8 @@ class Scheduler:
         ``(backend, tensor) -> bool``; the device's own rule by default.
     recorder : Recorder, optional
         Takes a record of everything that happens.
+    clock : VirtualClock, optional
+        Keeps the times that everything would take on other machines; records carry them.
     eval_callback : callable, optional
         ``(tensor, ask) -> bool``; see `EvalCallback`.
     debug : int, optional
@@ -111,6 +115,7 @@ class Scheduler:
         copier: InputCopier | None = None,
         offload_rule: OffloadOp | None = None,
         recorder: Recorder | None = None,
+        clock: VirtualClock | None = None,
         eval_callback: EvalCallback | None = None,
         debug: int | None = None,
     ) -> None:
@@ -132,6 +137,7 @@ class Scheduler:
         #: counts of all that was copied and computed since the scheduler was made, or since ``stats.clear()``
         self.stats = Statistics()
         self.recorder = recorder
+        self.clock = clock
 
         self.assignment = Assignment()
         self.splits: list[Split] = []
@@ -416,20 +422,9 @@ class Scheduler:
         compute_splits(
             SplitRun(
                 self.machine, self.splits, self.copies, self.assignment, self.cur_copy, self.events, self.copier,
-                self.eval_callback, self._record_call(),
+                self.eval_callback, RunLog(self.machine, self.stats, self.recorder, self.clock),
             )
         )  # fmt: skip
-
-    def _record_call(self) -> Callable[[Record], None]:
-        if self.recorder is None:
-            return self.stats.record
-        stats, recorder = self.stats.record, self.recorder.record
-
-        def both(record: Record) -> None:
-            stats(record)
-            recorder(record)
-
-        return both
 
     def synchronize(self) -> None:
         """Wait for all work of all backends.
@@ -442,8 +437,10 @@ class Scheduler:
             self._synchronize()
 
     def _synchronize(self) -> None:
-        for backend in self.backends:
+        for i, backend in enumerate(self.backends):
             backend.synchronize()
+            if self.clock is not None:
+                self.clock.synchronize(i)
         if not self.is_alloc:
             self.next_copy = 0
 

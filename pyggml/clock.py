@@ -1,0 +1,162 @@
+"""`VirtualClock`: when things would happen on devices that are not there.
+
+The host makes calls in order; each backend does what it was given in order; a link carries one copy each way at a time.
+The clock is told of every call that the scheduler makes and keeps three kinds of times: the host's, each backend's
+stream's, and each link's. It knows nothing of the machine that it runs on, so the same calls give the same times.
+
+What is assumed: the CPU computes while the host waits; a copy from pinned memory to a device runs behind the host's back
+in the device's stream, one from pageable memory holds the host until it is staged, a read holds it until the bytes are
+there; launches cost the device, not the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from .cost import DeviceProfile, Work
+from .tensor import Tensor
+from .work import UsedExperts, node_work
+
+__all__ = ["Span", "VirtualClock"]
+
+
+class Span(NamedTuple):
+    """An interval of virtual time, in seconds since the clock was made."""
+
+    start_s: float
+    end_s: float
+
+
+class VirtualClock:
+    """Virtual times of a host and its backends.
+
+    Parameters
+    ----------
+    profiles : sequence of DeviceProfile
+        Of each backend of a scheduler, in its order; the last is the host's own.
+
+    Attributes
+    ----------
+    host_s : float
+        The host's time.
+    stream_s : list of float
+        When each backend has done all that it was given.
+    busy_s : list of float
+        How long each backend computed.
+
+    Examples
+    --------
+    >>> from pyggml.cost import CPU_PROFILE, PROFILES
+    >>> clock = VirtualClock([PROFILES["rtx4090-pcie4"], CPU_PROFILE])
+    >>> span = clock.copy(1, 0, 252_000_000, is_async=True, is_pinned=True)
+    >>> round(span.end_s * 1e3, 2), clock.host_s       # ten milliseconds of link, the host went on
+    (10.01, 0.0)
+    >>> _ = clock.synchronize(0)
+    >>> round(clock.host_s * 1e3, 2)
+    10.01
+    """
+
+    def __init__(self, profiles: Sequence[DeviceProfile]) -> None:
+        self.profiles = list(profiles)
+        self.cpu = len(self.profiles) - 1
+        self._works: dict[tuple[object, ...], float] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again at zero."""
+        n = len(self.profiles)
+        self.host_s = 0.0
+        self.stream_s = [0.0] * n
+        self.busy_s = [0.0] * n
+        self._to_device_s = [0.0] * n  # when each link is free
+        self._from_device_s = [0.0] * n
+        self._events: dict[tuple[int, int], float] = {}
+
+    # -- copies --------------------------------------------------------------
+
+    def copy(self, src: int, dst: int, n_bytes: int, *, is_async: bool, is_pinned: bool) -> Span:
+        """Carry bytes from the memory of one backend to that of another.
+
+        Parameters
+        ----------
+        src, dst : int
+            Indices of the backends; the last is the host.
+        is_async : bool
+            In the order of the receiving backend's stream; else the host waits until they are there.
+        is_pinned : bool
+            Whether host memory at one end is pinned.
+        """
+        if dst == self.cpu:
+            return self._read(src, n_bytes, is_pinned=is_pinned)
+        links = [self._to_device_s, self._from_device_s]
+        seconds = self.profiles[dst].link.seconds(n_bytes, is_pinned=is_pinned)
+        start = max(self.host_s, links[0][dst])
+        if is_async:
+            start = max(start, self.stream_s[dst])
+        if src != self.cpu:  # from device to device: through both links at the pace of the slower
+            seconds = max(seconds, self.profiles[src].link.seconds(n_bytes))
+            start = max(start, links[1][src], self.stream_s[src])
+            links[1][src] = start + seconds
+        end = start + seconds
+        links[0][dst] = end
+        self.stream_s[dst] = max(self.stream_s[dst], end)
+        if not is_async or (src == self.cpu and not is_pinned):
+            self.host_s = end
+        return Span(start, end)
+
+    def _read(self, src: int, n_bytes: int, *, is_pinned: bool) -> Span:
+        """Carry bytes to the host, which waits for them."""
+        if src == self.cpu:
+            start, link = self.host_s, self.profiles[src].link
+        else:
+            start, link = max(self.host_s, self._from_device_s[src]), self.profiles[src].link
+        end = start + link.seconds(n_bytes, is_pinned=is_pinned)
+        if src != self.cpu:
+            self._from_device_s[src] = end
+        self.host_s = end
+        return Span(start, end)
+
+    # -- work ----------------------------------------------------------------
+
+    def compute(self, backend: int, nodes: Iterable[Tensor], used_experts: UsedExperts) -> Span:
+        """Give nodes to a backend."""
+        seconds = self.seconds(backend, nodes, used_experts)
+        if backend == self.cpu:
+            start = self.host_s
+            self.host_s = self.stream_s[backend] = start + seconds
+        else:
+            start = max(self.host_s, self.stream_s[backend])
+            self.stream_s[backend] = start + seconds
+        self.busy_s[backend] += seconds
+        return Span(start, start + seconds)
+
+    def seconds(self, backend: int, nodes: Iterable[Tensor], used_experts: UsedExperts) -> float:
+        """Return how long a backend takes for nodes."""
+        cost: Callable[[Work], float] = self.profiles[backend].seconds
+        return sum(cost(node_work(node, used_experts)) for node in nodes)
+
+    # -- waits ---------------------------------------------------------------
+
+    def synchronize(self, backend: int) -> Span:
+        """Let the host wait for all that a backend was given."""
+        return self._host_until(self.stream_s[backend])
+
+    def event_record(self, backend: int, copy: int) -> None:
+        """Mark what a backend was given so far."""
+        self._events[backend, copy] = self.stream_s[backend]
+
+    def event_wait(self, backend: int, of: int, copy: int) -> Span:
+        """Let a backend wait for a mark."""
+        start = self.stream_s[backend]
+        self.stream_s[backend] = max(start, self._events.get((of, copy), 0.0))
+        return Span(start, self.stream_s[backend])
+
+    def event_synchronize(self, backend: int, copy: int) -> Span:
+        """Let the host wait for a mark."""
+        return self._host_until(self._events.get((backend, copy), 0.0))
+
+    def _host_until(self, when_s: float) -> Span:
+        start = self.host_s
+        self.host_s = max(start, when_s)
+        return Span(start, self.host_s)

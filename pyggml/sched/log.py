@@ -1,0 +1,156 @@
+"""`RunLog`: the one place that every copy, wait and launch of a computing passes; counts, records and clocks hang on it."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal
+
+from ..clock import Span, VirtualClock
+from ..graph import GraphView
+from ..record import (
+    ComputeRecord,
+    CopyReason,
+    CopyRecord,
+    ReadRecord,
+    Recorder,
+    Statistics,
+    UsedExpertsRecord,
+    WaitRecord,
+)
+from ..routing import DEFAULT_ROUTING
+from ..tensor import Tensor
+
+if TYPE_CHECKING:
+    from .state import Machine
+
+__all__ = ["RunLog"]
+
+Wait = Literal["synchronize", "event_synchronize", "event_wait"]
+
+
+class RunLog:
+    """Counts always; records and keeps virtual time only if asked to.
+
+    Parameters
+    ----------
+    machine : Machine
+        Whose backends are meant by indices.
+    stats : Statistics
+        The scheduler's counts.
+    recorder : Recorder or None
+        Takes a record of everything.
+    clock : VirtualClock or None
+        Is told of everything.
+    """
+
+    __slots__ = ("clock", "machine", "recorder", "stats", "used")
+
+    def __init__(
+        self, machine: Machine, stats: Statistics, recorder: Recorder | None, clock: VirtualClock | None
+    ) -> None:
+        self.machine = machine
+        self.stats = stats
+        self.recorder = recorder
+        self.clock = clock
+        self.used: dict[Tensor, int] = {}  #: experts read of each ids tensor
+
+    def now(self) -> float:
+        """Return the host's time in seconds; 0 if nobody records."""
+        return 0.0 if self.recorder is None else perf_counter()
+
+    def _name(self, backend_id: int) -> str:
+        return self.machine.backends[backend_id].name
+
+    def copied(
+        self,
+        i_split: int,
+        tensor: Tensor,
+        src: int,
+        dst: int,
+        reason: CopyReason,
+        start_s: float,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        is_async: bool,
+    ) -> None:
+        """Take note of bytes of a split input that went to the split's backend."""
+        n_bytes = tensor.nbytes if size is None else size
+        self.stats.count_copy(n_bytes, tensor.nbytes, reason)
+        span = None
+        if self.clock is not None:
+            span = self.clock.copy(src, dst, n_bytes, is_async=is_async, is_pinned=self._is_pinned(tensor))
+        if self.recorder is not None:
+            self.recorder.record(
+                CopyRecord(
+                    i_split, tensor.name, self._name(src), self._name(dst), offset, n_bytes, tensor.nbytes, reason,
+                    start_s, perf_counter(), span,
+                )
+            )  # fmt: skip
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        storage = tensor.storage
+        return storage is not None and storage.is_host and storage.buft.device is not self.machine.backends[-1].device
+
+    def experts(self, i_split: int, weight: Tensor, ids: Tensor | None, experts: set[int], *, is_added: bool) -> None:
+        """Take note of the experts that are about to be copied; added ones are no copy of their own."""
+        if not is_added:
+            self.stats.count_experts(weight.nbytes)
+        if self.recorder is not None:
+            used = tuple(sorted(experts))
+            name = "" if ids is None else ids.name
+            whole = 0 if is_added else weight.nbytes
+            self.recorder.record(UsedExpertsRecord(i_split, weight.name, name, used, weight.ne[2], weight.nb[2], whole))
+
+    def ids_read(self, tensor: Tensor, backend_id: int, start_s: float) -> None:
+        """Take note that the host read ids from a backend."""
+        span = None
+        if self.clock is not None:
+            self.clock.synchronize(backend_id)
+            span = self.clock.copy(backend_id, self.clock.cpu, tensor.nbytes, is_async=False, is_pinned=False)
+        if self.recorder is not None:
+            self.recorder.record(
+                ReadRecord(tensor.name, self._name(backend_id), tensor.nbytes, start_s, perf_counter(), span)
+            )
+
+    def waited(self, i_split: int, what: Wait, backend_id: int, copy: int, start_s: float) -> None:
+        """Take note of a wait: of the host for a backend or its event, or of a backend for its event."""
+        self.stats.n_waits += 1
+        span: Span | None = None
+        clock = self.clock
+        if clock is not None:
+            if what == "synchronize":
+                span = clock.synchronize(backend_id)
+            elif what == "event_wait":
+                span = clock.event_wait(backend_id, backend_id, copy)
+            else:
+                span = clock.event_synchronize(backend_id, copy)
+        if self.recorder is not None:
+            self.recorder.record(WaitRecord(i_split, what, self._name(backend_id), start_s, perf_counter(), span))
+
+    def recorded_event(self, backend_id: int, copy: int) -> None:
+        """Take note that a backend's event was recorded."""
+        if self.clock is not None:
+            self.clock.event_record(backend_id, copy)
+
+    def launched(self, i_split: int, backend_id: int, graph: GraphView, start_s: float) -> None:
+        """Take note that nodes were given to a backend."""
+        self.stats.n_launches += 1
+        span = None
+        if self.clock is not None:
+            span = self.clock.compute(backend_id, graph.nodes, self._used_experts)
+        if self.recorder is not None:
+            first = graph.graph.nodes[graph.i_start].name if len(graph) else ""
+            self.recorder.record(
+                ComputeRecord(i_split, self._name(backend_id), len(graph), first, start_s, perf_counter(), span)
+            )
+
+    def _used_experts(self, node: Tensor) -> float:
+        """Return how many experts a MUL_MAT_ID reads: as copied, else as the default routing has it."""
+        ids, weight = node.src[2], node.src[0]
+        assert ids is not None
+        assert weight is not None
+        known = self.used.get(ids)
+        if known is not None:
+            return known
+        return DEFAULT_ROUTING.used(weight.ne[2], ids.ne[0], ids.ne[1])
