@@ -117,7 +117,7 @@ def _make_keys_panel(typ: int, name: str):
 
 def _make_add_values(typ: int, name: str):
     def add_values(e, n_queries, weights, corrections, addresses, n_keys, sums, d_value, stride):
-        """``sums = sums * correction + weights @ values`` for 1 to 6 queries, whose sums are ``stride`` bytes apart."""
+        """Compute ``sums * correction + weights @ values`` for 1 to 6 queries, whose sums are ``stride`` bytes apart."""
         b = e.b
 
         def columns(n: int, first: ir.Value, width: int, mask: ir.Value | None) -> None:
@@ -239,7 +239,7 @@ ADD_VALUES = {typ: _make_add_values(typ, f"add_values_{name}") for typ, name in 
 
 @device
 def _is_float(typ):
-    return typ == TYPE_F32 or typ == F16 or typ == BF16
+    return typ in (TYPE_F32, F16, BF16)
 
 
 @device

@@ -121,9 +121,8 @@ def _row_times_tokens(e: Emit, typ: int, w: ir.Value, n_blocks: ir.Value, xs: li
             at_x = e.add(x, e.mul(i, 32))
             for pair, u in enumerate(bytes_):
                 lanes = [2 * pair] * 8 + [2 * pair + 1] * 8
-                if start is None:
-                    ints = e.const(I32x16, 0)
-                else:
+                ints = e.const(I32x16, 0)
+                if start is not None:
                     ints = e.shuffle(start, start, lanes if n > 1 else [0] * 16)
                 v = e.load(U8x64, at_x, 64 * pair) if n > 1 else e.cat(*[e.load(U8x32, at_x)] * 2)
                 products = e.to_f32(e.dpbusd(ints, u, v))

@@ -388,7 +388,7 @@ def micro(result: types.Type, n: int) -> Callable[[Callable[..., Any]], Any]:
         names = ", ".join(f"a{i}" for i in range(n))
         scope = {"signature": result(*[types.int64] * n), "codegen": codegen}
         # Numba counts an intrinsic's arguments by its signature, so it must be written out
-        exec(f"def {body.__name__}(typingctx, {names}): return signature, codegen", scope)
+        exec(f"def {body.__name__}(typingctx, {names}): return signature, codegen", scope)  # noqa: S102  (our own text)
         made = scope[body.__name__]
         made.__doc__ = body.__doc__  # type: ignore[attr-defined]
         return intrinsic(made)

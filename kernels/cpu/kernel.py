@@ -96,7 +96,7 @@ def micro_kernel(n: int) -> Callable[[Callable[..., None]], Kernel]:
         names = ", ".join(f"a{i}" for i in range(n))
         scope = {"body": micro(types.void, n)(body)}
         code = compile(f"def {name}({names}):\n    body({names})\n", body.__code__.co_filename, "exec")
-        exec(code, scope)
+        exec(code, scope)  # noqa: S102  (our own text)
         made: Any = scope[name]
         made.__module__ = body.__module__
         made.__doc__ = body.__doc__
@@ -112,3 +112,26 @@ device = njit(error_model="numpy")
 def entry(n: int) -> Callable[[Callable[..., int]], Any]:
     """Return a decorator for what Python calls often: n int64 in, one out, without the interpreter's lock."""
     return njit(types.int64(*[types.int64] * n), nogil=True, **_OPTIONS)
+
+
+def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Compile all kernels, or load them from the cache.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        ``progress(name, i, n)``, before kernel i of n, and at the end with an empty name and i = n.
+    """
+    import importlib
+    from pathlib import Path
+
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem != "__init__":
+            importlib.import_module(f".{path.stem}", __package__)
+    kernels = list(KERNELS.values())
+    for i, kernel in enumerate(kernels):
+        if progress is not None:
+            progress(kernel.name, i, len(kernels))
+        _ = kernel.address
+    if progress is not None:
+        progress("", len(kernels), len(kernels))

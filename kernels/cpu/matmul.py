@@ -57,6 +57,8 @@ JOB_ROWS = 256
 #: Tokens for which rows as they lie are faster than a panel; measured.
 FEW_TOKENS = {blocks32.Q8_0: 6}
 FEW_TOKENS_ELSE = 4
+#: The same for float weights; the kernel takes up to 4.
+FEW_FLOAT_TOKENS = 2
 #: Bytes of float activations that are kept in L2 while rows pass.
 TOKEN_BLOCK_BYTES = 256 * 1024
 #: Room for the addresses of one tile's tokens: sources, then results.
@@ -105,18 +107,17 @@ def _float_job(d, ctl, i02, i03, order, j0, j1, w, r0, r1, lists):
     outs = lists + 8 * _LISTS
     for b0 in range(j0, j1, block):
         b1 = min(j1, b0 + block)
+        if b1 - b0 <= FEW_FLOAT_TOKENS:
+            _address_tokens(d, ctl, i02, i03, order, b0, b1 - b0, lists)
+            call8(kernel, w + r0 * nb01, nb01, r1 - r0, k, b1 - b0, lists, outs, 4 * r0)
+            continue
         for r in range(r0, r1, 4):
-            n_rows = min(4, r1 - r)
             j = b0
             while j < b1:
                 n = min(4, b1 - j)
                 if b1 - b0 > 4 or r == r0:  # one group of tokens is addressed once
                     _address_tokens(d, ctl, i02, i03, order, j, n, lists)
-                if n_rows == 4:
-                    call8(kernel, w + r * nb01, nb01, 4, k, n, lists, outs, 4 * r)
-                else:
-                    for i in range(n_rows):
-                        call8(kernel, w + (r + i) * nb01, nb01, 1, k, n, lists, outs, 4 * (r + i))
+                call8(kernel, w + r * nb01, nb01, min(4, r1 - r), k, n, lists, outs, 4 * r)
                 j += n
 
 
@@ -166,7 +167,7 @@ def mul_mat(ith, nth, d, ctl):
     nb02, nb03 = ld_i64(d + 8 * (SRC0 + NB2)), ld_i64(d + 8 * (SRC0 + NB3))
     weights, groups = ld_i64(d + 8 * (SRC0 + ADDRESS)), ld_i64(d + 8 * GROUPS)
     ne03 = ld_i64(d + 8 * (SRC0 + NE3))
-    k, is_float = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * IS_FLOAT)
+    is_float = ld_i64(d + 8 * IS_FLOAT)
     n_outs = ld_i64(d + 8 * (DST + NE1)) * ld_i64(d + 8 * (DST + NE2)) * ld_i64(d + 8 * (DST + NE3))
     first = ld_i64(ctl + 8 * SHARED) + groups
     active = active_at(first, ne02, n_outs)

@@ -156,7 +156,7 @@ class HostPlan:
             if t is None:
                 words.extend(_ABSENT)
             else:
-                at = t.address if type(t) is Layout else address_of(t)
+                at = t.address if isinstance(t, Layout) else address_of(t)
                 words.extend((at, t.type, *t.ne, *t.nb))
                 ranges.append((at, at + t.nbytes, is_write))
             is_write = False

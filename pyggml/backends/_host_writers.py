@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Callable
 from functools import lru_cache
+from typing import TypedDict
 
 from pyggml.kernels.cpu import (
     activations,
@@ -76,7 +77,14 @@ def _flat(plan: HostPlan, *tensors: Tensor) -> tuple[Tensor | Layout, ...]:
     )
 
 
-def _small(t: Tensor) -> dict[str, float | bool]:
+class _Run(TypedDict):
+    """How an op is run: arguments of `HostPlan.add`."""
+
+    serial: bool
+    cost: float
+
+
+def _by_elements(t: Tensor) -> _Run:
     """Return how an op of so many elements is run."""
     n = t.numel
     return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
@@ -88,14 +96,14 @@ def _small(t: Tensor) -> dict[str, float | bool]:
 def _map(code: int) -> Writer:
     def write(plan: HostPlan, t: Tensor) -> None:
         params = (code, *(t.param_i32(i) for i in range(4)))
-        plan.add(elementwise.map_rows.address, t, _flat(plan, t, _source(t, 0)), params, **_small(t))
+        plan.add(elementwise.map_rows.address, t, _flat(plan, t, _source(t, 0)), params, **_by_elements(t))
 
     return write
 
 
 def _unary(plan: HostPlan, t: Tensor) -> None:
     params = tuple(t.param_i32(i) for i in range(5))
-    plan.add(elementwise.map_rows.address, t, _flat(plan, t, _source(t, 0)), params, **_small(t))
+    plan.add(elementwise.map_rows.address, t, _flat(plan, t, _source(t, 0)), params, **_by_elements(t))
 
 
 def _glu(plan: HostPlan, t: Tensor) -> None:
@@ -105,14 +113,14 @@ def _glu(plan: HostPlan, t: Tensor) -> None:
         half = 4 * t.ne[0]
         gate_at, value_at = (half, 0) if t.param_i32(1) else (0, half)
     params = (t.param_i32(0), gate_at, value_at, t.param_i32(2), t.param_i32(3))
-    plan.add(elementwise.glu_rows.address, t, (t, gate, gate if value is None else value), params, **_small(t))
+    plan.add(elementwise.glu_rows.address, t, (t, gate, gate if value is None else value), params, **_by_elements(t))
 
 
 def _join(code: int) -> Writer:
     def write(plan: HostPlan, t: Tensor) -> None:
         a, b = _source(t, 0), _source(t, 1)
         tensors = _flat(plan, t, a, b) if a.ne == b.ne else (t, a, b)
-        plan.add(elementwise.join_rows.address, t, tensors, (code,), **_small(t))
+        plan.add(elementwise.join_rows.address, t, tensors, (code,), **_by_elements(t))
 
     return write
 
@@ -207,7 +215,7 @@ def _product(plan: HostPlan, t: Tensor) -> None:
 
 def _norm(kind: int) -> Writer:
     def write(plan: HostPlan, t: Tensor) -> None:
-        plan.add(norms.norm_rows.address, t, (t, _source(t, 0)), (kind, t.param_i32(0)), **_small(t))
+        plan.add(norms.norm_rows.address, t, (t, _source(t, 0)), (kind, t.param_i32(0)), **_by_elements(t))
 
     return write
 
@@ -216,7 +224,7 @@ def _reduce(kind: int) -> Writer:
     def write(plan: HostPlan, t: Tensor) -> None:
         x = _source(t, 0)
         params = (kind, bits(-math.inf), t.param_i32(0))
-        plan.add(reduce.reduce_rows.address, t, (t, x), params, **_small(x))
+        plan.add(reduce.reduce_rows.address, t, (t, x), params, **_by_elements(x))
 
     return write
 
@@ -235,7 +243,7 @@ def _slopes(n_head: int, max_bias: float) -> tuple[int, int, int]:
 def _soft_max(plan: HostPlan, t: Tensor) -> None:
     x = _source(t, 0)
     params = (t.param_i32(0), t.param_i32(1), *_slopes(x.ne[2], t.param_f32(1)))
-    plan.add(softmax.soft_max_rows.address, t, (t, x, _optional(t, 1), _optional(t, 2)), params, **_small(t))
+    plan.add(softmax.soft_max_rows.address, t, (t, x, _optional(t, 1), _optional(t, 2)), params, **_by_elements(t))
 
 
 def _attention(plan: HostPlan, t: Tensor) -> None:
@@ -315,7 +323,7 @@ def _rope(sine_sign: float) -> Writer:
         slot = _angles(plan, t)
         params = (t.param_i32(1), t.param_i32(2) == 2, t.param_i32(15), bits(sine_sign))
         start = plan.add(
-            rope.rope_rows.address, t, (t, _source(t, 0)), params, reads=(plan.slot_range(slot),), **_small(t)
+            rope.rope_rows.address, t, (t, _source(t, 0)), params, reads=(plan.slot_range(slot),), **_by_elements(t)
         )
         plan.fix(start + words.SCRATCH, slot)
 
@@ -328,18 +336,18 @@ def _rope(sine_sign: float) -> Writer:
 def _get_rows(plan: HostPlan, t: Tensor) -> None:
     src = _source(t, 0)
     raw = src.row_size if src.type is t.type else 0
-    plan.add(rows.get_rows.address, t, (t, src, _source(t, 1)), (dequantise_row.address, raw), **_small(t))
+    plan.add(rows.get_rows.address, t, (t, src, _source(t, 1)), (dequantise_row.address, raw), **_by_elements(t))
 
 
 def _set_rows(plan: HostPlan, t: Tensor) -> None:
     src = _source(t, 0)
     plan.need_thread_bytes(4 * src.ne[0])
     raw = src.row_size if src.type is t.type else 0
-    plan.add(rows.set_rows.address, t, (t, src, _source(t, 1)), (0, raw), **_small(src))
+    plan.add(rows.set_rows.address, t, (t, src, _source(t, 1)), (0, raw), **_by_elements(src))
 
 
 def _add_id(plan: HostPlan, t: Tensor) -> None:
-    plan.add(rows.add_id_rows.address, t, (t, _source(t, 0), _source(t, 1), _source(t, 2)), **_small(t))
+    plan.add(rows.add_id_rows.address, t, (t, _source(t, 0), _source(t, 1), _source(t, 2)), **_by_elements(t))
 
 
 def _copy(plan: HostPlan, t: Tensor) -> None:
@@ -357,27 +365,27 @@ def _copy(plan: HostPlan, t: Tensor) -> None:
         plan.need_thread_bytes(4 * t.ne[0])
     else:
         how = copy.STRIDED if same_shape else copy.RESHAPED
-    plan.add(copy.copy_rows.address, t, tensors, (how, size, dequantise_row.address), **_small(t))
+    plan.add(copy.copy_rows.address, t, tensors, (how, size, dequantise_row.address), **_by_elements(t))
 
 
 def _repeat(plan: HostPlan, t: Tensor) -> None:
-    plan.add(copy.repeat_rows.address, t, (t, _source(t, 0)), (t.type.type_size,), **_small(t))
+    plan.add(copy.repeat_rows.address, t, (t, _source(t, 0)), (t.type.type_size,), **_by_elements(t))
 
 
 def _concat(plan: HostPlan, t: Tensor) -> None:
     params = (t.type.type_size, t.param_i32(0))
-    plan.add(copy.concat_rows.address, t, (t, _source(t, 0), _source(t, 1)), params, **_small(t))
+    plan.add(copy.concat_rows.address, t, (t, _source(t, 0), _source(t, 1)), params, **_by_elements(t))
 
 
 def _argsort(plan: HostPlan, t: Tensor) -> None:
     plan.need_thread_bytes(12 * sort.STACK)
-    plan.add(sort.argsort_rows.address, t, (t, _source(t, 0)), (t.param_i32(0),), **_small(t))
+    plan.add(sort.argsort_rows.address, t, (t, _source(t, 0)), (t.param_i32(0),), **_by_elements(t))
 
 
 def _top_k(plan: HostPlan, t: Tensor) -> None:
     src = _source(t, 0)
     plan.need_thread_bytes(4 * src.ne[0])
-    plan.add(sort.top_k_rows.address, t, (t, src), **_small(src))
+    plan.add(sort.top_k_rows.address, t, (t, src), **_by_elements(src))
 
 
 WRITERS: dict[Op, Writer] = {
