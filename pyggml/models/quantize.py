@@ -70,7 +70,8 @@ def _inverse(values: _Floats) -> _Floats:
 
 
 def _steps(values: npt.NDArray[Any], low: int, high: int) -> npt.NDArray[Any]:
-    return np.clip(np.rint(values), low, high)
+    steps: npt.NDArray[Any] = np.clip(np.rint(values), low, high)
+    return steps
 
 
 def _quantize_q4_k(values: _Floats) -> _Bytes:
