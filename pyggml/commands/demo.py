@@ -10,18 +10,16 @@ from ._console import progress
 
 __all__ = ["PROMPT", "command"]
 
-#: More than 32 tokens, from which on the device offers to compute with experts that lie in host memory.
-PROMPT = (
-    "A friend who has never programmed wants to know what a computer program is, and why the same program can give "
-    "different results on different days. Explain it in a few friendly sentences, with one example from the kitchen."
-)
+#: 46 tokens in the example model's chat template: more than 32, from which on the device offers to compute with experts
+#: that lie in host memory.
+PROMPT = "Why do leaves turn red and yellow in autumn? Explain it to a child."
 DEVICES = "sim:rtx4090-pcie4,cpu"
 
 
 @click.command("demo", context_settings={"ignore_unknown_options": True})
 @click.option("--model", type=click.Path(dir_okay=False, path_type=Path), help="Your own GGUF file.  [an example]")
 @click.option("--prompt", default=PROMPT, help="What to answer.  [an example]")
-@click.option("-n", "n_predict", type=click.IntRange(0), default=96, show_default=True, help="Tokens to generate.")
+@click.option("-n", "n_predict", type=click.IntRange(0), default=160, show_default=True, help="Tokens to generate.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def command(ctx: click.Context, model: Path | None, prompt: str, n_predict: int, more: tuple[str, ...]) -> None:
