@@ -62,7 +62,9 @@ def one_expert(type_name: str) -> tuple[np.ndarray, np.ndarray]:
 def id_sets(n_tokens: int) -> list[np.ndarray]:
     """Return several choices of experts."""
     return [
-        np.stack([np.random.default_rng([7, v, i]).permutation(N_EXPERTS)[:N_USED] for i in range(n_tokens)]).astype("i4")
+        np.stack([np.random.default_rng([7, v, i]).permutation(N_EXPERTS)[:N_USED] for i in range(n_tokens)]).astype(
+            "i4"
+        )
         for v in range(N_ID_SETS)
     ]
 
@@ -75,7 +77,9 @@ def activations(n_tokens: int) -> np.ndarray:
 class Case:
     """One product, ready to run: ``choose`` sets its ids, ``run`` computes it, ``out`` is the result."""
 
-    def __init__(self, choose: Callable[[np.ndarray], None], run: Callable[[], Any], out: Callable[[], np.ndarray]) -> None:
+    def __init__(
+        self, choose: Callable[[np.ndarray], None], run: Callable[[], Any], out: Callable[[], np.ndarray]
+    ) -> None:
         self.choose, self.run, self.out = choose, run, out
 
 
@@ -240,7 +244,9 @@ def main() -> None:
                     times[library] += ask(library, f"run {TURN_S}")
             p10 = {library: float(np.quantile(t, 0.1)) * 1e3 for library, t in times.items()}
             median = {library: float(np.median(t)) * 1e3 for library, t in times.items()}
-            cells = " | ".join(f"{lib} {p10[lib]:8.3f} ({median[lib]:8.3f}) nmse {errors[lib]:.1e}" for lib in LIBRARIES)
+            cells = " | ".join(
+                f"{lib} {p10[lib]:8.3f} ({median[lib]:8.3f}) nmse {errors[lib]:.1e}" for lib in LIBRARIES
+            )
             print(f"{type_name:6} {n_tokens:4} tokens | {cells} | {p10['libggml'] / p10['ours']:5.2f} x", flush=True)
     for worker in workers.values():
         worker.communicate()
