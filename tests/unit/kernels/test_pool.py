@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Memory
+from pyggml.kernels.cpu import words
+from pyggml.kernels.cpu.pool import Pool
 from test_products import weights
 
 from pyggml.backends._host_ops import HostPlan
 from pyggml.errors import ComputeError
-from pyggml.kernels.cpu import words
-from pyggml.kernels.cpu.pool import Pool
 from pyggml.tensor import Tensor, pack_params
 from pyggml.types import Op, TensorFlag, Type, UnaryOp
 

@@ -37,6 +37,7 @@ class Upstream:
         self.context = init(InitParams(64 << 20, None, False))
 
     def function(self, name: str, result: Any, *args: Any) -> Callable[..., Any]:
+        """Return a function of either library."""
         for lib in self.libs:
             if hasattr(lib, f"ggml_{name}"):
                 f = getattr(lib, f"ggml_{name}")
@@ -51,12 +52,14 @@ class Upstream:
         return self.function(name, c.c_void_p, c.c_void_p, *kinds)(self.context, *args)
 
     def tensor(self, type: int, ne: tuple[int, ...], raw: bytes) -> int:
+        """Return a tensor with these bytes."""
         new = self.function("new_tensor", c.c_void_p, c.c_void_p, c.c_int, c.c_int, c.POINTER(c.c_int64))
         t = new(self.context, type, len(ne), (c.c_int64 * len(ne))(*ne))
         c.memmove(self.function("get_data", c.c_void_p, c.c_void_p)(t), raw, len(raw))
         return t
 
     def compute(self, t: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Compute a node and return its values."""
         graph = self.function("new_graph", c.c_void_p, c.c_void_p)(self.context)
         self.function("build_forward_expand", None, c.c_void_p, c.c_void_p)(graph, t)
         self.function("graph_compute_with_ctx", c.c_int, c.c_void_p, c.c_void_p, c.c_int)(self.context, graph, 1)
