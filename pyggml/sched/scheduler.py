@@ -49,6 +49,7 @@ from ..record import AllocRecord, Recorder, Statistics
 from ..tensor import Tensor
 from ..types import SCHED_MAX_COPIES, BufferUsage, DeviceType
 from .assign import OffloadOp, assign
+from .check import check_allocation, check_assignment, check_splits
 from .compute import EvalCallback, SplitRun, compute_splits
 from .debug import assignments_text
 from .log import RunLog
@@ -248,6 +249,9 @@ class Scheduler:
         self._leaf_ids.write(self.graph_copy.leaf_backend_ids)
         self.splits, self.copies, self.graph_inputs = cutter.splits, cutter.copies, cutter.graph_inputs
         self._cutter = cutter
+        if config.check():
+            check_assignment(graph, asg, self.machine)
+            check_splits(graph, cutter)
         return self.splits
 
     def _restore(self, graph: Graph) -> None:
@@ -374,6 +378,8 @@ class Scheduler:
                 backend.synchronize()
             self._reserve_copy()
             self.galloc.alloc_graph(self.graph_copy)
+        if config.check():
+            check_allocation(self.graph_copy, self.galloc)
 
     # -- computing -----------------------------------------------------------
 

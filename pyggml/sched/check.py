@@ -1,0 +1,185 @@
+"""Invariants of what was decided, verified when ``PYGGML_CHECK=1``: a wrong decision is an error at once, not a wrong number later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..alloc import Gallocr
+from ..buffer import Buffer
+from ..errors import SchedError
+from ..graph import Graph
+from ..tensor import Tensor
+from ..types import Op, TensorFlag
+from .split import Cutter
+from .state import Assignment, Cause, Machine, SchedGraph, Split
+
+__all__ = ["check_allocation", "check_assignment", "check_splits"]
+
+
+def check_assignment(graph: Graph, asg: Assignment, machine: Machine) -> None:
+    """Verify passes 1 to 4: each node has a backend that supports its op, or was pinned by the user.
+
+    Raises
+    ------
+    SchedError
+        One has not; the text names node and backend, the causes say how it came there.
+    """
+    for node in graph.nodes:
+        backend_id = asg.get(node)
+        if backend_id is None:
+            raise SchedError(f"check: {node.op_desc} '{node.name}' has no backend")
+        if node.op.is_view or asg.cause(node) is Cause.USER:
+            continue
+        backend = machine.backends[backend_id]
+        if not backend.supports_op(node):
+            raise _error(f"{node.op_desc} '{node.name}' is on {backend.name}, which cannot run it", node, asg)
+        for src in node.src:
+            if src is not None and asg.get(src) is None and not _is_copy(src, asg):
+                raise _error(f"source '{src.name}' of '{node.name}' has no backend", node, asg)
+
+
+def check_splits(graph: Graph, cutter: Cutter) -> None:
+    """Verify pass 5: the splits are all of the graph, in order, and each finds on its backend what its nodes read.
+
+    Raises
+    ------
+    SchedError
+        They are not, a node comes before its source, or a source is neither usable where it is nor copied by this or an earlier split.
+    """
+    _check_order(graph, cutter)
+    at = 0
+    copied: dict[Tensor, int] = {}  # copy -> backend that it is on
+    for i, split in enumerate(cutter.splits):
+        if split.i_start != (at if i else 0) or split.i_end < split.i_start:
+            raise SchedError(f"check: split {i} is {split!r}, after one that ends before node {at}")
+        at = split.i_end
+        for tensor in split.inputs:
+            copy = cutter.copies[tensor][split.backend_id][cutter.cur_copy]
+            copied[copy] = split.backend_id
+        for node in graph.nodes[split.i_start : split.i_end]:
+            if not node.op.is_view:
+                _check_node(i, split, node, cutter, copied)
+    if at != len(graph.nodes):
+        raise SchedError(f"check: the splits end before node {at} of {len(graph.nodes)}")
+
+
+def _check_order(graph: Graph, cutter: Cutter) -> None:
+    """Verify that no backend put a node of its split before a source of it."""
+    waiting = set(graph.nodes)
+    for i, node in enumerate(graph.nodes):
+        waiting.discard(node)
+        for src in node.src:
+            if src in waiting:
+                split = next(s for s in cutter.splits if s.i_start <= i < s.i_end)
+                name = cutter.machine.backends[split.backend_id].name
+                raise SchedError(f"check: {name}'s graph_optimize put '{node.name}' before its source '{src.name}'")
+
+
+def _check_node(i_split: int, split: Split, node: Tensor, cutter: Cutter, copied: dict[Tensor, int]) -> None:
+    asg, machine = cutter.asg, cutter.machine
+    if asg.get(node) != split.backend_id:
+        where = machine.backends[split.backend_id].name
+        raise _error(f"'{node.name}' lies in split {i_split} on {where} and is assigned to another backend", node, asg)
+    for src in node.src:
+        if src is None or copied.get(src) == split.backend_id or machine.buffer_supported(src, split.backend_id, asg):
+            continue
+        if (
+            _is_copy(src, asg)
+            or asg.get(src) != split.backend_id
+            or (machine.repairs.pinned_weight and src.storage is not None)
+        ):
+            where = machine.backends[split.backend_id].name
+            raise _error(f"'{node.name}' in split {i_split} reads '{src.name}', which {where} cannot reach", node, asg)
+
+
+def _is_copy(tensor: Tensor, asg: Assignment) -> bool:
+    return asg.cause(tensor) in (Cause.COPIED, Cause.GRAPH_INPUT)
+
+
+def _error(message: str, node: Tensor, asg: Assignment) -> SchedError:
+    cause = asg.cause(node)
+    return SchedError(f"check: {message}", causes=() if cause is None else (cause.value,))
+
+
+# -- memory ------------------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True)
+class _Stay:
+    """A tensor in a compute buffer, and from which to which node of the play it is needed."""
+
+    tensor: Tensor
+    start: int
+    end: int
+    lo: int  #: first byte
+    hi: int  #: first byte behind it
+
+
+def check_allocation(sched_graph: SchedGraph, galloc: Gallocr) -> None:
+    """Verify that no two tensors that are needed at the same time share a byte, and that all lie inside their buffers.
+
+    Raises
+    ------
+    SchedError
+        Two do, or one lies outside or has no memory.
+
+    Notes
+    -----
+    A result may take the memory of a source that nobody needs after it, if its op computes in place.
+    """
+    chunks = {chunk for i in range(len(galloc.bufts)) for chunk in galloc.chunks(i)}
+    by_chunk: dict[Buffer, list[_Stay]] = {}
+    for tensor, (start, end) in _lives(sched_graph).items():
+        buffer = tensor.buffer
+        if tensor.data is None or buffer is None:
+            raise SchedError(f"check: '{tensor.name}' has no memory")
+        if buffer not in chunks or tensor.nbytes == 0:
+            continue
+        lo = tensor.data - buffer.base
+        if lo < 0 or lo + tensor.nbytes > buffer.size:
+            raise SchedError(f"check: '{tensor.name}' lies outside its buffer of {buffer.size:,} bytes, at {lo:,}")
+        by_chunk.setdefault(buffer, []).append(_Stay(tensor, start, end, lo, lo + tensor.nbytes))
+    for stays in by_chunk.values():
+        _check_chunk(stays, galloc)
+
+
+def _lives(sched_graph: SchedGraph) -> dict[Tensor, tuple[int, int]]:
+    """Return for each tensor that owns memory the first and the last node of the play that need it."""
+    forever = len(sched_graph.nodes)
+    starts: dict[Tensor, int] = {leaf: -1 for leaf in sched_graph.leafs if leaf.view_src is None}
+    ends: dict[Tensor, int] = {}
+    for i, node in enumerate(sched_graph.nodes):
+        for tensor in (node, *node.src):
+            if tensor is None:
+                continue
+            if node.op is Op.NONE and tensor is node and tensor.view_src is not None:
+                continue  # a dependency of the scheduler's own: its sources count
+            root = tensor if tensor.view_src is None else tensor.view_src
+            starts.setdefault(root, -1 if root.flags & TensorFlag.INPUT else i)
+            ends[root] = i
+    return {t: (start, forever if t.flags & TensorFlag.OUTPUT else ends.get(t, start)) for t, start in starts.items()}
+
+
+def _check_chunk(stays: Sequence[_Stay], galloc: Gallocr) -> None:
+    present: list[_Stay] = []
+    for stay in sorted(stays, key=lambda s: s.start):
+        present = [other for other in present if other.end >= stay.start]
+        for other in present:
+            if stay.lo >= other.hi or other.lo >= stay.hi or _takes_over(stay, other, galloc):
+                continue
+            raise SchedError(
+                f"check: '{stay.tensor.name}' (bytes {stay.lo:,}..{stay.hi - 1:,}) overwrites '{other.tensor.name}' "
+                f"(bytes {other.lo:,}..{other.hi - 1:,}), which is needed until node {other.end}"
+            )
+        present.append(stay)
+
+
+def _takes_over(stay: _Stay, other: _Stay, galloc: Gallocr) -> bool:
+    """Whether a result was computed in place of a source that ends with it."""
+    return (
+        other.end == stay.start
+        and other.lo == stay.lo
+        and other.tensor in stay.tensor.src
+        and galloc.can_inplace(stay.tensor.op)
+    )
