@@ -81,7 +81,9 @@ def vocabulary(path: Path, kind: str, smollm2: Path) -> None:
 def _add_scored(writer: GGUFWriter, tokens: list[str]) -> None:
     """Add the pieces that SmolLM2's tokens spell, the earlier the better, and a token for each byte."""
     pieces = [t.replace("Ġ", "▁") for t in tokens[17:] if not set(t) & set("ĊĉĢ▁")]
-    pieces = [t for t in dict.fromkeys(pieces) if t.replace("▁", "").isalnum() and t.isascii() or len(t) == 1 or "▁" in t]
+    pieces = [
+        t for t in dict.fromkeys(pieces) if t.replace("▁", "").isalnum() and t.isascii() or len(t) == 1 or "▁" in t
+    ]
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<|im_start|>", "<|im_end|>"]
     kinds = [2, 3, 3] + [6] * 256 + [3, 4]
     names += [piece for piece in pieces if piece not in names]
