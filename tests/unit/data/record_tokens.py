@@ -54,7 +54,28 @@ def texts() -> list[str]:
     anything = [c for c in range(0x30000) if not 0xD800 <= c < 0xE000]
     found += ["".join(chr(rng.choice(anything)) for _ in range(12)) for _ in range(20)]
     found += ["".join(chr(rng.randrange(0x20, 0x2FF)) for _ in range(20)) for _ in range(10)]
-    words = "the of and to in a is that it was for on are with as I his they be at".split()
+    words = [
+        "the",
+        "of",
+        "and",
+        "to",
+        "in",
+        "a",
+        "is",
+        "that",
+        "it",
+        "was",
+        "for",
+        "on",
+        "are",
+        "with",
+        "as",
+        "I",
+        "his",
+        "they",
+        "be",
+        "at",
+    ]
     found += [(" " * rng.randrange(1, 4)).join(rng.choices(words, k=12)) for _ in range(5)]
     return list(dict.fromkeys(found))
 
@@ -68,7 +89,7 @@ def vocabulary(path: Path, kind: str, smollm2: Path) -> None:
     with GGUFFile.open(smollm2) as file:
         for key in file.metadata:
             entry, raw = file.metadata.entry(key), file.metadata.raw(key)
-            if kind == "scored" and key.startswith("tokenizer.") or key.endswith(".pre"):
+            if (kind == "scored" and key.startswith("tokenizer.")) or key.endswith(".pre"):
                 continue
             writer.add_raw(key, entry.type, entry.length, raw)
         if kind != "scored":
@@ -82,7 +103,7 @@ def _add_scored(writer: GGUFWriter, tokens: list[str]) -> None:
     """Add the pieces that SmolLM2's tokens spell, the earlier the better, and a token for each byte."""
     pieces = [t.replace("Ġ", "▁") for t in tokens[17:] if not set(t) & set("ĊĉĢ▁")]
     pieces = [
-        t for t in dict.fromkeys(pieces) if t.replace("▁", "").isalnum() and t.isascii() or len(t) == 1 or "▁" in t
+        t for t in dict.fromkeys(pieces) if (t.replace("▁", "").isalnum() and t.isascii()) or len(t) == 1 or "▁" in t
     ]
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<|im_start|>", "<|im_end|>"]
     kinds = [2, 3, 3] + [6] * 256 + [3, 4]
