@@ -35,7 +35,7 @@ run: $(VENV)/run.stamp
 # Compiled once, before two processes would both do it.
 test: $(VENV)/test.stamp
 	$(QUIET_THREADS) $(BIN)/python -c 'from pyggml.commands._kernels import warm_up; warm_up()'
-	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not bench and not gpu' $(ARGS)
+	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' $(ARGS)
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
@@ -46,7 +46,7 @@ check: $(VENV)/test.stamp
 	cd build/wheel && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache/wheel -p pyggml
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -s -m bench -p no:xdist tests/bench $(ARGS)
+	set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
 soak: $(VENV)/test.stamp
 	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -m slow $(ARGS)

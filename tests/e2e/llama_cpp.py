@@ -51,6 +51,8 @@ int32_t llama_vocab_n_tokens(const void * vocab);
 llama_batch llama_batch_init(int32_t n_tokens, int32_t embd, int32_t n_seq_max);
 void llama_batch_free(llama_batch batch);
 int32_t llama_decode(void * ctx, llama_batch batch);
+void * llama_get_memory(void * ctx);
+void llama_memory_clear(void * memory, bool data);
 float * llama_get_logits_ith(void * ctx, int32_t i);
 """
 TYPES = {"F32": 0, "F16": 1, "Q8_0": 8}
@@ -92,10 +94,12 @@ def logits(
     return run_jobs([Job(str(model), list(map(int, tokens)), batch, kv, flash)], folder)[0]
 
 
-class _Llama:
+class Llama:
     """One model with one context, on the CPU alone."""
 
-    def __init__(self, path: str, n_ctx: int, n_batch: int, kv: str, flash: bool) -> None:
+    def __init__(
+        self, path: str, n_ctx: int, n_batch: int, kv: str, flash: bool, *, threads: int = 1, repack: bool = False
+    ) -> None:
         import cffi
 
         self.ffi = ffi = cffi.FFI()
@@ -116,29 +120,36 @@ class _Llama:
         if found != (512, 512, 1, 1, True, True, 0):
             raise SystemExit(f"llama_context_params has another layout in this build: its defaults read as {found}")
         mp = self.lib.llama_model_default_params()
-        mp.n_gpu_layers, mp.use_extra_bufts = 0, False
+        mp.n_gpu_layers, mp.use_extra_bufts = 0, repack
         model = self.lib.llama_model_load_from_file(path.encode(), mp)
-        cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_threads, cp.n_threads_batch = n_ctx, n_batch, n_batch, 1, 1
+        cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_threads, cp.n_threads_batch = n_ctx, n_batch, n_batch, threads, threads
         cp.flash_attn_type, cp.type_k, cp.type_v = int(flash), TYPES[kv], TYPES[kv]
         if model == ffi.NULL:
             raise SystemExit(f"llama.cpp does not load {path}")
         self.context = self.lib.llama_init_from_model(model, cp)
         self.n_vocab = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(model))
 
-    def decode(self, tokens: npt.NDArray[np.int32], pos: int) -> npt.NDArray[np.float32]:
-        """Return the logits of each token of a batch."""
+    def decode(self, tokens: npt.NDArray[np.int32], pos: int, *, only_last: bool = False) -> npt.NDArray[np.float32]:
+        """Return the logits of each token of a batch, or of the last."""
         n = len(tokens)
         batch = self.lib.llama_batch_init(n, 0, 1)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), pos + i, 1, 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = int(token), pos + i, 1
+            batch.logits[i] = not only_last or i == n - 1
             batch.seq_id[i][0] = 0
         batch.n_tokens = n
         status = self.lib.llama_decode(self.context, batch)
         self.lib.llama_batch_free(batch)
         if status:
             raise SystemExit(f"llama_decode gave {status}")
-        rows = (self.ffi.buffer(self.lib.llama_get_logits_ith(self.context, i), 4 * self.n_vocab) for i in range(n))
+        wanted = [n - 1] if only_last else range(n)
+        rows = (self.ffi.buffer(self.lib.llama_get_logits_ith(self.context, i), 4 * self.n_vocab) for i in wanted)
         return np.stack([np.frombuffer(row, np.float32).copy() for row in rows])
+
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
 
 def main() -> None:
@@ -149,7 +160,7 @@ def main() -> None:
         job = Job(**entry)
         tokens = np.asarray(job.tokens, np.int32)
         n_ctx = -(-max(len(tokens), 256) // 256) * 256
-        llama = _Llama(job.model, n_ctx, min(n_ctx, max(job.batch, 64)), job.kv, job.flash)
+        llama = Llama(job.model, n_ctx, min(n_ctx, max(job.batch, 64)), job.kv, job.flash)
         parts = [llama.decode(tokens[k : k + job.batch], k) for k in range(0, len(tokens), job.batch)]
         out[str(i)] = np.concatenate(parts)
     np.savez(out_file, **out)
