@@ -193,7 +193,7 @@ class SimDevice(Device):
     """
 
     def __init__(self, profile: DeviceProfile, *, index: int = 0, data: bool = True) -> None:
-        self.profile = profile
+        self.profile: DeviceProfile = profile
         self.name = f"SIM{index}"
         self.description = profile.description
         self.type = DeviceType.GPU
@@ -242,7 +242,7 @@ class SimDevice(Device):
                 size,
                 free,
                 "a buffer",
-                hint=f"the device has {total / 1024**3:.1f} GiB; place fewer layers or experts on it",
+                hint=f"the device has {total / 1024**2:,.0f} MiB in all; place fewer layers or experts there",
             )
         block = None
         if self.has_data:
