@@ -49,6 +49,9 @@ def _kernels() -> dict[str, Callable[[], Kernel]]:
     return table
 
 
+#: the modules that decide what is compiled
+SOURCES = ("formats", "intrinsics", "mmvq", "rows", "source", "tile")
+
 #: every kernel by name
 KERNELS = _kernels()
 
@@ -88,8 +91,8 @@ def cache_dir() -> Path | None:
     ``PYGGML_PTX_CACHE`` names another place for it.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for name in SOURCES:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     for package in ("numba-cuda", "nvidia-nvvm"):
         try:
             digest.update(version(package).encode())

@@ -64,10 +64,10 @@ class _Scratch:
 # -- MUL_MAT_ID and MUL_MAT ------------------------------------------------------
 
 
-def can_mul_mat(type: str, n_row: int, n_slot: int, n_token: int) -> bool:
-    """Whether the kernels know the type and can count so far."""
+def can_mul_mat(type: str, n_expert: int, n_slot: int, n_token: int) -> bool:
+    """Whether the kernels know the type and their grids reach so far."""
     known = type in FORMATS or type in FLOAT_BYTES
-    return known and n_row < 2**31 and n_slot <= MAX_GRID_YZ and n_token * n_slot < 2**31
+    return known and n_slot * n_token // tile.COLUMNS + n_expert <= MAX_GRID_YZ
 
 
 def _is_few(src0: Operand, n_column: int, n_slot: int, n_token: int) -> bool:
@@ -123,7 +123,6 @@ def _product(
     else:
         name, n_rows = f"tile_{src0.type}{suffix}", tile.FLOAT_ROWS
         own = (src1.address, src1.nb[1], src1.nb[2], ne11, n_k)
-    # places in x, which may be many; the rows of an expert in y
     launches.append(Launch(name, (_up(n_row, n_rows), places, 1), (tile.THREADS, 1, 1), common + own))
     return launches
 
