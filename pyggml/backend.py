@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from .buffer import Buffer, BufferType, tensor_copy, tensor_get, tensor_set
+from .cost import DeviceProfile
 from .errors import DeviceUnavailableError
 from .graph import GraphView
 from .tensor import Tensor
@@ -32,6 +33,8 @@ class Device(ABC):
         Short name for reports (``CPU``, ``SIM0``), and a line for people.
     type : DeviceType
         Kind. A scheduler's last backend is of kind CPU.
+    profile : DeviceProfile or None
+        What its work costs on a virtual clock; None for a device that is really there.
 
     Notes
     -----
@@ -41,6 +44,7 @@ class Device(ABC):
     name: str
     description: str
     type: DeviceType
+    profile: DeviceProfile | None = None
 
     @property
     @abstractmethod

@@ -44,6 +44,8 @@ class VirtualClock:
         When each backend has done all that it was given.
     busy_s : list of float
         How long each backend computed.
+    to_device_busy_s, from_device_busy_s : list of float
+        How long each backend's link carried something, each way.
 
     Examples
     --------
@@ -60,7 +62,6 @@ class VirtualClock:
     def __init__(self, profiles: Sequence[DeviceProfile]) -> None:
         self.profiles = list(profiles)
         self.cpu = len(self.profiles) - 1
-        self._works: dict[tuple[object, ...], float] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -69,6 +70,8 @@ class VirtualClock:
         self.host_s = 0.0
         self.stream_s = [0.0] * n
         self.busy_s = [0.0] * n
+        self.to_device_busy_s = [0.0] * n
+        self.from_device_busy_s = [0.0] * n
         self._to_device_s = [0.0] * n  # when each link is free
         self._from_device_s = [0.0] * n
         self._events: dict[tuple[int, int], float] = {}
@@ -98,7 +101,9 @@ class VirtualClock:
             seconds = max(seconds, self.profiles[src].link.seconds(n_bytes))
             start = max(start, links[1][src], self.stream_s[src])
             links[1][src] = start + seconds
+            self.from_device_busy_s[src] += seconds
         end = start + seconds
+        self.to_device_busy_s[dst] += seconds
         links[0][dst] = end
         self.stream_s[dst] = max(self.stream_s[dst], end)
         if not is_async or (src == self.cpu and not is_pinned):
@@ -114,6 +119,7 @@ class VirtualClock:
         end = start + link.seconds(n_bytes, is_pinned=is_pinned)
         if src != self.cpu:
             self._from_device_s[src] = end
+            self.from_device_busy_s[src] += end - start
         self.host_s = end
         return Span(start, end)
 

@@ -14,6 +14,8 @@ from typing import Self
 
 from .backend import REGISTRY, Backend, Device
 from .buffer import Buffer, BufferType
+from .clock import VirtualClock
+from .cost import CPU_PROFILE
 from .dialect import DEFAULT_DIALECT, Dialect
 from .errors import GraphError, OutOfMemoryError
 from .gguf import GGUFFile
@@ -32,7 +34,7 @@ from .sched.policies import InputCopier
 from .sched.scheduler import Scheduler
 from .sched.state import Assignment, Split
 
-__all__ = ["Memory", "PlannedGraph", "Planner", "SchedOptions"]
+__all__ = ["Memory", "PlannedGraph", "Planner", "SchedOptions", "virtual_clock"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class SchedOptions:
     copier: InputCopier | None = None
     offload_rule: OffloadOp | None = None
     recorder: Recorder | None = None
+    clock: VirtualClock | None = None
     debug: int | None = None
 
 
@@ -157,6 +160,7 @@ class Planner:
         copier: InputCopier | None = None,
         offload_rule: OffloadOp | None = None,
         recorder: Recorder | None = None,
+        clock: VirtualClock | None = None,
         debug: int | None = None,
     ) -> Self:
         """Place a model, load it, and reserve the memory that it needs.
@@ -177,7 +181,7 @@ class Planner:
             False plans only: no weight is read, nothing is allocated, nothing can be decoded.
         progress : callable, optional
             Told ``(done_bytes, total_bytes)`` while weights are copied.
-        strict, dialect, copier, offload_rule, recorder, debug
+        strict, dialect, copier, offload_rule, recorder, clock, debug
             Of the `Scheduler`.
 
         Raises
@@ -197,7 +201,7 @@ class Planner:
             _open_backends([*devices, cpu], data=data),
             placement=placement or PlacementFlags(),
             context=context or ContextFlags(),
-            options=SchedOptions(strict, dialect, copier, offload_rule, recorder, debug),
+            options=SchedOptions(strict, dialect, copier, offload_rule, recorder, clock, debug),
             data=data,
             progress=progress,
         )
@@ -219,6 +223,7 @@ class Planner:
             copier=options.copier,
             offload_rule=options.offload_rule,
             recorder=options.recorder,
+            clock=options.clock,
             debug=options.debug,
         )
 
@@ -409,3 +414,18 @@ def _open_backends(what: Sequence[str | Device | Backend], *, data: bool) -> lis
     opened = iter(REGISTRY.open_all([name for name in what if isinstance(name, str)], data=data))
     devices = [next(opened) if isinstance(w, str) else w for w in what]
     return [d if isinstance(d, Backend) else d.backend() for d in devices]
+
+
+def virtual_clock(backends: Sequence[Backend]) -> VirtualClock | None:
+    """Return a clock for backends of which all but the last are simulated; None for any other.
+
+    Parameters
+    ----------
+    backends : sequence of Backend
+        In the order of a scheduler; the last is the host, which is taken to be that of `CPU_PROFILE`.
+    """
+    profiles = [b.device.profile for b in backends[:-1]]
+    known = [p for p in profiles if p is not None]
+    if not known or len(known) < len(profiles):
+        return None
+    return VirtualClock([*known, CPU_PROFILE])

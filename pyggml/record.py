@@ -88,7 +88,7 @@ class WaitRecord:
 
 @dataclass(frozen=True, slots=True)
 class ReadRecord:
-    """The host read ids from a backend."""
+    """The host read a tensor from a backend: ids, or results."""
 
     tensor: str
     backend: str

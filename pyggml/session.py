@@ -31,6 +31,7 @@ from .models.placement import PlacementFlags
 from .models.topk import TopK
 from .planning import Memory, PlannedGraph, Planner
 from .sampling import Sampler, greedy
+from .sched.log import RunLog
 
 __all__ = ["BatchRecord", "ContextFlags", "Memory", "PlacementFlags", "PlannedGraph", "Session", "TopK"]
 
@@ -48,6 +49,7 @@ class BatchRecord:
     seconds: float  #: of building, allocating, copying and computing, until the results were there
     bytes_copied: int  #: between backends
     bytes_full: int  #: that copying every weight whole would have moved
+    virtual_s: float | None = None  #: what it took on the scheduler's clock, if there is one
 
 
 class Session(Planner):
@@ -144,6 +146,8 @@ class Session(Planner):
         start_s, n_past = time.perf_counter(), self.cache.n_used
         stats = self.sched.stats
         copied, full = stats.bytes_copied, stats.bytes_full
+        clock = self.sched.clock
+        virtual_start_s = 0.0 if clock is None else clock.host_s
         self.cache.apply(part, slot)
         try:
             if self.abort is not None and self.abort():
@@ -156,7 +160,10 @@ class Session(Planner):
             if into.size:
                 backend = self.sched.tensor_backend(graph.logits)
                 assert backend is not None
+                log = RunLog(self.sched.machine, stats, self.sched.recorder, clock)
+                read_s = log.now()
                 backend.get_tensor_async(graph.logits, into.ctypes.data, 0, into.nbytes)
+                log.was_read(graph.logits, self.backends.index(backend), read_s)
             self.sched.synchronize()
         except BaseException:
             self._forget(part)
@@ -173,6 +180,7 @@ class Session(Planner):
                     time.perf_counter() - start_s,
                     stats.bytes_copied - copied,
                     stats.bytes_full - full,
+                    None if clock is None else clock.host_s - virtual_start_s,
                 )
             )
 

@@ -1,20 +1,34 @@
 """Records as a timeline that Perfetto and Chrome open: lanes for the host, each link and each backend.
 
-Times are the host's. Work that a backend does after its call returned shows as the call.
+The first process shows this machine's own times, where work that a backend does after its call returned shows as the
+call. If the records carry virtual times, a second process shows the simulated machine: links each way, work when it
+would be done, and arrows from each copy to the split that reads it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .record import AllocRecord, ComputeRecord, CopyRecord, Record, UsedExpertsRecord, WaitRecord
+from .record import AllocRecord, ComputeRecord, CopyRecord, ReadRecord, Record, UsedExpertsRecord, WaitRecord
 
 __all__ = ["trace_events", "write_timeline"]
 
 Event = dict[str, Any]  # of JSON's values
+_Timed = CopyRecord | ComputeRecord | WaitRecord | ReadRecord
+_Used = dict[tuple[int, str], UsedExpertsRecord]
+
+#: Process ids of the trace.
+_WALL, _VIRTUAL = 1, 2
+
+
+class _Slice(NamedTuple):
+    lane: str
+    name: str
+    kind: str
+    args: dict[str, Any]
 
 
 def trace_events(records: Iterable[Record]) -> list[Event]:
@@ -26,35 +40,91 @@ def trace_events(records: Iterable[Record]) -> list[Event]:
     >>> events[-1]["name"], events[-1]["dur"]
     ('split 0', 500000.0)
     """
-    timed = [r for r in records if isinstance(r, (CopyRecord, ComputeRecord, WaitRecord))]
-    used = {(r.split, r.tensor): r for r in records if isinstance(r, UsedExpertsRecord)}
-    zero_s = min((r.start_s for r in timed), default=0.0)
-    lanes: dict[str, int] = {}
-    events: list[Event] = []
-    for record in timed:
-        lane, name, kind, args = _describe(record, used)
-        events.append(
-            {
-                "name": name,
-                "cat": kind,
-                "ph": "X",
-                "ts": round((record.start_s - zero_s) * 1e6, 3),
-                "dur": round((record.end_s - record.start_s) * 1e6, 3),
-                "pid": 1,
-                "tid": lanes.setdefault(lane, len(lanes) + 1),
-                "args": args,
-            }
-        )
-    names: list[Event] = [{"name": "process_name", "ph": "M", "pid": 1, "tid": 0, "args": {"name": "pyggml"}}]
-    names += [
-        {"name": "thread_name", "ph": "M", "pid": 1, "tid": i, "args": {"name": lane}} for lane, i in lanes.items()
+    kept = list(records)
+    used: _Used = {}
+    timed: list[tuple[_Timed, _Slice]] = []
+    for record in kept:
+        if isinstance(record, UsedExpertsRecord):
+            used[record.split, record.tensor] = record
+        elif not isinstance(record, AllocRecord):
+            timed.append((record, _describe(record, used)))
+    is_virtual = any(r.virtual is not None for r, _ in timed)
+    events = _process(_WALL, "this machine (wall time)" if is_virtual else "pyggml", _wall(timed))
+    if is_virtual:
+        events += _process(_VIRTUAL, "simulated machine (virtual time)", _virtual(timed))
+        events += _arrows(timed, events)
+    return events
+
+
+_Placed = tuple[_Slice, float, float]
+
+
+def _wall(timed: Sequence[tuple[_Timed, _Slice]]) -> list[_Placed]:
+    zero_s = min((r.start_s for r, _ in timed), default=0.0)
+    return [(s, r.start_s - zero_s, r.end_s - r.start_s) for r, s in timed]
+
+
+def _virtual(timed: Sequence[tuple[_Timed, _Slice]]) -> list[_Placed]:
+    """Return slices of virtual time; waits that were over when they began show nothing."""
+    return [
+        (s, r.virtual.start_s, r.virtual.end_s - r.virtual.start_s)
+        for r, s in timed
+        if r.virtual is not None and (r.virtual.end_s > r.virtual.start_s or s.kind != "wait")
     ]
-    return names + events
 
 
-def _describe(
-    record: CopyRecord | ComputeRecord | WaitRecord, used: dict[tuple[int, str], UsedExpertsRecord]
-) -> tuple[str, str, str, dict[str, Any]]:
+def _process(pid: int, name: str, placed: Sequence[_Placed]) -> list[Event]:
+    """Return the slices of one process, after the names of its lanes."""
+    lanes: dict[str, int] = {}
+    slices = [
+        {
+            "name": s.name,
+            "cat": s.kind,
+            "ph": "X",
+            "ts": _us(start_s),
+            "dur": _us(duration_s),
+            "pid": pid,
+            "tid": lanes.setdefault(s.lane, len(lanes) + 1),
+            "args": s.args,
+        }
+        for s, start_s, duration_s in placed
+    ]
+    names: list[Event] = [{"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": name}}]
+    names += [
+        {"name": "thread_name", "ph": "M", "pid": pid, "tid": i, "args": {"name": lane}} for lane, i in lanes.items()
+    ]
+    return names + slices
+
+
+def _arrows(timed: Sequence[tuple[_Timed, _Slice]], events: Sequence[Event]) -> list[Event]:
+    """Return flows from the end of each copy to the start of the work that reads it."""
+    tids = {e["args"]["name"]: e["tid"] for e in events if e["pid"] == _VIRTUAL and e["name"] == "thread_name"}
+    arrows: list[Event] = []
+    waiting: list[tuple[CopyRecord, _Slice]] = []
+    n_arrows = 0
+    for record, slice_ in timed:
+        if isinstance(record, CopyRecord):
+            waiting.append((record, slice_))
+        elif isinstance(record, ComputeRecord) and record.virtual is not None:
+            for copy, shown in waiting:
+                if copy.split != record.split or copy.virtual is None:
+                    continue
+                n_arrows += 1
+                flow = {"name": copy.tensor, "cat": "flow", "id": n_arrows, "pid": _VIRTUAL}
+                # the arrow starts inside the copy's slice: viewers bind it to the slice around its time
+                middle_s = (copy.virtual.start_s + copy.virtual.end_s) / 2
+                arrows.append({**flow, "ph": "s", "ts": _us(middle_s), "tid": tids[shown.lane]})
+                start = _us(record.virtual.start_s)
+                arrows.append({**flow, "ph": "f", "bp": "e", "ts": start, "tid": tids[slice_.lane]})
+            waiting.clear()
+    return arrows
+
+
+def _us(seconds: float) -> float:
+    return round(seconds * 1e6, 3)
+
+
+def _describe(record: _Timed, used: _Used) -> _Slice:
     """Return lane, name, category and details of one record."""
     if isinstance(record, CopyRecord):
         args: dict[str, Any] = {
@@ -67,11 +137,14 @@ def _describe(
         experts = used.get((record.split, record.tensor))
         if experts is not None:
             args |= {"experts_used": len(experts.used), "n_expert": experts.n_expert}
-        return f"link {record.src} → {record.dst}", record.tensor, "copy", args
+        return _Slice(f"link {record.src} → {record.dst}", record.tensor, "copy", args)
+    if isinstance(record, ReadRecord):
+        return _Slice(f"link {record.backend} → CPU", record.tensor, "read", {"bytes": record.size_bytes})
     if isinstance(record, ComputeRecord):
         args = {"split": record.split, "nodes": record.n_nodes, "first": record.first}
-        return f"{record.backend} compute", f"split {record.split}", "compute", args
-    return "host", f"{record.what} {record.backend}", "wait", {"split": record.split}
+        return _Slice(f"{record.backend} compute", f"split {record.split}", "compute", args)
+    lane = f"{record.backend} waits" if record.what == "event_wait" else "host"
+    return _Slice(lane, f"{record.what} {record.backend}", "wait", {"split": record.split})
 
 
 def write_timeline(path: Path, records: Iterable[Record]) -> None:

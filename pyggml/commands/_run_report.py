@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,7 @@ from ._console import n_bytes, table
 
 if TYPE_CHECKING:
     from ..session import BatchRecord, Session
+    from ._virtual import VirtualReport
 
 __all__ = ["BatchShape", "RunReport"]
 
@@ -29,6 +33,7 @@ class BatchShape:
     bytes_copied: int = 0
     bytes_full: int = 0
     seconds: float = 0.0
+    virtual_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -49,6 +54,17 @@ class RunReport:
     is_complete: bool = False
     link_bytes_per_s: float | None = None
     stopped: str = ""
+    virtual: VirtualReport | None = None
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time of the block to a phase: that of this machine, and that of the simulated one."""
+        start_s = time.perf_counter()
+        try:
+            with nullcontext() if self.virtual is None else self.virtual.timed(phase):
+                yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start_s
 
     def watch(self, session: Session) -> None:
         """Take note of the session's memory, and of every micro-batch from now on."""
@@ -69,6 +85,8 @@ class RunReport:
             shape.bytes_copied += batch.bytes_copied
             shape.bytes_full += batch.bytes_full
             shape.seconds += batch.seconds
+            if batch.virtual_s is not None:
+                shape.virtual_s = (shape.virtual_s or 0.0) + batch.virtual_s
 
         session.on_batch = on_batch
 
@@ -95,11 +113,16 @@ class RunReport:
             "seconds": {k: round(v, 6) for k, v in self.seconds.items()},
             "tokens_per_s": {k: v and round(v, 2) for k, v in self._rates().items()},
             "memory": self.memory,
+            "virtual": None if self.virtual is None else self.virtual.as_dict(self._counts()),
         }
+
+    def _counts(self) -> dict[str, int]:
+        """Return the tokens evaluated in each phase; the first generated one comes with the prompt."""
+        return {"prompt": self.n_prompt, "generate": max(self.n_generated - 1, 0)}
 
     def _rates(self) -> dict[str, float | None]:
         prompt_s, generate_s = self.seconds.get("prompt", 0.0), self.seconds.get("generate", 0.0)
-        n_steps = max(self.n_generated - 1, 0)  # the first token comes with the prompt
+        n_steps = self._counts()["generate"]
         return {
             "prompt": self.n_prompt / prompt_s if prompt_s else None,
             "generate": n_steps / generate_s if generate_s and n_steps else None,
@@ -119,6 +142,8 @@ class RunReport:
         if any(row.bytes_full for row in self.account.layers()):
             parts += [self._layers_table(), self._saved_text()]
         parts += [self._memory_table(), self._time_table()]
+        if self.virtual is not None and self.virtual.phases:
+            parts.append(self.virtual.table(self._counts()))
         return parts
 
     def _splits_table(self) -> RenderableType:
@@ -172,9 +197,11 @@ class RunReport:
         return made
 
     def _time_table(self) -> RenderableType:
-        made = table("Time", "phase", "seconds", "tokens", "tokens/s", right=("seconds", "tokens", "tokens/s"))
+        made = table(
+            "Time on this machine", "phase", "seconds", "tokens", "tokens/s", right=("seconds", "tokens", "tokens/s")
+        )
         rates = self._rates()
-        counts = {"prompt": self.n_prompt, "generate": max(self.n_generated - 1, 0)}
+        counts = self._counts()
         for phase, seconds in self.seconds.items():
             rate = rates.get(phase)
             made.add_row(phase, f"{seconds:.3f}", str(counts.get(phase, "")), "" if rate is None else f"{rate:,.1f}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -187,7 +186,7 @@ class _Run:
                     talk.messages.append({"role": "system", "content": system})
                 try:
                     for text in _lines(prompt):
-                        with _timed(self.report.seconds, "turns"):
+                        with self.report.timed("turns"):
                             talk.turn(text, n_predict, lambda piece: click.echo(piece, nl=False))
                         click.echo()
                     self.report.is_complete = True
@@ -206,9 +205,11 @@ class _Run:
     def _open(self, file: object, backends: list[Backend], cpu: Backend, needed: int | None) -> Session:
         from ..gguf import GGUFFile
         from ..models.hparams import HParams
+        from ..planning import virtual_clock
         from ..record import Recording
         from ..report import CopyAccount
         from ..session import Session
+        from ._virtual import VirtualReport
 
         assert isinstance(file, GGUFFile)
         hparams = HParams.from_gguf(file)
@@ -226,7 +227,10 @@ class _Run:
             devices=[{"name": b.name, "description": b.device.description} for b in (*backends, cpu)],
             account=account,
         )
-        profile = getattr(backends[0].device, "profile", None) if backends else None
+        clock = virtual_clock([*backends, cpu])
+        if clock is not None:
+            self.report.virtual = VirtualReport(clock, [b.name for b in (*backends, cpu)])
+        profile = backends[0].device.profile if backends else None
         if profile is not None:
             self.report.link_bytes_per_s = profile.link.bytes_per_s
         with progress() as bar:
@@ -239,6 +243,7 @@ class _Run:
                 context=self.flags.context(n_ctx=None if needed is None else min(max(needed, 1), hparams.n_ctx_train)),
                 copier=self.flags.copier(),
                 recorder=_Tee(account, self.recording),
+                clock=clock,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
 
@@ -257,7 +262,7 @@ class _Run:
 
         assert self.report is not None
         found = self.report
-        with _timed(found.seconds, "prompt"):
+        with found.timed("prompt"):
             logits = self._prompt(session, ids)
         found.n_prompt = len(ids)
         if n_predict == 0:
@@ -266,7 +271,7 @@ class _Run:
         sampler = make_sampler(flags)
         stop = frozenset() if ignore_eos else frozenset(tokenizer.eog_ids)
         decoder = StreamDecoder(tokenizer)
-        with _timed(found.seconds, "generate"):
+        with found.timed("generate"):
             for id in session.continue_from(logits, n_predict, sampler, stop=stop):
                 found.tokens.append(id)
                 found.n_generated += 1
@@ -372,12 +377,3 @@ class _Tee:
         """Give a record to each."""
         for recorder in self.recorders:
             recorder.record(record)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start_s = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start_s

@@ -102,8 +102,8 @@ class RunLog:
             whole = 0 if is_added else weight.nbytes
             self.recorder.record(UsedExpertsRecord(i_split, weight.name, name, used, weight.ne[2], weight.nb[2], whole))
 
-    def ids_read(self, tensor: Tensor, backend_id: int, start_s: float) -> None:
-        """Take note that the host read ids from a backend."""
+    def was_read(self, tensor: Tensor, backend_id: int, start_s: float) -> None:
+        """Take note that the host waited for a backend and read a tensor."""
         span = None
         if self.clock is not None:
             self.clock.synchronize(backend_id)

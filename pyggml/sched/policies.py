@@ -99,7 +99,7 @@ class _IdsRead:
         start_s = run.log.now()
         backend.get_tensor_async(tensor, self.words.buffer_info()[0], 0, tensor.nbytes)
         backend.synchronize()
-        run.log.ids_read(tensor, backend_id, start_s)
+        run.log.was_read(tensor, backend_id, start_s)
         ne, nb = tensor.ne, tensor.nb
         self.used = used_experts(self.words, n_used=ne[0], n_token=ne[1], strides=(nb[0] // 4, nb[1] // 4))
 

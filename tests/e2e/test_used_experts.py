@@ -75,10 +75,10 @@ def test_bytes_reported_are_those_that_arrived(llama):
 class _Forgetful(UsedExpertCopier):
     """Leaves one used expert of the first weight out: its place is fresh memory."""
 
-    def _send(self, run, i_split, weight, copy, experts, ids_name, *, is_added=False):
+    def _send(self, run, i_split, weight, copy, experts):
         if weight.name == "blk.0.ffn_gate_exps.weight":
             experts = experts - {max(experts)}
-        UsedExpertCopier._send(run, i_split, weight, copy, experts, ids_name, is_added=is_added)
+        UsedExpertCopier._send(run, i_split, weight, copy, experts)
 
 
 def test_an_expert_that_was_not_copied_shows(llama):
