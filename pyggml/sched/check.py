@@ -82,13 +82,13 @@ def _check_node(i_split: int, split: Split, node: Tensor, cutter: Cutter, copied
         where = machine.backends[split.backend_id].name
         raise _error(f"'{node.name}' lies in split {i_split} on {where} and is assigned to another backend", node, asg)
     for src in node.src:
-        if src is None or copied.get(src) == split.backend_id or machine.buffer_supported(src, split.backend_id, asg):
+        if src is None or copied.get(src) == split.backend_id:
             continue
-        if (
-            _is_copy(src, asg)
-            or asg.get(src) != split.backend_id
-            or (machine.repairs.pinned_weight and src.storage is not None)
-        ):
+        is_reachable = not _is_copy(src, asg) and machine.buffer_supported(src, split.backend_id, asg)
+        is_trusted = asg.get(src) == split.backend_id and not (
+            machine.repairs.pinned_weight and src.storage is not None
+        )
+        if not is_reachable and not is_trusted:
             where = machine.backends[split.backend_id].name
             raise _error(f"'{node.name}' in split {i_split} reads '{src.name}', which {where} cannot reach", node, asg)
 

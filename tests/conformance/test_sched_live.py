@@ -42,7 +42,7 @@ def live() -> Iterator[LiveScheduler]:
 
 def _replay(case: Json) -> list[Json]:
     """Replay in the library's dialect; the records pass through JSON, as the library's do."""
-    records: list[Json] = json.loads(json.dumps(replay(parse_case(case), dialect=DIALECTS["0.20"])["steps"]))
+    records: list[Json] = json.loads(json.dumps(replay(parse_case(dict(case)), dialect=DIALECTS["0.20"])["steps"]))
     return records
 
 
