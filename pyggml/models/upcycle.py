@@ -87,7 +87,7 @@ class Upcycling:
     type: Type | None = None
     seed: int = 1
     noise: float = 0.05
-    skew: float = 3.5
+    skew: float = 3.3
 
 
 def upcycle(
