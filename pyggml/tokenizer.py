@@ -257,8 +257,9 @@ class Tokenizer:
 
         A space that `encode` put before the text is left out again.
         """
-        ids = list(ids)
-        text = b"".join(self.token_bytes(id, skip_special=skip_special) for id in ids).decode("utf-8", "replace")
+        hidden = (TokenKind.CONTROL, TokenKind.UNKNOWN) if skip_special and self._has_vocabulary else ()
+        ids = [id for id in ids if not (hidden and 0 <= id < self._n_vocab and self._kinds[id] in hidden)]
+        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
         prefixed = self._add_space_prefix and ids and self._kinds[ids[0]] == TokenKind.NORMAL
         return text[1:] if prefixed and text.startswith(" ") else text
 

@@ -1,0 +1,21 @@
+"""What tests of every folder share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pyggml.commands._fetch import cache_folder, example_model, fetch_smollm2
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Give SmolLM2-135M-Instruct (dense, Q4_1), fetched once into the cache that `make run` uses."""
+    return fetch_smollm2(cache_folder())
+
+
+@pytest.fixture(scope="session")
+def example_path(smollm2_path: Path) -> Path:
+    """Give the mixture of experts that `make run` answers with, made once in the same cache."""
+    return example_model(smollm2_path.parent)
