@@ -63,10 +63,13 @@ from .words import F32 as TYPE_F32
 SOFTCAP, KEYS_KERNEL, VALUES_KERNEL, SCORES_KERNEL, SOFTEN_KERNEL, DEQUANTISE = (PARAM + 5 + i for i in range(6))
 
 KEYS = 64
-QUERIES = 32
+QUERIES = 48
 #: Queries of a tile: 4 x 6 accumulators, 4 vectors of keys or values and one broadcast fit 32 registers.
 TILE = 6
 _VECTORS = KEYS // LANES
+#: Floats kept for each query, in arrays one behind the other.
+LARGEST, TOTAL, CORRECTION, BASE, SLOPE = range(5)
+STATES = 5
 
 
 def _round_up(n: int, to: int) -> int:
@@ -75,9 +78,9 @@ def _round_up(n: int, to: int) -> int:
 
 def thread_bytes(d_key: int, d_value: int, quantised: bool) -> int:
     """Bytes of scratch that each thread needs."""
-    floats_ = KEYS * _round_up(d_key, LANES) + QUERIES * KEYS + QUERIES * _round_up(d_value, LANES) + 4 * QUERIES
+    floats_ = KEYS * _round_up(d_key, LANES) + QUERIES * KEYS + QUERIES * _round_up(d_value, LANES) + STATES * QUERIES
     rows = KEYS * (d_key + d_value) if quantised else 0
-    return 4 * (floats_ + rows) + 8 * (2 * KEYS + 3 * QUERIES)
+    return 4 * (floats_ + rows) + 8 * (2 * KEYS + 2 * QUERIES)
 
 
 # -- micro-kernels ---------------------------------------------------------------------------
@@ -174,42 +177,59 @@ def score_tile(e, n_queries, queries, panel, d_key, scores, _):
 
 
 @micro_kernel(8)
-def soften(e, scores, n_keys, factor, softcap, mask_at, mask_slope, state, correction):
-    """Turn a query's 64 scores into weights against the largest so far.
+def soften(e, n_queries, scores, n_keys, factor, softcap, masks, first, states):
+    """Turn the scores of a block into weights against each query's largest score so far.
 
-    state : largest score and sum of weights so far, two floats; correction : where the factor of earlier sums goes.
+    scores : rows of 64; factor, softcap : bits of floats; masks : addresses of rows of halves, or 0; first : the block's first key;
+    states : the arrays named above. Corrections, by which earlier sums are to be multiplied, are among them.
     """
     b = e.b
-    factor, cap, mask_slope = (V(e, e.splat(e.float_of(v))) for v in (factor, softcap, mask_slope))
-    has_cap = b.icmp_signed("!=", softcap, I64(0))
-    kind = e.add(b.zext(b.icmp_signed("!=", mask_at, I64(0)), I64), e.mul(b.zext(has_cap, I64), 2))
-    old, total = e.load(F32, state), e.load(F32, state, 4)
+    factor, cap = (V(e, e.splat(e.float_of(v))) for v in (factor, softcap))
+    kind = e.add(
+        b.zext(b.icmp_signed("!=", masks, I64(0)), I64), e.mul(b.zext(b.icmp_signed("!=", softcap, I64(0)), I64), 2)
+    )
+    there = [e.lanes_below(e.add(n_keys, -LANES * j)) for j in range(_VECTORS)]
     hidden = e.const(F32x16, -math.inf)
 
-    def write(case: int) -> None:
-        values = []
-        for j in range(_VECTORS):
-            lanes = e.lanes_below(e.add(n_keys, -LANES * j))
-            v = V(e, e.load(F32x16, scores, 64 * j)) * factor
-            if case & 2:
-                v = cap * tanh(v)
-            if case & 1:
-                half = e.load_lanes(I16x16, e.add(mask_at, 2 * LANES * j), lanes)
-                v = v + mask_slope * V(e, e.to_f32(e.cast(half, F16x16)))
-            values.append(V(e, b.select(lanes, v.v, hidden)))
-        largest = e.fold(e.fmax(e.fmax(values[0].v, values[1].v), e.fmax(values[2].v, values[3].v)), e.fmax)
-        top = b.select(b.fcmp_ordered(">", old, largest), old, largest)
-        base = b.select(b.fcmp_ordered(">", top, F32(-math.inf)), top, F32(0.0))  # all hidden: weights 0, not NaN
-        weights = [exp(v - V(e, e.splat(base))).v for v in values]
-        for j, v in enumerate(weights):
-            e.store(v, scores, 64 * j)
-        scale = b.extract_element(exp(V(e, e.splat(b.fsub(old, base)))).v, I32(0))
-        added = e.sum(b.fadd(b.fadd(weights[0], weights[1]), b.fadd(weights[2], weights[3])))
-        e.store(scale, correction)
-        e.store(top, state)
-        e.store(b.fadd(b.fmul(total, scale), added), state, 4)
+    def state(which: int, i: ir.Value) -> ir.Value:
+        return e.add(e.add(states, 4 * QUERIES * which), e.mul(i, 4))
 
-    e.switch(kind, range(4), write)
+    def logits(case: int) -> None:
+        with e.loop(n_queries) as (q, _):
+            row = e.add(scores, e.mul(q, 4 * KEYS))
+            if case & 1:
+                mask = e.add(e.load(I64, e.add(masks, e.mul(q, 8))), e.mul(first, 2))
+                slope_ = V(e, e.splat(e.load(F32, state(SLOPE, q))))
+            values = []
+            for j in range(_VECTORS):
+                v = V(e, e.load(F32x16, row, 64 * j)) * factor
+                if case & 2:
+                    v = cap * tanh(v)
+                if case & 1:
+                    half = e.load_lanes(I16x16, e.add(mask, 2 * LANES * j), there[j])
+                    v = v + slope_ * V(e, e.to_f32(e.cast(half, F16x16)))
+                values.append(b.select(there[j], v.v, hidden))
+                e.store(values[j], row, 64 * j)
+            largest = e.fold(e.fmax(e.fmax(values[0], values[1]), e.fmax(values[2], values[3])), e.fmax)
+            e.store(largest, state(BASE, q))
+
+    e.switch(kind, range(4), logits)
+    with e.loop(n_queries, LANES) as (q, _):  # corrections of 16 queries at once
+        old, new = e.load(F32x16, state(LARGEST, q)), e.load(F32x16, state(BASE, q))
+        top = e.fmax(old, new)
+        base = b.select(b.fcmp_ordered(">", top, hidden), top, e.const(F32x16, 0.0))  # all hidden: weights 0, not NaN
+        e.store(top, state(LARGEST, q))
+        e.store(base, state(BASE, q))
+        e.store(exp(V(e, old) - V(e, base)).v, state(CORRECTION, q))
+    with e.loop(n_queries) as (q, _):
+        row = e.add(scores, e.mul(q, 4 * KEYS))
+        base = V(e, e.splat(e.load(F32, state(BASE, q))))
+        weights = [exp(V(e, e.load(F32x16, row, 64 * j)) - base).v for j in range(_VECTORS)]
+        for j, v in enumerate(weights):
+            e.store(v, row, 64 * j)
+        added = e.sum(b.fadd(b.fadd(weights[0], weights[1]), b.fadd(weights[2], weights[3])))
+        total = b.fmul(e.load(F32, state(TOTAL, q)), e.load(F32, state(CORRECTION, q)))
+        e.store(b.fadd(total, added), state(TOTAL, q))
 
 
 @micro(types.int64, 3)
@@ -276,8 +296,8 @@ def _address_rows(d, tensor, i2, i3, first, n_keys, seen, rows, floats_at):
 
 @device
 def _attend(d, first_query, n_queries, kv_head, i3, scratch):
-    """One job: queries first_query .. of those that share a key head; query = head in group * tokens + token."""
-    d_key, n_token, n_head = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
+    """One job: queries first_query .. of those that share a key head; query = token * heads in group + head."""
+    d_key, n_head = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE2))
     n_kv, n_kv_head, d_value = ld_i64(d + 8 * (SRC1 + NE1)), ld_i64(d + 8 * (SRC1 + NE2)), ld_i64(d + 8 * (SRC2 + NE0))
     group = n_head // n_kv_head
     i3_kv = i3 // (ld_i64(d + 8 * (SRC0 + NE3)) // ld_i64(d + 8 * (SRC1 + NE3)))
@@ -287,26 +307,22 @@ def _attend(d, first_query, n_queries, kv_head, i3, scratch):
     scores = panel + KEYS * ((d_key + LANES - 1) // LANES * LANES) * 4
     sums = scores + QUERIES * KEYS * 4
     states = sums + QUERIES * sum_bytes
-    corrections = states + 8 * QUERIES
-    queries = corrections + 8 * QUERIES
+    queries = states + 4 * STATES * QUERIES
     masks = queries + 8 * QUERIES
-    key_rows = masks + 16 * QUERIES
+    key_rows = masks + 8 * QUERIES
     value_rows = key_rows + 8 * KEYS
     key_floats = value_rows + 8 * KEYS
     value_floats = key_floats + 4 * KEYS * d_key
     mask = ld_i64(d + 8 * (SRC3 + ADDRESS))
-    factor, softcap = ld_f32(d + 8 * SCALE), ld_f32(d + 8 * SOFTCAP)
+    factor, softcap = bits_of(ld_f32(d + 8 * SCALE)), bits_of(ld_f32(d + 8 * SOFTCAP))
     keys_panel, add_values = ld_i64(d + 8 * KEYS_KERNEL), ld_i64(d + 8 * VALUES_KERNEL)
     score, soften_ = ld_i64(d + 8 * SCORES_KERNEL), ld_i64(d + 8 * SOFTEN_KERNEL)
-    for q in range(n_queries):
-        head, token = kv_head * group + (first_query + q) // n_token, (first_query + q) % n_token
-        st_i64(queries + 8 * q, repeated_row_address(d, SRC0, token, head, i3))
-        st_i64(masks + 8 * q, repeated_row_address(d, SRC3, token, head, i3) if mask != 0 else 0)
-        st_f32(states + 8 * q, np.float32(-np.inf))
-        st_f32(states + 8 * q + 4, np.float32(0.0))
-        own = floats(sums + q * sum_bytes)
-        for i in range(sum_bytes // 4):
-            own[i] = np.float32(0.0)
+    _begin(d, first_query, n_queries, kv_head * group, group, i3, queries, masks, states)
+    zero = floats(sums)
+    for i in range(n_queries * sum_bytes // 4):
+        zero[i] = np.float32(0.0)
+    tiles = (n_queries + TILE - 1) // TILE
+    per_tile = (n_queries + tiles - 1) // tiles
     for first in range(0, n_kv, KEYS):
         n_keys = min(KEYS, n_kv - first)
         seen = np.int64(-1) if n_keys == KEYS else (np.int64(1) << n_keys) - 1
@@ -320,50 +336,49 @@ def _attend(d, first_query, n_queries, kv_head, i3, scratch):
         _address_rows(d, SRC1, kv_head, i3_kv, first, n_keys, seen, key_rows, key_floats)
         _address_rows(d, SRC2, v_head, i3_kv, first, n_keys, seen, value_rows, value_floats)
         call4(keys_panel, key_rows, d_key, panel, 0)
-        for q0 in range(0, n_queries, TILE):
-            n = min(TILE, n_queries - q0)
-            tile_scores = scores + 4 * KEYS * q0
-            call6(score, n, queries + 8 * q0, panel, d_key, tile_scores, 0)
-            for q in range(q0, q0 + n):
-                head = kv_head * group + (first_query + q) // n_token
-                head_slope = slope(
-                    ld_f32(d + 8 * MAX_BIAS), ld_f32(d + 8 * M0), ld_f32(d + 8 * M1), ld_i64(d + 8 * N_HEAD_LOG2), head
-                )
-                mask_at = ld_i64(masks + 8 * q) + 2 * first if mask != 0 else 0
-                call8(
-                    soften_,
-                    scores + 4 * KEYS * q,
-                    n_keys,
-                    bits_of(factor),
-                    bits_of(softcap),
-                    mask_at,
-                    bits_of(head_slope),
-                    states + 8 * q,
-                    corrections + 4 * q,
-                )
+        for q in range(0, n_queries, per_tile):
+            call6(score, min(per_tile, n_queries - q), queries + 8 * q, panel, d_key, scores + 4 * KEYS * q, 0)
+        call8(soften_, n_queries, scores, n_keys, factor, softcap, masks if mask != 0 else 0, first, states)
+        for q in range(0, n_queries, per_tile):
             call8(
                 add_values,
-                n,
-                tile_scores,
-                corrections + 4 * q0,
+                min(per_tile, n_queries - q),
+                scores + 4 * KEYS * q,
+                states + 4 * (QUERIES * CORRECTION + q),
                 value_rows,
                 n_keys,
-                sums + sum_bytes * q0,
+                sums + sum_bytes * q,
                 d_value,
                 sum_bytes,
             )
-    _finish(d, first_query, n_queries, kv_head * group, i3, states, sums, sum_bytes)
+    _finish(d, first_query, n_queries, kv_head * group, group, i3, states, sums, sum_bytes)
 
 
 @device
-def _finish(d, first_query, n_queries, first_head, i3, states, sums, sum_bytes):
+def _begin(d, first_query, n_queries, first_head, group, i3, queries, masks, states):
+    """Address the queries and their masks, and set out their states."""
+    mask = ld_i64(d + 8 * (SRC3 + ADDRESS))
+    max_bias, m0, m1 = ld_f32(d + 8 * MAX_BIAS), ld_f32(d + 8 * M0), ld_f32(d + 8 * M1)
+    n_head_log2 = ld_i64(d + 8 * N_HEAD_LOG2)
+    for q in range(n_queries):
+        token, head = (first_query + q) // group, first_head + (first_query + q) % group
+        st_i64(queries + 8 * q, repeated_row_address(d, SRC0, token, head, i3))
+        if mask != 0:
+            st_i64(masks + 8 * q, repeated_row_address(d, SRC3, token, head, i3))
+        st_f32(states + 4 * (QUERIES * LARGEST + q), np.float32(-np.inf))
+        st_f32(states + 4 * (QUERIES * TOTAL + q), np.float32(0.0))
+        st_f32(states + 4 * (QUERIES * SLOPE + q), slope(max_bias, m0, m1, n_head_log2, head))
+
+
+@device
+def _finish(d, first_query, n_queries, first_head, group, i3, states, sums, sum_bytes):
     """Divide by the sums of weights, sinks included, and write the rows: heads within tokens."""
-    n_token, d_value = ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC2 + NE0))
+    d_value = ld_i64(d + 8 * (SRC2 + NE0))
     sinks, dst = ld_i64(d + 8 * (SRC4 + ADDRESS)), ld_i64(d + 8 * (DST + ADDRESS))
     nb1, nb2, nb3 = ld_i64(d + 8 * (DST + NB1)), ld_i64(d + 8 * (DST + NB2)), ld_i64(d + 8 * (DST + NB3))
     for q in range(n_queries):
-        head, token = first_head + (first_query + q) // n_token, (first_query + q) % n_token
-        top, total = ld_f32(states + 8 * q), ld_f32(states + 8 * q + 4)
+        token, head = (first_query + q) // group, first_head + (first_query + q) % group
+        top, total = ld_f32(states + 4 * (QUERIES * LARGEST + q)), ld_f32(states + 4 * (QUERIES * TOTAL + q))
         factor = np.float32(1.0)
         if sinks != 0:
             sink = ld_f32(sinks + 4 * head)

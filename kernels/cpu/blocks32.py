@@ -74,7 +74,7 @@ def _bits_to_bytes(e: Emit, bits: ir.Value, value: int) -> ir.Value:
 
 
 def _load_blocks(e: Emit, typ: int, w: ir.Value, n: int) -> tuple[list[ir.Value], ir.Value, ir.Value | None]:
-    """Load n (4 or 1) blocks: their bytes, two blocks a vector, their scales, and their minima if there are any.
+    """Load n (4, 2 or 1) blocks: their bytes, two blocks a vector, their scales, and their minima if there are any.
 
     A lone block stands twice in its vector; the caller gives its twin the scale 0.
     """
@@ -130,14 +130,16 @@ def _row_times_tokens(e: Emit, typ: int, w: ir.Value, n_blocks: ir.Value, xs: li
                 b.store(e.fma(products, e.shuffle(factors, zero, lanes), b.load(p)), p)
             if minima is not None:
                 m = b.fmul(minima, e.load(vec(F32, n), e.add(sums[t], i4)))
-                m = m if n == 4 else e.shuffle(m, zero, [0, 1, 1, 1])
+                m = m if n == 4 else e.shuffle(m, zero, [*range(n), n, n, n][:4])  # lane n is 0
                 b.store(b.fadd(m, b.load(minimum_acc[t])), minimum_acc[t])
 
-    whole = b.and_(n_blocks, I64(-4))
-    with e.loop(whole, 4) as (i, _):
+    fours, twos = b.and_(n_blocks, I64(-4)), b.and_(n_blocks, I64(-2))
+    with e.loop(fours, 4) as (i, _):
         step(i, 4)
-    with e.loop(n_blocks, 1, whole) as (i, _):
-        step(i, 1)
+    with e.when(b.icmp_signed("<", fours, twos)):
+        step(fours, 2)
+    with e.when(b.icmp_signed("<", twos, n_blocks)):
+        step(twos, 1)
     out = [e.sum(b.fadd(b.load(a[0]), b.load(a[1]))) for a in acc]
     if typ in HAS_MINIMUM:
         out = [b.fadd(v, e.sum(b.load(m))) for v, m in zip(out, minimum_acc, strict=True)]

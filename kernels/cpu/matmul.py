@@ -61,8 +61,8 @@ FEW_TOKENS_ELSE = 4
 FEW_FLOAT_TOKENS = 2
 #: Bytes of float activations that are kept in L2 while rows pass.
 TOKEN_BLOCK_BYTES = 256 * 1024
-#: Room for the addresses of one tile's tokens: sources, then results.
-_LISTS = 16
+#: Tokens of a job that are addressed at once: where they lie, then where their results go.
+_LISTS = 512
 
 
 def thread_bytes(typ: int, k: int) -> int:
@@ -100,35 +100,30 @@ def _address_tokens(d, ctl, i02, i03, order, j, n, lists):
 
 
 @device
-def _float_job(d, ctl, i02, i03, order, j0, j1, w, r0, r1, lists):
-    """Rows r0 .. r1-1 of a float matrix at w times tokens j0 .. j1-1."""
+def _float_job(d, w, r0, r1, n_tokens, lists):
+    """Rows r0 .. r1-1 of a float matrix at w times the tokens in the lists."""
     k, nb01, kernel = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NB1)), ld_i64(d + 8 * ROWS_KERNEL)
-    block = max(4, TOKEN_BLOCK_BYTES // (4 * k) // 4 * 4)
     outs = lists + 8 * _LISTS
-    for b0 in range(j0, j1, block):
-        b1 = min(j1, b0 + block)
-        if b1 - b0 <= FEW_FLOAT_TOKENS:
-            _address_tokens(d, ctl, i02, i03, order, b0, b1 - b0, lists)
-            call8(kernel, w + r0 * nb01, nb01, r1 - r0, k, b1 - b0, lists, outs, 4 * r0)
-            continue
+    if n_tokens <= FEW_FLOAT_TOKENS:
+        call8(kernel, w + r0 * nb01, nb01, r1 - r0, k, n_tokens, lists, outs, 4 * r0)
+        return
+    block = max(4, TOKEN_BLOCK_BYTES // (4 * k) // 4 * 4)
+    for b0 in range(0, n_tokens, block):
+        b1 = min(n_tokens, b0 + block)
         for r in range(r0, r1, 4):
-            j = b0
-            while j < b1:
-                n = min(4, b1 - j)
-                if b1 - b0 > 4 or r == r0:  # one group of tokens is addressed once
-                    _address_tokens(d, ctl, i02, i03, order, j, n, lists)
-                call8(kernel, w + r * nb01, nb01, min(4, r1 - r), k, n, lists, outs, 4 * r)
-                j += n
+            for j in range(b0, b1, 4):
+                n, at = min(4, b1 - j), 8 * j
+                call8(kernel, w + r * nb01, nb01, min(4, r1 - r), k, n, lists + at, outs + at, 4 * r)
 
 
 @device
-def _quantised_job(d, ctl, i02, i03, order, j0, j1, w, r0, r1, thread_panel, lists):
-    """Rows r0 .. r1-1 of a quantised matrix at w times tokens j0 .. j1-1."""
+def _quantised_job(d, w, r0, r1, n_tokens, few, thread_panel, lists):
+    """Rows r0 .. r1-1 of a quantised matrix at w times the tokens in the lists."""
     n_blocks, nb01 = ld_i64(d + 8 * (SRC0 + NE0)) // 32, ld_i64(d + 8 * (SRC0 + NB1))
     rows_kernel, unpack = ld_i64(d + 8 * ROWS_KERNEL), ld_i64(d + 8 * UNPACK_KERNEL)
     tile, n_rows = ld_i64(d + 8 * TILE_KERNEL), ld_i64(d + 8 * (SRC0 + NE1))
     outs, r = lists + 8 * _LISTS, r0
-    if j1 - j0 > ld_i64(d + 8 * FEW):
+    if not few:
         while r + ROWS <= r1:
             call4(unpack, w + r * nb01, nb01, n_blocks, thread_panel)
             call4(unpack, w + (r + 16) * nb01, nb01, n_blocks, thread_panel + 64)
@@ -136,21 +131,16 @@ def _quantised_job(d, ctl, i02, i03, order, j0, j1, w, r0, r1, thread_panel, lis
             fetch = r + 2 * ROWS <= n_rows
             ahead = w + (r + ROWS) * nb01 if fetch else thread_panel
             step = nb01 * ROWS // n_blocks if fetch else 0
-            j = j0
-            while j < j1:
-                tiles = (j1 - j + TILE_TOKENS - 1) // TILE_TOKENS
-                n = (j1 - j + tiles - 1) // tiles  # evenly: 7 tokens are 4 and 3
-                _address_tokens(d, ctl, i02, i03, order, j, n, lists)
-                call8(tile, n, thread_panel, n_blocks, lists, outs, 4 * r, ahead, step)
+            j = 0
+            while j < n_tokens:
+                tiles = (n_tokens - j + TILE_TOKENS - 1) // TILE_TOKENS
+                n = (n_tokens - j + tiles - 1) // tiles  # evenly: 7 tokens are 4 and 3
+                call8(tile, n, thread_panel, n_blocks, lists + 8 * j, outs + 8 * j, 4 * r, ahead, step)
                 ahead, step = thread_panel, 0
                 j += n
             r += ROWS
-    j = j0
-    while r < r1 and j < j1:
-        n = min(j1 - j, 8)
-        _address_tokens(d, ctl, i02, i03, order, j, n, lists)
-        call8(rows_kernel, w + r * nb01, nb01, r1 - r, n_blocks, n, lists, outs, 4 * r)
-        j += n
+    if r < r1:
+        call8(rows_kernel, w + r * nb01, nb01, r1 - r, n_blocks, n_tokens, lists, outs, 4 * r)
 
 
 @device
@@ -190,9 +180,13 @@ def mul_mat(ith, nth, d, ctl):
         r0 = (job - matrix * per_matrix) * job_rows
         r1 = min(n_rows, r0 + job_rows)
         w = weights + i02 * nb02 + i03 * nb03
-        if is_float != 0:
-            _float_job(d, ctl, i02, i03, order, j0, j1, w, r0, r1, lists)
-        else:
-            _quantised_job(d, ctl, i02, i03, order, j0, j1, w, r0, r1, thread_panel, lists)
+        few = j1 - j0 <= ld_i64(d + 8 * FEW)
+        for j in range(j0, j1, _LISTS):
+            n = min(_LISTS, j1 - j)
+            _address_tokens(d, ctl, i02, i03, order, j, n, lists)
+            if is_float != 0:
+                _float_job(d, w, r0, r1, n, lists)
+            else:
+                _quantised_job(d, w, r0, r1, n, few, thread_panel, lists)
     if job == n_jobs + nth - 1:  # the last to ask leaves the counter as it was
         atomic_store(d + 8 * COUNTER, 0)

@@ -240,3 +240,34 @@ plan.run(pool)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_ctrl_c_is_heard_while_a_plan_runs(memory, pool):
+    """KeyboardInterrupt comes out of a running plan, and plan and pool can be used again."""
+    import _thread
+    import time
+
+    rng = np.random.default_rng(0)
+    w = weights(memory, rng, Type.F32, (512, 512))
+    x = memory.tensor(rng.standard_normal((256, 512), dtype="f4"))
+    nodes = [memory.node(Op.MUL_MAT, (512, 256), w, x) for _ in range(60)]
+    plan = HostPlan(nodes * 20, lambda t: t.data)
+    timer = threading.Timer(0.05, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        plan.run(pool)
+        time.sleep(5)  # only if the plan was done in less
+    timer.join()
+    HostPlan(nodes[:1], lambda t: t.data).run(pool)
+    np.testing.assert_allclose(memory.values(nodes[0]), memory.values(x) @ memory.values(w).T, rtol=1e-3, atol=1e-3)
+
+
+def test_warm_up_tells_of_each_kernel():
+    """Warm-up names every kernel once, counts them, and leaves all compiled."""
+    from pyggml.kernels.cpu.kernel import KERNELS, warm_up
+
+    told = []
+    warm_up(lambda name, i, n: told.append((name, i, n)))
+    assert [i for _, i, _ in told] == list(range(len(KERNELS) + 1))
+    assert {name for name, _, _ in told[:-1]} == set(KERNELS)
+    assert told[-1] == ("", len(KERNELS), len(KERNELS))

@@ -51,6 +51,16 @@ def test_float_product_of_any_length(memory, typ, k):
     assert nmse(got, x.astype("f8") @ memory.values(w).reshape(9, k).astype("f8").T) < 1e-7
 
 
+@pytest.mark.parametrize("k", [32, 64, 96, 160, 224])
+@pytest.mark.parametrize("typ", BLOCKS_32, ids=lambda t: t.name)
+def test_quantised_product_of_few_blocks(memory, typ, k):
+    """Rows of any number of blocks are whole: the last one, two or three have steps of their own."""
+    rng = np.random.default_rng(k)
+    w, x = weights(memory, rng, typ, (33, k)), rng.standard_normal((3, k), dtype="f4")
+    got = memory.compute(Op.MUL_MAT, (33, 3), w, memory.tensor(x))
+    assert nmse(got, x.astype("f8") @ memory.values(w).reshape(33, k).astype("f8").T) < BOUND[typ]
+
+
 @pytest.mark.parametrize("typ", [Type.F32, Type.F16, Type.Q8_0], ids=lambda t: t.name)
 def test_matrices_are_shared_by_heads_and_batches(memory, typ):
     """A matrix serves as many of src1 as there are more, in dimensions 2 and 3."""
