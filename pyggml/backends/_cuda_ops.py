@@ -1,0 +1,103 @@
+"""Which nodes have CUDA kernels, and how a node becomes launches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..tensor import Tensor
+from ..types import GluOp, Op, Type
+
+if TYPE_CHECKING:
+    from ..kernels.cuda.launch import Launch, Operand
+
+#: types of weights that the matrix products take
+WEIGHT_TYPES = frozenset(
+    {
+        *(Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q8_0),
+        *(Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.MXFP4),
+    }
+)
+_BINARY = {Op.ADD: "add", Op.SUB: "sub", Op.MUL: "mul", Op.DIV: "div"}
+#: columns of a tile, and the largest grid beside x; a test compares them with the kernels'
+_COLUMNS, _MAX_GRID = 32, 65535
+
+
+def _is_rows(tensor: Tensor | None, type: Type = Type.F32) -> bool:
+    """Whether the rows are dense."""
+    return tensor is not None and tensor.type is type and tensor.nb[0] == type.type_size
+
+
+def _is_weight(tensor: Tensor | None) -> bool:
+    return (
+        tensor is not None
+        and tensor.type in WEIGHT_TYPES
+        and tensor.nb[0] == tensor.type.type_size
+        and not tensor.is_transposed
+        and tensor.ne[3] == 1
+    )
+
+
+def _reaches(n_pair: int, n_expert: int) -> bool:
+    return n_pair // _COLUMNS + n_expert <= _MAX_GRID
+
+
+def supports_op(op: Tensor) -> bool:
+    """Whether there is a kernel for the op, its types and its strides."""
+    if op.op.is_empty:
+        return True
+    a, b, c = ([*op.src, None, None, None])[:3]
+    if op.op is Op.MUL_MAT_ID:
+        if a is None or not _is_weight(a) or not _is_rows(b) or not op.is_contiguous():
+            return False
+        return _is_rows(c, Type.I32) and _reaches(op.ne[1] * op.ne[2], a.ne[2])
+    if op.op is Op.MUL_MAT:
+        if a is None or b is None or not _is_weight(a) or not _is_rows(b) or not op.is_contiguous():
+            return False
+        return b.ne[3] == 1 and _reaches(op.ne[1] * op.ne[2], a.ne[2])
+    if op.op is Op.ADD_ID:
+        return _is_rows(op) and _is_rows(a) and _is_rows(b) and _is_rows(c, Type.I32) and op.ne[3] == 1
+    if op.op in _BINARY:
+        return _is_rows(op) and _is_rows(a) and _is_rows(b)
+    if op.op is Op.SCALE:
+        # elements are counted in 32 bits
+        return a is not None and _is_rows(op) and a.is_contiguous() and op.is_contiguous() and op.numel < 2**31
+    if op.op is Op.GLU:
+        return _is_rows(op) and op.is_contiguous(1) and all(s is None or s.is_contiguous(1) for s in (a, b))
+    return False
+
+
+def _operand(tensor: Tensor) -> Operand:
+    from ..kernels.cuda.launch import Operand
+
+    assert tensor.data is not None
+    return Operand(tensor.data, tensor.type.ggml_name, tensor.ne, tensor.nb)
+
+
+def launches_of(op: Tensor, scratch: int) -> tuple[list[Launch], int]:
+    """Return the launches of a node that `supports_op`, and the bytes that they need from address ``scratch``."""
+    from ..kernels.cuda import launch
+
+    dst = _operand(op)
+    a, *others = [_operand(s) for s in op.src if s is not None]
+    product: tuple[list[Launch], int]
+    if op.op is Op.MUL_MAT_ID:
+        product = launch.mul_mat_id(a, *others, dst, scratch)
+        return product
+    if op.op is Op.MUL_MAT:
+        product = launch.mul_mat(a, *others, dst, scratch)
+        return product
+    if op.op is Op.ADD_ID:
+        return launch.add_id(a, *others, dst), 0
+    if op.op in _BINARY:
+        return launch.binary(_BINARY[op.op], a, *others, dst), 0
+    if op.op is Op.SCALE:
+        return launch.scale(a, dst, op.param_f32(0), op.param_f32(1)), 0
+    assert op.op is Op.GLU
+    gate = GluOp(op.param_i32(0))
+    if others:
+        value = others[0]
+    else:
+        half = launch.Operand(a.address + op.ne[0] * op.type.type_size, a.type, a.ne, a.nb)
+        a, value = (half, a) if op.param_i32(1) else (a, half)
+    alpha = op.param_f32(2) if gate is GluOp.SWIGLU_OAI else 0.0
+    return launch.glu(gate.name.lower(), a, value, dst, alpha, op.param_f32(3)), 0
