@@ -14,7 +14,7 @@ import numpy as np
 
 from .convert import row_to_f32
 from .elementwise import repeated_row_address
-from .emit import F32, I16, I32, I64, LANES, Emit, F16x16, F32x16, I16x16, ir, micro, types, vec
+from .emit import F32, I16, I64, LANES, Emit, F16x16, F32x16, I16x16, ir, micro, types, vec
 from .floatrows import load_floats
 from .functions import V, exp, tanh
 from .kernel import device, micro_kernel, op_kernel
