@@ -35,6 +35,8 @@ class Device(ABC):
         Kind. A scheduler's last backend is of kind CPU.
     profile : DeviceProfile or None
         What its work costs on a virtual clock; None for a device that is really there.
+    has_data : bool
+        False: it only plans; its memory has sizes and addresses but no bytes.
 
     Notes
     -----
@@ -45,6 +47,7 @@ class Device(ABC):
     description: str
     type: DeviceType
     profile: DeviceProfile | None = None
+    has_data: bool = True
 
     @property
     @abstractmethod
@@ -322,6 +325,7 @@ REGISTRY = Registry(
     {
         "cpu": "pyggml.backends.cpu",
         "sim": "pyggml.backends.sim",
+        "cuda": "pyggml.backends.cuda",
         "mock": "pyggml.backends.mock",
     }
 )

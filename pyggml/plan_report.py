@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from .routing import Zipf
+from .routing import Routing
 from .sched.debug import assignments_text
 from .sched.policies import takes_used_experts
+from .simulation import SimulatedBatch, can_simulate, simulate_batch
 from .types import BufferUsage, TensorFlag
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class BatchPlan:
 
     n_tokens: int
     graphs: list[GraphPlan]
+    simulated: SimulatedBatch | None = None  #: carried out without data; only of a planner without data
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan for JSON."""
@@ -86,11 +88,14 @@ class BatchPlan:
                 {**asdict(g), "n_splits": len(g.splits), "bytes_max": g.bytes_max, "bytes_expected": g.bytes_expected}
                 for g in self.graphs
             ],
+            "virtual": None
+            if self.simulated is None
+            else {**asdict(self.simulated), "tokens_per_s": self.simulated.tokens_per_s},
         }
 
 
 def plan_batches(
-    planner: Planner, sizes: Sequence[int], *, outputs: Literal["last", "all"] = "last", routing: Zipf
+    planner: Planner, sizes: Sequence[int], *, outputs: Literal["last", "all"] = "last", routing: Routing
 ) -> list[BatchPlan]:
     """Return what decodes of some sizes would do, each from an empty cache.
 
@@ -99,19 +104,21 @@ def plan_batches(
     CacheFullError
         A size is larger than the context.
     """
-    return [
-        BatchPlan(n, [_graph_plan(planner, planned, routing) for planned in planner.plan_batch(n, outputs=outputs)])
-        for n in sizes
-    ]
+    plans = []
+    for n in sizes:
+        graphs = [_graph_plan(planner, planned, routing) for planned in planner.plan_batch(n, outputs=outputs)]
+        simulated = simulate_batch(planner, n, outputs=outputs, routing=routing) if can_simulate(planner) else None
+        plans.append(BatchPlan(n, graphs, simulated))
+    return plans
 
 
-def _graph_plan(planner: Planner, planned: PlannedGraph, routing: Zipf) -> GraphPlan:
+def _graph_plan(planner: Planner, planned: PlannedGraph, routing: Routing) -> GraphPlan:
     splits = [_split_plan(planner, planned, i, split, routing) for i, split in enumerate(planned.splits)]
     compute = {b.name: n for b, n in zip(planner.backends, planned.compute_bytes, strict=True)}
     return GraphPlan(planned.part.n_tokens, len(planned.graph.graph.nodes), splits, compute)
 
 
-def _split_plan(planner: Planner, planned: PlannedGraph, i: int, split: Split, routing: Zipf) -> SplitPlan:
+def _split_plan(planner: Planner, planned: PlannedGraph, i: int, split: Split, routing: Routing) -> SplitPlan:
     nodes = [n for n in split.graph.nodes if not n.op.is_view]
     causes = Counter(c.value for n in nodes if (c := planned.assignment.cause(n)) is not None)
     cause = planned.assignment.cause(nodes[0]) if nodes else None
@@ -128,7 +135,7 @@ def _split_plan(planner: Planner, planned: PlannedGraph, i: int, split: Split, r
     )
 
 
-def _input_plan(planned: PlannedGraph, split: Split, tensor: Tensor, routing: Zipf) -> InputPlan:
+def _input_plan(planned: PlannedGraph, split: Split, tensor: Tensor, routing: Routing) -> InputPlan:
     size = tensor.nbytes
     copy = next(
         (src for node in split.graph.nodes for src in node.src if src is not None and _is_copy_of(src, tensor)), None

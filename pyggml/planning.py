@@ -7,7 +7,7 @@ model larger than the machine costs milliseconds; its graphs, splits and sizes a
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -365,21 +365,31 @@ class Planner:
         -----
         A micro-batch that would use the graph before again makes none. The cache is empty afterwards.
         """
-        self.cache.clear()
         planned: list[PlannedGraph] = []
+        for part, graph in self.micro_batches(n_tokens, outputs=outputs):
+            if planned and planned[-1].graph is graph:
+                continue
+            splits = list(self.sched.split_graph(graph.graph))
+            planned.append(PlannedGraph(graph, part, splits, self.sched.assignment, self._size_of_split()))
+        return planned
+
+    def micro_batches(self, n_tokens: int, *, outputs: Outputs = "last") -> Iterator[tuple[MicroBatch, ModelGraph]]:
+        """Yield each micro-batch of a decode of so many tokens of one sequence, from an empty cache, with its graph.
+
+        The scheduler is reset, and its pins are set, where the graph is a new one; the cache is empty afterwards.
+        """
+        self.cache.clear()
+        graph: ModelGraph | None = None
         try:
             for batch in self._batches([0] * n_tokens, 0, outputs):
                 for part, slot in self.cache.prepare(batch, self.params.n_ubatch):
                     self.cache.apply(part, slot)
                     p = GraphParams(self.hparams, self.params, part, part.n_outputs, self.cache.view(slot))
-                    if planned and planned[-1].graph.key == p.key:
-                        continue
-                    graph = self._build(p)
-                    splits = list(self.sched.split_graph(graph.graph))
-                    planned.append(PlannedGraph(graph, part, splits, self.sched.assignment, self._size_of_split()))
+                    if graph is None or graph.key != p.key:
+                        graph = self._build(p)
+                    yield part, graph
         finally:
             self.cache.clear()
-        return planned
 
     # -- the end -------------------------------------------------------------
 

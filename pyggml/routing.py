@@ -1,4 +1,4 @@
-"""How many experts a batch uses, when no batch was run: a stated assumption instead of a measurement.
+"""Which experts a batch uses, when no batch was run: a recording, or a stated assumption.
 
 Real routers are skewed: 512 tokens of text used 72 to 95 of 128 experts of gpt-oss-120b (llama.cpp, pull request 15346),
 where a uniform router would use all. `Zipf(1.9)` gives 84 there and is the default; reports name what was assumed.
@@ -7,21 +7,49 @@ where a uniform router would use all. `Zipf(1.9)` gives 84 there and is the defa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from .errors import GraphError
+from .errors import FormatError, GraphError
 
-__all__ = ["DEFAULT_ROUTING", "Zipf", "parse_routing"]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["DEFAULT_ROUTING", "RecordedRouting", "Routing", "Zipf", "parse_routing"]
+
+
+class Routing(Protocol):
+    """Says which experts tokens choose. ``str`` of it names the assumption in reports."""
+
+    def used(self, n_expert: int, n_used: int, n_token: int) -> float:
+        """Return the expected number of distinct experts of a batch in a layer."""
+
+    def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
+        """Return the experts of one layer that tokens choose, which are given by their positions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Zipf:
-    """Expert number i is chosen in proportion to ``1 / i ** skew``; 0 is uniform."""
+    """Experts are chosen in proportion to ``1 / rank ** skew``; 0 is uniform.
+
+    Parameters
+    ----------
+    skew : float
+        How much the first experts are preferred.
+    seed : int
+        Of what `experts` draws. Each layer ranks its experts in another order.
+    """
 
     skew: float
+    seed: int = 0
+    _drawn: dict[tuple[int, int, int], npt.NDArray[np.int64]] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return "uniform" if self.skew == 0 else f"zipf:{self.skew:g}"
+        name = "uniform" if self.skew == 0 else f"zipf:{self.skew:g}"
+        return f"{name} (seed {self.seed})" if self.seed else name
 
     def used(self, n_expert: int, n_used: int, n_token: int) -> float:
         """Return the expected number of distinct experts of a batch.
@@ -44,6 +72,109 @@ class Zipf:
             return float(n_expert)
         weights = [1 / i**self.skew for i in range(1, n_expert + 1)]
         return sum(1 - (1 - p) ** n_token for p in _inclusion(weights, n_used))
+
+    def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
+        """Return the experts that tokens choose, the same at every call.
+
+        Examples
+        --------
+        >>> len(Zipf(1.9).experts(0, range(1), 128, 4)), len(Zipf(1.9).experts(3, range(512), 128, 4))
+        (4, 79)
+        """
+        if not len(tokens) or n_used == 0:
+            return set()
+        if n_used >= n_expert:
+            return set(range(n_expert))
+        key = (layer, n_expert, n_used)
+        chosen = self._drawn.get(key)
+        if chosen is None or len(chosen) <= max(tokens):
+            chosen = self._drawn[key] = self._draw(layer, max(tokens) + 1, n_expert, n_used)
+        return set(chosen[list(tokens)].ravel().tolist())
+
+    def _draw(self, layer: int, n_token: int, n_expert: int, n_used: int) -> npt.NDArray[np.int64]:
+        """Return the choices of the first tokens: experts race, and the first to arrive are taken."""
+        import numpy as np
+
+        rng = np.random.default_rng([self.seed, layer])
+        weights = 1.0 / (rng.permutation(n_expert) + 1.0) ** self.skew
+        arrivals = rng.standard_exponential((n_token, n_expert)) / weights
+        return np.argpartition(arrivals, n_used - 1, axis=1)[:, :n_used].astype(np.int64)
+
+
+class RecordedRouting:
+    """Choices that a run recorded: ``pyggml run --record-routing``.
+
+    Parameters
+    ----------
+    ids : int32, (n_layer, n_token, n_used)
+        The experts that each token chose in each layer.
+    name : str
+        For reports.
+    """
+
+    def __init__(self, ids: npt.NDArray[np.int32], name: str) -> None:
+        self.ids = ids
+        self.name = name
+
+    @classmethod
+    def open(cls, path: Path) -> RecordedRouting:
+        """Return the recording of a file.
+
+        Raises
+        ------
+        FormatError
+            The file is not there, or no recording.
+        """
+        import zipfile
+
+        import numpy as np
+
+        try:
+            with np.load(path) as file:
+                ids = file["topk"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise FormatError(
+                str(path), f"no recorded routing ({error})", hint="make one by `run --record-routing`"
+            ) from None
+        if ids.ndim != 3 or ids.dtype.kind != "i" or not ids.size:
+            raise FormatError(str(path), f"no recorded routing: ids of shape {ids.shape}", hint="is the model a MoE?")
+        return cls(ids, f"recorded ({path.name}, {ids.shape[1]} tokens)")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def used(self, n_expert: int, n_used: int, n_token: int) -> float:
+        """Return the number of distinct experts of the first tokens, the mean over layers."""
+        n_layer = self.ids.shape[0]
+        return float(sum(len(self.experts(i, range(n_token), n_expert, n_used)) for i in range(n_layer)) / n_layer)
+
+    def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
+        """Return the experts that tokens chose.
+
+        Raises
+        ------
+        GraphError
+            The recording has no such layer, token or expert: it is another model's, or too short.
+        """
+        if not len(tokens):
+            return set()
+        n_layer, n_token, n_slot = self.ids.shape
+        if layer >= n_layer or n_slot != n_used:
+            raise GraphError(
+                f"{self} has {n_layer} layers of {n_slot} experts used, the model uses {n_used} in layer {layer}",
+                hint="record the routing of this model",
+            )
+        if max(tokens) >= n_token:
+            raise GraphError(
+                f"{self} has no token {max(tokens)}", hint="record a longer prompt, or plan smaller batches"
+            )
+        rows = self.ids[layer, list(tokens)]
+        if rows.min() < 0 or rows.max() >= n_expert:
+            raise GraphError(
+                f"{self} has ids from {rows.min()} to {rows.max()} in layer {layer}, the model has {n_expert} experts",
+                hint="-1 is a token that the layer did not compute: record with all outputs",
+            )
+        return set(rows.ravel().tolist())
 
 
 def _inclusion(weights: list[float], k: int) -> list[float]:
@@ -68,20 +199,28 @@ def _inclusion(weights: list[float], k: int) -> list[float]:
 DEFAULT_ROUTING = Zipf(1.9)
 
 
-def parse_routing(text: str) -> Zipf:
-    """Return the routing of ``uniform`` or ``zipf:SKEW``.
+def parse_routing(text: str) -> Routing:
+    """Return the routing of ``uniform``, ``zipf:SKEW`` or ``trace:FILE.npz``.
 
     Raises
     ------
     GraphError
-        It is neither.
+        It is none of these.
+    FormatError
+        The file is no recording.
     """
-    kind, _, skew = text.partition(":")
+    kind, _, rest = text.partition(":")
     try:
-        if kind == "uniform" and not skew:
+        if kind == "trace" and rest:
+            return RecordedRouting.open(Path(rest))
+        if kind == "uniform" and not rest:
             return Zipf(0.0)
-        if kind == "zipf" and 0 <= float(skew) <= 8:
-            return Zipf(float(skew))
+        if kind == "zipf" and 0 <= float(rest) <= 8:
+            return Zipf(float(rest))
+    except FormatError:
+        raise
     except ValueError:
         pass
-    raise GraphError(f"there is no routing '{text}'", hint="uniform, or zipf:SKEW with a skew of 0 to 8")
+    raise GraphError(
+        f"there is no routing '{text}'", hint="uniform, zipf:SKEW with a skew of 0 to 8, or trace:FILE.npz"
+    )

@@ -14,6 +14,7 @@ from ..errors import BackendError, DeviceUnavailableError
 from ..graph import GraphView
 from ..tensor import Tensor
 from ..types import DeviceType
+from ._dataless import DatalessCPU
 from ._host_ops import supports_op
 from ._machine import (
     TENSOR_ALIGNMENT,
@@ -164,8 +165,8 @@ def devices() -> list[CPUDevice]:
     return [_device]
 
 
-def open_device(spec: str, *, index: int = 0, data: bool = True) -> CPUDevice:
-    """Return the CPU of the name ``cpu``.
+def open_device(spec: str, *, index: int = 0, data: bool = True) -> Device:
+    """Return the CPU of the name ``cpu``; without data, one that only plans.
 
     Raises
     ------
@@ -174,7 +175,7 @@ def open_device(spec: str, *, index: int = 0, data: bool = True) -> CPUDevice:
     """
     if spec:
         raise DeviceUnavailableError("cpu", f"there is no 'cpu:{spec}'", hint="the name is `cpu`")
-    return devices()[0]
+    return devices()[0] if data else DatalessCPU()
 
 
 def why_missing() -> str:

@@ -22,6 +22,7 @@ from ..errors import BackendError, ComputeError, OutOfMemoryError
 from ..graph import GraphView
 from ..tensor import Tensor
 from ..types import DeviceType, TensorFlag
+from ._dataless import FIRST_ADDRESS, DatalessHostBufferType
 from ._host_ops import supports_op
 from ._machine import HostBlock, HostBufferType, available_cores, plan_of, shared_pool
 
@@ -34,8 +35,7 @@ __all__ = ["Sim", "SimBackend", "SimBuffer", "SimBufferType", "SimDevice", "Traf
 ALIGNMENT = 128
 #: All bits set is NaN in every float type, and no sensible id.
 POISON = 0xFF
-#: Device addresses start here, where no process can have memory; each device and each buffer has its own piece.
-_FIRST_ADDRESS = 1 << 56
+#: Each device and each buffer has its own piece of the addresses that no process has.
 _DEVICE_BYTES = 1 << 52
 
 Moment = Literal["alloc", "copy", "compute"]
@@ -116,13 +116,16 @@ class SimBuffer(Buffer):
         self._check_open(tensor)
         self.device.at("copy", tensor.name)
         if self._block is not None:
+            if address >= FIRST_ADDRESS:
+                raise BackendError(self.device.name, f"what is copied to '{tensor.name}' has no data, the device has")
             ctypes.memmove(self._arena(tensor) + offset, address, size)
         self._count_in(size)
 
     def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of the tensor to host memory."""
         self.device.at("copy", tensor.name)
-        ctypes.memmove(address, self._arena(tensor) + offset, size)
+        if self._block is not None or address < FIRST_ADDRESS:
+            ctypes.memmove(address, self._arena(tensor) + offset, size)
         self._count_out(size)
 
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
@@ -202,11 +205,11 @@ class SimDevice(Device):
         self.traffic = Traffic()
         self._buft = SimBufferType(self)
         self._faults: dict[Moment, int] = {}
-        self._addresses = itertools.count(_FIRST_ADDRESS + index * _DEVICE_BYTES, 1 << 44)
+        self._addresses = itertools.count(FIRST_ADDRESS + index * _DEVICE_BYTES, 1 << 44)
         self._offload_min_batch = config.op_offload_min_batch()
-        self._host_buft: HostBufferType | None = None
+        self._host_buft: BufferType | None = None
         if profile.is_pinned:
-            self._host_buft = HostBufferType(f"{self.name}_Host")
+            self._host_buft = (HostBufferType if data else DatalessHostBufferType)(f"{self.name}_Host")
             self._host_buft.device = self
 
     @property
@@ -215,7 +218,7 @@ class SimDevice(Device):
         return self._buft
 
     @property
-    def host_buffer_type(self) -> HostBufferType | None:
+    def host_buffer_type(self) -> BufferType | None:
         """Pinned host memory, if the profile has it."""
         return self._host_buft
 
@@ -427,16 +430,20 @@ class SimBackend(Backend):
             if node.flags & TensorFlag.COMPUTE and not node.op.is_empty:
                 for tensor in (node, *node.src):
                     if tensor is not None and not tensor.is_empty:
-                        self._own(tensor)
+                        self._check_own(tensor)
 
-    def _own(self, tensor: Tensor) -> SimBuffer:
+    def _check_own(self, tensor: Tensor) -> None:
         storage = tensor.storage
-        if not isinstance(storage, SimBuffer) or storage.device is not self.device or tensor.data is None:
+        if storage is None or storage.buft is not self.device.buffer_type or tensor.data is None:
             where = "nowhere" if storage is None else f"in {storage.buft.name}"
             raise BackendError(
                 self.name, f"'{tensor.name}' lies {where}, not in the device's memory", hint="it was not copied"
             )
-        return storage
+
+    def _own(self, tensor: Tensor) -> SimBuffer:
+        self._check_own(tensor)
+        assert isinstance(tensor.storage, SimBuffer)
+        return tensor.storage
 
     def _arena_address(self, tensor: Tensor) -> int:
         return self._own(tensor)._arena(tensor)

@@ -179,4 +179,4 @@ def open_backends(flags: ModelFlags, *, data: bool = True) -> tuple[list[Backend
     if names == ["none"]:
         names = []
     backends = [device.backend() for device in REGISTRY.open_all(names, data=data)]
-    return backends, CPU(flags.threads)
+    return backends, CPU(flags.threads) if data else REGISTRY.open_all(["cpu"], data=False)[0].backend()

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from ..cost import EFFICIENCY
+from ..routing import DEFAULT_ROUTING
 from ._console import table
 
 if TYPE_CHECKING:
     from ..clock import VirtualClock
+    from ..routing import Routing
 
-__all__ = ["VirtualReport", "assumptions"]
+__all__ = ["VirtualReport", "assumed_text", "assumptions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ class VirtualReport:
         return made
 
 
-def assumptions(clock: VirtualClock, names: Sequence[str]) -> dict[str, Any]:
+def assumptions(clock: VirtualClock, names: Sequence[str], routing: Routing | None = None) -> dict[str, Any]:
     """Return what virtual times rest on."""
     return {
         "backends": {
@@ -122,6 +124,7 @@ def assumptions(clock: VirtualClock, names: Sequence[str]) -> dict[str, Any]:
             for name, p in zip(names, clock.profiles, strict=True)
         },
         "efficiency": asdict(EFFICIENCY),
+        "routing": str(routing) if routing is not None else f"as read where experts are copied, else {DEFAULT_ROUTING}",
     }
 
 

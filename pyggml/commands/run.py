@@ -40,6 +40,7 @@ class Output:
     as_json: bool
     timeline: Path | None
     logits: Path | None
+    routing: Path | None
     is_quiet: bool
 
 
@@ -59,6 +60,8 @@ class Output:
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end of the text.")
 @click.option("--timeline", type=click.Path(path_type=Path), help="Write a timeline for Perfetto.")
 @click.option("--dump-logits", type=click.Path(path_type=Path), help="Write logits and chosen experts of the prompt.")
+@click.option("--record-routing", type=click.Path(path_type=Path),
+              help="Write the experts that the prompt's tokens choose, for `splits --routing trace:FILE`.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="Print the text only, no report.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON document.")
 @model_options
@@ -79,6 +82,7 @@ def command(
     ignore_eos: bool,
     timeline: Path | None,
     dump_logits: Path | None,
+    record_routing: Path | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -90,16 +94,18 @@ def command(
         raise click.UsageError("give either --prompt or --tokens")
     if chat and prompt is None:
         raise click.UsageError("--chat needs a --prompt")
-    if interactive and (as_json or tokens is not None or dump_logits is not None):
-        raise click.UsageError("--interactive goes with text only, not with --json, --tokens or --dump-logits")
-    for path in (timeline, dump_logits):
+    if interactive and (as_json or tokens is not None or dump_logits is not None or record_routing is not None):
+        raise click.UsageError(
+            "--interactive goes with text only, not with --json, --tokens, --dump-logits or --record-routing"
+        )
+    for path in (timeline, dump_logits, record_routing):
         if path is not None and not path.absolute().parent.is_dir():
             raise click.UsageError(f"{path}: its folder does not exist")
     from ..sampling import SamplerFlags
 
     sampler = SamplerFlags(temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     sampler.check()
-    run = _Run(flags, model, Output(as_json, timeline, dump_logits, quiet))
+    run = _Run(flags, model, Output(as_json, timeline, dump_logits, record_routing, quiet))
     if interactive:
         run.converse(prompt, n_predict or DEFAULT_ANSWER, sampler, system=system)
         return
@@ -281,9 +287,9 @@ class _Run:
             found.stopped = "end of text"
 
     def _prompt(self, session: Session, ids: list[int]) -> npt.NDArray[np.float32]:
-        """Evaluate the prompt; write all its logits if they were asked for."""
+        """Evaluate the prompt; write all its logits, or what experts it used, if that was asked for."""
         last: npt.NDArray[np.float32]
-        if self.output.logits is None:
+        if self.output.logits is None and self.output.routing is None:
             last = session.decode(ids, outputs="last")[-1]
             return last
         from numpy import savez
@@ -292,7 +298,10 @@ class _Run:
 
         topk = TopK()
         logits = session.decode(ids, outputs="all", topk=topk)
-        savez(self.output.logits, logits=logits, topk=topk.ids)
+        if self.output.logits is not None:
+            savez(self.output.logits, logits=logits, topk=topk.ids)
+        if self.output.routing is not None:
+            savez(self.output.routing, topk=topk.ids)
         last = logits[-1]
         return last
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..plan_report import BatchPlan, GraphPlan, SplitPlan
     from ..planning import Planner
-    from ..routing import Zipf
+    from ..routing import Routing
 
 __all__ = ["command"]
 
@@ -30,7 +30,7 @@ __all__ = ["command"]
 @click.option("--outputs", type=click.Choice(["last", "all"]), default="last", show_default=True)
 @click.option("--format", "form", type=click.Choice(["table", "ggml"]), default="table", show_default=True,
               help="ggml: what GGML_SCHED_DEBUG=2 prints.")  # fmt: skip
-@click.option("--routing", default="zipf:1.9", show_default=True, metavar="uniform|zipf:SKEW",
+@click.option("--routing", default="zipf:1.9", show_default=True, metavar="uniform|zipf:SKEW|trace:FILE",
               help="How tokens are assumed to choose experts.")  # fmt: skip
 @click.option("--all-splits", is_flag=True, help="List every split, also those that repeat by layer.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
@@ -47,7 +47,7 @@ def command(
 ) -> None:
     """Plan a GGUF model without reading a weight: splits, copies, memory, causes."""
     from ..plan_report import ggml_text, plan_batches
-    from ..planning import Planner
+    from ..planning import Planner, virtual_clock
     from ..routing import parse_routing
 
     sizes = _parse_sizes(batches)
@@ -55,7 +55,7 @@ def command(
     backends, cpu = open_backends(flags, data=False)
     with Planner.open(
         model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
-        strict=True, copier=flags.copier(),
+        strict=True, copier=flags.copier(), clock=virtual_clock([*backends, cpu]),
     ) as planner:  # fmt: skip
         if form == "ggml" and not as_json:
             for n in sizes:
@@ -80,8 +80,11 @@ def _parse_sizes(text: str) -> list[int]:
     return sizes
 
 
-def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Zipf) -> dict[str, Any]:
-    hp = planner.hparams
+def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Routing) -> dict[str, Any]:
+    from ._virtual import assumptions
+
+    hp, clock = planner.hparams, planner.sched.clock
+    names = [b.name for b in planner.backends]
     return {
         "model": {
             "path": str(planner.file.path), "name": hp.name, "arch": hp.arch, "n_layer": hp.n_layer,
@@ -97,11 +100,12 @@ def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Zipf) -> dic
             {"name": w.info.name, "bytes": w.info.nbytes, "buft": w.buft.name, "reason": w.reason}
             for w in planner.placement.weights
         ],
+        "virtual": None if clock is None else {"assumed": assumptions(clock, names, routing)},
         "batches": [plan.as_dict() for plan in plans],
     }  # fmt: skip
 
 
-def _print(planner: Planner, plans: list[BatchPlan], routing: Zipf, *, all_splits: bool) -> None:
+def _print(planner: Planner, plans: list[BatchPlan], routing: Routing, *, all_splits: bool) -> None:
     hp, console = planner.hparams, report()
     experts = f", {hp.n_expert_used} of {hp.n_expert} experts used" if hp.n_expert else ""
     console.print(f"{hp.name or Path(planner.file.path).name}: {hp.arch}, {hp.n_layer} layers{experts}")
@@ -113,6 +117,9 @@ def _print(planner: Planner, plans: list[BatchPlan], routing: Zipf, *, all_split
     console.print(_memory_table(planner))
     console.print()
     console.print(_summary_table(plans, routing))
+    if planner.sched.clock is not None:
+        console.print()
+        console.print(_virtual_table(planner, plans, routing))
     for plan in plans:
         for graph in plan.graphs:
             console.print()
@@ -128,7 +135,7 @@ def _memory_table(planner: Planner) -> Table:
     return made
 
 
-def _summary_table(plans: list[BatchPlan], routing: Zipf) -> Table:
+def _summary_table(plans: list[BatchPlan], routing: Routing) -> Table:
     columns = ("batch", "micro-batch", "nodes", "splits", "copied at most", f"copied, {routing} routing")
     made = table("Copies between devices", *columns, right=columns)
     for plan in plans:
@@ -137,6 +144,28 @@ def _summary_table(plans: list[BatchPlan], routing: Zipf) -> Table:
                 str(plan.n_tokens), str(graph.n_tokens), str(graph.n_nodes), str(len(graph.splits)),
                 n_bytes(graph.bytes_max), n_bytes(graph.bytes_expected),
             )  # fmt: skip
+    return made
+
+
+def _virtual_table(planner: Planner, plans: list[BatchPlan], routing: Routing) -> Table:
+    from ._virtual import assumed_text
+
+    names, clock = [b.name for b in planner.backends], planner.sched.clock
+    assert clock is not None
+    columns = ["batch", "micro-batches", "seconds", "tokens/s", *(f"{name} computes" for name in names)]
+    columns += [f"to {name}" for name in names[:-1]]
+    columns += ["copied", "if whole"]
+    made = table("Time on the simulated machine (virtual)", *columns, right=tuple(columns))
+    for plan in plans:
+        s = plan.simulated
+        if s is None or not s.seconds:
+            continue
+        shares = [*s.compute_s.values(), *s.copy_to_s.values()]
+        made.add_row(
+            str(s.n_tokens), str(s.n_micro_batches), f"{s.seconds:.4f}", f"{s.tokens_per_s:,.1f}",
+            *(f"{share / s.seconds:.0%}" for share in shares), n_bytes(s.bytes_copied), n_bytes(s.bytes_full),
+        )  # fmt: skip
+    made.caption = f"{assumed_text(clock, names)}; routing: {routing}"
     return made
 
 

@@ -23,6 +23,8 @@ __all__ = ["LoadedWeights", "Progress", "allocate_cache", "load_weights", "plan_
 Progress = Callable[[int, int], None]
 #: Copied at once, so that progress moves and a load can be stopped.
 _STEP_BYTES = 16 * 1024**2
+#: Address of the first tensor of each buffer type in a plan; no process has memory there.
+_NOWHERE = 1 << 60
 
 
 @dataclass(eq=False, slots=True)
@@ -68,6 +70,8 @@ def _make_tensors(placement: Placement, n_layer: int) -> tuple[Weights, dict[tup
 def plan_weights(placement: Placement, hparams: HParams) -> LoadedWeights:
     """Return weights that lie in buffers of no bytes: enough to plan with, and nothing is read or allocated.
 
+    Each has an address that no process has, so that a plan can go through the motions of computing.
+
     Notes
     -----
     Mirrors `llama_model_base::load_tensors` with ``no_alloc``.
@@ -76,9 +80,18 @@ def plan_weights(placement: Placement, hparams: HParams) -> LoadedWeights:
     buffers = {buft: buft.alloc_buffer(0) for buft in placement.by_buft()}
     for buffer in buffers.values():
         buffer.set_usage(BufferUsage.WEIGHTS)
+    ends: dict[BufferType, int] = {}
     for (buft, _), tensor in made.items():
-        tensor.buffer = buffers[buft]
+        _place_nowhere(tensor, buffers[buft], ends)
     return LoadedWeights(weights, list(buffers.values()), 0, 0)
+
+
+def _place_nowhere(tensor: Tensor, buffer: Buffer, ends: dict[BufferType, int]) -> None:
+    """Give a tensor an address in a buffer of no bytes, after those before it."""
+    buft = buffer.buft
+    tensor.buffer = buffer
+    tensor.data = ends.get(buft, _NOWHERE)
+    ends[buft] = tensor.data + -(-buft.alloc_size(tensor) // buft.alignment) * buft.alignment
 
 
 def load_weights(
@@ -208,7 +221,8 @@ def plan_cache(cache: KVCache, placement: Placement, params: ContextParams) -> d
     sizes: dict[BufferType, int] = {}
     for buft, tensors in _cache_groups(cache, placement, params).items():
         buffer = buft.alloc_buffer(0)
+        ends: dict[BufferType, int] = {}
         for tensor in tensors:
-            tensor.buffer = buffer
+            _place_nowhere(tensor, buffer, ends)
         sizes[buft] = sum(-(-buft.alloc_size(t) // buft.alignment) * buft.alignment for t in tensors)
     return sizes

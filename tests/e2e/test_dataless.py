@@ -1,0 +1,186 @@
+"""Plans carried out without data: the splits, sizes, bytes and times of a run that has data."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+import pyggml as ggml
+from pyggml.errors import BackendError, FormatError, GraphError, SchedError
+from pyggml.planning import Planner, virtual_clock
+from pyggml.record import ComputeRecord, CopyRecord, ReadRecord, Recording
+from pyggml.routing import RecordedRouting, Zipf, parse_routing
+from pyggml.sched.debug import assignments_text
+from pyggml.session import ContextFlags, PlacementFlags, Session, TopK
+from pyggml.simulation import simulate_batch
+from pyggml.testing.headers import SHAPES, write_header
+
+SIM = "sim:rtx4090-pcie4"
+ON_HOST = PlacementFlags(cpu_moe=True)
+TOKENS = [(i * 53 + 32) % 259 for i in range(70)]
+
+
+def _context(n_ubatch: int = 48) -> ContextFlags:
+    return ContextFlags(n_ctx=256, n_ubatch=n_ubatch)
+
+
+def _plan(path, recorder=None, *, devices=(SIM,), copier=None, n_ubatch=48, placement=ON_HOST) -> Planner:
+    planner = Planner.open(
+        path, devices=devices, placement=placement, context=_context(n_ubatch), data=False, strict=True,
+        copier=copier, recorder=recorder,
+    )  # fmt: skip
+    planner.sched.clock = virtual_clock(planner.backends)
+    return planner
+
+
+def _routing(path) -> RecordedRouting:
+    topk = TopK()
+    with Session.open(path, cpu=ggml.CPU(1), context=_context()) as session:
+        session.decode(TOKENS, outputs="all", topk=topk)
+    return RecordedRouting(topk.ids, "test")
+
+
+def _happened(recording: Recording) -> list[tuple]:
+    """Return all copies, reads and launches, wall times out."""
+    found: list[tuple] = []
+    for r in recording.records:
+        if isinstance(r, CopyRecord):
+            found.append((r.split, r.tensor, r.src, r.dst, r.offset_bytes, r.size_bytes, r.reason, r.virtual))
+        elif isinstance(r, ReadRecord):
+            found.append((r.tensor, r.backend, r.size_bytes, r.virtual))
+        elif isinstance(r, ComputeRecord):
+            found.append((r.split, r.backend, r.n_nodes, r.first, r.virtual))
+    return found
+
+
+@pytest.mark.parametrize(("n_tokens", "n_ubatch"), [(40, 48), (1, 48), (70, 48)])
+@pytest.mark.parametrize("outputs", ["last", "all"])
+def test_plan_with_recorded_routing_does_what_the_run_did(model, n_tokens, n_ubatch, outputs):
+    """Every copy, read and launch is the same, with the same virtual times where all ids are read; split text and buffer sizes are too."""
+    _, path = model
+    routing = _routing(path)
+    planned, ran = Recording(), Recording()
+    with Session.open(
+        path, devices=[SIM], cpu=ggml.CPU(1), placement=ON_HOST, context=_context(n_ubatch), strict=True, recorder=ran,
+        clock=virtual_clock([ggml.Sim("rtx4090-pcie4"), ggml.CPU(1)]),
+    ) as run, _plan(path, planned, n_ubatch=n_ubatch) as plan:  # fmt: skip
+        ran.clear()
+        run.sched.clock.reset()
+        run.decode(TOKENS[:n_tokens], outputs=outputs)
+        planned.clear()
+        result = simulate_batch(plan, n_tokens, outputs=outputs, routing=routing)
+        if n_tokens == 70:  # the rest of 22 stays on the CPU: a run does not know how many experts it reads there
+            assert [h[:-1] for h in _happened(planned)] == [h[:-1] for h in _happened(ran)]
+        else:
+            assert _happened(planned) == _happened(ran)
+            assert result.seconds == run.sched.clock.host_s > 0
+        assert result.bytes_copied == run.sched.stats.bytes_copied
+        assert result.bytes_full == run.sched.stats.bytes_full
+        if n_tokens == 40:
+            assert plan.memory() == run.memory()
+            (graph,) = plan.plan_batch(n_tokens, outputs=outputs)
+            texts = [
+                assignments_text(m.graph, splits, asg, p.sched.machine, level=2)
+                for p, m, splits, asg in (
+                    (plan, graph.graph, graph.splits, graph.assignment),
+                    (run, run._current, run.sched.splits, run.sched.assignment),
+                )
+            ]
+            assert texts[0] == texts[1]
+
+
+def test_plan_over_two_devices_with_pipeline_copies_is_carried_out(llama):
+    """All layers on two devices: events and pipeline copies go the same way without data."""
+    with _plan(llama, devices=(SIM, SIM), placement=PlacementFlags()) as plan:
+        assert plan.sched.n_copies > 1
+        result = simulate_batch(plan, 40)
+        assert result.seconds > 0
+        assert result.compute_s["SIM1"] > 0
+
+
+def test_whole_copies_move_what_whole_copies_would(llama):
+    """With the full copier nothing is left out, and no ids are asked for."""
+    with _plan(llama, copier=ggml.FullCopier()) as plan:
+        result = simulate_batch(plan, 40)
+        assert result.bytes_copied == result.bytes_full
+        assert result.bytes_by_reason["experts"] == 0
+
+
+def test_numbers_cannot_be_read_where_there_are_none(llama):
+    """A tensor of a plan says that it has no data."""
+    with _plan(llama) as plan:
+        graph = next(iter(plan.micro_batches(40)))[1]
+        plan.sched.alloc_graph(graph.graph)
+        for tensor in (graph.logits, graph.inputs.tokens):
+            with pytest.raises(BackendError, match="no data"):
+                tensor.numpy()
+
+
+def test_a_plan_on_devices_with_data_is_refused(llama):
+    """Nothing is computed on addresses that are not there."""
+    with (
+        Planner.open(llama, devices=[ggml.Sim()], cpu=ggml.CPU(1), context=_context(), data=False) as plan,
+        pytest.raises(SchedError, match="data"),
+    ):
+        simulate_batch(plan, 4)
+
+
+def test_a_model_of_235_billion_parameters_is_planned_in_seconds(tmp_path):
+    """94 layers of 128 experts, from a header without data: bytes by the routing, and their time on the link."""
+    path = tmp_path / "large.gguf"
+    write_header(path, SHAPES["qwen3-235b"])
+    start_s = time.perf_counter()
+    planner = Planner.open(
+        path, devices=[SIM], placement=ON_HOST, context=ContextFlags(n_ctx=4096), data=False, strict=True
+    )
+    with planner as plan:
+        plan.sched.clock = virtual_clock(plan.backends)
+        result = simulate_batch(plan, 512)
+    assert time.perf_counter() - start_s < 60  # a second on a machine that has nothing else to do
+    assert 0.8 < result.bytes_copied / result.bytes_full < 0.95
+    link = plan.backends[0].device.profile.link
+    assert result.seconds > link.seconds(result.bytes_copied, is_pinned=False)
+
+
+# -- routing -----------------------------------------------------------------
+
+
+def test_drawn_experts_are_the_same_at_every_call_and_in_any_batch():
+    """A token chooses the same experts alone as in a batch; layers and seeds differ."""
+    zipf = Zipf(1.9)
+    alone = [zipf.experts(3, [t], 64, 6) for t in range(20)]
+    assert all(len(experts) == 6 for experts in alone)
+    assert Zipf(1.9).experts(3, range(20), 64, 6) == set.union(*alone)
+    assert zipf.experts(4, range(20), 64, 6) != set.union(*alone)
+    assert Zipf(1.9, seed=1).experts(3, range(20), 64, 6) != set.union(*alone)
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.0, 1.9])
+def test_drawn_experts_are_as_many_as_expected(skew):
+    """The mean over layers of what is drawn is near the formula that plans state."""
+    zipf = Zipf(skew)
+    drawn = np.mean([len(zipf.experts(layer, range(64), 128, 8)) for layer in range(40)])
+    assert drawn == pytest.approx(zipf.used(128, 8, 64), rel=0.05)
+
+
+def test_recorded_routing_goes_through_a_file(tmp_path):
+    """What was written is read, and what the recording lacks is an error that says so."""
+    ids = np.array([[[0, 1], [1, 2]], [[3, 1], [-1, -1]]], np.int32)
+    path = tmp_path / "r.npz"
+    np.savez(path, topk=ids)
+    routing = parse_routing(f"trace:{path}")
+    assert routing.experts(0, [0, 1], 4, 2) == {0, 1, 2}
+    assert routing.experts(1, [0], 4, 2) == {1, 3}
+    for layer, tokens, n_expert, n_used in (
+        (2, [0], 4, 2),
+        (0, [2], 4, 2),
+        (1, [1], 4, 2),
+        (1, [0], 3, 2),
+        (0, [0], 4, 3),
+    ):
+        with pytest.raises(GraphError):
+            routing.experts(layer, tokens, n_expert, n_used)
+    with pytest.raises(FormatError):
+        parse_routing(f"trace:{tmp_path / 'none.npz'}")
