@@ -144,12 +144,21 @@ def _locked(cache_dir: Path) -> Iterator[None]:
         cache_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(cache_dir / ".lock", timeout=_LOCK_S)
         with lock:
+            _sweep(cache_dir)
             yield
     except filelock.Timeout:
         raise PyggmlError(f"{cache_dir}: another pyggml has held this folder for ten minutes", hint="end it") from None
     except OSError as error:
         hint = f"make room or set PYGGML_CACHE_DIR to another folder, {_OWN_MODEL}"
         raise PyggmlError(f"{error.filename or cache_dir}: {error.strerror or error}", hint=hint) from None
+
+
+def _sweep(cache_dir: Path) -> None:
+    """Remove what killed processes left; whoever holds the lock is the only one at work."""
+    for path in cache_dir.glob(".fetch-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in cache_dir.glob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def _stamp(path: Path) -> dict[str, int]:

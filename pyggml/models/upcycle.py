@@ -176,7 +176,19 @@ def _calibrated(dense: GGUFFile, tokens: Sequence[int], options: Upcycling) -> l
     """Return each layer's router: float32, ``(n_expert, n_embd)``."""
     if len(tokens) < 8:
         raise PyggmlError(f"make-moe: {len(tokens)} tokens are too few to calibrate a router", hint="give 30 or more")
-    return [calibrate(i, inputs, options) for i, inputs in enumerate(ffn_inputs(dense, tokens))]
+    with np.errstate(all="ignore"):  # `_sound_router` looks instead, and names the layer
+        return [_sound_router(dense, i, inputs, options) for i, inputs in enumerate(ffn_inputs(dense, tokens))]
+
+
+def _sound_router(dense: GGUFFile, layer: int, inputs: npt.NDArray[np.float64], options: Upcycling) -> _Floats:
+    try:
+        router = calibrate(layer, inputs, options)
+        if np.isfinite(router).all():
+            return router
+    except np.linalg.LinAlgError:
+        pass
+    what = f"no router can be made for layer {layer}: what its feed-forward network sees is not finite, or all alike"
+    raise FormatError(dense.path, what, hint="the weights are damaged: fetch the model again")
 
 
 def calibrate(layer: int, inputs: npt.NDArray[np.float64], options: Upcycling) -> _Floats:

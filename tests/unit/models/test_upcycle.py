@@ -133,6 +133,20 @@ def test_refusals(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0])
+def test_damaged_weights(tmp_path: Path, bits: int) -> None:
+    """Weights that are no numbers, or all zero, are told as such, and nothing is written."""
+    path = dense(tmp_path / "d", Type.F32)
+    with GGUFFile.open(path) as file:
+        info = file.tensor("token_embd.weight")
+    raw = bytearray(path.read_bytes())
+    raw[info.offset : info.offset + info.nbytes] = np.full(info.nbytes // 4, bits, "<u4").tobytes()
+    path.write_bytes(raw)
+    with GGUFFile.open(path) as file, pytest.raises(FormatError, match=r"layer 0.*damaged"):
+        upcycle(file, tmp_path / "m", TOKENS, Upcycling())
+    assert not (tmp_path / "m").exists()
+
+
 def test_example_is_as_announced(smollm2_path: Path, example_path: Path) -> None:
     """The example holds at most 500 MB, and its routers use at most 70 per cent of the experts for a prompt."""
     assert example_path.stat().st_size <= 500e6
