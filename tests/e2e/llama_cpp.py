@@ -146,7 +146,6 @@ class Llama:
         rows = (self.ffi.buffer(self.lib.llama_get_logits_ith(self.context, i), 4 * self.n_vocab) for i in wanted)
         return np.stack([np.frombuffer(row, np.float32).copy() for row in rows])
 
-
     def clear(self) -> None:
         """Forget all tokens."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)

@@ -1,0 +1,184 @@
+"""`pyggml run` as other programs call it: files, JSON, exit statuses, and text that streams."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyggml import Type, cli
+from pyggml.models.make_moe import Recipe, Sizes, make_moe
+
+TOKENS = "32,85,138,191,244,41,94,147,200,253"
+
+
+@pytest.fixture(scope="session")
+def moe(tmp_path_factory) -> str:
+    """Give a tiny mixture of experts with a vocabulary of bytes."""
+    path = tmp_path_factory.mktemp("run") / "moe.gguf"
+    make_moe(path, Recipe("llama", Type.Q8_0, seed=3, sizes=Sizes(layers=2, experts=8, used=2, ctx=256)))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _offload_all(monkeypatch):
+    """Let the device take every batch, so that small prompts copy experts."""
+    monkeypatch.setenv("GGML_OP_OFFLOAD_MIN_BATCH", "1")
+
+
+def run_json(capsys, *words: str) -> dict:
+    """Run and return the report."""
+    assert cli.run(["run", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_report_adds_up(moe, capsys):
+    """Bytes by layer are those in all; splits are those of each batch size; tokens are what was asked for."""
+    report = run_json(capsys, moe, "--tokens", TOKENS, "-n", "4", "--cpu-moe", "--ignore-eos")
+    assert report["complete"]
+    assert report["prompt_tokens"] == [int(t) for t in TOKENS.split(",")]
+    assert len(report["tokens"]) == 4
+    assert [b["n_tokens"] for b in report["batches"]] == [10, 1]
+    total = report["experts"]["total"]
+    for key in ("bytes_copied", "bytes_full"):
+        assert sum(layer[key] for layer in report["layers"]) == total[key] > 0
+        assert report["experts"]["prompt"][key] + report["experts"]["generate"][key] == total[key]
+    assert total["bytes_copied"] < total["bytes_full"]
+    by_reason = report["bytes_by_device"]["SIM0"]
+    assert by_reason["experts"] == total["bytes_copied"]
+    assert sum(b["bytes_copied"] for b in report["batches"]) == sum(
+        n for device in report["bytes_by_device"].values() for n in device.values()
+    )
+    assert {m["buft"] for m in report["memory"]} == {"SIM0", "CPU"}
+
+
+def test_copies_do_not_change_what_is_said(moe, capsys):
+    """The same tokens come out with used experts, whole copies, upstream's copier and on the CPU alone."""
+    common = (moe, "--tokens", TOKENS, "-n", "6", "--ignore-eos")
+    told = [run_json(capsys, *common, "--device", "cpu")["tokens"]]
+    for kind in ("used", "upstream", "full"):
+        told.append(run_json(capsys, *common, "--cpu-moe", "--expert-copy", kind)["tokens"])
+    assert told == [told[0]] * 4
+
+
+def test_logits_and_experts_are_dumped(moe, tmp_path, capsys):
+    """The file holds logits and chosen experts of every prompt token; the run goes on as without it."""
+    out = tmp_path / "logits.npz"
+    words = (moe, "--tokens", TOKENS, "-n", "3", "--cpu-moe", "--ignore-eos")
+    plain = run_json(capsys, *words)
+    dumped = run_json(capsys, *words, "--dump-logits", str(out))
+    assert dumped["tokens"] == plain["tokens"]
+    with np.load(out) as file:
+        assert (file["logits"].dtype, file["logits"].shape) == (np.float32, (10, 320))
+        assert (file["topk"].dtype, file["topk"].shape) == (np.int32, (2, 10, 2))
+        assert file["logits"][-1].argmax() == plain["tokens"][0]
+        assert ((file["topk"] >= 0) & (file["topk"] < 8)).all()
+
+
+def test_timeline_can_be_opened(moe, tmp_path, capsys):
+    """The file is trace events: lanes have names, copies their bytes, and all of them add up to the report's."""
+    out = tmp_path / "timeline.json"
+    report = run_json(capsys, moe, "--tokens", TOKENS, "--cpu-moe", "--timeline", str(out))
+    events = json.loads(out.read_text())["traceEvents"]
+    lanes = {(e["pid"], e["tid"]) for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
+    spans = [e for e in events if e["ph"] == "X"]
+    assert {(e["pid"], e["tid"]) for e in spans} <= lanes
+    copies = [e for e in spans if e["cat"] == "copy" and e["pid"] == 1]
+    assert sum(e["args"]["bytes"] for e in copies) == sum(b["bytes_copied"] for b in report["batches"])
+
+
+def test_text_streams_and_report_follows(moe, capsys):
+    """Without --json the text comes first, then the tables; --quiet leaves only the text."""
+    words = ["run", moe, "--prompt", "abc", "-n", "3", "--cpu-moe", "--ignore-eos"]
+    assert cli.run(words) == 0
+    full = capsys.readouterr().out
+    assert cli.run([*words, "--quiet"]) == 0
+    text = capsys.readouterr().out
+    assert full.startswith(text.rstrip("\n"))
+    assert "Splits by batch size" in full
+    assert "Splits" not in text
+
+
+def test_sampling_is_seeded(moe, capsys):
+    """The same seed says the same, another seed something else."""
+    words = (moe, "--prompt", "abc", "-n", "8", "--temp", "1.5", "--top-k", "0", "--ignore-eos", "--device", "cpu")
+    first, again, other = (run_json(capsys, *words, "--seed", s)["tokens"] for s in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_interactive_keeps_the_cache_between_turns(moe, capsys, monkeypatch):
+    """Each line of the input is a turn; what both turns begin with is not evaluated again."""
+    from pyggml.commands import _conversation
+    from pyggml.tokenizer import Tokenizer
+
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda self, messages: _render(template, messages))
+    seen: list[int] = []
+    turn = _conversation.Conversation.turn
+
+    def spy(self, text, n_predict, emit):
+        answer = turn(self, text, n_predict, emit)
+        seen.append(self.n_reused)
+        return answer
+
+    monkeypatch.setattr(_conversation.Conversation, "turn", spy)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert cli.run(["run", moe, "--interactive", "-n", "2", "--device", "cpu", "-c", "256", "--quiet"]) == 0
+    assert seen[0] == 0
+    assert seen[1] >= len("<user>one<assistant>")
+    capsys.readouterr()
+
+
+def _render(template: str, messages: list[dict[str, str]]) -> str:
+    from jinja2 import Template
+
+    return Template(template).render(messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["MODEL", "--tokens", "1,2,320"], 1, "320"),
+        (["MODEL", "--tokens", "1,x"], 2, "--tokens"),
+        (["MODEL", "--tokens", "1", "--prompt", "a"], 2, "either"),
+        (["MODEL", "--prompt", "abc", "-c", "2"], 1, "-c"),
+        (["MODEL", "--prompt", "abc", "-n", "300"], 1, "256"),
+        (["MODEL", "--prompt", "abc", "-ot", "blk"], 1, "-ot"),
+        (["MODEL", "--prompt", "abc", "-ot", "(=CPU"], 1, "-ot"),
+        (["MODEL", "--prompt", "abc", "-ot", "x=NOPE"], 1, "NOPE"),
+        (["MODEL", "--prompt", "abc", "--device", "tpu:0,cpu"], 1, "tpu"),
+        (["MODEL", "--prompt", "abc", "--device", "sim:none,cpu"], 1, "none"),
+        (["MODEL", "--prompt", "abc", "--device", "sim:custom:1MiB,1GB/s,1GB/s,cpu"], 1, "memory"),
+        (["MODEL", "--prompt", "abc", "-ctk", "q9"], 2, "q9"),
+        (["MODEL", "--prompt", "abc", "--timeline", "/no/such/folder/t.json"], 2, "folder"),
+        (["nothing.gguf", "--prompt", "abc"], 1, "nothing.gguf"),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else str(value),
+)
+def test_bad_input_is_one_clear_line(words, status, says, moe, capsys):
+    """What, where and what to try; no traceback, and the right exit status."""
+    assert cli.run(["run", *(moe if w == "MODEL" else w for w in words)]) == status
+    err = capsys.readouterr().err
+    assert says in err
+    assert "Traceback" not in err
+    if status == 1:
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_damaged_model_is_one_clear_line(moe, tmp_path, capsys):
+    """A truncated file and an architecture that is not known are named."""
+    raw = Path(moe).read_bytes()
+    for name, data, says in (("short", raw[: len(raw) // 2], "short"), ("junk", b"nonsense" * 99, "GGUF")):
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(data)
+        assert cli.run(["run", str(path), "--prompt", "a"]) == 1
+        err = capsys.readouterr().err
+        assert says in err
+        assert len(err.strip().splitlines()) == 1
+    other = tmp_path / "other.gguf"
+    make_moe(other, Recipe("gpt-oss", Type.Q8_0, sizes=Sizes(layers=1)))
+    assert cli.run(["run", str(other), "--prompt", "a"]) == 1
+    assert "gpt-oss" in capsys.readouterr().err
