@@ -104,7 +104,7 @@ struct ggml_backend_device {
     void * context;
 };
 
-// ---- what a case asks for (filled in by live_sched.py, which declares the same structs) ---------------------------------
+// ---- what a case asks for (filled in by live_run.py, which declares the same structs) ---------------------------------
 
 typedef struct {
     char name[NAME_SIZE];

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .case_graph import Json
 
 if TYPE_CHECKING:
-    from .live_sched import Instance, LiveRun
+    from .live_run import Instance, LiveRun
 
 __all__ = ["read_state"]
 
