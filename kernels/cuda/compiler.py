@@ -86,10 +86,7 @@ def target_for(cc: tuple[int, int]) -> tuple[int, int]:
 
 @cache
 def cache_dir() -> Path | None:
-    """Return the folder for compiled kernels, named after their sources and the compiler; None if there can be none.
-
-    ``PYGGML_PTX_CACHE`` names another place for it.
-    """
+    """Return the folder for compiled kernels, named after their sources and the compiler; None if there can be none."""
     digest = hashlib.sha256()
     for name in SOURCES:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
@@ -99,8 +96,7 @@ def cache_dir() -> Path | None:
         except ImportError:  # a system-wide toolkit
             digest.update(b"?")
     try:
-        root = Path(os.environ.get("PYGGML_PTX_CACHE") or user_cache_dir() / "pyggml" / "ptx")
-        folder = root / digest.hexdigest()[:16]
+        folder = user_cache_dir() / "pyggml" / "ptx" / digest.hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # a read-only home, or none
         return None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-pytest.importorskip("numba.cuda", reason="numba-cuda is not installed")
 from pyggml.kernels.cuda import formats, launch
 
 import pyggml as ggml

@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 import pytest
-
-pytest.importorskip("numba.cuda", reason="numba-cuda is not installed")
 from emulated_card import FLOATS, QUANTIZED, Card, mul_mat_id_case, nmse, weights
 from pyggml.kernels.cuda import launch, rows, tile
 

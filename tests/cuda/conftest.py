@@ -1,0 +1,19 @@
+"""Tests of the CUDA kernels need a compiler for them: the ``cuda`` extra. They need neither a driver nor a card."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """Skip this folder's tests where numba-cuda is missing; Numba's own copy of it is not enough."""
+    if importlib.util.find_spec("numba_cuda") is not None:
+        return
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="numba-cuda is not installed (pip install pyggml[cuda])"))

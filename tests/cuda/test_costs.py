@@ -1,0 +1,80 @@
+"""Costs of the kernels: none gets dearer by more than 5 per cent unseen, and the page says what is kept."""
+
+from __future__ import annotations
+
+import costs as kept
+import pytest
+from emulated_card import QUANTIZED
+from pyggml.kernels.cuda import compiler
+
+#: above it a cost has grown
+TOLERANCE = 1.05
+COUNTS = ("instructions", "load_sectors", "sectors_per_useful", "wavefronts_per_request", "barriers")
+QUANTIZED_TILES = [f"tile_{t}" for t in QUANTIZED]
+
+
+def check_resources(name, cc):
+    """Fail on a stack, on spills, on calls, and on more registers or shared memory than are kept."""
+    have, budget = kept.resources(name, cc), kept.load()[name]
+    assert have["stack"] == have["spilled"] == have["external"] == 0
+    assert have["registers"] <= budget["registers"][f"{cc[0]}.{cc[1]}"] * TOLERANCE
+    assert have["shared"] <= budget["shared"]
+
+
+@pytest.fixture(autouse=True)
+def _assembler():
+    if kept.find_ptxas() is None:
+        pytest.skip("ptxas is not installed (pip install nvidia-cuda-nvcc==13.0.88)")
+
+
+def test_every_kernel_is_kept():
+    """The table has every kernel, and no other."""
+    assert list(kept.load()) == list(compiler.KERNELS)
+
+
+@pytest.mark.parametrize("name", compiler.KERNELS)
+def test_no_kernel_gets_dearer(name):
+    """Counts on the fixed work, and resources on one target, are at most what is kept, and 5 per cent."""
+    check_resources(name, kept.CC)
+    have, budget = kept.counts(name), kept.load()[name]
+    for what in COUNTS:
+        assert have[what] <= budget[what] * TOLERANCE, what
+    assert have["multiply_add"] >= budget["multiply_add"] / TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "cc"), [("mmvq_q8_0", (7, 5)), ("tile_mxfp4", (12, 0)), ("tile_f32", (9, 0))])
+def test_resources_on_other_targets(name, cc):
+    """Some kernels on the oldest and the newest target; `slow` has all."""
+    check_resources(name, cc)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cc", compiler.TARGETS)
+@pytest.mark.parametrize("name", compiler.KERNELS)
+def test_resources_on_every_target(name, cc):
+    """Every kernel on every target."""
+    check_resources(name, cc)
+
+
+@pytest.mark.parametrize("name", kept.GGML)
+def test_no_worse_than_ggml(name):
+    """The few-token kernels need at most 1.2 times ggml's instructions and sectors on the same work."""
+    instructions, sectors = kept.GGML[name]
+    cost = kept.load()[name]
+    assert cost["instructions"] <= 1.2 * instructions
+    assert cost["load_sectors"] <= 1.2 * sectors
+
+
+@pytest.mark.parametrize(
+    "name", [*(t for t in QUANTIZED_TILES if t != "tile_q6_K"), "tile_f32", "tile_f16", "tile_bf16"]
+)
+def test_tiles_multiply(name):
+    """Tiles reach 0.8 of the multiply-adds (dp4a or fma) per instruction that the example tile reaches."""
+    assert kept.load()[name]["multiply_add"] >= 0.8 * kept.EXAMPLE_RATIO
+
+
+def test_the_page_has_these_numbers():
+    """The tables in docs/cuda.md are made from what is kept."""
+    page = kept.PAGE.read_text()
+    for rows in kept.tables(kept.load()).values():
+        assert rows in page
