@@ -156,6 +156,12 @@ def atomic_add(e, a, v):
     return e.b.atomic_rmw("add", e.pointer(I64, a), v, "acq_rel")
 
 
+@micro(types.int64, 2)
+def atomic_swap(e, a, v):
+    """Store an int64 and return what was there; a full barrier."""
+    return e.b.atomic_rmw("xchg", e.pointer(I64, a), v, "seq_cst")
+
+
 @micro(types.int64, 1)
 def atomic_load(e, a):
     """Load an int64 after which later reads happen."""

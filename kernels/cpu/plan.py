@@ -1,4 +1,10 @@
-"""Runs descriptors: every thread walks the whole plan, and all meet where the plan says so."""
+"""Runs plans, stage by stage. Thread 0 drives; helpers take parts of stages when they can.
+
+A stage that is worth sharing is published as a ticket: its number, and the next part to be taken. Whoever adds 1 to the ticket
+has that part, thread 0 too, when it is done with part 0. So thread 0 never waits for a helper that has not begun: on a busy
+machine, where a helper may be off its core for milliseconds, a plan is not slower than with one thread. It waits only for parts
+that were taken, then goes on to the next stage.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,9 @@ from .memory import (
     atomic_add,
     atomic_load,
     atomic_store,
+    atomic_swap,
     call4,
+    futex_wake,
     ld_i64,
     pause,
     sched_yield,
@@ -15,56 +23,35 @@ from .memory import (
 )
 from .words import (
     ABORT,
-    ARRIVED,
-    BARRIER,
+    DONE,
     ERROR_LIMIT,
     ERROR_POSITION,
     ERROR_SET,
     ERROR_VALUE,
     ERRORS,
-    GENERATION,
     INDEX,
     KERNEL,
     LENGTH,
     LINE,
+    PARALLEL,
     SERIAL,
-    STOP,
+    SLEEPERS,
+    STAGE,
+    STAGE_AT,
+    STAGE_COUNT,
+    TICKET,
 )
-
-from numba import int64  # isort: skip
 
 #: Turns of a waiting thread before it lets others run on its core.
 SPINS = 2000
+#: Low bits of a ticket: the next part.
+PART_MASK = 0xFFFF
 
 
 @device
-def meet(ctl, nth):
-    """Wait for all threads; return 1 if all are to leave the plan.
-
-    The last to arrive decides for all, so that no thread waits at a barrier that another never reaches.
-    """
-    if nth == 1:
-        return int64(atomic_load(ctl + 8 * ABORT) != 0)
-    generation = atomic_load(ctl + 8 * GENERATION)
-    if atomic_add(ctl + 8 * ARRIVED, 1) == nth - 1:
-        if atomic_load(ctl + 8 * ABORT) != 0:
-            st_i64(ctl + 8 * STOP, generation + 1)
-        atomic_store(ctl + 8 * ARRIVED, 0)
-        atomic_store(ctl + 8 * GENERATION, generation + 1)
-    else:
-        spins = 0
-        while atomic_load(ctl + 8 * GENERATION) == generation:
-            pause(0)
-            spins += 1
-            if spins > SPINS:
-                sched_yield(0)
-    return int64(ld_i64(ctl + 8 * STOP) == generation + 1)
-
-
-@device
-def report(ith, d, ctl, position, value, limit):
-    """Note a value that is not in 0 .. limit - 1, and make all threads stop; a thread's first note stays."""
-    slot = ctl + 8 * (ERRORS + LINE * ith)
+def report(part, d, ctl, position, value, limit):
+    """Note a value that is not in 0 .. limit - 1, and let no further stage begin; a part's first note stays."""
+    slot = ctl + 8 * (ERRORS + LINE * part)
     if ld_i64(slot + 8 * ERROR_SET) == 0:
         st_i64(slot + 8 * ERROR_POSITION, position)
         st_i64(slot + 8 * ERROR_VALUE, value)
@@ -73,20 +60,73 @@ def report(ith, d, ctl, position, value, limit):
     atomic_store(ctl + 8 * ABORT, 1)
 
 
-@entry(5)
-def run(ith, nth, plan, n, ctl):
-    """Run n descriptors from an address on, as thread ith of nth; 1 if stopped before the end."""
-    d = plan
-    failed = ctl + 8 * (ERRORS + LINE * ith + ERROR_SET)
+@device
+def run_part(part, n_parts, d, n, ctl):
+    """Do a part of a stage of n descriptors, and return the address behind them.
+
+    A part that refused an index does nothing more; others go on to the stage's end, so that the report does not depend on
+    which was faster.
+    """
+    failed = ctl + 8 * (ERRORS + LINE * part + ERROR_SET)
     for _ in range(n):
-        # a thread that refused an index does nothing more; the others finish their parts, so that the report is the same
-        # whichever was faster, and leave at the next meeting
         if ld_i64(failed) == 0:
             if ld_i64(d + 8 * SERIAL) == 0:
-                call4(ld_i64(d + 8 * KERNEL), ith, nth, d, ctl)
-            elif ith == 0:
+                call4(ld_i64(d + 8 * KERNEL), part, n_parts, d, ctl)
+            elif part == 0:
                 call4(ld_i64(d + 8 * KERNEL), 0, 1, d, ctl)
-        if ld_i64(d + 8 * BARRIER) != 0 and meet(ctl, nth) != 0:
-            return 1
         d += 8 * ld_i64(d + 8 * LENGTH)
+    return d
+
+
+@device
+def take_part(ctl, n_parts):
+    """Take a part of the stage that is open, if any; else a number not below n_parts.
+
+    The ticket may move on between the look and the taking: what the addition returns is a part of the newer stage then.
+    """
+    if atomic_load(ctl + 8 * TICKET) & PART_MASK >= n_parts:
+        return n_parts
+    return atomic_add(ctl + 8 * TICKET, 1) & PART_MASK
+
+
+@device
+def _share(n_threads, d, n, ctl):
+    """Do a stage together with the helpers that come; return the address behind it."""
+    st_i64(ctl + 8 * STAGE_AT, d)
+    st_i64(ctl + 8 * STAGE_COUNT, n)
+    atomic_store(ctl + 8 * DONE, 0)
+    number = (atomic_load(ctl + 8 * TICKET) >> 16) + 1
+    atomic_swap(ctl + 8 * TICKET, number << 16 | 1)
+    if atomic_load(ctl + 8 * SLEEPERS) > 0:
+        futex_wake(ctl + 8 * TICKET)
+    end = run_part(0, n_threads, d, n, ctl)
+    others = n_threads - 1
+    while True:
+        part = take_part(ctl, n_threads)
+        if part >= n_threads:
+            break
+        run_part(part, n_threads, d, n, ctl)
+        others -= 1
+    spins = 0
+    while atomic_load(ctl + 8 * DONE) != others:
+        pause(0)
+        spins += 1
+        if spins > SPINS:
+            sched_yield(0)
+    return end
+
+
+@entry(4)
+def run(n_threads, plan, n, ctl):
+    """Run n descriptors, whole stages, from an address on; 1 if stopped before the end."""
+    d = plan
+    while n > 0:
+        if atomic_load(ctl + 8 * ABORT) != 0:
+            return 1
+        count = ld_i64(d + 8 * STAGE)
+        if n_threads == 1 or ld_i64(d + 8 * PARALLEL) == 0:
+            d = run_part(0, n_threads, d, count, ctl)
+        else:
+            d = _share(n_threads, d, count, ctl)
+        n -= count
     return 0

@@ -1,7 +1,7 @@
-"""`Pool`: threads of our own that run plans. They spin a little for the next plan, then sleep.
+"""`Pool`: threads of our own that help with plans. They spin a little for the next stage, then sleep.
 
-A waiting thread lives in compiled code without the interpreter's lock. On Linux (x86-64) it sleeps on a futex; elsewhere
-it returns to Python and sleeps on a condition. With one thread there is nothing to start or to wait for.
+A helper lives in compiled code without the interpreter's lock. On Linux (x86-64) it sleeps on a futex; elsewhere it returns to
+Python and sleeps on a condition. With one thread there is nothing to start. No plan depends on a helper being awake (`plan`).
 """
 
 from __future__ import annotations
@@ -14,24 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .emit import types
 from .kernel import entry
-from .memory import (
-    atomic_add,
-    atomic_load,
-    atomic_store,
-    futex_wait,
-    futex_wake,
-    has_futex,
-    ld_i64,
-    pause,
-    sched_yield,
-    st_i64,
-)
-from .plan import SPINS, run
+from .memory import atomic_add, atomic_load, futex_wait, futex_wake, has_futex, ld_i64, pause
+from .plan import PART_MASK, run, run_part, take_part
 from .words import (
     ABORT,
-    COUNT,
     DONE,
     ERROR_LIMIT,
     ERROR_POSITION,
@@ -39,12 +26,13 @@ from .words import (
     ERROR_VALUE,
     ERRORS,
     LINE,
-    PLAN,
     QUIT,
-    REQUEST,
     SHARED,
     SLEEPERS,
+    STAGE_AT,
+    STAGE_COUNT,
     THREAD_BYTES,
+    TICKET,
     control_words,
 )
 
@@ -56,51 +44,35 @@ IDLE_SPINS = 20_000
 CAN_SLEEP = has_futex(binding.get_process_triple())
 
 
-@entry(5)
-def serve(ith, nth, ctl, seen, can_sleep):
-    """Run plans as they come; -1 when told to quit, or, where it cannot sleep, the requests seen when idle."""
-    while True:
-        spins = 0
-        while atomic_load(ctl + 8 * REQUEST) == seen:
-            pause(0)
-            spins += 1
-            if spins > IDLE_SPINS:
-                if can_sleep == 0:
-                    return seen
-                atomic_add(ctl + 8 * SLEEPERS, 1)
-                futex_wait(ctl + 8 * REQUEST, seen & 0xFFFFFFFF)
-                atomic_add(ctl + 8 * SLEEPERS, -1)
-                spins = 0
-        seen += 1
-        if ld_i64(ctl + 8 * QUIT) != 0:
-            return types.int64(-1)
-        run(ith, nth, ld_i64(ctl + 8 * PLAN), ld_i64(ctl + 8 * COUNT), ctl)
-        atomic_add(ctl + 8 * DONE, 1)
-
-
 @entry(3)
-def submit(plan, n, ctl):
-    """Tell the threads that serve of a plan."""
-    st_i64(ctl + 8 * PLAN, plan)
-    st_i64(ctl + 8 * COUNT, n)
-    atomic_store(ctl + 8 * DONE, 0)
-    atomic_add(ctl + 8 * REQUEST, 1)
-    if atomic_add(ctl + 8 * SLEEPERS, 0) > 0:
-        futex_wake(ctl + 8 * REQUEST)
-    return 0
-
-
-@entry(4)
-def finish(nth, plan, n, ctl):
-    """Run a plan as thread 0, and wait until the threads that serve are done with it."""
-    stopped = run(0, nth, plan, n, ctl)
+def serve(n_threads, ctl, can_sleep):
+    """Take parts of stages as they come; 1 when told to quit, or 0 when idle where it cannot sleep."""
     spins = 0
-    while atomic_load(ctl + 8 * DONE) != nth - 1:
+    while ld_i64(ctl + 8 * QUIT) == 0:
+        ticket = atomic_load(ctl + 8 * TICKET)
+        part = take_part(ctl, n_threads)
+        if part < n_threads:
+            run_part(part, n_threads, ld_i64(ctl + 8 * STAGE_AT), ld_i64(ctl + 8 * STAGE_COUNT), ctl)
+            atomic_add(ctl + 8 * DONE, 1)
+            spins = 0
+            continue
         pause(0)
         spins += 1
-        if spins > SPINS:
-            sched_yield(0)
-    return stopped
+        if spins > IDLE_SPINS:
+            if can_sleep == 0:
+                return 0
+            atomic_add(ctl + 8 * SLEEPERS, 1)
+            futex_wait(ctl + 8 * TICKET, ticket & 0xFFFFFFFF)
+            atomic_add(ctl + 8 * SLEEPERS, -1)
+            spins = 0
+    return 1
+
+
+@entry(1)
+def wake_all(ctl):
+    """Wake sleeping helpers."""
+    futex_wake(ctl + 8 * TICKET)
+    return 0
 
 
 class BadIndex(NamedTuple):
@@ -129,17 +101,17 @@ class _Crew:
         self.control = memory[first : first + n_words]
         self.ctl = self.control.ctypes.data
         self.scratch = np.zeros(0, np.uint8)
+        self.control[TICKET] = PART_MASK  # nothing to take
         self.wake = threading.Condition()
-        for ith in range(1, n_threads):
-            args = (ith, n_threads, self.control, self.wake, can_sleep)
-            threading.Thread(target=_work, args=args, name=f"pyggml-cpu-{ith}", daemon=True).start()
+        for i in range(1, n_threads):
+            args = (n_threads, self.control, self.wake, can_sleep)
+            threading.Thread(target=_work, args=args, name=f"pyggml-cpu-{i}", daemon=True).start()
 
     def run(self, plan: int, n: int) -> int:
-        submit(plan, n, self.ctl)
         if not self.can_sleep:
             with self.wake:
                 self.wake.notify_all()
-        stopped: int = finish(self.n_threads, plan, n, self.ctl)
+        stopped: int = run(self.n_threads, plan, n, self.ctl)
         return stopped
 
     def reserve(self, shared_bytes: int, thread_bytes: int) -> None:
@@ -151,21 +123,22 @@ class _Crew:
         self.control[SHARED : THREAD_BYTES + 1] = base, base + shared_bytes, thread_bytes
 
 
-def _work(ith: int, nth: int, control: np.ndarray, wake: threading.Condition, can_sleep: bool) -> None:
+def _work(n_threads: int, control: np.ndarray, wake: threading.Condition, can_sleep: bool) -> None:
     """Serve in compiled code; where that cannot sleep, sleep here. Its arguments keep the shared memory alive."""
-    seen = 0
-    while (seen := serve(ith, nth, control.ctypes.data, seen, can_sleep)) >= 0:
+    while not serve(n_threads, control.ctypes.data, can_sleep):
         with wake:
-            wake.wait_for(lambda seen=seen: control[REQUEST] != seen)
+            if not control[QUIT]:
+                wake.wait()
 
 
 def _dismiss(control: np.ndarray, wake: threading.Condition, pid: int) -> None:
     """Tell threads to end; in a forked child there are none."""
     if os.getpid() == pid:
-        control[QUIT] = 1
-        submit(0, 0, control.ctypes.data)
         with wake:
+            control[QUIT] = 1
             wake.notify_all()
+        control[TICKET] += 1 << 16  # who is about to sleep sees another ticket
+        wake_all(control.ctypes.data)
 
 
 class Pool:

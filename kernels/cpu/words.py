@@ -1,7 +1,8 @@
 """How a plan lies in memory: descriptors of int64 words, and the control block that its threads share.
 
 A descriptor is a header of `HEADER` words, `N_PARAMS` parameters, and `TENSOR` words for each of dst, src0, src1, ...
-Descriptors of several lengths follow each other; each says its own.
+Descriptors of several lengths follow each other; each says its own. A stage is a run of descriptors that do not need each other's
+results (or are done by one thread in order); a shared descriptor is cut into as many parts as there are threads.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 # -- header of a descriptor
 KERNEL = 0  #: address of an op kernel
 LENGTH = 1  #: words of this descriptor
-SERIAL = 2  #: 1 if thread 0 alone runs it
-BARRIER = 3  #: 1 if all threads meet after it
+SERIAL = 2  #: 1 if it is not shared: part 0 does it all
+STAGE = 3  #: first of a stage: how many descriptors the stage has; else 0
 INDEX = 4  #: place in the plan, for reports of errors
 COUNTER = 5  #: jobs that were taken; 0 between runs
 SCRATCH = 6  #: byte offset of the op's part of the shared scratch
+PARALLEL = 7  #: first of a stage: 1 if some descriptor of the stage is shared
 HEADER = 8
 PARAM = HEADER
 N_PARAMS = 24
@@ -24,13 +26,16 @@ ADDRESS, TYPE, NE0, NE1, NE2, NE3, NB0, NB1, NB2, NB3 = range(TENSOR)
 DST = PARAM + N_PARAMS
 SRC0, SRC1, SRC2, SRC3, SRC4 = (DST + TENSOR * i for i in range(1, 6))
 
-# -- control block: each line of 64 bytes has one writer at a time
+# -- control block: words that several threads write have lines of 64 bytes of their own
 LINE = 8
-ARRIVED, GENERATION, STOP, ABORT = (LINE * i for i in range(4))
-SHARED, THREADS, THREAD_BYTES = LINE * 4, LINE * 4 + 1, LINE * 4 + 2  #: scratch: shared part, threads' parts
-REQUEST, PLAN, COUNT, QUIT = LINE * 5, LINE * 6, LINE * 6 + 1, LINE * 6 + 2
-DONE, SLEEPERS = LINE * 7, LINE * 8
-ERRORS = LINE * 9  #: one line a thread: descriptor + 1, position, value, number of the check
+TICKET = 0  #: number of the stage << 16 | next part to be taken; see `plan`
+DONE = LINE  #: parts of the stage that helpers have finished
+ABORT = LINE * 2  #: not 0: no further stage is begun
+SLEEPERS = LINE * 3  #: helpers asleep on the ticket
+STAGE_AT, STAGE_COUNT = LINE * 4, LINE * 4 + 1  #: first descriptor of the stage, and how many
+SHARED, THREADS, THREAD_BYTES = LINE * 5, LINE * 5 + 1, LINE * 5 + 2  #: scratch: shared part, parts' own
+QUIT = LINE * 6  #: not 0: helpers are to end
+ERRORS = LINE * 7  #: one line a part: descriptor + 1, position, value, limit
 ERROR_SET, ERROR_POSITION, ERROR_VALUE, ERROR_LIMIT = range(4)
 
 # -- element types, as in files

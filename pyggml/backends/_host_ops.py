@@ -3,7 +3,7 @@
 Used by every backend that computes on host memory. The plan is an array of int64 words (`pyggml.kernels.cpu.words`); what each op
 writes into it is in `_host_writers`. Two things are found out here, because only here the order of nodes is known:
 
-- where threads must meet: after a descriptor whose result, or whose source, a later one touches;
+- where stages begin: at a descriptor that touches what an earlier one of the stage makes, or makes what that reads;
 - what can be shared: activations quantised for one product serve the next that reads them, likewise the grouping of ids by
   expert and the angles of ROPE, until a node writes over what they were made from.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyggml.kernels.cpu import words as w
@@ -29,7 +30,7 @@ __all__ = ["HostPlan", "Layout", "reason_unsupported", "supports_op"]
 
 #: Seconds of work after which Python may look for signals (Ctrl-C).
 PIECE_S = 0.05
-#: Scratch slots for prepared activations and for groupings; each is reused only after a meeting of all threads.
+#: Scratch slots for prepared activations and for groupings; each is reused only in a later stage.
 N_SLOTS = {"rows": 3, "groups": 2}
 _ABSENT = (0, 0, 1, 1, 1, 1, 0, 0, 0, 0)
 _PADDING = [(0,) * (w.N_PARAMS - n) for n in range(w.N_PARAMS + 1)]
@@ -83,9 +84,10 @@ class HostPlan:
         self._owners: list[Tensor] = []  #: node of each descriptor
         self._costs: list[float] = []  #: seconds, roughly
         self._node_spans: list[tuple[int, int]] = []
-        self._pending: list[
-            tuple[int, int, bool, bool]
-        ] = []  #: first, end, is write, is serial: since the last meeting
+        self._stages: list[int] = []  #: first descriptor of each stage
+        self._stage_cost = 0.0  #: seconds of the stage so far
+        self._new_stage = True  #: whether the next descriptor begins one, whatever it touches
+        self._pending: list[tuple[int, int, bool, bool]] = []  #: first, end, is write, is serial: of this stage
         self._shared: dict[tuple[Any, ...], tuple[Range, tuple[str, int]]] = {}
         self._fixups: list[tuple[int, str, int]] = []  #: word, slot kind, slot number
         self._slot_bytes = {"rows": 0, "groups": 0}
@@ -105,6 +107,7 @@ class HostPlan:
                     self._forget(node)
                 else:
                     self._shared.clear()
+                    self._new_stage = True
             self._node_spans.append((first, len(self._starts)))
         self._finish()
 
@@ -160,21 +163,26 @@ class HostPlan:
                 words.extend((at, t.type, *t.ne, *t.nb))
                 ranges.append((at, at + t.nbytes, is_write))
             is_write = False
-        self._meet_if_needed(ranges, serial)
+        if self._new_stage or self._conflicts(ranges, serial):
+            self._new_stage, self._stage_cost = False, 0.0
+            self._stages.append(len(self._starts))
+            self._pending.clear()
+        self._pending += [(first, end, is_write, serial) for first, end, is_write in ranges]
+        self._stage_cost += cost
+        self._new_stage = self._stage_cost > PIECE_S
         self._starts.append(start)
         self._owners.append(node)
         self._costs.append(cost)
         return start
 
-    def _meet_if_needed(self, ranges: list[tuple[int, int, bool]], serial: bool) -> None:
+    def _conflicts(self, ranges: list[tuple[int, int, bool]], serial: bool) -> bool:
+        """Whether ranges meet those of the stage, one of two being written; serial descriptors keep their order anyway."""
         pending = self._pending
         for first, end, is_write in ranges:
             for first2, end2, is_write2, serial2 in pending:
                 if first < end2 and first2 < end and (is_write or is_write2) and not (serial and serial2):
-                    self._words[self._starts[-1] + w.BARRIER] = 1
-                    pending.clear()
-                    break
-        pending.extend([(first, end, is_write, serial) for first, end, is_write in ranges])
+                    return True
+        return False
 
     def prepared(self, key: tuple[Any, ...]) -> tuple[str, int] | None:
         """Return the slot of what was prepared under a key, if it still holds."""
@@ -205,7 +213,7 @@ class HostPlan:
 
     @staticmethod
     def slot_range(slot: tuple[str, int]) -> Range:
-        """Return a range that stands for a slot where threads' meetings are decided; no tensor lies there."""
+        """Return a range that stands for a slot where stages are decided; no tensor lies there."""
         kind, n = slot
         at = {"rows": -1000, "groups": -2000, "table": -(1 << 40)}[kind] - 2 * n
         return at, at + 1
@@ -242,13 +250,17 @@ class HostPlan:
         self._shared.clear()
 
     def _cut(self) -> list[tuple[int, int]]:
+        """Write the stages' headers; return pieces of whole stages that take some time each."""
+        words, starts = self._words, self._starts
         pieces: list[tuple[int, int]] = []
         first, total = 0, 0.0
-        for i, cost in enumerate(self._costs):
-            total += cost
-            if total > PIECE_S or i == len(self._costs) - 1:
-                pieces.append((self._address + 8 * self._starts[first], i + 1 - first))
-                first, total = i + 1, 0.0
+        for stage, end in pairwise([*self._stages, len(starts)]):
+            words[starts[stage] + w.STAGE] = end - stage
+            words[starts[stage] + w.PARALLEL] = not all(words[starts[i] + w.SERIAL] for i in range(stage, end))
+            total += sum(self._costs[stage:end])
+            if total > PIECE_S or end == len(starts):
+                pieces.append((self._address + 8 * starts[first], end - first))
+                first, total = end, 0.0
         return pieces
 
     # -- running -----------------------------------------------------------------------

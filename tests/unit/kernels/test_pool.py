@@ -1,4 +1,4 @@
-"""The pool of threads, the plan's meetings, stopping, and where compiled code lies."""
+"""The pool of threads, the plan's stages, stopping, and where compiled code lies."""
 
 from __future__ import annotations
 
@@ -172,7 +172,8 @@ def test_independent_products_do_not_wait_for_each_other(memory):
     products = [memory.node(Op.MUL_MAT, (256, 64), weights(memory, rng, Type.F32, (256, 256)), x) for _ in range(3)]
     total = memory.node(Op.ADD, (256, 64), products[0], products[2])
     plan = HostPlan([*products, total], lambda t: t.data)
-    assert [plan._words[s + words.BARRIER] for s in plan._starts] == [0, 0, 1, 0]
+    assert [plan._words[s + words.STAGE] for s in plan._starts] == [3, 0, 0, 1]
+    assert plan._words[plan._starts[0] + words.PARALLEL] == 1
 
 
 CHILD = """
