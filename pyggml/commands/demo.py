@@ -10,9 +10,12 @@ from ._console import progress
 
 __all__ = ["PROMPT", "command"]
 
-#: 46 tokens in the example model's chat template: more than 32, from which on the device offers to compute with experts
+#: 73 tokens in the example model's chat template: more than 32, from which on the device offers to compute with experts
 #: that lie in host memory.
-PROMPT = "Why do leaves turn red and yellow in autumn? Explain it to a child."
+PROMPT = (
+    "A friend who has never programmed wants to know what a computer program is, and why the same program can give "
+    "different results on different days. Explain it in a few friendly sentences, with one example from the kitchen."
+)
 DEVICES = "sim:rtx4090-pcie4,cpu"
 
 
