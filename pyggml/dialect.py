@@ -5,7 +5,7 @@ Code asks for a field, never for a version. ``docs/upstream.md`` tells what each
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 __all__ = ["DEFAULT_DIALECT", "DIALECTS", "Dialect", "Repairs"]
@@ -48,16 +48,7 @@ _V0_20 = Dialect(
     reserve_failure="ignored",
     alloc_size_check=False,
 )
-_V0_21 = Dialect(
-    version="0.21",
-    cut_at_input_capacity=True,
-    graph_inputs_from="sources",
-    alloc_deps=False,
-    clamp_inplace=False,
-    skip_empty_ids=False,
-    reserve_failure="ignored",
-    alloc_size_check=False,
-)
+_V0_21 = replace(_V0_20, version="0.21", wait_previous_split=True, record_every_split=True)
 DEFAULT_DIALECT = Dialect()
 #: The dialects by version, oldest first.
 DIALECTS: dict[str, Dialect] = {d.version: d for d in (_V0_20, _V0_21, DEFAULT_DIALECT)}
@@ -71,15 +62,15 @@ class Repairs:
     """
 
     #: a graph without computed nodes does not run on the backend that an earlier graph left behind
-    empty_split: bool = field(default=True)
+    empty_split: bool = True
     #: a host weight pinned to a device is copied there as any other input
-    pinned_weight: bool = field(default=True)
+    pinned_weight: bool = True
     #: ids that a node rewrote since they were read are read again
-    stale_ids: bool = field(default=True)
+    stale_ids: bool = True
     #: experts of a shared copy that a later user needs are added
-    shared_experts: bool = field(default=True)
+    shared_experts: bool = True
     #: computing another graph than the allocated one is an error
-    other_graph: bool = field(default=True)
+    other_graph: bool = True
 
     @classmethod
     def strict(cls) -> Repairs:
