@@ -2,14 +2,18 @@
 
 Addresses of its tensors are numbers of its own, which no process can have; only this module knows where the bytes are.
 Fresh memory reads as NaN. Everything that enters or leaves is counted, apart from anything that the scheduler says of
-itself. Work goes through one door, `SimBackend._submit`, in stream order; today it is done at once.
+itself. Work goes through one door, `SimBackend._submit`. Without a seed it is done at once; with one it is done late, in
+any order that the waits between streams and host allow, so that a missing wait shows as a wrong number.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterator
+import random
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -18,7 +22,7 @@ from .. import config
 from ..backend import Backend, Device, Event, op_batch_size
 from ..buffer import Buffer, BufferType
 from ..cost import DeviceProfile, parse_profile
-from ..errors import BackendError, ComputeError, OutOfMemoryError
+from ..errors import BackendError, ComputeError, DeviceUnavailableError, OutOfMemoryError
 from ..graph import GraphView
 from ..tensor import Tensor
 from ..types import DeviceType, TensorFlag
@@ -38,7 +42,7 @@ POISON = 0xFF
 #: Each device and each buffer has its own piece of the addresses that no process has.
 _DEVICE_BYTES = 1 << 52
 
-Moment = Literal["alloc", "copy", "compute"]
+Moment = Literal["alloc", "copy", "compute", "lost"]
 
 
 @dataclass(slots=True)
@@ -113,20 +117,41 @@ class SimBuffer(Buffer):
 
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into the tensor."""
+        self.writing(tensor, address, offset, size)()
+
+    def writing(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
+        """Return the copying of host memory into the tensor, where it lies now."""
         self._check_open(tensor)
-        self.device.at("copy", tensor.name)
-        if self._block is not None:
-            if address >= FIRST_ADDRESS:
-                raise BackendError(self.device.name, f"what is copied to '{tensor.name}' has no data, the device has")
-            ctypes.memmove(self._arena(tensor) + offset, address, size)
-        self._count_in(size)
+        where = None if self._block is None else self._arena(tensor) + offset
+        if where is not None and address >= FIRST_ADDRESS:
+            raise BackendError(self.device.name, f"what is copied to '{tensor.name}' has no data, the device has")
+        name = tensor.name
+
+        def write() -> None:
+            self.device.at("copy", name)
+            if where is not None:
+                ctypes.memmove(where, address, size)
+            self._count_in(size)
+
+        return write
 
     def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of the tensor to host memory."""
-        self.device.at("copy", tensor.name)
-        if self._block is not None or address < FIRST_ADDRESS:
-            ctypes.memmove(address, self._arena(tensor) + offset, size)
-        self._count_out(size)
+        self.reading(tensor, address, offset, size)()
+
+    def reading(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
+        """Return the copying of bytes of the tensor, where it lies now, to host memory."""
+        is_bare = self._block is None and address >= FIRST_ADDRESS  # neither end has data
+        where = None if is_bare else self._arena(tensor) + offset
+        name = tensor.name
+
+        def read() -> None:
+            self.device.at("copy", name)
+            if where is not None:
+                ctypes.memmove(address, where, size)
+            self._count_out(size)
+
+        return read
 
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
         """Set bytes of the tensor."""
@@ -136,17 +161,29 @@ class SimBuffer(Buffer):
 
     def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
         """Copy within the device, or from another simulated one; False for any other memory."""
-        storage = src.storage
-        if not isinstance(storage, SimBuffer):
+        if not isinstance(src.storage, SimBuffer):
             return False
-        self._check_open(dst)
-        self.device.at("copy", dst.name)
-        if self._block is not None:
-            ctypes.memmove(self._arena(dst), storage._arena(src), src.nbytes)
-        if storage.device is not self.device:
-            storage._count_out(src.nbytes)
-            self._count_in(src.nbytes)
+        self.copying(src, dst)()
         return True
+
+    def copying(self, src: Tensor, dst: Tensor) -> Callable[[], None]:
+        """Return the copying of a tensor of a simulated device, where both lie now."""
+        storage = src.storage
+        assert isinstance(storage, SimBuffer)
+        self._check_open(dst)
+        to, start = (None, None) if self._block is None else (self._arena(dst), storage._arena(src))
+        n_bytes, name = src.nbytes, dst.name
+
+        def copy() -> None:
+            for device in {self.device: 0, storage.device: 0}:
+                device.at("copy", name)
+            if to is not None and start is not None:
+                ctypes.memmove(to, start, n_bytes)
+            if storage.device is not self.device:
+                storage._count_out(n_bytes)
+                self._count_in(n_bytes)
+
+        return copy
 
     def _count_in(self, size: int) -> None:
         for traffic in (self.traffic, self.device.traffic):
@@ -164,8 +201,9 @@ class SimBuffer(Buffer):
             self._block.fill(value)
 
     def close(self) -> None:
-        """Give the memory back to the device."""
+        """Give the memory back to the device, once nobody uses it any more."""
         if self._is_open:
+            self.device.finish()  # as cudaFree
             self._is_open = False
             self.device.free(self.size)
         if self._block is not None:
@@ -188,14 +226,18 @@ class SimDevice(Device):
         Number in its name: ``SIM0``.
     data : bool
         False: it only plans; memory has a size but no bytes.
+    seed : int, optional
+        Do work late, in an order that it chooses among those that are allowed.
 
     Attributes
     ----------
     traffic : Traffic
         What crossed the border of its memory so far.
+    is_lost : bool
+        Whether it fell off the bus: everything fails until `recover`.
     """
 
-    def __init__(self, profile: DeviceProfile, *, index: int = 0, data: bool = True) -> None:
+    def __init__(self, profile: DeviceProfile, *, index: int = 0, data: bool = True, seed: int | None = None) -> None:
         self.profile: DeviceProfile = profile
         self.name = f"SIM{index}"
         self.description = profile.description
@@ -204,7 +246,13 @@ class SimDevice(Device):
         self.used_bytes = 0
         self.traffic = Traffic()
         self._buft = SimBufferType(self)
-        self._faults: dict[Moment, int] = {}
+        self.seed = seed
+        self.is_lost = False
+        self._counts: dict[Moment, int] = {"alloc": 0, "copy": 0, "compute": 0, "lost": 0}
+        self._faults: dict[Moment, set[int]] = {moment: set() for moment in self._counts}
+        self._backends: list[weakref.ref[SimBackend]] = []
+        self._buffers: weakref.WeakSet[SimBuffer] = weakref.WeakSet()
+        self._index = index
         self._addresses = itertools.count(FIRST_ADDRESS + index * _DEVICE_BYTES, 1 << 44)
         self._offload_min_batch = config.op_offload_min_batch()
         self._host_buft: BufferType | None = None
@@ -237,6 +285,8 @@ class SimDevice(Device):
         free, total = self.memory()
         try:
             self.at("alloc", "a buffer")
+        except DeviceUnavailableError:
+            raise
         except BackendError:
             raise OutOfMemoryError(self.name, size, free, "a buffer", hint="a fault that was asked for") from None
         if size > free:
@@ -252,7 +302,9 @@ class SimDevice(Device):
             block = HostBlock(size, owner=self.name, purpose="a simulated device's memory")
             block.fill(POISON)
         self.used_bytes += size
-        return SimBuffer(buft, size, next(self._addresses), block)
+        buffer = SimBuffer(buft, size, next(self._addresses), block)
+        self._buffers.add(buffer)
+        return buffer
 
     def free(self, size: int) -> None:
         """Take note that a buffer was given back."""
@@ -281,23 +333,64 @@ class SimDevice(Device):
 
     def backend(self, *, threads: int | None = None) -> SimBackend:
         """Return a new stream of work; as many threads stand for the device, one for each core if not given."""
-        return SimBackend(self, threads=threads)
+        backend = SimBackend(self, threads=threads)
+        self._backends.append(weakref.ref(backend))
+        return backend
+
+    def finish(self) -> None:
+        """Do all work that is still to be done on any stream; what fails is forgotten."""
+        for known in self._backends:
+            backend = known()
+            while backend is not None and backend.n_done < backend.n_submitted:
+                try:
+                    backend.synchronize()
+                except BackendError:
+                    continue
+
+    def next_seed(self) -> str:
+        """Return what the next stream draws its order from."""
+        return f"{self.seed}/{self._index}/{len(self._backends)}"
 
     # -- faults --------------------------------------------------------------
 
     def fail_at(self, moment: Moment, *, after: int = 0) -> None:
-        """Let an allocation, copy or computing fail, once, ``after`` more of its kind."""
-        self._faults[moment] = after
+        """Let an allocation, copy or computing fail, once, ``after`` more of its kind; asked for as often as wanted.
+
+        ``lost`` is the moment at which the device goes away for good, ``after`` more of any kind.
+        """
+        self._faults[moment].add(self._counts[moment] + after)
+
+    def clear_faults(self) -> None:
+        """Forget all faults that were asked for and did not come yet."""
+        for pending in self._faults.values():
+            pending.clear()
+
+    def recover(self) -> None:
+        """Bring a lost device back: its memory is fresh, whatever was in it is gone."""
+        self.finish()
+        self.is_lost = False
+        for buffer in self._buffers:
+            buffer.clear(POISON)
+
+    def _comes(self, moment: Moment) -> bool:
+        """Whether a fault was asked for now."""
+        count = self._counts[moment]
+        self._counts[moment] = count + 1
+        if count not in self._faults[moment]:
+            return False
+        self._faults[moment].remove(count)
+        return True
 
     def at(self, moment: Moment, what: str) -> None:
         """Raise the fault asked for, if this is the moment."""
-        left = self._faults.get(moment)
-        if left is None:
+        if self._comes("lost"):
+            self.is_lost = True
+        if self.is_lost:
+            raise DeviceUnavailableError(
+                self.name, f"the device was lost before {moment} of '{what}'", hint="recover() brings it back, empty"
+            )
+        if not self._comes(moment):
             return
-        if left > 0:
-            self._faults[moment] = left - 1
-            return
-        del self._faults[moment]
         if moment == "compute":
             raise ComputeError(self.name, "computing failed (a fault that was asked for)", node=what)
         raise BackendError(self.name, f"{moment} of '{what}' failed (a fault that was asked for)")
@@ -337,7 +430,7 @@ class SimBackend(Backend):
     Attributes
     ----------
     n_submitted, n_done : int
-        Pieces of work given, and done: the same after each call, as work is done when it is given.
+        Pieces of work given, and done: the same after each call without a seed, as work is done when it is given.
     """
 
     def __init__(self, device: SimDevice, *, threads: int | None = None) -> None:
@@ -345,6 +438,8 @@ class SimBackend(Backend):
         self.name = device.name
         self.threads = available_cores() if threads is None else threads
         self.n_submitted = self.n_done = 0
+        self._late: deque[Callable[[], None]] = deque()
+        self._random = None if device.seed is None else random.Random(device.next_seed())
         self._pool: Pool | None = None
 
     @property
@@ -357,16 +452,19 @@ class SimBackend(Backend):
     # -- the stream ----------------------------------------------------------
 
     def _submit(self, work: Callable[[], None]) -> None:
-        """Give one piece of work to the stream. Whatever may run later or cost time starts here."""
+        """Give one piece of work to the stream. With a seed it is done at any time until somebody waits for it."""
         self.n_submitted += 1
-        try:
-            work()
-        finally:  # work that failed does not come again
-            self.n_done = self.n_submitted
+        self._late.append(work)
+        if self._random is None:
+            self.wait_for(self.n_submitted)
+        elif self._random.random() < 0.5:  # none as often as some
+            self.wait_for(self.n_done + self._random.randint(1, len(self._late)))
 
     def wait_for(self, n: int) -> None:
         """Let the host wait until n pieces of work are done."""
-        assert self.n_done >= n
+        while self.n_done < n:
+            self.n_done += 1  # work that fails does not come again
+            self._late.popleft()()
 
     def synchronize(self) -> None:
         """Let the host wait until all work is done."""
@@ -378,32 +476,36 @@ class SimBackend(Backend):
         event.backend, event.n_submitted = self, self.n_submitted
 
     def event_wait(self, event: Event) -> None:
-        """Let the stream wait for an event, also of another simulated device."""
+        """Let the stream wait for an event, also of another simulated device: for what it stands for now."""
         assert isinstance(event, SimEvent)
-        self._submit(event.synchronize)
+        backend, n = event.backend, event.n_submitted
+        if backend is not None:
+            self._submit(lambda: backend.wait_for(n))
 
     # -- work ----------------------------------------------------------------
 
     def set_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into a tensor, in stream order."""
-        buffer = self._own(tensor)
-        self._submit(lambda: buffer.set_tensor(tensor, address, offset, size))
+        self._submit(self._own(tensor).writing(tensor, address, offset, size))
 
     def get_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of a tensor to host memory, in stream order."""
-        buffer = self._own(tensor)
-        self._submit(lambda: buffer.get_tensor(tensor, address, offset, size))
+        self._submit(self._own(tensor).reading(tensor, address, offset, size))
 
     def cpy_tensor_async(self, backend_src: Backend, src: Tensor, dst: Tensor) -> bool:
-        """Copy from a simulated device, in the order of both streams; False for any other memory."""
+        """Copy from a simulated device in the order of the source's stream; False for any other memory.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_cuda_cpy_tensor_async`: the receiving stream waits for an event after the copy. What it was
+        given before does not hold the copy back: that is for the scheduler to see to.
+        """
         if not isinstance(src.storage, SimBuffer) or not isinstance(backend_src, SimBackend):
             return False
-        buffer = self._own(dst)
-        if backend_src is not self:  # upstream's CUDA records an event on the source's stream and waits for it here
-            event = SimEvent()
-            backend_src.event_record(event)
-            self.event_wait(event)
-        self._submit(lambda: _copy(buffer, src, dst))
+        backend_src._submit(self._own(dst).copying(src, dst))
+        if backend_src is not self:
+            n = backend_src.n_submitted
+            self._submit(lambda: backend_src.wait_for(n))
         return True
 
     def graph_compute(self, graph: GraphView) -> None:
@@ -418,14 +520,20 @@ class SimBackend(Backend):
         ExpertIdError
             An id that is no expert.
         """
-        self._submit(lambda: self._compute(graph))
-
-    def _compute(self, graph: GraphView) -> None:
         nodes = graph.nodes
-        self.device.at("compute", nodes[0].name if nodes else "")
-        if self.device.has_data:
-            plan_of(graph, self.device, self.name, self._arena_address).run(self.pool)
-            return
+        first = nodes[0].name if nodes else ""
+        plan = plan_of(graph, self.device, self.name, self._arena_address) if self.device.has_data else None
+        if plan is None:
+            self._check_places(nodes)
+
+        def compute() -> None:
+            self.device.at("compute", first)
+            if plan is not None:
+                plan.run(self.pool)
+
+        self._submit(compute)
+
+    def _check_places(self, nodes: Sequence[Tensor]) -> None:
         for node in nodes:
             if node.flags & TensorFlag.COMPUTE and not node.op.is_empty:
                 for tensor in (node, *node.src):
@@ -451,10 +559,6 @@ class SimBackend(Backend):
     def close(self) -> None:
         """Let the threads go; they start again when needed."""
         self._pool = None
-
-
-def _copy(buffer: SimBuffer, src: Tensor, dst: Tensor) -> None:
-    buffer.cpy_tensor(src, dst)
 
 
 @contextmanager
@@ -496,7 +600,14 @@ def why_missing() -> str:
     return "made when named, as in --device sim:rtx4090-pcie4,cpu"
 
 
-def Sim(profile: str = "rtx4090-pcie4", *, index: int = 0, data: bool = True, threads: int | None = None) -> SimBackend:
+def Sim(
+    profile: str = "rtx4090-pcie4",
+    *,
+    index: int = 0,
+    data: bool = True,
+    threads: int | None = None,
+    seed: int | None = None,
+) -> SimBackend:
     """Return a backend on a simulated device.
 
     Parameters
@@ -509,10 +620,12 @@ def Sim(profile: str = "rtx4090-pcie4", *, index: int = 0, data: bool = True, th
         False: it only plans; memory has a size but no bytes.
     threads : int, optional
         That compute for it; one for each core if not given.
+    seed : int, optional
+        Do work late, in an order drawn from it, so that a missing wait shows as a wrong number or NaN.
 
     Examples
     --------
     >>> Sim("custom:1GiB,100GB/s,10GB/s").device.memory()
     (1073741824, 1073741824)
     """
-    return SimDevice(parse_profile(profile), index=index, data=data).backend(threads=threads)
+    return SimDevice(parse_profile(profile), index=index, data=data, seed=seed).backend(threads=threads)
