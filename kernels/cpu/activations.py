@@ -1,8 +1,8 @@
 """What a matrix product does to its right-hand side first: rows of floats become blocks of 32 signed bytes.
 
 A quantised row of K elements is K bytes, then four arrays of K/32: the scale d (f32), ``-offset * sum`` (i32), the same
-divided by 8 (i32, for kernels that spread it over 8 lanes), and ``d * sum`` (f32, for types with a minimum). Weights are
-unsigned bytes less an offset; the offset is paid here, in the start value of each dot product.
+divided by 8 (i32, for kernels that spread it over 8 lanes), and ``d * sum`` (f32, for types with a minimum). Weights
+are unsigned bytes less an offset; the offset is paid here, in the start value of each dot product.
 """
 
 from __future__ import annotations

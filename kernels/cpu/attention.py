@@ -1,9 +1,10 @@
 """FLASH_ATTN_EXT: softmax of masked products of queries and keys, times values, in one pass over blocks of keys.
 
-A job is up to `QUERIES` queries (tokens, or heads that share keys) of one key head. Keys come in blocks of `KEYS`: transposed
-into a panel of floats whose lanes are keys; scores; probabilities against the largest score so far, by which earlier sums are
-corrected; values added up with lanes along their row. Blocks and jobs depend on shapes alone, so results do not depend
-on threads. A key that the mask hides from all queries of a job is never read: it may be memory that nobody wrote.
+A job is up to `QUERIES` queries (tokens, or heads that share keys) of one key head. Keys come in blocks of `KEYS`:
+transposed into a panel of floats whose lanes are keys; scores; probabilities against the largest score so far, by
+which earlier sums are corrected; values added up with lanes along their row. Blocks and jobs depend on shapes alone,
+so results do not depend on threads. A key that the mask hides from all queries of a job is never read: it may be
+memory that nobody wrote.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _make_keys_panel(typ: int, name: str):
 
 def _make_add_values(typ: int, name: str):
     def add_values(e, n_queries, weights, corrections, addresses, n_keys, sums, d_value, stride):
-        """Compute ``sums * correction + weights @ values`` for 1 to 6 queries, whose sums are ``stride`` bytes apart."""
+        """Compute ``sums * correction + weights @ values`` for 1 to 6 queries; sums are ``stride`` bytes apart."""
         b = e.b
 
         def columns(n: int, first: ir.Value, width: int, mask: ir.Value | None) -> None:
@@ -180,7 +181,8 @@ def score_tile(e, n_queries, queries, panel, d_key, scores, _):
 def soften(e, n_queries, scores, n_keys, factor, softcap, masks, first, states):
     """Turn the scores of a block into weights against each query's largest score so far.
 
-    scores : rows of 64; factor, softcap : bits of floats; masks : addresses of rows of halves, or 0; first : the block's first key;
+    scores : rows of 64; factor, softcap : bits of floats; masks : addresses of rows of halves, or 0; first : the
+    block's first key;
     states : the arrays named above. Corrections, by which earlier sums are to be multiplied, are among them.
     """
     b = e.b

@@ -1,7 +1,7 @@
 """Weights in blocks of 32: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, MXFP4.
 
-Every type is "unsigned byte less an offset, times a scale", plus a minimum for some. The offset goes into the start value of the
-dot product (`activations`), so it costs nothing. For each type there are two kernels:
+Every type is "unsigned byte less an offset, times a scale", plus a minimum for some. The offset goes into the start
+value of the dot product (`activations`), so it costs nothing. For each type there are two kernels:
 
 ``rows_TYPE(w, stride, n_rows, n_blocks, n_tokens, xs, outs, out_offset)``
     Few tokens: rows are read as they lie in the file, one after another, against one or two tokens.

@@ -26,7 +26,8 @@ from .words import (
     TYPE,
 )
 
-#: Parameters of `copy_rows`. HOW: see below. BYTES: of an element, or of a row for RAW_ROWS. DEQUANTISE: address of `dequantise_row`.
+#: Parameters of `copy_rows`. HOW: see below. BYTES: of an element, or of a row for RAW_ROWS. DEQUANTISE: address of
+#: `dequantise_row`.
 HOW, BYTES, DEQUANTISE = PARAM, PARAM + 1, PARAM + 2
 #: Rows as bytes; rows converted; elements strided within rows; elements in any shape.
 RAW_ROWS, CONVERTED_ROWS, STRIDED, RESHAPED = range(4)

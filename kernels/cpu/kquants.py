@@ -1,4 +1,4 @@
-"""Weights in super-blocks of 256: Q4_K, Q5_K (eight blocks of 32 with scale and minimum) and Q6_K (sixteen of 16 with scale).
+"""Weights in super-blocks of 256: Q4_K and Q5_K (8 x 32, with scale and minimum), Q6_K (16 x 16, with scale).
 
 Kernels have the signatures of `blocks32`. Q6_K's scales are for 16 columns, so its activations carry sums of 16
 (`activations.quantise_row_halves`), its panels two scales a block, and its tile takes each block in two halves.

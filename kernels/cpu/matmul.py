@@ -1,8 +1,8 @@
 """MUL_MAT and MUL_MAT_ID: one op kernel, for a dense product is one with as many groups as matrices.
 
-Work is cut into jobs of (matrix, rows), which threads take one by one. A row's result depends neither on the job it falls
-into nor on the thread: panels begin at multiples of 32 rows in any job. What reads the activations was prepared before
-(`activations`), and so was the grouping by expert (`routing`).
+Work is cut into jobs of (matrix, rows), which threads take one by one. A row's result depends neither on the job it
+falls into nor on the thread: panels begin at multiples of 32 rows in any job. What reads the activations was prepared
+before (`activations`), and so was the grouping by expert (`routing`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Products of many tokens: 32 rows of weights unpacked into a panel, which stays in L2, times up to 6 tokens at once.
 
-A panel holds for each block of 32 columns: bytes [8][32 rows][4 columns], unsigned; 32 scales; 32 minima, negated (f32). Lanes are
-rows, so scales are vectors and nothing is summed across lanes. A tile of 32 rows x 6 tokens keeps 12 int32 and 12 float
-accumulators in registers.
+A panel holds for each block of 32 columns: bytes [8][32 rows][4 columns], unsigned; 32 scales; 32 minima, negated
+(f32). Lanes are rows, so scales are vectors and nothing is summed across lanes. A tile of 32 rows x 6 tokens keeps 12
+int32 and 12 float accumulators in registers.
 """
 
 from __future__ import annotations

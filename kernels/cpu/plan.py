@@ -1,9 +1,9 @@
 """Runs plans, stage by stage. Thread 0 drives; helpers take parts of stages when they can.
 
-A stage that is worth sharing is published as a ticket: its number, and the next part to be taken. Whoever adds 1 to the ticket
-has that part, thread 0 too, when it is done with part 0. So thread 0 never waits for a helper that has not begun: on a busy
-machine, where a helper may be off its core for milliseconds, a plan is not slower than with one thread. It waits only for parts
-that were taken, then goes on to the next stage.
+A stage that is worth sharing is published as a ticket: its number, and the next part to be taken. Whoever adds 1 to
+the ticket has that part, thread 0 too, when it is done with part 0. So thread 0 never waits for a helper that has not
+begun: on a busy machine, where a helper may be off its core for milliseconds, a plan is not slower than with one
+thread. It waits only for parts that were taken, then goes on to the next stage.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def report(part, d, ctl, position, value, limit):
 def run_part(part, n_parts, d, n, ctl):
     """Do a part of a stage of n descriptors, and return the address behind them.
 
-    A part that refused an index does nothing more; others go on to the stage's end, so that the report does not depend on
-    which was faster.
+    A part that refused an index does nothing more; others go on to the stage's end, so that the report does not
+    depend on which was faster.
     """
     failed = ctl + 8 * (ERRORS + LINE * part + ERROR_SET)
     for _ in range(n):

@@ -1,7 +1,8 @@
 """`Pool`: threads of our own that help with plans. They spin a little for the next stage, then sleep.
 
-A helper lives in compiled code without the interpreter's lock. On Linux (x86-64) it sleeps on a futex; elsewhere it returns to
-Python and sleeps on a condition. With one thread there is nothing to start. No plan depends on a helper being awake (`plan`).
+A helper lives in compiled code without the interpreter's lock. On Linux (x86-64) it sleeps on a futex; elsewhere it
+returns to Python and sleeps on a condition. With one thread there is nothing to start. No plan depends on a helper
+being awake (`plan`).
 """
 
 from __future__ import annotations
@@ -154,7 +155,8 @@ class Pool:
     Notes
     -----
     Any Python thread may run a plan; a lock makes them take turns. After `os.fork` the child has no threads but the one
-    that forked: new ones are started at its first run. Threads are daemons, and end when the pool is closed or collected.
+    that forked: new ones are started at its first run. Threads are daemons, and end when the pool is closed or
+    collected.
     """
 
     def __init__(self, threads: int, *, can_sleep: bool = CAN_SLEEP) -> None:
@@ -177,7 +179,8 @@ class Pool:
         Parameters
         ----------
         pieces : sequence of (int, int)
-            Address of a first descriptor, and how many follow each other there. Python looks for signals between pieces.
+            Address of a first descriptor, and how many follow each other there. Python looks for signals between
+            pieces.
         shared_bytes, thread_bytes : int
             Scratch that the plan needs: once, and for each thread.
 

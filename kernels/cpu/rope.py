@@ -1,7 +1,7 @@
 """ROPE: pairs of a row's elements turned by angles that grow with the token's position.
 
-Cosines and sines are the same for all layers of a model, so they are an op of their own, run once for all ROPE nodes of a plan
-that share positions and parameters: rows of n_dims floats for each token, cosines first, then sines.
+Cosines and sines are the same for all layers of a model, so they are an op of their own, run once for all ROPE nodes
+of a plan that share positions and parameters: rows of n_dims floats for each token, cosines first, then sines.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from .kernel import device, op_kernel
 from .memory import copy_bytes, floats, ld_f32, ld_i32, ld_i64
 from .words import ADDRESS, DST, NB0, NE0, NE1, NE2, NE3, PARAM, SCRATCH, SHARED, SRC0, SRC1
 
-#: Parameters of `rope_angles`. THETA_SCALE: factor of the angle from pair to pair; LOW, HIGH: pairs between which YaRN mixes;
-#: MAGNITUDE: factor of cosines and sines.
+#: Parameters of `rope_angles`. THETA_SCALE: factor of the angle from pair to pair; LOW, HIGH: pairs between which
+#: YaRN mixes; MAGNITUDE: factor of cosines and sines.
 N_DIMS, THETA_SCALE, FREQ_SCALE, EXT_FACTOR, MAGNITUDE, LOW, HIGH = (PARAM + i for i in range(7))
-#: Parameters of `rope_rows`: n_dims, whether pairs are half a row apart (NEOX) or neighbours, first dimension, the sign of sines (bits).
+#: Parameters of `rope_rows`: n_dims, whether pairs are half a row apart (NEOX) or neighbours, first dimension, the
+#: sign of sines (bits).
 IS_NEOX, FIRST_DIM, SINE_SIGN = PARAM + 1, PARAM + 2, PARAM + 3
 
 

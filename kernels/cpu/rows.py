@@ -1,4 +1,4 @@
-"""Ops that choose rows by index: GET_ROWS, SET_ROWS, ADD_ID. An index out of bounds stops the plan and touches nothing."""
+"""Ops that choose rows by index: GET_ROWS, SET_ROWS, ADD_ID. One out of bounds stops the plan, touching nothing."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """How a plan lies in memory: descriptors of int64 words, and the control block that its threads share.
 
 A descriptor is a header of `HEADER` words, `N_PARAMS` parameters, and `TENSOR` words for each of dst, src0, src1, ...
-Descriptors of several lengths follow each other; each says its own. A stage is a run of descriptors that do not need each other's
-results (or are done by one thread in order); a shared descriptor is cut into as many parts as there are threads.
+Descriptors of several lengths follow each other; each says its own. A stage is a run of descriptors that do not need
+each other's results (or are done by one thread in order); a shared descriptor is cut into as many parts as there are
+threads.
 """
 
 from __future__ import annotations

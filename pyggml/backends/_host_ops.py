@@ -1,11 +1,12 @@
 """`HostPlan`: the nodes of a split as a plan of kernel calls, made once and run in one call.
 
-Used by every backend that computes on host memory. The plan is an array of int64 words (`pyggml.kernels.cpu.words`); what each op
-writes into it is in `_host_writers`. Two things are found out here, because only here the order of nodes is known:
+Used by every backend that computes on host memory. The plan is an array of int64 words (`pyggml.kernels.cpu.words`);
+what each op writes into it is in `_host_writers`. Two things are found out here, because only here the order of nodes
+is known:
 
 - where stages begin: at a descriptor that touches what an earlier one of the stage makes, or makes what that reads;
-- what can be shared: activations quantised for one product serve the next that reads them, likewise the grouping of ids by
-  expert and the angles of ROPE, until a node writes over what they were made from.
+- what can be shared: activations quantised for one product serve the next that reads them, likewise the grouping of
+  ids by expert and the angles of ROPE, until a node writes over what they were made from.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ class HostPlan:
         return start
 
     def _conflicts(self, ranges: list[tuple[int, int, bool]], serial: bool) -> bool:
-        """Whether ranges meet those of the stage, one of two being written; serial descriptors keep their order anyway."""
+        """Whether ranges meet written ones of the stage, or written ones its others; serial descriptors keep order."""
         pending = self._pending
         for first, end, is_write in ranges:
             for first2, end2, is_write2, serial2 in pending:

@@ -1,7 +1,7 @@
 """What each op writes into a `HostPlan`: kernel, tensors, parameters, and whether one thread does it alone.
 
-Imported when the first plan is made, because the kernels bring Numba with them. `WRITERS` has an entry for every op that
-`_host_support` accepts.
+Imported when the first plan is made, because the kernels bring Numba with them. `WRITERS` has an entry for every op
+that `_host_support` accepts.
 """
 
 from __future__ import annotations

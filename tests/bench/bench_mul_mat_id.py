@@ -2,9 +2,9 @@
 
     python tests/bench/bench_mul_mat_id.py [--types q8_0,f16] [--tokens 1,8,64,512] [--threads 2] [--rounds 5]
 
-Each library has a process of its own; they take turns of a quarter of a second, so that a busy machine harms both alike. Ids are
-random and change with each call. Prints the 10th percentile (and the median) in milliseconds, the ratio of the former (above 1:
-ours is faster), and the error of each against float64.
+Each library has a process of its own; they take turns of a quarter of a second, so that a busy machine harms both
+alike. Ids are random and change with each call. Prints the 10th percentile (and the median) in milliseconds, the
+ratio of the former (above 1: ours is faster), and the error of each against float64.
 """
 
 from __future__ import annotations

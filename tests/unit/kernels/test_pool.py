@@ -195,7 +195,7 @@ def child(**environment: str) -> list[str]:
 
 
 def test_cache_folder(tmp_path):
-    """Code is found again below NUMBA_CACHE_DIR, in a folder named after the sources; elsewhere if that is read-only."""
+    """Code is found again below NUMBA_CACHE_DIR, in a folder named after the sources; elsewhere if it is read-only."""
     from pyggml.kernels.cpu.cache import source_hash
 
     folder, found = child(NUMBA_CACHE_DIR=str(tmp_path / "cache"))

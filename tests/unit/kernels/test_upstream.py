@@ -47,8 +47,13 @@ class Upstream:
 
     def call(self, name: str, *args: Any) -> int:
         """Call an op's builder: tensors and None as pointers, ints and floats as themselves."""
-        kinds = [c.c_float if isinstance(a, float) else c.c_int if abs(a or 0) < 1 << 31 and a is not None else c.c_void_p
-                 for a in args]  # fmt: skip
+
+        def kind(a: Any) -> Any:
+            if isinstance(a, float):
+                return c.c_float
+            return c.c_void_p if a is None or a >= 1 << 31 else c.c_int
+
+        kinds = [kind(a) for a in args]
         return self.function(name, c.c_void_p, c.c_void_p, *kinds)(self.context, *args)
 
     def tensor(self, type: int, ne: tuple[int, ...], raw: bytes) -> int:
