@@ -307,7 +307,8 @@ class SystemCard(Card):
 
     def load(self, ptx: str, entry: str) -> Function:
         self.enter()
-        module = self.api("cuModuleLoadData", ptx.encode() + b"\0")
+        image = ctypes.create_string_buffer(ptx.encode())  # ends with a zero byte; the driver copies it
+        module = self.api("cuModuleLoadData", ctypes.addressof(image))
         self._modules.append(module)
         return self.api("cuModuleGetFunction", module, entry.encode())
 

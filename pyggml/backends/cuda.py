@@ -256,10 +256,17 @@ class CudaDevice(Device):
         """Return a kernel, compiled and loaded at its first use, and the types of its parameters."""
         known = self._functions.get(name)
         if known is None:
-            from ..kernels.cuda import compiler
+            try:
+                from ..kernels.cuda import compiler
 
-            ptx = compiler.ptx(name, compiler.target_for(self.card.cc))
-            types = tuple(p.type for p in compiler.kernel(name).params)
+                ptx = compiler.ptx(name, compiler.target_for(self.card.cc))
+                types = tuple(p.type for p in compiler.kernel(name).params)
+            except (ImportError, OSError, RuntimeError) as error:  # what numba-cuda raises without its libraries
+                raise BackendError(
+                    self.name,
+                    f"the kernel {name} cannot be compiled: {str(error).splitlines()[0]}",
+                    hint="pip install pyggml[cuda]",
+                ) from error
             known = self._functions[name] = (self.card.load(ptx.text, ptx.entry), types)
         return known
 

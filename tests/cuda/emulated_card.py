@@ -35,18 +35,20 @@ def nmse(got, want):
     return float(((got - want) ** 2).sum() / (want**2).sum())
 
 
-class Card:
-    """Memory of a card, and the launches made on it."""
-
-    def __init__(self, cc=(8, 6), **options):
-        self.cc, self.options = cc, options
-        self.mem = Memory(track_init=True)
-        self.stats: dict[str, Stats] = {}
+class Bench:
+    """Tensors on a card as numpy arrays, and launches."""
 
     def put(self, array, name=""):
-        """Return the address of a copy, padded as allocations are."""
-        raw = np.ascontiguousarray(array).view("u1").reshape(-1)
-        return self.mem.upload(np.pad(raw, (0, -len(raw) % 4)), name).addr
+        """Return the address of a copy."""
+        raise NotImplementedError
+
+    def alloc(self, size):
+        """Return the address of memory that nobody wrote."""
+        raise NotImplementedError
+
+    def run(self, launches):
+        """Run launches in order."""
+        raise NotImplementedError
 
     def operand(self, array, type="f32", *, ne=None, gap=0, lead=0):
         """Return an operand; ``gap`` bytes lie between its rows, ``lead`` before the first; all are NaN."""
@@ -64,7 +66,30 @@ class Card:
         """Return an operand of float32 that nobody wrote."""
         ne = [*ne, 1, 1, 1][:4]
         nb = [4, 4 * ne[0], 4 * ne[0] * ne[1], 4 * ne[0] * ne[1] * ne[2]]
-        return launch.Operand(self.mem.alloc(nb[3] * ne[3], "dst").addr, "f32", ne, nb)
+        return launch.Operand(self.alloc(nb[3] * ne[3]), "f32", ne, nb)
+
+    def product(self, make, *operands):
+        """Run an op that needs scratch memory."""
+        _, size = make(*operands, 0)
+        self.run(make(*operands, self.alloc(size))[0])
+
+
+class Card(Bench):
+    """The emulator: what nobody wrote must not be read, and every launch is counted."""
+
+    def __init__(self, cc=(8, 6), **options):
+        self.cc, self.options = cc, options
+        self.mem = Memory(track_init=True)
+        self.stats: dict[str, Stats] = {}
+
+    def put(self, array, name=""):
+        """Return the address of a copy, padded as allocations are."""
+        raw = np.ascontiguousarray(array).view("u1").reshape(-1)
+        return self.mem.upload(np.pad(raw, (0, -len(raw) % 4)), name).addr
+
+    def alloc(self, size):
+        """Return the address of memory that nobody wrote."""
+        return self.mem.alloc(size).addr
 
     def read(self, operand):
         """Return a result, checking that every value was written."""
@@ -79,11 +104,48 @@ class Card:
             kernel = Program(ptx.text, self.mem).kernel(ptx.entry)
             self.stats[one.kernel] = kernel.launch(one.grid, one.block, one.args, **self.options)
 
-    def product(self, make, *operands):
-        """Run an op that needs scratch memory."""
-        _, size = make(*operands, 0)
-        scratch = self.mem.alloc(size, "scratch").addr
-        self.run(make(*operands, scratch)[0])
+
+class DriverBench(Bench):
+    """A card behind the driver interface: a real one, or the fake one."""
+
+    def __init__(self, device):
+        self.device = device
+        self.stream = device.card.stream()
+        self.taken = []
+
+    def alloc(self, size):
+        """Return the address of memory that is NaN."""
+        address = self.device.card.alloc(size)
+        self.taken.append(address)
+        self.stream.fill(address, 0xFF, size)
+        return address
+
+    def put(self, array, name=""):
+        """Return the address of a copy."""
+        raw = np.ascontiguousarray(array).view("u1").reshape(-1)
+        address = self.alloc(max(4, raw.nbytes))
+        self.stream.copy_in(address, raw.ctypes.data, raw.nbytes)
+        self.stream.synchronize()
+        return address
+
+    def read(self, operand):
+        """Return a result."""
+        out = np.empty(tuple(operand.ne[::-1]), "f4")
+        self.stream.copy_out(out.ctypes.data, operand.address, out.nbytes)
+        self.stream.synchronize()
+        return out.astype("f8")
+
+    def run(self, launches):
+        """Put launches on the stream."""
+        for one in launches:
+            function, types = self.device.function(one.kernel)
+            self.stream.launch(function, one.grid, one.block, one.args, types)
+
+    def close(self):
+        """Give all memory back."""
+        self.stream.synchronize()
+        for address in self.taken:
+            self.device.card.free(address)
 
 
 def mul_mat_id_case(rng, card, type, *, n_expert, n_row, n_k, n_used, n_token, broadcast=True, ids=None, gap=0, lead=0):
