@@ -67,6 +67,11 @@ class CopyAccount:
     _layers: dict[tuple[Phase, int | None], LayerCopies] = field(default_factory=dict)
     _bytes: dict[tuple[Phase, str, str], int] = field(default_factory=dict)
 
+    def clear(self) -> None:
+        """Forget all sums."""
+        self._layers.clear()
+        self._bytes.clear()
+
     def record(self, record: Record) -> None:
         """Add one record to the sums."""
         if isinstance(record, UsedExpertsRecord):

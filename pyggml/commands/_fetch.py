@@ -22,7 +22,7 @@ from pathlib import Path
 from .. import config
 from ..errors import PyggmlError
 
-__all__ = ["Report", "cache_folder", "calibration_tokens", "example_model", "fetch_smollm2"]
+__all__ = ["Report", "cache_folder", "calibration_tokens", "example_model", "fetch_smollm2", "fine_grained_model"]
 
 #: Told what is done, and how many megabytes of how many.
 Report = Callable[[str, int, int], None]
@@ -35,6 +35,7 @@ _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 #: Changes whenever `upcycle` gives other bytes for the same arguments, so that no older file is taken for today's.
 _RECIPE = 2
 _EXAMPLE = f"SmolLM2-8x135M-Instruct.Q4_1.r{_RECIPE}.gguf"
+_FINE_GRAINED = "fine-grained-32x4.Q8_0.gguf"
 _FETCHING = "Fetching SmolLM2-135M-Instruct (MB)"
 _MB = 10**6
 _LOCK_S = 600.0
@@ -102,6 +103,29 @@ def example_model(cache_dir: Path, report: Report | None = None) -> Path:
         with GGUFFile.open(_fetch(cache_dir, report)) as dense:
             tell = lambda done, total: report("Making a mixture of experts (MB)", done // _MB, -(-total // _MB))
             written = upcycle(dense, target, calibration_tokens(dense), Upcycling(), progress=tell)
+        with atomic_file(sum_file) as file:
+            file.write(json.dumps({"sha256": written.sha256, **_stamp(target)}).encode())
+        return target
+
+
+def fine_grained_model(cache_dir: Path, report: Report | None = None) -> Path:
+    """Return the second example, of random weights: 32 small experts of which a token uses 4, unevenly.
+
+    Raises
+    ------
+    PyggmlError
+        There is no room.
+    """
+    tell_all = report or _silent
+    with _locked(cache_dir):
+        target, sum_file = cache_dir / _FINE_GRAINED, cache_dir / f"{_FINE_GRAINED}.json"
+        if _is_intact(target, sum_file):
+            return target
+        from ..models.gguf_writer import atomic_file
+        from ..models.make_moe import PRESETS, make_moe
+
+        tell = lambda done, total: tell_all("Making the fine-grained example (MB)", done // _MB, -(-total // _MB))
+        written = make_moe(target, PRESETS["fine-grained"], progress=tell)
         with atomic_file(sum_file) as file:
             file.write(json.dumps({"sha256": written.sha256, **_stamp(target)}).encode())
         return target

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..models.placement import PlacementFlags
     from ..sched.policies import InputCopier
 
-__all__ = ["ModelFlags", "model_options", "open_backends", "split_devices"]
+__all__ = ["ModelFlags", "model_options", "open_backends", "parse_sizes", "split_devices"]
 
 #: What computes if nothing is asked for: a device that every machine has, and the CPU.
 DEFAULT_DEVICES = "sim:rtx4090-pcie4,cpu"
@@ -158,6 +158,17 @@ def split_devices(text: str, kinds: list[str]) -> list[str]:
     """
     names = re.split(rf",(?=(?:{'|'.join(kinds)})(?::|,|$))", text)
     return [n.strip() for n in names if n.strip()]
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Return the batch sizes of a list such as ``512,1``."""
+    try:
+        sizes = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise click.UsageError(f"--batches {text}: sizes are numbers above 0 with commas between")
+    return sizes
 
 
 def open_backends(flags: ModelFlags, *, data: bool = True) -> tuple[list[Backend], Backend]:

@@ -39,6 +39,17 @@ def command(ctx: click.Context, model: Path | None, prompt: str, n_predict: int,
 
     with run.make_context("run", [*words, *more], parent=ctx.parent) as sub:
         run.invoke(sub)
+    if model is None and not {"--json", "--quiet"} & set(more):
+        _compare_batches(ctx)
+
+
+def _compare_batches(ctx: click.Context) -> None:
+    """Show what small batches save on a model with many small experts."""
+    from .savings import command as savings
+
+    click.echo()
+    with savings.make_context("savings", ["--device", DEVICES], parent=ctx.parent) as sub:
+        savings.invoke(sub)
 
 
 def _example() -> Path:

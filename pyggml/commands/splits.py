@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._console import n_bytes, print_json, report, table
-from ._model_options import ModelFlags, model_options, open_backends
+from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +50,7 @@ def command(
     from ..planning import Planner, virtual_clock
     from ..routing import parse_routing
 
-    sizes = _parse_sizes(batches)
+    sizes = parse_sizes(batches)
     assumed = parse_routing(routing)
     backends, cpu = open_backends(flags, data=False)
     with Planner.open(
@@ -68,16 +68,6 @@ def command(
             print_json(_as_dict(planner, plans, assumed))
             return
         _print(planner, plans, assumed, all_splits=all_splits)
-
-
-def _parse_sizes(text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise click.UsageError(f"--batches {text}: sizes are numbers above 0 with commas between")
-    return sizes
 
 
 def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Routing) -> dict[str, Any]:

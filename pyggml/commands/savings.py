@@ -1,0 +1,154 @@
+"""`pyggml savings`: how much copying only the used experts saves, by batch size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import GraphError
+from ._console import n_bytes, print_json, progress, report, table
+from ._kernels import warm_up
+from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..backend import Backend
+    from ..cost import LinkProfile
+    from ..tensor import Tensor
+
+__all__ = ["Saving", "command", "measure", "savings_table"]
+
+#: More than 64 tokens of plain text in any vocabulary.
+TEXT = (
+    "The lighthouse keeper counted the waves every evening, wrote the number into a thick blue book, and went to bed "
+    "without a thought of what the numbers meant. Years later a student found the books in a box, drew the counts as "
+    "a curve, and saw two storms that no newspaper had ever mentioned. She sent the curve to the harbour, where an "
+    "old pilot looked at it for a long time before he said that he remembered both of them very well."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Expert weights that one batch moved."""
+
+    n_tokens: int
+    used_mean: float  #: distinct experts of a layer, on average
+    n_expert: int
+    bytes_copied: int
+    bytes_full: int  #: of whole copies
+    link_s: float | None  #: that the copies take on the device's link
+    link_full_s: float | None
+
+    @property
+    def ratio(self) -> float:
+        """Bytes copied over bytes of whole copies."""
+        return self.bytes_copied / self.bytes_full
+
+
+@click.command("savings")
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--batches", default="1,2,4,8,16,32,64", show_default=True, metavar="N,N", help="Batch sizes.")
+@click.option("-p", "--prompt", default=TEXT, help="Text that the batches are cut from.  [a paragraph]")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+@model_options
+def command(flags: ModelFlags, model: Path | None, batches: str, prompt: str, as_json: bool) -> None:
+    """Evaluate batches of several sizes with all experts in host memory and the device computing every one of them.
+
+    Without MODEL: a fine-grained example of random weights, 32 experts of which a token uses 4. A device usually takes
+    such batches from 32 tokens on; here it takes all, so that small ones can be compared.
+    """
+    path = fine_grained() if model is None else model
+    rows = measure(flags, path, parse_sizes(batches), prompt)
+    if as_json:
+        print_json([{**asdict(row), "ratio": row.ratio} for row in rows])
+    else:
+        report().print(savings_table(rows, f"Used experts against whole copies: {path.name}"))
+
+
+def fine_grained() -> Path:
+    """Return the fine-grained example, made once."""
+    from ._fetch import cache_folder, fine_grained_model
+
+    with progress() as bar:
+        task = bar.add_task("", total=None)
+        return fine_grained_model(
+            cache_folder(), lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        )
+
+
+def measure(flags: ModelFlags, path: Path, sizes: list[int], prompt: str) -> list[Saving]:
+    """Return what batches of some sizes move.
+
+    Raises
+    ------
+    GraphError
+        The model has no experts, or the prompt is shorter than the largest batch.
+    """
+    from ..gguf import GGUFFile
+    from ..models.hparams import HParams
+    from ..models.placement import PlacementFlags
+    from ..report import CopyAccount
+    from ..session import Session
+    from ..tokenizer import Tokenizer
+
+    with GGUFFile.open(path) as file:
+        if not HParams.from_gguf(file).n_expert:
+            raise GraphError(f"{path}: the model has no experts", hint="`pyggml make-moe` makes models that have")
+        ids = Tokenizer.from_gguf(file).encode(prompt)
+        if len(ids) < max(sizes):
+            raise GraphError(
+                f"a batch of {max(sizes)} tokens needs a longer text: this one has {len(ids)}",
+                hint="give a longer --prompt, or smaller --batches",
+            )
+        backends, cpu = open_backends(flags)
+        warm_up()
+        rows = []
+        with Session.open(
+            file, devices=backends, cpu=cpu, placement=PlacementFlags(cpu_moe=True),
+            context=flags.context(n_ctx=max(sizes)), copier=flags.copier(), recorder=(account := CopyAccount()),
+            offload_rule=_every_product,
+        ) as session:  # fmt: skip
+            for n in sizes:
+                session.reset()
+                account.clear()
+                session.decode(ids[:n], outputs="all")
+                total = account.total()
+                if not total.bytes_full:
+                    raise GraphError(
+                        "nothing was copied: no device beside the CPU", hint="use --device sim:rtx4090-pcie4,cpu"
+                    )
+                rows.append(_saving(n, total.used_mean, total.n_expert, total.bytes_copied, total.bytes_full, backends))
+    return rows
+
+
+def _every_product(backend: Backend, op: Tensor) -> bool:
+    """Offload every product with expert weights, whatever the batch."""
+    from ..types import Op
+
+    return op.op is Op.MUL_MAT_ID
+
+
+def _saving(n: int, used: float, n_expert: int, copied: int, full: int, backends: list[Backend]) -> Saving:
+    profile: Any = getattr(backends[0].device, "profile", None)  # of simulated devices only
+    link: LinkProfile | None = None if profile is None else profile.link
+    times = (None, None) if link is None else (link.seconds(copied, n_copies=0), link.seconds(full, n_copies=0))
+    return Saving(n, used, n_expert, copied, full, *times)
+
+
+def savings_table(rows: list[Saving], title: str) -> Table:
+    """Return the rows as a table, with a bar for the share that was copied."""
+    columns = ["batch", "experts used", "copied", "if whole", "ratio"]
+    timed = rows[0].link_s is not None
+    made = table(title, *columns, "", *(["on the link", "if whole"] if timed else []), right=(*columns, "on the link"))
+    for row in rows:
+        bar = "█" * round(20 * row.ratio)
+        times = [f"{row.link_s * 1e3:.2f} ms", f"{row.link_full_s * 1e3:.2f} ms"] if timed else []  # type: ignore[operator]
+        made.add_row(
+            str(row.n_tokens), f"{row.used_mean:.1f} of {row.n_expert}", n_bytes(row.bytes_copied),
+            n_bytes(row.bytes_full), f"{row.ratio:.0%}", f"{bar:░<20}", *times,
+        )  # fmt: skip
+    return made
