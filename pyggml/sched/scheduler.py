@@ -469,10 +469,12 @@ class Scheduler:
         self._allocated = None
 
     def close(self) -> None:
-        """Give the compute buffers back. The backends stay as they are."""
+        """Give the compute buffers back, and graphs their own sources. The backends stay as they are."""
         with self._one_thread():
             self._synchronize()
             self._reset()
+            for graph in list(self._rewritten):
+                self._restore(graph)
             self._kept = None
             self.splits = []
             self.graph_copy = SchedGraph()
