@@ -123,7 +123,7 @@ def run(n_threads, plan, n, ctl):
     while n > 0:
         if atomic_load(ctl + 8 * ABORT) != 0:
             return 1
-        count = ld_i64(d + 8 * STAGE)
+        count = max(1, ld_i64(d + 8 * STAGE))  # one that begins no stage is run alone: for traces and benches
         if n_threads == 1 or ld_i64(d + 8 * PARALLEL) == 0:
             d = run_part(0, n_threads, d, count, ctl)
         else:

@@ -256,8 +256,12 @@ class HostPlan:
         pieces: list[tuple[int, int]] = []
         first, total = 0, 0.0
         for stage, end in pairwise([*self._stages, len(starts)]):
+            shared = 0
+            for start in starts[stage:end]:
+                words[start + w.PARALLEL] = own = 1 - words[start + w.SERIAL]
+                shared |= own
             words[starts[stage] + w.STAGE] = end - stage
-            words[starts[stage] + w.PARALLEL] = not all(words[starts[i] + w.SERIAL] for i in range(stage, end))
+            words[starts[stage] + w.PARALLEL] = shared
             total += sum(self._costs[stage:end])
             if total > PIECE_S or end == len(starts):
                 pieces.append((self._address + 8 * starts[first], end - first))

@@ -40,6 +40,8 @@ Writer = Callable[[HostPlan, Tensor], None]
 #: Elements below which one thread is as fast as all: a meeting of threads costs what it does with some thousands.
 SERIAL_ELEMENTS = 4096
 SERIAL_PRODUCTS = 20_000
+#: What beginning a row costs, in elements; measured for softmax.
+ROW_ELEMENTS = 64
 #: Rough speeds, for `HostPlan._cut`.
 PRODUCTS_PER_S = 5e10
 ELEMENTS_PER_S = 5e8
@@ -87,6 +89,12 @@ class _Run(TypedDict):
 def _by_elements(t: Tensor) -> _Run:
     """Return how an op of so many elements is run."""
     n = t.numel
+    return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
+
+
+def _by_rows(t: Tensor) -> _Run:
+    """Return how an op is run that has some work for each row besides its elements."""
+    n = t.numel + ROW_ELEMENTS * t.nrows
     return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
 
 
@@ -215,7 +223,7 @@ def _product(plan: HostPlan, t: Tensor) -> None:
 
 def _norm(kind: int) -> Writer:
     def write(plan: HostPlan, t: Tensor) -> None:
-        plan.add(norms.norm_rows.address, t, (t, _source(t, 0)), (kind, t.param_i32(0)), **_by_elements(t))
+        plan.add(norms.norm_rows.address, t, (t, _source(t, 0)), (kind, t.param_i32(0)), **_by_rows(t))
 
     return write
 
@@ -224,7 +232,7 @@ def _reduce(kind: int) -> Writer:
     def write(plan: HostPlan, t: Tensor) -> None:
         x = _source(t, 0)
         params = (kind, bits(-math.inf), t.param_i32(0))
-        plan.add(reduce.reduce_rows.address, t, (t, x), params, **_by_elements(x))
+        plan.add(reduce.reduce_rows.address, t, (t, x), params, **_by_rows(x))
 
     return write
 
@@ -243,7 +251,7 @@ def _slopes(n_head: int, max_bias: float) -> tuple[int, int, int]:
 def _soft_max(plan: HostPlan, t: Tensor) -> None:
     x = _source(t, 0)
     params = (t.param_i32(0), t.param_i32(1), *_slopes(x.ne[2], t.param_f32(1)))
-    plan.add(softmax.soft_max_rows.address, t, (t, x, _optional(t, 1), _optional(t, 2)), params, **_by_elements(t))
+    plan.add(softmax.soft_max_rows.address, t, (t, x, _optional(t, 1), _optional(t, 2)), params, **_by_rows(t))
 
 
 def _attention(plan: HostPlan, t: Tensor) -> None:
@@ -323,7 +331,7 @@ def _rope(sine_sign: float) -> Writer:
         slot = _angles(plan, t)
         params = (t.param_i32(1), t.param_i32(2) == 2, t.param_i32(15), bits(sine_sign))
         start = plan.add(
-            rope.rope_rows.address, t, (t, _source(t, 0)), params, reads=(plan.slot_range(slot),), **_by_elements(t)
+            rope.rope_rows.address, t, (t, _source(t, 0)), params, reads=(plan.slot_range(slot),), **_by_rows(t)
         )
         plan.fix(start + words.SCRATCH, slot)
 
@@ -336,18 +344,18 @@ def _rope(sine_sign: float) -> Writer:
 def _get_rows(plan: HostPlan, t: Tensor) -> None:
     src = _source(t, 0)
     raw = src.row_size if src.type is t.type else 0
-    plan.add(rows.get_rows.address, t, (t, src, _source(t, 1)), (dequantise_row.address, raw), **_by_elements(t))
+    plan.add(rows.get_rows.address, t, (t, src, _source(t, 1)), (dequantise_row.address, raw), **_by_rows(t))
 
 
 def _set_rows(plan: HostPlan, t: Tensor) -> None:
     src = _source(t, 0)
     plan.need_thread_bytes(4 * src.ne[0])
     raw = src.row_size if src.type is t.type else 0
-    plan.add(rows.set_rows.address, t, (t, src, _source(t, 1)), (0, raw), **_by_elements(src))
+    plan.add(rows.set_rows.address, t, (t, src, _source(t, 1)), (0, raw), **_by_rows(src))
 
 
 def _add_id(plan: HostPlan, t: Tensor) -> None:
-    plan.add(rows.add_id_rows.address, t, (t, _source(t, 0), _source(t, 1), _source(t, 2)), **_by_elements(t))
+    plan.add(rows.add_id_rows.address, t, (t, _source(t, 0), _source(t, 1), _source(t, 2)), **_by_rows(t))
 
 
 def _copy(plan: HostPlan, t: Tensor) -> None:
@@ -379,13 +387,13 @@ def _concat(plan: HostPlan, t: Tensor) -> None:
 
 def _argsort(plan: HostPlan, t: Tensor) -> None:
     plan.need_thread_bytes(12 * sort.STACK)
-    plan.add(sort.argsort_rows.address, t, (t, _source(t, 0)), (t.param_i32(0),), **_by_elements(t))
+    plan.add(sort.argsort_rows.address, t, (t, _source(t, 0)), (t.param_i32(0),), **_by_rows(t))
 
 
 def _top_k(plan: HostPlan, t: Tensor) -> None:
     src = _source(t, 0)
     plan.need_thread_bytes(4 * src.ne[0])
-    plan.add(sort.top_k_rows.address, t, (t, src), **_by_elements(src))
+    plan.add(sort.top_k_rows.address, t, (t, src), **_by_rows(src))
 
 
 WRITERS: dict[Op, Writer] = {
