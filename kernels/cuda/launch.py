@@ -49,16 +49,55 @@ def _up(n: int, to: int) -> int:
     return -(-n // to)
 
 
-class _Scratch:
-    """Hands out pieces of scratch memory."""
+#: places of a `Workspace`
+_ACTIVATIONS, _GROUPING, _IDS = range(3)
 
-    def __init__(self, address: int) -> None:
-        self.start = self.end = address
 
-    def take(self, size: int) -> int:
-        at = self.end
-        self.end += _up(size, 256) * 256
-        return at
+class Workspace:
+    """Memory beside the tensors for the products of one stream, and what lies in it.
+
+    Gate and up of an expert meet the same activations with the same ids: what the first made of them serves the second
+    too, until somebody writes to them (`forget`). Each kind of thing has a place, for as much as the largest op needs;
+    a first walk over the ops with ``Workspace()`` finds the sizes, a second makes the launches.
+
+    Attributes
+    ----------
+    sizes : list of int
+        Bytes that the places need, largest op so far.
+    """
+
+    def __init__(self, address: int = 0, sizes: Sequence[int] = (0, 0, 0)) -> None:
+        self._starts = (address, address + sizes[0], address + sizes[0] + sizes[1])
+        self.sizes = [0, 0, 0]
+        self._holds: list[tuple[object, int, int] | None] = [None, None, None]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all places."""
+        return sum(self.sizes)
+
+    def take(self, place: int, key: object, source: tuple[int, int], sizes: Sequence[int]) -> tuple[list[int], bool]:
+        """Return addresses of pieces in a place, and whether they hold what ``key`` stands for already.
+
+        Parameters
+        ----------
+        source : tuple of int
+            Addresses, first and behind the last, of what it is made of.
+        """
+        at = [self._starts[place]]
+        for size in sizes:
+            at.append(at[-1] + _up(size, 256) * 256)
+        self.sizes[place] = max(self.sizes[place], at.pop() - at[0])
+        held = self._holds[place]
+        is_there = held is not None and held[0] == key
+        self._holds[place] = (key, *source)
+        return at, is_there
+
+    def forget(self, start: int, end: int) -> None:
+        """Take note that memory was written: what was made of it is out of date."""
+        for i, held in enumerate(self._holds):
+            if held is not None and held[1] < end and start < held[2]:
+                self._holds[i] = None
 
 
 # -- MUL_MAT_ID and MUL_MAT ------------------------------------------------------
@@ -76,6 +115,39 @@ def _is_few(src0: Operand, n_column: int, n_slot: int, n_token: int) -> bool:
     return (n_column <= FEW_TOKENS or short) and n_slot <= MAX_GRID_YZ and n_token <= MAX_GRID_YZ
 
 
+def _span(operand: Operand) -> tuple[int, int]:
+    """Return the addresses that an operand's rows lie between."""
+    last = sum((n - 1) * b for n, b in zip(operand.ne, operand.nb, strict=True))
+    return operand.address, operand.address + last + operand.nb[0]
+
+
+def _quantize(src1: Operand, work: Workspace) -> tuple[list[Launch], int, int]:
+    """Return the launches that quantise activations, none if that was done, and where quants and scales lie."""
+    n_k, n_y = src1.ne[0], src1.ne[1] * src1.ne[2]
+    key = (src1.address, tuple(src1.ne), tuple(src1.nb))
+    (yq, yd), is_there = work.take(_ACTIVATIONS, key, _span(src1), (n_y * n_k, n_y * n_k // 4))
+    if is_there:
+        return [], yq, yd
+    name = "quantize_q8_1" if src1.starts_at(16) else "quantize_q8_1_any"
+    args = (src1.address, src1.nb[1], src1.nb[2], src1.ne[1], n_k, yq, yd)
+    return [Launch(name, (n_y, _up(n_k, rows.QUANTIZE_VALUES), 1), (rows.THREADS, 1, 1), args)], yq, yd
+
+
+def _group(
+    ids: tuple[int, int, int], counts: tuple[int, int], ne11: int, n_expert: int, work: Workspace
+) -> tuple[list[Launch], list[int], int]:
+    """Return the launches that sort pairs by expert, none if that was done; where the lists lie; places of tiles."""
+    n_slot, n_token = counts
+    n = n_slot * n_token
+    places = n // tile.COLUMNS + n_expert
+    span = (ids[0], ids[0] + (n_slot - 1) * ids[1] + (n_token - 1) * ids[2] + 4)
+    sizes = (4 * n, 4 * n, 4 * n_expert + 4, 4 * places)
+    lists, is_there = work.take(_GROUPING, (ids, counts, ne11, n_expert), span, sizes)
+    args = (*ids, n, n_slot, ne11, *lists)
+    made = [] if is_there else [Launch("group_ids", (n_expert, 1, 1), (32, 1, 1), args)]
+    return made, lists, places
+
+
 def _product(
     src0: Operand,
     src1: Operand,
@@ -83,7 +155,7 @@ def _product(
     dst: Operand,
     counts: tuple[int, int],
     n_column: int,
-    scratch: _Scratch,
+    work: Workspace,
 ) -> list[Launch]:
     """Return the launches of a product; ``ids``: address and strides by slot and token; ``counts``: slots, tokens."""
     n_k, n_row, n_expert = src0.ne[0], src0.ne[1], src0.ne[2]
@@ -91,44 +163,38 @@ def _product(
     ne11 = src1.ne[1]
     is_quantized = src0.type in FORMATS
     launches: list[Launch] = []
+    suffix = ""
+    own: tuple[float, ...]
     if is_quantized:
-        n_y = ne11 * src1.ne[2]
-        yq, yd = scratch.take(n_y * n_k), scratch.take(n_y * n_k // 4)
-        name = "quantize_q8_1" if src1.starts_at(16) else "quantize_q8_1_any"
-        grid = (n_y, _up(n_k, rows.QUANTIZE_VALUES), 1)
-        args = (src1.address, src1.nb[1], src1.nb[2], ne11, n_k, yq, yd)
-        launches.append(Launch(name, grid, (rows.THREADS, 1, 1), args))
-        suffix = ""
+        launches, yq, yd = _quantize(src1, work)
+        own = (yq, yd, n_k // 32)
     else:
-        per_load = 16 // FLOAT_BYTES[src0.type]
-        suffix = "" if n_k % per_load == 0 and src0.starts_at(16) and src1.starts_at(16) else "_any"
+        own = (src1.address, src1.nb[1], src1.nb[2])
+        if n_k % (16 // FLOAT_BYTES[src0.type]) or not src0.starts_at(16) or not src1.starts_at(16):
+            suffix = "_any"
     matrix = (src0.address, src0.nb[1], src0.nb[2])
     if _is_few(src0, n_column, n_slot, n_token):
         common = (*matrix, *ids, dst.address, dst.nb[1], dst.nb[2], n_row, ne11)
-        own = (yq, yd, n_k // 32) if is_quantized else (src1.address, src1.nb[1], src1.nb[2], n_k)
+        own += () if is_quantized else (n_k,)
         name = f"{'mmvq' if is_quantized else 'mmv'}_{src0.type}{suffix}"
         grid = (_up(n_row, mmvq.WARPS), n_slot, n_token)
         return [*launches, Launch(name, grid, (32, mmvq.WARPS, 1), common + own)]
-    n = n_slot * n_token
-    places = n // tile.COLUMNS + n_expert
-    row_src, row_dst = scratch.take(4 * n), scratch.take(4 * n)
-    bounds, tiles = scratch.take(4 * n_expert + 4), scratch.take(4 * places)
-    args = (*ids, n, n_slot, ne11, row_src, row_dst, bounds, tiles)
-    launches.append(Launch("group_ids", (n_expert, 1, 1), (32, 1, 1), args))
-    common = (*matrix, row_src, row_dst, bounds, tiles, dst.address, dst.nb[1], n_row)
+    grouping, lists, places = _group(ids, counts, ne11, n_expert, work)
+    common = (*matrix, *lists, dst.address, dst.nb[1], n_row)
+    n_rows = tile.ROWS
     if is_quantized:
         fmt = FORMATS[src0.type]
-        needs_odd = n_k // 32 % tile.STAGE != 0 and fmt.is_steady(tile.STAGE) and not fmt.is_steady(1)
-        name, n_rows, own = f"tile_{src0.type}" + ("_odd" if needs_odd else ""), tile.ROWS, (yq, yd, n_k // 32)
+        if n_k // 32 % tile.STAGE and fmt.is_steady(tile.STAGE) and not fmt.is_steady(1):
+            suffix = "_odd"
     else:
-        name, n_rows = f"tile_{src0.type}{suffix}", tile.FLOAT_ROWS
-        own = (src1.address, src1.nb[1], src1.nb[2], ne11, n_k)
-    launches.append(Launch(name, (_up(n_row, n_rows), places, 1), (tile.THREADS, 1, 1), common + own))
-    return launches
+        n_rows = tile.FLOAT_ROWS
+        own += (ne11, n_k)
+    grid = (_up(n_row, n_rows), places, 1)
+    return [*launches, *grouping, Launch(f"tile_{src0.type}{suffix}", grid, (tile.THREADS, 1, 1), common + own)]
 
 
-def mul_mat_id(src0: Operand, src1: Operand, ids: Operand, dst: Operand, scratch: int) -> tuple[list[Launch], int]:
-    """Return the launches of MUL_MAT_ID and the bytes of scratch memory that they use from address ``scratch``.
+def mul_mat_id(src0: Operand, src1: Operand, ids: Operand, dst: Operand, work: Workspace) -> list[Launch]:
+    """Return the launches of MUL_MAT_ID.
 
     Parameters
     ----------
@@ -142,13 +208,11 @@ def mul_mat_id(src0: Operand, src1: Operand, ids: Operand, dst: Operand, scratch
     -----
     Mirrors `ggml_cuda_mul_mat_id`. Differs: no path reads the ids on the host.
     """
-    pool = _Scratch(scratch)
     counts = (ids.ne[0], ids.ne[1])
-    where = (ids.address, ids.nb[0], ids.nb[1])
-    return _product(src0, src1, where, dst, counts, counts[1], pool), pool.end - pool.start
+    return _product(src0, src1, (ids.address, ids.nb[0], ids.nb[1]), dst, counts, counts[1], work)
 
 
-def mul_mat(src0: Operand, src1: Operand, dst: Operand, scratch: int) -> tuple[list[Launch], int]:
+def mul_mat(src0: Operand, src1: Operand, dst: Operand, work: Workspace) -> list[Launch]:
     """Return the launches of MUL_MAT: MUL_MAT_ID whose slots are the rows, whose tokens are the matrices of src1.
 
     Parameters
@@ -156,15 +220,17 @@ def mul_mat(src0: Operand, src1: Operand, dst: Operand, scratch: int) -> tuple[l
     src0 : [k, n, n_matrix]
     src1 : f32, [k, n_column, a multiple of n_matrix], rows dense
     dst : f32, contiguous
+
+    Notes
+    -----
+    Mirrors `ggml_cuda_mul_mat`. Differs: no path of its own.
     """
-    pool = _Scratch(scratch)
     n_matrix = src1.ne[2]
-    ids = pool.take(4 * n_matrix)
-    fill = Launch(
-        "fill_ids", (1, _pieces(n_matrix, 1), 1), (rows.THREADS, 1, 1), (ids, n_matrix, n_matrix // src0.ne[2])
-    )
-    product = _product(src0, src1, (ids, 0, 4), dst, (src1.ne[1], n_matrix), src1.ne[1], pool)
-    return [fill, *product], pool.end - pool.start
+    n_repeat = n_matrix // src0.ne[2]
+    (ids,), is_there = work.take(_IDS, (n_matrix, n_repeat), (0, 0), (4 * n_matrix,))
+    fill = Launch("fill_ids", (1, _pieces(n_matrix, 1), 1), (rows.THREADS, 1, 1), (ids, n_matrix, n_repeat))
+    product = _product(src0, src1, (ids, 0, 4), dst, (src1.ne[1], n_matrix), src1.ne[1], work)
+    return product if is_there else [fill, *product]
 
 
 # -- row by row ------------------------------------------------------------------

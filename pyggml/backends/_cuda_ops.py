@@ -8,7 +8,7 @@ from ..tensor import Tensor
 from ..types import GluOp, Op, Type
 
 if TYPE_CHECKING:
-    from ..kernels.cuda.launch import Launch, Operand
+    from ..kernels.cuda.launch import Launch, Operand, Workspace
 
 #: types of weights that the matrix products take
 WEIGHT_TYPES = frozenset(
@@ -37,8 +37,11 @@ def _is_weight(tensor: Tensor | None) -> bool:
     )
 
 
-def _reaches(n_pair: int, n_expert: int) -> bool:
-    return n_pair // _COLUMNS + n_expert <= _MAX_GRID
+def _reaches(op: Tensor, weight: Tensor) -> bool:
+    """Whether the grids reach so far; rows of one block go the few-token way, however many there are."""
+    if weight.type.is_quantized and weight.ne[0] < 64 and max(op.ne[1], op.ne[2]) > _MAX_GRID:
+        return False
+    return op.ne[1] * op.ne[2] // _COLUMNS + weight.ne[2] <= _MAX_GRID
 
 
 def supports_op(op: Tensor) -> bool:
@@ -49,11 +52,11 @@ def supports_op(op: Tensor) -> bool:
     if op.op is Op.MUL_MAT_ID:
         if a is None or not _is_weight(a) or not _is_rows(b) or not op.is_contiguous():
             return False
-        return _is_rows(c, Type.I32) and _reaches(op.ne[1] * op.ne[2], a.ne[2])
+        return _is_rows(c, Type.I32) and _reaches(op, a)
     if op.op is Op.MUL_MAT:
         if a is None or b is None or not _is_weight(a) or not _is_rows(b) or not op.is_contiguous():
             return False
-        return b.ne[3] == 1 and _reaches(op.ne[1] * op.ne[2], a.ne[2])
+        return b.ne[3] == 1 and _reaches(op, a)
     if op.op is Op.ADD_ID:
         return _is_rows(op) and _is_rows(a) and _is_rows(b) and _is_rows(c, Type.I32) and op.ne[3] == 1
     if op.op in _BINARY:
@@ -73,31 +76,38 @@ def _operand(tensor: Tensor) -> Operand:
     return Operand(tensor.data, tensor.type.ggml_name, tensor.ne, tensor.nb)
 
 
-def launches_of(op: Tensor, scratch: int) -> tuple[list[Launch], int]:
-    """Return the launches of a node that `supports_op`, and the bytes that they need from address ``scratch``."""
+def launches_of(op: Tensor, work: Workspace) -> list[Launch]:
+    """Return the launches of a node that `supports_op`, and let the workspace forget what the node writes over."""
+    made = _launches(op, work)
+    assert op.data is not None
+    work.forget(op.data, op.data + op.nbytes)
+    return made
+
+
+def _launches(op: Tensor, work: Workspace) -> list[Launch]:
     from ..kernels.cuda import launch
 
     dst = _operand(op)
     a, *others = [_operand(s) for s in op.src if s is not None]
-    product: tuple[list[Launch], int]
+    made: list[Launch]
     if op.op is Op.MUL_MAT_ID:
-        product = launch.mul_mat_id(a, *others, dst, scratch)
-        return product
-    if op.op is Op.MUL_MAT:
-        product = launch.mul_mat(a, *others, dst, scratch)
-        return product
-    if op.op is Op.ADD_ID:
-        return launch.add_id(a, *others, dst), 0
-    if op.op in _BINARY:
-        return launch.binary(_BINARY[op.op], a, *others, dst), 0
-    if op.op is Op.SCALE:
-        return launch.scale(a, dst, op.param_f32(0), op.param_f32(1)), 0
-    assert op.op is Op.GLU
-    gate = GluOp(op.param_i32(0))
-    if others:
-        value = others[0]
+        made = launch.mul_mat_id(a, *others, dst, work)
+    elif op.op is Op.MUL_MAT:
+        made = launch.mul_mat(a, *others, dst, work)
+    elif op.op is Op.ADD_ID:
+        made = launch.add_id(a, *others, dst)
+    elif op.op in _BINARY:
+        made = launch.binary(_BINARY[op.op], a, *others, dst)
+    elif op.op is Op.SCALE:
+        made = launch.scale(a, dst, op.param_f32(0), op.param_f32(1))
     else:
-        half = launch.Operand(a.address + op.ne[0] * op.type.type_size, a.type, a.ne, a.nb)
-        a, value = (half, a) if op.param_i32(1) else (a, half)
-    alpha = op.param_f32(2) if gate is GluOp.SWIGLU_OAI else 0.0
-    return launch.glu(gate.name.lower(), a, value, dst, alpha, op.param_f32(3)), 0
+        assert op.op is Op.GLU
+        gate = GluOp(op.param_i32(0))
+        if others:
+            value = others[0]
+        else:
+            half = launch.Operand(a.address + op.ne[0] * op.type.type_size, a.type, a.ne, a.nb)
+            a, value = (half, a) if op.param_i32(1) else (a, half)
+        alpha = op.param_f32(2) if gate is GluOp.SWIGLU_OAI else 0.0
+        made = launch.glu(gate.name.lower(), a, value, dst, alpha, op.param_f32(3))
+    return made

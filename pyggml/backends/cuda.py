@@ -332,10 +332,19 @@ class CudaBackend(Backend):
         todo = [n for n in nodes if n.flags & TensorFlag.COMPUTE and not n.op.is_empty and not n.is_empty]
         for node in todo:
             self._check(node)
-        self._reserve_scratch(max((launches_of(node, 0)[1] for node in todo), default=0))
-        launches = [one for node in todo for one in launches_of(node, self._scratch[0])[0]]
+        launches = self._launches(todo)
         plan = graph.plan = _Plan(self.device, graph.graph.version, places, self._scratch[0], launches)
         return plan
+
+    def _launches(self, nodes: list[Tensor]) -> list[Launch]:
+        from ..kernels.cuda.launch import Workspace
+
+        needed = Workspace()
+        for node in nodes:
+            launches_of(node, needed)
+        self._reserve_scratch(needed.size)
+        work = Workspace(self._scratch[0], needed.sizes)
+        return [one for node in nodes for one in launches_of(node, work)]
 
     def _check(self, node: Tensor) -> None:
         for tensor in (node, *node.src):

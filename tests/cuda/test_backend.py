@@ -287,3 +287,79 @@ def test_types(type, n_token, monkeypatch):
     worst = run(Experts(type, n_token=n_token), [cuda.CudaDevice(machine.cards[0]).backend()])
     assert worst < 5e-4
     assert machine.cards[0].traffic.n_launched
+
+
+def launched(build, monkeypatch):
+    """Return the names of the kernels that a graph on a card becomes, and its result."""
+    names = []
+    plain = cuda.CudaDevice.function
+    monkeypatch.setattr(cuda.CudaDevice, "function", lambda self, name: (names.append(name), plain(self, name))[1])
+    device = cuda.CudaDevice(FakeMachine().cards[0])
+    graph = ggml.Graph()
+    weights = ggml.Context()
+    with graph:
+        result, fill = build(graph, weights)
+    weights.alloc(device, usage="weights")
+    graph.expand(result.set_output())
+    sched = ggml.Scheduler([device.backend(), ggml.CPU(threads=1)])
+    sched.alloc_graph(graph)
+    fill()
+    sched.compute(graph)
+    return names, result.numpy()
+
+
+@pytest.mark.parametrize("n_token", [4, 40])
+def test_gate_and_up_share_their_preparation(n_token, monkeypatch):
+    """Activations are quantised and ids grouped once for two products of the same, and anew after a change."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((n_token, 1, 64)).astype("f4")
+    ids = np.stack([rng.permutation(4)[:2] for _ in range(n_token)]).astype("i4")
+    values = [rng.standard_normal((4, 10, 64)).astype("f4") for _ in range(3)]
+
+    def build(graph, weights):
+        ws = [weights.new_tensor("q8_0", (64, 10, 4), name=f"w{i}") for i in range(3)]
+        a, chosen = graph.input("f32", (64, 1, n_token), name="x"), graph.input("i32", (2, n_token), name="ids")
+        there = ggml.scale(a, 1.0)  # on the card, where it can be changed
+        first, second = (ggml.mul_mat_id(w, there, chosen) for w in ws[:2])
+        both = ggml.add(first, second)
+        graph.expand(both)  # before the change
+        changed = ggml.scale_inplace(there, 2.0)
+        third = ggml.mul_mat_id(ws[2], changed, chosen)
+
+        def fill():
+            a.set_array(x)
+            chosen.set_array(ids)
+            for w, v in zip(ws, values, strict=True):
+                w.set_array(v)
+
+        return ggml.add(both, third), fill
+
+    names, got = launched(build, monkeypatch)
+    assert names.count("quantize_q8_1") == 2
+    assert names.count("group_ids") == (1 if n_token > 8 else 0)
+    w = values[0] + values[1] + 2 * values[2]
+    want = np.einsum("tumk,tk->tum", w[ids].astype("f8"), x[:, 0].astype("f8"))
+    assert error(got, want) < 5e-4
+
+
+def test_mul_mat_chain(monkeypatch):
+    """MUL_MAT on the card, for few and many columns and for repeated matrices, makes its ids once for equal shapes."""
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((2, 64, 64)).astype("f4") / 8
+    x = rng.standard_normal((4, 20, 64)).astype("f4")
+
+    def build(graph, weights):
+        w = weights.new_tensor("f16", (64, 64, 2), name="w")
+        a = graph.input("f32", (64, 20, 4), name="x")
+
+        def fill():
+            w.set_array(values)
+            a.set_array(x)
+
+        return ggml.mul_mat(w, ggml.mul_mat(w, a)), fill
+
+    names, got = launched(build, monkeypatch)
+    assert names.count("fill_ids") == 1
+    full = np.repeat(values.astype("f2").astype("f8"), 2, 0)
+    want = np.einsum("cmk,cnk->cnm", full, np.einsum("cmk,cnk->cnm", full, x.astype("f8")))
+    assert error(got, want) < 1e-6

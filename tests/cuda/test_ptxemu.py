@@ -309,6 +309,7 @@ def test_mma(kind):
             assert abs(D[lane, r] - ref[g + 8 * (r // 2), t * 2 + r % 2]) < 1e-4
 
 
+@pytest.mark.parametrize("cc", [(8, 6), (12, 0)], ids=["sm_86", "sm_120"])
 def test_fast_mul_mat_id(cc):
     """The unrolled tile with 16-byte loads gives the same bits, without a race."""
     w, x, ids, plan = X.mmid_case(8, 128, 96, 64, 2, seed=3)
