@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,6 +143,25 @@ def test_a_model_of_235_billion_parameters_is_planned_in_seconds(tmp_path):
     assert 0.8 < result.bytes_copied / result.bytes_full < 0.95
     link = plan.backends[0].device.profile.link
     assert result.seconds > link.seconds(result.bytes_copied, is_pinned=False)
+
+
+def test_used_experts_gain_most_in_small_batches(tmp_path):
+    """The speed-up over full copies shrinks as micro-batches grow, and is near what was published at the smallest."""
+    path = tmp_path / "m.gguf"
+    write_header(path, replace(SHAPES["gpt-oss-20b-experts"], n_layer=3))
+    ratios = []
+    for n_ubatch in (128, 512, 2048):
+        seconds = []
+        for copier in (ggml.FullCopier(), None):
+            with Planner.open(
+                path, devices=["sim:custom:24GiB,1008GB/s,20GB/s"], placement=ON_HOST, data=False, strict=True,
+                context=ContextFlags(n_ctx=2048, n_ubatch=n_ubatch), copier=copier,
+            ) as plan:  # fmt: skip
+                plan.sched.clock = virtual_clock(plan.backends)
+                seconds.append(simulate_batch(plan, 2048, routing=Zipf(3)).seconds)
+        ratios.append(seconds[0] / seconds[1])
+    assert ratios[0] > ratios[1] > ratios[2] > 0.98
+    assert ratios[0] == pytest.approx(1.63, abs=0.2)
 
 
 # -- routing -----------------------------------------------------------------
