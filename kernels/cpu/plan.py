@@ -1,8 +1,8 @@
-"""Runs plans, stage by stage. Thread 0 drives; helpers take parts of stages when they can.
+"""Runs plans, stage by stage. Thread 0 drives; workers take parts of stages when they can.
 
 A stage that is worth sharing is published as a ticket: its number, and the next part to be taken. Whoever adds 1 to
-the ticket has that part, thread 0 too, when it is done with part 0. So thread 0 never waits for a helper that has not
-begun: on a busy machine, where a helper may be off its core for milliseconds, a plan is not slower than with one
+the ticket has that part, thread 0 too, when it is done with part 0. So thread 0 never waits for a worker that has not
+begun: on a busy machine, where a worker may be off its core for milliseconds, a plan is not slower than with one
 thread. It waits only for parts that were taken, then goes on to the next stage.
 """
 
@@ -91,7 +91,7 @@ def take_part(ctl, n_parts):
 
 @device
 def _share(n_threads, d, n, ctl):
-    """Do a stage together with the helpers that come; return the address behind it."""
+    """Do a stage together with the workers that come; return the address behind it."""
     st_i64(ctl + 8 * STAGE_AT, d)
     st_i64(ctl + 8 * STAGE_COUNT, n)
     atomic_store(ctl + 8 * DONE, 0)

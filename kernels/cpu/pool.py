@@ -1,7 +1,7 @@
 """`Pool`: threads of our own that help with plans. They spin a little for the next stage, then sleep.
 
-A helper lives in compiled code without the interpreter's lock. On Linux (x86-64) it sleeps on a futex; elsewhere it
-returns to Python and sleeps on a condition. With one thread there is nothing to start. No plan depends on a helper
+A worker lives in compiled code without the interpreter's lock. On Linux (x86-64) it sleeps on a futex; elsewhere it
+returns to Python and sleeps on a condition. With one thread there is nothing to start. No plan depends on a worker
 being awake (`plan`).
 """
 
@@ -71,7 +71,7 @@ def serve(n_threads, ctl, can_sleep):
 
 @entry(1)
 def wake_all(ctl):
-    """Wake sleeping helpers."""
+    """Wake sleeping workers."""
     futex_wake(ctl + 8 * TICKET)
     return 0
 

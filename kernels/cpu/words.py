@@ -30,12 +30,12 @@ SRC0, SRC1, SRC2, SRC3, SRC4 = (DST + TENSOR * i for i in range(1, 6))
 # -- control block: words that several threads write have lines of 64 bytes of their own
 LINE = 8
 TICKET = 0  #: number of the stage << 16 | next part to be taken; see `plan`
-DONE = LINE  #: parts of the stage that helpers have finished
+DONE = LINE  #: parts of the stage that workers have finished
 ABORT = LINE * 2  #: not 0: no further stage is begun
-SLEEPERS = LINE * 3  #: helpers asleep on the ticket
+SLEEPERS = LINE * 3  #: workers asleep on the ticket
 STAGE_AT, STAGE_COUNT = LINE * 4, LINE * 4 + 1  #: first descriptor of the stage, and how many
 SHARED, THREADS, THREAD_BYTES = LINE * 5, LINE * 5 + 1, LINE * 5 + 2  #: scratch: shared part, parts' own
-QUIT = LINE * 6  #: not 0: helpers are to end
+QUIT = LINE * 6  #: not 0: workers are to end
 ERRORS = LINE * 7  #: one line a part: descriptor + 1, position, value, limit
 ERROR_SET, ERROR_POSITION, ERROR_VALUE, ERROR_LIMIT = range(4)
 
