@@ -103,6 +103,16 @@ def test_events_stand_for_what_was_given_before_them():
     assert clock.event_synchronize(0, 3).end_s == clock.host_s  # never recorded: nothing to wait for
 
 
+def test_link_may_slow_down_at_any_moment():
+    """A profile that is replaced holds from then on."""
+    clock = _clock()
+    before = clock.copy(CPU, SIM, 100 * MB, is_async=False, is_pinned=True)
+    slow = replace(PROFILE.link, bytes_per_s=PROFILE.link.bytes_per_s / 4)
+    clock.profiles[SIM] = replace(PROFILE, link=slow)
+    after = clock.copy(CPU, SIM, 100 * MB, is_async=False, is_pinned=True)
+    assert after.end_s - after.start_s > 3.9 * (before.end_s - before.start_s)
+
+
 def test_copy_between_devices_goes_at_the_pace_of_the_slower_link():
     """It waits for the source's stream and takes both links."""
     slow = PROFILES["rtx3090-pcie3"]
