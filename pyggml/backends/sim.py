@@ -1,6 +1,6 @@
 """A simulated device: its own memory, which host code cannot reach, and the CPU's kernels to compute in it.
 
-Addresses of its tensors are numbers of its own, which no process can have; only this module knows where the bytes are.
+Addresses of its tensors are numbers of its own, which no process can have; only `_sim_memory` knows where the bytes are.
 Fresh memory reads as NaN. Everything that enters or leaves is counted, apart from anything that the scheduler says of
 itself. Work goes through one door, `SimBackend._submit`. Without a seed it is done at once; with one it is done late, in
 any order that the waits between streams and host allow, so that a missing wait shows as a wrong number.
@@ -8,19 +8,17 @@ any order that the waits between streams and host allow, so that a missing wait 
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .. import config
 from ..backend import Backend, Device, Event, op_batch_size
-from ..buffer import Buffer, BufferType
+from ..buffer import BufferType
 from ..cost import DeviceProfile, parse_profile
 from ..errors import BackendError, ComputeError, DeviceUnavailableError, OutOfMemoryError
 from ..graph import GraphView
@@ -29,190 +27,17 @@ from ..types import DeviceType, TensorFlag
 from ._dataless import FIRST_ADDRESS, DatalessHostBufferType
 from ._host_ops import supports_op
 from ._machine import HostBlock, HostBufferType, available_cores, plan_of, shared_pool
+from ._sim_memory import POISON, SimBuffer, SimBufferType, Traffic
 
 if TYPE_CHECKING:
     from ..kernels.cpu.pool import Pool
 
 __all__ = ["Sim", "SimBackend", "SimBuffer", "SimBufferType", "SimDevice", "Traffic", "devices", "open_device"]
 
-#: As CUDA's buffers.
-ALIGNMENT = 128
-#: All bits set is NaN in every float type, and no sensible id.
-POISON = 0xFF
 #: Each device and each buffer has its own piece of the addresses that no process has.
 _DEVICE_BYTES = 1 << 52
 
 Moment = Literal["alloc", "copy", "compute", "lost"]
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Bytes and calls that crossed the border of a device's memory."""
-
-    bytes_in: int = 0
-    n_in: int = 0
-    bytes_out: int = 0
-    n_out: int = 0
-
-
-class SimBufferType(BufferType):
-    """Memory of one simulated device."""
-
-    __slots__ = ("owner",)
-
-    def __init__(self, owner: SimDevice) -> None:
-        super().__init__(owner.name, alignment=ALIGNMENT)
-        self.owner = owner
-        self.device = owner
-
-    def alloc_size(self, tensor: Tensor) -> int:
-        """Bytes of a tensor; rows of quantised types are padded to 512 elements, as CUDA's kernels read so far.
-
-        Notes
-        -----
-        Mirrors `ggml_backend_cuda_buffer_type_get_alloc_size`.
-        """
-        size = tensor.nbytes
-        if tensor.type.is_quantized and tensor.ne[0] % 512:
-            size += tensor.type.row_size(512 - tensor.ne[0] % 512)
-        return size
-
-    def _alloc(self, size: int) -> SimBuffer:
-        return self.owner.alloc(self, size)
-
-
-class SimBuffer(Buffer):
-    """A piece of a simulated device's memory.
-
-    Attributes
-    ----------
-    traffic : Traffic
-        What was written and read through this buffer.
-    """
-
-    __slots__ = ("_block", "_is_open", "device", "traffic")
-
-    def __init__(self, buft: SimBufferType, size: int, base: int, block: HostBlock | None) -> None:
-        super().__init__(buft, size, base)
-        self.device = buft.owner
-        self.traffic = Traffic()
-        self._block = block
-        self._is_open = True
-
-    def _arena(self, tensor: Tensor) -> int:
-        """Return where the bytes of a tensor really are."""
-        self._check_open(tensor)
-        if self._block is None:
-            raise BackendError(
-                self.device.name,
-                f"'{tensor.name}' has no data: the device only plans",
-                hint="open the device with data to compute",
-            )
-        assert tensor.data is not None
-        return self._block.address + tensor.data - self.base
-
-    def _check_open(self, tensor: Tensor) -> None:
-        if not self._is_open:
-            raise BackendError(self.device.name, f"'{tensor.name}' lies in a buffer that was closed")
-
-    def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
-        """Copy host memory into the tensor."""
-        self.writing(tensor, address, offset, size)()
-
-    def writing(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
-        """Return the copying of host memory into the tensor, where it lies now."""
-        self._check_open(tensor)
-        where = None if self._block is None else self._arena(tensor) + offset
-        if where is not None and address >= FIRST_ADDRESS:
-            raise BackendError(self.device.name, f"what is copied to '{tensor.name}' has no data, the device has")
-        name = tensor.name
-
-        def write() -> None:
-            self.device.at("copy", name)
-            if where is not None:
-                ctypes.memmove(where, address, size)
-            self._count_in(size)
-
-        return write
-
-    def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
-        """Copy bytes of the tensor to host memory."""
-        self.reading(tensor, address, offset, size)()
-
-    def reading(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
-        """Return the copying of bytes of the tensor, where it lies now, to host memory."""
-        is_bare = self._block is None and address >= FIRST_ADDRESS  # neither end has data
-        where = None if is_bare else self._arena(tensor) + offset
-        name = tensor.name
-
-        def read() -> None:
-            self.device.at("copy", name)
-            if where is not None:
-                ctypes.memmove(address, where, size)
-            self._count_out(size)
-
-        return read
-
-    def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
-        """Set bytes of the tensor."""
-        self._check_open(tensor)
-        if self._block is not None:
-            ctypes.memset(self._arena(tensor) + offset, value, size)
-
-    def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
-        """Copy within the device, or from another simulated one; False for any other memory."""
-        if not isinstance(src.storage, SimBuffer):
-            return False
-        self.copying(src, dst)()
-        return True
-
-    def copying(self, src: Tensor, dst: Tensor) -> Callable[[], None]:
-        """Return the copying of a tensor of a simulated device, where both lie now."""
-        storage = src.storage
-        assert isinstance(storage, SimBuffer)
-        self._check_open(dst)
-        to, start = (None, None) if self._block is None else (self._arena(dst), storage._arena(src))
-        n_bytes, name = src.nbytes, dst.name
-
-        def copy() -> None:
-            for device in {self.device: 0, storage.device: 0}:
-                device.at("copy", name)
-            if to is not None and start is not None:
-                ctypes.memmove(to, start, n_bytes)
-            if storage.device is not self.device:
-                storage._count_out(n_bytes)
-                self._count_in(n_bytes)
-
-        return copy
-
-    def _count_in(self, size: int) -> None:
-        for traffic in (self.traffic, self.device.traffic):
-            traffic.bytes_in += size
-            traffic.n_in += 1
-
-    def _count_out(self, size: int) -> None:
-        for traffic in (self.traffic, self.device.traffic):
-            traffic.bytes_out += size
-            traffic.n_out += 1
-
-    def clear(self, value: int) -> None:
-        """Set all bytes to a value."""
-        if self._block is not None:
-            self._block.fill(value)
-
-    def close(self) -> None:
-        """Give the memory back to the device, once nobody uses it any more."""
-        if self._is_open:
-            self.device.finish()  # as cudaFree
-            self._is_open = False
-            self.device.free(self.size)
-        if self._block is not None:
-            self._block.close()
-            self._block = None
-
-    def __del__(self) -> None:
-        if hasattr(self, "_is_open"):  # not so if making it failed
-            self.close()
 
 
 class SimDevice(Device):
