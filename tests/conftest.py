@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 
 from pyggml.commands._fetch import cache_folder, example_model, fetch_smollm2
+
+# a shell that starts tests in the background makes them, and all their children, deaf to Ctrl-C, which some send
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
