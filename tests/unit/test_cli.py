@@ -64,8 +64,8 @@ def test_each_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> Non
 def test_help_is_quick_and_light() -> None:
     """`--help` and `devices` import neither numba nor numpy; help is there in a blink."""
     script = (
-        "import sys, time\nstart = time.perf_counter()\nfrom pyggml.cli import run\nassert run({!r}) == 0\n"
-        "seconds = time.perf_counter() - start\nheavy = {{'numba', 'numpy', 'rich', 'gguf'}} & set(sys.modules)\n"
+        "import sys, time\nstart = time.process_time()\nfrom pyggml.cli import run\nassert run({!r}) == 0\n"
+        "seconds = time.process_time() - start\nheavy = {{'numba', 'numpy', 'rich', 'gguf'}} & set(sys.modules)\n"
         "print(seconds, *sorted(heavy), file=sys.stderr)"
     )
     said = []
@@ -76,7 +76,7 @@ def test_help_is_quick_and_light() -> None:
         seconds, *heavy = done.stderr.split()
         assert not heavy
         said.append(float(seconds))
-    assert min(said) < 0.5  # 0.1 s on an idle machine
+    assert min(said) < 0.3  # of processor time, as other tests run beside this one; 0.1 on an idle machine
     done = subprocess.run(
         [sys.executable, "-c", script.format(["devices", "--json"])], capture_output=True, text=True, check=True
     )
