@@ -25,3 +25,21 @@ def test_result_over_device_and_host_equals_that_of_the_cpu_alone(model, threads
         got = session.decode(TOKENS, outputs="all")
         assert session.sched.n_splits > 3
     assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("placement", [ON_HOST, PlacementFlags()], ids=["cpu-moe", "all layers"])
+def test_devices_that_work_late_give_the_same_logits(model, placement):
+    """Two devices that do their work in any allowed order, with pipeline copies where all layers are on them."""
+    _, path = model
+
+    def logits(seed: int | None) -> list[np.ndarray]:
+        devices = [ggml.Sim(index=i, seed=seed, threads=1) for i in (0, 1)]
+        context = ContextFlags(n_ubatch=8)
+        with Session.open(path, devices=devices, cpu=ggml.CPU(1), placement=placement, context=context) as session:
+            assert (session.sched.n_copies > 1) == (placement is not ON_HOST)
+            return [session.decode(TOKENS, outputs="all"), session.decode([5]), session.decode([6])]
+
+    expected = logits(None)
+    for seed in range(3):
+        for got, wanted in zip(logits(seed), expected, strict=True):
+            assert np.array_equal(got, wanted)
