@@ -2,8 +2,8 @@
 
 The files are sparse: 130 GB of a model take some kilobytes of a disk. `splits` needs no more::
 
-    python -m pyggml.testing.headers gpt-oss-20b-experts /tmp/gpt.gguf
-    pyggml splits /tmp/gpt.gguf --cpu-moe
+    python -m pyggml.testing.headers gpt-oss-20b-experts gpt.gguf
+    pyggml splits gpt.gguf --cpu-moe
 """
 
 from __future__ import annotations
