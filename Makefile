@@ -51,8 +51,9 @@ bench: $(VENV)/test.stamp
 soak: $(VENV)/test.stamp
 	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
-# Tutorials are run as tests; what they print is what they say.
+# Pictures are made by the commands they show. Tutorials are run as tests; what they print is what they say.
 docs: $(VENV)/test.stamp
+	$(BIN)/python docs/make_pictures.py
 	$(BIN)/python -m pytest -q tests/test_tutorials.py
 
 clean:
