@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from .errors import GraphError
+from .notebook import html_table
 from .tensor import Tensor
 from .types import MAX_SRC, Op, TensorFlag, Type
 
@@ -228,6 +229,15 @@ class Graph:
 
     def __repr__(self) -> str:
         return f"<Graph of {len(self.nodes)} nodes, {len(self.leafs)} leafs>"
+
+    def _repr_html_(self) -> str:
+        """Return the nodes in order as a table, for notebooks."""
+        rows = (
+            (i, t.name, t.op_desc, t.type.ggml_name, t.dims, ", ".join("-" if s is None else s.name for s in t.src))
+            for i, t in enumerate(self.nodes)
+        )
+        title = f"Graph of {len(self.nodes)} nodes, {len(self.leafs)} leafs"
+        return html_table(title, ("", "node", "op", "type", "ne", "sources"), rows, n_rows=len(self.nodes))
 
 
 class GraphView:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from .notebook import html_table
+
 if TYPE_CHECKING:
     from .clock import Span
 
@@ -201,3 +203,10 @@ class Statistics:
             f"<Statistics: {self.bytes_copied:,} bytes in {self.n_copies} copies, {self.bytes_full:,} if whole, "
             f"{self.n_launches} launches>"
         )
+
+    def _repr_html_(self) -> str:
+        """Return the counts as a table, for notebooks."""
+        rows: list[tuple[str, str]] = [(reason, f"{n:,}") for reason, n in self.bytes_by_reason.items()]
+        rows += [("all", f"{self.bytes_copied:,}"), ("if whole", f"{self.bytes_full:,}")]
+        title = f"{self.n_copies} copies, {self.n_launches} launches, {self.n_waits} waits"
+        return html_table(title, ("copied", "bytes"), rows, n_rows=len(rows))

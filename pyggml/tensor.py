@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import GraphError, ShapeError
+from .notebook import html_table
 from .types import MAX_DIMS, GluOp, Op, TensorFlag, Type, UnaryOp
 
 if TYPE_CHECKING:
@@ -346,13 +347,33 @@ class Tensor:
             )
         return buffer
 
+    @property
+    def dims(self) -> str:
+        """`ne` as people read it: ``256×512×8``."""
+        return "×".join(str(n) for n in self.ne[: self.n_dims])
+
     def __repr__(self) -> str:
-        dims = "×".join(str(n) for n in self.ne[: self.n_dims])
         made = "" if self.op is Op.NONE else f" = {self.op_desc}"
         if made and self.src:
             made += "(" + ", ".join("None" if s is None else repr(s.name) for s in self.src) + ")"
         where = "" if (b := self.storage) is None else f" in {b.buft.name}"
-        return f"<{self.type.ggml_name} {self.name!r} [{dims}]{made}{where}>"
+        return f"<{self.type.ggml_name} {self.name!r} [{self.dims}]{made}{where}>"
+
+    def _repr_html_(self) -> str:
+        """Return what is known of the tensor, but not its values, as a table for notebooks."""
+        storage = self.storage
+        rows: list[tuple[str, object]] = [
+            ("type", self.type.ggml_name),
+            ("ne", self.dims),
+            ("nb", " ".join(str(n) for n in self.nb[: self.n_dims])),
+            ("bytes", f"{self.nbytes:,}"),
+            ("memory", "none yet" if storage is None else f"{storage.buft.name}, {storage.usage.name.lower()}"),
+        ]
+        if self.op is not Op.NONE:
+            rows += [("op", self.op_desc), ("sources", ", ".join("-" if s is None else s.name for s in self.src))]
+        if self.view_src is not None:
+            rows.append(("view", f"of {self.view_src.name}, from byte {self.view_offs:,}"))
+        return html_table(self.name or "(no name)", ("", ""), rows, n_rows=len(rows))
 
 
 def _span_bytes(type: Type, ne: Shape, nb: Shape) -> int:

@@ -45,6 +45,7 @@ from ..clock import VirtualClock
 from ..dialect import DEFAULT_DIALECT, Dialect, Repairs
 from ..errors import SchedError
 from ..graph import Graph
+from ..notebook import html_table
 from ..record import AllocRecord, Recorder, Statistics
 from ..tensor import Tensor
 from ..types import SCHED_MAX_COPIES, BufferUsage, DeviceType
@@ -503,6 +504,21 @@ class Scheduler:
         names = ", ".join(b.name for b in self.backends)
         state = f"{self.n_splits} splits" if self.is_alloc else "nothing allocated"
         return f"<Scheduler over {names}: {state}, {self.n_copies} pipeline copies>"
+
+    def _repr_html_(self) -> str:
+        """Return the splits as a table, for notebooks."""
+        rows = (
+            (
+                i,
+                self.backends[split.backend_id].name,
+                f"{split.i_start}..{split.i_end - 1}",
+                ", ".join(t.name for t in split.inputs),
+                f"{sum(t.nbytes for t in split.inputs):,}",
+            )
+            for i, split in enumerate(self.splits)
+        )
+        title = f"Scheduler over {', '.join(b.name for b in self.backends)}: {self.n_splits} splits"
+        return html_table(title, ("split", "backend", "nodes", "inputs", "bytes if whole"), rows, n_rows=self.n_splits)
 
 
 def _check_backends(backends: Sequence[Backend], bufts: Sequence[BufferType]) -> None:

@@ -10,6 +10,7 @@ from ..backend import Backend
 from ..buffer import BufferType
 from ..dialect import Dialect, Repairs
 from ..graph import GraphView
+from ..notebook import html_table
 from ..tensor import Tensor
 
 __all__ = ["Assignment", "Cause", "Copies", "Machine", "SchedGraph", "Split"]
@@ -157,6 +158,12 @@ class Split:
     def __repr__(self) -> str:
         names = ", ".join(t.name for t in self.inputs)
         return f"<Split of nodes {self.i_start}..{self.i_end - 1} on backend {self.backend_id}, inputs [{names}]>"
+
+    def _repr_html_(self) -> str:
+        """Return the inputs as a table, for notebooks."""
+        rows = [(t.name, t.type.ggml_name, t.dims, f"{t.nbytes:,}") for t in self.inputs]
+        title = f"Split of nodes {self.i_start}..{self.i_end - 1} on backend {self.backend_id}"
+        return html_table(title, ("input", "type", "ne", "bytes"), rows, n_rows=len(rows))
 
 
 @dataclass(slots=True)
