@@ -46,6 +46,11 @@ def _kernels() -> dict[str, Callable[[], Kernel]]:
         table[name] = lambda name=name: rows.glu(name)
     table["group_ids"] = lambda: rows.group_ids(tile.COLUMNS)
     table["fill_ids"] = rows.fill_ids
+    table["rms_norm"] = rows.rms_norm
+    for src, dst in rows.COPIES:
+        table[f"copy_{src}_{dst}"] = lambda src=src, dst=dst: rows.copy(src, dst)
+    for type in rows.SETS:
+        table[f"set_rows_{type}"] = lambda type=type: rows.set_rows(type)
     return table
 
 

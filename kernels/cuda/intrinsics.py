@@ -228,6 +228,28 @@ def f16_to_f32(typingctx, bits):
 
 
 @intrinsic
+def f32_to_f16(typingctx, value):
+    """Return the bits of the nearest IEEE half."""
+
+    def codegen(context, builder, sig, args):
+        half = builder.fptrunc(args[0], F16)
+        return builder.zext(builder.bitcast(half, I16), I32)
+
+    return T.uint32(T.float32), codegen
+
+
+@intrinsic
+def st_u16(typingctx, address, value):
+    """Store the lower 16 bits of a word to global memory."""
+
+    def codegen(context, builder, sig, args):
+        builder.store(builder.trunc(args[1], I16), _pointer(builder, args[0], I16)).align = 2
+        return context.get_dummy_value()
+
+    return T.void(T.uint64, T.uint32), codegen
+
+
+@intrinsic
 def as_f32(typingctx, bits):
     """Return the float32 of the same bits."""
     return T.float32(T.uint32), lambda context, builder, sig, args: builder.bitcast(args[0], F32)

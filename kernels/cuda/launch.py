@@ -275,3 +275,26 @@ def glu(kernel: str, gate: Operand, value: Operand, dst: Operand, alpha: float, 
     args = (gate.address, gate.nb[1], value.address, value.nb[1], dst.address, dst.nb[1], dst.ne[0], alpha, limit)
     n_row = dst.ne[1] * dst.ne[2] * dst.ne[3]
     return [Launch(kernel, (n_row, _pieces(dst.ne[0], 1), 1), (rows.THREADS, 1, 1), args)]
+
+
+def _by_value(kernel: str, ne: Sequence[int], args: tuple[float, ...]) -> list[Launch]:
+    grid = (_up(ne[0] * ne[1], rows.THREADS), ne[2] * ne[3], 1)
+    return [Launch(kernel, grid, (rows.THREADS, 1, 1), args)]
+
+
+def copy(src: Operand, dst: Operand) -> list[Launch]:
+    """Return the launches of a copy between tensors of one shape; the types are of `rows.COPIES`."""
+    args = (src.address, *src.nb, dst.address, *dst.nb, *dst.ne[:3])
+    return _by_value(f"copy_{src.type}_{dst.type}", dst.ne, args)
+
+
+def set_rows(src0: Operand, src1: Operand, dst: Operand) -> list[Launch]:
+    """Return the launches of SET_ROWS: f32 rows ``src0`` go to rows ``src1`` (i64 or i32) of ``dst``."""
+    args = (src0.address, *src0.nb[1:], src1.address, *src1.nb[:3], src1.ne[1], src1.ne[2], dst.address, *dst.nb[1:])
+    return _by_value(f"set_rows_{dst.type}", src0.ne, (*args, *src0.ne[:3]))
+
+
+def rms_norm(src: Operand, dst: Operand, eps: float) -> list[Launch]:
+    """Return the launches of RMS_NORM of f32 rows."""
+    args = (src.address, *src.nb[1:], dst.address, *dst.nb[1:], *dst.ne[:3], eps)
+    return [Launch("rms_norm", (dst.ne[1] * dst.ne[2] * dst.ne[3], 1, 1), (rows.THREADS, 1, 1), args)]

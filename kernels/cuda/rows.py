@@ -283,3 +283,101 @@ def glu(name: str) -> Kernel:
         "gate", "nb_gate", "value", "nb_value", "dst", "nb_dst", "ne0:u32", "alpha:f32", "limit:f32"
     )  # fmt: skip
     return Kernel(name, params, body, THREADS)
+
+
+#: how a value of each type is loaded from an address, and stored
+_LOADS = {"f32": "ld_f32({0})", "f16": "f16_to_f32(u32(ld_u16({0})))"}
+_STORES = {
+    "f32": "st_f32({0}, {1})",
+    "f16": "st_u16({0}, f32_to_f16({1}))",
+    # to the nearest, ties to even
+    "bf16": "st_u16({0}, u32(u32(as_u32({1}) + u32(0x7FFF) + u32(u32(as_u32({1}) >> u32(16)) & u32(1))) >> u32(16)))",
+}
+_SIZES = {"f32": 4, "f16": 2, "bf16": 2}
+#: pairs of types that can be copied, and types of rows that can be set
+COPIES = (("f32", "f32"), ("f32", "f16"), ("f16", "f32"), ("f16", "f16"))
+SETS = ("f32", "f16", "bf16")
+
+_TAKE_MATRIX_APART = """
+e = u32(u32(cuda.blockIdx.x) * u32({threads}) + u32(cuda.threadIdx.x))
+if e >= u32(ne0 * ne1):
+    return
+i0 = urem(e, ne0)
+i1 = udiv(e, ne0)
+i2 = urem(u32(cuda.blockIdx.y), ne2)
+i3 = udiv(u32(cuda.blockIdx.y), ne2)
+"""
+
+
+def copy(src: str, dst: str) -> Kernel:
+    """Return CPY between two types: one value a thread, whatever the strides. Grid (values of a matrix, matrices)."""
+    body = [
+        *_TAKE_MATRIX_APART.format(threads=THREADS).strip().split("\n"),
+        "x = src + u64(i0) * nb00 + u64(i1) * nb01 + u64(i2) * nb02 + u64(i3) * nb03",
+        "z = dst + u64(i0) * nbd0 + u64(i1) * nbd1 + u64(i2) * nbd2 + u64(i3) * nbd3",
+        f"value = {_LOADS[src].format('x')}",
+        _STORES[dst].format("z", "value"),
+    ]
+    params = _params(
+        *("src", "nb00", "nb01", "nb02", "nb03", "dst", "nbd0", "nbd1", "nbd2", "nbd3"),
+        *("ne0:u32", "ne1:u32", "ne2:u32"),
+    )
+    return Kernel(f"copy_{src}_{dst}", params, body, THREADS)
+
+
+def set_rows(type: str) -> Kernel:
+    """Return SET_ROWS of float32 rows into rows of a type; one value a thread. Grid (values of a matrix, matrices).
+
+    Notes
+    -----
+    Mirrors `k_set_rows`. Of a 64-bit index the lower half is read: no tensor has so many rows.
+    """
+    body = [
+        *_TAKE_MATRIX_APART.format(threads=THREADS).strip().split("\n"),
+        "x = src0 + u64(i0) * u64(4) + u64(i1) * nb01 + u64(i2) * nb02 + u64(i3) * nb03",
+        "at = src1 + u64(i1) * nb10 + u64(urem(i2, ne11)) * nb11 + u64(urem(i3, ne12)) * nb12",
+        f"z = dst + u64(i0) * u64({_SIZES[type]}) + u64(ld_u32(at)) * nbd1 + u64(i2) * nbd2 + u64(i3) * nbd3",
+        "value = ld_f32(x)",
+        _STORES[type].format("z", "value"),
+    ]
+    params = _params(
+        *("src0", "nb01", "nb02", "nb03", "src1", "nb10", "nb11", "nb12", "ne11:u32", "ne12:u32"),
+        *("dst", "nbd1", "nbd2", "nbd3", "ne0:u32", "ne1:u32", "ne2:u32"),
+    )
+    return Kernel(f"set_rows_{type}", params, body, THREADS)
+
+
+def rms_norm() -> Kernel:
+    """Return RMS_NORM: each row over the root of its mean square plus ``eps``. Grid: rows.
+
+    Notes
+    -----
+    Mirrors `rms_norm_f32`.
+    """
+    body = [
+        *_TAKE_ROW_APART.strip().split("\n"),
+        f"parts = cuda.shared.array({THREADS // 32}, f32)",
+        "x = src + u64(i1) * nb01 + u64(i2) * nb02 + u64(i3) * nb03",
+        "z = dst + u64(i1) * nbd1 + u64(i2) * nbd2 + u64(i3) * nbd3",
+        "t = u32(cuda.threadIdx.x)",
+        "total = f32(0)",
+        "i = t",
+        "while i < ne0:",
+        "    value = ld_f32(x + u64(i) * u64(4))",
+        "    total += value * value",
+        f"    i = u32(i + u32({THREADS}))",
+        *(f"total += cuda.shfl_xor_sync(0xFFFFFFFF, total, {n})" for n in (16, 8, 4, 2, 1)),
+        "if t & u32(31) == u32(0):",
+        "    parts[t >> u32(5)] = total",
+        "cuda.syncthreads()",
+        f"total = {' + '.join(f'parts[u32({k})]' for k in range(THREADS // 32))}",
+        "factor = f32(1) / math.sqrt(total / f32(ne0) + eps)",
+        "i = t",
+        "while i < ne0:",
+        "    st_f32(z + u64(i) * u64(4), ld_f32(x + u64(i) * u64(4)) * factor)",
+        f"    i = u32(i + u32({THREADS}))",
+    ]
+    params = _params(
+        *("src", "nb01", "nb02", "nb03", "dst", "nbd1", "nbd2", "nbd3", "ne0:u32", "ne1:u32", "ne2:u32", "eps:f32")
+    )
+    return Kernel("rms_norm", params, body, THREADS)

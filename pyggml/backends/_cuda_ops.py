@@ -18,6 +18,8 @@ WEIGHT_TYPES = frozenset(
     }
 )
 _BINARY = {Op.ADD: "add", Op.SUB: "sub", Op.MUL: "mul", Op.DIV: "div"}
+_COPIES = {(s, d) for s in (Type.F32, Type.F16) for d in (Type.F32, Type.F16)}
+_SETS = {Type.F32, Type.F16, Type.BF16}
 #: columns of a tile, and the largest grid beside x; a test compares them with the kernels'
 _COLUMNS, _MAX_GRID = 32, 65535
 
@@ -66,7 +68,18 @@ def supports_op(op: Tensor) -> bool:
         return a is not None and _is_rows(op) and a.is_contiguous() and op.is_contiguous() and op.numel < 2**31
     if op.op is Op.GLU:
         return _is_rows(op) and op.is_contiguous(1) and all(s is None or s.is_contiguous(1) for s in (a, b))
+    if op.op is Op.RMS_NORM:
+        return _is_rows(op) and _is_rows(a)
+    if op.op in (Op.CPY, Op.CONT, Op.DUP):
+        return a is not None and (a.type, op.type) in _COPIES and a.ne == op.ne and _fits_values(op)
+    if op.op is Op.SET_ROWS:
+        return _is_rows(a) and op.type in _SETS and b is not None and a is not None and _fits_values(a)
     return False
+
+
+def _fits_values(tensor: Tensor) -> bool:
+    """Whether the grids of kernels that take one value a thread reach so far."""
+    return tensor.ne[0] * tensor.ne[1] < 2**31 and tensor.ne[2] * tensor.ne[3] <= _MAX_GRID
 
 
 def _operand(tensor: Tensor) -> Operand:
@@ -100,6 +113,12 @@ def _launches(op: Tensor, work: Workspace) -> list[Launch]:
         made = launch.binary(_BINARY[op.op], a, *others, dst)
     elif op.op is Op.SCALE:
         made = launch.scale(a, dst, op.param_f32(0), op.param_f32(1))
+    elif op.op is Op.RMS_NORM:
+        made = launch.rms_norm(a, dst, op.param_f32(0))
+    elif op.op is Op.SET_ROWS:
+        made = launch.set_rows(a, others[0], dst)
+    elif op.op in (Op.CPY, Op.CONT, Op.DUP):
+        made = launch.copy(a, dst)
     else:
         assert op.op is Op.GLU
         gate = GluOp(op.param_i32(0))

@@ -7,6 +7,7 @@ on the host. All that depends on a real driver is behind `_cuda_driver`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -120,7 +121,8 @@ class CudaBuffer(Buffer):
             self.device.card.free(self.base)
 
     def __del__(self) -> None:
-        if hasattr(self, "_is_open"):  # not so if making it failed
+        # not open if making it failed; and at the end of the process the driver frees everything itself
+        if hasattr(self, "_is_open") and not sys.is_finalizing():
             self.close()
 
 
@@ -158,7 +160,7 @@ class PinnedBuffer(HostBuffer):
             card.free_host(self.base)
 
     def __del__(self) -> None:
-        if hasattr(self, "owner"):
+        if hasattr(self, "owner") and not sys.is_finalizing():
             self.close()
 
 

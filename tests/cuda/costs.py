@@ -87,6 +87,19 @@ def _row_work(name: str, card: Card) -> int:
     if base == "scale":
         card.run(launch.scale(x, dst, 2.0, 1.0))
         return 2 * nbytes
+    if base.startswith("copy"):
+        types = [{"f32": (4, "f4"), "f16": (2, "f2")}[part] for part in base.split("_")[1:]]
+        src, to = (card.operand(np.ones((64, 512), d), base.split("_")[i + 1]) for i, (_, d) in enumerate(types))
+        card.run(launch.copy(src, to))
+        return 64 * 512 * (types[0][0] + types[1][0])
+    if base.startswith("set_rows"):
+        type = base.removeprefix("set_rows_")
+        to = card.operand(np.ones((64, 512), "f4" if type == "f32" else "f2"), type)
+        card.run(launch.set_rows(x, card.operand(np.arange(64), "i64"), to))
+        return nbytes + 64 * 512 * (4 if type == "f32" else 2)
+    if base == "rms_norm":
+        card.run(launch.rms_norm(x, dst, 1e-5))
+        return 2 * nbytes
     if base == "add_id":
         ids = card.operand(np.zeros((1, 64), "i4"), "i32", ne=(64, 1))
         card.run(launch.add_id(x, y, ids, dst))

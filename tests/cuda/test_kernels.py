@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -203,6 +204,50 @@ def test_scale(n):
     dst = card.result(n)
     card.run(launch.scale(card.operand(x), dst, 0.25, 1.5))
     np.testing.assert_allclose(card.read(dst).ravel(), x * 0.25 + 1.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("src", "dst"), rows.COPIES)
+def test_copy(src, dst):
+    """A transposed tensor becomes contiguous, converted as numpy converts."""
+    card = Card()
+    x = np.random.default_rng(15).standard_normal((2, 3, 5, 7)).astype({"f32": "f4", "f16": "f2"}[src])
+    a = card.operand(x, src)
+    swapped = replace(a, ne=[5, 7, 3, 2], nb=[a.nb[1], a.nb[0], a.nb[2], a.nb[3]])
+    size = {"f32": 4, "f16": 2}[dst]
+    out = card.mem.alloc(x.size * size)
+    nb = [size, 5 * size, 35 * size, 105 * size]
+    card.run(launch.copy(swapped, launch.Operand(out.addr, dst, [5, 7, 3, 2], nb)))
+    want = x.astype({"f32": "f4", "f16": "f2"}[dst]).transpose(0, 1, 3, 2)
+    assert np.array_equal(card.mem.read(out, want.dtype, want.shape), want)
+
+
+@pytest.mark.parametrize("index", ["i4", "i8"])
+@pytest.mark.parametrize("type", rows.SETS)
+def test_set_rows(type, index):
+    """Rows go where the indices say, converted to the type; other rows stay."""
+    rng = np.random.default_rng(16)
+    card = Card()
+    x = rng.standard_normal((2, 3, 8)).astype("f4")
+    at = np.array([4, 0, 2]).astype(index)
+    size = {"f32": "u4", "f16": "u2", "bf16": "u2"}[type]
+    cache = np.zeros((2, 6, 8), size)
+    dst = card.operand(cache, type)
+    card.run(launch.set_rows(card.operand(x), card.operand(at, {"i4": "i32", "i8": "i64"}[index]), dst))
+    bits = x.view("u4")
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("u2")
+    cache[:, at] = {"f32": bits, "f16": x.astype("f2").view("u2"), "bf16": rounded}[type]
+    assert np.array_equal(card.mem.read(card.mem.locate(dst.address)[0], size, cache.shape), cache)
+
+
+@pytest.mark.parametrize("n", [5, 256, 1000])
+def test_rms_norm(n):
+    """Rows are divided by the root of their mean square."""
+    card = Card(racecheck=True)
+    x = np.random.default_rng(17).standard_normal((4, n)).astype("f4")
+    dst = card.result(n, 4)
+    card.run(launch.rms_norm(card.operand(x, gap=8), dst, 1e-5))
+    want = x / np.sqrt((x.astype("f8") ** 2).mean(1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(card.read(dst)[0, 0], want, rtol=1e-5)
 
 
 def gated(name, x, g, alpha, limit):

@@ -13,10 +13,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from .codegen import CANON, NP, Gen
+from .codegen import CANON, NP, Gen, reg_names
 from .lanes import Array, Mask
 from .memory import BarrierError, Buffer, Memory, PtxError, Unsupported
-from .parser import Kernel, Module, Param, parse
+from .parser import Instr, Kernel, Module, Param, parse
 from .stats import Stats
 from .warp import Warps
 
@@ -33,8 +33,17 @@ def _parse(ptx: str) -> Module:
 
 
 @lru_cache(maxsize=256)
+def _uses_variables(ptx: str, name: str) -> bool:
+    """Whether a kernel names a variable in global or constant memory, whose address is its memory's own."""
+    module = _parse(ptx)
+    names = {v.name for v in module.vars if v.space in ("global", "const")}
+    body = module.kernels[name].body
+    return any(not names.isdisjoint(reg_names(arg)) for i in body if isinstance(i, Instr) for arg in i.args)
+
+
+@lru_cache(maxsize=256)
 def _compile(ptx: str, name: str) -> CompiledKernel:
-    """Compile a kernel whose module has no variables in global memory, so that all memories can share it."""
+    """Compile a kernel that uses no variables in global memory, so that all memories can share it."""
     module = _parse(ptx)
     return CompiledKernel(module, module.kernels[name], {})
 
@@ -68,7 +77,7 @@ class Program:
         if name is None:
             (name,) = self.module.kernels
         if name not in self.kernels:
-            if self.symbols:
+            if _uses_variables(self.ptx, name):
                 code = CompiledKernel(self.module, self.module.kernels[name], self.symbols)
             else:
                 code = _compile(self.ptx, name)

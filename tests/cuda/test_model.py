@@ -1,0 +1,41 @@
+"""Whole models with the CUDA backend over a fake driver: experts in host memory, the cache on the card."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pyggml as ggml
+from pyggml.backends import cuda
+from pyggml.session import PlacementFlags, Session
+from pyggml.testing.fake_driver import FakeMachine
+
+TOKENS = list(range(3, 43))  # 40: from 32 on the device takes ops whose experts lie in host memory
+
+
+def write_model(arch, path):
+    """Write one of the recorded models of the end-to-end tests."""
+    source = Path(__file__).parent.parent / "e2e" / "recorded_models.py"
+    spec = importlib.util.spec_from_file_location("recorded_models", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.write_recorded_model(arch, path)
+
+
+@pytest.mark.parametrize(("arch", "cpu_moe"), [("qwen3moe", True), ("llama", False)])
+def test_a_model_over_a_card(arch, cpu_moe, tmp_path):
+    """Prompt and next token have the logits that the CPU alone gives; ops without a kernel run on the CPU."""
+    path = write_model(arch, tmp_path / "model.gguf")
+    with Session.open(path, cpu=ggml.CPU(1)) as alone:
+        expected = [alone.decode(TOKENS, outputs="all"), alone.decode([5])]
+    machine = FakeMachine(seed=1)
+    device = cuda.CudaDevice(machine.cards[0])
+    with Session.open(path, devices=[device], cpu=ggml.CPU(1), placement=PlacementFlags(cpu_moe=cpu_moe)) as session:
+        got = [session.decode(TOKENS, outputs="all"), session.decode([5])]
+    for a, b in zip(got, expected, strict=True):
+        assert ((a - b) ** 2).sum() / (b**2).sum() < 1e-6
+        assert np.array_equal(a.argmax(-1), b.argmax(-1))
+    assert machine.cards[0].traffic.n_launched > 100
