@@ -499,8 +499,13 @@ class Gallocr:
                 vbuffer.chunks.append(buffer)
         except OutOfMemoryError as error:
             vbuffer.close()
-            error.add_note(f"while allocating the compute buffer of {buft.name}: {sum(sizes):,} bytes in all")
-            raise
+            raise OutOfMemoryError(
+                error.buft,
+                error.requested_bytes,
+                error.available_bytes,
+                "results of the graph (its compute buffer)",
+                hint="use smaller micro-batches (-ub) or a smaller context (-c), or place less on the device",
+            ) from error
         return vbuffer
 
     # -- placing -------------------------------------------------------------
