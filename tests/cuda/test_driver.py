@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -84,6 +86,16 @@ def test_why_there_is_no_card():
     with pytest.raises(ggml.DeviceUnavailableError) as caught:
         cuda.open_device("0")
     assert reason in str(caught.value)
+
+
+def test_importing_touches_no_driver():
+    """The package and its CUDA backend are imported without the bindings, the compiler or a driver."""
+    code = (
+        "import sys, pyggml, pyggml.backends.cuda as c; "
+        "bad = [m for m in sys.modules if m.split('.')[0] == 'cuda' or m.startswith(('numba', 'pyggml.kernels'))]; "
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_kernels_through_the_driver_interface():
