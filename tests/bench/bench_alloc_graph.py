@@ -1,0 +1,130 @@
+"""Assigning, splitting and allocating a graph: ours against the real `ggml_backend_sched`, on the same case.
+
+    python tests/bench/bench_alloc_graph.py [--layers 48] [--rounds 15]
+
+A Mixtral-like model over one mock device, experts in host memory. Both make the same splits. Timed is `alloc_graph` after a
+`reset`: of a new graph of the same sizes, and of the graph before, unchanged (whose sources in C are copies already, so that it
+finds few splits). The library runs in a child process; the two take
+turns. Prints the median in milliseconds, and the ratio to C (below 1: ours is faster).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FUNCTIONS: tuple[str, ...] = ()
+GRAPH = "batch0"
+
+
+def make_case(n_layer: int) -> dict[str, Any]:
+    """Return the case; only its first graph is used."""
+    from pyggml.testing.case_moe import ARCHITECTURES, make_machine, moe_case
+
+    return moe_case(
+        "bench", ARCHITECTURES["mixtral"], make_machine(1), [64], random.Random(1), n_layer=n_layer, is_pinned=False
+    )
+
+
+# -- the child: the real library ---------------------------------------------
+
+
+def prepare(library: Any) -> None:
+    """Declare the scheduler's functions; called by `pyggml.testing.child`."""
+    from pyggml.testing.live_run import prepare as declare
+
+    declare(library)
+
+
+def _time_alloc(library: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Return seconds of allocating a new graph and the same graph, and the number of nodes and splits."""
+    from pyggml.testing.live_run import LiveRun
+
+    run = LiveRun(library, request["case"], request["mock"])
+    run.new_sched()
+    run.build(GRAPH)
+    base, sched = run.base, run.sched
+    base.ggml_backend_sched_reserve(sched, run.instances[GRAPH].graph)
+    new, same, n_splits = [], [], 0
+    for _ in range(request["rounds"]):
+        run.build(GRAPH)
+        graph = run.instances[GRAPH].graph
+        for into in (new, same):
+            start_s = time.perf_counter()
+            base.ggml_backend_sched_reset(sched)
+            base.ggml_backend_sched_alloc_graph(sched, graph)
+            into.append(time.perf_counter() - start_s)
+            n_splits = n_splits or sched.n_splits
+    return {"new": new, "same": same, "n_nodes": graph.n_nodes, "n_splits": n_splits}
+
+
+HANDLERS = {"time": _time_alloc}
+
+
+# -- the parent: ours --------------------------------------------------------
+
+
+def time_ours(case: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Return the same of our scheduler, with 0.20's rules as the library has them."""
+    import gc
+
+    from pyggml import DIALECTS, Scheduler
+    from pyggml.replay import Replay
+    from pyggml.replay_case import parse_case
+
+    parsed = parse_case(case)
+    replay = Replay(parsed, DIALECTS["0.20"])
+    sched = Scheduler(replay.backends, dialect=DIALECTS["0.20"])
+    build = next(s for s in parsed.steps if s.op == "build" and s.graph == GRAPH)
+
+    def graph() -> Any:
+        replay.step(build)
+        return replay._instances[GRAPH].graph
+
+    sched.reserve(graph())
+    new, same = [], []
+    for _ in range(rounds):
+        made = graph()
+        gc.collect()
+        for into in (new, same):
+            start_s = time.perf_counter()
+            sched.reset()
+            sched.alloc_graph(made)
+            into.append(time.perf_counter() - start_s)
+    return {"new": new, "same": same, "n_nodes": len(made.nodes), "n_splits": sched.n_splits}
+
+
+def main() -> None:
+    """Time both and print."""
+    from pyggml.testing.child import Child
+    from pyggml.testing.live_sched import compile_mock
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    case = make_case(args.layers)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    child = Child(Path(__file__).stem)
+    try:
+        c: dict[str, Any] = child.ask("time", case=case, mock=str(compile_mock()), rounds=args.rounds)
+        if "new" not in c:
+            sys.exit(f"the library did not do it: {c}")
+        ours = time_ours(case, args.rounds)
+    finally:
+        child.close()
+    assert (c["n_nodes"], c["n_splits"]) == (ours["n_nodes"], ours["n_splits"]), (c["n_splits"], ours["n_splits"])
+    print(f"{c['n_nodes']} nodes, {c['n_splits']} splits; ms, median of {args.rounds}")
+    for kind, text in (("new", "a new graph"), ("same", "the same graph")):
+        theirs_s, ours_s = statistics.median(c[kind]), statistics.median(ours[kind])
+        print(f"alloc_graph, {text:15} ours {ours_s * 1e3:8.3f}   C {theirs_s * 1e3:7.3f}   {ours_s / theirs_s:6.2f} x")
+
+
+if __name__ == "__main__":
+    main()
