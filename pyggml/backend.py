@@ -49,6 +49,10 @@ class Device(ABC):
     profile: DeviceProfile | None = None
     has_data: bool = True
 
+    def link_slowdown(self) -> float:
+        """Return how many times longer than the profile says the next copy takes on a virtual clock, and count it."""
+        return 1.0
+
     @property
     @abstractmethod
     def buffer_type(self) -> BufferType:

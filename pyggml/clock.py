@@ -1,6 +1,7 @@
 """`VirtualClock`: when things would happen on devices that are not there.
 
-The host makes calls in order; each backend does what it was given in order; a link carries one copy each way at a time.
+The host makes calls in order; each backend does what it was given in order; a link carries one copy each way at a time,
+or one in all if the device has a single copy engine.
 The clock is told of every call that the scheduler makes and keeps three kinds of times: the host's, each backend's
 stream's, and each link's. It knows nothing of the machine that it runs on, so the same calls give the same times.
 
@@ -78,7 +79,17 @@ class VirtualClock:
 
     # -- copies --------------------------------------------------------------
 
-    def copy(self, src: int, dst: int, n_bytes: int, *, is_async: bool, is_pinned: bool) -> Span:
+    def copy(
+        self,
+        src: int,
+        dst: int,
+        n_bytes: int,
+        *,
+        is_async: bool,
+        is_pinned: bool,
+        slow_src: float = 1.0,
+        slow_dst: float = 1.0,
+    ) -> Span:
         """Carry bytes from the memory of one backend to that of another.
 
         Parameters
@@ -89,36 +100,43 @@ class VirtualClock:
             In the order of the receiving backend's stream; else the host waits until they are there.
         is_pinned : bool
             Whether host memory at one end is pinned.
+        slow_src, slow_dst : float
+            How many times longer than its profile says the link of either end takes.
         """
         if dst == self.cpu:
-            return self._read(src, n_bytes, is_pinned=is_pinned)
-        links = [self._to_device_s, self._from_device_s]
-        seconds = self.profiles[dst].link.seconds(n_bytes, is_pinned=is_pinned)
-        start = max(self.host_s, links[0][dst])
+            return self._read(src, n_bytes, is_pinned=is_pinned, slow=slow_src)
+        seconds = self.profiles[dst].link.seconds(n_bytes, is_pinned=is_pinned) * slow_dst
+        start = max(self.host_s, self._to_device_s[dst])
         if is_async:
             start = max(start, self.stream_s[dst])
         if src != self.cpu:  # from device to device: through both links at the pace of the slower
-            seconds = max(seconds, self.profiles[src].link.seconds(n_bytes))
-            start = max(start, links[1][src], self.stream_s[src])
-            links[1][src] = start + seconds
+            seconds = max(seconds, self.profiles[src].link.seconds(n_bytes) * slow_src)
+            start = max(start, self._from_device_s[src], self.stream_s[src])
+            self._use_link(src, self._from_device_s, start + seconds)
             self.from_device_busy_s[src] += seconds
         end = start + seconds
         self.to_device_busy_s[dst] += seconds
-        links[0][dst] = end
+        self._use_link(dst, self._to_device_s, end)
         self.stream_s[dst] = max(self.stream_s[dst], end)
         if not is_async or (src == self.cpu and not is_pinned):
             self.host_s = end
         return Span(start, end)
 
-    def _read(self, src: int, n_bytes: int, *, is_pinned: bool) -> Span:
+    def _use_link(self, backend: int, way: list[float], until_s: float) -> None:
+        """Let a link carry something one way; a single copy engine has nothing left for the other way."""
+        way[backend] = until_s
+        if self.profiles[backend].copy_engines == 1:
+            self._to_device_s[backend] = self._from_device_s[backend] = until_s
+
+    def _read(self, src: int, n_bytes: int, *, is_pinned: bool, slow: float) -> Span:
         """Carry bytes to the host, which waits for them."""
         if src == self.cpu:
             start, link = self.host_s, self.profiles[src].link
         else:
             start, link = max(self.host_s, self._from_device_s[src]), self.profiles[src].link
-        end = start + link.seconds(n_bytes, is_pinned=is_pinned)
+        end = start + link.seconds(n_bytes, is_pinned=is_pinned) * slow
         if src != self.cpu:
-            self._from_device_s[src] = end
+            self._use_link(src, self._from_device_s, end)
             self.from_device_busy_s[src] += end - start
         self.host_s = end
         return Span(start, end)

@@ -81,6 +81,7 @@ class DeviceProfile:
     source: str  #: where the numbers are from
     launch_s: float = 3e-6  #: from the end of one kernel to the start of the next
     is_pinned: bool = False  #: whether it offers pinned host memory, as CUDA does; what is placed on the CPU goes there
+    copy_engines: int = 2  #: copies at a time; with one both ways share it, more than two serve nothing here
 
     def seconds(self, work: Work) -> float:
         """Return the time that a node takes: its launch, and the longer of arithmetic and memory."""
@@ -104,11 +105,19 @@ def _gpu(
     int8_tops: float,
     pcie: int,
     source: str,
+    copy_engines: int = 2,
 ) -> DeviceProfile:
+    """Return the profile of an NVIDIA card.
+
+    Data sheets are silent on copy engines. CUDA's programming guide has copies both ways at once where
+    ``asyncEngineCount`` is 2 or more, and NVIDIA's ``deviceQuery`` prints that: 1 of the RTX 4060 Ti; 2 of RTX 3060 Ti,
+    3090, 4090 and 5090; 3 of the A100. The others are assumed to have 2.
+    """
     description = f"NVIDIA {title}, PCIe {pcie}.0 x16"
     return DeviceProfile(
-        name, description, memory_gib * _GIB, memory_gb_per_s * _GB, tflops * _T, int8_tops * _T, _pcie(pcie), source
-    )
+        name, description, memory_gib * _GIB, memory_gb_per_s * _GB, tflops * _T, int8_tops * _T, _pcie(pcie), source,
+        copy_engines=copy_engines,
+    )  # fmt: skip
 
 
 #: Profiles by name.
@@ -118,11 +127,11 @@ PROFILES: dict[str, DeviceProfile] = {
         _gpu("rtx3060-pcie4", "GeForce RTX 3060", 12, 360, 25.5, 102, 4, "NVIDIA GA102/GA106 white paper"),
         _gpu("rtx3090-pcie4", "GeForce RTX 3090", 24, 936, 71, 284, 4, "NVIDIA GA102 white paper, appendix A"),
         _gpu("rtx3090-pcie3", "GeForce RTX 3090", 24, 936, 71, 284, 3, "NVIDIA GA102 white paper, appendix A"),
-        _gpu("rtx4060ti-pcie4", "GeForce RTX 4060 Ti 16 GB", 16, 288, 44, 177, 4, "NVIDIA Ada white paper"),
+        _gpu("rtx4060ti-pcie4", "GeForce RTX 4060 Ti 16 GB", 16, 288, 44, 177, 4, "NVIDIA Ada white paper", 1),
         _gpu("rtx4090-pcie4", "GeForce RTX 4090", 24, 1008, 165.2, 660.6, 4, "NVIDIA Ada white paper, appendix A"),
         _gpu("rtx5090-pcie5", "GeForce RTX 5090", 32, 1792, 209.5, 838, 5, "NVIDIA RTX Blackwell white paper"),
         _gpu("rtxpro6000-pcie5", "RTX PRO 6000 Blackwell", 96, 1792, 252, 1007, 5, "NVIDIA RTX PRO 6000 data sheet"),
-        _gpu("a100-pcie4", "A100 80 GB PCIe", 80, 1935, 312, 624, 4, "NVIDIA A100 data sheet"),
+        _gpu("a100-pcie4", "A100 80 GB PCIe", 80, 1935, 312, 624, 4, "NVIDIA A100 data sheet", 3),
         _gpu("h100-pcie5", "H100 PCIe", 80, 2000, 756, 1513, 5, "NVIDIA H100 data sheet, without sparsity"),
         _gpu("l4-pcie4", "L4", 24, 300, 121, 242, 4, "NVIDIA L4 data sheet, without sparsity"),
     )

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AllocRecord",
+    "AssignRecord",
+    "CallbackRecord",
     "ComputeRecord",
     "CopyRecord",
     "NullRecorder",
@@ -74,6 +76,7 @@ class ComputeRecord:
     start_s: float
     end_s: float  #: when the call returned; the work may go on
     virtual: Span | None = None  #: of the work itself
+    causes: tuple[tuple[str, int], ...] = ()  #: why its nodes are there, and how many for each cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +107,45 @@ class ReadRecord:
 class AllocRecord:
     """Compute buffers after a reserve or an allocation."""
 
-    graph: str
+    graph: str  #: name of its last node
     backend: str
     buft: str
     size_bytes: int
 
 
-Record = CopyRecord | UsedExpertsRecord | ReadRecord | ComputeRecord | WaitRecord | AllocRecord
+@dataclass(frozen=True, slots=True)
+class AssignRecord:
+    """A node that will be computed, and why where; recorded when its graph is split."""
+
+    tensor: str
+    op: str
+    backend: str
+    cause: str  #: upstream's note, as `Cause` has it
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackRecord:
+    """One call of the eval callback."""
+
+    split: int
+    tensor: str
+    asked: bool  #: whether the data is wanted; else it was there
+    answer: bool
+    start_s: float
+    end_s: float
+    virtual: Span | None = None  #: the moment; the callback itself takes no virtual time
+
+
+Record = (
+    CopyRecord
+    | UsedExpertsRecord
+    | ReadRecord
+    | ComputeRecord
+    | WaitRecord
+    | AllocRecord
+    | AssignRecord
+    | CallbackRecord
+)
 
 
 class Recorder(Protocol):

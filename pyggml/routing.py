@@ -6,8 +6,9 @@ where a uniform router would use all. `Zipf(1.9)` gives 84 there and is the defa
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["DEFAULT_ROUTING", "RecordedRouting", "Routing", "Zipf", "parse_routing"]
+__all__ = ["DEFAULT_ROUTING", "RecordedRouting", "Routing", "UsedCounts", "Zipf", "parse_routing"]
 
 
 class Routing(Protocol):
@@ -177,6 +178,87 @@ class RecordedRouting:
         return set(rows.ravel().tolist())
 
 
+@dataclass(frozen=True, slots=True)
+class UsedCounts:
+    """So many experts of each layer are used by any micro-batch; which ones is drawn once.
+
+    Parameters
+    ----------
+    counts : sequence of int
+        Distinct experts used, by layer; a single one holds for all layers. A micro-batch too small to use so many uses
+        as many as it can.
+    name : str
+        For reports.
+
+    Examples
+    --------
+    >>> counts = UsedCounts((72, 95), "counts:72,95")
+    >>> len(counts.experts(1, range(512), 128, 4)), len(counts.experts(1, range(2), 128, 4))
+    (95, 8)
+    """
+
+    counts: tuple[int, ...]
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> UsedCounts:
+        """Return the counts that a text lists, or a JSON file that holds a list.
+
+        Raises
+        ------
+        FormatError
+            The file is not there, or no list of counts.
+        ValueError
+            The text is no list of counts.
+        """
+        if not text.endswith(".json"):
+            return cls(_positive(int(n) for n in text.split(",")), f"counts:{text}")
+        path = Path(text)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, list) or any(type(n) is not int for n in found):
+                raise ValueError("not a list of whole numbers")
+            counts = _positive(found)
+        except (OSError, ValueError) as error:
+            raise FormatError(text, f"no counts of used experts ({error})", hint="a list, one for each layer") from None
+        return cls(counts, f"counts ({path.name}, {len(counts)} layers)")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def used(self, n_expert: int, n_used: int, n_token: int) -> float:
+        """Return the number of distinct experts of a micro-batch, the mean over layers."""
+        return sum(self._n(i, n_expert, n_used, n_token) for i in range(len(self.counts))) / len(self.counts)
+
+    def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
+        """Return experts of a layer, as many as stated: the same at every call.
+
+        Raises
+        ------
+        GraphError
+            There is no count for the layer, or the model cannot use so few or so many.
+        """
+        import numpy as np
+
+        order = np.random.default_rng([len(self.counts), layer]).permutation(n_expert)
+        return set(order[: self._n(layer, n_expert, n_used, len(tokens))].tolist())
+
+    def _n(self, layer: int, n_expert: int, n_used: int, n_token: int) -> int:
+        if 1 < len(self.counts) <= layer:
+            raise GraphError(f"{self} has no layer {layer}", hint="state one count for each layer, or one for all")
+        count = self.counts[layer if len(self.counts) > 1 else 0]
+        if not n_used <= count <= n_expert:
+            raise GraphError(f"{self} has {count} experts in layer {layer}, the model uses {n_used} to {n_expert}")
+        return min(count, n_token * n_used)
+
+
+def _positive(counts: Iterable[int]) -> tuple[int, ...]:
+    kept = tuple(counts)
+    if not kept or min(kept) < 1:
+        raise ValueError("counts start at 1")
+    return kept
+
+
 def _inclusion(weights: list[float], k: int) -> list[float]:
     """Return each item's chance to be among k distinct ones drawn in proportion to the weights.
 
@@ -200,19 +282,21 @@ DEFAULT_ROUTING = Zipf(1.9)
 
 
 def parse_routing(text: str) -> Routing:
-    """Return the routing of ``uniform``, ``zipf:SKEW`` or ``trace:FILE.npz``.
+    """Return the routing of ``uniform``, ``zipf:SKEW``, ``trace:FILE.npz``, ``counts:N,N,...`` or ``counts:FILE.json``.
 
     Raises
     ------
     GraphError
         It is none of these.
     FormatError
-        The file is no recording.
+        The file is no recording, or no list of counts.
     """
     kind, _, rest = text.partition(":")
     try:
         if kind == "trace" and rest:
             return RecordedRouting.open(Path(rest))
+        if kind == "counts" and rest:
+            return UsedCounts.parse(rest)
         if kind == "uniform" and not rest:
             return Zipf(0.0)
         if kind == "zipf" and 0 <= float(rest) <= 8:
@@ -222,5 +306,6 @@ def parse_routing(text: str) -> Routing:
     except ValueError:
         pass
     raise GraphError(
-        f"there is no routing '{text}'", hint="uniform, zipf:SKEW with a skew of 0 to 8, or trace:FILE.npz"
+        f"there is no routing '{text}'",
+        hint="uniform, zipf:SKEW with a skew of 0 to 8, trace:FILE.npz, counts:72,95,... or counts:FILE.json",
     )

@@ -12,12 +12,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .record import AllocRecord, ComputeRecord, CopyRecord, ReadRecord, Record, UsedExpertsRecord, WaitRecord
+from .record import (
+    AllocRecord,
+    AssignRecord,
+    CallbackRecord,
+    ComputeRecord,
+    CopyRecord,
+    ReadRecord,
+    Record,
+    UsedExpertsRecord,
+    WaitRecord,
+)
 
 __all__ = ["trace_events", "write_timeline"]
 
 Event = dict[str, Any]  # of JSON's values
-_Timed = CopyRecord | ComputeRecord | WaitRecord | ReadRecord
+_Timed = CopyRecord | ComputeRecord | WaitRecord | ReadRecord | CallbackRecord
 _Used = dict[tuple[int, str], UsedExpertsRecord]
 
 #: Process ids of the trace.
@@ -46,7 +56,7 @@ def trace_events(records: Iterable[Record]) -> list[Event]:
     for record in kept:
         if isinstance(record, UsedExpertsRecord):
             used[record.split, record.tensor] = record
-        elif not isinstance(record, AllocRecord):
+        elif not isinstance(record, AllocRecord | AssignRecord):
             timed.append((record, _describe(record, used)))
     is_virtual = any(r.virtual is not None for r, _ in timed)
     events = _process(_WALL, "this machine (wall time)" if is_virtual else "pyggml", _wall(timed))
@@ -76,19 +86,12 @@ def _virtual(timed: Sequence[tuple[_Timed, _Slice]]) -> list[_Placed]:
 def _process(pid: int, name: str, placed: Sequence[_Placed]) -> list[Event]:
     """Return the slices of one process, after the names of its lanes."""
     lanes: dict[str, int] = {}
-    slices = [
-        {
-            "name": s.name,
-            "cat": s.kind,
-            "ph": "X",
-            "ts": _us(start_s),
-            "dur": _us(duration_s),
-            "pid": pid,
-            "tid": lanes.setdefault(s.lane, len(lanes) + 1),
-            "args": s.args,
-        }
-        for s, start_s, duration_s in placed
-    ]
+    slices: list[Event] = []
+    for s, start_s, duration_s in placed:
+        tid = lanes.setdefault(s.lane, len(lanes) + 1)
+        event: Event = {"name": s.name, "cat": s.kind, "ts": _us(start_s), "pid": pid, "tid": tid, "args": s.args}
+        # a callback is a moment: on its lane alone, "t"
+        slices.append(event | ({"ph": "i", "s": "t"} if s.kind == "callback" else {"ph": "X", "dur": _us(duration_s)}))
     names: list[Event] = [{"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": name}}]
     names += [
         {"name": "thread_name", "ph": "M", "pid": pid, "tid": i, "args": {"name": lane}} for lane, i in lanes.items()
@@ -141,8 +144,11 @@ def _describe(record: _Timed, used: _Used) -> _Slice:
     if isinstance(record, ReadRecord):
         return _Slice(f"link {record.backend} → CPU", record.tensor, "read", {"bytes": record.size_bytes})
     if isinstance(record, ComputeRecord):
-        args = {"split": record.split, "nodes": record.n_nodes, "first": record.first}
+        args = {"split": record.split, "nodes": record.n_nodes, "first": record.first, "causes": dict(record.causes)}
         return _Slice(f"{record.backend} compute", f"split {record.split}", "compute", args)
+    if isinstance(record, CallbackRecord):
+        args = {"split": record.split, "asked": record.asked, "answer": record.answer}
+        return _Slice("host", f"callback {record.tensor}", "callback", args)
     lane = f"{record.backend} waits" if record.what == "event_wait" else "host"
     return _Slice(lane, f"{record.what} {record.backend}", "wait", {"split": record.split})
 

@@ -75,6 +75,8 @@ class SimDevice(Device):
         self.is_lost = False
         self._counts: dict[Moment, int] = {"alloc": 0, "copy": 0, "compute": 0, "lost": 0}
         self._faults: dict[Moment, set[int]] = {moment: set() for moment in self._counts}
+        self._slow_from: dict[int, float] = {}
+        self._slowdown, self._n_carried = 1.0, 0
         self._backends: list[weakref.ref[SimBackend]] = []
         self._buffers: weakref.WeakSet[SimBuffer] = weakref.WeakSet()
         self._index = index
@@ -185,10 +187,27 @@ class SimDevice(Device):
         """
         self._faults[moment].add(self._counts[moment] + after)
 
+    def slow_link(self, factor: float, *, after: int = 0) -> None:
+        """Let copies take ``factor`` times as long, ``after`` more of them, until another factor is asked for.
+
+        In virtual time only: copies are counted as a scheduler with a clock makes them; the bytes are not held back.
+        """
+        if not factor > 0:
+            raise BackendError(self.name, f"a link cannot take {factor} times as long", hint="2.0 halves its rate")
+        self._slow_from[self._n_carried + after] = factor
+
+    def link_slowdown(self) -> float:
+        """Return how many times longer than the profile says the next copy takes, and count it."""
+        self._slowdown = self._slow_from.pop(self._n_carried, self._slowdown)
+        self._n_carried += 1
+        return self._slowdown
+
     def clear_faults(self) -> None:
-        """Forget all faults that were asked for and did not come yet."""
+        """Forget all faults that were asked for and did not come yet; a slow link is as its profile says again."""
         for pending in self._faults.values():
             pending.clear()
+        self._slow_from.clear()
+        self._slowdown = 1.0
 
     def recover(self) -> None:
         """Bring a lost device back: its memory is fresh, whatever was in it is gone."""

@@ -156,19 +156,26 @@ def _launch(run: SplitRun, i_split: int) -> None:
     start = 0
     while start < len(nodes):
         end = start
-        wanted = callback(nodes[end], True)
+        wanted = _call_back(run, i_split, callback, nodes[end], ask=True)
         while not wanted and end + 1 < len(nodes):
             end += 1
-            wanted = callback(nodes[end], True)
+            wanted = _call_back(run, i_split, callback, nodes[end], ask=True)
         _compute(run, i_split, split.graph.view(start, end + 1))
         run.synchronize(i_split, split.backend_id)
-        if wanted and not callback(nodes[end], False):
+        if wanted and not _call_back(run, i_split, callback, nodes[end], ask=False):
             return
         start = end + 1
+
+
+def _call_back(run: SplitRun, i_split: int, callback: EvalCallback, node: Tensor, *, ask: bool) -> bool:
+    start_s = run.log.now()
+    answer = callback(node, ask)
+    run.log.called_back(i_split, node, start_s, asked=ask, answer=bool(answer))
+    return answer
 
 
 def _compute(run: SplitRun, i_split: int, graph: GraphView) -> None:
     backend_id = run.splits[i_split].backend_id
     start_s = run.log.now()
     run.machine.backends[backend_id].graph_compute(graph)
-    run.log.launched(i_split, backend_id, graph, start_s)
+    run.log.launched(i_split, backend_id, graph, run.asg, start_s)

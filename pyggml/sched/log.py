@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 from ..clock import Span, VirtualClock
 from ..graph import GraphView
 from ..record import (
+    AllocRecord,
+    AssignRecord,
+    CallbackRecord,
     ComputeRecord,
     CopyReason,
     CopyRecord,
@@ -19,11 +23,13 @@ from ..record import (
 )
 from ..routing import DEFAULT_ROUTING
 from ..tensor import Tensor
+from .state import is_computed
 
 if TYPE_CHECKING:
-    from .state import Machine
+    from ..graph import Graph
+    from .state import Assignment, Machine, SchedGraph
 
-__all__ = ["RunLog"]
+__all__ = ["RunLog", "record_assignment", "record_buffers"]
 
 Wait = Literal["synchronize", "event_synchronize", "event_wait"]
 
@@ -79,7 +85,11 @@ class RunLog:
         self.stats.count_copy(n_bytes, tensor.nbytes, reason)
         span = None
         if self.clock is not None:
-            span = self.clock.copy(src, dst, n_bytes, is_async=is_async, is_pinned=self._is_pinned(tensor))
+            slow_src, slow_dst = self._slowdown(src), self._slowdown(dst)
+            span = self.clock.copy(
+                src, dst, n_bytes, is_async=is_async, is_pinned=self._is_pinned(tensor), slow_src=slow_src,
+                slow_dst=slow_dst,
+            )  # fmt: skip
         if self.recorder is not None:
             self.recorder.record(
                 CopyRecord(
@@ -87,6 +97,9 @@ class RunLog:
                     start_s, perf_counter(), span,
                 )
             )  # fmt: skip
+
+    def _slowdown(self, backend_id: int) -> float:
+        return self.machine.backends[backend_id].device.link_slowdown()
 
     def _is_pinned(self, tensor: Tensor) -> bool:
         storage = tensor.storage
@@ -107,7 +120,10 @@ class RunLog:
         span = None
         if self.clock is not None:
             self.clock.synchronize(backend_id)
-            span = self.clock.copy(backend_id, self.clock.cpu, tensor.nbytes, is_async=False, is_pinned=False)
+            span = self.clock.copy(
+                backend_id, self.clock.cpu, tensor.nbytes, is_async=False, is_pinned=False,
+                slow_src=self._slowdown(backend_id),
+            )  # fmt: skip
         if self.recorder is not None:
             self.recorder.record(
                 ReadRecord(tensor.name, self._name(backend_id), tensor.nbytes, start_s, perf_counter(), span)
@@ -133,17 +149,25 @@ class RunLog:
         if self.clock is not None:
             self.clock.event_record(backend_id, copy)
 
-    def launched(self, i_split: int, backend_id: int, graph: GraphView, start_s: float) -> None:
+    def launched(self, i_split: int, backend_id: int, graph: GraphView, asg: Assignment, start_s: float) -> None:
         """Take note that nodes were given to a backend."""
         self.stats.n_launches += 1
         span = None
         if self.clock is not None:
             span = self.clock.compute(backend_id, graph.nodes, self._used_experts)
         if self.recorder is not None:
+            end_s = perf_counter()
             first = graph.graph.nodes[graph.i_start].name if len(graph) else ""
+            causes = asg.cause_counts(graph)
             self.recorder.record(
-                ComputeRecord(i_split, self._name(backend_id), len(graph), first, start_s, perf_counter(), span)
+                ComputeRecord(i_split, self._name(backend_id), len(graph), first, start_s, end_s, span, causes)
             )
+
+    def called_back(self, i_split: int, tensor: Tensor, start_s: float, *, asked: bool, answer: bool) -> None:
+        """Take note that the eval callback was called."""
+        if self.recorder is not None:
+            span = None if self.clock is None else Span(self.clock.host_s, self.clock.host_s)
+            self.recorder.record(CallbackRecord(i_split, tensor.name, asked, answer, start_s, perf_counter(), span))
 
     def _used_experts(self, node: Tensor) -> float:
         """Return how many experts a MUL_MAT_ID reads: as copied, else as the default routing has it."""
@@ -154,3 +178,19 @@ class RunLog:
         if known is not None:
             return known
         return DEFAULT_ROUTING.used(weight.ne[2], ids.ne[0], ids.ne[1])
+
+
+def record_assignment(recorder: Recorder, graph: Graph, asg: Assignment, machine: Machine) -> None:
+    """Record where each node of a graph will be computed, and why."""
+    for node in graph.nodes:
+        if is_computed(node):
+            cause = asg.cause(node)
+            backend = machine.backends[asg.ids[node]].name
+            recorder.record(AssignRecord(node.name, node.op_desc, backend, "" if cause is None else cause.value))
+
+
+def record_buffers(recorder: Recorder, graph: SchedGraph, machine: Machine, size_of: Callable[[int], int]) -> None:
+    """Record the compute buffers of all backends, of which ``size_of`` tells the bytes."""
+    name = graph.nodes[-1].name if graph.nodes else ""
+    for i, backend in enumerate(machine.backends):
+        recorder.record(AllocRecord(name, backend.name, machine.bufts[i].name, size_of(i)))

@@ -46,14 +46,14 @@ from ..dialect import DEFAULT_DIALECT, Dialect, Repairs
 from ..errors import SchedError
 from ..graph import Graph
 from ..notebook import html_table
-from ..record import AllocRecord, Recorder, Statistics
+from ..record import Recorder, Statistics
 from ..tensor import Tensor
 from ..types import SCHED_MAX_COPIES, BufferUsage, DeviceType
 from .assign import OffloadOp, assign
 from .check import check_allocation, check_assignment, check_splits
 from .compute import EvalCallback, SplitRun, compute_splits
 from .debug import assignments_text
-from .log import RunLog
+from .log import RunLog, record_assignment, record_buffers
 from .policies import InputCopier, UpstreamCopier, UsedExpertCopier, default_offload
 from .split import CutMemory, Cutter, make_sched_graph, optimize_splits
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
@@ -241,6 +241,9 @@ class Scheduler:
         cutter.cut(graph)
         if self.debug:
             sys.stderr.write(assignments_text(graph, cutter.splits, asg, self.machine, level=self.debug))
+        asg.forget_counts()
+        if self.recorder is not None:
+            record_assignment(self.recorder, graph, asg, self.machine)
         cutter.copy_graph_inputs(graph)
         self._node_ids, self._prev_node_ids = self._prev_node_ids, self._node_ids
         self._leaf_ids, self._prev_leaf_ids = self._prev_leaf_ids, self._leaf_ids
@@ -303,11 +306,7 @@ class Scheduler:
         copy = self.graph_copy
         self.galloc.reserve_n(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
         if self.recorder is not None:
-            for i, backend in enumerate(self.backends):
-                self.recorder.record(
-                    AllocRecord(copy.nodes[-1].name if copy.nodes else "", backend.name, self.bufts[i].name,
-                                self.galloc.buffer_size(i))
-                )  # fmt: skip
+            record_buffers(self.recorder, copy, self.machine, self.galloc.buffer_size)
 
     def alloc_graph(self, graph: Graph) -> None:
         """Assign, cut and allocate a graph, so that its inputs can be set.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,8 +13,9 @@ from ..dialect import Dialect, Repairs
 from ..graph import GraphView
 from ..notebook import html_table
 from ..tensor import Tensor
+from ..types import TensorFlag
 
-__all__ = ["Assignment", "Cause", "Copies", "Machine", "SchedGraph", "Split"]
+__all__ = ["Assignment", "Cause", "Copies", "Machine", "SchedGraph", "Split", "is_computed"]
 
 
 class Cause(Enum):
@@ -86,11 +88,12 @@ class Assignment:
         The latest cause of each.
     """
 
-    __slots__ = ("causes", "has_pins", "ids")
+    __slots__ = ("_counts", "causes", "has_pins", "ids")
 
     def __init__(self) -> None:
         self.ids: dict[Tensor, int] = {}
         self.causes: dict[Tensor, Cause] = {}
+        self._counts: dict[tuple[int, int], tuple[tuple[str, int], ...]] = {}
         self.has_pins = False  #: whether the user pinned anything
 
     def get(self, tensor: Tensor) -> int | None:
@@ -107,6 +110,24 @@ class Assignment:
     def cause(self, tensor: Tensor) -> Cause | None:
         """Return why a tensor is where it is."""
         return self.causes.get(tensor)
+
+    def forget_counts(self) -> None:
+        """Count causes anew: the graph was assigned again."""
+        self._counts.clear()
+
+    def cause_counts(self, graph: GraphView) -> tuple[tuple[str, int], ...]:
+        """Return the causes of the computed nodes of a range, and how many have each; counted once for each range."""
+        key = (graph.i_start, graph.i_end)
+        counts = self._counts.get(key)
+        if counts is None:
+            found = Counter(self.causes[n].value for n in graph.nodes if n in self.causes and is_computed(n))
+            counts = self._counts[key] = tuple(sorted(found.items()))
+        return counts
+
+
+def is_computed(node: Tensor) -> bool:
+    """Whether a backend does anything for a node."""
+    return bool(node.flags & TensorFlag.COMPUTE) and not node.op.is_empty
 
 
 @dataclass(frozen=True, slots=True)

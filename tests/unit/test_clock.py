@@ -11,7 +11,15 @@ import pytest
 import pyggml as ggml
 from pyggml.clock import VirtualClock
 from pyggml.cost import CPU_PROFILE, PROFILES
-from pyggml.record import ComputeRecord, CopyRecord, Recording
+from pyggml.errors import BackendError
+from pyggml.record import (
+    AllocRecord,
+    AssignRecord,
+    CallbackRecord,
+    ComputeRecord,
+    CopyRecord,
+    Recording,
+)
 from pyggml.timeline import trace_events
 
 SIM, CPU = 0, 1
@@ -123,6 +131,29 @@ def test_copy_between_devices_goes_at_the_pace_of_the_slower_link():
     assert span.end_s - span.start_s == pytest.approx(slow.link.seconds(100 * MB))
 
 
+def test_one_copy_engine_carries_one_copy_in_all():
+    """Where a device has a single engine the ways take turns; with two they do not."""
+    one, two = (VirtualClock([replace(PROFILE, copy_engines=n), CPU_PROFILE]) for n in (1, 2))
+    there, back = ([c.copy(*ends, 100 * MB, is_async=True, is_pinned=True) for c in (one, two)]
+                   for ends in ((CPU, SIM), (SIM, CPU)))  # fmt: skip
+    assert back[0].start_s == there[0].end_s
+    assert back[1].start_s == 0
+    assert one.copy(CPU, SIM, MB, is_async=True, is_pinned=True).start_s == back[0].end_s
+
+
+def test_slow_link_takes_as_many_times_as_long():
+    """Of a copy between devices the link that takes longer counts."""
+    clock = VirtualClock([PROFILE, PROFILE, CPU_PROFILE])
+    usual = clock.copy(2, 0, MB, is_async=True, is_pinned=True).end_s
+    clock.reset()
+    assert clock.copy(2, 0, MB, is_async=True, is_pinned=True, slow_dst=3.0).end_s == pytest.approx(3 * usual)
+    clock.reset()
+    assert clock.copy(0, 2, MB, is_async=True, is_pinned=True, slow_src=4.0).end_s == pytest.approx(4 * usual)
+    clock.reset()
+    span = clock.copy(0, 1, MB, is_async=True, is_pinned=True, slow_src=3.0, slow_dst=2.0)
+    assert span.end_s == pytest.approx(3 * usual)
+
+
 def _graph():
     context = ggml.Context()
     w = context.new_tensor("f32", (64, 32, 8), name="w")
@@ -134,9 +165,11 @@ def _graph():
     return context, w, graph, x, ids
 
 
-def _records(*, delay_s: float = 0.0, parallel: bool = False) -> list:
+def _records(*, delay_s: float = 0.0, parallel: bool = False, slow: tuple[float, int] | None = None) -> list:
     """Return the records of two computings, wall times out."""
     sim, cpu = ggml.Sim(threads=1), ggml.CPU(threads=1)
+    if slow is not None:
+        sim.device.slow_link(slow[0], after=slow[1])
     context, w, graph, x, ids = _graph()
     context.alloc(cpu, usage="weights")
     recording = Recording()
@@ -188,3 +221,55 @@ def test_timeline_shows_the_simulated_machine_beside_this_one():
     assert all(starts[i]["ts"] <= ends[i]["ts"] for i in starts)
     copied = [e["args"]["bytes"] for e in events if e.get("cat") == "copy" and e["pid"] == 2]
     assert sum(copied) == sum(r.size_bytes for r in records if isinstance(r, CopyRecord))
+
+
+def test_link_slows_down_at_the_moment_asked_for():
+    """Copies before it take what they took, later ones as many times as long, and nothing else changes."""
+
+    def seconds(records: list) -> list[float]:
+        return [r.virtual.end_s - r.virtual.start_s for r in records if isinstance(r, CopyRecord)]
+
+    usual, slow = _records(), _records(slow=(5.0, 2))
+    assert seconds(slow)[:2] == pytest.approx(seconds(usual)[:2])
+    assert seconds(slow)[2:] == pytest.approx([5 * s for s in seconds(usual)[2:]])
+    strip = [[replace(r, virtual=None) if hasattr(r, "virtual") else r for r in records] for records in (usual, slow)]
+    assert strip[0] == strip[1]
+
+
+def test_a_link_that_cannot_be_is_refused():
+    """A factor of 0 has no rate; clearing faults brings the profile's link back."""
+    device = ggml.Sim(threads=1).device
+    with pytest.raises(BackendError):
+        device.slow_link(0)
+    device.slow_link(2.0)
+    assert device.link_slowdown() == device.link_slowdown() == 2.0
+    device.clear_faults()
+    assert device.link_slowdown() == 1.0
+
+
+def test_assignments_are_recorded_when_a_graph_is_split():
+    """Each computed node has one record with its backend and cause; a launch counts the causes of its nodes."""
+    records = _records()
+    assigned = [r for r in records if isinstance(r, AssignRecord)]
+    assert {(r.tensor, r.op, r.backend, r.cause) for r in assigned} == {("y", "MUL_MAT_ID", "SIM0", "1.off")}
+    launched = [r for r in records if isinstance(r, ComputeRecord)]
+    assert [dict(r.causes) for r in launched] == [{"1.off": 1}] * 2
+    shown = [e["args"]["causes"] for e in trace_events(records) if e.get("cat") == "compute" and e["pid"] == 2]
+    assert shown == [{"1.off": 1}] * 2
+
+
+def test_callbacks_are_recorded_and_shown_as_moments_of_the_host():
+    """Each call has a record of what was asked and answered, and an instant on the host's lane."""
+    records = _records(delay_s=1e-4)
+    calls = [r for r in records if isinstance(r, CallbackRecord)]
+    assert [(r.tensor, r.asked, r.answer) for r in calls] == [("y", True, False)] * 2
+    events = trace_events(records)
+    moments = [e for e in events if e.get("cat") == "callback"]
+    assert {(e["ph"], e["name"], e["pid"]) for e in moments} == {("i", "callback y", 1), ("i", "callback y", 2)}
+    hosts = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name" and e["args"]["name"] == "host"}
+    assert {(e["pid"], e["tid"]) for e in moments} <= hosts
+
+
+def test_buffers_are_recorded_with_their_graph():
+    """An allocation names the graph by its last node."""
+    assert {r.graph for r in _records() if isinstance(r, AllocRecord)} == {"y"}

@@ -14,6 +14,7 @@ def test_every_profile_has_a_source(profile):
     assert profile.source
     assert min(profile.memory_bytes, profile.memory_bytes_per_s, profile.flops_per_s, profile.int8_per_s) > 0
     assert profile.link.bytes_per_s > 0
+    assert profile.copy_engines >= 1
 
 
 def test_a_node_takes_its_launch_and_the_longer_of_arithmetic_and_memory():
@@ -55,3 +56,10 @@ def test_a_profile_that_cannot_be_is_refused(text):
     """The error says what there is."""
     with pytest.raises(DeviceUnavailableError):
         parse_profile(text)
+
+
+def test_copy_engines_are_as_the_driver_tells():
+    """One engine of the RTX 4060 Ti, two of the RTX 4090, three of the A100; two are assumed where nothing is known."""
+    engines = {name: PROFILES[name].copy_engines for name in ("rtx4060ti-pcie4", "rtx4090-pcie4", "a100-pcie4")}
+    assert list(engines.values()) == [1, 2, 3]
+    assert parse_profile("custom:8GiB,448GB/s,12GB/s").copy_engines == 2
