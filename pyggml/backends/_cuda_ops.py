@@ -104,13 +104,13 @@ def _launches(op: Tensor, work: Workspace) -> list[Launch]:
     a, *others = [_operand(s) for s in op.src if s is not None]
     made: list[Launch]
     if op.op is Op.MUL_MAT_ID:
-        made = launch.mul_mat_id(a, *others, dst, work)
+        made = launch.mul_mat_id(a, others[0], others[1], dst, work)
     elif op.op is Op.MUL_MAT:
-        made = launch.mul_mat(a, *others, dst, work)
+        made = launch.mul_mat(a, others[0], dst, work)
     elif op.op is Op.ADD_ID:
-        made = launch.add_id(a, *others, dst)
+        made = launch.add_id(a, others[0], others[1], dst)
     elif op.op in _BINARY:
-        made = launch.binary(_BINARY[op.op], a, *others, dst)
+        made = launch.binary(_BINARY[op.op], a, others[0], dst)
     elif op.op is Op.SCALE:
         made = launch.scale(a, dst, op.param_f32(0), op.param_f32(1))
     elif op.op is Op.RMS_NORM:

@@ -112,7 +112,7 @@ class VirtualReport:
             cells = [f"{r.host_s:.4f}", f"{n / r.host_s:,.1f}" if n and r.host_s else ""]
             shares = [*r.busy_s, *(s for i, _ in devices for s in (r.to_device_s[i], r.from_device_s[i]))]
             made.add_row(phase, *cells, *(f"{s / r.host_s:.0%}" if r.host_s else "-" for s in shares))
-        made.caption = assumed_text(self.clock, self.names)
+        made.caption, made.caption_justify = assumed_text(self.clock, self.names), "left"
         return made
 
 
