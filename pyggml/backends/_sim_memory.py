@@ -12,6 +12,7 @@ from ..errors import BackendError
 from ..tensor import Tensor
 from ._dataless import FIRST_ADDRESS
 from ._machine import HostBlock
+from ._sim_hazards import access_to
 
 if TYPE_CHECKING:
     from .sim import SimDevice
@@ -96,6 +97,7 @@ class SimBuffer(Buffer):
 
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into the tensor."""
+        self._watch(tensor, offset, size, is_write=True)
         self.writing(tensor, address, offset, size)()
 
     def writing(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
@@ -116,6 +118,7 @@ class SimBuffer(Buffer):
 
     def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of the tensor to host memory."""
+        self._watch(tensor, offset, size, is_write=False)
         self.reading(tensor, address, offset, size)()
 
     def reading(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
@@ -135,6 +138,7 @@ class SimBuffer(Buffer):
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
         """Set bytes of the tensor."""
         self._check_open(tensor)
+        self._watch(tensor, offset, size, is_write=True)
         if self._block is not None:
             ctypes.memset(self._arena(tensor) + offset, value, size)
 
@@ -142,6 +146,8 @@ class SimBuffer(Buffer):
         """Copy within the device, or from another simulated one; False for any other memory."""
         if not isinstance(src.storage, SimBuffer):
             return False
+        src.storage._watch(src, 0, src.nbytes, is_write=False)
+        self._watch(dst, 0, src.nbytes, is_write=True)
         self.copying(src, dst)()
         return True
 
@@ -163,6 +169,12 @@ class SimBuffer(Buffer):
                 self._count_in(n_bytes)
 
         return copy
+
+    def _watch(self, tensor: Tensor, offset: int, size: int, *, is_write: bool) -> None:
+        """Let the host's use of memory be checked, if work is done late."""
+        watch = self.device.watch
+        if watch is not None and tensor.data is not None:
+            watch.by_host(access_to(tensor, is_write=is_write, offset=offset, size=size))
 
     def _count_in(self, size: int) -> None:
         for traffic in (self.traffic, self.device.traffic):

@@ -27,12 +27,23 @@ from ..types import DeviceType, TensorFlag
 from ._dataless import FIRST_ADDRESS, DatalessHostBufferType
 from ._host_ops import supports_op
 from ._machine import HostBlock, HostBufferType, available_cores, plan_of, shared_pool
+from ._sim_hazards import Access, Hazard, HazardWatch, Stream, access_to, accesses_of
 from ._sim_memory import POISON, SimBuffer, SimBufferType, Traffic
 
 if TYPE_CHECKING:
     from ..kernels.cpu.pool import Pool
 
-__all__ = ["Sim", "SimBackend", "SimBuffer", "SimBufferType", "SimDevice", "Traffic", "devices", "open_device"]
+__all__ = [
+    "Hazard",
+    "Sim",
+    "SimBackend",
+    "SimBuffer",
+    "SimBufferType",
+    "SimDevice",
+    "Traffic",
+    "devices",
+    "open_device",
+]
 
 #: Each device and each buffer has its own piece of the addresses that no process has.
 _DEVICE_BYTES = 1 << 52
@@ -60,6 +71,8 @@ class SimDevice(Device):
         What crossed the border of its memory so far.
     is_lost : bool
         Whether it fell off the bus: everything fails until `recover`.
+    watch : HazardWatch or None
+        With a seed, looks for uses of memory that no wait orders; see `hazards`.
     """
 
     def __init__(self, profile: DeviceProfile, *, index: int = 0, data: bool = True, seed: int | None = None) -> None:
@@ -72,6 +85,7 @@ class SimDevice(Device):
         self.traffic = Traffic()
         self._buft = SimBufferType(self)
         self.seed = seed
+        self.watch = None if seed is None else HazardWatch()
         self.is_lost = False
         self._counts: dict[Moment, int] = {"alloc": 0, "copy": 0, "compute": 0, "lost": 0}
         self._faults: dict[Moment, set[int]] = {moment: set() for moment in self._counts}
@@ -178,6 +192,16 @@ class SimDevice(Device):
         """Return what the next stream draws its order from."""
         return f"{self.seed}/{self._index}/{len(self._backends)}"
 
+    def next_stream(self) -> Stream:
+        """Return what orders the work of the next stream."""
+        n = len(self._backends)
+        return Stream(self.name if n == 0 else f"{self.name} (stream {n})")
+
+    @property
+    def hazards(self) -> list[Hazard]:
+        """Uses of its memory that no wait orders, found so far; always empty without a seed."""
+        return [] if self.watch is None else list(self.watch.hazards)
+
     # -- faults --------------------------------------------------------------
 
     def fail_at(self, moment: Moment, *, after: int = 0) -> None:
@@ -260,6 +284,7 @@ class SimEvent(Event):
     def synchronize(self) -> None:
         """Let the host wait until the point is reached."""
         if self.backend is not None:
+            self.backend.stream.host_waits(self.n_submitted)
             self.backend.wait_for(self.n_submitted)
 
 
@@ -275,6 +300,8 @@ class SimBackend(Backend):
     ----------
     n_submitted, n_done : int
         Pieces of work given, and done: the same after each call without a seed, as work is done when it is given.
+    stream : Stream
+        What orders its work, for the search of hazards.
     """
 
     def __init__(self, device: SimDevice, *, threads: int | None = None) -> None:
@@ -282,6 +309,7 @@ class SimBackend(Backend):
         self.name = device.name
         self.threads = available_cores() if threads is None else threads
         self.n_submitted = self.n_done = 0
+        self.stream = device.next_stream()
         self._late: deque[Callable[[], None]] = deque()
         self._random = None if device.seed is None else random.Random(device.next_seed())
         self._pool: Pool | None = None
@@ -305,13 +333,14 @@ class SimBackend(Backend):
             self.wait_for(self.n_done + self._random.randint(1, len(self._late)))
 
     def wait_for(self, n: int) -> None:
-        """Let the host wait until n pieces of work are done."""
+        """Do work until n pieces are done."""
         while self.n_done < n:
             self.n_done += 1  # work that fails does not come again
             self._late.popleft()()
 
     def synchronize(self) -> None:
         """Let the host wait until all work is done."""
+        self.stream.host_waits(self.n_submitted)
         self.wait_for(self.n_submitted)
 
     def event_record(self, event: Event) -> None:
@@ -322,19 +351,33 @@ class SimBackend(Backend):
     def event_wait(self, event: Event) -> None:
         """Let the stream wait for an event, also of another simulated device: for what it stands for now."""
         assert isinstance(event, SimEvent)
-        backend, n = event.backend, event.n_submitted
-        if backend is not None:
-            self._submit(lambda: backend.wait_for(n))
+        if event.backend is not None:
+            self._wait_in_stream(event.backend, event.n_submitted)
+
+    def _wait_in_stream(self, backend: SimBackend, n: int) -> None:
+        """Let what comes next in the stream wait for n pieces of work of another."""
+        if n > backend.stream.n_host:
+            self.stream.waits.append((self.n_submitted + 1, backend.stream, n))
+        self._submit(lambda: backend.wait_for(n))
+
+    def _watch(self, device: SimDevice, *accesses: Access) -> None:
+        """Let what the next piece of work does with a device's memory be checked, if work is done late."""
+        if device.watch is not None:
+            device.watch.by_stream(self.stream, self.n_submitted + 1, accesses)
 
     # -- work ----------------------------------------------------------------
 
     def set_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into a tensor, in stream order."""
-        self._submit(self._own(tensor).writing(tensor, address, offset, size))
+        work = self._own(tensor).writing(tensor, address, offset, size)
+        self._watch(self.device, access_to(tensor, is_write=True, offset=offset, size=size))
+        self._submit(work)
 
     def get_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of a tensor to host memory, in stream order."""
-        self._submit(self._own(tensor).reading(tensor, address, offset, size))
+        work = self._own(tensor).reading(tensor, address, offset, size)
+        self._watch(self.device, access_to(tensor, is_write=False, offset=offset, size=size))
+        self._submit(work)
 
     def cpy_tensor_async(self, backend_src: Backend, src: Tensor, dst: Tensor) -> bool:
         """Copy from a simulated device in the order of the source's stream; False for any other memory.
@@ -346,10 +389,12 @@ class SimBackend(Backend):
         """
         if not isinstance(src.storage, SimBuffer) or not isinstance(backend_src, SimBackend):
             return False
-        backend_src._submit(self._own(dst).copying(src, dst))
+        work = self._own(dst).copying(src, dst)
+        backend_src._watch(src.storage.device, access_to(src, is_write=False))
+        backend_src._watch(self.device, access_to(dst, is_write=True, size=src.nbytes))
+        backend_src._submit(work)
         if backend_src is not self:
-            n = backend_src.n_submitted
-            self._submit(lambda: backend_src.wait_for(n))
+            self._wait_in_stream(backend_src, backend_src.n_submitted)
         return True
 
     def graph_compute(self, graph: GraphView) -> None:
@@ -375,6 +420,8 @@ class SimBackend(Backend):
             if plan is not None:
                 plan.run(self.pool)
 
+        if self.device.watch is not None:
+            self._watch(self.device, *accesses_of(graph))
         self._submit(compute)
 
     def _check_places(self, nodes: Sequence[Tensor]) -> None:

@@ -37,7 +37,9 @@ def test_devices_that_work_late_give_the_same_logits(model, placement):
         context = ContextFlags(n_ubatch=8)
         with Session.open(path, devices=devices, cpu=ggml.CPU(1), placement=placement, context=context) as session:
             assert (session.sched.n_copies > 1) == (placement is not ON_HOST)
-            return [session.decode(TOKENS, outputs="all"), session.decode([5]), session.decode([6])]
+            decoded = [session.decode(TOKENS, outputs="all"), session.decode([5]), session.decode([6])]
+        assert not any(device.device.hazards for device in devices)
+        return decoded
 
     expected = logits(None)
     for seed in range(3):

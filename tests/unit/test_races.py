@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from race_worlds import Saboteur, World, chain, host_then_device, one_device, two_devices, two_streams, without
 
-from pyggml.backends.sim import SimBackend
+from pyggml.backends.sim import Hazard, SimBackend
 from pyggml.dialect import DIALECTS
 from pyggml.sched import policies
 
@@ -21,6 +21,17 @@ def _results(make: Make, seed: int | None, **options) -> list[np.ndarray]:
     world = make(seed, **options)
     try:
         return world.run(N_RUNS)
+    finally:
+        world.close()
+
+
+def _hazards(make: Make, **options) -> list[Hazard]:
+    """Return the hazards that one seed names."""
+    world = make(0, **options)
+    try:
+        world.run(N_RUNS)
+        devices = dict.fromkeys(b.device for b in world.backends if isinstance(b, SimBackend))
+        return [hazard for device in devices for hazard in device.hazards]
     finally:
         world.close()
 
@@ -43,11 +54,13 @@ def _wrong_seeds(make: Make, **options) -> list[int]:
 def test_every_legal_order_gives_the_right_result(make, parallel, version):
     """Whatever the devices do late, the waits of the scheduler are enough."""
     assert not _wrong_seeds(make, parallel=parallel, dialect=DIALECTS[version])
+    assert not _hazards(make, parallel=parallel, dialect=DIALECTS[version])
 
 
 def test_every_legal_order_gives_the_right_result_under_a_callback():
     """What the callback sees is what was computed."""
     assert not _wrong_seeds(two_devices, watch="h3")
+    assert not _hazards(two_devices, watch="h3")
 
 
 #: Places that wait, and a graph on which each alone keeps the result right.
@@ -72,6 +85,35 @@ def test_a_wait_taken_out_is_caught(place, make, options):
     assert not _wrong_seeds(make, **options)
     with without(place):
         assert _wrong_seeds(make, **options)
+
+
+@pytest.mark.parametrize(("place", "make", "options"), _NEEDED, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_a_wait_taken_out_is_named(place, make, options):
+    """Any one seed names who used the memory, and which wait is missing; with the wait there is nothing to name."""
+    assert not _hazards(make, **options)
+    with without(place):
+        hazards = _hazards(make, **options)
+    assert hazards
+    assert all("does not wait for SIM" in h.missing for h in hazards)
+
+
+def test_a_hazard_says_who_wrote_and_who_read():
+    """The host reads what a device still computes; the text has the node, the tensor and the wait."""
+    with without("_launch:synchronize"):
+        first = _hazards(two_devices, watch="h1")[0]
+    assert str(first) == (
+        "the host reads 'h1', but SIM0 writes 'h1' in MUL_MAT 'h1', and the host does not wait for SIM0"
+    )
+
+
+def test_devices_that_work_at_once_look_for_no_hazards():
+    """Without a seed there is no late work and nothing to find."""
+    world = two_devices(None)
+    try:
+        world.run(1)
+        assert [b.device.hazards for b in world.backends[:2]] == [[], []]
+    finally:
+        world.close()
 
 
 def test_no_wait_is_left_untried():
@@ -113,6 +155,8 @@ def test_split_without_inputs_races_in_0_20_and_not_since():
     """Version 0.20 waits for nothing before a split that copies nothing; 0.21 waits for the split before."""
     wrong = {v: bool(_wrong_seeds(two_streams, dialect=dialect)) for v, dialect in DIALECTS.items()}
     assert wrong == {"0.20": True, "0.21": False, "0.26": False}
+    named = {v: bool(_hazards(two_streams, dialect=dialect)) for v, dialect in DIALECTS.items()}
+    assert named == wrong
 
 
 def test_pipeline_copy_of_a_device_without_inputs_races():
@@ -122,7 +166,9 @@ def test_pipeline_copy_of_a_device_without_inputs_races():
     is copied; a device that no input goes to, more than four graphs behind, is overtaken.
     """
     assert _wrong_seeds(chain, parallel=True)
+    assert _hazards(chain, parallel=True)
     assert not _wrong_seeds(chain)
+    assert not _hazards(chain)
 
 
 def test_one_seed_gives_one_order():
