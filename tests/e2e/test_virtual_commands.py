@@ -56,6 +56,24 @@ def test_splits_with_the_recorded_routing_copies_what_the_run_copied(ran, llama,
     assert copied == report["experts"]["prompt"]["bytes_copied"] > 0
 
 
+def test_splits_with_used_counts_copies_so_many_experts(llama, capsys):
+    """Stated counts give their share of the experts' bytes, and the report names them."""
+
+    def planned(routing: str) -> dict:
+        given = ["--routing", routing, "--batches", "40", "--outputs", "all"]
+        assert cli.run(["splits", str(llama), *given, *PLACEMENT]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["routing"] == routing
+        return plan
+
+    n_expert = planned("uniform")["model"]["n_expert"]
+    few, many = (
+        planned(f"counts:{n}")["batches"][0]["virtual"]["bytes_by_reason"]["experts"]
+        for n in (n_expert // 4, n_expert // 2)
+    )
+    assert 0 < few * 2 == pytest.approx(many, rel=0.01)
+
+
 def test_devices_that_are_not_simulated_have_no_virtual_time(llama, capsys):
     """Without a simulated device there is no clock, and the report says null."""
     assert cli.run(["run", str(llama), "--tokens", "1,2", "-dev", "none", "--json"]) == 0
