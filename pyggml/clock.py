@@ -145,7 +145,10 @@ class VirtualClock:
 
     def compute(self, backend: int, nodes: Iterable[Tensor], used_experts: UsedExperts) -> Span:
         """Give nodes to a backend."""
-        seconds = self.seconds(backend, nodes, used_experts)
+        return self.spend(backend, self.seconds(backend, nodes, used_experts))
+
+    def spend(self, backend: int, seconds: float) -> Span:
+        """Let a backend work for some time, after all that it was given before."""
         if backend == self.cpu:
             start = self.host_s
             self.host_s = self.stream_s[backend] = start + seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .errors import GraphError
 from .notebook import html_table
@@ -253,13 +253,15 @@ class GraphView:
         Unique in the process; a backend keys its plans by it.
     plan : object
         A backend's plan for these nodes, kept here so that it lives as long as the view.
+    memo : dict
+        What an observer worked out of these nodes once, by a key of its own.
 
     Notes
     -----
     Mirrors `ggml_graph_view`.
     """
 
-    __slots__ = ("graph", "i_end", "i_start", "plan", "uid")
+    __slots__ = ("graph", "i_end", "i_start", "memo", "plan", "uid")
 
     def __init__(self, graph: Graph, i_start: int, i_end: int) -> None:
         self.graph = graph
@@ -267,6 +269,7 @@ class GraphView:
         self.i_end = i_end
         self.uid = next(_uids)
         self.plan: object = None
+        self.memo: dict[str, Any] = {}  # the type of a value is its owner's
 
     @property
     def nodes(self) -> list[Tensor]:

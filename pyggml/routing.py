@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -71,8 +72,7 @@ class Zipf:
             return 0.0
         if n_used >= n_expert:
             return float(n_expert)
-        weights = [1 / i**self.skew for i in range(1, n_expert + 1)]
-        return sum(1 - (1 - p) ** n_token for p in _inclusion(weights, n_used))
+        return sum(1 - (1 - p) ** n_token for p in _inclusion(self.skew, n_expert, n_used))
 
     def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
         """Return the experts that tokens choose, the same at every call.
@@ -259,12 +259,14 @@ def _positive(counts: Iterable[int]) -> tuple[int, ...]:
     return kept
 
 
-def _inclusion(weights: list[float], k: int) -> list[float]:
-    """Return each item's chance to be among k distinct ones drawn in proportion to the weights.
+@lru_cache
+def _inclusion(skew: float, n: int, k: int) -> tuple[float, ...]:
+    """Return each item's chance to be among k distinct ones of n, drawn in proportion to ``1 / i ** skew``.
 
     Items race: each arrives at an exponential time with its weight as rate, and the first k are taken; the chance is
     that of arriving before the time at which k are expected.
     """
+    weights = [1 / i**skew for i in range(1, n + 1)]
 
     def arrived(t: float) -> float:
         return sum(-math.expm1(-w * t) for w in weights)
@@ -275,7 +277,7 @@ def _inclusion(weights: list[float], k: int) -> list[float]:
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if arrived(middle) < k else (low, middle)
-    return [-math.expm1(-w * high) for w in weights]
+    return tuple(-math.expm1(-w * high) for w in weights)
 
 
 DEFAULT_ROUTING = Zipf(1.9)

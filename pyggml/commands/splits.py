@@ -155,7 +155,7 @@ def _virtual_table(planner: Planner, plans: list[BatchPlan], routing: Routing) -
             str(s.n_tokens), str(s.n_micro_batches), f"{s.seconds:.4f}", f"{s.tokens_per_s:,.1f}",
             *(f"{share / s.seconds:.0%}" for share in shares), n_bytes(s.bytes_copied), n_bytes(s.bytes_full),
         )  # fmt: skip
-    made.caption = f"{assumed_text(clock, names)}; routing: {routing}"
+    made.caption, made.caption_justify = f"{assumed_text(clock, names)}; routing: {routing}", "left"
     return made
 
 

@@ -23,6 +23,7 @@ from ..record import (
 )
 from ..routing import DEFAULT_ROUTING
 from ..tensor import Tensor
+from ..types import Op
 from .state import is_computed
 
 if TYPE_CHECKING:
@@ -154,11 +155,13 @@ class RunLog:
         self.stats.n_launches += 1
         span = None
         if self.clock is not None:
-            span = self.clock.compute(backend_id, graph.nodes, self._used_experts)
+            span = self.clock.spend(backend_id, self._seconds(self.clock, backend_id, graph))
         if self.recorder is not None:
             end_s = perf_counter()
             first = graph.graph.nodes[graph.i_start].name if len(graph) else ""
-            causes = asg.cause_counts(graph)
+            causes = graph.memo.get("causes")
+            if causes is None:
+                causes = graph.memo["causes"] = asg.cause_counts(graph)
             self.recorder.record(
                 ComputeRecord(i_split, self._name(backend_id), len(graph), first, start_s, end_s, span, causes)
             )
@@ -168,6 +171,17 @@ class RunLog:
         if self.recorder is not None:
             span = None if self.clock is None else Span(self.clock.host_s, self.clock.host_s)
             self.recorder.record(CallbackRecord(i_split, tensor.name, asked, answer, start_s, perf_counter(), span))
+
+    def _seconds(self, clock: VirtualClock, backend_id: int, graph: GraphView) -> float:
+        """Return how long nodes take; all but the products with used experts is worked out once for a range."""
+        kept = graph.memo.get("work")
+        if kept is None or kept[0] is not clock:
+            nodes = graph.nodes
+            products = [n for n in nodes if n.op is Op.MUL_MAT_ID]
+            others = (n for n in nodes if n.op is not Op.MUL_MAT_ID)
+            kept = graph.memo["work"] = (clock, clock.seconds(backend_id, others, self._used_experts), products)
+        fixed_s: float = kept[1]
+        return fixed_s + clock.seconds(backend_id, kept[2], self._used_experts)
 
     def _used_experts(self, node: Tensor) -> float:
         """Return how many experts a MUL_MAT_ID reads: as copied, else as the default routing has it."""
