@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyggml.testing.traces import MEMORY_CALLS, STATE_SECTIONS
+
 Step = dict[str, Any]
 
 #: Versions of ggml with recorded traces, oldest first, by the end of their files. A case without a trace of a version
@@ -20,17 +22,8 @@ Step = dict[str, Any]
 SUFFIXES = {"0.20": ".trace.json.gz", "0.21": ".trace021.json.gz", "0.26": ".trace026.json.gz"}
 FULL_VERSIONS = {"0.20": "0.20.2", "0.21": "0.21.0", "0.26": "0.26.0"}
 
-_MEMORY_CALLS = {"alloc", "free", "event_new", "event_free"}
-_STATE_SECTIONS = {
-    "assign": ("tensor_backend",),
-    "splits": ("n_splits", "splits"),
-    "copies": ("n_copies", "cur_copy", "next_copy", "graph_inputs", "rewritten", "copies", "flags_changed"),
-    "graph_copy": ("copy_nodes", "copy_leafs"),
-    "sizes": ("buffer_sizes", "chunk_sizes"),
-    "offsets": ("alloc",),
-}
 _STEP_SECTIONS = {"build": ("nodes", "leafs"), "sizes": ("sizes",), "results": ("result",)}
-SECTIONS = ("build", *_STATE_SECTIONS, "memory_calls", "calls", "results", "aborts")
+SECTIONS = ("build", *STATE_SECTIONS, "memory_calls", "calls", "results", "aborts")
 
 
 @dataclass
@@ -106,13 +99,13 @@ def sections(step: Step) -> dict[str, Any]:
     """Return the parts of a step that are compared, each by itself."""
     state = step.get("state") or {}
     parts: dict[str, Any] = {}
-    for name, keys in _STATE_SECTIONS.items():
+    for name, keys in STATE_SECTIONS.items():
         parts[name] = {key: state[key] for key in keys if key in state}
     for name, keys in _STEP_SECTIONS.items():
         parts.setdefault(name, {}).update({key: step[key] for key in keys if key in step})
     calls = step.get("calls", [])
-    parts["memory_calls"] = [call for call in calls if call[0] in _MEMORY_CALLS]
-    parts["calls"] = [call for call in calls if call[0] not in _MEMORY_CALLS]
+    parts["memory_calls"] = [call for call in calls if call[0] in MEMORY_CALLS]
+    parts["calls"] = [call for call in calls if call[0] not in MEMORY_CALLS]
     return parts
 
 
