@@ -98,7 +98,8 @@ class Format:
         Values of a unit.
     tile : str
         How a tile's stage of two blocks is shared out: ``block`` (one a lane), ``half`` (half a block a lane),
-        ``pair`` (half of both blocks a lane), ``q6``.
+        ``pair`` (half of both blocks a lane), ``q6`` (the same of two blocks that are two apart, with a factor for each
+        half).
     """
 
     name: str
@@ -248,12 +249,12 @@ def _q5_k(p: str) -> Unit:
     return Unit(aims, load, decode, _k_groups(p), minimum=f"{p}m")
 
 
-def _q6_bits(word: str, low: str, bits: str, shift: str) -> str:
-    return f"{word} = u32(u32({low} & {NIBBLES}) | u32(u32(u32({bits} >> {shift}) & u32(0x03030303)) << u32(4)))"
-
-
 def _q6_k(p: str) -> Unit:
-    """Return a unit of 16 bytes of low bits: half of block ``4n + t`` in the lower nibbles, of the next but one above."""
+    """Return a unit of 16 bytes of low bits: half of block ``4n + t`` in the lower nibbles, of the next but one above.
+
+    Everything in a block of 210 bytes lies a multiple of 16 from its start, so that one shift serves all; the aligned
+    word behind either run of quants is in the block still.
+    """
     aims = [
         f"{p}at = {p}wrow + u64({p}u >> u32(3)) * u64(210)",
         f"{p}c = u32({p}u & u32(7))",
@@ -261,29 +262,29 @@ def _q6_k(p: str) -> Unit:
         f"{p}t = u32(u32({p}c >> u32(1)) & u32(1))",
         f"{p}half = u32({p}u & u32(1))",
         f"{p}sat = {p}at + u64(u32(192) + u32({p}n * u32(8)) + u32({p}t * u32(2)) + {p}half)",
-        *aim(f"{p}q", f"{p}at + u64({p}c * u32(16))", 4),
-        *aim(f"{p}b", f"{p}at + u64(u32(128) + u32({p}n * u32(32)) + u32({p}half * u32(16)))", 4),
+        f"{p}bits = u32(u32({p}at) << u32(3))",
+        f"{p}low = {p}at & u64(0xFFFFFFFFFFFFFFFC)",
+        f"{p}qat = {p}low + u64({p}c * u32(16))",
+        f"{p}bat = {p}low + u64(u32(128) + u32({p}n * u32(32)) + u32({p}half * u32(16)))",
     ]
     load = [
         f"{p}dr = u32(ld_u16({p}at + u64(208)))",
         f"{p}s0 = ld_u8({p}sat)",
         f"{p}s1 = ld_u8({p}sat + u64(4))",
-        *fetch(f"{p}q", 4, "u64(0)"),
-        *fetch(f"{p}b", 4, "u64(0)"),
+        *(f"{p}{x}r{k} = ld_u32({p}{x}at + u64({4 * k}))" for x in "qb" for k in range(5)),
     ]
     decode = [
         f"{p}dd = f16_to_f32({p}dr)",
         f"{p}d0 = {p}dd * f32(i8({p}s0))",
         f"{p}d1 = {p}dd * f32(i8({p}s1))",
-        *shift_together(f"{p}q", 4),
-        *shift_together(f"{p}b", 4),
         f"{p}bs = u32({p}t << u32(1))",
     ]
     for k in range(4):
         decode += [
-            f"{p}c{k} = u32({p}b{k} >> {p}bs)",
-            _q6_bits(f"{p}l{k}", f"{p}q{k}", f"{p}c{k}", "u32(0)"),
-            _q6_bits(f"{p}h{k}", f"u32({p}q{k} >> u32(4))", f"{p}c{k}", "u32(4)"),
+            f"{p}q{k} = funnel({p}qr{k}, {p}qr{k + 1}, {p}bits)",
+            f"{p}c{k} = u32(funnel({p}br{k}, {p}br{k + 1}, {p}bits) >> {p}bs)",
+            f"{p}l{k} = u32(u32({p}q{k} & {NIBBLES}) | u32(u32({p}c{k} << u32(4)) & u32(0x30303030)))",
+            f"{p}h{k} = u32(u32(u32({p}q{k} >> u32(4)) & {NIBBLES}) | u32({p}c{k} & u32(0x30303030)))",
         ]
     block = f"u32(u32(u32({p}u >> u32(3)) << u32(3)) + u32(u32({p}n << u32(2)) + {p}t))"
     return Unit(

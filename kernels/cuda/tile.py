@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .formats import Format, Text, aim, fetch, shift_together
+from .formats import Format, Text
 from .mmvq import float_scalar, float_words
 from .source import Kernel, Param, indent
 
@@ -101,7 +101,7 @@ class _Staging:
 
     def __init__(self, fmt: Format, *, is_steady: bool) -> None:
         self.fmt, self.is_steady = fmt, is_steady
-        lanes = {"block": 2, "half": 4, "pair": 2, "q6": 4}[fmt.tile]  # of one row
+        lanes = {"block": 2, "half": 4, "pair": 2, "q6": 2}[fmt.tile]  # of one row
         self.where = [f"piece = u32(t & u32({lanes - 1}))", f"wr = u32(t >> u32({lanes.bit_length() - 1}))"]
         self.load: Text = []
         self.store: Text = []
@@ -112,17 +112,14 @@ class _Staging:
         else:
             self.load += ["off = u64(0)", f"u = u32({'u32(kc << u32(1))' if fmt.tile == 'half' else 'kc'} + piece)"]
         halves = f"u32(u32(piece >> u32(1)) * u32({BLOCK})) + u32(u32(piece & u32(1)) << u32(4))"
-        place = {"block": f"piece * u32({BLOCK})", "pair": "piece << u32(4)"}.get(fmt.tile, halves)
+        place = {"block": f"piece * u32({BLOCK})", "half": halves}.get(fmt.tile, "piece << u32(4)")
         for i in range(ROWS * lanes // THREADS):
             p, row = f"p{i}_", f"u32(wr + u32({i * THREADS // lanes}))"
             self.where += [
                 *_row_address(p, row),
                 f"{p}to = keep(sw + u64(u32({row} * u32({4 * PITCH}))) + u64(u32({place})))",
             ]
-            if fmt.tile == "q6":
-                self._q6(p)
-            else:
-                self._unit(p)
+            self._unit(p)
         first = "piece & u32(1) == u32(0)" if fmt.tile == "half" else ""
         self.store += [f"if {first}:", *indent(self.factors)] if first else self.factors
 
@@ -136,8 +133,12 @@ class _Staging:
         self.store += unit.decode
         words = [w for g in unit.groups for w in g.words]
         for k in range(0, len(words), 4):
-            at = BLOCK * k // 4 if fmt.tile == "pair" else 4 * k
+            at = BLOCK * k // 4 if fmt.tile in ("pair", "q6") else 4 * k
             self.store.append(f"sts4_u32({p}to + u64({at}), {', '.join(words[k : k + 4])})")
+        if fmt.tile == "q6":  # the factor of half h lies in word h behind the block: 16 bytes of quants become 4
+            at = f"{p}to - u64(piece * u32(12))"
+            self.factors += [f"sts_f32({at} + u64({32 + BLOCK * k}), {p}d{k})" for k in range(2)]
+            return
         # of a pair, each half takes care of one block's factors
         scale = f"({p}d0 if piece == u32(0) else {p}d1)" if fmt.tile == "pair" else f"{p}d"
         place = f"{p}to + u64(32)"
@@ -148,68 +149,54 @@ class _Staging:
         else:
             self.factors.append(f"sts_f32({place}, {scale})")
 
-    def _q6(self, p: str) -> None:
-        """Blocks 4n + 2s and the next lie in one nibble (lower if s is 0): a piece is half of one of them."""
-        self.load += [
-            f"{p}n = u32(u32(kc >> u32(2)) & u32(1))",
-            f"{p}s = u32(u32(kc >> u32(1)) & u32(1))",
-            f"{p}at = {p}wrow + u64(kc >> u32(3)) * u64(210)",
-            *aim(f"{p}q", f"{p}at + u64(u32({p}n << u32(6)) + u32(piece << u32(4)))", 4),
-            *aim(f"{p}b", f"{p}at + u64(u32(128) + u32({p}n << u32(5)) + u32(u32(piece & u32(1)) << u32(4)))", 4),
-            f"{p}dr = u32(ld_u16({p}at + u64(208)))",
-            f"{p}sc = ld_u8({p}at + u64(u32(192) + u32({p}n << u32(3)) + u32({p}s << u32(2)) + piece))",
-            *fetch(f"{p}q", 4, "off"),
-            *fetch(f"{p}b", 4, "off"),
-        ]
-        self.store += [
-            *shift_together(f"{p}q", 4),
-            *shift_together(f"{p}b", 4),
-            f"{p}ns = u32({p}s << u32(2))",
-            f"{p}bs = u32(u32({p}s << u32(2)) + u32(piece & u32(2)))",
-        ]
-        for k in range(4):
-            low = f"u32(u32({p}q{k} >> {p}ns) & u32(0x0F0F0F0F))"
-            high = f"u32(u32(u32({p}b{k} >> {p}bs) & u32(0x03030303)) << u32(4))"
-            # less 32 in every byte, with no borrow from one to the next
-            self.store += [
-                f"{p}v{k} = u32(u32({low} | {high}) | u32(0x80808080))",
-                f"{p}v{k} = u32(u32({p}v{k} - u32(0x20202020)) ^ u32(0x80808080))",
-            ]
-        self.store += [
-            f"sts4_u32({p}to, {', '.join(f'{p}v{k}' for k in range(4))})",
-            # the factor of half h lies in word h behind the block: 16 bytes of quants become 4
-            f"sts_f32({p}to + u64(32) - u64(u32(piece & u32(1)) * u32(12)), f16_to_f32({p}dr) * f32(i8({p}sc)))",
-        ]
-
 
 def _y_stage(fmt: Format) -> tuple[Text, Text, Text]:
     """Return what comes before the loop, the loads and the stores of a stage of activations: 16 bytes a lane."""
     unit = fmt.unit()
+    apart = 2 if fmt.tile == "q6" else 1  # the two blocks of a stage
     where = [
         "yc = u32(t >> u32(2))",
         "yp = u32(t & u32(3))",
+        "yb = u32(yp >> u32(1))",
+        "yh = u32(yp & u32(1))",
         *_column_source("yc"),
-        "ysrc = yq + u64(source) * u64(n_block) * u64(32) + u64(yp << u32(4))",
-        "dsrc = yd + u64(source) * u64(n_block) * u64(8) + u64(u32(yp >> u32(1)) << u32(3))",
-        f"yto = sy + u64(yc * u32({4 * PITCH})) + u64(u32(yp >> u32(1)) * u32({BLOCK}))",
-        "yto = keep(yto + u64(u32(yp & u32(1)) << u32(4)))",
+        f"ysrc = yq + u64(source) * u64(n_block) * u64(32) + u64(u32(yb * u32({32 * apart})) + u32(yh << u32(4)))",
+        f"dsrc = yd + u64(source) * u64(n_block) * u64(8) + u64(yb * u32({8 * apart}))",
+        f"yto = sy + u64(yc * u32({4 * PITCH})) + u64(yb * u32({BLOCK}))",
+        "yto = keep(yto + u64(yh << u32(4)))",
         "ysrc = keep(ysrc)",
         "dsrc = keep(dsrc)",
     ]
     load = [
-        "g0, g1, g2, g3 = ld4_u32(ysrc + u64(kc) * u64(32))",
-        "gd, gs = ld2_f32(dsrc + u64(kc) * u64(8))",
+        "ky = kc",
+        "g0, g1, g2, g3 = ld4_u32(ysrc + u64(ky) * u64(32))",
+        "gd, gs = ld2_f32(dsrc + u64(ky) * u64(8))",
         # where the last stage steps back to be whole, its first block was counted before
         "gz = (kc < kb) and (yp < u32(2))",
     ]
+    if fmt.tile == "q6":
+        # stages of blocks 0 and 2, 1 and 3, 4 and 6, 5 and 7; rows are whole stages
+        load[0] = "ky = u32(u32(kc & u32(0xFFFFFFFC)) | u32(u32(kc >> u32(1)) & u32(1)))"
+        load[-1] = "gz = False"
+        start = f"u32({MAGIC:#x})"
+        for k in range(4):
+            start = f"dp4a(g{k}, u32({256 - unit.offset} * 0x01010101), {start})"
+        store = [
+            "sts4_u32(yto, g0, g1, g2, g3)",
+            # of each half its own, behind the factor
+            f"sts_f32(yto + u64(36) - u64(yh * u32(12)), as_f32(u32({start})))",
+            "if yh == u32(0):",
+            "    sts_f32(yto + u64(32), gd)",
+        ]
+        return where, load, store
     second = "f32(0)"
     if unit.minimum:
         second = "ge * gs"
-    elif unit.offset and fmt.tile == "block":
+    elif unit.offset:
         second = f"as_f32(u32(u32({MAGIC:#x}) - u32(libdevice.float2int_rn(gs) * i32({unit.offset}))))"
     store = [
         "sts4_u32(yto, g0, g1, g2, g3)",
-        "if yp & u32(1) == u32(0):",
+        "if yh == u32(0):",
         "    ge = f32(0) if gz else gd",
         f"    sts2_f32(yto + u64(32), ge, {second})",
     ]
@@ -223,22 +210,24 @@ def _multiply_quantized(fmt: Format) -> dict[str, Any]:
     from .intrinsics import F32, I32, emit_dp4a, emit_dp4a_fma, shared_load
 
     unit = fmt.unit()
-    starts_elsewhere = bool(unit.offset) and fmt.tile == "block"
-    two_factors = bool(unit.minimum) or fmt.tile == "q6"
+    by_halves = fmt.tile == "q6"
+    two_factors = bool(unit.minimum) or by_halves
 
     def words(builder: Any, at: Any, row: int) -> list[Any]:
         halves = (shared_load(builder, at, 4 * (row * PITCH + k), I32, 4) for k in (0, 4))
         return [w for half in halves for w in half]
 
     def emit(builder: Any, results: list[Any], wat: Any, yat: Any) -> list[Any]:
-        y_factors = [shared_load(builder, yat, 4 * 8 * j * PITCH + 32, F32, 2) for j in range(TN)]
+        y_factors = [shared_load(builder, yat, 4 * 8 * j * PITCH + 32, F32, 4 if by_halves else 2) for j in range(TN)]
         scales = [y[0] for y in y_factors]
         minus = [builder.fmul(d, ir.Constant(F32, -float(MAGIC_VALUE))) for d in scales]
-        starts = [builder.bitcast(y[1], I32) if starts_elsewhere else ir.Constant(I32, MAGIC) for y in y_factors]
         ys = [words(builder, yat, 8 * j) for j in range(TN)]
 
+        def start(j: int, half: int) -> Any:
+            return builder.bitcast(y_factors[j][1 + half], I32) if unit.offset else ir.Constant(I32, MAGIC)
+
         def dot(xs: list[Any], j: int, chosen: range) -> Any:
-            chain = starts[j]
+            chain = start(j, chosen[0] // 4)
             for k in chosen[:-1]:
                 chain = emit_dp4a(builder, xs[k], ys[j][k], chain)
             k = chosen[-1]
@@ -249,7 +238,7 @@ def _multiply_quantized(fmt: Format) -> dict[str, Any]:
             factors = shared_load(builder, wat, 4 * 16 * i * PITCH + 32, F32, 2 if two_factors else 1)
             for j in range(TN):
                 n = TN * i + j
-                if fmt.tile == "q6":  # a factor for each half of a block
+                if by_halves:  # a factor for each half of a block
                     for h in range(2):
                         part = dot(xs, j, range(4 * h, 4 * h + 4))
                         results[n] = builder.fadd(results[n], builder.fmul(factors[h], part))

@@ -149,16 +149,39 @@ class DriverBench(Bench):
             self.device.card.free(address)
 
 
-def mul_mat_id_case(rng, card, type, *, n_expert, n_row, n_k, n_used, n_token, broadcast=True, ids=None, gap=0, lead=0):
-    """Run MUL_MAT_ID; return the result and what it should be, both (token, used, row)."""
-    rows, values = weights(rng, type, (n_expert, n_row, n_k))
-    y = rng.standard_normal((n_token, 1 if broadcast else n_used, n_k)).astype("f4")
+def mul_mat_id_case(
+    rng,
+    card,
+    type,
+    *,
+    n_expert,
+    n_row,
+    n_k,
+    n_used,
+    n_token,
+    broadcast=True,
+    ids=None,
+    gap=0,
+    lead=0,
+    amax=0.0,
+    n_row_apart=0,
+):
+    """Run MUL_MAT_ID; return the result and what it should be, both (token, used, row).
+
+    Activations are normal, or uniform up to ``amax``. Experts are ``n_row_apart`` rows apart, if there are more than are
+    used.
+    """
+    rows, values = weights(rng, type, (n_expert, n_row_apart or n_row, n_k))
+    values = values[:, :n_row]
+    shape = (n_token, 1 if broadcast else n_used, n_k)
+    y = (rng.uniform(-amax, amax, shape) if amax else rng.standard_normal(shape)).astype("f4")
     if ids is None:
         ids = np.stack([rng.permutation(n_expert)[:n_used] for _ in range(n_token)])
     # as the router leaves them: a view of the whole sorted row
     wide = np.full((n_token, n_used + 3), -1, "i4")
     wide[:, :n_used] = ids
-    src0 = card.operand(rows, type, ne=(n_k, n_row, n_expert))
+    stored = card.operand(rows, type, ne=(n_k, n_row_apart or n_row, n_expert))
+    src0 = replace(stored, ne=[n_k, n_row, n_expert, 1])
     src1 = card.operand(y, gap=gap, lead=lead)
     chosen = replace(card.operand(wide, "i32"), ne=(n_used, n_token, 1, 1))
     dst = card.result(n_row, n_used, n_token)
