@@ -252,9 +252,10 @@ def tensor_alloc(buffer: Buffer, tensor: Tensor, address: int) -> None:
     if tensor.buffer is not None or tensor.data is not None or tensor.view_src is not None:
         state = "is a view" if tensor.view_src is not None else "has memory already"
         raise AllocError(f"'{tensor.name}' cannot be placed in {buffer.buft.name}: it {state}")
-    if not buffer.base <= address or address + buffer.buft.alloc_size(tensor) > buffer.base + buffer.size:
+    size = buffer.buft.alloc_size(tensor)
+    if not buffer.base <= address or address + size > buffer.base + buffer.size:
         raise AllocError(
-            f"'{tensor.name}' of {buffer.buft.alloc_size(tensor):,} bytes does not fit at offset "
+            f"'{tensor.name}' of {size:,} bytes does not fit at offset "
             f"{address - buffer.base:,} of a buffer of {buffer.size:,} bytes in {buffer.buft.name}"
         )
     tensor.buffer = buffer

@@ -28,6 +28,8 @@ Shape = tuple[int, int, int, int]
 
 def pad_ne(ne: Sequence[int]) -> Shape:
     """Return ``ne`` with ones up to four dimensions."""
+    if len(ne) == MAX_DIMS and type(ne) is tuple:  # another tensor's, as most are
+        return ne
     if not 1 <= len(ne) <= MAX_DIMS:
         raise ShapeError("tensor", f"1 to {MAX_DIMS} dimensions are possible, not {len(ne)}")
     return tuple(int(n) for n in ne) + (1,) * (MAX_DIMS - len(ne))  # type: ignore[return-value]

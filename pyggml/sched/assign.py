@@ -102,10 +102,11 @@ def _from_buffer(tensor: Tensor, op: Tensor, machine: Machine) -> int | None:
     -----
     Mirrors `ggml_backend_sched_backend_from_buffer`.
     """
-    buffer = tensor.storage
+    root = tensor.view_src
+    buffer = tensor.buffer if root is None else root.buffer
     if buffer is not None:
-        for b, backend in enumerate(machine.backends):
-            if backend.supports_buft(buffer.buft) and backend.supports_op(op):
+        for b in machine.users_of(buffer.buft):
+            if machine.backends[b].supports_op(op):
                 return b
     return None
 

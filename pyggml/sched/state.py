@@ -138,6 +138,15 @@ class Machine:
     bufts: Sequence[BufferType]  #: where each backend's results go
     dialect: Dialect
     repairs: Repairs
+    #: backends that can use a buffer type, by type, each asked once: devices do not change their minds about memory
+    _users: dict[BufferType, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+
+    def users_of(self, buft: BufferType) -> tuple[int, ...]:
+        """Return the indices of the backends that can use memory of a type."""
+        users = self._users.get(buft)
+        if users is None:
+            users = self._users[buft] = tuple(b for b, x in enumerate(self.backends) if x.supports_buft(buft))
+        return users
 
     @property
     def cpu(self) -> int:
@@ -154,11 +163,11 @@ class Machine:
         root = tensor.view_src
         buffer = tensor.buffer if root is None else root.buffer
         if buffer is not None:
-            return self.backends[backend_id].supports_buft(buffer.buft)
+            return backend_id in self.users_of(buffer.buft)
         at = asg.ids.get(tensor)
         if at is None and root is not None:
             at = asg.ids.get(root)
-        return at is not None and self.backends[backend_id].supports_buft(self.bufts[at])
+        return at is not None and backend_id in self.users_of(self.bufts[at])
 
 
 @dataclass(eq=False, slots=True)
