@@ -530,26 +530,17 @@ class Gallocr:
             if vbuffer is not None:
                 for b in vbuffer.chunks:
                     b.reset()
+        chunks = [() if v is None else tuple(v.chunks) for v in self.buffers]
         for leaf, place in zip(graph.leafs, self._leafs, strict=True):
             if leaf.buffer is None:
-                self._init_tensor(leaf, place)
+                _init_tensor(leaf, place, chunks)
         for node, (dst, srcs) in zip(graph.nodes, self._nodes, strict=True):
             for j, src in enumerate(node.src):
                 if src is not None and src.buffer is None:
-                    self._init_tensor(src, srcs[j] if j < len(srcs) else _NOWHERE)
+                    _init_tensor(src, srcs[j] if j < len(srcs) else _NOWHERE, chunks)
             if node.buffer is None:
-                self._init_tensor(node, dst)
+                _init_tensor(node, dst, chunks)
         return True
-
-    def _init_tensor(self, tensor: Tensor, place: _Place) -> None:
-        if tensor.view_src is not None:
-            if tensor.view_src.buffer is not None:
-                view_init(tensor)
-        elif tensor.data is None:
-            vbuffer = self.buffers[place.buffer_id]
-            assert vbuffer is not None
-            buffer = vbuffer.chunks[place.chunk]
-            tensor_alloc(buffer, tensor, buffer.base + place.offset)
 
     def _fits(self, graph: GallocGraph) -> bool:
         """Whether the layout at hand serves a graph too.
@@ -640,6 +631,18 @@ class Gallocr:
                 vbuffer.close()
         self.buffers = [None] * len(self.bufts)
         self.is_reserved = False
+
+
+def _init_tensor(tensor: Tensor, place: _Place, chunks: Sequence[Sequence[Buffer]]) -> None:
+    """Give a tensor the memory of its place, or of what it views; that it fits there has been seen before."""
+    if tensor.view_src is not None:
+        if tensor.view_src.buffer is not None:
+            view_init(tensor)
+    elif tensor.data is None:
+        buffer = chunks[place.buffer_id][place.chunk]
+        tensor.buffer = buffer
+        tensor.data = buffer.base + place.offset
+        buffer.init_tensor(tensor)
 
 
 class _Play:

@@ -122,17 +122,16 @@ def expand(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
     Mirrors `ggml_backend_sched_split_graph`, pass 2: the sweeps down and up are made twice, at first with the CPU as a
     barrier, so that it takes only what lies between its own nodes.
     """
+    computed = [node for node in nodes if not node.op.is_view]
     for barrier in (machine.cpu, None):
-        _sweep(nodes, asg, machine.backends, barrier)
-        _sweep(reversed(nodes), asg, machine.backends, barrier)
+        _sweep(computed, asg, machine.backends, barrier)
+        _sweep(reversed(computed), asg, machine.backends, barrier)
 
 
 def _sweep(nodes: Iterable[Tensor], asg: Assignment, backends: Sequence[Backend], barrier: int | None) -> None:
     current: int | None = None
     ids = asg.ids
     for node in nodes:
-        if node.op.is_view:
-            continue
         assigned = ids.get(node)
         if assigned is not None:
             current = None if assigned == barrier else assigned

@@ -234,7 +234,7 @@ class UsedExpertCopier(UpstreamCopier):
         ids_roots = {_root(node.src[2]) for node, _, _ in users if node.op is Op.MUL_MAT_ID and node.src[2] is not None}
         for i, split in enumerate(cutter.splits):
             nodes = split.graph.nodes
-            written = {_root(n) for n in nodes if not n.op.is_empty} & ids_roots
+            written = {root for n in nodes if (root := n.view_src or n) in ids_roots and not n.op.is_empty}
             if written:
                 self._writes[i] = written
             if len(users) == len(firsts):
