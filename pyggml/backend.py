@@ -13,7 +13,7 @@ from typing import Protocol
 
 from .buffer import Buffer, BufferType, tensor_copy, tensor_get, tensor_set
 from .cost import DeviceProfile
-from .errors import DeviceUnavailableError
+from .errors import BackendError, DeviceUnavailableError
 from .graph import GraphView
 from .tensor import Tensor
 from .types import DeviceType, Op
@@ -171,11 +171,11 @@ class Backend(ABC):
 
     def event_record(self, event: Event) -> None:
         """Let an event stand for all work given so far."""
-        raise NotImplementedError(f"{self.name} has events but does not record them")
+        raise BackendError(self.name, "has events but does not record them", hint="override event_record")
 
     def event_wait(self, event: Event) -> None:
         """Let work given from now on wait for an event."""
-        raise NotImplementedError(f"{self.name} has events but does not wait for them")
+        raise BackendError(self.name, "has events but does not wait for them", hint="override event_wait")
 
     def graph_optimize(self, graph: GraphView, add_alloc_dep: AddAllocDep) -> None:
         """Reorder the nodes of a split, or ask that tensors keep their memory longer; by default neither."""
