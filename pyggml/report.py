@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from .record import CopyRecord, Record, UsedExpertsRecord
+from .sched.experts import layer_of
 
-__all__ = ["CopyAccount", "LayerCopies", "Phase", "layer_of"]
+__all__ = ["CopyAccount", "LayerCopies", "Phase"]
 
 Phase = Literal["prompt", "generate"]
-
-
-def layer_of(name: str) -> int | None:
-    """Return the layer that a tensor's name tells: ``blk.3.ffn_up_exps.weight`` or ``ffn_inp-3``."""
-    found = re.match(r"blk\.(\d+)\.", name) or re.search(r"-(\d+)(?: |$)", name)
-    return int(found[1]) if found else None
 
 
 @dataclass(slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["EXPERT_PAD_BYTES", "CopyRange", "expert_copy_ranges", "find_bad_id", "used_experts"]
+__all__ = ["EXPERT_PAD_BYTES", "CopyRange", "expert_copy_ranges", "find_bad_id", "layer_of", "used_experts"]
 
 #: MMQ reads past the last expert of a run; what is there must be no NaN (`ggml_backend_sched_compute_splits`).
 EXPERT_PAD_BYTES = 512
@@ -120,3 +121,9 @@ def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
         else:
             runs.append((id, id))
     return runs
+
+
+def layer_of(name: str) -> int | None:
+    """Return the layer that a tensor's name tells: ``blk.3.ffn_up_exps.weight`` or ``ffn_inp-3``."""
+    found = re.match(r"blk\.(\d+)\.", name) or re.search(r"-(\d+)(?: |$)", name)
+    return int(found[1]) if found else None

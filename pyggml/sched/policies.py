@@ -7,7 +7,6 @@ which mends what upstream gets wrong.
 
 from __future__ import annotations
 
-import re
 from array import array
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +14,7 @@ from ..dialect import Repairs
 from ..errors import ExpertIdError, SchedError
 from ..tensor import Tensor
 from ..types import BufferUsage, Op
-from .experts import expert_copy_ranges, find_bad_id, used_experts
+from .experts import expert_copy_ranges, find_bad_id, layer_of, used_experts
 
 if TYPE_CHECKING:
     from ..backend import Backend
@@ -112,13 +111,8 @@ class _IdsRead:
         bad = find_bad_id(self.words, n_used=ne[0], n_token=ne[1], strides=strides, n_expert=n_expert)
         assert bad is not None
         raise ExpertIdError(
-            weight.name, _layer(weight.name), self.tensor.name, self.backend.name, *bad, n_expert, causes=causes
+            weight.name, layer_of(weight.name), self.tensor.name, self.backend.name, *bad, n_expert, causes=causes
         )
-
-
-def _layer(name: str) -> int | None:
-    found = re.search(r"blk\.(\d+)\.|-(\d+)(?!\S)", name)
-    return int(found[1] or found[2]) if found else None
 
 
 class UpstreamCopier(FullCopier):
