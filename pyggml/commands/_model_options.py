@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -57,7 +57,7 @@ class ModelFlags:
     threads: int | None
     device: str
     kv_offload: bool
-    flash_attn: str
+    flash_attn: Literal["on", "off", "auto"]
     tensor_split: str
     expert_copy: str
 
@@ -92,7 +92,7 @@ class ModelFlags:
             n_ubatch=self.n_ubatch,
             type_k=type_k,
             type_v=type_v,
-            flash_attn=self.flash_attn,  # type: ignore[arg-type]  # click has checked the choice
+            flash_attn=self.flash_attn,
             offload_kqv=self.kv_offload,
             op_offload=self.op_offload,
         )

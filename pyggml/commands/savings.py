@@ -146,7 +146,7 @@ def savings_table(rows: list[Saving], title: str) -> Table:
     made = table(title, *columns, "", *(["on the link", "if whole"] if timed else []), right=(*columns, "on the link"))
     for row in rows:
         bar = "█" * round(20 * row.ratio)
-        times = [f"{row.link_s * 1e3:.2f} ms", f"{row.link_full_s * 1e3:.2f} ms"] if timed else []  # type: ignore[operator]
+        times = [f"{s * 1e3:.2f} ms" for s in (row.link_s, row.link_full_s) if s is not None]
         made.add_row(
             str(row.n_tokens), f"{row.used_mean:.1f} of {row.n_expert}", n_bytes(row.bytes_copied),
             n_bytes(row.bytes_full), f"{row.ratio:.0%}", f"{bar:░<20}", *times,

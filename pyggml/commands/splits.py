@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -39,7 +39,7 @@ def command(
     flags: ModelFlags,
     model: Path,
     batches: str,
-    outputs: str,
+    outputs: Literal["last", "all"],
     form: str,
     routing: str,
     all_splits: bool,
@@ -60,10 +60,10 @@ def command(
         if form == "ggml" and not as_json:
             for n in sizes:
                 click.echo(f"# batch {n}")
-                for planned in planner.plan_batch(n, outputs=outputs):  # type: ignore[arg-type]  # a click.Choice
+                for planned in planner.plan_batch(n, outputs=outputs):
                     click.echo(ggml_text(planner, planned), nl=False)
             return
-        plans = plan_batches(planner, sizes, outputs=outputs, routing=assumed)  # type: ignore[arg-type]
+        plans = plan_batches(planner, sizes, outputs=outputs, routing=assumed)
         if as_json:
             print_json(_as_dict(planner, plans, assumed))
             return
