@@ -14,7 +14,8 @@ __all__ = ["QUANTIZABLE", "dequantize", "quantize"]
 
 #: Types that `quantize` can make.
 QUANTIZABLE = (
-    Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Type.Q6_K, Type.MXFP4,
+    Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K,
+    Type.MXFP4,
 )  # fmt: skip
 
 _Floats = npt.NDArray[np.float32]
@@ -38,8 +39,8 @@ def quantize(values: _Floats, kind: Type) -> _Bytes:
     if kind is Type.F32 or kind is Type.F16:
         packed = values.astype(np.float32 if kind is Type.F32 else np.float16, copy=False)
         return np.ascontiguousarray(packed).view(np.uint8)
-    if kind is Type.Q4_K:
-        return _quantize_q4_k(values)
+    if kind is Type.Q4_K or kind is Type.Q5_K:
+        return _quantize_with_minima(values, kind)
     if kind is Type.Q6_K:
         return _quantize_q6_k(values)
     rows: _Bytes = quants.quantize(values, GGMLQuantizationType(int(kind)))
@@ -74,26 +75,32 @@ def _steps(values: npt.NDArray[Any], low: int, high: int) -> npt.NDArray[Any]:
     return steps
 
 
-def _quantize_q4_k(values: _Floats) -> _Bytes:
-    """Make Q4_K blocks: 256 values in 144 bytes (d, dmin, eight 6-bit pairs of scale and minimum, nibbles)."""
+def _quantize_with_minima(values: _Floats, kind: Type) -> _Bytes:
+    """Make Q4_K or Q5_K blocks of 256 values: d, dmin, eight 6-bit pairs of scale and minimum, fifth bits, nibbles."""
+    top = 31 if kind is Type.Q5_K else 15
     *lead, n = values.shape
     v = values.reshape(-1, 8, 32).astype(np.float32)
     low = np.minimum(v.min(-1), 0).astype(np.float32)
-    scale = ((v.max(-1) - low) / np.float32(15)).astype(np.float32)
+    scale = ((v.max(-1) - low) / np.float32(top)).astype(np.float32)
     d = (scale.max(-1) / np.float32(63)).astype(np.float16)
     dmin = ((-low).max(-1) / np.float32(63)).astype(np.float16)
     d32, dmin32 = d.astype(np.float32)[:, None], dmin.astype(np.float32)[:, None]
     scales = _steps(scale * _inverse(d32), 0, 63).astype(np.uint8)
     mins = _steps(-low * _inverse(dmin32), 0, 63).astype(np.uint8)
     step, shift = d32 * scales, dmin32 * mins
-    q = _steps((v + shift[..., None]) * _inverse(step)[..., None], 0, 15).astype(np.uint8)
+    q = _steps((v + shift[..., None]) * _inverse(step)[..., None], 0, top).astype(np.uint8)
     pairs = np.empty((len(v), 12), np.uint8)  # the upper two bits of the last four fill the first eight bytes up
     pairs[:, 0:4] = scales[:, :4] | ((scales[:, 4:] >> 4) << 6)
     pairs[:, 4:8] = mins[:, :4] | ((mins[:, 4:] >> 4) << 6)
     pairs[:, 8:12] = (scales[:, 4:] & 15) | ((mins[:, 4:] & 15) << 4)
-    nibbles = (q[:, 0::2] | (q[:, 1::2] << 4)).reshape(len(v), 128)
-    blocks = np.concatenate([_half_bytes(d), _half_bytes(dmin), pairs, nibbles], axis=1)
-    return blocks.reshape(*lead, Type.Q4_K.row_size(n))
+    low_bits = q & 15
+    parts: list[_Bytes] = [_half_bytes(d), _half_bytes(dmin), pairs]
+    if kind is Type.Q5_K:  # byte j holds the fifth bits of the j-th value of all eight groups
+        fifth = (q >> 4) << np.arange(8, dtype=np.uint8)[:, None]
+        parts.append(np.bitwise_or.reduce(fifth, axis=1).astype(np.uint8))
+    nibbles = low_bits[:, 0::2] | (low_bits[:, 1::2] << 4)
+    parts.append(nibbles.reshape(len(v), 128).astype(np.uint8))
+    return np.concatenate(parts, axis=1).reshape(*lead, kind.row_size(n))
 
 
 def _quantize_q6_k(values: _Floats) -> _Bytes:

@@ -12,9 +12,10 @@ from pyggml.models.make_moe import Recipe, Sizes, make_moe
 from pyggml.session import ContextFlags, Session
 
 TOKENS = [3 + (i * 37) % 300 for i in range(40)]
-#: All that can be computed with, but F32 (`test_logits`) and Q5_K, to which nothing here quantises (`tests/unit/kernels`).
+#: All that can be computed with, but F32 (`test_logits`).
 TYPES = (
-    Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q4_K, Type.Q6_K, Type.MXFP4,
+    Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q4_K, Type.Q5_K, Type.Q6_K,
+    Type.MXFP4,
 )  # fmt: skip
 BATCHES = (1, 40)
 
