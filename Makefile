@@ -32,8 +32,9 @@ export MODEL PROMPT
 run: $(VENV)/run.stamp
 	@$(BIN)/pyggml demo $${MODEL:+--model "$$MODEL"} $${PROMPT:+--prompt "$$PROMPT"} $(ARGS)
 
-# Compiled once, before two processes would both do it.
+# A browser is found, or installed where that is possible; kernels are compiled once, before two processes would both do it.
 test: $(VENV)/test.stamp
+	$(BIN)/python tests/browser/find_browser.py $(ARGS)
 	$(QUIET_THREADS) $(BIN)/python -c 'from pyggml.commands._kernels import warm_up; warm_up()'
 	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' $(ARGS)
 

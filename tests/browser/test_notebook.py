@@ -1,0 +1,37 @@
+"""Tables of objects, as a notebook shows them, in light and dark, on a phone and on a desktop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from browsing import DESKTOP, PHONE, OpenPage, overflow
+
+import pyggml as ggml
+
+
+def notebook(path: Path, *objects: object) -> Path:
+    """Write a page that shows objects as a notebook does: each in a box of its own that scrolls."""
+    boxes = "".join(f'<div style="overflow-x:auto">{o._repr_html_()}</div>' for o in objects)  # type: ignore[attr-defined]
+    path.write_text(
+        '<!doctype html><meta charset="utf-8"><style>:root{color-scheme:light dark} body{font:13px sans-serif}</style>'
+        f"<title>notebook</title>{boxes}",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_tables(open_page: OpenPage, tmp_path: Path, size: tuple[int, int], dark: bool) -> None:
+    """Tables fit their page and are legible on its own colour."""
+    graph = ggml.Graph()
+    with graph:
+        y = ggml.exp(graph.input("f32", (8, 2), name="x")).named("y")
+    graph.expand(y)
+    page = open_page(notebook(tmp_path / "notebook.html", y, graph, ggml.Statistics()), size, dark=dark)
+    assert page.locator("table").count() == 3
+    assert page.get_by_role("cell", name="EXP", exact=True).count() == 2
+    assert overflow(page) == 0
+    ink = page.locator("td").first.evaluate("e => getComputedStyle(e).color")
+    assert ink == ("rgb(255, 255, 255)" if dark else "rgb(0, 0, 0)")
