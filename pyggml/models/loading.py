@@ -119,9 +119,9 @@ def load_weights(
     try:
         for buft, places in placement.by_buft().items():
             pairs = [(w, made[buft, w.spec.name]) for w in places]
-            mapped = _map_weights(file, buft, pairs) if placement.is_mapped(buft) else None
-            if mapped is not None:
-                loaded.buffers.append(mapped)
+            mapped = _map_weights(file, buft, pairs) if placement.is_mapped(buft) else []
+            if mapped:
+                loaded.buffers += mapped
                 loaded.mapped_bytes += sum(w.info.nbytes for w, _ in pairs)
                 continue
             loaded.buffers.append(_alloc_weights(buft, [t for _, t in pairs]))
@@ -134,8 +134,21 @@ def load_weights(
     return loaded
 
 
-def _map_weights(file: GGUFFile, buft: BufferType, pairs: Sequence[tuple[WeightPlace, Tensor]]) -> Buffer | None:
-    """Return a buffer over the mapped file, from the first to the last of some weights; None if that cannot be."""
+def _map_weights(file: GGUFFile, buft: BufferType, pairs: Sequence[tuple[WeightPlace, Tensor]]) -> list[Buffer]:
+    """Return buffers over the mapped file, one for each part, from the first to the last of some weights; none if that cannot be."""
+    by_part: dict[int, list[tuple[WeightPlace, Tensor]]] = {}
+    for pair in pairs:
+        by_part.setdefault(pair[0].info.part, []).append(pair)
+    buffers: list[Buffer] = []
+    for _, in_part in sorted(by_part.items()):
+        buffer = _map_part(file, buft, in_part)
+        if buffer is None:
+            return []
+        buffers.append(buffer)
+    return buffers
+
+
+def _map_part(file: GGUFFile, buft: BufferType, pairs: Sequence[tuple[WeightPlace, Tensor]]) -> Buffer | None:
     assert buft.device is not None
     first = min(w.info.offset for w, _ in pairs)
     last = max(w.info.offset + w.info.nbytes for w, _ in pairs)

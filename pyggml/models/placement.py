@@ -146,13 +146,16 @@ class Placement:
 
         Notes
         -----
-        Mirrors the sizes that `llama_model_base::load_tensors` reports: of mapped weights from the first to the last.
+        Mirrors the sizes that `llama_model_base::load_tensors` reports: of mapped weights from the first to the last
+        in each file.
         """
         out: dict[BufferType, int] = {}
         for buft, places in self.by_buft().items():
             if self.is_mapped(buft):
-                infos = [w.info for w in places]
-                out[buft] = max(i.offset + i.nbytes for i in infos) - min(i.offset for i in infos)
+                by_part: dict[int, list[TensorInfo]] = {}
+                for w in places:
+                    by_part.setdefault(w.info.part, []).append(w.info)
+                out[buft] = sum(max(i.offset + i.nbytes for i in p) - min(i.offset for i in p) for p in by_part.values())
             else:
                 sizes = (buft.alloc_size(Tensor(w.info.type, w.info.ne)) for w in places)
                 out[buft] = sum(-(-size // buft.alignment) * buft.alignment for size in sizes)

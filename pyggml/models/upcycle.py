@@ -161,7 +161,7 @@ def _copy_keys(dense: GGUFFile, writer: GGUFWriter, options: Upcycling) -> None:
     added = {"llama.expert_count": options.experts, "llama.expert_used_count": options.used}
     story = "pyggml.make_moe"
     for key in dense.metadata:
-        if key not in added and key != story:
+        if key not in added and key != story and not key.startswith("split."):  # the result is one file
             entry = dense.metadata.entry(key)
             writer.add_raw(key, entry.type, entry.length, dense.metadata.raw(key))
     for key, value in added.items():

@@ -230,7 +230,6 @@ DAMAGES: dict[str, tuple[dict[str, object], str]] = {
     "alignment 0": ({"keys": [("general.alignment", 4, bytes(4))]}, "not a power of two"),
     "alignment 48": ({"keys": [("general.alignment", 4, struct.pack("<I", 48))]}, "not a power of two"),
     "alignment kind": ({"keys": [("general.alignment", 10, struct.pack("<Q", 32))]}, "not a uint32"),
-    "split": ({"keys": [("split.count", 2, struct.pack("<H", 3))]}, "one of 3 parts"),
     "nameless": ({"infos": [info("", (32,), 0, 0)]}, "tensor 0 of 1 is nameless"),
     "second tensor": ({"infos": [info("a", (8,), 0, 0), info("a", (8,), 0, 32)]}, "a second 'a'"),
     "dimensions": ({"infos": [info("a", (1,) * 5, 0, 0)]}, "5 dimensions"),

@@ -1,45 +1,42 @@
-"""GGUF, the file: a lazy, bounds-checked header and tensors mapped into memory. Nothing here knows a model.
+"""The header of one GGUF file: walked once, within its bounds.
 
-::
-
-    with GGUFFile.open("model.gguf") as file:
-        file.metadata["llama.block_count"]          # decoded when asked for
-        file.tensors["token_embd.weight"].ne        # ggml order
-        file.data("token_embd.weight")              # read-only bytes, in place
-        file.address("token_embd.weight")           # the same as an integer, for a buffer over existing memory
-
-Opening walks the header once and decodes nothing but keys, tensor names and lengths, so that a vocabulary of 150,000
-strings costs milliseconds until somebody reads it. Whatever is wrong with a file is a `FormatError` that names the file,
-the thing, the byte and what to try.
+Nothing is decoded but keys, tensor names and lengths, so that a vocabulary of 150,000 strings costs milliseconds until
+somebody reads it. Whatever is wrong is a `FormatError` that names the file, the thing, the byte and what to try.
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
-import os
-import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any
 
-from .errors import FormatError
-from .types import MAX_DIMS, Type
+from ..errors import FormatError
+from ..types import MAX_DIMS, Type
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
-__all__ = ["GGUFFile", "Metadata", "TensorInfo", "ValueType"]
+__all__ = [
+    "AGAIN",
+    "DEFAULT_ALIGNMENT",
+    "MAGIC",
+    "Entry",
+    "Header",
+    "Metadata",
+    "TensorInfo",
+    "ValueType",
+    "read_header",
+]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
-_AGAIN = "the file is damaged or its download was cut short: fetch it again"
+#: What to try with a file that is not whole.
+AGAIN = "the file is damaged or its download was cut short: fetch it again"
 _INT64_MAX = 2**63 - 1
 _HEADER_BYTES = 24  # magic, version, tensor count, key count
 
@@ -110,6 +107,18 @@ class TensorInfo:
     ne: tuple[int, int, int, int]  #: elements by dimension, ggml order
     offset: int  #: bytes, in the file
     nbytes: int
+    part: int = 0  #: which of a model's files it lies in, from 0
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What one file says of itself."""
+
+    version: int  #: of the format
+    metadata: Metadata
+    alignment: int  #: of tensor data, in bytes
+    data_offset: int  #: in the file, of tensor data
+    tensors: dict[str, TensorInfo]  #: in the file's order
 
 
 class _Walk:
@@ -120,7 +129,7 @@ class _Walk:
     def __init__(self, path: str, mapped: mmap.mmap) -> None:
         self.path, self.map, self.at, self.end = path, mapped, 0, len(mapped)
 
-    def error(self, message: str, *, hint: str = _AGAIN, offset: int | None = None) -> FormatError:
+    def error(self, message: str, *, hint: str = AGAIN, offset: int | None = None) -> FormatError:
         return FormatError(self.path, message, offset=self.at if offset is None else offset, hint=hint)
 
     def need(self, n_bytes: int, what: str) -> None:
@@ -222,197 +231,36 @@ class Metadata(Mapping[str, Any]):  # Any: a value's type is the file's to say; 
         except UnicodeDecodeError as error:
             offset = entry.offset + at + 8 + error.start
             message = f"'{key}'[{len(strings):,}] is not UTF-8"
-            raise FormatError(self._path, message, offset=offset, hint=_AGAIN) from None
+            raise FormatError(self._path, message, offset=offset, hint=AGAIN) from None
         return strings
 
 
-_T = TypeVar("_T", int, float, bool, str)
-_MISSING: Any = object()  # a default that no caller can mean
+def read_header(path: str, mapped: mmap.mmap, part: int = 0) -> Header:
+    """Walk a mapped file's header and check that all it speaks of is there.
 
-
-class GGUFFile:
-    """An opened GGUF file, mapped read-only. Use as a context manager, or `close` it, or let it go.
-
-    Attributes
+    Parameters
     ----------
     path : str
-        As it was opened.
-    version, alignment, data_offset, size : int
-        Of the format; of tensor data, in bytes; where tensor data begins; of the file, in bytes.
-    metadata : Metadata
-        The keys and values.
-    tensors : Mapping[str, TensorInfo]
-        In the file's order.
+        For errors.
+    mapped : mmap.mmap
+        The whole file.
+    part : int
+        Which of a model's files this is.
+
+    Raises
+    ------
+    FormatError
+        The file is damaged, or of a kind that is not supported.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-        self._map: mmap.mmap | None = _map(self.path)
-        self._bytes: npt.NDArray[np.uint8] | None = None
-        try:
-            self._read(self._map)
-        except BaseException:
-            self.close()
-            raise
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> GGUFFile:
-        """Map a file and check its header.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-            A GGUF file of version 2 or 3, little-endian, in one part.
-
-        Raises
-        ------
-        FormatError
-            The file is missing, unreadable, damaged, or of a kind that is not supported.
-        """
-        return cls(path)
-
-    def __repr__(self) -> str:
-        state = f"{len(self.tensors)} tensors, {len(self.metadata)} keys" if self._map is not None else "closed"
-        return f"<GGUFFile {self.path}: {state}>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._map is None
-
-    def close(self) -> None:
-        """Let the mapping go: at once, or with the last view of `data` and this object."""
-        self._bytes = None
-        if self._map is not None:
-            with contextlib.suppress(BufferError):  # a view is alive and keeps the memory
-                self._map.close()
-            self._map = None
-
-    def data(self, name: str) -> npt.NDArray[np.uint8]:
-        """Return a tensor's bytes in place: uint8, ``(nbytes,)``, read-only. The view keeps the mapping alive."""
-        info = self.tensor(name)
-        return self._whole()[info.offset : info.offset + info.nbytes]
-
-    def address(self, name: str) -> int:
-        """Return the address of a tensor's first byte; valid while this file is open or a view of `data` lives."""
-        return int(self._whole().ctypes.data) + self.tensor(name).offset
-
-    def tensor(self, name: str) -> TensorInfo:
-        """Return a tensor's place.
-
-        Raises
-        ------
-        FormatError
-            There is no such tensor.
-        """
-        try:
-            return self.tensors[name]
-        except KeyError:
-            import difflib
-
-            near = difflib.get_close_matches(name, self.tensors, 3)
-            hint = f"it has {', '.join(near)}" if near else "the model is incomplete: convert or fetch it again"
-            raise FormatError(self.path, f"no tensor is called '{name}'", hint=hint) from None
-
-    @overload
-    def require(self, key: str, kind: type[_T]) -> _T: ...
-    @overload
-    def require(self, key: str, kind: type[_T], default: _T) -> _T: ...
-    @overload
-    def require(self, key: str, kind: type[_T], default: None) -> _T | None: ...
-    def require(self, key: str, kind: type[_T], default: _T | None = _MISSING) -> _T | None:
-        """Return a single value of one kind, or the default where the key is missing.
-
-        Raises
-        ------
-        FormatError
-            The key is missing and there is no default, or its value is of another kind.
-        """
-        if key not in self.metadata:
-            if default is not _MISSING:
-                return default
-            raise FormatError(self.path, f"no key '{key}'", hint="the model is incomplete: convert or fetch it again")
-        value = self.metadata[key]
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            found = type(value).__name__
-            entry = self.metadata.entry(key)
-            raise FormatError(
-                self.path, f"'{key}' is a {found}, not a {kind.__name__}", offset=entry.offset, hint="convert it again"
-            )
-        return value
-
-    def _whole(self) -> npt.NDArray[np.uint8]:
-        if self._map is None:
-            raise ValueError(f"{self.path} is closed")
-        if self._bytes is None:
-            import numpy as np
-
-            self._bytes = np.frombuffer(self._map, np.uint8)
-        return self._bytes
-
-    def _read(self, mapped: mmap.mmap) -> None:
-        walk = _Walk(self.path, mapped)
-        self.size = len(mapped)
-        self.version, n_tensors, n_keys = _read_counts(walk)
-        self.metadata = Metadata(self.path, mapped, _read_keys(walk, n_keys))
-        self.alignment = self._read_alignment()
-        self._refuse_parts()
-        infos = _read_infos(walk, n_tensors)
-        self.data_offset = _align(walk.at, self.alignment)
-        tensors = {info.name: _place(walk, info, at, self) for info, at in infos}
-        _check_overlaps(walk, tensors)
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
-
-    def _read_alignment(self) -> int:
-        key = "general.alignment"
-        if key not in self.metadata:
-            return DEFAULT_ALIGNMENT
-        entry = self.metadata.entry(key)
-        if entry.type is not ValueType.UINT32 or entry.length is not None:
-            raise FormatError(self.path, f"'{key}' is not a uint32", offset=entry.offset, hint=_AGAIN)
-        value = int(self.metadata[key])
-        if value == 0 or value & (value - 1):
-            raise FormatError(self.path, f"'{key}' is {value}, not a power of two", offset=entry.offset, hint=_AGAIN)
-        return value
-
-    def _refuse_parts(self) -> None:
-        count = self.metadata.get("split.count", 0)
-        if isinstance(count, int) and count > 1:
-            raise FormatError(
-                self.path,
-                f"this is one of {count} parts of a split model",
-                offset=self.metadata.entry("split.count").offset,
-                hint="join them with `llama-gguf-split --merge FIRST-PART OUT.gguf`",
-            )
-
-
-def _map(path: str) -> mmap.mmap:
-    """Map a file read-only; what cannot be mapped is told apart without opening it (a pipe would block)."""
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise FormatError(path, "this is a folder", hint="name the .gguf file in it")
-        if not stat.S_ISREG(mode):
-            raise FormatError(path, "this is not a regular file", hint="copy it to a file first: it has to be mapped")
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise FormatError(path, "the file is empty", offset=0, hint=_AGAIN)
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise FormatError(path, "no such file", hint="check the path") from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        if isinstance(error, FormatError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise FormatError(path, f"cannot open: {reason}", hint="check the path and its permissions") from None
+    walk = _Walk(path, mapped)
+    version, n_tensors, n_keys = _read_counts(walk)
+    metadata = Metadata(path, mapped, _read_keys(walk, n_keys))
+    alignment = _read_alignment(path, metadata)
+    infos = _read_infos(walk, n_tensors)
+    data_offset = _align(walk.at, alignment)
+    tensors = {info.name: _place(walk, info, at, data_offset, alignment, part) for info, at in infos}
+    _check_overlaps(walk, tensors)
+    return Header(version, metadata, alignment, data_offset, tensors)
 
 
 def _read_counts(walk: _Walk) -> tuple[int, int, int]:
@@ -467,6 +315,19 @@ def _read_keys(walk: _Walk, n: int) -> dict[str, Entry]:
     return entries
 
 
+def _read_alignment(path: str, metadata: Metadata) -> int:
+    key = "general.alignment"
+    if key not in metadata:
+        return DEFAULT_ALIGNMENT
+    entry = metadata.entry(key)
+    if entry.type is not ValueType.UINT32 or entry.length is not None:
+        raise FormatError(path, f"'{key}' is not a uint32", offset=entry.offset, hint=AGAIN)
+    value = int(metadata[key])
+    if value == 0 or value & (value - 1):
+        raise FormatError(path, f"'{key}' is {value}, not a power of two", offset=entry.offset, hint=AGAIN)
+    return value
+
+
 def _value_type(walk: _Walk, key: str) -> ValueType:
     at = walk.at
     number = walk.number(_U32, f"the type of '{key}'")
@@ -519,22 +380,22 @@ def _align(n_bytes: int, alignment: int) -> int:
     return (n_bytes + alignment - 1) & ~(alignment - 1)
 
 
-def _place(walk: _Walk, info: TensorInfo, record_at: int, file: GGUFFile) -> TensorInfo:
+def _place(walk: _Walk, info: TensorInfo, record_at: int, data_offset: int, alignment: int, part: int) -> TensorInfo:
     """Turn an offset in the data into one in the file, and check that it is there."""
-    if info.offset % file.alignment:
+    if info.offset % alignment:
         raise walk.error(
-            f"tensor '{info.name}' lies at {info.offset:,} of the data, which is not aligned to {file.alignment}",
+            f"tensor '{info.name}' lies at {info.offset:,} of the data, which is not aligned to {alignment}",
             offset=record_at,
         )
-    offset = file.data_offset + info.offset
+    offset = data_offset + info.offset
     end = offset + info.nbytes
-    if end > file.size:
+    if end > walk.end:
         raise walk.error(
-            f"tensor '{info.name}' ({info.nbytes:,} bytes at {offset:,}) ends {end - file.size:,} bytes past the end of "
-            f"the file, which has {file.size:,}",
+            f"tensor '{info.name}' ({info.nbytes:,} bytes at {offset:,}) ends {end - walk.end:,} bytes past the end of "
+            f"the file, which has {walk.end:,}",
             offset=record_at,
         )
-    return TensorInfo(info.name, info.type, info.ne, offset, info.nbytes)
+    return TensorInfo(info.name, info.type, info.ne, offset, info.nbytes, part)
 
 
 def _check_overlaps(walk: _Walk, tensors: Mapping[str, TensorInfo]) -> None:
