@@ -20,7 +20,7 @@ _ROOMS = {
     "ops": 3, "graph": 3, "graph_context": 3, "buffer": 3, "work": 3, "clock": 3,
     "alloc": 4, "backend": 4,
     "sched": 5,
-    "backends": 6, "models": 6, "tokenizer": 6, "pretokenizers": 6, "chat_template": 6, "sampling": 6,
+    "backends": 6, "models": 6, "tokenizer": 6, "sampling": 6,
     "session": 7, "planning": 7, "simulation": 7, "plan_report": 7, "report": 7, "timeline": 7,
     "testing": 8, "replay": 8, "replay_case": 8,
     "commands": 9, "cli": 9, "__main__": 9, "": 9,

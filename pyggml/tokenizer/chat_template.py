@@ -6,7 +6,7 @@ import datetime
 import json
 from typing import Any, NoReturn
 
-from .errors import FormatError
+from ..errors import FormatError
 
 __all__ = ["ChatTemplate"]
 

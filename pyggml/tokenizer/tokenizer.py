@@ -15,75 +15,23 @@ with scores, merged by score: nothing in the library does that, so the loop is h
 from __future__ import annotations
 
 import codecs
-import heapq
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from enum import IntEnum
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
+from ..errors import FormatError, PyggmlError
+from ..gguf import GGUFFile, ValueType
 from .chat_template import ChatTemplate
-from .errors import FormatError, PyggmlError
-from .gguf import GGUFFile, ValueType
 from .pretokenizers import PRETOKENIZERS
+from .special import TokenKind, find_special
+from .words import SPACE, BytePairs, ScoredPieces, Words, byte_of, bytes_of
 
-__all__ = ["StreamDecoder", "TokenKind", "Tokenizer"]
+__all__ = ["StreamDecoder", "Tokenizer"]
 
 _log = logging.getLogger(__name__)
 
 _KEY = "tokenizer.ggml."
-_SPACE = "\u2581"  # how a piece with a score spells a space
-
-
-class TokenKind(IntEnum):
-    """What a token is for; the numbers are the files'."""
-
-    UNDEFINED = 0
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-#: Names of tokens that end a turn, a message or a text, whatever else the file says.
-_END_OF_GENERATION = (
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
-    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
-    "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
-)  # fmt: skip
-#: Tokens that a file may name by key, and the texts by which they are found where it does not.
-_NAMED: dict[str, tuple[str, ...]] = {
-    "eot": (
-        "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>",
-        "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>",
-    ),
-    "eom": ("<|eom_id|>",),
-    "fim_pre": (
-        "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>",
-        "<|prefix|>",
-    ),
-    "fim_suf": (
-        "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>",
-        "<|suffix|>",
-    ),
-    "fim_mid": (
-        "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>",
-        "<|middle|>",
-    ),
-    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
-    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-    "fim_sep": ("<|file_sep|>",),
-}  # fmt: skip
-#: Tokens of the harmony format that are part of what a reader sees.
-_ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-
-
-class _Words(Protocol):
-    """What turns a piece of text without special tokens into ids."""
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 class Tokenizer:
@@ -128,7 +76,10 @@ class Tokenizer:
             )
         self._kinds: list[int] = self._numbers(file, "token_type", TokenKind.NORMAL)
         self._words = self._make_words(file)
-        self._read_special(file)
+        special = find_special(file, self.model, self._ids, self._kinds, self._n_vocab)
+        self.bos_id, self.eos_id, self.eot_id, self.unk_id = special.bos, special.eos, special.eot, special.unknown
+        self.eog_ids = special.ends
+        self._special = self._names_to_parse()
         self._template_source = file.require("tokenizer.chat_template", str, None)
 
     @classmethod
@@ -245,12 +196,12 @@ class Tokenizer:
         if kind == TokenKind.USER_DEFINED:
             return text.encode()
         if kind == TokenKind.BYTE:
-            return _byte_of(text)
+            return byte_of(text)
         if kind != TokenKind.NORMAL:
             return b""
         if self.model == "llama":
-            return text.replace(_SPACE, " ").encode()
-        return b"".join(bytes([byte]) if (byte := _BYTES.get(char)) is not None else char.encode() for char in text)
+            return text.replace(SPACE, " ").encode()
+        return bytes_of(text)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD.
@@ -328,7 +279,7 @@ class Tokenizer:
         numbers: list[Any] = file.metadata[key].tolist()
         return numbers[: len(self._texts)]
 
-    def _make_words(self, file: GGUFFile) -> _Words:
+    def _make_words(self, file: GGUFFile) -> Words:
         self.add_bos, self.add_eos, self._add_space_prefix = False, False, False
         if self.model == "gpt2":
             self.pre = file.require(_KEY + "pre", str, "")
@@ -342,66 +293,23 @@ class Tokenizer:
                     hint=f"pyggml knows {', '.join(sorted(PRETOKENIZERS))}; `--tokens 1,2,3` does without",
                 )
             self.add_bos = PRETOKENIZERS[self.pre or "default"].add_bos
-            words: _Words = _BytePairs(file, self._ids, self.pre or "default")
+            words: Words = BytePairs(file.path, self._ids, _strings(file, _KEY + "merges"), self.pre or "default")
         else:
             self.add_bos = self._add_space_prefix = self.model == "llama"
-            words = _ScoredPieces(self._ids, self._numbers(file, "scores", 0.0))
+            words = ScoredPieces(self._ids, self._numbers(file, "scores", 0.0))
         self.add_bos = file.require(_KEY + "add_bos_token", bool, self.add_bos)
         self.add_eos = file.require(_KEY + "add_eos_token", bool, self.add_eos)
         self._add_space_prefix = file.require(_KEY + "add_space_prefix", bool, self._add_space_prefix)
         return words
 
-    def _read_special(self, file: GGUFFile) -> None:
-        """Find the tokens with a meaning, as the file names them and by their texts."""
-        defaults = {"gpt2": (11, 11, None), "llama": (1, 2, 0)}.get(self.model, (None, None, None))
-        self.bos_id = self._id(file, "bos_token_id", defaults[0])
-        self.eos_id = self._id(file, "eos_token_id", defaults[1])
-        self.unk_id = self._id(file, "unknown_token_id", defaults[2])
-        named: dict[str, int | None] = {}
-        for name, texts in _NAMED.items():
-            named[name] = self._id(file, f"{name}_token_id", None)
-            if named[name] is None:
-                named[name] = next((self._ids[text] for text in texts if text in self._ids), None)
-                self._make_control(named[name])
-        self.eot_id = named["eot"]
-        ends = {self._ids[text] for text in _END_OF_GENERATION if text in self._ids}
-        for id in ends:
-            self._make_control(id)
-        ends |= {end for name in ("fim_pad", "fim_rep", "fim_sep") if (end := named[name]) is not None}
-        for text in _ALWAYS_SHOWN:
-            if text in self._ids:
-                self._kinds[self._ids[text]] = TokenKind.USER_DEFINED
-        ends |= {end for end in (self.eos_id, self.eot_id, named["eom"]) if end is not None}
-        self.eog_ids = frozenset(self._without_markers(ends))
+    def _names_to_parse(self) -> list[tuple[str, int]]:
+        """Return names that are tokens wherever they stand in a text, the longest first."""
         parsed = (TokenKind.CONTROL, TokenKind.USER_DEFINED, TokenKind.UNKNOWN)
-        special = [
-            (text, id) for id, (text, kind) in enumerate(zip(self._texts, self._kinds, strict=True)) if kind in parsed
-        ]
-        self._special = sorted(special, key=lambda pair: -len(pair[0].encode()))
-
-    def _without_markers(self, ends: set[int]) -> set[int]:
-        """Drop what ends a message but not the answer: of harmony's and solar's formats, and a plain ``</s>``."""
-        texts = {self._texts[id]: id for id in ends if self._texts}
-        calls = "<|call|>" in texts or "<|calls|>" in texts
-        if "<|end|>" in texts and calls and ("<|return|>" in texts or "<|flush|>" in texts):
-            ends = ends - {texts["<|end|>"]}
-            self._kinds[texts["<|end|>"]] = TokenKind.USER_DEFINED
-        if "</s>" in texts and "<|tool_response>" in texts:
-            ends = ends - {texts["</s>"]}
-            self._kinds[texts["</s>"]] = TokenKind.NORMAL
-        return ends
-
-    def _make_control(self, id: int | None) -> None:
-        if id is not None:
-            self._kinds[id] = TokenKind.CONTROL
-
-    def _id(self, file: GGUFFile, name: str, default: int | None) -> int | None:
-        found = file.require(_KEY + name, int, None)
-        if found is not None and 0 <= found < self._n_vocab:
-            return found
-        if found is not None:
-            _log.warning("%s: '%s' is %d, which is no token", file.path, _KEY + name, found)
-        return default if default is not None and default < len(self._texts) else None
+        kinds = zip(self._texts, self._kinds, strict=True)
+        return sorted(
+            ((text, id) for id, (text, kind) in enumerate(kinds) if kind in parsed),
+            key=lambda pair: -len(pair[0].encode()),
+        )
 
 
 class StreamDecoder:
@@ -427,90 +335,6 @@ class StreamDecoder:
         return self._decoder.decode(b"", True)
 
 
-class _BytePairs:
-    """Words merged by rank; the `tokenizers` library, made when first needed."""
-
-    def __init__(self, file: GGUFFile, ids: dict[str, int], pre: str) -> None:
-        self._path, self._ids, self._rule = file.path, ids, PRETOKENIZERS[pre]
-        self._merges = _strings(file, _KEY + "merges")
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return ids
-
-    @cached_property
-    def _library(self) -> Any:  # the library has no types
-        from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-        merges = []
-        for i, merge in enumerate(self._merges):
-            left, _, right = merge[1:].partition(" ")
-            left = merge[:1] + left
-            if not right or not {left, right, left + right} <= self._ids.keys():
-                raise FormatError(
-                    self._path, f"merge {i:,} ({merge!r}) makes no token of tokens", hint="convert the model again"
-                )
-            merges.append((left, right))
-        library = Tokenizer(models.BPE(self._ids, merges, ignore_merges=self._rule.ignore_merges))
-        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self._rule.patterns]
-        library.pre_tokenizer = pre_tokenizers.Sequence(
-            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-        return library
-
-
-class _ScoredPieces:
-    """Neighbours merged, the best score first, as long as a token comes of it; bytes for what is left.
-
-    Notes
-    -----
-    Mirrors `llm_tokenizer_spm_session`. Differs: a byte without a token is left out, or becomes the unknown token;
-    upstream raises out of its reader.
-    """
-
-    def __init__(self, ids: dict[str, int], scores: Sequence[float]) -> None:
-        self._ids, self._scores = ids, scores
-        unknown = ids.get("<unk>")
-        self._bytes = [
-            ids.get(f"<0x{byte:02X}>", ids.get(chr(byte), unknown) if byte < 128 else unknown) for byte in range(256)
-        ]
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece in self._merge(text.replace(" ", _SPACE)):
-            id = self._ids.get(piece)
-            ids += [id] if id is not None else [b for byte in piece.encode() if (b := self._bytes[byte]) is not None]
-        return ids
-
-    def _merge(self, text: str) -> list[str]:
-        pieces = list(text)  # an absorbed piece becomes empty
-        last = len(pieces)
-        following, before = list(range(1, last + 1)), list(range(-1, last - 1))
-        queue: list[tuple[float, int, int, int]] = []
-
-        def consider(left: int, right: int) -> None:
-            if left >= 0 and right < last:
-                joined = pieces[left] + pieces[right]
-                id = self._ids.get(joined)
-                if id is not None:
-                    heapq.heappush(queue, (-self._scores[id], left, right, len(joined)))
-
-        for i in range(1, last):
-            consider(i - 1, i)
-        while queue:
-            _, left, right, length = heapq.heappop(queue)
-            if not pieces[left] or not pieces[right] or len(pieces[left]) + len(pieces[right]) != length:
-                continue  # one of them has been merged since
-            pieces[left] += pieces[right]
-            pieces[right] = ""
-            following[left] = following[right]
-            if following[right] < last:
-                before[following[right]] = left
-            consider(before[left], left)
-            consider(left, following[left])
-        return [piece for piece in pieces if piece]
-
-
 def _strings(file: GGUFFile, key: str) -> list[str]:
     if key not in file.metadata:
         raise FormatError(file.path, f"no key '{key}'", hint="the file has no vocabulary: convert the model again")
@@ -527,26 +351,3 @@ def _vocab_size(file: GGUFFile) -> int:
     if size is None:
         size = file.tensors["token_embd.weight"].ne[1] if "token_embd.weight" in file.tensors else 0
     return size
-
-
-def _byte_of(text: str) -> bytes:
-    """Return the byte that ``<0x0A>`` spells; the text itself if it spells none."""
-    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-        try:
-            return bytes([int(text[3:5], 16)])
-        except ValueError:
-            pass
-    return text.encode()
-
-
-def _spell_bytes() -> dict[str, int]:
-    """Return which byte each character of a byte-pair vocabulary stands for.
-
-    Printable bytes stand for themselves; the others were given, in order, the characters from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _spell_bytes()

@@ -1,0 +1,146 @@
+"""Pieces of text to ids: byte pairs merged by rank, and pieces merged by score."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+from ..errors import FormatError
+from .pretokenizers import PRETOKENIZERS
+
+__all__ = ["SPACE", "BytePairs", "ScoredPieces", "Words", "byte_of", "bytes_of"]
+
+SPACE = "\u2581"  #: how a piece with a score spells a space
+
+
+class Words(Protocol):
+    """What turns a piece of text without special tokens into ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a piece of text."""
+
+
+class BytePairs:
+    """Words merged by rank; the `tokenizers` library, made when first needed.
+
+    Parameters
+    ----------
+    path : str
+        The vocabulary's file, for errors.
+    ids : dict of str to int
+    merges : list of str
+        Pairs of tokens, the first to be merged first, a space between.
+    pre : str
+        The rule by which words are cut.
+    """
+
+    def __init__(self, path: str, ids: dict[str, int], merges: list[str], pre: str) -> None:
+        self._path, self._ids, self._merges, self._rule = path, ids, merges, PRETOKENIZERS[pre]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a piece of text."""
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _library(self) -> Any:  # the library has no types
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+        merges = []
+        for i, merge in enumerate(self._merges):
+            left, _, right = merge[1:].partition(" ")
+            left = merge[:1] + left
+            if not right or not {left, right, left + right} <= self._ids.keys():
+                raise FormatError(
+                    self._path, f"merge {i:,} ({merge!r}) makes no token of tokens", hint="convert the model again"
+                )
+            merges.append((left, right))
+        library = Tokenizer(models.BPE(self._ids, merges, ignore_merges=self._rule.ignore_merges))
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self._rule.patterns]
+        library.pre_tokenizer = pre_tokenizers.Sequence(
+            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        return library
+
+
+class ScoredPieces:
+    """Neighbours merged, the best score first, as long as a token comes of it; bytes for what is left.
+
+    Notes
+    -----
+    Mirrors `llm_tokenizer_spm_session`. Differs: a byte without a token is left out, or becomes the unknown token;
+    upstream raises out of its reader.
+    """
+
+    def __init__(self, ids: dict[str, int], scores: Sequence[float]) -> None:
+        self._ids, self._scores = ids, scores
+        unknown = ids.get("<unk>")
+        self._bytes = [
+            ids.get(f"<0x{byte:02X}>", ids.get(chr(byte), unknown) if byte < 128 else unknown) for byte in range(256)
+        ]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a piece of text."""
+        ids: list[int] = []
+        for piece in self._merge(text.replace(" ", SPACE)):
+            id = self._ids.get(piece)
+            ids += [id] if id is not None else [b for byte in piece.encode() if (b := self._bytes[byte]) is not None]
+        return ids
+
+    def _merge(self, text: str) -> list[str]:
+        pieces = list(text)  # an absorbed piece becomes empty
+        last = len(pieces)
+        following, before = list(range(1, last + 1)), list(range(-1, last - 1))
+        queue: list[tuple[float, int, int, int]] = []
+
+        def consider(left: int, right: int) -> None:
+            if left >= 0 and right < last:
+                joined = pieces[left] + pieces[right]
+                id = self._ids.get(joined)
+                if id is not None:
+                    heapq.heappush(queue, (-self._scores[id], left, right, len(joined)))
+
+        for i in range(1, last):
+            consider(i - 1, i)
+        while queue:
+            _, left, right, length = heapq.heappop(queue)
+            if not pieces[left] or not pieces[right] or len(pieces[left]) + len(pieces[right]) != length:
+                continue  # one of them has been merged since
+            pieces[left] += pieces[right]
+            pieces[right] = ""
+            following[left] = following[right]
+            if following[right] < last:
+                before[following[right]] = left
+            consider(before[left], left)
+            consider(left, following[left])
+        return [piece for piece in pieces if piece]
+
+
+def byte_of(text: str) -> bytes:
+    """Return the byte that ``<0x0A>`` spells; the text itself if it spells none."""
+    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        try:
+            return bytes([int(text[3:5], 16)])
+        except ValueError:
+            pass
+    return text.encode()
+
+
+def _spell_bytes() -> dict[str, int]:
+    """Return which byte each character of a byte-pair vocabulary stands for.
+
+    Printable bytes stand for themselves; the others were given, in order, the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _spell_bytes()
+
+
+def bytes_of(text: str) -> bytes:
+    """Return the bytes that a token of a byte-pair vocabulary spells; a character that spells none stands for itself."""
+    return b"".join(bytes([byte]) if (byte := _BYTES.get(char)) is not None else char.encode() for char in text)
