@@ -232,12 +232,7 @@ class Graph:
 
     def _repr_html_(self) -> str:
         """Return the nodes in order as a table, for notebooks."""
-        rows = (
-            (i, t.name, t.op_desc, t.type.ggml_name, t.dims, ", ".join("-" if s is None else s.name for s in t.src))
-            for i, t in enumerate(self.nodes)
-        )
-        title = f"Graph of {len(self.nodes)} nodes, {len(self.leafs)} leafs"
-        return html_table(title, ("", "node", "op", "type", "ne", "sources"), rows, n_rows=len(self.nodes))
+        return _nodes_table(f"Graph of {len(self.nodes)} nodes, {len(self.leafs)} leafs", self.nodes, 0)
 
 
 class GraphView:
@@ -298,3 +293,17 @@ class GraphView:
 
     def __repr__(self) -> str:
         return f"<GraphView of nodes {self.i_start}..{self.i_end - 1} of {self.graph!r}>"
+
+    def _repr_html_(self) -> str:
+        """Return the nodes in order as a table, for notebooks; their numbers are those of the whole graph."""
+        title = f"Nodes {self.i_start}..{self.i_end - 1} of a graph of {len(self.graph.nodes)}"
+        return _nodes_table(title, self.nodes, self.i_start)
+
+
+def _nodes_table(title: str, nodes: Sequence[Tensor], i_start: int) -> str:
+    rows = (
+        (i, t.name, t.op_desc, t.type.ggml_name, t.dims, ", ".join("-" if s is None else s.name for s in t.src))
+        for i, t in enumerate(nodes, i_start)
+    )
+    columns = ("node", "name", "op", "type", "ne", "sources")
+    return html_table(title, columns, rows, n_rows=len(nodes), right=("node",))

@@ -1,18 +1,58 @@
-"""Small tables in HTML, as notebooks show an object that has a ``_repr_html_``."""
+"""Small tables in HTML, as notebooks show an object that has a ``_repr_html_``.
+
+Styles stand at their elements: viewers of notebooks drop style sheets, and one table must not change another. Ink and
+ground are left to the notebook, so that tables suit its light and its dark theme.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import islice
 
-__all__ = ["MAX_ROWS", "html_table"]
+__all__ = ["MAX_ROWS", "Bar", "html_table"]
 
 #: More rows than these are counted, not shown.
 MAX_ROWS = 50
 
+_TABLE = "width:auto;margin:.5em 0;border-collapse:collapse;font-variant-numeric:tabular-nums"
+_CAPTION = "caption-side:top;text-align:left;font-weight:bold;padding:.3em 0;color:inherit;white-space:nowrap"
+_CELL = "text-align:{};vertical-align:top;padding:.2em 1.2em .2em 0"
+# both greys and the blue can be seen on white and on black
+_TRACK = "display:inline-block;width:8em;height:.7em;background:rgba(128,128,128,.25)"
+_FILL = "display:block;width:{:.1f}%;height:100%;background:#4c8ed9"
 
-def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, n_rows: int) -> str:
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A cell that shows a share of 1 as a bar, with its per cent.
+
+    Examples
+    --------
+    >>> str(Bar(0.25))
+    '25%'
+    """
+
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.share:.0%}"
+
+    def html(self) -> str:
+        """Return the bar as HTML."""
+        fill = _FILL.format(100 * min(max(self.share, 0.0), 1.0))
+        return f'<span style="{_TRACK}"><span style="{fill}"></span></span> {self}'
+
+
+def html_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    n_rows: int,
+    right: Collection[str] = (),
+) -> str:
     """Return a table; every text in it is escaped.
 
     Parameters
@@ -20,20 +60,31 @@ def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     title : str
         Shown above it.
     columns : sequence of str
-        Headings.
+        Headings; if all are empty, none are shown.
     rows : iterable of sequences
-        Cells, shown as ``str`` gives them; no more than `MAX_ROWS` are taken.
+        Cells, shown as ``str`` gives them, or as a `Bar`; no more than `MAX_ROWS` are taken.
     n_rows : int
         How many there are in all.
+    right : collection of str
+        The columns that hold numbers.
 
     Examples
     --------
-    >>> html_table("<t>", ["n"], [[1]], n_rows=1)
+    >>> import re
+    >>> re.sub(' style="[^"]*"', "", html_table("<t>", ["n"], [[1]], n_rows=1))
     '<table><caption>&lt;t&gt;</caption><tr><th>n</th></tr><tr><td>1</td></tr></table>'
     """
-    lines = ["<tr>" + "".join(f"<th>{escape(c)}</th>" for c in columns) + "</tr>"]
-    for row in islice(rows, MAX_ROWS):
-        lines.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>")
+    styles = [_CELL.format("right" if name in right else "left") for name in columns]
+    lines = [_row("th", columns, styles)] if any(columns) else []
+    lines += [_row("td", row, styles) for row in islice(rows, MAX_ROWS)]
     if n_rows > MAX_ROWS:
-        lines.append(f'<tr><td colspan="{len(columns)}">and {n_rows - MAX_ROWS:,} more</td></tr>')
-    return f"<table><caption>{escape(title)}</caption>{''.join(lines)}</table>"
+        lines.append(f'<tr><td colspan="{len(columns)}" style="{styles[0]}">and {n_rows - MAX_ROWS:,} more</td></tr>')
+    return f'<table style="{_TABLE}"><caption style="{_CAPTION}">{escape(title)}</caption>{"".join(lines)}</table>'
+
+
+def _row(tag: str, cells: Sequence[object], styles: Sequence[str]) -> str:
+    made = (
+        f'<{tag} style="{style}">{cell.html() if isinstance(cell, Bar) else escape(str(cell))}</{tag}>'
+        for cell, style in zip(cells, styles, strict=True)
+    )
+    return f"<tr>{''.join(made)}</tr>"

@@ -6,11 +6,12 @@ no memory alive but the names in it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from .notebook import html_table
+from .notebook import Bar, html_table
 
 if TYPE_CHECKING:
     from .clock import Span
@@ -240,8 +241,22 @@ class Statistics:
         )
 
     def _repr_html_(self) -> str:
-        """Return the counts as a table, for notebooks."""
-        rows: list[tuple[str, str]] = [(reason, f"{n:,}") for reason, n in self.bytes_by_reason.items()]
-        rows += [("all", f"{self.bytes_copied:,}"), ("if whole", f"{self.bytes_full:,}")]
+        """Return the counts as a table, for notebooks; shares are of what whole copies would have moved."""
+        whole = self.bytes_full
+        counts = [*self.bytes_by_reason.items(), ("all", self.bytes_copied), ("if whole", whole)]
+        rows = [(what, f"{n:,}", Bar(n / whole) if whole else "") for what, n in counts]
         title = f"{self.n_copies} copies, {self.n_launches} launches, {self.n_waits} waits"
         return html_table(title, ("copied", "bytes"), rows, n_rows=len(rows))
+    def _kinds(self) -> Counter[str]:
+        return Counter(type(r).__name__.removesuffix("Record") for r in self.records)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in self._kinds().items())
+        return f"<Recording of {len(self.records)} records{f': {kinds}' if kinds else ''}>"
+
+    def _repr_html_(self) -> str:
+        """Return how many records there are of each kind as a table, for notebooks."""
+        rows = [(kind, f"{n:,}") for kind, n in self._kinds().items()]
+        title = f"Recording of {len(self.records):,} records"
+        return html_table(title, ("kind", "records"), rows, n_rows=len(rows), right=("records",))
+

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from .notebook import Bar, html_table
 from .record import CopyRecord, Record, UsedExpertsRecord
 from .sched.experts import layer_of
 
@@ -94,6 +95,26 @@ class CopyAccount:
             if phase in (None, p):
                 rows.setdefault(layer, LayerCopies(layer)).add(row)
         return sorted(rows.values(), key=lambda r: -1 if r.layer is None else r.layer)
+
+    def __repr__(self) -> str:
+        total = self.total()
+        return f"<CopyAccount: {total.bytes_copied:,} bytes of weights, {total.bytes_full:,} if whole>"
+
+    def _repr_html_(self) -> str:
+        """Return the sums of each layer, and of all, as a table, for notebooks."""
+        layers = [("-" if row.layer is None else str(row.layer), row) for row in self.layers()]
+        rows = [
+            (
+                name,
+                f"{row.used_mean:.1f} of {row.n_expert}" if row.n_reads else "all",
+                f"{row.bytes_copied:,}",
+                f"{row.bytes_full:,}",
+                Bar(row.ratio),
+            )
+            for name, row in [("all", self.total()), *layers]
+        ]
+        columns = ("layer", "experts used", "bytes copied", "if whole", "ratio")
+        return html_table("Weights copied, by layer", columns, rows, n_rows=len(rows), right=columns[:-1])
 
     def total(self, phase: Phase | None = None) -> LayerCopies:
         """Return the sum over all layers."""

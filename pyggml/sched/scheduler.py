@@ -505,19 +505,25 @@ class Scheduler:
         return f"<Scheduler over {names}: {state}, {self.n_copies} pipeline copies>"
 
     def _repr_html_(self) -> str:
-        """Return the splits as a table, for notebooks."""
-        rows = (
-            (
-                i,
-                self.backends[split.backend_id].name,
-                f"{split.i_start}..{split.i_end - 1}",
-                ", ".join(t.name for t in split.inputs),
-                f"{sum(t.nbytes for t in split.inputs):,}",
-            )
-            for i, split in enumerate(self.splits)
-        )
+        """Return the splits as a table, for notebooks: where, why, and what copies of their inputs would move."""
+        columns = ("split", "backend", "nodes", "first", "because", "inputs", "bytes if whole")
         title = f"Scheduler over {', '.join(b.name for b in self.backends)}: {self.n_splits} splits"
-        return html_table(title, ("split", "backend", "nodes", "inputs", "bytes if whole"), rows, n_rows=self.n_splits)
+        right = ("split", "nodes", "bytes if whole")
+        rows = (self._split_row(i, split) for i, split in enumerate(self.splits))
+        return html_table(title, columns, rows, n_rows=self.n_splits, right=right)
+
+    def _split_row(self, i: int, split: Split) -> tuple[str, ...]:
+        first = next((n for n in split.graph.nodes if not n.op.is_view), None)
+        cause = None if first is None else self.cause(first)
+        return (
+            str(i),
+            self.backends[split.backend_id].name,
+            f"{split.i_start}..{split.i_end - 1}",
+            "-" if first is None else f"{first.op_desc} {first.name}",
+            "-" if cause is None else cause.text,
+            ", ".join(t.name for t in split.inputs) or "-",
+            f"{sum(t.nbytes for t in split.inputs):,}",
+        )
 
 
 def _check_backends(backends: Sequence[Backend], bufts: Sequence[BufferType]) -> None:

@@ -193,7 +193,7 @@ class Split:
         """Return the inputs as a table, for notebooks."""
         rows = [(t.name, t.type.ggml_name, t.dims, f"{t.nbytes:,}") for t in self.inputs]
         title = f"Split of nodes {self.i_start}..{self.i_end - 1} on backend {self.backend_id}"
-        return html_table(title, ("input", "type", "ne", "bytes"), rows, n_rows=len(rows))
+        return html_table(title, ("input", "type", "ne", "bytes"), rows, n_rows=len(rows), right=("bytes",))
 
 
 @dataclass(slots=True)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 
 import pyggml as ggml
-from pyggml.notebook import MAX_ROWS, html_table
+from pyggml.notebook import MAX_ROWS, Bar, html_table
+from pyggml.record import AllocRecord, CopyRecord, UsedExpertsRecord
+from pyggml.report import CopyAccount
+
+#: A whole weight that was copied; its name tells no layer.
+WEIGHT = CopyRecord(0, "w", "CPU", "SIM0", 0, 1000, 1000, "weight", 0.0, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +54,10 @@ def test_tensor(sched: ggml.Scheduler) -> None:
     assert repr(node) == "<f32 'a & b' [4×2] = MUL_MAT('w<0>', 'SIM0#x#0')>"
     html = weight._repr_html_()
     assert "w&lt;0&gt;" in html
-    assert cells(html)[1:] == [
+    assert cells(html) == [
         ["type", "f32"], ["ne", "8×4"], ["nb", "4 32"], ["bytes", "128"], ["memory", "SIM0, weights"]
     ]  # fmt: skip
-    rows = dict(cells(node._repr_html_())[1:])
+    rows = dict(cells(node._repr_html_()))
     assert rows["op"] == "MUL_MAT"
     assert rows["sources"] == "w<0>, SIM0#x#0"
     assert rows["memory"] == "none yet"
@@ -61,7 +67,7 @@ def test_view_without_a_name() -> None:
     """A view tells what it shows; a tensor without a name says so."""
     tensor = ggml.Tensor("f32", (4, 3), name="whole")
     view = ggml.view_1d(tensor, 4, offset=16)
-    assert dict(cells(view._repr_html_())[1:])["view"] == "of whole, from byte 16"
+    assert dict(cells(view._repr_html_()))["view"] == "of whole, from byte 16"
     assert "(no name)" in ggml.Tensor("f32", (4,))._repr_html_()
 
 
@@ -83,9 +89,12 @@ def test_split(sched: ggml.Scheduler) -> None:
 
 
 def test_scheduler(sched: ggml.Scheduler) -> None:
-    """A scheduler lists its splits: backend, nodes, inputs, and what copies of those move."""
+    """A scheduler lists its splits: backend, nodes, why they are there, inputs, and what copies of those move."""
     assert repr(sched) == "<Scheduler over SIM0, CPU: nothing allocated, 1 pipeline copies>"
-    assert cells(sched._repr_html_())[1:] == [["0", "SIM0", "0..0", "x", "64"], ["1", "CPU", "1..1", "a & b", "32"]]
+    assert cells(sched._repr_html_())[1:] == [
+        ["0", "SIM0", "0..0", "MUL_MAT a & b", "its source 0 is a weight there", "x", "64"],
+        ["1", "CPU", "1..1", "EXP y", "the user pinned it there", "a & b", "32"],
+    ]
 
 
 def test_statistics() -> None:
@@ -95,10 +104,51 @@ def test_statistics() -> None:
     stats.count_experts(4000)
     stats.count_copy(24, 24, "input")
     assert repr(stats) == "<Statistics: 1,024 bytes in 2 copies, 4,024 if whole, 0 launches>"
-    rows = dict(cells(stats._repr_html_())[1:])
-    assert rows == {
-        "input": "24", "activation": "0", "weight": "0", "experts": "1,000", "all": "1,024", "if whole": "4,024"
-    }  # fmt: skip
+    assert cells(stats._repr_html_())[1:] == [
+        ["input", "24", " 1%"],
+        ["activation", "0", " 0%"],
+        ["weight", "0", " 0%"],
+        ["experts", "1,000", " 25%"],
+        ["all", "1,024", " 25%"],
+        ["if whole", "4,024", " 100%"],
+    ]
+    assert [row[2] for row in cells(ggml.Statistics()._repr_html_())[1:]] == [""] * 6
+
+
+def test_part_of_a_graph(sched: ggml.Scheduler) -> None:
+    """A range of a graph lists its nodes by their numbers in the graph."""
+    view = sched.splits[1].graph
+    assert repr(view) == "<GraphView of nodes 1..1 of <Graph of 2 nodes, 2 leafs>>"
+    assert cells(view._repr_html_())[1:] == [["1", "y", "EXP", "f32", "4×2", "CPU#a & b#0"]]
+
+
+def test_recording() -> None:
+    """A recording counts its records by kind."""
+    recording = ggml.Recording([AllocRecord("g", "CPU", "CPU", 64), AllocRecord("g", "CPU", "CPU", 128), WEIGHT])
+    assert repr(recording) == "<Recording of 3 records: 2 Alloc, 1 Copy>"
+    assert cells(recording._repr_html_())[1:] == [["Alloc", "2"], ["Copy", "1"]]
+    assert repr(ggml.Recording()) == "<Recording of 0 records>"
+
+
+def test_copies_by_layer() -> None:
+    """An account of copies lists its layers after their sum, with the share that was copied."""
+    account = CopyAccount()
+    account.record(UsedExpertsRecord(0, "blk.1.ffn_up_exps.weight", "ids", (0, 2), 8, 100, 800))
+    account.record(replace(WEIGHT, tensor="blk.1.ffn_up_exps.weight", size_bytes=200, reason="experts"))
+    account.record(WEIGHT)
+    assert repr(account) == "<CopyAccount: 1,200 bytes of weights, 1,800 if whole>"
+    assert cells(account._repr_html_())[1:] == [
+        ["all", "2.0 of 8", "1,200", "1,800", " 67%"],
+        ["-", "all", "1,000", "1,000", " 100%"],
+        ["1", "2.0 of 8", "200", "800", " 25%"],
+    ]
+
+
+def test_bars() -> None:
+    """A bar is as long as its share, and never longer than its track."""
+    assert "width:37.0%" in Bar(0.37).html()
+    assert "width:100.0%" in Bar(1.5).html()
+    assert Bar(1.5).html().endswith(" 150%")
 
 
 def test_long_tables_are_cut() -> None:
