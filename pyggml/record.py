@@ -189,6 +189,19 @@ class Recording:
         """Forget all records."""
         self.records.clear()
 
+    def _kinds(self) -> Counter[str]:
+        return Counter(type(r).__name__.removesuffix("Record") for r in self.records)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in self._kinds().items())
+        return f"<Recording of {len(self.records)} records{f': {kinds}' if kinds else ''}>"
+
+    def _repr_html_(self) -> str:
+        """Return how many records there are of each kind as a table, for notebooks."""
+        rows = [(kind, f"{n:,}") for kind, n in self._kinds().items()]
+        title = f"Recording of {len(self.records):,} records"
+        return html_table(title, ("kind", "records"), rows, n_rows=len(rows), right=("records",))
+
 
 class Statistics:
     """Counts of what was copied and computed; kept by the scheduler at all times, as they cost next to nothing.
@@ -246,17 +259,4 @@ class Statistics:
         counts = [*self.bytes_by_reason.items(), ("all", self.bytes_copied), ("if whole", whole)]
         rows = [(what, f"{n:,}", Bar(n / whole) if whole else "") for what, n in counts]
         title = f"{self.n_copies} copies, {self.n_launches} launches, {self.n_waits} waits"
-        return html_table(title, ("copied", "bytes"), rows, n_rows=len(rows))
-    def _kinds(self) -> Counter[str]:
-        return Counter(type(r).__name__.removesuffix("Record") for r in self.records)
-
-    def __repr__(self) -> str:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in self._kinds().items())
-        return f"<Recording of {len(self.records)} records{f': {kinds}' if kinds else ''}>"
-
-    def _repr_html_(self) -> str:
-        """Return how many records there are of each kind as a table, for notebooks."""
-        rows = [(kind, f"{n:,}") for kind, n in self._kinds().items()]
-        title = f"Recording of {len(self.records):,} records"
-        return html_table(title, ("kind", "records"), rows, n_rows=len(rows), right=("records",))
-
+        return html_table(title, ("copied", "bytes", "share"), rows, n_rows=len(rows), right=("bytes",))
