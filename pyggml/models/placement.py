@@ -288,6 +288,8 @@ class _Support:
             return ops.add(Tensor(Type.F32, w.ne), w)
         if op is Op.MUL:
             return ops.mul(Tensor(Type.F32, w.ne), w)
+        if op is Op.SCALE:
+            return ops.scale(w, 1.0)
         assert op is Op.ROPE, op
         rows = Tensor(Type.F32, (hp.n_embd_head_v, hp.n_head, _N_PROBE))
         return ops.rope_ext(rows, Tensor(Type.I32, (_N_PROBE,)), w, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -392,7 +394,7 @@ def _first(spec: WeightSpec, info: TensorInfo, choices: BuftList, supports: _Sup
         spec.op.name,
         names,
         reason=f"its type is {info.type.ggml_name}",
-        hint="convert the model to another type, such as q8_0",
+        hint="convert the model to another type, such as q8_0; `pyggml splits` plans it as it is",
     )
 
 

@@ -1,0 +1,46 @@
+"""Models whose weights no kernel here computes with: they can be planned, and a run says what is missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from gguf import GGMLQuantizationType
+
+from pyggml.errors import UnsupportedOpError
+from pyggml.planning import Planner
+from pyggml.session import ContextFlags, PlacementFlags, Session
+from pyggml.testing.headers import SHAPES, write_header
+from pyggml.types import Type
+
+CONTEXT = ContextFlags(n_ctx=256)
+SMALL = replace(SHAPES["qwen3-235b"], n_layer=2, n_expert=4, n_expert_used=2, n_vocab=64)
+#: Intermediate results aside, every quantised type that the library which writes files knows.
+TYPES = [t for t in Type if t.is_quantized and t not in (Type.Q8_1, Type.Q8_K) and int(t) in list(GGMLQuantizationType)]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("device", ["sim:rtx4090-pcie4", "mock:CUDA0:offload=32"])
+def test_weights_of_any_type_can_be_planned(tmp_path, kind, device):
+    """A plan has the splits of the same model in Q8_0, and sizes of its own."""
+    found, sizes = [], []
+    for name in (kind.name.lower(), "q8_0"):
+        path = tmp_path / f"{name}.gguf"
+        write_header(path, replace(SMALL, expert_type=name, dense_type=name))
+        with Planner.open(
+            path, devices=[device], placement=PlacementFlags(cpu_moe=True), context=CONTEXT, data=False
+        ) as planner:
+            splits = planner.plan_batch(40)[0].splits
+            found.append([(s.backend_id, s.i_start, s.i_end, [i.name for i in s.inputs]) for s in splits])
+            sizes.append(sum(i.nbytes for s in splits for i in s.inputs if i.name.endswith("exps.weight")))
+    assert found[0] == found[1]
+    assert len(found[0]) > 3
+    assert sizes[0] * Type.Q8_0.row_size(256) == sizes[1] * kind.row_size(256)
+
+
+def test_a_type_without_a_kernel_is_refused_before_computing(tmp_path):
+    """A run of a model that can only be planned says so, and names the type."""
+    path = tmp_path / "iq1.gguf"
+    write_header(path, replace(SMALL, n_layer=1, expert_type="iq1_s"))
+    with pytest.raises(UnsupportedOpError, match=r"iq1_s.*`pyggml splits` plans it"):
+        Session.open(path, context=CONTEXT)
