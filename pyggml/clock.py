@@ -169,9 +169,10 @@ class VirtualClock:
         """Let the host wait for all that a backend was given."""
         return self._host_until(self.stream_s[backend])
 
-    def event_record(self, backend: int, copy: int) -> None:
-        """Mark what a backend was given so far."""
-        self._events[backend, copy] = self.stream_s[backend]
+    def event_record(self, backend: int, copy: int) -> Span:
+        """Mark what a backend was given so far, and return the moment at which it comes there."""
+        when_s = self._events[backend, copy] = self.stream_s[backend]
+        return Span(when_s, when_s)
 
     def event_wait(self, backend: int, of: int, copy: int) -> Span:
         """Let a backend wait for a mark."""

@@ -7,7 +7,7 @@ model larger than the machine costs milliseconds; its graphs, splits and sizes a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -134,9 +134,12 @@ class Planner:
         self._cache_bytes: dict[BufferType, int] = {}
         self._planned_compute: list[int] = [0] * len(self.backends)
         self.sched = self._new_sched(parallel=False)
+        log = self.sched.new_log()
+        start_s = log.now()
         self.loaded: LoadedWeights = (
             load_weights(file, self.placement, hp, progress=progress) if data else plan_weights(self.placement, hp)
         )
+        log.holds("weights", self._where(self.placement.weight_bytes()), start_s)
         try:
             self._make_cache()
             self._reserve()
@@ -228,12 +231,22 @@ class Planner:
         )
 
     def _make_cache(self) -> None:
-        if not self.data:
+        log = self.sched.new_log()
+        start_s = log.now()
+        if self.data:
+            self._cache_buffers = allocate_cache(self.cache, self.placement, self.params)
+            for buffer in self._cache_buffers:
+                self._cache_bytes[buffer.buft] = self._cache_bytes.get(buffer.buft, 0) + buffer.size
+        else:
             self._cache_bytes = plan_cache(self.cache, self.placement, self.params)
-            return
-        self._cache_buffers = allocate_cache(self.cache, self.placement, self.params)
-        for buffer in self._cache_buffers:
-            self._cache_bytes[buffer.buft] = self._cache_bytes.get(buffer.buft, 0) + buffer.size
+        log.holds("kv_cache", self._where(self._cache_bytes), start_s)
+
+    def _where(self, sizes: Mapping[BufferType, int]) -> Iterator[tuple[int, BufferType, int]]:
+        """Yield the backend whose memory each buffer type is; host memory is the last one's."""
+        own = {b.device: i for i, b in enumerate(self.backends)}
+        cpu = len(self.backends) - 1
+        for buft, size in sizes.items():
+            yield (cpu if buft.is_host or buft.device is None else own.get(buft.device, cpu)), buft, size
 
     def _can_pipeline(self) -> bool:
         """Mirrors the conditions of pipeline parallelism in the constructor of `llama_context`."""
@@ -405,6 +418,9 @@ class Planner:
         for buffer in self._cache_buffers:
             buffer.close()
         self.loaded.close()
+        log = self.sched.new_log()
+        log.holds("kv_cache", self._where(dict.fromkeys(self._cache_bytes, 0)), log.now())
+        log.holds("weights", self._where(dict.fromkeys(self.placement.weight_bytes(), 0)), log.now())
 
     def __enter__(self) -> Self:
         return self

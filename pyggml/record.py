@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from .clock import Span
 
 __all__ = [
+    "AllocPurpose",
     "AllocRecord",
     "AssignRecord",
     "CallbackRecord",
     "ComputeRecord",
     "CopyRecord",
+    "EventRecord",
     "NullRecorder",
     "ReadRecord",
     "Record",
@@ -34,6 +36,8 @@ __all__ = [
 
 #: Why bytes were copied: a user's input, a result of another backend, a whole weight, or the used experts of one.
 CopyReason = Literal["input", "activation", "weight", "experts"]
+#: What memory is for: a model's weights, its KV cache, or what a scheduler places graphs in.
+AllocPurpose = Literal["weights", "kv_cache", "compute"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +88,25 @@ class ComputeRecord:
 class WaitRecord:
     """The host, or a backend, waited."""
 
-    split: int
+    split: int | None  #: None: at the end of a computing, or between two
     what: Literal["synchronize", "event_synchronize", "event_wait"]
     backend: str
     start_s: float
     end_s: float
     virtual: Span | None = None
+    copy: int | None = None  #: of the event waited for; see `EventRecord`
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    """A backend was told to mark what it was given so far, for others to wait for."""
+
+    split: int
+    backend: str
+    copy: int  #: pipeline copy of the inputs that the event stands for
+    start_s: float
+    end_s: float
+    virtual: Span | None = None  #: the moment at which the backend comes to the mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +123,16 @@ class ReadRecord:
 
 @dataclass(frozen=True, slots=True)
 class AllocRecord:
-    """Compute buffers after a reserve or an allocation."""
+    """What is held of one buffer type for one purpose, from now on: after an allocation, a reserve, or giving it back."""
 
-    graph: str  #: name of its last node
-    backend: str
+    graph: str  #: name of the last node of the graph that needed it; empty for weights and KV cache
+    backend: str  #: whose memory it is; host memory is the last backend's
     buft: str
-    size_bytes: int
+    size_bytes: int  #: in all; 0: it was given back
+    purpose: AllocPurpose = "compute"
+    start_s: float = 0.0
+    end_s: float = 0.0
+    virtual: Span | None = None  #: the moment: allocating takes no virtual time
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +143,9 @@ class AssignRecord:
     op: str
     backend: str
     cause: str  #: upstream's note, as `Cause` has it
+    start_s: float = 0.0  #: of splitting the graph
+    end_s: float = 0.0
+    virtual: Span | None = None  #: the moment: deciding takes no virtual time
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +167,7 @@ Record = (
     | ReadRecord
     | ComputeRecord
     | WaitRecord
+    | EventRecord
     | AllocRecord
     | AssignRecord
     | CallbackRecord

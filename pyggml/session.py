@@ -31,7 +31,6 @@ from .models.placement import PlacementFlags
 from .models.topk import TopK
 from .planning import Memory, PlannedGraph, Planner
 from .sampling import Sampler, greedy
-from .sched.log import RunLog
 
 __all__ = ["BatchRecord", "ContextFlags", "Memory", "PlacementFlags", "PlannedGraph", "Session", "TopK"]
 
@@ -160,10 +159,11 @@ class Session(Planner):
             if into.size:
                 backend = self.sched.tensor_backend(graph.logits)
                 assert backend is not None
-                log = RunLog(self.sched.machine, stats, self.sched.recorder, clock)
+                log = self.sched.new_log()
                 read_s = log.now()
                 backend.get_tensor_async(graph.logits, into.ctypes.data, 0, into.nbytes)
-                log.was_read(graph.logits, self.backends.index(backend), read_s)
+                backend.synchronize()
+                log.was_read(None, graph.logits, self.backends.index(backend), read_s)
             self.sched.synchronize()
         except BaseException:
             self._forget(part)

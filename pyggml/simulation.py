@@ -15,7 +15,6 @@ from .errors import SchedError
 from .models.batch import Outputs
 from .record import CopyReason
 from .routing import DEFAULT_ROUTING, Routing
-from .sched.log import RunLog
 from .sched.policies import UpstreamCopier, UsedExpertCopier
 from .tensor import Tensor
 from .types import Op
@@ -86,12 +85,12 @@ class RoutedCopier(UsedExpertCopier):
         super().begin()
         self._read = None
 
-    def _used(self, run: SplitRun, ids: Tensor, backend_id: int, weight: Tensor) -> set[int]:
+    def _used(self, run: SplitRun, i_split: int, ids: Tensor, backend_id: int, weight: Tensor) -> set[int]:
         """Return the experts that the routing names; reading ids takes the time that it takes with data."""
         if self._read is None or self._read[0] is not ids:
             start_s = run.log.now()
             run.machine.backends[backend_id].synchronize()
-            run.log.was_read(ids, backend_id, start_s)
+            run.log.was_read(i_split, ids, backend_id, start_s)
             self._read = (ids, self.choose(ids, weight))
         return self._read[1]
 
@@ -193,5 +192,5 @@ def _read_logits(planner: Planner, logits: Tensor) -> None:
     sched = planner.sched
     backend = sched.tensor_backend(logits)
     assert backend is not None
-    log = RunLog(sched.machine, sched.stats, sched.recorder, sched.clock)
-    log.was_read(logits, planner.backends.index(backend), log.now())
+    log = sched.new_log()
+    log.was_read(None, logits, planner.backends.index(backend), log.now())

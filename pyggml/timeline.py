@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from .record import (
+    AllocPurpose,
     AllocRecord,
-    AssignRecord,
     CallbackRecord,
     ComputeRecord,
     CopyRecord,
+    EventRecord,
     ReadRecord,
     Record,
     UsedExpertsRecord,
@@ -27,7 +28,10 @@ from .record import (
 __all__ = ["trace_events", "write_timeline"]
 
 Event = dict[str, Any]  # of JSON's values
-_Timed = CopyRecord | ComputeRecord | WaitRecord | ReadRecord | CallbackRecord
+_Timed = CopyRecord | ComputeRecord | WaitRecord | ReadRecord | EventRecord | CallbackRecord
+#: Kinds that are shown as moments.
+_MOMENTS = ("callback", "event")
+_PURPOSES: tuple[str, ...] = get_args(AllocPurpose)
 _Used = dict[tuple[int, str], UsedExpertsRecord]
 
 #: Process ids of the trace.
@@ -56,21 +60,38 @@ def trace_events(records: Iterable[Record]) -> list[Event]:
     for record in kept:
         if isinstance(record, UsedExpertsRecord):
             used[record.split, record.tensor] = record
-        elif not isinstance(record, AllocRecord | AssignRecord):
+        elif isinstance(record, _Timed):
             timed.append((record, _describe(record, used)))
+    allocs = [r for r in kept if isinstance(r, AllocRecord)]
     is_virtual = any(r.virtual is not None for r, _ in timed)
-    events = _process(_WALL, "this machine (wall time)" if is_virtual else "pyggml", _wall(timed))
+    zero_s = min([r.start_s for r, _ in timed] + [r.end_s for r in allocs], default=0.0)
+    events = _memory(_WALL, [(r, r.end_s - zero_s) for r in allocs])
+    events += _process(_WALL, "this machine (wall time)" if is_virtual else "pyggml", _wall(timed, zero_s))
     if is_virtual:
+        events += _memory(_VIRTUAL, [(r, r.virtual.end_s) for r in allocs if r.virtual is not None])
         events += _process(_VIRTUAL, "simulated machine (virtual time)", _virtual(timed))
         events += _arrows(timed, events)
+    return events
+
+
+def _memory(pid: int, allocs: Sequence[tuple[AllocRecord, float]]) -> list[Event]:
+    """Return counters of the memory that each backend's device holds, by purpose."""
+    held: dict[str, dict[tuple[str, str], int]] = {}
+    events: list[Event] = []
+    for record, when_s in allocs:
+        own = held.setdefault(record.backend, {})
+        own[record.purpose, record.buft] = record.size_bytes
+        args = dict.fromkeys(_PURPOSES, 0)
+        for (purpose, _), size in own.items():
+            args[purpose] += size
+        events.append({"name": f"memory {record.backend}", "ph": "C", "ts": _us(when_s), "pid": pid, "args": args})
     return events
 
 
 _Placed = tuple[_Slice, float, float]
 
 
-def _wall(timed: Sequence[tuple[_Timed, _Slice]]) -> list[_Placed]:
-    zero_s = min((r.start_s for r, _ in timed), default=0.0)
+def _wall(timed: Sequence[tuple[_Timed, _Slice]], zero_s: float) -> list[_Placed]:
     return [(s, r.start_s - zero_s, r.end_s - r.start_s) for r, s in timed]
 
 
@@ -90,8 +111,8 @@ def _process(pid: int, name: str, placed: Sequence[_Placed]) -> list[Event]:
     for s, start_s, duration_s in placed:
         tid = lanes.setdefault(s.lane, len(lanes) + 1)
         event: Event = {"name": s.name, "cat": s.kind, "ts": _us(start_s), "pid": pid, "tid": tid, "args": s.args}
-        # a callback is a moment: on its lane alone, "t"
-        slices.append(event | ({"ph": "i", "s": "t"} if s.kind == "callback" else {"ph": "X", "dur": _us(duration_s)}))
+        # a moment is shown on its lane alone, "t"
+        slices.append(event | ({"ph": "i", "s": "t"} if s.kind in _MOMENTS else {"ph": "X", "dur": _us(duration_s)}))
     names: list[Event] = [{"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": name}}]
     names += [
         {"name": "thread_name", "ph": "M", "pid": pid, "tid": i, "args": {"name": lane}} for lane, i in lanes.items()
@@ -149,6 +170,9 @@ def _describe(record: _Timed, used: _Used) -> _Slice:
     if isinstance(record, CallbackRecord):
         args = {"split": record.split, "asked": record.asked, "answer": record.answer}
         return _Slice("host", f"callback {record.tensor}", "callback", args)
+    if isinstance(record, EventRecord):
+        args = {"split": record.split, "copy": record.copy}
+        return _Slice(f"{record.backend} compute", f"event {record.copy}", "event", args)
     lane = f"{record.backend} waits" if record.what == "event_wait" else "host"
     return _Slice(lane, f"{record.what} {record.backend}", "wait", {"split": record.split})
 
@@ -162,6 +186,6 @@ def write_timeline(path: Path, records: Iterable[Record]) -> None:
         The file cannot be written.
     """
     kept = list(records)
-    compute_bytes = {r.backend: r.size_bytes for r in kept if isinstance(r, AllocRecord)}
+    compute_bytes = {r.backend: r.size_bytes for r in kept if isinstance(r, AllocRecord) and r.purpose == "compute"}
     whole = {"traceEvents": trace_events(kept), "displayTimeUnit": "ms", "otherData": {"compute_bytes": compute_bytes}}
     path.write_text(json.dumps(whole), encoding="utf-8")

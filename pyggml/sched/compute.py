@@ -60,7 +60,7 @@ class SplitRun:
         """Let the host wait for all work of a backend."""
         start_s = self.log.now()
         self.machine.backends[backend_id].synchronize()
-        self.log.waited(i_split, "synchronize", backend_id, self.cur_copy, start_s)
+        self.log.waited(i_split, "synchronize", backend_id, None, start_s)
 
     def host_wait(self, i_split: int, backend_id: int) -> None:
         """Let the host wait until a backend's last use of this pipeline copy is over."""
@@ -112,8 +112,9 @@ def compute_splits(run: SplitRun) -> None:
         run.copier.after_compute(run, i_split)
         event = run.events[b][run.cur_copy]
         if event is not None and (split.inputs or dialect.record_every_split):
+            start_s = run.log.now()
             run.machine.backends[b].event_record(event)
-            run.log.recorded_event(b, run.cur_copy)
+            run.log.recorded_event(i_split, b, run.cur_copy, start_s)
         previous = b
 
 

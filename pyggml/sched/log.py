@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 from ..clock import Span, VirtualClock
 from ..graph import GraphView
 from ..record import (
+    AllocPurpose,
     AllocRecord,
     AssignRecord,
     CallbackRecord,
     ComputeRecord,
     CopyReason,
     CopyRecord,
+    EventRecord,
     ReadRecord,
     Recorder,
     Statistics,
@@ -27,10 +29,11 @@ from ..types import Op
 from .state import is_computed
 
 if TYPE_CHECKING:
+    from ..buffer import BufferType
     from ..graph import Graph
-    from .state import Assignment, Machine, SchedGraph
+    from .state import Assignment, Machine
 
-__all__ = ["RunLog", "record_assignment", "record_buffers"]
+__all__ = ["RunLog"]
 
 Wait = Literal["synchronize", "event_synchronize", "event_wait"]
 
@@ -67,6 +70,10 @@ class RunLog:
 
     def _name(self, backend_id: int) -> str:
         return self.machine.backends[backend_id].name
+
+    def _moment(self) -> Span | None:
+        """Return the host's virtual time, for what takes none."""
+        return None if self.clock is None else Span(self.clock.host_s, self.clock.host_s)
 
     def copied(
         self,
@@ -116,11 +123,11 @@ class RunLog:
             whole = 0 if is_added else weight.nbytes
             self.recorder.record(UsedExpertsRecord(i_split, weight.name, name, used, weight.ne[2], weight.nb[2], whole))
 
-    def was_read(self, tensor: Tensor, backend_id: int, start_s: float) -> None:
+    def was_read(self, i_split: int | None, tensor: Tensor, backend_id: int, start_s: float) -> None:
         """Take note that the host waited for a backend and read a tensor."""
+        self.waited(i_split, "synchronize", backend_id, None, start_s)
         span = None
         if self.clock is not None:
-            self.clock.synchronize(backend_id)
             span = self.clock.copy(
                 backend_id, self.clock.cpu, tensor.nbytes, is_async=False, is_pinned=False,
                 slow_src=self._slowdown(backend_id),
@@ -130,25 +137,26 @@ class RunLog:
                 ReadRecord(tensor.name, self._name(backend_id), tensor.nbytes, start_s, perf_counter(), span)
             )
 
-    def waited(self, i_split: int, what: Wait, backend_id: int, copy: int, start_s: float) -> None:
+    def waited(self, i_split: int | None, what: Wait, backend_id: int, copy: int | None, start_s: float) -> None:
         """Take note of a wait: of the host for a backend or its event, or of a backend for its event."""
         self.stats.n_waits += 1
         span: Span | None = None
         clock = self.clock
         if clock is not None:
-            if what == "synchronize":
+            if copy is None:
                 span = clock.synchronize(backend_id)
             elif what == "event_wait":
                 span = clock.event_wait(backend_id, backend_id, copy)
             else:
                 span = clock.event_synchronize(backend_id, copy)
         if self.recorder is not None:
-            self.recorder.record(WaitRecord(i_split, what, self._name(backend_id), start_s, perf_counter(), span))
+            self.recorder.record(WaitRecord(i_split, what, self._name(backend_id), start_s, perf_counter(), span, copy))
 
-    def recorded_event(self, backend_id: int, copy: int) -> None:
+    def recorded_event(self, i_split: int, backend_id: int, copy: int, start_s: float) -> None:
         """Take note that a backend's event was recorded."""
-        if self.clock is not None:
-            self.clock.event_record(backend_id, copy)
+        span = None if self.clock is None else self.clock.event_record(backend_id, copy)
+        if self.recorder is not None:
+            self.recorder.record(EventRecord(i_split, self._name(backend_id), copy, start_s, perf_counter(), span))
 
     def launched(self, i_split: int, backend_id: int, graph: GraphView, asg: Assignment, start_s: float) -> None:
         """Take note that nodes were given to a backend."""
@@ -169,8 +177,36 @@ class RunLog:
     def called_back(self, i_split: int, tensor: Tensor, start_s: float, *, asked: bool, answer: bool) -> None:
         """Take note that the eval callback was called."""
         if self.recorder is not None:
-            span = None if self.clock is None else Span(self.clock.host_s, self.clock.host_s)
-            self.recorder.record(CallbackRecord(i_split, tensor.name, asked, answer, start_s, perf_counter(), span))
+            end_s, span = perf_counter(), self._moment()
+            self.recorder.record(CallbackRecord(i_split, tensor.name, asked, answer, start_s, end_s, span))
+
+    def assigned(self, graph: Graph, asg: Assignment, start_s: float) -> None:
+        """Take note of where each node of a graph will be computed, and why."""
+        if self.recorder is None:
+            return
+        end_s, span = perf_counter(), self._moment()
+        for node in graph.nodes:
+            if is_computed(node):
+                cause = asg.cause(node)
+                name = "" if cause is None else cause.value
+                backend = self._name(asg.ids[node])
+                self.recorder.record(AssignRecord(node.name, node.op_desc, backend, name, start_s, end_s, span))
+
+    def holds(
+        self,
+        purpose: AllocPurpose,
+        held: Iterable[tuple[int, BufferType, int]],
+        start_s: float,
+        *,
+        graph: str = "",
+    ) -> None:
+        """Take note of what is allocated from now on: backends whose memory it is, buffer types, and bytes."""
+        if self.recorder is None:
+            return
+        end_s, span = perf_counter(), self._moment()
+        for backend_id, buft, size in held:
+            name = self._name(backend_id)
+            self.recorder.record(AllocRecord(graph, name, buft.name, size, purpose, start_s, end_s, span))
 
     def _seconds(self, clock: VirtualClock, backend_id: int, graph: GraphView) -> float:
         """Return how long nodes take; all but the products with used experts is worked out once for a range."""
@@ -192,19 +228,3 @@ class RunLog:
         if known is not None:
             return known
         return DEFAULT_ROUTING.used(weight.ne[2], ids.ne[0], ids.ne[1])
-
-
-def record_assignment(recorder: Recorder, graph: Graph, asg: Assignment, machine: Machine) -> None:
-    """Record where each node of a graph will be computed, and why."""
-    for node in graph.nodes:
-        if is_computed(node):
-            cause = asg.cause(node)
-            backend = machine.backends[asg.ids[node]].name
-            recorder.record(AssignRecord(node.name, node.op_desc, backend, "" if cause is None else cause.value))
-
-
-def record_buffers(recorder: Recorder, graph: SchedGraph, machine: Machine, size_of: Callable[[int], int]) -> None:
-    """Record the compute buffers of all backends, of which ``size_of`` tells the bytes."""
-    name = graph.nodes[-1].name if graph.nodes else ""
-    for i, backend in enumerate(machine.backends):
-        recorder.record(AllocRecord(name, backend.name, machine.bufts[i].name, size_of(i)))

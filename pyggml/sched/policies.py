@@ -91,14 +91,14 @@ class _IdsRead:
 
     __slots__ = ("backend", "tensor", "used", "words")
 
-    def __init__(self, run: SplitRun, tensor: Tensor, backend_id: int) -> None:
+    def __init__(self, run: SplitRun, i_split: int, tensor: Tensor, backend_id: int) -> None:
         self.tensor = tensor
         self.backend = backend = run.machine.backends[backend_id]
         self.words = array("i", bytes(tensor.nbytes))
         start_s = run.log.now()
         backend.get_tensor_async(tensor, self.words.buffer_info()[0], 0, tensor.nbytes)
         backend.synchronize()
-        run.log.was_read(tensor, backend_id, start_s)
+        run.log.was_read(i_split, tensor, backend_id, start_s)
         ne, nb = tensor.ne, tensor.nb
         self.used = used_experts(self.words, n_used=ne[0], n_token=ne[1], strides=(nb[0] // 4, nb[1] // 4))
 
@@ -152,18 +152,18 @@ class UpstreamCopier(FullCopier):
             if run.copy_of(later, split.backend_id) is ids:  # not copied yet: the original is what will be there
                 original, there = later, run.asg.ids[later]
                 break
-        used = self._used(run, original, there, weight)
+        used = self._used(run, i_split, original, there, weight)
         run.log.experts(i_split, weight, original, used, is_added=False)
         run.log.used[ids] = len(used)
         self._send(run, i_split, weight, copy, used)
         self._copied(copy, used)
         return True
 
-    def _used(self, run: SplitRun, ids: Tensor, backend_id: int, weight: Tensor) -> set[int]:
+    def _used(self, run: SplitRun, i_split: int, ids: Tensor, backend_id: int, weight: Tensor) -> set[int]:
         """Return the experts that ids name, as read before or read now."""
         if self._ids is None or self._ids.tensor is not ids:
             self._ids = None  # a read that fails leaves nothing behind
-            self._ids = _IdsRead(run, ids, backend_id)
+            self._ids = _IdsRead(run, i_split, ids, backend_id)
         self._ids.check(weight, weight.ne[2], run.causes_of(ids))
         return self._ids.used
 
@@ -263,7 +263,7 @@ class UsedExpertCopier(UpstreamCopier):
             elif use.ids.is_empty:
                 continue
             else:
-                needed = self._used(run, use.ids, run.splits[i_split].backend_id, use.weight)
+                needed = self._used(run, i_split, use.ids, run.splits[i_split].backend_id, use.weight)
             missing = needed - present
             if missing:
                 present |= missing

@@ -53,7 +53,7 @@ from .assign import OffloadOp, assign
 from .check import check_allocation, check_assignment, check_splits
 from .compute import EvalCallback, SplitRun, compute_splits
 from .debug import assignments_text
-from .log import RunLog, record_assignment, record_buffers
+from .log import RunLog
 from .policies import InputCopier, UpstreamCopier, UsedExpertCopier, default_offload
 from .split import CutMemory, Cutter, make_sched_graph, optimize_splits
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
@@ -150,6 +150,7 @@ class Scheduler:
             [b.device.event_new() if parallel else None for _ in range(self.n_copies)] for b in self.backends
         ]
         self.galloc = Gallocr(self.bufts, dialect=dialect)
+        self._noted_sizes = [0] * len(self.bufts)  # of compute buffers, as last recorded
         self.is_reset = True
         self.is_alloc = False
         self._memory = CutMemory()
@@ -234,7 +235,8 @@ class Scheduler:
         self._restore(graph)
         self.is_reset = False
         self._cutter = self._kept = None
-        asg = self.assignment
+        asg, log = self.assignment, self.new_log()
+        start_s = log.now()
         assign(graph, asg, self.machine, self.offload_rule if self.op_offload else None)
         cutter = Cutter(asg, self.machine, self._memory, n_copies=self.n_copies, cur_copy=self.cur_copy)
         self._rewritten[graph] = cutter.rewritten
@@ -242,8 +244,7 @@ class Scheduler:
         if self.debug:
             sys.stderr.write(assignments_text(graph, cutter.splits, asg, self.machine, level=self.debug))
         asg.forget_counts()
-        if self.recorder is not None:
-            record_assignment(self.recorder, graph, asg, self.machine)
+        log.assigned(graph, asg, start_s)
         cutter.copy_graph_inputs(graph)
         self._node_ids, self._prev_node_ids = self._prev_node_ids, self._node_ids
         self._leaf_ids, self._prev_leaf_ids = self._prev_leaf_ids, self._leaf_ids
@@ -300,13 +301,30 @@ class Scheduler:
             self._synchronize()
             self._split(graph)
             copy = self.graph_copy
-            return self.galloc.reserve_n_size(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
+            with self._noting_buffers():
+                return self.galloc.reserve_n_size(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
 
     def _reserve_copy(self) -> None:
         copy = self.graph_copy
-        self.galloc.reserve_n(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
-        if self.recorder is not None:
-            record_buffers(self.recorder, copy, self.machine, self.galloc.buffer_size)
+        with self._noting_buffers():
+            self.galloc.reserve_n(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
+
+    @contextmanager
+    def _noting_buffers(self) -> Iterator[None]:
+        """Record which compute buffers changed within the block, also if it fails."""
+        if self.recorder is None:
+            yield
+            return
+        log = self.new_log()
+        start_s = log.now()
+        try:
+            yield
+        finally:
+            nodes = self.graph_copy.nodes
+            sizes = [self.galloc.buffer_size(i) for i in range(len(self.bufts))]
+            changed = [(i, self.bufts[i], n) for i, n in enumerate(sizes) if n != self._noted_sizes[i]]
+            log.holds("compute", changed, start_s, graph=nodes[-1].name if nodes else "")
+            self._noted_sizes = sizes
 
     def alloc_graph(self, graph: Graph) -> None:
         """Assign, cut and allocate a graph, so that its inputs can be set.
@@ -372,10 +390,11 @@ class Scheduler:
         moved = self._node_ids.moved(self._prev_node_ids, len(self.graph_copy.nodes), bufts) or self._leaf_ids.moved(
             self._prev_leaf_ids, len(self.graph_copy.leafs), bufts
         )
-        if moved or not self.galloc.alloc_graph(self.graph_copy):
+        with self._noting_buffers():  # with one buffer type the allocator reserves by itself
+            is_placed = not moved and self.galloc.alloc_graph(self.graph_copy)
+        if not is_placed:
             # inputs may move in memory; next_copy must not change, so this is no `synchronize`
-            for backend in self.backends:
-                backend.synchronize()
+            self._wait()
             self._reserve_copy()
             self.galloc.alloc_graph(self.graph_copy)
         if config.check():
@@ -428,7 +447,7 @@ class Scheduler:
         compute_splits(
             SplitRun(
                 self.machine, self.splits, self.copies, self.assignment, self.cur_copy, self.events, self.copier,
-                self.eval_callback, RunLog(self.machine, self.stats, self.recorder, self.clock),
+                self.eval_callback, self.new_log(),
             )
         )  # fmt: skip
 
@@ -443,12 +462,21 @@ class Scheduler:
             self._synchronize()
 
     def _synchronize(self) -> None:
-        for i, backend in enumerate(self.backends):
-            backend.synchronize()
-            if self.clock is not None:
-                self.clock.synchronize(i)
+        self._wait()
         if not self.is_alloc:
             self.next_copy = 0
+
+    def _wait(self) -> None:
+        """Let the host wait for all work of all backends."""
+        log = self.new_log()
+        for i, backend in enumerate(self.backends):
+            start_s = log.now()
+            backend.synchronize()
+            log.waited(None, "synchronize", i, None, start_s)
+
+    def new_log(self) -> RunLog:
+        """Return what is to be told of copies, waits and launches: it counts in `stats`, records, and moves the clock."""
+        return RunLog(self.machine, self.stats, self.recorder, self.clock)
 
     def reset(self) -> None:
         """Forget graph, assignments and pins; compute buffers stay.
@@ -478,7 +506,8 @@ class Scheduler:
             self._kept = None
             self.splits = []
             self.graph_copy = SchedGraph()
-            self.galloc.close()
+            with self._noting_buffers():
+                self.galloc.close()
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ import pytest
 import pyggml as ggml
 from pyggml.errors import BackendError, FormatError, GraphError, SchedError
 from pyggml.planning import Planner, virtual_clock
-from pyggml.record import ComputeRecord, CopyRecord, ReadRecord, Recording
+from pyggml.record import AllocRecord, ComputeRecord, CopyRecord, ReadRecord, Recording
 from pyggml.routing import RecordedRouting, Zipf, parse_routing
 from pyggml.sched.debug import assignments_text
 from pyggml.session import ContextFlags, PlacementFlags, Session, TopK
@@ -90,6 +90,34 @@ def test_plan_with_recorded_routing_does_what_the_run_did(model, n_tokens, n_uba
                 )
             ]
             assert texts[0] == texts[1]
+
+
+def test_records_hold_the_memory_that_reports_tell(llama):
+    """Weights, KV cache and compute buffers by buffer type, to the byte; of a plan those of the run; in the end nothing."""
+
+    def held(recording: Recording, purpose: str) -> dict[str, int]:
+        by_buft: dict[tuple[str, str], int] = {}
+        for r in recording.records:
+            if isinstance(r, AllocRecord) and r.purpose == purpose:
+                by_buft[r.backend, r.buft] = r.size_bytes
+                assert r.backend == ("SIM0" if r.buft == "SIM0" else "CPU")
+        return {buft: n for (_, buft), n in by_buft.items() if n}
+
+    planned, ran = Recording(), Recording()
+    with Session.open(
+        llama, devices=[SIM], cpu=ggml.CPU(1), placement=ON_HOST, context=_context(), strict=True, recorder=ran
+    ) as run, _plan(llama, planned) as plan:  # fmt: skip
+        for recording, opened in ((planned, plan), (ran, run)):
+            memory = opened.memory()
+            assert held(recording, "weights") == {m.buft: m.weights for m in memory if m.weights}
+            assert held(recording, "kv_cache") == {m.buft: m.cache for m in memory if m.cache}
+        assert len(held(ran, "weights")) > 1
+        assert held(ran, "compute") == {m.buft: m.compute for m in run.memory() if m.compute}
+        simulate_batch(plan, 40)
+        sizes = {buft.name: plan.sched.galloc.buffer_size(i) for i, buft in enumerate(plan.sched.bufts)}
+        assert held(planned, "compute") == sizes
+    for recording in (planned, ran):
+        assert not any(held(recording, purpose) for purpose in ("weights", "kv_cache", "compute"))
 
 
 def test_plan_over_two_devices_with_pipeline_copies_is_carried_out(llama):

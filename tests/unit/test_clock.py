@@ -13,7 +13,6 @@ from pyggml.clock import VirtualClock
 from pyggml.cost import CPU_PROFILE, PROFILES
 from pyggml.errors import BackendError
 from pyggml.record import (
-    AllocRecord,
     AssignRecord,
     CallbackRecord,
     ComputeRecord,
@@ -268,8 +267,3 @@ def test_callbacks_are_recorded_and_shown_as_moments_of_the_host():
     assert {(e["ph"], e["name"], e["pid"]) for e in moments} == {("i", "callback y", 1), ("i", "callback y", 2)}
     hosts = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name" and e["args"]["name"] == "host"}
     assert {(e["pid"], e["tid"]) for e in moments} <= hosts
-
-
-def test_buffers_are_recorded_with_their_graph():
-    """An allocation names the graph by its last node."""
-    assert {r.graph for r in _records() if isinstance(r, AllocRecord)} == {"y"}

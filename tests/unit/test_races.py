@@ -141,11 +141,11 @@ def test_ids_that_are_not_waited_for_are_caught(monkeypatch):
     class Hasty(policies._IdsRead):
         __slots__ = ()
 
-        def __init__(self, run, tensor, backend_id):
+        def __init__(self, run, i_split, tensor, backend_id):
             kept.append(self)  # the bytes still come, later
             with monkeypatch.context() as patch:
                 patch.setattr(SimBackend, "synchronize", lambda self: None)
-                super().__init__(run, tensor, backend_id)
+                super().__init__(run, i_split, tensor, backend_id)
 
     monkeypatch.setattr(policies, "_IdsRead", Hasty)
     assert _wrong_seeds(two_devices)
