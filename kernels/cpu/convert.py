@@ -1,4 +1,4 @@
-"""Rows from one element type to another: everything to floats, floats to what caches and copies hold."""
+"""Rows from one element type to another: everything to floats, and floats to anything."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from .memory import (
     call4,
     copy_bytes,
     f32_of_bits,
-    floats,
     ld_f16,
     ld_f32,
     ld_i32,
@@ -17,9 +16,8 @@ from .memory import (
     st_f16,
     st_f32,
     st_i32,
-    st_u8,
 )
-from .words import BF16, F16, F32, I32, Q4_0, Q8_0
+from .words import BF16, F16, F32, I32
 
 import numba  # isort: skip
 import numpy as np  # isort: skip
@@ -92,45 +90,8 @@ def row_to_f32(type, src, dst, n, dequantise):
 
 
 @device
-def _quantise_q8_0(src, dst, n):
-    x = floats(src)
-    for i in range(0, n, 32):
-        largest = np.float32(0.0)
-        for j in range(32):
-            largest = max(largest, abs(x[i + j]))
-        d = largest / np.float32(127.0)
-        inverse = np.float32(1.0) / d if d > 0 else np.float32(0.0)
-        at = dst + i // 32 * 34
-        st_f16(at, d)
-        for j in range(32):
-            v = x[i + j] * inverse
-            # half away from zero, as roundf
-            st_u8(at + 2 + j, numba.int64(v + np.float32(0.5)) if v >= 0 else numba.int64(v - np.float32(0.5)))
-
-
-@device
-def _quantise_q4_0(src, dst, n):
-    x = floats(src)
-    for i in range(0, n, 32):
-        largest = np.float32(0.0)
-        extreme = np.float32(0.0)
-        for j in range(32):
-            if abs(x[i + j]) > largest:
-                largest = abs(x[i + j])
-                extreme = x[i + j]
-        d = extreme / np.float32(-8.0)
-        inverse = np.float32(1.0) / d if d != 0 else np.float32(0.0)
-        at = dst + i // 32 * 18
-        st_f16(at, d)
-        for j in range(16):
-            low = min(15, numba.int64(x[i + j] * inverse + np.float32(8.5)))
-            high = min(15, numba.int64(x[i + 16 + j] * inverse + np.float32(8.5)))
-            st_u8(at + 2 + j, low | high << 4)
-
-
-@device
-def row_from_f32(type, src, dst, n):
-    """Write n floats, from an address on, as elements of F32, F16, BF16, I32, Q8_0 or Q4_0."""
+def row_from_f32(type, src, dst, n, quantise):
+    """Write n floats as elements of a type; quantised ones by `floats_to_blocks`, whose address is given."""
     if type == F32:
         copy_bytes(dst, src, 4 * n)
     elif type == F16:
@@ -139,10 +100,8 @@ def row_from_f32(type, src, dst, n):
         _f32_to_bf16(src, dst, n)
     elif type == I32:
         _f32_to_i32(src, dst, n)
-    elif type == Q8_0:
-        _quantise_q8_0(src, dst, n)
-    elif type == Q4_0:
-        _quantise_q4_0(src, dst, n)
+    else:
+        call4(quantise, type, src, dst, n)
 
 
 @device

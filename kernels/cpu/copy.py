@@ -27,8 +27,8 @@ from .words import (
 )
 
 #: Parameters of `copy_rows`. HOW: see below. BYTES: of an element, or of a row for RAW_ROWS. DEQUANTISE: address of
-#: `dequantise_row`.
-HOW, BYTES, DEQUANTISE = PARAM, PARAM + 1, PARAM + 2
+#: `dequantise_row`; QUANTISE: of `floats_to_blocks`.
+HOW, BYTES, DEQUANTISE, QUANTISE = PARAM, PARAM + 1, PARAM + 2, PARAM + 3
 #: Rows as bytes; rows converted; elements strided within rows; elements in any shape.
 RAW_ROWS, CONVERTED_ROWS, STRIDED, RESHAPED = range(4)
 #: Bytes that one thread copies of a single long row.
@@ -66,7 +66,7 @@ def _raw_rows(ith, nth, d, row_bytes):
 @device
 def _converted_rows(ith, nth, d, ctl, src_type, dst_type):
     n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
-    dequantise = ld_i64(d + 8 * DEQUANTISE)
+    dequantise, quantise = ld_i64(d + 8 * DEQUANTISE), ld_i64(d + 8 * QUANTISE)
     floats_at = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
     first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
     for row in range(first, end):
@@ -74,10 +74,10 @@ def _converted_rows(ith, nth, d, ctl, src_type, dst_type):
         if dst_type == F32:
             row_to_f32(src_type, at, out, n, dequantise)
         elif src_type == F32:
-            row_from_f32(dst_type, at, out, n)
+            row_from_f32(dst_type, at, out, n, quantise)
         else:
             row_to_f32(src_type, at, floats_at, n, dequantise)
-            row_from_f32(dst_type, floats_at, out, n)
+            row_from_f32(dst_type, floats_at, out, n, quantise)
 
 
 @device

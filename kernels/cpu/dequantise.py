@@ -7,10 +7,12 @@ import numpy as np
 
 from .kernel import device, kernel
 from .memory import f32_of_bits, floats, ld_f16, ld_i8, ld_i32, ld_u8
-from .words import MXFP4, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
+from .words import IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
 
 #: Doubled values of MXFP4's sixteen codes; its scale is halved in turn.
 MXFP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+#: Values of IQ4_NL's sixteen codes.
+IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 @device
@@ -47,6 +49,35 @@ def _mxfp4(at, y):
         q = ld_u8(at + 1 + j)
         y[j] = np.float32(MXFP4_DOUBLED[q & 15]) * d
         y[j + 16] = np.float32(MXFP4_DOUBLED[q >> 4]) * d
+
+
+@device
+def _iq4_nl(at, y):
+    d = ld_f16(at)
+    for j in range(16):
+        q = ld_u8(at + 2 + j)
+        y[j] = d * np.float32(IQ4_NL_VALUES[q & 15])
+        y[j + 16] = d * np.float32(IQ4_NL_VALUES[q >> 4])
+
+
+@device
+def _q2_k(at, y):
+    d, least = ld_f16(at + 80), ld_f16(at + 82)
+    for i in range(256):
+        scale = ld_u8(at + i // 16)
+        q = (ld_u8(at + 16 + i // 128 * 32 + i % 32) >> (i % 128 // 32 * 2)) & 3
+        y[i] = d * np.float32(scale & 15) * np.float32(q) - least * np.float32(scale >> 4)
+
+
+@device
+def _q3_k(at, y):
+    d = ld_f16(at + 108)
+    for i in range(256):
+        j = i // 16
+        scale = ((ld_u8(at + 96 + j % 8) >> (j // 8 * 4)) & 15) | ((ld_u8(at + 104 + j % 4) >> (j // 4 * 2)) & 3) << 4
+        q = (ld_u8(at + 32 + i // 128 * 32 + i % 32) >> (i % 128 // 32 * 2)) & 3
+        q |= ((ld_u8(at + i % 32) >> (i // 32)) & 1) << 2
+        y[i] = d * np.float32(scale - 32) * np.float32(q - 4)
 
 
 @device
@@ -122,3 +153,12 @@ def dequantise_row(type, src, dst, n):
     elif type == Q6_K:
         for i in range(n // 256):
             _q6_k(src + 210 * i, floats(dst + 1024 * i))
+    elif type == IQ4_NL:
+        for i in range(n // 32):
+            _iq4_nl(src + 18 * i, floats(dst + 128 * i))
+    elif type == Q2_K:
+        for i in range(n // 256):
+            _q2_k(src + 84 * i, floats(dst + 1024 * i))
+    elif type == Q3_K:
+        for i in range(n // 256):
+            _q3_k(src + 110 * i, floats(dst + 1024 * i))

@@ -27,8 +27,9 @@ from .words import (
     TYPE,
 )
 
-#: Parameters: address of `dequantise_row`; bytes of a row if it is copied as it is, else 0.
+#: Parameters: address of `dequantise_row` (SET_ROWS: `floats_to_blocks`); bytes of a row copied as it is, else 0.
 DEQUANTISE, RAW_BYTES = PARAM, PARAM + 1
+QUANTISE = DEQUANTISE
 
 
 @device
@@ -72,7 +73,7 @@ def set_rows(ith, nth, d, ctl):
     ne11, ne12, n_rows = ld_i64(d + 8 * (SRC1 + NE1)), ld_i64(d + 8 * (SRC1 + NE2)), ld_i64(d + 8 * (DST + NE1))
     src, dst = ld_i64(d + 8 * (SRC0 + ADDRESS)), ld_i64(d + 8 * (DST + ADDRESS))
     type, src_type, raw = ld_i64(d + 8 * (DST + TYPE)), ld_i64(d + 8 * (SRC0 + TYPE)), ld_i64(d + 8 * RAW_BYTES)
-    floats_at = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
+    quantise, floats_at = ld_i64(d + 8 * QUANTISE), ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
     first, end = share(ne01 * ne02 * ld_i64(d + 8 * (SRC0 + NE3)), ith, nth)
     for i in range(first, end):
         i1, i2, i3 = i % ne01, i // ne01 % ne02, i // (ne01 * ne02)
@@ -84,10 +85,10 @@ def set_rows(ith, nth, d, ctl):
         if raw != 0:
             copy_bytes(out, at, raw)
         elif src_type == F32:
-            row_from_f32(type, at, out, n)
+            row_from_f32(type, at, out, n, quantise)
         else:
             row_to_f32(src_type, at, floats_at, n, 0)
-            row_from_f32(type, floats_at, out, n)
+            row_from_f32(type, floats_at, out, n, quantise)
 
 
 @op_kernel

@@ -41,7 +41,8 @@ ERROR_SET, ERROR_POSITION, ERROR_VALUE, ERROR_LIMIT = range(4)
 
 # -- element types, as in files
 F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = 0, 1, 2, 3, 6, 7, 8
-Q4_K, Q5_K, Q6_K, I32, I64, BF16, MXFP4 = 12, 13, 14, 26, 27, 30, 39
+Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = range(10, 15)
+IQ4_NL, I32, I64, BF16, MXFP4 = 20, 26, 27, 30, 39
 
 
 def control_words(n_threads: int) -> int:

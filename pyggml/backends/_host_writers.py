@@ -28,6 +28,7 @@ from pyggml.kernels.cpu import (
     words,
 )
 from pyggml.kernels.cpu.dequantise import dequantise_row
+from pyggml.kernels.cpu.quantise import floats_to_blocks
 
 from ..tensor import Tensor
 from ..types import Op, Type
@@ -341,6 +342,11 @@ def _rope(sine_sign: float) -> Writer:
 # -- choosing and moving ----------------------------------------------------------------------------
 
 
+def _quantiser(t: Tensor) -> int:
+    """Return the address of what writes a node's quantised rows; 0 if they are not, to compile nothing."""
+    return floats_to_blocks.address if t.type.is_quantized else 0
+
+
 def _get_rows(plan: HostPlan, t: Tensor) -> None:
     src = _source(t, 0)
     raw = src.row_size if src.type is t.type else 0
@@ -351,7 +357,7 @@ def _set_rows(plan: HostPlan, t: Tensor) -> None:
     src = _source(t, 0)
     plan.need_thread_bytes(4 * src.ne[0])
     raw = src.row_size if src.type is t.type else 0
-    plan.add(rows.set_rows.address, t, (t, src, _source(t, 1)), (0, raw), **_by_rows(src))
+    plan.add(rows.set_rows.address, t, (t, src, _source(t, 1)), (_quantiser(t), raw), **_by_rows(src))
 
 
 def _add_id(plan: HostPlan, t: Tensor) -> None:
@@ -373,7 +379,7 @@ def _copy(plan: HostPlan, t: Tensor) -> None:
         plan.need_thread_bytes(4 * t.ne[0])
     else:
         how = copy.STRIDED if same_shape else copy.RESHAPED
-    plan.add(copy.copy_rows.address, t, tensors, (how, size, dequantise_row.address), **_by_elements(t))
+    plan.add(copy.copy_rows.address, t, tensors, (how, size, dequantise_row.address, _quantiser(t)), **_by_elements(t))
 
 
 def _repeat(plan: HostPlan, t: Tensor) -> None:
