@@ -181,15 +181,13 @@ def _product(
         return [*launches, Launch(name, grid, (32, mmvq.WARPS, 1), common + own)]
     grouping, lists, places = _group(ids, counts, ne11, n_expert, work)
     common = (*matrix, *lists, dst.address, dst.nb[1], n_row)
-    n_rows = tile.ROWS
     if is_quantized:
         fmt = FORMATS[src0.type]
         if n_k // 32 % tile.STAGE and fmt.is_steady(tile.STAGE) and not fmt.is_steady(1):
             suffix = "_odd"
     else:
-        n_rows = tile.FLOAT_ROWS
         own += (ne11, n_k)
-    grid = (_up(n_row, n_rows), places, 1)
+    grid = (_up(n_row, tile.ROWS), places, 1)
     return [*launches, *grouping, Launch(f"tile_{src0.type}{suffix}", grid, (tile.THREADS, 1, 1), common + own)]
 
 

@@ -29,10 +29,9 @@ PITCH = BLOCK // 4 * STAGE + 4
 #: 1.5 * 2**23 as bits and as a value: the float of these bits plus n is the value plus n, for any |n| < 2**22
 MAGIC, MAGIC_VALUE = 0x4B400000, 12582912
 
-# floats: 64 rows, 4 x 4 results a thread, 16 values a stage, both tiles transposed
-FLOAT_ROWS = 64
+# floats: 128 rows, 8 x 4 results a thread, 16 values a stage, both tiles transposed
 FLOAT_STAGE = 16
-FLOAT_PITCH_W, FLOAT_PITCH_Y = FLOAT_ROWS + 4, COLUMNS + 4
+FLOAT_PITCH_W, FLOAT_PITCH_Y = ROWS + 4, COLUMNS + 4
 
 _HEAD = """
 t = u32(cuda.threadIdx.x)
@@ -328,57 +327,85 @@ def quantized(fmt: Format, *, odd: bool = False) -> Kernel:
 # -- floats ----------------------------------------------------------------------
 
 
-def _float_stage_wide(type: str) -> tuple[Text, Text, Text]:
-    """Return what comes before the loop, the loads at ``k0`` and the stores of a stage, 16 bytes at a time."""
-    size = 4 if type == "f32" else 2
-    n = 16 // size  # values of a load
-    lanes = FLOAT_STAGE // n
-    where = [f"piece = u32(u32(t & u32({lanes - 1})) * u32({n}))", f"wr = u32(t >> u32({lanes.bit_length() - 1}))"]
-    load: Text = []
-    store: Text = []
-    for i in range(FLOAT_ROWS * lanes // THREADS):
-        p, row = f"p{i}_", f"wr + u32({i * THREADS // lanes})"
-        where += _row_address(p, row)
-        registers = ", ".join(f"{p}r{q}" for q in range(4))
-        load += [
-            f"{registers} = u32(0), u32(0), u32(0), u32(0)",
-            "if k0 + piece < n_k:",
-            f"    {registers} = ld4_u32({p}wrow + u64(k0 + piece) * u64({size}))",
-        ]
-        store += float_words(f"{p}v", type, 4, f"{p}r")
-        store += [f"sts_f32(sto + u64({4 * (q * FLOAT_PITCH_W + i * THREADS // lanes)}), {p}v{q})" for q in range(n)]
-    load += [
-        "y0, y1, y2, y3 = f32(0), f32(0), f32(0), f32(0)",
-        "if k0 + yk < n_k:",
-        "    y0, y1, y2, y3 = ld4_f32(ysrc + u64(k0 + yk) * u64(4))",
-    ]
-    store += [f"sts_f32(yto + u64({4 * q * FLOAT_PITCH_Y}), y{q})" for q in range(4)]
-    return where, load, store
+class _FloatStaging:
+    """How a stage of floats is loaded and put into shared memory: 16 bytes a lane, or a value a lane.
 
+    Attributes
+    ----------
+    where : list of str
+        Before the loop.
+    load, load_last : list of str
+        The loads of a whole stage at ``k0``, and of one that the rows may end in.
+    store : list of str
+        What was loaded goes to shared memory.
+    """
 
-def _float_stage_any(type: str) -> tuple[Text, Text, Text]:
-    """Return the same, one value at a time: neighbouring lanes load neighbouring values."""
-    size = 4 if type == "f32" else 2
-    where = [f"piece = u32(t & u32({FLOAT_STAGE - 1}))", "wr = u32(t >> u32(4))"]
-    load: Text = []
-    store: Text = []
-    for i in range(FLOAT_ROWS * FLOAT_STAGE // THREADS):
-        p, row = f"p{i}_", f"wr + u32({8 * i})"
-        where += _row_address(p, row)
-        load += [
-            f"{p}v = f32(0)",
-            "if k0 + piece < n_k:",
-            f"    {p}v = {float_scalar(type, f'{p}wrow + u64(k0 + piece) * u64({size})')}",
+    def __init__(self, type: str, *, wide: bool) -> None:
+        self.type, self.wide = type, wide
+        self.size = 4 if type == "f32" else 2
+        self.where: Text = []
+        self.load: Text = []
+        self.load_last: Text = []
+        self.store: Text = []
+        self._place("w", 16 // self.size if wide else 1)
+        for i, row in enumerate(self._rows("w", ROWS)):
+            self.where += [*_row_address(f"w{i}_", row), f"w{i}_wrow = keep(w{i}_wrow + u64(wk * u32({self.size})))"]
+            self._weights(f"w{i}_", i)
+        self._place("y", 4 if wide else 1)
+        for i, column in enumerate(self._rows("y", COLUMNS)):
+            self.where += [
+                *_column_source(column),
+                f"y{i}_src = y + u64(udiv(source, ne11)) * nb12 + u64(urem(source, ne11)) * nb11",
+                f"y{i}_src = keep(y{i}_src + u64(yk << u32(2)))",
+            ]
+            self._activations(f"y{i}_", i)
+
+    def _place(self, name: str, n: int) -> None:
+        """Find a lane's place in the stage, ``n`` values of a row, and where they go."""
+        self.lanes, self.n = FLOAT_STAGE // n, n
+        pitch = FLOAT_PITCH_W if name == "w" else FLOAT_PITCH_Y
+        self.where += [
+            f"{name}k = u32(u32(t & u32({self.lanes - 1})) * u32({n}))",
+            f"{name}r = u32(t >> u32({self.lanes.bit_length() - 1}))",
+            f"{name}to = keep(s{name} + u64(u32({name}k * u32({4 * pitch})) + u32({name}r << u32(2))))",
         ]
-        store.append(f"sts_f32(sto + u64({32 * i}), {p}v)")
-    for q in range(4):
-        load += [
-            f"y{q} = f32(0)",
-            f"if k0 + yk + u32({q}) < n_k:",
-            f"    y{q} = ld_f32(ysrc + u64(k0 + yk + u32({q})) * u64(4))",
-        ]
-        store.append(f"sts_f32(yto + u64({4 * q * FLOAT_PITCH_Y}), y{q})")
-    return where, load, store
+
+    def _rows(self, name: str, n_row: int) -> Text:
+        """Return the rows of a lane."""
+        self.apart = THREADS // self.lanes
+        return [f"u32({name}r + u32({i * self.apart}))" for i in range(n_row // self.apart)]
+
+    def _weights(self, p: str, i: int) -> None:
+        at = f"{p}wrow + u64(k0) * u64({self.size})"
+        if not self.wide:
+            self._loaded([f"{p}v"], "f32", float_scalar(self.type, at), "wk")
+            self.store.append(f"sts_f32(wto + u64({4 * self.apart * i}), {p}v)")
+            return
+        self._loaded([f"{p}r{q}" for q in range(4)], "u32", f"ld4_u32({at})", "wk")
+        self.store += float_words(f"{p}v", self.type, 4, f"{p}r")
+        at = [4 * (q * FLOAT_PITCH_W + i * self.apart) for q in range(self.n)]
+        self.store += [f"sts_f32(wto + u64({at[q]}), {p}v{q})" for q in range(self.n)]
+
+    def _activations(self, p: str, i: int) -> None:
+        names = [f"{p}{q}" for q in range(self.n)]
+        load = "ld4_f32" if self.wide else "ld_f32"
+        self._loaded(names, "f32", f"{load}({p}src + u64(k0) * u64(4))", "yk")
+        at = [4 * (q * FLOAT_PITCH_Y + i * self.apart) for q in range(self.n)]
+        self.store += [f"sts_f32(yto + u64({at[q]}), {name})" for q, name in enumerate(names)]
+
+    def _loaded(self, names: Text, type: str, load: str, k: str) -> None:
+        """Load; past the end of the rows there is nothing but zeros."""
+        zeros = ", ".join([f"{type}(0)"] * len(names))
+        line = f"{', '.join(names)} = {load}"
+        self.where.append(f"{', '.join(names)} = {zeros}")
+        self.load.append(line)
+        self.load_last += [f"if k0 + {k} < n_k:", f"    {line}", "else:", f"    {', '.join(names)} = {zeros}"]
+
+    @property
+    def next(self) -> Text:
+        """The loads of the stage at ``k0``, if there is one: a question for all of it, and none for each value."""
+        whole = [f"if u32(k0 + u32({FLOAT_STAGE})) <= n_k:", *indent(self.load)]
+        return [*whole, "elif k0 < n_k:", *indent(self.load_last)]
 
 
 def _multiply_floats() -> dict[str, Any]:
@@ -388,47 +415,50 @@ def _multiply_floats() -> dict[str, Any]:
     def emit(builder: Any, results: list[Any], wat: Any, yat: Any) -> list[Any]:
         for k in range(FLOAT_STAGE):
             xs = shared_load(builder, wat, 4 * k * FLOAT_PITCH_W, F32, 4)
+            xs += shared_load(builder, wat, 4 * k * FLOAT_PITCH_W + 2 * ROWS, F32, 4)
             ys = shared_load(builder, yat, 4 * k * FLOAT_PITCH_Y, F32, 4)
-            results = [builder.fadd(r, builder.fmul(xs[n // 4], ys[n % 4])) for n, r in enumerate(results)]
+            results = [builder.fadd(r, builder.fmul(xs[n // TN], ys[n % TN])) for n, r in enumerate(results)]
         return results
 
-    return _accumulating(emit, 16)
+    return _accumulating(emit, TM * TN)
 
 
 def floating(type: str, *, wide: bool) -> Kernel:
-    """Return the kernel for F32, F16 or BF16 weights; ``wide`` loads 16 bytes at a time and needs all rows aligned."""
-    where, load, store = (_float_stage_wide if wide else _float_stage_any)(type)
+    """Return the kernel for F32, F16 or BF16 weights; ``wide`` loads 16 bytes at a time and needs all rows aligned.
+
+    Notes
+    -----
+    Grid and block as those of `quantized`. The two kinds differ in how a stage comes to shared memory, and in nothing
+    else.
+    """
+    staging = _FloatStaging(type, wide=wide)
     body = [
         f"sw = shared_address(cuda.shared.array({FLOAT_STAGE * FLOAT_PITCH_W}, f32, alignment=16))",
         f"sy = shared_address(cuda.shared.array({FLOAT_STAGE * FLOAT_PITCH_Y}, f32, alignment=16))",
-        *_head(FLOAT_ROWS),
-        *where,
-        "yc = u32(t >> u32(2))",
-        "yk = u32(u32(t & u32(3)) << u32(2))",
-        *_column_source("yc"),
-        "ysrc = y + u64(udiv(source, ne11)) * nb12 + u64(urem(source, ne11)) * nb11",
-        f"sto = keep(sw + u64(u32(piece * u32({4 * FLOAT_PITCH_W})) + u32(wr << u32(2))))",
-        f"yto = keep(sy + u64(u32(yk * u32({4 * FLOAT_PITCH_Y})) + u32(yc << u32(2))))",
+        *_head(ROWS),
+        *staging.where,
+        # of 8 rows, 4 lie side by side and 4 half a tile further
         "tm = u32(u32(t & u32(15)) << u32(2))",
         "tn = u32(u32(t >> u32(4)) << u32(2))",
         "wat = keep(sw + u64(tm << u32(2)))",
         "yat = keep(sy + u64(tn << u32(2)))",
         "results = zeros()",
         "k0 = u32(0)",
-        *load,
+        *staging.next,
         "while k0 < n_k:",
         *indent(
             [
-                *store,
+                *staging.store,
                 "cuda.syncthreads()",
                 f"k0 = u32(k0 + u32({FLOAT_STAGE}))",
-                *load,
+                *staging.next,
                 "results = multiply(results, wat, yat)",
                 "cuda.syncthreads()",
             ]
         ),
     ]
-    body += _write(FLOAT_ROWS, [f"tn + u32({j})" for j in range(4)], "tm", [0, 1, 2, 3])
+    steps = [half + i for half in (0, ROWS // 2) for i in range(4)]
+    body += _write(ROWS, [f"tn + u32({j})" for j in range(TN)], "tm", steps)
     name = f"tile_{type}" + ("" if wide else "_any")
     params = _params("y", "nb11", "nb12", "ne11:u32", "n_k:u32")
-    return Kernel(name, params, body, THREADS, _multiply_floats)
+    return Kernel(name, params, body, THREADS, _multiply_floats, blocks=4 if wide else 3)

@@ -1,7 +1,7 @@
 """What each kernel costs: counts from the emulator on fixed work, registers from ptxas; kept in ``costs.json``.
 
-``python tests/cuda/costs.py`` measures anew, and writes ``costs.json`` and the tables of ``docs/cuda.md``. Do so, with a
-reason in the commit, when a change makes a kernel dearer on purpose.
+``python tests/cuda/costs.py [KERNEL ...]`` measures anew, and writes ``costs.json`` and the tables of ``docs/cuda.md``. Do
+so, with a reason in the commit, when a change makes a kernel dearer on purpose.
 """
 
 from __future__ import annotations
@@ -184,15 +184,17 @@ def load() -> dict[str, dict]:
     return json.loads(COSTS.read_text())
 
 
-def table(costs: dict[str, dict], names: list[str]) -> list[str]:
-    """Return rows of a table for people."""
+def table(costs: dict[str, dict], names: list[str], *, dp4a: bool = False) -> list[str]:
+    """Return rows of a table for people; ``dp4a`` counts that alone, too."""
     head = ["kernel", "warp instr.", "load sectors", "sector bytes / useful", "wavefronts / request", "barriers"]
-    head += ["(dp4a+fma) / instr.", "registers 7.5 8.0 8.6 8.9 9.0 10.0 12.0", "shared", "occupancy 8.6"]
+    head += ["(dp4a+fma) / instr.", *["dp4a / instr."] * dp4a]
+    head += ["registers 7.5 8.0 8.6 8.9 9.0 10.0 12.0", "shared", "occupancy 8.6"]
     rows = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for name in names:
         c = costs[name]
         cells = [f"`{name}`", f"{c['instructions']:,}", f"{c['load_sectors']:,}", c["sectors_per_useful"]]
         cells += [c["wavefronts_per_request"] or "-", c["barriers"], c["multiply_add"] or "-"]
+        cells += [c["dp4a"] or "-"] * dp4a
         cells += [" ".join(map(str, c["registers"].values())), f"{c['shared']:,}" if c["shared"] else "-"]
         cells.append(f"{c['occupancy']:.0%}")
         rows.append(f"| {' | '.join(map(str, cells))} |")
@@ -216,7 +218,7 @@ def tables(costs: dict[str, dict]) -> dict[str, str]:
     few = [n for n in costs if n.startswith(("mmvq", "mmv_"))]
     many = [n for n in costs if n.startswith("tile")]
     others = [n for n in costs if n not in few and n not in many]
-    parts = {"few": table(costs, few), "many": table(costs, many), "rows": table(costs, others)}
+    parts = {"few": table(costs, few), "many": table(costs, many, dp4a=True), "rows": table(costs, others)}
     parts["ggml"] = ggml_table(costs)
     return {name: "\n".join(rows) for name, rows in parts.items()}
 
@@ -233,8 +235,9 @@ def write_page(costs: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--page"]:
-        measured = {name: measure(name) for name in compiler.KERNELS}
-        lines = [f" {json.dumps(name)}: {json.dumps(cost)}" for name, cost in measured.items()]
+    names = sys.argv[1:] or list(compiler.KERNELS)
+    if names != ["--page"]:
+        measured = {**load(), **{name: measure(name) for name in names}}
+        lines = [f" {json.dumps(name)}: {json.dumps(measured[name])}" for name in compiler.KERNELS]
         COSTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     write_page(load())
