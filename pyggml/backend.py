@@ -330,6 +330,7 @@ REGISTRY = Registry(
         "cpu": "pyggml.backends.cpu",
         "sim": "pyggml.backends.sim",
         "cuda": "pyggml.backends.cuda",
+        "libggml": "pyggml.backends.libggml",
         "mock": "pyggml.backends.mock",
     }
 )

@@ -12,7 +12,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["VARIABLES", "Variable", "cache_dir", "check", "op_offload_min_batch", "sched_debug", "traceback"]
+__all__ = [
+    "VARIABLES",
+    "Variable",
+    "cache_dir",
+    "check",
+    "libggml_path",
+    "op_offload_min_batch",
+    "sched_debug",
+    "traceback",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +56,16 @@ VARIABLES = (
     ),
     Variable(
         "PYGGML_CHECK",
-        "switch",
+        "integer",
         "0",
-        "Verify the scheduler's and the allocator's invariants after each step; slow.",
+        "1 verifies the scheduler's and the allocator's invariants after each step, and that each copy holds what is "
+        "read of it; 2 also computes splits with partly copied experts again with whole copies; slow.",
+    ),
+    Variable(
+        "PYGGML_LIBGGML",
+        "path",
+        "the installed package libggml-python",
+        "The real ggml that `libggml:NAME` devices use: a shared object such as libggml.so, or the folder of a build.",
     ),
     Variable(
         "PYGGML_TRACEBACK",
@@ -89,9 +105,15 @@ def op_offload_min_batch() -> int:
     return _integer("GGML_OP_OFFLOAD_MIN_BATCH", 32)
 
 
-def check() -> bool:
-    """Return whether ``PYGGML_CHECK`` asks for invariants to be verified."""
-    return _switch("PYGGML_CHECK")
+def check() -> int:
+    """Return the level of ``PYGGML_CHECK``: 0 is off; anything that is no number is 1."""
+    text = os.environ.get("PYGGML_CHECK", "")
+    return _integer("PYGGML_CHECK", 0) if text.strip().isdigit() else int(_switch("PYGGML_CHECK"))
+
+
+def libggml_path() -> str:
+    """Return ``PYGGML_LIBGGML``; empty if it is not set."""
+    return os.environ.get("PYGGML_LIBGGML", "")
 
 
 def traceback() -> bool:

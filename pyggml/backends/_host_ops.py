@@ -11,7 +11,6 @@ is known:
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -19,10 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyggml.kernels.cpu import words as w
 
-from ..errors import ComputeError, ExpertIdError
+from ..errors import ComputeError
 from ..tensor import Tensor
-from ..types import Op, TensorFlag
+from ..types import TensorFlag
 from ._host_support import reason_unsupported, supports_op
+from ._indices import bad_index_error
 
 if TYPE_CHECKING:
     from pyggml.kernels.cpu.pool import BadIndex, Pool
@@ -305,31 +305,7 @@ class HostPlan:
             self._words[start + w.COUNTER] = 0
         if bad.descriptor < 0:
             raise ComputeError(self.backend, "the computation was stopped", status=1)
-        node = self._owners[bad.descriptor]
-        if node.op in (Op.MUL_MAT_ID, Op.ADD_ID):
-            chosen, ids = node.src[0 if node.op is Op.MUL_MAT_ID else 1], node.src[2]
-            assert chosen is not None
-            assert ids is not None
-            token, slot = divmod(bad.position, ids.ne[0])
-            layer = re.search(r"(?:blk\.|-)(\d+)", chosen.name)
-            raise ExpertIdError(
-                chosen.name,
-                int(layer[1]) if layer else None,
-                ids.name,
-                self.backend,
-                token,
-                slot,
-                bad.value,
-                bad.limit,
-            )
-        ids = node.src[1]
-        raise ComputeError(
-            self.backend,
-            f"{node.op.name}: row index {bad.value} is not in 0..{bad.limit - 1}: "
-            f"'{'' if ids is None else ids.name}'[{bad.position}]",
-            node=node.name,
-            hint="check what was written into the indices",
-        )
+        raise bad_index_error(self._owners[bad.descriptor], self.backend, bad.position, bad.value, bad.limit)
 
     def __repr__(self) -> str:
         kib = (self.shared_bytes + self.thread_bytes) / 1024

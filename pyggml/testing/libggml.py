@@ -14,27 +14,14 @@ from typing import Any
 
 import cffi
 
+from ..backends._libggml_library import TENSOR_STRUCT
+
 #: The version whose structs are stated here; another is refused, as they would have to be checked first.
 VERSION = "0.20.2"
 
-_STRUCTS = """
-struct ggml_tensor {
-    int type;
-    void * buffer;
-    int64_t ne[4];
-    size_t nb[4];
-    int op;
-    int32_t op_params[16];
-    int32_t flags;
-    struct ggml_tensor * src[10];
-    struct ggml_tensor * view_src;
-    size_t view_offs;
-    void * data;
-    char name[64];
-    void * extra;
-    char padding[8];
-};
-struct ggml_init_params { size_t mem_size; void * mem_buffer; bool no_alloc; };
+_STRUCTS = (
+    TENSOR_STRUCT
+    + """
 struct ggml_hash_set { size_t size; uint32_t * used; struct ggml_tensor ** keys; };
 struct ggml_cgraph {
     int size, n_nodes, n_leafs;
@@ -48,6 +35,7 @@ struct ggml_context;
 const char * ggml_version(void);
 void ggml_set_abort_callback(void (*callback)(const char *));
 """
+)
 _ALWAYS = (
     "ggml_init", "ggml_free", "ggml_new_tensor_4d", "ggml_nbytes", "ggml_op_name", "ggml_type_name",
     "ggml_new_graph", "ggml_build_forward_expand", "ggml_graph_overhead", "ggml_tensor_overhead",
