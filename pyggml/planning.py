@@ -25,6 +25,7 @@ from .models.context import ContextFlags, ContextParams
 from .models.graph import GraphParams, ModelGraph
 from .models.hparams import HParams
 from .models.kv_cache import CacheFullError, KVCache
+from .models.kv_cache_iswa import make_cache
 from .models.loading import LoadedWeights, Progress, allocate_cache, load_weights, plan_cache, plan_weights
 from .models.placement import Placement, PlacementFlags, norm_pins, place
 from .models.weights import resolve_specs
@@ -127,7 +128,7 @@ class Planner:
         specs = resolve_specs(weight_specs(hp, file.tensors), file.tensors, file.path)
         devices = [b.device for b in self.backends]
         self.placement: Placement = place(hp, specs, file.tensors, devices[:-1], devices[-1], placement)
-        self.cache = KVCache(hp, self.params, v_trans=not self.params.flash_attn)
+        self.cache: KVCache = make_cache(hp, self.params, v_trans=not self.params.flash_attn)
         self.is_closed = False
         self._current: ModelGraph | None = None
         self._cache_buffers: list[Buffer] = []
@@ -413,7 +414,7 @@ class Planner:
         self.is_closed = True
         self._current = None
         self.sched.close()
-        for tensor in (*self.cache.k, *self.cache.v):
+        for _, tensor in self.cache.tensors():
             tensor.buffer = tensor.data = None
         for buffer in self._cache_buffers:
             buffer.close()

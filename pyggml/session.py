@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ComputeError, SchedError
+from .errors import AllocError, ComputeError, SchedError
 from .models.batch import Batch, MicroBatch, Outputs
 from .models.context import ContextFlags
 from .models.graph import GraphParams, ModelGraph
@@ -206,8 +206,24 @@ class Session(Planner):
         self.sched.set_eval_callback(None)
 
     def rewind(self, n_past: int, *, seq: int = 0) -> None:
-        """Forget a sequence's tokens from position ``n_past`` on, so that decoding goes on there."""
+        """Forget a sequence's tokens from position ``n_past`` on, so that decoding goes on there.
+
+        Raises
+        ------
+        AllocError
+            Tokens that the next one would see are given up already, by layers with a sliding window; nothing was
+            forgotten. See `can_rewind`.
+        """
+        if not self.can_rewind(n_past, seq=seq):
+            raise AllocError(
+                f"the cache cannot go back to {n_past} tokens: layers with a sliding window kept the last ones alone",
+                hint="rewind to 0 and decode all again, or open the session with swa_full",
+            )
         self.cache.seq_rm(seq, n_past)
+
+    def can_rewind(self, n_past: int, *, seq: int = 0) -> bool:
+        """Whether decoding can go on from position ``n_past`` of a sequence."""
+        return n_past == 0 or n_past >= self.cache.reaches_back_to(seq)
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -56,6 +56,8 @@ class Conversation:
             ids = self.tokenizer.encode(self.tokenizer.apply_chat_template(self.messages), add_special=False)
             # at least one token must be evaluated to get logits
             self.n_reused = min(common_prefix(self.cached, ids), len(ids) - 1)
+            if not self.session.can_rewind(self.n_reused):
+                self.n_reused = 0
             self.session.rewind(self.n_reused)
             logits = self.session.decode(ids[self.n_reused :])[-1]
         except BaseException:

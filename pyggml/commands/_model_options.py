@@ -57,6 +57,7 @@ class ModelFlags:
     threads: int | None
     device: str
     kv_offload: bool
+    swa_full: bool
     flash_attn: Literal["on", "off", "auto"]
     tensor_split: str
     expert_copy: str
@@ -95,6 +96,7 @@ class ModelFlags:
             flash_attn=self.flash_attn,
             offload_kqv=self.kv_offload,
             op_offload=self.op_offload,
+            swa_full=self.swa_full,
         )
 
     def copier(self) -> InputCopier | None:
@@ -124,6 +126,7 @@ _OPTIONS = [
     click.option("-t", "--threads", type=click.IntRange(1), default=None, help="Of the CPU's kernels. [cores]"),
     click.option("-dev", "--device", default=DEFAULT_DEVICES, show_default=True, metavar="LIST"),
     click.option("--kv-offload/--no-kv-offload", default=True, help="Keep the KV cache on the device. [on]"),
+    click.option("--swa-full", is_flag=True, help="Full-size cache for layers with a sliding window."),
     click.option(
         "-fa", "--flash-attn", type=click.Choice(["on", "off", "auto"]), default="auto", show_default=True
     ),

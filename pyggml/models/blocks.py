@@ -15,8 +15,9 @@ from ..graph import Graph
 from ..ops import OpHint, Prec
 from ..tensor import Tensor
 from ..types import TensorFlag, Type
-from .graph import GraphInputs, GraphParams, ModelGraph
-from .hparams import round_f32
+from .graph import AttnInputs, GraphInputs, GraphParams, ModelGraph
+from .hparams import Gating, round_f32
+from .kv_cache import CacheView
 from .weights import LayerWeights, Weights
 
 __all__ = ["Builder", "kq_scale"]
@@ -24,7 +25,6 @@ __all__ = ["Builder", "kq_scale"]
 #: Smallest sum of expert weights, so that none is divided by zero: the smallest normal F16.
 _MIN_WEIGHT_SUM = 6.103515625e-5
 
-Gating = Literal["softmax", "sigmoid", "softmax_weight"]
 Activation = Literal["silu", "swiglu_oai"]
 
 
@@ -103,24 +103,33 @@ class Builder:
 
         Notes
         -----
-        Mirrors `build_inp_pos`, `build_attn_inp_kv` and `build_inp_out_ids`.
+        Mirrors `build_inp_pos`, `build_attn_inp_kv` or `build_attn_inp_kv_iswa`, and `build_inp_out_ids`.
         """
-        cache, n, view = self.view.cache, self.n_tokens, self.view
+        swa = self.view.swa
+        self.inputs = GraphInputs(
+            self.inp_tokens,
+            self._input(Type.I32, (self.n_tokens,), "inp_pos"),
+            self._attn_inputs(self.view),
+            None if swa is None else self._attn_inputs(swa),
+            self._input(Type.I32, (self.n_outputs,), "out_ids"),
+        )
+
+    def _attn_inputs(self, view: CacheView) -> AttnInputs:
+        """Make the inputs of attention over one cache."""
+        cache, n = view.cache, self.n_tokens
         n_v = n * self.hp.n_embd_v_gqa if cache.v_trans else n
         n_stream = 1 if self.cp.kv_unified else len(self.part.seqs_unq)
         mask_type = Type.F16 if self.cp.flash_attn else Type.F32
-        self.inputs = GraphInputs(
-            self.inp_tokens,
-            self._input(Type.I32, (n,), "inp_pos"),
+        inputs = AttnInputs(
             self._input(Type.I64, (n,), "attn_inp_k_idxs"),
             self._input(Type.I64, (n_v,), "attn_inp_v_idxs"),
             self._input(mask_type, (view.n_kv, n // n_stream, 1, n_stream), "attn_inp_kq_mask"),
-            self._input(Type.I32, (self.n_outputs,), "out_ids"),
         )
         if cache.n_rot_k:
-            self.inputs.k_rot = self._input(Type.F32, (cache.n_rot_k,) * 2, "attn_inp_k_rot")
+            inputs.k_rot = self._input(Type.F32, (cache.n_rot_k,) * 2, "attn_inp_k_rot")
         if cache.n_rot_v:
-            self.inputs.v_rot = self._input(Type.F32, (cache.n_rot_v,) * 2, "attn_inp_v_rot")
+            inputs.v_rot = self._input(Type.F32, (cache.n_rot_v,) * 2, "attn_inp_v_rot")
+        return inputs
 
     # -- norms and projections -----------------------------------------------
 
@@ -177,12 +186,20 @@ class Builder:
                 bias = ops.concat(ops.concat(q, k, 0), v, 0)
         return qkv if bias is None else self.name(ops.add(qkv, bias), "wqkv_b", w.layer)
 
-    def rope(self, cur: Tensor, factors: Tensor | None = None) -> Tensor:
-        """Rotate Q or K by position, with the context's parameters."""
+    def rope(self, cur: Tensor, factors: Tensor | None = None, *, layer: int = -1) -> Tensor:
+        """Rotate Q or K by position, with the context's parameters; layers with a sliding window keep the model's.
+
+        Notes
+        -----
+        Mirrors `llama_model::get_rope_freq_base` and `get_rope_freq_scale`.
+        """
         hp, cp = self.hp, self.cp
+        base, scale = cp.freq_base, cp.freq_scale
+        if layer in hp.swa_layers:
+            base, scale = hp.rope_freq_base_swa, hp.rope_freq_scale_swa
         return ops.rope_ext(
             cur, self.inputs.pos, factors, hp.n_rot, int(hp.rope_type), cp.n_ctx_orig,
-            cp.freq_base, cp.freq_scale, cp.ext_factor, cp.attn_factor, cp.beta_fast, cp.beta_slow,
+            base, scale, cp.ext_factor, cp.attn_factor, cp.beta_fast, cp.beta_slow,
         )  # fmt: skip
 
     # -- attention -----------------------------------------------------------
@@ -194,18 +211,21 @@ class Builder:
 
         Notes
         -----
-        Mirrors `llm_graph_context::build_attn` for `llm_graph_input_attn_kv`: Q, V and K are expanded before the
-        stores, so that they stay together.
+        Mirrors `llm_graph_context::build_attn` for `llm_graph_input_attn_kv` and `llm_graph_input_attn_kv_iswa`: Q, K and
+        V are expanded before the stores, so that they stay together; V before K where there is one cache.
         """
-        inputs, view, il = self.inputs, self.view, w.layer
+        il = w.layer
+        view = self.view.of_layer(il)
+        inputs = self.inputs.attn if view is self.view else self.inputs.attn_swa
+        assert inputs is not None
         if inputs.k_rot is not None:
             q, k = _rotate(q, inputs.k_rot), _rotate(k, inputs.k_rot)
         if inputs.v_rot is not None:
             v = _rotate(v, inputs.v_rot)
-        self.graph.expand(q, v, k)
+        self.graph.expand(*((q, v, k) if self.view.swa is None else (q, k, v)))
         self.graph.expand(view.cpy_k(k, inputs.k_idxs, il))
         self.graph.expand(view.cpy_v(v, inputs.v_idxs, il))
-        cur = self._mha(q, view.get_k(il), view.get_v(il), scale, sinks, il)
+        cur = self._mha(q, view.get_k(il), view.get_v(il), inputs.kq_mask, scale, sinks, il)
         self.name(cur, "kqv_out", il)
         if inputs.v_rot is not None:
             cur = _rotate(cur, inputs.v_rot)
@@ -213,7 +233,9 @@ class Builder:
         bias = w.get("attn_output.bias")
         return cur if bias is None else ops.add(cur, bias)
 
-    def _mha(self, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, il: int) -> Tensor:
+    def _mha(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor | None, il: int
+    ) -> Tensor:
         """Mirrors `llm_graph_context::build_attn_mha`."""
         v_trans = v.nb[1] > v.nb[2]
         n_stream = k.ne[3]
@@ -221,14 +243,23 @@ class Builder:
         q = ops.view_4d(q, q.ne[0], q.ne[1], n, n_stream, q.nb[1], q.nb[2], q.nb[2] * n, 0)
         q, k, v = (ops.permute(t, 0, 2, 1, 3) for t in (q, k, v))
         if self.cp.flash_attn:
-            cur = self._flash(q, k, v, scale, sinks, il, v_trans=v_trans)
+            cur = self._flash(q, k, v, mask, scale, sinks, il, v_trans=v_trans)
         else:
-            cur = self._softmax_attention(q, k, v, scale, sinks, il, v_trans=v_trans)
+            cur = self._softmax_attention(q, k, v, mask, scale, sinks, il, v_trans=v_trans)
         self.graph.expand(cur)
         return cur
 
     def _flash(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, il: int, *, v_trans: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        scale: float,
+        sinks: Tensor | None,
+        il: int,
+        *,
+        v_trans: bool,
     ) -> Tensor:
         if v_trans:
             v = ops.transpose(v)
@@ -236,18 +267,27 @@ class Builder:
             k = ops.cast(k, Type.F16)
         if v.type is Type.F32:
             v = ops.cast(v, Type.F16)
-        cur = ops.flash_attn_ext(q, k, v, self.inputs.kq_mask, scale, 0.0, 0.0)
+        cur = ops.flash_attn_ext(q, k, v, mask, scale, 0.0, 0.0)
         self.flash_nodes.append((cur, il))
         ops.flash_attn_ext_add_sinks(cur, sinks)
         ops.prec_set_acc(cur, Prec.F32)
         return ops.reshape_2d(cur, cur.ne[0] * cur.ne[1], cur.ne[2] * cur.ne[3])
 
     def _softmax_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None, il: int, *, v_trans: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        scale: float,
+        sinks: Tensor | None,
+        il: int,
+        *,
+        v_trans: bool,
     ) -> Tensor:
         kq = self.name(ops.mul_mat(k, q), "kq", il)
         ops.prec_set_acc(kq, Prec.F32)
-        kq = ops.soft_max_ext(kq, self.inputs.kq_mask, scale, 0.0)
+        kq = ops.soft_max_ext(kq, mask, scale, 0.0)
         ops.soft_max_add_sinks(kq, sinks)
         self.name(kq, "kq_soft_max", il)
         if not v_trans:

@@ -39,6 +39,7 @@ class ContextFlags:
     flash_attn: FlashAttn = "auto"  #: ``-fa``
     offload_kqv: bool = True  #: ``--no-kv-offload`` makes it False
     op_offload: bool = True  #: ``--no-op-offload`` makes it False
+    swa_full: bool = False  #: ``--swa-full``: layers with a sliding window have as many cells as the others
     rope_freq_base: float = 0.0  #: 0 takes the model's
     rope_freq_scale: float = 0.0  #: 0 takes the model's
 
@@ -64,6 +65,7 @@ class ContextParams:
     auto_flash_attn: bool  #: a probe decides whether it stays on
     offload_kqv: bool
     op_offload: bool
+    swa_full: bool
     n_ctx_orig: int
     freq_base: float
     freq_scale: float
@@ -113,6 +115,7 @@ class ContextParams:
             auto_flash_attn=flags.flash_attn == "auto",
             offload_kqv=flags.offload_kqv,
             op_offload=flags.op_offload,
+            swa_full=flags.swa_full,
             n_ctx_orig=hparams.n_ctx_orig_yarn,
             freq_base=round_f32(flags.rope_freq_base or hparams.rope_freq_base),
             freq_scale=freq_scale,

@@ -15,7 +15,7 @@ from .context import ContextParams
 from .hparams import HParams
 from .kv_cache import CacheView
 
-__all__ = ["GraphInputs", "GraphKey", "GraphParams", "ModelGraph"]
+__all__ = ["AttnInputs", "GraphInputs", "GraphKey", "GraphParams", "ModelGraph"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class GraphParams:
             part.seqs_unq if part.equal_seqs else (),
             self.n_outputs,
             self.view.n_kv,
+            0 if self.view.swa is None else self.view.swa.n_kv,
         )
 
 
@@ -66,20 +67,29 @@ class GraphKey:
     seqs_unq: tuple[int, ...]
     n_outputs: int
     n_kv: int
+    n_kv_swa: int  #: of layers with a sliding window; 0 where there are none
+
+
+@dataclass(eq=False, slots=True)
+class AttnInputs:
+    """The inputs of attention over one cache; None where the cache needs none."""
+
+    k_idxs: Tensor
+    v_idxs: Tensor
+    kq_mask: Tensor
+    k_rot: Tensor | None = None
+    v_rot: Tensor | None = None
 
 
 @dataclass(eq=False, slots=True)
 class GraphInputs:
-    """The inputs of a graph that are filled before it is computed; None where the model has none."""
+    """The inputs of a graph that are filled before it is computed."""
 
     tokens: Tensor
     pos: Tensor
-    k_idxs: Tensor
-    v_idxs: Tensor
-    kq_mask: Tensor
+    attn: AttnInputs
+    attn_swa: AttnInputs | None  #: of layers with a sliding window, where there are such
     out_ids: Tensor
-    k_rot: Tensor | None = None
-    v_rot: Tensor | None = None
 
 
 @dataclass(eq=False, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import FormatError
 from ..gguf import TensorInfo
@@ -17,14 +17,22 @@ from ..ops import RopeType
 if TYPE_CHECKING:
     from ..gguf import GGUFFile
 
-__all__ = ["ARCHITECTURES", "HParams", "round_f32"]
+__all__ = ["ARCHITECTURES", "Gating", "HParams", "round_f32"]
+
+#: How a router's logits become probabilities; ``softmax_weight`` does so for the chosen alone.
+Gating = Literal["softmax", "sigmoid", "softmax_weight"]
 
 #: Architectures with a graph here, and how their rows rotate.
 ARCHITECTURES: dict[str, RopeType] = {
     "llama": RopeType.NORMAL,
     "qwen3": RopeType.NEOX,
     "qwen3moe": RopeType.NEOX,
+    "gpt-oss": RopeType.NEOX,
 }
+#: Of these, the ones that are nothing without experts.
+_MOE_ONLY = frozenset({"qwen3moe", "gpt-oss"})
+#: Architectures with a sliding window in some layers: of so many layers the last has none.
+_SWA_PERIODS = {"gpt-oss": 2}
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 #: Upstream's `LLAMA_MAX_LAYERS` and `LLAMA_MAX_EXPERTS`.
 _MAX_LAYERS, _MAX_EXPERTS = 512, 1024
@@ -68,6 +76,11 @@ class HParams:
     rope_freq_scale: float
     rope_attn_factor: float
     n_ctx_orig_yarn: int
+    n_swa: int = 0  #: positions that a token sees in layers with a sliding window, itself included
+    swa_layers: frozenset[int] = frozenset()  #: layers with a sliding window
+    rope_freq_base_swa: float = 0.0  #: of those layers
+    rope_freq_scale_swa: float = 1.0
+    expert_weights_scale: float = 0.0  #: by which weights of experts are multiplied; 0 and 1 leave them
 
     @property
     def n_embd_k_gqa(self) -> int:
@@ -161,7 +174,7 @@ class _Reader:
         n_used = self.integer("expert_used_count", 0, least=0)
         if n_used > n_expert or (n_expert and not n_used) or n_expert > _MAX_EXPERTS:
             raise self.error("expert_used_count", f"is {n_used} of {n_expert} experts")
-        if self.arch == "qwen3moe" and not n_expert:
+        if self.arch in _MOE_ONLY and not n_expert:
             raise self.error("expert_count", "is missing or 0, and this architecture has experts")
         n_ctx_train = self.integer("context_length")
         head_k = self.integer("attention.key_length", n_embd // n_head)
@@ -173,6 +186,8 @@ class _Reader:
         if scaling not in _ROPE_SCALINGS:
             raise self.error("rope.scaling.type", f"is '{scaling}'; known are {', '.join(_ROPE_SCALINGS)}")
         factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0))
+        freq_base = round_f32(self.number("rope.freq_base", 10000.0))
+        freq_scale = 1.0 if factor == 0.0 else round_f32(1.0 / round_f32(factor))
         return HParams(
             arch=self.arch,
             name=self.file.require("general.name", str, ""),
@@ -192,8 +207,35 @@ class _Reader:
             norm_rms_eps=round_f32(self.number("attention.layer_norm_rms_epsilon")),
             rope_type=ARCHITECTURES[self.arch],
             rope_scaling=scaling,
-            rope_freq_base=round_f32(self.number("rope.freq_base", 10000.0)),
-            rope_freq_scale=1.0 if factor == 0.0 else round_f32(1.0 / round_f32(factor)),
+            rope_freq_base=freq_base,
+            rope_freq_scale=freq_scale,
             rope_attn_factor=self.number("rope.scaling.attn_factor", 1.0),
             n_ctx_orig_yarn=self.integer("rope.scaling.original_context_length", n_ctx_train),
+            **self.sliding_window(n_layer, freq_base, freq_scale),
         )
+
+    def sliding_window(self, n_layer: int, freq_base: float, freq_scale: float) -> dict[str, Any]:
+        """Return what concerns layers with a sliding window; nothing where the architecture has none.
+
+        Notes
+        -----
+        Mirrors `llama_model_base::load_swa_pattern`: a file may name each layer, or say which of how many is dense.
+        """
+        if self.arch not in _SWA_PERIODS:
+            return {}
+        key = f"{self.arch}.attention.sliding_window_pattern"
+        given = self.metadata.get(key)
+        if given is None or isinstance(given, int):
+            period = _SWA_PERIODS[self.arch] if given is None else int(given)
+            layers = frozenset(i for i in range(n_layer) if period == 0 or i % period < period - 1)
+        else:
+            flags = [bool(v) for v in given]
+            if len(flags) < n_layer:
+                raise self.error("attention.sliding_window_pattern", f"has {len(flags)} values for {n_layer} layers")
+            layers = frozenset(i for i in range(n_layer) if flags[i])
+        return {
+            "n_swa": self.integer("attention.sliding_window"),
+            "swa_layers": layers,
+            "rope_freq_base_swa": round_f32(self.number("rope.freq_base_swa", freq_base)),
+            "rope_freq_scale_swa": freq_scale,
+        }

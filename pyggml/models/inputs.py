@@ -9,7 +9,7 @@ from ..buffer import tensor_set
 from ..tensor import Tensor
 from ..types import Type
 from .batch import MicroBatch
-from .graph import GraphInputs
+from .graph import AttnInputs, GraphInputs
 from .kv_cache import KVCache, Slot, hadamard
 
 __all__ = ["InputFiller"]
@@ -29,6 +29,35 @@ class InputFiller:
     """
 
     def __init__(self, inputs: GraphInputs, cache: KVCache) -> None:
+        self.inputs = inputs
+        self._attn = _AttnFiller(inputs.attn, cache)
+        self._attn_swa: _AttnFiller | None = None
+        if inputs.attn_swa is not None:
+            assert cache.swa is not None
+            self._attn_swa = _AttnFiller(inputs.attn_swa, cache.swa)
+
+    def fill(self, part: MicroBatch, slot: Slot) -> None:
+        """Write the inputs for a micro-batch whose cells are taken."""
+        inputs = self.inputs
+        _write(inputs.tokens, part.tokens)
+        _write(inputs.pos, part.pos)
+        if inputs.out_ids.ne[0]:
+            _write(inputs.out_ids, np.flatnonzero(part.outputs).astype(np.int32))
+        self._attn.fill(part, slot)
+        if self._attn_swa is not None:
+            assert slot.swa is not None
+            self._attn_swa.fill(part, slot.swa)
+
+
+class _AttnFiller:
+    """Writes the inputs of attention over one cache, if any layer uses it.
+
+    Notes
+    -----
+    Mirrors `llm_graph_input_attn_kv::set_input`, and half of `llm_graph_input_attn_kv_iswa::set_input`.
+    """
+
+    def __init__(self, inputs: AttnInputs, cache: KVCache) -> None:
         self.inputs, self.cache = inputs, cache
         mask = inputs.kq_mask
         self._mask = np.empty(
@@ -40,10 +69,8 @@ class InputFiller:
     def fill(self, part: MicroBatch, slot: Slot) -> None:
         """Write the inputs for a micro-batch whose cells are taken."""
         inputs, cache = self.inputs, self.cache
-        _write(inputs.tokens, part.tokens)
-        _write(inputs.pos, part.pos)
-        if inputs.out_ids.ne[0]:
-            _write(inputs.out_ids, np.flatnonzero(part.outputs).astype(np.int32))
+        if inputs.kq_mask.buffer is None:  # no layer is of this kind, so the graph has no such input
+            return
         k_idxs = cache.k_idxs(slot)
         _write(inputs.k_idxs, k_idxs)
         _write(inputs.v_idxs, cache.v_idxs(slot) if cache.v_trans else k_idxs)

@@ -6,6 +6,7 @@ tokens fit (`prepare`), then takes the cells of each micro-batch (`apply`) befor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,7 @@ class Slot:
 
     streams: tuple[int, ...]
     cells: npt.NDArray[np.int64]  #: (n_stream, n_token // n_stream)
+    swa: Slot | None = None  #: in the cache of layers with a sliding window, where there is one
 
 
 class _Cells:
@@ -80,6 +82,27 @@ class _Cells:
         used = np.flatnonzero(self.pos >= 0)
         return int(used[-1]) + 1 if len(used) else 0
 
+    def reusable(self, window: int) -> npt.NDArray[np.bool_]:
+        """Return which cells may be written: empty ones, and those that the next token of their sequence cannot see.
+
+        A cell that several sequences share is kept.
+        """
+        usable = self.pos < 0
+        if window:
+            seqs = np.unique(self.seqs[~usable])
+            for seq in (int(s).bit_length() - 1 for s in seqs if int(s).bit_count() == 1):
+                last = int(self.pos[(self.seqs & _bit(seq)) != 0].max())
+                usable |= (self.seqs == _bit(seq)) & (last + 1 - self.pos >= window)
+        return usable
+
+    def overwritten(self, chosen: npt.NDArray[np.int64]) -> dict[int, int]:
+        """Return the last position that each sequence has in some cells, of one sequence each."""
+        lost: dict[int, int] = {}
+        for i in chosen[self.pos[chosen] >= 0]:
+            seq = int(self.seqs[i]).bit_length() - 1
+            lost[seq] = max(lost.get(seq, -1), int(self.pos[i]))
+        return lost
+
     def copy(self) -> _Cells:
         other = _Cells(0)
         other.pos, other.seqs, other.head = self.pos.copy(), self.seqs.copy(), self.head
@@ -99,11 +122,19 @@ class KVCache:
         Of the model and its context.
     v_trans : bool
         V is stored transposed, as attention without FLASH_ATTN_EXT reads it.
+    layers : iterable of int, optional
+        Whose K and V it holds; all by default.
+    n_cells : int, optional
+        Cells of one stream; as many as the context has by default.
+    window : int
+        Positions that a token sees, itself included; 0: all before it.
 
     Attributes
     ----------
-    k, v : list of Tensor
+    k, v : dict of int to Tensor
         By layer: K of ne [n_embd_k_gqa, n_cells, n_stream]; V likewise, whose elements lie transposed if ``v_trans``.
+    swa : KVCache or None
+        The cache of layers with a sliding window; see `SlidingKVCache`.
     n_rot_k, n_rot_v : int
         Size of the rotation that spreads outliers before quantisation; 0 without.
 
@@ -112,22 +143,35 @@ class KVCache:
     Mirrors `llama_kv_cache` with one kind of layer.
     """
 
-    def __init__(self, hparams: HParams, params: ContextParams, *, v_trans: bool) -> None:
+    swa: KVCache | None = None
+
+    def __init__(
+        self,
+        hparams: HParams,
+        params: ContextParams,
+        *,
+        v_trans: bool,
+        layers: Iterable[int] | None = None,
+        n_cells: int | None = None,
+        window: int = 0,
+    ) -> None:
         self.hparams = hparams
         self.v_trans = v_trans
+        self.window = window
         self.n_stream = params.n_stream
-        self.n_cells = params.n_ctx_seq
+        self.n_cells = params.n_ctx_seq if n_cells is None else n_cells
         self.n_seq_max = params.n_seq_max
         shape = (self.n_cells, self.n_stream)
-        self.k = [
-            Tensor(params.type_k, (hparams.n_embd_k_gqa, *shape), name=f"cache_k_l{i}") for i in range(hparams.n_layer)
-        ]
-        self.v = [
-            Tensor(params.type_v, (hparams.n_embd_v_gqa, *shape), name=f"cache_v_l{i}") for i in range(hparams.n_layer)
-        ]
+        own = range(hparams.n_layer) if layers is None else sorted(layers)
+        self.k = {i: Tensor(params.type_k, (hparams.n_embd_k_gqa, *shape), name=f"cache_k_l{i}") for i in own}
+        self.v = {i: Tensor(params.type_v, (hparams.n_embd_v_gqa, *shape), name=f"cache_v_l{i}") for i in own}
         self.n_rot_k = _rotation(params.type_k, hparams.n_embd_head_k, grow=True)
         self.n_rot_v = _rotation(params.type_v, hparams.n_embd_head_v, grow=False)
         self.streams = [_Cells(self.n_cells) for _ in range(self.n_stream)]
+
+    def tensors(self) -> list[tuple[int, Tensor]]:
+        """Return the tensors with their layers, in the order in which they are allocated."""
+        return [(i, t) for i in self.k for t in (self.k[i], self.v[i])]
 
     # -- sequences -----------------------------------------------------------
 
@@ -183,6 +227,16 @@ class KVCache:
         own = cells.pos[(cells.seqs & _bit(seq)) != 0]
         return int(own.max()) if len(own) else -1
 
+    def seq_pos_min(self, seq: int) -> int:
+        """First position of a sequence; -1 if it has none."""
+        cells = self.streams[self._stream_of(seq)]
+        own = cells.pos[(cells.seqs & _bit(seq)) != 0]
+        return int(own.min()) if len(own) else -1
+
+    def reaches_back_to(self, seq: int) -> int:
+        """Return the first position from which a sequence can go on: 0, as nothing it would see has been given up."""
+        return 0
+
     def n_free(self, seq: int) -> int:
         """Free cells that a sequence could take."""
         return self.n_cells - self.streams[self._stream_of(seq)].n_used
@@ -204,17 +258,31 @@ class KVCache:
 
         Notes
         -----
-        Mirrors `llama_kv_cache::init_batch` and `prepare`.
+        Mirrors `llama_kv_cache::init_batch`.
         """
         parts = split_simple(batch, n_ubatch) if self.n_stream == 1 else split_equal(batch, n_ubatch)
+        return list(zip(parts, self.find_slots(parts), strict=True))
+
+    def find_slots(self, parts: list[MicroBatch]) -> list[Slot]:
+        """Return cells for all of some micro-batches; nothing is taken yet.
+
+        Raises
+        ------
+        CacheFullError
+            There are not so many free cells.
+
+        Notes
+        -----
+        Mirrors `llama_kv_cache::prepare`.
+        """
         kept = self.streams
         if len(parts) > 1:
             self.streams = [cells.copy() for cells in kept]
-        out: list[tuple[MicroBatch, Slot]] = []
+        out: list[Slot] = []
         try:
             for part in parts:
                 slot = self._find_slot(part)
-                out.append((part, slot))
+                out.append(slot)
                 if len(parts) > 1:
                     self.apply(part, slot)
         finally:
@@ -222,7 +290,7 @@ class KVCache:
         return out
 
     def _find_slot(self, part: MicroBatch) -> Slot:
-        """Mirrors `llama_kv_cache::find_slot` without sliding windows: any free cells do, from the head on."""
+        """Mirrors `llama_kv_cache::find_slot`: any usable cells do, from the head on."""
         if self.n_stream == 1:
             streams: tuple[int, ...] = (0,)
             n_each = part.n_tokens
@@ -236,11 +304,11 @@ class KVCache:
             if len(ahead) == n_each and bool((ahead < 0).all()) and cells.head <= cells.n_used + 2 * n_each:
                 found[row] = np.arange(cells.head, cells.head + n_each)  # the common case: right after the last token
                 continue
-            free = np.flatnonzero(cells.pos < 0)
+            free = np.flatnonzero(cells.reusable(self.window))
             if len(free) < n_each:
                 raise CacheFullError(n_each, self.n_cells - len(free), self.n_cells)
             head = cells.head
-            if head > self.n_cells - len(free) + 2 * n_each:
+            if head > cells.n_used + 2 * n_each:
                 head = 0  # enough room was freed before the head
             first = int(np.searchsorted(free, head))
             found[row] = free[first : first + n_each] if first + n_each <= len(free) else np.roll(free, -first)[:n_each]
@@ -249,6 +317,8 @@ class KVCache:
     def apply(self, part: MicroBatch, slot: Slot) -> None:
         """Take the cells of a micro-batch.
 
+        A sequence of which a position is overwritten loses all up to that: what is left has no holes.
+
         Notes
         -----
         Mirrors `llama_kv_cache::apply_ubatch`.
@@ -256,8 +326,11 @@ class KVCache:
         n_each = slot.cells.shape[1]
         for row, stream in enumerate(slot.streams):
             cells, own = self.streams[stream], slice(row * n_each, (row + 1) * n_each)
+            lost = cells.overwritten(slot.cells[row]) if self.window else {}
             cells.pos[slot.cells[row]] = part.pos[own]
             cells.seqs[slot.cells[row]] = np.uint64(1) << part.seqs[own].astype(np.uint64)
+            for seq, last in lost.items():
+                self.seq_rm(seq, 0, last + 1)
             cells.head = int(slot.cells[row, -1]) + 1
 
     # -- what graphs see -----------------------------------------------------
@@ -303,11 +376,12 @@ class KVCache:
 
         Notes
         -----
-        Mirrors `llama_kv_cache::set_input_kq_mask`, causal: a token sees its own sequence up to its own position.
+        Mirrors `llama_kv_cache::set_input_kq_mask`, causal: a token sees its own sequence up to its own position, as far
+        back as the window reaches.
         """
         if self.n_stream == 1 and len(part.seqs_unq) == 1:
             cells = self.streams[0]
-            unseen = cells.pos[None, :n_kv] > part.pos[:, None]
+            unseen = self._hidden(cells.pos[None, :n_kv], part.pos[:, None])
             unseen |= ((cells.seqs[:n_kv] & _bit(part.seqs_unq[0])) == 0)[None, :]
             return unseen
         unseen = np.ones((part.n_tokens, n_kv), np.bool_)
@@ -315,8 +389,13 @@ class KVCache:
             cells = self.streams[self._stream_of(seq)]
             rows = np.flatnonzero(part.seqs == seq)
             own = (cells.seqs[:n_kv] & _bit(seq)) != 0
-            unseen[rows] = ~own[None, :] | (cells.pos[None, :n_kv] > part.pos[rows, None])
+            unseen[rows] = ~own[None, :] | self._hidden(cells.pos[None, :n_kv], part.pos[rows, None])
         return unseen
+
+    def _hidden(self, cells: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Mirrors `llama_hparams::is_masked_swa` and the causal mask."""
+        later: npt.NDArray[np.bool_] = cells > tokens
+        return later | (tokens - cells >= self.window) if self.window else later
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +411,11 @@ class CacheView:
     n_kv: int
     s0: int
     n_stream: int
+    swa: CacheView | None = None  #: of the cache of layers with a sliding window, where there is one
+
+    def of_layer(self, layer: int) -> CacheView:
+        """Return the view that a layer reads."""
+        return self.swa if self.swa is not None and layer in self.swa.cache.k else self
 
     def get_k(self, layer: int) -> Tensor:
         """Return a view of K: ne [n_embd_head, n_head_kv, n_kv, n_stream]."""

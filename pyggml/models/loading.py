@@ -196,8 +196,8 @@ def _copy_weights(file: GGUFFile, pairs: Sequence[tuple[WeightPlace, Tensor]], p
 
 def _cache_groups(cache: KVCache, placement: Placement, params: ContextParams) -> dict[BufferType, list[Tensor]]:
     groups: dict[BufferType, list[Tensor]] = {}
-    for layer, pair in enumerate(zip(cache.k, cache.v, strict=True)):
-        groups.setdefault(placement.cache_buft(layer, params), []).extend(pair)
+    for layer, tensor in cache.tensors():
+        groups.setdefault(placement.cache_buft(layer, params), []).append(tensor)
     return groups
 
 

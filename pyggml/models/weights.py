@@ -64,14 +64,14 @@ def layer_specs(layer: int, table: Iterable[tuple[str, tuple[int, ...], Op, bool
     ]
 
 
-def trunk_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
-    """Return the specs of the embedding, the last norm and the head, which may be the embedding once more."""
+def trunk_specs(hp: HParams, present: Mapping[str, TensorInfo], *, tied_head: bool = True) -> list[WeightSpec]:
+    """Return the specs of the embedding, the last norm and the head, which may be the embedding once more if tied."""
     ne = pad_ne((hp.n_embd, hp.n_vocab))
     out = [
         WeightSpec("token_embd.weight", ne, "input", -1, Op.GET_ROWS),
         WeightSpec("output_norm.weight", pad_ne((hp.n_embd,)), "output", -1, Op.MUL),
     ]
-    if "output.weight" in present:
+    if "output.weight" in present or not tied_head:
         out.append(WeightSpec("output.weight", ne, "output", -1, Op.MUL_MAT))
     else:
         out.append(WeightSpec("token_embd.weight", ne, "output", -1, Op.MUL_MAT, is_duplicate=True))

@@ -15,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
+from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.types import Type
+
 N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, HEAD, FF, EXPERTS, USED, VOCAB, CTX, SEED = (
     256,
     3,
@@ -33,6 +36,7 @@ SHA256 = {
     ("llama", "F32"): "0c4528df8ba41e0e0d7297f0707c12b1975636941c1802a718c0cc48ea5e68ce",
     ("qwen3moe", "F32"): "330df5d0d3f9aacfce7cf58f6780ce0b72bd21e9bbe22676f15f00e09edcf97c",
     ("qwen3moe", "Q8_0"): "29deddd48a3f1717ffa80fefeb5b6cbd022c0dcd8cf3e33cf47f7a5a418ee556",
+    ("gpt-oss", "MXFP4"): "bda3cc9d3f387e0005b075b8a9d33a295f3a97d266213b4fbca8c97860e1ea1a",
 }
 #: Architectures whose logits were recorded.
 ARCHITECTURES = ("llama", "qwen3moe")
@@ -116,7 +120,15 @@ def _metadata(writer: GGUFWriter, arch: str) -> None:
 
 
 def write_recorded_model(arch: str, path: Path, type: str = "F32") -> Path:
-    """Write a model and return its path; an assertion fails if the bytes are others."""
+    """Write a model and return its path; an assertion fails if the bytes are others.
+
+    Llama and qwen3moe are written by hand here, so that `make_moe` has something to be held to.
+    """
+    if arch not in ("llama", "qwen3moe"):
+        sizes = Sizes(layers=N_LAYER, experts=EXPERTS, used=USED)
+        written = make_moe(path, Recipe(arch, Type[type], seed=SEED, sizes=sizes))
+        assert written.sha256 == SHA256[arch, type], f"the {arch} model is not the recorded one"
+        return path
     writer = GGUFWriter(str(path), arch)
     write_tokenizer(writer)
     _metadata(writer, arch)

@@ -24,7 +24,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     """Give the models of the logs, written once."""
     folder = tmp_path_factory.mktemp("split-models")
     found = {}
-    for arch, type in (("llama", Type.F32), ("qwen3moe", Type.Q8_0)):
+    for arch, type in (("llama", Type.F32), ("qwen3moe", Type.Q8_0), ("gpt-oss", Type.MXFP4)):
         found[arch] = folder / f"{arch}.gguf"
         make_moe(found[arch], Recipe(arch, type, seed=7, sizes=SIZES))
     return found

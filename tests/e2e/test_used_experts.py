@@ -33,11 +33,12 @@ def session(path: Path, **options) -> Session:
 
 
 @pytest.mark.parametrize("batch", [24, 8, 1, 3])
-def test_copies_are_those_of_llama_cpp(batch, tmp_path):
-    """Tensor, offset and size of every copy of experts, in order, as recorded off the wire."""
-    data = json.loads(gzip.decompress((DATA / "qwen3moe-Q8_0-used-experts-1.json.gz").read_bytes()))
+@pytest.mark.parametrize(("arch", "type"), [("qwen3moe", "Q8_0"), ("gpt-oss", "MXFP4")])
+def test_copies_are_those_of_llama_cpp(arch, type, batch, tmp_path):
+    """Tensor, offset and size of every copy of experts, biases too, in order, as recorded off the wire."""
+    data = json.loads(gzip.decompress((DATA / f"{arch}-{type}-used-experts-1.json.gz").read_bytes()))
     recording = Recording()
-    path = write_recorded_model("qwen3moe", tmp_path / "m.gguf", "Q8_0")
+    path = write_recorded_model(arch, tmp_path / "m.gguf", type)
     tokens = data["tokens"]
     with session(path, recorder=recording, strict=True) as s:
         for i in range(0, len(tokens), batch):
@@ -45,7 +46,7 @@ def test_copies_are_those_of_llama_cpp(batch, tmp_path):
     found = [
         [r.tensor, r.offset_bytes, r.size_bytes]
         for r in recording.records
-        if isinstance(r, CopyRecord) and r.reason == "experts"
+        if isinstance(r, CopyRecord) and "_exps." in r.tensor
     ]
     assert found == data["copies"][str(batch)]
 

@@ -13,7 +13,7 @@ from pyggml.models.architectures import build_graph
 from pyggml.models.batch import Batch
 from pyggml.models.context import ContextFlags, ContextParams
 from pyggml.models.graph import GraphParams, ModelGraph
-from pyggml.models.kv_cache import KVCache
+from pyggml.models.kv_cache_iswa import make_cache
 from pyggml.tensor import Tensor
 from pyggml.types import Type
 
@@ -23,6 +23,7 @@ CASES = [
     ("llama-F32-16x4", "llama", Type.F32, Type.F32, "off"),
     ("qwen3moe-Q8_0-16x4", "qwen3moe", Type.Q8_0, Type.F32, "off"),
     ("qwen3moe-Q8_0-16x4-flash", "qwen3moe", Type.Q8_0, Type.F16, "on"),
+    ("gpt-oss-MXFP4-16x4", "gpt-oss", Type.MXFP4, Type.F32, "off"),
 ]
 
 
@@ -62,7 +63,7 @@ def build(arch: str, flags: ContextFlags, n_tokens: int, type: Type = Type.F32) 
     """Return the graph of the first decode of a context."""
     hp = tiny.hparams(arch)
     params = ContextParams.resolve(flags, hp)
-    cache = KVCache(hp, params, v_trans=not params.flash_attn)
+    cache = make_cache(hp, params, v_trans=not params.flash_attn)
     ((part, slot),) = cache.prepare(Batch.of(range(n_tokens), 0, outputs="all"), params.n_ubatch)
     cache.apply(part, slot)
     return build_graph(GraphParams(hp, params, part, part.n_outputs, cache.view(slot)), tiny.weights(hp, type))
@@ -111,11 +112,11 @@ def test_a_quantized_cache_is_rotated():
     """A cache of Q8_0 adds a product with the rotation for Q, K, V and the result."""
     flags = ContextFlags(n_ctx=512, type_k=Type.Q8_0, type_v=Type.Q8_0, flash_attn="on")
     result = build("llama", flags, 4)
-    assert result.inputs.k_rot is not None
-    assert result.inputs.k_rot.ne[:2] == (64, 64)
+    assert result.inputs.attn.k_rot is not None
+    assert result.inputs.attn.k_rot.ne[:2] == (64, 64)
     rotations = [
         n
         for n in result.graph.nodes
-        if n.op_desc == "MUL_MAT" and n.src[0] in (result.inputs.k_rot, result.inputs.v_rot)
+        if n.op_desc == "MUL_MAT" and n.src[0] in (result.inputs.attn.k_rot, result.inputs.attn.v_rot)
     ]
     assert len(rotations) == 4 * 3

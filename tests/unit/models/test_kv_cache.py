@@ -9,6 +9,7 @@ import tiny
 from pyggml.models.batch import Batch, split_equal, split_simple
 from pyggml.models.context import ContextFlags, ContextParams
 from pyggml.models.kv_cache import CacheFullError, KVCache, hadamard
+from pyggml.models.kv_cache_iswa import SlidingKVCache, make_cache
 
 
 def cache(n_ctx: int = 512, **flags: object) -> KVCache:
@@ -16,6 +17,15 @@ def cache(n_ctx: int = 512, **flags: object) -> KVCache:
     hp = tiny.hparams("llama")
     params = ContextParams.resolve(ContextFlags(n_ctx=n_ctx, flash_attn="off", **flags), hp)
     return KVCache(hp, params, v_trans=True)
+
+
+def sliding(window: int = 16, n_ubatch: int = 64, **flags: object) -> SlidingKVCache:
+    """Return the cache of a tiny model with a window in every other layer."""
+    hp = tiny.hparams("gpt-oss", n_swa=window)
+    params = ContextParams.resolve(ContextFlags(n_ctx=1024, flash_attn="off", n_ubatch=n_ubatch, **flags), hp)
+    cache = make_cache(hp, params, v_trans=True)
+    assert isinstance(cache, SlidingKVCache)
+    return cache
 
 
 def take(c: KVCache, batch: Batch, n_ubatch: int = 512) -> list:
@@ -141,3 +151,89 @@ def test_the_rotation_is_its_own_inverse(n):
     h = hadamard(n)
     assert h.shape == (n, n)
     np.testing.assert_allclose(h @ h, np.eye(n), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("window", "n_ubatch", "flags", "n_cells"),
+    [
+        (16, 64, {}, 256),
+        (200, 64, {}, 512),
+        (900, 512, {}, 1024),
+        (16, 64, {"swa_full": True}, 1024),
+        (128, 64, {"n_seq_max": 4, "kv_unified": True}, 768),
+        (128, 64, {"n_seq_max": 4}, 256),
+    ],
+)
+def test_the_window_cache_holds_the_window_and_a_micro_batch(window, n_ubatch, flags, n_cells):
+    """Its cells are window and micro-batch rounded up to 256, at most the context; for each sequence if it is unified."""
+    c = sliding(window, n_ubatch, **flags)
+    assert c.swa.n_cells == n_cells
+    assert (sorted(c.k), sorted(c.swa.k)) == ([1], [0, 2])
+    assert [(layer, t.ne[1]) for layer, t in c.tensors()] == [(1, c.n_cells)] * 2 + [(0, n_cells)] * 2 + [
+        (2, n_cells)
+    ] * 2
+
+
+def test_a_token_sees_its_window():
+    """In layers with a window a token sees itself and those before it as far as the window reaches; others see all."""
+    c = sliding(window=3)
+    take(c, Batch.of(range(4), 0))
+    ((part, _),) = take(c, Batch.of(range(2), 4))
+    assert np.flatnonzero(~c.swa.mask(part, 8)[0]).tolist() == [2, 3, 4]
+    assert np.flatnonzero(~c.swa.mask(part, 8)[1]).tolist() == [3, 4, 5]
+    assert np.flatnonzero(~c.mask(part, 8)[1]).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_cells_out_of_the_window_are_used_again():
+    """The window's cache takes any number of tokens; what the last 16 see is always there, without holes."""
+    c = sliding(window=16)
+    for start in range(0, 960, 48):
+        ((part, slot),) = take(c, Batch.of([0] * 48, start))
+        assert slot.swa is not None
+        assert c.view(slot).n_kv == min(1024, -(-(start + 48) // 256) * 256)
+        assert c.view(slot).of_layer(0).n_kv == 256
+        assert c.view(slot).of_layer(1).n_kv == c.view(slot).n_kv
+        unseen = c.swa.mask(part, 256)
+        seen = np.sort(c.swa.streams[0].pos[~unseen[0]])
+        assert seen.tolist() == list(range(max(0, start - 15), start + 1))
+        held = np.sort(c.swa.streams[0].pos[c.swa.streams[0].pos >= 0])
+        assert held.tolist() == list(range(held[0], start + 48))
+    assert c.n_used == 960
+
+
+def test_a_window_limits_how_far_back_a_sequence_can_go():
+    """Until cells are written again it can go back to any token; then only to where the window is still held whole."""
+    c = sliding(window=16)
+    take(c, Batch.of([0] * 64, 0))
+    assert c.reaches_back_to(0) == 0
+    for start in range(64, 512, 64):
+        take(c, Batch.of([0] * 64, start))
+    first = c.swa.seq_pos_min(0)
+    assert first > 0
+    assert c.reaches_back_to(0) == first + 15
+    c.seq_rm(0, 400)
+    assert (c.seq_pos_max(0), c.swa.seq_pos_max(0)) == (399, 399)
+    c.clear()
+    assert (c.reaches_back_to(0), c.n_used, c.swa.n_used) == (0, 0, 0)
+
+
+def test_a_sequence_keeps_what_it_would_see():
+    """Where one of two sequences that shared cells goes on, the other keeps the window before its own next token."""
+    c = sliding(window=16, n_seq_max=2, kv_unified=True)
+    take(c, Batch.of([0] * 20, 0))
+    c.seq_cp(0, 1)
+    for start in range(20, 20 + 8 * 60, 60):
+        take(c, Batch.of([0] * 60, start))
+    cells = c.swa.streams[0]
+    assert np.sort(cells.pos[(cells.seqs & np.uint64(2)) != 0]).tolist() == list(range(5, 20))
+
+
+def test_preparing_takes_nothing_in_either_cache():
+    """A batch of many micro-batches is planned through to its end, and leaves both books as they were."""
+    c = sliding(window=16)
+    parts = c.prepare(Batch.of([0] * 600, 0), 64)
+    assert len(parts) == 10
+    assert (c.n_used, c.swa.n_used) == (0, 0)
+    with pytest.raises(CacheFullError):
+        c.prepare(Batch.of([0] * 1100, 0), 64)
+    assert (c.n_used, c.swa.n_used) == (0, 0)

@@ -9,6 +9,9 @@ from pyggml.models.weights import Weights, resolve_specs
 from pyggml.tensor import Tensor
 from pyggml.types import Type
 
+#: Architectures whose recorded models have biases of Q, K and V.
+_QKV_BIASES = ("gpt-oss",)
+
 
 def hparams(arch: str, **changes: object) -> HParams:
     """Return the hyper-parameters of a recorded model."""
@@ -24,7 +27,7 @@ def hparams(arch: str, **changes: object) -> HParams:
         "n_embd_head_k": 64,
         "n_embd_head_v": 64,
         "n_rot": 64,
-        "n_ff": 256 if arch == "llama" else 512,
+        "n_ff": 256 if arch in ("llama", "gpt-oss") else 512,
         "n_expert": 16,
         "n_expert_used": 4,
         "n_ff_exp": 0 if arch == "llama" else 256,
@@ -36,6 +39,8 @@ def hparams(arch: str, **changes: object) -> HParams:
         "rope_attn_factor": 1.0,
         "n_ctx_orig_yarn": 512,
     }
+    if arch == "gpt-oss":
+        values |= {"n_swa": 16, "swa_layers": frozenset({0, 2}), "rope_freq_base_swa": 10000.0}
     return HParams(**(values | changes))  # type: ignore[arg-type]
 
 
@@ -43,8 +48,9 @@ def infos(hp: HParams, type: Type = Type.F32) -> dict[str, TensorInfo]:
     """Return the tensors that a file of these sizes holds: what is optional is left out, but the head."""
     head = {"output.weight": TensorInfo("output.weight", type, (hp.n_embd, hp.n_vocab, 1, 1), 0, 0)}
     out: dict[str, TensorInfo] = {}
+    biases = (".attn_q.bias", ".attn_k.bias", ".attn_v.bias") if hp.arch in _QKV_BIASES else ()
     for spec in weight_specs(hp, head):
-        if not spec.is_optional or spec.name.endswith("gate_exps.weight"):
+        if not spec.is_optional or spec.name.endswith(("gate_exps.weight", *biases)):
             kind = type if sum(n > 1 for n in spec.ne) > 1 else Type.F32
             nbytes = Tensor(kind, spec.ne).nbytes
             out[spec.name] = TensorInfo(spec.name, kind, spec.ne, 0, nbytes)

@@ -1,0 +1,106 @@
+"""`SlidingKVCache`: two caches, for models of which some layers see only the last tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..tensor import Tensor
+from .batch import Batch, MicroBatch, split_equal, split_simple
+from .context import ContextParams
+from .hparams import HParams
+from .kv_cache import CacheView, KVCache, Slot
+
+__all__ = ["SlidingKVCache", "make_cache"]
+
+#: The cells of layers with a window come in steps of so many.
+_STEP = 256
+
+
+class SlidingKVCache(KVCache):
+    """The cache of the layers that see everything, with a smaller one (`swa`) of those with a sliding window beside it.
+
+    A cell of the smaller one is written again once no token to come can see it. So it holds any number of tokens, but a
+    sequence cannot be taken back further than it reaches: see `reaches_back_to`.
+
+    Notes
+    -----
+    Mirrors `llama_kv_cache_iswa`.
+    """
+
+    swa: KVCache
+
+    def __init__(self, hparams: HParams, params: ContextParams, *, v_trans: bool) -> None:
+        wide = (i for i in range(hparams.n_layer) if i not in hparams.swa_layers)
+        super().__init__(hparams, params, v_trans=v_trans, layers=wide)
+        n_cells = hparams.n_swa * (params.n_seq_max if params.kv_unified else 1) + params.n_ubatch
+        n_cells = -(-min(self.n_cells, n_cells) // _STEP) * _STEP
+        self.swa = KVCache(
+            hparams,
+            params,
+            v_trans=v_trans,
+            layers=hparams.swa_layers,
+            n_cells=self.n_cells if params.swa_full else n_cells,
+            window=hparams.n_swa,
+        )
+        self._is_unified = params.kv_unified
+
+    def tensors(self) -> list[tuple[int, Tensor]]:
+        """Return the tensors of both, with their layers."""
+        return super().tensors() + self.swa.tensors()
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        super().clear()
+        self.swa.clear()
+
+    def seq_rm(self, seq: int, p0: int = 0, p1: int | None = None) -> None:
+        """Forget a sequence's tokens at positions ``p0 .. p1 - 1``; to the end without ``p1``."""
+        super().seq_rm(seq, p0, p1)
+        self.swa.seq_rm(seq, p0, p1)
+
+    def seq_cp(self, src: int, dst: int, p0: int = 0, p1: int | None = None) -> None:
+        """Let a sequence share another's tokens at positions ``p0 .. p1 - 1``."""
+        super().seq_cp(src, dst, p0, p1)
+        self.swa.seq_cp(src, dst, p0, p1)
+
+    def reaches_back_to(self, seq: int) -> int:
+        """Return the first position from which a sequence can go on with all that it would see."""
+        first = self.swa.seq_pos_min(seq)
+        return 0 if first <= 0 else first + self.swa.window - 1
+
+    def prepare(self, batch: Batch, n_ubatch: int) -> list[tuple[MicroBatch, Slot]]:
+        """Cut a batch and find cells in both caches for all of it; nothing is taken yet.
+
+        Notes
+        -----
+        Mirrors `llama_kv_cache_iswa::init_batch`. Differs: a unified cache in which runs do not fit is not tried again
+        with parts of equal lengths, which need as many cells.
+        """
+        parts = split_simple(batch, n_ubatch) if self._is_unified else split_equal(batch, n_ubatch)
+        slots = zip(parts, self.find_slots(parts), self.swa.find_slots(parts), strict=True)
+        return [(part, replace(slot, swa=swa)) for part, slot, swa in slots]
+
+    def apply(self, part: MicroBatch, slot: Slot) -> None:
+        """Take the cells of a micro-batch."""
+        super().apply(part, slot)
+        if slot.swa is not None:  # not while `find_slots` tries the other cache alone
+            self.swa.apply(part, slot.swa)
+
+    def view(self, slot: Slot) -> CacheView:
+        """Return the parts of both that a micro-batch's graph reads, after `apply`."""
+        assert slot.swa is not None
+        return replace(super().view(slot), swa=self.swa.view(slot.swa))
+
+    def full_view(self) -> CacheView:
+        """Return the view of both whole, with which memory is reserved."""
+        return replace(super().full_view(), swa=self.swa.full_view())
+
+
+def make_cache(hparams: HParams, params: ContextParams, *, v_trans: bool) -> KVCache:
+    """Return the cache that a model needs.
+
+    Notes
+    -----
+    Mirrors `llama_model::create_memory`.
+    """
+    return (SlidingKVCache if hparams.n_swa else KVCache)(hparams, params, v_trans=v_trans)
