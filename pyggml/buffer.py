@@ -135,6 +135,13 @@ class Buffer(ABC):
         """Copy a tensor of another buffer into one of this; False if it cannot (then it goes through the host)."""
         return False
 
+    def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
+        """Return bytes of the tensor for a check to look at, without the device taking notice; None if it cannot be.
+
+        What is given is the memory itself, or a copy of it. It may be None at any time, as where work is done late.
+        """
+        return None
+
     def set_tensor_2d(
         self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
     ) -> None:

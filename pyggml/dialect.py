@@ -69,6 +69,8 @@ class Repairs:
     stale_ids: bool = True
     #: experts of a shared copy that a later user needs are added
     shared_experts: bool = True
+    #: a copy whose source a node of another backend wrote since is made again for its later users
+    stale_copies: bool = True
     #: computing another graph than the allocated one is an error
     other_graph: bool = True
 

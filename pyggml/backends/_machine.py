@@ -125,6 +125,11 @@ class HostBufferType(BufferType):
         return HostBuffer(self, block.address, size, block)
 
 
+def bytes_at(address: int, size: int) -> memoryview:
+    """Return memory of the process as bytes, which the caller does not outlive."""
+    return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
+
+
 class HostBuffer(Buffer):
     """Host memory: its own, or somebody else's that ``owner`` keeps alive.
 
@@ -162,6 +167,10 @@ class HostBuffer(Buffer):
     def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of the tensor to host memory."""
         ctypes.memmove(address, self._address(tensor) + offset, size)
+
+    def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
+        """Return the bytes where they are."""
+        return None if self.owner is None else bytes_at(self._address(tensor) + offset, size)
 
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
         """Set bytes of the tensor."""

@@ -164,6 +164,12 @@ class MockBuffer(Buffer):
         self.note(["buf_get", self.label, short_name(tensor), offset, size])
         read_ints(self.memory, tensor, address, offset, size)
 
+    def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
+        """Return a copy of the bytes, noting nothing; None for what has none."""
+        if tensor.type is not Type.I32 or tensor.data is None:
+            return None
+        return memoryview(self.memory.read(tensor.data + offset, size))
+
     def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
         """Note a copy from another buffer."""
         assert isinstance(self.buft, MockBufferType)

@@ -11,7 +11,7 @@ from ..buffer import Buffer, BufferType
 from ..errors import BackendError
 from ..tensor import Tensor
 from ._dataless import FIRST_ADDRESS
-from ._machine import HostBlock
+from ._machine import HostBlock, bytes_at
 from ._sim_hazards import access_to
 
 if TYPE_CHECKING:
@@ -134,6 +134,12 @@ class SimBuffer(Buffer):
             self._count_out(size)
 
         return read
+
+    def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
+        """Return the bytes where they are; None if there are none, or if work may be late."""
+        if self._block is None or self.device.seed is not None:
+            return None
+        return bytes_at(self._arena(tensor) + offset, size)
 
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
         """Set bytes of the tensor."""

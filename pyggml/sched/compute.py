@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..backend import Backend, Event
@@ -29,6 +29,8 @@ class SplitRun:
     ----------
     log : RunLog
         Is told of every copy, wait and launch.
+    rewritten : mapping of int to sequence of (Tensor, int)
+        By split, which sources its nodes write that were copied before to a backend where they are read again.
     """
 
     machine: Machine
@@ -40,6 +42,7 @@ class SplitRun:
     copier: InputCopier
     eval_callback: EvalCallback | None
     log: RunLog
+    rewritten: Mapping[int, Sequence[tuple[Tensor, int]]]
 
     def copy_of(self, tensor: Tensor, backend_id: int) -> Tensor:
         """Return the current copy of a split input on a backend."""
@@ -99,6 +102,9 @@ def compute_splits(run: SplitRun) -> None:
     """
     run.copier.begin()
     dialect = run.machine.dialect
+    check = run.log.copy_check
+    if check is not None:
+        check.begin()
     previous: int | None = None
     for i_split, split in enumerate(run.splits):
         b = split.backend_id
@@ -108,8 +114,14 @@ def compute_splits(run: SplitRun) -> None:
         for i_input in range(len(split.inputs)):
             _copy_input(run, i_split, i_input)
         run.copier.before_compute(run, i_split)
+        if check is not None:
+            check.before_launch(run, i_split)
         _launch(run, i_split)
         run.copier.after_compute(run, i_split)
+        if check is not None:
+            check.after_launch(run, i_split)
+        for tensor, backend_id in run.rewritten.get(i_split, ()):
+            _copy_again(run, i_split, tensor, backend_id)
         event = run.events[b][run.cur_copy]
         if event is not None and (split.inputs or dialect.record_every_split):
             start_s = run.log.now()
@@ -144,6 +156,16 @@ def _copy_input(run: SplitRun, i_split: int, i_input: int) -> None:
         tensor_copy(tensor, copy)
     reason: CopyReason = "weight" if is_weight else "activation"
     run.log.copied(i_split, tensor, source, b, reason, start_s, is_async=is_async)
+
+
+def _copy_again(run: SplitRun, i_split: int, tensor: Tensor, backend_id: int) -> None:
+    """Copy a source that a split wrote, for the later users of its copy."""
+    run.synchronize(i_split, run.splits[i_split].backend_id)
+    run.synchronize(i_split, backend_id)
+    start_s = run.log.now()
+    tensor_copy(tensor, run.copy_of(tensor, backend_id))
+    source = run.asg.ids[tensor]
+    run.log.copied(i_split, tensor, source, backend_id, "activation", start_s, is_async=False)
 
 
 def _launch(run: SplitRun, i_split: int) -> None:

@@ -31,6 +31,7 @@ from .state import is_computed
 if TYPE_CHECKING:
     from ..buffer import BufferType
     from ..graph import Graph
+    from .check_copies import CopyCheck
     from .state import Assignment, Machine
 
 __all__ = ["RunLog"]
@@ -53,7 +54,7 @@ class RunLog:
         Is told of everything.
     """
 
-    __slots__ = ("clock", "machine", "recorder", "stats", "used")
+    __slots__ = ("clock", "copy_check", "machine", "recorder", "stats", "used")
 
     def __init__(
         self, machine: Machine, stats: Statistics, recorder: Recorder | None, clock: VirtualClock | None
@@ -63,6 +64,7 @@ class RunLog:
         self.recorder = recorder
         self.clock = clock
         self.used: dict[Tensor, int] = {}  #: experts read of each ids tensor
+        self.copy_check: CopyCheck | None = None  #: with PYGGML_CHECK, is told of copies
 
     def now(self) -> float:
         """Return the host's time in seconds; 0 if nobody records."""
@@ -90,6 +92,8 @@ class RunLog:
     ) -> None:
         """Take note of bytes of a split input that went to the split's backend."""
         n_bytes = tensor.nbytes if size is None else size
+        if self.copy_check is not None:
+            self.copy_check.put(tensor, dst, offset, n_bytes)
         self.stats.count_copy(n_bytes, tensor.nbytes, reason)
         span = None
         if self.clock is not None:

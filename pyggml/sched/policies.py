@@ -226,9 +226,20 @@ class UsedExpertCopier(UpstreamCopier):
             return
         users = [(node, j, src) for node, j, src in cutter.rewritten if node.src[j] in firsts]
         ids_roots = {_root(node.src[2]) for node, _, _ in users if node.op is Op.MUL_MAT_ID and node.src[2] is not None}
+        # ids that are copies change when their source is written, too (`Repairs.stale_copies`)
+        copied_from: dict[Tensor, list[Tensor]] = {}
+        for source, by_backend in cutter.copies.items():
+            for made in by_backend.values():
+                copy = made[cutter.cur_copy]
+                if copy in ids_roots and copy is not source:
+                    copied_from.setdefault(_root(source), []).append(copy)
         for i, split in enumerate(cutter.splits):
             nodes = split.graph.nodes
-            written = {root for n in nodes if (root := n.view_src or n) in ids_roots and not n.op.is_empty}
+            written: set[Tensor] = set()
+            for n in nodes:
+                root = n.view_src or n
+                if not n.op.is_empty and (root in ids_roots or root in copied_from):
+                    written.update((root, *copied_from.get(root, ())))
             if written:
                 self._writes[i] = written
             if len(users) == len(firsts):

@@ -51,11 +51,12 @@ from ..tensor import Tensor
 from ..types import SCHED_MAX_COPIES, BufferUsage, DeviceType
 from .assign import OffloadOp, assign
 from .check import check_allocation, check_assignment, check_splits
+from .check_copies import CopyCheck
 from .compute import EvalCallback, SplitRun, compute_splits
 from .debug import assignments_text
 from .log import RunLog
 from .policies import InputCopier, UpstreamCopier, UsedExpertCopier, default_offload
-from .split import CutMemory, Cutter, make_sched_graph, optimize_splits
+from .split import CutMemory, Cutter, make_sched_graph, optimize_splits, rewritten_sources
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
 
 __all__ = ["Scheduler"]
@@ -157,6 +158,8 @@ class Scheduler:
         self._node_ids, self._prev_node_ids = _IdTable(), _IdTable()
         self._leaf_ids, self._prev_leaf_ids = _IdTable(), _IdTable()
         self._cutter: Cutter | None = None
+        self._copy_check: CopyCheck | None = None  # of the latest cut, once asked for
+        self._rewritten_sources: dict[int, list[tuple[Tensor, int]]] = {}
         self._allocated: ref[Graph] | None = None
         self._rewritten: WeakKeyDictionary[Graph, list[tuple[Tensor, int, Tensor]]] = WeakKeyDictionary()
         self._kept: _Kept | None = None
@@ -234,7 +237,7 @@ class Scheduler:
     def _split(self, graph: Graph) -> list[Split]:
         self._restore(graph)
         self.is_reset = False
-        self._cutter = self._kept = None
+        self._cutter = self._copy_check = self._kept = None
         asg, log = self.assignment, self.new_log()
         start_s = log.now()
         assign(graph, asg, self.machine, self.offload_rule if self.op_offload else None)
@@ -361,6 +364,7 @@ class Scheduler:
             self._alloc_splits()
             assert self._cutter is not None
             self.copier.prepare(self._cutter)
+            self._rewritten_sources = rewritten_sources(graph, self._cutter) if self.repairs.stale_copies else {}
             self._kept = _Kept(self, graph)
         self._allocated = ref(graph)
         self.is_alloc = True
@@ -444,12 +448,24 @@ class Scheduler:
                     f"{held!r} is allocated, {graph!r} was to be computed",
                     hint="call reset(), then alloc_graph() with the graph to compute",
                 )
+        log = self.new_log()
+        log.copy_check = self._checking_copies()
         compute_splits(
             SplitRun(
                 self.machine, self.splits, self.copies, self.assignment, self.cur_copy, self.events, self.copier,
-                self.eval_callback, self.new_log(),
+                self.eval_callback, log, self._rewritten_sources,
             )
         )  # fmt: skip
+
+    def _checking_copies(self) -> CopyCheck | None:
+        """Return what verifies copies; None if nobody asked, or if upstream's mistakes are to be replayed."""
+        mended = self.repairs
+        if not config.check() or not (mended.shared_experts and mended.stale_ids and mended.stale_copies):
+            return None
+        if self._copy_check is None:
+            assert self._cutter is not None
+            self._copy_check = CopyCheck(self._cutter)
+        return self._copy_check
 
     def synchronize(self) -> None:
         """Wait for all work of all backends.

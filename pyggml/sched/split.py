@@ -8,9 +8,9 @@ from ..errors import SchedError
 from ..graph import Graph
 from ..tensor import Tensor, dup_layout, view_tensor
 from ..types import MAX_SRC, SCHED_MAX_SPLIT_INPUTS, BufferUsage, TensorFlag
-from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
+from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split, is_computed
 
-__all__ = ["CutMemory", "Cutter", "make_sched_graph", "optimize_splits"]
+__all__ = ["CutMemory", "Cutter", "make_sched_graph", "optimize_splits", "rewritten_sources"]
 
 
 class CutMemory:
@@ -204,6 +204,36 @@ class Cutter:
             by_backend[backend_id] = made
         if is_new or always_listed:
             self.graph_inputs.append(tensor)
+
+
+def rewritten_sources(graph: Graph, cutter: Cutter) -> dict[int, list[tuple[Tensor, int]]]:
+    """Return, by split, the sources of copies that its nodes write although splits behind it read the copy.
+
+    Returns
+    -------
+    dict
+        Source, and the backend that the copy is on.
+
+    Notes
+    -----
+    Differs: upstream copies a tensor once to a backend, and its later users there read what it was then
+    (`Repairs.stale_copies`).
+    """
+    roots = {source.view_src or source for source in cutter.copies}
+    writers = [node for node in graph.nodes if node.view_src in roots and is_computed(node)]
+    found: dict[int, list[tuple[Tensor, int]]] = {}
+    if not writers:
+        return found
+    split_of = {node: i for i, split in enumerate(cutter.splits) for node in split.graph.nodes}
+    users: dict[tuple[Tensor, int], list[int]] = {}
+    for node, _, source in cutter.rewritten:
+        users.setdefault((source, cutter.asg.ids[node]), []).append(split_of[node])
+    for writer in writers:
+        i = split_of[writer]
+        for (source, backend_id), readers in users.items():
+            if (source.view_src or source) is writer.view_src and min(readers) < i < max(readers):
+                found.setdefault(i, []).append((source, backend_id))
+    return found
 
 
 #: Tensors that are to stay allocated until a node: by node, in the order of asking.

@@ -62,9 +62,15 @@ def test_min_batch(monkeypatch: pytest.MonkeyPatch, text: str | None, rows: int)
 @pytest.mark.parametrize(("text", "is_on"), [("", False), ("0", False), ("1", True), ("yes", True)])
 def test_switches(monkeypatch: pytest.MonkeyPatch, text: str, is_on: bool) -> None:
     """A switch is on with anything but nothing and 0."""
-    monkeypatch.setenv("PYGGML_CHECK", text)
     monkeypatch.setenv("PYGGML_TRACEBACK", text)
-    assert config.check() is config.traceback() is is_on
+    assert config.traceback() is is_on
+
+
+@pytest.mark.parametrize(("text", "level"), [("", 0), ("0", 0), ("1", 1), (" 2 ", 2), ("yes", 1)])
+def test_check_level(monkeypatch: pytest.MonkeyPatch, text: str, level: int) -> None:
+    """PYGGML_CHECK is a level, and anything that is no number is 1, as it was a switch."""
+    monkeypatch.setenv("PYGGML_CHECK", text)
+    assert config.check() == level
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

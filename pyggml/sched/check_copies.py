@@ -1,0 +1,290 @@
+"""Copies of split inputs, verified before each launch when ``PYGGML_CHECK`` is set.
+
+Two things, each derived from the graph, the ids and the memory, and never by the functions that copiers use:
+
+- *Every copy covers what is read.* `CopyCheck` is told of each range that is copied, and knows what the nodes of a split
+  read: of an expert weight under MUL_MAT_ID the experts that the ids name now, with the padding that kernels may touch;
+  of all else every byte. What a node wrote at the source since it was copied is not covered any more.
+- *Results equal the full copy.* The bytes that were to be copied are compared with the source. With ``PYGGML_CHECK=2`` a
+  split with experts copied in part is computed once more with whole copies, and each of its results compared bit for bit.
+
+Memory is looked at by `Buffer.peek`, of which devices take no notice: traces, counts, faults and virtual time are the same
+with and without the check. What cannot be seen so (a plan without data, a device that works late or is another machine's)
+is left out; there ids are not known, and only what is read whole must be covered.
+
+The check stands where `Repairs` promise right results. A scheduler that replays upstream (``strict=True``), which
+forgets later users of a copy and ids that were rewritten, is not checked.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import config
+from ..errors import SchedError
+from ..tensor import Tensor
+from ..types import BufferUsage, Op
+from .check_results import Rerun
+from .experts import EXPERT_PAD_BYTES, layer_of
+from .state import is_computed
+
+if TYPE_CHECKING:
+    from .compute import SplitRun
+    from .split import Cutter
+
+__all__ = ["CopyCheck"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A node that reads a copy."""
+
+    node: Tensor
+    source: Tensor
+    copy: Tensor
+    #: what names the experts that are read; None: every byte is
+    ids: Tensor | None
+
+
+class _Ranges:
+    """Bytes of a copy, as ascending ranges that do not touch."""
+
+    __slots__ = ("ends", "starts")
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+
+    def add(self, start: int, end: int) -> None:
+        """Add bytes ``start .. end - 1``."""
+        i = bisect_right(self.starts, start)
+        if i > 0 and self.ends[i - 1] >= start:
+            i -= 1
+            start = self.starts[i]
+        j = i
+        while j < len(self.starts) and self.starts[j] <= end:
+            end = max(end, self.ends[j])
+            j += 1
+        self.starts[i:j] = [start]
+        self.ends[i:j] = [end]
+
+    def first_hole(self, start: int, end: int) -> int | None:
+        """Return the first of the bytes ``start .. end - 1`` that is not there."""
+        i = bisect_right(self.starts, start) - 1
+        reached = max(start, self.ends[i]) if i >= 0 else start
+        return None if reached >= end else reached
+
+
+class CopyCheck:
+    """Follows the copies of an allocated graph, and verifies them when a split is about to be computed.
+
+    Parameters
+    ----------
+    cutter : Cutter
+        With splits and copies of the graph, its backends' reordering done.
+    """
+
+    def __init__(self, cutter: Cutter) -> None:
+        self._asg = cutter.asg
+        self._copies: dict[tuple[Tensor, int], Tensor] = {}  # source and backend -> copy
+        for source, by_backend in cutter.copies.items():
+            for backend_id, made in by_backend.items():
+                if made[cutter.cur_copy] is not source:
+                    self._copies[source, backend_id] = made[cutter.cur_copy]
+        self._reads: list[list[_Read]] = []
+        self._writes: list[list[tuple[Tensor, Tensor]]] = []  # by split: node, and copy whose source it writes
+        self._find_users(cutter)
+        self._present: dict[Tensor, _Ranges] = {}
+        self._fresh: set[Tensor] = set()  # copies that were put since the last launch
+        self._stale: dict[Tensor, tuple[Tensor, int]] = {}  # copy -> who wrote at its source, in which split
+        self._rerun: Rerun | None = None
+
+    def _find_users(self, cutter: Cutter) -> None:
+        sources = {copy: source for (source, _), copy in self._copies.items()}
+        by_root: dict[Tensor, list[Tensor]] = {}
+        for copy, source in sources.items():
+            by_root.setdefault(source.view_src or source, []).append(copy)
+        for split in cutter.splits:
+            reads: dict[tuple[Tensor, Tensor | None], _Read] = {}
+            writes: list[tuple[Tensor, Tensor]] = []
+            written: set[Tensor] = set()
+            for node in split.graph.nodes:
+                if not is_computed(node) or node.is_empty:
+                    continue
+                for j, src in enumerate(node.src):
+                    if src is not None and src in sources:
+                        ids = node.src[2] if node.op is Op.MUL_MAT_ID and j == 0 else None
+                        if ids is not None and (ids.view_src or ids) in written:
+                            ids = None  # nobody can know them before the launch
+                        reads.setdefault((src, ids), _Read(node, sources[src], src, ids))
+                root = node.view_src or node
+                written.add(root)
+                writes += [(node, c) for c in by_root.get(root, ()) if _overlap(node, sources[c])]
+            self._reads.append(list(reads.values()))
+            self._writes.append(writes)
+
+    # -- what happens --------------------------------------------------------
+
+    def begin(self) -> None:
+        """Forget all copies: a computing starts."""
+        self._present.clear()
+        self._fresh.clear()
+        self._stale.clear()
+
+    def put(self, source: Tensor, backend_id: int, offset: int, size: int) -> None:
+        """Take note that bytes of a split's input were copied to a backend."""
+        copy = self._copies.get((source, backend_id))
+        if copy is None:
+            return
+        if copy in self._stale:
+            del self._stale[copy]
+            del self._present[copy]
+        self._present.setdefault(copy, _Ranges()).add(offset, offset + size)
+        self._fresh.add(copy)
+
+    def before_launch(self, run: SplitRun, i_split: int) -> None:
+        """Verify all that the nodes of a split read of copies.
+
+        Raises
+        ------
+        SchedError
+            Something was not copied, or its bytes are not the source's; the text names who reads what of which layer
+            where, and the experts that lack.
+        """
+        is_partial = False
+        for read in self._reads[i_split]:
+            experts = self._experts(read)
+            if read.copy in self._stale:
+                writer, i_writer = self._stale[read.copy]
+                raise self._error(run, i_split, read, f"is older than what '{writer.name}' wrote in split {i_writer}")
+            self._verify_cover(run, i_split, read, experts)
+            if read.copy in self._fresh or _is_weight(read.source):
+                self._verify_bytes(run, i_split, read, experts)
+            is_partial |= experts is not None
+        if config.check() > 1 and is_partial and run.eval_callback is None:
+            copies = {r.copy: r.source for r in self._reads[i_split] if r.ids is not None and _is_weight(r.source)}
+            self._rerun = Rerun.prepare(run.splits[i_split].graph, copies)
+
+    def after_launch(self, run: SplitRun, i_split: int) -> None:
+        """Compare results with those of whole copies, if asked to, and take note of what the split wrote.
+
+        Raises
+        ------
+        SchedError
+            A result is another with whole copies.
+        """
+        rerun, self._rerun = self._rerun, None
+        if rerun is not None:
+            backend = run.machine.backends[run.splits[i_split].backend_id]
+            node = rerun.first_difference(backend)
+            if node is not None:
+                read = next(r for r in self._reads[i_split] if r.ids is not None)
+                raise self._error(
+                    run, i_split, read, f"is partial, and if it were whole '{node.name}' would be another"
+                )
+        self._fresh.clear()
+        for node, copy in self._writes[i_split]:
+            if copy in self._present:
+                self._stale[copy] = node, i_split
+
+    # -- what must hold ------------------------------------------------------
+
+    def _experts(self, read: _Read) -> list[int] | None:
+        """Return the experts that a node reads, as its ids name them now; None: all bytes, or unknown."""
+        ids = read.ids
+        if ids is None or ids.storage is None:
+            return None
+        if ids.is_empty:
+            return []
+        seen = ids.storage.peek(ids, 0, ids.nbytes)
+        if seen is None:
+            return None
+        import numpy as np
+
+        rows = np.ndarray((ids.ne[1], ids.ne[0]), np.int32, seen, strides=(ids.nb[1], ids.nb[0]))
+        # an id that is no expert is for the copier or the backend to refuse
+        return [int(e) for e in np.unique(rows) if 0 <= e < read.source.ne[2]]
+
+    def _verify_cover(self, run: SplitRun, i_split: int, read: _Read, experts: list[int] | None) -> None:
+        if experts is None and read.ids is not None:
+            return  # the ids cannot be seen
+        present = self._present.get(read.copy) or _Ranges()
+        if experts is None:
+            hole = present.first_hole(0, read.source.nbytes)
+            if hole is not None:
+                raise self._error(run, i_split, read, f"lacks bytes {hole:,}..{read.source.nbytes - 1:,}")
+            return
+        padded: list[int] = []
+        lacking: list[int] = []
+        for expert, start, end in _bytes_of(read.source, experts):
+            hole = present.first_hole(start, end)
+            if hole is not None:
+                (lacking if hole < start + _expert_bytes(read.source) else padded).append(expert)
+        if lacking:
+            raise self._error(run, i_split, read, f"lacks {_experts_text(lacking)}")
+        if padded:
+            raise self._error(run, i_split, read, f"lacks the padding after {_experts_text(padded)}")
+
+    def _verify_bytes(self, run: SplitRun, i_split: int, read: _Read, experts: list[int] | None) -> None:
+        """Compare what was to be copied with the source, where both can be seen."""
+        import numpy as np
+
+        source, copy = read.source, read.copy
+        if (experts is None and read.ids is not None) or source.storage is None or copy.storage is None:
+            return
+        if experts is None:
+            wanted: Iterable[tuple[int, int, int]] = [(-1, 0, source.nbytes)]
+        else:
+            wanted = _bytes_of(source, experts)
+        wrong: list[int] = []
+        for expert, start, end in wanted:
+            theirs, ours = source.storage.peek(source, start, end - start), copy.storage.peek(copy, start, end - start)
+            if theirs is None or ours is None:
+                return
+            if not np.array_equal(np.frombuffer(theirs, np.uint8), np.frombuffer(ours, np.uint8)):
+                wrong.append(expert)
+        if wrong:
+            where = "" if experts is None else f" in {_experts_text(wrong)}"
+            raise self._error(run, i_split, read, f"is not as the source{where}")
+
+    def _error(self, run: SplitRun, i_split: int, read: _Read, what: str) -> SchedError:
+        where = run.machine.backends[run.splits[i_split].backend_id].name
+        layer = layer_of(read.source.name)
+        name = f"'{read.source.name}'" + ("" if layer is None else f" (layer {layer})")
+        by = "" if read.ids is None else f" by '{read.ids.name}'"
+        cause = self._asg.cause(read.node)
+        return SchedError(
+            f"check: {read.node.op_desc} '{read.node.name}' in split {i_split} on {where} reads {name}{by}, but its copy {what}",
+            causes=() if cause is None else (cause.value,),
+            hint=f"the input copier ({type(run.copier).__name__}) is wrong, or did not tell run.log what it copied",
+        )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors that share their memory's owner share a byte."""
+    return a.view_offs < b.view_offs + b.nbytes and b.view_offs < a.view_offs + a.nbytes
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return tensor.storage is not None and tensor.storage.usage is BufferUsage.WEIGHTS
+
+
+def _expert_bytes(weight: Tensor) -> int:
+    """Return the bytes of one expert; in a strided view less than from one to the next."""
+    return weight.nbytes - (weight.ne[2] - 1) * weight.nb[2]
+
+
+def _bytes_of(weight: Tensor, experts: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield for each expert the first byte that must be there, and the first that need not, padding included."""
+    size = _expert_bytes(weight)
+    for expert in experts:
+        start = expert * weight.nb[2]
+        is_last = expert == weight.ne[2] - 1
+        yield expert, start, min(start + size + (0 if is_last else min(size, EXPERT_PAD_BYTES)), weight.nbytes)
+
+
+def _experts_text(experts: list[int]) -> str:
+    return f"expert{'s' if len(experts) > 1 else ''} {', '.join(map(str, experts))}"
