@@ -1,7 +1,9 @@
 """ROPE: pairs of a row's elements turned by angles that grow with the token's position.
 
 Cosines and sines are the same for all layers of a model, so they are an op of their own, run once for all ROPE nodes
-of a plan that share positions and parameters: rows of n_dims floats for each token, cosines first, then sines.
+of a plan that share positions and parameters: for each token a row of cosines, one a pair, then as many sines.
+
+A token may have four positions (time, height, width, and one more); sections of the pairs say which turns a pair.
 """
 
 from __future__ import annotations
@@ -10,50 +12,121 @@ import math
 
 import numpy as np
 
+from .convert import row_from_f32, row_to_f32
 from .elementwise import row_address, share
 from .emit import I64, LANES, F32x16, ir, micro, types
 from .kernel import device, op_kernel
 from .memory import copy_bytes, floats, ld_f32, ld_i32, ld_i64
-from .words import ADDRESS, DST, NB0, NE0, NE1, NE2, NE3, PARAM, SCRATCH, SHARED, SRC0, SRC1
+from .words import (
+    ADDRESS,
+    DST,
+    F32,
+    NB0,
+    NE0,
+    NE1,
+    NE2,
+    NE3,
+    PARAM,
+    SCRATCH,
+    SHARED,
+    SRC0,
+    SRC1,
+    THREAD_BYTES,
+    THREADS,
+    TYPE,
+)
 
-#: Parameters of `rope_angles`. THETA_SCALE: factor of the angle from pair to pair; LOW, HIGH: pairs between which
-#: YaRN mixes; MAGNITUDE: factor of cosines and sines.
-N_DIMS, THETA_SCALE, FREQ_SCALE, EXT_FACTOR, MAGNITUDE, LOW, HIGH = (PARAM + i for i in range(7))
-#: Parameters of `rope_rows`: n_dims, whether pairs are half a row apart (NEOX) or neighbours, first dimension, the
-#: sign of sines (bits).
-IS_NEOX, FIRST_DIM, SINE_SIGN = PARAM + 1, PARAM + 2, PARAM + 3
+#: Parameters of `rope_angles`: pairs of a row. THETA_SCALE: factor of the angle from pair to pair; LOW, HIGH: pairs
+#: between which YaRN mixes; MAGNITUDE: factor of cosines and sines. AXES: see below; SECTIONS: pairs of each of the four
+#: positions.
+N_PAIRS, THETA_SCALE, FREQ_SCALE, EXT_FACTOR, MAGNITUDE, LOW, HIGH, AXES, SECTIONS = (PARAM + i for i in range(9))
+#: One position for all pairs; four, in sections one behind another; the first three in turns; in sections whose
+#: angles begin anew.
+ONE, IN_SECTIONS, IN_TURNS, IN_NEW_SECTIONS = range(4)
+#: Parameters of `rope_rows`: turned elements, whether pairs are half of them apart (NEOX) or neighbours, first
+#: dimension, the sign of sines (bits).
+N_DIMS, IS_NEOX, FIRST_DIM, SINE_SIGN = PARAM, PARAM + 1, PARAM + 2, PARAM + 3
+
+
+@device
+def _axis_of_pair(axes, sections, sector):
+    """Return which of the four positions turns a pair, counted within a round of all sections."""
+    time, height, width = ld_i64(sections), ld_i64(sections + 8), ld_i64(sections + 16)
+    if axes == IN_TURNS:
+        axis = sector % 3
+        return axis if sector < 3 * ld_i64(sections + 8 * axis) else 3
+    return int(sector >= time) + int(sector >= time + height) + int(sector >= time + height + width)
+
+
+@device
+def _pair_angle(d, i, angle, table, half):
+    """Write cosine and sine of pair i, whose frequency is divided and scaled first."""
+    divisors, freq_scale, ext_factor = (
+        ld_i64(d + 8 * (SRC1 + ADDRESS)),
+        ld_f32(d + 8 * FREQ_SCALE),
+        ld_f32(d + 8 * EXT_FACTOR),
+    )
+    magnitude, row = ld_f32(d + 8 * MAGNITUDE), floats(table)
+    extrapolated = angle
+    if divisors != 0:
+        extrapolated = angle / ld_f32(divisors + 4 * i)
+    theta = freq_scale * extrapolated
+    if ext_factor != np.float32(0.0):
+        low, high = ld_f32(d + 8 * LOW), ld_f32(d + 8 * HIGH)
+        ramp = (np.float32(i) - low) / max(np.float32(0.001), high - low)
+        mix = (np.float32(1.0) - min(np.float32(1.0), max(np.float32(0.0), ramp))) * ext_factor
+        theta = theta * (np.float32(1.0) - mix) + extrapolated * mix
+    row[i] = math.cos(theta) * magnitude
+    row[half + i] = math.sin(theta) * magnitude
 
 
 @op_kernel
 def rope_angles(ith, nth, d, ctl):
     """Write cosines and sines for the positions of src0; src1: divisors of the frequencies, or absent."""
-    n_dims, n_token = ld_i64(d + 8 * N_DIMS), ld_i64(d + 8 * (SRC0 + NE0))
-    theta_scale, freq_scale = ld_f32(d + 8 * THETA_SCALE), ld_f32(d + 8 * FREQ_SCALE)
-    ext_factor, magnitude = ld_f32(d + 8 * EXT_FACTOR), ld_f32(d + 8 * MAGNITUDE)
-    low, high = ld_f32(d + 8 * LOW), ld_f32(d + 8 * HIGH)
-    positions, nb0, divisors = (
+    half, axes, sections = ld_i64(d + 8 * N_PAIRS), ld_i64(d + 8 * AXES), d + 8 * SECTIONS
+    n_token = ld_i64(d + 8 * (SRC0 + NE0)) // (1 if axes == ONE else 4)
+    theta_scale, positions, nb0 = (
+        ld_f32(d + 8 * THETA_SCALE),
         ld_i64(d + 8 * (SRC0 + ADDRESS)),
         ld_i64(d + 8 * (SRC0 + NB0)),
-        ld_i64(d + 8 * (SRC1 + ADDRESS)),
     )
     table = ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
+    n_sector = ld_i64(sections) + ld_i64(sections + 8) + ld_i64(sections + 16) + ld_i64(sections + 24)
     first, end = share(n_token, ith, nth)
-    half = n_dims // 2
     for t in range(first, end):
-        row = floats(table + 4 * n_dims * t)
-        angle = np.float32(ld_i32(positions + nb0 * t))
+        at, row = positions + nb0 * t, table + 8 * half * t
+        angle = np.float32(ld_i32(at))
+        if axes == ONE:
+            for i in range(half):
+                _pair_angle(d, i, angle, row, half)
+                angle *= theta_scale
+            continue
+        height, width, more = (
+            np.float32(ld_i32(at + nb0 * n_token)),
+            np.float32(ld_i32(at + nb0 * n_token * 2)),
+            np.float32(ld_i32(at + nb0 * n_token * 3)),
+        )
         for i in range(half):
-            extrapolated = angle
-            if divisors != 0:
-                extrapolated = angle / ld_f32(divisors + 4 * i)
-            theta = freq_scale * extrapolated
-            if ext_factor != np.float32(0.0):
-                ramp = (np.float32(i) - low) / max(np.float32(0.001), high - low)
-                mix = (np.float32(1.0) - min(np.float32(1.0), max(np.float32(0.0), ramp))) * ext_factor
-                theta = theta * (np.float32(1.0) - mix) + extrapolated * mix
-            row[i] = math.cos(theta) * magnitude
-            row[half + i] = math.sin(theta) * magnitude
-            angle *= theta_scale
+            sector = i % n_sector
+            axis = _axis_of_pair(axes, sections, sector)
+            if axes == IN_NEW_SECTIONS:
+                # where a section is empty, upstream begins only the first that starts there
+                if sector == 0:
+                    angle = np.float32(ld_i32(at))
+                elif sector == ld_i64(sections):
+                    height = np.float32(ld_i32(at + nb0 * n_token))
+                elif sector == ld_i64(sections) + ld_i64(sections + 8):
+                    width = np.float32(ld_i32(at + nb0 * n_token * 2))
+                elif sector == ld_i64(sections) + ld_i64(sections + 8) + ld_i64(sections + 16):
+                    more = np.float32(ld_i32(at + nb0 * n_token * 3))
+            chosen = angle if axis == 0 else height if axis == 1 else width if axis == 2 else more
+            _pair_angle(d, i, chosen, row, half)
+            angle, height, width, more = (
+                angle * theta_scale,
+                height * theta_scale,
+                width * theta_scale,
+                more * theta_scale,
+            )
 
 
 @micro(types.void, 5)
@@ -112,12 +185,19 @@ def rope_rows(ith, nth, d, ctl):
     ne0, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
     n_dims, first_dim = ld_i64(d + 8 * N_DIMS), ld_i64(d + 8 * FIRST_DIM)
     is_neox, sign = ld_i64(d + 8 * IS_NEOX), ld_i64(d + 8 * SINE_SIGN)
-    table = ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
+    table, type = ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH), ld_i64(d + 8 * (SRC0 + TYPE))
+    floats_at = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
     first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
     for row in range(first, end):
         x, y = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)
         token = row // ne1 % ne2
         start = 4 * first_dim
+        if type != F32:  # F16: the row is turned as floats
+            row_to_f32(type, x, floats_at, ne0, 0)
+            at = floats_at + start
+            _turn_row(at, at, table + 4 * n_dims * token, n_dims, is_neox, sign)
+            row_from_f32(type, floats_at, y, ne0, 0)
+            continue
         if x != y:
             copy_bytes(y, x, start)
             copy_bytes(y + start + 4 * n_dims, x + start + 4 * n_dims, 4 * (ne0 - n_dims - first_dim))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..ops.modes import RopeType
 from ..tensor import Tensor
 from ..types import GluOp, Op, Type, UnaryOp
 
@@ -44,6 +45,8 @@ def _dense_rows(t: Tensor, *which: int) -> str:
 
 _F32 = frozenset({Type.F32})
 _I32 = frozenset({Type.I32})
+_ROPED = frozenset({Type.F32, Type.F16})
+_ROPE_MODES = frozenset(int(mode) for mode in RopeType)
 
 
 def _elementwise(t: Tensor) -> str:
@@ -111,10 +114,21 @@ def _copy(t: Tensor) -> str:
 
 
 def _rope(t: Tensor) -> str:
-    mode = t.param_i32(2)
-    if mode not in (0, 2):
-        return f"rope mode {mode} is not 0 (normal) or 2 (neox)"
-    return _types(t, _F32, _F32, _I32, _F32) or _dense_rows(t, 0, 1)
+    mode, n_dims, first, n = t.param_i32(2), t.param_i32(1), t.param_i32(15), t.ne[0]
+    if mode not in _ROPE_MODES:
+        return f"rope mode {mode} is none of {', '.join(f'{m.value} ({m.name})' for m in RopeType)}"
+    if n_dims <= 0 or n_dims % 2 or first < 0 or first % 2 or first + n_dims > n:
+        return f"rope cannot turn {n_dims} of {n} elements from {first} on: all must be even, and fit"
+    if mode & RopeType.MROPE:
+        sections = [t.param_i32(11 + i) for i in range(4)]
+        if min(sections) < 0 or not any(sections[:3]) or sum(sections) > n:
+            return f"rope sections {sections} do not divide {n // 2} pairs"
+    if mode == RopeType.VISION and (2 * n_dims != n or first):
+        return f"rope mode 24 (VISION) turns whole rows: n_dims {n_dims} is not half of {n}, or an offset is set"
+    factors = t.src[2] if len(t.src) > 2 else None
+    if factors is not None and mode == RopeType.VISION and factors.ne[0] < n_dims:
+        return f"rope mode 24 (VISION) needs a frequency factor for each of {n_dims} pairs, src2 has {factors.ne[0]}"
+    return _types(t, _ROPED, {t.type}, _I32, _F32) or _dense_rows(t, 0, 1)
 
 
 def _soft_max(t: Tensor) -> str:
@@ -153,6 +167,7 @@ _CHECKS: dict[Op, Callable[[Tensor], str]] = {
     Op.GET_ROWS: _get_rows,
     Op.SET_ROWS: _set_rows,
     Op.ROPE: _rope,
+    Op.ROPE_BACK: _rope,
     Op.SOFT_MAX: _soft_max,
     Op.FLASH_ATTN_EXT: _attention,
 }  # fmt: skip

@@ -30,6 +30,7 @@ from pyggml.kernels.cpu import (
 from pyggml.kernels.cpu.dequantise import dequantise_row
 from pyggml.kernels.cpu.quantise import floats_to_blocks
 
+from ..ops.modes import RopeType
 from ..tensor import Tensor
 from ..types import Op, Type
 from ._host_ops import HostPlan, Layout
@@ -299,28 +300,34 @@ def _yarn_range(n_dims: int, n_ctx_orig: int, base: float, beta_fast: float, bet
     return max(0.0, math.floor(pair(beta_fast))), min(n_dims - 1.0, math.ceil(pair(beta_slow)))
 
 
-def _angles(plan: HostPlan, t: Tensor) -> tuple[str, int]:
+#: How pairs find their position, by mode; the others have one for all.
+_AXES = {RopeType.MROPE: rope.IN_SECTIONS, RopeType.IMROPE: rope.IN_TURNS, RopeType.VISION: rope.IN_NEW_SECTIONS}
+
+
+def _angles(plan: HostPlan, t: Tensor, n_pair: int) -> tuple[str, int]:
     positions, divisors = _source(t, 1), _optional(t, 2)
+    axes = _AXES.get(t.param_i32(2), rope.ONE)
+    sections = (0, 0, 0, 0) if axes == rope.ONE else tuple(t.param_i32(11 + i) for i in range(4))
     key = ("angles", plan.address_of(positions), positions.ne, positions.nb, t.op_params[1:2] + t.op_params[4:11],
-           None if divisors is None else plan.address_of(divisors))  # fmt: skip
+           axes, sections, None if divisors is None else plan.address_of(divisors))  # fmt: skip
     slot = plan.prepared(key)
     if slot is not None:
         return slot
-    n_dims, n_token = t.param_i32(1), positions.ne[0]
+    n_dims, n_token = t.param_i32(1), t.ne[2]
     base, freq_scale, ext_factor, magnitude, beta_fast, beta_slow = (t.param_f32(i) for i in range(5, 11))
     low = high = 0.0
     if ext_factor:
         low, high = _yarn_range(n_dims, t.param_i32(4), base, beta_fast, beta_slow)
         magnitude *= 1.0 + 0.1 * math.log(1.0 / freq_scale)
-    slot = plan.new_table(4 * n_dims * n_token, key, positions)
+    slot = plan.new_table(8 * n_pair * n_token, key, positions)
     factors = (base ** (-2.0 / n_dims), freq_scale, ext_factor, magnitude, low, high)
     start = plan.add(
         rope.rope_angles.address,
         t,
         (None, positions, divisors),
-        (n_dims, *(bits(f) for f in factors)),
-        serial=n_token * n_dims < SERIAL_ELEMENTS // 8,
-        cost=20 * n_token * n_dims / ELEMENTS_PER_S,
+        (n_pair, *(bits(f) for f in factors), axes, *sections),
+        serial=n_token * n_pair < SERIAL_ELEMENTS // 16,
+        cost=40 * n_token * n_pair / ELEMENTS_PER_S,
         writes=(plan.slot_range(slot),),
     )
     plan.fix(start + words.SCRATCH, slot)
@@ -329,8 +336,11 @@ def _angles(plan: HostPlan, t: Tensor) -> tuple[str, int]:
 
 def _rope(sine_sign: float) -> Writer:
     def write(plan: HostPlan, t: Tensor) -> None:
-        slot = _angles(plan, t)
-        params = (t.param_i32(1), t.param_i32(2) == 2, t.param_i32(15), bits(sine_sign))
+        mode = t.param_i32(2)
+        n_turned = t.ne[0] if mode == RopeType.VISION else t.param_i32(1)
+        slot = _angles(plan, t, n_turned // 2)
+        plan.need_thread_bytes(0 if t.type is Type.F32 else 4 * t.ne[0])
+        params = (n_turned, mode != RopeType.NORMAL, t.param_i32(15), bits(sine_sign))
         start = plan.add(
             rope.rope_rows.address, t, (t, _source(t, 0)), params, reads=(plan.slot_range(slot),), **_by_rows(t)
         )
@@ -433,6 +443,7 @@ WRITERS: dict[Op, Writer] = {
     Op.SOFT_MAX: _soft_max,
     Op.FLASH_ATTN_EXT: _attention,
     Op.ROPE: _rope(1.0),
+    Op.ROPE_BACK: _rope(-1.0),
     Op.GET_ROWS: _get_rows,
     Op.SET_ROWS: _set_rows,
     Op.CPY: _copy,

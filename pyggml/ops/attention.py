@@ -329,6 +329,63 @@ def rope_multi_inplace(
     )  # fmt: skip
 
 
+def rope_ext_back(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
+    """Turn pairs back: `rope_ext` with angles of the other sign. Mirrors `ggml_rope_ext_back`."""
+    result = rope_ext(
+        a, b, c, n_dims, mode, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
+    )
+    result.op = Op.ROPE_BACK
+    return result
+
+
+def rope_multi_back(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    sections: Sequence[int],
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
+    """Turn pairs back: `rope_multi` with angles of the other sign. Mirrors `ggml_rope_multi_back`."""
+    result = rope_multi(
+        a,
+        b,
+        c,
+        n_dims,
+        sections,
+        mode,
+        n_ctx_orig,
+        freq_base,
+        freq_scale,
+        ext_factor,
+        attn_factor,
+        beta_fast,
+        beta_slow,
+    )
+    result.op = Op.ROPE_BACK
+    return result
+
+
 def rope_set_offset(a: Tensor, n_offs: int) -> Tensor:
     """Let a ROPE begin at element ``n_offs`` of each row; return it.
 

@@ -79,32 +79,30 @@ def _flash_attn_ext(t: Tensor, src: Sources) -> Array:
 # -- rotary positions ------------------------------------------------------------
 
 
-def _positions(t: Tensor, pos: Array, n_pair: int) -> Array:
-    """Return which position governs each pair: (n_token, n_pair)."""
-    mode, n_token = t.param_i32(2), t.ne[2]
+def _pair_turns(t: Tensor, n_pair: int) -> tuple[Array, Array]:
+    """Return which of a token's four positions turns each pair, and each pair's exponent of the base frequency.
+
+    Notes
+    -----
+    Mirrors `ggml_mrope_cache_init`. Pairs count on through all sections, but in VISION, where each section begins anew.
+    """
+    mode = t.param_i32(2)
+    axes, exponents = np.zeros(n_pair, int), np.arange(n_pair)
     if not mode & RopeType.MROPE:
-        return np.repeat(pos[:n_token, None], n_pair, axis=1)
-    axes = pos[: 4 * n_token].reshape(4, n_token)  # time, height, width, extra
+        return axes, exponents
     sections = [t.param_i32(11 + i) for i in range(4)]
-    sector = np.arange(n_pair) % sum(sections)
-    if mode == RopeType.IMROPE:
-        axis = np.full(n_pair, 3)
-        for i in range(3):
-            axis[(sector % 3 == i) & (sector < 3 * sections[i])] = i
-    else:
-        axis = np.searchsorted(np.cumsum(sections), sector, side="right").clip(max=3)
-    return axes[axis].T
-
-
-def _exponents(t: Tensor, n_pair: int) -> Array:
-    """Return each pair's exponent of the base frequency; VISION counts anew in each section."""
-    if t.param_i32(2) != RopeType.VISION:
-        return np.arange(n_pair)
-    sections = [t.param_i32(11 + i) for i in range(4)]
-    sector = np.arange(n_pair) % sum(sections)
-    starts = np.cumsum([0, *sections[:3]])
-    axis = np.searchsorted(np.cumsum(sections), sector, side="right").clip(max=3)
-    return sector - starts[axis]
+    starts = [sum(sections[:i]) for i in range(4)]
+    begun = [0, 0, 0, 0]
+    for pair in range(n_pair):
+        sector = pair % sum(sections)
+        if mode == RopeType.VISION and sector in starts:
+            begun[starts.index(sector)] = pair
+        if mode == RopeType.IMROPE:
+            axes[pair] = sector % 3 if sector < 3 * sections[sector % 3] else 3
+        else:
+            axes[pair] = sum(sector >= start for start in starts[1:])
+        exponents[pair] = pair - begun[axes[pair]]
+    return axes, exponents
 
 
 def _yarn(t: Tensor, theta: Array, n_dims: int) -> tuple[Array, float]:
@@ -124,19 +122,20 @@ def _yarn(t: Tensor, theta: Array, n_dims: int) -> tuple[Array, float]:
     return theta * scale * (1 - mix) + theta * mix, attn * (1 + 0.1 * math.log(1 / scale))
 
 
-@define(Op.ROPE)
+@define(Op.ROPE, Op.ROPE_BACK)
 def _rope(t: Tensor, src: Sources) -> Array:
     x, pos = src[0], src[1].reshape(-1).astype(np.float64)
     n_dims, mode, n_offs = t.param_i32(1), t.param_i32(2), t.param_i32(15)
     is_vision = mode == RopeType.VISION
     n_pair = t.ne[0] // 2 if is_vision else n_dims // 2
-    theta = _positions(t, pos, n_pair) * t.param_f32(5) ** (-2.0 / n_dims * _exponents(t, n_pair))
+    axes, exponents = _pair_turns(t, n_pair)
+    theta = pos.reshape(-1, t.ne[2])[axes].T * t.param_f32(5) ** (-2.0 / n_dims * exponents)
     factors = _optional(t, src, 2)
     if factors is not None:
         theta = theta / factors.reshape(-1)[:n_pair]
     theta, length = _yarn(t, theta, n_dims)
     cos = (np.cos(theta) * length)[None, :, None, :]  # over (n3, n_token, n_head, n_pair)
-    sin = (np.sin(theta) * length)[None, :, None, :]
+    sin = (np.sin(theta) * length)[None, :, None, :] * (1 if t.op is Op.ROPE else -1)
     if mode == RopeType.NORMAL:
         first = n_offs + 2 * np.arange(n_pair)
         second = first + 1

@@ -2,24 +2,20 @@
 
 Sources are of random shape and layout; ggml 0.20.2 computes in a child process, with one thread.
 """
-# ruff: noqa: D102, D103 - arguments of an op are named after it, or after what they are
 
 from __future__ import annotations
 
-import base64
-import random
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from pyggml.tensor import Tensor, decode_array, encode_array
 from pyggml.testing import programs, ref
 from pyggml.testing.child import Child
-from pyggml.testing.programs import Step
-from pyggml.types import Op, Type
+from pyggml.types import Op
+
+from .op_cases import OPS, Case, Computed, of_op
 
 N_CASE = 6
 #: The library looks these up in a table of f16, for each f16; its own error is above upstream's bound, as upstream
@@ -34,359 +30,24 @@ def child() -> Iterator[Child]:
         yield child
 
 
-class Case:
-    """A program with the op in question, and the bytes of its leafs."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.numbers = np.random.default_rng(seed)
-        self.steps: list[Step] = []
-        self.data: dict[int, bytes] = {}
-        self.result = -1  # the step that is checked; the last if below 0
-
-    def add(self, *step: Any) -> dict[str, int]:
-        self.steps.append(list(step))
-        return programs.ref(len(self.steps) - 1)
-
-    def dim(self) -> int:
-        return self.random.choice([1, 2, 3, 4, 5, 7])
-
-    def ne(self) -> list[int]:
-        return [self.random.choice([1, 4, 10, 33]), self.dim(), self.dim(), self.random.choice([1, 1, 2])]
-
-    def choice(self, *options: Any) -> Any:
-        return self.random.choice(options)
-
-    def divisor(self, n: int) -> int:
-        return self.random.choice([d for d in range(1, n + 1) if n % d == 0])
-
-    def values(self, values: Any, type: str = "f32") -> dict[str, int]:
-        """Return a contiguous leaf of these values, given in numpy's order."""
-        values = np.asarray(values)
-        leaf = Tensor(type, values.shape[::-1] or (1,))
-        result = self.add("new", type, list(leaf.ne), "x")
-        self.data[result["t"]] = encode_array(leaf, values.reshape(leaf.shape)).tobytes()
-        return result
-
-    def tensor(
-        self, ne: list[int], type: str = "f32", *, low: float = -1, high: float = 1, plain: bool = False
-    ) -> dict[str, int]:
-        """Return a leaf of random numbers, perhaps with gaps, or with dimensions 1 to 3 in another order."""
-        ne = [*ne, *[1] * (4 - len(ne))]
-        layout = "plain" if plain else self.choice("plain", "permuted", "strided")
-        if layout == "permuted":
-            axes = [0, *self.random.sample([1, 2, 3], 3)]
-            leaf = self.tensor([ne[axis] for axis in axes], type, low=low, high=high, plain=True)
-            return self.add("permute", leaf, *axes)
-        if layout == "strided":
-            block = Type.of(type).block_size
-            big = [ne[0] + block, ne[1] + 1, ne[2], ne[3]]
-            nb1 = Type.of(type).row_size(big[0])
-            leaf = self.tensor(big, type, low=low, high=high, plain=True)
-            return self.add("view_4d", leaf, *ne, nb1, nb1 * big[1], nb1 * big[1] * big[2], nb1)
-        return self.values(self.numbers.uniform(low, high, ne[::-1]), type)
-
-    def distinct(self, ne: list[int]) -> dict[str, int]:
-        """Return a leaf of numbers that all differ."""
-        ne = [*ne, *[1] * (4 - len(ne))]
-        return self.values(self.numbers.permutation(np.arange(int(np.prod(ne)))).reshape(ne[::-1]) / 7 - 3)
-
-    def integers(self, ne: list[int], n: int, type: str = "i32") -> dict[str, int]:
-        """Return a leaf of integers below n."""
-        return self.values(self.numbers.integers(0, n, ne[::-1]), type)
-
-
-Arguments = Callable[[Case], list[Any]]
-
-
 def check(child: Child, case: Case) -> None:
     """Compute the last step with the library, and by definition from the sources that the library had."""
-    values = programs.run(case.steps)
-    last = case.result % len(values)
-    result = values[last]
-    assert result is not None
-    made = [i for i, t in enumerate(values) if t is not None and t.view_src is None and i not in case.data]
-    answer = child.ask(
-        "compute",
-        steps=case.steps,
-        data={i: base64.b64encode(raw).decode() for i, raw in case.data.items()},
-        result=last,
-        read=[*made, last],
-    )
-    assert answer.get("status") == 0, answer
-    read = {int(i): base64.b64decode(raw) for i, raw in answer["bytes"].items()}
-    memory = {values[i]: raw for i, raw in {**read, **case.data}.items() if i != last}
-
-    def source(t: Tensor | None) -> Any:
-        if t is None or t is result:
-            return None
-        raw = memory[t if t.view_src is None else t.view_src]
-        return decode_array(t, raw[t.view_offs : t.view_offs + t.nbytes])
-
-    expected = ref.compute(result, [source(t) for t in result.src])
-    found = decode_array(result, read[last]).reshape(expected.shape)
-    if result.op is Op.TOP_K:
+    made = Computed(child, case)
+    expected = ref.compute(made.result, made.sources)
+    found = made.found.reshape(expected.shape)
+    if made.result.op is Op.TOP_K:
         expected, found = np.sort(expected, axis=3), np.sort(found, axis=3)
-    error, bound = ref.nmse(expected, found), ref.nmse_bound(result)
-    if result.op_desc in BY_TABLE:
+    error, bound = ref.nmse(expected, found), ref.nmse_bound(made.result)
+    if made.result.op_desc in BY_TABLE:
         bound = 5e-7
     assert error <= bound, f"NMSE {error:.3g} > {bound:.3g}: {case.steps}"
-
-
-def any_one(c: Case) -> list[Any]:
-    return [c.tensor(c.ne())]
-
-
-def plain_one(c: Case) -> list[Any]:
-    return [c.tensor(c.ne(), low=-4, high=4, plain=True)]
-
-
-def positive(c: Case) -> list[Any]:
-    return [c.tensor(c.ne(), low=0.1, high=5)]
-
-
-def rows(c: Case) -> list[Any]:
-    return [c.tensor(c.ne(), low=-4, high=4), c.choice(1e-6, 0.1)]
-
-
-def broadcast(c: Case) -> list[Any]:
-    ne = c.ne()
-    return [c.tensor(ne), c.tensor([c.divisor(n) for n in ne], low=0.5, high=2, plain=True)]
-
-
-def add_id(c: Case) -> list[Any]:
-    n, n_used, n_token, n_expert = 32, c.dim(), c.dim(), c.dim()
-    a = c.tensor([n, n_used, n_token], plain=True)
-    return [a, c.tensor([n, n_expert], plain=True), c.integers([n_used, n_token], n_expert)]
-
-
-def into(c: Case) -> list[Any]:
-    a, b = c.tensor([10, 6, 2, 1], plain=True), c.tensor([4, 3, 2, 1], plain=True)
-    return [a, b, 40, 240, 480, c.choice(0, 8, 40)]
-
-
-def split(c: Case) -> list[Any]:
-    ne = c.ne()
-    return [c.tensor(ne, low=-4, high=4, plain=True), c.tensor(ne, low=-4, high=4, plain=True)]
-
-
-def halves(c: Case) -> list[Any]:
-    ne = c.ne()
-    return [c.tensor([2 * ne[0], *ne[1:]], low=-4, high=4, plain=True)]
-
-
-QUANTS = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K"]
-
-
-def weight(c: Case, ne: list[int], type: str) -> dict[str, int]:
-    """Return a matrix of any type; K-quants are made by the library itself."""
-    if type.endswith("_K"):
-        return c.add("cast", c.tensor(ne, plain=True), type)
-    return c.tensor(ne, type)
-
-
-def mul_mat(c: Case) -> list[Any]:
-    type = c.choice("f32", "f16", "bf16", *QUANTS)
-    k, b2, b3 = c.choice(256, 512), c.dim(), c.choice(1, 2)
-    a = weight(c, [k, c.choice(1, 5, 16), c.divisor(b2), c.divisor(b3)], type)
-    return [a, c.tensor([k, c.dim(), b2, b3])]
-
-
-def mul_mat_id(c: Case) -> list[Any]:
-    k, n_expert, n_used, n_token = 256, c.dim(), c.dim(), c.dim()
-    a = weight(c, [k, c.choice(5, 16), n_expert], c.choice("f32", "f16", "bf16", *QUANTS))
-    b = c.tensor([k, c.divisor(n_used), n_token], plain=True)
-    return [a, b, c.integers([n_used, n_token], n_expert)]
-
-
-def out_prod(c: Case) -> list[Any]:
-    n, b2, b3 = c.dim(), c.dim(), c.choice(1, 2)
-    a = c.tensor([c.dim(), n, c.divisor(b2), c.divisor(b3)])
-    return [a, c.tensor([c.dim(), n, b2, b3])]
-
-
-def cpy(c: Case) -> list[Any]:
-    ne, type = [64, c.dim(), c.dim(), 1], c.choice("f32", "f16", "bf16", "q8_0", "q4_0", "q5_1")
-    a = c.tensor(ne, c.choice("f32", "f16") if type in ("f32", "f16", "bf16") else "f32")
-    return [a, c.tensor(ne, type, plain=True)]
-
-
-def get_rows(c: Case) -> list[Any]:
-    n_row, n2, n3 = c.dim(), c.dim(), c.choice(1, 2)
-    a = weight(c, [256, n_row, n2, n3], c.choice("f32", "f16", "bf16", *QUANTS))
-    return [a, c.integers([c.dim(), n2, n3], n_row)]
-
-
-def set_rows(c: Case) -> list[Any]:
-    n_row, n_index, n2, n3 = 9, c.dim(), c.dim(), c.choice(1, 2)
-    a = c.tensor([64, n_row, n2, n3], c.choice("f32", "f16", "q8_0", "q4_0"))
-    groups = [[c.random.sample(range(n_row), n_index) for _ in range(c.divisor(n2))]]
-    return [a, c.tensor([64, n_index, n2, n3]), c.values(groups, c.choice("i64", "i32"))]
-
-
-def view(c: Case) -> list[Any]:
-    return [c.tensor([10, 6, 4, 1], plain=True), 4, 3, 2, 40, 240, c.choice(0, 8, 40)]
-
-
-def mask_of(c: Case, ne: list[int], type: str) -> dict[str, int]:
-    """Return a mask that hides about a third, and never a whole row."""
-    hidden = c.numbers.random(ne[::-1]) < 0.3
-    hidden[..., 0] = False
-    return c.values(np.where(hidden, -np.inf, c.numbers.uniform(-1, 1, ne[::-1])), type)
-
-
-def soft_max_ext(c: Case) -> list[Any]:
-    ne = c.ne()
-    max_bias = c.choice(0.0, 8.0)
-    mask = None
-    if max_bias or c.choice(True, False):
-        mask = mask_of(c, [ne[0], ne[1] + c.choice(0, 2), c.divisor(ne[2]), c.divisor(ne[3])], c.choice("f32", "f16"))
-    return [c.tensor(ne, low=-3, high=3, plain=True), mask, c.choice(1.0, 0.125), max_bias]
-
-
-def flash_attn_ext(c: Case) -> list[Any]:
-    n_kv, n_token, n_head, n_stream, type = (
-        c.choice(8, 40),
-        c.dim(),
-        c.choice(2, 4, 6),
-        c.choice(1, 2),
-        c.choice("f32", "f16", "q8_0"),
-    )
-    max_bias, n_head_kv = c.choice(0.0, 8.0), c.divisor(n_head)
-    q = c.tensor([64, n_token, n_head, n_stream])
-    k = c.tensor([64, n_kv, n_head_kv, n_stream], type)
-    v = c.tensor([c.choice(32, 64), n_kv, n_head_kv, n_stream], type)
-    mask = None
-    if max_bias or c.choice(True, False):
-        mask = mask_of(c, [n_kv, n_token, c.divisor(n_head), c.divisor(n_stream)], "f16")
-    return [q, k, v, mask, 0.125, max_bias, c.choice(0.0, 10.0)]
-
-
-def rope_ext(c: Case) -> list[Any]:
-    n_dims, n_token, ext = c.choice(8, 16), c.dim(), c.choice(0.0, 1.0)
-    a = c.tensor([16, c.dim(), n_token, c.choice(1, 2)])
-    factors = c.tensor([8], low=1, high=3, plain=True) if c.choice(True, False) else None
-    pos = c.integers([n_token], 300)
-    return [
-        a,
-        pos,
-        factors,
-        n_dims,
-        c.choice(0, 2),
-        64,
-        10000.0,
-        c.choice(1.0, 0.25),
-        ext,
-        c.choice(1.0, 0.8),
-        32.0,
-        1.0,
-    ]
-
-
-def rope_multi(c: Case) -> list[Any]:
-    n_token, mode = c.dim(), c.choice(8, 24, 40)
-    n_dims, sections = {8: (16, [2, 3, 3, 0]), 24: (8, [4, 4, 0, 0]), 40: (16, [3, 3, 2, 0])}[mode]
-    a = c.tensor([16, c.dim(), n_token])
-    pos = c.integers([4 * n_token], 100)
-    return [a, pos, None, n_dims, sections, mode, 0, 10000.0, 1.0, 0.0, 1.0, 32.0, 1.0]
-
-
-def top_k(c: Case) -> list[Any]:
-    ne = c.ne()
-    return [c.distinct(ne), c.random.randint(1, ne[0])]
-
-
-def concat(c: Case) -> list[Any]:
-    ne, dim = c.ne(), c.choice(0, 1, 2, 3)
-    return [c.tensor(ne), c.tensor([c.dim() if i == dim else n for i, n in enumerate(ne)]), dim]
-
-
-def group_norm(c: Case) -> list[Any]:
-    return [c.tensor([5, 4, 6, 2], plain=True), c.choice(1, 2, 4), 1e-5]
-
-
-UNARY = [
-    "abs",
-    "sgn",
-    "neg",
-    "step",
-    "tanh",
-    "elu",
-    "relu",
-    "sigmoid",
-    "gelu",
-    "gelu_erf",
-    "gelu_quick",
-    "silu",
-    "exp",
-    "expm1",
-    "softplus",
-    "floor",
-    "ceil",
-    "round",
-    "trunc",
-    "hardswish",
-    "hardsigmoid",
-]
-GLU = ["reglu", "geglu", "swiglu", "geglu_erf", "geglu_quick"]
-
-OPS: dict[str, Arguments] = {
-    **{op: broadcast for op in ("add", "sub", "mul", "div")},
-    **{op: any_one for op in ("dup", "cont", "sqr", "sum_rows", "mean", "transpose")},
-    **{op: plain_one for op in (*UNARY, "sin", "cos", "sum", "cumsum")},
-    **{op: rows for op in ("norm", "rms_norm", "l2_norm")},
-    **{op: halves for op in (*GLU, *(f"{op}_swapped" for op in GLU))},
-    **{f"{op}_split": split for op in GLU},
-    "sqrt": positive,
-    "log": positive,
-    "add_id": add_id,
-    "add1": lambda c: [c.tensor(c.ne(), plain=True), c.tensor([1], plain=True)],
-    "acc": into,
-    "set": into,
-    "scale_bias": lambda c: [c.tensor(c.ne(), plain=True), 0.7, c.choice(0.0, -3.0)],
-    "clamp_inplace": lambda c: [c.tensor(c.ne(), plain=True), -0.3, 0.4],
-    "leaky_relu": lambda c: [c.tensor(c.ne(), plain=True), 0.1, False],
-    "xielu": lambda c: [c.tensor(c.ne(), low=-4, high=4, plain=True), 0.3, 0.8, 0.5, -1e-6],
-    "swiglu_oai": lambda c: [*split(c), 1.702, c.choice(7.0, 2.0)],
-    "mul_mat": mul_mat,
-    "mul_mat_id": mul_mat_id,
-    "out_prod": out_prod,
-    "cpy": cpy,
-    "cast": lambda c: [c.tensor([64, c.dim(), c.dim()]), c.choice("f32", "f16", "bf16", "q8_0")],
-    "reshape_2d": lambda c: [c.tensor([4, 6, 3, 2], plain=True), 12, 12],
-    "permute": lambda c: [c.tensor([4, 6, 3, 2]), *c.random.sample(range(4), 4)],
-    "view_3d": view,
-    "get_rows": get_rows,
-    "set_rows": set_rows,
-    "repeat_4d": lambda c: [c.tensor([4, 2, 3, 1]), 8, 4, 3, c.choice(1, 3)],
-    "concat": concat,
-    "pad_ext": lambda c: [c.tensor(c.ne(), plain=True), *[c.random.randint(0, 3) for _ in range(8)]],
-    "roll": lambda c: [c.tensor([6, 5, 4, 2], plain=True), *[c.random.randint(-1, 1) for _ in range(4)]],
-    "diag": lambda c: [c.tensor([c.dim(), 1, c.dim(), 1], plain=True)],
-    "tri": lambda c: [c.tensor([5, 5, c.dim(), 1], plain=True), c.random.randint(0, 3)],
-    "fill": lambda c: [c.tensor(c.ne(), plain=True), 1.5],
-    "arange": lambda c: [c.choice(0.0, -3.0), c.choice(5.0, 7.5), c.choice(1.0, 0.25)],
-    "argmax": lambda c: [c.distinct([33, c.dim()])],
-    "argsort": lambda c: [c.distinct(c.ne()), c.choice(0, 1)],
-    "top_k": top_k,
-    "count_equal": lambda c: [c.integers([50, 3], 3), c.integers([50, 3], 3)],
-    "group_norm": group_norm,
-    "diag_mask_inf": lambda c: [c.tensor(c.ne(), plain=True), c.choice(0, 3)],
-    "diag_mask_zero": lambda c: [c.tensor(c.ne(), plain=True), c.choice(0, 3)],
-    "soft_max_ext": soft_max_ext,
-    "rope_ext": rope_ext,
-    "rope_multi": rope_multi,
-    "flash_attn_ext": flash_attn_ext,
-}
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_definition_agrees_with_the_library(child: Child, op: str) -> None:
     """The numpy definition gives what ggml's CPU backend computes, within upstream's bound for the op."""
     for i in range(N_CASE * (3 if op in ("mul_mat", "mul_mat_id", "get_rows", "flash_attn_ext") else 1)):
-        case = Case(zlib.crc32(f"{op} {i}".encode()))
-        case.add(op, *OPS[op](case))
-        check(child, case)
+        check(child, of_op(op, i))
 
 
 @pytest.mark.parametrize(
