@@ -30,7 +30,8 @@ __all__ = ["command"]
 @click.option("--outputs", type=click.Choice(["last", "all"]), default="last", show_default=True)
 @click.option("--format", "form", type=click.Choice(["table", "ggml"]), default="table", show_default=True,
               help="ggml: what GGML_SCHED_DEBUG=2 prints.")  # fmt: skip
-@click.option("--routing", default="zipf:1.9", show_default=True, metavar="uniform|zipf:SKEW|trace:FILE|counts:N,N",
+@click.option("--routing", default="lognormal:2.4", show_default=True,
+              metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
               help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them.")  # fmt: skip
 @click.option("--all-splits", is_flag=True, help="List every split, also those that repeat by layer.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import pyggml as ggml
 from pyggml.errors import BackendError, FormatError, GraphError, SchedError
 from pyggml.planning import Planner, virtual_clock
 from pyggml.record import AllocRecord, ComputeRecord, CopyRecord, ReadRecord, Recording
-from pyggml.routing import RecordedRouting, Zipf, parse_routing
+from pyggml.routing import LogNormal, RecordedRouting, Zipf, parse_routing
 from pyggml.sched.debug import assignments_text
 from pyggml.session import ContextFlags, PlacementFlags, Session, TopK
 from pyggml.simulation import simulate_batch
@@ -168,17 +167,18 @@ def test_a_model_of_235_billion_parameters_is_planned_in_seconds(tmp_path):
         plan.sched.clock = virtual_clock(plan.backends)
         result = simulate_batch(plan, 512)
     assert time.perf_counter() - start_s < 60  # a second on a machine that has nothing else to do
-    assert 0.8 < result.bytes_copied / result.bytes_full < 0.95
+    assert 0.7 < result.bytes_copied / result.bytes_full < 0.85
     link = plan.backends[0].device.profile.link
     assert result.seconds > link.seconds(result.bytes_copied, is_pinned=False)
 
 
-def test_used_experts_gain_most_in_small_batches(tmp_path):
-    """The speed-up over full copies shrinks as micro-batches grow, and is near what was published at the smallest."""
+def test_used_experts_gain_what_was_published(tmp_path):
+    """Of gpt-oss-20b, by micro-batch: the spread is fitted to the first speed-up alone; all but the last come out."""
     path = tmp_path / "m.gguf"
-    write_header(path, replace(SHAPES["gpt-oss-20b-experts"], n_layer=3))
+    write_header(path, SHAPES["gpt-oss-20b-experts"])
+    published = {128: 1.63, 256: 1.47, 512: 1.36, 1024: 1.16, 2048: 1.28}
     ratios = []
-    for n_ubatch in (128, 512, 2048):
+    for n_ubatch in published:
         seconds = []
         for copier in (ggml.FullCopier(), None):
             with Planner.open(
@@ -186,31 +186,37 @@ def test_used_experts_gain_most_in_small_batches(tmp_path):
                 context=ContextFlags(n_ctx=2048, n_ubatch=n_ubatch), copier=copier,
             ) as plan:  # fmt: skip
                 plan.sched.clock = virtual_clock(plan.backends)
-                seconds.append(simulate_batch(plan, 2048, routing=Zipf(3)).seconds)
+                seconds.append(simulate_batch(plan, 2048, routing=LogNormal(3.2)).seconds)
         ratios.append(seconds[0] / seconds[1])
-    assert ratios[0] > ratios[1] > ratios[2] > 0.98
-    assert ratios[0] == pytest.approx(1.63, abs=0.2)
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[:-1] == pytest.approx(list(published.values())[:-1], abs=0.07)
+    assert 1.1 < ratios[-1] < published[2048]  # the full copy is too fast there: docs/accuracy.md
 
 
 # -- routing -----------------------------------------------------------------
 
 
-def test_drawn_experts_are_the_same_at_every_call_and_in_any_batch():
+@pytest.mark.parametrize(("law", "number"), [(Zipf, 1.9), (LogNormal, 2.4)])
+def test_drawn_experts_are_the_same_at_every_call_and_in_any_batch(law, number):
     """A token chooses the same experts alone as in a batch; layers and seeds differ."""
-    zipf = Zipf(1.9)
-    alone = [zipf.experts(3, [t], 64, 6) for t in range(20)]
+    routing = law(number)
+    alone = [routing.experts(3, [t], 64, 6) for t in range(20)]
     assert all(len(experts) == 6 for experts in alone)
-    assert Zipf(1.9).experts(3, range(20), 64, 6) == set.union(*alone)
-    assert zipf.experts(4, range(20), 64, 6) != set.union(*alone)
-    assert Zipf(1.9, seed=1).experts(3, range(20), 64, 6) != set.union(*alone)
+    assert law(number).experts(3, range(20), 64, 6) == set.union(*alone)
+    assert routing.experts(4, range(20), 64, 6) != set.union(*alone)
+    assert law(number, seed=1).experts(3, range(20), 64, 6) != set.union(*alone)
 
 
-@pytest.mark.parametrize("skew", [0.0, 1.0, 1.9])
-def test_drawn_experts_are_as_many_as_expected(skew):
-    """The mean over layers of what is drawn is near the formula that plans state."""
-    zipf = Zipf(skew)
-    drawn = np.mean([len(zipf.experts(layer, range(64), 128, 8)) for layer in range(40)])
-    assert drawn == pytest.approx(zipf.used(128, 8, 64), rel=0.05)
+@pytest.mark.parametrize(
+    "law", [Zipf(0.0), Zipf(1.0), Zipf(1.9), LogNormal(0.0), LogNormal(1.0), LogNormal(2.4)], ids=str
+)
+@pytest.mark.parametrize(
+    ("n_expert", "n_used", "n_token", "within"), [(128, 8, 64, 0.05), (32, 4, 512, 0.05), (8, 2, 5, 0.15)]
+)
+def test_drawn_experts_are_as_many_as_expected(law, n_expert, n_used, n_token, within):
+    """The mean over layers of what is drawn is near the formula that plans state; of few experts less so."""
+    drawn = np.mean([len(law.experts(layer, range(n_token), n_expert, n_used)) for layer in range(60)])
+    assert drawn == pytest.approx(law.used(n_expert, n_used, n_token), rel=within)
 
 
 def test_recorded_routing_goes_through_a_file(tmp_path):

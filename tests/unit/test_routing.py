@@ -1,11 +1,60 @@
-"""Routing that is stated as used counts."""
+"""Routing that is stated: by a law, or as used counts."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from pyggml.errors import FormatError, GraphError
-from pyggml.routing import parse_routing
+from pyggml.routing import DEFAULT_ROUTING, LogNormal, Zipf, parse_routing
+
+#: Of 128 experts, 4 used, by 512 tokens of code in the first eight layers of gpt-oss-120b: llama.cpp, pull request 15346.
+GPT_OSS_120B = (95, 91, 72, 74, 73, 78, 87, 95)
+
+
+def test_the_default_uses_as_many_experts_as_a_real_model():
+    """The spread is fitted to the mean of what eight layers used; least and most of them, which are not, come out too."""
+    assert parse_routing(str(DEFAULT_ROUTING)) == DEFAULT_ROUTING == LogNormal(2.4)
+    assert DEFAULT_ROUTING.used(128, 4, 512) == pytest.approx(np.mean(GPT_OSS_120B), abs=1)
+    drawn = [
+        [len(LogNormal(2.4, seed).experts(layer, range(512), 128, 4)) for layer in range(len(GPT_OSS_120B))]
+        for seed in range(20)
+    ]
+    assert np.mean([min(n) for n in drawn]) == pytest.approx(min(GPT_OSS_120B), abs=4)
+    assert np.mean([max(n) for n in drawn]) == pytest.approx(max(GPT_OSS_120B), abs=4)
+
+
+def test_a_log_normal_law_adds_as_much_with_each_doubling_and_zipf_a_factor():
+    """Where a power law soon has all experts in, the tail of a log-normal one stays out."""
+    sizes = (128, 256, 512, 1024)
+    steps = np.diff([LogNormal(3.2).used(32, 4, n) for n in sizes])
+    assert steps.max() < 1.3 * steps.min()
+    assert Zipf(3).used(32, 4, 2048) > 31.5
+    assert LogNormal(3.2).used(32, 4, 2048) < 28
+
+
+def test_a_spread_of_zero_is_uniform():
+    """Without preferences both laws come to the same."""
+    assert LogNormal(0).used(64, 6, 20) == pytest.approx(Zipf(0).used(64, 6, 20))
+
+
+@pytest.mark.parametrize(
+    "text", ["lognormal:", "lognormal", "lognormal:x", "lognormal:-1", "lognormal:9", "lognormal:nan"]
+)
+def test_laws_that_cannot_be_are_refused(text):
+    """The error says what a routing may be."""
+    with pytest.raises(GraphError, match="no routing"):
+        parse_routing(text)
+
+
+def test_reports_name_law_number_and_text():
+    """The name is what `--routing` takes; another text is told."""
+    assert [str(r) for r in (LogNormal(2.4), LogNormal(3, seed=7), Zipf(1.9), Zipf(0))] == [
+        "lognormal:2.4",
+        "lognormal:3 (seed 7)",
+        "zipf:1.9",
+        "uniform",
+    ]
 
 
 def test_counts_are_used_by_layer():
