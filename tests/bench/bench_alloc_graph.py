@@ -75,8 +75,7 @@ def time_ours(case: dict[str, Any], rounds: int) -> dict[str, Any]:
     import gc
 
     from pyggml import DIALECTS, Scheduler
-    from pyggml.replay import Replay
-    from pyggml.replay_case import parse_case
+    from pyggml.replay import Replay, parse_case
 
     parsed = parse_case(case)
     replay = Replay(parsed, DIALECTS["0.20"])

@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 import pyggml as ggml
 from pyggml.dialect import DIALECTS
-from pyggml.replay import replay
-from pyggml.replay_case import read_case
+from pyggml.replay import read_case, replay
 
 CASES = Path(__file__).parent.parent / "replay" / "cases"
 BROKEN = {"wrong", "abort", "crash", "undefined"}

@@ -17,8 +17,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from pyggml.dialect import DIALECTS
-from pyggml.replay import replay
-from pyggml.replay_case import parse_case
+from pyggml.replay import parse_case, replay
 from pyggml.testing.case_graph import Json
 from pyggml.testing.live_sched import LiveScheduler, compile_mock
 from pyggml.testing.strategies import cases, moe_cases

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from pyggml.dialect import DIALECTS
-from pyggml.replay import replay
-from pyggml.replay_case import parse_case
+from pyggml.replay import parse_case, replay
 from pyggml.testing.case_graph import Json
 from pyggml.testing.port import Port
 from pyggml.testing.port_alloc import is_view_op

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyggml.dialect import DIALECTS
-from pyggml.replay import replay
-from pyggml.replay_case import read_case
+from pyggml.replay import read_case, replay
 
 from .compare import SECTIONS, compare, load, outcome, recorded
 

@@ -14,8 +14,7 @@ from click.testing import CliRunner
 from pyggml.commands.replay import command
 from pyggml.dialect import DIALECTS
 from pyggml.errors import FormatError
-from pyggml.replay import replay, replay_file
-from pyggml.replay_case import read_case
+from pyggml.replay import read_case, replay, replay_file
 
 CASE = {
     "format": "pyggml-sched-case/1",

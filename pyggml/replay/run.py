@@ -14,15 +14,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .backends.mock import MockBufferType, MockDevice, MockMemory, short_name
-from .buffer import Buffer, tensor_alloc, tensor_set, view_init
-from .dialect import DEFAULT_DIALECT, Dialect
-from .errors import ComputeError, OutOfMemoryError, PyggmlError
-from .graph import Graph
-from .replay_case import Case, Step, TensorSpec, read_case
-from .sched.scheduler import Scheduler
-from .tensor import Tensor
-from .types import Op, TensorFlag
+from ..backends.mock import MockBufferType, MockDevice, MockMemory, short_name
+from ..buffer import Buffer, tensor_alloc, tensor_set, view_init
+from ..dialect import DEFAULT_DIALECT, Dialect
+from ..errors import ComputeError, OutOfMemoryError, PyggmlError
+from ..graph import Graph
+from ..sched.scheduler import Scheduler
+from ..tensor import Tensor
+from ..types import Op, TensorFlag
+from .case import Case, Step, TensorSpec
+from .reading import read_case
 
 __all__ = ["TRACE_FORMAT", "Replay", "replay", "replay_file", "write_trace"]
 

@@ -1,7 +1,6 @@
-"""Scheduler cases: the file that says which backends, tensors, graphs and steps a replay has.
+"""Cases from files, checked as a whole, so that a replay meets only what can be built.
 
-A case is read into plain values and checked as a whole, so that a replay meets only what can be built. A file that is
-not a case is refused with the place in it and what was expected there.
+A file that is not a case is refused with the place in it and what was expected there.
 """
 
 from __future__ import annotations
@@ -10,12 +9,11 @@ import gzip
 import json
 import struct
 import zlib
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from .backends.mock import (
+from ..backends.mock import (
     BackendAbilities,
     BufferTypeAbilities,
     Capabilities,
@@ -24,81 +22,16 @@ from .backends.mock import (
     OpSupport,
     Optimize,
 )
-from .errors import FormatError
-from .types import MAX_DIMS, MAX_SRC, SIZE_MAX, BufferUsage, DeviceType, Op, TensorFlag, Type
+from ..errors import FormatError
+from ..types import MAX_DIMS, MAX_SRC, SIZE_MAX, BufferUsage, DeviceType, Op, TensorFlag, Type
+from .case import BufferSpec, Case, GraphSpec, Step, TensorSpec
+from .json_walk import At, shown
 
-__all__ = ["CASE_FORMAT", "BufferSpec", "Case", "GraphSpec", "Step", "TensorSpec", "parse_case", "read_case"]
+__all__ = ["CASE_FORMAT", "parse_case", "read_case"]
 
 CASE_FORMAT = "pyggml-sched-case/1"
-#: Bytes of a name in a case: one less than a trace can print, so that no two names are cut to one.
-_MAX_CASE_NAME = 62
 #: Words of an op's parameters, upstream's `GGML_MAX_OP_PARAMS` / 4.
 _MAX_OP_PARAMS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor to make; sources and view source by name."""
-
-    id: str
-    type: Type
-    ne: tuple[int, ...]
-    nb: tuple[int, ...] | None
-    op: Op
-    src: tuple[str | None, ...]
-    view: tuple[str, int] | None  #: root, offset in bytes
-    flags: int
-    op_params: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class BufferSpec:
-    """A buffer that lives for the whole case, and what lies in it."""
-
-    id: str
-    buft: str
-    usage: BufferUsage
-    tensors: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class GraphSpec:
-    """A graph to build: its tensors, and those to expand."""
-
-    tensors: tuple[TensorSpec, ...]
-    expand: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One call on the scheduler; the fields that its ``op`` does not use are empty."""
-
-    op: str
-    graph: str | None = None
-    tensor: str = ""
-    backend: int = 0
-    is_async: bool = False
-    data: bytes = b""
-    offset: int = 0
-    need: frozenset[str] | None = None
-    stop: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A whole case."""
-
-    name: str
-    bufts: tuple[BufferTypeAbilities, ...]
-    backends: tuple[BackendAbilities, ...]
-    tensors: tuple[TensorSpec, ...]
-    buffers: tuple[BufferSpec, ...]
-    graphs: dict[str, GraphSpec]
-    graph_size: int
-    parallel: bool
-    op_offload: bool
-    sched_bufts: tuple[str, ...] | None
-    steps: tuple[Step, ...]
 
 
 def read_case(path: str | Path) -> Case:
@@ -122,7 +55,7 @@ def read_case(path: str | Path) -> Case:
         raise FormatError(str(path), f"not JSON: {error.msg}, line {error.lineno} column {error.colno}") from None
     except RecursionError:
         raise FormatError(str(path), "not a case: nested too deeply") from None
-    return _parse(_At(str(path), "", value))
+    return _parse(At(str(path), "", value))
 
 
 def parse_case(value: object) -> Case:
@@ -133,94 +66,10 @@ def parse_case(value: object) -> Case:
     FormatError
         It is not a case; the text says where and what was expected.
     """
-    return _parse(_At("case", "", value))
+    return _parse(At("case", "", value))
 
 
-# -- walking the file --------------------------------------------------------
-
-_KINDS: dict[type, str] = {str: "text", int: "a whole number", bool: "true or false", list: "a list", dict: "an object"}
-_MISSING: Any = object()
-
-
-class _At:
-    """A value of the file, and the way to it."""
-
-    __slots__ = ("path", "value", "where")
-
-    def __init__(self, path: str, where: str, value: Any) -> None:
-        self.path = path
-        self.where = where
-        self.value = value
-
-    def fail(self, message: str) -> NoReturn:
-        raise FormatError(self.path, f"{self.where or 'the file'}: {message}")
-
-    def kind(self, kind: type) -> Any:
-        """Return the value if it is of a JSON kind."""
-        if type(self.value) is not kind:
-            self.fail(f"{_KINDS[kind]} expected, not {_shown(self.value)}")
-        return self.value
-
-    def integer(self, low: int, high: int = SIZE_MAX) -> int:
-        value: int = self.kind(int)
-        if not low <= value <= high:
-            self.fail(f"{value} is out of range: {low} to {high}")
-        return value
-
-    def text(self) -> str:
-        value: str = self.kind(str)
-        return value
-
-    def boolean(self) -> bool:
-        value: bool = self.kind(bool)
-        return value
-
-    def name(self) -> str:
-        """Return a name that a trace can print."""
-        name = self.text()
-        if not name.isascii() or '"' in name or "\\" in name or not 0 < len(name) <= _MAX_CASE_NAME:
-            self.fail(f"{_shown(name)} is no name: 1 to {_MAX_CASE_NAME} ASCII characters without quote and backslash")
-        return name
-
-    def one_of(self, names: Container[str], what: str) -> str:
-        """Return a name that was defined before."""
-        name = self.text()
-        if name not in names:
-            self.fail(f"there is no {what} '{name}' here")
-        return name
-
-    def has(self, key: str) -> bool:
-        return key in self.kind(dict)
-
-    def get(self, key: str, default: Any = _MISSING) -> _At:
-        """Return a member of an object."""
-        value = self.kind(dict).get(key, default)
-        if value is _MISSING:
-            self.fail(f"'{key}' is missing")
-        return _At(self.path, f"{self.where}.{key}" if self.where else key, value)
-
-    def optional(self, key: str) -> _At | None:
-        """Return a member of an object, or None if it is absent or null."""
-        return None if self.kind(dict).get(key) is None else self.get(key)
-
-    def items(self) -> Iterator[_At]:
-        for i, value in enumerate(self.kind(list)):
-            yield _At(self.path, f"{self.where}[{i}]", value)
-
-    def members(self) -> Iterator[tuple[str, _At]]:
-        for key, value in self.kind(dict).items():
-            yield key, _At(self.path, f"{self.where}.{key}", value)
-
-    def list_of(self, read: Callable[[_At], Any]) -> tuple[Any, ...]:
-        return tuple(read(item) for item in self.items())
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _unique(at: _At, names: list[str]) -> None:
+def _unique(at: At, names: list[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -228,7 +77,7 @@ def _unique(at: _At, names: list[str]) -> None:
         seen.add(name)
 
 
-def _enum(at: _At, enum: Any, what: str) -> Any:
+def _enum(at: At, enum: Any, what: str) -> Any:
     """Return the member of an enumeration that a text names."""
     name = at.text()
     member = enum.__members__.get(name.upper())
@@ -237,26 +86,26 @@ def _enum(at: _At, enum: Any, what: str) -> Any:
     return member
 
 
-def _op(at: _At) -> Op:
+def _op(at: At) -> Op:
     op: Op = _enum(at, Op, "op")
     return op
 
 
-def _type(at: _At) -> Type:
+def _type(at: At) -> Type:
     type: Type = _enum(at, Type, "type")
     return type
 
 
-def _int32(at: _At) -> int:
+def _int32(at: At) -> int:
     return at.integer(-(2**31), 2**31 - 1)
 
 
 # -- the parts of a case -----------------------------------------------------
 
 
-def _parse(at: _At) -> Case:
+def _parse(at: At) -> Case:
     if at.get("format").value != CASE_FORMAT:
-        at.get("format").fail(f"'{CASE_FORMAT}' expected, not {_shown(at.get('format').value)}")
+        at.get("format").fail(f"'{CASE_FORMAT}' expected, not {shown(at.get('format').value)}")
     bufts = at.get("buffer_types").list_of(_buffer_type)
     _unique(at.get("buffer_types"), [b.name for b in bufts])
     buft_names = {b.name for b in bufts}
@@ -302,11 +151,11 @@ def _parse(at: _At) -> Case:
     )
 
 
-def _buffer_type(at: _At) -> BufferTypeAbilities:
+def _buffer_type(at: At) -> BufferTypeAbilities:
     alignment = at.get("alignment", 64).integer(1, 2**40)
     if alignment & (alignment - 1):
         at.get("alignment").fail(f"{alignment} is no power of 2")
-    pad = at.optional("alloc_pad") or _At(at.path, at.where, {})
+    pad = at.optional("alloc_pad") or At(at.path, at.where, {})
     cpy_from = at.optional("cpy_from")
     max_size = at.optional("max_size")
     limit = at.optional("alloc_limit")
@@ -318,16 +167,16 @@ def _buffer_type(at: _At) -> BufferTypeAbilities:
         quant_row=pad.get("quant_row", 0).integer(0),
         extra_bytes=pad.get("extra", 0).integer(0),
         round_to_bytes=pad.get("round_to", 0).integer(0) or 1,
-        cpy_from=None if cpy_from is None else frozenset(cpy_from.list_of(_At.text)),
+        cpy_from=None if cpy_from is None else frozenset(cpy_from.list_of(At.text)),
         alloc_limit=limit.integer(0) if limit else 0,
     )
 
 
-def _backend(at: _At, bufts: Container[str]) -> BackendAbilities:
-    def buft(at: _At) -> str:
+def _backend(at: At, bufts: Container[str]) -> BackendAbilities:
+    def buft(at: At) -> str:
         return at.one_of(bufts, "buffer type")
 
-    def ops_or_all(at: _At) -> frozenset[Op] | None:
+    def ops_or_all(at: At) -> frozenset[Op] | None:
         return None if at.value == "all" else frozenset(at.list_of(_op))
 
     offload, fail, optimize = at.optional("offload"), at.optional("fail_compute"), at.optional("optimize")
@@ -352,17 +201,17 @@ def _backend(at: _At, bufts: Container[str]) -> BackendAbilities:
     )
 
 
-def _int64(at: _At) -> int:
+def _int64(at: At) -> int:
     return at.integer(-(2**63), 2**63 - 1)
 
 
-def _op_support(at: _At) -> OpSupport:
+def _op_support(at: At) -> OpSupport:
     if at.value == "all":
         return OpSupport()
     allow = at.optional("allow")
     min_batch = {}
     for name, least in at.get("min_batch", {}).members():
-        min_batch[_op(_At(least.path, least.where, name))] = _int64(least)
+        min_batch[_op(At(least.path, least.where, name))] = _int64(least)
     return OpSupport(
         allow=None if allow is None else frozenset(allow.list_of(_op)),
         deny=frozenset(at.get("deny", []).list_of(_op)),
@@ -371,24 +220,24 @@ def _op_support(at: _At) -> OpSupport:
     )
 
 
-def _fail_compute(at: _At) -> FailCompute:
+def _fail_compute(at: At) -> FailCompute:
     status, times = at.get("status", -1), at.optional("times")
     if status.integer(-2, 1) == 0:
         status.fail("0 is success: -2, -1 or 1 expected")
     return FailCompute(at.get("node").text(), status.value, None if times is None else times.integer(0))
 
 
-def _optimize(at: _At) -> Optimize:
-    def pair(at: _At) -> tuple[str, str]:
-        names = at.list_of(_At.text)
+def _optimize(at: At) -> Optimize:
+    def pair(at: At) -> tuple[str, str]:
+        names = at.list_of(At.text)
         if len(names) != 2:
             at.fail("two names expected: the tensor, and the node until which it is kept")
         return names[0], names[1]
 
-    return Optimize(at.get("order", []).list_of(_At.text), at.get("keep", []).list_of(pair))
+    return Optimize(at.get("order", []).list_of(At.text), at.get("keep", []).list_of(pair))
 
 
-def _tensors(at: _At, table: dict[str, TensorSpec], outer: dict[str, TensorSpec]) -> tuple[TensorSpec, ...]:
+def _tensors(at: At, table: dict[str, TensorSpec], outer: dict[str, TensorSpec]) -> tuple[TensorSpec, ...]:
     """Read tensors in order: each may name those before it, and the outer ones."""
     for item in at.items():
         spec = _tensor(item, table, outer)
@@ -398,8 +247,8 @@ def _tensors(at: _At, table: dict[str, TensorSpec], outer: dict[str, TensorSpec]
     return tuple(table.values())
 
 
-def _tensor(at: _At, table: dict[str, TensorSpec], outer: dict[str, TensorSpec]) -> TensorSpec:
-    def known(at: _At) -> TensorSpec:
+def _tensor(at: At, table: dict[str, TensorSpec], outer: dict[str, TensorSpec]) -> TensorSpec:
+    def known(at: At) -> TensorSpec:
         spec = table.get(at.text()) or outer.get(at.value)
         return spec if spec is not None else at.fail(f"there is no tensor '{at.value}' before this one")
 
@@ -442,7 +291,7 @@ def _tensor(at: _At, table: dict[str, TensorSpec], outer: dict[str, TensorSpec])
     )
 
 
-def _buffer(at: _At, bufts: Container[str], static: dict[str, TensorSpec]) -> BufferSpec:
+def _buffer(at: At, bufts: Container[str], static: dict[str, TensorSpec]) -> BufferSpec:
     return BufferSpec(
         id=at.get("id").name(),
         buft=at.get("buft").one_of(bufts, "buffer type"),
@@ -461,7 +310,7 @@ class _Steps:
         self.static = static
         self.n_backends = n_backends
         self.built: set[str] = set()
-        self.readers: dict[str, Callable[[_At], Step]] = {
+        self.readers: dict[str, Callable[[At], Step]] = {
             "build": self._build,
             "pin": self._pin,
             "reserve": self._graph_only,
@@ -476,20 +325,20 @@ class _Steps:
             "synchronize": lambda at: Step("synchronize"),
         }
 
-    def read(self, at: _At) -> tuple[Step, ...]:
+    def read(self, at: At) -> tuple[Step, ...]:
         steps = []
         for item in at.items():
             op = item.get("op").one_of(self.readers, "step")
             steps.append(self.readers[op](item))
         return tuple(steps)
 
-    def _graph(self, at: _At) -> str:
+    def _graph(self, at: At) -> str:
         name = at.get("graph").one_of(self.graphs, "graph")
         if name not in self.built:
             at.get("graph").fail(f"graph '{name}' is not built yet")
         return name
 
-    def _tensor(self, at: _At, graph: str | None) -> str:
+    def _tensor(self, at: At, graph: str | None) -> str:
         here = self.graphs[graph] if graph is not None else {}
         name = at.get("tensor").text()
         if name not in here and name not in self.static:
@@ -498,39 +347,39 @@ class _Steps:
             )
         return name
 
-    def _graph_only(self, at: _At) -> Step:
+    def _graph_only(self, at: At) -> Step:
         return Step(at.get("op").text(), self._graph(at))
 
-    def _build(self, at: _At) -> Step:
+    def _build(self, at: At) -> Step:
         graph = at.get("graph").one_of(self.graphs, "graph")
         self.built.add(graph)
         return Step("build", graph)
 
-    def _pin(self, at: _At) -> Step:
+    def _pin(self, at: At) -> Step:
         graph = self._graph(at) if at.optional("graph") else None
         backend = at.get("backend").integer(0, self.n_backends - 1)
         return Step("pin", graph, self._tensor(at, graph), backend)
 
-    def _set_data(self, at: _At) -> Step:
+    def _set_data(self, at: At) -> Step:
         graph = self._graph(at) if at.optional("graph") else None
         offset = at.get("offset", 0).integer(0)
         return Step("set_data", graph, self._tensor(at, graph), data=_payload(at), offset=offset)
 
-    def _node_data(self, at: _At) -> Step:
+    def _node_data(self, at: At) -> Step:
         graph = at.get("graph").one_of(self.graphs, "graph")
         tensor = at.get("tensor").one_of(self.graphs[graph], f"tensor of graph '{graph}' called")
         return Step("node_data", graph, tensor, data=_payload(at))
 
-    def _eval_callback(self, at: _At) -> Step:
+    def _eval_callback(self, at: At) -> Step:
         need, stop = at.optional("need"), at.optional("stop")
         return Step(
             "eval_callback",
-            need=None if need is None else frozenset(need.list_of(_At.text)),
+            need=None if need is None else frozenset(need.list_of(At.text)),
             stop=None if stop is None else stop.text(),
         )
 
 
-def _payload(at: _At) -> bytes:
+def _payload(at: At) -> bytes:
     """Return the bytes of a step: words, or rows that are filled up with zeros."""
     if words := at.optional("i32"):
         values = words.list_of(_int32)
