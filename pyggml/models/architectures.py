@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ..gguf import TensorInfo
-from . import gpt_oss, llama, qwen3
+from . import glm4moe, gpt_oss, llama, qwen3
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
 from .weights import Weights, WeightSpec
@@ -24,7 +24,13 @@ class Architecture(Protocol):
         """Return the graph of a micro-batch."""
 
 
-_MODULES: dict[str, Architecture] = {"llama": llama, "qwen3": qwen3, "qwen3moe": qwen3, "gpt-oss": gpt_oss}
+_MODULES: dict[str, Architecture] = {
+    "llama": llama,
+    "qwen3": qwen3,
+    "qwen3moe": qwen3,
+    "gpt-oss": gpt_oss,
+    "glm4moe": glm4moe,
+}
 
 
 def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:

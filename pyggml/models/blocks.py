@@ -25,6 +25,9 @@ __all__ = ["Builder", "kq_scale"]
 #: Smallest sum of expert weights, so that none is divided by zero: the smallest normal F16.
 _MIN_WEIGHT_SUM = 6.103515625e-5
 
+#: Architectures whose sums in attention's and the feed-forward's last product want single precision.
+_EXACT_SUMS = frozenset({"glm4moe"})
+
 Activation = Literal["silu", "swiglu_oai"]
 
 
@@ -229,7 +232,7 @@ class Builder:
         self.name(cur, "kqv_out", il)
         if inputs.v_rot is not None:
             cur = _rotate(cur, inputs.v_rot)
-        cur = ops.mul_mat(w["attn_output.weight"], cur)
+        cur = self._mul_mat_exactly(w["attn_output.weight"], cur)
         bias = w.get("attn_output.bias")
         return cur if bias is None else ops.add(cur, bias)
 
@@ -300,22 +303,45 @@ class Builder:
 
     # -- feed-forward --------------------------------------------------------
 
-    def ffn(self, w: LayerWeights, cur: Tensor) -> Tensor:
-        """Return the dense feed-forward with a parallel gate and SWIGLU. Mirrors `build_ffn`."""
+    def ffn(self, w: LayerWeights, cur: Tensor, *, suffix: str = "") -> Tensor:
+        """Return the dense feed-forward with a parallel gate and SWIGLU; ``suffix`` is that of its weights.
+
+        Notes
+        -----
+        Mirrors `llm_graph_context::build_ffn`.
+        """
         il = w.layer
-        up = self._biased(w, "ffn_up", cur)
-        gate = self._biased(w, "ffn_gate", cur)
+        up = self._biased(w, "ffn_up", suffix, cur)
+        gate = self._biased(w, "ffn_gate", suffix, cur)
         cur = self.name(ops.swiglu_split(gate, up), "ffn_swiglu", il)
-        cur = ops.mul_mat(w["ffn_down.weight"], cur)
-        bias = w.get("ffn_down.bias")
+        cur = self._mul_mat_exactly(w[f"ffn_down{suffix}.weight"], cur)
+        bias = w.get(f"ffn_down{suffix}.bias")
         if bias is not None:
             cur = ops.add(self.name(cur, "ffn_down", il), bias)
         return cur
 
-    def _biased(self, w: LayerWeights, name: str, cur: Tensor) -> Tensor:
-        cur = self.name(ops.mul_mat(w[f"{name}.weight"], cur), name, w.layer)
-        bias = w.get(f"{name}.bias")
+    def _biased(self, w: LayerWeights, name: str, suffix: str, cur: Tensor) -> Tensor:
+        cur = self.name(ops.mul_mat(w[f"{name}{suffix}.weight"], cur), name, w.layer)
+        bias = w.get(f"{name}{suffix}.bias")
         return cur if bias is None else self.name(ops.add(cur, bias), f"{name}_b", w.layer)
+
+    def _mul_mat_exactly(self, weight: Tensor, cur: Tensor) -> Tensor:
+        """Return a product that architectures for which half precision is too coarse mark so."""
+        cur = ops.mul_mat(weight, cur)
+        if self.hp.arch in _EXACT_SUMS:
+            ops.prec_set_acc(cur, Prec.F32)
+        return cur
+
+    def routed_ffn(self, w: LayerWeights, cur: Tensor) -> Tensor:
+        """Return `moe_ffn` with experts chosen and weighed as the file says."""
+        hp = self.hp
+        return self.moe_ffn(
+            w,
+            cur,
+            gating=hp.expert_gating,
+            norm_weights=hp.expert_weights_norm,
+            weights_scale=hp.expert_weights_scale,
+        )
 
     def moe_ffn(
         self,

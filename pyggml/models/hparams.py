@@ -28,9 +28,16 @@ ARCHITECTURES: dict[str, RopeType] = {
     "qwen3": RopeType.NEOX,
     "qwen3moe": RopeType.NEOX,
     "gpt-oss": RopeType.NEOX,
+    "glm4moe": RopeType.NEOX,
 }
 #: Of these, the ones that are nothing without experts.
-_MOE_ONLY = frozenset({"qwen3moe", "gpt-oss"})
+_MOE_ONLY = frozenset({"qwen3moe", "gpt-oss", "glm4moe"})
+#: Those that may rotate a part of each head only.
+_PARTIAL_ROPE = frozenset({"glm4moe"})
+#: Those whose file says how experts are chosen and which layers have them, and how they do if it does not.
+_ROUTED: dict[str, Gating] = {"glm4moe": "sigmoid"}
+#: Upstream's `llama_expert_gating_func_type`.
+_GATINGS: dict[int, Gating] = {1: "softmax", 2: "sigmoid", 3: "softmax_weight"}
 #: Architectures with a sliding window in some layers: of so many layers the last has none.
 _SWA_PERIODS = {"gpt-oss": 2}
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
@@ -80,6 +87,11 @@ class HParams:
     swa_layers: frozenset[int] = frozenset()  #: layers with a sliding window
     rope_freq_base_swa: float = 0.0  #: of those layers
     rope_freq_scale_swa: float = 1.0
+    n_layer_nextn: int = 0  #: layers behind the others that predict further tokens, and which nothing here runs
+    n_layer_dense_lead: int = 0  #: layers without experts, before those with
+    n_expert_shared: int = 0  #: experts that every token goes through, kept as one
+    expert_gating: Gating = "softmax"
+    expert_weights_norm: bool = False  #: weights of the chosen experts add up to 1
     expert_weights_scale: float = 0.0  #: by which weights of experts are multiplied; 0 and 1 leave them
 
     @property
@@ -91,6 +103,16 @@ class HParams:
     def n_embd_v_gqa(self) -> int:
         """Elements of all V heads of a token."""
         return self.n_embd_head_v * self.n_head_kv
+
+    @property
+    def n_layer_all(self) -> int:
+        """Layers with those that nothing here runs: placement counts them."""
+        return self.n_layer + self.n_layer_nextn
+
+    @property
+    def n_layer_moe(self) -> int:
+        """Layers with experts."""
+        return self.n_layer - self.n_layer_dense_lead if self.is_moe else 0
 
     @property
     def is_moe(self) -> bool:
@@ -166,6 +188,10 @@ class _Reader:
         n_layer = self.integer("block_count")
         if n_layer > _MAX_LAYERS:
             raise self.error("block_count", f"is {n_layer}, more than the {_MAX_LAYERS} possible")
+        n_layer_nextn = self.integer("nextn_predict_layers", 0, least=0)
+        if n_layer_nextn >= n_layer:
+            raise self.error("nextn_predict_layers", f"is {n_layer_nextn} of {n_layer} layers")
+        n_layer -= n_layer_nextn
         n_head = self.integer("attention.head_count")
         n_head_kv = self.integer("attention.head_count_kv", n_head)
         if n_head % n_head_kv:
@@ -180,8 +206,14 @@ class _Reader:
         head_k = self.integer("attention.key_length", n_embd // n_head)
         head_v = self.integer("attention.value_length", n_embd // n_head)
         n_rot = self.integer("rope.dimension_count", head_k)
-        if n_rot != head_k or head_k != head_v:
+        is_partial = self.arch in _PARTIAL_ROPE and n_rot < head_k and n_rot % 2 == 0
+        if (n_rot != head_k and not is_partial) or head_k != head_v:
             raise self.error("rope.dimension_count", f"is {n_rot}, with heads of {head_k} (K) and {head_v} (V)")
+        sections = self.metadata.get(f"{self.arch}.rope.dimension_sections", ())
+        if sum(int(n) > 0 for n in sections[:2]) == 2:
+            raise self.error(
+                "rope.dimension_sections", "asks for rotation by several positions, which is not supported"
+            )
         scaling = self.file.require(f"{self.arch}.rope.scaling.type", str, "linear")
         if scaling not in _ROPE_SCALINGS:
             raise self.error("rope.scaling.type", f"is '{scaling}'; known are {', '.join(_ROPE_SCALINGS)}")
@@ -195,6 +227,7 @@ class _Reader:
             n_ctx_train=n_ctx_train,
             n_embd=n_embd,
             n_layer=n_layer,
+            n_layer_nextn=n_layer_nextn,
             n_head=n_head,
             n_head_kv=n_head_kv,
             n_embd_head_k=head_k,
@@ -212,7 +245,26 @@ class _Reader:
             rope_attn_factor=self.number("rope.scaling.attn_factor", 1.0),
             n_ctx_orig_yarn=self.integer("rope.scaling.original_context_length", n_ctx_train),
             **self.sliding_window(n_layer, freq_base, freq_scale),
+            **self.routing(n_layer),
         )
+
+    def routing(self, n_layer: int) -> dict[str, Any]:
+        """Return how experts are chosen, where the file says so."""
+        if self.arch not in _ROUTED:
+            return {}
+        n_lead = self.integer("leading_dense_block_count", 0, least=0)
+        if n_lead > n_layer:
+            raise self.error("leading_dense_block_count", f"is {n_lead} of {n_layer} layers")
+        gating = self.integer("expert_gating_func", 0, least=0)
+        if gating and gating not in _GATINGS:
+            raise self.error("expert_gating_func", f"is {gating}; known are {', '.join(map(str, _GATINGS))}")
+        return {
+            "n_layer_dense_lead": n_lead,
+            "n_expert_shared": self.integer("expert_shared_count", least=0),
+            "expert_gating": _GATINGS[gating] if gating else _ROUTED[self.arch],
+            "expert_weights_norm": self.file.require(f"{self.arch}.expert_weights_norm", bool, False),
+            "expert_weights_scale": round_f32(self.number("expert_weights_scale", 0.0)),
+        }
 
     def sliding_window(self, n_layer: int, freq_base: float, freq_scale: float) -> dict[str, Any]:
         """Return what concerns layers with a sliding window; nothing where the architecture has none.

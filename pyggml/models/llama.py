@@ -12,7 +12,7 @@ from .blocks import Builder, kq_scale
 from .context import ContextParams
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
-from .weights import LayerWeights, Weights, WeightSpec, layer_specs, qkv_specs, trunk_specs
+from .weights import LayerWeights, SpecRow, Weights, WeightSpec, dense_rows, layer_specs, qkv_specs, trunk_specs
 
 __all__ = ["build_graph", "weight_specs"]
 
@@ -38,7 +38,7 @@ def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightS
             ],
         )
         specs += rope_factor_specs(hp, i)
-        specs += layer_specs(i, _moe_table(hp) if hp.is_moe else _dense_table(hp))
+        specs += layer_specs(i, moe_rows(hp) if hp.is_moe else dense_rows_with_biases(hp))
     return specs
 
 
@@ -57,18 +57,18 @@ def rope_factor_specs(hp: HParams, layer: int) -> list[WeightSpec]:
     ]
 
 
-def _dense_table(hp: HParams) -> list[tuple[str, tuple[int, ...], Op, bool]]:
+def dense_rows_with_biases(hp: HParams) -> list[SpecRow]:
+    """Return the rows of a dense feed-forward network that may have biases."""
     return [
-        ("ffn_gate.weight", (hp.n_embd, hp.n_ff), Op.MUL_MAT, False),
-        ("ffn_down.weight", (hp.n_ff, hp.n_embd), Op.MUL_MAT, False),
-        ("ffn_up.weight", (hp.n_embd, hp.n_ff), Op.MUL_MAT, False),
+        *dense_rows(hp),
         ("ffn_gate.bias", (hp.n_ff,), Op.ADD, True),
         ("ffn_down.bias", (hp.n_embd,), Op.ADD, True),
         ("ffn_up.bias", (hp.n_ff,), Op.ADD, True),
     ]
 
 
-def _moe_table(hp: HParams) -> list[tuple[str, tuple[int, ...], Op, bool]]:
+def moe_rows(hp: HParams) -> list[SpecRow]:
+    """Return the rows of experts as Mixtral has them: as wide as ``n_ff``, perhaps without gates."""
     return [
         ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
         ("ffn_gate_exps.weight", (hp.n_embd, hp.n_ff, hp.n_expert), Op.MUL_MAT_ID, True),

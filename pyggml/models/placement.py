@@ -155,7 +155,9 @@ class Placement:
                 by_part: dict[int, list[TensorInfo]] = {}
                 for w in places:
                     by_part.setdefault(w.info.part, []).append(w.info)
-                out[buft] = sum(max(i.offset + i.nbytes for i in p) - min(i.offset for i in p) for p in by_part.values())
+                out[buft] = sum(
+                    max(i.offset + i.nbytes for i in p) - min(i.offset for i in p) for p in by_part.values()
+                )
             else:
                 sizes = (buft.alloc_size(Tensor(w.info.type, w.info.ne)) for w in places)
                 out[buft] = sum(-(-size // buft.alignment) * buft.alignment for size in sizes)
@@ -267,7 +269,13 @@ class _Support:
         return self.known[key]
 
     def _ask(self, spec: WeightSpec, info: TensorInfo, buft: BufferType, device: Device) -> bool:
-        """Mirrors `weight_buft_supported`: make the op that will use the weight and ask for it."""
+        """Make the op that will use the weight and ask for it.
+
+        Notes
+        -----
+        Mirrors `weight_buft_supported`. Differs: the rows of ROPE are turned by as many factors as there are; upstream
+        asks for none, which a backend may refuse as senseless.
+        """
         weight = Tensor(info.type, info.ne, name=spec.name)
         weight.buffer = buft.alloc_buffer(0)
         return device.supports_op(self._probe(spec.op, weight))
@@ -292,7 +300,8 @@ class _Support:
             return ops.scale(w, 1.0)
         assert op is Op.ROPE, op
         rows = Tensor(Type.F32, (hp.n_embd_head_v, hp.n_head, _N_PROBE))
-        return ops.rope_ext(rows, Tensor(Type.I32, (_N_PROBE,)), w, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        positions = Tensor(Type.I32, (_N_PROBE,))
+        return ops.rope_ext(rows, positions, w, 2 * w.ne[0], 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 BuftList = list[tuple[Device, BufferType]]
@@ -340,7 +349,7 @@ def place(
     -----
     Mirrors `llama_model_base::load_tensors` and `llama_model_loader::create_tensor`.
     """
-    n_layer = hparams.n_layer
+    n_layer = hparams.n_layer_all
     n_gpu_layers = flags.n_gpu_layers if flags.n_gpu_layers >= 0 else n_layer + 1
     by_layer = _layer_devices(n_layer, n_gpu_layers, flags, devices, cpu)
     overrides = parse_overrides(flags, devices, cpu)

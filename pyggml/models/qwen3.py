@@ -10,7 +10,7 @@ from ..types import Op
 from .blocks import Builder, kq_scale
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
-from .weights import Weights, WeightSpec, layer_specs, qkv_specs, trunk_specs
+from .weights import SpecRow, Weights, WeightSpec, dense_rows, layer_specs, qkv_specs, trunk_specs
 
 __all__ = ["build_graph", "weight_specs"]
 
@@ -33,21 +33,13 @@ def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightS
                 ("attn_k_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
                 ("attn_q_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
                 ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-                *(_moe_table(hp) if hp.is_moe else _dense_table(hp)),
+                *(_moe_rows(hp) if hp.is_moe else dense_rows(hp)),
             ],
         )
     return specs
 
 
-def _dense_table(hp: HParams) -> list[tuple[str, tuple[int, ...], Op, bool]]:
-    return [
-        ("ffn_gate.weight", (hp.n_embd, hp.n_ff), Op.MUL_MAT, False),
-        ("ffn_down.weight", (hp.n_ff, hp.n_embd), Op.MUL_MAT, False),
-        ("ffn_up.weight", (hp.n_embd, hp.n_ff), Op.MUL_MAT, False),
-    ]
-
-
-def _moe_table(hp: HParams) -> list[tuple[str, tuple[int, ...], Op, bool]]:
+def _moe_rows(hp: HParams) -> list[SpecRow]:
     n_ff = hp.n_ff_exp or hp.n_ff // hp.n_expert_used
     return [
         ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),

@@ -31,7 +31,7 @@ class TopK:
 
     def start(self, hparams: HParams, n_tokens: int) -> None:
         """Make room for the tokens of a batch."""
-        shape = (hparams.n_layer if hparams.is_moe else 0, n_tokens, hparams.n_expert_used)
+        shape = (hparams.n_layer_moe, n_tokens, hparams.n_expert_used)
         fresh = np.full(shape, -1, np.int32)
         self._n_before = self.ids.shape[1]
         self.ids = np.concatenate([self.ids, fresh], axis=1) if self._n_before else fresh

@@ -7,7 +7,7 @@ builders ask for them by the names that they have in the file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import FormatError
@@ -16,8 +16,23 @@ from ..tensor import Shape, Tensor, pad_ne
 from ..types import Op
 from .hparams import HParams
 
-__all__ = ["LayerWeights", "WeightSpec", "Weights", "layer_specs", "qkv_specs", "resolve_specs", "trunk_specs"]
+__all__ = [
+    "LayerWeights",
+    "SpecRow",
+    "WeightSpec",
+    "Weights",
+    "dense_rows",
+    "layer_specs",
+    "nextn_rows",
+    "qkv_specs",
+    "resolve_specs",
+    "shared_rows",
+    "skipped",
+    "trunk_specs",
+]
 
+#: A tensor of a layer: its name without ``blk.N.``, ne, the op that uses it, whether it is optional.
+SpecRow = tuple[str, tuple[int, ...], Op, bool]
 Part = Literal["input", "repeating", "output"]
 
 
@@ -37,8 +52,8 @@ class WeightSpec:
         Of a repeating one; -1 else.
     op : Op
         The op that uses it: a device must support that on the buffer type.
-    is_optional, is_duplicate : bool
-        It may be missing; it is another use of a tensor listed before.
+    is_optional, is_duplicate, is_skipped : bool
+        It may be missing; it is another use of a tensor listed before; it is known and not used.
     """
 
     name: str
@@ -48,6 +63,7 @@ class WeightSpec:
     op: Op
     is_optional: bool = False
     is_duplicate: bool = False
+    is_skipped: bool = False
 
 
 def spec(name: str, ne: Iterable[int], part: Part, layer: int, op: Op, *, optional: bool = False) -> WeightSpec:
@@ -57,11 +73,46 @@ def spec(name: str, ne: Iterable[int], part: Part, layer: int, op: Op, *, option
     return WeightSpec(name, pad_ne(tuple(ne)), part, layer, op, optional)
 
 
-def layer_specs(layer: int, table: Iterable[tuple[str, tuple[int, ...], Op, bool]]) -> list[WeightSpec]:
-    """Return the specs of one layer from rows of (name without ``blk.N.``, ne, op, optional)."""
+def layer_specs(layer: int, table: Iterable[SpecRow]) -> list[WeightSpec]:
+    """Return the specs of one layer."""
     return [
         spec(f"blk.{layer}.{name}", ne, "repeating", layer, op, optional=optional) for name, ne, op, optional in table
     ]
+
+
+def dense_rows(hp: HParams) -> list[SpecRow]:
+    """Return the rows of a dense feed-forward network."""
+    return [
+        ("ffn_gate.weight", (hp.n_embd, hp.n_ff), Op.MUL_MAT, False),
+        ("ffn_down.weight", (hp.n_ff, hp.n_embd), Op.MUL_MAT, False),
+        ("ffn_up.weight", (hp.n_embd, hp.n_ff), Op.MUL_MAT, False),
+    ]
+
+
+def shared_rows(hp: HParams, n_ff: int) -> list[SpecRow]:
+    """Return the rows of an expert that every token goes through."""
+    return [
+        ("ffn_gate_shexp.weight", (hp.n_embd, n_ff), Op.MUL_MAT, False),
+        ("ffn_down_shexp.weight", (n_ff, hp.n_embd), Op.MUL_MAT, False),
+        ("ffn_up_shexp.weight", (hp.n_embd, n_ff), Op.MUL_MAT, False),
+    ]
+
+
+def nextn_rows(hp: HParams) -> list[SpecRow]:
+    """Return the rows that a layer has beside those of others where it predicts the token after the next."""
+    return [
+        ("nextn.eh_proj.weight", (2 * hp.n_embd, hp.n_embd), Op.MUL_MAT, True),
+        ("nextn.enorm.weight", (hp.n_embd,), Op.MUL, True),
+        ("nextn.hnorm.weight", (hp.n_embd,), Op.MUL, True),
+        ("nextn.embed_tokens.weight", (hp.n_embd, hp.n_vocab), Op.GET_ROWS, True),
+        ("nextn.shared_head_head.weight", (hp.n_embd, hp.n_vocab), Op.MUL_MAT, True),
+        ("nextn.shared_head_norm.weight", (hp.n_embd,), Op.MUL, True),
+    ]
+
+
+def skipped(specs: Iterable[WeightSpec]) -> list[WeightSpec]:
+    """Return specs of tensors that files have and nothing here uses."""
+    return [replace(s, is_skipped=True) for s in specs]
 
 
 def trunk_specs(hp: HParams, present: Mapping[str, TensorInfo], *, tied_head: bool = True) -> list[WeightSpec]:
@@ -105,7 +156,7 @@ def qkv_specs(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> lis
 
 
 def resolve_specs(specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo], path: str) -> list[WeightSpec]:
-    """Return the specs whose tensors are there, after checking each.
+    """Return the specs whose tensors are there and used, after checking each.
 
     Raises
     ------
@@ -117,8 +168,12 @@ def resolve_specs(specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo]
     Mirrors `llama_model_loader::check_tensor_dims` and `done_getting_tensors`.
     """
     found: list[WeightSpec] = []
+    unused = set(present)
     for s in specs:
         info = present.get(s.name)
+        unused.discard(s.name)
+        if s.is_skipped:
+            continue
         if info is None:
             if s.is_optional:
                 continue
@@ -133,7 +188,6 @@ def resolve_specs(specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo]
                 hint="metadata and tensors belong to different models",
             )
         found.append(s)
-    unused = present.keys() - {s.name for s in found}
     if unused:
         raise FormatError(
             path,

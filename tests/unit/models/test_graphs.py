@@ -24,6 +24,7 @@ CASES = [
     ("qwen3moe-Q8_0-16x4", "qwen3moe", Type.Q8_0, Type.F32, "off"),
     ("qwen3moe-Q8_0-16x4-flash", "qwen3moe", Type.Q8_0, Type.F16, "on"),
     ("gpt-oss-MXFP4-16x4", "gpt-oss", Type.MXFP4, Type.F32, "off"),
+    ("glm4moe-Q4_K-16x4", "glm4moe", Type.Q4_K, Type.F32, "off"),
 ]
 
 

@@ -10,7 +10,7 @@ from pyggml.tensor import Tensor
 from pyggml.types import Type
 
 #: Architectures whose recorded models have biases of Q, K and V.
-_QKV_BIASES = ("gpt-oss",)
+_QKV_BIASES = ("gpt-oss", "glm4moe")
 
 
 def hparams(arch: str, **changes: object) -> HParams:
@@ -41,6 +41,9 @@ def hparams(arch: str, **changes: object) -> HParams:
     }
     if arch == "gpt-oss":
         values |= {"n_swa": 16, "swa_layers": frozenset({0, 2}), "rope_freq_base_swa": 10000.0}
+    if arch == "glm4moe":
+        values |= {"n_layer_dense_lead": 1, "n_expert_shared": 1, "expert_gating": "sigmoid", "expert_weights_norm": True}
+        values["expert_weights_scale"] = 1.5
     return HParams(**(values | changes))  # type: ignore[arg-type]
 
 
@@ -49,8 +52,9 @@ def infos(hp: HParams, type: Type = Type.F32) -> dict[str, TensorInfo]:
     head = {"output.weight": TensorInfo("output.weight", type, (hp.n_embd, hp.n_vocab, 1, 1), 0, 0)}
     out: dict[str, TensorInfo] = {}
     biases = (".attn_q.bias", ".attn_k.bias", ".attn_v.bias") if hp.arch in _QKV_BIASES else ()
+    norms = (".attn_q_norm.weight", ".attn_k_norm.weight")
     for spec in weight_specs(hp, head):
-        if not spec.is_optional or spec.name.endswith(("gate_exps.weight", *biases)):
+        if not spec.is_optional or spec.name.endswith(("gate_exps.weight", *norms, *biases)):
             kind = type if sum(n > 1 for n in spec.ne) > 1 else Type.F32
             nbytes = Tensor(kind, spec.ne).nbytes
             out[spec.name] = TensorInfo(spec.name, kind, spec.ne, 0, nbytes)

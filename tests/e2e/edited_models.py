@@ -1,0 +1,78 @@
+"""Tiny models with keys and tensors changed, as files of the same family differ from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyggml.gguf import GGUFFile, ValueType
+from pyggml.models.gguf_writer import GGUFWriter
+from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.types import Type
+
+_KINDS = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32, str: ValueType.STRING}
+#: Small enough to be written and run in a moment.
+SIZES = Sizes(layers=3, embd=64, heads=4, kv_heads=2, head_dim=16, ff=96, ff_exp=32, experts=8, used=3)
+
+
+def write_edited(
+    path: Path,
+    arch: str,
+    *,
+    sizes: Sizes = SIZES,
+    keys: Mapping[str, Any] | None = None,
+    without: tuple[str, ...] = (),
+    tensors: Mapping[str, tuple[int, ...]] | None = None,
+    renamed: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a random model in F32 that differs from what `make_moe` writes.
+
+    Parameters
+    ----------
+    keys : mapping
+        Of the architecture, without its name: values that are set; None takes the key away.
+    without : tuple of str
+        Tensors that are left out, by their names with or without ``blk.N.``.
+    tensors : mapping of str to tuple of int
+        Tensors that are added, with their shapes in numpy's order; vectors are near 1.
+    renamed : mapping of str to str
+        Parts of tensors' names that are replaced.
+    """
+    plain = path.with_suffix(".plain")
+    make_moe(plain, Recipe(arch, Type.F32, seed=11, sizes=sizes))
+    rng = np.random.default_rng(4)
+    keys = {f"{arch}.{key}": value for key, value in (keys or {}).items()}
+    writer = GGUFWriter()
+    with GGUFFile.open(plain) as file:
+        for key in file.metadata:
+            if key not in keys:
+                entry = file.metadata.entry(key)
+                writer.add_raw(key, entry.type, entry.length, file.metadata.raw(key))
+        for key, value in keys.items():
+            if isinstance(value, list):
+                writer.add_array(key, _KINDS[type(value[0])], value)
+            elif value is not None:
+                writer.add(key, _KINDS[type(value)], value)
+        for info in file.tensors.values():
+            if info.name in without or info.name.endswith(tuple(f".{name}" for name in without)):
+                continue
+            name = info.name
+            for old, new in (renamed or {}).items():
+                name = name.replace(old, new)
+            n_dims = max(i + 1 for i in range(4) if i == 0 or info.ne[i] != 1)
+            writer.add_tensor(name, info.type, info.ne[:n_dims], partial(_bytes, file.data(info.name).copy()))
+        for name, shape in (tensors or {}).items():
+            scale = 0.1 if len(shape) == 1 else 1.0 / np.sqrt(shape[-1])
+            values = (float(len(shape) == 1) + scale * rng.standard_normal(shape)).astype(np.float32)
+            writer.add_tensor(name, Type.F32, shape[::-1], partial(_bytes, values))
+        writer.write(path)
+    plain.unlink()
+    return path
+
+
+def _bytes(values: np.ndarray) -> list[bytes]:
+    return [values.tobytes()]

@@ -1,0 +1,175 @@
+"""What files of the families with experts differ in: keys, tensors that may be missing, layers that nothing runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from edited_models import SIZES, write_edited
+
+from pyggml import cli
+from pyggml.errors import FormatError
+from pyggml.models.placement import PlacementFlags
+from pyggml.session import ContextFlags, Session
+from pyggml.types import Type
+
+TOKENS = [(i * 37 + 11) % 300 for i in range(48)]
+
+_NEXTN_LAYER = {
+    "attn_norm.weight": (64,),
+    "attn_q.weight": (64, 64),
+    "attn_k.weight": (32, 64),
+    "attn_v.weight": (32, 64),
+    "attn_q.bias": (64,),
+    "attn_k.bias": (32,),
+    "attn_v.bias": (32,),
+    "attn_output.weight": (64, 64),
+    "post_attention_norm.weight": (64,),
+    "ffn_gate_inp.weight": (8, 64),
+    "exp_probs_b.bias": (8,),
+    "ffn_gate_exps.weight": (8, 32, 64),
+    "ffn_down_exps.weight": (8, 64, 32),
+    "ffn_up_exps.weight": (8, 32, 64),
+    "ffn_gate_shexp.weight": (32, 64),
+    "ffn_down_shexp.weight": (64, 32),
+    "ffn_up_shexp.weight": (32, 64),
+    "nextn.eh_proj.weight": (64, 128),
+    "nextn.enorm.weight": (64,),
+    "nextn.hnorm.weight": (64,),
+    "nextn.shared_head_norm.weight": (64,),
+}
+_YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 32.0, "rope.scaling.original_context_length": 64}
+
+#: Name: architecture, and how its file differs.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4moe": ("glm4moe", {}),
+    "glm4moe, half of each head rotates": ("glm4moe", {"keys": {"rope.dimension_count": 8}}),
+    "glm4moe without norms of q and k": ("glm4moe", {"without": ("attn_q_norm.weight", "attn_k_norm.weight")}),
+    "glm4moe, tied head, two dense layers": (
+        "glm4moe",
+        {
+            "keys": {"leading_dense_block_count": 2},
+            "without": ("output.weight", *(f"blk.1.{name}" for name in _NEXTN_LAYER if "exp" in name or "inp" in name)),
+            "tensors": {
+                "blk.1.ffn_gate.weight": (96, 64),
+                "blk.1.ffn_up.weight": (96, 64),
+                "blk.1.ffn_down.weight": (64, 96),
+            },
+        },
+    ),
+    "glm4moe with the least keys": (
+        "glm4moe",
+        {"keys": {"expert_gating_func": None, "expert_weights_norm": None, "expert_weights_scale": None}},
+    ),
+    "glm4moe with a layer that predicts further": (
+        "glm4moe",
+        {
+            "keys": {"block_count": 4, "nextn_predict_layers": 1},
+            "tensors": {f"blk.3.{name}": shape for name, shape in _NEXTN_LAYER.items()},
+        },
+    ),
+    "gpt-oss": ("gpt-oss", {}),
+    "gpt-oss with yarn": ("gpt-oss", {"keys": _YARN}),
+    "gpt-oss, every third layer dense": ("gpt-oss", {"keys": {"attention.sliding_window_pattern": 3}}),
+    "gpt-oss, layers named": ("gpt-oss", {"keys": {"attention.sliding_window_pattern": [False, True, True]}}),
+    "gpt-oss, another base in its windows": ("gpt-oss", {"keys": {"rope.freq_base_swa": 150000.0}}),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> dict[str, tuple[Path, np.ndarray, np.ndarray]]:
+    """Give each file and llama.cpp's logits of it, without and with flash attention; one child process does them all."""
+    folder = tmp_path_factory.mktemp("families")
+    paths = [write_edited(folder / f"{i}.gguf", arch, **how) for i, (arch, how) in enumerate(FAMILIES.values())]
+    jobs = [llama_cpp.Job(str(path), TOKENS, 24) for path in paths]
+    jobs += [llama_cpp.Job(str(path), TOKENS, 24, "F16", flash=True) for path in paths]
+    found = llama_cpp.run_jobs(jobs, folder)
+    n = len(paths)
+    return dict(zip(FAMILIES, zip(paths, found[:n], found[n:], strict=True), strict=True))
+
+
+def decode(path: Path, kv: Type, flash: str, **options) -> np.ndarray:
+    """Return the logits of all tokens, in batches of 24."""
+    context = ContextFlags(n_ctx=256, n_batch=64, type_k=kv, type_v=kv, flash_attn=flash)
+    with Session.open(path, context=context, **options) as s:
+        return np.concatenate([s.decode(TOKENS[i : i + 24], outputs="all") for i in (0, 24)])
+
+
+@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_logits_are_llama_cpps(name, expected):
+    """Logits equal live llama.cpp's; with flash attention and an F16 cache nearly so, but where a router just flips."""
+    path, plain, flash = expected[name]
+    assert np.abs(decode(path, Type.F32, "off") - plain).max() < 1e-3
+    error = np.square(decode(path, Type.F16, "on") - flash).sum(1) / np.square(flash).sum(1)
+    assert np.mean(error < 1e-4) > 0.95
+
+
+@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in {arch for arch, _ in FAMILIES.values()}])
+@pytest.mark.parametrize(
+    "placement",
+    [PlacementFlags(cpu_moe=True), PlacementFlags(n_gpu_layers=2), PlacementFlags(n_cpu_moe=2)],
+    ids=["cpu-moe", "two layers", "two layers' experts"],
+)
+def test_placement_changes_no_bit(name, placement, expected):
+    """Over [sim, cpu], however the weights are placed, logits equal those of the CPU alone bit for bit."""
+    path, _, _ = expected[name]
+    found = decode(path, Type.F16, "on", devices=["sim:rtx4090-pcie4"], placement=placement)
+    np.testing.assert_array_equal(found, decode(path, Type.F16, "on"))
+
+
+def test_layers_that_predict_further_count_in_placement(expected):
+    """`-ngl` counts the layer that nothing runs, as in llama.cpp; its weights are not loaded."""
+    path, _, _ = expected["glm4moe with a layer that predicts further"]
+    context = ContextFlags(n_ctx=256)
+    options = {"devices": ["mock:CUDA0"], "data": False, "context": context}
+    with Session.open(path, placement=PlacementFlags(n_gpu_layers=4), **options) as s:
+        names = [device.name for device in s.placement.layers]
+        assert names == ["CPU", "CUDA0", "CUDA0", "CUDA0"]
+        assert not [w for w in s.placement.weights if w.spec.layer == 3]
+        assert len(s.cache.k) == 3
+    with Session.open(path, placement=PlacementFlags(n_gpu_layers=5), **options) as s:
+        assert s.placement.is_full_offload
+
+
+def test_a_recorded_routing_counts_layers_with_experts(expected, tmp_path):
+    """What was recorded of a model whose first layer is dense plans it: the first choice is the second layer's."""
+    path, _, _ = expected["glm4moe"]
+    words = ["--device", "sim:rtx4090-pcie4,cpu", "--cpu-moe"]
+    recorded = str(tmp_path / "routing.npz")
+    run = ["run", str(path), *words, "-n", "1", "--prompt", "x" * 40, "--record-routing", recorded]
+    assert cli.run(run) == 0
+    with np.load(recorded) as data:
+        assert data["topk"].shape == (2, 40, 3)
+    assert cli.run(["splits", str(path), *words, "--batches", "40", "--routing", f"trace:{recorded}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "how", "message"),
+    [
+        ("gpt-oss", {"keys": {"attention.sliding_window_pattern": [True]}}, "1 values for 3 layers"),
+        ("gpt-oss", {"keys": {"attention.sliding_window": None}}, "no key 'gpt-oss.attention.sliding_window'"),
+        ("gpt-oss", {"without": ("output.weight",)}, "'output.weight' is missing"),
+        ("gpt-oss", {"without": ("attn_sinks.weight",)}, "attn_sinks.weight' is missing"),
+        ("glm4moe", {"keys": {"nextn_predict_layers": 3}}, "is 3 of 3 layers"),
+        ("glm4moe", {"keys": {"leading_dense_block_count": 9}}, "is 9 of 3 layers"),
+        ("glm4moe", {"keys": {"expert_gating_func": 7}}, "is 7; known are 1, 2, 3"),
+        ("glm4moe", {"keys": {"rope.dimension_sections": [8, 4, 4]}}, "several positions"),
+        ("glm4moe", {"keys": {"rope.dimension_count": 7}}, "is 7"),
+        ("glm4moe", {"tensors": {"blk.1.odd.weight": (64,)}}, "odd.weight"),
+    ],
+)
+def test_what_cannot_be_is_refused(arch, how, message, tmp_path):
+    """A file whose keys and tensors do not fit together gives one line that names what is wrong."""
+    path = write_edited(tmp_path / "m.gguf", arch, **how)
+    with pytest.raises(FormatError, match=message):
+        Session.open(path, data=False)
+
+
+def test_sizes_of_the_test_are_those_of_the_added_tensors():
+    """The tensors that tests add have the sizes of the models they are added to."""
+    assert (SIZES.embd, SIZES.experts, SIZES.ff_exp, SIZES.heads * SIZES.head_dim) == (64, 8, 32, 64)
