@@ -24,11 +24,14 @@ __all__ = [
     "ComputeRecord",
     "CopyRecord",
     "EventRecord",
+    "MicroBatchRecord",
     "NullRecorder",
     "ReadRecord",
     "Record",
     "Recorder",
     "Recording",
+    "SplitInput",
+    "SplitRecord",
     "Statistics",
     "UsedExpertsRecord",
     "WaitRecord",
@@ -149,6 +152,48 @@ class AssignRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitInput:
+    """A tensor that a split needs on its backend and that is elsewhere."""
+
+    tensor: str
+    kind: CopyReason  #: experts: of this weight the used ones are enough
+    src: str  #: backend that it is assigned to
+    cause: str  #: why it is there, upstream's note
+    buft: str  #: memory in which it lies already; empty if it has none yet
+    type: str
+    ne: tuple[int, ...]
+    size_bytes: int  #: of all of it
+    user: str  #: first node of the backend that reads it
+    user_op: str
+    user_cause: str  #: why that node is on the backend
+    n_users: int
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRecord:
+    """One split of a graph; recorded when the graph is split, after the assignments of its nodes."""
+
+    split: int
+    backend: str
+    i_start: int
+    i_end: int
+    n_nodes: int  #: that are computed
+    first: str  #: name of the first of them
+    op: str
+    cause: str  #: why that one is on the backend, upstream's note
+    inputs: tuple[SplitInput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchRecord:
+    """A session turns to the next tokens; what follows is recorded for them."""
+
+    n_tokens: int
+    n_past: int  #: tokens in the cache before
+    n_outputs: int  #: tokens whose logits are wanted
+
+
+@dataclass(frozen=True, slots=True)
 class CallbackRecord:
     """One call of the eval callback."""
 
@@ -171,6 +216,8 @@ Record = (
     | AllocRecord
     | AssignRecord
     | CallbackRecord
+    | SplitRecord
+    | MicroBatchRecord
 )
 
 

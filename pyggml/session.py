@@ -30,6 +30,7 @@ from .models.kv_cache import CacheFullError, Slot
 from .models.placement import PlacementFlags
 from .models.topk import TopK
 from .planning import Memory, PlannedGraph, Planner
+from .record import MicroBatchRecord
 from .sampling import Sampler, greedy
 
 __all__ = ["BatchRecord", "ContextFlags", "Memory", "PlacementFlags", "PlannedGraph", "Session", "TopK"]
@@ -151,6 +152,8 @@ class Session(Planner):
         try:
             if self.abort is not None and self.abort():
                 raise ComputeError(self.backends[-1].name, "aborted", status=1)
+            if self.sched.recorder is not None:
+                self.sched.recorder.record(MicroBatchRecord(part.n_tokens, n_past, part.n_outputs))
             graph, is_reused = self._graph_for(part, slot)
             assert self._filler is not None
             self._filler.fill(part, slot)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .dialect import Repairs
 from .errors import SchedError
 from .models.batch import Outputs
-from .record import CopyReason
+from .record import CopyReason, MicroBatchRecord
 from .routing import DEFAULT_ROUTING, Routing
 from .sched.policies import UpstreamCopier, UsedExpertCopier
 from .tensor import Tensor
@@ -73,10 +73,9 @@ class RoutedCopier(UsedExpertCopier):
         layer computes no others.
     """
 
-    def __init__(self, routing: Routing, *, like: UpstreamCopier, n_lead: int = 0) -> None:
+    def __init__(self, routing: Routing, *, like: UpstreamCopier) -> None:
         super().__init__(like.repairs if isinstance(like, UsedExpertCopier) else Repairs.strict())
         self.routing = routing
-        self._n_lead = n_lead  # layers before the first with experts, which a routing does not count
         self.tokens: Sequence[int] = ()
         self.outputs: Sequence[int] = ()
         self._read: tuple[Tensor, set[int]] | None = None
@@ -108,7 +107,7 @@ class RoutedCopier(UsedExpertCopier):
         """Return the experts of a weight that ids of its layer name."""
         found = re.search(r"blk\.(\d+)\.", weight.name)
         tokens = self.tokens if ids.ne[1] == len(self.tokens) else self.outputs
-        return self.routing.experts(int(found[1]) - self._n_lead if found else 0, tokens, weight.ne[2], ids.ne[0])
+        return self.routing.experts(int(found[1]) if found else 0, tokens, weight.ne[2], ids.ne[0])
 
 
 def can_simulate(planner: Planner) -> bool:
@@ -148,8 +147,7 @@ def simulate_batch(
     clock = sched.clock
     result = SimulatedBatch(n_tokens)
     kept = sched.copier
-    n_lead = planner.hparams.n_layer_dense_lead
-    routed = RoutedCopier(routing, like=kept, n_lead=n_lead) if isinstance(kept, UpstreamCopier) else None
+    routed = RoutedCopier(routing, like=kept) if isinstance(kept, UpstreamCopier) else None
     if routed is not None:
         sched.copier = routed
     if clock is not None:
@@ -161,6 +159,8 @@ def simulate_batch(
             if routed is not None:
                 routed.tokens = range(n_before, n_before + part.n_tokens)
                 routed.outputs = [n_before + i for i in _outputs(part)]
+            if sched.recorder is not None:
+                sched.recorder.record(MicroBatchRecord(part.n_tokens, n_before, part.n_outputs))
             if graph is not allocated:
                 sched.alloc_graph(graph.graph)
                 allocated = graph

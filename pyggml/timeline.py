@@ -8,10 +8,11 @@ would be done, and arrows from each copy to the split that reads it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from .errors import FormatError
 from .record import (
     AllocPurpose,
     AllocRecord,
@@ -24,8 +25,9 @@ from .record import (
     UsedExpertsRecord,
     WaitRecord,
 )
+from .viz.store import pack_records, unpack_records
 
-__all__ = ["trace_events", "write_timeline"]
+__all__ = ["read_timeline", "trace_events", "write_timeline"]
 
 Event = dict[str, Any]  # of JSON's values
 _Timed = CopyRecord | ComputeRecord | WaitRecord | ReadRecord | EventRecord | CallbackRecord
@@ -33,6 +35,9 @@ _Timed = CopyRecord | ComputeRecord | WaitRecord | ReadRecord | EventRecord | Ca
 _MOMENTS = ("callback", "event")
 _PURPOSES: tuple[str, ...] = get_args(AllocPurpose)
 _Used = dict[tuple[int, str], UsedExpertsRecord]
+
+#: Where the file holds the records; viewers of traces pass over keys that they do not know.
+_RECORDS_KEY = "pyggml"
 
 #: Process ids of the trace.
 _WALL, _VIRTUAL = 1, 2
@@ -177,8 +182,17 @@ def _describe(record: _Timed, used: _Used) -> _Slice:
     return _Slice(lane, f"{record.what} {record.backend}", "wait", {"split": record.split})
 
 
-def write_timeline(path: Path, records: Iterable[Record]) -> None:
-    """Write records as one JSON file.
+def write_timeline(path: Path, records: Iterable[Record], *, about: Mapping[str, Any] | None = None) -> None:
+    """Write records as one JSON file: the events for Perfetto, and beside them the records themselves.
+
+    Parameters
+    ----------
+    path : Path
+        Written anew.
+    records : iterable of Record
+        In the order in which things happened.
+    about : mapping, optional
+        What they do not say, of JSON's values: the model, the devices, the options.
 
     Raises
     ------
@@ -187,5 +201,37 @@ def write_timeline(path: Path, records: Iterable[Record]) -> None:
     """
     kept = list(records)
     compute_bytes = {r.backend: r.size_bytes for r in kept if isinstance(r, AllocRecord) and r.purpose == "compute"}
-    whole = {"traceEvents": trace_events(kept), "displayTimeUnit": "ms", "otherData": {"compute_bytes": compute_bytes}}
-    path.write_text(json.dumps(whole), encoding="utf-8")
+    whole = {
+        "traceEvents": trace_events(kept),
+        "displayTimeUnit": "ms",
+        "otherData": {"compute_bytes": compute_bytes},
+        _RECORDS_KEY: {"about": dict(about or {}), "records": pack_records(kept)},
+    }
+    path.write_text(json.dumps(whole, separators=(",", ":")), encoding="utf-8")
+
+
+def read_timeline(path: Path) -> tuple[list[Record], dict[str, Any]]:
+    """Return the records of a file that `write_timeline` wrote, and what it says about them.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    FormatError
+        It is no such file, or of a version that held no records.
+    """
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(str(path), f"it is no JSON: {error}", hint="give a file that --timeline wrote") from error
+    if not isinstance(whole, dict) or "traceEvents" not in whole:
+        raise FormatError(str(path), "it is no timeline", hint="give a file that --timeline wrote")
+    kept = whole.get(_RECORDS_KEY)
+    if not isinstance(kept, dict) or not isinstance(kept.get("records"), dict):
+        raise FormatError(
+            str(path),
+            "it has events for Perfetto, but not the records that they were made of",
+            hint="another program or an older pyggml wrote it: record it again with --timeline",
+        )
+    about = kept.get("about")
+    return unpack_records(kept["records"], str(path)), about if isinstance(about, dict) else {}

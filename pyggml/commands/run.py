@@ -15,6 +15,7 @@ from ..errors import FormatError, GraphError, PyggmlError
 from ._console import print_json, progress, report, warn
 from ._kernels import warm_up
 from ._model_options import ModelFlags, model_options, open_backends
+from ._page import check_folders, given_options, write_records
 from ._run_report import RunReport
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Output:
 
     as_json: bool
     timeline: Path | None
+    html: Path | None
     logits: Path | None
     routing: Path | None
     is_quiet: bool
@@ -58,7 +60,8 @@ class Output:
 @click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end of the text.")
-@click.option("--timeline", type=click.Path(path_type=Path), help="Write a timeline for Perfetto.")
+@click.option("--timeline", type=click.Path(path_type=Path), help="Write a timeline for Perfetto and `pyggml viz`.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page that shows what happened and why.")
 @click.option("--dump-logits", type=click.Path(path_type=Path), help="Write logits and chosen experts of the prompt.")
 @click.option("--record-routing", type=click.Path(path_type=Path),
               help="Write the experts that the prompt's tokens choose, for `splits --routing trace:FILE`.")  # fmt: skip
@@ -81,6 +84,7 @@ def command(
     seed: int,
     ignore_eos: bool,
     timeline: Path | None,
+    html: Path | None,
     dump_logits: Path | None,
     record_routing: Path | None,
     quiet: bool,
@@ -98,14 +102,12 @@ def command(
         raise click.UsageError(
             "--interactive goes with text only, not with --json, --tokens, --dump-logits or --record-routing"
         )
-    for path in (timeline, dump_logits, record_routing):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise click.UsageError(f"{path}: its folder does not exist")
+    check_folders(timeline, html, dump_logits, record_routing)
     from ..sampling import SamplerFlags
 
     sampler = SamplerFlags(temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     sampler.check()
-    run = _Run(flags, model, Output(as_json, timeline, dump_logits, record_routing, quiet))
+    run = _Run(flags, model, Output(as_json, timeline, html, dump_logits, record_routing, quiet))
     if interactive:
         run.converse(prompt, n_predict or DEFAULT_ANSWER, sampler, system=system)
         return
@@ -227,7 +229,7 @@ class _Run:
                 )
             warn(f"the context is longer than the {hparams.n_ctx_train} tokens that the model was trained with")
         account = CopyAccount()
-        self.recording = Recording() if self.output.timeline else None
+        self.recording = Recording() if self.output.timeline or self.output.html else None
         self.report = RunReport(
             model=_describe(file.path, hparams),
             devices=[{"name": b.name, "description": b.device.description} for b in (*backends, cpu)],
@@ -316,10 +318,15 @@ class _Run:
         assert self.report is not None
         if not self.report.is_complete and not self.report.shapes:
             return  # nothing happened that is worth a report
-        if self.output.timeline is not None and self.recording is not None:
-            from ..timeline import write_timeline
-
-            write_timeline(self.output.timeline, self.recording.records)
+        if self.recording is not None:
+            about = {"model": self.report.model, "devices": self.report.devices, "options": given_options()}
+            write_records(
+                self.recording.records,
+                about,
+                timeline=self.output.timeline,
+                html=self.output.html,
+                name=self.model.stem,
+            )
         if self.output.as_json:
             print_json(self.report.as_dict())
             return

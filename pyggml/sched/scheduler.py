@@ -54,6 +54,7 @@ from .check import check_allocation, check_assignment, check_splits
 from .check_copies import CopyCheck
 from .compute import EvalCallback, SplitRun, compute_splits
 from .debug import assignments_text
+from .describe import split_records
 from .log import RunLog
 from .policies import InputCopier, UpstreamCopier, UsedExpertCopier, default_offload
 from .split import CutMemory, Cutter, make_sched_graph, optimize_splits, rewritten_sources
@@ -172,6 +173,11 @@ class Scheduler:
         """Number of splits of the latest graph."""
         return len(self.splits)
 
+    @property
+    def latest_cut(self) -> Cutter | None:
+        """How the latest graph was cut: splits, copies, and which sources became copies; None before the first."""
+        return self._cutter
+
     def tensor_backend(self, tensor: Tensor) -> Backend | None:
         """Return the backend that a tensor is assigned to."""
         backend_id = self.assignment.get(tensor)
@@ -257,6 +263,9 @@ class Scheduler:
         self._leaf_ids.write(self.graph_copy.leaf_backend_ids)
         self.splits, self.copies, self.graph_inputs = cutter.splits, cutter.copies, cutter.graph_inputs
         self._cutter = cutter
+        if self.recorder is not None:
+            for described in split_records(cutter):
+                self.recorder.record(described)
         if config.check():
             check_assignment(graph, asg, self.machine)
             check_splits(graph, cutter)

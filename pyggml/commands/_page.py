@@ -1,0 +1,81 @@
+"""Timelines and pages of what a command did, as `run` and `splits` write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from ._model_options import ModelFlags
+
+if TYPE_CHECKING:
+    from ..record import Record
+
+__all__ = ["check_folders", "given_options", "write_records"]
+
+
+def check_folders(*paths: Path | None) -> None:
+    """Refuse files whose folder does not exist, before anything is computed.
+
+    Raises
+    ------
+    click.UsageError
+        There is such a file.
+    """
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise click.UsageError(f"{path}: its folder does not exist")
+
+
+def given_options() -> str:
+    """Return the shared options of the command that runs, as they were given."""
+    ctx = click.get_current_context(silent=True)
+    if ctx is None:
+        return ""
+    words = []
+    for param in ctx.command.params:
+        name = param.name or ""
+        if name not in ModelFlags.__slots__ or ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = ctx.params[name]
+        if isinstance(value, bool):
+            words.append(param.opts[-1] if value else (param.secondary_opts or param.opts)[-1])
+        else:
+            values: Sequence[Any] = value if isinstance(value, tuple) else (value,)
+            words += [f"{param.opts[-1]} {v}" for v in values]
+    return " ".join(words)
+
+
+def write_records(
+    records: Iterable[Record], about: dict[str, Any], *, timeline: Path | None, html: Path | None, name: str
+) -> None:
+    """Write what was recorded as a timeline, as a page, or as both.
+
+    Parameters
+    ----------
+    records : iterable of Record
+        In the order in which things happened.
+    about : dict
+        What they do not say; see `view_of_records`.
+    timeline, html : Path or None
+        Where to.
+    name : str
+        Of the page.
+
+    Raises
+    ------
+    OSError
+        A file cannot be written.
+    """
+    kept = list(records)
+    if timeline is not None:
+        from ..timeline import write_timeline
+
+        write_timeline(timeline, kept, about=about)
+    if html is not None:
+        from ..viz import view_of_records, write_page
+
+        write_page(html, view_of_records(kept, name=name, about=about))

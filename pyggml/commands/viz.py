@@ -1,0 +1,38 @@
+"""`pyggml viz`: make a page of one timeline, or of two side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command("viz")
+@click.argument("timeline", type=click.Path(path_type=Path))
+@click.argument("other", type=click.Path(path_type=Path), required=False)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Where to write the page. [TIMELINE.html]")
+@click.option("--title", default="", help="Of the page. [the files' names]")
+@click.option("--name", "names", multiple=True, help="Of a timeline; give it for each. [the file's name]")
+def command(timeline: Path, other: Path | None, out: Path | None, title: str, names: tuple[str, ...]) -> None:
+    """Make one HTML page of a TIMELINE that `run --timeline` or `splits --timeline` wrote; with an OTHER, side by side.
+
+    The page needs no network: timeline with search, splits with causes, experts, bytes and memory.
+    """
+    from ..timeline import read_timeline
+    from ..viz import view_of_records, write_page
+
+    paths = [timeline] if other is None else [timeline, other]
+    if len(names) > len(paths):
+        raise click.UsageError(f"--name is given {len(names)} times for {len(paths)} timelines")
+    into = timeline.with_suffix(".html") if out is None else out
+    if not into.absolute().parent.is_dir():
+        raise click.UsageError(f"{into}: its folder does not exist")
+    shown = [*names, *(path.stem for path in paths[len(names) :])]
+    views = []
+    for path, name in zip(paths, shown, strict=True):
+        records, about = read_timeline(path)
+        views.append(view_of_records(records, name=name, about=about))
+    write_page(into, *views, title=title)
+    click.echo(str(into))

@@ -1,0 +1,76 @@
+"""What the splits of a graph are, as records: where each runs, what it needs from elsewhere, and why."""
+
+from __future__ import annotations
+
+from ..record import CopyReason, SplitInput, SplitRecord
+from ..tensor import Tensor
+from ..types import BufferUsage, TensorFlag
+from .policies import takes_used_experts
+from .split import Cutter
+from .state import Split, is_computed
+
+__all__ = ["split_records"]
+
+
+def split_records(cutter: Cutter) -> list[SplitRecord]:
+    """Return a record of each split of a graph that was just cut.
+
+    Notes
+    -----
+    A copy that several splits of a backend read is an input of the first of them, and the users of all count there.
+    """
+    asg, machine = cutter.asg, cutter.machine
+    users: dict[tuple[Tensor, int], list[Tensor]] = {}
+    for node, _, src in cutter.rewritten:
+        users.setdefault((src, asg.ids[node]), []).append(node)
+
+    def cause(tensor: Tensor) -> str:
+        found = asg.cause(tensor)
+        return "" if found is None else found.value
+
+    def describe(split: Split, tensor: Tensor) -> SplitInput:
+        readers = users.get((tensor, split.backend_id), [])
+        first = readers[0] if readers else None
+        storage = tensor.storage
+        return SplitInput(
+            tensor=tensor.name,
+            kind=_kind(split, tensor, cutter),
+            src=machine.backends[asg.ids[tensor]].name,
+            cause=cause(tensor),
+            buft="" if storage is None else storage.buft.name,
+            type=tensor.type.ggml_name,
+            ne=tuple(tensor.ne),
+            size_bytes=tensor.nbytes,
+            user="" if first is None else first.name,
+            user_op="" if first is None else first.op_desc,
+            user_cause="" if first is None else cause(first),
+            n_users=len(readers),
+        )
+
+    records = []
+    for i, split in enumerate(cutter.splits):
+        nodes = [n for n in split.graph.nodes if is_computed(n)]
+        records.append(
+            SplitRecord(
+                split=i,
+                backend=machine.backends[split.backend_id].name,
+                i_start=split.i_start,
+                i_end=split.i_end,
+                n_nodes=len(nodes),
+                first=nodes[0].name if nodes else "",
+                op=nodes[0].op_desc if nodes else "",
+                cause=cause(nodes[0]) if nodes else "",
+                inputs=tuple(describe(split, tensor) for tensor in split.inputs),
+            )
+        )
+    return records
+
+
+def _kind(split: Split, tensor: Tensor, cutter: Cutter) -> CopyReason:
+    if tensor.flags & TensorFlag.INPUT:
+        return "input"
+    if takes_used_experts(split, tensor, cutter.copies[tensor][split.backend_id][cutter.cur_copy]):
+        return "experts"
+    if tensor.buffer is not None and tensor.buffer.usage is BufferUsage.WEIGHTS:
+        return "weight"
+    return "activation"

@@ -1,0 +1,203 @@
+"""The columns of a view: records in their order, each string and each set once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, get_args
+
+from ..record import (
+    AllocRecord,
+    AssignRecord,
+    CallbackRecord,
+    ComputeRecord,
+    CopyReason,
+    CopyRecord,
+    EventRecord,
+    MicroBatchRecord,
+    ReadRecord,
+    Record,
+    SplitRecord,
+    UsedExpertsRecord,
+    WaitRecord,
+)
+from .runs import Run, Runs
+
+__all__ = ["KINDS", "Columns", "Interval"]
+
+#: What an event can be; the page gives each its colour.
+KINDS = (*get_args(CopyReason), "compute", "read", "wait", "callback", "event", "plan", "other")
+_COLUMNS = ("kind", "lane", "name", "run", "split", "amount", "offset", "whole", "ref")
+
+#: Start and end in seconds.
+Interval = tuple[float, float]
+
+
+class _Described(NamedTuple):
+    """What an event shows beside its times."""
+
+    kind: str
+    lane: tuple[str, str, str]  #: kind, name, backend
+    name: str
+    split: int
+    amount: int = 0
+    offset_bytes: int = 0
+    whole_bytes: int = 0
+    ref: int = -1
+
+
+@dataclass(slots=True)
+class _Table:
+    """Different values, each with its number."""
+
+    numbers: dict[Any, int] = field(default_factory=dict)
+
+    def __call__(self, value: Any) -> int:
+        return self.numbers.setdefault(value, len(self.numbers))
+
+
+@dataclass(slots=True)
+class Columns:
+    """Takes records, and keeps what a view shows of them.
+
+    Attributes
+    ----------
+    events : dict of str to list of int
+        A column for each of: kind, a number of `KINDS`; lane; name, a number of ``strings``; run; split, -1 if it is of
+        none; amount, bytes of a copy or a read, nodes of work; offset and whole, bytes of the tensor; ref, of copied
+        experts a number of ``experts``, of work one of ``cause_sets``.
+    wall, virtual : list of (float, float) or None
+        Times of each event.
+    """
+
+    strings: _Table = field(default_factory=_Table)
+    lanes: _Table = field(default_factory=_Table)
+    used_sets: _Table = field(default_factory=_Table)
+    cause_sets: _Table = field(default_factory=_Table)
+    runs: Runs = field(default_factory=Runs)
+    events: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in _COLUMNS})
+    wall: list[Interval | None] = field(default_factory=list)
+    virtual: list[Interval | None] = field(default_factory=list)
+    backends: _Table = field(default_factory=_Table)
+    experts: list[dict[str, Any]] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    activities: list[tuple[int, str, str, str]] = field(default_factory=list)  #: event, what, source, target
+    _latest_experts: dict[tuple[int, str], int] = field(default_factory=dict)
+    _planned_at: float | None = None
+    _epoch_s: float = 0.0  # what is added to virtual times: a clock that was reset goes on where it was
+    _virtual_end_s: float = 0.0
+    _host_s: float = 0.0  # the host's virtual time, as last told
+
+    def take(self, record: Record) -> None:
+        """Add one record."""
+        self.runs.take(record)
+        if isinstance(record, UsedExpertsRecord):
+            self._take_experts(record)
+        elif isinstance(record, AssignRecord):
+            if record.end_s > record.start_s and record.start_s != self._planned_at:
+                self._planned_at = record.start_s
+                self._add_timed(_Described("plan", ("host", "host", ""), "assign and cut", -1), record)
+        elif isinstance(record, AllocRecord):
+            self._take_memory(record)
+        elif not isinstance(record, SplitRecord | MicroBatchRecord):
+            described = self._describe(record)
+            if described is not None:
+                self._add_timed(described, record)
+
+    def _take_experts(self, r: UsedExpertsRecord) -> None:
+        self._latest_experts[r.split, r.tensor] = len(self.experts)
+        self.experts.append(
+            {
+                "run": self.runs.run, "split": r.split, "tensor": self.strings(r.tensor), "ids": self.strings(r.ids),
+                "used": self.used_sets(r.used), "n_expert": r.n_expert, "expert_bytes": r.expert_bytes,
+                "whole": r.tensor_bytes,
+            }
+        )  # fmt: skip
+
+    def _take_memory(self, r: AllocRecord) -> None:
+        virtual = self._place_virtual(r)
+        self.memory.append(
+            {
+                "after": len(self.wall), "backend": r.backend, "buft": r.buft, "purpose": r.purpose,
+                "bytes": r.size_bytes, "graph": r.graph, "wall": r.end_s if r.end_s else None,
+                "virtual": None if virtual is None else virtual[1],
+            }
+        )  # fmt: skip
+
+    def _describe(self, r: Any) -> _Described | None:  # any record with times, also of kinds made later
+        if isinstance(r, CopyRecord):
+            self.activities.append((len(self.wall), r.reason, r.src, r.dst))
+            ref = self._latest_experts.get((r.split, r.tensor), -1) if r.reason == "experts" else -1
+            lane = ("link", f"{r.src} → {r.dst}", r.dst)
+            return _Described(r.reason, lane, r.tensor, r.split, r.size_bytes, r.offset_bytes, r.tensor_bytes, ref)
+        if isinstance(r, ComputeRecord):
+            self.backends(r.backend)
+            self.activities.append((len(self.wall), "compute", r.backend, ""))
+            lane = ("compute", f"{r.backend} computes", r.backend)
+            return _Described("compute", lane, r.first, r.split, r.n_nodes, ref=self.cause_sets(r.causes))
+        if isinstance(r, ReadRecord):
+            self.activities.append((len(self.wall), "read", r.backend, ""))
+            lane = ("link", f"{r.backend} → CPU", "CPU")
+            return _Described("read", lane, r.tensor, -1, r.size_bytes, whole_bytes=r.size_bytes)
+        if isinstance(r, WaitRecord):
+            is_stream = r.what == "event_wait"
+            lane = ("waits", f"{r.backend} waits", r.backend) if is_stream else ("host", "host", "")
+            return _Described("wait", lane, f"{r.what} {r.backend}", _split(r))
+        if isinstance(r, CallbackRecord):
+            return _Described("callback", ("host", "host", ""), r.tensor, _split(r))
+        if isinstance(r, EventRecord):
+            return _Described("event", ("compute", f"{r.backend} computes", r.backend), f"event {r.copy}", _split(r))
+        if not hasattr(r, "start_s") or not hasattr(r, "end_s"):
+            return None
+        return _Described("other", ("host", "host", ""), type(r).__name__.removesuffix("Record"), _split(r))
+
+    def _add_timed(self, d: _Described, record: Any) -> None:
+        # a graph that is planned between two computings belongs to neither
+        run = -1 if d.kind == "plan" and not self.runs.is_empty else self.runs.run
+        self._add(d, run, (record.start_s, record.end_s), self._place_virtual(record))
+
+    def _add(self, d: _Described, run: int, wall: Interval | None, virtual: Interval | None) -> None:
+        values = (
+            KINDS.index(d.kind), self.lanes(d.lane), self.strings(d.name), run, d.split, d.amount,
+            d.offset_bytes, d.whole_bytes, d.ref,
+        )  # fmt: skip
+        for column, value in zip(self.events.values(), values, strict=True):
+            column.append(value)
+        self.wall.append(wall)
+        self.virtual.append(virtual)
+
+    def _place_virtual(self, record: Any) -> Interval | None:
+        """Return virtual times; where the clock was reset they go on from the end."""
+        span = getattr(record, "virtual", None)
+        if span is None:
+            return None
+        start_s, end_s = float(span[0]), float(span[1])
+        is_host = isinstance(record, AssignRecord | AllocRecord | CallbackRecord | ReadRecord) or (
+            isinstance(record, WaitRecord) and record.what != "event_wait"
+        )
+        if is_host:  # its end is the host's time, which only a reset turns back
+            if end_s < self._host_s:
+                self._epoch_s = self._virtual_end_s
+            self._host_s = end_s
+        placed = (self._epoch_s + start_s, self._epoch_s + end_s)
+        self._virtual_end_s = max(self._virtual_end_s, placed[1])
+        return placed
+
+    def add_plan(self) -> None:
+        """Add an event for each input and each split of the planned graphs: what a run would do at most."""
+        for i, graph in enumerate(self.runs.graphs):
+            self.runs.runs.append(Run(graph=i))
+            self.runs.run = i
+            for split in graph.splits:
+                for given in split.inputs:
+                    lane = ("link", f"{given.src} → {split.backend}", split.backend)
+                    n = given.size_bytes
+                    self._add(_Described(given.kind, lane, given.tensor, split.split, n, 0, n), i, None, None)
+                lane = ("compute", f"{split.backend} computes", split.backend)
+                n_nodes = split.i_end - split.i_start
+                causes = self.cause_sets(((split.cause, split.n_nodes),) if split.cause else ())
+                self._add(_Described("compute", lane, split.first, split.split, n_nodes, ref=causes), i, None, None)
+
+
+def _split(record: Any) -> int:
+    split = getattr(record, "split", None)
+    return -1 if split is None else int(split)

@@ -1,0 +1,74 @@
+"""The page: views, drawing code and styles in one file that needs no network."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from .. import __version__
+from .view import View
+
+__all__ = ["page_html", "write_page"]
+
+#: In the order in which they need each other.
+_VENDOR = ("dispatch", "timer", "ease", "color", "interpolate", "selection", "transition", "drag", "zoom", "array")
+_SCRIPTS = (
+    "model.js", "words.js", "totals.js", "timeline.js", "timeline_draw.js", "detail.js", "tables.js", "heatmap.js",
+    "memory.js", "graph.js", "main.js",
+)  # fmt: skip
+
+
+def page_html(*views: View, title: str = "") -> str:
+    """Return the page of one view, or of two side by side.
+
+    Parameters
+    ----------
+    views : View
+        One or two.
+    title : str
+        Of the page; the views' names if not given.
+
+    Raises
+    ------
+    ValueError
+        There is no view, or there are more than two.
+    """
+    if not 1 <= len(views) <= 2:
+        raise ValueError(f"a page shows one view or two, not {len(views)}")
+    shown = title or " against ".join(v.name for v in views if v.name) or "pyggml"
+    data = {"title": shown, "version": __version__, "views": [{**v.model, "name": v.name} for v in views]}
+    # what the program does not write stands in here: no text of a model may end the element, or begin a comment
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    scripts = [_static(f"vendor/d3-{name}.min.js") for name in _VENDOR] + [_static(name) for name in _SCRIPTS]
+    parts = {
+        "TITLE": escape(shown),
+        "STYLE": _static("page.css"),
+        "DATA": text,
+        "LICENSES": escape(_static("vendor/LICENSES.txt")),
+        "SCRIPTS": "\n".join(f"<script>\n{script}\n</script>" for script in scripts),
+    }
+    page = _static("page.html")
+    before, *pieces = page.split("{{")
+    out = [before]
+    for piece in pieces:  # one pass, so that nothing inside a part is taken for a place
+        key, _, rest = piece.partition("}}")
+        out += [parts[key], rest]
+    return "".join(out)
+
+
+def write_page(path: Path, *views: View, title: str = "") -> None:
+    """Write the page of one view, or of two side by side; see `page_html`.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written.
+    """
+    path.write_text(page_html(*views, title=title), encoding="utf-8")
+
+
+def _static(name: str) -> str:
+    return (files(__package__) / "static" / name).read_text(encoding="utf-8")

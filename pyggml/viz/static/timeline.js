@@ -1,0 +1,384 @@
+// The timelines: one chart for each view, all with the same zoom; keys, search, filters.
+"use strict";
+(() => {
+  const P = window.pyggml;
+  const $ = (id) => document.getElementById(id);
+  const charts = (P.charts = []);
+  let transform = d3.zoomIdentity;
+  let isDue = false;
+
+  P.redraw = () => {
+    if (isDue) return;
+    isDue = true;
+    requestAnimationFrame(() => {
+      isDue = false;
+      for (const chart of charts) {
+        P.draw(chart);
+        placeWindow(chart);
+      }
+    });
+  };
+
+  const clockFor = (view) => (view.clocks.includes(P.state.clock) ? P.state.clock : view.clocks[0]);
+
+  /** Build the charts for the chosen clock. */
+  P.buildCharts = () => {
+    const domain = Math.max(1, ...P.views.map((v) => v.total[clockFor(v)])) * 1.002;
+    charts.length = 0;
+    $("charts").replaceChildren();
+    for (const view of P.views) {
+      if (!view.n) continue;
+      const clock = clockFor(view);
+      const chart = { view, clock, domain, lanes: P.lanesOf(view, clock) };
+      const box = document.createElement("figure");
+      box.className = "chart";
+      const title = P.views.length > 1 ? `<figcaption><b>${view.letter}</b> ${P.escape(view.name)}</figcaption>` : "";
+      box.innerHTML = `${title}<div class="overview"><canvas></canvas><div class="window"></div></div>
+        <canvas class="lanes" tabindex="0" role="img"></canvas>`;
+      chart.overview = box.querySelector(".overview canvas");
+      chart.window = box.querySelector(".window");
+      chart.canvas = box.querySelector("canvas.lanes");
+      chart.canvas.style.height = `${P.heightOf(chart.lanes)}px`;
+      const what = chart.lanes.map((l) => l.name).join(", ");
+      chart.canvas.setAttribute("aria-label", `Timeline of ${view.name || "the records"}, ${P.clockTitle(clock)}; lanes: ${what}`);
+      chart.scale = () => chart.canvas.clientWidth / domain;
+      chart.xOf = (t) => transform.applyX(t * chart.scale());
+      chart.timeAt = (x) => transform.invertX(x) / chart.scale();
+      $("charts").append(box);
+      charts.push(chart);
+      connect(chart);
+    }
+    setTransform(d3.zoomIdentity);
+    charts.forEach(P.drawOverview);
+  };
+
+  const zoomer = d3
+    .zoom()
+    .filter((event) => !event.button && event.type !== "dblclick")
+    .on("zoom", (event) => {
+      if (event.sourceEvent) setTransform(event.transform);
+    });
+
+  const limits = (chart) => {
+    const width = chart.canvas.clientWidth;
+    zoomer.scaleExtent([1, Math.max(64, chart.domain / 40)]).translateExtent([[0, 0], [width, 1]]).extent([[0, 0], [width, 1]]);
+  };
+
+  /** Give every chart the same zoom. */
+  const setTransform = (t) => {
+    transform = t;
+    for (const chart of charts) chart.canvas.__zoom = t;
+    P.redraw();
+  };
+
+  const clamp = (k, x, width) => {
+    const most = Math.max(64, charts[0].domain / 40);
+    const scale = Math.min(Math.max(k, 1), most);
+    return d3.zoomIdentity.translate(Math.min(0, Math.max(width * (1 - scale), x)), 0).scale(scale);
+  };
+
+  /** Show the times from a to b, in ns. */
+  P.showTimes = (a, b) => {
+    if (!charts.length) return;
+    const width = charts[0].canvas.clientWidth;
+    const scale = charts[0].scale();
+    const k = width / Math.max((b - a) * scale, 1e-9);
+    const most = Math.max(64, charts[0].domain / 40);
+    const kept = Math.min(Math.max(k, 1), most);
+    setTransform(clamp(kept, width / 2 - ((a + b) / 2) * scale * kept, width));
+  };
+  P.shownTimes = () => [charts[0].timeAt(0), charts[0].timeAt(charts[0].canvas.clientWidth)];
+
+  const zoomBy = (factor, x) => {
+    const width = charts[0].canvas.clientWidth;
+    const at = x === undefined ? width / 2 : x;
+    const most = Math.max(64, charts[0].domain / 40);
+    const k = Math.min(Math.max(transform.k * factor, 1), most);
+    setTransform(clamp(k, at - ((at - transform.x) / transform.k) * k, width));
+  };
+  const moveBy = (share) => {
+    const width = charts[0].canvas.clientWidth;
+    setTransform(clamp(transform.k, transform.x - share * width, width));
+  };
+
+  const placeWindow = (chart) => {
+    const width = chart.overview.clientWidth;
+    const a = (chart.timeAt(0) / chart.domain) * width;
+    const b = (chart.timeAt(chart.canvas.clientWidth) / chart.domain) * width;
+    chart.window.style.left = `${a}px`;
+    chart.window.style.width = `${Math.max(b - a, 3)}px`;
+  };
+
+  const connect = (chart) => {
+    const { canvas, view } = chart;
+    d3.select(canvas).on("pointerenter", () => limits(chart)).call(zoomer).on("dblclick.zoom", null);
+    limits(chart);
+    canvas.addEventListener("pointermove", (event) => {
+      if (event.buttons || event.pointerType === "touch") return P.hideTip();
+      const i = P.eventAt(chart, event.offsetX, event.offsetY);
+      canvas.style.cursor = i < 0 ? "grab" : "pointer";
+      if (i < 0) P.hideTip();
+      else P.showTip(event, P.tipOf(view, i));
+    });
+    canvas.addEventListener("pointerleave", P.hideTip);
+    canvas.addEventListener("click", (event) => {
+      const i = P.eventAt(chart, event.offsetX, event.offsetY);
+      if (i >= 0) P.select(view, i);
+    });
+    canvas.addEventListener("dblclick", (event) => zoomBy(event.shiftKey ? 1 / 4 : 4, event.offsetX));
+    canvas.addEventListener("keydown", onKey);
+    const strip = chart.overview.parentElement;
+    const go = (event) => {
+      const at = ((event.clientX - strip.getBoundingClientRect().left) / strip.clientWidth) * chart.domain;
+      const [a, b] = P.shownTimes();
+      P.showTimes(at - (b - a) / 2, at + (b - a) / 2);
+    };
+    strip.addEventListener("pointerdown", (event) => {
+      strip.setPointerCapture(event.pointerId);
+      go(event);
+    });
+    strip.addEventListener("pointermove", (event) => event.buttons && go(event));
+  };
+
+  const onKey = (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const keys = {
+      "+": () => zoomBy(1.6), "=": () => zoomBy(1.6), "-": () => zoomBy(1 / 1.6), "−": () => zoomBy(1 / 1.6),
+      ArrowLeft: () => moveBy(-0.2), ArrowRight: () => moveBy(0.2), 0: () => setTransform(d3.zoomIdentity),
+      Home: () => setTransform(d3.zoomIdentity), "[": () => P.step(-1), "]": () => P.step(1), f: P.zoomToSelected,
+    }; // prettier-ignore
+    if (keys[event.key]) {
+      event.preventDefault();
+      keys[event.key]();
+    }
+  };
+
+  // -- selecting ------------------------------------------------------------
+
+  P.select = (view, i, { zoom = false } = {}) => {
+    P.state.selected = { view: view.index, i };
+    $("zoom-selected").disabled = false;
+    P.showDetail(view, i);
+    if (zoom) P.zoomToSelected();
+    P.redraw();
+  };
+  P.forget = () => {
+    P.state.selected = null;
+    P.state.found = null;
+    $("zoom-selected").disabled = true;
+    $("search").value = "";
+    P.showDetail(null);
+    P.redraw();
+  };
+  P.zoomToSelected = () => {
+    const chosen = P.state.selected;
+    if (!chosen) return;
+    const view = P.views[chosen.view];
+    const clock = clockFor(view);
+    const a = view.start[clock][chosen.i];
+    if (a < 0) return;
+    const b = Math.max(view.end[clock][chosen.i], a + 1);
+    const around = Math.max((b - a) * 4, view.total[clock] / 2e5);
+    P.showTimes(a - around, b + around);
+  };
+  /** Select the next or previous event of the same lane. */
+  P.step = (way) => {
+    const chosen = P.state.selected;
+    const chart = charts.find((x) => x.view.index === (chosen ? chosen.view : P.state.view)) || charts[0];
+    const { view } = chart;
+    const lane = chosen ? chart.lanes.find((l) => l.events.includes(chosen.i)) : chart.lanes.find((l) => l.kind === "compute");
+    if (!lane) return;
+    const shown = lane.events.filter((i) => !P.state.hidden.has(view.kindOf(i)));
+    const at = chosen ? shown.indexOf(chosen.i) : way > 0 ? -1 : 0;
+    const next = shown[Math.min(Math.max(at + way, 0), shown.length - 1)];
+    if (next === undefined) return;
+    P.select(view, next);
+    const [a, b] = P.shownTimes();
+    const t = view.start[chart.clock][next];
+    if (t < a || t > b) P.showTimes(t - (b - a) / 2, t + (b - a) / 2);
+  };
+
+  // -- finding --------------------------------------------------------------
+
+  /** Names that hold a text: of events, of planned inputs, of nodes; events first. */
+  P.find = (text) => {
+    const wanted = text.trim().toLowerCase();
+    if (!wanted) return [];
+    const names = new Map();
+    for (const view of P.views) {
+      const index = P.nameIndex(view);
+      for (const [label, entry] of index) {
+        const name = view.strings[label];
+        if (!name.toLowerCase().includes(wanted)) continue;
+        const found = names.get(name) || { name, n: 0, entries: [] };
+        found.n += entry.events.length;
+        found.entries[view.index] = { label, ...entry };
+        names.set(name, found);
+      }
+    }
+    const starts = (x) => (x.name.toLowerCase().startsWith(wanted) ? 0 : 1);
+    return [...names.values()].sort(
+      (a, b) => starts(a) - starts(b) || (b.n > 0) - (a.n > 0) || a.name.localeCompare(b.name, "en", { numeric: true }),
+    );
+  };
+
+  /** Events by name; for a node, the work of its split. */
+  P.nameIndex = (view) => {
+    if (view.names) return view.names;
+    const names = new Map();
+    const at = (label) => names.get(label) || names.set(label, { events: [], node: null }).get(label);
+    for (let i = 0; i < view.n; i++) {
+      const kind = view.kindOf(i);
+      if (view.isCopy[view.kind[i]] || kind === "read" || kind === "callback") at(view.label[i]).events.push(i);
+    }
+    view.graphs.forEach((graph, g) => {
+      let node = 0;
+      for (const split of graph.splits) {
+        for (let k = 0; k < split.n_nodes && node < graph.nodes.name.length; k++, node++) {
+          const entry = at(graph.nodes.name[node]);
+          if (entry.node === null) entry.node = { graph: g, split: split.split, node };
+        }
+      }
+    });
+    return (view.names = names);
+  };
+
+  /** The work of a split in the first run of a graph. */
+  P.workOf = (view, graph, split) => {
+    const run = view.runs.findIndex((r) => r.graph === graph);
+    for (let i = 0; i < view.n; i++) if (view.run[i] === run && view.split[i] === split && view.kindOf(i) === "compute") return i;
+    return -1;
+  };
+
+  /** Go to a name: its events are marked, the first is selected. */
+  P.goTo = (found) => {
+    const order = [P.state.view, 1 - P.state.view].filter((v) => found.entries[v]);
+    const view = P.views[order[0]];
+    const entry = found.entries[order[0]];
+    const isMarked = found.entries.some((e) => e && e.events.length);
+    P.state.found = isMarked ? { name: found.name, labels: P.views.map((_, v) => (found.entries[v] ? new Set([found.entries[v].label]) : new Set())), at: 0, view: order[0], events: entry.events } : null;
+    const i = entry.events.length ? entry.events[0] : P.workOf(view, entry.node.graph, entry.node.split);
+    if (i >= 0) {
+      P.state.hidden.delete(view.kindOf(i));
+      P.refreshChips();
+      P.select(view, i, { zoom: true });
+    }
+  };
+  P.nextFound = (way) => {
+    const found = P.state.found;
+    if (!found || !found.events.length) return;
+    found.at = (found.at + way + found.events.length) % found.events.length;
+    P.select(P.views[found.view], found.events[found.at], { zoom: true });
+  };
+
+  const MOST = 60;
+  const showFound = () => {
+    const list = $("found");
+    const all = P.find($("search").value);
+    list.replaceChildren();
+    for (const found of all.slice(0, MOST)) {
+      const item = document.createElement("li");
+      item.setAttribute("role", "option");
+      item.id = `found-${list.children.length}`;
+      item.innerHTML = `<span>${P.escape(found.name)}</span><small>${found.n ? `${P.count(found.n)} ${found.n === 1 ? "event" : "events"}` : "node"}</small>`;
+      item.addEventListener("pointerdown", (event) => event.preventDefault());
+      item.addEventListener("click", () => choose(found));
+      item.found = found;
+      list.append(item);
+    }
+    if (all.length > MOST) list.insertAdjacentHTML("beforeend", `<li class="more" aria-disabled="true">and ${P.count(all.length - MOST)} more</li>`);
+    if (!all.length && $("search").value.trim()) list.innerHTML = `<li class="more" aria-disabled="true">nothing of that name</li>`;
+    list.hidden = !list.children.length;
+    $("search").setAttribute("aria-expanded", String(!list.hidden));
+    mark(0);
+  };
+  const options = () => [...$("found").querySelectorAll('[role="option"]')];
+  const mark = (k) => {
+    options().forEach((o, j) => o.setAttribute("aria-selected", String(j === k)));
+    const chosen = options()[k];
+    if (chosen) {
+      chosen.scrollIntoView({ block: "nearest" });
+      $("search").setAttribute("aria-activedescendant", chosen.id);
+    }
+  };
+  const choose = (found) => {
+    $("search").value = found.name;
+    closeFound();
+    P.goTo(found);
+  };
+  const closeFound = () => {
+    $("found").hidden = true;
+    $("search").setAttribute("aria-expanded", "false");
+  };
+
+  P.connectTimeline = () => {
+    $("search").addEventListener("input", showFound);
+    $("search").addEventListener("focus", () => $("search").value && showFound());
+    $("search").addEventListener("blur", closeFound);
+    $("search").addEventListener("keydown", (event) => {
+      const at = options().findIndex((o) => o.getAttribute("aria-selected") === "true");
+      if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+        event.preventDefault();
+        mark(Math.min(Math.max(at + (event.key === "ArrowDown" ? 1 : -1), 0), options().length - 1));
+      } else if (event.key === "Enter" && options()[at]) choose(options()[at].found);
+      else if (event.key === "Escape") P.forget();
+    });
+    $("zoom-in").addEventListener("click", () => zoomBy(2));
+    $("zoom-out").addEventListener("click", () => zoomBy(1 / 2));
+    $("zoom-fit").addEventListener("click", () => setTransform(d3.zoomIdentity));
+    $("zoom-selected").addEventListener("click", P.zoomToSelected);
+    document.addEventListener("keydown", (event) => {
+      if (event.target.matches("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
+      if (event.key === "/") {
+        event.preventDefault();
+        $("search").focus();
+        $("search").select();
+      } else if (event.key === "n") P.nextFound(1);
+      else if (event.key === "N") P.nextFound(-1);
+      else if (event.key === "Escape") P.forget();
+    });
+    let width = window.innerWidth;
+    window.addEventListener("resize", () => {
+      if (window.innerWidth === width) return;
+      const before = charts.length ? P.shownTimes() : null;
+      width = window.innerWidth;
+      charts.forEach(P.drawOverview);
+      charts.forEach(limits);
+      if (before) P.showTimes(...before);
+    });
+  };
+
+  // -- filters --------------------------------------------------------------
+
+  P.refreshChips = () => {
+    for (const chip of $("kinds").children) chip.setAttribute("aria-pressed", String(!P.state.hidden.has(chip.dataset.kind)));
+  };
+  P.buildChips = () => {
+    const box = $("kinds");
+    box.replaceChildren();
+    for (const [kind, { title, color }] of Object.entries(P.KINDS)) {
+      const n = P.views.map((v) => v.kind.reduce((sum, k) => sum + (v.kinds[k] === kind), 0));
+      if (!n.some(Boolean)) continue;
+      const chip = document.createElement("button");
+      chip.type = "button";
+      chip.className = "chip";
+      chip.dataset.kind = kind;
+      chip.title = `${n.map(P.count).join(" and ")} events; click to hide or show, with Shift only these`;
+      chip.innerHTML = `<i style="background:var(${color})"></i>${title}`;
+      chip.addEventListener("click", (event) => {
+        const hidden = P.state.hidden;
+        const others = [...box.children].map((x) => x.dataset.kind).filter((k) => k !== kind);
+        if (event.shiftKey) {
+          const isOnly = others.every((k) => hidden.has(k)) && !hidden.has(kind);
+          hidden.clear();
+          if (!isOnly) others.forEach((k) => hidden.add(k));
+        } else if (!hidden.delete(kind)) hidden.add(kind);
+        P.refreshChips();
+        charts.forEach(P.drawOverview);
+        P.redraw();
+      });
+      box.append(chip);
+    }
+    P.refreshChips();
+  };
+})();
