@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
-__all__ = ["n_bytes", "print_json", "progress", "report", "table", "warn"]
+__all__ = ["ROOMY_WIDTH", "Bar", "n_bytes", "n_seconds", "print_json", "progress", "report", "table", "warn"]
 
 #: Columns of a report that does not go to a terminal: wide enough that no cell of ours is folded.
 PIPE_WIDTH = 160
+BAR_WIDTH, MIN_BAR_WIDTH = 10, 5
+#: Of a column of words, before numbers are folded.
+MIN_FREE_WIDTH = 16
+#: Columns from which on a table of long names has room for bars.
+ROOMY_WIDTH = 100
 
 
 class _Console(Console):
+    def print(self, *objects: Any, **options: Any) -> None:  # of what rich prints
+        """Print; what does not go to a terminal gets no spaces at the ends of its lines."""
+        if self.is_terminal:
+            super().print(*objects, **options)
+            return
+        with self.capture() as kept:
+            super().print(*objects, **options)
+        self.file.write("\n".join(line.rstrip() for line in kept.get().split("\n")))
+
     def on_broken_pipe(self) -> NoReturn:
         """Leave it to the program, which is quiet about it."""
         raise  # noqa: PLE0704  # rich calls this where it handles the error
@@ -43,12 +61,57 @@ def print_json(value: Any) -> None:  # of JSON's values
     report().file.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    """Return an empty table; the columns in ``right`` hold numbers."""
-    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+class _Table(Table):
+    """A table whose columns that are not free are folded only where not even they have room."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if sum(map(_least_width, self.columns)) > options.max_width:
+            for column in self.columns:
+                column.no_wrap = False
+        return super().__rich_console__(console, options)
+
+
+def _least_width(column: Column) -> int:
+    """Return how many characters a column wants, with the space after it."""
+    if not column.no_wrap:
+        return MIN_FREE_WIDTH if column.header else 0
+    lines = (line for cell in (column.header, *column.cells) for line in str(cell).splitlines())
+    return 2 + max(map(cell_len, lines), default=0)
+
+
+def table(title: str, *columns: str, right: tuple[str, ...] = (), free: tuple[str, ...] = ("",)) -> Table:
+    """Return an empty table; the columns in ``right`` hold numbers, those in ``free`` what may be folded or left out."""
+    made = _Table(title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
-        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        justify: JustifyMethod = "right" if name in right else "left"
+        made.add_column(name, justify=justify, overflow="fold", no_wrap=name not in free)
     return made
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A share of 1 as a bar, in a column that gives way to numbers: shorter, or nothing, where there is no room.
+
+    Examples
+    --------
+    >>> Bar(0.42).text(10), Bar(0.42).text(5), Bar(0.42).text(4)
+    ('████░░░░░░', '██░░░', '')
+    """
+
+    share: float
+
+    def text(self, width: int) -> str:
+        """Return the bar in so many columns, if they are enough to tell anything."""
+        if width < MIN_BAR_WIDTH:
+            return ""
+        n_full = round(width * min(max(self.share, 0.0), 1.0))
+        return "█" * n_full + "░" * (width - n_full)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(0, min(BAR_WIDTH, options.max_width))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.text(min(BAR_WIDTH, options.max_width)))
 
 
 def progress() -> Progress:
@@ -81,3 +144,16 @@ def n_bytes(n: int) -> str:
     while size >= 1024 and unit != "TiB":
         size, unit = size / 1024, next(units)
     return f"{size:,.1f} {unit}"
+
+
+def n_seconds(s: float) -> str:
+    """Return a time as people read it.
+
+    Examples
+    --------
+    >>> n_seconds(1.5), n_seconds(0.00305), n_seconds(2.5e-5)
+    ('1.50 s', '3.05 ms', '25.00 µs')
+    """
+    if s >= 1:
+        return f"{s:,.2f} s"
+    return f"{s * 1e3:.2f} ms" if s >= 1e-3 else f"{s * 1e6:.2f} µs"

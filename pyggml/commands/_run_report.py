@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 
 from ..report import CopyAccount, LayerCopies, Phase
-from ._console import n_bytes, table
+from ._console import Bar, n_bytes, n_seconds, table
+from ._tables import device_bytes, memory_table
 
 if TYPE_CHECKING:
+    from ..planning import Memory
     from ..session import BatchRecord, Session
     from ._virtual import VirtualReport
 
@@ -43,7 +45,8 @@ class RunReport:
     model: dict[str, Any]
     devices: list[dict[str, Any]]
     account: CopyAccount
-    memory: list[dict[str, Any]] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+    device_bytes: dict[str, int] = field(default_factory=dict)
     shapes: dict[tuple[int, int], BatchShape] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     n_prompt: int = 0
@@ -68,7 +71,8 @@ class RunReport:
 
     def watch(self, session: Session) -> None:
         """Take note of the session's memory, and of every micro-batch from now on."""
-        self.memory = [{**asdict(m), "total": m.total} for m in session.memory() if m.total]
+        self.memory = [m for m in session.memory() if m.total]
+        self.device_bytes = device_bytes(session.backends)
 
         def on_batch(batch: BatchRecord) -> None:
             key = (batch.n_tokens, batch.n_splits)
@@ -112,7 +116,7 @@ class RunReport:
             "bytes_by_device": {d["name"]: self.account.bytes_to(d["name"]) for d in self.devices},
             "seconds": {k: round(v, 6) for k, v in self.seconds.items()},
             "tokens_per_s": {k: v and round(v, 2) for k, v in self._rates().items()},
-            "memory": self.memory,
+            "memory": [{**asdict(m), "total": m.total} for m in self.memory],
             "virtual": None if self.virtual is None else self.virtual.as_dict(self._counts()),
         }
 
@@ -141,15 +145,16 @@ class RunReport:
         parts: list[RenderableType] = [self._splits_table()] if self.shapes else []
         if any(row.bytes_full for row in self.account.layers()):
             parts += [self._layers_table(), self._saved_text()]
-        parts += [self._memory_table(), self._time_table()]
+        parts += [memory_table(self.memory, self.device_bytes), self._time_table()]
         if self.virtual is not None and self.virtual.phases:
             parts.append(self.virtual.table(self._counts()))
+            parts.append(self.virtual.assumed())
         return parts
 
     def _splits_table(self) -> RenderableType:
         right = ("tokens", "batches", "splits", "inputs", "nodes", "copied", "if whole")
         made = table("Splits by batch size", "tokens", "batches", "splits", "on", "inputs", "nodes", "copied",
-                     "if whole", right=right)  # fmt: skip
+                     "if whole", right=right, free=("on",))  # fmt: skip
         for s in self.shapes.values():
             where = ", ".join(f"{n} × {name}" for name, n in s.splits_by_backend.items())
             made.add_row(
@@ -160,10 +165,12 @@ class RunReport:
 
     def _layers_table(self) -> RenderableType:
         phases: list[Phase] = [p for p in ("prompt", "generate") if self.account.layers(p)]
-        columns = ["layer"]
+        made = table("Expert weights copied, by layer")
+        made.add_column("layer", justify="right")
         for phase in phases:
-            columns += [f"{phase}: used", "copied", "if whole", "ratio"]
-        made = table("Expert weights copied, by layer", *columns, right=tuple(columns))
+            for name in (f"{phase}: used", "copied", "if whole", "ratio"):
+                made.add_column(name, justify="right", no_wrap=True)
+            made.add_column("")
         rows = {phase: {r.layer: r for r in self.account.layers(phase)} for phase in phases}
         for layer in [r.layer for r in self.account.layers()]:
             made.add_row(
@@ -184,17 +191,10 @@ class RunReport:
         if self.link_bytes_per_s:
             copied_s, full_s = (n / self.link_bytes_per_s for n in (total.bytes_copied, total.bytes_full))
             text += (
-                f"\nOn this device's link ({self.link_bytes_per_s / 1e9:.1f} GB/s) that is {copied_s:.3f} s "
-                f"instead of {full_s:.3f} s."
+                f"\nOn this device's link ({self.link_bytes_per_s / 1e9:.1f} GB/s) that is {n_seconds(copied_s)} "
+                f"instead of {n_seconds(full_s)}."
             )
         return text
-
-    def _memory_table(self) -> RenderableType:
-        columns = ("buffer type", "weights", "KV cache", "compute", "total")
-        made = table("Memory", *columns, right=columns[1:])
-        for m in self.memory:
-            made.add_row(m["buft"], *(n_bytes(m[k]) if m[k] else "-" for k in ("weights", "cache", "compute", "total")))
-        return made
 
     def _time_table(self) -> RenderableType:
         made = table(
@@ -208,8 +208,8 @@ class RunReport:
         return made
 
 
-def _cells(row: LayerCopies) -> tuple[str, str, str, str]:
+def _cells(row: LayerCopies) -> list[RenderableType]:
     if not row.bytes_full:
-        return "-", "-", "-", "-"
+        return ["-", "-", "-", "-", ""]
     used = f"{row.used_mean:.1f} of {row.n_expert}" if row.n_reads else "all"
-    return used, n_bytes(row.bytes_copied), n_bytes(row.bytes_full), f"{row.ratio:.0%}"
+    return [used, n_bytes(row.bytes_copied), n_bytes(row.bytes_full), f"{row.ratio:.0%}", Bar(row.ratio)]

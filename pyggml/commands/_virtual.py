@@ -101,19 +101,21 @@ class VirtualReport:
     def table(self, n_tokens: dict[str, int]) -> RenderableType:
         """Return the times for people."""
         devices = list(enumerate(self.names))[:-1]
-        columns = ["seconds", "tokens/s"]
-        for name in self.names:
-            columns.append(f"{name} computes")
+        space = " " if len(self.names) < 3 else "\n"
+        columns = ["seconds", "tokens/s", *(f"{name}{space}computes" for name in self.names)]
         for _, name in devices:
-            columns += [f"to {name}", f"from {name}"]
+            columns += [f"to{space}{name}", f"from{space}{name}"]
         made = table("Time on the simulated machine (virtual)", "phase", *columns, right=tuple(columns))
         for phase, r in self.phases.items():
             n = n_tokens.get(phase)
             cells = [f"{r.host_s:.4f}", f"{n / r.host_s:,.1f}" if n and r.host_s else ""]
             shares = [*r.busy_s, *(s for i, _ in devices for s in (r.to_device_s[i], r.from_device_s[i]))]
             made.add_row(phase, *cells, *(f"{s / r.host_s:.0%}" if r.host_s else "-" for s in shares))
-        made.caption, made.caption_justify = assumed_text(self.clock, self.names), "left"
         return made
+
+    def assumed(self) -> str:
+        """Return what the times rest on, in a line."""
+        return assumed_text(self.clock, self.names)
 
 
 def assumptions(clock: VirtualClock, names: Sequence[str], routing: Routing | None = None) -> dict[str, Any]:

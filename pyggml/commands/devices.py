@@ -140,7 +140,8 @@ def _print(found: list[DeviceFacts], missing: dict[str, str]) -> None:
     from . import _console
 
     console = _console.report()
-    devices = _console.table("Devices", "name", "kind", "free", "memory", "buffer types", "", right=("free", "memory"))
+    devices = _console.table("Devices", "name", "kind", "free", "memory", "buffer types", "", right=("free", "memory"),
+                             free=("buffer types", ""))  # fmt: skip
     for d in found:
         bufts = ", ".join(f"{b.name}{' (host)' if b.is_host else ''}" for b in d.buffer_types)
         free, total = _console.n_bytes(d.memory_free_bytes), _console.n_bytes(d.memory_total_bytes)
@@ -151,8 +152,9 @@ def _print(found: list[DeviceFacts], missing: dict[str, str]) -> None:
         experts = "the same" if d.expert_weight_types == d.weight_types else _words(d.expert_weight_types)
         console.print(f"{' ' * len(d.name)} and expert by expert with {experts}")
     simulated = _console.table(
-        "\nSimulated devices, made when named", "device", "memory", "bandwidth", "link", "", right=("memory",)
-    )
+        "Simulated devices, made when named", "device", "memory", "bandwidth", "link", "",
+        right=("memory", "bandwidth", "link"),
+    )  # fmt: skip
     for p in PROFILES.values():
         simulated.add_row(
             f"sim:{p.name}",
@@ -161,10 +163,12 @@ def _print(found: list[DeviceFacts], missing: dict[str, str]) -> None:
             f"{p.link.bytes_per_s / 1e9:,.0f} GB/s",
             p.description,
         )
+    console.print()
     console.print(simulated)
     others = {kind: why for kind, why in missing.items() if kind != "sim"}
     if others:
-        none = _console.table("\nNot found", "kind", "why")
+        console.print()
+        none = _console.table("Not found", "kind", "why", free=("why",))
         for kind, why in others.items():
             none.add_row(kind, why)
         console.print(none)

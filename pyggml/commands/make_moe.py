@@ -85,7 +85,7 @@ def command(out: Path, dense: Path | None, as_json: bool, **given: Any) -> None:
     else:
         console = _console.report()
         console.print(f"{report['path']}: {report['arch']}, {report['experts']} experts, {report['used']} used")
-        console.print(f"{_console.n_bytes(report['bytes'])}, sha256 {report['sha256']}")
+        console.print(f"{_console.n_bytes(report['bytes'])}, sha256 {report['sha256']}", soft_wrap=True)
 
 
 def _make_random(out: Path, given: dict[str, Any], tell: Progress) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import GraphError
-from ._console import n_bytes, print_json, progress, report, table
+from ._console import Bar, n_bytes, print_json, progress, report, table
 from ._kernels import warm_up
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
 
@@ -142,13 +142,12 @@ def _saving(n: int, used: float, n_expert: int, copied: int, full: int, backends
 def savings_table(rows: list[Saving], title: str) -> Table:
     """Return the rows as a table, with a bar for the share that was copied."""
     columns = ["batch", "experts used", "copied", "if whole", "ratio"]
-    timed = rows[0].link_s is not None
-    made = table(title, *columns, "", *(["on the link", "if whole"] if timed else []), right=(*columns, "on the link"))
+    times = ["on the link", "if whole"] if rows[0].link_s is not None else []
+    made = table(title, *columns, "", *times, right=(*columns, *times))
     for row in rows:
-        bar = "█" * round(20 * row.ratio)
-        times = [f"{s * 1e3:.2f} ms" for s in (row.link_s, row.link_full_s) if s is not None]
         made.add_row(
             str(row.n_tokens), f"{row.used_mean:.1f} of {row.n_expert}", n_bytes(row.bytes_copied),
-            n_bytes(row.bytes_full), f"{row.ratio:.0%}", f"{bar:░<20}", *times,
+            n_bytes(row.bytes_full), f"{row.ratio:.0%}", Bar(row.ratio),
+            *(f"{s * 1e3:.2f} ms" for s in (row.link_s, row.link_full_s) if s is not None),
         )  # fmt: skip
     return made

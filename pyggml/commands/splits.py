@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from rich.text import Text
 
-from ._console import n_bytes, print_json, report, table
+from ..sched.state import Cause
+from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
-from ._page import check_folders, given_options, write_records
+from ._tables import device_bytes, memory_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,12 +33,9 @@ __all__ = ["command"]
 @click.option("--outputs", type=click.Choice(["last", "all"]), default="last", show_default=True)
 @click.option("--format", "form", type=click.Choice(["table", "ggml"]), default="table", show_default=True,
               help="ggml: what GGML_SCHED_DEBUG=2 prints.")  # fmt: skip
-@click.option("--routing", default="lognormal:2.4", show_default=True,
-              metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
+@click.option("--routing", default="zipf:1.9", show_default=True, metavar="uniform|zipf:SKEW|trace:FILE|counts:N,N",
               help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them.")  # fmt: skip
 @click.option("--all-splits", is_flag=True, help="List every split, also those that repeat by layer.")
-@click.option("--timeline", type=click.Path(path_type=Path), help="Write a timeline for Perfetto and `pyggml viz`.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page that shows what would happen and why.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @model_options
 def command(
@@ -47,25 +46,19 @@ def command(
     form: str,
     routing: str,
     all_splits: bool,
-    timeline: Path | None,
-    html: Path | None,
     as_json: bool,
 ) -> None:
     """Plan a GGUF model without reading a weight: splits, copies, memory, causes."""
     from ..plan_report import ggml_text, plan_batches
     from ..planning import Planner, virtual_clock
-    from ..record import Recording
     from ..routing import parse_routing
 
     sizes = parse_sizes(batches)
     assumed = parse_routing(routing)
-    check_folders(timeline, html)
-    recording = Recording() if timeline or html else None
     backends, cpu = open_backends(flags, data=False)
     with Planner.open(
         model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
         strict=True, copier=flags.copier(), clock=virtual_clock([*backends, cpu]),
-        recorder=recording,
     ) as planner:  # fmt: skip
         if form == "ggml" and not as_json:
             for n in sizes:
@@ -74,35 +67,22 @@ def command(
                     click.echo(ggml_text(planner, planned), nl=False)
             return
         plans = plan_batches(planner, sizes, outputs=outputs, routing=assumed)
-        if recording is not None:
-            about = {
-                "model": _model(planner),
-                "devices": [{"name": b.name, "description": b.device.description} for b in planner.backends],
-                "options": given_options(),
-                "routing": str(assumed),
-            }
-            write_records(recording.records, about, timeline=timeline, html=html, name=model.stem)
         if as_json:
             print_json(_as_dict(planner, plans, assumed))
             return
         _print(planner, plans, assumed, all_splits=all_splits)
 
 
-def _model(planner: Planner) -> dict[str, Any]:
-    hp = planner.hparams
-    return {
-        "path": str(planner.file.path), "name": hp.name, "arch": hp.arch, "n_layer": hp.n_layer,
-        "n_expert": hp.n_expert, "n_expert_used": hp.n_expert_used,
-    }  # fmt: skip
-
-
 def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Routing) -> dict[str, Any]:
     from ._virtual import assumptions
 
-    clock = planner.sched.clock
+    hp, clock = planner.hparams, planner.sched.clock
     names = [b.name for b in planner.backends]
     return {
-        "model": _model(planner),
+        "model": {
+            "path": str(planner.file.path), "name": hp.name, "arch": hp.arch, "n_layer": hp.n_layer,
+            "n_expert": hp.n_expert, "n_expert_used": hp.n_expert_used,
+        },
         "context": {
             "n_ctx": planner.params.n_ctx, "n_batch": planner.params.n_batch, "n_ubatch": planner.params.n_ubatch,
             "flash_attn": planner.params.flash_attn, "op_offload": planner.params.op_offload,
@@ -119,6 +99,8 @@ def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Routing) -> 
 
 
 def _print(planner: Planner, plans: list[BatchPlan], routing: Routing, *, all_splits: bool) -> None:
+    from ._virtual import assumed_text
+
     hp, console = planner.hparams, report()
     experts = f", {hp.n_expert_used} of {hp.n_expert} experts used" if hp.n_expert else ""
     console.print(f"{hp.name or Path(planner.file.path).name}: {hp.arch}, {hp.n_layer} layers{experts}")
@@ -127,47 +109,43 @@ def _print(planner: Planner, plans: list[BatchPlan], routing: Routing, *, all_sp
         f"flash attention {'on' if planner.params.flash_attn else 'off'}"
     )
     console.print()
-    console.print(_memory_table(planner))
+    console.print(memory_table(planner.memory(), device_bytes(planner.backends)))
     console.print()
     console.print(_summary_table(plans, routing))
     if planner.sched.clock is not None:
         console.print()
-        console.print(_virtual_table(planner, plans, routing))
+        console.print(_virtual_table(planner, plans))
+        console.print()
+        names = [b.name for b in planner.backends]
+        console.print(f"{assumed_text(planner.sched.clock, names)}; routing: {routing}")
     for plan in plans:
         for graph in plan.graphs:
             console.print()
-            console.print(_splits_table(graph, all_splits=all_splits))
-
-
-def _memory_table(planner: Planner) -> Table:
-    columns = ("buffer type", "weights", "KV cache", "compute", "total")
-    made = table("Memory", *columns, right=columns[1:])
-    for m in planner.memory():
-        cells = (m.weights, m.cache, m.compute, m.total)
-        made.add_row(m.buft, *(n_bytes(n) if n else "-" for n in cells))
-    return made
+            console.print(_splits_table(graph, all_splits=all_splits, has_bars=console.width >= ROOMY_WIDTH))
+    console.print()
+    console.print("(×N): so many splits that differ by their layer only; bars: of all that is copied")
+    for note in sorted({_note(split) for plan in plans for graph in plan.graphs for split in graph.splits} - {""}):
+        console.print(f"{note:<7} {Cause(note).text}")
 
 
 def _summary_table(plans: list[BatchPlan], routing: Routing) -> Table:
-    columns = ("batch", "micro-batch", "nodes", "splits", "copied at most", f"copied, {routing} routing")
-    made = table("Copies between devices", *columns, right=columns)
+    columns = ("batch", "micro-batch", "nodes", "splits", f"copied ({routing})", "if whole", "ratio")
+    made = table("Copies between devices", *columns, "", right=columns)
     for plan in plans:
         for graph in plan.graphs:
+            ratio = graph.bytes_expected / graph.bytes_max if graph.bytes_max else 1.0
             made.add_row(
                 str(plan.n_tokens), str(graph.n_tokens), str(graph.n_nodes), str(len(graph.splits)),
-                n_bytes(graph.bytes_max), n_bytes(graph.bytes_expected),
+                n_bytes(graph.bytes_expected), n_bytes(graph.bytes_max), f"{ratio:.0%}", Bar(ratio),
             )  # fmt: skip
     return made
 
 
-def _virtual_table(planner: Planner, plans: list[BatchPlan], routing: Routing) -> Table:
-    from ._virtual import assumed_text
-
-    names, clock = [b.name for b in planner.backends], planner.sched.clock
-    assert clock is not None
-    columns = ["batch", "micro-batches", "seconds", "tokens/s", *(f"{name} computes" for name in names)]
-    columns += [f"to {name}" for name in names[:-1]]
-    columns += ["copied", "if whole"]
+def _virtual_table(planner: Planner, plans: list[BatchPlan]) -> Table:
+    names = [b.name for b in planner.backends]
+    space = " " if len(names) < 3 else "\n"
+    columns = ["batch", "micro-batches", "seconds", "tokens/s", *(f"{name}{space}computes" for name in names)]
+    columns += [f"to{space}{name}" for name in names[:-1]]
     made = table("Time on the simulated machine (virtual)", *columns, right=tuple(columns))
     for plan in plans:
         s = plan.simulated
@@ -176,28 +154,42 @@ def _virtual_table(planner: Planner, plans: list[BatchPlan], routing: Routing) -
         shares = [*s.compute_s.values(), *s.copy_to_s.values()]
         made.add_row(
             str(s.n_tokens), str(s.n_micro_batches), f"{s.seconds:.4f}", f"{s.tokens_per_s:,.1f}",
-            *(f"{share / s.seconds:.0%}" for share in shares), n_bytes(s.bytes_copied), n_bytes(s.bytes_full),
+            *(f"{share / s.seconds:.0%}" for share in shares),
         )  # fmt: skip
-    made.caption, made.caption_justify = f"{assumed_text(clock, names)}; routing: {routing}", "left"
     return made
 
 
-def _splits_table(graph: GraphPlan, *, all_splits: bool) -> Table:
+def _splits_table(graph: GraphPlan, *, all_splits: bool, has_bars: bool) -> Table:
+    tokens = "1 token" if graph.n_tokens == 1 else f"{graph.n_tokens} tokens"
     made = table(
-        f"Splits of a micro-batch of {graph.n_tokens} tokens", "split", "on", "first node", "because", "inputs",
-        "copied at most", "expected", right=("copied at most", "expected"),
+        f"Splits of a micro-batch of {tokens}", "split", "on", "why", "first node ← inputs", "copied", "if whole",
+        *([""] if has_bars else []), right=("copied", "if whole"), free=("first node ← inputs", ""),
     )  # fmt: skip
     for splits in _alike(graph.splits, all_splits=all_splits):
         first = splits[0]
-        label = str(first.index) if len(splits) == 1 else f"{first.index} … {splits[-1].index} ({len(splits)} alike)"
-        inputs = ", ".join(_without_layer(i.name) if len(splits) > 1 else i.name for i in first.inputs)
-        node = _without_layer(first.first_node) if len(splits) > 1 else first.first_node
+        inputs = [i for s in splits for i in s.inputs]
+        expected = sum(i.bytes_expected for i in inputs)
         made.add_row(
-            label, first.backend, f"{first.first_op} {node}", first.cause, inputs or "-",
-            n_bytes(sum(i.bytes_max for s in splits for i in s.inputs)),
-            n_bytes(sum(i.bytes_expected for s in splits for i in s.inputs)),
+            str(first.index) if len(splits) == 1 else f"{first.index} … {splits[-1].index} (×{len(splits)})",
+            first.backend, _note(first), _story(first, is_one=len(splits) == 1), n_bytes(expected),
+            n_bytes(sum(i.bytes_max for i in inputs)),
+            *([Bar(expected / graph.bytes_expected if graph.bytes_expected else 0.0)] if has_bars else []),
         )  # fmt: skip
     return made
+
+
+def _note(split: SplitPlan) -> str:
+    """Return upstream's note of why a split is where it is."""
+    return next((cause.value for cause in Cause if cause.text == split.cause), "")
+
+
+def _story(split: SplitPlan, *, is_one: bool) -> Text:
+    """Return the first node, and below it what is copied; of splits that differ by layer, without the layer."""
+    name: Callable[[str], str] = str if is_one else _without_layer
+    told = Text(f"{split.first_op} {name(split.first_node)}")
+    if split.inputs:
+        told.append("\n← " + ", ".join(name(i.name) for i in split.inputs), style="dim")
+    return told
 
 
 def _alike(splits: list[SplitPlan], *, all_splits: bool) -> list[list[SplitPlan]]:

@@ -1,0 +1,101 @@
+"""Tables for people: aligned, whole numbers, bars that give way, plain text where there is no terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.table import Table
+
+import pyggml as ggml
+from pyggml.commands import _console
+from pyggml.commands._tables import device_bytes, memory_table
+from pyggml.planning import Memory
+
+
+def printed(made: Table, width: int, *, is_terminal: bool = False) -> list[str]:
+    """Return the lines of a table, as a console of some width prints it."""
+    console = _console.report()
+    console.file, console.width = io.StringIO(), width
+    console._force_terminal = is_terminal
+    console.print(made)
+    return console.file.getvalue().split("\n")
+
+
+@pytest.fixture
+def made() -> Table:
+    """A table of numbers, a bar, and words."""
+    made = _console.table("Title", "layer", "copied", "", "names", right=("layer", "copied"), free=("", "names"))
+    made.add_row("0", "1,234.5 MiB", _console.Bar(0.5), "blk.0.ffn_up_exps.weight and blk.0.ffn_gate_exps.weight")
+    made.add_row("12", "2.0 KiB", _console.Bar(0.0), "x")
+    return made
+
+
+def test_wide(made: Table) -> None:
+    """With room for all, numbers stand to the right, and a bar is ten columns long."""
+    assert printed(made, 120) == [
+        "Title",
+        "layer       copied              names",
+        "    0  1,234.5 MiB  █████░░░░░  blk.0.ffn_up_exps.weight and blk.0.ffn_gate_exps.weight",
+        "   12      2.0 KiB  ░░░░░░░░░░  x",
+        "",
+    ]
+
+
+def test_words_and_bars_give_way_to_numbers(made: Table) -> None:
+    """With little room words are folded and bars left out, but no number is."""
+    lines = printed(made, 40)
+    assert max(map(len, lines)) <= 40
+    assert lines[2].startswith("    0  1,234.5 MiB")
+    assert len(lines) > 6
+    text = "".join(line[18:].strip() for line in lines[2:])
+    assert "blk.0.ffn_gate_exps.weight" in text.replace(" ", "")
+
+
+def test_nothing_is_cut_off(made: Table) -> None:
+    """With too little room for the numbers they are folded: every digit is shown."""
+    lines = printed(made, 24)
+    start = next(i for i, line in enumerate(lines) if line.startswith("   0"))
+    assert "".join(line[6:10].strip() for line in lines[start : start + 3]) == "1,234.5MiB"
+
+
+@pytest.mark.parametrize(("width", "text"), [(10, "████░░░░░░"), (5, "██░░░"), (4, ""), (0, "")])
+def test_bars_are_shorter_or_not_there(width: int, text: str) -> None:
+    """A bar keeps to its room, and says nothing where that is too little to tell a share."""
+    assert _console.Bar(0.42).text(width) == text
+
+
+def test_bars_end_where_their_room_does() -> None:
+    """A share above 1 or below 0 fills its bar or leaves it empty."""
+    assert _console.Bar(1.7).text(10) == "█" * 10
+    assert _console.Bar(-1.0).text(10) == "░" * 10
+
+
+def test_no_spaces_at_the_ends_of_lines(made: Table) -> None:
+    """What goes to a file has no spaces at the ends of its lines, and no colours; a terminal gets the whole table."""
+    lines = printed(made, 120)
+    assert lines == [line.rstrip() for line in lines]
+    assert "\x1b" not in "".join(lines)
+    assert printed(made, 120, is_terminal=True)[0] != lines[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(12.0, "12.00 s"), (1.0, "1.00 s"), (0.0042, "4.20 ms"), (2.5e-6, "2.50 µs"), (0.0, "0.00 µs")],
+)
+def test_times(seconds: float, text: str) -> None:
+    """A time has the unit in which people read it."""
+    assert _console.n_seconds(seconds) == text
+
+
+def test_memory_against_the_device() -> None:
+    """Memory is shown as a part of the device's own; the CPU's is another machine's matter."""
+    backends = [ggml.Sim("rtx4090-pcie4", data=False), ggml.CPU(threads=1)]
+    capacity = device_bytes(backends)
+    assert capacity == {"SIM0": 24 << 30}
+    rows = [Memory("SIM0", 3 << 30, 2 << 30, 1 << 30), Memory("CPU", 1 << 30, 0, 0)]
+    assert printed(memory_table(rows, capacity), 120)[2:4] == [
+        "SIM0         3.0 GiB   2.0 GiB  1.0 GiB  6.0 GiB      25.0%  ██░░░░░░░░",
+        "CPU          1.0 GiB         -        -  1.0 GiB          -",
+    ]
+    assert printed(memory_table(rows[1:], {}), 120)[2].split() == ["CPU", "1.0", "GiB", "-", "-", "1.0", "GiB", "-"]
