@@ -331,6 +331,7 @@ REGISTRY = Registry(
         "sim": "pyggml.backends.sim",
         "cuda": "pyggml.backends.cuda",
         "libggml": "pyggml.backends.libggml",
+        "rpc": "pyggml.backends.rpc",
         "mock": "pyggml.backends.mock",
     }
 )

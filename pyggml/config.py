@@ -19,6 +19,7 @@ __all__ = [
     "check",
     "libggml_path",
     "op_offload_min_batch",
+    "rpc_timeout_s",
     "sched_debug",
     "traceback",
 ]
@@ -68,6 +69,12 @@ VARIABLES = (
         "The real ggml that `libggml:NAME` devices use: a shared object such as libggml.so, or the folder of a build.",
     ),
     Variable(
+        "PYGGML_RPC_TIMEOUT",
+        "integer",
+        "120",
+        "Seconds after which an `rpc:HOST:PORT` device that does not answer is given up; longer than its longest split.",
+    ),
+    Variable(
         "PYGGML_TRACEBACK",
         "switch",
         "0",
@@ -114,6 +121,11 @@ def check() -> int:
 def libggml_path() -> str:
     """Return ``PYGGML_LIBGGML``; empty if it is not set."""
     return os.environ.get("PYGGML_LIBGGML", "")
+
+
+def rpc_timeout_s() -> int:
+    """Return ``PYGGML_RPC_TIMEOUT``, at least 1."""
+    return max(_integer("PYGGML_RPC_TIMEOUT", 120), 1)
 
 
 def traceback() -> bool:

@@ -12,7 +12,8 @@
     │   └── ExpertIdError                  a routing id outside 0 .. n_expert - 1
     ├── BackendError (RuntimeError)        a device failed
     │   ├── DeviceUnavailableError         it is not there, or lost
-    │   └── ComputeError                   it could not compute a split
+    │   ├── ComputeError                   it could not compute a split
+    │   └── RPCError                       a remote device is gone, late, or answers what it must not
     └── FormatError (ValueError)           a file that is not what it says
 
 Each carries the facts in fields and builds its text from them, so that a program can act on the fields and a person can
@@ -33,6 +34,7 @@ __all__ = [
     "GraphError",
     "OutOfMemoryError",
     "PyggmlError",
+    "RPCError",
     "SchedError",
     "ShapeError",
     "UnsupportedOpError",
@@ -224,6 +226,29 @@ class ComputeError(BackendError):
         at = f" at '{node}'" if node else ""
         super().__init__(backend, f"{message}{at}", hint=hint)
         self.status, self.node = status, node
+
+
+class RPCError(BackendError):
+    """A remote device is gone, late, or answers what it must not.
+
+    The connection is closed with it: memory on the remote side is lost. Open the device again to connect anew.
+
+    Attributes
+    ----------
+    host, port : str, int
+        Where the server is, or was.
+    command : str
+        The command that failed, such as ``GET_TENSOR``.
+    unanswered : tuple of str
+        Commands before it that have no answer of their own: one of them may be what the server failed at.
+    """
+
+    def __init__(
+        self, host: str, port: int, command: str, message: str, *, unanswered: tuple[str, ...] = (), hint: str = ""
+    ) -> None:
+        after = f" (after {', '.join(unanswered)})" if unanswered else ""
+        super().__init__(f"rpc:{host}:{port}", f"{command}{after}: {message}", hint=hint)
+        self.host, self.port, self.command, self.unanswered = host, port, command, unanswered
 
 
 class FormatError(PyggmlError, ValueError):

@@ -19,12 +19,21 @@ _INNER = {Type.Q8_1, Type.Q8_K}
 _ROW_BY_ROW = {
     Op.SQR, Op.SQRT, Op.LOG, Op.SIN, Op.COS, Op.SCALE, Op.LEAKY_RELU, Op.UNARY, Op.GLU, Op.SOFT_MAX, Op.CUMSUM,
 }  # fmt: skip
+#: Ops whose kernels were read; there are more in ggml, and in ours.
+_READ = _ROW_BY_ROW | {
+    Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.CLAMP, Op.FILL, Op.RMS_NORM, Op.NORM, Op.L2_NORM, Op.SUM_ROWS, Op.MEAN,
+    Op.DIAG_MASK_INF, Op.SUM, Op.CPY, Op.CONT, Op.DUP, Op.ARGSORT, Op.TOP_K, Op.ARGMAX, Op.REPEAT, Op.CONCAT,
+    Op.MUL_MAT, Op.MUL_MAT_ID, Op.ADD_ID, Op.GET_ROWS, Op.SET_ROWS, Op.ROPE, Op.FLASH_ATTN_EXT,
+}  # fmt: skip
+_ROPE_MODES = {0, 2}
 
 
 def is_safe_on_cpu(node: Tensor) -> bool:
     """Whether the library's CPU kernels take a node's types and strides."""
     if node.op.is_empty:
         return True
+    if node.op not in _READ or (node.op is Op.ROPE and node.param_i32(2) not in _ROPE_MODES):
+        return False
     if node.op in (Op.MUL_MAT, Op.MUL_MAT_ID, Op.GET_ROWS) and not _is_plain_product(node):
         return False
     if node.op in (Op.CPY, Op.CONT, Op.DUP):

@@ -15,7 +15,7 @@ from pyggml import ops
 NAMES = {
     "CPU", "DIALECTS", "REGISTRY", "AllocError", "Backend", "BackendError", "Buffer", "BufferType", "BufferUsage", "Cause",
     "ComputeError", "Context", "Device", "DeviceType", "DeviceUnavailableError", "Dialect", "Event", "ExpertIdError",
-    "FormatError", "FullCopier", "GGUFFile", "Graph", "GraphError", "GraphView", "Op", "OutOfMemoryError", "PyggmlError",
+    "FormatError", "FullCopier", "GGUFFile", "Graph", "GraphError", "GraphView", "Op", "OutOfMemoryError", "PyggmlError", "RPCError",
     "Recording", "Repairs", "SchedError", "Scheduler", "Session", "ShapeError", "Sim", "Split", "Statistics", "Tensor",
     "TensorFlag", "Type", "UnsupportedOpError", "UpstreamCopier", "UsedExpertCopier", "alloc_tensors",
 }  # fmt: skip
