@@ -15,6 +15,7 @@ from rich.text import Text
 from ..sched.state import Cause
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
+from ._page import check_folders, given_options, write_records
 from ._tables import device_bytes, memory_table
 
 if TYPE_CHECKING:
@@ -33,9 +34,12 @@ __all__ = ["command"]
 @click.option("--outputs", type=click.Choice(["last", "all"]), default="last", show_default=True)
 @click.option("--format", "form", type=click.Choice(["table", "ggml"]), default="table", show_default=True,
               help="ggml: what GGML_SCHED_DEBUG=2 prints.")  # fmt: skip
-@click.option("--routing", default="zipf:1.9", show_default=True, metavar="uniform|zipf:SKEW|trace:FILE|counts:N,N",
+@click.option("--routing", default="lognormal:2.4", show_default=True,
+              metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
               help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them.")  # fmt: skip
 @click.option("--all-splits", is_flag=True, help="List every split, also those that repeat by layer.")
+@click.option("--timeline", type=click.Path(path_type=Path), help="Write a timeline for Perfetto and `pyggml viz`.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page that shows what would happen and why.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @model_options
 def command(
@@ -46,19 +50,25 @@ def command(
     form: str,
     routing: str,
     all_splits: bool,
+    timeline: Path | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Plan a GGUF model without reading a weight: splits, copies, memory, causes."""
     from ..plan_report import ggml_text, plan_batches
     from ..planning import Planner, virtual_clock
+    from ..record import Recording
     from ..routing import parse_routing
 
     sizes = parse_sizes(batches)
     assumed = parse_routing(routing)
+    check_folders(timeline, html)
+    recording = Recording() if timeline or html else None
     backends, cpu = open_backends(flags, data=False)
     with Planner.open(
         model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
         strict=True, copier=flags.copier(), clock=virtual_clock([*backends, cpu]),
+        recorder=recording,
     ) as planner:  # fmt: skip
         if form == "ggml" and not as_json:
             for n in sizes:
@@ -67,22 +77,35 @@ def command(
                     click.echo(ggml_text(planner, planned), nl=False)
             return
         plans = plan_batches(planner, sizes, outputs=outputs, routing=assumed)
+        if recording is not None:
+            about = {
+                "model": _model(planner),
+                "devices": [{"name": b.name, "description": b.device.description} for b in planner.backends],
+                "options": given_options(),
+                "routing": str(assumed),
+            }
+            write_records(recording.records, about, timeline=timeline, html=html, name=model.stem)
         if as_json:
             print_json(_as_dict(planner, plans, assumed))
             return
         _print(planner, plans, assumed, all_splits=all_splits)
 
 
+def _model(planner: Planner) -> dict[str, Any]:
+    hp = planner.hparams
+    return {
+        "path": str(planner.file.path), "name": hp.name, "arch": hp.arch, "n_layer": hp.n_layer,
+        "n_expert": hp.n_expert, "n_expert_used": hp.n_expert_used,
+    }  # fmt: skip
+
+
 def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Routing) -> dict[str, Any]:
     from ._virtual import assumptions
 
-    hp, clock = planner.hparams, planner.sched.clock
+    clock = planner.sched.clock
     names = [b.name for b in planner.backends]
     return {
-        "model": {
-            "path": str(planner.file.path), "name": hp.name, "arch": hp.arch, "n_layer": hp.n_layer,
-            "n_expert": hp.n_expert, "n_expert_used": hp.n_expert_used,
-        },
+        "model": _model(planner),
         "context": {
             "n_ctx": planner.params.n_ctx, "n_batch": planner.params.n_batch, "n_ubatch": planner.params.n_ubatch,
             "flash_attn": planner.params.flash_attn, "op_offload": planner.params.op_offload,
