@@ -25,7 +25,7 @@ N_PARAMS = 24
 TENSOR = 10
 ADDRESS, TYPE, NE0, NE1, NE2, NE3, NB0, NB1, NB2, NB3 = range(TENSOR)
 DST = PARAM + N_PARAMS
-SRC0, SRC1, SRC2, SRC3, SRC4 = (DST + TENSOR * i for i in range(1, 6))
+SRC0, SRC1, SRC2, SRC3, SRC4, SRC5, SRC6 = (DST + TENSOR * i for i in range(1, 8))
 
 # -- control block: words that several threads write have lines of 64 bytes of their own
 LINE = 8

@@ -150,6 +150,52 @@ def _same_bytes(t: Tensor) -> str:
     return _types(t, *[{t.type}] * (n + 1)) or _dense_rows(t, *range(n + 1))
 
 
+def _write_into(t: Tensor) -> str:
+    b = t.src[1]
+    assert b is not None
+    nb = (t.type.type_size, *(t.param_i32(i) for i in range(3)))
+    end = t.param_i32(3) + t.type.type_size + sum((n - 1) * stride for n, stride in zip(b.ne, nb, strict=True))
+    if end > t.nbytes or t.param_i32(3) < 0 or min(nb) < 0:
+        return f"the part to be written ends at byte {end} of {t.nbytes}"
+    kinds = _F32 if t.op is Op.ACC else _F32 | _I32
+    if not t.is_contiguous() or t.src[0] is None or not t.src[0].is_contiguous():
+        return "dst or src0 has gaps"
+    return _types(t, kinds, {t.type}, {t.type}) or _dense_rows(t, 2)
+
+
+def _contiguous(t: Tensor) -> str:
+    """F32 without gaps everywhere."""
+    for i, x in enumerate((t, *t.src)):
+        if x is not None and not x.is_contiguous():
+            return f"{'dst' if i == 0 else f'src{i - 1}'} '{x.name}' has gaps (nb {x.nb})"
+    return _types(t, *[_F32] * (len(t.src) + 1))
+
+
+def _count_equal(t: Tensor) -> str:
+    a, b = t.src[:2]
+    same = a is not None and b is not None and a.ne == b.ne
+    return _types(t, {Type.I64}, _I32, _I32) if same else "src0 and src1 have different shapes"
+
+
+def _out_prod(t: Tensor) -> str:
+    return _types(t, _F32, _FLOATS | _QUANTISED, _F32) or _dense_rows(t, 0, 1)
+
+
+def _state(t: Tensor) -> str:
+    """SSM_CONV, SSM_SCAN, GATED_DELTA_NET: F32 but for ids, rows without gaps."""
+    n = len(t.src)
+    kinds = [_F32] * (n + 1)
+    if t.op is Op.SSM_SCAN:
+        kinds[7] = _I32
+        groups, heads, rates = t.src[4], t.src[1], t.src[3]
+        assert groups is not None
+        assert heads is not None
+        assert rates is not None
+        if not groups.ne[1] or heads.ne[1] % groups.ne[1] or (rates.ne[0] != 1 and t.param_i32(0) != 1):
+            return f"{heads.ne[1]} heads do not divide into {groups.ne[1]} groups, or Mamba-1 keeps several states"
+    return _types(t, *kinds) or _dense_rows(t, *range(n + 1))
+
+
 _CHECKS: dict[Op, Callable[[Tensor], str]] = {
     **dict.fromkeys((Op.ADD, Op.SUB, Op.MUL, Op.DIV), _binary),
     **dict.fromkeys(
@@ -159,6 +205,13 @@ _CHECKS: dict[Op, Callable[[Tensor], str]] = {
     **dict.fromkeys((Op.CPY, Op.CONT, Op.DUP), _copy),
     **dict.fromkeys((Op.ARGSORT, Op.TOP_K, Op.ARGMAX), _sort),
     **dict.fromkeys((Op.REPEAT, Op.CONCAT), _same_bytes),
+    **dict.fromkeys((Op.DIAG_MASK_ZERO, Op.PAD, Op.ROLL, Op.TRI, Op.DIAG, Op.ARANGE), _elementwise),
+    **dict.fromkeys((Op.ACC, Op.SET), _write_into),
+    **dict.fromkeys((Op.SSM_CONV, Op.SSM_SCAN, Op.GATED_DELTA_NET), _state),
+    **dict.fromkeys((Op.GROUP_NORM, Op.SOLVE_TRI), _contiguous),
+    Op.ADD1: _binary,
+    Op.COUNT_EQUAL: _count_equal,
+    Op.OUT_PROD: _out_prod,
     Op.UNARY: _unary,
     Op.GLU: _glu,
     Op.MUL_MAT: _product,

@@ -7,10 +7,6 @@ that `_host_support` accepts.
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable
-from functools import lru_cache
-from typing import TypedDict
 
 from pyggml.kernels.cpu import (
     activations,
@@ -34,71 +30,22 @@ from ..ops.modes import RopeType
 from ..tensor import Tensor
 from ..types import Op, Type
 from ._host_ops import HostPlan, Layout
+from ._host_rare_writers import RARE_WRITERS
+from ._host_writing import (
+    ELEMENTS_PER_S,
+    PRODUCTS_PER_S,
+    SERIAL_ELEMENTS,
+    SERIAL_PRODUCTS,
+    Writer,
+    bits,
+    by_elements,
+    by_rows,
+    flat,
+    optional,
+    source,
+)
 
 __all__ = ["WRITERS"]
-
-Writer = Callable[[HostPlan, Tensor], None]
-
-#: Elements below which one thread is as fast as all: a meeting of threads costs what it does with some thousands.
-SERIAL_ELEMENTS = 4096
-SERIAL_PRODUCTS = 20_000
-#: What beginning a row costs, in elements; measured for softmax.
-ROW_ELEMENTS = 64
-#: Rough speeds, for `HostPlan._cut`.
-PRODUCTS_PER_S = 5e10
-ELEMENTS_PER_S = 5e8
-
-
-@lru_cache(maxsize=1024)
-def bits(value: float) -> int:
-    """Return a float's bits as a parameter word."""
-    return int(struct.unpack("<i", struct.pack("<f", value))[0])
-
-
-def _source(t: Tensor, i: int) -> Tensor:
-    source = t.src[i]
-    assert source is not None, f"{t.op.name} '{t.name}' has no source {i}"
-    return source
-
-
-def _optional(t: Tensor, i: int) -> Tensor | None:
-    return t.src[i] if i < len(t.src) else None
-
-
-def _flat(plan: HostPlan, *tensors: Tensor) -> tuple[Tensor | Layout, ...]:
-    """Return contiguous tensors as single rows; as they are, if one has gaps."""
-    if not all(t.is_contiguous() for t in tensors):
-        return tensors
-    return tuple(
-        Layout(
-            plan.address_of(t),
-            t.type,
-            (t.numel, 1, 1, 1),
-            (t.type.type_size, t.nbytes, t.nbytes, t.nbytes),
-            t.nbytes,
-        )
-        for t in tensors
-    )
-
-
-class _Run(TypedDict):
-    """How an op is run: arguments of `HostPlan.add`."""
-
-    serial: bool
-    cost: float
-
-
-def _by_elements(t: Tensor) -> _Run:
-    """Return how an op of so many elements is run."""
-    n = t.numel
-    return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
-
-
-def _by_rows(t: Tensor) -> _Run:
-    """Return how an op is run that has some work for each row besides its elements."""
-    n = t.numel + ROW_ELEMENTS * t.nrows
-    return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
-
 
 # -- element by element ----------------------------------------------------------------
 
@@ -106,31 +53,31 @@ def _by_rows(t: Tensor) -> _Run:
 def _map(code: int) -> Writer:
     def write(plan: HostPlan, t: Tensor) -> None:
         params = (code, *(t.param_i32(i) for i in range(4)))
-        plan.add(elementwise.map_rows.address, t, _flat(plan, t, _source(t, 0)), params, **_by_elements(t))
+        plan.add(elementwise.map_rows.address, t, flat(plan, t, source(t, 0)), params, **by_elements(t))
 
     return write
 
 
 def _unary(plan: HostPlan, t: Tensor) -> None:
     params = tuple(t.param_i32(i) for i in range(5))
-    plan.add(elementwise.map_rows.address, t, _flat(plan, t, _source(t, 0)), params, **_by_elements(t))
+    plan.add(elementwise.map_rows.address, t, flat(plan, t, source(t, 0)), params, **by_elements(t))
 
 
 def _glu(plan: HostPlan, t: Tensor) -> None:
-    gate, value = _source(t, 0), _optional(t, 1)
+    gate, value = source(t, 0), optional(t, 1)
     gate_at = value_at = 0
     if value is None:  # both in one row, gate first unless swapped
         half = 4 * t.ne[0]
         gate_at, value_at = (half, 0) if t.param_i32(1) else (0, half)
     params = (t.param_i32(0), gate_at, value_at, t.param_i32(2), t.param_i32(3))
-    plan.add(elementwise.glu_rows.address, t, (t, gate, gate if value is None else value), params, **_by_elements(t))
+    plan.add(elementwise.glu_rows.address, t, (t, gate, gate if value is None else value), params, **by_elements(t))
 
 
 def _join(code: int) -> Writer:
     def write(plan: HostPlan, t: Tensor) -> None:
-        a, b = _source(t, 0), _source(t, 1)
-        tensors = _flat(plan, t, a, b) if a.ne == b.ne else (t, a, b)
-        plan.add(elementwise.join_rows.address, t, tensors, (code,), **_by_elements(t))
+        a, b = source(t, 0), source(t, 1)
+        tensors = flat(plan, t, a, b) if a.ne == b.ne else (t, a, b)
+        plan.add(elementwise.join_rows.address, t, tensors, (code,), **by_elements(t))
 
     return write
 
@@ -187,7 +134,7 @@ def _group(plan: HostPlan, t: Tensor, ids: Tensor, n_expert: int) -> tuple[str, 
 
 
 def _product(plan: HostPlan, t: Tensor) -> None:
-    weights, x, ids = _source(t, 0), _source(t, 1), _optional(t, 2) if t.op is Op.MUL_MAT_ID else None
+    weights, x, ids = source(t, 0), source(t, 1), optional(t, 2) if t.op is Op.MUL_MAT_ID else None
     groups = None if ids is None else _group(plan, t, ids, weights.ne[2])
     slot, row_bytes = _prepare_rows(plan, t, weights, x)
     is_float = weights.type in matmul.FLOAT_TYPES
@@ -225,22 +172,22 @@ def _product(plan: HostPlan, t: Tensor) -> None:
 
 def _norm(kind: int) -> Writer:
     def write(plan: HostPlan, t: Tensor) -> None:
-        plan.add(norms.norm_rows.address, t, (t, _source(t, 0)), (kind, t.param_i32(0)), **_by_rows(t))
+        plan.add(norms.norm_rows.address, t, (t, source(t, 0)), (kind, t.param_i32(0)), **by_rows(t))
 
     return write
 
 
 def _reduce(kind: int) -> Writer:
     def write(plan: HostPlan, t: Tensor) -> None:
-        x = _source(t, 0)
+        x = source(t, 0)
         params = (kind, bits(-math.inf), t.param_i32(0))
-        plan.add(reduce.reduce_rows.address, t, (t, x), params, **_by_rows(x))
+        plan.add(reduce.reduce_rows.address, t, (t, x), params, **by_rows(x))
 
     return write
 
 
 def _sum(plan: HostPlan, t: Tensor) -> None:
-    x = _source(t, 0)
+    x = source(t, 0)
     plan.add(reduce.sum_all.address, t, (t, x), serial=True, cost=x.numel / ELEMENTS_PER_S)
 
 
@@ -251,13 +198,13 @@ def _slopes(n_head: int, max_bias: float) -> tuple[int, int, int]:
 
 
 def _soft_max(plan: HostPlan, t: Tensor) -> None:
-    x = _source(t, 0)
+    x = source(t, 0)
     params = (t.param_i32(0), t.param_i32(1), *_slopes(x.ne[2], t.param_f32(1)))
-    plan.add(softmax.soft_max_rows.address, t, (t, x, _optional(t, 1), _optional(t, 2)), params, **_by_rows(t))
+    plan.add(softmax.soft_max_rows.address, t, (t, x, optional(t, 1), optional(t, 2)), params, **by_rows(t))
 
 
 def _attention(plan: HostPlan, t: Tensor) -> None:
-    q, k, v = _source(t, 0), _source(t, 1), _source(t, 2)
+    q, k, v = source(t, 0), source(t, 1), source(t, 2)
     scale, max_bias, softcap = (t.param_f32(i) for i in range(3))
     key_type, value_type = (x.type if x.type in attention.KEYS_PANELS else Type.F32 for x in (k, v))
     plan.need_thread_bytes(attention.thread_bytes(q.ne[0], v.ne[0], k.type.is_quantized or v.type.is_quantized))
@@ -276,7 +223,7 @@ def _attention(plan: HostPlan, t: Tensor) -> None:
     plan.add(
         attention.flash_attention.address,
         t,
-        (t, q, k, v, _optional(t, 3), _optional(t, 4)),
+        (t, q, k, v, optional(t, 3), optional(t, 4)),
         params,
         serial=n_products < SERIAL_PRODUCTS,
         cost=n_products / PRODUCTS_PER_S,
@@ -301,11 +248,15 @@ def _yarn_range(n_dims: int, n_ctx_orig: int, base: float, beta_fast: float, bet
 
 
 #: How pairs find their position, by mode; the others have one for all.
-_AXES = {RopeType.MROPE: rope.IN_SECTIONS, RopeType.IMROPE: rope.IN_TURNS, RopeType.VISION: rope.IN_NEW_SECTIONS}
+_AXES: dict[int, int] = {
+    RopeType.MROPE: rope.IN_SECTIONS,
+    RopeType.IMROPE: rope.IN_TURNS,
+    RopeType.VISION: rope.IN_NEW_SECTIONS,
+}
 
 
 def _angles(plan: HostPlan, t: Tensor, n_pair: int) -> tuple[str, int]:
-    positions, divisors = _source(t, 1), _optional(t, 2)
+    positions, divisors = source(t, 1), optional(t, 2)
     axes = _AXES.get(t.param_i32(2), rope.ONE)
     sections = (0, 0, 0, 0) if axes == rope.ONE else tuple(t.param_i32(11 + i) for i in range(4))
     key = ("angles", plan.address_of(positions), positions.ne, positions.nb, t.op_params[1:2] + t.op_params[4:11],
@@ -342,7 +293,7 @@ def _rope(sine_sign: float) -> Writer:
         plan.need_thread_bytes(0 if t.type is Type.F32 else 4 * t.ne[0])
         params = (n_turned, mode != RopeType.NORMAL, t.param_i32(15), bits(sine_sign))
         start = plan.add(
-            rope.rope_rows.address, t, (t, _source(t, 0)), params, reads=(plan.slot_range(slot),), **_by_rows(t)
+            rope.rope_rows.address, t, (t, source(t, 0)), params, reads=(plan.slot_range(slot),), **by_rows(t)
         )
         plan.fix(start + words.SCRATCH, slot)
 
@@ -358,30 +309,30 @@ def _quantiser(t: Tensor) -> int:
 
 
 def _get_rows(plan: HostPlan, t: Tensor) -> None:
-    src = _source(t, 0)
+    src = source(t, 0)
     raw = src.row_size if src.type is t.type else 0
-    plan.add(rows.get_rows.address, t, (t, src, _source(t, 1)), (dequantise_row.address, raw), **_by_rows(t))
+    plan.add(rows.get_rows.address, t, (t, src, source(t, 1)), (dequantise_row.address, raw), **by_rows(t))
 
 
 def _set_rows(plan: HostPlan, t: Tensor) -> None:
-    src = _source(t, 0)
+    src = source(t, 0)
     plan.need_thread_bytes(4 * src.ne[0])
     raw = src.row_size if src.type is t.type else 0
-    plan.add(rows.set_rows.address, t, (t, src, _source(t, 1)), (_quantiser(t), raw), **_by_rows(src))
+    plan.add(rows.set_rows.address, t, (t, src, source(t, 1)), (_quantiser(t), raw), **by_rows(src))
 
 
 def _add_id(plan: HostPlan, t: Tensor) -> None:
-    plan.add(rows.add_id_rows.address, t, (t, _source(t, 0), _source(t, 1), _source(t, 2)), **_by_rows(t))
+    plan.add(rows.add_id_rows.address, t, (t, source(t, 0), source(t, 1), source(t, 2)), **by_rows(t))
 
 
 def _copy(plan: HostPlan, t: Tensor) -> None:
-    src = _source(t, 0)
+    src = source(t, 0)
     tensors: tuple[Tensor | Layout, ...] = (t, src)
     dense = all(x.nb[0] == x.type.type_size or x.ne[0] == 1 for x in (t, src))
     same_type, same_shape = src.type is t.type, src.ne == t.ne
     size = t.type.type_size if same_type else 0
     if src.is_contiguous() and t.is_contiguous() and (same_type or not same_shape):
-        tensors = _flat(plan, t, src)
+        tensors = flat(plan, t, src)
         how, size = (copy.RAW_ROWS, t.nbytes) if same_type else (copy.CONVERTED_ROWS, 0)
         plan.need_thread_bytes(0 if same_type else 4 * t.numel)
     elif same_shape and dense:
@@ -389,27 +340,27 @@ def _copy(plan: HostPlan, t: Tensor) -> None:
         plan.need_thread_bytes(4 * t.ne[0])
     else:
         how = copy.STRIDED if same_shape else copy.RESHAPED
-    plan.add(copy.copy_rows.address, t, tensors, (how, size, dequantise_row.address, _quantiser(t)), **_by_elements(t))
+    plan.add(copy.copy_rows.address, t, tensors, (how, size, dequantise_row.address, _quantiser(t)), **by_elements(t))
 
 
 def _repeat(plan: HostPlan, t: Tensor) -> None:
-    plan.add(copy.repeat_rows.address, t, (t, _source(t, 0)), (t.type.type_size,), **_by_elements(t))
+    plan.add(copy.repeat_rows.address, t, (t, source(t, 0)), (t.type.type_size,), **by_elements(t))
 
 
 def _concat(plan: HostPlan, t: Tensor) -> None:
     params = (t.type.type_size, t.param_i32(0))
-    plan.add(copy.concat_rows.address, t, (t, _source(t, 0), _source(t, 1)), params, **_by_elements(t))
+    plan.add(copy.concat_rows.address, t, (t, source(t, 0), source(t, 1)), params, **by_elements(t))
 
 
 def _argsort(plan: HostPlan, t: Tensor) -> None:
     plan.need_thread_bytes(12 * sort.STACK)
-    plan.add(sort.argsort_rows.address, t, (t, _source(t, 0)), (t.param_i32(0),), **_by_rows(t))
+    plan.add(sort.argsort_rows.address, t, (t, source(t, 0)), (t.param_i32(0),), **by_rows(t))
 
 
 def _top_k(plan: HostPlan, t: Tensor) -> None:
-    src = _source(t, 0)
+    src = source(t, 0)
     plan.need_thread_bytes(4 * src.ne[0])
-    plan.add(sort.top_k_rows.address, t, (t, src), **_by_rows(src))
+    plan.add(sort.top_k_rows.address, t, (t, src), **by_rows(src))
 
 
 WRITERS: dict[Op, Writer] = {
@@ -453,4 +404,5 @@ WRITERS: dict[Op, Writer] = {
     Op.CONCAT: _concat,
     Op.ARGSORT: _argsort,
     Op.TOP_K: _top_k,
+    **RARE_WRITERS,
 }

@@ -17,7 +17,9 @@ from ..types import Op, TensorFlag, Type
 __all__ = ["IndexUse", "bad_index_error", "cut_at_indices", "find_bad_index"]
 
 #: Ops that choose by indices: which source holds them, and which tensor is chosen from, -1 for the result.
-_USERS = {Op.MUL_MAT_ID: (2, 0), Op.ADD_ID: (2, 1), Op.GET_ROWS: (1, 0), Op.SET_ROWS: (1, -1)}
+_USERS = {Op.MUL_MAT_ID: (2, 0), Op.ADD_ID: (2, 1), Op.GET_ROWS: (1, 0), Op.SET_ROWS: (1, -1), Op.SSM_SCAN: (6, 0)}
+#: Dimension of what is chosen, where it is not rows.
+_CHOSEN_DIM = {Op.MUL_MAT_ID: 2, Op.SSM_SCAN: 3}
 _POSITIONS = {Op.ARGSORT, Op.TOP_K, Op.ARGMAX}
 _PASS_ON = {Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE, Op.CONT, Op.DUP}
 
@@ -92,7 +94,7 @@ def _use_of(node: Tensor) -> IndexUse | None:
     chosen = node if chosen_src < 0 else node.src[chosen_src]
     assert indices is not None
     assert chosen is not None
-    limit = chosen.ne[2] if node.op is Op.MUL_MAT_ID else chosen.ne[1]
+    limit = chosen.ne[_CHOSEN_DIM.get(node.op, 1)]
     bound = _bound(indices)
     if indices.is_empty or (bound is not None and bound <= limit):
         return None

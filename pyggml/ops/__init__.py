@@ -180,6 +180,12 @@ from .modes import (
     SortOrder,
     TriType,
 )
+from .recurrent import (
+    gated_delta_net,
+    solve_tri,
+    ssm_conv,
+    ssm_scan,
+)
 from .rows import (
     arange,
     argmax,
@@ -271,6 +277,7 @@ __all__ = [
     "flash_attn_ext_set_prec",
     "floor",
     "floor_inplace",
+    "gated_delta_net",
     "geglu",
     "geglu_erf",
     "geglu_erf_split",
@@ -369,10 +376,13 @@ __all__ = [
     "soft_max_inplace",
     "softplus",
     "softplus_inplace",
+    "solve_tri",
     "sqr",
     "sqr_inplace",
     "sqrt",
     "sqrt_inplace",
+    "ssm_conv",
+    "ssm_scan",
     "step",
     "step_inplace",
     "sub",

@@ -62,7 +62,7 @@ def compute(tensor: Tensor, arrays: Sequence[Array | None]) -> Array:
     UnsupportedOpError
         The op has no definition here.
     """
-    from . import ref_attention  # noqa: F401  registers its definitions
+    from . import ref_attention, ref_recurrent  # noqa: F401  register their definitions
 
     definition = _DEFINITIONS.get(tensor.op)
     if definition is None:
@@ -79,7 +79,7 @@ def compute(tensor: Tensor, arrays: Sequence[Array | None]) -> Array:
 
 def defined_ops() -> set[Op]:
     """Return the ops that have a definition."""
-    from . import ref_attention  # noqa: F401  registers its definitions
+    from . import ref_attention, ref_recurrent  # noqa: F401  register their definitions
 
     return set(_DEFINITIONS)
 

@@ -258,7 +258,57 @@ def concat(c: Case) -> list[Any]:
 
 
 def group_norm(c: Case) -> list[Any]:
-    return [c.tensor([5, 4, 6, 2], plain=True), c.choice(1, 2, 4), 1e-5]
+    return [c.tensor([5, 4, 6, 2], plain=True), c.choice(1, 2, 4), 1e-5]  # 4: of 2, 2, 2 and 0 channels
+
+
+def ssm_conv(c: Case) -> list[Any]:
+    n_tap, n_channel = c.choice(2, 4), c.choice(3, 8, 33)
+    return [
+        c.tensor([n_tap - 1 + c.dim(), n_channel, c.choice(1, 3)], plain=True),
+        c.tensor([n_tap, n_channel], plain=True),
+    ]
+
+
+def ssm_scan(c: Case) -> list[Any]:
+    n_state, dim, n_group, n_seq, n_token = (
+        c.choice(16, 40, 128),
+        c.choice(1, 4),
+        c.choice(1, 2),
+        c.choice(1, 2),
+        c.dim(),
+    )
+    n_head, n_slot, n_rate = n_group * c.choice(1, 3), n_seq + c.choice(0, 2), c.choice(1, n_state)
+    return [
+        c.tensor([n_state, dim, n_head, n_slot], plain=True),
+        c.tensor([dim, n_head, n_token, n_seq], plain=True),
+        c.tensor([n_head, n_token, n_seq], low=-3, high=3, plain=True),
+        c.tensor([n_rate, n_head], low=-2, high=0, plain=True),
+        c.tensor([n_state, n_group, n_token, n_seq], plain=True),
+        c.tensor([n_state, n_group, n_token, n_seq], plain=True),
+        c.values(c.random.sample(range(n_slot), n_seq), "i32"),
+        c.random.randint(1, n_token) if n_rate == 1 else 1,
+    ]
+
+
+def gated_delta_net(c: Case) -> list[Any]:
+    n, n_head_k, n_seq, n_token = c.choice(16, 20, 64), c.choice(1, 2), c.choice(1, 2), c.dim()
+    n_head = n_head_k * c.choice(1, 2)
+    q, k = (c.tensor([n, n_head_k, n_token, n_seq], low=-0.2, high=0.2) for _ in range(2))
+    return [
+        q,
+        k,
+        c.tensor([n, n_head, n_token, n_seq]),
+        c.tensor([c.choice(1, n), n_head, n_token, n_seq], low=-2, high=0, plain=True),
+        c.tensor([1, n_head, n_token, n_seq], low=0, plain=True),
+        c.tensor([n, n, n_head, n_seq], plain=True),
+        c.random.randint(1, n_token),
+    ]
+
+
+def solve_tri(c: Case) -> list[Any]:
+    n, ne2, ne3 = c.choice(1, 5, 33), c.dim(), c.choice(1, 2)
+    matrix = np.tril(c.numbers.uniform(-0.3, 0.3, (ne3, ne2, n, n))) + np.eye(n)
+    return [c.values(matrix), c.tensor([c.choice(1, 7, 70), n, ne2, ne3], plain=True), True, True, False]
 
 
 UNARY = [
@@ -335,6 +385,10 @@ OPS: dict[str, Arguments] = {
     "rope_ext_back": rope_ext,
     "rope_multi_back": rope_multi,
     "flash_attn_ext": flash_attn_ext,
+    "ssm_conv": ssm_conv,
+    "ssm_scan": ssm_scan,
+    "gated_delta_net": gated_delta_net,
+    "solve_tri": solve_tri,
 }
 
 

@@ -327,6 +327,55 @@ def flash_attn_ext(d: Draw) -> list[Any]:
     return [q, k, v, mask, d.draw(FLOATS), d.draw(st.sampled_from([0.0, 8.0])), d.draw(FLOATS)]
 
 
+def ssm_conv(d: Draw) -> list[Any]:
+    n_tap, n_channel = d.dim(), d.dim()
+    return [d.tensor([n_tap - 1 + d.dim(), n_channel, d.dim()]), d.tensor([n_tap, n_channel])]
+
+
+def ssm_scan(d: Draw) -> list[Any]:
+    n_state, dim, n_group, n_token, n_seq = (d.dim() for _ in range(5))
+    n_head, k = n_group * d.draw(st.integers(1, 2)), d.draw(st.sampled_from([1, 1, 2, 0]))
+    exact = not d.one_in(3)
+
+    def tensor(*ne: int, type: str = "f32") -> dict[str, int]:
+        return d.add("new", type, [*ne], "x") if exact else d.tensor([*ne], type=type)
+
+    return [
+        tensor(n_state, dim, n_head, n_seq),
+        tensor(dim, n_head, n_token, n_seq),
+        tensor(n_head, n_token, n_seq),
+        tensor(d.draw(st.sampled_from([1, 1, n_state])), n_head),
+        tensor(n_state, n_group, n_token, n_seq),
+        tensor(n_state, n_group, n_token, n_seq),
+        tensor(n_seq, type="i32"),
+        k,
+    ]
+
+
+def gated_delta_net(d: Draw) -> list[Any]:
+    n, n_head_k, n_token, n_seq = (d.dim() for _ in range(4))
+    n_head, exact = n_head_k * d.draw(st.integers(1, 2)), not d.one_in(3)
+
+    def tensor(*ne: int) -> dict[str, int]:
+        return d.add("new", "f32", [*ne], "x") if exact else d.tensor([*ne])
+
+    return [
+        tensor(n, n_head_k, n_token, n_seq),
+        tensor(n, n_head_k, n_token, n_seq),
+        tensor(n, n_head, n_token, n_seq),
+        tensor(d.draw(st.sampled_from([1, n])), n_head, n_token, n_seq),
+        tensor(1, n_head, n_token, n_seq),
+        tensor(n, n, n_head, n_seq),
+        d.draw(st.sampled_from([1, 1, 3, 0])),
+    ]
+
+
+def solve_tri(d: Draw) -> list[Any]:
+    n, ne2, ne3 = d.dim(), d.dim(), d.dim()
+    kind = [False, True, True] if d.one_in(6) else [True, True, False]
+    return [d.tensor([n, n, ne2, ne3]), d.tensor([d.dim(), n, ne2, ne3]), *kind]
+
+
 def argsort(d: Draw) -> list[Any]:
     return [d.any_tensor(), d.draw(st.integers(0, 1))]
 
@@ -481,6 +530,12 @@ FAMILIES: dict[str, dict[str, Arguments]] = {
         "pad_ext": pad(8, 0),
         "pad_ext_circular": pad(8, 0),
         "roll": pad(4, -3),
+    },
+    "recurrent": {
+        "ssm_conv": ssm_conv,
+        "ssm_scan": ssm_scan,
+        "gated_delta_net": gated_delta_net,
+        "solve_tri": solve_tri,
     },
 }
 

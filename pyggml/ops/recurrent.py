@@ -1,0 +1,186 @@
+"""Layers that carry a state from token to token: SSM_CONV, SSM_SCAN, GATED_DELTA_NET, and SOLVE_TRI, which some use."""
+
+from __future__ import annotations
+
+from ..tensor import Tensor
+from ..types import Op, Type
+from ._make import is_contiguous_rows, is_matrix, is_vector, new, refuse
+from .rows import INT32_MAX
+
+
+def ssm_conv(sx: Tensor, c: Tensor) -> Tensor:
+    """Slide each channel's weights over its row.
+
+    Parameters
+    ----------
+    sx : Tensor, [n_tap - 1 + n_token, n_channel, n_seq]
+        What came before, then the tokens.
+    c : Tensor, [n_tap, n_channel]
+
+    Returns
+    -------
+    Tensor
+        f32, [n_channel, n_token, n_seq]
+
+    Raises
+    ------
+    ShapeError
+        Shapes do not fit.
+
+    Notes
+    -----
+    Mirrors `ggml_ssm_conv`.
+    """
+    if sx.ne[3] != 1 or not is_matrix(c):
+        refuse("ssm_conv", "sx has at most 3 dimensions, c at most 2", sx=sx, c=c)
+    n_token = sx.ne[0] - c.ne[0] + 1
+    if sx.ne[1] != c.ne[1] or n_token < 0:
+        refuse("ssm_conv", "sx and c differ in channels, or rows of sx are shorter than those of c", sx=sx, c=c)
+    return new(Op.SSM_CONV, Type.F32, (c.ne[1], n_token, sx.ne[2]), (sx, c))
+
+
+def ssm_scan(
+    s: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    ids: Tensor,
+    K: int,
+) -> Tensor:
+    """Scan tokens with a state for each head: Mamba-1 where rows of ``A`` have ``d_state`` elements, else Mamba-2.
+
+    Parameters
+    ----------
+    s : Tensor, [d_state, head_dim, n_head, n_slot]
+        States; ``ids`` says which a sequence starts from.
+    x : Tensor, [head_dim, n_head, n_token, n_seq]
+    dt : Tensor, [n_head, n_token, n_seq]
+    A : Tensor, [1 or d_state, n_head]
+    B, C : Tensor, [d_state, n_group, n_token, n_seq]
+    ids : Tensor, i32, [n_seq]
+    K : int
+        How many of the last tokens' states are given back.
+
+    Returns
+    -------
+    Tensor
+        f32, one row: outputs of the shape of x, then K times the states of all sequences, the latest first.
+
+    Raises
+    ------
+    ShapeError
+        Shapes do not fit, or what must have no gaps has some.
+
+    Notes
+    -----
+    Mirrors `ggml_ssm_scan`.
+    """
+    if not 1 <= K <= INT32_MAX:
+        refuse("ssm_scan", f"{K} states cannot be kept", s=s)
+    for name, t in (("s", s), ("dt", dt), ("A", A)):
+        if not t.is_contiguous():
+            refuse("ssm_scan", f"{name} is not contiguous", **{name: t})
+    for name, t in (("x", x), ("B", B), ("C", C)):
+        if t.nb[0] != t.type.type_size or t.nb[1] != t.ne[0] * t.nb[0]:
+            refuse("ssm_scan", f"{name} has gaps within a token", **{name: t})
+    if B.ne != C.ne or ids.type is not Type.I32:
+        refuse("ssm_scan", "B and C differ in shape, or ids is not i32", B=B, C=C, ids=ids)
+    d_state, (head_dim, n_head, n_token, n_seq) = s.ne[0], x.ne
+    if dt.ne != (n_head, n_token, n_seq, 1) or s.ne[1:3] != (head_dim, n_head):
+        refuse("ssm_scan", "dt or s does not fit x", x=x, dt=dt, s=s)
+    if (B.ne[0], *B.ne[2:]) != (d_state, n_token, n_seq):
+        refuse("ssm_scan", "B does not fit s and x", B=B, s=s, x=x)
+    if ids.ne[0] != n_seq or not is_vector(ids):
+        refuse("ssm_scan", f"ids is not one for each of {n_seq} sequences", ids=ids)
+    if A.ne[1] != n_head or not is_matrix(A):
+        refuse("ssm_scan", f"A has not one row for each of {n_head} heads", A=A)
+    if A.ne[0] != 1 and (A.ne[0] != d_state or K != 1):
+        refuse("ssm_scan", f"rows of A have neither 1 nor {d_state} elements, or K is not 1", A=A)
+    n = x.numel + K * d_state * head_dim * n_head * ids.ne[0]
+    return new(Op.SSM_SCAN, Type.F32, (n,), (s, x, dt, A, B, C, ids), (int(K),))
+
+
+def gated_delta_net(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    K: int,
+) -> Tensor:
+    """Read with q a state that forgets by g and learns v at k by beta, token by token.
+
+    Parameters
+    ----------
+    q, k : Tensor, f32, [n, n_head_k, n_token, n_seq]
+        Heads repeat to those of v.
+    v : Tensor, f32, [n, n_head, n_token, n_seq]
+    g : Tensor, f32, [1 or n, n_head, n_token, n_seq]
+        Logarithms of what is kept, of a head or of each element.
+    beta : Tensor, f32, [1, n_head, n_token, n_seq]
+    state : Tensor, f32, [n, n, n_head, n_seq]
+    K : int
+        How many of the last tokens' states are given back.
+
+    Returns
+    -------
+    Tensor
+        f32, [n * n_head, n_token * n_seq + K * n * n_seq]: outputs, then states, the latest first.
+
+    Raises
+    ------
+    ShapeError
+        Shapes or types do not fit, or what must have no gaps has some.
+
+    Notes
+    -----
+    Mirrors `ggml_gated_delta_net`.
+    """
+    tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}
+    for name, t in tensors.items():
+        dense = is_contiguous_rows(t) if name in "qkv" else t.is_contiguous()
+        if not dense or t.type is not Type.F32:
+            refuse("gated_delta_net", f"{name} is not f32, or has gaps", **{name: t})
+    n, n_head, n_token, n_seq = v.ne
+    if g.ne[0] not in (1, n) or beta.ne[0] != 1:
+        refuse("gated_delta_net", f"g is not one or {n} for each head, or beta not one", g=g, beta=beta)
+    if state.ne != (n, n, n_head, n_seq) or K < 1:
+        refuse("gated_delta_net", f"the state does not fit v, or {K} states cannot be kept", state=state, v=v)
+    ne = (n * n_head, n_token * n_seq + K * n * n_seq)
+    return new(Op.GATED_DELTA_NET, Type.F32, ne, (q, k, v, g, beta, state), (int(K),))
+
+
+def solve_tri(a: Tensor, b: Tensor, left: bool, lower: bool, uni: bool) -> Tensor:
+    """Solve ``a x = b`` for each lower triangular matrix of ``a``.
+
+    Parameters
+    ----------
+    a : Tensor, f32, [n, n, ne2, ne3]
+    b : Tensor, f32, [m, n, ne2, ne3]
+    left, lower, uni : bool
+        True, True, False: no other kind is there yet.
+
+    Returns
+    -------
+    Tensor
+        f32, of b's shape.
+
+    Raises
+    ------
+    ShapeError
+        Shapes or types do not fit, there are gaps, or another kind is asked for.
+
+    Notes
+    -----
+    Mirrors `ggml_solve_tri`.
+    """
+    if a.type is not Type.F32 or b.type is not Type.F32 or not a.is_contiguous() or not b.is_contiguous():
+        refuse("solve_tri", "a and b must be contiguous f32", a=a, b=b)
+    if a.ne[0] != a.ne[1] or a.ne[1:] != b.ne[1:]:
+        refuse("solve_tri", "a is not square, or does not fit b", a=a, b=b)
+    if not left or not lower or uni:
+        refuse("solve_tri", "only left, lower, not uni is supported", a=a)
+    return new(Op.SOLVE_TRI, Type.F32, b.ne, (a, b))
