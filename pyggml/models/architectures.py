@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ..gguf import TensorInfo
-from . import glm4moe, gpt_oss, llama, qwen3
+from . import glm4moe, gpt_oss, granitemoe, llama, olmoe, qwen2, qwen3
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
 from .weights import Weights, WeightSpec
@@ -30,6 +30,10 @@ _MODULES: dict[str, Architecture] = {
     "qwen3moe": qwen3,
     "gpt-oss": gpt_oss,
     "glm4moe": glm4moe,
+    "qwen2": qwen2,
+    "qwen2moe": qwen2,
+    "olmoe": olmoe,
+    "granitemoe": granitemoe,
 }
 
 

@@ -97,6 +97,8 @@ class Builder:
         by_token = ops.get_rows(embedding, self.inp_tokens)
         mixed = ops.set_rows(ops.dup(mixed_embd), ops.get_rows(embedding, mixed_tokens), mixed_slots)
         cur = self.graph.select([by_token, vectors, mixed], 0)
+        if self.hp.embedding_scale:
+            cur = ops.scale(cur, self.hp.embedding_scale)
         self.name(cur, "embd")
         self.graph.expand(cur)
         return cur
@@ -178,6 +180,31 @@ class Builder:
             self.name(part, f"{letter.upper()}cur", il)
         q, k, v = parts
         return q, k, v
+
+    def qkv_rows(self, w: LayerWeights, cur: Tensor) -> list[Tensor]:
+        """Return Q, K and V without names and with the heads of a token in one row: [n_embd, n_token].
+
+        Notes
+        -----
+        Mirrors `llm_graph_context::build_qkv` with ``reshape`` false.
+        """
+        hp = self.hp
+        fused = w.get("attn_qkv.weight")
+        if fused is not None:
+            qkv = self._fused_qkv(w, fused, cur)
+            sizes = (hp.n_embd_head_k * hp.n_head, hp.n_embd_k_gqa, hp.n_embd_v_gqa)
+            starts = (0, sizes[0], sizes[0] + sizes[1])
+            row = qkv.type.row_size
+            views = [
+                ops.view_2d(qkv, n, self.n_tokens, qkv.nb[1], row(start))
+                for n, start in zip(sizes, starts, strict=True)
+            ]
+            return [ops.cont(view) for view in views]
+        parts: list[Tensor] = []
+        for letter in "qkv":
+            part, bias = ops.mul_mat(w[f"attn_{letter}.weight"], cur), w.get(f"attn_{letter}.bias")
+            parts.append(part if bias is None else ops.add(part, bias))
+        return parts
 
     def _fused_qkv(self, w: LayerWeights, fused: Tensor, cur: Tensor) -> Tensor:
         qkv = self.name(ops.mul_mat(fused, cur), "wqkv", w.layer)

@@ -29,13 +29,19 @@ ARCHITECTURES: dict[str, RopeType] = {
     "qwen3moe": RopeType.NEOX,
     "gpt-oss": RopeType.NEOX,
     "glm4moe": RopeType.NEOX,
+    "qwen2": RopeType.NEOX,
+    "qwen2moe": RopeType.NEOX,
+    "olmoe": RopeType.NEOX,
+    "granitemoe": RopeType.NORMAL,
 }
 #: Of these, the ones that are nothing without experts.
-_MOE_ONLY = frozenset({"qwen3moe", "gpt-oss", "glm4moe"})
+_MOE_ONLY = frozenset({"qwen3moe", "gpt-oss", "glm4moe", "qwen2moe", "olmoe", "granitemoe"})
 #: Those that may rotate a part of each head only.
 _PARTIAL_ROPE = frozenset({"glm4moe"})
 #: Those whose file says how experts are chosen and which layers have them, and how they do if it does not.
 _ROUTED: dict[str, Gating] = {"glm4moe": "sigmoid"}
+#: Those that multiply embeddings, residuals, attention and logits by constants of the file.
+_SCALED = frozenset({"granitemoe"})
 #: Upstream's `llama_expert_gating_func_type`.
 _GATINGS: dict[int, Gating] = {1: "softmax", 2: "sigmoid", 3: "softmax_weight"}
 #: Architectures with a sliding window in some layers: of so many layers the last has none.
@@ -90,9 +96,14 @@ class HParams:
     n_layer_nextn: int = 0  #: layers behind the others that predict further tokens, and which nothing here runs
     n_layer_dense_lead: int = 0  #: layers without experts, before those with
     n_expert_shared: int = 0  #: experts that every token goes through, kept as one
+    n_ff_shexp: int = 0  #: of the shared expert; 0 where the file does not say
     expert_gating: Gating = "softmax"
     expert_weights_norm: bool = False  #: weights of the chosen experts add up to 1
     expert_weights_scale: float = 0.0  #: by which weights of experts are multiplied; 0 and 1 leave them
+    embedding_scale: float = 0.0  #: 0 leaves the embeddings as they are
+    residual_scale: float = 0.0  #: of what is added to the residual stream; 0 leaves it
+    attention_scale: float = 0.0  #: of Q times K; 0 takes one over the root of the heads' size
+    logit_scale: float = 0.0  #: by which logits are divided, where the architecture does so
 
     @property
     def n_embd_k_gqa(self) -> int:
@@ -237,6 +248,7 @@ class _Reader:
             n_expert=n_expert,
             n_expert_used=n_used,
             n_ff_exp=self.integer("expert_feed_forward_length", 0, least=0),
+            n_ff_shexp=self.integer("expert_shared_feed_forward_length", 0, least=0),
             norm_rms_eps=round_f32(self.number("attention.layer_norm_rms_epsilon")),
             rope_type=ARCHITECTURES[self.arch],
             rope_scaling=scaling,
@@ -246,7 +258,22 @@ class _Reader:
             n_ctx_orig_yarn=self.integer("rope.scaling.original_context_length", n_ctx_train),
             **self.sliding_window(n_layer, freq_base, freq_scale),
             **self.routing(n_layer),
+            **self.scales(),
         )
+
+    def scales(self) -> dict[str, Any]:
+        """Return by what embeddings, residuals, attention and logits are multiplied, in architectures that do so."""
+        if self.arch not in _SCALED:
+            return {}
+        logit_scale = round_f32(self.number("logit_scale"))
+        if not logit_scale:
+            raise self.error("logit_scale", "is 0, and logits are divided by it")
+        return {
+            "embedding_scale": round_f32(self.number("embedding_scale", 0.0)),
+            "residual_scale": round_f32(self.number("residual_scale", 0.0)),
+            "attention_scale": round_f32(self.number("attention.scale", 0.0)),
+            "logit_scale": logit_scale,
+        }
 
     def routing(self, n_layer: int) -> dict[str, Any]:
         """Return how experts are chosen, where the file says so."""

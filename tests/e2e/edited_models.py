@@ -27,7 +27,7 @@ def write_edited(
     keys: Mapping[str, Any] | None = None,
     without: tuple[str, ...] = (),
     tensors: Mapping[str, tuple[int, ...]] | None = None,
-    renamed: Mapping[str, str] | None = None,
+    renamed_arch: str | None = None,
 ) -> Path:
     """Write a random model in F32 that differs from what `make_moe` writes.
 
@@ -39,20 +39,25 @@ def write_edited(
         Tensors that are left out, by their names with or without ``blk.N.``.
     tensors : mapping of str to tuple of int
         Tensors that are added, with their shapes in numpy's order; vectors are near 1.
-    renamed : mapping of str to str
-        Parts of tensors' names that are replaced.
+    renamed_arch : str, optional
+        The architecture that the file says it is of.
     """
     plain = path.with_suffix(".plain")
     make_moe(plain, Recipe(arch, Type.F32, seed=11, sizes=sizes))
     rng = np.random.default_rng(4)
+    name = renamed_arch or arch
     keys = {f"{arch}.{key}": value for key, value in (keys or {}).items()}
     writer = GGUFWriter()
     with GGUFFile.open(plain) as file:
         for key in file.metadata:
-            if key not in keys:
+            if key == "general.architecture":
+                writer.add(key, ValueType.STRING, name)
+            elif key not in keys:
                 entry = file.metadata.entry(key)
-                writer.add_raw(key, entry.type, entry.length, file.metadata.raw(key))
+                own = key.replace(f"{arch}.", f"{name}.", 1) if key.startswith(f"{arch}.") else key
+                writer.add_raw(own, entry.type, entry.length, file.metadata.raw(key))
         for key, value in keys.items():
+            key = key.replace(f"{arch}.", f"{name}.", 1)
             if isinstance(value, list):
                 writer.add_array(key, _KINDS[type(value[0])], value)
             elif value is not None:
@@ -60,11 +65,8 @@ def write_edited(
         for info in file.tensors.values():
             if info.name in without or info.name.endswith(tuple(f".{name}" for name in without)):
                 continue
-            name = info.name
-            for old, new in (renamed or {}).items():
-                name = name.replace(old, new)
             n_dims = max(i + 1 for i in range(4) if i == 0 or info.ne[i] != 1)
-            writer.add_tensor(name, info.type, info.ne[:n_dims], partial(_bytes, file.data(info.name).copy()))
+            writer.add_tensor(info.name, info.type, info.ne[:n_dims], partial(_bytes, file.data(info.name).copy()))
         for name, shape in (tensors or {}).items():
             scale = 0.1 if len(shape) == 1 else 1.0 / np.sqrt(shape[-1])
             values = (float(len(shape) == 1) + scale * rng.standard_normal(shape)).astype(np.float32)

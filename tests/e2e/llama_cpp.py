@@ -1,4 +1,5 @@
-"""Real llama.cpp as an oracle: ``python llama_cpp.py JOBS.json OUT.npz`` writes its logits, one array for each job.
+"""Real llama.cpp as an oracle: ``python llama_cpp.py JOBS.json OUT.npz`` writes its logits, one array for each job, and
+what `GGML_SCHED_DEBUG=2` printed of the first decode.
 
 It runs in a child process (`logits`), through the C API that the extension of xllamacpp exports, so that its thread pool
 and ours never meet. The two parameter structures are those of b11434, with the one field more of builds that have an
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -79,12 +81,18 @@ class Job:
 
 def run_jobs(jobs: Sequence[Job], folder: Path) -> list[npt.NDArray[np.float32]]:
     """Return llama.cpp's logits for each token of each job, from one child process: float32, (n_token, n_vocab)."""
+    return [logits for logits, _ in run_jobs_with_logs(jobs, folder)]
+
+
+def run_jobs_with_logs(jobs: Sequence[Job], folder: Path) -> list[tuple[npt.NDArray[np.float32], str]]:
+    """Return logits, and the text of `GGML_SCHED_DEBUG=2` for each job's first decode."""
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     command = [sys.executable, __file__, str(folder / "jobs.json"), str(folder / "out.npz")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    environment = os.environ | {"GGML_SCHED_DEBUG": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     with np.load(folder / "out.npz") as out:
-        return [out[str(i)] for i in range(len(jobs))]
+        return [(out[str(i)], str(out[f"log{i}"])) for i in range(len(jobs))]
 
 
 def logits(
@@ -112,7 +120,10 @@ class Llama:
             f"struct llama_model_params {{{MODEL_PARAMS}}}; struct llama_context_params {{{context}}};" + FUNCTIONS
         )
         self.lib: Any = ffi.dlopen(so)
-        self.quiet = ffi.callback("void(int, const char *, void *)", lambda level, text, data: None)
+        self.log: list[bytes] = []
+        self.quiet = ffi.callback(
+            "void(int, const char *, void *)", lambda level, text, data: self.log.append(ffi.string(text))
+        )
         self.lib.llama_log_set(self.quiet, ffi.NULL)
         self.lib.llama_backend_init()
         cp = self.lib.llama_context_default_params()
@@ -154,13 +165,16 @@ class Llama:
 def main() -> None:
     """Do the jobs of a file and save the logits."""
     jobs_file, out_file = sys.argv[1:]
-    out: dict[str, npt.NDArray[np.float32]] = {}
+    out: dict[str, npt.NDArray[Any]] = {}
     for i, entry in enumerate(json.loads(Path(jobs_file).read_text())):
         job = Job(**entry)
         tokens = np.asarray(job.tokens, np.int32)
         n_ctx = -(-max(len(tokens), 256) // 256) * 256
         llama = Llama(job.model, n_ctx, min(n_ctx, max(job.batch, 64)), job.kv, job.flash)
-        parts = [llama.decode(tokens[k : k + job.batch], k) for k in range(0, len(tokens), job.batch)]
+        llama.log.clear()
+        parts = [llama.decode(tokens[: job.batch], 0)]
+        out[f"log{i}"] = np.array(b"".join(llama.log).decode())
+        parts += [llama.decode(tokens[k : k + job.batch], k) for k in range(job.batch, len(tokens), job.batch)]
         out[str(i)] = np.concatenate(parts)
     np.savez(out_file, **out)
 

@@ -41,10 +41,19 @@ _NEXTN_LAYER = {
     "nextn.hnorm.weight": (64,),
     "nextn.shared_head_norm.weight": (64,),
 }
+_EXPERT_WEIGHTS = tuple(
+    f"ffn_{part}.weight"
+    for part in (
+        *("gate_inp", "gate_exps", "up_exps", "down_exps"),
+        *("gate_inp_shexp", "gate_shexp", "up_shexp", "down_shexp"),
+    )
+)
 _YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 32.0, "rope.scaling.original_context_length": 64}
 
 #: Name: architecture, and how its file differs.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen3moe": ("qwen3moe", {}),
     "glm4moe": ("glm4moe", {}),
     "glm4moe, half of each head rotates": ("glm4moe", {"keys": {"rope.dimension_count": 8}}),
     "glm4moe without norms of q and k": ("glm4moe", {"without": ("attn_q_norm.weight", "attn_k_norm.weight")}),
@@ -71,6 +80,49 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "tensors": {f"blk.3.{name}": shape for name, shape in _NEXTN_LAYER.items()},
         },
     ),
+    "granitemoe": ("granitemoe", {}),
+    "granitemoe with a shared expert, tied": (
+        "granitemoe",
+        {
+            "keys": {"expert_shared_feed_forward_length": 48},
+            "without": ("output.weight",),
+            "tensors": {
+                f"blk.{i}.ffn_{part}_shexp.weight": (64, 48) if part == "down" else (48, 64)
+                for i in range(3)
+                for part in ("gate", "up", "down")
+            },
+        },
+    ),
+    "granitemoe with the least keys": (
+        "granitemoe",
+        {"keys": {"residual_scale": None, "embedding_scale": None, "attention.scale": None}},
+    ),
+    "qwen2moe": ("qwen2moe", {}),
+    "qwen2moe with the least keys": (
+        "qwen2moe",
+        {"keys": {"expert_shared_feed_forward_length": None, "expert_feed_forward_length": None}},
+    ),
+    "qwen2": (
+        "qwen2moe",
+        {
+            "renamed_arch": "qwen2",
+            "keys": {"expert_count": None, "expert_used_count": None},
+            "without": (*_EXPERT_WEIGHTS, "output.weight"),
+            "tensors": {
+                f"blk.{i}.ffn_{part}.weight": (64, 96) if part == "down" else (96, 64)
+                for i in range(3)
+                for part in ("gate", "up", "down")
+            },
+        },
+    ),
+    "olmoe": ("olmoe", {}),
+    "olmoe with fused q, k and v": (
+        "olmoe",
+        {
+            "without": ("attn_q.weight", "attn_k.weight", "attn_v.weight"),
+            "tensors": {f"blk.{i}.attn_qkv.weight": (192, 64) for i in range(3)},
+        },
+    ),
     "gpt-oss": ("gpt-oss", {}),
     "gpt-oss with yarn": ("gpt-oss", {"keys": _YARN}),
     "gpt-oss, every third layer dense": ("gpt-oss", {"keys": {"attention.sliding_window_pattern": 3}}),
@@ -79,14 +131,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+Decoded = tuple[np.ndarray, str]
+
+
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory) -> dict[str, tuple[Path, np.ndarray, np.ndarray]]:
-    """Give each file and llama.cpp's logits of it, without and with flash attention; one child process does them all."""
+def expected(tmp_path_factory) -> dict[str, tuple[Path, Decoded, Decoded]]:
+    """Give each file and what llama.cpp makes of it, without and with flash attention, in one child process.
+
+    That is the logits, and what the scheduler printed of the first decode.
+    """
     folder = tmp_path_factory.mktemp("families")
     paths = [write_edited(folder / f"{i}.gguf", arch, **how) for i, (arch, how) in enumerate(FAMILIES.values())]
     jobs = [llama_cpp.Job(str(path), TOKENS, 24) for path in paths]
     jobs += [llama_cpp.Job(str(path), TOKENS, 24, "F16", flash=True) for path in paths]
-    found = llama_cpp.run_jobs(jobs, folder)
+    found = llama_cpp.run_jobs_with_logs(jobs, folder)
     n = len(paths)
     return dict(zip(FAMILIES, zip(paths, found[:n], found[n:], strict=True), strict=True))
 
@@ -102,10 +160,34 @@ def decode(path: Path, kv: Type, flash: str, **options) -> np.ndarray:
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_logits_are_llama_cpps(name, expected):
     """Logits equal live llama.cpp's; with flash attention and an F16 cache nearly so, but where a router just flips."""
-    path, plain, flash = expected[name]
+    path, (plain, _), (flash, _) = expected[name]
     assert np.abs(decode(path, Type.F32, "off") - plain).max() < 1e-3
     error = np.square(decode(path, Type.F16, "on") - flash).sum(1) / np.square(flash).sum(1)
     assert np.mean(error < 1e-4) > 0.95
+
+
+@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
+@pytest.mark.parametrize("flash", [False, True], ids=["softmax", "flash attention"])
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_graphs_are_llama_cpps(name, flash, expected, capsys):
+    """Node for node, with names, sizes, use counts and sources, as live llama.cpp prints its first graph.
+
+    Gpt-oss chooses the rows of outputs after its last layer since b11434, which a recorded graph holds; builds before
+    do so in the last layer, so that only what comes before that is compared.
+    """
+    path, *found = expected[name]
+    kv = "f16" if flash else "f32"
+    words = ["splits", str(path), "--device", "none", "--batches", "24", "--outputs", "all", "--format", "ggml"]
+    words += ["-c", "256", "-b", "64", "-ub", "64", "-ctk", kv, "-ctv", kv, "-fa", "on" if flash else "off"]
+    assert cli.run(words) == 0
+    printed = [line for line in capsys.readouterr().out.split("\n") if line and not line.startswith("# batch")]
+    _, log = found[flash]
+    wanted = [line for line in log.split("\n") if line.startswith(("node #", "## SPLIT"))]
+    if name.startswith("gpt-oss"):
+        n = next(i for i, line in enumerate(printed) if " ffn_inp-2 " in line)
+        printed, wanted = printed[:n], wanted[:n]
+    assert printed == wanted
+    assert len(printed) > 60
 
 
 @pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
@@ -160,6 +242,10 @@ def test_a_recorded_routing_counts_layers_with_experts(expected, tmp_path):
         ("glm4moe", {"keys": {"expert_gating_func": 7}}, "is 7; known are 1, 2, 3"),
         ("glm4moe", {"keys": {"rope.dimension_sections": [8, 4, 4]}}, "several positions"),
         ("glm4moe", {"keys": {"rope.dimension_count": 7}}, "is 7"),
+        ("granitemoe", {"keys": {"logit_scale": None}}, "no key 'granitemoe.logit_scale'"),
+        ("granitemoe", {"keys": {"logit_scale": 0.0}}, "logits are divided by it"),
+        ("olmoe", {"keys": {"expert_count": 0, "expert_used_count": 0}}, "has experts"),
+        ("qwen2moe", {"without": ("output.weight",)}, "'output.weight' is missing"),
         ("glm4moe", {"tensors": {"blk.1.odd.weight": (64,)}}, "odd.weight"),
     ],
 )

@@ -1,0 +1,79 @@
+"""The architecture olmoe: llama with experts, and norms over all heads of Q and of K."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .. import ops
+from ..gguf import TensorInfo
+from ..types import Op
+from .blocks import Builder, kq_scale
+from .graph import GraphParams, ModelGraph
+from .hparams import HParams
+from .weights import Weights, WeightSpec, layer_specs, qkv_specs, trunk_specs
+
+__all__ = ["build_graph", "weight_specs"]
+
+
+def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+    """Return the tensors of the architecture, in upstream's order.
+
+    Notes
+    -----
+    Mirrors `llama_model_olmoe::load_arch_tensors`.
+    """
+    specs = trunk_specs(hp, present, tied_head=False)
+    for i in range(hp.n_layer):
+        specs += layer_specs(i, [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)])
+        specs += qkv_specs(hp, i, present)
+        specs += layer_specs(
+            i,
+            [
+                ("attn_output.weight", (hp.n_embd, hp.n_embd), Op.MUL_MAT, False),
+                ("attn_q_norm.weight", (hp.n_embd,), Op.MUL, False),
+                ("attn_k_norm.weight", (hp.n_embd,), Op.MUL, False),
+                ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+                ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
+                ("ffn_gate_exps.weight", (hp.n_embd, hp.n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
+                ("ffn_down_exps.weight", (hp.n_ff, hp.n_embd, hp.n_expert), Op.MUL_MAT_ID, False),
+                ("ffn_up_exps.weight", (hp.n_embd, hp.n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
+            ],
+        )
+    return specs
+
+
+def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
+    """Return the graph of a micro-batch.
+
+    Notes
+    -----
+    Mirrors `llama_model_olmoe::graph`.
+    """
+    b = Builder(p, weights)
+    hp = p.hparams
+    scale = kq_scale(hp.n_embd_head_v)
+    layer_in = b.input_embd()
+    b.attention_inputs()
+    for w in weights.layers:
+        il, residual = w.layer, layer_in
+        cur = b.name(b.norm(layer_in, w["attn_norm.weight"], il), "attn_norm", il)
+        q, k, v = (
+            b.name(part, name, il) for part, name in zip(b.qkv_rows(w, cur), ("Qcur", "Kcur", "Vcur"), strict=True)
+        )
+        q = b.name(b.norm(q, w["attn_q_norm.weight"], il), "Qcur_normed", il)
+        k = b.name(b.norm(k, w["attn_k_norm.weight"], il), "Kcur_normed", il)
+        q = ops.reshape_3d(q, hp.n_embd_head_k, hp.n_head, b.n_tokens)
+        k = ops.reshape_3d(k, hp.n_embd_head_k, hp.n_head_kv, b.n_tokens)
+        v = ops.reshape_3d(v, hp.n_embd_head_v, hp.n_head_kv, b.n_tokens)
+        q, k = b.rope(q), b.rope(k)
+        for part, name in ((q, "Qcur"), (k, "Kcur"), (v, "Vcur")):
+            b.name(part, name, il)
+        cur = b.attention(w, q, k, v, scale)
+        if il == hp.n_layer - 1:
+            cur, residual = b.choose_outputs(cur, residual)
+        ffn_in = b.name(ops.add(cur, residual), "ffn_inp", il)
+        cur = b.name(b.norm(ffn_in, w["ffn_norm.weight"], il), "ffn_norm", il)
+        cur = b.moe_ffn(w, cur, norm_weights=False)
+        layer_in = b.name(ops.add(cur, ffn_in), "l_out", il)
+    embd = b.name(b.norm(layer_in, weights["output_norm.weight"], -1), "result_norm")
+    return b.finish(b.name(ops.mul_mat(weights.output, embd), "result_output"), embd)
