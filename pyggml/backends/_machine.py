@@ -18,6 +18,7 @@ from ..errors import AllocError, ComputeError, OutOfMemoryError
 from ..graph import GraphView
 from ..tensor import Tensor
 from ._host_ops import HostPlan
+from ._sim_hazards import HOST, access_to
 
 if TYPE_CHECKING:
     from pyggml.kernels.cpu.pool import Pool
@@ -162,10 +163,12 @@ class HostBuffer(Buffer):
 
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into the tensor."""
+        _watch(tensor, offset, size, is_write=True)
         ctypes.memmove(self._writable(tensor) + offset, address, size)
 
     def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of the tensor to host memory."""
+        _watch(tensor, offset, size, is_write=False)
         ctypes.memmove(address, self._address(tensor) + offset, size)
 
     def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
@@ -174,6 +177,7 @@ class HostBuffer(Buffer):
 
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
         """Set bytes of the tensor."""
+        _watch(tensor, offset, size, is_write=True)
         ctypes.memset(self._writable(tensor) + offset, value, size)
 
     def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
@@ -196,6 +200,12 @@ class HostBuffer(Buffer):
         owner, self.owner = self.owner, None
         if isinstance(owner, HostBlock):
             owner.close()
+
+
+def _watch(tensor: Tensor, offset: int, size: int, *, is_write: bool) -> None:
+    """Let the host's use of its memory be checked, while a simulated device works late."""
+    if HOST.is_busy and tensor.data is not None:
+        HOST.by_host([access_to(tensor, is_write=is_write, offset=offset, size=size)])
 
 
 # -- computing -------------------------------------------------------------------------------

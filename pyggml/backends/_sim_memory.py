@@ -12,7 +12,7 @@ from ..errors import BackendError
 from ..tensor import Tensor
 from ._dataless import FIRST_ADDRESS
 from ._machine import HostBlock, bytes_at
-from ._sim_hazards import access_to
+from ._sim_hazards import HOST, access_to, host_access
 
 if TYPE_CHECKING:
     from .sim import SimDevice
@@ -98,6 +98,7 @@ class SimBuffer(Buffer):
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into the tensor."""
         self._watch(tensor, offset, size, is_write=True)
+        self._watch_host(tensor, address, size, is_write=False)
         self.writing(tensor, address, offset, size)()
 
     def writing(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
@@ -119,6 +120,7 @@ class SimBuffer(Buffer):
     def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of the tensor to host memory."""
         self._watch(tensor, offset, size, is_write=False)
+        self._watch_host(tensor, address, size, is_write=True)
         self.reading(tensor, address, offset, size)()
 
     def reading(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
@@ -180,7 +182,12 @@ class SimBuffer(Buffer):
         """Let the host's use of memory be checked, if work is done late."""
         watch = self.device.watch
         if watch is not None and tensor.data is not None:
-            watch.by_host(access_to(tensor, is_write=is_write, offset=offset, size=size))
+            watch.by_host([access_to(tensor, is_write=is_write, offset=offset, size=size)])
+
+    @staticmethod
+    def _watch_host(tensor: Tensor, address: int, size: int, *, is_write: bool) -> None:
+        if HOST.is_busy:
+            HOST.by_host([host_access(address, size, tensor, is_write=is_write)])
 
     def _count_in(self, size: int) -> None:
         for traffic in (self.traffic, self.device.traffic):

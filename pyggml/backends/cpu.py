@@ -25,6 +25,7 @@ from ._machine import (
     plan_of,
     shared_pool,
 )
+from ._sim_hazards import HOST, accesses_of
 
 if TYPE_CHECKING:
     from ..kernels.cpu.pool import Pool
@@ -118,7 +119,10 @@ class CPUBackend(Backend):
         BackendError
             A tensor lies in another device's memory.
         """
-        plan_of(graph, self.device, self.name, self._address).run(self.pool)
+        plan = plan_of(graph, self.device, self.name, self._address)
+        if HOST.is_busy:
+            HOST.by_host(accesses_of(graph))
+        plan.run(self.pool)
 
     def _address(self, tensor: Tensor) -> int:
         """Return where kernels find a tensor's bytes: host addresses are what they are."""

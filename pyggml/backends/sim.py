@@ -27,7 +27,7 @@ from ..types import DeviceType, TensorFlag
 from ._dataless import FIRST_ADDRESS, DatalessHostBufferType
 from ._host_support import plan_supports_op, supports_op
 from ._machine import HostBlock, HostBufferType, available_cores, plan_of, shared_pool
-from ._sim_hazards import Access, Hazard, HazardWatch, Stream, access_to, accesses_of
+from ._sim_hazards import HOST, Access, Hazard, HazardWatch, Stream, access_to, accesses_of, host_access
 from ._sim_memory import POISON, SimBuffer, SimBufferType, Traffic
 
 if TYPE_CHECKING:
@@ -195,11 +195,11 @@ class SimDevice(Device):
     def next_stream(self) -> Stream:
         """Return what orders the work of the next stream."""
         n = len(self._backends)
-        return Stream(self.name if n == 0 else f"{self.name} (stream {n})")
+        return Stream(self.name if n == 0 else f"{self.name} (stream {n})", self.watch)
 
     @property
     def hazards(self) -> list[Hazard]:
-        """Uses of its memory that no wait orders, found so far; always empty without a seed."""
+        """Uses of its memory, or by it of the host's, that no wait orders, found so far; always empty without a seed."""
         return [] if self.watch is None else list(self.watch.hazards)
 
     # -- faults --------------------------------------------------------------
@@ -361,9 +361,19 @@ class SimBackend(Backend):
         self._submit(lambda: backend.wait_for(n))
 
     def _watch(self, device: SimDevice, *accesses: Access) -> None:
-        """Let what the next piece of work does with a device's memory be checked, if work is done late."""
-        if device.watch is not None:
-            device.watch.by_stream(self.stream, self.n_submitted + 1, accesses)
+        """Let what the next piece of work does with a device's or the host's memory be checked, if work is done late."""
+        if device.watch is None:
+            return
+        on_host = [a for a in accesses if a.start < FIRST_ADDRESS]
+        device.watch.by_stream(self.stream, self.n_submitted + 1, [a for a in accesses if a.start >= FIRST_ADDRESS])
+        if on_host:
+            HOST.by_stream(self.stream, self.n_submitted + 1, on_host)
+
+    def _watch_host(self, address: int, size: int, tensor: Tensor, *, is_write: bool) -> None:
+        """Let the next copy's use of host memory be checked, if it is done late; a host without data has none."""
+        if self.device.watch is not None and address < FIRST_ADDRESS:
+            access = host_access(address, size, tensor, is_write=is_write)
+            HOST.by_stream(self.stream, self.n_submitted + 1, [access])
 
     # -- work ----------------------------------------------------------------
 
@@ -371,12 +381,14 @@ class SimBackend(Backend):
         """Copy host memory into a tensor, in stream order."""
         work = self._own(tensor).writing(tensor, address, offset, size)
         self._watch(self.device, access_to(tensor, is_write=True, offset=offset, size=size))
+        self._watch_host(address, size, tensor, is_write=False)
         self._submit(work)
 
     def get_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of a tensor to host memory, in stream order."""
         work = self._own(tensor).reading(tensor, address, offset, size)
         self._watch(self.device, access_to(tensor, is_write=False, offset=offset, size=size))
+        self._watch_host(address, size, tensor, is_write=True)
         self._submit(work)
 
     def cpy_tensor_async(self, backend_src: Backend, src: Tensor, dst: Tensor) -> bool:

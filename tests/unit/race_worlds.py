@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 import pyggml as ggml
 from pyggml.backend import Backend
+from pyggml.backends.sim import SimBackend, SimDevice
+from pyggml.cost import parse_profile
 from pyggml.dialect import DEFAULT_DIALECT, Dialect
 from pyggml.sched import scheduler as scheduler_module
 from pyggml.sched.compute import SplitRun
@@ -164,6 +166,44 @@ def host_then_device(seed: int | None, *, parallel: bool = False, dialect: Diale
 
     places = {"w1": (0, (N, N)), "sum": (0, (N, T))}
     return _make([*_sims(seed, 1), ggml.CPU(1)], places, describe, parallel=parallel, dialect=dialect)
+
+
+class Unified(SimDevice):
+    """A simulated device that computes in the host's memory, too, as a processor's own graphics does; late, with a seed."""
+
+    def supports_buft(self, buft: ggml.BufferType) -> bool:
+        """Whether it is its own or the host's."""
+        return buft.is_host or SimDevice.supports_buft(self, buft)
+
+    def backend(self, *, threads: int | None = None) -> SimBackend:
+        """Return a stream of work that knows where the host's memory is."""
+        backend = SimDevice.backend(self, threads=threads)
+        own = backend._arena_address
+        backend._arena_address = lambda t: t.data if t.storage is not None and t.storage.is_host else own(t)  # type: ignore[method-assign]
+        return backend
+
+
+def rewritten_experts(seed: int | None, *, dialect: Dialect = DEFAULT_DIALECT) -> World:
+    """Let a device that shares the host's memory write experts there, and another copy those it uses and multiply with them."""
+
+    def describe(w, graph):
+        x, ids = graph.input("f32", (N, T), name="x"), graph.input("i32", (2, T), name="ids")
+        h, own_ids = ggml.mul_mat(w["w1"], x), ggml.cont(ids)
+        graph.expand(h)  # first, so that the last computing is over before experts are written
+        graph.expand(own_ids)
+        shrunk = ggml.scale(w["experts"], 0.75)
+        written = ggml.cpy(shrunk, w["experts"])
+        graph.expand(written)
+        moe = ggml.mul_mat_id(w["experts"], ggml.reshape_3d(h, N, 1, T), own_ids)
+        total = ggml.add(w["sum"], moe)
+        last = ggml.cpy(total, w["sum"])
+        graph.expand(last)
+        return {"x": x, "ids": ids}, {h: 0, own_ids: 0, shrunk: 1, written: 1, moe: 0, total: 0, last: 0}
+
+    unified = Unified(parse_profile(PROFILE), index=1, seed=seed).backend(threads=1)
+    places = {"w1": (0, (N, N)), "experts": (2, (N, N, N_EXPERT)), "sum": (0, (N, 2, T))}
+    backends = [*_sims(seed, 1), unified, ggml.CPU(1)]
+    return _make(backends, places, describe, parallel=False, dialect=dialect)
 
 
 def chain(seed: int | None, *, parallel: bool = False, dialect: Dialect = DEFAULT_DIALECT) -> World:
