@@ -44,7 +44,7 @@ N_KEPT = PARAM
 
 
 @device
-def _at(d, tensor, i1, i2, i3):
+def row_at(d, tensor, i1, i2, i3):
     """Address of a row of a tensor in a descriptor."""
     nb1, nb2, nb3 = ld_i64(d + 8 * (tensor + NB1)), ld_i64(d + 8 * (tensor + NB2)), ld_i64(d + 8 * (tensor + NB3))
     return ld_i64(d + 8 * (tensor + ADDRESS)) + i1 * nb1 + i2 * nb2 + i3 * nb3
@@ -73,7 +73,11 @@ def ssm_conv(ith, nth, d, ctl):
     first, end = share(n_channel * n_seq, ith, nth)
     for unit in range(first, end):
         channel, seq = unit % n_channel, unit // n_channel
-        x, w, out = floats(_at(d, SRC0, channel, seq, 0)), floats(_at(d, SRC1, channel, 0, 0)), _at(d, DST, 0, seq, 0)
+        x, w, out = (
+            floats(row_at(d, SRC0, channel, seq, 0)),
+            floats(row_at(d, SRC1, channel, 0, 0)),
+            row_at(d, DST, 0, seq, 0),
+        )
         for t in range(n_token):
             total = np.float32(0.0)
             for i in range(n_tap):
@@ -144,12 +148,12 @@ def ssm_scan(ith, nth, d, ctl):
             report(ith, d, ctl, seq, slot, n_slot)
             return
         to = states + (seq * n_head + head) * head_bytes
-        state, rates = _at(d, SRC0, 0, head, slot), _at(d, SRC3, head, 0, 0)
+        state, rates = row_at(d, SRC0, 0, head, slot), row_at(d, SRC3, head, 0, 0)
         for t in range(n_token):
-            x, step = _at(d, SRC1, head, t, seq), ld_f32(_at(d, SRC2, t, seq, 0) + 4 * head)
+            x, step = row_at(d, SRC1, head, t, seq), ld_f32(row_at(d, SRC2, t, seq, 0) + 4 * head)
             if step <= np.float32(20.0):
                 step = np.float32(math.log(np.float32(1.0) + np.float32(math.exp(step))))
-            b, c = _at(d, SRC4, head // per_group, t, seq), _at(d, SRC5, head // per_group, t, seq)
+            b, c = row_at(d, SRC4, head // per_group, t, seq), row_at(d, SRC5, head // per_group, t, seq)
             out = floats(y + 4 * dim * (head + n_head * (t + n_token * seq)))
             decay = np.float32(math.exp(step * ld_f32(rates))) if n_rate == 1 else np.float32(0.0)
             for i in range(dim):
@@ -181,13 +185,13 @@ def gated_delta_net(ith, nth, d, ctl):
     first, end = share(n_head * n_seq, ith, nth)
     for unit in range(first, end):
         head, seq = unit % n_head, unit // n_head
-        copy_bytes(state, _at(d, SRC5, 0, head, seq), head_bytes)
+        copy_bytes(state, row_at(d, SRC5, 0, head, seq), head_bytes)
         for t in range(n_token):
-            q, k = _at(d, SRC0, head % n_q, t, seq // seqs_a_q), _at(d, SRC1, head % n_k, t, seq // seqs_a_k)
+            q, k = row_at(d, SRC0, head % n_q, t, seq // seqs_a_q), row_at(d, SRC1, head % n_k, t, seq // seqs_a_k)
             v, gate, beta = (
-                _at(d, SRC2, head, t, seq),
-                _at(d, SRC3, head, t, seq),
-                ld_f32(_at(d, SRC4, head, t, seq)),
+                row_at(d, SRC2, head, t, seq),
+                row_at(d, SRC3, head, t, seq),
+                ld_f32(row_at(d, SRC4, head, t, seq)),
             )
             decay = np.float32(math.exp(ld_f32(gate)))
             if not one_gate:
@@ -245,10 +249,10 @@ def solve_tri(ith, nth, d, ctl):
         start, i2, i3 = unit % pieces * N_TOGETHER, unit // pieces % ne2, unit // (pieces * ne2)
         count = min(N_TOGETHER, n_column - start)
         for i in range(n):
-            a, out = _at(d, SRC0, i, i2, i3), _at(d, DST, i, i2, i3) + 4 * start
-            copy_bytes(out, _at(d, SRC1, i, i2, i3) + 4 * start, 4 * count)
+            a, out = row_at(d, SRC0, i, i2, i3), row_at(d, DST, i, i2, i3) + 4 * start
+            copy_bytes(out, row_at(d, SRC1, i, i2, i3) + 4 * start, 4 * count)
             for k in range(i):
                 factor = -ld_f32(a + 4 * k)
-                add_scaled(_at(d, DST, k, i2, i3) + 4 * start, out, count, bits_of(factor))
+                add_scaled(row_at(d, DST, k, i2, i3) + 4 * start, out, count, bits_of(factor))
             inverse = np.float32(1.0) / ld_f32(a + 4 * i)
             scale_row(out, out, count, bits_of(np.float32(0.0)), bits_of(inverse))

@@ -5,7 +5,7 @@ Merged into `_host_writers.WRITERS`.
 
 from __future__ import annotations
 
-from pyggml.kernels.cpu import copy, elementwise, norms, recurrent, reduce, shape
+from pyggml.kernels.cpu import copy, elementwise, indexer, norms, recurrent, reduce, shape
 from pyggml.kernels.cpu.dequantise import dequantise_row
 
 from ..ops.modes import TriType
@@ -175,6 +175,20 @@ def _solve_tri(plan: HostPlan, t: Tensor) -> None:
     )
 
 
+def _lightning_indexer(plan: HostPlan, t: Tensor) -> None:
+    q, k = source(t, 0), source(t, 1)
+    n_products = q.numel * k.ne[2]
+    plan.need_thread_bytes(4 * k.ne[0])
+    plan.add(
+        indexer.lightning_indexer.address,
+        t,
+        (t, *(source(t, i) for i in range(4))),
+        (dequantise_row.address,),
+        serial=n_products < SERIAL_PRODUCTS,
+        cost=4 * n_products / PRODUCTS_PER_S,
+    )
+
+
 RARE_WRITERS: dict[Op, Writer] = {
     Op.ADD1: _add1,
     Op.ACC: _write_into,
@@ -192,4 +206,5 @@ RARE_WRITERS: dict[Op, Writer] = {
     Op.SSM_SCAN: _ssm_scan,
     Op.GATED_DELTA_NET: _gated_delta_net,
     Op.SOLVE_TRI: _solve_tri,
+    Op.LIGHTNING_INDEXER: _lightning_indexer,
 }

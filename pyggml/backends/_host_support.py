@@ -19,7 +19,7 @@ _PLANNED = frozenset(t for t in Type if t.is_quantized) - _WEIGHTS - {Type.Q8_1,
 #: What rows of floats can be turned into, and the other way round.
 _QUANTISED = (_WEIGHTS - _FLOATS) | {Type.IQ4_NL, Type.Q2_K, Type.Q3_K}
 _WRITABLE = _FLOATS | _QUANTISED | {Type.I32}
-_KV_TYPES = _FLOATS | {Type.Q8_0, Type.Q4_0}
+_KV_TYPES = _FLOATS | _QUANTISED
 
 
 def _types(t: Tensor, *allowed: frozenset[Type] | set[Type]) -> str:
@@ -181,6 +181,10 @@ def _out_prod(t: Tensor) -> str:
     return _types(t, _F32, _FLOATS | _QUANTISED, _F32) or _dense_rows(t, 0, 1)
 
 
+def _indexer(t: Tensor) -> str:
+    return _types(t, _F32, _F32, _FLOATS | _QUANTISED, _F32, {Type.F16}) or _dense_rows(t, 0, 1, 2, 3, 4)
+
+
 def _state(t: Tensor) -> str:
     """SSM_CONV, SSM_SCAN, GATED_DELTA_NET: F32 but for ids, rows without gaps."""
     n = len(t.src)
@@ -209,6 +213,7 @@ _CHECKS: dict[Op, Callable[[Tensor], str]] = {
     **dict.fromkeys((Op.ACC, Op.SET), _write_into),
     **dict.fromkeys((Op.SSM_CONV, Op.SSM_SCAN, Op.GATED_DELTA_NET), _state),
     **dict.fromkeys((Op.GROUP_NORM, Op.SOLVE_TRI), _contiguous),
+    Op.LIGHTNING_INDEXER: _indexer,
     Op.ADD1: _binary,
     Op.COUNT_EQUAL: _count_equal,
     Op.OUT_PROD: _out_prod,

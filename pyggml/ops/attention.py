@@ -487,3 +487,38 @@ def flash_attn_ext_set_n_kv_max(a: Tensor, n_kv_max: int) -> None:
 def flash_attn_ext_add_sinks(a: Tensor, sinks: Tensor | None) -> None:
     """Give each head a sink, as `soft_max_add_sinks`. Mirrors `ggml_flash_attn_ext_add_sinks`."""
     _add_sinks("flash_attn_ext_add_sinks", Op.FLASH_ATTN_EXT, 4, a, sinks)
+
+
+def lightning_indexer(q: Tensor, k: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """Score each key for each token: the sum of heads' positive products, weighed by head, and the mask.
+
+    Parameters
+    ----------
+    q : Tensor, f32, [n_embd, n_head, n_token, n_stream]
+    k : Tensor, [n_embd, 1, n_kv, n_stream]
+    weights : Tensor, f32, [n_head, n_token, 1, n_stream]
+    mask : Tensor, f16, [n_kv, n_token, 1, divisor of n_stream]
+
+    Returns
+    -------
+    Tensor
+        f32, [n_kv, n_token, 1, n_stream]
+
+    Raises
+    ------
+    ShapeError
+        Shapes or types do not fit.
+
+    Notes
+    -----
+    Mirrors `ggml_lightning_indexer`.
+    """
+    if q.type is not Type.F32 or weights.type is not Type.F32 or mask.type is not Type.F16:
+        refuse("lightning_indexer", "q and weights must be f32, the mask f16", q=q, weights=weights, mask=mask)
+    if q.ne[0] != k.ne[0] or k.ne[1] != 1 or q.ne[3] != k.ne[3]:
+        refuse("lightning_indexer", "the keys are not one row of q's length for each stream", q=q, k=k)
+    if weights.ne != (q.ne[1], q.ne[2], 1, q.ne[3]):
+        refuse("lightning_indexer", "there is not one weight for each head and token", q=q, weights=weights)
+    if mask.ne[:3] != (k.ne[2], q.ne[2], 1) or not divides(mask.ne[3], q.ne[3]):
+        refuse("lightning_indexer", "the mask does not fit keys and tokens", q=q, k=k, mask=mask)
+    return new(Op.LIGHTNING_INDEXER, Type.F32, (k.ne[2], q.ne[2], 1, q.ne[3]), (q, k, weights, mask))

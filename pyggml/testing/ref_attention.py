@@ -76,6 +76,14 @@ def _flash_attn_ext(t: Tensor, src: Sources) -> Array:
     return (weights @ spread(v, q)).swapaxes(1, 2)
 
 
+@define(Op.LIGHTNING_INDEXER)
+def _lightning_indexer(t: Tensor, src: Sources) -> Array:
+    q, k, weights, mask = src  # (n_stream, n_token, n_head, n), (n_stream, n_kv, 1, n), (n_stream, 1, n_token, n_head)
+    products = np.einsum("sthe,ske->stkh", q, k[:, :, 0])
+    scores = np.einsum("stkh,sth->stk", np.maximum(products, 0), weights[:, 0])
+    return (scores + np.resize(mask[:, 0], scores.shape))[:, None]
+
+
 # -- rotary positions ------------------------------------------------------------
 
 

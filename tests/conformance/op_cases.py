@@ -200,7 +200,7 @@ def flash_attn_ext(c: Case) -> list[Any]:
         c.dim(),
         c.choice(2, 4, 6),
         c.choice(1, 2),
-        c.choice("f32", "f16", "q8_0"),
+        c.choice("f32", "f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
     )
     max_bias, n_head_kv = c.choice(0.0, 8.0), c.divisor(n_head)
     q = c.tensor([64, n_token, n_head, n_stream])
@@ -259,6 +259,16 @@ def concat(c: Case) -> list[Any]:
 
 def group_norm(c: Case) -> list[Any]:
     return [c.tensor([5, 4, 6, 2], plain=True), c.choice(1, 2, 4), 1e-5]  # 4: of 2, 2, 2 and 0 channels
+
+
+def lightning_indexer(c: Case) -> list[Any]:
+    n, n_head, n_token, n_kv, n_stream = c.choice(32, 128), c.choice(1, 4), c.dim(), c.choice(5, 40), c.choice(1, 2)
+    return [
+        c.tensor([n, n_head, n_token, n_stream]),
+        c.tensor([n, 1, n_kv, n_stream], c.choice("f32", "f16", "bf16", "q8_0")),
+        c.tensor([n_head, n_token, 1, n_stream]),
+        c.tensor([n_kv, n_token, 1, c.divisor(n_stream)], "f16", plain=True),
+    ]
 
 
 def ssm_conv(c: Case) -> list[Any]:
@@ -385,6 +395,7 @@ OPS: dict[str, Arguments] = {
     "rope_ext_back": rope_ext,
     "rope_multi_back": rope_multi,
     "flash_attn_ext": flash_attn_ext,
+    "lightning_indexer": lightning_indexer,
     "ssm_conv": ssm_conv,
     "ssm_scan": ssm_scan,
     "gated_delta_net": gated_delta_net,

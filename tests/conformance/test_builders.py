@@ -327,6 +327,16 @@ def flash_attn_ext(d: Draw) -> list[Any]:
     return [q, k, v, mask, d.draw(FLOATS), d.draw(st.sampled_from([0.0, 8.0])), d.draw(FLOATS)]
 
 
+def lightning_indexer(d: Draw) -> list[Any]:
+    n, n_head, n_token, n_kv, n_stream = (d.dim() for _ in range(5))
+    return [
+        d.tensor([n, n_head, n_token, n_stream]),
+        d.tensor([n, 1, n_kv, n_stream], type=d.draw(st.sampled_from(["f32", "f16"]))),
+        d.tensor([n_head, n_token, 1, n_stream]),
+        d.tensor([n_kv, n_token, 1, d.divisor(n_stream)], type="f16"),
+    ]
+
+
 def ssm_conv(d: Draw) -> list[Any]:
     n_tap, n_channel = d.dim(), d.dim()
     return [d.tensor([n_tap - 1 + d.dim(), n_channel, d.dim()]), d.tensor([n_tap, n_channel])]
@@ -508,6 +518,7 @@ FAMILIES: dict[str, dict[str, Arguments]] = {
         "rope_multi_inplace": rope_multi,
         "rope_multi_back": rope_multi,
         "flash_attn_ext": flash_attn_ext,
+        "lightning_indexer": lightning_indexer,
         "flash_attn_ext_set_prec": set_on("flash_attn_ext", flash_attn_ext, 0, 10),
         "flash_attn_ext_add_sinks": add_sinks("flash_attn_ext", flash_attn_ext),
     },

@@ -1,0 +1,188 @@
+"""`docs/ops.md`, the table of what there is for each op and type, says what the code does.
+
+``python tests/conformance/test_op_table.py --update`` writes it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+from pyggml import ops
+from pyggml.backends._host_support import supports_op
+from pyggml.tensor import Tensor
+from pyggml.testing import programs, ref
+from pyggml.types import Op, Type
+
+if __package__:
+    from .op_cases import OPS, of_op
+else:  # run as a program
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from conformance.op_cases import OPS, of_op
+
+PAGE = Path(__file__).parents[2] / "docs" / "ops.md"
+FOLDER = Path(ops.__file__).parent
+#: Builders that set a parameter or look at one, and make no node.
+SETTERS = re.compile(r"_set_|_add_sinks|_get_|^(prec_|dup_tensor|view_tensor)")
+#: Why an op is not there, for those that are not.
+WHY = {
+    "training": {
+        "REPEAT_BACK", "SILU_BACK", "RMS_NORM_BACK", "GET_ROWS_BACK", "SOFT_MAX_BACK", "IM2COL_BACK", "POOL_2D_BACK",
+        "FLASH_ATTN_BACK", "CROSS_ENTROPY_LOSS", "CROSS_ENTROPY_LOSS_BACK", "OPT_STEP_ADAMW", "OPT_STEP_SGD",
+    },
+    "images and sound": {
+        "CONV_TRANSPOSE_1D", "IM2COL", "IM2COL_3D", "COL2IM_1D", "CONV_2D", "CONV_3D", "CONV_2D_DW",
+        "CONV_TRANSPOSE_2D", "POOL_1D", "POOL_2D", "UPSCALE", "PAD_REFLECT_1D", "TIMESTEP_EMBEDDING", "WIN_PART",
+        "WIN_UNPART", "GET_REL_POS", "ADD_REL_POS",
+    },
+    "models that are not there (RWKV, DeepSeek 4)": {
+        "RWKV_WKV6", "RWKV_WKV7", "GATED_LINEAR_ATTN", "DSV4_HC_COMB", "DSV4_HC_PRE", "DSV4_HC_POST",
+    },
+    "a function of the caller's, in C": {"MAP_CUSTOM1", "MAP_CUSTOM2", "MAP_CUSTOM3", "CUSTOM"},
+}  # fmt: skip
+
+
+def _functions() -> dict[str, ast.FunctionDef]:
+    found = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        if path.stem != "_make":
+            tree = ast.parse(path.read_text())
+            found.update({f.name: f for f in tree.body if isinstance(f, ast.FunctionDef)})
+    return found
+
+
+def builders_by_op() -> dict[Op, list[str]]:
+    """Return the public builders that make nodes of each op: those that name it, or call one that does."""
+    functions = _functions()
+
+    def ops_of(name: str) -> set[str]:
+        nodes = list(ast.walk(functions[name]))
+        named = {
+            n.attr
+            for n in nodes
+            if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "Op"
+        }
+        if named - {"NONE"}:
+            return named
+        called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        return set().union(*(ops_of(f) for f in called if f in functions and f != name))
+
+    table: dict[Op, list[str]] = {}
+    for name in sorted(set(ops.__all__) & set(functions)):
+        if not SETTERS.search(name):
+            for op in ops_of(name):
+                table.setdefault(Op[op], []).append(name)
+    for name in sorted(set(ops.__all__) - set(functions)):  # made by a function: all of one or two tensors
+        make = getattr(ops, name)
+        if not isinstance(make, type):
+            x = Tensor("f32", (4, 2))
+            made = make(*[x] * (2 if "_split" in name else 1))
+            table.setdefault(made.op, []).append(name)
+    return table
+
+
+def _result(op: str, i: int) -> Tensor:
+    case = of_op(op, i)
+    made = programs.run(case.steps)[case.result]
+    assert made is not None
+    return made
+
+
+def _op_rows() -> list[str]:
+    builders, checked = builders_by_op(), {_result(op, 0).op for op in OPS}
+    kernels = {t.op for op in OPS for t in (_result(op, i) for i in range(6)) if supports_op(t)}
+    why = {name: reason for reason, names in WHY.items() for name in names}
+    rows = []
+    for op in sorted(set(Op) - {Op.NONE}, key=lambda op: op.name):
+        found = [f"`{name}`" for name in builders.get(op, ())]
+        shown = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+        kernel = "a view: nothing to do" if op.is_view else _yes(op in kernels)
+        rows.append(
+            f"| {op.name} | {shown or why[op.name]} | {kernel} | {_yes(op in ref.defined_ops())} | {_yes(op in checked)} |"
+        )
+    return rows
+
+
+def _yes(there: bool) -> str:
+    return "yes" if there else "-"
+
+
+def _takes(type: Type) -> dict[str, bool]:
+    """Return what the CPU backend does with rows of a type."""
+    n, f32 = 256, Tensor("f32", (256, 4))
+    a, matrices = Tensor(type, (n, 4)), Tensor(type, (n, 4, 2))
+    ids, which = Tensor("i32", (3,)), Tensor("i32", (2, 1))
+    q, kv = Tensor("f32", (n, 1, 1)), Tensor(type, (n, 4, 1))
+    return {
+        "MUL_MAT, MUL_MAT_ID": supports_op(ops.mul_mat(a, f32))
+        and supports_op(ops.mul_mat_id(matrices, Tensor("f32", (n, 1, 1)), which)),
+        "GET_ROWS": supports_op(ops.get_rows(a, ids)),
+        "SET_ROWS": supports_op(ops.set_rows(a, Tensor("f32", (n, 3)), ids)),
+        "CPY to": supports_op(ops.cpy(f32, a)),
+        "CPY from": supports_op(ops.cpy(a, f32)),
+        "keys and values of FLASH_ATTN_EXT": supports_op(ops.flash_attn_ext(q, kv, kv, None, 1.0, 0.0, 0.0)),
+    }
+
+
+def _type_rows() -> list[str]:
+    kinds = [t for t in Type if t not in (Type.I8, Type.I16, Type.I64, Type.F64, Type.Q8_1, Type.Q8_K)]
+    columns = list(_takes(Type.F32))
+    rows = [f"| type | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    none = []
+    for type in kinds:
+        takes = _takes(type)
+        if any(takes.values()):
+            rows.append(f"| {type.ggml_name} | {' | '.join(_yes(there) for there in takes.values())} |")
+        else:
+            none.append(type.ggml_name)
+    return [*rows, "", f"Plans know the sizes of {', '.join(none)}, too; nothing here computes with them."]
+
+
+def page() -> str:
+    """Return the page."""
+    lines = [
+        "# Ops and types",
+        "",
+        "What there is for each op of ggml 0.26. *Kernel*: the CPU backend computes it; simulated devices use the same",
+        "kernels. *Definition*: numpy code in `pyggml.testing.ref`. *Checked*: random cases of shapes, views, broadcasts and",
+        "types, where kernel and definition are held to what libggml computes (`tests/conformance/test_cpu_ops.py`,",
+        "`test_ref.py`). What the CUDA backend runs stands in [cuda.md](cuda.md). The tables are made by",
+        "`python tests/conformance/test_op_table.py --update`, and a test compares them with the code.",
+        "",
+        "| op | builders | kernel | definition | checked |",
+        "| --- | --- | --- | --- | --- |",
+        *_op_rows(),
+        "",
+        "## Types",
+        "",
+        "Rows of quantised types are written byte for byte as ggml's CPU backend does on x86-64",
+        "(`tests/unit/kernels/test_quantise.py`). Row ids are I32 or I64. Other ops take F32, with these exceptions:",
+        "ROPE takes F16, too; masks are F16 or F32; CPY, CONT, DUP, REPEAT, CONCAT and GET_ROWS move I32; float weights",
+        "take activations of F32, F16 and BF16; what only moves bytes (REPEAT, CONCAT, copies to the same type) takes any",
+        "type that is not quantised.",
+        "",
+        *_type_rows(),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def test_page_says_what_the_code_does() -> None:
+    """The page is what the tables' program writes now."""
+    assert PAGE.read_text() == page(), "run: python tests/conformance/test_op_table.py --update"
+
+
+def test_every_op_is_there_or_has_a_reason() -> None:
+    """An op has builders, a kernel, a definition and a check, or none of them and a reason."""
+    reasons = set().union(*WHY.values())
+    defined, builders = ref.defined_ops(), builders_by_op()
+    for op in set(Op) - {Op.NONE}:
+        assert (op.name in reasons) == (op not in builders) == (op not in defined), op.name
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--update"]:
+        sys.exit(__doc__)
+    PAGE.write_text(page())
