@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ __all__ = ["NO_TENSOR", "KnownRange", "RPCPlan", "pack_alloc_question", "pack_pl
 
 NO_TENSOR = bytes(TENSOR.size)
 _N_PARAMS = 16
-_uids = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +88,8 @@ class _Part:
     """A graph in the server's words, and the indices to look at before it."""
 
     checks: list[IndexUse]
-    uid: int
     body: bytes
+    uid: int = 0  #: of the connection; given when it is first sent
 
 
 class RPCPlan:
@@ -120,7 +118,7 @@ class RPCPlan:
         ends = [start for start, _ in cuts[1:]] + [len(todo)]
         counts = view.graph.use_counts
         self.parts = [
-            _Part(checks, next(_uids), self._body(todo[start:end], counts))
+            _Part(checks, self._body(todo[start:end], counts))
             for (start, checks), end in zip(cuts, ends, strict=True)
             if end > start
         ]
@@ -191,6 +189,7 @@ class RPCPlan:
     def _send(self, part: _Part) -> None:
         device = self.backend.device
         connection = device.connection
+        part.uid = part.uid or connection.new_graph_uid()
         has_uid = connection.version >= (8, 0)
         head = struct.pack("<IQ", device.number, part.uid) if has_uid else struct.pack("<I", device.number)
         if device.last_graph == (part, connection.n_frees) and not connection.has_frees:

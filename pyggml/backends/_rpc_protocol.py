@@ -116,6 +116,7 @@ class Connection:
         self.n_sent = self.n_done = 0
         self.n_frees = 0  #: buffers freed: a server forgets its graphs at each
         self._lost = ""
+        self._n_graphs = 0
         self._lock = threading.RLock()
         self._unanswered: list[Command] = []
         self._to_free: deque[int] = deque()
@@ -223,7 +224,7 @@ class Connection:
         except TimeoutError as error:
             raise self._fail(command, f"the server takes no bytes within {self.timeout_s:g} s", hint=_SLOW) from error
         except OSError as error:
-            raise self._fail(command, f"the connection broke: {_words(error)}", hint=_LOOK) from error
+            raise self._fail(command, _broken(error), hint=_LOOK) from error
         self.n_sent += 1
         if command in NO_ANSWER:
             self._unanswered.append(command)
@@ -245,7 +246,12 @@ class Connection:
             message = f"{at:,} bytes of {what} came within {self.timeout_s:g} s"
             raise self._fail(command, message, hint=_SLOW) from error
         except OSError as error:
-            raise self._fail(command, f"the connection broke: {_words(error)}", hint=_LOOK) from error
+            raise self._fail(command, _broken(error), hint=_LOOK) from error
+
+    def new_graph_uid(self) -> int:
+        """Return an id for a graph that no other of this connection has."""
+        self._n_graphs += 1
+        return self._n_graphs
 
     # -- ending --------------------------------------------------------------
 
@@ -261,6 +267,7 @@ class Connection:
     def _fail(self, command: Command, message: str, *, hint: str = "") -> RPCError:
         error = self._error(command, message, hint=hint)
         self._lost = self._lost or f"{command.name}: {message}"
+        self.n_done = self.n_sent  # it was told: who waits after this waits for nothing, and who uses it is refused
         self.close()
         return error
 
@@ -291,6 +298,12 @@ _LOOK = "the server's own output may say why"
 
 def _words(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
+
+
+def _broken(error: OSError) -> str:
+    if isinstance(error, ConnectionError):  # reset or a broken pipe: it went without taking all that was sent
+        return "the server closed the connection"
+    return f"the connection broke: {_words(error)}"
 
 
 def host_memory(address: int, size: int) -> memoryview:

@@ -20,7 +20,7 @@ from typing import Literal
 
 from ..backend import Backend, Device, Event
 from ..buffer import Buffer, BufferType
-from ..errors import BackendError, DeviceUnavailableError, OutOfMemoryError
+from ..errors import BackendError, DeviceUnavailableError, OutOfMemoryError, RPCError
 from ..graph import GraphView
 from ..tensor import Tensor
 from ..types import DeviceType, Type
@@ -55,7 +55,7 @@ class RPCBufferType(BufferType):
     Mirrors `ggml_backend_rpc_buffer_type`. Differs: answers are checked for sense before they are used.
     """
 
-    __slots__ = ("_sizes", "owner")
+    __slots__ = ("_limit", "_sizes", "owner")
 
     def __init__(self, owner: RPCDevice) -> None:
         connection, number = owner.connection, struct.pack("<I", owner.number)
@@ -68,6 +68,8 @@ class RPCBufferType(BufferType):
         super().__init__(f"RPC{owner.number}[{owner.endpoint}]", alignment=alignment, max_size=max_size)
         self.owner = owner
         self.device = owner
+        total = owner.memory()[1]
+        self._limit = min(max_size, total) if total else max_size  #: bytes that a tensor can take at most
         self._sizes: dict[tuple[object, ...], int] = {}
 
     def alloc_size(self, tensor: Tensor) -> int:
@@ -85,7 +87,7 @@ class RPCBufferType(BufferType):
             connection = self.owner.connection
             question = pack_alloc_question(tensor, self.owner.number)
             (known,) = struct.unpack("<Q", connection.ask(Command.GET_ALLOC_SIZE, question, 8))
-            if known > self.max_size:
+            if known > self._limit:
                 raise connection.fail(Command.GET_ALLOC_SIZE, f"'{tensor.name}' cannot take {known:,} bytes")
             self._sizes[key] = known
         return max(known, tensor.nbytes)
@@ -401,9 +403,7 @@ def open_device(spec: str, *, index: int = 0, data: bool = True) -> RPCDevice:
     if address is None or (slash and not number_text.isdecimal()):
         raise DeviceUnavailableError("rpc", f"'{spec}' is no address", hint="write rpc:HOST:PORT, or rpc:HOST:PORT/1")
     number = int(number_text) if slash else 0
-    connection = _connections.get(address)
-    if connection is None or not connection.is_open:
-        connection = _connections[address] = Connection(address)
+    connection = _connect(address)
     (count,) = struct.unpack("<I", connection.ask(Command.DEVICE_COUNT, b"", 4))
     if count > _MAX_DEVICES:
         raise connection.fail(Command.DEVICE_COUNT, f"{count:,} devices are not to be believed")
@@ -413,6 +413,19 @@ def open_device(spec: str, *, index: int = 0, data: bool = True) -> RPCDevice:
     if found is None:
         found = _devices[connection, number] = RPCDevice(connection, number)
     return found
+
+
+def _connect(address: Address) -> Connection:
+    """Return the connection to a server, a new one if the last is lost or proves to be."""
+    connection = _connections.get(address)
+    if connection is not None and connection.is_open:
+        try:
+            connection.ask(Command.DEVICE_COUNT, b"", 4)
+        except RPCError:  # it went while nobody looked: its users hear of it from the connection itself
+            connection = None
+    if connection is None or not connection.is_open:
+        connection = _connections[address] = Connection(address)
+    return connection
 
 
 def why_missing() -> str:
