@@ -136,7 +136,8 @@ class Columns:
             return _Described("compute", lane, r.first, r.split, r.n_nodes, ref=self.cause_sets(r.causes))
         if isinstance(r, ReadRecord):
             self.activities.append((len(self.wall), "read", r.backend, ""))
-            lane = ("link", f"{r.backend} → CPU", "CPU")
+            is_host = r.backend == "CPU"
+            lane = ("host", "host", "") if is_host else ("link", f"{r.backend} → CPU", "CPU")
             return _Described("read", lane, r.tensor, -1, r.size_bytes, whole_bytes=r.size_bytes)
         if isinstance(r, WaitRecord):
             is_stream = r.what == "event_wait"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..record import AssignRecord, Record, Recording
+from ..record import AssignRecord, Record, Recording, SplitRecord
 from ..sched.describe import split_records
 from ..sched.state import is_computed
 from ..types import TensorFlag
@@ -33,7 +33,10 @@ def view_of_scheduler(sched: Scheduler, *, name: str = "", about: Mapping[str, A
     title = name or " + ".join(b.name for b in sched.backends)
     told = {"devices": [{"name": b.name, "description": b.device.description} for b in sched.backends], **(about or {})}
     if isinstance(sched.recorder, Recording) and sched.recorder.records:
-        return view_of_records(sched.recorder.records, name=title, about=told)
+        records = sched.recorder.records
+        if not any(isinstance(r, SplitRecord) for r in records):  # it came to a graph that was cut already
+            records = [*_plan(sched), *records]
+        return view_of_records(records, name=title, about=told)
     return view_of_records(_plan(sched), name=title, about=told)
 
 

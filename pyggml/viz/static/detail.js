@@ -48,10 +48,10 @@
   };
   const where = (view, i) => {
     const run = view.run[i];
-    const what = run >= 0 ? `run ${run}${view.runs[run].n_tokens ? `, ${view.runTitle(run)}` : ""}` : "";
+    const what = run >= 0 ? `${run}${view.runs[run].n_tokens ? `, of ${view.runTitle(run)}` : ""}` : "";
     return [
       ["split", view.split[i] >= 0 ? `<button type="button" class="link" data-split="${view.split[i]}" data-run="${run}">${view.split[i]}</button>` : ""],
-      ["computing", what],
+      [view.runWord(1), what],
     ];
   };
 
@@ -172,7 +172,7 @@
   const otherDetail = (view, i) => {
     const kind = view.kindOf(i);
     const said = {
-      read: `The host read ${view.nameOf(i)} from ${view.lanes[view.lane[i]].name.split(" → ")[0]}: ${P.bytes(view.amount[i])}.`,
+      read: `The host read ${view.nameOf(i)} from ${view.lanes[view.lane[i]].kind === "host" ? "its own memory" : view.lanes[view.lane[i]].name.split(" → ")[0]}: ${P.bytes(view.amount[i])}.`,
       callback: `The eval callback was called for ${view.nameOf(i)}.`,
       event: `${view.lanes[view.lane[i]].backend} was told to mark what it was given so far.`,
       plan: "A graph was assigned to backends and cut into splits.",

@@ -75,6 +75,9 @@
     draw();
   };
 
+  /** The numbers of elements, without the ones at the end. */
+  const dims = (ne) => ne.slice(0, ne.reduce((last, n, k) => (n === 1 ? last : k), 0) + 1).join("×");
+
   /** Layers by the longest way from a source; within a layer near the mean of the sources. */
   const drawing = (chosen, tensors, users, center, go) => {
     const inside = new Set(chosen);
@@ -125,9 +128,9 @@
       }
       const t = tensors[i];
       const cut = (text, n) => P.escape(text.length > n ? `${text.slice(0, n - 1)}…` : text);
-      boxes.push(`<g tabindex="0" role="button" data-i="${i}" class="${t.src.length ? "node" : "leaf"}${i === center ? " chosen" : ""}" transform="translate(${x},${y})"><title>${P.escape(`${t.name}: ${t.op} ${t.type} [${t.ne.join(", ")}]`)}</title><rect width="${w}" height="${h}" rx="6"></rect><text x="8" y="15">${cut(t.name, 22)}</text><text x="8" y="30" class="small">${cut(`${t.src.length ? `${t.op} ` : ""}${t.type} ${t.ne.join("×")}`, 26)}</text></g>`);
+      boxes.push(`<g tabindex="0" role="button" data-i="${i}" class="${t.src.length ? "node" : "leaf"}${i === center ? " chosen" : ""}" transform="translate(${x},${y})"><title>${P.escape(`${t.name}: ${t.op} ${t.type} [${t.ne.join(", ")}]`)}</title><rect width="${w}" height="${h}" rx="6"></rect><text x="8" y="15">${cut(t.name, 20)}</text><text x="8" y="30" class="small">${cut(`${t.src.length ? `${t.op} ` : ""}${t.type} ${dims(t.ne)}`, 24)}</text></g>`);
     }
-    $("graph-drawing").innerHTML = `<div class="scroll"><svg class="nodes" width="${width}" height="${height}" viewBox="-2 -2 ${width} ${height}">${lines.join("")}${boxes.join("")}</svg></div>`;
+    $("graph-drawing").innerHTML = `<div class="scroll"><svg class="nodes" width="${width + 4}" height="${height + 4}" viewBox="-2 -2 ${width + 4} ${height + 4}">${lines.join("")}${boxes.join("")}</svg></div>`;
     for (const g of $("graph-drawing").querySelectorAll("g[data-i]")) {
       g.addEventListener("click", () => go(Number(g.dataset.i)));
       g.addEventListener("keydown", (event) => event.key === "Enter" && go(Number(g.dataset.i)));

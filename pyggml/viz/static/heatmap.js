@@ -44,7 +44,7 @@
     box.replaceChildren();
     const words = $("experts-words");
     if (cells === null) {
-      words.textContent = "In these computings no expert weights were copied: their layers were computed where the weights lie.";
+      words.textContent = "Here no expert weights were copied: the work was done where they lie.";
       legend.textContent = "";
       return;
     }
@@ -55,14 +55,14 @@
     const reads = d3.sum(rows, (r) => r.reads);
     const usedMean = reads ? d3.sum(rows, (r) => d3.sum(r.used)) / reads : null;
     words.textContent =
-      (usedMean === null ? "Every expert was copied: the scheduler did not ask which are used. " : `On average ${usedMean.toFixed(1)} of ${n} experts of a weight were needed. `) +
+      (usedMean === null ? "Every expert was copied: the scheduler did not ask which are used. " : `On average ${usedMean.toFixed(1)} of ${n} experts of a layer were needed. `) +
       `Copied ${P.bytes(bytes)} of ${P.bytes(full)} (${P.percent(bytes, full)}).`;
-    const text = (v) => (measure === "bytes" ? P.bytes(Math.round(v)) : `${P.count(v)} ×`);
+    const text = (v) => (measure === "bytes" ? P.bytes(Math.round(v)) : `needed ${P.count(v)} ×`);
     legend.innerHTML = `<span>0</span>${d3.range(0, 12).map((k) => `<i style="background:${shade(k / 11)}"></i>`).join("")}<span>${text(top)}</span>`;
     const left = 34;
     const side = 74;
     const room = box.clientWidth - left - side - 2;
-    const w = Math.max(2, Math.min(34, room / n));
+    const w = Math.max(2, Math.min(60, room / n));
     const h = Math.max(5, Math.min(18, rows.length > 40 ? 7 : 16));
     const head = 18;
     const foot = 46;

@@ -16,13 +16,34 @@
   };
   const longestWait = (b) => Object.entries(b.waits).sort((p, q) => q[1] - p[1])[0] || null;
 
-  const spent = (b) => {
+  const spent = (b, name, when) => {
     const parts = [["computing", b.computing, "--compute"], ...Object.entries(b.waits).sort((p, q) => q[1] - p[1]).map(([what, n]) => [what, n, P.waitColor(what)])];
     const cells = parts.map(([what, n, color]) => `<span style="width:${(100 * n) / (b.total || 1)}%;background:var(${color})" title="${P.escape(`${what === "computing" ? "computing" : P.waitWords(what)}: ${P.time(n)}, ${P.percent(n, b.total)}`)}"></span>`);
     const words = parts
       .filter(([, n]) => n / (b.total || 1) >= 0.005)
       .map(([what, n, color]) => `<li data-what="${P.escape(what)}" data-ns="${n}"><i class="dot" style="background:var(${color})"></i>${P.percent(n, b.total)} ${what === "computing" ? "computing" : `waiting for ${P.escape(P.waitWords(what))}`}</li>`);
-    return `<div class="spent" data-backend="${P.escape(b.backend)}"><b>${P.escape(b.backend)}</b><div class="stack">${cells.join("")}</div><ul>${words.join("")}</ul></div>`;
+    return `<div class="spent" data-backend="${P.escape(b.backend)}" data-phase="${name}"><b>${P.escape(b.backend)}</b><small>${P.escape(when)}</small><div class="stack">${cells.join("")}</div><ul>${words.join("")}</ul></div>`;
+  };
+
+  const tokensOf = (p) => (p.n_tokens === 1 ? "1 token" : `${P.count(p.n_tokens)} tokens ${p.phase === "prompt" ? "at once" : "one by one"}`);
+
+  /** How each backend spent its time; the device that the words are about also by phase, if there are several. */
+  const spendLines = (view) => {
+    const all = phase(view);
+    if (!all) return "";
+    const parts = view.phases.filter((p) => p.clock === all.clock && p.phase !== "all");
+    const about = deviceTime(view);
+    return all.backends
+      .slice()
+      .sort((a, b) => (b === about) - (a === about))
+      .map((b) => {
+        const lines = [spent(b, "all", parts.length > 1 ? "all the time" : "")];
+        if (b === about && parts.length > 1) {
+          for (const p of parts) lines.push(spent(p.backends.find((x) => x.backend === b.backend), p.phase, tokensOf(p)));
+        }
+        return lines.join("");
+      })
+      .join("");
   };
 
   const phaseLines = (view) =>
@@ -30,8 +51,7 @@
       .filter((p) => p.clock === timed(view) && p.phase !== "all")
       .map((p) => {
         const rate = p.n_tokens && p.length ? `, ${((p.n_tokens * 1e9) / p.length).toLocaleString("en", { maximumSignificantDigits: 3 })} tokens/s` : "";
-        const what = p.phase === "prompt" ? "several tokens at once" : "one token at a time";
-        return `<li>${P.time(p.length)} for ${P.count(p.n_tokens)} ${p.n_tokens === 1 ? "token" : "tokens"}, ${what}${rate}</li>`;
+        return `<li>${P.time(p.length)} for ${tokensOf(p)}${rate}</li>`;
       })
       .join("");
 
@@ -46,23 +66,26 @@
         <p class="big">${P.bytes(t.bytes_copied)}</p>${P.bar(t.bytes_copied / (t.bytes_full || 1), t.bytes_by_reason.experts ? "--experts" : "--weight")}
         <p>${view.is_plan ? `in ${P.count(t.n_copies)} copies, before it is known which experts are used` : saved ? `of ${P.bytes(t.bytes_full)} if whole: <b>${P.bytes(saved)} saved (${P.percent(saved, t.bytes_full)})</b>` : "everything was copied whole: nothing saved"}</p></div>`);
     }
-    if (t.bytes_by_reason.experts) {
+    if (t.experts_of) {
       const [n, full] = [t.bytes_by_reason.experts, t.full_by_reason.experts];
-      made.push(`<div class="tile" data-total="experts" data-value="${n}"><h3>of them used experts</h3><p class="big">${P.bytes(n)}</p>${P.bar(n / full, "--experts")}
-        <p>${P.percent(n, full)} of ${P.bytes(full)}; ${(t.experts_used / t.experts_of * 100).toFixed(0)}% of the experts were needed</p></div>`);
+      made.push(`<div class="tile" data-total="experts" data-value="${n}"><h3>experts needed of a weight</h3>
+        <p class="big">${P.percent(t.experts_used, t.experts_of)}</p>${P.bar(t.experts_used / t.experts_of, "--experts")}
+        <p>${P.bytes(n)} of ${P.bytes(full)} of expert weights copied (${P.percent(n, full)})</p></div>`);
     }
     if (all) {
       made.push(`<div class="tile" data-total="length" data-value="${all.length}"><h3>${P.clockTitle(all.clock)}</h3><p class="big">${P.time(all.length)}</p><ul>${phaseLines(view)}</ul></div>`);
       const device = deviceTime(view);
       const wait = device && longestWait(device);
-      if (wait) {
+      if (wait && wait[1] < device.total / 200) {
+        made.push(`<div class="tile"><h3>${P.escape(device.backend)} hardly waited</h3><p class="big">${P.percent(device.computing, device.total)}</p><p>of the time it computed</p></div>`);
+      } else if (wait) {
         made.push(`<div class="tile" data-total="wait" data-value="${wait[1]}"><h3>${P.escape(device.backend)} waited most for</h3><p class="big words">${P.escape(P.waitWords(wait[0]))}</p>
           <p>${P.time(wait[1])}, ${P.percent(wait[1], device.total)} of the time; it computed for ${P.percent(device.computing, device.total)}</p></div>`);
       }
     }
-    const counts = [[t.n_runs, "computing", "computings"], [t.n_splits, "split", "splits"], [t.n_copies, "copy", "copies"], [t.n_launches, "launch", "launches"], [t.n_waits, "wait", "waits"]]
+    const counts = [[t.n_runs, view.runWord(1), view.runWord(2)], [t.n_splits, "split", "splits"], [t.n_copies, "copy", "copies"], [t.n_launches, "launch", "launches"], [t.n_waits, "wait", "waits"]]
       .filter(([n]) => n)
-      .map(([n, one, more]) => `<li data-total="${more}" data-value="${n}"><b>${P.count(n)}</b> ${n === 1 ? one : more}</li>`);
+      .map(([n, one, more]) => `<li data-total="${more.replace("batches", "runs")}" data-value="${n}"><b>${P.count(n)}</b> ${n === 1 ? one : more}</li>`);
     if (counts.length) made.push(`<div class="tile counts"><h3>${view.is_plan ? "planned" : "in all"}</h3><ul>${counts.join("")}</ul></div>`);
     return made.join("");
   };
@@ -84,7 +107,7 @@
   P.buildSummary = () => {
     const shown = P.views.map((view) => {
       const letter = P.views.length > 1 ? `<b class="letter">${view.letter}</b> ` : "";
-      const spends = phase(view) ? phase(view).backends.map(spent).join("") : "";
+      const spends = spendLines(view);
       return `<div class="view">${P.views.length > 1 ? `<h2>${letter}${P.escape(view.name)}</h2>` : ""}<p class="about">${aboutLine(view)}</p>
         <div class="tiles">${tiles(view)}</div>${spends ? `<div class="spends">${spends}</div>` : ""}</div>`;
     });
@@ -127,8 +150,26 @@
         for (const what of whats) add(`${backend} waiting for ${P.waitWords(what)}`, (p && p.waits[what]) || 0, (q && q.waits[what]) || 0, time, `wait_${backend}_${what}`);
       }
     }
+    $("delta-words").textContent = deltaWords(a, b);
     const head = P.views.map((v) => `<th scope="col"><b class="letter">${v.letter}</b> ${P.escape(v.name)}</th>`).join("");
     $("delta").innerHTML = `<thead><tr><th></th>${head}<th scope="col">B − A</th><th scope="col">B / A</th></tr></thead><tbody>${rows.join("")}</tbody>`;
+  };
+
+  /** What the comparison comes to, in a sentence. */
+  const deltaWords = (a, b) => {
+    const said = [];
+    if (a.bytes_copied !== b.bytes_copied) {
+      const [less, more] = a.bytes_copied < b.bytes_copied ? ["A", "B"] : ["B", "A"];
+      const [p, q] = less === "A" ? [a, b] : [b, a];
+      said.push(`${less} copied ${P.bytes(p.bytes_copied)}, ${more} ${P.bytes(q.bytes_copied)}: ${less} saved ${P.bytes(q.bytes_copied - p.bytes_copied)} (${P.percent(q.bytes_copied - p.bytes_copied, q.bytes_copied)}).`);
+    } else said.push(`Both copied ${P.bytes(a.bytes_copied)}.`);
+    const [p, q] = P.views.map((v) => phase(v));
+    if (p && q && p.clock === q.clock && p.length && q.length) {
+      const [fast, slow] = p.length <= q.length ? ["A", "B"] : ["B", "A"];
+      const [x, y] = [Math.min(p.length, q.length), Math.max(p.length, q.length)];
+      said.push(`In ${P.clockTitle(p.clock)} ${fast} took ${P.time(x)} and ${slow} ${P.time(y)}, ${(y / x).toLocaleString("en", { maximumSignificantDigits: 3 })} times as long.`);
+    }
+    return said.join(" ");
   };
 
   // -- switches -------------------------------------------------------------

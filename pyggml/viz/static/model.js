@@ -86,9 +86,15 @@
       return (this.runSpans[clock] = spans);
     }
 
+    /** What a run is called: a batch, if somebody told its tokens. */
+    runWord(n) {
+      const one = this.runs.some((r) => r.n_tokens !== null) ? ["batch", "batches"] : this.is_plan ? ["plan", "plans"] : ["run", "runs"];
+      return n === 1 ? one[0] : one[1];
+    }
+
     runTitle(run) {
       const { n_tokens: n } = this.runs[run] || {};
-      if (n === null || n === undefined) return `run ${run}`;
+      if (n === null || n === undefined) return `${this.runWord(1)} ${run}`;
       return `${n} ${n === 1 ? "token" : "tokens"}`;
     }
   }

@@ -14,14 +14,14 @@
   /** A select of the runs of a view: all, or one. */
   P.runSelect = (view, { all = true } = {}) => {
     const made = document.createElement("select");
-    made.setAttribute("aria-label", "Which computing");
-    if (all) made.add(new Option(view.runs.length === 1 ? view.runTitle(0) : `all ${P.count(view.runs.length)} computings`, "all"));
+    made.setAttribute("aria-label", "Which batch");
+    if (all) made.add(new Option(view.runs.length === 1 ? view.runTitle(0) : `all ${P.count(view.runs.length)} ${view.runWord(2)}`, "all"));
     const several = view.runs.some((r) => r.n_tokens > 1) && view.runs.some((r) => r.n_tokens === 1);
     if (all && several && view.runs.length > 2) {
       made.add(new Option("those of several tokens", "prompt"));
       made.add(new Option("those of one token", "generate"));
     }
-    if (view.runs.length > 1 || !all) view.runs.slice(0, 500).forEach((_, r) => made.add(new Option(`run ${r}: ${P.views[0].is_plan ? "planned" : view.runTitle(r)}`, String(r))));
+    if (view.runs.length > 1 || !all) view.runs.slice(0, 500).forEach((_, r) => made.add(new Option(view.runs[r].n_tokens === null ? view.runTitle(r) : `${view.runWord(1)} ${r}: ${view.runTitle(r)}`, String(r))));
     return made;
   };
   P.chosenRuns = (view, value) => {
@@ -100,7 +100,7 @@
       if (view.isCopy[view.kind[i]]) {
         const row = at(view.split[i]);
         row.bytes += view.amount[i];
-        if (kind !== "experts") row.full += view.whole[i];
+        if (kind !== "experts" || view.is_plan) row.full += view.whole[i];
         row.copies.push(i);
       } else if (kind === "compute") {
         const row = at(view.split[i]);

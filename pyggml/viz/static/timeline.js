@@ -41,10 +41,11 @@
       chart.canvas.style.height = `${P.heightOf(chart.lanes)}px`;
       const what = chart.lanes.map((l) => l.name).join(", ");
       chart.canvas.setAttribute("aria-label", `Timeline of ${view.name || "the records"}, ${P.clockTitle(clock)}; lanes: ${what}`);
-      chart.scale = () => chart.canvas.clientWidth / domain;
-      chart.xOf = (t) => transform.applyX(t * chart.scale());
-      chart.timeAt = (x) => transform.invertX(x) / chart.scale();
       $("charts").append(box);
+      chart.width = chart.canvas.clientWidth; // asking the page for it at every event would cost a frame its time
+      chart.scale = () => chart.width / domain;
+      chart.xOf = (t) => ((t * chart.width) / domain) * transform.k + transform.x;
+      chart.timeAt = (x) => ((x - transform.x) / transform.k / chart.width) * domain;
       charts.push(chart);
       connect(chart);
     }
@@ -60,7 +61,7 @@
     });
 
   const limits = (chart) => {
-    const width = chart.canvas.clientWidth;
+    const width = chart.width;
     zoomer.scaleExtent([1, Math.max(64, chart.domain / 40)]).translateExtent([[0, 0], [width, 1]]).extent([[0, 0], [width, 1]]);
   };
 
@@ -80,31 +81,31 @@
   /** Show the times from a to b, in ns. */
   P.showTimes = (a, b) => {
     if (!charts.length) return;
-    const width = charts[0].canvas.clientWidth;
+    const width = charts[0].width;
     const scale = charts[0].scale();
     const k = width / Math.max((b - a) * scale, 1e-9);
     const most = Math.max(64, charts[0].domain / 40);
     const kept = Math.min(Math.max(k, 1), most);
     setTransform(clamp(kept, width / 2 - ((a + b) / 2) * scale * kept, width));
   };
-  P.shownTimes = () => [charts[0].timeAt(0), charts[0].timeAt(charts[0].canvas.clientWidth)];
+  P.shownTimes = () => [charts[0].timeAt(0), charts[0].timeAt(charts[0].width)];
 
   const zoomBy = (factor, x) => {
-    const width = charts[0].canvas.clientWidth;
+    const width = charts[0].width;
     const at = x === undefined ? width / 2 : x;
     const most = Math.max(64, charts[0].domain / 40);
     const k = Math.min(Math.max(transform.k * factor, 1), most);
     setTransform(clamp(k, at - ((at - transform.x) / transform.k) * k, width));
   };
   const moveBy = (share) => {
-    const width = charts[0].canvas.clientWidth;
+    const width = charts[0].width;
     setTransform(clamp(transform.k, transform.x - share * width, width));
   };
 
   const placeWindow = (chart) => {
     const width = chart.overview.clientWidth;
     const a = (chart.timeAt(0) / chart.domain) * width;
-    const b = (chart.timeAt(chart.canvas.clientWidth) / chart.domain) * width;
+    const b = (chart.timeAt(chart.width) / chart.domain) * width;
     chart.window.style.left = `${a}px`;
     chart.window.style.width = `${Math.max(b - a, 3)}px`;
   };
@@ -337,15 +338,16 @@
       else if (event.key === "N") P.nextFound(-1);
       else if (event.key === "Escape") P.forget();
     });
-    let width = window.innerWidth;
-    window.addEventListener("resize", () => {
-      if (window.innerWidth === width) return;
-      const before = charts.length ? P.shownTimes() : null;
-      width = window.innerWidth;
+    let width = 0;
+    new ResizeObserver(() => {
+      if (!charts.length || $("charts").clientWidth === width) return;
+      width = $("charts").clientWidth;
+      const before = P.shownTimes();
+      for (const chart of charts) chart.width = chart.canvas.clientWidth;
       charts.forEach(P.drawOverview);
       charts.forEach(limits);
-      if (before) P.showTimes(...before);
-    });
+      P.showTimes(...before);
+    }).observe($("charts"));
   };
 
   // -- filters --------------------------------------------------------------

@@ -6,8 +6,8 @@
   const AXIS = 22; // heights in CSS pixels
   const RUNS = 18;
   const NAME = 15;
-  const BAR = 20;
-  const GAP = 7;
+  const BAR = 24;
+  const GAP = 8;
   const FONT = "11px system-ui, sans-serif";
   const LANE_ORDER = { host: 0, compute: 1, link: 2, waits: 3 };
 
@@ -22,8 +22,8 @@
       lists[view.lane[i]].push(i);
     }
     const rank = (lane) => {
-      const backend = view.backends.indexOf(lane.backend);
-      return LANE_ORDER[lane.kind] === 0 ? -1 : backend * 10 + LANE_ORDER[lane.kind];
+      const known = view.backends.indexOf(lane.backend);
+      return lane.kind === "host" ? -1 : (known < 0 ? view.backends.length : known) * 10 + LANE_ORDER[lane.kind];
     };
     return view.lanes
       .map((lane, l) => {
@@ -106,10 +106,10 @@
   };
 
   P.draw = (chart) => {
-    const { canvas, view, lanes, clock } = chart;
+    const { canvas, view, lanes } = chart;
     const ratio = window.devicePixelRatio || 1;
-    const width = canvas.clientWidth;
-    const height = canvas.clientHeight;
+    const width = chart.width;
+    const height = P.heightOf(lanes);
     if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
       canvas.width = Math.round(width * ratio);
       canvas.height = Math.round(height * ratio);
@@ -126,7 +126,6 @@
     const chosen = P.state.selected;
     if (chosen && chosen.view === view.index) drawSelected(c, chart, chosen.i, width);
     c.globalAlpha = 1;
-    void clock;
   };
 
   const drawAxis = (c, chart, width, height) => {
@@ -165,6 +164,7 @@
     const start = view.start[clock];
     const end = view.end[clock];
     const n = view.kinds.length;
+    const shown = view.kinds.map((k) => !P.state.hidden.has(k));
     const columns = Math.ceil(width) + 1;
     const thin = chart.thin && chart.thin.length === columns * n ? chart.thin.fill(0) : (chart.thin = new Float32Array(columns * n));
     const y = top + NAME;
@@ -178,7 +178,7 @@
       const i = lane.events[j];
       if (start[i] > t1) break;
       const kind = view.kind[i];
-      if (P.state.hidden.has(view.kinds[kind])) continue;
+      if (!shown[kind]) continue;
       lane.drawn++;
       const x0 = chart.xOf(start[i]);
       const x1 = chart.xOf(end[i]);

@@ -21,7 +21,7 @@
         t.copies_by_reason[kind]++;
         t.bytes_copied += view.amount[i];
         t.bytes_by_reason[kind] += view.amount[i];
-        if (kind !== "experts") {
+        if (kind !== "experts" || view.is_plan) {
           t.bytes_full += view.whole[i];
           t.full_by_reason[kind] += view.whole[i];
         }
@@ -74,7 +74,7 @@
       const r = row(view.label[i], view.kindOf(i));
       r.copies++;
       r.bytes += view.amount[i];
-      if (view.kindOf(i) !== "experts") r.full += view.whole[i];
+      if (view.kindOf(i) !== "experts" || view.is_plan) r.full += view.whole[i];
       if (r.first < 0) r.first = i;
     }
     for (const e of view.experts) if (chosen(e.run)) row(e.tensor, "experts").full += e.whole;
@@ -91,12 +91,22 @@
       return layers.get(layer);
     };
     const add = (list, id, n) => (list[id] = (list[id] || 0) + n);
+    const seen = new Map(); // several weights share the ids of a layer: an expert is needed once for all
     for (const e of view.experts) {
       if (!chosen(e.run)) continue;
-      const row = at(P.layerOf(view.strings[e.tensor]), e.n_expert);
-      row.reads++;
+      const layer = P.layerOf(view.strings[e.tensor]);
+      const row = at(layer, e.n_expert);
       row.full += e.whole;
-      for (const id of view.used_sets[e.used]) add(row.used, id, 1);
+      const key = `${e.run} ${layer} ${e.ids}`;
+      if (!seen.has(key)) {
+        seen.set(key, new Set());
+        row.reads++;
+      }
+      const counted = seen.get(key);
+      for (const id of view.used_sets[e.used]) {
+        if (!counted.has(id)) add(row.used, id, 1);
+        counted.add(id);
+      }
     }
     for (let i = 0; i < view.n; i++) {
       if (!chosen(view.run[i])) continue;

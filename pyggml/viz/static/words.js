@@ -17,6 +17,9 @@
     other: { title: "other", color: "--mark" },
   };
 
+  // before anything ran nobody knows which experts are used
+  if (P.views.every((v) => v.is_plan)) P.KINDS.experts.title = "experts";
+
   /** What a device waited for, by the keys of `phases`. */
   P.waitWords = (what) => {
     if (what.startsWith("compute ")) return `${what.slice(8)} to compute`;
@@ -26,7 +29,7 @@
         weight: "copies of whole weights",
         activation: "copies of activations",
         input: "copies of graph inputs",
-        out: "what is read or copied from it",
+        out: "copies and reads out of it",
         elsewhere: "copies between others",
         plan: "the graph to be assigned and cut",
         host: "the host (nothing recorded)",
