@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..cpu.cache import user_cache_dir
-from . import mmvq, rows, tile
+from . import copies, mmvq, reduce, rope, rows, tile
 from .formats import FORMATS
 from .source import Kernel
 
@@ -46,16 +46,23 @@ def _kernels() -> dict[str, Callable[[], Kernel]]:
         table[name] = lambda name=name: rows.glu(name)
     table["group_ids"] = lambda: rows.group_ids(tile.COLUMNS)
     table["fill_ids"] = rows.fill_ids
-    table["rms_norm"] = rows.rms_norm
-    for src, dst in rows.COPIES:
-        table[f"copy_{src}_{dst}"] = lambda src=src, dst=dst: rows.copy(src, dst)
-    for type in rows.SETS:
-        table[f"set_rows_{type}"] = lambda type=type: rows.set_rows(type)
-    return table
+    for name in rows.UNARY:
+        table[name] = lambda name=name: rows.unary(name)
+    for src, dst in copies.COPIES:
+        table[f"copy_{src}_{dst}"] = lambda src=src, dst=dst: copies.copy(src, dst)
+    for type in copies.SETS:
+        table[f"set_rows_{type}"] = lambda type=type: copies.set_rows(type)
+    for type in copies.GETS:
+        table[f"get_rows_{type}"] = lambda type=type: copies.get_rows(type)
+    for kind in reduce.MASKS:
+        table[f"soft_max_{kind}"] = lambda kind=kind: reduce.soft_max(kind)
+    for type in rope.TYPES:
+        table[f"rope_{type}"] = lambda type=type: rope.rope(type)
+    return table | {k.__name__: k for k in (reduce.rms_norm, reduce.sum_rows, reduce.argsort)}
 
 
 #: the modules that decide what is compiled
-SOURCES = ("formats", "intrinsics", "mmvq", "rows", "source", "tile")
+SOURCES = ("copies", "formats", "intrinsics", "mmvq", "reduce", "rope", "rows", "source", "tile")
 
 #: every kernel by name
 KERNELS = _kernels()

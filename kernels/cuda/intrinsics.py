@@ -60,6 +60,18 @@ ld4_u32 = _vector_load("ld4_u32", I32, 4, T.uint32)
 
 
 @intrinsic
+def own_f32(typingctx, address):
+    """Load a float32 that this thread itself may have written."""
+
+    def codegen(context, builder, sig, args):
+        value = builder.load(_pointer(builder, args[0], F32))
+        value.align = 4
+        return value
+
+    return T.float32(T.uint64), codegen
+
+
+@intrinsic
 def st_f32(typingctx, address, value):
     """Store a float32 to global memory."""
 
@@ -138,6 +150,16 @@ def shared_load(builder, address, offset, element, n):
     value = builder.load(at)
     value.align = 4 * n
     return [builder.extract_element(value, I32(i)) for i in range(n)]
+
+
+@intrinsic
+def lds4_u32(typingctx, address):
+    """Load four words from shared memory, at a multiple of 16 bytes."""
+
+    def codegen(context, builder, sig, args):
+        return context.make_tuple(builder, sig.return_type, shared_load(builder, args[0], 0, I32, 4))
+
+    return T.UniTuple(T.uint32, 4)(T.uint64), codegen
 
 
 @intrinsic

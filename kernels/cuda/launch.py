@@ -5,10 +5,12 @@ Nothing here touches a device, and nothing waits for one: MUL_MAT_ID never reads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import mmvq, rows, tile
+from . import mmvq, reduce, rows, tile
+from . import rope as turned
 from .formats import FORMATS
 
 #: up to so many tokens one warp a row is better than a tile (ggml: `MMVQ_MAX_BATCH_SIZE`)
@@ -280,8 +282,24 @@ def _by_value(kernel: str, ne: Sequence[int], args: tuple[float, ...]) -> list[L
     return [Launch(kernel, grid, (rows.THREADS, 1, 1), args)]
 
 
-def copy(src: Operand, dst: Operand) -> list[Launch]:
-    """Return the launches of a copy between tensors of one shape; the types are of `rows.COPIES`."""
+def _dense(operand: Operand, ne: Sequence[int]) -> Operand:
+    """Return a contiguous operand as one of another shape with as many values."""
+    nb = [operand.nb[0]]
+    for n in ne[:-1]:
+        nb.append(nb[-1] * n)
+    return Operand(operand.address, operand.type, ne, nb)
+
+
+def copy(src: Operand, dst: Operand, *, is_dst_dense: bool = True) -> list[Launch]:
+    """Return the launches of a copy; the types are of `copies.COPIES`.
+
+    Parameters
+    ----------
+    is_dst_dense : bool
+        Of two shapes, whether dst is the contiguous one and takes src's; else src is, and takes dst's.
+    """
+    if list(src.ne) != list(dst.ne):
+        src, dst = (src, _dense(dst, src.ne)) if is_dst_dense else (_dense(src, dst.ne), dst)
     args = (src.address, *src.nb, dst.address, *dst.nb, *dst.ne[:3])
     return _by_value(f"copy_{src.type}_{dst.type}", dst.ne, args)
 
@@ -292,7 +310,100 @@ def set_rows(src0: Operand, src1: Operand, dst: Operand) -> list[Launch]:
     return _by_value(f"set_rows_{dst.type}", src0.ne, (*args, *src0.ne[:3]))
 
 
+def get_rows(src0: Operand, src1: Operand, dst: Operand) -> list[Launch]:
+    """Return the launches of GET_ROWS: rows of a type of `copies.GETS`, named by i32 indices."""
+    args = (src0.address, *src0.nb[1:], src1.address, *src1.nb[:3], dst.address, *dst.nb[1:], *dst.ne[:3])
+    return _by_value(f"get_rows_{src0.type}", dst.ne, args)
+
+
+def unary(kernel: str, src: Operand, dst: Operand, low: float = 0.0, high: float = 0.0) -> list[Launch]:
+    """Return the launches of a function of `rows.UNARY` of a contiguous f32 tensor; CLAMP takes its limits."""
+    n = dst.ne[0] * dst.ne[1] * dst.ne[2] * dst.ne[3]
+    args = (src.address, dst.address, n, low, high)
+    return [Launch(kernel, (1, _pieces(n, 1), 1), (rows.THREADS, 1, 1), args)]
+
+
+# -- rows whose values meet ------------------------------------------------------
+
+
+def _reduce(kernel: str, src: Operand, dst: Operand, *more: float) -> list[Launch]:
+    """Return the launch of a kernel of `reduce`: a block a row, no larger than the row needs."""
+    n_row = src.ne[1] * src.ne[2] * src.ne[3]
+    threads = min(reduce.THREADS, _up(src.ne[0], 32) * 32)
+    args = (src.address, *src.nb[1:], dst.address, *dst.nb[1:], *src.ne[:3], *more)
+    return [Launch(kernel, (n_row, 1, 1), (threads, 1, 1), args)]
+
+
 def rms_norm(src: Operand, dst: Operand, eps: float) -> list[Launch]:
     """Return the launches of RMS_NORM of f32 rows."""
-    args = (src.address, *src.nb[1:], dst.address, *dst.nb[1:], *dst.ne[:3], eps)
-    return [Launch("rms_norm", (dst.ne[1] * dst.ne[2] * dst.ne[3], 1, 1), (rows.THREADS, 1, 1), args)]
+    return _reduce("rms_norm", src, dst, eps)
+
+
+def sum_rows(src: Operand, dst: Operand) -> list[Launch]:
+    """Return the launches of SUM_ROWS of f32 rows."""
+    return _reduce("sum_rows", src, dst)
+
+
+def argsort(src: Operand, dst: Operand, *, descending: bool) -> list[Launch]:
+    """Return the launches of ARGSORT or, where dst has shorter rows, TOP_K; rows of at most `reduce.MAX_SORTED`."""
+    return _reduce("argsort", src, dst, dst.ne[0], 0 if descending else 0xFFFFFFFF)
+
+
+def soft_max(
+    src: Operand, mask: Operand | None, sinks: Operand | None, dst: Operand, scale: float, max_bias: float
+) -> list[Launch]:
+    """Return the launches of SOFT_MAX of f32 rows; the mask is f32 or f16, and repeated over heads and streams."""
+    more: tuple[float, ...] = (scale, 0 if sinks is None else sinks.address)
+    if mask is None:
+        return _reduce("soft_max_none", src, dst, *more)
+    n_base0, base0, base1 = 0, 1.0, 1.0
+    if max_bias > 0:  # mirrors the slopes of `soft_max_f32_cuda`
+        n_base0 = 1 << (src.ne[2].bit_length() - 1)
+        base0, base1 = (2.0 ** -(bias / n_base0) for bias in (max_bias, max_bias / 2))
+    more += (mask.address, *mask.nb[1:], *mask.ne[2:], n_base0, base0, base1)
+    return _reduce(f"soft_max_{mask.type}", src, dst, *more)
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """How pairs are turned: ``n_dims`` of a row, of halves (``is_neox``) or neighbours; the rest is YaRN's."""
+
+    n_dims: int
+    is_neox: bool
+    n_ctx_orig: int
+    freq_base: float
+    freq_scale: float
+    ext_factor: float
+    attn_factor: float
+    beta_fast: float
+    beta_slow: float
+
+    def mixed_pairs(self) -> tuple[float, float]:
+        """Return the pairs between which interpolated and extrapolated angles are mixed.
+
+        Notes
+        -----
+        Mirrors `ggml_rope_yarn_corr_dims`.
+        """
+
+        def pair(n_turns: float) -> float:
+            turns = self.n_ctx_orig / (n_turns * 2 * math.pi)
+            return self.n_dims * math.log(turns) / (2 * math.log(self.freq_base))
+
+        return max(0.0, math.floor(pair(self.beta_fast))), min(self.n_dims - 1.0, math.ceil(pair(self.beta_slow)))
+
+
+def rope(src: Operand, positions: Operand, factors: Operand | None, dst: Operand, how: Rope) -> list[Launch]:
+    """Return the launches of ROPE of f32 or f16 rows, in the modes NORMAL and NEOX."""
+    low = high = 0.0
+    magnitude = how.attn_factor
+    if how.ext_factor:
+        low, high = how.mixed_pairs()
+        magnitude *= 1 + 0.1 * math.log(1 / how.freq_scale)
+    n_pair = how.n_dims // 2
+    args = (src.address, *src.nb[1:], dst.address, *dst.nb[1:], *dst.ne[:3], positions.address, positions.nb[0])
+    args += (0 if factors is None else factors.address, n_pair, *((1, n_pair) if how.is_neox else (2, 1)))
+    args += (how.freq_base ** (-2 / how.n_dims), how.freq_scale, how.ext_factor, magnitude, low, high)
+    n_row = dst.ne[1] * dst.ne[2] * dst.ne[3]
+    grid = (n_row, _up(dst.ne[0], 2 * turned.THREADS), 1)
+    return [Launch(f"rope_{src.type}", grid, (turned.THREADS, 1, 1), args)]

@@ -1,4 +1,6 @@
-"""Kernels that work row by row: quantise activations, group ids by expert, ADD_ID, ADD, MUL, SCALE and the GLU family.
+"""Kernels that work row by row: quantise activations, group ids by expert, ADD_ID, ADD, MUL, SCALE, the GLU family.
+
+CLAMP and unary functions take a contiguous tensor as one row, as SCALE does.
 
 Grid (rows, pieces of a row), block `THREADS`; a row's index is taken apart on the device. Tensors are given as an
 address and strides in bytes; dimension 0 is dense.
@@ -6,23 +8,19 @@ address and strides in bytes; dimension 0 is dense.
 
 from __future__ import annotations
 
-from .source import Kernel, Param, Text, indent
+from .source import Kernel, Text, indent, params
 
 THREADS = 256
 #: values of a row that one block of `quantize_q8_1` takes: 8 lanes for 32 of them
 QUANTIZE_VALUES = 1024
 
-_TAKE_ROW_APART = """
+TAKE_ROW_APART = """
 row = u32(cuda.blockIdx.x)
 i1 = urem(row, ne1)
 rest = udiv(row, ne1)
 i2 = urem(rest, ne2)
 i3 = udiv(rest, ne2)
 """
-
-
-def _params(*names: str) -> tuple[Param, ...]:
-    return tuple(Param.of(n) for n in names)
 
 
 def _loop(n: str, step: int, body: Text) -> Text:
@@ -74,8 +72,8 @@ def quantize_q8_1(*, wide: bool) -> Kernel:
             ]
         ),
     ]
-    params = _params("src", "nb1", "nb2", "ne1:u32", "n_k:u32", "yq", "yd")
-    return Kernel("quantize_q8_1" + ("" if wide else "_any"), params, body, THREADS)
+    arguments = params("src", "nb1", "nb2", "ne1:u32", "n_k:u32", "yq", "yd")
+    return Kernel("quantize_q8_1" + ("" if wide else "_any"), arguments, body, THREADS)
 
 
 def group_ids(columns: int) -> Kernel:
@@ -134,10 +132,10 @@ def group_ids(columns: int) -> Kernel:
         "    st_u32(tiles + u64(place + i) * u64(4), expert if i < used else u32(0xFFFFFFFF))",
         "    i = u32(i + u32(32))",
     ]
-    params = _params(
+    arguments = params(
         "ids", "nbi0", "nbi1", "n:u32", "n_used:u32", "ne11:u32", "row_src", "row_dst", "bounds", "tiles"
     )  # fmt: skip
-    return Kernel("group_ids", params, body, 32)
+    return Kernel("group_ids", arguments, body, 32)
 
 
 def fill_ids() -> Kernel:
@@ -148,7 +146,7 @@ def fill_ids() -> Kernel:
     MUL_MAT is MUL_MAT_ID with these ids: the activations' rows are slots, their matrices are tokens.
     """
     loop = ["st_u32(ids + u64(i) * u64(4), udiv(i, n_repeat))"]
-    return Kernel("fill_ids", _params("ids", "n:u32", "n_repeat:u32"), _loop("n", 1, loop), THREADS)
+    return Kernel("fill_ids", params("ids", "n:u32", "n_repeat:u32"), _loop("n", 1, loop), THREADS)
 
 
 def _values(name: str, address: str, wide: bool) -> Text:
@@ -185,10 +183,10 @@ def add_id(*, wide: bool) -> Kernel:
         "z = dst + u64(i1) * nbd1 + u64(i2) * nbd2",
         *_loop("ne0", 4 if wide else 1, loop),
     ]
-    params = _params(
+    arguments = params(
         "src0", "nb01", "nb02", "src1", "nb11", "ids", "nbi0", "nbi1", "dst", "nbd1", "nbd2", "ne0:u32", "ne1:u32"
     )  # fmt: skip
-    return Kernel("add_id" + ("" if wide else "_any"), params, body, THREADS)
+    return Kernel("add_id" + ("" if wide else "_any"), arguments, body, THREADS)
 
 
 def binary(name: str, sign: str, *, wide: bool) -> Kernel:
@@ -205,17 +203,17 @@ def binary(name: str, sign: str, *, wide: bool) -> Kernel:
         *_store("z + u64(i) * u64(4)", f"a{{0}} {sign} b{{0}}", wide),
     ]
     body = [
-        *_TAKE_ROW_APART.strip().split("\n"),
+        *TAKE_ROW_APART.strip().split("\n"),
         "x = src0 + u64(i1) * nb01 + u64(i2) * nb02 + u64(i3) * nb03",
         "y = src1 + u64(urem(i1, ne11)) * nb11 + u64(urem(i2, ne12)) * nb12 + u64(urem(i3, ne13)) * nb13",
         "z = dst + u64(i1) * nbd1 + u64(i2) * nbd2 + u64(i3) * nbd3",
         *_loop("ne0", 4 if wide else 1, loop),
     ]
-    params = _params(
+    arguments = params(
         *("src0", "nb01", "nb02", "nb03", "src1", "nb11", "nb12", "nb13", "ne10:u32", "ne11:u32", "ne12:u32"),
         *("ne13:u32", "dst", "nbd1", "nbd2", "nbd3", "ne0:u32", "ne1:u32", "ne2:u32"),
     )
-    return Kernel(name + ("" if wide else "_any"), params, body, THREADS)
+    return Kernel(name + ("" if wide else "_any"), arguments, body, THREADS)
 
 
 def scale(*, wide: bool) -> Kernel:
@@ -231,7 +229,7 @@ def scale(*, wide: bool) -> Kernel:
     ]
     body = _loop("n", 4 if wide else 1, loop)
     return Kernel(
-        "scale" + ("" if wide else "_any"), _params("src", "dst", "n:u32", "factor:f32", "bias:f32"), body, THREADS
+        "scale" + ("" if wide else "_any"), params("src", "dst", "n:u32", "factor:f32", "bias:f32"), body, THREADS
     )
 
 
@@ -279,105 +277,29 @@ def glu(name: str) -> Kernel:
         "z = dst + row * nb_dst",
         *_loop("ne0", 1, loop),
     ]
-    params = _params(
+    arguments = params(
         "gate", "nb_gate", "value", "nb_value", "dst", "nb_dst", "ne0:u32", "alpha:f32", "limit:f32"
     )  # fmt: skip
-    return Kernel(name, params, body, THREADS)
+    return Kernel(name, arguments, body, THREADS)
 
 
-#: how a value of each type is loaded from an address, and stored
-_LOADS = {"f32": "ld_f32({0})", "f16": "f16_to_f32(u32(ld_u16({0})))"}
-_STORES = {
-    "f32": "st_f32({0}, {1})",
-    "f16": "st_u16({0}, f32_to_f16({1}))",
-    # to the nearest, ties to even
-    "bf16": "st_u16({0}, u32(u32(as_u32({1}) + u32(0x7FFF) + u32(u32(as_u32({1}) >> u32(16)) & u32(1))) >> u32(16)))",
+#: functions of one value x
+UNARY = {
+    "clamp": "x if x != x else min(max(x, low), high)",
+    "silu": f"x * ({_SIGMOID.format('x')})",
+    "sigmoid": _SIGMOID.format("x"),
+    "relu": "max(x, f32(0))",
+    "gelu": "f32(0.5) * x * (f32(1) + math.tanh(f32(0.79788456080286535588) * x * (f32(1) + f32(0.044715) * x * x)))",
+    "gelu_erf": "f32(0.5) * x * (f32(1) + math.erf(x * f32(0.70710678118654752440)))",
+    "gelu_quick": f"x * ({_SIGMOID.format('(x * f32(1.702))')})",
+    "tanh": "math.tanh(x)",
+    "exp": "math.exp(x)",
+    "neg": "-x",
 }
-_SIZES = {"f32": 4, "f16": 2, "bf16": 2}
-#: pairs of types that can be copied, and types of rows that can be set
-COPIES = (("f32", "f32"), ("f32", "f16"), ("f16", "f32"), ("f16", "f16"))
-SETS = ("f32", "f16", "bf16")
-
-_TAKE_MATRIX_APART = """
-e = u32(u32(cuda.blockIdx.x) * u32({threads}) + u32(cuda.threadIdx.x))
-if e >= u32(ne0 * ne1):
-    return
-i0 = urem(e, ne0)
-i1 = udiv(e, ne0)
-i2 = urem(u32(cuda.blockIdx.y), ne2)
-i3 = udiv(u32(cuda.blockIdx.y), ne2)
-"""
 
 
-def copy(src: str, dst: str) -> Kernel:
-    """Return CPY between two types: one value a thread, whatever the strides. Grid (values of a matrix, matrices)."""
-    body = [
-        *_TAKE_MATRIX_APART.format(threads=THREADS).strip().split("\n"),
-        "x = src + u64(i0) * nb00 + u64(i1) * nb01 + u64(i2) * nb02 + u64(i3) * nb03",
-        "z = dst + u64(i0) * nbd0 + u64(i1) * nbd1 + u64(i2) * nbd2 + u64(i3) * nbd3",
-        f"value = {_LOADS[src].format('x')}",
-        _STORES[dst].format("z", "value"),
-    ]
-    params = _params(
-        *("src", "nb00", "nb01", "nb02", "nb03", "dst", "nbd0", "nbd1", "nbd2", "nbd3"),
-        *("ne0:u32", "ne1:u32", "ne2:u32"),
-    )
-    return Kernel(f"copy_{src}_{dst}", params, body, THREADS)
-
-
-def set_rows(type: str) -> Kernel:
-    """Return SET_ROWS of float32 rows into rows of a type; one value a thread. Grid (values of a matrix, matrices).
-
-    Notes
-    -----
-    Mirrors `k_set_rows`. Of a 64-bit index the lower half is read: no tensor has so many rows.
-    """
-    body = [
-        *_TAKE_MATRIX_APART.format(threads=THREADS).strip().split("\n"),
-        "x = src0 + u64(i0) * u64(4) + u64(i1) * nb01 + u64(i2) * nb02 + u64(i3) * nb03",
-        "at = src1 + u64(i1) * nb10 + u64(urem(i2, ne11)) * nb11 + u64(urem(i3, ne12)) * nb12",
-        f"z = dst + u64(i0) * u64({_SIZES[type]}) + u64(ld_u32(at)) * nbd1 + u64(i2) * nbd2 + u64(i3) * nbd3",
-        "value = ld_f32(x)",
-        _STORES[type].format("z", "value"),
-    ]
-    params = _params(
-        *("src0", "nb01", "nb02", "nb03", "src1", "nb10", "nb11", "nb12", "ne11:u32", "ne12:u32"),
-        *("dst", "nbd1", "nbd2", "nbd3", "ne0:u32", "ne1:u32", "ne2:u32"),
-    )
-    return Kernel(f"set_rows_{type}", params, body, THREADS)
-
-
-def rms_norm() -> Kernel:
-    """Return RMS_NORM: each row over the root of its mean square plus ``eps``. Grid: rows.
-
-    Notes
-    -----
-    Mirrors `rms_norm_f32`.
-    """
-    body = [
-        *_TAKE_ROW_APART.strip().split("\n"),
-        f"parts = cuda.shared.array({THREADS // 32}, f32)",
-        "x = src + u64(i1) * nb01 + u64(i2) * nb02 + u64(i3) * nb03",
-        "z = dst + u64(i1) * nbd1 + u64(i2) * nbd2 + u64(i3) * nbd3",
-        "t = u32(cuda.threadIdx.x)",
-        "total = f32(0)",
-        "i = t",
-        "while i < ne0:",
-        "    value = ld_f32(x + u64(i) * u64(4))",
-        "    total += value * value",
-        f"    i = u32(i + u32({THREADS}))",
-        *(f"total += cuda.shfl_xor_sync(0xFFFFFFFF, total, {n})" for n in (16, 8, 4, 2, 1)),
-        "if t & u32(31) == u32(0):",
-        "    parts[t >> u32(5)] = total",
-        "cuda.syncthreads()",
-        f"total = {' + '.join(f'parts[u32({k})]' for k in range(THREADS // 32))}",
-        "factor = f32(1) / math.sqrt(total / f32(ne0) + eps)",
-        "i = t",
-        "while i < ne0:",
-        "    st_f32(z + u64(i) * u64(4), ld_f32(x + u64(i) * u64(4)) * factor)",
-        f"    i = u32(i + u32({THREADS}))",
-    ]
-    params = _params(
-        *("src", "nb01", "nb02", "nb03", "dst", "nbd1", "nbd2", "nbd3", "ne0:u32", "ne1:u32", "ne2:u32", "eps:f32")
-    )
-    return Kernel("rms_norm", params, body, THREADS)
+def unary(name: str) -> Kernel:
+    """Return CLAMP or a unary function of a contiguous float32 tensor, as one row."""
+    loop = ["x = ld_f32(src + u64(i) * u64(4))", f"st_f32(dst + u64(i) * u64(4), {UNARY[name]})"]
+    arguments = params("src", "dst", "n:u32", "low:f32", "high:f32")
+    return Kernel(name, arguments, _loop("n", 1, loop), THREADS)

@@ -26,6 +26,11 @@ class Param(NamedTuple):
         return cls(name, type or "u64")
 
 
+def params(*texts: str) -> tuple[Param, ...]:
+    """Return parameters of ``name`` or ``name:type`` each."""
+    return tuple(Param.of(text) for text in texts)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel.

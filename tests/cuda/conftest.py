@@ -10,6 +10,24 @@ import pytest
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(params=["emulator", pytest.param("driver", marks=pytest.mark.gpu)])
+def card(request):
+    """Give something that runs kernels: the emulator, with the module's options, or the first card of this machine."""
+    from emulated_card import Card, DriverBench
+
+    from pyggml.backends import cuda
+
+    if request.param == "emulator":
+        yield Card(**getattr(request.module, "CARD_OPTIONS", {}))
+        return
+    found = cuda.devices()
+    if not found:
+        pytest.skip(f"no card: {cuda.why_missing()}")
+    bench = DriverBench(found[0])
+    yield bench
+    bench.close()
+
+
 def pytest_collection_modifyitems(items):
     """Skip this folder's tests where numba-cuda is missing; Numba's own copy of it is not enough."""
     if importlib.util.find_spec("numba_cuda") is not None:

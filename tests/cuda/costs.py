@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from emulated_card import FLOATS, Card, mul_mat_id_case
-from pyggml.kernels.cuda import compiler, launch
+from pyggml.kernels.cuda import compiler, launch, rows
 
 HERE = Path(__file__).parent
 COSTS = HERE / "costs.json"
@@ -97,8 +97,29 @@ def _row_work(name: str, card: Card) -> int:
         to = card.operand(np.ones((64, 512), "f4" if type == "f32" else "f2"), type)
         card.run(launch.set_rows(x, card.operand(np.arange(64), "i64"), to))
         return nbytes + 64 * 512 * (4 if type == "f32" else 2)
-    if base == "rms_norm":
-        card.run(launch.rms_norm(x, dst, 1e-5))
+    if base.startswith("get_rows"):
+        type = base.removeprefix("get_rows_")
+        src = card.operand(np.ones((64, 512), "f4" if type in ("f32", "i32") else "f2"), type)
+        card.run(launch.get_rows(src, card.operand(np.arange(64, dtype="i4"), "i32"), dst))
+        return nbytes + 64 * 512 * (4 if type in ("f32", "i32") else 2)
+    if base in ("rms_norm", "sum_rows", "argsort"):
+        extra = {"rms_norm": {"eps": 1e-5}, "argsort": {"descending": True}}.get(base, {})
+        to = {"sum_rows": card.result(1, 64), "argsort": card.result(512, 64, type="i32")}.get(base, dst)
+        card.run(getattr(launch, base)(x, to, **extra))
+        return nbytes + (256 if base == "sum_rows" else nbytes)
+    if base.startswith("soft_max"):
+        type = base.removeprefix("soft_max_")
+        mask = None if type == "none" else card.operand(np.zeros((64, 512), "f4" if type == "f32" else "f2"), type)
+        card.run(launch.soft_max(x, mask, None, dst, 0.5, 0.0))
+        return 2 * nbytes + {"none": 0, "f32": nbytes, "f16": nbytes // 2}[type]
+    if base.startswith("rope"):
+        type = base.removeprefix("rope_")
+        at = card.operand(np.arange(64, dtype="i4"), "i32")
+        values = card.operand(np.ones((64, 1, 512), "f4" if type == "f32" else "f2"), type)
+        card.run(launch.rope(values, at, None, values, launch.Rope(512, True, 4096, 1e4, 1.0, 0.0, 1.0, 32.0, 1.0)))
+        return 2 * nbytes if type == "f32" else nbytes
+    if base in rows.UNARY:
+        card.run(launch.unary(base, x, dst, -1.0, 1.0))
         return 2 * nbytes
     if base == "add_id":
         ids = card.operand(np.zeros((1, 64), "i4"), "i32", ne=(64, 1))
@@ -220,17 +241,17 @@ def tables(costs: dict[str, dict]) -> dict[str, str]:
     others = [n for n in costs if n not in few and n not in many]
     parts = {"few": table(costs, few), "many": table(costs, many, dp4a=True), "rows": table(costs, others)}
     parts["ggml"] = ggml_table(costs)
-    return {name: "\n".join(rows) for name, rows in parts.items()}
+    return {name: "\n".join(lines) for name, lines in parts.items()}
 
 
 def write_page(costs: dict[str, dict]) -> None:
     """Put the tables into the page, between their marks."""
     text = PAGE.read_text()
-    for name, rows in tables(costs).items():
+    for name, lines in tables(costs).items():
         start, end = f"<!-- table {name} -->", f"<!-- end {name} -->"
         before, _, rest = text.partition(start)
         _, _, after = rest.partition(end)
-        text = f"{before}{start}\n{rows}\n{end}{after}"
+        text = f"{before}{start}\n{lines}\n{end}{after}"
     PAGE.write_text(text)
 
 

@@ -13,6 +13,8 @@ from pyggml.types import Type
 
 QUANTIZED = ("q8_0", "q4_0", "q4_1", "q5_0", "mxfp4", "q4_K", "q5_K", "q6_K")
 FLOATS = ("f32", "f16", "bf16")
+#: numpy's types of values that are read back
+DTYPES = {"f32": "f4", "f16": "f2", "bf16": "u2", "i32": "i4"}
 
 
 def weights(rng, type, shape):
@@ -36,7 +38,13 @@ def nmse(got, want):
 
 
 class Bench:
-    """Tensors on a card as numpy arrays, and launches."""
+    """Tensors on a card as numpy arrays, and launches.
+
+    Attributes
+    ----------
+    launched : set of str
+        Kernels that ran.
+    """
 
     def put(self, array, name=""):
         """Return the address of a copy."""
@@ -50,6 +58,17 @@ class Bench:
         """Run launches in order."""
         raise NotImplementedError
 
+    def bytes_of(self, operand, n):
+        """Return ``n`` bytes from an operand's start, as uint8."""
+        raise NotImplementedError
+
+    def read(self, operand):
+        """Return a dense operand's values; float32 as float64."""
+        dtype = np.dtype(DTYPES[operand.type])
+        shape = tuple(operand.ne[::-1])
+        values = self.bytes_of(operand, int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
+        return values.astype("f8") if operand.type == "f32" else values
+
     def operand(self, array, type="f32", *, ne=None, gap=0, lead=0):
         """Return an operand; ``gap`` bytes lie between its rows, ``lead`` before the first; all are NaN."""
         array = np.ascontiguousarray(array)
@@ -62,11 +81,12 @@ class Bench:
         nb += [nb[1] * ne[1], nb[1] * ne[1] * ne[2]]
         return launch.Operand(at, type, ne, nb)
 
-    def result(self, *ne):
-        """Return an operand of float32 that nobody wrote."""
+    def result(self, *ne, type="f32"):
+        """Return an operand that nobody wrote."""
         ne = [*ne, 1, 1, 1][:4]
-        nb = [4, 4 * ne[0], 4 * ne[0] * ne[1], 4 * ne[0] * ne[1] * ne[2]]
-        return launch.Operand(self.alloc(nb[3] * ne[3]), "f32", ne, nb)
+        size = np.dtype(DTYPES[type]).itemsize
+        nb = [size, size * ne[0], size * ne[0] * ne[1], size * ne[0] * ne[1] * ne[2]]
+        return launch.Operand(self.alloc(nb[3] * ne[3]), type, ne, nb)
 
     def product(self, make, *operands):
         """Run an op that needs scratch memory."""
@@ -83,6 +103,11 @@ class Card(Bench):
         self.mem = Memory(track_init=True)
         self.stats: dict[str, Stats] = {}
 
+    @property
+    def launched(self):
+        """Kernels that ran."""
+        return set(self.stats)
+
     def put(self, array, name=""):
         """Return the address of a copy, padded as allocations are."""
         raw = np.ascontiguousarray(array).view("u1").reshape(-1)
@@ -92,18 +117,19 @@ class Card(Bench):
         """Return the address of memory that nobody wrote."""
         return self.mem.alloc(size).addr
 
-    def read(self, operand):
-        """Return a result, checking that every value was written."""
-        buffer, _ = self.mem.locate(operand.address)
-        assert buffer.init[: buffer.nbytes].all(), "part of the result was not written"
-        return self.mem.read(buffer, "f4", tuple(operand.ne[::-1])).astype("f8")
+    def bytes_of(self, operand, n):
+        """Return bytes, checking that every one was written."""
+        buffer, offset = self.mem.locate(operand.address)
+        assert buffer.init[offset : offset + n].all(), "part of the result was not written"
+        return self.mem.read(buffer, "u1", (buffer.nbytes,))[offset : offset + n].copy()
 
     def run(self, launches):
-        """Run launches in order and keep their counts by kernel."""
+        """Run launches in order and keep their counts by kernel; none has a stack."""
         for one in launches:
             ptx = compiler.ptx(one.kernel, self.cc)
             kernel = Program(ptx.text, self.mem).kernel(ptx.entry)
             self.stats[one.kernel] = kernel.launch(one.grid, one.block, one.args, **self.options)
+            assert not self.stats[one.kernel].local_accesses
 
 
 class DriverBench(Bench):
@@ -113,6 +139,7 @@ class DriverBench(Bench):
         self.device = device
         self.stream = device.card.stream()
         self.taken = []
+        self.launched = set()
 
     def alloc(self, size):
         """Return the address of memory that is NaN."""
@@ -129,17 +156,18 @@ class DriverBench(Bench):
         self.stream.synchronize()
         return address
 
-    def read(self, operand):
-        """Return a result."""
-        out = np.empty(tuple(operand.ne[::-1]), "f4")
-        self.stream.copy_out(out.ctypes.data, operand.address, out.nbytes)
+    def bytes_of(self, operand, n):
+        """Return bytes."""
+        out = np.empty(n, "u1")
+        self.stream.copy_out(out.ctypes.data, operand.address, n)
         self.stream.synchronize()
-        return out.astype("f8")
+        return out
 
     def run(self, launches):
         """Put launches on the stream."""
         for one in launches:
             function, types = self.device.function(one.kernel)
+            self.launched.add(one.kernel)
             self.stream.launch(function, one.grid, one.block, one.args, types)
 
     def close(self):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from pyggml.kernels.cuda import formats, launch
+from pyggml.kernels.cuda import copies, formats, launch, reduce, rope, rows, tile
 
 import pyggml as ggml
-from pyggml.backends import cuda
+from pyggml.backends import _cuda_ops, cuda
 from pyggml.backends._cuda_ops import WEIGHT_TYPES, supports_op
 from pyggml.testing.fake_driver import FakeMachine
 
@@ -253,10 +253,26 @@ def test_supported_ops():
         w = graph.input("q4_K", (256, 4), name="w")
         y = graph.input("f32", (256, 3), name="y")
         odd = graph.input("iq4_xs", (256, 4), name="odd")
-        yes = [ggml.mul_mat(w, y), ggml.add(x, x), ggml.scale(x, 2.0), ggml.swiglu(x), ggml.reshape_2d(x, 128, 2)]
-        no = [ggml.mul_mat(odd, y), ggml.add(half, half), ggml.soft_max(x)]
-    assert all(supports_op(op) for op in yes)
-    assert not any(supports_op(op) for op in no)
+        heads = graph.input("f32", (64, 2, 4), name="heads")
+        long = graph.input("f32", (2048, 1), name="long")
+        at = graph.input("i32", (4,), name="at")
+        at4 = graph.input("i32", (16,), name="at4")
+        yes = [
+            *(ggml.mul_mat(w, y), ggml.add(x, x), ggml.scale(x, 2.0), ggml.swiglu(x), ggml.reshape_2d(x, 128, 2)),
+            *(ggml.soft_max(x), ggml.argsort_top_k(x, 2).src[0], ggml.top_k(x, 2), ggml.sum_rows(x), ggml.silu(x)),
+            *(
+                ggml.get_rows(half, at),
+                ggml.clamp(x, 0.0, 1.0),
+                ggml.rope(heads, at, 32, 0),
+                ggml.rope(heads, at, 64, 2),
+            ),
+        ]
+        no = [
+            *(ggml.mul_mat(odd, y), ggml.add(half, half), ggml.get_rows(w, at), ggml.top_k(long, 2), ggml.elu(x)),
+            ggml.rope_multi(heads, at4, None, 32, (8, 8, 8, 8), 8, 4096, 1e4, 1.0, 0.0, 1.0, 32.0, 1.0),
+        ]
+    assert [supports_op(op) for op in yes] == [True] * len(yes)
+    assert [supports_op(op) for op in no] == [False] * len(no)
 
 
 def test_limits_are_the_kernels():
@@ -268,6 +284,14 @@ def test_limits_are_the_kernels():
             fmt.block_values,
             fmt.block_bytes,
         )
+    assert (_cuda_ops._MAX_SORTED, _cuda_ops._COLUMNS, _cuda_ops._MAX_GRID) == (
+        reduce.MAX_SORTED,
+        tile.COLUMNS,
+        launch.MAX_GRID_YZ,
+    )
+    assert {t.ggml_name for t in _cuda_ops._GETS} == set(copies.GETS)
+    assert {t.ggml_name for t in _cuda_ops._ROPED} == set(rope.TYPES)
+    assert {*_cuda_ops._UNARY.values(), "clamp"} == set(rows.UNARY)
     assert launch.can_mul_mat("f32", 65535, 1, 1)
     assert not launch.can_mul_mat("f32", 65535, 32, 1)
 

@@ -39,3 +39,15 @@ def test_a_model_over_a_card(arch, cpu_moe, tmp_path):
         assert ((a - b) ** 2).sum() / (b**2).sum() < 1e-6
         assert np.array_equal(a.argmax(-1), b.argmax(-1))
     assert machine.cards[0].traffic.n_launched > 100
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "llama"])
+def test_a_model_stays_on_the_card(arch, tmp_path):
+    """With all weights on the card, attention and the experts' router included, only the embedding is the CPU's."""
+    path = write_model(arch, tmp_path / "model.gguf")
+    device = cuda.CudaDevice(FakeMachine().cards[0])
+    with Session.open(path, devices=[device], cpu=ggml.CPU(1)) as session:
+        session.decode(TOKENS)
+        splits = session.sched.splits
+    assert [split.backend_id for split in splits] == [1, 0]
+    assert {node.op for node in splits[0].graph.nodes} == {ggml.Op.GET_ROWS}
