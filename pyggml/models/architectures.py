@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ..gguf import TensorInfo
-from . import glm4moe, gpt_oss, granitemoe, llama, olmoe, qwen2, qwen3
+from . import deepseek2, glm4moe, gpt_oss, granitemoe, llama, olmoe, qwen2, qwen3
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
 from .weights import Weights, WeightSpec
@@ -34,6 +34,7 @@ _MODULES: dict[str, Architecture] = {
     "qwen2moe": qwen2,
     "olmoe": olmoe,
     "granitemoe": granitemoe,
+    "deepseek2": deepseek2,
 }
 
 

@@ -1,4 +1,4 @@
-"""The blocks that models are made of: inputs, norms, projections, attention with its cache, feed-forward, experts.
+"""The blocks that models are made of: inputs, norms, projections, attention with its cache, feed-forward.
 
 `Builder` holds what one graph needs while it is made. An architecture calls its methods in upstream's order: the order
 of calls, of `expand`s and of names is the order and the names of nodes.
@@ -7,8 +7,6 @@ of calls, of `expand`s and of names is the order and the names of nodes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
 
 from .. import ops
 from ..graph import Graph
@@ -16,19 +14,14 @@ from ..ops import OpHint, Prec
 from ..tensor import Tensor
 from ..types import TensorFlag, Type
 from .graph import AttnInputs, GraphInputs, GraphParams, ModelGraph
-from .hparams import Gating, round_f32
+from .hparams import round_f32
 from .kv_cache import CacheView
 from .weights import LayerWeights, Weights
 
 __all__ = ["Builder", "kq_scale"]
 
-#: Smallest sum of expert weights, so that none is divided by zero: the smallest normal F16.
-_MIN_WEIGHT_SUM = 6.103515625e-5
-
 #: Architectures whose sums in attention's and the feed-forward's last product want single precision.
 _EXACT_SUMS = frozenset({"glm4moe"})
-
-Activation = Literal["silu", "swiglu_oai"]
 
 
 def kq_scale(n_embd_head: int) -> float:
@@ -123,16 +116,17 @@ class Builder:
         """Make the inputs of attention over one cache."""
         cache, n = view.cache, self.n_tokens
         n_v = n * self.hp.n_embd_v_gqa if cache.v_trans else n
+        is_mla = self.hp.is_mla  # V is a part of K
         n_stream = 1 if self.cp.kv_unified else len(self.part.seqs_unq)
         mask_type = Type.F16 if self.cp.flash_attn else Type.F32
         inputs = AttnInputs(
             self._input(Type.I64, (n,), "attn_inp_k_idxs"),
-            self._input(Type.I64, (n_v,), "attn_inp_v_idxs"),
+            None if is_mla else self._input(Type.I64, (n_v,), "attn_inp_v_idxs"),
             self._input(mask_type, (view.n_kv, n // n_stream, 1, n_stream), "attn_inp_kq_mask"),
         )
-        if cache.n_rot_k:
+        if cache.n_rot_k and not is_mla:
             inputs.k_rot = self._input(Type.F32, (cache.n_rot_k,) * 2, "attn_inp_k_rot")
-        if cache.n_rot_v:
+        if cache.n_rot_v and not is_mla:
             inputs.v_rot = self._input(Type.F32, (cache.n_rot_v,) * 2, "attn_inp_v_rot")
         return inputs
 
@@ -248,6 +242,7 @@ class Builder:
         view = self.view.of_layer(il)
         inputs = self.inputs.attn if view is self.view else self.inputs.attn_swa
         assert inputs is not None
+        assert inputs.v_idxs is not None
         if inputs.k_rot is not None:
             q, k = _rotate(q, inputs.k_rot), _rotate(k, inputs.k_rot)
         if inputs.v_rot is not None:
@@ -263,8 +258,32 @@ class Builder:
         bias = w.get("attn_output.bias")
         return cur if bias is None else ops.add(cur, bias)
 
+    def mla_attention(self, w: LayerWeights, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Store K of new tokens, of which V is a part, and return what attention makes of the cache.
+
+        Notes
+        -----
+        Mirrors `llm_graph_context::build_attn` for `llm_graph_input_attn_k`.
+        """
+        inputs, il = self.inputs.attn, w.layer
+        self.graph.expand(q, v, k)
+        self.graph.expand(self.view.cpy_k(k, inputs.k_idxs, il))
+        k = self.view.get_k(il)
+        v = ops.view_4d(k, v.ne[0], *k.ne[1:], *k.nb[1:], 0)
+        cur = self._mha(q, k, v, inputs.kq_mask, scale, None, il, unfold=w["attn_v_b.weight"])
+        return self._mul_mat_exactly(w["attn_output.weight"], self.name(cur, "kqv_out", il))
+
     def _mha(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor | None, il: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        scale: float,
+        sinks: Tensor | None,
+        il: int,
+        *,
+        unfold: Tensor | None = None,
     ) -> Tensor:
         """Mirrors `llm_graph_context::build_attn_mha`."""
         v_trans = v.nb[1] > v.nb[2]
@@ -273,9 +292,9 @@ class Builder:
         q = ops.view_4d(q, q.ne[0], q.ne[1], n, n_stream, q.nb[1], q.nb[2], q.nb[2] * n, 0)
         q, k, v = (ops.permute(t, 0, 2, 1, 3) for t in (q, k, v))
         if self.cp.flash_attn:
-            cur = self._flash(q, k, v, mask, scale, sinks, il, v_trans=v_trans)
+            cur = self._flash(q, k, ops.transpose(v) if v_trans else v, mask, scale, sinks, unfold, il)
         else:
-            cur = self._softmax_attention(q, k, v, mask, scale, sinks, il, v_trans=v_trans)
+            cur = self._softmax_attention(q, k, v, mask, scale, sinks, unfold, il, v_trans=v_trans)
         self.graph.expand(cur)
         return cur
 
@@ -287,12 +306,9 @@ class Builder:
         mask: Tensor,
         scale: float,
         sinks: Tensor | None,
+        unfold: Tensor | None,
         il: int,
-        *,
-        v_trans: bool,
     ) -> Tensor:
-        if v_trans:
-            v = ops.transpose(v)
         if k.type is Type.F32:
             k = ops.cast(k, Type.F16)
         if v.type is Type.F32:
@@ -301,6 +317,9 @@ class Builder:
         self.flash_nodes.append((cur, il))
         ops.flash_attn_ext_add_sinks(cur, sinks)
         ops.prec_set_acc(cur, Prec.F32)
+        if unfold is not None:
+            cur = self.name(ops.mul_mat(unfold, ops.permute(cur, 0, 2, 1, 3)), "fattn_mla", il)
+            cur = ops.cont(ops.permute(cur, 0, 2, 1, 3))
         return ops.reshape_2d(cur, cur.ne[0] * cur.ne[1], cur.ne[2] * cur.ne[3])
 
     def _softmax_attention(
@@ -311,6 +330,7 @@ class Builder:
         mask: Tensor,
         scale: float,
         sinks: Tensor | None,
+        unfold: Tensor | None,
         il: int,
         *,
         v_trans: bool,
@@ -323,6 +343,8 @@ class Builder:
         if not v_trans:
             v = self.name(ops.cont(ops.transpose(v)), "v_cont", il)
         kqv = self.name(ops.mul_mat(v, kq), "kqv", il)
+        if unfold is not None:
+            kqv = self.name(ops.mul_mat(unfold, kqv), "kqv_mla", il)
         cur = ops.permute(kqv, 0, 2, 1, 3)
         cur = ops.cont_2d(cur, cur.ne[0] * cur.ne[1], cur.ne[2] * cur.ne[3])
         self.attn_outputs.append(cur)
@@ -358,120 +380,6 @@ class Builder:
         if self.hp.arch in _EXACT_SUMS:
             ops.prec_set_acc(cur, Prec.F32)
         return cur
-
-    def routed_ffn(self, w: LayerWeights, cur: Tensor) -> Tensor:
-        """Return `moe_ffn` with experts chosen and weighed as the file says."""
-        hp = self.hp
-        return self.moe_ffn(
-            w,
-            cur,
-            gating=hp.expert_gating,
-            norm_weights=hp.expert_weights_norm,
-            weights_scale=hp.expert_weights_scale,
-        )
-
-    def moe_ffn(
-        self,
-        w: LayerWeights,
-        cur: Tensor,
-        *,
-        gating: Gating = "softmax",
-        activation: Activation = "silu",
-        norm_weights: bool = True,
-        weights_scale: float = 0.0,
-    ) -> Tensor:
-        """Return the sum of the chosen experts' feed-forwards, by their weights.
-
-        Parameters
-        ----------
-        cur : Tensor
-            f32, [n_embd, n_token]
-        gating : str
-            How the router's logits become probabilities; ``softmax_weight`` does so for the chosen alone.
-        norm_weights : bool
-            Weights of the chosen add up to 1.
-        weights_scale : float
-            By which weights are multiplied; 0 and 1 leave them.
-
-        Notes
-        -----
-        Mirrors `llm_graph_context::build_moe_ffn`: weights are expanded before the experts, views before the sums.
-        """
-        il, n_used = w.layer, self.hp.n_expert_used
-        n_embd, n_tokens = cur.ne[0], cur.ne[1]
-        chosen, weights = self._route(w, cur, gating, norm_weights, weights_scale)
-        self.topk.append(chosen)
-        self.graph.expand(weights)
-        cur = ops.reshape_3d(cur, n_embd, 1, n_tokens)
-        experts = self._experts(w, cur, chosen, activation)
-        experts = self.name(ops.mul(experts, weights), "ffn_moe_weighted", il)
-        self.graph.expand(experts)
-        views = [ops.view_2d(experts, n_embd, n_tokens, experts.nb[2], i * experts.nb[1]) for i in range(n_used)]
-        for view in views:
-            self.graph.expand(view)
-        out = views[0]
-        for view in views[1:]:
-            out = ops.add(out, view)
-            self.graph.expand(out)
-        if n_used == 1:
-            out = ops.cont(out)  # the caller expects dense rows
-        return self.name(out, "ffn_moe_out", il)
-
-    def _route(
-        self, w: LayerWeights, cur: Tensor, gating: Gating, norm_weights: bool, weights_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Return the chosen experts, i32 [n_used, n_token], and their weights, f32 [1, n_used, n_token]."""
-        il, n_used, n_expert = w.layer, self.hp.n_expert_used, self.hp.n_expert
-        n_tokens = cur.ne[1]
-        logits = self.name(ops.mul_mat(w["ffn_gate_inp.weight"], cur), "ffn_moe_logits", il)
-        bias = w.get("ffn_gate_inp.bias")
-        if bias is not None:
-            logits = self.name(ops.add(logits, bias), "ffn_moe_logits_biased", il)
-        to_probs: dict[Gating, Callable[[Tensor], Tensor]] = {"softmax": ops.soft_max, "sigmoid": ops.sigmoid}
-        probs = self.name(to_probs[gating](logits) if gating in to_probs else logits, "ffn_moe_probs", il)
-        selection = probs
-        probs_bias = w.get("exp_probs_b.bias")
-        if probs_bias is not None:
-            selection = self.name(ops.add(probs, probs_bias), "ffn_moe_probs_biased", il)
-        chosen = ops.argsort_top_k(selection, n_used)
-        argsort = chosen.src[0]
-        assert argsort is not None
-        self.name(argsort, "ffn_moe_argsort", il)
-        self.name(chosen, "ffn_moe_topk", il)
-        probs = ops.reshape_3d(probs, 1, n_expert, n_tokens)
-        weights = self.name(ops.get_rows(probs, chosen), "ffn_moe_weights", il)
-        if gating == "softmax_weight":
-            weights = ops.soft_max(ops.reshape_2d(weights, n_used, n_tokens))
-            weights = self.name(ops.reshape_3d(weights, 1, n_used, n_tokens), "ffn_moe_weights_softmax", il)
-        if norm_weights:
-            weights = ops.reshape_2d(weights, n_used, n_tokens)
-            total = self.name(ops.sum_rows(weights), "ffn_moe_weights_sum", il)
-            total = self.name(ops.clamp(total, _MIN_WEIGHT_SUM, math.inf), "ffn_moe_weights_sum_clamped", il)
-            weights = self.name(ops.div(weights, total), "ffn_moe_weights_norm", il)
-            weights = ops.reshape_3d(weights, 1, n_used, n_tokens)
-        if weights_scale not in (0.0, 1.0):
-            weights = self.name(ops.scale(weights, weights_scale), "ffn_moe_weights_scaled", il)
-        return chosen, weights
-
-    def _experts(self, w: LayerWeights, cur: Tensor, chosen: Tensor, activation: Activation) -> Tensor:
-        """Return what each chosen expert makes of each token: [n_embd, n_used, n_token]."""
-        il = w.layer
-        up = self._expert_mul(w, "up", cur, chosen)
-        gated = w.get("ffn_gate_exps.weight") is not None
-        gate = self._expert_mul(w, "gate", cur, chosen) if gated else up
-        if activation == "swiglu_oai":
-            cur = self.name(ops.swiglu_oai(gate, up, 1.702, 7.0), "ffn_moe_swiglu_oai", il)
-        elif gated:
-            cur = self.name(ops.swiglu_split(gate, up), "ffn_moe_swiglu", il)
-        else:
-            cur = self.name(ops.silu(gate), "ffn_moe_silu", il)
-        return self._expert_mul(w, "down", cur, chosen)
-
-    def _expert_mul(self, w: LayerWeights, which: str, cur: Tensor, chosen: Tensor) -> Tensor:
-        il = w.layer
-        cur = self.name(ops.mul_mat_id(w[f"ffn_{which}_exps.weight"], cur, chosen), f"ffn_moe_{which}", il)
-        bias = w.get(f"ffn_{which}_exps.bias")
-        return cur if bias is None else self.name(ops.add_id(cur, bias, chosen), f"ffn_moe_{which}_biased", il)
 
     # -- rows of outputs -----------------------------------------------------
 

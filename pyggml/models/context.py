@@ -153,6 +153,8 @@ def _attn_factor(ext_factor: float, freq_scale: float, hparams: HParams) -> floa
         stretch = round_f32(1.0 / freq_scale)
         log = round_f32(math.log(stretch))
         mscale = 1.0 if stretch <= 1.0 else round_f32(round_f32(round_f32(0.1) * log) + 1.0)
+        if hparams.rope_yarn_log_mul:  # such models scale Q times K instead
+            mscale = 1.0
         cancel = round_f32(1.0 / round_f32(1.0 + round_f32(round_f32(0.1) * log)))
         factor = round_f32(mscale * cancel)
     return round_f32(factor * round_f32(hparams.rope_attn_factor))

@@ -9,6 +9,7 @@ from ..gguf import TensorInfo
 from ..tensor import Tensor
 from ..types import Op
 from .blocks import Builder, kq_scale
+from .experts import routed_ffn
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
 from .weights import (
@@ -109,6 +110,6 @@ def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
 
 def _experts(b: Builder, w: LayerWeights, cur: Tensor, il: int) -> Tensor:
     """Return what the chosen experts and the shared one make of each token."""
-    routed = b.routed_ffn(w, cur)
+    routed = routed_ffn(b, w, cur)
     shared = b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp_out", il)
     return b.name(ops.add(routed, shared), "ffn_out", il)

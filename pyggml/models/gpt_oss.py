@@ -8,6 +8,7 @@ from .. import ops
 from ..gguf import TensorInfo
 from ..types import Op
 from .blocks import Builder, kq_scale
+from .experts import moe_ffn
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
 from .weights import Weights, WeightSpec, layer_specs, qkv_specs, trunk_specs
@@ -76,7 +77,8 @@ def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
         cur = b.name(b.attention(w, q, k, v, scale, sinks=w["attn_sinks.weight"]), "attn_out", il)
         ffn_in = b.name(ops.add(cur, layer_in), "ffn_inp", il)
         cur = b.name(b.norm(ffn_in, w["post_attention_norm.weight"], il), "attn_post_norm", il)
-        cur = b.moe_ffn(
+        cur = moe_ffn(
+            b,
             w,
             cur,
             gating="softmax_weight",

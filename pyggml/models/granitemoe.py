@@ -9,6 +9,7 @@ from ..gguf import TensorInfo
 from ..tensor import Tensor
 from ..types import Op
 from .blocks import Builder, kq_scale
+from .experts import moe_ffn
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams, round_f32
 from .llama import moe_rows, rope_factor_specs, rope_factors
@@ -80,7 +81,7 @@ def _scaled(hp: HParams, cur: Tensor) -> Tensor:
 
 def _experts(b: Builder, w: LayerWeights, cur: Tensor, il: int) -> Tensor:
     """Return what the chosen experts, and the shared one if there is one, make of each token."""
-    routed = b.moe_ffn(w, cur)
+    routed = moe_ffn(b, w, cur)
     if not b.hp.n_ff_shexp:
         return routed
     shared = b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp", il)

@@ -75,7 +75,7 @@ class AttnInputs:
     """The inputs of attention over one cache; None where the cache needs none."""
 
     k_idxs: Tensor
-    v_idxs: Tensor
+    v_idxs: Tensor | None
     kq_mask: Tensor
     k_rot: Tensor | None = None
     v_rot: Tensor | None = None

@@ -33,13 +33,16 @@ ARCHITECTURES: dict[str, RopeType] = {
     "qwen2moe": RopeType.NEOX,
     "olmoe": RopeType.NEOX,
     "granitemoe": RopeType.NORMAL,
+    "deepseek2": RopeType.NORMAL,
 }
 #: Of these, the ones that are nothing without experts.
-_MOE_ONLY = frozenset({"qwen3moe", "gpt-oss", "glm4moe", "qwen2moe", "olmoe", "granitemoe"})
+_MOE_ONLY = frozenset({"qwen3moe", "gpt-oss", "glm4moe", "qwen2moe", "olmoe", "granitemoe", "deepseek2"})
 #: Those that may rotate a part of each head only.
 _PARTIAL_ROPE = frozenset({"glm4moe"})
 #: Those whose file says how experts are chosen and which layers have them, and how they do if it does not.
-_ROUTED: dict[str, Gating] = {"glm4moe": "sigmoid"}
+_ROUTED: dict[str, Gating] = {"glm4moe": "sigmoid", "deepseek2": "softmax"}
+#: Those with attention over a latent space.
+_MLA = frozenset({"deepseek2"})
 #: Those that multiply embeddings, residuals, attention and logits by constants of the file.
 _SCALED = frozenset({"granitemoe"})
 #: Upstream's `llama_expert_gating_func_type`.
@@ -100,6 +103,13 @@ class HParams:
     expert_gating: Gating = "softmax"
     expert_weights_norm: bool = False  #: weights of the chosen experts add up to 1
     expert_weights_scale: float = 0.0  #: by which weights of experts are multiplied; 0 and 1 leave them
+    n_expert_groups: int = 0  #: experts are chosen from the best groups; 0 and 1: from all
+    n_group_used: int = 0
+    n_lora_q: int = 0  #: width of the space that Q goes through; 0: none
+    n_lora_kv: int = 0  #: width of the space in which K and V are kept
+    n_embd_head_k_mla: int = 0  #: of K unfolded from that space; 0: attention is not of this kind (MLA)
+    n_embd_head_v_mla: int = 0
+    rope_yarn_log_mul: float = 0.0
     embedding_scale: float = 0.0  #: 0 leaves the embeddings as they are
     residual_scale: float = 0.0  #: of what is added to the residual stream; 0 leaves it
     attention_scale: float = 0.0  #: of Q times K; 0 takes one over the root of the heads' size
@@ -124,6 +134,11 @@ class HParams:
     def n_layer_moe(self) -> int:
         """Layers with experts."""
         return self.n_layer - self.n_layer_dense_lead if self.is_moe else 0
+
+    @property
+    def is_mla(self) -> bool:
+        """Whether K and V are kept as one vector of a latent space."""
+        return self.n_embd_head_k_mla > 0
 
     @property
     def is_moe(self) -> bool:
@@ -218,7 +233,7 @@ class _Reader:
         head_v = self.integer("attention.value_length", n_embd // n_head)
         n_rot = self.integer("rope.dimension_count", head_k)
         is_partial = self.arch in _PARTIAL_ROPE and n_rot < head_k and n_rot % 2 == 0
-        if (n_rot != head_k and not is_partial) or head_k != head_v:
+        if self.arch not in _MLA and ((n_rot != head_k and not is_partial) or head_k != head_v):
             raise self.error("rope.dimension_count", f"is {n_rot}, with heads of {head_k} (K) and {head_v} (V)")
         sections = self.metadata.get(f"{self.arch}.rope.dimension_sections", ())
         if sum(int(n) > 0 for n in sections[:2]) == 2:
@@ -259,7 +274,47 @@ class _Reader:
             **self.sliding_window(n_layer, freq_base, freq_scale),
             **self.routing(n_layer),
             **self.scales(),
+            **self.groups(n_expert),
+            **self.latent(n_layer, head_k, head_v, n_rot, n_head_kv),
         )
+
+    def groups(self, n_expert: int) -> dict[str, Any]:
+        """Return the groups that experts are chosen from, checked as upstream does."""
+        n_groups = self.integer("expert_group_count", 0, least=0)
+        n_used = self.integer("expert_group_used_count", 0, least=0)
+        if n_groups > 1 and (n_groups >= n_expert or n_expert % n_groups or not 0 < n_used < n_groups):
+            raise self.error("expert_group_count", f"is {n_groups}, of which {n_used} are used, for {n_expert} experts")
+        return {"n_expert_groups": n_groups, "n_group_used": n_used}
+
+    def latent(self, n_layer: int, head_k: int, head_v: int, n_rot: int, n_head_kv: int) -> dict[str, Any]:
+        """Return what concerns attention over a latent space.
+
+        Notes
+        -----
+        Mirrors `llama_model_deepseek2::load_arch_hparams`. Differs: files from before K and V were unfolded by weights
+        of their own, and scaling by the position, are refused.
+        """
+        if self.arch not in _MLA:
+            return {}
+        if self.number("attention.temperature_scale", 0.0):
+            raise self.error("attention.temperature_scale", "is set, which is not supported")
+        k_mla, v_mla = (self.integer(f"attention.{which}_length_mla", 0, least=0) for which in ("key", "value"))
+        rank = self.integer("attention.kv_lora_rank")
+        if not k_mla or not v_mla:
+            raise self.error("attention.key_length_mla", "is missing: the model was converted before MLA was kept so")
+        if (head_k, head_v, n_head_kv) != (rank + n_rot, rank, 1) or k_mla <= n_rot or n_rot % 2:
+            sizes = f"{head_k} (K), {head_v} (V), {k_mla} (K unfolded), {n_rot} rotated, {n_head_kv} heads"
+            raise self.error("attention.kv_lora_rank", f"is {rank}, which does not go with {sizes}")
+        # which models have no narrow space for Q is known by their size alone
+        is_lite = n_layer in (26, 27) or (n_layer == 48 and self.n_vocab() == 128256)
+        log_mul = round_f32(self.number("rope.scaling.yarn_log_multiplier", 0.0))
+        return {
+            "n_lora_q": 0 if is_lite else self.integer("attention.q_lora_rank", least=0),
+            "n_lora_kv": rank,
+            "n_embd_head_k_mla": k_mla,
+            "n_embd_head_v_mla": v_mla,
+            "rope_yarn_log_mul": round_f32(log_mul / round_f32(0.1)),
+        }
 
     def scales(self) -> dict[str, Any]:
         """Return by what embeddings, residuals, attention and logits are multiplied, in architectures that do so."""

@@ -73,7 +73,8 @@ class _AttnFiller:
             return
         k_idxs = cache.k_idxs(slot)
         _write(inputs.k_idxs, k_idxs)
-        _write(inputs.v_idxs, cache.v_idxs(slot) if cache.v_trans else k_idxs)
+        if inputs.v_idxs is not None:
+            _write(inputs.v_idxs, cache.v_idxs(slot) if cache.v_trans else k_idxs)
         self._mask.fill(0)
         self._mask[cache.mask(part, inputs.kq_mask.ne[0])] = self._drop
         _write(inputs.kq_mask, self._mask)

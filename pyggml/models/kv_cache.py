@@ -132,7 +132,8 @@ class KVCache:
     Attributes
     ----------
     k, v : dict of int to Tensor
-        By layer: K of ne [n_embd_k_gqa, n_cells, n_stream]; V likewise, whose elements lie transposed if ``v_trans``.
+        By layer: K of ne [n_embd_k_gqa, n_cells, n_stream]; V likewise, whose elements lie transposed if ``v_trans``;
+        no V where it is a part of K (MLA).
     swa : KVCache or None
         The cache of layers with a sliding window; see `SlidingKVCache`.
     n_rot_k, n_rot_v : int
@@ -164,14 +165,16 @@ class KVCache:
         shape = (self.n_cells, self.n_stream)
         own = range(hparams.n_layer) if layers is None else sorted(layers)
         self.k = {i: Tensor(params.type_k, (hparams.n_embd_k_gqa, *shape), name=f"cache_k_l{i}") for i in own}
-        self.v = {i: Tensor(params.type_v, (hparams.n_embd_v_gqa, *shape), name=f"cache_v_l{i}") for i in own}
+        with_v = () if hparams.is_mla else own
+        self.v = {i: Tensor(params.type_v, (hparams.n_embd_v_gqa, *shape), name=f"cache_v_l{i}") for i in with_v}
         self.n_rot_k = _rotation(params.type_k, hparams.n_embd_head_k, grow=True)
         self.n_rot_v = _rotation(params.type_v, hparams.n_embd_head_v, grow=False)
         self.streams = [_Cells(self.n_cells) for _ in range(self.n_stream)]
 
     def tensors(self) -> list[tuple[int, Tensor]]:
         """Return the tensors with their layers, in the order in which they are allocated."""
-        return [(i, t) for i in self.k for t in (self.k[i], self.v[i])]
+        pairs = ((i, own.get(i)) for i in self.k for own in (self.k, self.v))
+        return [(i, tensor) for i, tensor in pairs if tensor is not None]
 
     # -- sequences -----------------------------------------------------------
 

@@ -9,6 +9,7 @@ from ..gguf import TensorInfo
 from ..tensor import Tensor
 from ..types import Op
 from .blocks import Builder, kq_scale
+from .experts import moe_ffn
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
 from .weights import (
@@ -92,7 +93,7 @@ def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
 
 def _experts(b: Builder, w: LayerWeights, cur: Tensor, il: int) -> Tensor:
     """Return what the chosen experts make of each token, and the shared one by its gate, a sigmoid as SiLU over input."""
-    routed = b.moe_ffn(w, cur, norm_weights=False)
+    routed = moe_ffn(b, w, cur, norm_weights=False)
     gate_in = b.name(ops.mul_mat(w["ffn_gate_inp_shexp.weight"], cur), "ffn_shexp_gate_inp", il)
     gate = b.name(ops.div(ops.silu(gate_in), gate_in), "ffn_shexp_gate", il)
     shared = b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp", il)

@@ -8,6 +8,7 @@ from .. import ops
 from ..gguf import TensorInfo
 from ..types import Op
 from .blocks import Builder, kq_scale
+from .experts import moe_ffn
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
 from .weights import SpecRow, Weights, WeightSpec, dense_rows, layer_specs, qkv_specs, trunk_specs
@@ -74,7 +75,7 @@ def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
             cur, residual = b.choose_outputs(cur, residual)
         ffn_in = b.name(ops.add(cur, residual), "ffn_inp", il)
         cur = b.name(b.norm(ffn_in, w["ffn_norm.weight"], il), "ffn_norm", il)
-        cur = b.moe_ffn(w, cur) if hp.is_moe else b.name(b.ffn(w, cur), "ffn_out", il)
+        cur = moe_ffn(b, w, cur) if hp.is_moe else b.name(b.ffn(w, cur), "ffn_out", il)
         layer_in = b.name(ops.add(cur, ffn_in), "l_out", il)
     embd = b.name(b.norm(layer_in, weights["output_norm.weight"], -1), "result_norm")
     return b.finish(b.name(ops.mul_mat(weights.output, embd), "result_output"), embd)

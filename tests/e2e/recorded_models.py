@@ -38,10 +38,11 @@ SHA256 = {
     ("qwen3moe", "Q8_0"): "29deddd48a3f1717ffa80fefeb5b6cbd022c0dcd8cf3e33cf47f7a5a418ee556",
     ("glm4moe", "F32"): "b7efb1412a8ee333a98ba454dc167e023a6b39157ae3c8981b53304072e7495a",
     ("granitemoe", "F32"): "a11260531bddf5c6ba2f73e743a17c339781d2f8f7beb59cadfd2ce7eb438240",
+    ("deepseek2", "F32"): "f001f39f50f4c1511c41bdd83c25e842f54500ad8967ba7866f547fee6e92af6",
     ("gpt-oss", "MXFP4"): "bda3cc9d3f387e0005b075b8a9d33a295f3a97d266213b4fbca8c97860e1ea1a",
 }
 #: Architectures whose logits were recorded with F32 weights.
-ARCHITECTURES = ("llama", "qwen3moe", "glm4moe", "granitemoe")
+ARCHITECTURES = ("llama", "qwen3moe", "glm4moe", "granitemoe", "deepseek2")
 
 Shape = tuple[int, ...]
 Weight = tuple[str, npt.NDArray[np.float32]]

@@ -123,6 +123,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "tensors": {f"blk.{i}.attn_qkv.weight": (192, 64) for i in range(3)},
         },
     ),
+    "deepseek2": ("deepseek2", {}),
+    "deepseek2, experts in groups": ("deepseek2", {"keys": {"expert_group_count": 4, "expert_group_used_count": 2}}),
+    "deepseek2 with yarn": ("deepseek2", {"keys": {**_YARN, "rope.scaling.yarn_log_multiplier": 0.0707}}),
+    "deepseek2 with yarn, other multiplier": (
+        "deepseek2",
+        {"keys": {**_YARN, "rope.scaling.yarn_log_multiplier": 0.1}},
+    ),
+    "deepseek2 by softmax, no bias, q at once": (
+        "deepseek2",
+        {
+            "keys": {"expert_gating_func": None, "attention.q_lora_rank": 0},
+            "without": ("exp_probs_b.bias", "attn_q_a.weight", "attn_q_a_norm.weight", "attn_q_b.weight"),
+            "tensors": {f"blk.{i}.attn_q.weight": (256, 64) for i in range(3)},
+        },
+    ),
+    "deepseek2, gates and ups in one": (
+        "deepseek2",
+        {
+            "without": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+            "tensors": {f"blk.{i}.ffn_gate_up_exps.weight": (8, 64, 64) for i in (1, 2)},
+        },
+    ),
     "gpt-oss": ("gpt-oss", {}),
     "gpt-oss with yarn": ("gpt-oss", {"keys": _YARN}),
     "gpt-oss, every third layer dense": ("gpt-oss", {"keys": {"attention.sliding_window_pattern": 3}}),
@@ -246,6 +268,10 @@ def test_a_recorded_routing_counts_layers_with_experts(expected, tmp_path):
         ("granitemoe", {"keys": {"logit_scale": 0.0}}, "logits are divided by it"),
         ("olmoe", {"keys": {"expert_count": 0, "expert_used_count": 0}}, "has experts"),
         ("qwen2moe", {"without": ("output.weight",)}, "'output.weight' is missing"),
+        ("deepseek2", {"keys": {"attention.key_length_mla": None}}, "converted before MLA"),
+        ("deepseek2", {"keys": {"attention.kv_lora_rank": 64}}, "is 64, which does not go with"),
+        ("deepseek2", {"keys": {"expert_group_count": 3, "expert_group_used_count": 1}}, "is 3, of which 1 are used"),
+        ("deepseek2", {"keys": {"attention.temperature_scale": 0.1}}, "not supported"),
         ("glm4moe", {"tensors": {"blk.1.odd.weight": (64,)}}, "odd.weight"),
     ],
 )

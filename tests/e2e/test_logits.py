@@ -75,7 +75,7 @@ def test_a_quantized_cache_is_rotated_as_in_llama_cpp(model, tmp_path):
     with session(path, Type.Q8_0, "on") as s:
         found = all_logits(s, tokens, 40)
     error = np.square(found - expected).sum(1) / np.square(expected).sum(1)
-    assert np.sort(error)[-2] < 1e-4
+    assert np.sort(error)[-2] < 2e-4
 
 
 @pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")

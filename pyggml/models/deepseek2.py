@@ -1,0 +1,167 @@
+"""The architecture deepseek2 (DeepSeek V2, V3, R1): attention over a latent space, experts in groups beside a shared one.
+
+A token's K and V are one short vector, which the cache holds instead; what would unfold K is applied to Q, what would
+unfold V to the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from .. import ops
+from ..gguf import TensorInfo
+from ..tensor import Tensor
+from ..types import Op
+from .blocks import Builder
+from .context import ContextParams
+from .experts import routed_ffn
+from .graph import GraphParams, ModelGraph
+from .hparams import HParams, round_f32
+from .weights import (
+    LayerWeights,
+    SpecRow,
+    Weights,
+    WeightSpec,
+    dense_rows,
+    layer_specs,
+    nextn_rows,
+    shared_rows,
+    skipped,
+    trunk_specs,
+)
+
+__all__ = ["build_graph", "weight_specs"]
+
+
+def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+    """Return the tensors of the architecture, in upstream's order; those of layers that predict further are left out.
+
+    Notes
+    -----
+    Mirrors `llama_model_deepseek2::load_arch_tensors`.
+    """
+    specs = trunk_specs(hp, present)
+    for i in range(hp.n_layer):
+        specs += layer_specs(i, _rows(hp, i, present))
+    for i in range(hp.n_layer, hp.n_layer_all):
+        specs += skipped(layer_specs(i, [*_rows(hp, i, present), *nextn_rows(hp)]))
+    return specs
+
+
+def _rows(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
+    k_mla, v_mla, rank = hp.n_embd_head_k_mla, hp.n_embd_head_v_mla, hp.n_lora_kv
+    n_q = hp.n_head * k_mla
+    rows: list[SpecRow] = [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]
+    if hp.n_lora_q:
+        rows.append(("attn_q_a_norm.weight", (hp.n_lora_q,), Op.MUL, False))
+    rows.append(("attn_kv_a_norm.weight", (rank,), Op.MUL, False))
+    if hp.n_lora_q:
+        rows.append(("attn_q_a.weight", (hp.n_embd, hp.n_lora_q), Op.MUL_MAT, False))
+        rows.append(("attn_q_b.weight", (hp.n_lora_q, n_q), Op.MUL_MAT, False))
+    else:
+        rows.append(("attn_q.weight", (hp.n_embd, n_q), Op.MUL_MAT, False))
+    return [
+        *rows,
+        ("attn_kv_a_mqa.weight", (hp.n_embd, rank + hp.n_rot), Op.MUL_MAT, False),
+        ("attn_k_b.weight", (k_mla - hp.n_rot, rank, hp.n_head), Op.MUL_MAT, False),
+        ("attn_v_b.weight", (rank, v_mla, hp.n_head), Op.MUL_MAT, False),
+        ("attn_output.weight", (hp.n_head * v_mla, hp.n_embd), Op.MUL_MAT, False),
+        ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+        *(dense_rows(hp) if i < hp.n_layer_dense_lead else _moe_rows(hp, i, present)),
+    ]
+
+
+def _moe_rows(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
+    n_ff, n_expert = hp.n_ff_exp, hp.n_expert
+    if f"blk.{i}.ffn_gate_up_exps.weight" in present:
+        gate_up: list[SpecRow] = [("ffn_gate_up_exps.weight", (hp.n_embd, 2 * n_ff, n_expert), Op.MUL_MAT_ID, False)]
+    else:
+        gate_up = [
+            (f"ffn_{which}_exps.weight", (hp.n_embd, n_ff, n_expert), Op.MUL_MAT_ID, False) for which in ("gate", "up")
+        ]
+    return [
+        ("ffn_gate_inp.weight", (hp.n_embd, n_expert), Op.MUL_MAT, False),
+        ("exp_probs_b.bias", (n_expert,), Op.ADD, True),
+        ("ffn_down_exps.weight", (n_ff, hp.n_embd, n_expert), Op.MUL_MAT_ID, False),
+        *gate_up,
+        *shared_rows(hp, n_ff * hp.n_expert_shared),
+    ]
+
+
+def _mla_scale(hp: HParams, cp: ContextParams) -> float:
+    """Return the factor of Q times K, with what YaRN adds to it, as float32 arithmetic gives it."""
+    log = round_f32(math.log(round_f32(1.0 / cp.freq_scale)))
+    tenth = round_f32(0.1)
+    attn_factor = round_f32(cp.attn_factor * round_f32(1.0 + round_f32(tenth * log)))
+    stretch = round_f32(round_f32(tenth * hp.rope_yarn_log_mul) * log)
+    mscale = round_f32(attn_factor * round_f32(1.0 + stretch))
+    return round_f32(round_f32(mscale * mscale) / round_f32(math.sqrt(hp.n_embd_head_k_mla)))
+
+
+def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
+    """Return the graph of a micro-batch.
+
+    Notes
+    -----
+    Mirrors `llama_model_deepseek2::graph` with MLA.
+    """
+    b = Builder(p, weights)
+    hp = p.hparams
+    scale = _mla_scale(hp, p.params)
+    layer_in = b.input_embd()
+    b.attention_inputs()
+    for w in weights.layers:
+        il, residual = w.layer, layer_in
+        cur = b.name(b.norm(layer_in, w["attn_norm.weight"], il), "attn_norm", il)
+        cur = b.mla_attention(w, *_latent_qkv(b, w, cur), scale)
+        if il == hp.n_layer - 1:
+            cur, residual = b.choose_outputs(cur, residual)
+        ffn_in = b.name(ops.add(cur, residual), "ffn_inp", il)
+        cur = b.name(b.norm(ffn_in, w["ffn_norm.weight"], il), "ffn_norm", il)
+        cur = b.ffn(w, cur) if il < hp.n_layer_dense_lead else _experts(b, w, cur)
+        layer_in = b.name(ops.add(b.name(cur, "ffn_out", il), ffn_in), "l_out", il)
+    embd = b.name(b.norm(layer_in, weights["output_norm.weight"], -1), "result_norm")
+    return b.finish(b.name(ops.mul_mat(weights.output, embd), "result_output"), embd)
+
+
+def _latent_qkv(b: Builder, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q, K and V in the latent space: [rank + n_rot, n_head or 1, n_token], V without the rotated part."""
+    hp, n, il = b.hp, b.n_tokens, w.layer
+    rank, n_nope = hp.n_lora_kv, hp.n_embd_head_k_mla - hp.n_rot
+    q = _project_q(b, w, cur)
+    both = b.name(ops.mul_mat(w["attn_kv_a_mqa.weight"], cur), "kv_cmpr_pe", il)
+    row = both.type.row_size
+    kv = b.name(ops.view_2d(both, rank, n, row(rank + hp.n_rot), 0), "kv_cmpr", il)
+    k_pe = ops.view_3d(both, hp.n_rot, 1, n, row(rank + hp.n_rot), row(rank + hp.n_rot), row(rank))
+    k_pe = b.name(b.rope(b.name(k_pe, "k_pe", il)), "k_pe", il)
+    kv = b.name(b.norm(kv, w["attn_kv_a_norm.weight"], il), "kv_cmpr", il)
+    q_nope = b.name(ops.view_3d(q, n_nope, hp.n_head, n, q.nb[1], q.nb[2], 0), "q_nope", il)
+    q_pe = ops.view_3d(q, hp.n_rot, hp.n_head, n, q.nb[1], q.nb[2], q.type.row_size(n_nope))
+    q_pe = b.name(b.rope(b.name(q_pe, "q_pe", il)), "q_pe", il)
+    q_nope = b.name(ops.permute(q_nope, 0, 2, 1, 3), "q_nope_perm", il)
+    absorbed = b.name(ops.mul_mat(w["attn_k_b.weight"], q_nope), "q_nope_absorbed", il)
+    absorbed = b.name(ops.permute(absorbed, 0, 2, 1, 3), "q_nope_absorbed_perm", il)
+    q = b.name(ops.concat(absorbed, q_pe, 0), "Qcur", il)
+    kv = b.name(ops.reshape_3d(kv, rank, 1, n), "kv_cmpr_reshape", il)
+    k = b.name(ops.concat(kv, k_pe, 0), "Kcur", il)
+    return q, k, b.name(kv, "Vcur", il)
+
+
+def _project_q(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
+    """Return Q: [n_embd_head_k_mla, n_head, n_token], through a narrow space where the model has one."""
+    hp, il = b.hp, w.layer
+    if hp.n_lora_q:
+        q = b.name(ops.mul_mat(w["attn_q_a.weight"], cur), "q", il)
+        q = b.name(b.norm(q, w["attn_q_a_norm.weight"], il), "q", il)
+        q = b.name(ops.mul_mat(w["attn_q_b.weight"], q), "q", il)
+    else:
+        q = b.name(ops.mul_mat(w["attn_q.weight"], cur), "q", il)
+    return b.name(ops.reshape_3d(q, hp.n_embd_head_k_mla, hp.n_head, b.n_tokens), "q", il)
+
+
+def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
+    """Return what the chosen experts and the shared one make of each token."""
+    routed = routed_ffn(b, w, cur)
+    shared = b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp", w.layer)
+    return ops.add(routed, shared)

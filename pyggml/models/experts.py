@@ -1,0 +1,190 @@
+"""The feed-forward with experts: a router chooses some for each token, and what they make is added up by their weights.
+
+Functions take the `Builder` of the graph; the order of calls is the order of nodes, as in `blocks.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from .. import ops
+from ..tensor import Tensor
+from .blocks import Builder
+from .hparams import Gating
+from .weights import LayerWeights
+
+__all__ = ["moe_ffn", "routed_ffn"]
+
+#: Smallest sum of expert weights, so that none is divided by zero: the smallest normal F16.
+_MIN_WEIGHT_SUM = 6.103515625e-5
+
+Activation = Literal["silu", "swiglu_oai"]
+
+
+def routed_ffn(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
+    """Return `moe_ffn` with experts chosen and weighed as the file says."""
+    hp = b.hp
+    return moe_ffn(
+        b,
+        w,
+        cur,
+        gating=hp.expert_gating,
+        norm_weights=hp.expert_weights_norm,
+        weights_scale=hp.expert_weights_scale,
+    )
+
+
+def moe_ffn(
+    b: Builder,
+    w: LayerWeights,
+    cur: Tensor,
+    *,
+    gating: Gating = "softmax",
+    activation: Activation = "silu",
+    norm_weights: bool = True,
+    weights_scale: float = 0.0,
+) -> Tensor:
+    """Return the sum of the chosen experts' feed-forwards, by their weights.
+
+    Parameters
+    ----------
+    cur : Tensor
+        f32, [n_embd, n_token]
+    gating : str
+        How the router's logits become probabilities; ``softmax_weight`` does so for the chosen alone.
+    norm_weights : bool
+        Weights of the chosen add up to 1.
+    weights_scale : float
+        By which weights are multiplied; 0 and 1 leave them.
+
+    Notes
+    -----
+    Mirrors `llm_graph_context::build_moe_ffn`: weights are expanded before the experts, views before the sums.
+    """
+    il, n_used = w.layer, b.hp.n_expert_used
+    n_embd, n_tokens = cur.ne[0], cur.ne[1]
+    probs = _probabilities(b, w, cur, gating)
+    chosen = _choose(b, w, probs)
+    b.topk.append(chosen)
+    weights = _weigh(b, probs, chosen, il, is_softmax=gating == "softmax_weight", norm_weights=norm_weights)
+    if weights_scale not in (0.0, 1.0):
+        weights = b.name(ops.scale(weights, weights_scale), "ffn_moe_weights_scaled", il)
+    b.graph.expand(weights)
+    experts = _experts(b, w, ops.reshape_3d(cur, n_embd, 1, n_tokens), chosen, activation)
+    experts = b.name(ops.mul(experts, weights), "ffn_moe_weighted", il)
+    b.graph.expand(experts)
+    views = [ops.view_2d(experts, n_embd, n_tokens, experts.nb[2], i * experts.nb[1]) for i in range(n_used)]
+    for view in views:
+        b.graph.expand(view)
+    out = views[0]
+    for view in views[1:]:
+        out = ops.add(out, view)
+        b.graph.expand(out)
+    if n_used == 1:
+        out = ops.cont(out)  # the caller expects dense rows
+    return b.name(out, "ffn_moe_out", il)
+
+
+# -- the router ----------------------------------------------------------------
+
+
+def _probabilities(b: Builder, w: LayerWeights, cur: Tensor, gating: Gating) -> Tensor:
+    """Return how much each token favours each expert: f32, [n_expert, n_token]."""
+    il = w.layer
+    logits = b.name(ops.mul_mat(w["ffn_gate_inp.weight"], cur), "ffn_moe_logits", il)
+    bias = w.get("ffn_gate_inp.bias")
+    if bias is not None:
+        logits = b.name(ops.add(logits, bias), "ffn_moe_logits_biased", il)
+    probs = logits
+    if gating == "softmax":
+        probs = ops.soft_max(logits)
+    elif gating == "sigmoid":
+        probs = ops.sigmoid(logits)
+    return b.name(probs, "ffn_moe_probs", il)
+
+
+def _choose(b: Builder, w: LayerWeights, probs: Tensor) -> Tensor:
+    """Return the chosen experts of each token: i32, [n_used, n_token]."""
+    il = w.layer
+    selection = probs
+    bias = w.get("exp_probs_b.bias")
+    if bias is not None:
+        selection = b.name(ops.add(probs, bias), "ffn_moe_probs_biased", il)
+    if b.hp.n_expert_groups > 1:
+        selection = _mask_groups(b, selection, il)
+    chosen = ops.argsort_top_k(selection, b.hp.n_expert_used)
+    argsort = chosen.src[0]
+    assert argsort is not None
+    b.name(argsort, "ffn_moe_argsort", il)
+    return b.name(chosen, "ffn_moe_topk", il)
+
+
+def _mask_groups(b: Builder, selection: Tensor, il: int) -> Tensor:
+    """Return what favours experts of the best groups only: a group is as good as its two best experts together."""
+    n_groups, n_expert, n_tokens = b.hp.n_expert_groups, b.hp.n_expert, selection.ne[1]
+    groups = ops.reshape_3d(selection, n_expert // n_groups, n_groups, n_tokens)
+    best = ops.argsort_top_k(groups, 2)
+    scores = ops.get_rows(ops.reshape_4d(groups, 1, *groups.ne[:3]), best)
+    scores = ops.sum_rows(ops.reshape_3d(scores, *scores.ne[1:]))
+    scores = ops.reshape_2d(scores, scores.ne[1], scores.ne[2])
+    kept = b.name(ops.argsort_top_k(scores, b.hp.n_group_used), "ffn_moe_group_topk", il)
+    rows = ops.get_rows(groups, kept)
+    masked = ops.set_rows(ops.fill(groups, -math.inf), rows, kept)
+    return b.name(ops.reshape_2d(masked, n_expert, n_tokens), "ffn_moe_probs_masked", il)
+
+
+def _weigh(b: Builder, probs: Tensor, chosen: Tensor, il: int, *, is_softmax: bool, norm_weights: bool) -> Tensor:
+    """Return the weights of the chosen experts: f32, [1, n_used, n_token]."""
+    n_used, n_tokens = chosen.ne[0], probs.ne[1]
+    probs = ops.reshape_3d(probs, 1, b.hp.n_expert, n_tokens)
+    weights = b.name(ops.get_rows(probs, chosen), "ffn_moe_weights", il)
+    if is_softmax:
+        weights = ops.soft_max(ops.reshape_2d(weights, n_used, n_tokens))
+        weights = b.name(ops.reshape_3d(weights, 1, n_used, n_tokens), "ffn_moe_weights_softmax", il)
+    if norm_weights:
+        weights = ops.reshape_2d(weights, n_used, n_tokens)
+        total = b.name(ops.sum_rows(weights), "ffn_moe_weights_sum", il)
+        total = b.name(ops.clamp(total, _MIN_WEIGHT_SUM, math.inf), "ffn_moe_weights_sum_clamped", il)
+        weights = b.name(ops.div(weights, total), "ffn_moe_weights_norm", il)
+        weights = ops.reshape_3d(weights, 1, n_used, n_tokens)
+    return weights
+
+
+# -- the experts ---------------------------------------------------------------
+
+
+def _experts(b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor, activation: Activation) -> Tensor:
+    """Return what each chosen expert makes of each token: [n_embd, n_used, n_token]."""
+    il = w.layer
+    if w.get("ffn_gate_up_exps.weight") is not None:
+        gate, up = _fused_gate_up(b, w, cur, chosen)
+        gated = True
+    else:
+        up = _expert_mul(b, w, "up", cur, chosen)
+        gated = w.get("ffn_gate_exps.weight") is not None
+        gate = _expert_mul(b, w, "gate", cur, chosen) if gated else up
+    if activation == "swiglu_oai":
+        cur = b.name(ops.swiglu_oai(gate, up, 1.702, 7.0), "ffn_moe_swiglu_oai", il)
+    elif gated:
+        cur = b.name(ops.swiglu_split(gate, up), "ffn_moe_swiglu", il)
+    else:
+        cur = b.name(ops.silu(gate), "ffn_moe_silu", il)
+    return _expert_mul(b, w, "down", cur, chosen)
+
+
+def _fused_gate_up(b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gate and up as the two halves of one product."""
+    both = _expert_mul(b, w, "gate_up", cur, chosen)
+    n_ff = both.ne[0] // 2
+    gate, up = (
+        ops.view_3d(both, n_ff, both.ne[1], both.ne[2], both.nb[1], both.nb[2], i * n_ff * both.nb[0]) for i in (0, 1)
+    )
+    return b.name(gate, "ffn_moe_gate", w.layer), b.name(up, "ffn_moe_up", w.layer)
+
+
+def _expert_mul(b: Builder, w: LayerWeights, which: str, cur: Tensor, chosen: Tensor) -> Tensor:
+    il = w.layer
+    cur = b.name(ops.mul_mat_id(w[f"ffn_{which}_exps.weight"], cur, chosen), f"ffn_moe_{which}", il)
+    bias = w.get(f"ffn_{which}_exps.bias")
+    return cur if bias is None else b.name(ops.add_id(cur, bias, chosen), f"ffn_moe_{which}_biased", il)
