@@ -19,7 +19,7 @@ from .cost import DeviceProfile, Work
 from .tensor import Tensor
 from .work import UsedExperts, node_work
 
-__all__ = ["Span", "VirtualClock"]
+__all__ = ["Reading", "Span", "VirtualClock"]
 
 
 class Span(NamedTuple):
@@ -27,6 +27,34 @@ class Span(NamedTuple):
 
     start_s: float
     end_s: float
+
+
+class Reading(NamedTuple):
+    """A clock's numbers at one moment, or between two; see `VirtualClock`."""
+
+    host_s: float
+    busy_s: tuple[float, ...]
+    to_device_busy_s: tuple[float, ...]
+    from_device_busy_s: tuple[float, ...]
+
+    def plus(self, after: Reading, before: Reading) -> Reading:
+        """Return the sum with what went on between two readings."""
+
+        def add(own: Sequence[float], new: Sequence[float], old: Sequence[float]) -> tuple[float, ...]:
+            return tuple(a + (b - c) for a, b, c in zip(own, new, old, strict=True))
+
+        return Reading(
+            self.host_s + (after.host_s - before.host_s),
+            add(self.busy_s, after.busy_s, before.busy_s),
+            add(self.to_device_busy_s, after.to_device_busy_s, before.to_device_busy_s),
+            add(self.from_device_busy_s, after.from_device_busy_s, before.from_device_busy_s),
+        )
+
+    @classmethod
+    def zero(cls, n: int) -> Reading:
+        """Return the reading of a fresh clock of so many backends."""
+        zeros = (0.0,) * n
+        return cls(0.0, zeros, zeros, zeros)
 
 
 class VirtualClock:
@@ -76,6 +104,10 @@ class VirtualClock:
         self._to_device_s = [0.0] * n  # when each link is free
         self._from_device_s = [0.0] * n
         self._events: dict[tuple[int, int], float] = {}
+
+    def reading(self) -> Reading:
+        """Return the times of now."""
+        return Reading(self.host_s, tuple(self.busy_s), tuple(self.to_device_busy_s), tuple(self.from_device_busy_s))
 
     # -- copies --------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -129,7 +130,7 @@ class Planner:
         devices = [b.device for b in self.backends]
         self.placement: Placement = place(hp, specs, file.tensors, devices[:-1], devices[-1], placement)
         self.cache: KVCache = make_cache(hp, self.params, v_trans=not self.params.flash_attn)
-        self.is_closed = False
+        self.is_closed = self._holds_largest = False
         self._current: ModelGraph | None = None
         self._cache_buffers: list[Buffer] = []
         self._cache_bytes: dict[BufferType, int] = {}
@@ -306,6 +307,19 @@ class Planner:
     def _reserve_params(self, n_tokens: int, n_seqs: int, n_outputs: int) -> GraphParams:
         part = MicroBatch.reserve(n_tokens, n_seqs, n_outputs)
         return GraphParams(self.hparams, self.params, part, n_outputs, self.cache.full_view())
+
+    def reserve(self) -> None:
+        """Hold the compute buffers of the largest graphs, as a session does; a device too small for them holds none.
+
+        Of a plan, whose memory has no bytes, and once: what is carried out then holds what `memory` tells.
+        """
+        if self.data or self._holds_largest:
+            return
+        self._holds_largest = True
+        n_seqs, n_tokens = self.params.n_seq_max, min(self.params.n_ctx, self.params.n_ubatch)
+        graph = self._build(self._reserve_params(n_tokens, n_seqs, min(n_tokens, self.params.n_batch)))
+        with suppress(OutOfMemoryError):
+            self.sched.reserve(graph.graph)
 
     def _reserve_graph(self, n_tokens: int, n_seqs: int, n_outputs: int) -> None:
         graph = self._build(self._reserve_params(n_tokens, n_seqs, n_outputs))

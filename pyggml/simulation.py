@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .clock import Reading
 from .dialect import Repairs
 from .errors import SchedError
 from .models.batch import Outputs
@@ -150,8 +151,8 @@ def simulate_batch(
     routed = RoutedCopier(routing, like=kept) if isinstance(kept, UpstreamCopier) else None
     if routed is not None:
         sched.copier = routed
-    if clock is not None:
-        clock.reset()
+    planner.reserve()
+    began = None if clock is None else clock.reading()
     before = (sched.stats.bytes_copied, sched.stats.bytes_full, dict(sched.stats.bytes_by_reason))
     n_before, allocated = 0, None
     try:
@@ -176,12 +177,15 @@ def simulate_batch(
     stats = sched.stats
     result.bytes_copied, result.bytes_full = stats.bytes_copied - before[0], stats.bytes_full - before[1]
     result.bytes_by_reason = {k: n - before[2][k] for k, n in stats.bytes_by_reason.items()}
-    if clock is not None:
-        names = [b.name for b in planner.backends]
-        result.seconds = clock.host_s
-        result.compute_s = dict(zip(names, clock.busy_s, strict=True))
-        result.copy_to_s = dict(zip(names[:-1], clock.to_device_busy_s, strict=False))
-        result.copy_from_s = dict(zip(names[:-1], clock.from_device_busy_s, strict=False))
+    if clock is not None and began is not None:
+        names, took = (
+            [b.name for b in planner.backends],
+            Reading.zero(len(planner.backends)).plus(clock.reading(), began),
+        )
+        result.seconds = took.host_s
+        result.compute_s = dict(zip(names, took.busy_s, strict=True))
+        result.copy_to_s = dict(zip(names[:-1], took.to_device_busy_s, strict=False))
+        result.copy_from_s = dict(zip(names[:-1], took.from_device_busy_s, strict=False))
     return result
 
 

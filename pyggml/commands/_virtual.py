@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
+from ..clock import Reading
 from ..cost import EFFICIENCY
 from ..routing import DEFAULT_ROUTING
 from ._console import table
@@ -18,31 +19,6 @@ if TYPE_CHECKING:
     from ..routing import Routing
 
 __all__ = ["VirtualReport", "assumed_text", "assumptions"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """A clock's numbers at one moment."""
-
-    host_s: float
-    busy_s: tuple[float, ...]
-    to_device_s: tuple[float, ...]
-    from_device_s: tuple[float, ...]
-
-    @classmethod
-    def of(cls, clock: VirtualClock) -> _Reading:
-        return cls(clock.host_s, tuple(clock.busy_s), tuple(clock.to_device_busy_s), tuple(clock.from_device_busy_s))
-
-    def plus(self, after: _Reading, before: _Reading) -> _Reading:
-        def add(own: Sequence[float], new: Sequence[float], old: Sequence[float]) -> tuple[float, ...]:
-            return tuple(a + b - c for a, b, c in zip(own, new, old, strict=True))
-
-        return _Reading(
-            self.host_s + after.host_s - before.host_s,
-            add(self.busy_s, after.busy_s, before.busy_s),
-            add(self.to_device_s, after.to_device_s, before.to_device_s),
-            add(self.from_device_s, after.from_device_s, before.from_device_s),
-        )
 
 
 class VirtualReport:
@@ -59,18 +35,17 @@ class VirtualReport:
     def __init__(self, clock: VirtualClock, names: Sequence[str]) -> None:
         self.clock = clock
         self.names = list(names)
-        self.phases: dict[str, _Reading] = {}
+        self.phases: dict[str, Reading] = {}
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add what the clock advances within the block to a phase."""
-        before = _Reading.of(self.clock)
-        zeros = (0.0,) * len(self.names)
+        before = self.clock.reading()
         try:
             yield
         finally:
-            sum_so_far = self.phases.get(phase, _Reading(0.0, zeros, zeros, zeros))
-            self.phases[phase] = sum_so_far.plus(_Reading.of(self.clock), before)
+            sum_so_far = self.phases.get(phase, Reading.zero(len(self.names)))
+            self.phases[phase] = sum_so_far.plus(self.clock.reading(), before)
 
     def as_dict(self, n_tokens: dict[str, int]) -> dict[str, Any]:
         """Return times and rates for JSON.
@@ -85,7 +60,7 @@ class VirtualReport:
             "phases": {phase: self._phase(reading, n_tokens.get(phase)) for phase, reading in self.phases.items()},
         }
 
-    def _phase(self, r: _Reading, n: int | None) -> dict[str, Any]:
+    def _phase(self, r: Reading, n: int | None) -> dict[str, Any]:
         devices = list(enumerate(self.names))[:-1]
         return {
             "seconds": round(r.host_s, 9),
@@ -94,8 +69,8 @@ class VirtualReport:
             "compute_s": {name: round(s, 9) for name, s in zip(self.names, r.busy_s, strict=True)},
             "busy_share": {name: round(s / r.host_s, 4) if r.host_s else 0.0
                            for name, s in zip(self.names, r.busy_s, strict=True)},
-            "copy_to_s": {name: round(r.to_device_s[i], 9) for i, name in devices},
-            "copy_from_s": {name: round(r.from_device_s[i], 9) for i, name in devices},
+            "copy_to_s": {name: round(r.to_device_busy_s[i], 9) for i, name in devices},
+            "copy_from_s": {name: round(r.from_device_busy_s[i], 9) for i, name in devices},
         }  # fmt: skip
 
     def table(self, n_tokens: dict[str, int]) -> RenderableType:
@@ -109,7 +84,7 @@ class VirtualReport:
         for phase, r in self.phases.items():
             n = n_tokens.get(phase)
             cells = [f"{r.host_s:.4f}", f"{n / r.host_s:,.1f}" if n and r.host_s else ""]
-            shares = [*r.busy_s, *(s for i, _ in devices for s in (r.to_device_s[i], r.from_device_s[i]))]
+            shares = [*r.busy_s, *(s for i, _ in devices for s in (r.to_device_busy_s[i], r.from_device_busy_s[i]))]
             made.add_row(phase, *cells, *(f"{s / r.host_s:.0%}" if r.host_s else "-" for s in shares))
         return made
 

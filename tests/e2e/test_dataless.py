@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pyggml as ggml
-from pyggml.errors import BackendError, FormatError, GraphError, SchedError
+from pyggml.errors import BackendError, FormatError, GraphError, OutOfMemoryError, SchedError
 from pyggml.planning import Planner, virtual_clock
 from pyggml.record import AllocRecord, ComputeRecord, CopyRecord, ReadRecord, Recording
 from pyggml.routing import LogNormal, RecordedRouting, Zipf, parse_routing
@@ -113,8 +113,7 @@ def test_records_hold_the_memory_that_reports_tell(llama):
         assert len(held(ran, "weights")) > 1
         assert held(ran, "compute") == {m.buft: m.compute for m in run.memory() if m.compute}
         simulate_batch(plan, 40)
-        sizes = {buft.name: plan.sched.galloc.buffer_size(i) for i, buft in enumerate(plan.sched.bufts)}
-        assert held(planned, "compute") == sizes
+        assert held(planned, "compute") == {m.buft: m.compute for m in plan.memory() if m.compute}
     for recording in (planned, ran):
         assert not any(held(recording, purpose) for purpose in ("weights", "kv_cache", "compute"))
 
@@ -126,6 +125,41 @@ def test_plan_over_two_devices_with_pipeline_copies_is_carried_out(llama):
         result = simulate_batch(plan, 40)
         assert result.seconds > 0
         assert result.compute_s["SIM1"] > 0
+
+
+def test_batches_follow_each_other_in_virtual_time(llama):
+    """What is carried out next starts where the last ended, and takes what it takes alone."""
+
+    def spans(recording: Recording) -> list[tuple[float, float]]:
+        found = [(r.virtual.start_s, r.virtual.end_s) for r in recording.records if isinstance(r, ComputeRecord)]
+        recording.clear()
+        return found
+
+    recording = Recording()
+    with _plan(llama, recording) as plan, _plan(llama) as other:
+        first = simulate_batch(plan, 40)
+        before = spans(recording)
+        second = simulate_batch(plan, 5)
+        after = spans(recording)
+        assert max(end for _, end in before) <= first.seconds <= min(start for start, _ in after)
+        assert max(end for _, end in after) <= first.seconds + second.seconds
+        alone = simulate_batch(other, 5)
+        assert second.seconds == pytest.approx(alone.seconds)
+        assert second.compute_s == pytest.approx(alone.compute_s)
+        assert second.copy_to_s == pytest.approx(alone.copy_to_s)
+
+
+def test_a_device_too_small_for_the_largest_graph_may_do_for_a_small_one(llama):
+    """A plan holds what a session would reserve; where that does not fit, what the batch takes."""
+    with _plan(llama) as plan:
+        largest = {m.buft: m for m in plan.memory()}["SIM0"].compute
+    recording = Recording()
+    with _plan(llama, recording, devices=(f"sim:custom:{(largest - 4096) / 2**20:.6f}MiB,100GB/s,10GB/s",)) as plan:
+        assert simulate_batch(plan, 2).n_micro_batches == 1
+        held = [r.size_bytes for r in recording.records if isinstance(r, AllocRecord) and r.buft == "SIM0"]
+        assert 0 < held[-1] < largest
+        with pytest.raises(OutOfMemoryError):
+            simulate_batch(plan, 48)
 
 
 def test_whole_copies_move_what_whole_copies_would(llama):
