@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from .buffer import Buffer, BufferType, MultiBuffer, tensor_alloc, view_init
@@ -522,59 +523,81 @@ class Gallocr:
         -----
         Mirrors `ggml_gallocr_alloc_graph`.
         """
-        if not self.is_reserved or not self._fits(graph):
+        places = self._find_places(graph) if self.is_reserved else None
+        if places is None:
             if len(self.bufts) > 1:
                 return False
             self.reserve_n(graph, None, None)
+            places = self._find_places(graph)
+            assert places is not None
         for vbuffer in self.buffers:
             if vbuffer is not None:
                 for b in vbuffer.chunks:
                     b.reset()
-        chunks = [() if v is None else tuple(v.chunks) for v in self.buffers]
-        for leaf, place in zip(graph.leafs, self._leafs, strict=True):
-            if leaf.buffer is None:
-                _init_tensor(leaf, place, chunks)
-        for node, (dst, srcs) in zip(graph.nodes, self._nodes, strict=True):
-            for j, src in enumerate(node.src):
-                if src is not None and src.buffer is None:
-                    _init_tensor(src, srcs[j] if j < len(srcs) else _NOWHERE, chunks)
-            if node.buffer is None:
-                _init_tensor(node, dst, chunks)
+        self._place(zip(graph.leafs, self._leafs, strict=True))
+        self._place(places.items())
         return True
 
-    def _fits(self, graph: GallocGraph) -> bool:
-        """Whether the layout at hand serves a graph too.
+    def _find_places(self, graph: GallocGraph) -> dict[Tensor, _Place] | None:
+        """Return where the layout at hand puts nodes and sources without memory, in order; None if it does not serve the graph.
 
         Notes
         -----
         Mirrors `ggml_gallocr_needs_realloc`.
         """
-        nodes = graph.nodes
-        if len(self._nodes) != len(nodes) or len(self._leafs) != len(graph.leafs):
-            return False
-        fitting: dict[Tensor, _Place] = {}  # most sources stand at the place they were met at before
+        if len(self._nodes) != len(graph.nodes) or len(self._leafs) != len(graph.leafs):
+            return None
+        sizes = [
+            partial(self.alloc_size, i) if self._check_size else buft.alloc_size for i, buft in enumerate(self.bufts)
+        ]
+        found: dict[Tensor, _Place] = {}
 
         def fits(tensor: Tensor, place: _Place) -> bool:
-            if fitting.get(tensor) is place:
-                return True
-            if place.buffer_id < 0 or self.alloc_size(place.buffer_id, tensor) > place.size_max:
-                return False
-            fitting[tensor] = place
-            return True
+            return place.buffer_id >= 0 and sizes[place.buffer_id](tensor) <= place.size_max
 
-        for node, (dst, srcs) in zip(nodes, self._nodes, strict=True):
-            if node.data is None and node.view_src is None and not fits(node, dst):
-                return False
-            n_places = len(srcs)
-            for j, src in enumerate(node.src):
-                if (
-                    src is not None
-                    and src.data is None
-                    and src.view_src is None
-                    and not fits(src, srcs[j] if j < n_places else _NOWHERE)
-                ):
-                    return False
-        return True
+        for node, (dst, srcs) in zip(graph.nodes, self._nodes, strict=True):
+            if len(node.src) > len(srcs):
+                srcs = srcs + [_NOWHERE] * (len(node.src) - len(srcs))
+            for src, place in zip(node.src, srcs):  # noqa: B905  # there may be more places than sources
+                if src is None or src.buffer is not None or found.get(src) is place:
+                    continue  # it has memory, or was met at the same place before: most do
+                if src.view_src is None and src.data is None and not fits(src, place):
+                    return None
+                found.setdefault(src, place)
+            if node.buffer is None and found.get(node) is not dst:
+                if node.view_src is None and node.data is None and not fits(node, dst):
+                    return None
+                found.setdefault(node, dst)
+        return found
+
+    def _place(self, places: Iterable[tuple[Tensor, _Place]]) -> None:
+        """Give tensors the memory of their places, and views that of what they view, if it has some by then."""
+        chunks = [() if v is None else tuple(v.chunks) for v in self.buffers]
+        buffer: Buffer | None = None
+        wants_init = False  # whether the buffer has something to do for each tensor
+        waiting: list[Tensor] = []  # views that stand before what they view
+        for tensor, place in places:
+            if tensor.buffer is not None:
+                continue
+            root = tensor.view_src
+            if root is not None:
+                if root.buffer is None or root.data is None:
+                    waiting.append(tensor)
+                    continue
+                here, tensor.data = root.buffer, root.data + tensor.view_offs
+            elif tensor.data is None:
+                here = chunks[place.buffer_id][place.chunk]
+                tensor.data = here.base + place.offset
+            else:
+                continue
+            tensor.buffer = here
+            if here is not buffer:
+                buffer, wants_init = here, type(here).init_tensor is not Buffer.init_tensor
+            if wants_init:
+                here.init_tensor(tensor)
+        for tensor in waiting:
+            if tensor.view_src is not None and tensor.view_src.buffer is not None:
+                view_init(tensor)
 
     # -- sizes ---------------------------------------------------------------
 
@@ -591,17 +614,18 @@ class Gallocr:
         Mirrors `ggml_backend_buft_get_alloc_size`.
         """
         size = self.bufts[buffer_id].alloc_size(tensor)
-        if (
-            self._check_size
-            and size > tensor.nbytes
-            and not (tensor.op.is_empty or tensor.type.is_quantized or tensor.op.may_expand)
-        ):
-            raise AllocError(
-                f"{self.bufts[buffer_id].name} asks for {size:,} bytes for {tensor.op.name} '{tensor.name}' of "
-                f"{tensor.nbytes:,} bytes: only quantised types and a few ops may ask for more",
-                hint="the buffer type's alloc_size is wrong for this op, or use a dialect without alloc_size_check",
-            )
+        if self._check_size and size > tensor.nbytes:
+            self._check_expansion(buffer_id, tensor, size)
         return size
+
+    def _check_expansion(self, buffer_id: int, tensor: Tensor, size: int) -> None:
+        if tensor.op.is_empty or tensor.type.is_quantized or tensor.op.may_expand:
+            return
+        raise AllocError(
+            f"{self.bufts[buffer_id].name} asks for {size:,} bytes for {tensor.op.name} '{tensor.name}' of "
+            f"{tensor.nbytes:,} bytes: only quantised types and a few ops may ask for more",
+            hint="the buffer type's alloc_size is wrong for this op, or use a dialect without alloc_size_check",
+        )
 
     def can_inplace(self, op: Op) -> bool:
         """Whether a result of the op may take over a source's memory."""
@@ -631,18 +655,6 @@ class Gallocr:
                 vbuffer.close()
         self.buffers = [None] * len(self.bufts)
         self.is_reserved = False
-
-
-def _init_tensor(tensor: Tensor, place: _Place, chunks: Sequence[Sequence[Buffer]]) -> None:
-    """Give a tensor the memory of its place, or of what it views; that it fits there has been seen before."""
-    if tensor.view_src is not None:
-        if tensor.view_src.buffer is not None:
-            view_init(tensor)
-    elif tensor.data is None:
-        buffer = chunks[place.buffer_id][place.chunk]
-        tensor.buffer = buffer
-        tensor.data = buffer.base + place.offset
-        buffer.init_tensor(tensor)
 
 
 class _Play:

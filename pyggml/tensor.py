@@ -144,7 +144,7 @@ class Tensor:
         self.buffer = None
         self.data = None
         self.extra = None
-        self._nbytes = -1
+        self._nbytes = self.nb[3] * ne[3] if nb is None else -1
         if view_src is not None and view_src.view_src is not None:
             view_offs += view_src.view_offs
             view_src = view_src.view_src
@@ -404,7 +404,9 @@ def dup_layout(tensor: Tensor, name: str) -> Tensor:
     -----
     Mirrors `ggml_dup_tensor_layout`.
     """
-    return Tensor(tensor.type, tensor.ne, tensor.nb, name=name)
+    made = Tensor(tensor.type, tensor.ne, tensor.nb, name=name)
+    made._nbytes = tensor._nbytes
+    return made
 
 
 def view_tensor(tensor: Tensor) -> Tensor:

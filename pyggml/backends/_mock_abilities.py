@@ -64,11 +64,12 @@ class OpSupport:
         kind = op.op
         if kind in self.deny if self.allow is None else kind not in self.allow and not kind.is_empty:
             return False
-        least = self.min_batch.get(kind, 0)
-        if least and op_batch_size(op) < least:
+        if self.min_batch and op_batch_size(op) < self.min_batch.get(kind, 0):
             return False
-        src0 = op.src[0] if op.src and not kind.is_empty else None
-        return src0 is None or src0.type not in self.deny_src0_types
+        if self.deny_src0_types and op.src and not kind.is_empty:
+            src0 = op.src[0]
+            return src0 is None or src0.type not in self.deny_src0_types
+        return True
 
 
 @dataclass(frozen=True, slots=True)

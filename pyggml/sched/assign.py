@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from ..backend import Backend
+from ..buffer import Buffer
 from ..errors import UnsupportedOpError
 from ..graph import Graph
 from ..tensor import Tensor
@@ -19,6 +20,8 @@ __all__ = ["OffloadOp", "assign", "assign_from_location", "expand", "inherit", "
 
 #: Whether a backend wants an op whose weights lie in host memory; None: nothing is ever offloaded.
 OffloadOp = Callable[[Backend, Tensor], bool]
+#: Whether a backend can run a node.
+Supports = Callable[[Tensor], bool]
 
 
 def assign(graph: Graph, asg: Assignment, machine: Machine, offload_op: OffloadOp | None) -> None:
@@ -30,12 +33,16 @@ def assign(graph: Graph, asg: Assignment, machine: Machine, offload_op: OffloadO
         No backend can run a node, or the one that holds its memory cannot.
     """
     assign_from_location(graph, asg, machine, offload_op)
-    expand(graph.nodes, asg, machine)
-    upgrade(graph.nodes, asg, machine)
+    computed = [node for node in graph.nodes if not node.op.is_view]
+    expand(computed, asg, machine)
+    upgrade(computed, asg, machine)
     inherit(graph.nodes, asg, machine)
 
 
 # pass 1: ops whose memory, or whose weights' memory, is known
+
+#: Ops whose weights are too small to decide.
+_HAS_SMALL_WEIGHTS = (Op.ROPE, Op.FLASH_ATTN_EXT)
 
 
 def assign_from_location(graph: Graph, asg: Assignment, machine: Machine, offload_op: OffloadOp | None) -> None:
@@ -43,121 +50,141 @@ def assign_from_location(graph: Graph, asg: Assignment, machine: Machine, offloa
 
     Notes
     -----
-    Mirrors `ggml_backend_sched_split_graph`, pass 1: leafs first, then nodes; what the user pinned stays.
+    Mirrors `ggml_backend_sched_split_graph`, pass 1, and `ggml_backend_sched_backend_id_from_cur`: leafs first, then
+    nodes; what the user pinned stays. Upstream's separate look at ``view_src`` (1.vsrc) never decides: the first look
+    follows ``view_src`` already.
     """
+    ids, causes = asg.ids, asg.causes
+    supports_op, is_input, weights = machine.supports_op, int(TensorFlag.INPUT), BufferUsage.WEIGHTS
     for tensors in (graph.leafs, graph.nodes):
         for tensor in tensors:
-            if tensor not in asg.ids:
-                found = _from_location(tensor, machine, offload_op)
-                if found is not None:
-                    asg.set(tensor, *found)
+            if asg.has_pins and tensor in ids:
+                continue
+            root = tensor.view_src
+            storage = tensor.buffer if root is None else root.buffer
+            if storage is not None:
+                ids[tensor] = _from_own_buffer(tensor, storage, machine, supports_op)
+                causes[tensor] = Cause.DST
+            elif tensor.flags & is_input:
+                ids[tensor] = machine.cpu
+                causes[tensor] = Cause.INPUT
+            else:
+                for src in tensor.src:
+                    if src is not None and (buffer := src.buffer) is not None and buffer.usage is weights:
+                        if tensor.op not in _HAS_SMALL_WEIGHTS:
+                            found = _from_weight(tensor, src, buffer, machine, supports_op, offload_op)
+                            if found is not None:
+                                ids[tensor], causes[tensor] = found
+                        break
 
 
-def _from_location(tensor: Tensor, machine: Machine, offload_op: OffloadOp | None) -> tuple[int, Cause] | None:
-    """Return the backend that a tensor's location tells, and why.
-
-    Notes
-    -----
-    Mirrors `ggml_backend_sched_backend_id_from_cur`. Upstream's separate look at ``view_src`` (1.vsrc) never decides:
-    the first look follows ``view_src`` already.
-    """
-    root = tensor.view_src
-    storage = tensor.buffer if root is None else root.buffer
-    if storage is not None:
-        backend_id = _from_buffer(tensor, tensor, machine)
-        if backend_id is None:
-            raise UnsupportedOpError(
-                tensor.name,
-                tensor.op.name,
-                tuple(b.name for b in machine.backends),
-                reason=f"it is already in a buffer of {storage.buft.name}, and none that uses this can run it",
-                hint="place the tensor where the op can run",
-            )
-        return backend_id, Cause.DST
-    if tensor.flags & TensorFlag.INPUT:
-        return machine.cpu, Cause.INPUT
-    # the weights of these ops are too small to decide
-    if tensor.op is Op.ROPE or tensor.op is Op.FLASH_ATTN_EXT:
-        return None
-    for i, src in enumerate(tensor.src):
-        if src is None:
-            continue
-        buffer = src.buffer
-        if buffer is None or buffer.usage is not BufferUsage.WEIGHTS:
-            continue
-        backend_id = _from_buffer(src, tensor, machine)
-        if offload_op is not None and backend_id == machine.cpu and buffer.is_host:
-            for b in range(machine.cpu):
-                backend = machine.backends[b]
-                if backend.supports_op(tensor) and offload_op(backend, tensor):
-                    return b, Cause.OFFLOADED
-        return None if backend_id is None else (backend_id, Cause.weight(i))
-    return None
+def _from_own_buffer(tensor: Tensor, buffer: Buffer, machine: Machine, supports_op: Sequence[Supports]) -> int:
+    """Return the first backend that can use the buffer that a tensor is in already, and run the op."""
+    for b in machine.users[buffer.buft]:
+        if supports_op[b](tensor):
+            return b
+    raise UnsupportedOpError(
+        tensor.name,
+        tensor.op.name,
+        tuple(b.name for b in machine.backends),
+        reason=f"it is already in a buffer of {buffer.buft.name}, and none that uses this can run it",
+        hint="place the tensor where the op can run",
+    )
 
 
-def _from_buffer(tensor: Tensor, op: Tensor, machine: Machine) -> int | None:
-    """Return the first backend that can use a tensor's buffer and run an op.
+def _from_weight(
+    node: Tensor,
+    weight: Tensor,
+    buffer: Buffer,
+    machine: Machine,
+    supports_op: Sequence[Supports],
+    offload_op: OffloadOp | None,
+) -> tuple[int, Cause] | None:
+    """Return the backend that a node's first weight tells, and why: a device that offers to take it, or where the weight is.
 
     Notes
     -----
-    Mirrors `ggml_backend_sched_backend_from_buffer`.
+    Mirrors `ggml_backend_sched_backend_from_buffer` and its use in `ggml_backend_sched_backend_id_from_cur`.
     """
-    root = tensor.view_src
-    buffer = tensor.buffer if root is None else root.buffer
-    if buffer is not None:
-        for b in machine.users_of(buffer.buft):
-            if machine.backends[b].supports_op(op):
-                return b
-    return None
+    storage = weight.storage
+    users = () if storage is None else machine.users[storage.buft]
+    backend_id: int | None = None
+    for b in users:
+        if supports_op[b](node):
+            backend_id = b
+            break
+    if offload_op is not None and backend_id == machine.cpu and buffer.is_host:
+        for b in range(machine.cpu):
+            if supports_op[b](node) and offload_op(machine.backends[b], node):
+                return b, Cause.OFFLOADED
+    return None if backend_id is None else (backend_id, Cause.weight(node.src.index(weight)))
 
 
 # pass 2: neighbours
 
 
-def expand(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
+def expand(computed: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
     """Give unassigned nodes the backend of their neighbours.
+
+    Parameters
+    ----------
+    computed : sequence of Tensor
+        The nodes that are no views.
 
     Notes
     -----
     Mirrors `ggml_backend_sched_split_graph`, pass 2: the sweeps down and up are made twice, at first with the CPU as a
-    barrier, so that it takes only what lies between its own nodes.
+    barrier, so that it takes only what lies between its own nodes. Only unassigned nodes change, so sweeps end with them.
     """
-    computed = [node for node in nodes if not node.op.is_view]
+    supports_op = machine.supports_op
+    n_left = len(computed) - sum(map(asg.ids.__contains__, computed))
     for barrier in (machine.cpu, None):
-        _sweep(computed, asg, machine.backends, barrier)
-        _sweep(reversed(computed), asg, machine.backends, barrier)
+        for nodes in (computed, computed[::-1]):
+            if n_left:
+                n_left -= _sweep(nodes, asg, supports_op, barrier)
 
 
-def _sweep(nodes: Iterable[Tensor], asg: Assignment, backends: Sequence[Backend], barrier: int | None) -> None:
+def _sweep(nodes: Iterable[Tensor], asg: Assignment, supports_op: Sequence[Supports], barrier: int | None) -> int:
+    """Assign nodes that follow one of a backend that supports them; return how many."""
     current: int | None = None
-    ids = asg.ids
+    ids, causes = asg.ids, asg.causes
+    n = 0
     for node in nodes:
         assigned = ids.get(node)
         if assigned is not None:
             current = None if assigned == barrier else assigned
-        elif current is not None and backends[current].supports_op(node):
-            asg.set(node, current, Cause.EXPANDED)
+        elif current is not None and supports_op[current](node):
+            ids[node] = current
+            causes[node] = Cause.EXPANDED
+            n += 1
+    return n
 
 
 # pass 3: better backends for the same memory, and the best for what is left
 
 
-def upgrade(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
+def upgrade(computed: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
     """Move nodes to a backend of higher priority that uses the same memory; assign the rest by their sources.
+
+    Parameters
+    ----------
+    computed : sequence of Tensor
+        The nodes that are no views.
 
     Notes
     -----
     Mirrors `ggml_backend_sched_split_graph`, pass 3.
     """
-    for node in nodes:
-        if node.op.is_view:
-            continue
-        assigned = asg.ids.get(node)
+    bufts = machine.bufts
+    has_better = [any(bufts[b] is buft for b in range(i)) for i, buft in enumerate(bufts)]
+    ids = asg.ids
+    for node in computed:
+        assigned = ids.get(node)
         if assigned is None:
             best = _best_by_sources(node, asg, machine)
             if best is not None:
                 asg.set(node, best, Cause.BEST)
-        elif assigned > 0:
+        elif has_better[assigned]:
             _upgrade_node(node, assigned, asg, machine)
 
 
@@ -204,20 +231,22 @@ def inherit(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
     -----
     Mirrors `ggml_backend_sched_split_graph`, pass 4.
     """
-    ids = asg.ids
+    ids, causes = asg.ids, asg.causes
     for node in nodes:
         current = ids.get(node)
         if current is None and node.view_src is not None:
             current = ids.get(node.view_src)
             if current is not None:
-                asg.set(node, current, Cause.VIEWED)
+                ids[node] = current
+                causes[node] = Cause.VIEWED
         for src in node.src:
             if src is None or src in ids:
                 continue
-            viewed = src.view_src is not None
-            at = ids.get(src.view_src) if src.view_src is not None else current
+            viewed = src.view_src
+            at = current if viewed is None else ids.get(viewed)
             if at is not None:
-                asg.set(src, at, Cause.VIEWED if viewed else Cause.USED)
+                ids[src] = at
+                causes[src] = Cause.USED if viewed is None else Cause.VIEWED
         if current is None:
             _assign_first(node, asg, machine)
 

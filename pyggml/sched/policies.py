@@ -8,6 +8,8 @@ which mends what upstream gets wrong.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..dialect import Repairs
@@ -233,24 +235,29 @@ class UsedExpertCopier(UpstreamCopier):
                 copy = made[cutter.cur_copy]
                 if copy in ids_roots and copy is not source:
                     copied_from.setdefault(_root(source), []).append(copy)
+        watched = ids_roots | copied_from.keys()
+        starts = [split.i_start for split in cutter.splits]
+        for i_node, node in enumerate(cutter.splits[0].graph.graph.nodes):
+            root = node.view_src or node
+            if root in watched and not node.op.is_empty:
+                written = self._writes.setdefault(bisect_right(starts, i_node) - 1, set())
+                written.update((root, *copied_from.get(root, ())))
+        if len(users) > len(firsts):  # else nobody shares a copy
+            self._find_later(cutter, users, firsts)
+
+    def _find_later(
+        self, cutter: Cutter, users: Sequence[tuple[Tensor, int, Tensor]], firsts: Mapping[Tensor, int]
+    ) -> None:
+        """Find the users of expert copies other than those that they were made for, and what they go by."""
         for i, split in enumerate(cutter.splits):
             nodes = split.graph.nodes
-            written: set[Tensor] = set()
-            for n in nodes:
-                root = n.view_src or n
-                if not n.op.is_empty and (root in ids_roots or root in copied_from):
-                    written.update((root, *copied_from.get(root, ())))
-            if written:
-                self._writes[i] = written
-            if len(users) == len(firsts):
-                continue  # nobody shares a copy
             inside = set(nodes)
             for node, j, weight in users:
                 shared = node.src[j]
                 if node not in inside or shared is None or (firsts[shared] == i and node is nodes[0]):
                     continue
                 ids = node.src[2] if node.op is Op.MUL_MAT_ID and j == 0 else None
-                known = ids is not None and _root(ids) not in written
+                known = ids is not None and _root(ids) not in self._writes.get(i, ())
                 self._later.setdefault(i, []).append(_LaterUse(weight, shared, ids if known else None))
 
     def begin(self) -> None:

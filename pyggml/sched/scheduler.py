@@ -33,6 +33,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from types import TracebackType
 from typing import Self
 from weakref import WeakKeyDictionary, ref
@@ -594,8 +595,11 @@ def _check_backends(backends: Sequence[Backend], bufts: Sequence[BufferType]) ->
             raise SchedError(f"{backend.name} cannot use memory of type {buft.name}")
 
 
+_flags_of = attrgetter("flags")
+
+
 def _flags(graph: Graph) -> list[int]:
-    return [t.flags for t in graph.nodes] + [t.flags for t in graph.leafs]
+    return [*map(_flags_of, graph.nodes), *map(_flags_of, graph.leafs)]
 
 
 class _Kept:

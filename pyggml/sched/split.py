@@ -99,11 +99,18 @@ class Cutter:
         self.splits.append(split)
         by_source = self.machine.dialect.graph_inputs_from == "sources"
         suspect = self.pins_are_suspect
+        looks_at_all = suspect or (by_source and self.n_copies > 1)
         for i in range(i_first, len(nodes)):
             node = nodes[i]
             if node.op.is_view:
                 continue
             backend_id = ids[node]
+            if backend_id == split.backend_id and not looks_at_all:
+                for src in node.src:
+                    if ids.get(src) != backend_id:  # type: ignore[arg-type]  # None is nowhere
+                        break
+                else:
+                    continue  # all is where it is needed: most nodes
             if backend_id != split.backend_id or (split.inputs and self._must_start(node, split)):
                 split.i_end = i
                 split = Split(backend_id, i, len(nodes))
@@ -292,7 +299,7 @@ def make_sched_graph(graph: Graph, cutter: Cutter, deps: AllocDeps) -> SchedGrap
         in_split = graph.nodes[split.i_start : split.i_end]
         if not deps:
             nodes += in_split
-            node_ids += [ids[node] for node in in_split]
+            node_ids += map(ids.__getitem__, in_split)
             continue
         for node in in_split:
             nodes.append(node)

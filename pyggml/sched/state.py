@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -15,7 +15,7 @@ from ..notebook import html_table
 from ..tensor import Tensor
 from ..types import TensorFlag
 
-__all__ = ["Assignment", "Cause", "Copies", "Machine", "SchedGraph", "Split", "is_computed"]
+__all__ = ["Assignment", "BufferUsers", "Cause", "Copies", "Machine", "SchedGraph", "Split", "is_computed"]
 
 
 class Cause(Enum):
@@ -130,6 +130,21 @@ def is_computed(node: Tensor) -> bool:
     return bool(node.flags & TensorFlag.COMPUTE) and not node.op.is_empty
 
 
+class BufferUsers(dict[BufferType, tuple[int, ...]]):
+    """Indices of the backends that can use a buffer type, by type; each is asked once, as devices do not change their minds."""
+
+    __slots__ = ("_backends",)
+
+    def __init__(self, backends: Sequence[Backend]) -> None:
+        super().__init__()
+        self._backends = backends
+
+    def __missing__(self, buft: BufferType) -> tuple[int, ...]:
+        """Ask the backends."""
+        users = self[buft] = tuple(b for b, backend in enumerate(self._backends) if backend.supports_buft(buft))
+        return users
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What the passes ask: the backends in order of priority, the last a CPU, and the rules."""
@@ -138,20 +153,22 @@ class Machine:
     bufts: Sequence[BufferType]  #: where each backend's results go
     dialect: Dialect
     repairs: Repairs
-    #: backends that can use a buffer type, by type, each asked once: devices do not change their minds about memory
-    _users: dict[BufferType, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+    users: BufferUsers = field(init=False, compare=False, repr=False)  #: which backends can use a buffer type
+    cpu: int = field(init=False)  #: index of the last backend, which is a CPU
 
-    def users_of(self, buft: BufferType) -> tuple[int, ...]:
-        """Return the indices of the backends that can use memory of a type."""
-        users = self._users.get(buft)
-        if users is None:
-            users = self._users[buft] = tuple(b for b, x in enumerate(self.backends) if x.supports_buft(buft))
-        return users
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "users", BufferUsers(self.backends))
+        object.__setattr__(self, "cpu", len(self.backends) - 1)
 
     @property
-    def cpu(self) -> int:
-        """Index of the last backend, which is a CPU."""
-        return len(self.backends) - 1
+    def supports_op(self) -> list[Callable[[Tensor], bool]]:
+        """The question whether a node can be run, to each backend; to its device at once where the backend passes it on."""
+        passes_on = Backend.supports_op
+        asked = [b.supports_op for b in self.backends]
+        return [
+            b.device.supports_op if getattr(ask, "__func__", None) is passes_on else ask
+            for b, ask in zip(self.backends, asked, strict=True)
+        ]
 
     def buffer_supported(self, tensor: Tensor, backend_id: int, asg: Assignment) -> bool:
         """Whether a backend can use a tensor where it is, or will be.
@@ -163,11 +180,11 @@ class Machine:
         root = tensor.view_src
         buffer = tensor.buffer if root is None else root.buffer
         if buffer is not None:
-            return backend_id in self.users_of(buffer.buft)
+            return backend_id in self.users[buffer.buft]
         at = asg.ids.get(tensor)
         if at is None and root is not None:
             at = asg.ids.get(root)
-        return at is not None and backend_id in self.users_of(self.bufts[at])
+        return at is not None and backend_id in self.users[self.bufts[at]]
 
 
 @dataclass(eq=False, slots=True)

@@ -2,10 +2,10 @@
 
     python tests/bench/bench_alloc_graph.py [--layers 48] [--rounds 15]
 
-A Mixtral-like model over one mock device, experts in host memory. Both make the same splits. Timed is `alloc_graph` after a
-`reset`: of a new graph of the same sizes, and of the graph before, unchanged (whose sources in C are copies already, so that it
-finds few splits). The library runs in a child process; the two take
-turns. Prints the median in milliseconds, and the ratio to C (below 1: ours is faster).
+A Mixtral-like model over one mock device, experts in host memory. Both make the same splits. Timed is `alloc_graph` after a `reset`: of a new
+graph of the same sizes, and of the graph before, unchanged (whose sources in C are copies already, so that it finds few splits). The
+library runs in a child process, before ours. Prints the median and the lowest tenth of the processor time in milliseconds, and the ratios to
+C (below 1: ours is faster); on a machine that is not quiet the lowest tenth is what to go by.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def _time_alloc(library: Any, request: dict[str, Any]) -> dict[str, Any]:
         run.build(GRAPH)
         graph = run.instances[GRAPH].graph
         for into in (new, same):
-            start_s = time.perf_counter()
+            start_s = time.process_time()
             base.ggml_backend_sched_reset(sched)
             base.ggml_backend_sched_alloc_graph(sched, graph)
-            into.append(time.perf_counter() - start_s)
+            into.append(time.process_time() - start_s)
             n_splits = n_splits or sched.n_splits
     return {"new": new, "same": same, "n_nodes": graph.n_nodes, "n_splits": n_splits}
 
@@ -86,16 +86,18 @@ def time_ours(case: dict[str, Any], rounds: int) -> dict[str, Any]:
         replay.step(build)
         return replay._instances[GRAPH].graph
 
-    sched.reserve(graph())
+    made = graph()
+    sched.reserve(made)
     new, same = [], []
     for _ in range(rounds):
-        made = graph()
+        before, made = made, graph()  # the graph before is its owner's, and not freed while the clock runs
         gc.collect()
         for into in (new, same):
-            start_s = time.perf_counter()
+            start_s = time.process_time()
             sched.reset()
             sched.alloc_graph(made)
-            into.append(time.perf_counter() - start_s)
+            into.append(time.process_time() - start_s)
+        del before
     return {"new": new, "same": same, "n_nodes": len(made.nodes), "n_splits": sched.n_splits}
 
 
@@ -119,10 +121,18 @@ def main() -> None:
     finally:
         child.close()
     assert (c["n_nodes"], c["n_splits"]) == (ours["n_nodes"], ours["n_splits"]), (c["n_splits"], ours["n_splits"])
-    print(f"{c['n_nodes']} nodes, {c['n_splits']} splits; ms, median of {args.rounds}")
+    print(f"{c['n_nodes']} nodes, {c['n_splits']} splits; ms of {args.rounds}")
     for kind, text in (("new", "a new graph"), ("same", "the same graph")):
-        theirs_s, ours_s = statistics.median(c[kind]), statistics.median(ours[kind])
-        print(f"alloc_graph, {text:15} ours {ours_s * 1e3:8.3f}   C {theirs_s * 1e3:7.3f}   {ours_s / theirs_s:6.2f} x")
+        for name, pick in (("median", statistics.median), ("lowest tenth", _lowest_tenth)):
+            theirs_s, ours_s = pick(c[kind]), pick(ours[kind])
+            ratio = ours_s / theirs_s
+            print(
+                f"alloc_graph, {text:15} {name:13} ours {ours_s * 1e3:8.3f}   C {theirs_s * 1e3:7.3f}   {ratio:6.2f} x"
+            )
+
+
+def _lowest_tenth(times_s: list[float]) -> float:
+    return sorted(times_s)[len(times_s) // 10]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 from recorded_models import write_recorded_model
 
 from pyggml.backends.sim import SimBackend
+from pyggml.errors import SchedError
 from pyggml.graph import GraphView
 from pyggml.record import CopyRecord, Recording
 from pyggml.sched.policies import FullCopier, UsedExpertCopier
@@ -82,10 +83,14 @@ class _Forgetful(UsedExpertCopier):
         UsedExpertCopier._send(run, i_split, weight, copy, experts)
 
 
-def test_an_expert_that_was_not_copied_shows(llama):
-    """Without one used expert of one layer the logits are NaN: fresh device memory is."""
+def test_an_expert_that_was_not_copied_shows(llama, monkeypatch):
+    """Without one used expert of one layer the logits are NaN: fresh device memory is. PYGGML_CHECK=1 names the expert before."""
+    monkeypatch.setenv("PYGGML_CHECK", "0")
     with session(llama, copier=_Forgetful()) as s:
         assert np.isnan(s.decode(TOKENS[:1])).any()
+    monkeypatch.setenv("PYGGML_CHECK", "1")
+    with session(llama, copier=_Forgetful()) as s, pytest.raises(SchedError, match=r"\(layer 0\) .* lacks expert \d+ "):
+        s.decode(TOKENS[:1])
     with session(llama) as s:
         assert not np.isnan(s.decode(TOKENS[:1])).any()
 
