@@ -14,7 +14,7 @@ import numpy as np
 
 from .convert import row_from_f32, row_to_f32
 from .elementwise import row_address, share
-from .emit import I64, LANES, F32x16, ir, micro, types
+from .emit import I64, LANES, F32x8, F32x16, ir, micro, types
 from .kernel import device, op_kernel
 from .memory import copy_bytes, floats, ld_f32, ld_i32, ld_i64
 from .words import (
@@ -22,6 +22,7 @@ from .words import (
     DST,
     F32,
     NB0,
+    NB1,
     NE0,
     NE1,
     NE2,
@@ -160,9 +161,14 @@ def _turn_neighbours(e, x, y, table, half, sign):
         v = e.load_lanes(F32x16, at, mask)
         pairs = None if mask is None else e.lanes_below(b.sub(half, b.lshr(i, I64(1))))
         spread = [k // 2 for k in range(LANES)]
-        eight = e.lanes_below(I64(8)) if pairs is None else b.and_(pairs, e.lanes_below(I64(8)))
-        c = e.load_lanes(F32x16, e.add(table, angle), eight)
-        s = b.fmul(e.load_lanes(F32x16, e.add(e.add(table, angle), e.mul(half, 4)), eight), sign)
+
+        def angles(at: ir.Value) -> ir.Value:
+            if pairs is None:
+                return e.load(F32x8, at)
+            return e.load_lanes(F32x16, at, b.and_(pairs, e.lanes_below(I64(8))))
+
+        c, s = angles(e.add(table, angle)), angles(e.add(e.add(table, angle), e.mul(half, 4)))
+        s = b.fmul(s, e.halves(sign)[0] if pairs is None else sign)
         c, s = e.shuffle(c, c, spread), e.shuffle(s, s, spread)
         other = e.shuffle(v, v, swap)
         signed = b.fmul(s, e.const(F32x16, [-1.0, 1.0] * 8))
@@ -187,11 +193,16 @@ def rope_rows(ith, nth, d, ctl):
     is_neox, sign = ld_i64(d + 8 * IS_NEOX), ld_i64(d + 8 * SINE_SIGN)
     table, type = ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH), ld_i64(d + 8 * (SRC0 + TYPE))
     floats_at = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
+    nb01, nb1, start = ld_i64(d + 8 * (SRC0 + NB1)), ld_i64(d + 8 * (DST + NB1)), 4 * first_dim
     first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    head, token = first % ne1, first // ne1 % ne2
+    x, y = row_address(d, SRC0, first, ne1, ne2) - nb01, row_address(d, DST, first, ne1, ne2) - nb1
     for row in range(first, end):
-        x, y = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)
-        token = row // ne1 % ne2
-        start = 4 * first_dim
+        x, y = x + nb01, y + nb1
+        if head == ne1:  # the next token: divisions are for these only
+            head, token = 0, row // ne1 % ne2
+            x, y = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)
+        head += 1
         if type != F32:  # F16: the row is turned as floats
             row_to_f32(type, x, floats_at, ne0, 0)
             at = floats_at + start

@@ -74,21 +74,31 @@ def set_rows(ith, nth, d, ctl):
     src, dst = ld_i64(d + 8 * (SRC0 + ADDRESS)), ld_i64(d + 8 * (DST + ADDRESS))
     type, src_type, raw = ld_i64(d + 8 * (DST + TYPE)), ld_i64(d + 8 * (SRC0 + TYPE)), ld_i64(d + 8 * RAW_BYTES)
     quantise, floats_at = ld_i64(d + 8 * QUANTISE), ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
+    nb01, nb1, nb10 = ld_i64(d + 8 * (SRC0 + NB1)), ld_i64(d + 8 * (DST + NB1)), ld_i64(d + 8 * (SRC1 + NB0))
+    is_long, left, at, index_at, out = ld_i64(d + 8 * (SRC1 + TYPE)) == I64, 0, 0, 0, 0
     first, end = share(ne01 * ne02 * ld_i64(d + 8 * (SRC0 + NE3)), ith, nth)
     for i in range(first, end):
-        i1, i2, i3 = i % ne01, i // ne01 % ne02, i // (ne01 * ne02)
-        row = _index(d, SRC1, i1, i2 % ne11, i3 % ne12)
+        if left == 0:  # a new matrix: divisions are for these only
+            i1, i2, i3 = i % ne01, i // ne01 % ne02, i // (ne01 * ne02)
+            left = ne01 - i1
+            at = src + _three_d(d, SRC0 + NB1, i1, i2, i3)
+            index_at = ld_i64(d + 8 * (SRC1 + ADDRESS)) + _three_d(d, SRC1 + NB0, i1, i2 % ne11, i3 % ne12)
+            out = dst + _three_d(d, DST + NB1, 0, i2, i3)
+        row = ld_i64(index_at) if is_long else ld_i32(index_at)
         if row < 0 or row >= n_rows:
             report(ith, d, ctl, i, row, n_rows)
             return
-        at, out = src + _three_d(d, SRC0 + NB1, i1, i2, i3), dst + _three_d(d, DST + NB1, row, i2, i3)
+        to = out + row * nb1
         if raw != 0:
-            copy_bytes(out, at, raw)
+            copy_bytes(to, at, raw)
         elif src_type == F32:
-            row_from_f32(type, at, out, n, quantise)
+            row_from_f32(type, at, to, n, quantise)
         else:
             row_to_f32(src_type, at, floats_at, n, 0)
-            row_from_f32(type, floats_at, out, n, quantise)
+            row_from_f32(type, floats_at, to, n, quantise)
+        left -= 1
+        at += nb01
+        index_at += nb10
 
 
 @op_kernel

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .emit import F32, I32, I64, Emit, ir, micro, types, vec
+from .emit import F32, I16, I32, I64, Emit, ir, micro, types, vec
 
 #: Largest magnitude of a sub-block that counts as none.
 ALL_ZERO = 1e-15
@@ -333,11 +333,14 @@ def search_scale_q3(e, x, codes, out):
         for condition in (slx > 0.0, e.b.not_(new.equals(code)), new_sl2 > 0.0):
             better = e.b.and_(better, condition)
         e.store(new.where(better, code).v, s.at(codes, i))
+        e.b.store(e.b.or_(e.b.load(changed), e.cast(better, I16)), changed)
         sum_lx.value = new_slx.where(better, sum_lx.value)
         sum_l2.value = new_sl2.where(better, sum_l2.value)
 
     s.each(begin)
-    with e.loop(I64(5)):  # a lane that changes nothing in one round changes nothing in the next
+    changed = e.var(I16(1))
+    with e.loop(I64(5)), e.when(e.b.icmp_unsigned("!=", e.b.load(changed), I16(0))):
+        e.b.store(I16(0), changed)  # a lane that changes nothing in one round changes nothing in the next
         s.each(improve)
 
     def clear(i: ir.Value) -> None:
