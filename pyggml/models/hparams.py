@@ -357,6 +357,10 @@ class _Reader:
         """
         if self.arch not in _SWA_PERIODS:
             return {}
+        for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+            own, common = (self.metadata.get(f"{self.arch}.{name}{suffix}") for suffix in ("_swa", ""))
+            if own is not None and own != common:
+                raise self.error(f"{name}_swa", f"is {own}, another size than that of the other layers ({common})")
         key = f"{self.arch}.attention.sliding_window_pattern"
         given = self.metadata.get(key)
         if given is None or isinstance(given, int):

@@ -12,6 +12,7 @@ from edited_models import SIZES, write_edited
 
 from pyggml import cli
 from pyggml.errors import FormatError
+from pyggml.models.hparams import ARCHITECTURES
 from pyggml.models.placement import PlacementFlags
 from pyggml.session import ContextFlags, Session
 from pyggml.types import Type
@@ -257,6 +258,7 @@ def test_a_recorded_routing_counts_layers_with_experts(expected, tmp_path):
     [
         ("gpt-oss", {"keys": {"attention.sliding_window_pattern": [True]}}, "1 values for 3 layers"),
         ("gpt-oss", {"keys": {"attention.sliding_window": None}}, "no key 'gpt-oss.attention.sliding_window'"),
+        ("gpt-oss", {"keys": {"attention.key_length_swa": 8}}, "is 8, another size"),
         ("gpt-oss", {"without": ("output.weight",)}, "'output.weight' is missing"),
         ("gpt-oss", {"without": ("attn_sinks.weight",)}, "attn_sinks.weight' is missing"),
         ("glm4moe", {"keys": {"nextn_predict_layers": 3}}, "is 3 of 3 layers"),
@@ -280,6 +282,23 @@ def test_what_cannot_be_is_refused(arch, how, message, tmp_path):
     path = write_edited(tmp_path / "m.gguf", arch, **how)
     with pytest.raises(FormatError, match=message):
         Session.open(path, data=False)
+
+
+def test_an_unknown_architecture_is_refused_with_what_is_known(tmp_path):
+    """The error names the architecture and lists those that there are."""
+    path = write_edited(tmp_path / "m.gguf", "olmoe", renamed_arch="mamba")
+    with pytest.raises(FormatError, match="'mamba' is not supported") as caught:
+        Session.open(path, data=False)
+    assert all(arch in str(caught.value) for arch in ARCHITECTURES)
+
+
+def test_the_readme_lists_every_architecture():
+    """The table of what works names each architecture, and every one has a case here."""
+    rows = (Path(__file__).parents[2] / "README.md").read_text().split("\n")
+    row = next(row for row in rows if row.startswith("| models | "))
+    assert all(f"`{arch}`" in row for arch in ARCHITECTURES)
+    made = {how.get("renamed_arch", arch) for arch, how in FAMILIES.values()}
+    assert made | {"qwen3"} == set(ARCHITECTURES)  # qwen3 is in test_variants.py
 
 
 def test_sizes_of_the_test_are_those_of_the_added_tensors():
