@@ -9,6 +9,10 @@ import pytest
 from browsing import DESKTOP, OpenPage
 from find_browser import MISSING, find_browser
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Error, Page, Request, sync_playwright
+from recorded import record_large_plan, record_runs
+
+from pyggml.record import Record
+from pyggml.viz import view_of_records, write_page
 
 FLAGS = (
     "--no-sandbox",  # the tests may run as root
@@ -40,6 +44,34 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=program, args=list(FLAGS))
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
+    """Give the records of a small model's run, with ``used`` experts copied and with ``full`` copies."""
+    return record_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, list[Record]]) -> dict[str, Path]:
+    """Give the pages of one run, and of both side by side."""
+    folder = tmp_path_factory.mktemp("pages")
+    views = {name: view_of_records(records, name=name) for name, records in runs.items()}
+    made = {"used": [views["used"]], "full": [views["full"]], "both": [views["used"], views["full"]]}
+    for name, shown in made.items():
+        write_page(folder / f"{name}.html", *shown)
+    return {name: folder / f"{name}.html" for name in made}
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Record], Path]:
+    """Give the records of a large model's plan, and their page of more than 50,000 events."""
+    folder = tmp_path_factory.mktemp("large")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYGGML_CHECK", raising=False)  # checking each of its splits takes half a minute
+        records = record_large_plan(folder)
+    write_page(folder / "large.html", view_of_records(records, name="qwen3-235b"))
+    return records, folder / "large.html"
 
 
 @pytest.fixture
