@@ -93,15 +93,19 @@ class Columns:
         if isinstance(record, UsedExpertsRecord):
             self._take_experts(record)
         elif isinstance(record, AssignRecord):
+            virtual = self._place_virtual(record)
             if record.end_s > record.start_s and record.start_s != self._planned_at:
                 self._planned_at = record.start_s
-                self._add_timed(_Described("plan", ("host", "host", ""), "assign and cut", -1), record)
+                # a graph that is planned between two computings belongs to neither
+                run = self.runs.run if self.runs.is_empty else -1
+                described = _Described("plan", ("host", "host", ""), "assign and cut", -1)
+                self._add(described, run, (record.start_s, record.end_s), virtual)
         elif isinstance(record, AllocRecord):
             self._take_memory(record)
         elif not isinstance(record, SplitRecord | MicroBatchRecord):
             described = self._describe(record)
             if described is not None:
-                self._add_timed(described, record)
+                self._add(described, self.runs.run, (record.start_s, record.end_s), self._place_virtual(record))
 
     def _take_experts(self, r: UsedExpertsRecord) -> None:
         self._latest_experts[r.split, r.tensor] = len(self.experts)
@@ -150,11 +154,6 @@ class Columns:
         if not hasattr(r, "start_s") or not hasattr(r, "end_s"):
             return None
         return _Described("other", ("host", "host", ""), type(r).__name__.removesuffix("Record"), _split(r))
-
-    def _add_timed(self, d: _Described, record: Any) -> None:
-        # a graph that is planned between two computings belongs to neither
-        run = -1 if d.kind == "plan" and not self.runs.is_empty else self.runs.run
-        self._add(d, run, (record.start_s, record.end_s), self._place_virtual(record))
 
     def _add(self, d: _Described, run: int, wall: Interval | None, virtual: Interval | None) -> None:
         values = (

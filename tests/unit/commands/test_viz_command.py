@@ -1,0 +1,102 @@
+"""`pyggml viz`, and the pages of `run` and `splits`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyggml import cli
+from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.types import Type
+
+WORDS = ["--device", "sim:rtx4090-pcie4,cpu", "--cpu-moe", "-t", "1"]
+#: The same token again and again: each layer uses two experts.
+PROMPT = ["--tokens", ",".join(["7"] * 40), "-n", "3"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a tiny mixture of experts."""
+    path = tmp_path_factory.mktemp("viz") / "tiny.gguf"
+    make_moe(path, Recipe("llama", Type.Q8_0, seed=3, sizes=Sizes(layers=2, experts=8, used=2, ctx=256)))
+    return path
+
+
+def views_of(path: Path) -> list[dict[str, Any]]:
+    """Return what a page shows."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    assert found is not None
+    views: list[dict[str, Any]] = json.loads(found[1])["views"]
+    return views
+
+
+def bytes_of(view: dict[str, Any], *reasons: str) -> int:
+    """Return the bytes that the events of a view copied for some reasons."""
+    e = view["events"]
+    return sum(n for kind, n in zip(e["kind"], e["amount"], strict=True) if view["kinds"][kind] in reasons)
+
+
+def test_run_writes_a_page(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`run --html` shows the bytes that its report tells, batch by batch, and with which options."""
+    html = tmp_path / "run.html"
+    assert cli.run(["run", str(model), *WORDS, *PROMPT, "--ignore-eos", "--json", "--html", str(html)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (view,) = views_of(html)
+    assert bytes_of(view, "experts") == told["experts"]["total"]["bytes_copied"] > 0
+    assert sum(e["whole"] for e in view["experts"]) == told["experts"]["total"]["bytes_full"]
+    assert [r["n_tokens"] for r in view["runs"]] == [40, 1, 1]
+    assert sum(b["bytes_copied"] for b in told["batches"]) == bytes_of(view, "experts", "weight", "activation", "input")
+    assert view["about"]["options"] == "--cpu-moe --threads 1 --device sim:rtx4090-pcie4,cpu"
+    assert view["about"]["model"]["n_expert"] == 8
+    assert {step["purpose"] for step in view["memory"]} == {"weights", "kv_cache", "compute"}
+
+
+def test_two_timelines_side_by_side(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`viz` makes one page of the timelines of two runs; the one of whole copies copied more."""
+    paths = [tmp_path / "used.json", tmp_path / "full.json"]
+    for path in paths:
+        words = ["run", str(model), *WORDS, *PROMPT, "--quiet", "--expert-copy", path.stem, "--timeline", str(path)]
+        assert cli.run(words) == 0
+    capsys.readouterr()
+    assert cli.run(["viz", *map(str, paths), "--name", "A", "--title", "two"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "used.html")
+    used, full = views_of(tmp_path / "used.html")
+    assert (used["name"], full["name"]) == ("A", "full")
+    assert bytes_of(used, "experts") < bytes_of(full, "weight")
+    assert bytes_of(full, "experts") == 0
+    assert bytes_of(full, "weight") == sum(e["whole"] for e in used["experts"])
+
+
+def test_splits_writes_a_page(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`splits --html` shows what its plan would do on the simulated machine, batch after batch."""
+    html, timeline = tmp_path / "splits.html", tmp_path / "splits.json"
+    words = ["splits", str(model), *WORDS, "--batches", "64,1", "--json", "--routing", "uniform"]
+    assert cli.run([*words, "--html", str(html), "--timeline", str(timeline)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (view,) = views_of(html)
+    assert [r["n_tokens"] for r in view["runs"]] == [64, 1]
+    simulated = [b["virtual"] for b in told["batches"]]
+    assert bytes_of(view, "experts", "weight", "activation", "input") == sum(s["bytes_copied"] for s in simulated)
+    whole = next(p for p in view["phases"] if p["clock"] == "virtual" and p["phase"] == "all")
+    assert whole["length"] == pytest.approx(1e9 * sum(s["seconds"] for s in simulated), rel=1e-6)
+    assert view["about"]["routing"] == "uniform"
+    assert cli.run(["viz", str(timeline), "-o", str(tmp_path / "again.html")]) == 0
+    (again,) = views_of(tmp_path / "again.html")
+    assert {**again, "name": ""} == {**view, "name": ""}
+
+
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that is none, a folder that is none, and too many names are said in a line."""
+    other = tmp_path / "other.json"
+    other.write_text('{"traceEvents": []}')
+    assert cli.run(["viz", str(other)]) == 1
+    assert "record it again with --timeline" in capsys.readouterr().err
+    assert cli.run(["viz", str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
+    assert cli.run(["viz", str(other), "-o", str(tmp_path / "no" / "x.html")]) == 2
+    assert cli.run(["viz", str(other), "--name", "a", "--name", "b"]) == 2
+    assert "for 1 timelines" in capsys.readouterr().err
