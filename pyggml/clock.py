@@ -28,6 +28,11 @@ class Span(NamedTuple):
     start_s: float
     end_s: float
 
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.end_s - self.start_s
+
 
 class Reading(NamedTuple):
     """A clock's numbers at one moment, or between two; see `VirtualClock`."""
@@ -142,7 +147,7 @@ class VirtualClock:
         if is_async:
             start = max(start, self.stream_s[dst])
         if src != self.cpu:  # from device to device: through both links at the pace of the slower
-            seconds = max(seconds, self.profiles[src].link.seconds(n_bytes) * slow_src)
+            seconds = max(seconds, self.profiles[src].from_device.seconds(n_bytes) * slow_src)
             start = max(start, self._from_device_s[src], self.stream_s[src])
             self._use_link(src, self._from_device_s, start + seconds)
             self.from_device_busy_s[src] += seconds
@@ -154,6 +159,11 @@ class VirtualClock:
             self.host_s = end
         return Span(start, end)
 
+    def engines(self, src: int, dst: int) -> list[tuple[int, int]]:
+        """Return which copy engines carry bytes from one backend to another: of which backend, and which of its own."""
+        ends = [(dst, 0), (src, 0 if self.profiles[src].copy_engines == 1 else 1)]
+        return [(backend, engine) for backend, engine in ends if backend != self.cpu]
+
     def _use_link(self, backend: int, way: list[float], until_s: float) -> None:
         """Let a link carry something one way; a single copy engine has nothing left for the other way."""
         way[backend] = until_s
@@ -162,10 +172,9 @@ class VirtualClock:
 
     def _read(self, src: int, n_bytes: int, *, is_pinned: bool, slow: float) -> Span:
         """Carry bytes to the host, which waits for them."""
-        if src == self.cpu:
-            start, link = self.host_s, self.profiles[src].link
-        else:
-            start, link = max(self.host_s, self._from_device_s[src]), self.profiles[src].link
+        link, start = self.profiles[src].from_device, self.host_s
+        if src != self.cpu:
+            start = max(start, self._from_device_s[src])
         end = start + link.seconds(n_bytes, is_pinned=is_pinned) * slow
         if src != self.cpu:
             self._use_link(src, self._from_device_s, end)

@@ -16,6 +16,7 @@ __all__ = ["CPU_PROFILE", "EFFICIENCY", "PROFILES", "DeviceProfile", "LinkProfil
 _GIB = 1024**3
 _GB = 1e9
 _T = 1e12
+_LATENCY_S = 10e-6  # of a copy, as CUDA programs see it
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,8 @@ class Work:
         Operations; a multiplication with addition is two.
     n_bytes : float
         Bytes of memory read and written.
-    is_int8 : bool
-        Whether the operations are products of quantised weights.
+    is_int8, is_f32 : bool
+        Whether the operations are products of quantised weights, or of 32-bit ones; else they are of 16 bits.
     n_kernels : int
         Launches.
     """
@@ -52,14 +53,15 @@ class Work:
     n_bytes: float = 0.0
     is_int8: bool = False
     n_kernels: int = 1
+    is_f32: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LinkProfile:
-    """A link between host and device."""
+    """One way of a link between host and device."""
 
-    bytes_per_s: float  #: of large copies from pinned memory, either way
-    latency_s: float = 10e-6  #: from the call to the first byte
+    bytes_per_s: float  #: of large copies from or to pinned memory
+    latency_s: float = _LATENCY_S  #: from the call to the first byte
 
     def seconds(self, n_bytes: int, *, n_copies: int = 1, is_pinned: bool = True) -> float:
         """Return the time that ``n_copies`` copies of ``n_bytes`` in all take, one after the other."""
@@ -75,24 +77,31 @@ class DeviceProfile:
     description: str
     memory_bytes: int
     memory_bytes_per_s: float
+    f32_per_s: float  #: operations in 32 bits, without matrix units, as ggml multiplies F32 weights
     flops_per_s: float  #: 16-bit products summed in 32 bits, matrix units included
     int8_per_s: float  #: 8-bit products, matrix units included
-    link: LinkProfile
+    link: LinkProfile  #: from the host to the device
     source: str  #: where the numbers are from
     launch_s: float = 3e-6  #: from the end of one kernel to the start of the next
     is_pinned: bool = False  #: whether it offers pinned host memory, as CUDA does; what is placed on the CPU goes there
     copy_engines: int = 2  #: copies at a time; with one both ways share it, more than two serve nothing here
+    link_back: LinkProfile | None = None  #: from the device to the host, if it differs
+
+    @property
+    def from_device(self) -> LinkProfile:
+        """The link's way from the device to the host."""
+        return self.link if self.link_back is None else self.link_back
 
     def seconds(self, work: Work) -> float:
         """Return the time that a node takes: its launch, and the longer of arithmetic and memory."""
-        peak = self.int8_per_s if work.is_int8 else self.flops_per_s
+        peak = self.int8_per_s if work.is_int8 else self.f32_per_s if work.is_f32 else self.flops_per_s
         arithmetic_s = work.flops / (peak * EFFICIENCY.arithmetic)
         memory_s = work.n_bytes / (self.memory_bytes_per_s * EFFICIENCY.memory)
         return work.n_kernels * self.launch_s + max(arithmetic_s, memory_s)
 
 
 def _pcie(generation: int) -> LinkProfile:
-    """Return a link of 16 lanes: 15.75, 31.5 and 63 GB/s for generations 3, 4 and 5."""
+    """Return a link of 16 lanes, either way: 15.75, 31.5 and 63 GB/s for generations 3, 4 and 5."""
     return LinkProfile(EFFICIENCY.link * 15.75 * _GB * 2 ** (generation - 3))
 
 
@@ -101,6 +110,7 @@ def _gpu(
     title: str,
     memory_gib: int,
     memory_gb_per_s: float,
+    f32_tflops: float,
     tflops: float,
     int8_tops: float,
     pcie: int,
@@ -115,8 +125,8 @@ def _gpu(
     """
     description = f"NVIDIA {title}, PCIe {pcie}.0 x16"
     return DeviceProfile(
-        name, description, memory_gib * _GIB, memory_gb_per_s * _GB, tflops * _T, int8_tops * _T, _pcie(pcie), source,
-        copy_engines=copy_engines,
+        name, description, memory_gib * _GIB, memory_gb_per_s * _GB, f32_tflops * _T, tflops * _T, int8_tops * _T,
+        _pcie(pcie), source, copy_engines=copy_engines,
     )  # fmt: skip
 
 
@@ -124,16 +134,20 @@ def _gpu(
 PROFILES: dict[str, DeviceProfile] = {
     p.name: p
     for p in (
-        _gpu("rtx3060-pcie4", "GeForce RTX 3060", 12, 360, 25.5, 102, 4, "NVIDIA GA102/GA106 white paper"),
-        _gpu("rtx3090-pcie4", "GeForce RTX 3090", 24, 936, 71, 284, 4, "NVIDIA GA102 white paper, appendix A"),
-        _gpu("rtx3090-pcie3", "GeForce RTX 3090", 24, 936, 71, 284, 3, "NVIDIA GA102 white paper, appendix A"),
-        _gpu("rtx4060ti-pcie4", "GeForce RTX 4060 Ti 16 GB", 16, 288, 44, 177, 4, "NVIDIA Ada white paper", 1),
-        _gpu("rtx4090-pcie4", "GeForce RTX 4090", 24, 1008, 165.2, 660.6, 4, "NVIDIA Ada white paper, appendix A"),
-        _gpu("rtx5090-pcie5", "GeForce RTX 5090", 32, 1792, 209.5, 838, 5, "NVIDIA RTX Blackwell white paper"),
-        _gpu("rtxpro6000-pcie5", "RTX PRO 6000 Blackwell", 96, 1792, 252, 1007, 5, "NVIDIA RTX PRO 6000 data sheet"),
-        _gpu("a100-pcie4", "A100 80 GB PCIe", 80, 1935, 312, 624, 4, "NVIDIA A100 data sheet", 3),
-        _gpu("h100-pcie5", "H100 PCIe", 80, 2000, 756, 1513, 5, "NVIDIA H100 data sheet, without sparsity"),
-        _gpu("l4-pcie4", "L4", 24, 300, 121, 242, 4, "NVIDIA L4 data sheet, without sparsity"),
+        _gpu("rtx3060-pcie4", "GeForce RTX 3060", 12, 360, 12.7, 25.5, 102, 4, "NVIDIA GA102/GA106 white paper"),
+        _gpu("rtx3090-pcie4", "GeForce RTX 3090", 24, 936, 35.6, 71, 284, 4, "NVIDIA GA102 white paper, appendix A"),
+        _gpu("rtx3090-pcie3", "GeForce RTX 3090", 24, 936, 35.6, 71, 284, 3, "NVIDIA GA102 white paper, appendix A"),
+        _gpu("rtx4060ti-pcie4", "GeForce RTX 4060 Ti 16 GB", 16, 288, 22.1, 44, 177, 4, "NVIDIA Ada white paper", 1),
+        _gpu(
+            "rtx4090-pcie4", "GeForce RTX 4090", 24, 1008, 82.6, 165.2, 660.6, 4, "NVIDIA Ada white paper, appendix A"
+        ),
+        _gpu("rtx5090-pcie5", "GeForce RTX 5090", 32, 1792, 104.8, 209.5, 838, 5, "NVIDIA RTX Blackwell white paper"),
+        _gpu(
+            "rtxpro6000-pcie5", "RTX PRO 6000 Blackwell", 96, 1792, 125, 252, 1007, 5, "NVIDIA RTX PRO 6000 data sheet"
+        ),
+        _gpu("a100-pcie4", "A100 80 GB PCIe", 80, 1935, 19.5, 312, 624, 4, "NVIDIA A100 data sheet", 3),
+        _gpu("h100-pcie5", "H100 PCIe", 80, 2000, 51, 756, 1513, 5, "NVIDIA H100 data sheet, without sparsity"),
+        _gpu("l4-pcie4", "L4", 24, 300, 30.3, 121, 242, 4, "NVIDIA L4 data sheet, without sparsity"),
     )
 }
 
@@ -144,22 +158,27 @@ CPU_PROFILE = DeviceProfile(
     64 * _GIB,
     89.6 * _GB,
     1.28 * _T,  # 8 cores x 5 GHz x 32 operations of AVX2
+    1.28 * _T,  # of 16 bits as many: they are widened first
     5.12 * _T,  # four times as many with VNNI
     LinkProfile(0.5 * 89.6 * _GB, 1e-6),  # a copy in memory reads and writes
     "JEDEC DDR5-5600; arithmetic counted from instructions",
     launch_s=1e-6,
 )
 
-#: Of custom devices, whose arithmetic nobody states: between those of the cards above (76 to 160 without the servers').
-_FLOPS_PER_BYTE = 100.0
+#: Of custom devices, whose arithmetic nobody states: between those of the cards above (71 to 164 and 35 to 82 without the
+#: servers').
+_FLOPS_PER_BYTE, _F32_PER_BYTE = 100.0, 50.0
 _CUSTOM = re.compile(
-    r"(?P<memory>[\d.]+)(?P<unit>[MG])i?B,(?P<bandwidth>[\d.]+)GB/s,(?P<link>[\d.]+)GB/s(?P<pinned>,pinned)?",
+    r"(?P<memory>[\d.]+)(?P<unit>[MG])i?B,(?P<bandwidth>[\d.]+)GB/s,(?P<link>[\d.]+)(?:/(?P<back>[\d.]+))?GB/s"
+    r"(?:,latency=(?P<latency>[\d.]+)us)?(?:,engines=(?P<engines>[1-9]))?(?P<pinned>,pinned)?",
     re.IGNORECASE,
 )
 
 
 def parse_profile(text: str) -> DeviceProfile:
-    """Return the profile of a name, or of ``custom:MEMORY,BANDWIDTH,LINK[,pinned]``.
+    """Return the profile of a name, or of ``custom:MEMORY,BANDWIDTH,LINK[,latency=US][,engines=N][,pinned]``.
+
+    A link of ``25/20GB/s`` is slower from the device than to it.
 
     Raises
     ------
@@ -179,12 +198,14 @@ def parse_profile(text: str) -> DeviceProfile:
         raise DeviceUnavailableError(
             f"sim:{text}",
             "no such profile",
-            hint=f"there are {', '.join(PROFILES)}, and custom:24GiB,1000GB/s,25GB/s (memory, its bandwidth, the link's)",
+            hint=f"there are {', '.join(PROFILES)}, and custom:24GiB,1000GB/s,25GB/s (memory, its bandwidth, the link's; "
+            "25/20GB/s for a slower way back; then, if wanted, latency=10us, engines=2, pinned)",
         )
     memory = float(found["memory"]) * (_GIB if found["unit"].upper() == "G" else 1024**2)
-    link = float(found["link"]) * _GB
+    latency_s = _LATENCY_S if found["latency"] is None else float(found["latency"]) / 1e6
+    link, back = (float(found[way] or found["link"]) * _GB for way in ("link", "back"))
     bandwidth = float(found["bandwidth"]) * _GB
-    if memory < 1 or link <= 0 or bandwidth <= 0:
+    if memory < 1 or min(link, back, bandwidth) <= 0:
         raise DeviceUnavailableError(f"sim:{text}", "sizes and rates must be above 0")
     description = f"custom device ({numbers})"
     return DeviceProfile(
@@ -192,9 +213,12 @@ def parse_profile(text: str) -> DeviceProfile:
         description,
         int(memory),
         bandwidth,
+        _F32_PER_BYTE * bandwidth,
         _FLOPS_PER_BYTE * bandwidth,
         4 * _FLOPS_PER_BYTE * bandwidth,
-        LinkProfile(link),
+        LinkProfile(link, latency_s),
         "given; arithmetic in proportion to memory",
         is_pinned=found["pinned"] is not None,
+        copy_engines=int(found["engines"] or 2),
+        link_back=None if found["back"] is None else LinkProfile(back, latency_s),
     )

@@ -58,6 +58,7 @@ class CopyRecord:
     start_s: float  #: of the host's clock, `time.perf_counter`
     end_s: float
     virtual: Span | None = None  #: on the virtual clock, if there is one
+    engines: tuple[str, ...] = ()  #: copy engines of simulated devices that carry it, in virtual time
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ class ReadRecord:
     start_s: float
     end_s: float
     virtual: Span | None = None
+    engines: tuple[str, ...] = ()  #: as a copy's
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,12 +101,18 @@ def _wall(timed: Sequence[tuple[_Timed, _Slice]], zero_s: float) -> list[_Placed
 
 
 def _virtual(timed: Sequence[tuple[_Timed, _Slice]]) -> list[_Placed]:
-    """Return slices of virtual time; waits that were over when they began show nothing."""
-    return [
-        (s, r.virtual.start_s, r.virtual.end_s - r.virtual.start_s)
-        for r, s in timed
-        if r.virtual is not None and (r.virtual.end_s > r.virtual.start_s or s.kind != "wait")
-    ]
+    """Return slices of virtual time, a copy's also on the lanes of its copy engines; a wait for what was over shows nothing."""
+    placed: list[_Placed] = []
+    for record, shown in timed:
+        span = record.virtual
+        if span is None or (span.end_s <= span.start_s and shown.kind == "wait"):
+            continue
+        when = (span.start_s, span.end_s - span.start_s)
+        placed.append((shown, *when))
+        if isinstance(record, CopyRecord | ReadRecord):
+            args = {"bytes": record.size_bytes}
+            placed += [(_Slice(engine, shown.name, "engine", args), *when) for engine in record.engines]
+    return placed
 
 
 def _process(pid: int, name: str, placed: Sequence[_Placed]) -> list[Event]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .cost import Work
 from .tensor import Tensor
-from .types import Op
+from .types import Op, Type
 
 __all__ = ["UsedExperts", "node_work"]
 
@@ -46,7 +46,8 @@ def _product(node: Tensor, used_experts: UsedExperts) -> Work:
     if node.op is Op.MUL_MAT_ID and weight.ne[2]:
         read *= min(used_experts(node), weight.ne[2]) / weight.ne[2]
     flops = 2.0 * weight.ne[0] * node.numel
-    return Work(flops, read + x.nbytes + node.nbytes, weight.type.is_quantized, 2 if weight.type.is_quantized else 1)
+    is_int8 = weight.type.is_quantized
+    return Work(flops, read + x.nbytes + node.nbytes, is_int8, 2 if is_int8 else 1, is_f32=weight.type is Type.F32)
 
 
 def _flash_attention(node: Tensor) -> Work:

@@ -128,7 +128,14 @@ def _as_json(found: list[DeviceFacts], missing: dict[str, str]) -> dict[str, Any
                 "description": p.description,
                 "memory_bytes": p.memory_bytes,
                 "memory_bytes_per_s": p.memory_bytes_per_s,
+                "f32_per_s": p.f32_per_s,
+                "f16_per_s": p.flops_per_s,
+                "int8_per_s": p.int8_per_s,
+                "launch_s": p.launch_s,
                 "link_bytes_per_s": p.link.bytes_per_s,
+                "link_back_bytes_per_s": p.from_device.bytes_per_s,
+                "link_latency_s": p.link.latency_s,
+                "copy_engines": p.copy_engines,
                 "source": p.source,
             }
             for p in PROFILES.values()

@@ -106,9 +106,15 @@ class RunLog:
             self.recorder.record(
                 CopyRecord(
                     i_split, tensor.name, self._name(src), self._name(dst), offset, n_bytes, tensor.nbytes, reason,
-                    start_s, perf_counter(), span,
+                    start_s, perf_counter(), span, self._engines(src, dst),
                 )
             )  # fmt: skip
+
+    def _engines(self, src: int, dst: int) -> tuple[str, ...]:
+        """Return the names of the copy engines between two backends, as the virtual clock has them."""
+        if self.clock is None:
+            return ()
+        return tuple(f"{self._name(b)} copy engine {engine}" for b, engine in self.clock.engines(src, dst))
 
     def _slowdown(self, backend_id: int) -> float:
         return self.machine.backends[backend_id].device.link_slowdown()
@@ -137,8 +143,9 @@ class RunLog:
                 slow_src=self._slowdown(backend_id),
             )  # fmt: skip
         if self.recorder is not None:
+            end_s, engines = perf_counter(), self._engines(backend_id, len(self.machine.backends) - 1)
             self.recorder.record(
-                ReadRecord(tensor.name, self._name(backend_id), tensor.nbytes, start_s, perf_counter(), span)
+                ReadRecord(tensor.name, self._name(backend_id), tensor.nbytes, start_s, end_s, span, engines)
             )
 
     def waited(self, i_split: int | None, what: Wait, backend_id: int, copy: int | None, start_s: float) -> None:

@@ -22,6 +22,7 @@ _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Record)
 _READERS: dict[str, Callable[[Any], Any]] = {
     "virtual": lambda span: None if span is None else Span(*span),
     "used": tuple,
+    "engines": tuple,
     "causes": lambda pairs: tuple((str(cause), int(n)) for cause, n in pairs),
     "inputs": lambda rows: tuple(_input(row) for row in rows),
 }

@@ -153,6 +153,34 @@ def test_slow_link_takes_as_many_times_as_long():
     assert span.end_s == pytest.approx(3 * usual)
 
 
+def test_each_way_of_a_link_has_its_own_rate():
+    """A read takes the way back, and a copy between devices the slower of one's way back and the other's way there."""
+    slow = replace(PROFILE, link_back=replace(PROFILE.link, bytes_per_s=PROFILE.link.bytes_per_s / 3))
+    clock = VirtualClock([slow, PROFILE, CPU_PROFILE])
+    there, back = (clock.copy(*ends, 100 * MB, is_async=False, is_pinned=True).seconds for ends in ((2, 0), (0, 2)))
+    assert there == PROFILE.link.seconds(100 * MB)
+    assert back == pytest.approx(slow.from_device.seconds(100 * MB))
+    between = clock.copy(0, 1, 100 * MB, is_async=False, is_pinned=True)
+    assert between.seconds == pytest.approx(back)
+
+
+def test_copies_show_on_the_lanes_of_their_engines():
+    """With one engine both ways share a lane; a copy from device to device takes one of each; the host has none."""
+    one, two = (
+        VirtualClock([replace(PROFILE, copy_engines=1), CPU_PROFILE]),
+        VirtualClock([PROFILE, PROFILE, CPU_PROFILE]),
+    )
+    assert one.engines(1, 0) == one.engines(0, 1) == [(0, 0)]
+    assert (two.engines(2, 0), two.engines(0, 2), two.engines(0, 1)) == ([(0, 0)], [(0, 1)], [(1, 0), (0, 1)])
+    assert two.engines(2, 2) == []
+    records = _records()
+    events = trace_events(records)
+    lanes = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name" and e["pid"] == 2}
+    carried = [(e["name"], e["ts"], e["dur"]) for e in events if e.get("cat") == "engine"]
+    assert carried == [(e["name"], e["ts"], e["dur"]) for e in events if e.get("cat") == "copy" and e["pid"] == 2]
+    assert {lanes[e["tid"]] for e in events if e.get("cat") == "engine"} == {"SIM0 copy engine 0"}
+
+
 def _graph():
     context = ggml.Context()
     w = context.new_tensor("f32", (64, 32, 8), name="w")
@@ -212,7 +240,7 @@ def test_timeline_shows_the_simulated_machine_beside_this_one():
     records = _records()
     events = trace_events(records)
     lanes = {e["args"]["name"] for e in events if e["name"] == "thread_name" and e["pid"] == 2}
-    assert {"SIM0 compute", "link CPU → SIM0"} <= lanes
+    assert {"SIM0 compute", "link CPU → SIM0", "SIM0 copy engine 0"} <= lanes
     starts = {e["id"]: e for e in events if e["ph"] == "s"}
     ends = {e["id"]: e for e in events if e["ph"] == "f"}
     n_copies = sum(isinstance(r, CopyRecord) for r in records)

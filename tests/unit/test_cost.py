@@ -12,7 +12,8 @@ from pyggml.errors import DeviceUnavailableError
 def test_every_profile_has_a_source(profile):
     """Each profile has rates above 0 and names where they are from."""
     assert profile.source
-    assert min(profile.memory_bytes, profile.memory_bytes_per_s, profile.flops_per_s, profile.int8_per_s) > 0
+    assert min(profile.memory_bytes, profile.memory_bytes_per_s) > 0
+    assert min(profile.f32_per_s, profile.flops_per_s, profile.int8_per_s, profile.launch_s) > 0
     assert profile.link.bytes_per_s > 0
     assert profile.copy_engines >= 1
 
@@ -63,3 +64,19 @@ def test_copy_engines_are_as_the_driver_tells():
     engines = {name: PROFILES[name].copy_engines for name in ("rtx4060ti-pcie4", "rtx4090-pcie4", "a100-pcie4")}
     assert list(engines.values()) == [1, 2, 3]
     assert parse_profile("custom:8GiB,448GB/s,12GB/s").copy_engines == 2
+
+
+def test_a_link_may_be_slower_from_the_device_than_to_it():
+    """A custom profile states both ways, the latency and the copy engines; without, both ways are the same."""
+    p = parse_profile("custom:8GiB,448GB/s,12/6GB/s,latency=25us,engines=1,pinned")
+    assert (p.link, p.from_device) == (LinkProfile(12e9, 25e-6), LinkProfile(6e9, 25e-6))
+    assert (p.copy_engines, p.is_pinned) == (1, True)
+    assert PROFILES["rtx4090-pcie4"].from_device == PROFILES["rtx4090-pcie4"].link
+
+
+def test_products_run_at_the_rate_of_their_type():
+    """Of 32 bits slower than of 16, of 16 slower than of 8; a card's data sheet states each."""
+    for p in PROFILES.values():
+        rates = [1 / p.seconds(Work(flops=1e13, is_f32=f32, is_int8=int8)) for f32, int8 in ((1, 0), (0, 0), (0, 1))]
+        assert rates == sorted(rates)
+        assert rates[0] < rates[2]

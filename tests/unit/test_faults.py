@@ -10,6 +10,8 @@ from race_worlds import World, two_devices
 
 import pyggml as ggml
 from pyggml.backends.sim import SimDevice
+from pyggml.clock import VirtualClock
+from pyggml.cost import CPU_PROFILE, PROFILES
 from pyggml.errors import BackendError, ComputeError, DeviceUnavailableError, OutOfMemoryError
 
 N_RUNS = 3
@@ -134,6 +136,22 @@ def test_memory_of_a_device_that_came_back_is_fresh():
     world.close()
 
 
+@pytest.mark.parametrize("seed", [None, 4])
+def test_a_slow_link_takes_time_and_nothing_else(seed, expected):
+    """From the copy asked for on, virtual time is longer, and the result what it is; without the fault it is as before."""
+    seconds = []
+    for factor in (None, 100.0, None):
+        world = two_devices(seed)
+        world.sched.clock = VirtualClock([PROFILES["rtx4090-pcie4"]] * 2 + [CPU_PROFILE])
+        if factor is not None:
+            _device(world, 1).slow_link(factor, after=3)
+        assert np.array_equal(world.run(N_RUNS)[-1], expected)
+        seconds.append(world.sched.clock.host_s)
+        world.close()
+    assert seconds[0] == seconds[2]
+    assert seconds[1] > 1.5 * seconds[0]
+
+
 def _drawn_faults(first: int, n: int, *, parallel: bool) -> int:
     """Run with drawn faults, each checked against no fault, and return how many of them came."""
     expected = _expected(parallel)
@@ -141,9 +159,12 @@ def _drawn_faults(first: int, n: int, *, parallel: bool) -> int:
     for seed in range(first, first + n):
         rng = random.Random(seed)
         world = two_devices(seed if rng.random() < 0.5 else None, parallel=parallel)
+        world.sched.clock = VirtualClock([PROFILES["rtx4090-pcie4"]] * 2 + [CPU_PROFILE])
         for _ in range(rng.randint(1, 3)):
             moment = rng.choice(MOMENTS)
             _device(world, rng.randrange(2)).fail_at(moment, after=rng.randrange(2 if moment == "alloc" else 20))
+        if rng.random() < 0.3:
+            _device(world, rng.randrange(2)).slow_link(rng.choice((2.0, 50.0)), after=rng.randrange(10))
         while (error := _attempt(world)) is not None:
             n_errors += 1
             lost = [_device(world, i) for i in (0, 1) if _device(world, i).is_lost]

@@ -21,6 +21,7 @@ def test_a_product_counts_two_operations_an_element_and_reads_its_weight_once():
     work = node_work(y, _no_experts)
     assert work.flops == 2 * 64 * 32 * 5
     assert work.n_bytes == w.nbytes + x.nbytes + y.nbytes
+    assert work.is_f32
     assert not work.is_int8
 
 
