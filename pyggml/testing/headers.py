@@ -2,7 +2,7 @@
 
 The files are sparse: 130 GB of a model take some kilobytes of a disk. `splits` needs no more::
 
-    python -m pyggml.testing.headers gpt-oss-20b-experts gpt.gguf
+    python -m pyggml.testing.headers gpt-oss-20b gpt.gguf
     pyggml splits gpt.gguf --cpu-moe
 """
 
@@ -20,7 +20,7 @@ __all__ = ["SHAPES", "ModelShape", "write_header"]
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a model of the architecture qwen3moe."""
+    """Sizes of a model of the architecture qwen3moe or gpt-oss."""
 
     n_layer: int
     n_embd: int
@@ -34,12 +34,13 @@ class ModelShape:
     expert_type: str
     dense_type: str
     n_ctx: int = 32768
+    arch: str = "qwen3moe"
 
 
 SHAPES = {
     "qwen3-235b": ModelShape(94, 4096, 64, 4, 128, 128, 8, 1536, 151936, "q4_k", "q8_0"),
-    # the experts of gpt-oss-20b; attention is that of qwen3moe in its sizes, without windows, sinks and biases
-    "gpt-oss-20b-experts": ModelShape(24, 2880, 64, 8, 64, 32, 4, 2880, 201088, "mxfp4", "q8_0"),
+    "gpt-oss-20b": ModelShape(24, 2880, 64, 8, 64, 32, 4, 2880, 201088, "mxfp4", "q8_0", 131072, "gpt-oss"),
+    "gpt-oss-120b": ModelShape(36, 2880, 64, 8, 64, 128, 4, 2880, 201088, "mxfp4", "q8_0", 131072, "gpt-oss"),
 }
 
 
@@ -52,10 +53,10 @@ def write_header(path: Path, shape: ModelShape) -> None:
         The file cannot be written.
     """
     import numpy as np
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
     s = shape
-    writer = GGUFWriter(str(path), "qwen3moe")
+    writer = GGUFWriter(str(path), s.arch)
     writer.add_name(path.stem)
     writer.add_block_count(s.n_layer)
     writer.add_context_length(s.n_ctx)
@@ -69,7 +70,14 @@ def write_header(path: Path, shape: ModelShape) -> None:
     writer.add_key_length(s.head)
     writer.add_value_length(s.head)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(1e6)
+    if s.arch == "gpt-oss":
+        writer.add_sliding_window(128)
+        writer.add_rope_freq_base(150000.0)
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(32.0)
+        writer.add_rope_scaling_orig_ctx_len(4096)
+    else:
+        writer.add_rope_freq_base(1e6)
     writer.add_vocab_size(s.n_vocab)
     writer.add_tokenizer_model("no_vocab")
     total = 0
@@ -106,16 +114,41 @@ def _tensors(s: ModelShape) -> list[tuple[str, str, tuple[int, ...]]]:
             ("attn_k", s.dense_type, (s.n_embd, s.n_head_kv * s.head)),
             ("attn_v", s.dense_type, (s.n_embd, s.n_head_kv * s.head)),
             ("attn_output", s.dense_type, (s.n_head * s.head, s.n_embd)),
-            ("attn_q_norm", "f32", (s.head,)),
-            ("attn_k_norm", "f32", (s.head,)),
-            ("ffn_norm", "f32", (s.n_embd,)),
+            *(_gpt_oss_attention(s) if s.arch == "gpt-oss" else _qwen3moe_attention(s)),
             ("ffn_gate_inp", "f32", (s.n_embd, s.n_expert)),
             ("ffn_gate_exps", s.expert_type, (s.n_embd, s.n_ff_exp, s.n_expert)),
             ("ffn_up_exps", s.expert_type, (s.n_embd, s.n_ff_exp, s.n_expert)),
             ("ffn_down_exps", s.expert_type, (s.n_ff_exp, s.n_embd, s.n_expert)),
         ]
         rows += [(f"blk.{i}.{name}.weight", type_name, ne) for name, type_name, ne in layer]
+        if s.arch == "gpt-oss":
+            rows += [(f"blk.{i}.{name}.bias", "f32", ne) for name, ne in _gpt_oss_biases(s)]
     return rows
+
+
+def _qwen3moe_attention(s: ModelShape) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [
+        ("attn_q_norm", "f32", (s.head,)),
+        ("attn_k_norm", "f32", (s.head,)),
+        ("ffn_norm", "f32", (s.n_embd,)),
+    ]
+
+
+def _gpt_oss_attention(s: ModelShape) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [("attn_sinks", "f32", (s.n_head,)), ("post_attention_norm", "f32", (s.n_embd,))]
+
+
+def _gpt_oss_biases(s: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
+    return [
+        ("attn_q", (s.n_head * s.head,)),
+        ("attn_k", (s.n_head_kv * s.head,)),
+        ("attn_v", (s.n_head_kv * s.head,)),
+        ("attn_output", (s.n_embd,)),
+        ("ffn_gate_inp", (s.n_expert,)),
+        ("ffn_gate_exps", (s.n_ff_exp, s.n_expert)),
+        ("ffn_up_exps", (s.n_ff_exp, s.n_expert)),
+        ("ffn_down_exps", (s.n_embd, s.n_expert)),
+    ]
 
 
 def main(args: list[str]) -> Any:

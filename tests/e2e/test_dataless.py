@@ -209,7 +209,7 @@ def test_a_model_of_235_billion_parameters_is_planned_in_seconds(tmp_path):
 def test_used_experts_gain_what_was_published(tmp_path):
     """Of gpt-oss-20b, by micro-batch: the spread is fitted to the first speed-up alone; all but the last come out."""
     path = tmp_path / "m.gguf"
-    write_header(path, SHAPES["gpt-oss-20b-experts"])
+    write_header(path, SHAPES["gpt-oss-20b"])
     published = {128: 1.63, 256: 1.47, 512: 1.36, 1024: 1.16, 2048: 1.28}
     ratios = []
     for n_ubatch in published:
@@ -224,7 +224,7 @@ def test_used_experts_gain_what_was_published(tmp_path):
         ratios.append(seconds[0] / seconds[1])
     assert ratios == sorted(ratios, reverse=True)
     assert ratios[:-1] == pytest.approx(list(published.values())[:-1], abs=0.07)
-    assert 1.1 < ratios[-1] < published[2048]  # the full copy is too fast there: docs/accuracy.md
+    assert 1.1 < ratios[-1] < published[2048]  # the full copy is too fast there, the other too slow: docs/accuracy.md
 
 
 # -- routing -----------------------------------------------------------------
