@@ -20,7 +20,7 @@ from pyggml.commands import _console
 from pyggml.errors import FormatError
 
 BUG = "(this is a mistake in pyggml, not yours; PYGGML_TRACEBACK=1 shows where it is)"
-COMMANDS = ("run", "splits", "replay", "devices", "make-moe")
+COMMANDS = ("run", "splits", "replay", "devices", "make-moe", "viz")
 
 
 @pytest.fixture

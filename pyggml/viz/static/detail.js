@@ -63,8 +63,11 @@
     const rate = clockOf(view) !== "order" && seconds > 0 ? `${(view.amount[i] / seconds / 1e9).toFixed(1)} GB/s` : "";
     const all = P.nameIndex(view).get(view.label[i]).events;
     const at = all.indexOf(i);
+    const pieces = all.filter((j) => view.run[j] === view.run[i] && view.split[j] === view.split[i]);
+    const sum = d3.sum(pieces, (j) => view.amount[j]);
     return `<p class="why">${P.escape(P.whyCopy(view, i))}</p>${rows([
       ["copied", `<b>${P.bytes(view.amount[i])}</b> of ${P.bytes(view.whole[i])} (${P.percent(view.amount[i], view.whole[i])}), ${P.count(view.amount[i])} bytes`],
+      pieces.length > 1 && ["in all pieces", `${P.bytes(sum)} of ${P.bytes(view.whole[i])} (${P.percent(sum, view.whole[i])}), ${pieces.length} copies`],
       ["from offset", P.count(view.offset[i])],
       ["from → to", P.escape(`${src} → ${dst}`)],
       experts && ["experts here", P.ranges(experts.ids)],
