@@ -17,9 +17,11 @@ from .tensor import Tensor
 from .types import MAX_SRC, Op, TensorFlag, Type
 
 if TYPE_CHECKING:
+    import os
     from contextvars import Token
 
     from .graph_context import Collector
+    from .viz.show import Page
 
 __all__ = ["Graph", "GraphView"]
 
@@ -226,6 +228,24 @@ class Graph:
                 if src is not None and src is not node and src not in seen:
                     raise GraphError(f"node {i} '{node.name}' comes before its source {j} '{src.name}', or lacks it")
             seen.add(node)
+
+    def show(self, path: str | os.PathLike[str] | None = None) -> Page:
+        """Open a page of the nodes, their shapes and sources in the browser; a notebook shows it where it stands.
+
+        Parameters
+        ----------
+        path : path-like, optional
+            Where to write it; into the system's folder of temporary files if not given.
+
+        Returns
+        -------
+        Page
+            Whose ``path`` says where it lies.
+        """
+        from .viz.objects import view_of_graph  # what draws knows graphs, so graphs ask for it only here
+        from .viz.show import show_page
+
+        return show_page(view_of_graph(self), path=path)
 
     def __repr__(self) -> str:
         return f"<Graph of {len(self.nodes)} nodes, {len(self.leafs)} leafs>"

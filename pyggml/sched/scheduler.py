@@ -23,6 +23,7 @@ A whole use::
     x.set_array(...); ids.set_array(...)
     sched.compute(graph)              # copy inputs (only the used experts of w), launch, wait
     print(y.numpy(), sched.splits, sched.stats)
+    sched.show()                      # a page: splits, what is copied for them, and why
 
 The way of a graph: `assign` (which backend), `split` (where to cut, what to copy), `alloc` (where in memory), `compute`.
 """
@@ -35,7 +36,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from weakref import WeakKeyDictionary, ref
 
 from .. import config
@@ -60,6 +61,11 @@ from .log import RunLog
 from .policies import InputCopier, UpstreamCopier, UsedExpertCopier, default_offload
 from .split import CutMemory, Cutter, make_sched_graph, optimize_splits, rewritten_sources
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
+
+if TYPE_CHECKING:
+    import os
+
+    from ..viz.show import Page
 
 __all__ = ["Scheduler"]
 
@@ -553,6 +559,26 @@ class Scheduler:
             yield
         finally:
             self._thread.release()
+
+    def show(self, path: str | os.PathLike[str] | None = None) -> Page:
+        """Open a page of what was done, if the recorder is a `Recording`, else of the latest plan, in the browser.
+
+        A notebook shows the page where it stands.
+
+        Parameters
+        ----------
+        path : path-like, optional
+            Where to write it; into the system's folder of temporary files if not given.
+
+        Returns
+        -------
+        Page
+            Whose ``path`` says where it lies.
+        """
+        from ..viz.objects import view_of_scheduler  # what draws knows schedulers, so they ask for it only here
+        from ..viz.show import show_page
+
+        return show_page(view_of_scheduler(self), path=path)
 
     def __repr__(self) -> str:
         names = ", ".join(b.name for b in self.backends)

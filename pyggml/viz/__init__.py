@@ -12,6 +12,16 @@
 
 from .objects import view_of_graph, view_of_scheduler
 from .page import page_html, write_page
+from .show import Page, show_page
 from .view import View, view_of_records
 
-__all__ = ["View", "page_html", "view_of_graph", "view_of_records", "view_of_scheduler", "write_page"]
+__all__ = [
+    "Page",
+    "View",
+    "page_html",
+    "show_page",
+    "view_of_graph",
+    "view_of_records",
+    "view_of_scheduler",
+    "write_page",
+]

@@ -35,3 +35,17 @@ def test_tables(open_page: OpenPage, tmp_path: Path, size: tuple[int, int], dark
     assert overflow(page) == 0
     ink = page.locator("td").first.evaluate("e => getComputedStyle(e).color")
     assert ink == ("rgb(255, 255, 255)" if dark else "rgb(0, 0, 0)")
+
+
+def test_a_page_inside_a_notebook(open_page: OpenPage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that is shown in a notebook draws itself there, in a frame of its own."""
+    monkeypatch.setattr("webbrowser.open", lambda url: True)
+    graph = ggml.Graph()
+    with graph:
+        y = ggml.exp(graph.input("f32", (8, 2), name="x")).named("y")
+    graph.expand(y)
+    page = open_page(notebook(tmp_path / "notebook.html", graph.show(tmp_path / "graph.html")))
+    frame = page.frame_locator("iframe")
+    frame.locator("html[data-ready=true]").wait_for()
+    assert frame.locator("#graph-table tbody tr").count() == 2
+    assert "EXP" in frame.locator("#graph-drawing").inner_text()
