@@ -1,4 +1,4 @@
-"""Weights in blocks of 32: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, MXFP4.
+"""Weights in blocks of 32: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, MXFP4, IQ4_NL.
 
 Every type is "unsigned byte less an offset, times a scale", plus a minimum for some. The offset goes into the start
 value of the dot product (`activations`), so it costs nothing. For each type there are two kernels:
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .dequantise import IQ4_NL_VALUES, MXFP4_DOUBLED
 from .emit import (
     F16,
     F32,
@@ -36,19 +37,19 @@ from .emit import (
 )
 from .kernel import Kernel, micro_kernel
 from .panel import PANEL_BLOCK, put_columns, put_scales, row_addresses
-from .words import MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from .words import IQ4_NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 
-NAMES = {Q8_0: "q8_0", Q4_0: "q4_0", Q4_1: "q4_1", Q5_0: "q5_0", Q5_1: "q5_1", MXFP4: "mxfp4"}
+NAMES = {Q8_0: "q8_0", Q4_0: "q4_0", Q4_1: "q4_1", Q5_0: "q5_0", Q5_1: "q5_1", MXFP4: "mxfp4", IQ4_NL: "iq4_nl"}
 #: Bytes of a block; bytes before its 16 bytes of nibbles (32 of Q8_0).
-SIZE = {Q8_0: 34, Q4_0: 18, Q4_1: 20, Q5_0: 22, Q5_1: 24, MXFP4: 17}
-HEAD = {Q8_0: 2, Q4_0: 2, Q4_1: 4, Q5_0: 6, Q5_1: 8, MXFP4: 1}
+SIZE = {Q8_0: 34, Q4_0: 18, Q4_1: 20, Q5_0: 22, Q5_1: 24, MXFP4: 17, IQ4_NL: 18}
+HEAD = {Q8_0: 2, Q4_0: 2, Q4_1: 4, Q5_0: 6, Q5_1: 8, MXFP4: 1, IQ4_NL: 2}
 #: Where the 32 fifth bits lie.
 FIFTH_BITS = {Q5_0: 2, Q5_1: 4}
 #: What is taken off the unsigned bytes; a multiple of 8.
-OFFSET = {Q8_0: 128, Q4_0: 8, Q4_1: 0, Q5_0: 16, Q5_1: 0, MXFP4: 16}
+OFFSET = {Q8_0: 128, Q4_0: 8, Q4_1: 0, Q5_0: 16, Q5_1: 0, MXFP4: 16, IQ4_NL: 128}
 HAS_MINIMUM = frozenset({Q4_1, Q5_1})
-#: MXFP4's sixteen codes, doubled, plus the offset; its scale is halved in turn.
-MXFP4_BYTES = [16 + v for v in (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)]
+#: What the sixteen codes of some stand for, plus the offset; MXFP4's are doubled, and its scale is halved in turn.
+BYTES = {MXFP4: [16 + v for v in MXFP4_DOUBLED], IQ4_NL: [128 + v for v in IQ4_NL_VALUES]}
 
 
 def e8m0(e: Emit, exponent: ir.Value) -> ir.Value:
@@ -93,7 +94,7 @@ def _load_blocks(e: Emit, typ: int, w: ir.Value, n: int) -> tuple[list[ir.Value]
         if typ in FIFTH_BITS:
             low, high = (b.zext(e.load(I32, w, s + FIFTH_BITS[typ]), I64) for s in starts)
             u = b.or_(u, _bits_to_bytes(e, b.or_(low, b.shl(high, I64(32))), 16))
-        bytes_.append(e.lookup(MXFP4_BYTES, u) if typ == MXFP4 else u)
+        bytes_.append(e.lookup(BYTES[typ], u) if typ in BYTES else u)
     if typ == MXFP4:
         return bytes_, e8m0(e, b.zext(e.scalars(w, size, n, 8), vec(I32, n))), None
     return bytes_, halves(0), halves(2) if typ in HAS_MINIMUM else None
@@ -221,8 +222,8 @@ def _make_unpack(typ: int) -> Kernel:
             if typ in FIFTH_BITS:
                 words = e.gather(I32, rows, FIFTH_BITS[typ])
                 columns = [b.or_(v, spread_bits(e, words, 4 * c, 4)) for c, v in enumerate(columns)]
-            if typ == MXFP4:
-                columns = [e.lookup(MXFP4_BYTES, v) for v in columns]
+            if typ in BYTES:
+                columns = [e.lookup(BYTES[typ], v) for v in columns]
             for c, v in enumerate(columns):
                 put_columns(e, block, c, v)
             if typ == MXFP4:

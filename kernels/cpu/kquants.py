@@ -1,7 +1,8 @@
-"""Weights in super-blocks of 256: Q4_K and Q5_K (8 x 32, with scale and minimum), Q6_K (16 x 16, with scale).
+"""Weights in super-blocks of 256: Q4_K and Q5_K (8 x 32, with scale and minimum), Q6_K and Q3_K (16 x 16, with scale).
 
-Kernels have the signatures of `blocks32`. Q6_K's scales are for 16 columns, so its activations carry sums of 16
-(`activations.quantise_row_halves`), its panels two scales a block, and its tile takes each block in two halves.
+And Q2_K, 16 x 16 with both. Kernels have the signatures of `blocks32`. Where scales are for 16 columns, activations carry
+sums of 16 (`activations.quantise_row_halves`), panels two scales a block, and the tile takes each block in two halves.
+A panel has no room for Q2_K's minima: its rows are taken as they lie, however many tokens there are.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .emit import (
     F32x16,
     I16x16,
     I32x16,
+    U8x16,
     U8x32,
     U8x64,
     ir,
@@ -26,16 +28,21 @@ from .emit import (
 )
 from .kernel import Kernel, micro_kernel
 from .panel import PANEL_BLOCK, put_columns, put_scales, row_addresses
-from .words import Q4_K, Q5_K, Q6_K
+from .words import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 
-NAMES = {Q4_K: "q4_k", Q5_K: "q5_k", Q6_K: "q6_k"}
-SIZE = {Q4_K: 144, Q5_K: 176, Q6_K: 210}
+NAMES = {Q4_K: "q4_k", Q5_K: "q5_k", Q6_K: "q6_k", Q3_K: "q3_k", Q2_K: "q2_k"}
+SIZE = {Q4_K: 144, Q5_K: 176, Q6_K: 210, Q3_K: 110, Q2_K: 84}
 #: Where the bytes of low nibbles lie; before them the head (d, dmin, 12 bytes of scales), and Q5_K's fifth bits.
 NIBBLES_AT = {Q4_K: 16, Q5_K: 48}
 FIFTH_BITS_AT = 16
 #: Q6_K: 128 bytes of low nibbles, 64 of high pairs of bits, 16 scales, d.
 Q6_HIGH_AT, Q6_SCALES_AT, Q6_D_AT = 128, 192, 208
-OFFSET = {Q4_K: 0, Q5_K: 0, Q6_K: 32}
+#: Q3_K: 32 bytes of third bits, 64 of low pairs, 12 of scales, d.
+Q3_LOW_AT, Q3_SCALES_AT, Q3_D_AT = 32, 96, 108
+#: Q2_K: 16 bytes of a scale and a minimum each, 64 of pairs, d, dmin.
+Q2_LOW_AT, Q2_D_AT = 16, 80
+#: Q2_K's codes begin at 0; its 4 makes the activations carry plain sums, less than 0.
+OFFSET = {Q4_K: 0, Q5_K: 0, Q6_K: 32, Q3_K: 4, Q2_K: 4}
 HAS_MINIMUM = frozenset({Q4_K, Q5_K})
 
 
@@ -101,28 +108,78 @@ def _row_q4_q5(e: Emit, typ: int, w: ir.Value, n_blocks: ir.Value, xs: list[ir.V
     return [b.fsub(e.sum(b.load(a)), e.sum(b.load(m))) for a, m in zip(acc, minimum_acc, strict=True)]
 
 
-def _row_q6(e: Emit, w: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]) -> list[ir.Value]:
-    b = e.b
+def _scales_q6(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    scales = e.b.sitofp(e.b.sext(e.load(vec(I8, 16), at, Q6_SCALES_AT), I32x16), F32x16)
+    return e.b.fmul(scales, e.splat(e.to_f32(e.load(F16, at, Q6_D_AT)))), None
+
+
+def _codes_q6(e: Emit, at: ir.Value, j: int) -> ir.Value:
+    b, half, shift = e.b, j // 2, 4 * (j % 2)
+    low = _shift_bytes(e, e.load(U8x64, at, 64 * half), shift, 15)
+    high = e.load(U8x32, at, Q6_HIGH_AT + 32 * half)
+    pairs = e.cat(_shift_bytes(e, high, shift, 3), _shift_bytes(e, high, shift + 2, 3))
+    return b.or_(low, b.shl(pairs, e.const(U8x64, 4)))
+
+
+def _scales_q3(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """Unpack 12 bytes: sixteen low halves, then four times four upper pairs of bits."""
+    b, eight = e.b, e.load(vec(I8, 8), at, Q3_SCALES_AT)
+    low = e.cat(_shift_bytes(e, eight, 0, 15), _shift_bytes(e, eight, 4, 15))
+    four = e.splat(e.load(I32, at, Q3_SCALES_AT + 8), 4)
+    four = b.and_(b.lshr(four, e.const(vec(I32, 4), [0, 2, 4, 6])), e.const(vec(I32, 4), 0x03030303))
+    six = b.or_(low, b.shl(e.cast(four, U8x16), e.const(U8x16, 4)))
+    scales = b.sitofp(b.sext(b.sub(six, e.const(U8x16, 32)), I32x16), F32x16)
+    return b.fmul(scales, e.splat(e.to_f32(e.load(F16, at, Q3_D_AT)))), None
+
+
+def _codes_q3(e: Emit, at: ir.Value, j: int) -> ir.Value:
+    b, shift = e.b, 4 * (j % 2)
+    pairs, third = e.load(U8x32, at, Q3_LOW_AT + 32 * (j // 2)), e.load(U8x32, at)
+    low = e.cat(_shift_bytes(e, pairs, shift, 3), _shift_bytes(e, pairs, shift + 2, 3))
+    high = e.cat(_shift_bytes(e, third, 2 * j, 1), _shift_bytes(e, third, 2 * j + 1, 1))
+    return b.or_(low, b.shl(high, e.const(U8x64, 2)))
+
+
+def _scales_q2(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    bytes_ = e.load(U8x16, at)
+
+    def scaled(shift: int, d_at: int) -> ir.Value:
+        numbers = e.b.zext(_shift_bytes(e, bytes_, shift, 15), I32x16)
+        return e.b.fmul(e.to_f32(numbers), e.splat(e.to_f32(e.load(F16, at, d_at))))
+
+    return scaled(0, Q2_D_AT), scaled(4, Q2_D_AT + 2)
+
+
+def _codes_q2(e: Emit, at: ir.Value, j: int) -> ir.Value:
+    pairs, shift = e.load(U8x32, at, Q2_LOW_AT + 32 * (j // 2)), 4 * (j % 2)
+    return e.cat(_shift_bytes(e, pairs, shift, 3), _shift_bytes(e, pairs, shift + 2, 3))
+
+
+#: Scales and minima of 16 columns each; the codes of 64 columns.
+_HALVES = {Q6_K: (_scales_q6, _codes_q6), Q3_K: (_scales_q3, _codes_q3), Q2_K: (_scales_q2, _codes_q2)}
+
+
+def _row_of_halves(e: Emit, typ: int, w: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]) -> list[ir.Value]:
+    b, (scales_of, codes_of) = e.b, _HALVES[typ]
     acc = [e.zeros(F32x16) for _ in xs]
     scales_at = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
     starts_at = [e.add(s, e.mul(n_blocks, 4)) for s in scales_at]
     with _super_blocks(e, n_blocks) as (i, _):
-        at, i4 = e.add(w, e.mul(b.lshr(i, I64(3)), SIZE[Q6_K])), e.mul(i, 4)
-        for line in range(4):
+        at, i4 = e.add(w, e.mul(b.lshr(i, I64(3)), SIZE[typ])), e.mul(i, 4)
+        for line in range(-(-SIZE[typ] // 64)):
             e.prefetch(at, 2048 + 64 * line)
-        scales = b.sitofp(b.sext(e.load(vec(I8, 16), at, Q6_SCALES_AT), I32x16), F32x16)
-        scales = b.fmul(scales, e.splat(e.to_f32(e.load(F16, at, Q6_D_AT))))
+        scales, minima = scales_of(e, at)
         dx = [e.load(F32x8, e.add(s, i4)) for s in scales_at]
         starts = [e.load(I32x16, e.add(s, e.mul(i, 8))) for s in starts_at]
+        if minima is not None:
+            for t, start in enumerate(starts):  # less than 0, so what is added takes off
+                spread = e.shuffle(dx[t], dx[t], [lane // 2 for lane in range(16)])
+                b.store(e.fma(e.to_f32(start), b.fmul(minima, spread), b.load(acc[t])), acc[t])
         for j in range(4):  # 64 columns: blocks 2j and 2j + 1
-            half, shift = j // 2, 4 * (j % 2)
-            low = _shift_bytes(e, e.load(U8x64, at, 64 * half), shift, 15)
-            high = e.load(U8x32, at, Q6_HIGH_AT + 32 * half)
-            pairs = e.cat(_shift_bytes(e, high, shift, 3), _shift_bytes(e, high, shift + 2, 3))
-            u = b.or_(low, b.shl(pairs, e.const(U8x64, 4)))
+            u = codes_of(e, at, j)
             fours = [4 * j + lane // 4 for lane in range(16)]
             for t, x in enumerate(xs):
-                start = e.shuffle(starts[t], starts[t], fours)
+                start = e.shuffle(starts[t], starts[t], fours) if minima is None else e.const(I32x16, 0)
                 ints = e.dpbusd(start, u, e.load(U8x64, e.add(x, e.mul(i, 32)), 64 * j))
                 factors = b.fmul(
                     e.shuffle(scales, scales, fours), e.shuffle(dx[t], dx[t], [2 * j] * 8 + [2 * j + 1] * 8)
@@ -213,10 +270,49 @@ def unpack_q6_k(e, w, stride, n_blocks, panel):
                     put_columns(e, e.add(first, block * PANEL_BLOCK), column % 8, v)
 
 
+@micro_kernel(4)
+def unpack_q3_k(e, w, stride, n_blocks, panel):
+    """Sixteen rows into half a panel; a block's scales are those of its halves."""
+    b, rows_at = e.b, row_addresses(e, w, stride)
+    with _super_blocks(e, n_blocks) as (i, _):
+        at = e.mul(b.lshr(i, I64(3)), SIZE[Q3_K])
+        rows = [e.add(row, at) for row in rows_at]
+        first = e.add(panel, e.mul(i, PANEL_BLOCK))
+        words = e.transpose([e.add(row, Q3_SCALES_AT - 2) for row in rows])  # two bytes before the scales, 12, d
+        d = e.to_f32(e.cast(b.trunc(b.lshr(words[3], e.const(I32x16, 16)), I16x16), F16x16))
+
+        def scale(n: int, words=words, d=d) -> ir.Value:
+            low, high = 2 + n % 8, 10 + n % 4
+            six = _byte(e, words[low // 4], low % 4, 4, n // 8 * 4)
+            six = b.or_(six, b.shl(_byte(e, words[high // 4], high % 4, 2, n // 4 * 2), e.const(I32x16, 4)))
+            return b.fmul(e.to_f32(b.sub(six, e.const(I32x16, 32))), d)
+
+        for block in range(8):
+            put_scales(e, e.add(first, block * PANEL_BLOCK), scale(2 * block), scale(2 * block + 1))
+
+        def columns(offset: int, rows=rows) -> list[ir.Value]:
+            """32 bytes of 16 rows, four a vector."""
+            parts = [e.transpose([e.add(row, offset + 16 * part) for row in rows]) for part in range(2)]
+            return [e.cast(v, U8x64) for part in parts for v in part]
+
+        third = columns(0)
+        for half in range(2):
+            pairs = columns(Q3_LOW_AT + 32 * half)
+            for quarter in range(4):
+                block = 4 * half + quarter
+                for c in range(8):
+                    high = b.shl(_shift_bytes(e, third[c], block, 1), e.const(U8x64, 2))
+                    v = b.or_(_shift_bytes(e, pairs[c], 2 * quarter, 3), high)
+                    put_columns(e, e.add(first, block * PANEL_BLOCK), c, v)
+
+
 #: Kernels by type.
 ROWS = {
     Q4_K: make_rows_kernel("rows_q4_k", lambda e, w, n, xs: _row_q4_q5(e, Q4_K, w, n, xs)),
     Q5_K: make_rows_kernel("rows_q5_k", lambda e, w, n, xs: _row_q4_q5(e, Q5_K, w, n, xs)),
-    Q6_K: make_rows_kernel("rows_q6_k", _row_q6),
+    Q6_K: make_rows_kernel("rows_q6_k", lambda e, w, n, xs: _row_of_halves(e, Q6_K, w, n, xs)),
+    Q3_K: make_rows_kernel("rows_q3_k", lambda e, w, n, xs: _row_of_halves(e, Q3_K, w, n, xs)),
+    Q2_K: make_rows_kernel("rows_q2_k", lambda e, w, n, xs: _row_of_halves(e, Q2_K, w, n, xs)),
 }
-UNPACK = {Q4_K: _make_unpack_q4_q5(Q4_K), Q5_K: _make_unpack_q4_q5(Q5_K), Q6_K: unpack_q6_k}
+#: Those that have panels.
+UNPACK = {Q4_K: _make_unpack_q4_q5(Q4_K), Q5_K: _make_unpack_q4_q5(Q5_K), Q6_K: unpack_q6_k, Q3_K: unpack_q3_k}

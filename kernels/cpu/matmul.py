@@ -49,13 +49,17 @@ TILE_KERNELS = {
     **dict.fromkeys(QUANTISED_TYPES, panel.tile_plain),
     **dict.fromkeys(blocks32.HAS_MINIMUM | kquants.HAS_MINIMUM, panel.tile_minima),
     kquants.Q6_K: panel.tile_halves,
+    kquants.Q3_K: panel.tile_halves,
 }
 #: How activations are quantised for a type.
-QUANTISE_KERNELS = {**dict.fromkeys(QUANTISED_TYPES, quantise_row), kquants.Q6_K: quantise_row_halves}
+QUANTISE_KERNELS = {
+    **dict.fromkeys(QUANTISED_TYPES, quantise_row),
+    **dict.fromkeys((kquants.Q6_K, kquants.Q3_K, kquants.Q2_K), quantise_row_halves),
+}
 #: Rows of a job when there are plenty: shorter streams cost 6 to 10 % where memory limits.
 JOB_ROWS = 256
 #: Tokens for which rows as they lie are faster than a panel; measured.
-FEW_TOKENS = {blocks32.Q8_0: 6}
+FEW_TOKENS = {blocks32.Q8_0: 6, kquants.Q2_K: 1 << 40}  # the last has no panels
 FEW_TOKENS_ELSE = 4
 #: The same for float weights; the kernel takes up to 4.
 FEW_FLOAT_TOKENS = 2

@@ -12,12 +12,13 @@ __all__ = ["plan_supports_op", "reason_unsupported", "supports_op"]
 
 _FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
 _WEIGHTS = _FLOATS | {
-    Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.MXFP4,
+    Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
+    Type.MXFP4, Type.IQ4_NL,
 }  # fmt: skip
 #: Types of weights that upstream's devices compute with and no kernel here does.
 _PLANNED = frozenset(t for t in Type if t.is_quantized) - _WEIGHTS - {Type.Q8_1, Type.Q8_K}
 #: What rows of floats can be turned into, and the other way round.
-_QUANTISED = (_WEIGHTS - _FLOATS) | {Type.IQ4_NL, Type.Q2_K, Type.Q3_K}
+_QUANTISED = _WEIGHTS - _FLOATS
 _WRITABLE = _FLOATS | _QUANTISED | {Type.I32}
 _KV_TYPES = _FLOATS | _QUANTISED
 

@@ -145,8 +145,8 @@ def _product(plan: HostPlan, t: Tensor) -> None:
         -1,
         matmul.FEW_TOKENS.get(weights.type, matmul.FEW_TOKENS_ELSE),
         matmul.ROWS_KERNELS[weights.type].address,
-        0 if is_float else matmul.UNPACK_KERNELS[weights.type].address,
-        0 if is_float else matmul.TILE_KERNELS[weights.type].address,
+        0 if weights.type not in matmul.UNPACK_KERNELS else matmul.UNPACK_KERNELS[weights.type].address,
+        0 if weights.type not in matmul.UNPACK_KERNELS else matmul.TILE_KERNELS[weights.type].address,
         t.ne[1],
         is_float,
     )

@@ -24,7 +24,7 @@ import numpy as np
 N_COLUMNS, N_ROWS, N_EXPERTS, N_USED = 2048, 768, 128, 8
 TYPES = {
     "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q4_k": 12, "q5_k": 13,
-    "q6_k": 14, "mxfp4": 39,
+    "q6_k": 14, "mxfp4": 39, "q2_k": 10, "q3_k": 11, "iq4_nl": 20,
 }  # fmt: skip
 TURN_S = 0.25
 N_ID_SETS = 16

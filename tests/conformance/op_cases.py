@@ -125,12 +125,12 @@ def halves(c: Case) -> list[Any]:
     return [c.tensor([2 * ne[0], *ne[1:]], low=-4, high=4, plain=True)]
 
 
-QUANTS = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K"]
+QUANTS = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", "iq4_nl", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K"]
 
 
 def weight(c: Case, ne: list[int], type: str) -> dict[str, int]:
-    """Return a matrix of any type; K-quants are made by the library itself."""
-    if type.endswith("_K"):
+    """Return a matrix of any type; what gguf cannot make is made by the library itself."""
+    if type.endswith("_K") or type == "iq4_nl":
         return c.add("cast", c.tensor(ne, plain=True), type)
     return c.tensor(ne, type)
 

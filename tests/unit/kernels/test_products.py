@@ -10,17 +10,24 @@ from pyggml.tensor import Tensor
 from pyggml.types import Op, Type
 
 FLOATS = [Type.F32, Type.F16, Type.BF16]
-BLOCKS_32 = [Type.Q8_0, Type.Q4_1, Type.Q4_0, Type.Q5_0, Type.Q5_1, Type.MXFP4]
-K_QUANTS = [Type.Q4_K, Type.Q5_K, Type.Q6_K]
-#: Where a super-block keeps its halves.
-HALVES_AT = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,)}
+BLOCKS_32 = [Type.Q8_0, Type.Q4_1, Type.Q4_0, Type.Q5_0, Type.Q5_1, Type.MXFP4, Type.IQ4_NL]
+K_QUANTS = [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K]
+#: Where a block that gguf cannot make keeps its halves.
+HALVES_AT = {
+    Type.Q2_K: (80, 82),
+    Type.Q3_K: (108,),
+    Type.Q4_K: (0, 2),
+    Type.Q5_K: (0, 2),
+    Type.Q6_K: (208,),
+    Type.IQ4_NL: (0,),
+}
 #: Upstream's bound for quantised products (test-backend-ops), and what floats must keep.
 BOUND = {**dict.fromkeys(FLOATS, 1e-7), **dict.fromkeys(BLOCKS_32 + K_QUANTS, 5e-4)}
 
 
 def weights(memory: Memory, rng: np.random.Generator, typ: Type, shape: tuple[int, ...]) -> Tensor:
     """Return random weights of a type: quantised by gguf where it can, else random blocks with tame scales."""
-    if typ not in K_QUANTS:
+    if typ not in HALVES_AT:
         return memory.tensor(rng.standard_normal(shape, dtype="f4"), typ, name="blk.3.ffn_up_exps.weight")
     t = Tensor(typ, shape[::-1], name="blk.3.ffn_up_exps.weight")
     blocks = rng.integers(0, 256, (t.nbytes // typ.type_size, typ.type_size), np.uint8)

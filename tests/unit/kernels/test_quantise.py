@@ -92,7 +92,7 @@ def test_set_rows_of_every_type(memory, typ, source, id_type):
 
 
 def test_get_rows_of_what_set_rows_writes(memory):
-    """Rows of IQ4_NL, Q2_K and Q3_K, which no product here takes, are read back by GET_ROWS."""
+    """Rows of IQ4_NL, Q2_K and Q3_K are read back by GET_ROWS."""
     x = samples()["normal"]
     for typ in (Type.IQ4_NL, Type.Q2_K, Type.Q3_K):
         table = memory.node(Op.CPY, (N, 24), memory.tensor(x), None, type=typ)
