@@ -13,9 +13,9 @@ from ..graph import Graph
 from ..ops import OpHint, Prec
 from ..tensor import Tensor
 from ..types import TensorFlag, Type
+from .cache_view import CacheView
 from .graph import AttnInputs, GraphInputs, GraphParams, ModelGraph
 from .hparams import round_f32
-from .kv_cache import CacheView
 from .weights import LayerWeights, Weights
 
 __all__ = ["Builder", "kq_scale"]

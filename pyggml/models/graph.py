@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from ..graph import Graph
 from ..tensor import Tensor
 from .batch import MicroBatch
+from .cache_view import CacheView
 from .context import ContextParams
 from .hparams import HParams
-from .kv_cache import CacheView
 
 __all__ = ["AttnInputs", "GraphInputs", "GraphKey", "GraphParams", "ModelGraph"]
 

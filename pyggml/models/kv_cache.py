@@ -12,15 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .. import ops
 from ..errors import AllocError
 from ..tensor import Tensor
 from ..types import Type
 from .batch import Batch, MicroBatch, split_equal, split_simple
+from .cache_view import CacheView
 from .context import ContextParams
 from .hparams import HParams
+from .kv_cells import Cells, sequence_bit
 
-__all__ = ["CacheFullError", "CacheView", "KVCache", "Slot", "hadamard"]
+__all__ = ["CacheFullError", "KVCache", "Slot", "hadamard"]
 
 #: Cells are offered to graphs in steps of so many, so that a graph can be used again (`llama_kv_cache::get_n_kv`).
 _N_KV_STEP = 256
@@ -55,62 +56,6 @@ class Slot:
     streams: tuple[int, ...]
     cells: npt.NDArray[np.int64]  #: (n_stream, n_token // n_stream)
     swa: Slot | None = None  #: in the cache of layers with a sliding window, where there is one
-
-
-class _Cells:
-    """The book of one stream.
-
-    Notes
-    -----
-    Mirrors `llama_kv_cells`.
-    """
-
-    __slots__ = ("head", "pos", "seqs")
-
-    def __init__(self, n: int) -> None:
-        self.pos = np.full(n, -1, np.int32)  #: -1: empty
-        self.seqs = np.zeros(n, np.uint64)  #: bit s: the cell belongs to sequence s
-        self.head = 0  #: where the search for cells starts
-
-    @property
-    def n_used(self) -> int:
-        return int(np.count_nonzero(self.pos >= 0))
-
-    @property
-    def used_end(self) -> int:
-        """One past the last cell in use."""
-        used = np.flatnonzero(self.pos >= 0)
-        return int(used[-1]) + 1 if len(used) else 0
-
-    def reusable(self, window: int) -> npt.NDArray[np.bool_]:
-        """Return which cells may be written: empty ones, and those that the next token of their sequence cannot see.
-
-        A cell that several sequences share is kept.
-        """
-        usable = self.pos < 0
-        if window:
-            seqs = np.unique(self.seqs[~usable])
-            for seq in (int(s).bit_length() - 1 for s in seqs if int(s).bit_count() == 1):
-                last = int(self.pos[(self.seqs & _bit(seq)) != 0].max())
-                usable |= (self.seqs == _bit(seq)) & (last + 1 - self.pos >= window)
-        return usable
-
-    def overwritten(self, chosen: npt.NDArray[np.int64]) -> dict[int, int]:
-        """Return the last position that each sequence has in some cells, of one sequence each."""
-        lost: dict[int, int] = {}
-        for i in chosen[self.pos[chosen] >= 0]:
-            seq = int(self.seqs[i]).bit_length() - 1
-            lost[seq] = max(lost.get(seq, -1), int(self.pos[i]))
-        return lost
-
-    def copy(self) -> _Cells:
-        other = _Cells(0)
-        other.pos, other.seqs, other.head = self.pos.copy(), self.seqs.copy(), self.head
-        return other
-
-
-def _bit(seq: int) -> np.uint64:
-    return np.uint64(1 << seq)
 
 
 class KVCache:
@@ -169,7 +114,7 @@ class KVCache:
         self.v = {i: Tensor(params.type_v, (hparams.n_embd_v_gqa, *shape), name=f"cache_v_l{i}") for i in with_v}
         self.n_rot_k = _rotation(params.type_k, hparams.n_embd_head_k, grow=True)
         self.n_rot_v = _rotation(params.type_v, hparams.n_embd_head_v, grow=False)
-        self.streams = [_Cells(self.n_cells) for _ in range(self.n_stream)]
+        self.streams = [Cells(self.n_cells) for _ in range(self.n_stream)]
 
     def tensors(self) -> list[tuple[int, Tensor]]:
         """Return the tensors with their layers, in the order in which they are allocated."""
@@ -183,7 +128,7 @@ class KVCache:
 
     def clear(self) -> None:
         """Forget all tokens; the data stays and is never read."""
-        self.streams = [_Cells(self.n_cells) for _ in range(self.n_stream)]
+        self.streams = [Cells(self.n_cells) for _ in range(self.n_stream)]
 
     def seq_rm(self, seq: int, p0: int = 0, p1: int | None = None) -> None:
         """Forget a sequence's tokens at positions ``p0 .. p1 - 1``; to the end without ``p1``.
@@ -193,10 +138,10 @@ class KVCache:
         Mirrors `llama_kv_cache::seq_rm`.
         """
         cells = self.streams[self._stream_of(seq)]
-        chosen = (cells.pos >= max(p0, 0)) & ((cells.seqs & _bit(seq)) != 0)
+        chosen = (cells.pos >= max(p0, 0)) & cells.of(seq)
         if p1 is not None:
             chosen &= cells.pos < p1
-        cells.seqs[chosen] &= ~_bit(seq)
+        cells.seqs[chosen] &= ~sequence_bit(seq)
         freed = np.flatnonzero(chosen & (cells.seqs == 0))
         if len(freed):
             cells.pos[freed] = -1
@@ -219,22 +164,18 @@ class KVCache:
                 "sequences of different streams cannot share cells", hint="make the context with kv_unified"
             )
         cells = self.streams[self._stream_of(src)]
-        chosen = (cells.pos >= max(p0, 0)) & ((cells.seqs & _bit(src)) != 0)
+        chosen = (cells.pos >= max(p0, 0)) & cells.of(src)
         if p1 is not None:
             chosen &= cells.pos < p1
-        cells.seqs[chosen] |= _bit(dst)
+        cells.seqs[chosen] |= sequence_bit(dst)
 
     def seq_pos_max(self, seq: int) -> int:
         """Last position of a sequence; -1 if it has none."""
-        cells = self.streams[self._stream_of(seq)]
-        own = cells.pos[(cells.seqs & _bit(seq)) != 0]
-        return int(own.max()) if len(own) else -1
+        return self.streams[self._stream_of(seq)].last(seq)
 
     def seq_pos_min(self, seq: int) -> int:
         """First position of a sequence; -1 if it has none."""
-        cells = self.streams[self._stream_of(seq)]
-        own = cells.pos[(cells.seqs & _bit(seq)) != 0]
-        return int(own.min()) if len(own) else -1
+        return self.streams[self._stream_of(seq)].first(seq)
 
     def reaches_back_to(self, seq: int) -> int:
         """Return the first position from which a sequence can go on: 0, as nothing it would see has been given up."""
@@ -385,13 +326,13 @@ class KVCache:
         if self.n_stream == 1 and len(part.seqs_unq) == 1:
             cells = self.streams[0]
             unseen = self._hidden(cells.pos[None, :n_kv], part.pos[:, None])
-            unseen |= ((cells.seqs[:n_kv] & _bit(part.seqs_unq[0])) == 0)[None, :]
+            unseen |= ((cells.seqs[:n_kv] & sequence_bit(part.seqs_unq[0])) == 0)[None, :]
             return unseen
         unseen = np.ones((part.n_tokens, n_kv), np.bool_)
         for seq in part.seqs_unq:
             cells = self.streams[self._stream_of(seq)]
             rows = np.flatnonzero(part.seqs == seq)
-            own = (cells.seqs[:n_kv] & _bit(seq)) != 0
+            own = (cells.seqs[:n_kv] & sequence_bit(seq)) != 0
             unseen[rows] = ~own[None, :] | self._hidden(cells.pos[None, :n_kv], part.pos[rows, None])
         return unseen
 
@@ -399,77 +340,6 @@ class KVCache:
         """Mirrors `llama_hparams::is_masked_swa` and the causal mask."""
         later: npt.NDArray[np.bool_] = cells > tokens
         return later | (tokens - cells >= self.window) if self.window else later
-
-
-@dataclass(frozen=True, slots=True)
-class CacheView:
-    """The cells that one graph reads: the first ``n_kv`` of ``n_stream`` streams from stream ``s0`` on.
-
-    Notes
-    -----
-    Mirrors what `llama_kv_cache_context` hands to graph builders.
-    """
-
-    cache: KVCache
-    n_kv: int
-    s0: int
-    n_stream: int
-    swa: CacheView | None = None  #: of the cache of layers with a sliding window, where there is one
-
-    def of_layer(self, layer: int) -> CacheView:
-        """Return the view that a layer reads."""
-        return self.swa if self.swa is not None and layer in self.swa.cache.k else self
-
-    def get_k(self, layer: int) -> Tensor:
-        """Return a view of K: ne [n_embd_head, n_head_kv, n_kv, n_stream]."""
-        k, hp = self.cache.k[layer], self.cache.hparams
-        row = k.type.row_size
-        stream = row(k.ne[0] * self.cache.n_cells)
-        return ops.view_4d(
-            k, hp.n_embd_head_k, hp.n_head_kv, self.n_kv, self.n_stream,
-            row(hp.n_embd_head_k), row(k.ne[0]), stream, stream * self.s0,
-        )  # fmt: skip
-
-    def get_v(self, layer: int) -> Tensor:
-        """Return a view of V: as K, or ne [n_kv, n_head_kv, n_embd_head, n_stream] if it lies transposed."""
-        v, hp = self.cache.v[layer], self.cache.hparams
-        row, n_cells = v.type.row_size, self.cache.n_cells
-        stream = row(v.ne[0] * n_cells)
-        if not self.cache.v_trans:
-            return ops.view_4d(
-                v, hp.n_embd_head_v, hp.n_head_kv, self.n_kv, self.n_stream,
-                row(hp.n_embd_head_v), row(v.ne[0]), stream, stream * self.s0,
-            )  # fmt: skip
-        return ops.view_4d(
-            v, self.n_kv, hp.n_head_kv, hp.n_embd_head_v, self.n_stream,
-            row(n_cells * hp.n_embd_head_v), row(n_cells), stream, stream * self.s0,
-        )  # fmt: skip
-
-    def cpy_k(self, k_cur: Tensor, k_idxs: Tensor, layer: int) -> Tensor:
-        """Return the node that stores K of new tokens."""
-        return ops.set_rows(self._merged(self.cache.k[layer]), _rows_of(k_cur), k_idxs)
-
-    def cpy_v(self, v_cur: Tensor, v_idxs: Tensor, layer: int) -> Tensor:
-        """Return the node that stores V of new tokens: rows, or each element as a row where V lies transposed."""
-        v = self.cache.v[layer]
-        if not self.cache.v_trans:
-            return ops.set_rows(self._merged(v), _rows_of(v_cur), v_idxs)
-        n_embd, n_tokens = v_cur.ne[0] * v_cur.ne[1], v_cur.ne[2]
-        if v_cur.type.row_size(n_embd) == v_cur.nb[2]:
-            v_cur = ops.reshape_2d(v_cur, n_embd, n_tokens)
-        else:
-            v_cur = ops.cont_2d(v_cur, n_embd, n_tokens)
-        v_view = ops.reshape_2d(v, 1, v.numel)
-        return ops.set_rows(v_view, ops.reshape_2d(v_cur, 1, v_cur.numel), v_idxs)
-
-    def _merged(self, t: Tensor) -> Tensor:
-        """Return the rows of all streams as one matrix: indices count through them."""
-        return ops.reshape_2d(t, t.ne[0], t.ne[1] * t.ne[2]) if t.ne[2] > 1 else t
-
-
-def _rows_of(cur: Tensor) -> Tensor:
-    """Return a view of [n_embd_head, n_head, n_token] with the heads of a token in one row."""
-    return ops.view_2d(cur, cur.ne[0] * cur.ne[1], cur.ne[2], cur.nb[2], 0)
 
 
 def _rotation(type: Type, n_embd_head: int, *, grow: bool) -> int:

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from ..tensor import Tensor
 from .batch import Batch, MicroBatch, split_equal, split_simple
+from .cache_view import CacheView
 from .context import ContextParams
 from .hparams import HParams
-from .kv_cache import CacheView, KVCache, Slot
+from .kv_cache import KVCache, Slot
 
 __all__ = ["SlidingKVCache", "make_cache"]
 

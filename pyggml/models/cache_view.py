@@ -1,0 +1,85 @@
+"""`CacheView`: the part of a KV cache that one graph reads, and the nodes that store into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import ops
+from ..tensor import Tensor
+
+if TYPE_CHECKING:
+    from .kv_cache import KVCache
+
+__all__ = ["CacheView"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheView:
+    """The cells that one graph reads: the first ``n_kv`` of ``n_stream`` streams from stream ``s0`` on.
+
+    Notes
+    -----
+    Mirrors what `llama_kv_cache_context` hands to graph builders.
+    """
+
+    cache: KVCache
+    n_kv: int
+    s0: int
+    n_stream: int
+    swa: CacheView | None = None  #: of the cache of layers with a sliding window, where there is one
+
+    def of_layer(self, layer: int) -> CacheView:
+        """Return the view that a layer reads."""
+        return self.swa if self.swa is not None and layer in self.swa.cache.k else self
+
+    def get_k(self, layer: int) -> Tensor:
+        """Return a view of K: ne [n_embd_head, n_head_kv, n_kv, n_stream]."""
+        k, hp = self.cache.k[layer], self.cache.hparams
+        row = k.type.row_size
+        stream = row(k.ne[0] * self.cache.n_cells)
+        return ops.view_4d(
+            k, hp.n_embd_head_k, hp.n_head_kv, self.n_kv, self.n_stream,
+            row(hp.n_embd_head_k), row(k.ne[0]), stream, stream * self.s0,
+        )  # fmt: skip
+
+    def get_v(self, layer: int) -> Tensor:
+        """Return a view of V: as K, or ne [n_kv, n_head_kv, n_embd_head, n_stream] if it lies transposed."""
+        v, hp = self.cache.v[layer], self.cache.hparams
+        row, n_cells = v.type.row_size, self.cache.n_cells
+        stream = row(v.ne[0] * n_cells)
+        if not self.cache.v_trans:
+            return ops.view_4d(
+                v, hp.n_embd_head_v, hp.n_head_kv, self.n_kv, self.n_stream,
+                row(hp.n_embd_head_v), row(v.ne[0]), stream, stream * self.s0,
+            )  # fmt: skip
+        return ops.view_4d(
+            v, self.n_kv, hp.n_head_kv, hp.n_embd_head_v, self.n_stream,
+            row(n_cells * hp.n_embd_head_v), row(n_cells), stream, stream * self.s0,
+        )  # fmt: skip
+
+    def cpy_k(self, k_cur: Tensor, k_idxs: Tensor, layer: int) -> Tensor:
+        """Return the node that stores K of new tokens."""
+        return ops.set_rows(self._merged(self.cache.k[layer]), _rows_of(k_cur), k_idxs)
+
+    def cpy_v(self, v_cur: Tensor, v_idxs: Tensor, layer: int) -> Tensor:
+        """Return the node that stores V of new tokens: rows, or each element as a row where V lies transposed."""
+        v = self.cache.v[layer]
+        if not self.cache.v_trans:
+            return ops.set_rows(self._merged(v), _rows_of(v_cur), v_idxs)
+        n_embd, n_tokens = v_cur.ne[0] * v_cur.ne[1], v_cur.ne[2]
+        if v_cur.type.row_size(n_embd) == v_cur.nb[2]:
+            v_cur = ops.reshape_2d(v_cur, n_embd, n_tokens)
+        else:
+            v_cur = ops.cont_2d(v_cur, n_embd, n_tokens)
+        v_view = ops.reshape_2d(v, 1, v.numel)
+        return ops.set_rows(v_view, ops.reshape_2d(v_cur, 1, v_cur.numel), v_idxs)
+
+    def _merged(self, t: Tensor) -> Tensor:
+        """Return the rows of all streams as one matrix: indices count through them."""
+        return ops.reshape_2d(t, t.ne[0], t.ne[1] * t.ne[2]) if t.ne[2] > 1 else t
+
+
+def _rows_of(cur: Tensor) -> Tensor:
+    """Return a view of [n_embd_head, n_head, n_token] with the heads of a token in one row."""
+    return ops.view_2d(cur, cur.ne[0] * cur.ne[1], cur.ne[2], cur.nb[2], 0)
