@@ -34,6 +34,14 @@
     return `<b>${P.escape(view.titleOf(i))}</b><br>${lines.map(P.escape).join("<br>")}`;
   };
 
+  P.tipOfRun = (view, run) => {
+    const t = P.sum(view, (r) => r === run);
+    const clock = clockOf(view);
+    const [a, b] = view.spansOfRuns(clock)[run];
+    const lines = [clock === "order" ? "" : P.time(b - a, clock), `${P.bytes(t.bytes_copied)} copied of ${P.bytes(t.bytes_full)}`, "click to zoom to it"];
+    return `<b>${P.escape(view.runs[run].n_tokens === null ? view.runTitle(run) : `${view.runWord(1)} ${run}: ${view.runTitle(run)}`)}</b><br>${lines.filter(Boolean).map(P.escape).join("<br>")}`;
+  };
+
   const rows = (pairs) =>
     `<dl>${pairs.filter((p) => p && p[1] !== "" && p[1] !== null).map(([k, v]) => `<dt>${k}</dt><dd>${v}</dd>`).join("")}</dl>`;
 
@@ -153,7 +161,7 @@
       const mark = wanted === graph.nodes.name[k] ? ' class="marked"' : "";
       lines.push(`<tr${mark}><td>${P.escape(view.strings[graph.nodes.name[k]])}</td><td>${P.escape(graph.ops[graph.nodes.op[k]])}</td><td>${P.escape(P.cause(view, note))}</td></tr>`);
     }
-    const open = wanted !== undefined && lines.some((l) => l.includes("marked")) ? " open" : "";
+    const open = lines.some((line) => line.startsWith("<tr class")) ? " open" : "";
     return `<details${open}><summary>${P.count(split.n_nodes)} nodes that are computed</summary><div class="scroll"><table class="rows"><thead><tr><th>node</th><th>op</th><th>here because</th></tr></thead><tbody>${lines.join("")}</tbody></table></div></details>`;
   };
 
@@ -180,7 +188,9 @@
       event: `${view.lanes[view.lane[i]].backend} was told to mark what it was given so far.`,
       plan: "A graph was assigned to backends and cut into splits.",
     }[kind];
-    return `<p class="why">${P.escape(said || view.nameOf(i))}</p>${rows([...where(view, i), ...timeRows(view, i)])}`;
+    const names = kind === "read" && view.experts.some((e) => e.ids === view.label[i]);
+    const why = names ? " It names the experts that are needed: without it nobody knows what to copy." : "";
+    return `<p class="why">${P.escape((said || view.nameOf(i)) + why)}</p>${rows([...where(view, i), ...timeRows(view, i)])}`;
   };
 
   P.showDetail = (view, i) => {

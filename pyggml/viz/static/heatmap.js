@@ -57,8 +57,9 @@
     words.textContent =
       (usedMean === null ? "Every expert was copied: the scheduler did not ask which are used. " : `On average ${usedMean.toFixed(1)} of ${n} experts of a layer were needed. `) +
       `Copied ${P.bytes(bytes)} of ${P.bytes(full)} (${P.percent(bytes, full)}).`;
+    const most = measure === "used" && top === 1 ? 0.6 : 1; // needed or not: the darkest shade would only be loud
     const text = (v) => (measure === "bytes" ? P.bytes(Math.round(v)) : `needed ${P.count(v)} ×`);
-    legend.innerHTML = `<span>0</span>${d3.range(0, 12).map((k) => `<i style="background:${shade(k / 11)}"></i>`).join("")}<span>${text(top)}</span>`;
+    legend.innerHTML = `<span>0</span>${d3.range(0, 12).map((k) => `<i style="background:${shade((k / 11) * most)}"></i>`).join("")}<span>${text(top)}</span>`;
     const left = 34;
     const side = 74;
     const room = box.clientWidth - left - side - 2;
@@ -85,7 +86,7 @@
     const columns = d3.range(n).map((e) => d3.sum(rows, (r) => r[measure][e] || 0));
     rows.forEach((row, y) => {
       for (let e = 0; e < n; e++) {
-        c.fillStyle = shade((row[measure][e] || 0) / top);
+        c.fillStyle = shade(((row[measure][e] || 0) / top) * most);
         c.fillRect(left + e * w, head + y * h, w - gap, h - gap);
       }
       c.fillStyle = P.color("--experts");
@@ -102,10 +103,10 @@
     for (let e = 0; e < n; e += step) c.fillText(e, left + e * w + w / 2, head / 2);
     c.textAlign = "left";
     c.fillText("by layer", left + n * w + 6, head / 2);
-    const most = d3.max(columns) || 1;
+    const highest = d3.max(columns) || 1;
     c.fillStyle = P.color("--experts");
     columns.forEach((v, e) => {
-      const bar = (26 * v) / most;
+      const bar = (26 * v) / highest;
       c.fillRect(left + e * w, head + rows.length * h + 6 + 26 - bar, Math.max(w - gap, 0.5), bar);
     });
     c.fillStyle = P.color("--muted");

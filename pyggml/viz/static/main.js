@@ -33,9 +33,10 @@
     if (!all) return "";
     const parts = view.phases.filter((p) => p.clock === all.clock && p.phase !== "all");
     const about = deviceTime(view);
+    const rank = (b) => (b === about ? 0 : b.backend === "CPU" ? 2 : 1);
     return all.backends
       .slice()
-      .sort((a, b) => (b === about) - (a === about))
+      .sort((a, b) => rank(a) - rank(b))
       .map((b) => {
         const lines = [spent(b, "all", parts.length > 1 ? "all the time" : "")];
         if (b === about && parts.length > 1) {

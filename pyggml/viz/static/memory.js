@@ -3,7 +3,7 @@
 (() => {
   const P = window.pyggml;
   const $ = (id) => document.getElementById(id);
-  const PURPOSES = { weights: ["weights", "--weight"], kv_cache: ["KV cache", "--input"], compute: ["compute buffers", "--compute"] };
+  const PURPOSES = { weights: ["weights", "--weight"], kv_cache: ["KV cache", "--kv"], compute: ["compute buffers", "--compute"] };
 
   /** Steps of each backend: times and what is held then, by purpose. */
   P.memorySteps = (view, clock) => {
@@ -16,7 +16,8 @@
       for (const [key, n] of lane.held) sums[key.split("\u0000")[0]] = (sums[key.split("\u0000")[0]] || 0) + n;
       lane.steps.push({ t: step[clock] ?? 0, ...sums, total: d3.sum(Object.values(sums)), step });
     }
-    return [...lanes.values()];
+    const rank = (lane) => (lane.backend === "CPU" ? Infinity : view.backends.indexOf(lane.backend));
+    return [...lanes.values()].sort((a, b) => rank(a) - rank(b));
   };
 
   P.buildMemory = () => {

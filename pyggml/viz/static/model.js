@@ -117,6 +117,7 @@
     view: 0,
     hidden: new Set(),
     selected: null, // { view, i }
-    found: null, // { text, label: string number by view }
+    found: null, // { name, labels: numbers of its string by view, events, at: which of them, view }
+    wantedNode: null, // number of the string of the node that was searched for
   };
 })();

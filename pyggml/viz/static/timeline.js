@@ -117,14 +117,18 @@
     canvas.addEventListener("pointermove", (event) => {
       if (event.buttons || event.pointerType === "touch") return P.hideTip();
       const i = P.eventAt(chart, event.offsetX, event.offsetY);
-      canvas.style.cursor = i < 0 ? "grab" : "pointer";
-      if (i < 0) P.hideTip();
-      else P.showTip(event, P.tipOf(view, i));
+      const run = i < 0 ? P.runAt(chart, event.offsetX, event.offsetY) : -1;
+      canvas.style.cursor = i < 0 && run < 0 ? "grab" : "pointer";
+      if (i >= 0) P.showTip(event, P.tipOf(view, i));
+      else if (run >= 0) P.showTip(event, P.tipOfRun(view, run));
+      else P.hideTip();
     });
     canvas.addEventListener("pointerleave", P.hideTip);
     canvas.addEventListener("click", (event) => {
       const i = P.eventAt(chart, event.offsetX, event.offsetY);
+      const run = i < 0 ? P.runAt(chart, event.offsetX, event.offsetY) : -1;
       if (i >= 0) P.select(view, i);
+      else if (run >= 0) P.showTimes(...view.spansOfRuns(chart.clock)[run]);
     });
     canvas.addEventListener("dblclick", (event) => zoomBy(event.shiftKey ? 1 / 4 : 4, event.offsetX));
     canvas.addEventListener("keydown", onKey);
@@ -166,6 +170,7 @@
   P.forget = () => {
     P.state.selected = null;
     P.state.found = null;
+    P.state.wantedNode = null;
     $("zoom-selected").disabled = true;
     $("search").value = "";
     P.showDetail(null);
@@ -258,7 +263,9 @@
     const entry = found.entries[order[0]];
     const isMarked = found.entries.some((e) => e && e.events.length);
     P.state.found = isMarked ? { name: found.name, labels: P.views.map((_, v) => (found.entries[v] ? new Set([found.entries[v].label]) : new Set())), at: 0, view: order[0], events: entry.events } : null;
-    const i = entry.events.length ? entry.events[0] : P.workOf(view, entry.node.graph, entry.node.split);
+    const isNode = !entry.events.length;
+    const i = isNode ? P.workOf(view, entry.node.graph, entry.node.split) : entry.events[0];
+    P.state.wantedNode = isNode ? entry.label : null;
     if (i >= 0) {
       P.state.hidden.delete(view.kindOf(i));
       P.refreshChips();

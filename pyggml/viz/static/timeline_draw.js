@@ -80,6 +80,13 @@
     return best;
   };
 
+  /** The run whose band is under a point at the top; -1 if none. */
+  P.runAt = (chart, x, y) => {
+    if (y < AXIS || y >= AXIS + RUNS) return -1;
+    const t = chart.timeAt(x);
+    return chart.view.spansOfRuns(chart.clock).findIndex(([a, b]) => t >= a && t <= b);
+  };
+
   const ticks = (chart, width) => {
     const [t0, t1] = [chart.timeAt(0), chart.timeAt(width)];
     const wanted = Math.max(2, Math.floor(width / 95));

@@ -97,7 +97,8 @@
       const layer = P.layerOf(view.strings[e.tensor]);
       const row = at(layer, e.n_expert);
       row.full += e.whole;
-      const key = `${e.run} ${layer} ${e.ids}`;
+      const ids = view.strings[e.ids].replace(/^[^#]*#(.*)#\d+$/, "$1"); // a copy's name holds that of its original
+      const key = `${e.run} ${layer} ${ids}`;
       if (!seen.has(key)) {
         seen.set(key, new Set());
         row.reads++;
