@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ..cpu.cache import user_cache_dir
 from . import copies, mmvq, reduce, rope, rows, tile
@@ -115,12 +116,27 @@ def cache_dir() -> Path | None:
     return folder
 
 
-def _compile(name: str, cc: tuple[int, int]) -> str:
-    from numba import cuda
+@cache
+def _library(name: str) -> Any:
+    """Return what numba makes of a kernel, before it is compiled for a target: the longest part by far.
+
+    Notes
+    -----
+    As `numba.cuda.compile_ptx` does it, which gives a text for one target and forgets the rest. None of the kernels asks
+    for the target, so the lowest serves to begin with.
+    """
+    from numba.cuda import compiler
+    from numba.cuda.core.compiler_lock import global_compiler_lock
 
     source = kernel(name)
     function, signature = source.function()
-    text: str = cuda.compile_ptx(function, signature, cc=cc, launch_bounds=source.bounds)[0]
+    options = {"device": False, "abi": "numba", "cc": TARGETS[0], "launch_bounds": source.bounds}
+    with global_compiler_lock:
+        return compiler._compile_pyfunc_with_fixup(function, signature, **options)[0]
+
+
+def _compile(name: str, cc: tuple[int, int]) -> str:
+    (text,) = _library(name).get_asm_strs(cc=cc)
     return text
 
 
