@@ -50,6 +50,8 @@ void * llama_model_load_from_file(const char * path, struct llama_model_params p
 void * llama_init_from_model(void * model, struct llama_context_params params);
 const void * llama_model_get_vocab(const void * model);
 int32_t llama_vocab_n_tokens(const void * vocab);
+int32_t llama_tokenize(const void * vocab, const char * text, int32_t text_len, int32_t * tokens, int32_t n_tokens_max,
+                       bool add_special, bool parse_special);
 llama_batch llama_batch_init(int32_t n_tokens, int32_t embd, int32_t n_seq_max);
 void llama_batch_free(llama_batch batch);
 int32_t llama_decode(void * ctx, llama_batch batch);
@@ -77,6 +79,7 @@ class Job:
     batch: int
     kv: str = "F32"
     flash: bool = False
+    text: str | None = None  #: to be turned into tokens, instead of decoding: its ids are what comes back
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path) -> list[npt.NDArray[np.float32]]:
@@ -138,7 +141,15 @@ class Llama:
         if model == ffi.NULL:
             raise SystemExit(f"llama.cpp does not load {path}")
         self.context = self.lib.llama_init_from_model(model, cp)
-        self.n_vocab = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(model))
+        self.vocab = self.lib.llama_model_get_vocab(model)
+        self.n_vocab = self.lib.llama_vocab_n_tokens(self.vocab)
+
+    def tokenize(self, text: str) -> npt.NDArray[np.int32]:
+        """Return the ids of a text, without special tokens."""
+        raw = text.encode()
+        ids = self.ffi.new("int32_t[]", len(raw) + 8)
+        n = self.lib.llama_tokenize(self.vocab, raw, len(raw), ids, len(raw) + 8, False, False)
+        return np.array(list(ids[0:n]), np.int32)
 
     def decode(self, tokens: npt.NDArray[np.int32], pos: int, *, only_last: bool = False) -> npt.NDArray[np.float32]:
         """Return the logits of each token of a batch, or of the last."""
@@ -171,6 +182,9 @@ def main() -> None:
         tokens = np.asarray(job.tokens, np.int32)
         n_ctx = -(-max(len(tokens), 256) // 256) * 256
         llama = Llama(job.model, n_ctx, min(n_ctx, max(job.batch, 64)), job.kv, job.flash)
+        if job.text is not None:
+            out[str(i)], out[f"log{i}"] = llama.tokenize(job.text), np.array("")
+            continue
         llama.log.clear()
         parts = [llama.decode(tokens[: job.batch], 0)]
         out[f"log{i}"] = np.array(b"".join(llama.log).decode())
