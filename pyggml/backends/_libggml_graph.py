@@ -49,7 +49,7 @@ class LibraryPlan:
         The device cannot run a node.
     """
 
-    __slots__ = ("_keep", "_nodes", "backend", "parts", "places", "version")
+    __slots__ = ("_buffers", "_keep", "_nodes", "backend", "parts", "places", "version")
 
     def __init__(self, backend: LibraryBackend, view: GraphView) -> None:
         self.backend = backend
@@ -60,6 +60,7 @@ class LibraryPlan:
         uses = _uses(todo)
         counts = view.graph.use_counts
         self._nodes: dict[Tensor, Handle] = {}  # ours to the library's, of all parts
+        self._buffers: set[LibraryBuffer] = set()  # where the tensors lie
         self._keep: list[object] = []  # shadows: tensors may be given others while the plan lives
         cuts = cut_at_indices(todo)
         ends = [start for start, _ in cuts[1:]] + [len(todo)]
@@ -81,12 +82,17 @@ class LibraryPlan:
 
         Raises
         ------
+        BackendError
+            A buffer was closed that a tensor lies in.
         ExpertIdError
             An expert id is out of bounds; its node and those after it were not given.
         ComputeError
             A row index is, or the device failed.
         """
         backend = self.backend
+        for buffer in self._buffers:
+            if not buffer.is_open:
+                raise BackendError(backend.name, f"a buffer in {buffer.buft.name} was closed and is still used")
         for part in self.parts:
             if part.checks:
                 backend.synchronize()
@@ -155,6 +161,7 @@ class LibraryPlan:
             raise BackendError(
                 self.backend.name, f"'{tensor.name}' lies {where}, not in the device's memory", hint="it was not copied"
             )
+        self._buffers.add(storage)
         return storage
 
 

@@ -87,6 +87,8 @@ size_t ggml_backend_buft_get_max_size(void * buft);
 size_t ggml_backend_buft_get_alloc_size(void * buft, const struct ggml_tensor * tensor);
 bool ggml_backend_buft_is_host(void * buft);
 
+void * ggml_backend_cpu_buffer_from_ptr(void * ptr, size_t size);
+void * ggml_backend_buffer_get_type(void * buffer);
 void ggml_backend_buffer_free(void * buffer);
 void * ggml_backend_buffer_get_base(void * buffer);
 size_t ggml_backend_buffer_get_size(void * buffer);

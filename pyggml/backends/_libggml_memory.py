@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..buffer import Buffer, BufferType
-from ..errors import BackendError, OutOfMemoryError
+from ..errors import AllocError, BackendError, OutOfMemoryError
 from ..tensor import Tensor
 from ..types import SIZE_MAX, BufferUsage
 from ._libggml_library import Handle
@@ -77,18 +77,44 @@ class LibraryBufferType(BufferType):
 
 
 class LibraryBuffer(Buffer):
-    """A buffer of the library. Copies through it are done when they return."""
+    """A buffer of the library. Copies through it are done when they return.
 
-    __slots__ = ("_handle", "buft", "library")
+    Parameters
+    ----------
+    owner : object, optional
+        Whose memory it is, if not the library's; kept alive.
+    is_writable : bool
+        Whether the memory may be written; a mapped file's may not.
+    """
+
+    __slots__ = ("_handle", "_owner", "buft", "is_writable", "library")
 
     buft: LibraryBufferType
 
-    def __init__(self, buft: LibraryBufferType, handle: Handle) -> None:
+    def __init__(
+        self, buft: LibraryBufferType, handle: Handle, *, owner: object = None, is_writable: bool = True
+    ) -> None:
         library = buft.library
         size = int(library.lib.ggml_backend_buffer_get_size(handle))
         super().__init__(buft, size, library.address(library.lib.ggml_backend_buffer_get_base(handle)))
         self.library = library
         self._handle = handle
+        self._owner = owner
+        self.is_writable = is_writable
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it still has its memory."""
+        return self._handle is not None
+
+    def target(self, tensor: Tensor) -> Handle:
+        """Return the library's tensor for one of ours that is to be written."""
+        if not self.is_writable:
+            raise AllocError(
+                f"'{tensor.name}' lies in read-only memory of {self.buft.name} and cannot be written",
+                hint="copy it to a tensor in a buffer of its own",
+            )
+        return self.shadow(tensor)
 
     @property
     def handle(self) -> Handle:
@@ -118,7 +144,7 @@ class LibraryBuffer(Buffer):
 
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into the tensor."""
-        self.library.lib.ggml_backend_tensor_set(self.shadow(tensor), self.library.pointer(address), offset, size)
+        self.library.lib.ggml_backend_tensor_set(self.target(tensor), self.library.pointer(address), offset, size)
 
     def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of the tensor to host memory."""
@@ -127,7 +153,7 @@ class LibraryBuffer(Buffer):
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
         """Set bytes of the tensor; by copies, as not every buffer of the library can do it itself."""
         block = self.library.ffi.new("char[]", bytes([value & 255]) * min(size, _FILL_BYTES))
-        shadow = self.shadow(tensor)
+        shadow = self.target(tensor)
         for at in range(0, size, _FILL_BYTES):
             self.library.lib.ggml_backend_tensor_set(shadow, block, offset + at, min(_FILL_BYTES, size - at))
 
@@ -136,11 +162,13 @@ class LibraryBuffer(Buffer):
         storage = src.storage
         if not isinstance(storage, LibraryBuffer) or storage.library is not self.library:
             return False
-        self.library.lib.ggml_backend_tensor_copy(storage.shadow(src), self.shadow(dst))
+        self.library.lib.ggml_backend_tensor_copy(storage.shadow(src), self.target(dst))
         return True
 
     def clear(self, value: int) -> None:
         """Set all bytes to a value."""
+        if not self.is_writable:
+            raise AllocError(f"a buffer of {self.buft.name} cannot be cleared: it is read-only")
         self.library.lib.ggml_backend_buffer_clear(self.handle, value & 255)
 
     def reset(self) -> None:
@@ -157,6 +185,7 @@ class LibraryBuffer(Buffer):
         handle, self._handle = self._handle, None
         if handle is not None:
             self.library.lib.ggml_backend_buffer_free(handle)
+            self._owner = None
 
     def __del__(self) -> None:
         # without a handle if making it failed; and at the end of the process the system takes all back

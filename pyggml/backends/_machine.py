@@ -28,6 +28,7 @@ __all__ = [
     "HostBuffer",
     "HostBufferType",
     "available_cores",
+    "is_writable",
     "physical_memory",
     "plan_of",
     "shared_pool",
@@ -206,6 +207,15 @@ def _watch(tensor: Tensor, offset: int, size: int, *, is_write: bool) -> None:
     """Let the host's use of its memory be checked, while a simulated device works late."""
     if HOST.is_busy and tensor.data is not None:
         HOST.by_host([access_to(tensor, is_write=is_write, offset=offset, size=size)])
+
+
+def is_writable(owner: object) -> bool:
+    """Whether memory of an owner may be written: not if it has Python's buffer interface and is read-only."""
+    try:
+        with memoryview(owner) as view:  # type: ignore[arg-type]  # whether it can be viewed is the question
+            return not view.readonly
+    except TypeError:
+        return True
 
 
 # -- computing -------------------------------------------------------------------------------

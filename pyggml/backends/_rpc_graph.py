@@ -103,7 +103,7 @@ class RPCPlan:
         A node is none that a server is known to run.
     """
 
-    __slots__ = ("backend", "parts", "places", "version")
+    __slots__ = ("_leafs", "backend", "parts", "places", "version")
 
     def __init__(self, backend: RPCBackend, view: GraphView) -> None:
         self.backend = backend
@@ -117,6 +117,7 @@ class RPCPlan:
         cuts = cut_at_indices(todo)
         ends = [start for start, _ in cuts[1:]] + [len(todo)]
         counts = view.graph.use_counts
+        self._leafs: list[Tensor] = []  # one for each buffer that weights and inputs lie in
         self.parts = [
             _Part(checks, self._body(todo[start:end], counts))
             for (start, checks), end in zip(cuts, ends, strict=True)
@@ -160,6 +161,7 @@ class RPCPlan:
             )
             for node in nodes
         ]
+        self._leafs += {t.storage: t for t in (*elsewhere, *nodes) if t.storage is not None}.values()
         head = struct.pack(f"<I{len(nodes)}QI", len(nodes), *(numbers[n] for n in nodes), len(packed))
         return head + b"".join(packed)
 
@@ -168,6 +170,8 @@ class RPCPlan:
 
         Raises
         ------
+        BackendError
+            A buffer was closed that a tensor lies in.
         ExpertIdError
             An expert id is out of bounds; its node and those after it were not sent.
         ComputeError
@@ -176,6 +180,8 @@ class RPCPlan:
             The connection is lost.
         """
         backend = self.backend
+        for tensor in self._leafs:
+            backend.remote_of(tensor)  # its buffer may have been closed
         for part in self.parts:
             for use in part.checks:
                 known = backend.known_range(use.indices)

@@ -21,6 +21,7 @@ from ._machine import (
     HostBuffer,
     HostBufferType,
     available_cores,
+    is_writable,
     physical_memory,
     plan_of,
     shared_pool,
@@ -76,7 +77,7 @@ class CPUDevice(Device):
         """
         if address % TENSOR_ALIGNMENT:
             return None
-        return HostBuffer(self._mapped_buft, address, size, owner, is_writable=_is_writable(owner))
+        return HostBuffer(self._mapped_buft, address, size, owner, is_writable=is_writable(owner))
 
     def backend(self, *, threads: int | None = None) -> CPUBackend:
         """Return a new stream of work."""
@@ -135,14 +136,6 @@ class CPUBackend(Backend):
     def close(self) -> None:
         """Let the threads go; they start again when needed."""
         self._pool = None
-
-
-def _is_writable(owner: object) -> bool:
-    try:
-        with memoryview(owner) as view:  # type: ignore[arg-type]  # whether it can be viewed is the question
-            return not view.readonly
-    except TypeError:
-        return True
 
 
 def _processor_name() -> str:

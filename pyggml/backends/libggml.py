@@ -24,7 +24,7 @@ from ._libggml_library import Handle, Library, load_library
 from ._libggml_memory import LibraryBuffer, LibraryBufferType
 from ._libggml_safe import is_safe_on_cpu
 from ._libggml_tensors import MAX_ANSWERS, can_translate, question, signature
-from ._machine import available_cores
+from ._machine import available_cores, is_writable
 
 __all__ = [
     "LibraryBackend",
@@ -73,6 +73,7 @@ class LibraryDevice(Device):
         self.type = _TYPES.get(int(lib.ggml_backend_dev_type(handle)), DeviceType.ACCEL)
         self._buft = self._buffer_type(lib.ggml_backend_dev_buffer_type(handle))
         host = lib.ggml_backend_dev_host_buffer_type(handle)
+        self._mapped_buft: LibraryBufferType | None = None
         self._host_buft = None if host == library.ffi.NULL else self._buffer_type(host)
         # these say yes to everything: to what ends this process, or a server's
         self._is_trusting = self.type is DeviceType.CPU or self.library_name.startswith("RPC")
@@ -126,6 +127,24 @@ class LibraryDevice(Device):
             return False
         asked, _context = question(self.library, op)
         return bool(self.library.lib.ggml_backend_dev_offload_op(self.handle, asked))
+
+    def buffer_from_host(self, address: int, size: int, owner: object) -> LibraryBuffer | None:
+        """Return a buffer over existing memory, such as a mapped file's, which ``owner`` keeps alive.
+
+        None for devices that do not compute on the processor, and if the address is not aligned.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_cpu_buffer_from_ptr`. Differs: read-only memory stays so; an address that is not aligned
+        gives None, upstream aborts.
+        """
+        library = self.library
+        if self.type is not DeviceType.CPU or address % self._buft.alignment:
+            return None
+        made = library.lib.ggml_backend_cpu_buffer_from_ptr(library.pointer(address), size)
+        if self._mapped_buft is None:
+            self._mapped_buft = self._buffer_type(library.lib.ggml_backend_buffer_get_type(made))
+        return LibraryBuffer(self._mapped_buft, made, owner=owner, is_writable=is_writable(owner))
 
     def event_new(self) -> LibraryEvent | None:
         """Return a new event, if the device has such."""
@@ -201,16 +220,16 @@ class LibraryBackend(Backend):
 
     # -- copies --------------------------------------------------------------
 
-    def _shadow(self, tensor: Tensor) -> Handle:
+    def _shadow(self, tensor: Tensor, *, is_target: bool = False) -> Handle:
         storage = tensor.storage
         if not isinstance(storage, LibraryBuffer) or storage.library is not self.library or tensor.data is None:
             raise ComputeError(self.name, "a tensor does not lie in the library's memory", node=tensor.name)
-        return storage.shadow(tensor)
+        return storage.target(tensor) if is_target else storage.shadow(tensor)
 
     def set_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into a tensor, in stream order; the memory must stay until then."""
         self.library.lib.ggml_backend_tensor_set_async(
-            self.handle, self._shadow(tensor), self.library.pointer(address), offset, size
+            self.handle, self._shadow(tensor, is_target=True), self.library.pointer(address), offset, size
         )
 
     def get_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
@@ -230,7 +249,7 @@ class LibraryBackend(Backend):
         ):
             return False
         self.library.lib.ggml_backend_tensor_copy_async(
-            backend_src.handle, self.handle, storage.shadow(src), self._shadow(dst)
+            backend_src.handle, self.handle, storage.shadow(src), self._shadow(dst, is_target=True)
         )
         return True
 

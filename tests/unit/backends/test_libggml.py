@@ -13,10 +13,17 @@ import pyggml as ggml
 from pyggml.backend import REGISTRY, op_batch_size
 from pyggml.backends._libggml_library import find_library, load_library
 from pyggml.backends.libggml import LibraryBackend, LibraryDevice, devices, open_device, why_missing
-from pyggml.buffer import tensor_copy, tensor_memset, tensor_set
-from pyggml.errors import BackendError, ComputeError, DeviceUnavailableError, ExpertIdError, OutOfMemoryError
+from pyggml.buffer import tensor_alloc, tensor_copy, tensor_memset, tensor_set
+from pyggml.errors import (
+    AllocError,
+    BackendError,
+    ComputeError,
+    DeviceUnavailableError,
+    ExpertIdError,
+    OutOfMemoryError,
+)
 from pyggml.models.quantize import quantize
-from pyggml.types import Op, Type
+from pyggml.types import BufferUsage, Op, Type
 
 #: Of the squared error to the squares, between kernels that round activations in their own ways (BF16's most).
 BOUND = 1e-5
@@ -224,6 +231,45 @@ def test_a_closed_buffer_is_not_touched(device):
     context.alloc(device).close()
     with pytest.raises(BackendError, match="closed"):
         a.numpy()
+
+
+def test_a_plan_does_not_outlive_its_memory(library_cpu):
+    """Computing with weights that were given back raises, although the plan holds their address."""
+    experts = Experts("q8_0", library_cpu.device)
+    sched = ggml.Scheduler([library_cpu])
+    experts.run(sched)
+    experts.up.buffer.close()
+    with pytest.raises(BackendError, match="closed and is still used"):
+        sched.compute(experts.graph)
+
+
+def test_memory_of_others_is_used_in_place(library_cpu, cpu):
+    """A buffer over host memory needs no copy; what is read-only stays so, and odd addresses are turned down."""
+    device = library_cpu.device
+    block = np.zeros(4096 + 32, np.uint8)
+    start = -block.ctypes.data % 32
+    values = block[start : start + 4096].view(np.float32)
+    values[:] = np.arange(1024)
+    values.flags.writeable = False
+    buffer = device.buffer_from_host(values.ctypes.data, values.nbytes, values)
+    assert device.buffer_from_host(values.ctypes.data + 4, 64, values) is None
+    weight = ggml.Tensor("f32", (1024,), name="weight")
+    tensor_alloc(buffer, weight, values.ctypes.data)
+    buffer.set_usage(BufferUsage.WEIGHTS)
+    graph = ggml.Graph()
+    with graph:
+        doubled = ggml.scale(weight, 2.0).named("doubled")
+    graph.expand(doubled)
+    sched = ggml.Scheduler([library_cpu, cpu])
+    sched.alloc_graph(graph)
+    sched.compute(graph)
+    assert sched.tensor_backend(doubled) is library_cpu
+    assert sched.stats.bytes_copied == 0
+    np.testing.assert_array_equal(doubled.numpy(), 2 * values)
+    for write in (lambda: weight.set_array(values), lambda: tensor_memset(weight, 0, 0, 4), lambda: buffer.clear(0)):
+        with pytest.raises(AllocError, match="read-only"):
+            write()
+    np.testing.assert_array_equal(values, np.arange(1024))
 
 
 def test_a_closed_backend_says_so(device):

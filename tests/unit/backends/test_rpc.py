@@ -238,6 +238,17 @@ def test_a_bad_expert_id_does_not_leave_this_machine(server, cpu):
     assert experts.normed.numpy().shape == want.shape
 
 
+def test_weights_that_were_given_back_are_not_computed_with(server, cpu):
+    """A graph whose weights were freed is an error here: a server would close the connection."""
+    experts = Experts(open_at(server))
+    sched = ggml.Scheduler([open_at(server).backend(), cpu])
+    experts.run(sched)
+    experts.buffer.close()
+    with pytest.raises(BackendError, match=r"'blk\.3\.ffn_up_exps\.weight' lies in a buffer that was closed"):
+        sched.compute(experts.graph)
+    assert server.refused == []
+
+
 def test_a_node_that_servers_may_not_run_is_not_sent(server):
     """A server ends at a node that its device cannot run: such nodes stay here."""
     device = open_at(server)
