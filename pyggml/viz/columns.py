@@ -26,7 +26,7 @@ __all__ = ["KINDS", "Columns", "Interval"]
 
 #: What an event can be; the page gives each its colour.
 KINDS = (*get_args(CopyReason), "compute", "read", "wait", "callback", "event", "plan", "other")
-_COLUMNS = ("kind", "lane", "name", "run", "split", "amount", "offset", "whole", "ref")
+_COLUMNS = ("kind", "lane", "name", "run", "split", "amount", "offset", "whole", "ref", "engines")
 
 #: Start and end in seconds.
 Interval = tuple[float, float]
@@ -43,6 +43,7 @@ class _Described(NamedTuple):
     offset_bytes: int = 0
     whole_bytes: int = 0
     ref: int = -1
+    engines: int = -1
 
 
 @dataclass(slots=True)
@@ -64,7 +65,8 @@ class Columns:
     events : dict of str to list of int
         A column for each of: kind, a number of `KINDS`; lane; name, a number of ``strings``; run; split, -1 if it is of
         none; amount, bytes of a copy or a read, nodes of work; offset and whole, bytes of the tensor; ref, of copied
-        experts a number of ``experts``, of work one of ``cause_sets``.
+        experts a number of ``experts``, of work one of ``cause_sets``; engines, of copies and reads a number of
+        ``engine_sets``. -1 where there is none.
     wall, virtual : list of (float, float) or None
         Times of each event.
     """
@@ -73,6 +75,7 @@ class Columns:
     lanes: _Table = field(default_factory=_Table)
     used_sets: _Table = field(default_factory=_Table)
     cause_sets: _Table = field(default_factory=_Table)
+    engine_sets: _Table = field(default_factory=_Table)
     runs: Runs = field(default_factory=Runs)
     events: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in _COLUMNS})
     wall: list[Interval | None] = field(default_factory=list)
@@ -132,7 +135,9 @@ class Columns:
             self.activities.append((len(self.wall), r.reason, r.src, r.dst))
             ref = self._latest_experts.get((r.split, r.tensor), -1) if r.reason == "experts" else -1
             lane = ("link", f"{r.src} → {r.dst}", r.dst)
-            return _Described(r.reason, lane, r.tensor, r.split, r.size_bytes, r.offset_bytes, r.tensor_bytes, ref)
+            return _Described(
+                r.reason, lane, r.tensor, r.split, r.size_bytes, r.offset_bytes, r.tensor_bytes, ref, self._engines(r)
+            )
         if isinstance(r, ComputeRecord):
             self.backends(r.backend)
             self.activities.append((len(self.wall), "compute", r.backend, ""))
@@ -142,7 +147,9 @@ class Columns:
             self.activities.append((len(self.wall), "read", r.backend, ""))
             is_host = r.backend == "CPU"
             lane = ("host", "host", "") if is_host else ("link", f"{r.backend} → CPU", "CPU")
-            return _Described("read", lane, r.tensor, -1, r.size_bytes, whole_bytes=r.size_bytes)
+            return _Described(
+                "read", lane, r.tensor, -1, r.size_bytes, whole_bytes=r.size_bytes, engines=self._engines(r)
+            )
         if isinstance(r, WaitRecord):
             is_stream = r.what == "event_wait"
             lane = ("waits", f"{r.backend} waits", r.backend) if is_stream else ("host", "host", "")
@@ -155,10 +162,13 @@ class Columns:
             return None
         return _Described("other", ("host", "host", ""), type(r).__name__.removesuffix("Record"), _split(r))
 
+    def _engines(self, r: CopyRecord | ReadRecord) -> int:
+        return self.engine_sets(r.engines) if r.engines else -1
+
     def _add(self, d: _Described, run: int, wall: Interval | None, virtual: Interval | None) -> None:
         values = (
             KINDS.index(d.kind), self.lanes(d.lane), self.strings(d.name), run, d.split, d.amount,
-            d.offset_bytes, d.whole_bytes, d.ref,
+            d.offset_bytes, d.whole_bytes, d.ref, d.engines,
         )  # fmt: skip
         for column, value in zip(self.events.values(), values, strict=True):
             column.append(value)

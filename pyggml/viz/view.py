@@ -89,6 +89,7 @@ def view_of_records(records: Iterable[Record], *, name: str = "", about: Mapping
         "experts": columns.experts,
         "used_sets": list(columns.used_sets.numbers),
         "cause_sets": list(columns.cause_sets.numbers),
+        "engine_sets": list(columns.engine_sets.numbers),
         "causes": {c.value: c.text for c in Cause},
         "memory": [_step(step, times) for step in columns.memory],
         "phases": [] if is_plan else _phases(columns, times),

@@ -100,6 +100,16 @@ def test_a_copy_tells_its_split_and_its_experts() -> None:
     assert model["causes"]["1.off"] == ggml.Cause.OFFLOADED.text
 
 
+def test_copies_tell_their_engines() -> None:
+    """On the virtual clock a copy leads to the copy engines that carry it; work and waits have none."""
+    moe = Moe(recorder=Recording(), clock=True)
+    moe.compute(1, 2)
+    model = view_of_scheduler(moe.sched).model
+    found = {e["kind"]: e["engines"] for e in events(model)}
+    assert model["engine_sets"][found["experts"]] == ("SIM0 copy engine 0",)
+    assert found["compute"] == found["wait"] == -1
+
+
 def test_times_of_both_clocks() -> None:
     """Each event has the times of its record on either clock, in nanoseconds from the first."""
     span = Span(0.25, 0.75)

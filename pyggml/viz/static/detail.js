@@ -78,6 +78,7 @@
       pieces.length > 1 && ["in all pieces", `${P.bytes(sum)} of ${P.bytes(view.whole[i])} (${P.percent(sum, view.whole[i])}), ${pieces.length} copies`],
       ["from offset", P.count(view.offset[i])],
       ["from → to", P.escape(`${src} → ${dst}`)],
+      view.engines[i] >= 0 && ["carried by", P.escape(view.engine_sets[view.engines[i]].join(", "))],
       experts && ["experts here", P.ranges(experts.ids)],
       experts && ["experts used", `${experts.used.length} of ${experts.n}: ${P.ranges(experts.used)}`],
       input && ["type", P.escape(`${input.type} [${input.ne.join(", ")}]`)],

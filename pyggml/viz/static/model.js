@@ -16,7 +16,7 @@
       this.n = e.kind.length;
       this.kind = Uint8Array.from(e.kind);
       this.lane = Uint16Array.from(e.lane);
-      for (const c of ["name", "run", "split", "ref"]) this[c === "name" ? "label" : c] = Int32Array.from(e[c]);
+      for (const c of ["name", "run", "split", "ref", "engines"]) this[c === "name" ? "label" : c] = Int32Array.from(e[c]);
       for (const c of ["amount", "offset", "whole"]) this[c] = Float64Array.from(e[c]);
       this.clocks = Object.keys(raw.times);
       this.start = {};

@@ -39,7 +39,7 @@
       chart.window = box.querySelector(".window");
       chart.canvas = box.querySelector("canvas.lanes");
       chart.canvas.style.height = `${P.heightOf(chart.lanes)}px`;
-      const what = chart.lanes.map((l) => l.name).join(", ");
+      const what = chart.lanes.map((l) => l.title).join(", ");
       chart.canvas.setAttribute("aria-label", `Timeline of ${view.name || "the records"}, ${P.clockTitle(clock)}; lanes: ${what}`);
       $("charts").append(box);
       chart.width = chart.canvas.clientWidth; // asking the page for it at every event would cost a frame its time

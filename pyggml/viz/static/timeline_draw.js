@@ -9,31 +9,46 @@
   const BAR = 24;
   const GAP = 8;
   const FONT = "11px system-ui, sans-serif";
-  const LANE_ORDER = { host: 0, compute: 1, link: 2, waits: 3 };
+  const LANE_ORDER = { host: 0, compute: 1, link: 2, engine: 3, waits: 4 };
+
+  const rankOf = (view, lane) => {
+    const known = view.backends.indexOf(lane.backend);
+    return lane.kind === "host" ? -1 : (known < 0 ? view.backends.length : known) * 10 + LANE_ORDER[lane.kind];
+  };
 
   /** Lanes of a view for one clock: numbers of events by start, and the latest end up to each. */
   P.lanesOf = (view, clock) => {
     const start = view.start[clock];
     const end = view.end[clock];
     const lists = view.lanes.map(() => []);
+    const engines = new Map(); // by name: its events, and the links that it carries
     for (let i = 0; i < view.n; i++) {
       // a wait that was over when it began takes no time and no place
       if (start[i] < 0 || (end[i] === start[i] && view.kindOf(i) === "wait")) continue;
       lists[view.lane[i]].push(i);
+      if (clock !== "virtual" || view.engines[i] < 0) continue;
+      for (const name of view.engine_sets[view.engines[i]]) {
+        if (!engines.has(name)) engines.set(name, { events: [], links: new Set() });
+        engines.get(name).events.push(i);
+        engines.get(name).links.add(view.lane[i]);
+      }
     }
-    const rank = (lane) => {
-      const known = view.backends.indexOf(lane.backend);
-      return lane.kind === "host" ? -1 : (known < 0 ? view.backends.length : known) * 10 + LANE_ORDER[lane.kind];
-    };
-    return view.lanes
-      .map((lane, l) => {
-        const events = Int32Array.from(lists[l].sort((a, b) => start[a] - start[b] || a - b));
+    const lanes = view.lanes.map((lane, l) => ({ ...lane, title: lane.kind === "link" ? `copies ${lane.name}` : lane.name, list: lists[l] }));
+    for (const [name, { events, links }] of engines) {
+      const [link] = links;
+      // an engine that does what one link does needs no lane of its own
+      if (links.size === 1 && events.length === lists[link].length) lanes[link].title += ` (${name})`;
+      else lanes.push({ kind: "engine", name, title: name, backend: name.split(" copy engine")[0], list: events });
+    }
+    return lanes
+      .filter((lane) => lane.list.length)
+      .map((lane) => {
+        const events = Int32Array.from(lane.list.sort((a, b) => start[a] - start[b] || a - b));
         const reach = new Float64Array(events.length);
         let latest = -1;
         events.forEach((i, k) => (reach[k] = latest = Math.max(latest, end[i])));
-        return { ...lane, events, reach, rank: rank(lane) };
+        return { ...lane, events, reach, rank: rankOf(view, lane) };
       })
-      .filter((lane) => lane.events.length)
       .sort((a, b) => a.rank - b.rank || a.name.localeCompare(b.name));
   };
 
@@ -211,7 +226,7 @@
     c.globalAlpha = 1;
     if (anyThin) drawThin(c, view, thin, columns, n, y);
     c.fillStyle = P.color("--text");
-    c.fillText(lane.kind === "link" ? `copies ${lane.name}` : lane.name, 4, top + NAME / 2 - 1);
+    c.fillText(lane.title, 4, top + NAME / 2 - 1);
   };
 
   const drawThin = (c, view, thin, columns, n, y) => {
