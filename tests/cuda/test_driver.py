@@ -14,6 +14,7 @@ import pytest
 from driver_stand_in import Bindings
 from emulated_card import FLOATS, QUANTIZED, DriverBench, mul_mat_id_case, nmse
 from test_backend import Experts, run
+from test_model import write_model
 
 import pyggml as ggml
 from pyggml.backends import _cuda_driver, cuda
@@ -86,6 +87,18 @@ def test_why_there_is_no_card():
     with pytest.raises(ggml.DeviceUnavailableError) as caught:
         cuda.open_device("0")
     assert reason in str(caught.value)
+
+
+def test_the_program_says_so_in_one_line(tmp_path):
+    """`pyggml run --device cuda:0,cpu` without a card ends with one line that says why."""
+    if cuda.devices():
+        pytest.skip("there is a card")
+    path = write_model("qwen3moe", tmp_path / "model.gguf")
+    command = [sys.executable, "-m", "pyggml", "run", str(path), "--device", "cuda:0,cpu", "--cpu-moe", "-p", "a"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert not done.stdout
+    assert done.stderr == f"Error: cuda: {cuda.why_missing()}\n"
 
 
 def test_importing_touches_no_driver():

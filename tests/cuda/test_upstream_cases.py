@@ -12,11 +12,11 @@ from upstream_cases import ADD_ID, MUL_MAT_ID, QUICK
 MAX_NMSE, FLOAT_NMSE = 5e-4, 1e-10
 
 
-def check_mul_mat_id(case, rows):
+def check_mul_mat_id(card, case, rows):
     """Run one case with so many rows, and compare with the float64 product."""
     got, want = mul_mat_id_case(
         np.random.default_rng(case.n),
-        Card(),
+        card,
         case.type,
         n_expert=case.n_mats,
         n_row=rows,
@@ -30,10 +30,9 @@ def check_mul_mat_id(case, rows):
     assert nmse(got, want) <= (MAX_NMSE if case.type in QUANTIZED else FLOAT_NMSE)
 
 
-def check_add_id(n_embd, n_mats, n_used, n_token):
+def check_add_id(card, n_embd, n_mats, n_used, n_token):
     """Run one case; a sum of two float32 has one right result."""
     rng = np.random.default_rng(n_token)
-    card = Card()
     x, bias = (rng.uniform(-1, 1, s).astype("f4") for s in ((n_token, n_used, n_embd), (n_mats, n_embd)))
     ids = np.stack([rng.permutation(n_mats)[:n_used] for _ in range(n_token)]).astype("i4")
     dst = card.result(n_embd, n_used, n_token)
@@ -45,17 +44,17 @@ def check_add_id(n_embd, n_mats, n_used, n_token):
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
-def test_some_of_mul_mat_id(case):
+def test_some_of_mul_mat_id(card, case):
     """Each kind of case that upstream has gives the product of the dequantised weights."""
-    check_mul_mat_id(case, case.m)
+    check_mul_mat_id(card, case, case.m)
 
 
 @pytest.mark.parametrize("n_embd", [32, 129])
-def test_add_id(n_embd):
+def test_add_id(card, n_embd):
     """Upstream's cases of ADD_ID give the sum to the bit."""
     for case in ADD_ID:
         if case[0] == n_embd:
-            check_add_id(*case)
+            check_add_id(card, *case)
 
 
 @pytest.mark.slow
@@ -63,11 +62,11 @@ def test_add_id(n_embd):
 @pytest.mark.parametrize("case", MUL_MAT_ID, ids=str)
 def test_all_of_mul_mat_id(case):
     """Every case that upstream has gives the product of the dequantised weights."""
-    check_mul_mat_id(case, case.rows)
+    check_mul_mat_id(Card(), case, case.rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in ADD_ID if c[0] == 2880])
 def test_add_id_of_a_model(case):
     """Rows as long as gpt-oss has them, too."""
-    check_add_id(*case)
+    check_add_id(Card(), *case)
