@@ -49,7 +49,7 @@ np.testing.assert_allclose(got, x[:60] / (1 + np.exp(-x[:60])), rtol=1e-5)
 
 @pytest.mark.parametrize(
     ("target", "types"),
-    [("avx2", "Q8_0 Q4_1 MXFP4 Q6_K F16"), ("sse2", "Q8_0 Q5_1 MXFP4 F16")],
+    [("avx2", "Q8_0 Q4_1 MXFP4 Q6_K Q3_K F16"), ("sse2", "Q8_0 Q5_1 MXFP4 IQ4_NL Q2_K F16")],
     ids=["avx2", "sse2"],
 )
 def test_results_are_right_for_lesser_cpus(target, types, request):
