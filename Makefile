@@ -54,7 +54,9 @@ soak: $(VENV)/test.stamp
 
 # Pictures are made by the commands they show. Tutorials are run as tests; what they print is what they say.
 docs: $(VENV)/test.stamp
+	$(BIN)/python tests/browser/find_browser.py
 	$(BIN)/python docs/make_pictures.py
+	$(BIN)/python docs/make_page_pictures.py
 	$(BIN)/python -m pytest -q tests/test_tutorials.py
 
 clean:

@@ -1,0 +1,78 @@
+"""Pictures of the page that `pyggml viz` makes, in light and dark, taken by Chromium. `make docs` runs this.
+
+A small random model answers over a simulated device; the pictures show its page, with a tensor found by name. Times are
+virtual, so that the same code, browser and fonts give the same files; what depends on the machine is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from make_pictures import FOLDER, MODEL, PROMPT, call
+from playwright.sync_api import Page, sync_playwright
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "browser"))
+from find_browser import MISSING, find_browser  # it stands with the tests that need it most
+
+WIDTH = 1280
+TENSOR = "blk.1.ffn_up_exps.weight"
+RUN = ("run", "moe.gguf", "--cpu-moe", "-n", "4", "--ignore-eos", "--quiet", "--prompt", PROMPT,
+       "--html", "page.html")  # fmt: skip
+#: Lines of the panel that a second run would change.
+WITHOUT_WALL_TIME = """() => {
+  for (const title of document.querySelectorAll("#detail dt")) {
+    if (title.textContent !== "wall time") continue;
+    title.nextElementSibling.remove();
+    title.remove();
+  }
+}"""
+
+
+def make_page(folder: Path) -> Path:
+    """Write the page of a run."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        call(MODEL)
+        call(RUN)
+    finally:
+        os.chdir(before)
+    return folder / "page.html"
+
+
+def take(page: Page, path: Path) -> None:
+    """Select the tensor, and take the page from its top to the end of the timeline."""
+    page.add_style_tag(content=".about, .hint { display: none }")
+    page.locator("#search").fill(TENSOR)
+    page.keyboard.press("Enter")
+    page.locator("#zoom-out").click()
+    page.locator("#zoom-out").click()
+    page.locator("#search").blur()
+    page.evaluate(WITHOUT_WALL_TIME)
+    page.mouse.move(0, 0)
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    height = page.locator("#timeline").evaluate("e => e.getBoundingClientRect().bottom + scrollY")
+    page.screenshot(path=path, clip={"x": 0, "y": 0, "width": WIDTH, "height": height + 12})
+
+
+def main() -> None:
+    """Take all pictures anew."""
+    program = find_browser()
+    if program is None:
+        raise SystemExit(MISSING)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        path = make_page(Path(folder))
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        for scheme in ("light", "dark"):
+            # as high as the picture: a window that grows while it is taken would be drawn anew
+            page = browser.new_page(viewport={"width": WIDTH, "height": 2000}, color_scheme=scheme)
+            page.goto(path.as_uri())
+            take(page, FOLDER / f"page-{scheme}.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
