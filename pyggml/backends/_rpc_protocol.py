@@ -100,8 +100,8 @@ class Connection:
     ----------
     version : tuple of int
         Of the protocol: major, minor, patch.
-    n_sent, n_done : int
-        Commands given to the server, and how many of them are known to be done.
+    n_graphs, n_done : int
+        Graphs given to the server to compute, and how many of them are known to be done.
 
     Raises
     ------
@@ -113,10 +113,10 @@ class Connection:
         self.host, self.port = address
         self.timeout_s = config.rpc_timeout_s() if timeout_s is None else timeout_s
         self.version = (0, 0, 0)
-        self.n_sent = self.n_done = 0
+        self.n_graphs = self.n_done = 0
         self.n_frees = 0  #: buffers freed: a server forgets its graphs at each
         self._lost = ""
-        self._n_graphs = 0
+        self._n_uids = 0
         self._lock = threading.RLock()
         self._unanswered: list[Command] = []
         self._to_free: deque[int] = deque()
@@ -178,19 +178,21 @@ class Connection:
             if n_bytes != len(into):
                 raise self._fail(command, f"the server answers with {n_bytes:,} bytes where {len(into):,} are due")
             self._receive(command, into, f"an answer of {len(into):,} bytes")
-            self.n_done = self.n_sent
+            self.n_done = self.n_graphs
             self._unanswered.clear()
 
-    def synchronize(self, n_sent: int | None = None) -> None:
-        """Wait until the commands sent so far, or the first so many, are done.
+    def synchronize(self, n_graphs: int | None = None) -> None:
+        """Wait until the graphs sent so far, or the first so many, are computed.
+
+        Bytes that were sent need no wait: they left the host's memory, and the server takes them in order.
 
         Raises
         ------
         RPCError
-            One of them failed: the server closed the connection.
+            The server closed the connection: one of the commands without an answer failed.
         """
         with self._lock:
-            if self.n_done < (self.n_sent if n_sent is None else n_sent):
+            if self.n_done < (self.n_graphs if n_graphs is None else n_graphs):
                 self.ask(Command.DEVICE_COUNT, b"", 4)
 
     def free_later(self, remote: int) -> None:
@@ -225,7 +227,7 @@ class Connection:
             raise self._fail(command, f"the server takes no bytes within {self.timeout_s:g} s", hint=_SLOW) from error
         except OSError as error:
             raise self._fail(command, _broken(error), hint=_LOOK) from error
-        self.n_sent += 1
+        self.n_graphs += command in (Command.GRAPH_COMPUTE, Command.GRAPH_RECOMPUTE)
         if command in NO_ANSWER:
             self._unanswered.append(command)
             del self._unanswered[:-3]
@@ -250,8 +252,8 @@ class Connection:
 
     def new_graph_uid(self) -> int:
         """Return an id for a graph that no other of this connection has."""
-        self._n_graphs += 1
-        return self._n_graphs
+        self._n_uids += 1
+        return self._n_uids
 
     # -- ending --------------------------------------------------------------
 
@@ -267,7 +269,7 @@ class Connection:
     def _fail(self, command: Command, message: str, *, hint: str = "") -> RPCError:
         error = self._error(command, message, hint=hint)
         self._lost = self._lost or f"{command.name}: {message}"
-        self.n_done = self.n_sent  # it was told: who waits after this waits for nothing, and who uses it is refused
+        self.n_done = self.n_graphs  # it was told: who waits after this waits for nothing, and who uses it is refused
         self.close()
         return error
 

@@ -35,19 +35,19 @@ _MAX_DEVICES = 256
 class RPCEvent(Event):
     """A place in the order of what a server is given."""
 
-    __slots__ = ("_connection", "_n_sent")
+    __slots__ = ("_connection", "_n_graphs")
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._n_sent = 0
+        self._n_graphs = 0
 
     def record(self) -> None:
         """Stand for all that was sent so far."""
-        self._n_sent = self._connection.n_sent
+        self._n_graphs = self._connection.n_graphs
 
     def synchronize(self) -> None:
         """Block the host until the server is done with it."""
-        self._connection.synchronize(self._n_sent)
+        self._connection.synchronize(self._n_graphs)
 
 
 class RPCDevice(Device):
