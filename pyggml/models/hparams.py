@@ -34,13 +34,20 @@ ARCHITECTURES: dict[str, RopeType] = {
     "olmoe": RopeType.NEOX,
     "granitemoe": RopeType.NORMAL,
     "deepseek2": RopeType.NORMAL,
+    "minimax-m2": RopeType.NEOX,
+    "dots1": RopeType.NEOX,
+    "ernie4_5-moe": RopeType.NORMAL,
 }
 #: Of these, the ones that are nothing without experts.
-_MOE_ONLY = frozenset({"qwen3moe", "gpt-oss", "glm4moe", "qwen2moe", "olmoe", "granitemoe", "deepseek2"})
+_MOE_ONLY = frozenset(ARCHITECTURES) - {"llama", "qwen2", "qwen3"}
 #: Those that may rotate a part of each head only.
-_PARTIAL_ROPE = frozenset({"glm4moe"})
-#: Those whose file says how experts are chosen and which layers have them, and how they do if it does not.
-_ROUTED: dict[str, Gating] = {"glm4moe": "sigmoid", "deepseek2": "softmax"}
+_PARTIAL_ROPE = frozenset({"glm4moe", "minimax-m2"})
+#: Those whose file says how experts are chosen, and how they are if it does not; None: it must.
+_GATED: dict[str, Gating | None] = {"glm4moe": "sigmoid", "deepseek2": "softmax", "minimax-m2": None, "dots1": None}
+#: Those that may have layers without experts before the others.
+_LED = frozenset({"glm4moe", "deepseek2", "dots1", "ernie4_5-moe"})
+#: Those whose file says how many experts are shared, and by what weights are multiplied.
+_SHARED = frozenset({"glm4moe", "deepseek2", "dots1"})
 #: Those with attention over a latent space.
 _MLA = frozenset({"deepseek2"})
 #: Those that multiply embeddings, residuals, attention and logits by constants of the file.
@@ -332,21 +339,25 @@ class _Reader:
 
     def routing(self, n_layer: int) -> dict[str, Any]:
         """Return how experts are chosen, where the file says so."""
-        if self.arch not in _ROUTED:
-            return {}
-        n_lead = self.integer("leading_dense_block_count", 0, least=0)
-        if n_lead > n_layer:
-            raise self.error("leading_dense_block_count", f"is {n_lead} of {n_layer} layers")
-        gating = self.integer("expert_gating_func", 0, least=0)
-        if gating and gating not in _GATINGS:
-            raise self.error("expert_gating_func", f"is {gating}; known are {', '.join(map(str, _GATINGS))}")
-        return {
-            "n_layer_dense_lead": n_lead,
-            "n_expert_shared": self.integer("expert_shared_count", least=0),
-            "expert_gating": _GATINGS[gating] if gating else _ROUTED[self.arch],
-            "expert_weights_norm": self.file.require(f"{self.arch}.expert_weights_norm", bool, False),
-            "expert_weights_scale": round_f32(self.number("expert_weights_scale", 0.0)),
-        }
+        out: dict[str, Any] = {}
+        if self.arch in _LED:
+            n_lead = self.integer("leading_dense_block_count", 0, least=0)
+            if n_lead > n_layer:
+                raise self.error("leading_dense_block_count", f"is {n_lead} of {n_layer} layers")
+            out["n_layer_dense_lead"] = n_lead
+        if self.arch == "ernie4_5-moe" and (step := self.integer("interleave_moe_layer_step")) != 1:
+            raise self.error("interleave_moe_layer_step", f"is {step}; only 1 is supported")
+        if self.arch in _SHARED:
+            out["n_expert_shared"] = self.integer("expert_shared_count", least=0)
+            out["expert_weights_norm"] = self.file.require(f"{self.arch}.expert_weights_norm", bool, False)
+            out["expert_weights_scale"] = round_f32(self.number("expert_weights_scale", 0.0))
+        if self.arch in _GATED:
+            number = self.integer("expert_gating_func", 0, least=0)
+            gating = _GATINGS.get(number) if number else _GATED[self.arch]
+            if gating is None:
+                raise self.error("expert_gating_func", f"is {number}; known are {', '.join(map(str, _GATINGS))}")
+            out["expert_gating"] = gating
+        return out
 
     def sliding_window(self, n_layer: int, freq_base: float, freq_scale: float) -> dict[str, Any]:
         """Return what concerns layers with a sliding window; nothing where the architecture has none.

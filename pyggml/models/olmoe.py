@@ -6,14 +6,15 @@ from collections.abc import Mapping
 
 from .. import ops
 from ..gguf import TensorInfo
+from ..tensor import Tensor
 from ..types import Op
 from .blocks import Builder, kq_scale
 from .experts import moe_ffn
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
-from .weights import Weights, WeightSpec, layer_specs, qkv_specs, trunk_specs
+from .weights import LayerWeights, Weights, WeightSpec, layer_specs, qkv_specs, trunk_specs
 
-__all__ = ["build_graph", "weight_specs"]
+__all__ = ["build_graph", "normed_qkv", "weight_specs"]
 
 
 def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
@@ -58,18 +59,7 @@ def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
     for w in weights.layers:
         il, residual = w.layer, layer_in
         cur = b.name(b.norm(layer_in, w["attn_norm.weight"], il), "attn_norm", il)
-        q, k, v = (
-            b.name(part, name, il) for part, name in zip(b.qkv_rows(w, cur), ("Qcur", "Kcur", "Vcur"), strict=True)
-        )
-        q = b.name(b.norm(q, w["attn_q_norm.weight"], il), "Qcur_normed", il)
-        k = b.name(b.norm(k, w["attn_k_norm.weight"], il), "Kcur_normed", il)
-        q = ops.reshape_3d(q, hp.n_embd_head_k, hp.n_head, b.n_tokens)
-        k = ops.reshape_3d(k, hp.n_embd_head_k, hp.n_head_kv, b.n_tokens)
-        v = ops.reshape_3d(v, hp.n_embd_head_v, hp.n_head_kv, b.n_tokens)
-        q, k = b.rope(q), b.rope(k)
-        for part, name in ((q, "Qcur"), (k, "Kcur"), (v, "Vcur")):
-            b.name(part, name, il)
-        cur = b.attention(w, q, k, v, scale)
+        cur = b.attention(w, *normed_qkv(b, w, cur), scale)
         if il == hp.n_layer - 1:
             cur, residual = b.choose_outputs(cur, residual)
         ffn_in = b.name(ops.add(cur, residual), "ffn_inp", il)
@@ -78,3 +68,16 @@ def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
         layer_in = b.name(ops.add(cur, ffn_in), "l_out", il)
     embd = b.name(b.norm(layer_in, weights["output_norm.weight"], -1), "result_norm")
     return b.finish(b.name(ops.mul_mat(weights.output, embd), "result_output"), embd)
+
+
+def normed_qkv(b: Builder, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q, K and V as attention takes them; Q and K are normed over all their heads before these are told apart."""
+    hp, il = b.hp, w.layer
+    rows = zip(b.qkv_rows(w, cur), ("Qcur", "Kcur", "Vcur"), strict=True)
+    q, k, v = (b.name(part, name, il) for part, name in rows)
+    q = b.name(b.norm(q, w["attn_q_norm.weight"], il), "Qcur_normed", il)
+    k = b.name(b.norm(k, w["attn_k_norm.weight"], il), "Kcur_normed", il)
+    q = b.rope(ops.reshape_3d(q, hp.n_embd_head_k, hp.n_head, b.n_tokens))
+    k = b.rope(ops.reshape_3d(k, hp.n_embd_head_k, hp.n_head_kv, b.n_tokens))
+    v = ops.reshape_3d(v, hp.n_embd_head_v, hp.n_head_kv, b.n_tokens)
+    return b.name(q, "Qcur", il), b.name(k, "Kcur", il), b.name(v, "Vcur", il)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ _NEXTN_LAYER = {
     "nextn.enorm.weight": (64,),
     "nextn.hnorm.weight": (64,),
     "nextn.shared_head_norm.weight": (64,),
+}
+_ROUTED_WEIGHTS = {
+    "ffn_gate_inp.weight": (8, 64),
+    "exp_probs_b.bias": (8,),
+    "ffn_gate_exps.weight": (8, 32, 64),
+    "ffn_down_exps.weight": (8, 64, 32),
+    "ffn_up_exps.weight": (8, 32, 64),
 }
 _EXPERT_WEIGHTS = tuple(
     f"ffn_{part}.weight"
@@ -146,6 +154,71 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "tensors": {f"blk.{i}.ffn_gate_up_exps.weight": (8, 64, 64) for i in (1, 2)},
         },
     ),
+    "minimax-m2": (
+        "glm4moe",
+        {
+            "renamed_arch": "minimax-m2",
+            "keys": {"feed_forward_length": 32, "rope.dimension_count": 8, "leading_dense_block_count": None},
+            "without": (
+                *("attn_q_norm.weight", "attn_k_norm.weight", "attn_q.bias", "attn_k.bias", "attn_v.bias"),
+                *("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight", "post_attention_norm.weight"),
+                *("ffn_gate_shexp.weight", "ffn_up_shexp.weight", "ffn_down_shexp.weight"),
+            ),
+            "tensors": {
+                **{f"blk.{i}.attn_q_norm.weight": (64,) for i in range(3)},
+                **{f"blk.{i}.attn_k_norm.weight": (32,) for i in range(3)},
+                **{f"blk.{i}.ffn_norm.weight": (64,) for i in range(3)},
+                **{f"blk.0.{name}": shape for name, shape in _ROUTED_WEIGHTS.items()},
+            },
+        },
+    ),
+    "dots1": (
+        "glm4moe",
+        {
+            "renamed_arch": "dots1",
+            "sizes": replace(SIZES, kv_heads=4),
+            "without": ("attn_q.bias", "attn_k.bias", "attn_v.bias", "post_attention_norm.weight"),
+            "tensors": {f"blk.{i}.ffn_norm.weight": (64,) for i in range(3)},
+        },
+    ),
+    "dots1 without a bias": (
+        "glm4moe",
+        {
+            "renamed_arch": "dots1",
+            "sizes": replace(SIZES, kv_heads=4),
+            "without": (
+                *("attn_q.bias", "attn_k.bias", "attn_v.bias"),
+                "post_attention_norm.weight",
+                "exp_probs_b.bias",
+            ),
+            "tensors": {f"blk.{i}.ffn_norm.weight": (64,) for i in range(3)},
+        },
+    ),
+    "ernie4_5-moe": (
+        "glm4moe",
+        {
+            "renamed_arch": "ernie4_5-moe",
+            "keys": {"interleave_moe_layer_step": 1, "expert_shared_feed_forward_length": 32},
+            "without": (
+                *("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_q_norm.weight", "attn_k_norm.weight"),
+                "post_attention_norm.weight",
+            ),
+            "tensors": {f"blk.{i}.ffn_norm.weight": (64,) for i in range(3)},
+        },
+    ),
+    "ernie4_5-moe without a shared expert": (
+        "glm4moe",
+        {
+            "renamed_arch": "ernie4_5-moe",
+            "keys": {"interleave_moe_layer_step": 1},
+            "without": (
+                *("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_q_norm.weight", "attn_k_norm.weight"),
+                *("ffn_gate_shexp.weight", "ffn_up_shexp.weight", "ffn_down_shexp.weight"),
+                *("post_attention_norm.weight", "exp_probs_b.bias", "output.weight"),
+            ),
+            "tensors": {f"blk.{i}.ffn_norm.weight": (64,) for i in range(3)},
+        },
+    ),
     "gpt-oss": ("gpt-oss", {}),
     "gpt-oss with yarn": ("gpt-oss", {"keys": _YARN}),
     "gpt-oss, every third layer dense": ("gpt-oss", {"keys": {"attention.sliding_window_pattern": 3}}),
@@ -214,7 +287,7 @@ def test_graphs_are_llama_cpps(name, flash, expected, capsys):
 
 
 @pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name in {arch for arch, _ in FAMILIES.values()}])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in ARCHITECTURES])
 @pytest.mark.parametrize(
     "placement",
     [PlacementFlags(cpu_moe=True), PlacementFlags(n_gpu_layers=2), PlacementFlags(n_cpu_moe=2)],
@@ -274,6 +347,8 @@ def test_a_recorded_routing_counts_layers_with_experts(expected, tmp_path):
         ("deepseek2", {"keys": {"attention.kv_lora_rank": 64}}, "is 64, which does not go with"),
         ("deepseek2", {"keys": {"expert_group_count": 3, "expert_group_used_count": 1}}, "is 3, of which 1 are used"),
         ("deepseek2", {"keys": {"attention.temperature_scale": 0.1}}, "not supported"),
+        ("glm4moe", {"renamed_arch": "dots1", "keys": {"expert_gating_func": None}}, "is 0; known are 1, 2, 3"),
+        ("glm4moe", {"renamed_arch": "ernie4_5-moe", "keys": {"interleave_moe_layer_step": 2}}, "only 1 is supported"),
         ("glm4moe", {"tensors": {"blk.1.odd.weight": (64,)}}, "odd.weight"),
     ],
 )
