@@ -23,6 +23,8 @@ from .errors import PyggmlError
 
 __all__ = ["CommandGroup", "group", "main", "run"]
 
+#: Columns of help at most, on a terminal that has them.
+HELP_WIDTH = 110
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -41,7 +43,10 @@ class CommandGroup(click.Group):
 
     def __init__(self, name: str, folder: Path, package: str, *, help: str) -> None:
         super().__init__(
-            name, help=help, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+            name,
+            help=help,
+            no_args_is_help=True,
+            context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
         )
         self.folder = folder
         self.package = package

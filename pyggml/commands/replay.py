@@ -14,6 +14,7 @@ import click
 from ..dialect import DIALECTS, Dialect
 from ..errors import FormatError
 from ..replay import replay_file
+from ._console import n_seconds
 
 __all__ = ["command", "trace_name"]
 
@@ -68,9 +69,28 @@ def command(
         seconds = round(sum(row["seconds"] for row in rows), 3)
         click.echo(json.dumps({"dialect": rules.version, "n": len(rows), "seconds": seconds, "cases": rows}))
     elif case is None:
-        click.echo(f"{len(rows) - len(failed)} of {len(rows)} cases replayed in dialect {rules.version}: {out}")
+        _tell_all(rows, rules, out)
+    elif not failed:
+        (row,) = rows
+        aborts = f", then an abort: {row['abort']}" if "abort" in row else ""
+        click.echo(f"{_steps(row['steps'])} in dialect {rules.version}{aborts}: {row['trace']}")
     if failed:
         sys.exit(1)
+
+
+def _tell_all(rows: list[dict[str, Any]], rules: Dialect, out: Path | None) -> None:
+    """Print what became of the cases of a folder."""
+    done = [row for row in rows if "error" not in row]
+    aborts = sum("abort" in row for row in done)
+    seconds = sum(row["seconds"] for row in rows)
+    click.echo(f"{len(done):,} of {len(rows):,} cases replayed in dialect {rules.version}: {out}")
+    click.echo(
+        f"{_steps(sum(row['steps'] for row in done))} in {n_seconds(seconds)}, {aborts} with an abort at the end"
+    )
+
+
+def _steps(n: int) -> str:
+    return "1 step" if n == 1 else f"{n:,} steps"
 
 
 def trace_name(case: Path, dialect: Dialect) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import re
 import subprocess
 import sys
 
@@ -235,8 +236,21 @@ def test_command_replays_one_case(case, write, tmp_path) -> None:
     """`replay CASE --trace OUT --dialect` writes the trace and takes full versions of ggml, too."""
     trace = tmp_path / "t.json"
     result = CliRunner().invoke(command, [str(write(case)), "--trace", str(trace), "--dialect", "0.20.2"])
-    assert (result.exit_code, result.output) == (0, "")
-    assert "dialect 0.20" in json.loads(trace.read_text())["by"]
+    found = json.loads(trace.read_text())
+    assert (result.exit_code, result.output) == (0, f"{len(found['steps'])} steps in dialect 0.20: {trace}\n")
+    assert "dialect 0.20" in found["by"]
+
+
+def test_command_tells_what_became_of_a_folder(case, write, tmp_path) -> None:
+    """`replay --all` tells cases, steps and time."""
+    write(case, "a.case.json")
+    write(case, "b.case.json")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(command, ["--all", str(tmp_path), "--out", str(out)])
+    n_steps = sum(len(json.loads(gzip.decompress(path.read_bytes()))["steps"]) for path in out.iterdir())
+    lines = result.output.splitlines()
+    assert lines[0] == f"2 of 2 cases replayed in dialect 0.26: {out}"
+    assert re.fullmatch(rf"{n_steps} steps in [\d.]+ m?s, 0 with an abort at the end", lines[1])
 
 
 def test_command_replays_a_folder(case, write, tmp_path) -> None:
