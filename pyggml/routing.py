@@ -65,6 +65,8 @@ class _Popularity(ABC):
             return 0.0
         if n_used >= n_expert:
             return float(n_expert)
+        if n_token == 1:
+            return float(n_used)  # the formula below comes a last bit beside it
         return _expected(self._typical(n_expert), n_used, n_token)
 
     def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
