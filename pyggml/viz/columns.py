@@ -101,8 +101,8 @@ class Columns:
                 self._planned_at = record.start_s
                 # a graph that is planned between two computings belongs to neither
                 run = self.runs.run if self.runs.is_empty else -1
-                described = _Described("plan", ("host", "host", ""), "assign and cut", -1)
-                self._add(described, run, (record.start_s, record.end_s), virtual)
+                cut = _Described("plan", ("host", "host", ""), "assign and cut", -1)
+                self._add(cut, run, (record.start_s, record.end_s), virtual)
         elif isinstance(record, AllocRecord):
             self._take_memory(record)
         elif not isinstance(record, SplitRecord | MicroBatchRecord):

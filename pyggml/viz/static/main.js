@@ -124,7 +124,7 @@
     const rows = [];
     const add = (title, p, q, form, key) => {
       if (!p && !q) return;
-      const diff = q - p;
+      const diff = Math.abs(q - p) > 1e-6 * Math.max(p, q) ? q - p : 0; // times are rounded to nanoseconds
       const sign = diff > 0 ? "+" : diff < 0 ? "−" : "";
       const ratio = p && q ? `${(q / p).toLocaleString("en", { maximumSignificantDigits: 3 })} ×` : "–";
       rows.push(`<tr data-key="${P.escape(key)}" data-a="${p}" data-b="${q}"><th scope="row">${P.escape(title)}</th><td>${form(p)}</td><td>${form(q)}</td><td>${sign}${form(Math.abs(diff))}</td><td>${ratio}</td></tr>`);

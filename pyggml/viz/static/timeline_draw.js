@@ -127,6 +127,9 @@
     c.fillText(shown, x, y);
   };
 
+  /** A name without what all names of weights have. */
+  const short = (name) => name.replace(/^blk\./, "").replace(/\.weight$/, "");
+
   P.draw = (chart) => {
     const { canvas, view, lanes } = chart;
     const ratio = window.devicePixelRatio || 1;
@@ -187,6 +190,8 @@
     const end = view.end[clock];
     const n = view.kinds.length;
     const shown = view.kinds.map((k) => !P.state.hidden.has(k));
+    const fills = view.kinds.map((k) => P.color(P.KINDS[k].color));
+    const inks = view.kinds.map((k) => P.inkOn(P.KINDS[k].color));
     const columns = Math.ceil(width) + 1;
     const thin = chart.thin && chart.thin.length === columns * n ? chart.thin.fill(0) : (chart.thin = new Float32Array(columns * n));
     const y = top + NAME;
@@ -214,13 +219,13 @@
       const a = Math.max(x0, -2);
       const b = Math.min(x1, width + 2);
       c.globalAlpha = wanted && !wanted.has(view.label[i]) ? 0.16 : 1;
-      c.fillStyle = P.color(P.KINDS[view.kinds[kind]].color);
+      c.fillStyle = fills[kind];
       const gap = b - a > 4 ? 0.75 : 0;
       if (view.kinds[kind] === "wait") c.fillRect(a, y + BAR * 0.3, b - a - gap, BAR * 0.4);
       else c.fillRect(a, y, b - a - gap, BAR);
       if (b - a > 30 && view.kinds[kind] !== "wait") {
-        c.fillStyle = P.color("--on-bar");
-        label(c, view.titleOf(i), a + 4, y + BAR / 2 + 0.5, b - a - 8);
+        c.fillStyle = inks[kind];
+        label(c, short(view.titleOf(i)), a + 4, y + BAR / 2 + 0.5, b - a - 8);
       }
     }
     c.globalAlpha = 1;

@@ -72,6 +72,12 @@
   P.color = (name) => P.colors[name] || (P.colors[name] = getComputedStyle(document.documentElement).getPropertyValue(name).trim());
   P.colors = {};
 
+  /** Black or white, whichever reads better on a colour. */
+  P.inkOn = (name) => {
+    const { r, g, b } = d3.rgb(P.color(name));
+    return 0.3 * r + 0.59 * g + 0.11 * b > 125 ? "#101418" : "#ffffff";
+  };
+
   P.cause = (view, note) => (note ? view.causes[note] || note : "");
 
   /** Neighbouring numbers as ranges: 0–3, 7. */
