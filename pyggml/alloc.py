@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from operator import attrgetter
 from typing import Protocol
 
 from .buffer import Buffer, BufferType, MultiBuffer, tensor_alloc, view_init
@@ -398,7 +400,18 @@ class Gallocr:
     `reserve_n_size`, the next graph is reserved anew, where upstream uses a null buffer.
     """
 
-    __slots__ = ("_check_size", "_clamp_inplace", "_leafs", "_nodes", "buffers", "bufts", "is_reserved", "tallocs")
+    __slots__ = (
+        "_check_size",
+        "_clamp_inplace",
+        "_leafs",
+        "_n_srcs",
+        "_nodes",
+        "_places",
+        "buffers",
+        "bufts",
+        "is_reserved",
+        "tallocs",
+    )
 
     def __init__(self, bufts: Sequence[BufferType], *, dialect: Dialect = DEFAULT_DIALECT) -> None:
         self.bufts = list(bufts)
@@ -409,8 +422,10 @@ class Gallocr:
         self.tallocs = [by_type[buft] for buft in self.bufts]
         self._clamp_inplace = dialect.clamp_inplace
         self._check_size = dialect.alloc_size_check
-        self._nodes: list[tuple[_Place, list[_Place]]] = []
+        self._nodes: list[tuple[_Place, list[_Place]]] = []  #: of each node and its sources
         self._leafs: list[_Place] = []
+        self._n_srcs: list[int] = []  #: sources of each node
+        self._places: list[_Place] = []  #: of the sources of all nodes, then of the nodes
         self.is_reserved = True  #: whether the buffers fit the places; at first there are none, for an empty graph
 
     # -- reserving -----------------------------------------------------------
@@ -472,6 +487,8 @@ class Gallocr:
 
         self._nodes = [(place(node), [place(src) for src in node.src]) for node in nodes]
         self._leafs = [place(leaf) for leaf in leafs]
+        self._n_srcs = [len(node.src) for node in nodes]
+        self._places = _places_of(self._nodes, [node.src for node in nodes])
 
     def _fit_buffers(self, *, allocate: bool) -> None:
         """Free and allocate buffers until each holds what the layout needs."""
@@ -523,81 +540,76 @@ class Gallocr:
         -----
         Mirrors `ggml_gallocr_alloc_graph`.
         """
-        places = self._find_places(graph) if self.is_reserved else None
-        if places is None:
+        found = self._find_places(graph) if self.is_reserved else None
+        if found is None:
             if len(self.bufts) > 1:
                 return False
             self.reserve_n(graph, None, None)
-            places = self._find_places(graph)
-            assert places is not None
+            found = self._find_places(graph)
+            assert found is not None
         for vbuffer in self.buffers:
             if vbuffer is not None:
                 for b in vbuffer.chunks:
                     b.reset()
-        self._place(zip(graph.leafs, self._leafs, strict=True))
-        self._place(places.items())
+        self._place(graph.leafs, *found)
         return True
 
-    def _find_places(self, graph: GallocGraph) -> dict[Tensor, _Place] | None:
-        """Return where the layout at hand puts nodes and sources without memory, in order; None if it does not serve the graph.
+    def _find_places(self, graph: GallocGraph) -> tuple[list[tuple[Tensor, _Place]], list[Tensor]] | None:
+        """Return where the layout at hand puts nodes and sources without memory, and views; None if it does not serve the graph.
 
         Notes
         -----
-        Mirrors `ggml_gallocr_needs_realloc`.
+        Mirrors `ggml_gallocr_needs_realloc`: what stands at each position must fit there. In a graph like the one that
+        was laid out a tensor stands at positions of one place only, and is looked at once.
         """
-        if len(self._nodes) != len(graph.nodes) or len(self._leafs) != len(graph.leafs):
+        nodes = graph.nodes
+        if len(self._nodes) != len(nodes) or len(self._leafs) != len(graph.leafs):
             return None
+        srcs = [node.src for node in nodes]
+        places = self._places
+        if list(map(len, srcs)) != self._n_srcs:
+            places = _places_of(self._nodes, srcs)
+        tensors: list[Tensor | None] = [*chain.from_iterable(srcs), *nodes]
+        found = dict(zip(tensors, places, strict=True))
+        pairs: Iterable[tuple[Tensor | None, _Place]] = found.items()
+        if list(map(found.__getitem__, tensors)) != places:
+            pairs = zip(tensors, places, strict=True)
         sizes = [
             partial(self.alloc_size, i) if self._check_size else buft.alloc_size for i, buft in enumerate(self.bufts)
         ]
-        found: dict[Tensor, _Place] = {}
-
-        def fits(tensor: Tensor, place: _Place) -> bool:
-            return place.buffer_id >= 0 and sizes[place.buffer_id](tensor) <= place.size_max
-
-        for node, (dst, srcs) in zip(graph.nodes, self._nodes, strict=True):
-            if len(node.src) > len(srcs):
-                srcs = srcs + [_NOWHERE] * (len(node.src) - len(srcs))
-            for src, place in zip(node.src, srcs):  # noqa: B905  # there may be more places than sources
-                if src is None or src.buffer is not None or found.get(src) is place:
-                    continue  # it has memory, or was met at the same place before: most do
-                if src.view_src is None and src.data is None and not fits(src, place):
-                    return None
-                found.setdefault(src, place)
-            if node.buffer is None and found.get(node) is not dst:
-                if node.view_src is None and node.data is None and not fits(node, dst):
-                    return None
-                found.setdefault(node, dst)
-        return found
-
-    def _place(self, places: Iterable[tuple[Tensor, _Place]]) -> None:
-        """Give tensors the memory of their places, and views that of what they view, if it has some by then."""
-        chunks = [() if v is None else tuple(v.chunks) for v in self.buffers]
-        buffer: Buffer | None = None
-        wants_init = False  # whether the buffer has something to do for each tensor
-        waiting: list[Tensor] = []  # views that stand before what they view
-        for tensor, place in places:
-            if tensor.buffer is not None:
+        owners: list[tuple[Tensor, _Place]] = []
+        views: list[Tensor] = []
+        for tensor, place in pairs:
+            if tensor is None or tensor.buffer is not None:
                 continue
-            root = tensor.view_src
-            if root is not None:
-                if root.buffer is None or root.data is None:
-                    waiting.append(tensor)
-                    continue
-                here, tensor.data = root.buffer, root.data + tensor.view_offs
+            if tensor.view_src is not None:
+                views.append(tensor)
             elif tensor.data is None:
-                here = chunks[place.buffer_id][place.chunk]
-                tensor.data = here.base + place.offset
-            else:
-                continue
-            tensor.buffer = here
-            if here is not buffer:
-                buffer, wants_init = here, type(here).init_tensor is not Buffer.init_tensor
-            if wants_init:
-                here.init_tensor(tensor)
-        for tensor in waiting:
-            if tensor.view_src is not None and tensor.view_src.buffer is not None:
-                view_init(tensor)
+                i = place.buffer_id
+                if i < 0 or sizes[i](tensor) > place.size_max:
+                    return None
+                owners.append((tensor, place))
+        return owners, views
+
+    def _place(self, leafs: Sequence[Tensor], owners: Iterable[tuple[Tensor, _Place]], views: Iterable[Tensor]) -> None:
+        """Give tensors the memory of their places, leafs first; then views that of what they view, if it has some."""
+        chunks = [() if v is None else tuple(v.chunks) for v in self.buffers]
+        placed: list[Tensor] = []
+        at_leafs = [(t, p) for t, p in zip(leafs, self._leafs, strict=True) if t.buffer is None]
+        for tensor, place in (*at_leafs, *owners):
+            if tensor.data is None and tensor.view_src is None:
+                tensor.buffer = buffer = chunks[place.buffer_id][place.chunk]
+                tensor.data = buffer.base + place.offset
+                placed.append(tensor)
+        for view in (*[t for t, _ in at_leafs if t.view_src is not None], *views):
+            root = view.view_src
+            if root is not None and root.buffer is not None and root.data is not None and view.buffer is None:
+                view.buffer = root.buffer
+                view.data = root.data + view.view_offs
+                placed.append(view)
+        if any(type(b).init_tensor is not Buffer.init_tensor for b in set(map(_buffer_of, placed))):
+            for tensor in placed:
+                _buffer_of(tensor).init_tensor(tensor)
 
     # -- sizes ---------------------------------------------------------------
 
@@ -655,6 +667,21 @@ class Gallocr:
                 vbuffer.close()
         self.buffers = [None] * len(self.bufts)
         self.is_reserved = False
+
+
+_buffer_of: Callable[[Tensor], Buffer] = attrgetter("buffer")
+
+
+def _places_of(
+    laid_out: Sequence[tuple[_Place, list[_Place]]], srcs: Sequence[Sequence[Tensor | None]]
+) -> list[_Place]:
+    """Return the places of sources and nodes in a row; where a node has more sources than it had, they have none."""
+    places: list[_Place] = []
+    for (_, known), present in zip(laid_out, srcs, strict=True):
+        places += known[: len(present)]
+        places += [_NOWHERE] * (len(present) - len(known))
+    places += [dst for dst, _ in laid_out]
+    return places
 
 
 class _Play:

@@ -103,14 +103,14 @@ class MockBufferType(BufferType):
         Gets the calls.
     """
 
-    __slots__ = ("_pads", "abilities", "memory", "note")
+    __slots__ = ("_pads_all", "abilities", "memory", "note")
 
     def __init__(self, abilities: BufferTypeAbilities, memory: MockMemory, note: Note = ignore) -> None:
         super().__init__(
             abilities.name, alignment=abilities.alignment, max_size=abilities.max_size, is_host=abilities.is_host
         )
         self.abilities = abilities
-        self._pads = bool(abilities.quant_row or abilities.extra_bytes or abilities.round_to_bytes > 1)
+        self._pads_all = bool(abilities.extra_bytes or abilities.round_to_bytes > 1)
         self.memory = memory
         self.note = note
 
@@ -131,7 +131,7 @@ class MockBufferType(BufferType):
     def alloc_size(self, tensor: Tensor) -> int:
         """Bytes that a tensor takes: ``nbytes`` and the padding asked for."""
         size = tensor.nbytes
-        if not self._pads:
+        if not self._pads_all and not tensor.type.is_quantized:
             return size
         pad = self.abilities
         if pad.quant_row and tensor.type.is_quantized and (rest := tensor.ne[0] % pad.quant_row):

@@ -6,7 +6,7 @@ backends is their priority; the last is a CPU that can run what no other can.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from ..backend import Backend
 from ..buffer import Buffer
@@ -56,9 +56,10 @@ def assign_from_location(graph: Graph, asg: Assignment, machine: Machine, offloa
     """
     ids, causes = asg.ids, asg.causes
     supports_op, is_input, weights = machine.supports_op, int(TensorFlag.INPUT), BufferUsage.WEIGHTS
+    has_pins = asg.has_pins
     for tensors in (graph.leafs, graph.nodes):
         for tensor in tensors:
-            if asg.has_pins and tensor in ids:
+            if has_pins and tensor in ids:
                 continue
             root = tensor.view_src
             storage = tensor.buffer if root is None else root.buffer
@@ -134,30 +135,50 @@ def expand(computed: Sequence[Tensor], asg: Assignment, machine: Machine) -> Non
     Notes
     -----
     Mirrors `ggml_backend_sched_split_graph`, pass 2: the sweeps down and up are made twice, at first with the CPU as a
-    barrier, so that it takes only what lies between its own nodes. Only unassigned nodes change, so sweeps end with them.
+    barrier, so that it takes only what lies between its own nodes. Only unassigned nodes change, so only they are visited.
     """
+    ids = asg.ids
+    left = [i for i, node in enumerate(computed) if node not in ids]
     supports_op = machine.supports_op
-    n_left = len(computed) - sum(map(asg.ids.__contains__, computed))
     for barrier in (machine.cpu, None):
-        for nodes in (computed, computed[::-1]):
-            if n_left:
-                n_left -= _sweep(nodes, asg, supports_op, barrier)
+        for step in (1, -1):  # down, then up
+            left = _sweep(computed, left[::step], step, asg, supports_op, barrier)[::step]
 
 
-def _sweep(nodes: Iterable[Tensor], asg: Assignment, supports_op: Sequence[Supports], barrier: int | None) -> int:
-    """Assign nodes that follow one of a backend that supports them; return how many."""
-    current: int | None = None
+def _sweep(
+    computed: Sequence[Tensor],
+    left: Sequence[int],
+    step: int,
+    asg: Assignment,
+    supports_op: Sequence[Supports],
+    barrier: int | None,
+) -> list[int]:
+    """Assign nodes that follow one of a backend that supports them; return the positions of those still unassigned.
+
+    Parameters
+    ----------
+    left : sequence of int
+        Positions of the unassigned nodes, in the order of the sweep.
+    step : int
+        From a node to the next: 1 or -1.
+    """
     ids, causes = asg.ids, asg.causes
-    n = 0
-    for node in nodes:
-        assigned = ids.get(node)
-        if assigned is not None:
-            current = None if assigned == barrier else assigned
-        elif current is not None and supports_op[current](node):
+    still_left: list[int] = []
+    current: int | None = None  # the backend that goes on
+    previous = -step if step > 0 else len(computed)
+    for i in left:
+        if i != previous + step:  # between them are assigned nodes
+            current = ids[computed[i - step]]
+            if current == barrier:
+                current = None
+        previous = i
+        node = computed[i]
+        if current is not None and supports_op[current](node):
             ids[node] = current
             causes[node] = Cause.EXPANDED
-            n += 1
-    return n
+        else:
+            still_left.append(i)
+    return still_left
 
 
 # pass 3: better backends for the same memory, and the best for what is left
@@ -178,6 +199,8 @@ def upgrade(computed: Sequence[Tensor], asg: Assignment, machine: Machine) -> No
     bufts = machine.bufts
     has_better = [any(bufts[b] is buft for b in range(i)) for i, buft in enumerate(bufts)]
     ids = asg.ids
+    if not any(has_better) and all(map(ids.__contains__, computed)):
+        return
     for node in computed:
         assigned = ids.get(node)
         if assigned is None:
@@ -240,7 +263,7 @@ def inherit(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
                 ids[node] = current
                 causes[node] = Cause.VIEWED
         for src in node.src:
-            if src is None or src in ids:
+            if src in ids or src is None:
                 continue
             viewed = src.view_src
             at = current if viewed is None else ids.get(viewed)

@@ -237,9 +237,10 @@ class UsedExpertCopier(UpstreamCopier):
                     copied_from.setdefault(_root(source), []).append(copy)
         watched = ids_roots | copied_from.keys()
         starts = [split.i_start for split in cutter.splits]
-        for i_node, node in enumerate(cutter.splits[0].graph.graph.nodes):
-            root = node.view_src or node
-            if root in watched and not node.op.is_empty:
+        nodes = cutter.splits[0].graph.graph.nodes
+        for i_node in [i for i, n in enumerate(nodes) if (n.view_src or n) in watched]:
+            root = nodes[i_node].view_src or nodes[i_node]
+            if not nodes[i_node].op.is_empty:
                 written = self._writes.setdefault(bisect_right(starts, i_node) - 1, set())
                 written.update((root, *copied_from.get(root, ())))
         if len(users) > len(firsts):  # else nobody shares a copy

@@ -100,14 +100,13 @@ class Cutter:
         by_source = self.machine.dialect.graph_inputs_from == "sources"
         suspect = self.pins_are_suspect
         looks_at_all = suspect or (by_source and self.n_copies > 1)
-        for i in range(i_first, len(nodes)):
-            node = nodes[i]
+        for i, node in enumerate(nodes):
             if node.op.is_view:
                 continue
             backend_id = ids[node]
             if backend_id == split.backend_id and not looks_at_all:
-                for src in node.src:
-                    if ids.get(src) != backend_id:  # type: ignore[arg-type]  # None is nowhere
+                for at in map(ids.get, node.src):  # type: ignore[arg-type]  # None is nowhere
+                    if at != backend_id:
                         break
                 else:
                     continue  # all is where it is needed: most nodes
