@@ -326,10 +326,10 @@ def unary(kernel: str, src: Operand, dst: Operand, low: float = 0.0, high: float
 # -- rows whose values meet ------------------------------------------------------
 
 
-def _reduce(kernel: str, src: Operand, dst: Operand, *more: float) -> list[Launch]:
-    """Return the launch of a kernel of `reduce`: a block a row, no larger than the row needs."""
+def _reduce(kernel: str, src: Operand, dst: Operand, *more: float, share: int = 4) -> list[Launch]:
+    """Return the launch of a kernel of `reduce`: a block a row, no larger than if each thread has ``share`` values."""
     n_row = src.ne[1] * src.ne[2] * src.ne[3]
-    threads = min(reduce.THREADS, _up(src.ne[0], 32) * 32)
+    threads = min(reduce.THREADS, _up(src.ne[0], 32 * share) * 32)
     args = (src.address, *src.nb[1:], dst.address, *dst.nb[1:], *src.ne[:3], *more)
     return [Launch(kernel, (n_row, 1, 1), (threads, 1, 1), args)]
 
@@ -346,7 +346,7 @@ def sum_rows(src: Operand, dst: Operand) -> list[Launch]:
 
 def argsort(src: Operand, dst: Operand, *, descending: bool) -> list[Launch]:
     """Return the launches of ARGSORT or, where dst has shorter rows, TOP_K; rows of at most `reduce.MAX_SORTED`."""
-    return _reduce("argsort", src, dst, dst.ne[0], 0 if descending else 0xFFFFFFFF)
+    return _reduce("argsort", src, dst, dst.ne[0], 0 if descending else 0xFFFFFFFF, share=1)
 
 
 def soft_max(

@@ -138,18 +138,19 @@ def argsort() -> Kernel:
     -----
     A value's place is the number of values before it; each thread counts for its own, 4 others a load. Bits of floats
     become words of the same order (NaN at an end, -0 as 0), so that places are all different whatever the values.
+    Before its own 4 an equal value counts, behind them it does not; a word less one says so, as no word is 0.
     ``flip``: 0 for descending order, else all ones. Mirrors what `argsort_f32_i32` computes. Differs: stable.
     """
-    before = [
+    count = [
         "k0, k1, k2, k3 = lds4_u32(at + u64(j) * u64(4))",
-        *(f"place = u32(place + u32((k{n} > key) | ((k{n} == key) & (u32(j + u32({n})) < i))))" for n in range(4)),
+        "least = u32(key - u32(j < own))",
+        *(f"place = u32(place + u32(k{n} > least))" for n in range(4)),
         "j = u32(j + u32(4))",
     ]
     body = [
         *_HEAD,
         f"keys = cuda.shared.array({MAX_SORTED}, u32, alignment=16)",
         "at = shared_address(keys)",
-        # nothing comes after these, at a higher index
         "n_key = u32(u32(ne0 + u32(3)) & u32(0xFFFFFFFC))",
         "i = t",
         "while i < n_key:",
@@ -157,7 +158,7 @@ def argsort() -> Kernel:
         "    if i < ne0:",
         "        key = as_u32(ld_f32(x + u64(i) * u64(4)) + f32(0))",
         "        key = u32(key ^ (u32(0xFFFFFFFF) if key >> u32(31) else u32(0x80000000)))",
-        "        key = u32(key ^ flip)",
+        "        key = max(u32(key ^ flip), u32(1))",
         "    keys[i] = key",
         "    i = u32(i + step)",
         "cuda.syncthreads()",
@@ -165,9 +166,12 @@ def argsort() -> Kernel:
             [
                 "key = keys[i]",
                 "place = u32(0)",
+                "own = u32(i & u32(0xFFFFFFFC))",
                 "j = u32(0)",
                 "while j < n_key:",
-                *indent(before),
+                *indent(count),
+                "k0, k1, k2, k3 = lds4_u32(at + u64(own) * u64(4))",
+                *(f"place = u32(place + u32((k{n} == key) & (u32(own + u32({n})) < i)))" for n in range(3)),
                 "if place < k:",
                 "    st_u32(z + u64(place) * u64(4), i)",
             ]
