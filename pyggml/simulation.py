@@ -74,9 +74,10 @@ class RoutedCopier(UsedExpertCopier):
         layer computes no others.
     """
 
-    def __init__(self, routing: Routing, *, like: UpstreamCopier) -> None:
+    def __init__(self, routing: Routing, *, like: UpstreamCopier, n_lead: int = 0) -> None:
         super().__init__(like.repairs if isinstance(like, UsedExpertCopier) else Repairs.strict())
         self.routing = routing
+        self._n_lead = n_lead  # layers before the first with experts, which a routing does not count
         self.tokens: Sequence[int] = ()
         self.outputs: Sequence[int] = ()
         self._read: tuple[Tensor, set[int]] | None = None
@@ -108,7 +109,7 @@ class RoutedCopier(UsedExpertCopier):
         """Return the experts of a weight that ids of its layer name."""
         found = re.search(r"blk\.(\d+)\.", weight.name)
         tokens = self.tokens if ids.ne[1] == len(self.tokens) else self.outputs
-        return self.routing.experts(int(found[1]) if found else 0, tokens, weight.ne[2], ids.ne[0])
+        return self.routing.experts(int(found[1]) - self._n_lead if found else 0, tokens, weight.ne[2], ids.ne[0])
 
 
 def can_simulate(planner: Planner) -> bool:
@@ -148,7 +149,8 @@ def simulate_batch(
     clock = sched.clock
     result = SimulatedBatch(n_tokens)
     kept = sched.copier
-    routed = RoutedCopier(routing, like=kept) if isinstance(kept, UpstreamCopier) else None
+    n_lead = planner.hparams.n_layer_dense_lead
+    routed = RoutedCopier(routing, like=kept, n_lead=n_lead) if isinstance(kept, UpstreamCopier) else None
     if routed is not None:
         sched.copier = routed
     planner.reserve()
@@ -178,10 +180,8 @@ def simulate_batch(
     result.bytes_copied, result.bytes_full = stats.bytes_copied - before[0], stats.bytes_full - before[1]
     result.bytes_by_reason = {k: n - before[2][k] for k, n in stats.bytes_by_reason.items()}
     if clock is not None and began is not None:
-        names, took = (
-            [b.name for b in planner.backends],
-            Reading.zero(len(planner.backends)).plus(clock.reading(), began),
-        )
+        names = [b.name for b in planner.backends]
+        took = Reading.zero(len(planner.backends)).plus(clock.reading(), began)
         result.seconds = took.host_s
         result.compute_s = dict(zip(names, took.busy_s, strict=True))
         result.copy_to_s = dict(zip(names[:-1], took.to_device_busy_s, strict=False))
