@@ -34,7 +34,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 from weakref import WeakKeyDictionary, ref
@@ -57,6 +56,7 @@ from .check_copies import CopyCheck
 from .compute import EvalCallback, SplitRun, compute_splits
 from .debug import assignments_text
 from .describe import split_records
+from .kept import IdTable, KeptAlloc
 from .log import RunLog
 from .policies import InputCopier, UpstreamCopier, UsedExpertCopier, default_offload
 from .split import CutMemory, Cutter, make_sched_graph, optimize_splits, rewritten_sources
@@ -163,14 +163,14 @@ class Scheduler:
         self.is_reset = True
         self.is_alloc = False
         self._memory = CutMemory()
-        self._node_ids, self._prev_node_ids = _IdTable(), _IdTable()
-        self._leaf_ids, self._prev_leaf_ids = _IdTable(), _IdTable()
+        self._node_ids, self._prev_node_ids = IdTable(), IdTable()
+        self._leaf_ids, self._prev_leaf_ids = IdTable(), IdTable()
         self._cutter: Cutter | None = None
         self._copy_check: CopyCheck | None = None  # of the latest cut, once asked for
         self._rewritten_sources: dict[int, list[tuple[Tensor, int]]] = {}
         self._allocated: ref[Graph] | None = None
         self._rewritten: WeakKeyDictionary[Graph, list[tuple[Tensor, int, Tensor]]] = WeakKeyDictionary()
-        self._kept: _Kept | None = None
+        self._kept: KeptAlloc | None = None
         self._thread = threading.RLock()
 
     # -- questions -----------------------------------------------------------
@@ -381,7 +381,7 @@ class Scheduler:
             assert self._cutter is not None
             self.copier.prepare(self._cutter)
             self._rewritten_sources = rewritten_sources(graph, self._cutter) if self.repairs.stale_copies else {}
-            self._kept = _Kept(self, graph)
+            self._kept = KeptAlloc(graph, self.assignment, self.copies, self._rules)
         self._allocated = ref(graph)
         self.is_alloc = True
 
@@ -393,11 +393,22 @@ class Scheduler:
         Differs: upstream always splits and places anew, which for an unchanged graph ends where it began.
         """
         kept = self._kept
-        if kept is None or self.assignment.ids or not kept.serves(self, graph):
+        if (
+            kept is None
+            or self.assignment.ids
+            or self.n_copies > 1
+            or self.debug
+            or not kept.serves(graph, self._rules)
+        ):
             return False
         self.assignment, self.copies = kept.assignment, kept.copies
         self.is_reset = False
         return True
+
+    @property
+    def _rules(self) -> tuple[object, ...]:
+        """What else decides where a graph goes."""
+        return self.op_offload, self.offload_rule
 
     def _alloc_splits(self) -> None:
         """Place the graph; reserve anew if it moved between buffer types or does not fit.
@@ -619,62 +630,3 @@ def _check_backends(backends: Sequence[Backend], bufts: Sequence[BufferType]) ->
     for backend, buft in zip(backends, bufts, strict=True):
         if not backend.supports_buft(buft):
             raise SchedError(f"{backend.name} cannot use memory of type {buft.name}")
-
-
-_flags_of = attrgetter("flags")
-
-
-def _flags(graph: Graph) -> list[int]:
-    return [*map(_flags_of, graph.nodes), *map(_flags_of, graph.leafs)]
-
-
-class _Kept:
-    """An allocation that a `reset` forgot, and all that it rests on."""
-
-    __slots__ = ("assignment", "buffers", "copies", "flags", "graph", "rules", "version")
-
-    def __init__(self, sched: Scheduler, graph: Graph) -> None:
-        self.graph = ref(graph)
-        self.version = graph.version
-        self.flags = _flags(graph)
-        self.buffers = [leaf.buffer for leaf in graph.leafs]
-        self.assignment = sched.assignment
-        self.copies = sched.copies
-        self.rules = (sched.op_offload, sched.offload_rule)
-
-    def serves(self, sched: Scheduler, graph: Graph) -> bool:
-        """Whether nothing changed since. Pins are for one graph, and pipeline copies change with each."""
-        return (
-            self.graph() is graph
-            and self.version == graph.version
-            and sched.n_copies == 1
-            and not sched.debug
-            and not self.assignment.has_pins
-            and self.rules == (sched.op_offload, sched.offload_rule)
-            and self.flags == _flags(graph)
-            and self.buffers == [leaf.buffer for leaf in graph.leafs]
-        )
-
-
-class _IdTable:
-    """Backend ids by position in the graph, as upstream's arrays: what a shorter graph does not write stays."""
-
-    __slots__ = ("ids",)
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-
-    def write(self, ids: Sequence[int]) -> None:
-        self.ids[: len(ids)] = ids
-
-    def moved(self, previous: _IdTable, n: int, bufts: Sequence[BufferType]) -> bool:
-        """Whether one of the first n positions has another buffer type than in the previous graph.
-
-        No backend (-1) is like another buffer type: upstream reads before its array, where no buffer type is.
-        """
-        if self.ids[:n] == previous.ids[:n]:
-            return False
-        before = previous.ids[:n] + [0] * (n - len(previous.ids))
-        return any(
-            a != b and (min(a, b) < 0 or bufts[a] is not bufts[b]) for a, b in zip(self.ids[:n], before, strict=True)
-        )

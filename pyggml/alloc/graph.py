@@ -1,0 +1,342 @@
+"""`Gallocr`: the graph allocator, for results.
+
+It first plays a graph through with sizes only (`Gallocr.reserve_n`): each result gets an offset when its node comes, and
+gives it back after its last use. Then it allocates one buffer per buffer type, as large as the play needed, and places the
+tensors of that graph, or of any other that fits (`Gallocr.alloc_graph`). Offsets are upstream's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain
+from operator import attrgetter
+from typing import Protocol
+
+from ..buffer import Buffer, BufferType
+from ..dialect import DEFAULT_DIALECT, Dialect
+from ..errors import AllocError, OutOfMemoryError
+from ..tensor import Tensor
+from ..types import BufferUsage, Op
+from .offsets import DynTallocr
+from .play import NOWHERE, Place, Play, places_of
+
+__all__ = ["GallocGraph", "Gallocr"]
+
+
+class GallocGraph(Protocol):
+    """What the graph allocator reads of a graph."""
+
+    @property
+    def nodes(self) -> list[Tensor]:
+        """Results, in the order of computing."""
+
+    @property
+    def leafs(self) -> list[Tensor]:
+        """Inputs and weights."""
+
+
+class _VBuffer:
+    """The buffers (chunks) of one buffer type."""
+
+    __slots__ = ("chunks",)
+
+    def __init__(self) -> None:
+        self.chunks: list[Buffer] = []
+
+    @property
+    def size(self) -> int:
+        return sum(b.size for b in self.chunks)
+
+    def close(self) -> None:
+        for b in self.chunks:
+            b.close()
+        self.chunks = []
+
+
+class Gallocr:
+    """Graph allocator over several buffer types.
+
+    Parameters
+    ----------
+    bufts : sequence of BufferType
+        One for each buffer id; a type that stands twice shares its memory.
+    dialect : Dialect
+        Its `clamp_inplace` and `alloc_size_check` are used.
+
+    Notes
+    -----
+    Mirrors `ggml_gallocr`. Differs: no limits of hash size or free blocks; after an allocation that failed, or a
+    `reserve_n_size`, the next graph is reserved anew, where upstream uses a null buffer.
+    """
+
+    __slots__ = (
+        "_check_size",
+        "_clamp_inplace",
+        "_leafs",
+        "_n_srcs",
+        "_nodes",
+        "_places",
+        "buffers",
+        "bufts",
+        "is_reserved",
+        "tallocs",
+    )
+
+    def __init__(self, bufts: Sequence[BufferType], *, dialect: Dialect = DEFAULT_DIALECT) -> None:
+        self.bufts = list(bufts)
+        self.buffers: list[_VBuffer | None] = [None] * len(self.bufts)
+        by_type: dict[BufferType, DynTallocr] = {}
+        for buft in self.bufts:
+            by_type.setdefault(buft, DynTallocr(buft.alignment, buft.max_size))
+        self.tallocs = [by_type[buft] for buft in self.bufts]
+        self._clamp_inplace = dialect.clamp_inplace
+        self._check_size = dialect.alloc_size_check
+        self._nodes: list[tuple[Place, list[Place]]] = []  #: of each node and its sources
+        self._leafs: list[Place] = []
+        self._n_srcs: list[int] = []  #: sources of each node
+        self._places: list[Place] = []  #: of the sources of all nodes, then of the nodes
+        self.is_reserved = True  #: whether the buffers fit the places; at first there are none, for an empty graph
+
+    # -- reserving -----------------------------------------------------------
+
+    def reserve_n(
+        self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
+    ) -> None:
+        """Lay a graph out, and allocate buffers where those at hand are too small.
+
+        Raises
+        ------
+        OutOfMemoryError
+            A buffer cannot be allocated; the next graph is laid out anew.
+
+        Notes
+        -----
+        Mirrors `ggml_gallocr_reserve_n`.
+        """
+        self._lay_out(graph, node_buffer_ids, leaf_buffer_ids)
+        self._fit_buffers(allocate=True)
+        self.is_reserved = True
+
+    def reserve_n_size(
+        self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
+    ) -> list[int]:
+        """Return the bytes that `reserve_n` would need for each buffer id; buffers that are too small are freed.
+
+        Notes
+        -----
+        Mirrors `ggml_gallocr_reserve_n_size`. Differs: if a buffer was freed the next graph is laid out anew; upstream
+        places it at null.
+        """
+        self._lay_out(graph, node_buffer_ids, leaf_buffer_ids)
+        self._fit_buffers(allocate=False)
+        used = {place.buffer_id for dst, srcs in self._nodes for place in (dst, *srcs)}
+        used.update(place.buffer_id for place in self._leafs)
+        self.is_reserved = all(i < 0 or self.buffers[i] is not None for i in used)
+        return [sum(chunk.max_size for chunk in talloc.chunks) for talloc in self.tallocs]
+
+    def _lay_out(
+        self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
+    ) -> None:
+        self.is_reserved = False
+        nodes, leafs = graph.nodes, graph.leafs
+        for talloc in self.tallocs:
+            talloc.reset()
+        lives = Play(self).run(nodes, leafs, node_buffer_ids or [0] * len(nodes), leaf_buffer_ids or [0] * len(leafs))
+        places: dict[Tensor, Place] = {}
+
+        def place(tensor: Tensor | None) -> Place:
+            if tensor is None or tensor.view_src is not None or tensor.data is not None:
+                return NOWHERE
+            found = places.get(tensor)
+            if found is None:
+                life = lives[tensor]
+                size = self.alloc_size(life.buffer_id, tensor)
+                found = places[tensor] = Place(life.buffer_id, life.chunk, life.offset, size)
+            return found
+
+        self._nodes = [(place(node), [place(src) for src in node.src]) for node in nodes]
+        self._leafs = [place(leaf) for leaf in leafs]
+        self._n_srcs = [len(node.src) for node in nodes]
+        self._places = places_of(self._nodes, [node.src for node in nodes])
+
+    def _fit_buffers(self, *, allocate: bool) -> None:
+        """Free and allocate buffers until each holds what the layout needs."""
+        for i, talloc in enumerate(self.tallocs):
+            first = self.tallocs.index(talloc)
+            if first < i:
+                self.buffers[i] = self.buffers[first]
+            old = self.buffers[i]
+            needed = [chunk.max_size for chunk in talloc.chunks]
+            if old is not None:
+                sizes = [b.size for b in old.chunks]
+                if all(n <= (sizes[c] if c < len(sizes) else 0) for c, n in enumerate(needed)):
+                    continue
+                old.close()
+            self.buffers[i] = None
+            if allocate:
+                self.buffers[i] = self._alloc_vbuffer(self.bufts[i], needed)
+
+    @staticmethod
+    def _alloc_vbuffer(buft: BufferType, sizes: Sequence[int]) -> _VBuffer:
+        vbuffer = _VBuffer()
+        try:
+            for size in sizes:
+                buffer = buft.alloc_buffer(size)
+                buffer.set_usage(BufferUsage.COMPUTE)
+                vbuffer.chunks.append(buffer)
+        except OutOfMemoryError as error:
+            vbuffer.close()
+            raise OutOfMemoryError(
+                error.buft,
+                error.requested_bytes,
+                error.available_bytes,
+                "results of the graph (its compute buffer)",
+                hint="use smaller micro-batches (-ub) or a smaller context (-c), or place less on the device",
+            ) from error
+        return vbuffer
+
+    # -- placing -------------------------------------------------------------
+
+    def alloc_graph(self, graph: GallocGraph) -> bool:
+        """Place the tensors of a graph as laid out; False if it does not fit and there are several buffer types.
+
+        Raises
+        ------
+        OutOfMemoryError
+            With one buffer type the graph is reserved by itself, which may fail.
+
+        Notes
+        -----
+        Mirrors `ggml_gallocr_alloc_graph`.
+        """
+        found = self._find_places(graph) if self.is_reserved else None
+        if found is None:
+            if len(self.bufts) > 1:
+                return False
+            self.reserve_n(graph, None, None)
+            found = self._find_places(graph)
+            assert found is not None
+        for vbuffer in self.buffers:
+            if vbuffer is not None:
+                for b in vbuffer.chunks:
+                    b.reset()
+        self._place(graph.leafs, *found)
+        return True
+
+    def _find_places(self, graph: GallocGraph) -> tuple[list[tuple[Tensor, Place]], list[Tensor]] | None:
+        """Return where the layout at hand puts nodes and sources without memory, and views; None if it does not serve the graph.
+
+        Notes
+        -----
+        Mirrors `ggml_gallocr_needs_realloc`: what stands at each position must fit there. In a graph like the one that
+        was laid out a tensor stands at positions of one place only, and is looked at once.
+        """
+        nodes = graph.nodes
+        if len(self._nodes) != len(nodes) or len(self._leafs) != len(graph.leafs):
+            return None
+        srcs = [node.src for node in nodes]
+        places = self._places
+        if list(map(len, srcs)) != self._n_srcs:
+            places = places_of(self._nodes, srcs)
+        tensors: list[Tensor | None] = [*chain.from_iterable(srcs), *nodes]
+        found = dict(zip(tensors, places, strict=True))
+        pairs: Iterable[tuple[Tensor | None, Place]] = found.items()
+        if list(map(found.__getitem__, tensors)) != places:
+            pairs = zip(tensors, places, strict=True)
+        sizes = [
+            partial(self.alloc_size, i) if self._check_size else buft.alloc_size for i, buft in enumerate(self.bufts)
+        ]
+        owners: list[tuple[Tensor, Place]] = []
+        views: list[Tensor] = []
+        for tensor, place in pairs:
+            if tensor is None or tensor.buffer is not None:
+                continue
+            if tensor.view_src is not None:
+                views.append(tensor)
+            elif tensor.data is None:
+                i = place.buffer_id
+                if i < 0 or sizes[i](tensor) > place.size_max:
+                    return None
+                owners.append((tensor, place))
+        return owners, views
+
+    def _place(self, leafs: Sequence[Tensor], owners: Iterable[tuple[Tensor, Place]], views: Iterable[Tensor]) -> None:
+        """Give tensors the memory of their places, leafs first; then views that of what they view, if it has some."""
+        chunks = [() if v is None else tuple(v.chunks) for v in self.buffers]
+        placed: list[Tensor] = []
+        at_leafs = [(t, p) for t, p in zip(leafs, self._leafs, strict=True) if t.buffer is None]
+        for tensor, place in (*at_leafs, *owners):
+            if tensor.data is None and tensor.view_src is None:
+                tensor.buffer = buffer = chunks[place.buffer_id][place.chunk]
+                tensor.data = buffer.base + place.offset
+                placed.append(tensor)
+        for view in (*[t for t, _ in at_leafs if t.view_src is not None], *views):
+            root = view.view_src
+            if root is not None and root.buffer is not None and root.data is not None and view.buffer is None:
+                view.buffer = root.buffer
+                view.data = root.data + view.view_offs
+                placed.append(view)
+        if any(type(b).init_tensor is not Buffer.init_tensor for b in set(map(_buffer_of, placed))):
+            for tensor in placed:
+                _buffer_of(tensor).init_tensor(tensor)
+
+    # -- sizes ---------------------------------------------------------------
+
+    def alloc_size(self, buffer_id: int, tensor: Tensor) -> int:
+        """Bytes that a tensor takes in a buffer.
+
+        Raises
+        ------
+        AllocError
+            The buffer type asks for more than ``nbytes`` where the dialect does not allow it.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_buft_get_alloc_size`.
+        """
+        size = self.bufts[buffer_id].alloc_size(tensor)
+        if self._check_size and size > tensor.nbytes:
+            self._check_expansion(buffer_id, tensor, size)
+        return size
+
+    def _check_expansion(self, buffer_id: int, tensor: Tensor, size: int) -> None:
+        if tensor.op.is_empty or tensor.type.is_quantized or tensor.op.may_expand:
+            return
+        raise AllocError(
+            f"{self.bufts[buffer_id].name} asks for {size:,} bytes for {tensor.op.name} '{tensor.name}' of "
+            f"{tensor.nbytes:,} bytes: only quantised types and a few ops may ask for more",
+            hint="the buffer type's alloc_size is wrong for this op, or use a dialect without alloc_size_check",
+        )
+
+    def can_inplace(self, op: Op) -> bool:
+        """Whether a result of the op may take over a source's memory."""
+        return op.can_inplace and (op is not Op.CLAMP or self._clamp_inplace)
+
+    def buffer_size(self, buffer_id: int) -> int:
+        """Bytes of a compute buffer; 0 if it is one that an earlier id has.
+
+        Notes
+        -----
+        Mirrors `ggml_gallocr_get_buffer_size`.
+        """
+        vbuffer = self.buffers[buffer_id]
+        if vbuffer is None or any(vbuffer is b for b in self.buffers[:buffer_id]):
+            return 0
+        return vbuffer.size
+
+    def chunks(self, buffer_id: int) -> list[Buffer]:
+        """Buffers that make up a compute buffer."""
+        vbuffer = self.buffers[buffer_id]
+        return [] if vbuffer is None else list(vbuffer.chunks)
+
+    def close(self) -> None:
+        """Give all buffers back."""
+        for vbuffer in self.buffers:
+            if vbuffer is not None:
+                vbuffer.close()
+        self.buffers = [None] * len(self.bufts)
+        self.is_reserved = False
+
+
+_buffer_of: Callable[[Tensor], Buffer] = attrgetter("buffer")

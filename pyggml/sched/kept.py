@@ -1,0 +1,70 @@
+"""What a scheduler keeps from one graph to the next: backend ids by position, and the latest allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from weakref import ref
+
+from ..buffer import BufferType
+from ..graph import Graph
+from .state import Assignment, Copies
+
+__all__ = ["IdTable", "KeptAlloc"]
+
+_flags_of = attrgetter("flags")
+
+
+def _flags(graph: Graph) -> list[int]:
+    return [*map(_flags_of, graph.nodes), *map(_flags_of, graph.leafs)]
+
+
+class KeptAlloc:
+    """An allocation that a `reset` forgot, and all that it rests on."""
+
+    __slots__ = ("assignment", "buffers", "copies", "flags", "graph", "rules", "version")
+
+    def __init__(self, graph: Graph, assignment: Assignment, copies: Copies, rules: tuple[object, ...]) -> None:
+        self.graph = ref(graph)
+        self.version = graph.version
+        self.flags = _flags(graph)
+        self.buffers = [leaf.buffer for leaf in graph.leafs]
+        self.assignment = assignment
+        self.copies = copies
+        self.rules = rules
+
+    def serves(self, graph: Graph, rules: tuple[object, ...]) -> bool:
+        """Whether nothing changed since. Pins are for one graph."""
+        return (
+            self.graph() is graph
+            and self.version == graph.version
+            and not self.assignment.has_pins
+            and self.rules == rules
+            and self.flags == _flags(graph)
+            and self.buffers == [leaf.buffer for leaf in graph.leafs]
+        )
+
+
+class IdTable:
+    """Backend ids by position in the graph, as upstream's arrays: what a shorter graph does not write stays."""
+
+    __slots__ = ("ids",)
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def write(self, ids: Sequence[int]) -> None:
+        """Put the ids of a graph over those of the graph before."""
+        self.ids[: len(ids)] = ids
+
+    def moved(self, previous: IdTable, n: int, bufts: Sequence[BufferType]) -> bool:
+        """Whether one of the first n positions has another buffer type than in the previous graph.
+
+        No backend (-1) is like another buffer type: upstream reads before its array, where no buffer type is.
+        """
+        if self.ids[:n] == previous.ids[:n]:
+            return False
+        before = previous.ids[:n] + [0] * (n - len(previous.ids))
+        return any(
+            a != b and (min(a, b) < 0 or bufts[a] is not bufts[b]) for a, b in zip(self.ids[:n], before, strict=True)
+        )
