@@ -1,0 +1,82 @@
+"""Pages of plans, of graphs, and of what nobody should have named so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from browsing import DESKTOP, PHONE, OpenPage, overflow, overlapping_texts
+
+import pyggml as ggml
+from pyggml.record import ComputeRecord, CopyRecord
+from pyggml.viz import view_of_graph, view_of_records, view_of_scheduler, write_page
+
+EVIL = "</script><img src=x onerror=window.bad=1><!--"
+
+
+@pytest.fixture
+def sched() -> ggml.Scheduler:
+    """A scheduler with a plan of three splits, on nothing that has data."""
+    cpu, gpu = ggml.CPU(threads=1), ggml.Sim("rtx4090-pcie4", data=False)
+    weights = ggml.Context()
+    w = weights.new_tensor("f32", (8, 8), name="w")
+    weights.alloc(gpu, usage="weights")
+    graph = ggml.Graph()
+    with graph:
+        first = ggml.mul_mat(w, graph.input("f32", (8, 2), name="x")).named("first")
+        second = ggml.exp(first).named("second")
+        third = ggml.mul_mat(w, second).named("third")
+    graph.expand(third)
+    made = ggml.Scheduler([gpu, cpu])
+    made.set_tensor_backend(second, cpu)
+    made.split_graph(graph)
+    return made
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_a_plan(open_page: OpenPage, tmp_path: Path, sched: ggml.Scheduler, size: tuple[int, int]) -> None:
+    """The page of a plan has its splits and what they need, but no times."""
+    write_page(tmp_path / "plan.html", view_of_scheduler(sched))
+    page = open_page(tmp_path / "plan.html", size)
+    assert page.locator("#splits-table tbody tr").count() == len(sched.splits) == 3
+    n_bytes = sum(t.nbytes for split in sched.splits for t in split.inputs)
+    assert page.evaluate("pyggml.totals[0].bytes_copied") == n_bytes
+    assert page.evaluate("pyggml.views[0].clocks") == ["order"]
+    page.locator("#splits-table tbody tr").nth(1).click()
+    assert "first is a result of SIM0" in page.locator("tr.inputs").inner_text()
+    assert "the user pinned it there" in page.locator("tr.inputs").inner_text()
+    assert overflow(page) == 0
+    assert overlapping_texts(page) == []
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_a_graph(open_page: OpenPage, tmp_path: Path, sched: ggml.Scheduler, size: tuple[int, int]) -> None:
+    """The page of a graph lists its tensors and draws them; a click on one draws what is around it."""
+    write_page(tmp_path / "graph.html", view_of_graph(sched.splits[0].graph.graph))
+    page = open_page(tmp_path / "graph.html", size)
+    boxes = page.locator("#graph-drawing [data-i]")
+    n_all = boxes.count()
+    assert page.locator("#graph-table tbody tr").count() == n_all
+    page.locator("#graph-tools input").fill("EXP")
+    assert page.locator("#graph-table tbody tr").count() == 1
+    page.locator("#graph-table tbody tr").click()
+    assert "second" in page.locator("#graph-drawing .chosen").text_content()
+    assert overflow(page) == 0
+    assert overlapping_texts(page) == []
+
+
+def test_names_are_text(open_page: OpenPage, tmp_path: Path) -> None:
+    """A name that looks like a program is shown as it is written, wherever it stands."""
+    copy = CopyRecord(0, EVIL, EVIL, EVIL, 0, 64, 64, "weight", 0.0, 0.1)
+    work = ComputeRecord(0, EVIL, 3, EVIL, 0.1, 0.2, causes=((EVIL, 3),))
+    write_page(tmp_path / "page.html", view_of_records([copy, work], name=EVIL, about={"options": EVIL}), title=EVIL)
+    page = open_page(tmp_path / "page.html")
+    page.locator("#search").fill("onerror")
+    assert page.locator("#found li").first.inner_text().startswith(EVIL)
+    page.keyboard.press("Enter")
+    assert EVIL in page.locator("#detail").inner_text()
+    page.locator("#splits-table tbody tr").first.click()
+    page.locator("canvas.lanes").hover()
+    assert page.title() == EVIL
+    assert page.locator("img").count() == 0
+    assert page.evaluate("window.bad") is None
