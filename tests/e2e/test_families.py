@@ -245,9 +245,9 @@ def expected(tmp_path_factory) -> dict[str, tuple[Path, Decoded, Decoded]]:
     return dict(zip(FAMILIES, zip(paths, found[:n], found[n:], strict=True), strict=True))
 
 
-def decode(path: Path, kv: Type, flash: str, **options) -> np.ndarray:
+def decode(path: Path, kv: Type, flash: str, *, kv_offload: bool = True, **options) -> np.ndarray:
     """Return the logits of all tokens, in batches of 24."""
-    context = ContextFlags(n_ctx=256, n_batch=64, type_k=kv, type_v=kv, flash_attn=flash)
+    context = ContextFlags(n_ctx=256, n_batch=64, type_k=kv, type_v=kv, flash_attn=flash, offload_kqv=kv_offload)
     with Session.open(path, context=context, **options) as s:
         return np.concatenate([s.decode(TOKENS[i : i + 24], outputs="all") for i in (0, 24)])
 
@@ -298,6 +298,18 @@ def test_placement_changes_no_bit(name, placement, expected):
     path, _, _ = expected[name]
     found = decode(path, Type.F16, "on", devices=["sim:rtx4090-pcie4"], placement=placement)
     np.testing.assert_array_equal(found, decode(path, Type.F16, "on"))
+
+
+@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek2"])
+@pytest.mark.parametrize("flash", ["off", "on"])
+@pytest.mark.parametrize("devices", [["sim"], ["sim", "sim"]], ids=["one device", "two devices"])
+def test_caches_of_other_kinds_may_stay_on_the_host(name, flash, devices, expected):
+    """With a cache of windows or of latent vectors in host memory, or over two devices, no bit changes."""
+    path, _, _ = expected[name]
+    plain = decode(path, Type.F16, flash)
+    for kv_offload in (True, False):
+        np.testing.assert_array_equal(decode(path, Type.F16, flash, devices=devices, kv_offload=kv_offload), plain)
 
 
 def test_layers_that_predict_further_count_in_placement(expected):

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from recorded_models import write_recorded_model
 
+from pyggml.commands._conversation import Conversation
 from pyggml.errors import AllocError
 from pyggml.models.batch import Batch
 from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.sampling import greedy
 from pyggml.session import ContextFlags, PlacementFlags, Session, TopK
+from pyggml.tokenizer import Tokenizer
 from pyggml.types import Type
 
 DATA = Path(__file__).parents[1] / "data" / "logits"
@@ -106,6 +109,24 @@ def test_going_back_too_far_is_an_error(model):
     with session(model, flags={"swa_full": True}) as s:
         decode(s, TOKENS[:500])
         assert s.can_rewind(100)
+
+
+def test_a_conversation_that_forks_far_back_is_evaluated_anew(model, monkeypatch):
+    """Where the next turn shares too little with the cache for its windows, nothing is reused, and the answer is right."""
+    said = ["".join(chr(65 + i * i % 50) for i in range(n)) for n in (600, 100)]
+    said = [said[0], said[1] + "!" * 100, said[1] + "!" * 100 + "???"]
+    turns = iter(said)
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda self, messages: next(turns))
+    with session(model, n_ctx=1024) as s, session(model, n_ctx=1024) as fresh:
+        talk = Conversation(s, Tokenizer.from_gguf(s.file), greedy)
+        reused = []
+        for _ in said:
+            answer = talk.turn("", 3, lambda piece: None)
+            reused.append(talk.n_reused)
+        ids = talk.tokenizer.encode(said[-1], add_special=False)
+        expected = list(fresh.generate(ids, 3))
+    assert reused == [0, 0, 200]
+    assert answer == talk.tokenizer.decode(expected)
 
 
 def test_several_sequences_have_their_own_windows(model):
