@@ -46,10 +46,13 @@
       if (graph) t.n_splits += graph.splits.length;
     });
     for (const clock of view.clocks) {
-      let ns = 0;
-      view.spansOfRuns(clock).forEach(([a, b], r) => {
-        if (chosen(r) && b > a) ns += b - a;
-      });
+      // runs that overlap, as in a pipeline, count once
+      const spans = view.spansOfRuns(clock).filter(([a, b], r) => chosen(r) && b > a).sort((p, q) => p[0] - q[0]);
+      let [ns, reached] = [0, 0];
+      for (const [a, b] of spans) {
+        ns += Math.max(0, b - Math.max(a, reached));
+        reached = Math.max(reached, b);
+      }
       t.seconds[clock] = ns / 1e9;
     }
     return t;
