@@ -42,7 +42,12 @@ def hparams(arch: str, **changes: object) -> HParams:
     if arch == "gpt-oss":
         values |= {"n_swa": 16, "swa_layers": frozenset({0, 2}), "rope_freq_base_swa": 10000.0}
     if arch == "glm4moe":
-        values |= {"n_layer_dense_lead": 1, "n_expert_shared": 1, "expert_gating": "sigmoid", "expert_weights_norm": True}
+        values |= {
+            "n_layer_dense_lead": 1,
+            "n_expert_shared": 1,
+            "expert_gating": "sigmoid",
+            "expert_weights_norm": True,
+        }
         values["expert_weights_scale"] = 1.5
     return HParams(**(values | changes))  # type: ignore[arg-type]
 
