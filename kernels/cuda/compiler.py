@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cpu.cache import user_cache_dir
-from . import copies, mmvq, reduce, rope, rows, tile
+from . import copies, float_tile, mmvq, reduce, rope, rows, tile
 from .formats import FORMATS
 from .source import Kernel
 
@@ -37,7 +37,7 @@ def _kernels() -> dict[str, Callable[[], Kernel]]:
         tail = "" if wide else "_any"
         for type in FLOATS:
             table[f"mmv_{type}{tail}"] = lambda type=type, wide=wide: mmvq.floating(type, wide=wide)
-            table[f"tile_{type}{tail}"] = lambda type=type, wide=wide: tile.floating(type, wide=wide)
+            table[f"tile_{type}{tail}"] = lambda type=type, wide=wide: float_tile.floating(type, wide=wide)
         table[f"quantize_q8_1{tail}"] = lambda wide=wide: rows.quantize_q8_1(wide=wide)
         table[f"add_id{tail}"] = lambda wide=wide: rows.add_id(wide=wide)
         table[f"scale{tail}"] = lambda wide=wide: rows.scale(wide=wide)
@@ -63,7 +63,7 @@ def _kernels() -> dict[str, Callable[[], Kernel]]:
 
 
 #: the modules that decide what is compiled
-SOURCES = ("copies", "formats", "intrinsics", "mmvq", "reduce", "rope", "rows", "source", "tile")
+SOURCES = ("copies", "float_tile", "formats", "intrinsics", "mmvq", "reduce", "rope", "rows", "source", "tile")
 
 #: every kernel by name
 KERNELS = _kernels()

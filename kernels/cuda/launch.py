@@ -105,12 +105,6 @@ class Workspace:
 # -- MUL_MAT_ID and MUL_MAT ------------------------------------------------------
 
 
-def can_mul_mat(type: str, n_expert: int, n_slot: int, n_token: int) -> bool:
-    """Whether the kernels know the type and their grids reach so far."""
-    known = type in FORMATS or type in FLOAT_BYTES
-    return known and n_slot * n_token // tile.COLUMNS + n_expert <= MAX_GRID_YZ
-
-
 def _is_few(src0: Operand, n_column: int, n_slot: int, n_token: int) -> bool:
     """Whether the product goes row by row; a tile needs rows of two blocks."""
     short = src0.type in FORMATS and src0.ne[0] < 32 * tile.STAGE

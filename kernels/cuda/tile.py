@@ -1,7 +1,7 @@
 """The matrix product for many tokens: tiles of one expert's rows by `COLUMNS` of its tokens, all in one launch.
 
 Which tokens an expert has was laid out by `rows.group_ids`, on the device. Quantised weights are taken apart into signed
-bytes in shared memory once for all columns of a tile, and multiplied by dp4a; floats by fused multiply-adds.
+bytes in shared memory once for all columns of a tile, and multiplied by dp4a; `float_tile` does floats.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from .formats import Format, Text
-from .mmvq import float_scalar, float_words
 from .source import Kernel, Param, indent
 
 THREADS = 128
@@ -29,10 +28,6 @@ PITCH = BLOCK // 4 * STAGE + 4
 #: 1.5 * 2**23 as bits and as a value: the float of these bits plus n is the value plus n, for any |n| < 2**22
 MAGIC, MAGIC_VALUE = 0x4B400000, 12582912
 
-# floats: 128 rows, 8 x 4 results a thread, 16 values a stage, both tiles transposed
-FLOAT_STAGE = 16
-FLOAT_PITCH_W, FLOAT_PITCH_Y = ROWS + 4, COLUMNS + 4
-
 _HEAD = """
 t = u32(cuda.threadIdx.x)
 place = u32(cuda.blockIdx.y)
@@ -48,25 +43,28 @@ wexpert = w + u64(expert) * nb02
 _COMMON = ("w", "nb01", "nb02", "row_src", "row_dst", "bounds", "tiles", "dst", "nbd", "n_row:u32")
 
 
-def _head(rows: int) -> Text:
+def head(rows: int) -> Text:
+    """Return what finds the tile of a block: its expert, first column and row; ends where there is none."""
     shift = COLUMNS.bit_length() - 1
     return _HEAD.format(rows=rows, columns=COLUMNS, shift=shift).strip().split("\n")
 
 
-def _params(*more: str) -> tuple[Param, ...]:
+def params(*more: str) -> tuple[Param, ...]:
+    """Return the parameters of a tile kernel."""
     return tuple(Param.of(p) for p in (*_COMMON, *more))
 
 
-def _row_address(p: str, row: str) -> Text:
+def row_address(p: str, row: str) -> Text:
     """Rows past the last are read as the last: nothing of them is stored."""
     return [f"{p}row = min(u32(row0 + {row}), u32(n_row - u32(1)))", f"{p}wrow = wexpert + u64({p}row) * nb01"]
 
 
-def _column_source(column: str) -> Text:
+def column_source(column: str) -> Text:
+    """Find the row of activations of a column; past the last it is the last."""
     return [f"column = min(u32(column0 + {column}), last)", "source = ld_u32(row_src + u64(column) * u64(4))"]
 
 
-def _write(rows: int, columns: Text, row: str, steps: list[int]) -> Text:
+def write(rows: int, columns: Text, row: str, steps: list[int]) -> Text:
     """Write the results: whole tiles without a question for each row."""
     text: Text = []
     for j, column in enumerate(columns):
@@ -115,7 +113,7 @@ class _Staging:
         for i in range(ROWS * lanes // THREADS):
             p, row = f"p{i}_", f"u32(wr + u32({i * THREADS // lanes}))"
             self.where += [
-                *_row_address(p, row),
+                *row_address(p, row),
                 f"{p}to = keep(sw + u64(u32({row} * u32({4 * PITCH}))) + u64(u32({place})))",
             ]
             self._unit(p)
@@ -158,7 +156,7 @@ def _y_stage(fmt: Format) -> tuple[Text, Text, Text]:
         "yp = u32(t & u32(3))",
         "yb = u32(yp >> u32(1))",
         "yh = u32(yp & u32(1))",
-        *_column_source("yc"),
+        *column_source("yc"),
         f"ysrc = yq + u64(source) * u64(n_block) * u64(32) + u64(u32(yb * u32({32 * apart})) + u32(yh << u32(4)))",
         f"dsrc = yd + u64(source) * u64(n_block) * u64(8) + u64(yb * u32({8 * apart}))",
         f"yto = sy + u64(yc * u32({4 * PITCH})) + u64(yb * u32({BLOCK}))",
@@ -247,10 +245,10 @@ def _multiply_quantized(fmt: Format) -> dict[str, Any]:
                     results[n] = builder.fadd(results[n], builder.fmul(factors[1], y_factors[j][1]))
         return results
 
-    return _accumulating(emit, TM * TN)
+    return accumulating(emit, TM * TN)
 
 
-def _accumulating(emit: Any, n: int) -> dict[str, Any]:
+def accumulating(emit: Any, n: int) -> dict[str, Any]:
     """Return intrinsics for ``n`` results in a tuple: ``zeros()`` and ``multiply(results, weights, activations)``."""
     from numba import types as T
     from numba.cuda.extending import intrinsic
@@ -290,7 +288,7 @@ def quantized(fmt: Format, *, odd: bool = False) -> Kernel:
     body = [
         f"sw = shared_address(cuda.shared.array({ROWS * PITCH}, u32, alignment=16))",
         f"sy = shared_address(cuda.shared.array({COLUMNS * PITCH}, u32, alignment=16))",
-        *_head(ROWS),
+        *head(ROWS),
         *staging.where,
         *y_where,
         "tm = u32(t & u32(15))",
@@ -317,148 +315,12 @@ def quantized(fmt: Format, *, odd: bool = False) -> Kernel:
         ),
     ]
     columns = [f"tn + u32({8 * j})" for j in range(TN)]
-    body += _write(ROWS, columns, "tm", [16 * i for i in range(TM)])
-    params = _params("yq", "yd", "n_block:u32")
+    body += write(ROWS, columns, "tm", [16 * i for i in range(TM)])
     return Kernel(
-        f"tile_{fmt.name}" + ("_odd" if odd else ""), params, body, THREADS, lambda: _multiply_quantized(fmt), blocks=3
+        f"tile_{fmt.name}" + ("_odd" if odd else ""),
+        params("yq", "yd", "n_block:u32"),
+        body,
+        THREADS,
+        lambda: _multiply_quantized(fmt),
+        blocks=3,
     )
-
-
-# -- floats ----------------------------------------------------------------------
-
-
-class _FloatStaging:
-    """How a stage of floats is loaded and put into shared memory: 16 bytes a lane, or a value a lane.
-
-    Attributes
-    ----------
-    where : list of str
-        Before the loop.
-    load, load_last : list of str
-        The loads of a whole stage at ``k0``, and of one that the rows may end in.
-    store : list of str
-        What was loaded goes to shared memory.
-    """
-
-    def __init__(self, type: str, *, wide: bool) -> None:
-        self.type, self.wide = type, wide
-        self.size = 4 if type == "f32" else 2
-        self.where: Text = []
-        self.load: Text = []
-        self.load_last: Text = []
-        self.store: Text = []
-        self._place("w", 16 // self.size if wide else 1)
-        for i, row in enumerate(self._rows("w", ROWS)):
-            self.where += [*_row_address(f"w{i}_", row), f"w{i}_wrow = keep(w{i}_wrow + u64(wk * u32({self.size})))"]
-            self._weights(f"w{i}_", i)
-        self._place("y", 4 if wide else 1)
-        for i, column in enumerate(self._rows("y", COLUMNS)):
-            self.where += [
-                *_column_source(column),
-                f"y{i}_src = y + u64(udiv(source, ne11)) * nb12 + u64(urem(source, ne11)) * nb11",
-                f"y{i}_src = keep(y{i}_src + u64(yk << u32(2)))",
-            ]
-            self._activations(f"y{i}_", i)
-
-    def _place(self, name: str, n: int) -> None:
-        """Find a lane's place in the stage, ``n`` values of a row, and where they go."""
-        self.lanes, self.n = FLOAT_STAGE // n, n
-        pitch = FLOAT_PITCH_W if name == "w" else FLOAT_PITCH_Y
-        self.where += [
-            f"{name}k = u32(u32(t & u32({self.lanes - 1})) * u32({n}))",
-            f"{name}r = u32(t >> u32({self.lanes.bit_length() - 1}))",
-            f"{name}to = keep(s{name} + u64(u32({name}k * u32({4 * pitch})) + u32({name}r << u32(2))))",
-        ]
-
-    def _rows(self, name: str, n_row: int) -> Text:
-        """Return the rows of a lane."""
-        self.apart = THREADS // self.lanes
-        return [f"u32({name}r + u32({i * self.apart}))" for i in range(n_row // self.apart)]
-
-    def _weights(self, p: str, i: int) -> None:
-        at = f"{p}wrow + u64(k0) * u64({self.size})"
-        if not self.wide:
-            self._loaded([f"{p}v"], "f32", float_scalar(self.type, at), "wk")
-            self.store.append(f"sts_f32(wto + u64({4 * self.apart * i}), {p}v)")
-            return
-        self._loaded([f"{p}r{q}" for q in range(4)], "u32", f"ld4_u32({at})", "wk")
-        self.store += float_words(f"{p}v", self.type, 4, f"{p}r")
-        at = [4 * (q * FLOAT_PITCH_W + i * self.apart) for q in range(self.n)]
-        self.store += [f"sts_f32(wto + u64({at[q]}), {p}v{q})" for q in range(self.n)]
-
-    def _activations(self, p: str, i: int) -> None:
-        names = [f"{p}{q}" for q in range(self.n)]
-        load = "ld4_f32" if self.wide else "ld_f32"
-        self._loaded(names, "f32", f"{load}({p}src + u64(k0) * u64(4))", "yk")
-        at = [4 * (q * FLOAT_PITCH_Y + i * self.apart) for q in range(self.n)]
-        self.store += [f"sts_f32(yto + u64({at[q]}), {name})" for q, name in enumerate(names)]
-
-    def _loaded(self, names: Text, type: str, load: str, k: str) -> None:
-        """Load; past the end of the rows there is nothing but zeros."""
-        zeros = ", ".join([f"{type}(0)"] * len(names))
-        line = f"{', '.join(names)} = {load}"
-        self.where.append(f"{', '.join(names)} = {zeros}")
-        self.load.append(line)
-        self.load_last += [f"if k0 + {k} < n_k:", f"    {line}", "else:", f"    {', '.join(names)} = {zeros}"]
-
-    @property
-    def next(self) -> Text:
-        """The loads of the stage at ``k0``, if there is one: a question for all of it, and none for each value."""
-        whole = [f"if u32(k0 + u32({FLOAT_STAGE})) <= n_k:", *indent(self.load)]
-        return [*whole, "elif k0 < n_k:", *indent(self.load_last)]
-
-
-def _multiply_floats() -> dict[str, Any]:
-    """Return the intrinsics that add the outer products of the stage in shared memory."""
-    from .intrinsics import F32, shared_load
-
-    def emit(builder: Any, results: list[Any], wat: Any, yat: Any) -> list[Any]:
-        for k in range(FLOAT_STAGE):
-            xs = shared_load(builder, wat, 4 * k * FLOAT_PITCH_W, F32, 4)
-            xs += shared_load(builder, wat, 4 * k * FLOAT_PITCH_W + 2 * ROWS, F32, 4)
-            ys = shared_load(builder, yat, 4 * k * FLOAT_PITCH_Y, F32, 4)
-            results = [builder.fadd(r, builder.fmul(xs[n // TN], ys[n % TN])) for n, r in enumerate(results)]
-        return results
-
-    return _accumulating(emit, TM * TN)
-
-
-def floating(type: str, *, wide: bool) -> Kernel:
-    """Return the kernel for F32, F16 or BF16 weights; ``wide`` loads 16 bytes at a time and needs all rows aligned.
-
-    Notes
-    -----
-    Grid and block as those of `quantized`. The two kinds differ in how a stage comes to shared memory, and in nothing
-    else.
-    """
-    staging = _FloatStaging(type, wide=wide)
-    body = [
-        f"sw = shared_address(cuda.shared.array({FLOAT_STAGE * FLOAT_PITCH_W}, f32, alignment=16))",
-        f"sy = shared_address(cuda.shared.array({FLOAT_STAGE * FLOAT_PITCH_Y}, f32, alignment=16))",
-        *_head(ROWS),
-        *staging.where,
-        # of 8 rows, 4 lie side by side and 4 half a tile further
-        "tm = u32(u32(t & u32(15)) << u32(2))",
-        "tn = u32(u32(t >> u32(4)) << u32(2))",
-        "wat = keep(sw + u64(tm << u32(2)))",
-        "yat = keep(sy + u64(tn << u32(2)))",
-        "results = zeros()",
-        "k0 = u32(0)",
-        *staging.next,
-        "while k0 < n_k:",
-        *indent(
-            [
-                *staging.store,
-                "cuda.syncthreads()",
-                f"k0 = u32(k0 + u32({FLOAT_STAGE}))",
-                *staging.next,
-                "results = multiply(results, wat, yat)",
-                "cuda.syncthreads()",
-            ]
-        ),
-    ]
-    steps = [half + i for half in (0, ROWS // 2) for i in range(4)]
-    body += _write(ROWS, [f"tn + u32({j})" for j in range(TN)], "tm", steps)
-    name = f"tile_{type}" + ("" if wide else "_any")
-    params = _params("y", "nb11", "nb12", "ne11:u32", "n_k:u32")
-    return Kernel(name, params, body, THREADS, _multiply_floats, blocks=4 if wide else 3)
