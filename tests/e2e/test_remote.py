@@ -50,9 +50,8 @@ def test_a_session_can_be_opened_anew_after_its_server_was_lost(recorded_models)
         np.testing.assert_allclose(logits(model, devices=[server.address]), logits(model), atol=2e-4)
 
 
-def test_the_run_command_takes_it(recorded_models, capsys, monkeypatch):
+def test_the_run_command_takes_it(recorded_models, capsys):
     """`pyggml run --device rpc:HOST:PORT` works; without a server it is one clear line and status 1."""
-    monkeypatch.setenv("PYGGML_RPC_TIMEOUT", "5")
     words = ["run", str(recorded_models["qwen3moe"]), "--tokens", "1,2,3,4", "-n", "2", "--json", "--device"]
     with RPCServer() as server:
         assert run([*words, f"{server.address},cpu"]) == 0

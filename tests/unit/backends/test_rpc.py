@@ -5,13 +5,13 @@ from __future__ import annotations
 import pickle
 import socket
 import struct
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rpc_cases import Experts, Recorded, converse
 
 import pyggml as ggml
 from pyggml.backend import REGISTRY
@@ -28,9 +28,6 @@ from pyggml.errors import (
 )
 from pyggml.testing.rpc_server import Fault, RPCServer
 from pyggml.types import Op
-
-sys.path.insert(0, str(Path(__file__).parent))
-from rpc_cases import Experts, Recorded, converse
 
 DATA = Path(__file__).parents[2] / "data" / "rpc"
 VERSIONS = [(7, 0, 0), (8, 0, 0)]
@@ -281,7 +278,7 @@ def test_a_tensor_elsewhere_is_not_sent(server, cpu):
 
 WRONG = [
     (Fault(Command.GRAPH_COMPUTE, "close"), "DEVICE_COUNT", "closed the connection"),
-    (Fault(Command.GRAPH_COMPUTE, "stall"), "DEVICE_COUNT", "within 1 s"),
+    (Fault(Command.GRAPH_COMPUTE, "stall"), "DEVICE_COUNT", "within 2 s"),
     (Fault(Command.SET_TENSOR, "close", skip=1), "", "connection"),
     (
         Fault(Command.DEVICE_COUNT, "cut", skip=1),
@@ -292,8 +289,8 @@ WRONG = [
     (Fault(Command.GET_TENSOR, "close"), "GET_TENSOR", "closed the connection after 0 bytes"),
     (Fault(Command.GET_TENSOR, "cut"), "GET_TENSOR", "closed the connection after 384 bytes of an answer of 768"),
     (Fault(Command.GET_TENSOR, "size"), "GET_TENSOR", "answers with 776 bytes where 768 are due"),
-    (Fault(Command.GET_TENSOR, "stall"), "GET_TENSOR", "0 bytes of an answer came within 1 s"),
-    (Fault(Command.GET_TENSOR, "trickle"), "GET_TENSOR", "came within 1 s"),
+    (Fault(Command.GET_TENSOR, "stall"), "GET_TENSOR", "0 bytes of an answer came within 2 s"),
+    (Fault(Command.GET_TENSOR, "trickle"), "GET_TENSOR", "came within 2 s"),
     (Fault(Command.GET_ALLOC_SIZE, "lie", b"\xff" * 7 + b"\x7f", skip=0), "GET_ALLOC_SIZE", "cannot take"),
     (Fault(Command.ALLOC_BUFFER, "lie", struct.pack("<QQ", 9, 16)), "ALLOC_BUFFER", "16 bytes came for"),
     (Fault(Command.ALLOC_BUFFER, "lie", struct.pack("<QQ", 9, 1 << 40)), "BUFFER_GET_BASE", "closed the connection"),
@@ -306,29 +303,31 @@ WRONG = [
     (Fault(Command.DEVICE_COUNT, "lie", b"\xff" * 4), "DEVICE_COUNT", "not to be believed"),
     (Fault(Command.HELLO, "close"), "HELLO", "closed the connection"),
     (Fault(Command.HELLO, "size"), "HELLO", "36 bytes where 28"),
-    (Fault(Command.HELLO, "stall"), "HELLO", "within 1 s"),
+    (Fault(Command.HELLO, "stall"), "HELLO", "within 2 s"),
 ]
 
 
 @pytest.mark.parametrize(
     ("fault", "command", "text"), WRONG, ids=[f"{f.command.name}-{f.kind}-{i}" for i, (f, _, _) in enumerate(WRONG)]
 )
-@pytest.mark.usefixtures("patience", "unchecked")
-def test_a_server_that_goes_wrong_is_an_error(server, cpu, fault, command, text):
+@pytest.mark.usefixtures("unchecked")
+def test_a_server_that_goes_wrong_is_an_error(server, cpu, fault, command, text, monkeypatch):
     """Wherever a server fails, `RPCError` comes within the time, tells the command, and the server can be opened anew."""
+    want = Experts(cpu.device).run(ggml.Scheduler([cpu]))  # first: the server's kernels are then compiled, too
+    if fault.kind in ("stall", "trickle"):
+        monkeypatch.setenv("PYGGML_RPC_TIMEOUT", "2")
     server.fault = fault
     start_s = time.monotonic()
     with pytest.raises(RPCError, match=text) as caught:
         converse(open_at(server))
-    assert time.monotonic() - start_s < 10
+    assert time.monotonic() - start_s < 30
     assert (caught.value.host, caught.value.port) == (server.host, server.port)
     assert caught.value.command == command or not command
     server.fault = None
-    want = Experts(cpu.device).run(ggml.Scheduler([cpu]))
+    monkeypatch.delenv("PYGGML_RPC_TIMEOUT", raising=False)
     np.testing.assert_array_equal(converse(open_at(server))[0], want)
 
 
-@pytest.mark.usefixtures("patience")
 def test_a_scheduler_outlives_its_remote_device(server, cpu):
     """After the connection broke in the middle of a graph, the same scheduler computes on what is left."""
     remote = open_at(server).backend()
