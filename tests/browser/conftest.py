@@ -99,7 +99,7 @@ def open_page(chromium: Browser) -> Iterator[OpenPage]:
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)  # of a machine with other things to do, too
         page.on("console", on_console)
         page.on("pageerror", on_error)
         page.on("request", on_request)
