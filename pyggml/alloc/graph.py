@@ -240,9 +240,9 @@ class Gallocr:
         if list(map(len, srcs)) != self._n_srcs:
             places = places_of(self._nodes, srcs)
         tensors: list[Tensor | None] = [*chain.from_iterable(srcs), *nodes]
-        found = dict(zip(tensors, places, strict=True))
-        pairs: Iterable[tuple[Tensor | None, Place]] = found.items()
-        if list(map(found.__getitem__, tensors)) != places:
+        first: dict[Tensor | None, Place] = {}
+        pairs: Iterable[tuple[Tensor | None, Place]] = first.items()
+        if list(map(first.setdefault, tensors, places)) != places:
             pairs = zip(tensors, places, strict=True)
         sizes = [
             partial(self.alloc_size, i) if self._check_size else buft.alloc_size for i, buft in enumerate(self.bufts)
