@@ -15,7 +15,7 @@ __all__ = ["page_html", "write_page"]
 #: In the order in which they need each other.
 _VENDOR = ("dispatch", "timer", "ease", "color", "interpolate", "selection", "transition", "drag", "zoom", "array")
 _SCRIPTS = (
-    "model.js", "words.js", "totals.js", "timeline.js", "timeline_draw.js", "detail.js", "tables.js", "heatmap.js",
+    "model.js", "words.js", "totals.js", "timeline.js", "timeline_draw.js", "find.js", "detail.js", "tables.js", "heatmap.js",
     "memory.js", "graph.js", "main.js",
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,14 @@ def test_every_file_is_in_the_page() -> None:
     for path in (STATIC / "vendor").glob("*.js"):
         name = path.name.removesuffix(".min.js")
         assert re.search(rf"\b{name}\b", (STATIC / "vendor" / "LICENSES.txt").read_text()), name
+
+
+def test_every_file_is_in_the_wheel() -> None:
+    """Each file that the page is made of fits one of the patterns by which files are packaged."""
+    project = tomllib.loads((STATIC.parents[2] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["pyggml.viz"]
+    packaged = {path for pattern in patterns for path in STATIC.parent.glob(pattern)}
+    assert packaged == {path for path in STATIC.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("n", [0, 3])

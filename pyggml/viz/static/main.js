@@ -252,6 +252,7 @@
   P.buildDelta();
   if (hasTimeline) {
     P.connectTimeline();
+    P.connectFind();
     P.buildChips();
     P.buildCharts();
     P.showDetail(null);
