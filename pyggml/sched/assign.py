@@ -33,9 +33,8 @@ def assign(graph: Graph, asg: Assignment, machine: Machine, offload_op: OffloadO
         No backend can run a node, or the one that holds its memory cannot.
     """
     assign_from_location(graph, asg, machine, offload_op)
-    computed = [node for node in graph.nodes if not node.op.is_view]
-    expand(computed, asg, machine)
-    upgrade(computed, asg, machine)
+    expand(graph.nodes, asg, machine)
+    upgrade(graph.nodes, asg, machine)
     inherit(graph.nodes, asg, machine)
 
 
@@ -124,13 +123,8 @@ def _from_weight(
 # pass 2: neighbours
 
 
-def expand(computed: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
+def expand(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
     """Give unassigned nodes the backend of their neighbours.
-
-    Parameters
-    ----------
-    computed : sequence of Tensor
-        The nodes that are no views.
 
     Notes
     -----
@@ -138,6 +132,7 @@ def expand(computed: Sequence[Tensor], asg: Assignment, machine: Machine) -> Non
     barrier, so that it takes only what lies between its own nodes. Only unassigned nodes change, so only they are visited.
     """
     ids = asg.ids
+    computed = [node for node in nodes if not node.op.is_view]
     left = [i for i, node in enumerate(computed) if node not in ids]
     supports_op = machine.supports_op
     for barrier in (machine.cpu, None):
@@ -184,13 +179,8 @@ def _sweep(
 # pass 3: better backends for the same memory, and the best for what is left
 
 
-def upgrade(computed: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
+def upgrade(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
     """Move nodes to a backend of higher priority that uses the same memory; assign the rest by their sources.
-
-    Parameters
-    ----------
-    computed : sequence of Tensor
-        The nodes that are no views.
 
     Notes
     -----
@@ -199,6 +189,7 @@ def upgrade(computed: Sequence[Tensor], asg: Assignment, machine: Machine) -> No
     bufts = machine.bufts
     has_better = [any(bufts[b] is buft for b in range(i)) for i, buft in enumerate(bufts)]
     ids = asg.ids
+    computed = [node for node in nodes if not node.op.is_view]
     if not any(has_better) and all(map(ids.__contains__, computed)):
         return
     for node in computed:
