@@ -18,7 +18,7 @@ from .buffer import Buffer, BufferType
 from .clock import VirtualClock
 from .cost import CPU_PROFILE
 from .dialect import DEFAULT_DIALECT, Dialect
-from .errors import GraphError, OutOfMemoryError
+from .errors import OutOfMemoryError
 from .gguf import GGUFFile
 from .models.architectures import build_graph, weight_specs
 from .models.batch import Batch, MicroBatch, Outputs
@@ -297,11 +297,6 @@ class Planner:
         for node, layer in graph.flash_nodes:
             backend = self.sched.tensor_backend(node)
             on = on and backend is not None and backend.device is self.placement.layers[layer]
-        if not on and self.params.type_v.is_quantized:
-            raise GraphError(
-                f"a V cache of {self.params.type_v.ggml_name} needs flash attention, which a device cannot run",
-                hint="use -ctv f16 or f32",
-            )
         self.params = replace(self.params, flash_attn=on, auto_flash_attn=False)
 
     def _reserve_params(self, n_tokens: int, n_seqs: int, n_outputs: int) -> GraphParams:

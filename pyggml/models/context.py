@@ -14,8 +14,10 @@ __all__ = ["MAX_SEQ", "ContextFlags", "ContextParams"]
 
 #: Sequences that one context can tell apart (`LLAMA_MAX_SEQ` is 256; a set of ours is one 64-bit word).
 MAX_SEQ = 64
-#: Types that a KV cache can have here.
-CACHE_TYPES = (Type.F32, Type.F16, Type.Q8_0)
+#: Types that a KV cache can have (`kv_cache_types`).
+CACHE_TYPES = (
+    Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.IQ4_NL, Type.Q5_0, Type.Q5_1,
+)  # fmt: skip
 
 FlashAttn = Literal["on", "off", "auto"]
 
@@ -89,6 +91,7 @@ class ContextParams:
             A number is out of bounds, or a cache type is not possible.
         """
         _check(flags)
+        _check_heads(flags, hparams)
         n_ctx = flags.n_ctx or hparams.n_ctx_train
         n_batch = min(n_ctx, flags.n_batch)
         n_ubatch = min(n_batch, flags.n_ubatch or flags.n_batch)
@@ -112,7 +115,7 @@ class ContextParams:
             type_k=flags.type_k,
             type_v=flags.type_v,
             flash_attn=flags.flash_attn != "off",
-            auto_flash_attn=flags.flash_attn == "auto",
+            auto_flash_attn=flags.flash_attn == "auto" and not flags.type_v.is_quantized,
             offload_kqv=flags.offload_kqv,
             op_offload=flags.op_offload,
             swa_full=flags.swa_full,
@@ -144,6 +147,27 @@ def _check(flags: ContextFlags) -> None:
         raise GraphError(
             f"a V cache of {flags.type_v.ggml_name} needs flash attention", hint="use -fa on, or -ctv f16 or f32"
         )
+
+
+def _check_heads(flags: ContextFlags, hparams: HParams) -> None:
+    """Ask for whole blocks in the K and V of a head.
+
+    Notes
+    -----
+    Mirrors `llama_init_from_model`. Differs: without flash attention, too; upstream ends the process there.
+    """
+    if hparams.is_mla and flags.type_k is not flags.type_v:
+        raise GraphError(
+            f"K of {flags.type_k.ggml_name} and V of {flags.type_v.ggml_name}: this model keeps both in one tensor",
+            hint="give -ctk and -ctv the same type",
+        )
+    sides = ("K", flags.type_k, hparams.n_embd_head_k), ("V", flags.type_v, hparams.n_embd_head_v)
+    for name, type, n in sides:
+        if n % type.block_size:
+            raise GraphError(
+                f"a {name} cache of {type.ggml_name} has blocks of {type.block_size}, which do not divide a head of {n}",
+                hint=f"-ct{name.lower()} f16, bf16 and f32 are possible",
+            )
 
 
 def _attn_factor(ext_factor: float, freq_scale: float, hparams: HParams) -> float:

@@ -59,7 +59,9 @@ void * llama_get_memory(void * ctx);
 void llama_memory_clear(void * memory, bool data);
 float * llama_get_logits_ith(void * ctx, int32_t i);
 """
-TYPES = {"F32": 0, "F16": 1, "Q8_0": 8}
+TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "IQ4_NL": 20, "BF16": 30,
+}  # fmt: skip
 
 
 def library() -> Path | None:
