@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 
 from ..report import CopyAccount, LayerCopies, Phase
 from ._console import Bar, n_bytes, n_seconds, table
-from ._tables import device_bytes, memory_table
+from ._tables import device_bytes, memory_dicts, memory_table
 
 if TYPE_CHECKING:
     from ..planning import Memory
@@ -116,7 +116,7 @@ class RunReport:
             "bytes_by_device": {d["name"]: self.account.bytes_to(d["name"]) for d in self.devices},
             "seconds": {k: round(v, 6) for k, v in self.seconds.items()},
             "tokens_per_s": {k: v and round(v, 2) for k, v in self._rates().items()},
-            "memory": [{**asdict(m), "total": m.total} for m in self.memory],
+            "memory": memory_dicts(self.memory, self.device_bytes),
             "virtual": None if self.virtual is None else self.virtual.as_dict(self._counts()),
         }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from ..types import DeviceType
 from ._console import Bar, n_bytes, table
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from ..backend import Backend
     from ..planning import Memory
 
-__all__ = ["device_bytes", "memory_table"]
+__all__ = ["device_bytes", "memory_dicts", "memory_table", "too_large"]
 
 
 def device_bytes(backends: Sequence[Backend]) -> dict[str, int]:
@@ -42,3 +43,17 @@ def memory_table(memory: Sequence[Memory], capacity: Mapping[str, int]) -> Table
             m.buft, *sizes, *(("-", "") if total is None else (f"{m.total / total:.1%}", Bar(m.total / total)))
         )
     return made
+
+
+def memory_dicts(memory: Sequence[Memory], capacity: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return what is held of each buffer type, for JSON; ``device_bytes`` is null where it is not known."""
+    return [{**asdict(m), "total": m.total, "device_bytes": capacity.get(m.buft)} for m in memory]
+
+
+def too_large(memory: Sequence[Memory], capacity: Mapping[str, int]) -> list[str]:
+    """Return a sentence for each device that has too little memory."""
+    return [
+        f"{m.buft} has {n_bytes(total)}: {n_bytes(m.total)} do not fit."
+        for m in memory
+        if (total := capacity.get(m.buft)) is not None and m.total > total
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +15,7 @@ from ..sched.state import Cause
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
 from ._page import check_folders, given_options, write_records
-from ._tables import device_bytes, memory_table
+from ._tables import device_bytes, memory_dicts, memory_table, too_large
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -111,7 +110,7 @@ def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Routing) -> 
             "flash_attn": planner.params.flash_attn, "op_offload": planner.params.op_offload,
         },
         "routing": str(routing),
-        "memory": [{**asdict(m), "total": m.total} for m in planner.memory()],
+        "memory": memory_dicts(planner.memory(), device_bytes(planner.backends)),
         "weights": [
             {"name": w.info.name, "bytes": w.info.nbytes, "buft": w.buft.name, "reason": w.reason}
             for w in planner.placement.weights
@@ -132,7 +131,10 @@ def _print(planner: Planner, plans: list[BatchPlan], routing: Routing, *, all_sp
         f"flash attention {'on' if planner.params.flash_attn else 'off'}"
     )
     console.print()
-    console.print(memory_table(planner.memory(), device_bytes(planner.backends)))
+    memory, capacity = planner.memory(), device_bytes(planner.backends)
+    console.print(memory_table(memory, capacity))
+    for line in too_large(memory, capacity):
+        console.print(line, style="red")
     console.print()
     console.print(_summary_table(plans, routing))
     if planner.sched.clock is not None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 import pyggml as ggml
 from pyggml.commands import _console
-from pyggml.commands._tables import device_bytes, memory_table
+from pyggml.commands._tables import device_bytes, memory_dicts, memory_table, too_large
 from pyggml.planning import Memory
 
 
@@ -99,3 +99,14 @@ def test_memory_against_the_device() -> None:
         "CPU          1.0 GiB         -        -  1.0 GiB          -",
     ]
     assert printed(memory_table(rows[1:], {}), 120)[2].split() == ["CPU", "1.0", "GiB", "-", "-", "1.0", "GiB", "-"]
+
+
+def test_memory_that_does_not_fit() -> None:
+    """A plan for a device that is too small says so; what exactly fits is no matter."""
+    rows = [Memory("SIM0", 3 << 30, 2 << 30, 1 << 30), Memory("CPU", 1 << 40, 0, 0)]
+    assert too_large(rows, {"SIM0": 5 << 30}) == ["SIM0 has 5.0 GiB: 6.0 GiB do not fit."]
+    assert too_large(rows, {"SIM0": 6 << 30}) == []
+    found = memory_dicts(rows, {"SIM0": 5 << 30})
+    assert [(m["buft"], m["total"], m["device_bytes"]) for m in found] == [
+        ("SIM0", 6 << 30, 5 << 30), ("CPU", 1 << 40, None)
+    ]  # fmt: skip
