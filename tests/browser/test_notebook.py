@@ -37,6 +37,19 @@ def test_tables(open_page: OpenPage, tmp_path: Path, size: tuple[int, int], dark
     assert ink == ("rgb(255, 255, 255)" if dark else "rgb(0, 0, 0)")
 
 
+def test_bars(open_page: OpenPage, tmp_path: Path) -> None:
+    """A bar is as long within its track as its share says, and numbers stand to the right."""
+    stats = ggml.Statistics()
+    stats.count_copy(1000, 4000, "experts")
+    stats.count_experts(4000)
+    page = open_page(notebook(tmp_path / "notebook.html", stats))
+    row = page.locator("tr", has=page.get_by_role("cell", name="experts", exact=True))
+    width = "e => e.getBoundingClientRect().width"
+    track, fill = row.locator("span > span").locator(".."), row.locator("span > span")
+    assert fill.evaluate(width) / track.evaluate(width) == pytest.approx(0.25)
+    assert row.locator("td").nth(1).evaluate("e => getComputedStyle(e).textAlign") == "right"
+
+
 def test_a_page_inside_a_notebook(open_page: OpenPage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that is shown in a notebook draws itself there, in a frame of its own."""
     monkeypatch.setattr("webbrowser.open", lambda url: True)
