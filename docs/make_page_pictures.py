@@ -1,7 +1,8 @@
 """Pictures of the page that `pyggml viz` makes, in light and dark, taken by Chromium. `make docs` runs this.
 
-A small random model answers over a simulated device; the pictures show its page, with a tensor found by name. Times are
-virtual, so that the same code, browser and fonts give the same files; what depends on the machine is left out.
+A small random model answers over a simulated device. `page-*.png` is the top of its page, `why-*.png` the timeline with a
+tensor found by name. Times are virtual, so that the same code, browser and fonts give the same files; what depends on
+the machine is left out.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from playwright.sync_api import Page, sync_playwright
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "browser"))
 from find_browser import MISSING, find_browser  # it stands with the tests that need it most
 
-WIDTH = 1280
+WIDTH = 1120  # no wider: pages show pictures 800 to 900 pixels wide
 TENSOR = "blk.1.ffn_up_exps.weight"
-RUN = ("run", "moe.gguf", "--cpu-moe", "-n", "4", "--ignore-eos", "--quiet", "--prompt", PROMPT,
+RUN = ("run", "moe.gguf", "--cpu-moe", "-n", "8", "--ignore-eos", "--quiet", "--prompt", PROMPT,
        "--html", "page.html")  # fmt: skip
+#: Without the line of model, devices and options; the panel as long as what it says.
+STYLE = ".about { display: none } #detail { max-height: none !important }"
 #: Lines of the panel that a second run would change.
 WITHOUT_WALL_TIME = """() => {
   for (const title of document.querySelectorAll("#detail dt")) {
@@ -43,19 +46,31 @@ def make_page(folder: Path) -> Path:
     return folder / "page.html"
 
 
-def take(page: Page, path: Path) -> None:
-    """Select the tensor, and take the page from its top to the end of the timeline."""
-    page.add_style_tag(content=".about, .hint { display: none }")
+def settle(page: Page) -> None:
+    """Wait until what was asked for is drawn."""
+    page.mouse.move(0, 0)
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def take_top(page: Page, path: Path) -> None:
+    """Take the page from its top to the end of the timeline: the prompt's last layer, and the tokens after it."""
+    page.locator("#zoom-in").click()
+    page.locator("#zoom-in").blur()
+    settle(page)
+    height = page.locator("#timeline").evaluate("e => e.getBoundingClientRect().bottom + scrollY")
+    page.screenshot(path=path, clip={"x": 0, "y": 0, "width": WIDTH, "height": height + 12})
+
+
+def take_why(page: Page, path: Path) -> None:
+    """Find the tensor by its name, and take the timeline with what the page says of it."""
     page.locator("#search").fill(TENSOR)
     page.keyboard.press("Enter")
     page.locator("#zoom-out").click()
     page.locator("#zoom-out").click()
     page.locator("#search").blur()
     page.evaluate(WITHOUT_WALL_TIME)
-    page.mouse.move(0, 0)
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    height = page.locator("#timeline").evaluate("e => e.getBoundingClientRect().bottom + scrollY")
-    page.screenshot(path=path, clip={"x": 0, "y": 0, "width": WIDTH, "height": height + 12})
+    settle(page)
+    page.locator("#timeline").screenshot(path=path)
 
 
 def main() -> None:
@@ -70,7 +85,9 @@ def main() -> None:
             # as high as the picture: a window that grows while it is taken would be drawn anew
             page = browser.new_page(viewport={"width": WIDTH, "height": 2000}, color_scheme=scheme)
             page.goto(path.as_uri())
-            take(page, FOLDER / f"page-{scheme}.png")
+            page.add_style_tag(content=STYLE)
+            take_top(page, FOLDER / f"page-{scheme}.png")
+            take_why(page, FOLDER / f"why-{scheme}.png")
         browser.close()
 
 
