@@ -23,7 +23,7 @@ TENSOR = "blk.1.ffn_up_exps.weight"
 RUN = ("run", "moe.gguf", "--cpu-moe", "-n", "8", "--ignore-eos", "--quiet", "--prompt", PROMPT,
        "--html", "page.html")  # fmt: skip
 #: Without the line of model, devices and options; the panel as long as what it says.
-STYLE = ".about { display: none } #detail { max-height: none !important }"
+STYLE = ".about { display: none } #detail { max-height: none !important } * { transition: none !important }"
 #: Lines of the panel that a second run would change.
 WITHOUT_WALL_TIME = """() => {
   for (const title of document.querySelectorAll("#detail dt")) {

@@ -77,7 +77,7 @@ class Screen(Console):
         self._is_left_out = False
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print all but wall times and the line after them, titles and headers in colours of their own."""
+        """Print all but wall times and the line after them, titles, headers and bars in colours of their own."""
         was_left_out, self._is_left_out = self._is_left_out, False
         if was_left_out and not objects:
             return
@@ -88,6 +88,9 @@ class Screen(Console):
                     return
                 made.title_style = "bold bright_blue"
                 made.header_style = "bright_black"
+                for column in made.columns:
+                    if not column.header:  # bars
+                        column.style = "blue"
         super().print(*objects, **options)
 
 
