@@ -495,10 +495,24 @@ def decode_array(tensor: Tensor, raw: bytes) -> npt.NDArray[Any]:
         if type is Type.BF16:
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32) if type is Type.F16 else values.copy()
-    from gguf import GGMLQuantizationType, quants
-
     blocks = ne[0] // type.block_size
     packed = np.ndarray(
         (ne[3], ne[2], ne[1], blocks * type.type_size), np.uint8, buffer=raw, strides=(nb[3], nb[2], nb[1], 1)
     )
+    if type in (Type.Q1_0, Type.Q2_0):
+        return _few_bits(type, packed.reshape(*packed.shape[:3], blocks, 18)).reshape(tensor.shape)
+    from gguf import GGMLQuantizationType, quants
+
     return quants.dequantize(np.ascontiguousarray(packed), GGMLQuantizationType(int(type))).reshape(tensor.shape)
+
+
+def _few_bits(type: Type, packed: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the values of blocks that gguf does not read: a half, then 16 bytes of -1 and 1, or of -1 .. 2."""
+    import numpy as np
+
+    n = 2 if type is Type.Q2_0 else 1
+    codes = packed[..., 2:, None] >> np.arange(0, 8, n, dtype=np.uint8) & (2**n - 1)
+    steps = codes.astype(np.float32) - 1 if n == 2 else codes.astype(np.float32) * 2 - 1
+    d = np.ascontiguousarray(packed[..., :2]).view(np.float16).astype(np.float32)
+    values: npt.NDArray[Any] = steps.reshape(*d.shape[:-1], -1) * d
+    return values

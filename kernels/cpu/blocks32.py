@@ -150,7 +150,7 @@ def _row_times_tokens(e: Emit, typ: int, w: ir.Value, n_blocks: ir.Value, xs: li
 RowTimesTokens = Callable[[Emit, ir.Value, ir.Value, list[ir.Value]], list[ir.Value]]
 
 
-def make_rows_kernel(name: str, product: RowTimesTokens) -> Kernel:
+def make_rows_kernel(name: str, product: RowTimesTokens, *, rare: bool = False) -> Kernel:
     """Return the kernel that takes rows one by one, and for each row tokens two by two.
 
     Parameters
@@ -159,6 +159,8 @@ def make_rows_kernel(name: str, product: RowTimesTokens) -> Kernel:
         Name of the kernel.
     product : callable
         ``product(e, w, n_blocks, xs)``: the products of a row with one or two tokens.
+    rare : bool
+        See `Kernel`.
     """
 
     def rows(e, w, stride, n_rows, n_blocks, n_tokens, xs, outs, out_offset):
@@ -181,7 +183,7 @@ def make_rows_kernel(name: str, product: RowTimesTokens) -> Kernel:
 
     rows.__name__ = name
     rows.__doc__ = "Rows as they lie times tokens, two by two; see the module."
-    return micro_kernel(8)(rows)
+    return micro_kernel(8, rare=rare)(rows)
 
 
 def split_nibbles(e: Emit, vectors: list[ir.Value]) -> list[ir.Value]:

@@ -31,11 +31,14 @@ class Kernel:
         Python code that Numba compiles.
     n : int
         Number of arguments.
+    rare : bool
+        Whether `warm_up` leaves it out.
     """
 
-    __slots__ = ("_address", "_compiled", "_prototype", "function", "n", "name")
+    __slots__ = ("_address", "_compiled", "_prototype", "function", "n", "name", "rare")
 
-    def __init__(self, function: Callable[..., None], n: int) -> None:
+    def __init__(self, function: Callable[..., None], n: int, *, rare: bool = False) -> None:
+        self.rare = rare
         self.name: str = function.__name__
         self.function = function
         self.n = n
@@ -82,8 +85,8 @@ def op_kernel(function: Callable[[int, int, int, int], None]) -> Kernel:
     return Kernel(function, 4)
 
 
-def micro_kernel(n: int) -> Callable[[Callable[..., None]], Kernel]:
-    """Make a kernel of ``body(e, *args)`` with n arguments.
+def micro_kernel(n: int, *, rare: bool = False) -> Callable[[Callable[..., None]], Kernel]:
+    """Make a kernel of ``body(e, *args)`` with n arguments; see `Kernel`.
 
     Notes
     -----
@@ -100,7 +103,7 @@ def micro_kernel(n: int) -> Callable[[Callable[..., None]], Kernel]:
         made: Any = scope[name]
         made.__module__ = body.__module__
         made.__doc__ = body.__doc__
-        return Kernel(made, n)
+        return Kernel(made, n, rare=rare)
 
     return wrap
 
@@ -115,7 +118,7 @@ def entry(n: int) -> Callable[[Callable[..., int]], Any]:
 
 
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Compile all kernels, or load them from the cache.
+    """Compile all kernels but rare ones, or load them from the cache.
 
     Parameters
     ----------
@@ -128,7 +131,7 @@ def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if path.stem != "__init__":
             importlib.import_module(f".{path.stem}", __package__)
-    kernels = list(KERNELS.values())
+    kernels = [k for k in KERNELS.values() if not k.rare]
     for i, kernel in enumerate(kernels):
         if progress is not None:
             progress(kernel.name, i, len(kernels))

@@ -7,7 +7,7 @@ before (`activations`), and so was the grouping by expert (`routing`).
 
 from __future__ import annotations
 
-from . import blocks32, floatrows, kquants, panel
+from . import blocks32, coded, floatrows, kquants, panel
 from .activations import quantise_row, quantise_row_halves
 from .kernel import device, op_kernel
 from .memory import atomic_add, atomic_store, call4, call8, ld_i64, st_i64
@@ -42,7 +42,12 @@ IS_FLOAT = PARAM + 8
 
 FLOAT_TYPES = frozenset({F32, F16, BF16})
 QUANTISED_TYPES = frozenset(blocks32.NAMES) | frozenset(kquants.NAMES)
-OFFSET = {**blocks32.OFFSET, **kquants.OFFSET, **dict.fromkeys(FLOAT_TYPES, 0)}
+OFFSET = {
+    **blocks32.OFFSET,
+    **kquants.OFFSET,
+    **dict.fromkeys(FLOAT_TYPES, 0),
+    **dict.fromkeys(coded.TYPES, coded.OFFSET),
+}
 ROWS_KERNELS = {**blocks32.ROWS, **kquants.ROWS, **floatrows.ROWS}
 UNPACK_KERNELS = {**blocks32.UNPACK, **kquants.UNPACK}
 TILE_KERNELS = {
@@ -54,7 +59,7 @@ TILE_KERNELS = {
 #: How activations are quantised for a type.
 QUANTISE_KERNELS = {
     **dict.fromkeys(QUANTISED_TYPES, quantise_row),
-    **dict.fromkeys((kquants.Q6_K, kquants.Q3_K, kquants.Q2_K), quantise_row_halves),
+    **dict.fromkeys((kquants.Q6_K, kquants.Q3_K, kquants.Q2_K, *coded.TYPES), quantise_row_halves),
 }
 #: Rows of a job when there are plenty: shorter streams cost 6 to 10 % where memory limits.
 JOB_ROWS = 256
@@ -67,6 +72,14 @@ FEW_FLOAT_TOKENS = 2
 TOKEN_BLOCK_BYTES = 256 * 1024
 #: Tokens of a job that are addressed at once: where they lie, then where their results go.
 _LISTS = 512
+
+
+def kernels_of(typ: int) -> tuple[int, int, int]:
+    """Return the addresses of a type's kernels: of rows as they lie, and of panels and their tiles, 0 without."""
+    if typ in coded.TYPES:
+        return coded.rows_kernel(typ).address, coded.unpack_kernel(typ).address, panel.tile_halves.address
+    rows = ROWS_KERNELS[typ].address
+    return (rows, UNPACK_KERNELS[typ].address, TILE_KERNELS[typ].address) if typ in UNPACK_KERNELS else (rows, 0, 0)
 
 
 def thread_bytes(typ: int, k: int) -> int:

@@ -42,7 +42,9 @@ ERROR_SET, ERROR_POSITION, ERROR_VALUE, ERROR_LIMIT = range(4)
 # -- element types, as in files
 F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = 0, 1, 2, 3, 6, 7, 8
 Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = range(10, 15)
-IQ4_NL, I32, I64, BF16, MXFP4 = 20, 26, 27, 30, 39
+IQ2_XXS, IQ2_XS, IQ3_XXS, IQ1_S, IQ4_NL, IQ3_S, IQ2_S, IQ4_XS = range(16, 24)
+I32, I64, IQ1_M, BF16 = 26, 27, 29, 30
+TQ1_0, TQ2_0, MXFP4, NVFP4, Q1_0, Q2_0 = 34, 35, 39, 40, 41, 42
 
 
 def control_words(n_threads: int) -> int:

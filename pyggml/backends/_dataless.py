@@ -14,7 +14,7 @@ from ..errors import BackendError
 from ..graph import GraphView
 from ..tensor import Tensor
 from ..types import DeviceType
-from ._host_support import plan_supports_op
+from ._host_support import supports_op
 from ._machine import TENSOR_ALIGNMENT, physical_memory
 
 __all__ = ["FIRST_ADDRESS", "DatalessCPU", "DatalessHostBufferType"]
@@ -83,7 +83,7 @@ class DatalessCPU(Device):
 
     def supports_op(self, op: Tensor) -> bool:
         """Whether upstream's CPU has a kernel; what it lacks here, `run` says."""
-        return plan_supports_op(op)
+        return supports_op(op)
 
     def supports_buft(self, buft: BufferType) -> bool:
         """Whether the memory is host memory."""

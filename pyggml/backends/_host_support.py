@@ -8,17 +8,20 @@ from ..ops.modes import RopeType
 from ..tensor import Tensor
 from ..types import GluOp, Op, Type, UnaryOp
 
-__all__ = ["plan_supports_op", "reason_unsupported", "supports_op"]
+__all__ = ["reason_unsupported", "supports_op"]
 
 _FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
-_WEIGHTS = _FLOATS | {
+#: What rows of floats can be turned into, and the other way round.
+_QUANTISED = frozenset({
     Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
     Type.MXFP4, Type.IQ4_NL,
-}  # fmt: skip
-#: Types of weights that upstream's devices compute with and no kernel here does.
-_PLANNED = frozenset(t for t in Type if t.is_quantized) - _WEIGHTS - {Type.Q8_1, Type.Q8_K}
-#: What rows of floats can be turned into, and the other way round.
-_QUANTISED = _WEIGHTS - _FLOATS
+})  # fmt: skip
+#: What is read and never written.
+_CODED = frozenset({
+    Type.IQ4_XS, Type.IQ3_S, Type.IQ3_XXS, Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS, Type.IQ1_M, Type.IQ1_S, Type.TQ1_0,
+    Type.TQ2_0, Type.NVFP4, Type.Q1_0, Type.Q2_0,
+})  # fmt: skip
+_WEIGHTS = _FLOATS | _QUANTISED | _CODED
 _WRITABLE = _FLOATS | _QUANTISED | {Type.I32}
 _KV_TYPES = _FLOATS | _QUANTISED
 
@@ -91,7 +94,7 @@ def _get_rows(t: Tensor) -> str:
     src0 = t.src[0]
     if src0 is not None and src0.type is Type.I32:
         return _types(t, _I32, _I32, _I32) or _dense_rows(t, 0, 1)
-    return _types(t, _F32, _FLOATS | _QUANTISED, _I32) or _dense_rows(t, 0, 1)
+    return _types(t, _F32, _WEIGHTS, _I32) or _dense_rows(t, 0, 1)
 
 
 def _set_rows(t: Tensor) -> str:
@@ -108,7 +111,7 @@ def _copy(t: Tensor) -> str:
         if t.type.is_quantized and src0.ne != t.ne and not (src0.is_contiguous() and t.is_contiguous()):
             return "a quantised tensor cannot be copied to another shape with gaps"
         return _dense_rows(t, 0, 1) if t.type.is_quantized else ""
-    reason = _types(t, _WRITABLE, _WRITABLE)
+    reason = _types(t, _WRITABLE, _WRITABLE | _CODED)
     if not reason and (t.type.is_quantized or src0.type.is_quantized):
         reason = "rows of different lengths" if src0.ne[0] != t.ne[0] or src0.ne != t.ne else _dense_rows(t, 0, 1)
     return reason
@@ -243,19 +246,3 @@ def reason_unsupported(tensor: Tensor) -> str:
 def supports_op(tensor: Tensor) -> bool:
     """Whether the kernels can run a node; views and nodes that compute nothing count as supported."""
     return not reason_unsupported(tensor)
-
-
-def plan_supports_op(tensor: Tensor) -> bool:
-    """Whether a device of a plan runs a node: what kernels here can, and products and rows of weights of any type.
-
-    Notes
-    -----
-    Upstream's CPU and CUDA devices compute with all of these types; a plan of such a model is what llama.cpp would do.
-    """
-    src0 = tensor.src[0] if tensor.src else None
-    if src0 is not None and src0.type in _PLANNED:
-        if tensor.op in (Op.MUL_MAT, Op.MUL_MAT_ID):
-            return not (_types(tensor, _F32, _PLANNED, _F32, _I32) or _dense_rows(tensor, 0, 1, 2))
-        if tensor.op is Op.GET_ROWS:
-            return not (_types(tensor, _F32, _PLANNED, _I32) or _dense_rows(tensor, 0, 1))
-    return supports_op(tensor)

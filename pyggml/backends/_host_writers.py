@@ -11,6 +11,7 @@ import math
 from pyggml.kernels.cpu import (
     activations,
     attention,
+    coded,
     copy,
     elementwise,
     matmul,
@@ -144,9 +145,7 @@ def _product(plan: HostPlan, t: Tensor) -> None:
         row_bytes,
         -1,
         matmul.FEW_TOKENS.get(weights.type, matmul.FEW_TOKENS_ELSE),
-        matmul.ROWS_KERNELS[weights.type].address,
-        0 if weights.type not in matmul.UNPACK_KERNELS else matmul.UNPACK_KERNELS[weights.type].address,
-        0 if weights.type not in matmul.UNPACK_KERNELS else matmul.TILE_KERNELS[weights.type].address,
+        *matmul.kernels_of(weights.type),
         t.ne[1],
         is_float,
     )
@@ -308,10 +307,16 @@ def _quantiser(t: Tensor) -> int:
     return floats_to_blocks.address if t.type.is_quantized else 0
 
 
+def _dequantiser(t: Tensor) -> int:
+    """Return the address of what reads a tensor's quantised rows."""
+    kernel = coded.dequantise_kernel(t.type) if t.type in coded.TYPES else dequantise_row
+    return int(kernel.address)
+
+
 def _get_rows(plan: HostPlan, t: Tensor) -> None:
     src = source(t, 0)
     raw = src.row_size if src.type is t.type else 0
-    plan.add(rows.get_rows.address, t, (t, src, source(t, 1)), (dequantise_row.address, raw), **by_rows(t))
+    plan.add(rows.get_rows.address, t, (t, src, source(t, 1)), (_dequantiser(src), raw), **by_rows(t))
 
 
 def _set_rows(plan: HostPlan, t: Tensor) -> None:
@@ -340,7 +345,13 @@ def _copy(plan: HostPlan, t: Tensor) -> None:
         plan.need_thread_bytes(4 * t.ne[0])
     else:
         how = copy.STRIDED if same_shape else copy.RESHAPED
-    plan.add(copy.copy_rows.address, t, tensors, (how, size, dequantise_row.address, _quantiser(t)), **by_elements(t))
+    plan.add(
+        copy.copy_rows.address,
+        t,
+        tensors,
+        (how, size, 0 if same_type else _dequantiser(src), _quantiser(t)),
+        **by_elements(t),
+    )
 
 
 def _repeat(plan: HostPlan, t: Tensor) -> None:

@@ -25,7 +25,7 @@ from ..graph import GraphView
 from ..tensor import Tensor
 from ..types import DeviceType, TensorFlag
 from ._dataless import FIRST_ADDRESS, DatalessHostBufferType
-from ._host_support import plan_supports_op, supports_op
+from ._host_support import supports_op
 from ._machine import HostBlock, HostBufferType, available_cores, plan_of, shared_pool
 from ._sim_hazards import HOST, Access, Hazard, HazardWatch, Stream, access_to, accesses_of, host_access
 from ._sim_memory import POISON, SimBuffer, SimBufferType, Traffic
@@ -153,7 +153,7 @@ class SimDevice(Device):
 
     def supports_op(self, op: Tensor) -> bool:
         """Whether there is a kernel; the CPU's kernels compute in the device's memory. A device that only plans needs none."""
-        return supports_op(op) if self.has_data else plan_supports_op(op)
+        return supports_op(op)
 
     def supports_buft(self, buft: BufferType) -> bool:
         """Whether it is this device's own memory."""

@@ -403,7 +403,7 @@ def _first(spec: WeightSpec, info: TensorInfo, choices: BuftList, supports: _Sup
         spec.op.name,
         names,
         reason=f"its type is {info.type.ggml_name}",
-        hint="convert the model to another type, such as q8_0; `pyggml splits` plans it as it is",
+        hint="convert the model to another type, such as q8_0",
     )
 
 

@@ -24,7 +24,8 @@ import numpy as np
 N_COLUMNS, N_ROWS, N_EXPERTS, N_USED = 2048, 768, 128, 8
 TYPES = {
     "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q4_k": 12, "q5_k": 13,
-    "q6_k": 14, "mxfp4": 39, "q2_k": 10, "q3_k": 11, "iq4_nl": 20,
+    "q6_k": 14, "mxfp4": 39, "q2_k": 10, "q3_k": 11, "iq4_nl": 20, "iq4_xs": 23, "iq3_s": 21, "iq3_xxs": 18, "iq2_s": 22,
+    "iq2_xs": 17, "iq2_xxs": 16, "iq1_m": 29, "iq1_s": 19, "tq1_0": 34, "tq2_0": 35, "nvfp4": 40, "q1_0": 41, "q2_0": 42,
 }  # fmt: skip
 TURN_S = 0.25
 N_ID_SETS = 16
@@ -45,18 +46,18 @@ def one_expert(type_name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the bytes of an expert, and its float values."""
     import ctypes
 
-    from gguf import GGMLQuantizationType, quants
+    from pyggml.tensor import Tensor, decode_array
 
     values = np.random.default_rng(0).standard_normal((N_ROWS, N_COLUMNS), dtype="f4") / np.float32(N_COLUMNS**0.5)
-    raw = np.empty(values.nbytes, np.uint8)
+    raw, even = np.empty(values.nbytes, np.uint8), np.ones(N_COLUMNS, "f4")  # some types need to know what matters
     quantise = ctypes.CDLL(str(libggml("base"))).ggml_quantize_chunk
     quantise.restype = ctypes.c_size_t
     quantise.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-    n = quantise(TYPES[type_name], values.ctypes.data, raw.ctypes.data, 0, N_ROWS, N_COLUMNS, None)
+    n = quantise(TYPES[type_name], values.ctypes.data, raw.ctypes.data, 0, N_ROWS, N_COLUMNS, even.ctypes.data)
     raw = raw[:n].copy()
     if type_name == "f32":
         return raw, values
-    return raw, quants.dequantize(raw.reshape(N_ROWS, -1), GGMLQuantizationType(TYPES[type_name]))
+    return raw, decode_array(Tensor(type_name, (N_COLUMNS, N_ROWS)), raw.tobytes())
 
 
 def id_sets(n_tokens: int) -> list[np.ndarray]:

@@ -130,14 +130,9 @@ def _type_rows() -> list[str]:
     kinds = [t for t in Type if t not in (Type.I8, Type.I16, Type.I64, Type.F64, Type.Q8_1, Type.Q8_K)]
     columns = list(_takes(Type.F32))
     rows = [f"| type | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
-    none = []
-    for type in kinds:
-        takes = _takes(type)
-        if any(takes.values()):
-            rows.append(f"| {type.ggml_name} | {' | '.join(_yes(there) for there in takes.values())} |")
-        else:
-            none.append(type.ggml_name)
-    return [*rows, "", f"Plans know the sizes of {', '.join(none)}, too; nothing here computes with them."]
+    return rows + [
+        f"| {type.ggml_name} | {' | '.join(_yes(there) for there in _takes(type).values())} |" for type in kinds
+    ]
 
 
 def page() -> str:
@@ -164,6 +159,10 @@ def page() -> str:
         "type that is not quantised.",
         "",
         *_type_rows(),
+        "",
+        "Of types that are read and never written (no SET_ROWS, no CPY to) the floats are libggml's to the last bit",
+        "(`tests/unit/kernels/test_coded.py`). Their kernels are compiled when a model first needs them, and kept. How fast",
+        "they are stands in [perf.md](perf.md).",
         "",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Models whose weights no kernel here computes with: they can be planned, and a run says what is missing."""
+"""Models of every type of weight can be planned; a type that is none for weights is refused by name."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_weights_of_any_type_can_be_planned(tmp_path, kind, device):
 
 
 def test_a_type_without_a_kernel_is_refused_before_computing(tmp_path):
-    """A run of a model that can only be planned says so, and names the type."""
-    path = tmp_path / "iq1.gguf"
-    write_header(path, replace(SMALL, n_layer=1, expert_type="iq1_s"))
-    with pytest.raises(UnsupportedOpError, match=r"iq1_s.*`pyggml splits` plans it"):
+    """Q8_K is what some products make of activations; a model of such weights is refused, and the type named."""
+    path = tmp_path / "q8_k.gguf"
+    write_header(path, replace(SMALL, n_layer=1, expert_type="q8_k"))
+    with pytest.raises(UnsupportedOpError, match=r"its type is q8_K.*such as q8_0"):
         Session.open(path, context=CONTEXT)

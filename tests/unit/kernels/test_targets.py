@@ -21,14 +21,14 @@ import sys
 sys.path.insert(0, {tests!r})
 import numpy as np
 from conftest import ONE, Memory, nmse
-from test_products import weights
+import test_coded, test_products
 from pyggml.types import Op, Type, UnaryOp
 from pyggml.tensor import pack_params
 
 memory, rng = Memory(ONE), np.random.default_rng(0)
 for typ in {types}:
     typ = Type[typ]
-    w = weights(memory, rng, typ, (37, 256))
+    w = (test_coded if typ in test_coded.TYPES else test_products).weights(memory, rng, typ, (37, 256))
     for n in (1, 9):
         x = rng.standard_normal((n, 256), dtype="f4")
         got = memory.run(memory.node(Op.MUL_MAT, (37, n), w, memory.tensor(x)))
@@ -49,7 +49,10 @@ np.testing.assert_allclose(got, x[:60] / (1 + np.exp(-x[:60])), rtol=1e-5)
 
 @pytest.mark.parametrize(
     ("target", "types"),
-    [("avx2", "Q8_0 Q4_1 MXFP4 Q6_K Q3_K F16"), ("sse2", "Q8_0 Q5_1 MXFP4 IQ4_NL Q2_K F16")],
+    [
+        ("avx2", "Q8_0 Q4_1 MXFP4 Q6_K Q3_K F16 IQ4_XS IQ3_XXS IQ1_M TQ1_0"),
+        ("sse2", "Q8_0 Q5_1 MXFP4 IQ4_NL Q2_K F16 IQ2_XXS IQ1_S NVFP4 Q2_0"),
+    ],
     ids=["avx2", "sse2"],
 )
 def test_results_are_right_for_lesser_cpus(target, types, request):
