@@ -105,7 +105,7 @@ def test_page_shows_what_its_code_prints(path: Path, monkeypatch: pytest.MonkeyP
 def shell_lines() -> list[tuple[str, str]]:
     """Return the commands of all pages, each with the page's name."""
     found = []
-    for path in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md"]:
+    for path in [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for block in blocks_of(path.read_text(encoding="utf-8")):
             if block.language == "sh":
                 lines = block.text.replace("\\\n", " ").splitlines()
