@@ -175,7 +175,9 @@ def _launches(op: Tensor, work: Workspace) -> list[Launch]:
     dst = _operand(op)
     a, b, c = ([None if s is None else _operand(s) for s in op.src] + [None, None])[:3]
     assert a is not None
-    made = _from_one(op, a, dst) or _from_two(op, a, b, dst, work) or _from_three(op, a, b, c, dst, work)
+    made = _from_one(op, a, dst) or _with_optional(op, a, b, c, dst)
+    if not made and b is not None:
+        made = _from_two(op, a, b, dst, work) or _from_three(op, a, b, c, dst, work)
     assert made, op.op
     return made
 
@@ -202,8 +204,8 @@ def _from_one(op: Tensor, a: Operand, dst: Operand) -> list[Launch]:
     return made
 
 
-def _from_two(op: Tensor, a: Operand, b: Operand | None, dst: Operand, work: Workspace) -> list[Launch]:
-    """Return the launches of an op with two sources; none if it is no such op."""
+def _with_optional(op: Tensor, a: Operand, b: Operand | None, c: Operand | None, dst: Operand) -> list[Launch]:
+    """Return the launches of an op that may do without its second source; none if it is no such op."""
     from ..kernels.cuda import launch
 
     made: list[Launch] = []
@@ -214,7 +216,17 @@ def _from_two(op: Tensor, a: Operand, b: Operand | None, dst: Operand, work: Wor
             a, b = (half, a) if op.param_i32(1) else (a, half)
         alpha = op.param_f32(2) if gate is GluOp.SWIGLU_OAI else 0.0
         made = launch.glu(gate.name.lower(), a, b, dst, alpha, op.param_f32(3))
-    elif op.op in _BINARY:
+    elif op.op is Op.SOFT_MAX:
+        made = launch.soft_max(a, b, c, dst, op.param_f32(0), op.param_f32(1))
+    return made
+
+
+def _from_two(op: Tensor, a: Operand, b: Operand, dst: Operand, work: Workspace) -> list[Launch]:
+    """Return the launches of an op with two sources; none if it is no such op."""
+    from ..kernels.cuda import launch
+
+    made: list[Launch] = []
+    if op.op in _BINARY:
         made = launch.binary(_BINARY[op.op], a, b, dst)
     elif op.op is Op.MUL_MAT:
         made = launch.mul_mat(a, b, dst, work)
@@ -225,21 +237,17 @@ def _from_two(op: Tensor, a: Operand, b: Operand | None, dst: Operand, work: Wor
     return made
 
 
-def _from_three(
-    op: Tensor, a: Operand, b: Operand | None, c: Operand | None, dst: Operand, work: Workspace
-) -> list[Launch]:
-    """Return the launches of an op with three sources; none if it is no such op."""
+def _from_three(op: Tensor, a: Operand, b: Operand, c: Operand | None, dst: Operand, work: Workspace) -> list[Launch]:
+    """Return the launches of an op with three sources, of which ROPE's last may lack; none if it is no such op."""
     from ..kernels.cuda import launch
 
     made: list[Launch] = []
-    if op.op is Op.MUL_MAT_ID:
-        made = launch.mul_mat_id(a, b, c, dst, work)
-    elif op.op is Op.ADD_ID:
-        made = launch.add_id(a, b, c, dst)
-    elif op.op is Op.SOFT_MAX:
-        made = launch.soft_max(a, b, c, dst, op.param_f32(0), op.param_f32(1))
-    elif op.op is Op.ROPE:
+    if op.op is Op.ROPE:
         n_dims, is_neox, n_ctx_orig = op.param_i32(1), op.param_i32(2) == RopeType.NEOX, op.param_i32(4)
         how = launch.Rope(n_dims, is_neox, n_ctx_orig, *(op.param_f32(i) for i in range(5, 11)))
         made = launch.rope(a, b, c, dst, how)
+    elif c is not None and op.op is Op.MUL_MAT_ID:
+        made = launch.mul_mat_id(a, b, c, dst, work)
+    elif c is not None and op.op is Op.ADD_ID:
+        made = launch.add_id(a, b, c, dst)
     return made
