@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,9 +14,12 @@ import numpy as np
 from pyggml.gguf import GGUFFile, ValueType
 from pyggml.models.gguf_writer import GGUFWriter
 from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.models.quantize import dequantize
 from pyggml.types import Type
 
 _KINDS = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32, str: ValueType.STRING}
+#: Types whose codebooks libggml searches long.
+_RANDOM = (Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS, Type.IQ1_M, Type.IQ1_S)
 #: Small enough to be written and run in a moment.
 SIZES = Sizes(layers=3, embd=64, heads=4, kv_heads=2, head_dim=16, ff=96, ff_exp=32, experts=8, used=3)
 
@@ -74,6 +79,54 @@ def write_edited(
         writer.write(path)
     plain.unlink()
     return path
+
+
+def write_quantized(path: Path, plain: Path, kind: Type) -> Path:
+    """Write a model again with its Q8_0 matrices in another type.
+
+    Libggml makes them, all columns alike to it; where it would think for seconds, they are random blocks of the same
+    spread.
+    """
+    folder = Path(str(importlib.util.find_spec("libggml").origin)).parent / "lib64"
+    chunk = ctypes.CDLL(str(folder / "libggml-base.so")).ggml_quantize_chunk
+    chunk.restype = ctypes.c_size_t
+    chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    writer = GGUFWriter()
+    with GGUFFile.open(plain) as file:
+        for key in file.metadata:
+            entry = file.metadata.entry(key)
+            writer.add_raw(key, entry.type, entry.length, file.metadata.raw(key))
+        for info in file.tensors.values():
+            raw, type = file.data(info.name).copy(), info.type
+            if type is Type.Q8_0:
+                values = dequantize(raw.reshape(-1, type.row_size(info.ne[0])), type)
+                raw, type = np.zeros((len(values), kind.row_size(info.ne[0])), np.uint8), kind
+                if kind in _RANDOM:
+                    raw[:] = _random_rows(kind, raw.shape, float(values.std()))
+                else:
+                    even = np.ones(info.ne[0], np.float32)
+                    chunk(kind, values.ctypes.data, raw.ctypes.data, 0, *values.shape, even.ctypes.data)
+            n_dims = max(i + 1 for i in range(4) if i == 0 or info.ne[i] != 1)
+            writer.add_tensor(info.name, type, info.ne[:n_dims], partial(_bytes, raw))
+        writer.write(path)
+    return path
+
+
+def _random_rows(kind: Type, shape: tuple[int, ...], spread: float) -> np.ndarray:
+    """Return rows of random blocks: uint8, of a shape."""
+    rows = np.random.default_rng(int(kind)).integers(0, 256, shape, np.uint8)
+    blocks = rows.reshape(-1, kind.type_size)
+
+    def put(d: float) -> None:
+        bits = int(np.float16(d).view(np.uint16))
+        if kind is not Type.IQ1_M:
+            blocks[:, :2] = bits & 255, bits >> 8
+        for i in range(4 if kind is Type.IQ1_M else 0):  # four bits in each of its last four words
+            blocks[:, 49 + 2 * i] = blocks[:, 49 + 2 * i] & 15 | (bits >> 4 * i & 15) << 4
+
+    put(1.0)
+    put(spread / float(dequantize(rows, kind).std()))
+    return rows
 
 
 def _bytes(values: np.ndarray) -> list[bytes]:
