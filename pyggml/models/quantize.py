@@ -1,4 +1,4 @@
-"""Numbers to rows of a quantised type, with numpy: gguf's quantisers, and two K-quants that gguf only reads."""
+"""Numbers to rows of a quantised type: by gguf's quantisers; of types that gguf only reads by numpy, or by the CPU's kernels."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ __all__ = ["QUANTIZABLE", "dequantize", "quantize"]
 
 #: Types that `quantize` can make.
 QUANTIZABLE = (
-    Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K,
-    Type.MXFP4,
+    Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K,
+    Type.Q5_K, Type.Q6_K, Type.IQ4_NL, Type.TQ1_0, Type.TQ2_0, Type.MXFP4,
 )  # fmt: skip
+#: Those that kernels write.
+_BY_KERNEL = frozenset({Type.Q2_K, Type.Q3_K, Type.IQ4_NL})
 
 _Floats = npt.NDArray[np.float32]
 _Bytes = npt.NDArray[np.uint8]
@@ -43,6 +45,8 @@ def quantize(values: _Floats, kind: Type) -> _Bytes:
         return _quantize_with_minima(values, kind)
     if kind is Type.Q6_K:
         return _quantize_q6_k(values)
+    if kind in _BY_KERNEL:
+        return _quantize_by_kernel(values, kind)
     rows: _Bytes = quants.quantize(values, GGMLQuantizationType(int(kind)))
     return rows
 
@@ -61,6 +65,15 @@ def dequantize(packed: _Bytes, kind: Type) -> _Floats:
         return packed.view(np.float16).astype(np.float32)
     values: _Floats = quants.dequantize(packed, GGMLQuantizationType(int(kind)))
     return values
+
+
+def _quantize_by_kernel(values: _Floats, kind: Type) -> _Bytes:
+    from pyggml.kernels.cpu.quantise import floats_to_blocks  # brings Numba
+
+    values = np.ascontiguousarray(values, np.float32)
+    rows = np.empty((*values.shape[:-1], kind.row_size(values.shape[-1])), np.uint8)
+    floats_to_blocks(int(kind), values.ctypes.data, rows.ctypes.data, values.size)
+    return rows
 
 
 def _inverse(values: _Floats) -> _Floats:

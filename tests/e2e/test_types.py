@@ -15,15 +15,15 @@ from pyggml.models.make_moe import Recipe, Sizes, make_moe
 from pyggml.session import ContextFlags, Session
 
 TOKENS = [3 + (i * 37) % 300 for i in range(40)]
-#: What `make_moe` writes, but F32 (`test_logits`).
+#: Written by `make_moe`; F32 is in `test_logits`.
 TYPES = (
-    Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q4_K, Type.Q5_K, Type.Q6_K,
-    Type.MXFP4,
+    Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q2_K, Type.Q3_K, Type.Q4_K,
+    Type.Q5_K, Type.Q6_K, Type.IQ4_NL, Type.MXFP4,
 )  # fmt: skip
-#: What is written after libggml or at random.
+#: Made by libggml, or at random.
 OTHERS = (
-    Type.Q2_K, Type.Q3_K, Type.IQ4_NL, Type.IQ4_XS, Type.IQ3_S, Type.IQ3_XXS, Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS,
-    Type.IQ1_M, Type.IQ1_S, Type.TQ1_0, Type.TQ2_0, Type.NVFP4, Type.Q1_0, Type.Q2_0,
+    Type.IQ4_XS, Type.IQ3_S, Type.IQ3_XXS, Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS, Type.IQ1_M, Type.IQ1_S, Type.TQ1_0,
+    Type.TQ2_0, Type.NVFP4, Type.Q1_0, Type.Q2_0,
 )  # fmt: skip
 BATCHES = (1, 40)
 SIZES = Sizes(layers=2, experts=8, used=2, vocab=304)
