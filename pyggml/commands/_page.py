@@ -1,4 +1,4 @@
-"""Timelines and pages of what a command did, as `run` and `splits` write them."""
+"""Timelines and pages of what a command did, as `run` and `splits` write them, and what these say of a model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from click.core import ParameterSource
 from ._model_options import ModelFlags
 
 if TYPE_CHECKING:
+    from ..backend import Backend
+    from ..gguf import GGUFFile
+    from ..models.hparams import HParams
     from ..record import Record
 
-__all__ = ["check_folders", "given_options", "write_records"]
+__all__ = ["about_devices", "about_model", "check_folders", "given_options", "write_records"]
 
 
 def check_folders(*paths: Path | None) -> None:
@@ -28,6 +31,23 @@ def check_folders(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and not path.absolute().parent.is_dir():
             raise click.UsageError(f"{path}: its folder does not exist")
+
+
+def about_model(file: GGUFFile, hparams: HParams) -> dict[str, Any]:
+    """Return what pages and JSON say of a model."""
+    return {
+        "path": str(file.path),
+        "name": hparams.name,
+        "arch": hparams.arch,
+        "n_layer": hparams.n_layer,
+        "n_expert": hparams.n_expert,
+        "n_expert_used": hparams.n_expert_used,
+    }
+
+
+def about_devices(backends: Iterable[Backend]) -> list[dict[str, str]]:
+    """Return what pages and JSON say of devices."""
+    return [{"name": b.name, "description": b.device.description} for b in backends]
 
 
 def given_options() -> str:

@@ -15,6 +15,7 @@ from ._console import Bar, n_bytes, n_seconds, table
 from ._tables import device_bytes, memory_dicts, memory_table
 
 if TYPE_CHECKING:
+    from ..cost import LinkProfile
     from ..planning import Memory
     from ..session import BatchRecord, Session
     from ._virtual import VirtualReport
@@ -55,7 +56,7 @@ class RunReport:
     prompt_tokens: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     is_complete: bool = False
-    link_bytes_per_s: float | None = None
+    link: LinkProfile | None = None  #: of the first device, if it is simulated
     stopped: str = ""
     virtual: VirtualReport | None = None
 
@@ -188,10 +189,10 @@ class RunReport:
             f"Copied {n_bytes(total.bytes_copied)} of expert weights; whole copies would have moved "
             f"{n_bytes(total.bytes_full)}: {total.ratio:.0%}, {n_bytes(saved)} saved."
         )
-        if self.link_bytes_per_s:
-            copied_s, full_s = (n / self.link_bytes_per_s for n in (total.bytes_copied, total.bytes_full))
+        if self.link is not None:
+            copied_s, full_s = (self.link.seconds(n, n_copies=0) for n in (total.bytes_copied, total.bytes_full))
             text += (
-                f"\nOn this device's link ({self.link_bytes_per_s / 1e9:.1f} GB/s) that is {n_seconds(copied_s)} "
+                f"\nOn this device's link ({self.link.bytes_per_s / 1e9:.1f} GB/s) that is {n_seconds(copied_s)} "
                 f"instead of {n_seconds(full_s)}."
             )
         return text

@@ -14,7 +14,7 @@ from rich.text import Text
 from ..sched.state import Cause
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
-from ._page import check_folders, given_options, write_records
+from ._page import about_devices, about_model, check_folders, given_options, write_records
 from ._tables import device_bytes, memory_dicts, memory_table, too_large
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def command(
         plans = plan_batches(planner, sizes, outputs=outputs, routing=assumed)
         if recording is not None:
             about = {
-                "model": _model(planner),
-                "devices": [{"name": b.name, "description": b.device.description} for b in planner.backends],
+                "model": about_model(planner.file, planner.hparams),
+                "devices": about_devices(planner.backends),
                 "options": given_options(),
                 "routing": str(assumed),
             }
@@ -90,21 +90,13 @@ def command(
         _print(planner, plans, assumed, all_splits=all_splits)
 
 
-def _model(planner: Planner) -> dict[str, Any]:
-    hp = planner.hparams
-    return {
-        "path": str(planner.file.path), "name": hp.name, "arch": hp.arch, "n_layer": hp.n_layer,
-        "n_expert": hp.n_expert, "n_expert_used": hp.n_expert_used,
-    }  # fmt: skip
-
-
 def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Routing) -> dict[str, Any]:
     from ._virtual import assumptions
 
     clock = planner.sched.clock
     names = [b.name for b in planner.backends]
     return {
-        "model": _model(planner),
+        "model": about_model(planner.file, planner.hparams),
         "context": {
             "n_ctx": planner.params.n_ctx, "n_batch": planner.params.n_batch, "n_ubatch": planner.params.n_ubatch,
             "flash_attn": planner.params.flash_attn, "op_offload": planner.params.op_offload,
