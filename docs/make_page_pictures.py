@@ -1,8 +1,8 @@
 """Pictures of the page that `pyggml viz` makes, in light and dark, taken by Chromium. `make docs` runs this.
 
 A small random model answers over a simulated device. `page-*.png` is the top of its page, `why-*.png` the timeline with a
-tensor found by name. Times are virtual, so that the same code, browser and fonts give the same files; what depends on
-the machine is left out.
+tensor found by name. Times are virtual, so that the same code, browser and fonts give the same pictures (a browser may
+round a shade by one); what depends on the machine is left out.
 """
 
 from __future__ import annotations
