@@ -1,4 +1,4 @@
-"""The tutorials and the README say what is true: their code runs, and what they show is what it printed.
+"""The tutorials, the README and other pages say what is true: their code runs, and what they show is what it printed.
 
 A page's Python blocks run in order in one namespace. A ``text`` block that follows one shows what it printed; a block
 without one prints nothing. ``python tests/test_tutorials.py --update`` writes what was printed into the pages.
@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/tutorials").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "docs/accuracy.md", *sorted((ROOT / "docs/tutorials").glob("*.md"))]
+OTHERS = [ROOT / "CONTRIBUTING.md", *sorted({*(ROOT / "docs").glob("**/*.md")} - {*PAGES})]
 #: packages beyond pyggml's own that a page's code needs, by the page's stem
 NEEDS = {"09-cuda-kernels-without-a-gpu": ("numba-cuda", "nvidia-cuda-nvrtc", "nvidia-nvvm")}
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
@@ -105,7 +106,7 @@ def test_page_shows_what_its_code_prints(path: Path, monkeypatch: pytest.MonkeyP
 def shell_lines() -> list[tuple[str, str]]:
     """Return the commands of all pages, each with the page's name."""
     found = []
-    for path in [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [*PAGES, *OTHERS]:
         for block in blocks_of(path.read_text(encoding="utf-8")):
             if block.language == "sh":
                 lines = block.text.replace("\\\n", " ").splitlines()
@@ -145,9 +146,7 @@ def test_named_code_exists(page: str) -> None:
             assert set(re.findall(r"\w+", code)) <= words, f"{page}: nothing is called {code}"
 
 
-@pytest.mark.parametrize(
-    "path", [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", [*PAGES, *OTHERS], ids=lambda p: p.stem)
 def test_links_lead_somewhere(path: Path) -> None:
     """Relative links of a page lead to files of the project."""
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
