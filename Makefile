@@ -57,6 +57,7 @@ docs: $(VENV)/test.stamp
 	$(BIN)/python tests/browser/find_browser.py
 	$(BIN)/python docs/make_pictures.py
 	$(BIN)/python docs/make_page_pictures.py
+	$(BIN)/python docs/make_pass_picture.py
 	$(BIN)/python -m pytest -q tests/test_tutorials.py
 
 clean:
