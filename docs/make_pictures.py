@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +23,7 @@ from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 from pyggml import cli
-from pyggml.commands import run, savings
+from pyggml.commands import _console
 
 FOLDER = Path(__file__).parent / "img"
 MODEL = ("make-moe", "moe.gguf", "--preset", "fine-grained")
@@ -119,18 +120,13 @@ def without_leading_spaces(svg: str) -> str:
 def picture(name: str, width: int, commands: Sequence[Sequence[str]]) -> None:
     """Run commands and write what they report."""
     screen = Screen(width)
-    shown = {module: module.report for module in (run, savings)}
-    for module in shown:
-        module.report = lambda: screen
-    try:
+    own = _console._Console  # where every command asks for one; errors go where they go
+    with patch.object(_console, "_Console", lambda **options: own(**options) if options.get("stderr") else screen):
         for words in commands:
             line = " ".join(f'"{word}"' if " " in word else word for word in words)
             screen.print(Text.assemble(("$ ", "green"), (f"pyggml {line}", "bold")), soft_wrap=True)
             screen.print()
             call(words)
-    finally:
-        for module, report in shown.items():
-            module.report = report
     text = screen.export_svg(title=f"pyggml {commands[0][0]}", theme=THEME, code_format=FORMAT, unique_id=name)
     text = without_leading_spaces(text)
     text = "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
