@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .errors import AllocError, GraphError
+from .errors import AllocError, BackendError, GraphError
 from .tensor import Tensor, are_same_layout
 from .types import SIZE_MAX, BufferUsage
 
@@ -176,6 +176,20 @@ class Buffer(ABC):
     def is_host(self) -> bool:
         """Whether the CPU can use its addresses."""
         return self.buft.is_host
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the memory was given back; False of buffers that `close` leaves as they are."""
+        return False
+
+    def check_open(self, tensor: Tensor) -> None:
+        """Raise `BackendError` if the buffer, in which a tensor lies, was closed."""
+        if self.is_closed:
+            raise BackendError(
+                self.buft.name,
+                f"'{tensor.name}' lies in a buffer that was closed",
+                hint="keep buffers open for as long as their tensors are used",
+            )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.size:,} bytes in {self.buft.name}, {self.usage.name.lower()}>"

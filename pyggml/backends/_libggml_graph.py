@@ -91,7 +91,7 @@ class LibraryPlan:
         """
         backend = self.backend
         for buffer in self._buffers:
-            if not buffer.is_open:
+            if buffer.is_closed:
                 raise BackendError(backend.name, f"a buffer in {buffer.buft.name} was closed and is still used")
         for part in self.parts:
             if part.checks:

@@ -103,9 +103,9 @@ class LibraryBuffer(Buffer):
         self.is_writable = is_writable
 
     @property
-    def is_open(self) -> bool:
-        """Whether it still has its memory."""
-        return self._handle is not None
+    def is_closed(self) -> bool:
+        """Whether the memory was given back."""
+        return self._handle is None
 
     def target(self, tensor: Tensor) -> Handle:
         """Return the library's tensor for one of ours that is to be written."""

@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..buffer import Buffer, BufferType
@@ -157,8 +157,7 @@ class HostBuffer(Buffer):
         return self._address(tensor)
 
     def _address(self, tensor: Tensor) -> int:
-        if self.owner is None:
-            raise AllocError(f"'{tensor.name}' lies in a buffer of {self.buft.name} that was closed")
+        self.check_open(tensor)
         assert tensor.data is not None
         return tensor.data
 
@@ -195,6 +194,11 @@ class HostBuffer(Buffer):
             state = "was closed" if self.owner is None else "is read-only"
             raise AllocError(f"a buffer of {self.buft.name} cannot be cleared: it {state}")
         ctypes.memset(self.base, value, self.size)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the memory was given back."""
+        return self.owner is None
 
     def close(self) -> None:
         """Give own pages back; a mapping stays with its owner."""
@@ -241,16 +245,19 @@ def shared_pool(threads: int) -> Pool:
 class _KeptPlan:
     """A plan, and what it rests on."""
 
-    __slots__ = ("owner", "places", "plan", "version")
+    __slots__ = ("buffers", "owner", "places", "plan", "version")
 
-    def __init__(self, plan: HostPlan, owner: object, version: int, places: list[int | None]) -> None:
-        self.plan, self.owner, self.version, self.places = plan, owner, version, places
+    def __init__(self, plan: HostPlan, owner: object, version: int, nodes: Sequence[Tensor]) -> None:
+        self.plan, self.owner, self.version = plan, owner, version
+        self.places = [node.data for node in nodes]
+        used = {t.storage for node in nodes for t in (node, *node.src) if t is not None}
+        self.buffers = tuple(b for b in used if b is not None)
 
 
 def plan_of(graph: GraphView, owner: object, name: str, address_of: Callable[[Tensor], int]) -> HostPlan:
     """Return the plan of a range of nodes, made at the first time and kept in the range.
 
-    It is made anew if the graph changed, a node moved in memory, or another device asks.
+    It is made anew if the graph changed, a node moved in memory, a buffer was closed, or another device asks.
 
     Parameters
     ----------
@@ -269,11 +276,12 @@ def plan_of(graph: GraphView, owner: object, name: str, address_of: Callable[[Te
         and kept.owner is owner
         and kept.version == graph.graph.version
         and kept.places == places
+        and not any(buffer.is_closed for buffer in kept.buffers)
     ):
         return kept.plan
     for node in nodes:
         if not node.op.is_empty and not node.is_empty and node.data is None:
             raise ComputeError(name, "a node has no memory yet", node=node.name, hint="allocate the graph first")
     plan = HostPlan(nodes, address_of, backend=name)
-    graph.plan = _KeptPlan(plan, owner, graph.graph.version, places)
+    graph.plan = _KeptPlan(plan, owner, graph.graph.version, nodes)
     return plan

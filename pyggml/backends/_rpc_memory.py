@@ -106,9 +106,13 @@ class RPCBuffer(Buffer):
         self.remote = remote  #: what the server calls it; 0 once closed
         self._n_clears = 0
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the memory was given back."""
+        return not self.remote
+
     def _place(self, tensor: Tensor) -> bytes:
-        if not self.remote:
-            raise BackendError(self.buft.name, f"'{tensor.name}' lies in a buffer that was closed")
+        self.check_open(tensor)
         assert tensor.data is not None
         if not self.base <= tensor.data or tensor.data + tensor.nbytes > self.base + self.size:
             raise BackendError(self.buft.name, f"'{tensor.name}' is not inside {self!r}")

@@ -81,7 +81,7 @@ class SimBuffer(Buffer):
 
     def _arena(self, tensor: Tensor) -> int:
         """Return where the bytes of a tensor really are."""
-        self._check_open(tensor)
+        self.check_open(tensor)
         if self._block is None:
             raise BackendError(
                 self.device.name,
@@ -91,9 +91,10 @@ class SimBuffer(Buffer):
         assert tensor.data is not None
         return self._block.address + tensor.data - self.base
 
-    def _check_open(self, tensor: Tensor) -> None:
-        if not self._is_open:
-            raise BackendError(self.device.name, f"'{tensor.name}' lies in a buffer that was closed")
+    @property
+    def is_closed(self) -> bool:
+        """Whether the memory was given back."""
+        return not self._is_open
 
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into the tensor."""
@@ -103,7 +104,7 @@ class SimBuffer(Buffer):
 
     def writing(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
         """Return the copying of host memory into the tensor, where it lies now."""
-        self._check_open(tensor)
+        self.check_open(tensor)
         where = None if self._block is None else self._arena(tensor) + offset
         if where is not None and address >= FIRST_ADDRESS:
             raise BackendError(self.device.name, f"what is copied to '{tensor.name}' has no data, the device has")
@@ -145,7 +146,7 @@ class SimBuffer(Buffer):
 
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
         """Set bytes of the tensor."""
-        self._check_open(tensor)
+        self.check_open(tensor)
         self._watch(tensor, offset, size, is_write=True)
         if self._block is not None:
             ctypes.memset(self._arena(tensor) + offset, value, size)
@@ -163,7 +164,7 @@ class SimBuffer(Buffer):
         """Return the copying of a tensor of a simulated device, where both lie now."""
         storage = src.storage
         assert isinstance(storage, SimBuffer)
-        self._check_open(dst)
+        self.check_open(dst)
         to, start = (None, None) if self._block is None else (self._arena(dst), storage._arena(src))
         n_bytes, name = src.nbytes, dst.name
 

@@ -118,7 +118,7 @@ class CPUBackend(Backend):
         ExpertIdError
             An id that is no expert.
         BackendError
-            A tensor lies in another device's memory.
+            A tensor lies in another device's memory, or in a buffer that was closed.
         """
         plan = plan_of(graph, self.device, self.name, self._address)
         if HOST.is_busy:
@@ -131,6 +131,7 @@ class CPUBackend(Backend):
         if storage is None or not storage.is_host or tensor.data is None:
             where = "nowhere" if storage is None else f"in {storage.buft.name}"
             raise BackendError(self.name, f"'{tensor.name}' lies {where}, not in host memory")
+        storage.check_open(tensor)
         return tensor.data
 
     def close(self) -> None:

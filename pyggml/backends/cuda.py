@@ -78,9 +78,13 @@ class CudaBuffer(Buffer):
         self.device = buft.owner
         self._is_open = True
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the memory was given back."""
+        return not self._is_open
+
     def _at(self, tensor: Tensor, offset: int) -> int:
-        if not self._is_open:
-            raise BackendError(self.device.name, f"'{tensor.name}' lies in a buffer that was closed")
+        self.check_open(tensor)
         assert tensor.data is not None
         return tensor.data + offset
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..backend import Backend, Event
+from ..backend import Event
 from ..buffer import tensor_copy
 from ..graph import GraphView
 from ..record import CopyReason
@@ -47,10 +47,6 @@ class SplitRun:
     def copy_of(self, tensor: Tensor, backend_id: int) -> Tensor:
         """Return the current copy of a split input on a backend."""
         return self.copies[tensor][backend_id][self.cur_copy]
-
-    def backend_of(self, tensor: Tensor) -> Backend:
-        """Return the backend that a tensor is assigned to."""
-        return self.machine.backends[self.asg.ids[tensor]]
 
     def causes_of(self, tensor: Tensor) -> tuple[str, ...]:
         """Return why a tensor is where it is, as text for errors."""
@@ -136,6 +132,9 @@ def _copy_input(run: SplitRun, i_split: int, i_input: int) -> None:
     tensor = split.inputs[i_input]
     copy = run.copy_of(tensor, b)
     source = run.asg.ids[tensor]
+    storage = tensor.storage
+    if storage is not None:
+        storage.check_open(tensor)  # its address is all that copiers use
     if tensor.flags & TensorFlag.INPUT:
         # at once: the user may overwrite an input as soon as compute_async returns
         run.host_wait(i_split, b)
