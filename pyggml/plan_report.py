@@ -45,7 +45,8 @@ class SplitPlan:
     i_end: int
     first_node: str  #: the first that is computed
     first_op: str
-    cause: str  #: why it is on this backend
+    cause: str  #: why it is on this backend, a phrase
+    note: str  #: the same as upstream notes it
     causes: dict[str, int]  #: of all its computed nodes, by upstream's note
     inputs: list[InputPlan]
 
@@ -130,6 +131,7 @@ def _split_plan(planner: Planner, planned: PlannedGraph, i: int, split: Split, r
         first_node=nodes[0].name if nodes else "",
         first_op=nodes[0].op_desc if nodes else "",
         cause="" if cause is None else cause.text,
+        note="" if cause is None else cause.value,
         causes=dict(causes),
         inputs=[_input_plan(planned, split, tensor, routing) for tensor in split.inputs],
     )

@@ -24,7 +24,8 @@ __all__ = ["ModelFlags", "model_options", "open_backends", "parse_sizes", "split
 DEFAULT_DEVICES = "sim:rtx4090-pcie4,cpu"
 EXPERT_COPIES = ("used", "upstream", "full")
 #: What `models.context.CACHE_TYPES` holds, for the text of help, which imports no model.
-CACHE_TYPES = "f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1"
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+_CACHE_TYPE = click.Choice(CACHE_TYPES, case_sensitive=False)
 
 
 class LayerCount(click.ParamType[int]):
@@ -85,16 +86,12 @@ class ModelFlags:
         from ..models.context import ContextFlags
         from ..types import Type
 
-        try:
-            type_k, type_v = Type.of(self.type_k), Type.of(self.type_v)
-        except ValueError as error:
-            raise click.UsageError(f"-ctk, -ctv: {error}") from None
         return ContextFlags(
             n_ctx=self.n_ctx or n_ctx or 0,
             n_batch=self.n_batch,
             n_ubatch=self.n_ubatch,
-            type_k=type_k,
-            type_v=type_v,
+            type_k=Type.of(self.type_k),
+            type_v=Type.of(self.type_v),
             flash_attn=self.flash_attn,
             offload_kqv=self.kv_offload,
             op_offload=self.op_offload,
@@ -123,8 +120,14 @@ _OPTIONS = [
     click.option("-b", "--batch-size", "n_batch", type=click.IntRange(1), default=2048, show_default=True),
     click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(1), default=512, show_default=True),
     click.option("--op-offload/--no-op-offload", default=True, help="Let devices take ops with host weights. [on]"),
-    click.option("-ctk", "--cache-type-k", "type_k", default="f16", show_default=True, help=f"Type of K: {CACHE_TYPES}."),
-    click.option("-ctv", "--cache-type-v", "type_v", default="f16", show_default=True, help="Likewise of V."),
+    click.option(
+        "-ctk", "--cache-type-k", "type_k", type=_CACHE_TYPE, metavar="TYPE", default="f16", show_default=True,
+        help=f"Type of K: {', '.join(CACHE_TYPES)}.",
+    ),
+    click.option(
+        "-ctv", "--cache-type-v", "type_v", type=_CACHE_TYPE, metavar="TYPE", default="f16", show_default=True,
+        help="Likewise of V.",
+    ),
     click.option("-t", "--threads", type=click.IntRange(1), default=None, help="Of the CPU's kernels. [cores]"),
     click.option("-dev", "--device", default=DEFAULT_DEVICES, show_default=True, metavar="LIST"),
     click.option("--kv-offload/--no-kv-offload", default=True, help="Keep the KV cache on the device. [on]"),

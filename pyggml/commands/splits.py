@@ -61,6 +61,8 @@ def command(
 
     sizes = parse_sizes(batches)
     assumed = parse_routing(routing)
+    if form == "ggml" and (as_json or timeline or html):
+        raise click.UsageError("--format ggml prints that text alone: leave out --json, --timeline and --html")
     check_folders(timeline, html)
     recording = Recording() if timeline or html else None
     backends, cpu = open_backends(flags, data=False)
@@ -69,7 +71,7 @@ def command(
         strict=True, copier=flags.copier(), clock=virtual_clock([*backends, cpu]),
         recorder=recording,
     ) as planner:  # fmt: skip
-        if form == "ggml" and not as_json:
+        if form == "ggml":
             for n in sizes:
                 click.echo(f"# batch {n}")
                 for planned in planner.plan_batch(n, outputs=outputs):
@@ -141,7 +143,7 @@ def _print(planner: Planner, plans: list[BatchPlan], routing: Routing, *, all_sp
             console.print(_splits_table(graph, all_splits=all_splits, has_bars=console.width >= ROOMY_WIDTH))
     console.print()
     console.print("(×N): so many splits that differ by their layer only; bars: of all that is copied")
-    for note in sorted({_note(split) for plan in plans for graph in plan.graphs for split in graph.splits} - {""}):
+    for note in sorted({split.note for plan in plans for graph in plan.graphs for split in graph.splits} - {""}):
         console.print(f"{note:<7} {Cause(note).text}")
 
 
@@ -188,16 +190,11 @@ def _splits_table(graph: GraphPlan, *, all_splits: bool, has_bars: bool) -> Tabl
         expected = sum(i.bytes_expected for i in inputs)
         made.add_row(
             str(first.index) if len(splits) == 1 else f"{first.index} … {splits[-1].index} (×{len(splits)})",
-            first.backend, _note(first), _story(first, is_one=len(splits) == 1), n_bytes(expected),
+            first.backend, first.note, _story(first, is_one=len(splits) == 1), n_bytes(expected),
             n_bytes(sum(i.bytes_max for i in inputs)),
             *([Bar(expected / graph.bytes_expected if graph.bytes_expected else 0.0)] if has_bars else []),
         )  # fmt: skip
     return made
-
-
-def _note(split: SplitPlan) -> str:
-    """Return upstream's note of why a split is where it is."""
-    return next((cause.value for cause in Cause if cause.text == split.cause), "")
 
 
 def _story(split: SplitPlan, *, is_one: bool) -> Text:

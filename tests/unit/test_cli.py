@@ -101,6 +101,22 @@ def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("run m.gguf --system Hello", "--system goes with --chat or --interactive"),
+        ("run m.gguf --prompt a --tokens 1", "give either --prompt or --tokens"),
+        ("run m.gguf -ctk q7_9", "'q7_9' is not one of 'f32', 'f16',"),
+        ("splits m.gguf --format ggml --json", "leave out --json, --timeline and --html"),
+        ("splits m.gguf --batches 0", "sizes are numbers above 0"),
+    ],
+)
+def test_options_that_do_not_go_together(words: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An option that would do nothing, or cannot be, is refused before the model is looked for."""
+    assert cli.run(words.split()) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("error", "line"),
     [
         (FormatError("a.gguf", "the header ends", offset=12, hint="fetch it again"),

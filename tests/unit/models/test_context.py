@@ -56,4 +56,4 @@ def test_one_tensor_for_k_and_v_has_one_type():
 
 def test_help_lists_the_types():
     """What `-ctk` says is what is accepted."""
-    assert ", ".join(t.ggml_name for t in CACHE_TYPES) == _model_options.CACHE_TYPES
+    assert tuple(t.ggml_name for t in CACHE_TYPES) == _model_options.CACHE_TYPES
