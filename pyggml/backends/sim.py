@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from .. import config
 from ..backend import Backend, Device, Event, op_batch_size
@@ -27,6 +27,7 @@ from ..types import DeviceType, TensorFlag
 from ._dataless import FIRST_ADDRESS, DatalessHostBufferType
 from ._host_support import supports_op
 from ._machine import HostBlock, HostBufferType, available_cores, plan_of, shared_pool
+from ._sim_faults import Faults, Moment
 from ._sim_hazards import HOST, Access, Hazard, HazardWatch, Stream, access_to, accesses_of, host_access
 from ._sim_memory import POISON, SimBuffer, SimBufferType, Traffic
 
@@ -47,8 +48,6 @@ __all__ = [
 
 #: Each device and each buffer has its own piece of the addresses that no process has.
 _DEVICE_BYTES = 1 << 52
-
-Moment = Literal["alloc", "copy", "compute", "lost"]
 
 
 class SimDevice(Device):
@@ -87,10 +86,7 @@ class SimDevice(Device):
         self.seed = seed
         self.watch = None if seed is None else HazardWatch()
         self.is_lost = False
-        self._counts: dict[Moment, int] = {"alloc": 0, "copy": 0, "compute": 0, "lost": 0}
-        self._faults: dict[Moment, set[int]] = {moment: set() for moment in self._counts}
-        self._slow_from: dict[int, float] = {}
-        self._slowdown, self._n_carried = 1.0, 0
+        self._faults = Faults()
         self._backends: list[weakref.ref[SimBackend]] = []
         self._buffers: weakref.WeakSet[SimBuffer] = weakref.WeakSet()
         self._index = index
@@ -209,7 +205,7 @@ class SimDevice(Device):
 
         ``lost`` is the moment at which the device goes away for good, ``after`` more of any kind.
         """
-        self._faults[moment].add(self._counts[moment] + after)
+        self._faults.ask(moment, after)
 
     def slow_link(self, factor: float, *, after: int = 0) -> None:
         """Let copies take ``factor`` times as long, ``after`` more of them, until another factor is asked for.
@@ -218,20 +214,15 @@ class SimDevice(Device):
         """
         if not factor > 0:
             raise BackendError(self.name, f"a link cannot take {factor} times as long", hint="2.0 halves its rate")
-        self._slow_from[self._n_carried + after] = factor
+        self._faults.slow_down(factor, after)
 
     def link_slowdown(self) -> float:
         """Return how many times longer than the profile says the next copy takes, and count it."""
-        self._slowdown = self._slow_from.pop(self._n_carried, self._slowdown)
-        self._n_carried += 1
-        return self._slowdown
+        return self._faults.next_slowdown()
 
     def clear_faults(self) -> None:
         """Forget all faults that were asked for and did not come yet; a slow link is as its profile says again."""
-        for pending in self._faults.values():
-            pending.clear()
-        self._slow_from.clear()
-        self._slowdown = 1.0
+        self._faults.clear()
 
     def recover(self) -> None:
         """Bring a lost device back: its memory is fresh, whatever was in it is gone."""
@@ -240,24 +231,15 @@ class SimDevice(Device):
         for buffer in self._buffers:
             buffer.clear(POISON)
 
-    def _comes(self, moment: Moment) -> bool:
-        """Whether a fault was asked for now."""
-        count = self._counts[moment]
-        self._counts[moment] = count + 1
-        if count not in self._faults[moment]:
-            return False
-        self._faults[moment].remove(count)
-        return True
-
     def at(self, moment: Moment, what: str) -> None:
         """Raise the fault asked for, if this is the moment."""
-        if self._comes("lost"):
+        if self._faults.comes("lost"):
             self.is_lost = True
         if self.is_lost:
             raise DeviceUnavailableError(
                 self.name, f"the device was lost before {moment} of '{what}'", hint="recover() brings it back, empty"
             )
-        if not self._comes(moment):
+        if not self._faults.comes(moment):
             return
         if moment == "compute":
             raise ComputeError(self.name, "computing failed (a fault that was asked for)", node=what)

@@ -1,0 +1,50 @@
+"""What goes wrong on a simulated device: at which moments it fails, and from which copy on its link is slow."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+__all__ = ["Faults", "Moment"]
+
+#: What is counted and can fail: allocations, copies, computings; ``lost`` comes before any of them.
+Moment = Literal["alloc", "copy", "compute", "lost"]
+
+
+class Faults:
+    """Faults that were asked for, and what was counted so far."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Moment, int] = dict.fromkeys(get_args(Moment), 0)
+        self._pending: dict[Moment, set[int]] = {moment: set() for moment in self._counts}
+        self._slow_from: dict[int, float] = {}  #: factors, by the copy from which on they hold
+        self._slowdown, self._n_carried = 1.0, 0
+
+    def ask(self, moment: Moment, after: int) -> None:
+        """Let a moment fail once, ``after`` more of its kind."""
+        self._pending[moment].add(self._counts[moment] + after)
+
+    def comes(self, moment: Moment) -> bool:
+        """Count a moment; whether a fault was asked for now."""
+        count = self._counts[moment]
+        self._counts[moment] = count + 1
+        if count not in self._pending[moment]:
+            return False
+        self._pending[moment].remove(count)
+        return True
+
+    def slow_down(self, factor: float, after: int) -> None:
+        """Let copies take ``factor`` times as long, ``after`` more of them."""
+        self._slow_from[self._n_carried + after] = factor
+
+    def next_slowdown(self) -> float:
+        """Count a copy, and return how many times longer it takes."""
+        self._slowdown = self._slow_from.pop(self._n_carried, self._slowdown)
+        self._n_carried += 1
+        return self._slowdown
+
+    def clear(self) -> None:
+        """Forget what was asked for and did not come yet; the link is as its profile says again."""
+        for pending in self._pending.values():
+            pending.clear()
+        self._slow_from.clear()
+        self._slowdown = 1.0
