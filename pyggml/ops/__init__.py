@@ -126,15 +126,6 @@ from .attention import (
     flash_attn_ext_set_n_kv_max,
     flash_attn_ext_set_prec,
     lightning_indexer,
-    rope,
-    rope_ext,
-    rope_ext_back,
-    rope_ext_inplace,
-    rope_inplace,
-    rope_multi,
-    rope_multi_back,
-    rope_multi_inplace,
-    rope_set_offset,
     soft_max,
     soft_max_add_sinks,
     soft_max_ext,
@@ -186,6 +177,17 @@ from .recurrent import (
     solve_tri,
     ssm_conv,
     ssm_scan,
+)
+from .rotary import (
+    rope,
+    rope_ext,
+    rope_ext_back,
+    rope_ext_inplace,
+    rope_inplace,
+    rope_multi,
+    rope_multi_back,
+    rope_multi_inplace,
+    rope_set_offset,
 )
 from .rows import (
     arange,

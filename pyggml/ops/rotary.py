@@ -1,0 +1,275 @@
+"""Rotary positions: ROPE in all its kinds, by one position of a token or by four."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..tensor import Tensor
+from ..types import Op, Type
+from ._make import f32, is_vector, like, refuse, set_param
+from .modes import RopeType
+
+
+def _rope(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    sections: Sequence[int] | None,
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    inplace: bool,
+) -> Tensor:
+    if mode & 1:
+        refuse("rope", f"mode {mode} is no longer supported", a=a)
+    if not is_vector(b) or b.type is not Type.I32:
+        refuse("rope", "positions must be i32 in one dimension", a=a, b=b)
+    is_mrope = bool(mode & RopeType.MROPE)
+    if b.ne[0] != a.ne[2] * (4 if is_mrope else 1):
+        refuse("rope", f"{a.ne[2]} tokens need {'4 positions each' if is_mrope else 'a position each'}", a=a, b=b)
+    if c is not None and (c.type is not Type.F32 or c.ne[0] < n_dims // 2):
+        refuse("rope", f"frequency factors must be f32, at least {n_dims // 2}", c=c)
+    params: tuple[int, ...] = (
+        0,
+        int(n_dims),
+        int(mode),
+        0,
+        int(n_ctx_orig),
+        f32(freq_base),
+        f32(freq_scale),
+        f32(ext_factor),
+        f32(attn_factor),
+        f32(beta_fast),
+        f32(beta_slow),
+    )
+    if is_mrope and sections is not None:
+        params += tuple(int(n) for n in sections)
+    return like(Op.ROPE, a, (a, b, c), params, inplace)
+
+
+def rope(a: Tensor, b: Tensor, n_dims: int, mode: int) -> Tensor:
+    """Rotate pairs of each row by its token's position, with base frequency 10000 and no scaling.
+
+    Parameters
+    ----------
+    a : Tensor, [n_embd_head, n_head, n_token, ne3]
+    b : Tensor, i32, [n_token]
+        Positions; four a token with ``RopeType.MROPE``.
+    n_dims : int
+        Elements of a row that rotate.
+    mode : int
+        Of `RopeType`.
+
+    Raises
+    ------
+    ShapeError
+        Positions do not fit.
+
+    Notes
+    -----
+    Mirrors `ggml_rope`.
+    """
+    return _rope(a, b, None, n_dims, None, mode, 0, 10000.0, 1.0, 0.0, 1.0, 0.0, 0.0, False)
+
+
+def rope_inplace(a: Tensor, b: Tensor, n_dims: int, mode: int) -> Tensor:
+    """`rope` on a's own memory."""
+    return _rope(a, b, None, n_dims, None, mode, 0, 10000.0, 1.0, 0.0, 1.0, 0.0, 0.0, True)
+
+
+def rope_ext(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
+    """Rotate pairs of each row by its token's position, with YaRN scaling.
+
+    Parameters
+    ----------
+    a, b, n_dims, mode
+        As of `rope`.
+    c : Tensor or None, f32, [at least n_dims / 2]
+        Factors by which frequencies are divided.
+    n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
+        Trained context, base frequency, and YaRN's parameters.
+
+    Raises
+    ------
+    ShapeError
+        Positions or factors do not fit.
+
+    Notes
+    -----
+    Mirrors `ggml_rope_ext`.
+    """
+    return _rope(
+        a, b, c, n_dims, None, mode, n_ctx_orig,
+        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, False,
+    )  # fmt: skip
+
+
+def rope_ext_inplace(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
+    """`rope_ext` on a's own memory."""
+    return _rope(
+        a, b, c, n_dims, None, mode, n_ctx_orig,
+        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, True,
+    )  # fmt: skip
+
+
+def rope_multi(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    sections: Sequence[int],
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
+    """Rotate pairs by one of four positions of a token: ``sections`` tells how many pairs each governs.
+
+    Raises
+    ------
+    ShapeError
+        Positions or factors do not fit.
+
+    Notes
+    -----
+    Mirrors `ggml_rope_multi`.
+    """
+    return _rope(
+        a, b, c, n_dims, sections, mode, n_ctx_orig,
+        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, False,
+    )  # fmt: skip
+
+
+def rope_multi_inplace(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    sections: Sequence[int],
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
+    """`rope_multi` on a's own memory."""
+    return _rope(
+        a, b, c, n_dims, sections, mode, n_ctx_orig,
+        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, True,
+    )  # fmt: skip
+
+
+def rope_ext_back(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
+    """Turn pairs back: `rope_ext` with angles of the other sign. Mirrors `ggml_rope_ext_back`."""
+    result = rope_ext(
+        a, b, c, n_dims, mode, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
+    )
+    result.op = Op.ROPE_BACK
+    return result
+
+
+def rope_multi_back(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    n_dims: int,
+    sections: Sequence[int],
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
+    """Turn pairs back: `rope_multi` with angles of the other sign. Mirrors `ggml_rope_multi_back`."""
+    result = rope_multi(
+        a,
+        b,
+        c,
+        n_dims,
+        sections,
+        mode,
+        n_ctx_orig,
+        freq_base,
+        freq_scale,
+        ext_factor,
+        attn_factor,
+        beta_fast,
+        beta_slow,
+    )
+    result.op = Op.ROPE_BACK
+    return result
+
+
+def rope_set_offset(a: Tensor, n_offs: int) -> Tensor:
+    """Let a ROPE begin at element ``n_offs`` of each row; return it.
+
+    Raises
+    ------
+    ShapeError
+        ``a`` is another op, the offset is negative, or the mode is VISION.
+
+    Notes
+    -----
+    Mirrors `ggml_rope_set_offset`, new in ggml 0.26.
+    """
+    if a.op is not Op.ROPE and a.op is not Op.ROPE_BACK:
+        refuse("rope_set_offset", f"a is made by {a.op.name}, not ROPE", a=a)
+    if n_offs < 0 or a.param_i32(2) == RopeType.VISION:
+        refuse("rope_set_offset", f"offset {n_offs} cannot be, or the mode is VISION", a=a)
+    set_param(a, 15, int(n_offs))
+    return a
