@@ -18,6 +18,7 @@ from .weights import (
     Weights,
     WeightSpec,
     dense_rows,
+    expert_rows,
     layer_specs,
     qkv_specs,
     shared_rows,
@@ -58,11 +59,7 @@ def _n_ff_shared(hp: HParams) -> int:
 def _moe_rows(hp: HParams) -> list[SpecRow]:
     n_ff, n_shared = hp.n_ff_exp, _n_ff_shared(hp)
     return [
-        ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
-        ("exp_probs_b.bias", (hp.n_expert,), Op.ADD, True),
-        ("ffn_gate_exps.weight", (hp.n_embd, n_ff, hp.n_expert), Op.MUL_MAT_ID, hp.arch != "dots1"),
-        ("ffn_down_exps.weight", (n_ff, hp.n_embd, hp.n_expert), Op.MUL_MAT_ID, False),
-        ("ffn_up_exps.weight", (hp.n_embd, n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
+        *expert_rows(hp, n_ff, is_gate_optional=hp.arch != "dots1", bias="optional"),
         *(shared_rows(hp, n_shared) if n_shared else []),
     ]
 

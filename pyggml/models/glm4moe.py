@@ -18,6 +18,7 @@ from .weights import (
     Weights,
     WeightSpec,
     dense_rows,
+    expert_rows,
     layer_specs,
     nextn_rows,
     qkv_specs,
@@ -64,11 +65,7 @@ def _layer(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[Weigh
 def _moe_rows(hp: HParams) -> list[SpecRow]:
     n_ff = hp.n_ff_exp or hp.n_ff // hp.n_expert_used
     return [
-        ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
-        ("exp_probs_b.bias", (hp.n_expert,), Op.ADD, False),
-        ("ffn_gate_exps.weight", (hp.n_embd, n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
-        ("ffn_down_exps.weight", (n_ff, hp.n_embd, hp.n_expert), Op.MUL_MAT_ID, False),
-        ("ffn_up_exps.weight", (hp.n_embd, n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
+        *expert_rows(hp, n_ff, bias="required"),
         *(shared_rows(hp, n_ff * hp.n_expert_shared) if hp.n_expert_shared else []),
     ]
 

@@ -11,7 +11,7 @@ from .blocks import Builder, kq_scale
 from .experts import moe_ffn
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
-from .weights import Weights, WeightSpec, layer_specs, qkv_specs, trunk_specs
+from .weights import Weights, WeightSpec, expert_rows, layer_specs, qkv_specs, trunk_specs
 
 __all__ = ["build_graph", "weight_specs"]
 
@@ -39,10 +39,7 @@ def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightS
             [
                 ("attn_output.weight", (n_heads, hp.n_embd), Op.MUL_MAT, False),
                 ("attn_sinks.weight", (hp.n_head,), Op.SCALE, False),
-                ("ffn_gate_inp.weight", (hp.n_embd, n_expert), Op.MUL_MAT, False),
-                ("ffn_gate_exps.weight", (hp.n_embd, n_ff, n_expert), Op.MUL_MAT_ID, False),
-                ("ffn_down_exps.weight", (n_ff, hp.n_embd, n_expert), Op.MUL_MAT_ID, False),
-                ("ffn_up_exps.weight", (hp.n_embd, n_ff, n_expert), Op.MUL_MAT_ID, False),
+                *expert_rows(hp, n_ff),
                 ("attn_output.bias", (hp.n_embd,), Op.MUL_MAT, False),
                 ("ffn_gate_inp.bias", (n_expert,), Op.MUL_MAT, False),
                 ("ffn_gate_exps.bias", (n_ff, n_expert), Op.MUL_MAT_ID, False),

@@ -13,7 +13,17 @@ from .context import ContextParams
 from .experts import moe_ffn
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
-from .weights import LayerWeights, SpecRow, Weights, WeightSpec, dense_rows, layer_specs, qkv_specs, trunk_specs
+from .weights import (
+    LayerWeights,
+    SpecRow,
+    Weights,
+    WeightSpec,
+    dense_rows,
+    expert_rows,
+    layer_specs,
+    qkv_specs,
+    trunk_specs,
+)
 
 __all__ = ["build_graph", "weight_specs"]
 
@@ -70,12 +80,7 @@ def dense_rows_with_biases(hp: HParams) -> list[SpecRow]:
 
 def moe_rows(hp: HParams) -> list[SpecRow]:
     """Return the rows of experts as Mixtral has them: as wide as ``n_ff``, perhaps without gates."""
-    return [
-        ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
-        ("ffn_gate_exps.weight", (hp.n_embd, hp.n_ff, hp.n_expert), Op.MUL_MAT_ID, True),
-        ("ffn_down_exps.weight", (hp.n_ff, hp.n_embd, hp.n_expert), Op.MUL_MAT_ID, False),
-        ("ffn_up_exps.weight", (hp.n_embd, hp.n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
-    ]
+    return expert_rows(hp, hp.n_ff, is_gate_optional=True)
 
 
 def rope_factors(w: LayerWeights, hp: HParams, cp: ContextParams) -> Tensor | None:

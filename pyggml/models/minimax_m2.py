@@ -12,7 +12,7 @@ from .experts import moe_ffn
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
 from .olmoe import normed_qkv
-from .weights import Weights, WeightSpec, layer_specs, qkv_specs, trunk_specs
+from .weights import Weights, WeightSpec, expert_rows, layer_specs, qkv_specs, trunk_specs
 
 __all__ = ["build_graph", "weight_specs"]
 
@@ -36,10 +36,7 @@ def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightS
                 ("attn_q_norm.weight", (n_q,), Op.MUL, False),
                 ("attn_k_norm.weight", (hp.n_embd_k_gqa,), Op.MUL, False),
                 ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-                ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
-                ("ffn_gate_exps.weight", (hp.n_embd, hp.n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
-                ("ffn_down_exps.weight", (hp.n_ff, hp.n_embd, hp.n_expert), Op.MUL_MAT_ID, False),
-                ("ffn_up_exps.weight", (hp.n_embd, hp.n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
+                *expert_rows(hp, hp.n_ff),
                 ("exp_probs_b.bias", (hp.n_expert,), Op.ADD, False),
             ],
         )

@@ -12,7 +12,7 @@ from .blocks import Builder, kq_scale
 from .experts import moe_ffn
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
-from .weights import LayerWeights, Weights, WeightSpec, layer_specs, qkv_specs, trunk_specs
+from .weights import LayerWeights, Weights, WeightSpec, expert_rows, layer_specs, qkv_specs, trunk_specs
 
 __all__ = ["build_graph", "normed_qkv", "weight_specs"]
 
@@ -35,10 +35,7 @@ def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightS
                 ("attn_q_norm.weight", (hp.n_embd,), Op.MUL, False),
                 ("attn_k_norm.weight", (hp.n_embd,), Op.MUL, False),
                 ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-                ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
-                ("ffn_gate_exps.weight", (hp.n_embd, hp.n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
-                ("ffn_down_exps.weight", (hp.n_ff, hp.n_embd, hp.n_expert), Op.MUL_MAT_ID, False),
-                ("ffn_up_exps.weight", (hp.n_embd, hp.n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
+                *expert_rows(hp, hp.n_ff),
             ],
         )
     return specs

@@ -18,6 +18,7 @@ from .weights import (
     Weights,
     WeightSpec,
     dense_rows,
+    expert_rows,
     layer_specs,
     qkv_specs,
     shared_rows,
@@ -52,10 +53,7 @@ def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightS
 def _moe_rows(hp: HParams) -> list[SpecRow]:
     n_ff = hp.n_ff_exp or hp.n_ff // hp.n_expert_used
     return [
-        ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
-        ("ffn_gate_exps.weight", (hp.n_embd, n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
-        ("ffn_down_exps.weight", (n_ff, hp.n_embd, hp.n_expert), Op.MUL_MAT_ID, False),
-        ("ffn_up_exps.weight", (hp.n_embd, n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
+        *expert_rows(hp, n_ff),
         ("ffn_gate_inp_shexp.weight", (hp.n_embd,), Op.MUL_MAT, False),
         *shared_rows(hp, hp.n_ff_shexp or hp.n_ff),
     ]

@@ -11,7 +11,7 @@ from .blocks import Builder, kq_scale
 from .experts import moe_ffn
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
-from .weights import SpecRow, Weights, WeightSpec, dense_rows, layer_specs, qkv_specs, trunk_specs
+from .weights import SpecRow, Weights, WeightSpec, dense_rows, expert_rows, layer_specs, qkv_specs, trunk_specs
 
 __all__ = ["build_graph", "weight_specs"]
 
@@ -42,12 +42,7 @@ def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightS
 
 def _moe_rows(hp: HParams) -> list[SpecRow]:
     n_ff = hp.n_ff_exp or hp.n_ff // hp.n_expert_used
-    return [
-        ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
-        ("ffn_gate_exps.weight", (hp.n_embd, n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
-        ("ffn_down_exps.weight", (n_ff, hp.n_embd, hp.n_expert), Op.MUL_MAT_ID, False),
-        ("ffn_up_exps.weight", (hp.n_embd, n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
-    ]
+    return expert_rows(hp, n_ff)
 
 
 def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:

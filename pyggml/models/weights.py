@@ -22,6 +22,7 @@ __all__ = [
     "WeightSpec",
     "Weights",
     "dense_rows",
+    "expert_rows",
     "layer_specs",
     "nextn_rows",
     "qkv_specs",
@@ -86,6 +87,29 @@ def dense_rows(hp: HParams) -> list[SpecRow]:
         ("ffn_gate.weight", (hp.n_embd, hp.n_ff), Op.MUL_MAT, False),
         ("ffn_down.weight", (hp.n_ff, hp.n_embd), Op.MUL_MAT, False),
         ("ffn_up.weight", (hp.n_embd, hp.n_ff), Op.MUL_MAT, False),
+    ]
+
+
+def expert_rows(
+    hp: HParams, n_ff: int, *, is_gate_optional: bool = False, bias: Literal["none", "optional", "required"] = "none"
+) -> list[SpecRow]:
+    """Return the rows of a router and its experts.
+
+    Parameters
+    ----------
+    n_ff : int
+        Width of one expert.
+    is_gate_optional : bool
+        Whether experts may do without a gate.
+    bias : str
+        Whether there is a bias by which experts are chosen and not weighed.
+    """
+    return [
+        ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
+        *([("exp_probs_b.bias", (hp.n_expert,), Op.ADD, bias == "optional")] if bias != "none" else []),
+        ("ffn_gate_exps.weight", (hp.n_embd, n_ff, hp.n_expert), Op.MUL_MAT_ID, is_gate_optional),
+        ("ffn_down_exps.weight", (n_ff, hp.n_embd, hp.n_expert), Op.MUL_MAT_ID, False),
+        ("ffn_up_exps.weight", (hp.n_embd, n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
     ]
 
 
