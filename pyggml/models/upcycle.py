@@ -24,8 +24,8 @@ from ..gguf import GGUFFile, TensorInfo, ValueType
 from ..types import Type
 from .dense_llama import ffn_inputs
 from .gguf_writer import GGUFWriter, Progress, Written
-from .make_moe import noise
 from .quantize import QUANTIZABLE, dequantize, quantize
+from .random_model import noise
 
 __all__ = ["CALIBRATION_TEXT", "Upcycling", "upcycle"]
 

@@ -1,0 +1,400 @@
+"""What a random model holds: keys, weights and their noise, by architecture, for `make_moe`.
+
+Weights come from raw PCG64 words and integer sums only, so that they are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ..gguf import ValueType
+from ..types import Type
+from .quantize import quantize
+
+if TYPE_CHECKING:
+    from .make_moe import Recipe
+
+__all__ = ["ARCHS", "RandomModel", "Weight", "noise"]
+
+_Floats = npt.NDArray[np.float32]
+
+
+def noise(seed: int, stream: str, n: int) -> Callable[[int], _Floats]:
+    """Return a function that gives the next values of a stream: nearly normal, of mean 0 and deviation 1.
+
+    Parameters
+    ----------
+    seed : int
+    stream : str
+        Streams of other names are independent.
+    n : int
+        Values that will be asked for in all; not used but to refuse more.
+
+    Notes
+    -----
+    A value is the sum of the four 16-bit pieces of a raw PCG64 word: integers up to the last step, so that it is the
+    same on every machine.
+    """
+    source = np.random.PCG64([seed, zlib.crc32(stream.encode())])
+    left = n
+
+    def take(count: int) -> _Floats:
+        nonlocal left
+        left -= count
+        assert left >= 0, f"stream {stream} is used up"
+        pieces = source.random_raw(count).astype("<u8", copy=False).view("<u2").reshape(count, 4)
+        total = pieces[:, 0].astype(np.int32)
+        for i in (1, 2, 3):
+            total += pieces[:, i]
+        total -= 2 * 65535
+        return total.astype(np.float32) * np.float32(1.0 / 37837.0)  # deviation of the sum: sqrt(4 (65536² - 1) / 12)
+
+    return take
+
+
+class Role(Enum):
+    """What decides a weight's type."""
+
+    FLOAT = "float"  #: always F32
+    DENSE = "dense"
+    EXPERTS = "experts"
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One weight, before it has values."""
+
+    name: str
+    stream: str  #: of its noise
+    shape: tuple[int, ...]  #: numpy order
+    std: float
+    mean: float
+    role: Role
+
+
+class RandomModel:
+    """Keys and weights of a recipe, in the file's order."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.sizes = recipe, recipe.sizes
+        self.arch = "llama" if recipe.arch == "llama-dense" else recipe.arch
+        self.keys: list[tuple[str, ValueType, object]] = [("general.architecture", ValueType.STRING, self.arch)]
+        self.weights: list[Weight] = []
+        self._tokenizer()
+        self._common()
+
+    # keys
+
+    def count(self, name: str, value: int) -> None:
+        """Add a number of the architecture."""
+        self.keys.append((f"{self.arch}.{name}", ValueType.UINT32, value))
+
+    def scale(self, name: str, value: float) -> None:
+        """Add a float of the architecture."""
+        self.keys.append((f"{self.arch}.{name}", ValueType.FLOAT32, value))
+
+    def _tokenizer(self) -> None:
+        key = "tokenizer.ggml."
+        if self.recipe.tokenizer == "none":
+            self.keys.append((key + "model", ValueType.STRING, "none"))
+            return
+        tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+        types = [2, 3, 3] + [6] * 256  # unknown, control, control, bytes
+        n_pad = max(0, self.sizes.vocab - len(tokens))
+        types += [5] * n_pad  # unused
+        tokens += [f"<pad{len(tokens) + i}>" for i in range(n_pad)]
+        self.keys += [
+            (key + "model", ValueType.STRING, "llama"),
+            (key + "tokens", ValueType.STRING, tokens),
+            (key + "scores", ValueType.FLOAT32, [0.0] * len(tokens)),
+            (key + "token_type", ValueType.INT32, types),
+            (key + "bos_token_id", ValueType.UINT32, 1),
+            (key + "eos_token_id", ValueType.UINT32, 2),
+            (key + "unknown_token_id", ValueType.UINT32, 0),
+            (key + "add_bos_token", ValueType.BOOL, False),
+            (key + "add_space_prefix", ValueType.BOOL, False),
+        ]
+
+    def _common(self) -> None:
+        sizes, arch = self.sizes, self.recipe.arch
+        self.keys.append(("general.name", ValueType.STRING, f"tiny-{arch}"))
+        self.keys.append(("general.quantization_version", ValueType.UINT32, 2))
+        self.count("context_length", sizes.ctx)
+        self.count("embedding_length", sizes.embd)
+        self.count("block_count", sizes.layers)
+        experts_only = arch in ("llama", "granitemoe", "olmoe", "gpt-oss")
+        self.count("feed_forward_length", sizes.ff_exp if experts_only else sizes.ff)
+        self.count("attention.head_count", sizes.heads)
+        self.scale("attention.layer_norm_rms_epsilon", 1e-5)
+        self.count("vocab_size", sizes.vocab)
+        if arch != "llama-dense":
+            self.count("expert_count", sizes.experts)
+            self.count("expert_used_count", sizes.used)
+        if arch != "deepseek2":
+            self.count("attention.head_count_kv", sizes.kv_heads)
+            self.count("attention.key_length", sizes.head_dim)
+            self.count("attention.value_length", sizes.head_dim)
+            self.count("rope.dimension_count", sizes.head_dim)
+            self.scale("rope.freq_base", 10000.0)
+        self.matrix("token_embd", sizes.vocab, sizes.embd, gain=math.sqrt(sizes.embd))
+        self.norm("output_norm", sizes.embd)
+        self.matrix("output", sizes.vocab, sizes.embd, gain=2.0)
+
+    # weights
+
+    def matrix(
+        self,
+        name: str,
+        rows: int,
+        cols: int,
+        *,
+        gain: float = 1.0,
+        stacked: int | None = None,
+        role: Role | None = None,
+    ) -> None:
+        """Add a matrix, or a stack of them, whose products keep the size of what it multiplies."""
+        shape = (rows, cols) if stacked is None else (stacked, rows, cols)
+        role = role or (Role.DENSE if stacked is None else Role.EXPERTS)
+        std = float(np.float32(gain) / np.sqrt(np.float32(cols)))
+        self.weights.append(Weight(name + ".weight", name, shape, std, 0.0, role))
+
+    def vector(
+        self, name: str, *shape: int, std: float = 0.1, mean: float = 0.0, suffix: str = ".bias", own: bool = True
+    ) -> None:
+        """Add float values; ``own``: the suffix is part of their stream's name."""
+        stream = name + suffix if own else name
+        self.weights.append(Weight(name + suffix, stream, shape, std, mean, Role.FLOAT))
+
+    def norm(self, name: str, n: int) -> None:
+        """Add a norm's factors, near 1."""
+        self.vector(name, n, mean=1.0, suffix=".weight")
+
+    def layers(self) -> Iterator[tuple[int, str]]:
+        """Begin each layer."""
+        for i in range(self.sizes.layers):
+            self.norm(f"blk.{i}.attn_norm", self.sizes.embd)
+            yield i, f"blk.{i}"
+
+    def qkv(self, block: str, *, bias: bool = False) -> None:
+        """Add the attention's matrices."""
+        sizes = self.sizes
+        for which, heads in (("q", sizes.heads), ("k", sizes.kv_heads), ("v", sizes.kv_heads)):
+            self.matrix(f"{block}.attn_{which}", heads * sizes.head_dim, sizes.embd)
+            if bias:
+                self.vector(f"{block}.attn_{which}", heads * sizes.head_dim)
+        self.matrix(f"{block}.attn_output", sizes.embd, sizes.heads * sizes.head_dim)
+
+    def qk_norms(self, block: str, n_q: int, n_k: int) -> None:
+        """Add norms of queries and keys."""
+        self.norm(f"{block}.attn_q_norm", n_q)
+        self.norm(f"{block}.attn_k_norm", n_k)
+
+    def experts(self, block: str, *, bias: bool = False) -> None:
+        """Add router and experts. The router is strong, so that rounding seldom changes what it chooses."""
+        sizes = self.sizes
+        self.matrix(f"{block}.ffn_gate_inp", sizes.experts, sizes.embd, gain=2.0)
+        self.matrix(f"{block}.ffn_gate_exps", sizes.ff_exp, sizes.embd, stacked=sizes.experts)
+        self.matrix(f"{block}.ffn_up_exps", sizes.ff_exp, sizes.embd, stacked=sizes.experts)
+        self.matrix(f"{block}.ffn_down_exps", sizes.embd, sizes.ff_exp, stacked=sizes.experts)
+        if bias:
+            self.vector(f"{block}.ffn_gate_inp", sizes.experts)
+            self.vector(f"{block}.ffn_gate_exps", sizes.experts, sizes.ff_exp)
+            self.vector(f"{block}.ffn_up_exps", sizes.experts, sizes.ff_exp)
+            self.vector(f"{block}.ffn_down_exps", sizes.experts, sizes.embd)
+
+    def dense(self, block: str, suffix: str = "", ff: int | None = None) -> None:
+        """Add a dense, or shared, feed-forward network."""
+        ff = ff or self.sizes.ff
+        self.matrix(f"{block}.ffn_gate{suffix}", ff, self.sizes.embd)
+        self.matrix(f"{block}.ffn_up{suffix}", ff, self.sizes.embd)
+        self.matrix(f"{block}.ffn_down{suffix}", self.sizes.embd, ff)
+
+    def routed_keys(self, lead: int) -> None:
+        """Add the keys of sigmoid routing beside a shared expert."""
+        self.count("expert_feed_forward_length", self.sizes.ff_exp)
+        self.count("expert_shared_count", 1)
+        self.count("leading_dense_block_count", lead)
+        self.scale("expert_weights_scale", 1.5)
+        self.keys.append((f"{self.arch}.expert_weights_norm", ValueType.BOOL, True))
+        self.count("expert_gating_func", 2)
+
+    def routed(self, i: int, block: str, lead: int) -> None:
+        """Add a layer's feed-forward part: dense in the leading layers, routed beside a shared expert after."""
+        if i < lead:
+            self.dense(block)
+            return
+        self.experts(block)
+        self.vector(f"{block}.exp_probs_b", self.sizes.experts, std=0.05)
+        self.dense(block, "_shexp", self.sizes.ff_exp)
+
+    # bytes
+
+    def type_of(self, weight: Weight) -> Type:
+        """Return the type of a weight; rows that its blocks do not divide fall back to Q8_0 or F16."""
+        recipe = self.recipe
+        if weight.role is Role.FLOAT:
+            return Type.F32
+        kind = recipe.type
+        if weight.role is Role.DENSE:
+            kind = recipe.dense_type or (Type.Q8_0 if kind is Type.MXFP4 else kind)
+        n = weight.shape[-1]
+        return kind if n % kind.block_size == 0 else Type.Q8_0 if n % 32 == 0 else Type.F16
+
+    def pieces(self, weight: Weight, kind: Type) -> Iterator[memoryview]:
+        """Yield a weight's bytes, one expert at a time."""
+        n = math.prod(weight.shape)
+        take = noise(self.recipe.seed, weight.stream, n)
+        part = weight.shape[-2:]
+        for _ in range(n // math.prod(part)):
+            values = take(math.prod(part)) * np.float32(weight.std) + np.float32(weight.mean)
+            values = self._skewed(weight, values.reshape(part))
+            yield np.ascontiguousarray(quantize(values, kind)).data
+
+    def _skewed(self, weight: Weight, values: _Floats) -> _Floats:
+        """Give all tokens one common direction, and routers a taste for it that differs by expert."""
+        sizes, skew = self.sizes, self.recipe.skew
+        if not skew or not (weight.name == "token_embd.weight" or weight.name.endswith("ffn_gate_inp.weight")):
+            return values
+        common = noise(self.recipe.seed, "common direction", sizes.embd)(sizes.embd)
+        if weight.name == "token_embd.weight":
+            return values + common
+        order = noise(self.recipe.seed, weight.stream + " ranks", sizes.experts)(sizes.experts).argsort(kind="stable")
+        offsets = np.empty(sizes.experts, np.float32)
+        offsets[order] = [-skew * math.log(rank) for rank in range(1, sizes.experts + 1)]
+        # the norm before the router leaves about √½ of the common part, as the tokens' own part is as large
+        return values + offsets[:, None] * common * np.float32(math.sqrt(2.0) / sizes.embd)
+
+
+# architectures
+
+
+def _llama(model: RandomModel) -> None:
+    """Take the softmax over all experts, choose the best, renormalise their weights, as Mixtral does."""
+    for _, block in model.layers():
+        model.qkv(block)
+        model.norm(f"{block}.ffn_norm", model.sizes.embd)
+        model.experts(block)
+
+
+def _llama_dense(model: RandomModel) -> None:
+    for _, block in model.layers():
+        model.qkv(block)
+        model.norm(f"{block}.ffn_norm", model.sizes.embd)
+        model.dense(block)
+
+
+def _qwen3moe(model: RandomModel) -> None:
+    """Norm queries and keys head by head."""
+    sizes = model.sizes
+    model.count("expert_feed_forward_length", sizes.ff_exp)
+    for _, block in model.layers():
+        model.qkv(block)
+        model.qk_norms(block, sizes.head_dim, sizes.head_dim)
+        model.norm(f"{block}.ffn_norm", sizes.embd)
+        model.experts(block)
+
+
+def _olmoe(model: RandomModel) -> None:
+    """Norm queries and keys over all heads; the experts' weights are not renormalised."""
+    sizes = model.sizes
+    for _, block in model.layers():
+        model.qkv(block)
+        model.qk_norms(block, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim)
+        model.norm(f"{block}.ffn_norm", sizes.embd)
+        model.experts(block)
+
+
+def _granitemoe(model: RandomModel) -> None:
+    """Scale embeddings, residuals, attention and logits."""
+    model.scale("embedding_scale", 2.0)
+    model.scale("residual_scale", 0.5)
+    model.scale("attention.scale", 0.125)
+    model.scale("logit_scale", 0.5)
+    _llama(model)
+
+
+def _gpt_oss(model: RandomModel) -> None:
+    """Give experts biases (ADD_ID) and a clamped swiglu, attention sinks and a sliding window."""
+    sizes = model.sizes
+    model.count("expert_feed_forward_length", sizes.ff_exp)
+    model.count("attention.sliding_window", 16)
+    for _, block in model.layers():
+        model.qkv(block, bias=True)
+        model.vector(f"{block}.attn_output", sizes.embd)
+        model.vector(f"{block}.attn_sinks", sizes.heads, std=1.0, suffix=".weight")
+        model.norm(f"{block}.post_attention_norm", sizes.embd)
+        model.experts(block, bias=True)
+
+
+def _qwen2moe(model: RandomModel) -> None:
+    """Put a shared expert behind a sigmoid gate."""
+    sizes = model.sizes
+    model.count("expert_feed_forward_length", sizes.ff_exp)
+    model.count("expert_shared_feed_forward_length", sizes.ff)
+    for _, block in model.layers():
+        model.qkv(block, bias=True)
+        model.norm(f"{block}.ffn_norm", sizes.embd)
+        model.experts(block)
+        std = float(np.float32(1) / np.sqrt(np.float32(sizes.embd)))
+        model.vector(f"{block}.ffn_gate_inp_shexp", sizes.embd, std=std, suffix=".weight", own=False)
+        model.dense(block, "_shexp")
+
+
+def _glm4moe(model: RandomModel) -> None:
+    """Begin with a dense layer, then route by sigmoids with a bias, beside a shared expert."""
+    sizes, lead = model.sizes, 1
+    model.routed_keys(lead)
+    for i, block in model.layers():
+        model.qkv(block, bias=True)
+        model.qk_norms(block, sizes.head_dim, sizes.head_dim)
+        model.norm(f"{block}.post_attention_norm", sizes.embd)
+        model.routed(i, block, lead)
+
+
+def _deepseek2(model: RandomModel) -> None:
+    """Attend over a latent space with one key-value head."""
+    sizes, lead = model.sizes, 1
+    rank, q_rank, rope, nope, v_dim = 128, 128, 32, 32, 32
+    model.routed_keys(lead)
+    model.count("attention.head_count_kv", 1)
+    model.count("attention.kv_lora_rank", rank)
+    model.count("attention.q_lora_rank", q_rank)
+    model.count("attention.key_length", rank + rope)
+    model.count("attention.value_length", rank)
+    model.count("attention.key_length_mla", nope + rope)
+    model.count("attention.value_length_mla", v_dim)
+    model.count("rope.dimension_count", rope)
+    model.scale("rope.freq_base", 10000.0)
+    for i, block in model.layers():
+        model.matrix(f"{block}.attn_q_a", q_rank, sizes.embd)
+        model.norm(f"{block}.attn_q_a_norm", q_rank)
+        model.matrix(f"{block}.attn_q_b", sizes.heads * (nope + rope), q_rank)
+        model.matrix(f"{block}.attn_kv_a_mqa", rank + rope, sizes.embd)
+        model.norm(f"{block}.attn_kv_a_norm", rank)
+        model.matrix(f"{block}.attn_k_b", rank, nope, stacked=sizes.heads, role=Role.DENSE)
+        model.matrix(f"{block}.attn_v_b", v_dim, rank, stacked=sizes.heads, role=Role.DENSE)
+        model.matrix(f"{block}.attn_output", sizes.embd, sizes.heads * v_dim)
+        model.norm(f"{block}.ffn_norm", sizes.embd)
+        model.routed(i, block, lead)
+
+
+#: Architectures by llama.cpp's names; ``llama-dense`` is llama without experts.
+ARCHS: dict[str, Callable[[RandomModel], None]] = {
+    "llama": _llama,
+    "qwen3moe": _qwen3moe,
+    "gpt-oss": _gpt_oss,
+    "olmoe": _olmoe,
+    "granitemoe": _granitemoe,
+    "qwen2moe": _qwen2moe,
+    "glm4moe": _glm4moe,
+    "deepseek2": _deepseek2,
+    "llama-dense": _llama_dense,
+}
