@@ -18,7 +18,7 @@ from .buffer import Buffer, BufferType
 from .clock import VirtualClock
 from .cost import CPU_PROFILE
 from .dialect import DEFAULT_DIALECT, Dialect
-from .errors import OutOfMemoryError
+from .errors import DeviceUnavailableError, FormatError, OutOfMemoryError
 from .gguf import GGUFFile
 from .models.architectures import build_graph, weight_specs
 from .models.batch import Batch, MicroBatch, Outputs
@@ -154,7 +154,7 @@ class Planner:
         cls,
         model: str | os.PathLike[str] | GGUFFile,
         *,
-        devices: Sequence[str | Device | Backend] = (),
+        devices: str | Sequence[str | Device | Backend] = (),
         cpu: str | Device | Backend = "cpu",
         placement: PlacementFlags | None = None,
         context: ContextFlags | None = None,
@@ -174,7 +174,7 @@ class Planner:
         ----------
         model : path or GGUFFile
             A file that is opened here stays mapped until its last user is gone.
-        devices : sequence of str, Device or Backend
+        devices : str, or sequence of str, Device or Backend
             Beside the CPU, in order: names such as ``sim:rtx4090-pcie4``, or opened ones.
         cpu : str, Device or Backend
             The last backend; ``CPU(threads=2)`` sets its threads.
@@ -200,7 +200,15 @@ class Planner:
         OutOfMemoryError
             A device has not enough memory.
         """
+        if isinstance(devices, str):
+            devices = [devices]
+        if "cpu" in devices:
+            raise DeviceUnavailableError(
+                "cpu", "it is there without being asked for", hint="leave it out of the devices"
+            )
         file = model if isinstance(model, GGUFFile) else GGUFFile.open(model)
+        if file.closed:
+            raise FormatError(str(file.path), "the file was closed", hint="open it again")
         return cls(
             file,
             _open_backends([*devices, cpu], data=data),

@@ -202,10 +202,12 @@ class RecordedRouting:
         try:
             with np.load(path) as file:
                 ids = file["topk"]
+        except FileNotFoundError:
+            raise FormatError(str(path), "no such file", hint="make one by `run --record-routing`") from None
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise FormatError(
-                str(path), f"no recorded routing ({error})", hint="make one by `run --record-routing`"
-            ) from None
+                str(path), "this is no recorded routing", hint="make one by `run --record-routing`"
+            ) from error
         if ids.ndim != 3 or ids.dtype.kind != "i" or not ids.size:
             raise FormatError(str(path), f"no recorded routing: ids of shape {ids.shape}", hint="is the model a MoE?")
         return cls(ids, f"recorded ({path.name}, {ids.shape[1]} tokens)")

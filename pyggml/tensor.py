@@ -32,18 +32,30 @@ def pad_ne(ne: Sequence[int]) -> Shape:
         return ne
     if not 1 <= len(ne) <= MAX_DIMS:
         raise ShapeError("tensor", f"1 to {MAX_DIMS} dimensions are possible, not {len(ne)}")
+    if min(ne) < 0:
+        raise ShapeError("tensor", f"a dimension cannot have {min(ne)} elements")
     return tuple(int(n) for n in ne) + (1,) * (MAX_DIMS - len(ne))  # type: ignore[return-value]
 
 
 def contiguous_nb(type: Type, ne: Sequence[int]) -> Shape:
     """Return the strides in bytes of a contiguous tensor.
 
+    Raises
+    ------
+    ShapeError
+        Rows are no whole blocks of the type.
+
     Notes
     -----
     Mirrors `ggml_new_tensor_impl`.
     """
     nb0 = type.type_size
-    nb1 = nb0 * (ne[0] // type.block_size)
+    n_block, rest = divmod(ne[0], type.block_size)
+    if rest:
+        raise ShapeError(
+            "tensor", f"rows of {ne[0]} elements are no whole blocks of {type.block_size}, as {type.ggml_name} has"
+        )
+    nb1 = nb0 * n_block
     nb2 = nb1 * ne[1]
     return nb0, nb1, nb2, nb2 * ne[2]
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
+from .errors import GraphError
+
 MAX_DIMS = 4
 #: Sources of one op; a backend's kept tensors are packed by as many (`ggml_backend_sched_split_graph`).
 MAX_SRC = 10
@@ -85,7 +87,7 @@ class Type(IntEnum):
 
         Raises
         ------
-        ValueError
+        GraphError
             No type has that name.
         """
         if isinstance(name, Type):
@@ -93,7 +95,8 @@ class Type(IntEnum):
         try:
             return cls[name.upper()]
         except KeyError:
-            raise ValueError(f"no type is called {name!r}; there are {', '.join(t.ggml_name for t in cls)}") from None
+            known = ", ".join(t.ggml_name for t in cls)
+            raise GraphError(f"no type is called {name!r}", hint=f"there are {known}") from None
 
     def row_size(self, n: int) -> int:
         """Bytes of n elements in a row; n is a multiple of the block size."""
@@ -325,6 +328,23 @@ class BufferUsage(IntEnum):
     ANY = 0
     WEIGHTS = 1
     COMPUTE = 2
+
+    @classmethod
+    def of(cls, name: str | BufferUsage) -> BufferUsage:
+        """Return the usage of a name in any case (``"weights"``), or the usage itself.
+
+        Raises
+        ------
+        GraphError
+            No usage has that name.
+        """
+        if isinstance(name, BufferUsage):
+            return name
+        try:
+            return cls[name.upper()]
+        except KeyError:
+            known = ", ".join(u.name.lower() for u in cls)
+            raise GraphError(f"no usage of buffers is called {name!r}", hint=f"there are {known}") from None
 
 
 class DeviceType(Enum):

@@ -171,9 +171,11 @@ class Context:
         ------
         OutOfMemoryError
             The device has not so much; nothing stays allocated.
+        GraphError
+            There is no such usage.
         """
         buft = where if isinstance(where, BufferType) else where.buffer_type
-        usage = BufferUsage[usage.upper()] if isinstance(usage, str) else usage
+        usage = BufferUsage.of(usage)
         buffer = alloc_tensors([t for t in self.tensors if t.buffer is None], buft, usage=usage)
         if buffer is not None:
             self.buffers.append(buffer)

@@ -55,7 +55,7 @@ class _Mapped:
 
     def whole(self) -> npt.NDArray[np.uint8]:
         if self.map is None:
-            raise ValueError(f"{self.path} is closed")
+            raise FormatError(self.path, "the file was closed", hint="open it again")
         if self._bytes is None:
             import numpy as np
 

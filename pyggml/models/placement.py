@@ -232,10 +232,10 @@ def _layer_devices(
 def _shares(flags: PlacementFlags, devices: Sequence[Device], cpu: Device) -> list[float]:
     """Return where each device's share of the layers ends, from 0 to 1."""
     if len(flags.tensor_split) > len(devices) or any(s < 0 for s in flags.tensor_split):
-        names = ", ".join(d.name for d in devices)
+        names = ", ".join(d.name for d in devices) or "no device"
         raise GraphError(
-            f"-ts has {len(flags.tensor_split)} shares, {list(flags.tensor_split)}",
-            hint=f"one for each of {names}, none below 0",
+            f"-ts {','.join(f'{s:g}' for s in flags.tensor_split)} does not fit {names}",
+            hint="give one share for each device, none below 0",
         )
     if any(flags.tensor_split):
         shares = [*flags.tensor_split, *([0.0] * (len(devices) - len(flags.tensor_split)))]

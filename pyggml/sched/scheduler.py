@@ -131,8 +131,9 @@ class Scheduler:
         debug: int | None = None,
     ) -> None:
         self.backends = tuple(backends)
+        _check_backends(self.backends)
         self.bufts = tuple(b.buffer_type for b in self.backends) if bufts is None else tuple(bufts)
-        _check_backends(self.backends, self.bufts)
+        _check_bufts(self.backends, self.bufts)
         self.dialect = dialect
         self.repairs = (Repairs.strict() if strict else Repairs()) if repairs is None else repairs
         self.machine = Machine(self.backends, self.bufts, dialect, self.repairs)
@@ -618,13 +619,19 @@ class Scheduler:
         )
 
 
-def _check_backends(backends: Sequence[Backend], bufts: Sequence[BufferType]) -> None:
+def _check_backends(backends: Sequence[Backend]) -> None:
     if not backends:
         raise SchedError("a scheduler needs at least one backend", hint="the last one must be a CPU")
+    for backend in backends:
+        if not isinstance(backend, Backend):
+            raise SchedError(f"{backend!r} is no backend", hint="pyggml.CPU() and pyggml.Sim() make some")
     if backends[-1].device.type is not DeviceType.CPU:
         raise SchedError(
             f"the last backend must be a CPU, not {backends[-1].name}", hint="append pyggml.CPU() to the backends"
         )
+
+
+def _check_bufts(backends: Sequence[Backend], bufts: Sequence[BufferType]) -> None:
     if len(bufts) != len(backends):
         raise SchedError(f"{len(backends)} backends need as many buffer types, not {len(bufts)}")
     for backend, buft in zip(backends, bufts, strict=True):
