@@ -64,12 +64,19 @@ TYPES = {
 }  # fmt: skip
 
 
-def library() -> Path | None:
-    """Return the shared object of xllamacpp; None where it is not installed."""
+def library() -> Path:
+    """Return the shared object of xllamacpp, which is of the test extra.
+
+    Raises
+    ------
+    RuntimeError
+        It is not installed.
+    """
     spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        return None
-    return next(Path(spec.origin).parent.glob("*.so"), None)
+    found = None if spec is None or spec.origin is None else next(Path(spec.origin).parent.glob("*.so"), None)
+    if found is None:
+        raise RuntimeError("xllamacpp is not installed: pip install -e '.[test]'")
+    return found
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,6 @@ def decode(path: Path, kv: Type, flash: str, *, kv_offload: bool = True, **optio
         return np.concatenate([s.decode(TOKENS[i : i + 24], outputs="all") for i in (0, 24)])
 
 
-@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_logits_are_llama_cpps(name, expected):
     """Logits equal live llama.cpp's; with flash attention and an F16 cache nearly so, but where a router just flips."""
@@ -262,7 +261,6 @@ def test_logits_are_llama_cpps(name, expected):
     assert np.mean(error < 1e-4) > 0.95
 
 
-@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
 @pytest.mark.parametrize("flash", [False, True], ids=["softmax", "flash attention"])
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_graphs_are_llama_cpps(name, flash, expected, capsys):
@@ -286,7 +284,6 @@ def test_graphs_are_llama_cpps(name, flash, expected, capsys):
     assert len(printed) > 60
 
 
-@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name in ARCHITECTURES])
 @pytest.mark.parametrize(
     "placement",
@@ -300,7 +297,6 @@ def test_placement_changes_no_bit(name, placement, expected):
     np.testing.assert_array_equal(found, decode(path, Type.F16, "on"))
 
 
-@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
 @pytest.mark.parametrize("name", ["gpt-oss", "deepseek2"])
 @pytest.mark.parametrize("flash", ["off", "on"])
 @pytest.mark.parametrize("devices", [["sim"], ["sim", "sim"]], ids=["one device", "two devices"])

@@ -76,7 +76,6 @@ def cached_by_llama_cpp(recorded_models, tmp_path_factory):
     return dict(zip(kinds, llama_cpp.run_jobs(jobs, tmp_path_factory.mktemp("cached")), strict=True))
 
 
-@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
 @pytest.mark.parametrize("kv", CACHED, ids=lambda kv: kv.ggml_name)
 def test_a_quantized_cache_is_rotated_as_in_llama_cpp(model, kv, cached_by_llama_cpp):
     """A cache of few bits changes logits a lot here; llama.cpp's with the same cache change in the same way.
@@ -95,7 +94,6 @@ def test_a_quantized_cache_is_rotated_as_in_llama_cpp(model, kv, cached_by_llama
         assert np.sort(error)[-2] < 2e-4
 
 
-@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
 def test_logits_equal_live_llama_cpp(model, tmp_path):
     """Fed the same tokens, llama.cpp in a child process gives the same logits, over several cache pages too."""
     _, path = model

@@ -70,7 +70,6 @@ def test_each_part_has_a_buffer_of_its_own(parts):
         assert sum(b.size for b in s.loaded.buffers) == sum(s.placement.weight_bytes().values())
 
 
-@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
 def test_parts_are_those_that_llama_cpp_loads(parts, tmp_path):
     """Real llama.cpp loads the same parts and gives the same logits."""
     expected = llama_cpp.logits(parts[1], TOKENS, tmp_path, batch=24)

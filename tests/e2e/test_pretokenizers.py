@@ -64,7 +64,6 @@ def models(tmp_path_factory) -> tuple[dict[str, Path], dict[str, list[int]]]:
     return paths, {name: ids.tolist() for name, ids in zip(paths, found, strict=True)}
 
 
-@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
 @pytest.mark.parametrize("name", list(PRETOKENIZERS))
 def test_words_are_cut_as_in_llama_cpp(name, models):
     """Text of many scripts, numbers, signs and spaces gives the same ids under every name of a rule."""

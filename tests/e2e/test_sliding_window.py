@@ -60,7 +60,6 @@ def test_logits_are_the_recorded_ones(batch, tmp_path):
     np.testing.assert_array_equal(np.sort(topk.ids, axis=2)[is_clear], np.sort(chosen, axis=2)[is_clear])
 
 
-@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
 def test_logits_beyond_the_window_equal_live_llama_cpp(model, tmp_path):
     """600 tokens through a window cache of 256 cells give llama.cpp's logits, with softmax and flash attention."""
     plain, flash = llama_cpp.run_jobs(

@@ -135,7 +135,6 @@ def expected(tmp_path_factory) -> dict[str, tuple[Path, np.ndarray]]:
     return dict(zip(VARIANTS, zip(paths, found, strict=True), strict=True))
 
 
-@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp is not installed")
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_variants_give_llama_cpps_logits(name, expected):
     """Logits of each variant equal live llama.cpp's."""

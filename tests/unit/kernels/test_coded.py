@@ -70,7 +70,6 @@ def test_rows_of_any_bytes_are_read(memory, typ):
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libggml") is None, reason="libggml-python is not installed")
 def test_rows_are_libggmls_to_the_last_bit():
     """Of random bytes, every type's floats are what libggml makes of them."""
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=280, check=False)
