@@ -15,6 +15,7 @@ from typing import Self
 
 from .backend import REGISTRY, Backend, Device
 from .buffer import Buffer, BufferType
+from .catalog import header_path
 from .clock import VirtualClock
 from .cost import CPU_PROFILE
 from .dialect import DEFAULT_DIALECT, Dialect
@@ -173,7 +174,8 @@ class Planner:
         Parameters
         ----------
         model : path or GGUFFile
-            A file that is opened here stays mapped until its last user is gone.
+            A file that is opened here stays mapped until its last user is gone. With ``data=False`` also a name of
+            `pyggml.catalog.MODELS`, as in ``gpt-oss-120b`` or ``qwen3-30b-a3b:Q6_K``.
         devices : str, or sequence of str, Device or Backend
             Beside the CPU, in order: names such as ``sim:rtx4090-pcie4``, or opened ones.
         cpu : str, Device or Backend
@@ -206,6 +208,8 @@ class Planner:
             raise DeviceUnavailableError(
                 "cpu", "it is there without being asked for", hint="leave it out of the devices"
             )
+        if not data and not isinstance(model, GGUFFile) and not os.path.lexists(model):
+            model = header_path(os.fspath(model))
         file = model if isinstance(model, GGUFFile) else GGUFFile.open(model)
         if file.closed:
             raise FormatError(str(file.path), "the file was closed", hint="open it again")

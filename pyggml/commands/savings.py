@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..backend import Backend
     from ..cost import LinkProfile
+    from ..report import CopyAccount
     from ..tensor import Tensor
 
 __all__ = ["Saving", "command", "measure", "savings_table"]
@@ -58,11 +59,13 @@ class Saving:
 def command(flags: ModelFlags, model: Path | None, batches: str, prompt: str, as_json: bool) -> None:
     """Evaluate batches of several sizes with all experts in host memory and the device computing every one of them.
 
+    A MODEL that is a name of `pyggml models` is not computed: the default law says which experts the tokens choose.
     Without MODEL: a fine-grained example of random weights, 32 experts of which a token uses 4. A device usually takes
     such batches from 32 tokens on; here it takes all, so that small ones can be compared.
     """
     path = fine_grained() if model is None else model
-    rows = measure(flags, path, parse_sizes(batches), prompt)
+    sizes = parse_sizes(batches)
+    rows = measure(flags, path, sizes, prompt) if path.exists() else planned_savings(flags, path, sizes)
     if as_json:
         print_json([{**asdict(row), "ratio": row.ratio} for row in rows])
     else:
@@ -116,13 +119,45 @@ def measure(flags: ModelFlags, path: Path, sizes: list[int], prompt: str) -> lis
                 session.reset()
                 account.clear()
                 session.decode(ids[:n], outputs="all")
-                total = account.total()
-                if not total.bytes_full:
-                    raise GraphError(
-                        "nothing was copied: no device beside the CPU", hint="use --device sim:rtx4090-pcie4,cpu"
-                    )
-                rows.append(_saving(n, total.used_mean, total.n_expert, total.bytes_copied, total.bytes_full, backends))
+                rows.append(_row(n, account, backends))
     return rows
+
+
+def planned_savings(flags: ModelFlags, name: Path, sizes: list[int]) -> list[Saving]:
+    """Return what batches of some sizes would move of a model of the table, which has no data.
+
+    Raises
+    ------
+    FormatError
+        There is no such model.
+    GraphError
+        The model has no experts, or there is no device beside the CPU.
+    """
+    from ..models.placement import PlacementFlags
+    from ..planning import Planner
+    from ..report import CopyAccount
+    from ..simulation import simulate_batch
+
+    backends, cpu = open_backends(flags, data=False)
+    with Planner.open(
+        name, devices=backends, cpu=cpu, placement=PlacementFlags(cpu_moe=True), context=flags.context(n_ctx=max(sizes)),
+        copier=flags.copier(), recorder=(account := CopyAccount()), offload_rule=_every_product, data=False,
+    ) as planner:  # fmt: skip
+        if not planner.hparams.n_expert:
+            raise GraphError(f"{name}: the model has no experts", hint="`pyggml models` tells which have")
+        rows = []
+        for n in sizes:
+            account.clear()
+            simulate_batch(planner, n, outputs="all")
+            rows.append(_row(n, account, backends))
+    return rows
+
+
+def _row(n: int, account: CopyAccount, backends: list[Backend]) -> Saving:
+    total = account.total()
+    if not total.bytes_full:
+        raise GraphError("nothing was copied: no device beside the CPU", hint="use --device sim:rtx4090-pcie4,cpu")
+    return _saving(n, total.used_mean, total.n_expert, total.bytes_copied, total.bytes_full, backends)
 
 
 def _every_product(backend: Backend, op: Tensor) -> bool:

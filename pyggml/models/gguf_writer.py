@@ -123,6 +123,19 @@ class GGUFWriter:
         assert done == total, f"{done} bytes written, {total} announced"
         return Written(os.fspath(path), total, digest.hexdigest())
 
+    def write_header(self, path: str | os.PathLike[str]) -> None:
+        """Write the header alone, and room for the data that takes no space on disks with sparse files.
+
+        Raises
+        ------
+        PyggmlError
+            The folder is missing, full, or may not be written to.
+        """
+        head = self._head()
+        with atomic_file(path, len(head)) as file:
+            file.write(head)
+            file.truncate(len(head) + sum(self._padded(tensor.nbytes) for tensor in self._tensors))
+
     def _padded(self, n_bytes: int) -> int:
         return -(-n_bytes // self.alignment) * self.alignment
 

@@ -1,0 +1,195 @@
+"""Which tensors a model of published sizes has: names and shapes, as llama.cpp's converter writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .sizes import ModelSizes
+
+__all__ = ["Shape", "shapes"]
+
+#: Architectures with norms behind attention, where others have one before the feed-forward layer.
+_POST_ATTENTION = {"gpt-oss", "qwen35", "qwen35moe", "qwen3next", "qwen4exp", "glm4moe"}
+#: Architectures with norms before and behind both.
+_SANDWICHED = {"glm4", "gemma2", "gemma3", "gemma4"}
+#: Architectures whose router adds a bias to what it chooses by.
+_ROUTER_BIAS = {"glm4moe", "minimax-m2", "dots1", "ernie4_5-moe", "deepseek4"}
+#: Architectures whose feed-forward layers keep gate and up as one.
+_FUSED_UP = {"glm4", "phi3"}
+
+
+class Shape(NamedTuple):
+    """A tensor without a type."""
+
+    name: str
+    ne: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        n = 1
+        for size in self.ne:
+            n *= size
+        return n
+
+
+def shapes(s: ModelSizes, *, nextn: bool = True) -> list[Shape]:
+    """Return the tensors of a model, in the order of its file.
+
+    Parameters
+    ----------
+    nextn : bool
+        With the layers that predict further tokens.
+
+    Notes
+    -----
+    Mirrors `load_arch_tensors` of each architecture in llama.cpp. Differs: of deepseek4 and qwen4exp only what weighs is
+    listed, so their headers are for sizes and times.
+    """
+    e = s.n_embd
+    rows = [Shape("token_embd.weight", (e, s.n_vocab)), Shape("output_norm.weight", (e,))]
+    if not s.tied:
+        rows.append(Shape("output.weight", (e, s.n_vocab)))
+    if s.arch == "qwen4exp":
+        rows.append(Shape("per_layer_token_embd.weight", (s.per_layer, 20_000_000)))
+    if s.arch == "gemma4":
+        rows.append(Shape("rope_freqs.weight", (s.head_full // 2,)))
+    for i in range(s.n_layer + (s.n_nextn if nextn else 0)):
+        rows += [Shape(f"blk.{i}.{name}", ne) for name, ne in _layer(s, i)]
+    return rows
+
+
+_Rows = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def _layer(s: ModelSizes, i: int) -> _Rows:
+    e = s.n_embd
+    yield "attn_norm.weight", (e,)
+    if s.is_recurrent(i):
+        yield from _recurrent(s)
+    elif s.arch == "deepseek4":
+        yield from _compressed(s)
+    elif s.kv_lora:
+        yield from _latent(s)
+    else:
+        yield from _attention(s, i)
+    if s.arch in _POST_ATTENTION:
+        yield "post_attention_norm.weight", (e,)
+    elif s.arch in _SANDWICHED:
+        yield "post_attention_norm.weight", (e,)
+        yield "ffn_norm.weight", (e,)
+        yield "post_ffw_norm.weight", (e,)
+    else:
+        yield "ffn_norm.weight", (e,)
+    if s.has_experts(i):
+        yield from _experts(s)
+    elif s.arch in _FUSED_UP:
+        yield "ffn_up.weight", (e, 2 * s.n_ff)
+        yield "ffn_down.weight", (s.n_ff, e)
+    else:
+        yield from _dense(s)
+    if i >= s.n_layer:
+        yield "nextn.eh_proj.weight", (2 * e, e)
+        yield "nextn.enorm.weight", (e,)
+        yield "nextn.hnorm.weight", (e,)
+        yield "nextn.shared_head_norm.weight", (e,)
+
+
+def _attention(s: ModelSizes, i: int) -> _Rows:
+    e = s.n_embd
+    n_kv, head = s.heads(i)
+    q, kv = s.n_head * head, n_kv * head
+    is_gated = s.full_interval > 0
+    if s.arch == "phi3":
+        yield "attn_qkv.weight", (e, q + 2 * kv)
+    else:
+        yield "attn_q.weight", (e, 2 * q if is_gated else q)
+        yield "attn_k.weight", (e, kv)
+        if not (s.head_full and not s.has_window(i)):  # gemma4's layers without a window use K as V
+            yield "attn_v.weight", (e, kv)
+    yield "attn_output.weight", (q, e)
+    if s.qkv_bias:
+        for name, n in (("q", q), ("k", kv), ("v", kv)):
+            yield f"attn_{name}.bias", (n,)
+    if s.arch == "gpt-oss":
+        yield "attn_output.bias", (e,)
+        yield "attn_sinks.weight", (s.n_head,)
+    if s.qk_norm:
+        whole = s.arch in ("minimax-m2", "olmoe")
+        yield "attn_q_norm.weight", (q if whole else head,)
+        yield "attn_k_norm.weight", (kv if whole else head,)
+
+
+def _recurrent(s: ModelSizes) -> _Rows:
+    e, value, key = s.n_embd, s.ssm_heads * s.ssm_state, s.ssm_groups * s.ssm_state
+    yield "attn_qkv.weight", (e, 2 * key + value)
+    yield "attn_gate.weight", (e, value)
+    yield "ssm_conv1d.weight", (s.ssm_conv, 2 * key + value)
+    yield "ssm_dt.bias", (s.ssm_heads,)
+    yield "ssm_a", (s.ssm_heads,)
+    if s.arch == "qwen3next":
+        yield "ssm_ba.weight", (e, 2 * s.ssm_heads)
+    else:
+        yield "ssm_beta.weight", (e, s.ssm_heads)
+        yield "ssm_alpha.weight", (e, s.ssm_heads)
+    yield "ssm_norm.weight", (s.ssm_state,)
+    yield "ssm_out.weight", (value, e)
+
+
+def _latent(s: ModelSizes) -> _Rows:
+    e, nope = s.n_embd, s.head - s.rope_dim
+    if s.q_lora:
+        yield "attn_q_a_norm.weight", (s.q_lora,)
+        yield "attn_q_a.weight", (e, s.q_lora)
+        yield "attn_q_b.weight", (s.q_lora, s.n_head * s.head)
+    else:
+        yield "attn_q.weight", (e, s.n_head * s.head)
+    yield "attn_kv_a_norm.weight", (s.kv_lora,)
+    yield "attn_kv_a_mqa.weight", (e, s.kv_lora + s.rope_dim)
+    yield "attn_k_b.weight", (nope, s.kv_lora, s.n_head)
+    yield "attn_v_b.weight", (s.kv_lora, s.head_v, s.n_head)
+    yield "attn_output.weight", (s.n_head * s.head_v, e)
+
+
+def _compressed(s: ModelSizes) -> _Rows:
+    e, rank = s.n_embd, 1024
+    yield "attn_q_a.weight", (e, s.q_lora)
+    yield "attn_q_b.weight", (s.q_lora, s.n_head * s.head)
+    yield "attn_kv.weight", (e, s.head)
+    yield "attn_output_a.weight", (s.n_head * s.head // s.n_group, rank, s.n_group)
+    yield "attn_output_b.weight", (s.n_group * rank, e)
+
+
+def _experts(s: ModelSizes) -> _Rows:
+    e, n = s.n_embd, s.n_expert
+    yield "ffn_gate_inp.weight", (e, n)
+    if s.arch in _ROUTER_BIAS or (s.arch == "deepseek2" and s.q_lora):
+        yield "exp_probs_b.bias", (n,)
+    if s.arch == "gemma4":
+        yield from _dense(s)
+        yield "ffn_gate_inp.scale", (e,)
+        for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2"):
+            yield f"{name}.weight", (e,)
+        yield "ffn_gate_up_exps.weight", (e, 2 * s.n_ff_exp, n)
+    else:
+        yield "ffn_gate_exps.weight", (e, s.n_ff_exp, n)
+        yield "ffn_up_exps.weight", (e, s.n_ff_exp, n)
+    yield "ffn_down_exps.weight", (s.n_ff_exp, e, n)
+    if s.arch == "gpt-oss":
+        yield "ffn_gate_inp.bias", (n,)
+        yield "ffn_gate_exps.bias", (s.n_ff_exp, n)
+        yield "ffn_up_exps.bias", (s.n_ff_exp, n)
+        yield "ffn_down_exps.bias", (e, n)
+    if s.n_ff_shexp:
+        if s.full_interval:
+            yield "ffn_gate_inp_shexp.weight", (e,)
+        yield "ffn_gate_shexp.weight", (e, s.n_ff_shexp)
+        yield "ffn_up_shexp.weight", (e, s.n_ff_shexp)
+        yield "ffn_down_shexp.weight", (s.n_ff_shexp, e)
+
+
+def _dense(s: ModelSizes) -> _Rows:
+    yield "ffn_gate.weight", (s.n_embd, s.n_ff)
+    yield "ffn_up.weight", (s.n_embd, s.n_ff)
+    yield "ffn_down.weight", (s.n_ff, s.n_embd)

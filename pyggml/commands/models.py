@@ -1,0 +1,82 @@
+"""`pyggml models`: list the models that can be planned by name, without a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import click
+
+from ._console import print_json, report, table
+
+__all__ = ["ModelRow", "command", "model_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """A model of the table."""
+
+    name: str
+    arch: str
+    n_layer: int
+    n_params: int
+    n_params_active: int  #: of which a token uses, embeddings left out
+    n_expert: int
+    n_expert_used: int
+    n_ctx: int
+    quant: str
+    file_bytes: int
+
+
+def model_rows(pattern: str = "") -> list[ModelRow]:
+    """Return the models whose name or architecture contains a text."""
+    from ..catalog import MODELS, shapes, type_tensors
+
+    rows = []
+    for s in MODELS.values():
+        if pattern.lower() not in s.name and pattern.lower() not in s.arch:
+            continue
+        tensors = shapes(s, nextn=False)
+        active = sum(
+            t.numel * (s.n_used / s.n_expert if "_exps." in t.name else 1.0)
+            for t in tensors
+            if not t.name.endswith("token_embd.weight") or (s.tied and t.name.startswith("token"))
+        )
+        file_bytes = sum(t.nbytes for t in type_tensors(s, shapes(s), s.quant))
+        rows.append(
+            ModelRow(
+                s.name,
+                s.arch,
+                s.n_layer,
+                sum(t.numel for t in tensors),
+                int(active),
+                s.n_expert,
+                s.n_used,
+                s.n_ctx,
+                s.quant,
+                file_bytes,
+            )
+        )
+    return rows
+
+
+@click.command("models")
+@click.argument("pattern", default="")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def command(pattern: str, as_json: bool) -> None:
+    """List models that commands take by NAME[:QUANT] in place of a file, with their default quantisation."""
+    from dataclasses import asdict
+
+    rows = model_rows(pattern)
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    columns = ("name", "architecture", "layers", "parameters", "of a token", "experts", "context", "default", "GiB")
+    out = table("", *columns, right=("layers", "parameters", "of a token", "context", "GiB"))
+    for r in rows:
+        experts = f"{r.n_expert_used} of {r.n_expert}" if r.n_expert else ""
+        out.add_row(
+            r.name, r.arch, str(r.n_layer), f"{r.n_params / 1e9:.1f} B", f"{r.n_params_active / 1e9:.1f} B", experts,
+            str(r.n_ctx), r.quant, f"{r.file_bytes / 1024**3:.1f}",
+        )  # fmt: skip
+    report().print(out)
+    report().print("Any other quantisation: NAME:QUANT, as in qwen3-30b-a3b:Q6_K or qwen3-30b-a3b:UD-Q4_K_XL.")
