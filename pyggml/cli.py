@@ -8,29 +8,64 @@ help takes no time.
 from __future__ import annotations
 
 import ast
+import errno
 import importlib
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import click
+import cloup
 
 from . import __version__, commands, config
 from .errors import PyggmlError
 
-__all__ = ["CommandGroup", "group", "main", "run"]
+__all__ = ["QUESTIONS", "CommandGroup", "group", "main", "run"]
 
 #: Columns of help at most, on a terminal that has them.
 HELP_WIDTH = 110
-EXIT_FAILED = 1
-EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+#: Which command answers which question, as the help and the README say it.
+QUESTIONS = (
+    ("What will these flags do, and how fast?", "pyggml splits MODEL --n-cpu-moe 20"),
+    ("Why is a node on that device?", "pyggml splits MODEL --html plan.html"),
+    ("Does it run? What is copied?", "pyggml run MODEL -p TEXT -n 32"),
+    ("What do used-expert copies save?", "pyggml savings MODEL"),
+    ("Which devices can I name?", "pyggml devices"),
+    ("How do two runs differ?", "pyggml viz a.json b.json"),
+    ("What does another ggml decide?", "pyggml replay CASE --dialect 0.21"),
+    ("Where do I get a small model?", "pyggml make-moe moe.gguf"),
+)
+_COMPLETION = (
+    "Completion of commands, options, devices and files: "
+    'eval "$(_PYGGML_COMPLETE=bash_source pyggml)" in ~/.bashrc; zsh_source and fish_source likewise.'
+)
 
 
-class CommandGroup(click.Group):
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"pyggml {__version__}")
+        ctx.exit()
+
+
+VERSION = click.Option(
+    ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+    help="Show the version and exit.",
+)  # fmt: skip
+
+
+class Interrupted(click.ClickException):
+    """Ctrl-C ended a command."""
+
+    exit_code = EXIT_INTERRUPTED
+
+    def show(self, file: Any = None) -> None:  # as click types it
+        """Print the word alone: it is not an error."""
+        click.echo(self.message, file, err=True)
+
+
+class CommandGroup(cloup.Group):
     """The commands in a package, each imported when it is asked for.
 
     Parameters
@@ -42,12 +77,10 @@ class CommandGroup(click.Group):
     """
 
     def __init__(self, name: str, folder: Path, package: str, *, help: str) -> None:
-        super().__init__(
-            name,
-            help=help,
-            no_args_is_help=True,
-            context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
-        )
+        theme = cloup.HelpTheme(heading=cloup.Style(bold=True), col1=cloup.Style(fg="cyan"))
+        look = cloup.HelpFormatter.settings(max_width=HELP_WIDTH, col1_max_width=34, theme=theme)
+        settings = cloup.Context.settings(help_option_names=["-h", "--help"], formatter_settings=look)
+        super().__init__(name, help=help, no_args_is_help=True, context_settings=settings, params=[VERSION])
         self.folder = folder
         self.package = package
 
@@ -69,11 +102,20 @@ class CommandGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def handle_bad_command_name(
+        self, bad_name: str, valid_names: list[str], error: click.UsageError
+    ) -> click.UsageError:
+        """Return an error that proposes the nearest command."""
+        return click.NoSuchCommand(bad_name, possibilities=list(self._modules()), ctx=error.ctx)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands without importing them."""
+        """Write the list of commands without importing them, then which of them answers which question."""
+        assert isinstance(formatter, cloup.HelpFormatter)
         rows = [(name, self._summary(stem)) for name, stem in self._modules().items()]
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
+        formatter.write_section(cloup.HelpSection("Commands", rows))
+        formatter.write_section(cloup.HelpSection("Which command answers which question", QUESTIONS))
+        formatter.write_paragraph()
+        formatter.write_text(_COMPLETION)
 
     def _summary(self, stem: str) -> str:
         """Return what a command does: the first line of its module, after the command's name."""
@@ -82,11 +124,18 @@ class CommandGroup(click.Group):
         text = text.partition(": ")[2] or text
         return text[:1].upper() + text[1:]
 
-
-def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value and not ctx.resilient_parsing:
-        click.echo(f"pyggml {__version__}")
-        ctx.exit()
+    def invoke(self, ctx: click.Context) -> Any:  # of what a command returns
+        """Run a command; what it raises becomes one line and an exit status, which click's `main` prints and returns."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort):
+            raise Interrupted("Interrupted.") from None
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if config.traceback() or (isinstance(error, OSError) and error.errno == errno.EPIPE):
+                raise
+            raise click.ClickException(_line(error)) from error
 
 
 group = CommandGroup(
@@ -95,53 +144,20 @@ group = CommandGroup(
     commands.__name__,
     help="ggml's backend scheduler in Python: run, plan and explain models over several devices.",
 )
-group.params.append(
-    click.Option(
-        ["--version"],
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=_print_version,
-        help="Show the version and exit.",
-    )
-)
 
 
 def run(args: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 failed, 2 usage, 130 interrupted.
+    """Run one command and return its exit status: 0, 1 failed, 2 usage, 3 does not fit, 130 interrupted.
 
     Parameters
     ----------
     args : sequence of str, optional
         The words after the program's name; those of this process if not given.
     """
-    words = list(sys.argv[1:] if args is None else args)
     try:
-        with group.make_context("pyggml", words) as ctx:
-            group.invoke(ctx)
-        sys.stdout.flush()
-    except click.exceptions.Exit as exit:
-        return exit.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return EXIT_USAGE
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # the reader had enough, as `head` does; nothing more may be written, not even at exit
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        if config.traceback():
-            raise
-        click.echo(f"Error: {_line(error)}", err=True)
-        return EXIT_FAILED
-    return 0
+        group.main(args, prog_name="pyggml")
+    except SystemExit as end:
+        return int(end.code or 0)
 
 
 def _line(error: Exception) -> str:
@@ -161,6 +177,6 @@ def _line(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the command that this process was started with, and exit."""
     sys.exit(run())

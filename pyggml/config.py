@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ __all__ = [
     "Variable",
     "cache_dir",
     "check",
+    "install_hint",
     "libggml_path",
     "op_offload_min_batch",
     "rpc_timeout_s",
@@ -144,10 +144,24 @@ def cache_dir() -> Path:
     given = os.environ.get("PYGGML_CACHE_DIR")
     if given:
         return Path(given)
-    if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "pyggml"
+    from platformdirs import user_cache_path
+
+    folder = user_cache_path("pyggml", appauthor=False, opinion=False)
+    if not folder.is_absolute():  # "~" stays where there is no home
+        raise RuntimeError("there is no home folder")
+    return folder
+
+
+def install_hint(extra: str) -> str:
+    """Return the command that installs the packages of an extra; pyggml itself is on no index.
+
+    Examples
+    --------
+    >>> install_hint("libggml")
+    "pip install 'libggml-python==0.20.2.post1'"
+    """
+    from importlib.metadata import requires
+
+    rows = [row.partition(";") for row in requires("pyggml") or ()]
+    marker = f'extra == "{extra}"'
+    return "pip install " + " ".join(f"'{name.strip()}'" for name, _, of in rows if marker in of.replace("'", '"'))

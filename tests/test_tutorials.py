@@ -94,7 +94,7 @@ def update_page(path: Path) -> None:
 def test_page_shows_what_its_code_prints(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block runs, and the text block after it is what it printed."""
     if missing := missing_packages(path):
-        pytest.skip(f"not installed: {', '.join(missing)} (pip install pyggml[cuda])")
+        pytest.skip(f"not installed: {', '.join(missing)} (pip install -e '.[cuda]')")
     monkeypatch.delenv("GGML_SCHED_DEBUG", raising=False)
     monkeypatch.delenv("GGML_OP_OFFLOAD_MIN_BATCH", raising=False)
     monkeypatch.chdir(ROOT)

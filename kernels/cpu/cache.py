@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 #: Folders of older sources are removed after so long without use.
 KEEP_S = 30 * 24 * 3600
 
@@ -27,12 +29,17 @@ def source_hash() -> str:
 
 
 def user_cache_dir() -> Path:
-    """Return the folder that the platform keeps for caches of programs."""
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Return pyggml's folder among the platform's caches.
+
+    Raises
+    ------
+    RuntimeError
+        There is no home folder.
+    """
+    folder = user_cache_path("pyggml", appauthor=False, opinion=False)
+    if not folder.is_absolute():  # "~" stays where there is no home
+        raise RuntimeError("there is no home folder")
+    return folder
 
 
 def _writable(folder: Path) -> bool:
@@ -62,7 +69,7 @@ def set_cache_dir() -> str:
     if given and Path(given).name == source_hash():
         return given  # set by this function, in this process or the one that started it
     try:
-        root = Path(given) if given else user_cache_dir() / "pyggml" / "kernels"
+        root = Path(given) if given else user_cache_dir() / "kernels"
         folder = root / source_hash()
     except RuntimeError:  # no home folder
         root = folder = Path(os.devnull)

@@ -109,7 +109,7 @@ def cache_dir() -> Path | None:
         except ImportError:  # a system-wide toolkit
             digest.update(b"?")
     try:
-        folder = user_cache_dir() / "pyggml" / "ptx" / digest.hexdigest()[:16]
+        folder = user_cache_dir() / "ptx" / digest.hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # a read-only home, or none
         return None

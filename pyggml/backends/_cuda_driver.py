@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from .. import config
 from ..errors import BackendError, DeviceUnavailableError, OutOfMemoryError
 
 __all__ = ["Card", "DriverEvent", "Stream", "system_cards"]
@@ -329,7 +330,7 @@ def _system() -> tuple[tuple[SystemCard, ...], str]:
     try:
         module = importlib.import_module("cuda.bindings.driver")
     except ImportError:
-        return (), "the cuda extra is not installed (pip install pyggml[cuda])"
+        return (), f"the packages of the cuda extra are not installed ({config.install_hint('cuda')})"
     try:
         api = _Api(module)
         api("cuInit", 0)

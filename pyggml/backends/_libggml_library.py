@@ -371,7 +371,7 @@ def find_library(given: str = "") -> Path:
     raise DeviceUnavailableError(
         _KIND,
         "no ggml library is installed",
-        hint="pip install 'pyggml[libggml]', or set PYGGML_LIBGGML to a build's libggml",
+        hint=f"{config.install_hint('libggml')}, or set PYGGML_LIBGGML to a build's libggml",
     )
 
 

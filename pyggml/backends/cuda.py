@@ -271,7 +271,7 @@ class CudaDevice(Device):
                 raise BackendError(
                     self.name,
                     f"the kernel {name} cannot be compiled: {str(error).splitlines()[0]}",
-                    hint="pip install pyggml[cuda]",
+                    hint=config.install_hint("cuda"),
                 ) from error
             known = self._functions[name] = (self.card.load(ptx.text, ptx.entry), types)
         return known

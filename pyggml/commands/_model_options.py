@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+import cloup
 
 from ..errors import DeviceUnavailableError
+from ._values import DeviceList, split_devices
 
 if TYPE_CHECKING:
     from ..backend import Backend
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ..models.placement import PlacementFlags
     from ..sched.policies import InputCopier
 
-__all__ = ["ModelFlags", "model_options", "open_backends", "parse_sizes", "split_devices"]
+__all__ = ["ModelFlags", "model_options", "open_backends", "parse_sizes"]
 
 #: What computes if nothing is asked for: a device that every machine has, and the CPU.
 DEFAULT_DEVICES = "sim:rtx4090-pcie4,cpu"
@@ -105,42 +106,43 @@ class ModelFlags:
         return {"used": None, "upstream": UpstreamCopier(), "full": FullCopier()}[self.expert_copy]
 
 
-_OPTIONS = [
-    click.option("-ngl", "--n-gpu-layers", type=LayerCount(), default=-1, help="Layers on devices, from the last. [all]"),
-    click.option("-cmoe", "--cpu-moe", is_flag=True, help="Keep all experts in host memory."),
-    click.option(
-        "-ncmoe", "--n-cpu-moe", type=click.IntRange(0), default=0, help="Keep the first N layers' experts there."
-    ),
-    click.option(
-        "-ot", "--override-tensor", multiple=True, metavar="REGEX=BUFT", help="Put matching weights into a buffer type."
-    ),
-    click.option(
-        "-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, help="Context. [what is needed, or trained]"
-    ),
-    click.option("-b", "--batch-size", "n_batch", type=click.IntRange(1), default=2048, show_default=True),
-    click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(1), default=512, show_default=True),
-    click.option("--op-offload/--no-op-offload", default=True, help="Let devices take ops with host weights. [on]"),
-    click.option(
-        "-ctk", "--cache-type-k", "type_k", type=_CACHE_TYPE, metavar="TYPE", default="f16", show_default=True,
-        help=f"Type of K: {', '.join(CACHE_TYPES)}.",
-    ),
-    click.option(
-        "-ctv", "--cache-type-v", "type_v", type=_CACHE_TYPE, metavar="TYPE", default="f16", show_default=True,
-        help="Likewise of V.",
-    ),
-    click.option("-t", "--threads", type=click.IntRange(1), default=None, help="Of the CPU's kernels. [cores]"),
-    click.option("-dev", "--device", default=DEFAULT_DEVICES, show_default=True, metavar="LIST"),
-    click.option("--kv-offload/--no-kv-offload", default=True, help="Keep the KV cache on the device. [on]"),
-    click.option("--swa-full", is_flag=True, help="Full-size cache for layers with a sliding window."),
-    click.option(
-        "-fa", "--flash-attn", type=click.Choice(["on", "off", "auto"]), default="auto", show_default=True
-    ),
-    click.option("-ts", "--tensor-split", default="", metavar="N,N", help="Shares of the devices. [by free memory]"),
-    click.option(
-        "--expert-copy", type=click.Choice(EXPERT_COPIES), default="used", show_default=True,
-        help="What is copied of an expert weight.",
-    ),
-]  # fmt: skip
+_PLACEMENT = cloup.option_group(
+    "Where weights go, as in llama.cpp",
+    cloup.option("-dev", "--device", type=DeviceList(), default=DEFAULT_DEVICES, show_default=True,
+                 help="Devices, the CPU last; `pyggml devices` lists them."),
+    cloup.option("-ngl", "--n-gpu-layers", type=LayerCount(), default=-1, help="Layers on devices, from the last. [all]"),
+    cloup.option("-cmoe", "--cpu-moe", is_flag=True, help="Keep all experts in host memory."),
+    cloup.option("-ncmoe", "--n-cpu-moe", type=click.IntRange(0), default=0, metavar="N",
+                 help="Keep the experts of the first N layers in host memory."),
+    cloup.option("-ot", "--override-tensor", multiple=True, metavar="REGEX=BUFT",
+                 help="Put matching weights into a buffer type."),
+    cloup.option("-ts", "--tensor-split", default="", metavar="N,N", help="Shares of the devices. [by free memory]"),
+)  # fmt: skip
+_CONTEXT = cloup.option_group(
+    "Context and KV cache, as in llama.cpp",
+    cloup.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, metavar="N",
+                 help="Tokens of context. [what is needed, or trained]"),
+    cloup.option("-b", "--batch-size", "n_batch", type=click.IntRange(1), default=2048, show_default=True, metavar="N",
+                 help="Tokens of a batch at most."),
+    cloup.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(1), default=512, show_default=True, metavar="N",
+                 help="Tokens of a micro-batch, that is of one graph, at most."),
+    cloup.option("-fa", "--flash-attn", type=click.Choice(["on", "off", "auto"]), default="auto", show_default=True,
+                 help="Flash attention."),
+    cloup.option("-ctk", "--cache-type-k", "type_k", type=_CACHE_TYPE, metavar="TYPE", default="f16", show_default=True,
+                 help=f"Type of K: {', '.join(CACHE_TYPES)}."),
+    cloup.option("-ctv", "--cache-type-v", "type_v", type=_CACHE_TYPE, metavar="TYPE", default="f16", show_default=True,
+                 help="Type of V."),
+    cloup.option("--kv-offload/--no-kv-offload", default=True, help="Keep the KV cache on the device. [on]"),
+    cloup.option("--swa-full", is_flag=True, help="Full-size cache for layers with a sliding window."),
+)  # fmt: skip
+_COMPUTING = cloup.option_group(
+    "Computing",
+    cloup.option("-t", "--threads", type=click.IntRange(1), default=None, metavar="N",
+                 help="Threads of the CPU's kernels. [cores]"),
+    cloup.option("--op-offload/--no-op-offload", default=True, help="Let devices take ops with host weights. [on]"),
+    cloup.option("--expert-copy", type=click.Choice(EXPERT_COPIES), default="used", show_default=True,
+                 help="What is copied of an expert weight."),
+)  # fmt: skip
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,21 +153,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         own = {f: given.pop(f) for f in ModelFlags.__slots__}
         return function(flags=ModelFlags(**own), **given)
 
-    for option in reversed(_OPTIONS):
-        call = option(call)
-    return call
-
-
-def split_devices(text: str, kinds: list[str]) -> list[str]:
-    """Cut a list of devices at commas; those inside ``sim:custom:...`` stay.
-
-    Examples
-    --------
-    >>> split_devices("sim:custom:8GiB,400GB/s,12GB/s,cpu", ["cpu", "sim"])
-    ['sim:custom:8GiB,400GB/s,12GB/s', 'cpu']
-    """
-    names = re.split(rf",(?=(?:{'|'.join(kinds)})(?::|,|$))", text)
-    return [n.strip() for n in names if n.strip()]
+    return _PLACEMENT(_CONTEXT(_COMPUTING(call)))
 
 
 def parse_sizes(text: str) -> list[int]:

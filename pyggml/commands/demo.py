@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import cloup
 
 from ._console import progress
 
@@ -19,7 +20,7 @@ PROMPT = (
 DEVICES = "sim:rtx4090-pcie4,cpu"
 
 
-@click.command("demo", context_settings={"ignore_unknown_options": True})
+@cloup.command("demo", context_settings={"ignore_unknown_options": True})
 @click.option("--model", type=click.Path(dir_okay=False, path_type=Path), help="Your own GGUF file.  [an example]")
 @click.option("--prompt", default=PROMPT, help="What to answer.  [an example]")
 @click.option("-n", "n_predict", type=click.IntRange(0), default=160, show_default=True, help="Tokens to generate.")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
+import cloup
 
 from ..backend import REGISTRY, Device
 from ..cost import PROFILES
@@ -105,7 +106,7 @@ def find_devices() -> tuple[list[DeviceFacts], dict[str, str]]:
     return found, missing
 
 
-@click.command("devices", short_help="Show devices, their memory, and what they can run.")
+@cloup.command("devices", short_help="Show devices, their memory, and what they can run.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> None:
     """Show the devices of this machine, their buffer types and memory, what they can run, and why others are missing."""

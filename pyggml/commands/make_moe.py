@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
 from ..types import Type
 
@@ -39,32 +40,66 @@ _SIZES = {
 }
 
 
-def _size_options(function: Any) -> Any:  # click's decorators have no simple type
-    for name, help in reversed(_SIZES.items()):
-        function = click.option(f"--{name}", type=click.IntRange(min=1), help=help)(function)
-    return function
+EXAMPLES = """
+\b
+Examples:
+  pyggml make-moe moe.gguf --preset fine-grained
+  pyggml make-moe moe.gguf --arch qwen3moe --type q4_k --layers 4 --experts 16 --used 2
+  pyggml make-moe moe.gguf --from dense.gguf --experts 8
+"""
+_TYPE = click.Choice(_TYPES, case_sensitive=False)
+_N = click.IntRange(min=1)
 
 
-@click.command("make-moe", short_help="Write a small mixture-of-experts model.")
+@cloup.command("make-moe", short_help="Write a small mixture-of-experts model.", epilog=EXAMPLES)
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--from", "dense", type=click.Path(dir_okay=False, path_type=Path), help="Dense llama to make it of.")
-@click.option("--preset", type=click.Choice(["fine-grained"]), help="32 small experts, 4 used, unevenly.")
-@click.option("--arch", type=click.Choice(_ARCHS), help="Architecture of a random model.  [default: llama]")
-@click.option("--experts", type=click.IntRange(min=1), help="Experts of a layer.  [default: 8]")
-@click.option("--used", type=click.IntRange(min=1), help="Experts that a token goes through.  [default: 2]")
-@click.option(
-    "--type",
-    "kind",
-    type=click.Choice(_TYPES, case_sensitive=False),
-    help="Type of the weights; with --from, of experts.",
+@cloup.option_group(
+    "What it is made of",
+    cloup.option(
+        "--from",
+        "dense",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="MODEL",
+        help="Dense llama to make it of.",
+    ),
+    cloup.option("--preset", type=click.Choice(["fine-grained"]), help="32 small experts, 4 used, unevenly."),
+    cloup.option(
+        "--arch",
+        type=click.Choice(_ARCHS),
+        metavar="NAME",
+        help=f"Architecture of a random model: {', '.join(_ARCHS)}. [default: llama]",
+    ),
+    cloup.option("--tokenizer", type=click.Choice(["bytes", "none"]), help="Of a random model. [default: bytes]"),
 )
-@click.option("--dense-type", type=click.Choice(_TYPES, case_sensitive=False), help="Type of what is no expert.")
-@click.option("--seed", type=click.IntRange(min=0), help="Seed of all noise.  [default: 1]")
-@click.option("--noise", type=click.FloatRange(min=0), help="With --from: how much experts differ.  [default: 0.05]")
-@click.option("--skew", type=click.FloatRange(min=0), help="How much routers prefer some experts.")
-@click.option("--tokenizer", type=click.Choice(["bytes", "none"]), help="Of a random model.  [default: bytes]")
-@_size_options
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@cloup.option_group(
+    "Experts and weights",
+    cloup.option("--experts", type=_N, metavar="N", help="Experts of a layer. [default: 8]"),
+    cloup.option("--used", type=_N, metavar="N", help="Experts that a token goes through. [default: 2]"),
+    cloup.option("--skew", type=click.FloatRange(min=0), metavar="X", help="How much routers prefer some experts."),
+    cloup.option(
+        "--noise",
+        type=click.FloatRange(min=0),
+        metavar="X",
+        help="With --from: how much experts differ. [default: 0.05]",
+    ),
+    cloup.option(
+        "--type",
+        "kind",
+        type=_TYPE,
+        metavar="TYPE",
+        help=f"Type of the weights; with --from, of the experts: {', '.join(_TYPES)}.",
+    ),
+    cloup.option("--dense-type", type=_TYPE, metavar="TYPE", help="Type of all other weights."),
+    cloup.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of all noise. [default: 1]"),
+)
+@cloup.option_group(
+    "Sizes of a random model",
+    *(cloup.option(f"--{name}", type=_N, metavar="N", help=help) for name, help in _SIZES.items()),
+)
+@cloup.option_group(
+    "Output",
+    cloup.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+)  # fmt: skip
 def command(out: Path, dense: Path | None, as_json: bool, **given: Any) -> None:
     """Write a small, well-formed mixture-of-experts model to OUT: the same arguments give the same bytes.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import cloup
 
 from ._model_options import ModelFlags, model_options
 from ._page import check_folders
+from ._values import ModelPath
 
 __all__ = ["command"]
 
@@ -15,28 +17,89 @@ __all__ = ["command"]
 DEFAULT_ANSWER = 256
 
 
-@click.command("run")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", help="Text to go on from.")
-@click.option("--tokens", metavar="1,2,3", help="The prompt as token ids instead.")
-@click.option("-n", "--n-predict", type=click.IntRange(0), default=0, show_default=True, help="Tokens to generate.")
-@click.option("--chat", is_flag=True, help="Put the prompt into the model's own chat template.")
-@click.option("-i", "--interactive", is_flag=True, help="Take turns: a line is a prompt, the cache stays between them.")
-@click.option("--system", default="", help="With --chat or -i: what the system says first.")
-@click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("--top-k", type=click.IntRange(0), default=40, show_default=True)
-@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True)
-@click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--ignore-eos", is_flag=True, help="Go on after the end of the text.")
-@click.option("--timeline", type=click.Path(path_type=Path), help="Write a timeline for Perfetto and `pyggml viz`.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page that shows what happened and why.")
-@click.option("--dump-logits", type=click.Path(path_type=Path), help="Write logits and chosen experts of the prompt.")
-@click.option("--record-routing", type=click.Path(path_type=Path),
-              help="Write the experts that the prompt's tokens choose, for `splits --routing trace:FILE`.")  # fmt: skip
-@click.option("--quiet", is_flag=True, help="Print the text only, no report.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON document.")
+EXAMPLES = """
+\b
+Examples:
+  pyggml run moe.gguf -p "Why is the sky blue?" -n 64 --chat --cpu-moe
+  pyggml run moe.gguf -p "Once upon a time" -n 32 -ncmoe 12 --html run.html
+  pyggml run moe.gguf -i -dev sim:rtx3090-pcie4,cpu -ngl 20
+"""
+
+
+@cloup.command("run", epilog=EXAMPLES)
+@click.argument("model", type=ModelPath())
+@cloup.option_group(
+    "Prompt and answer",
+    cloup.option("-p", "--prompt", metavar="TEXT", help="Text to go on from."),
+    cloup.option("--tokens", metavar="1,2,3", help="The prompt as token ids instead."),
+    cloup.option(
+        "-n",
+        "--n-predict",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Tokens to generate.",
+    ),
+    cloup.option("--chat", is_flag=True, help="Put the prompt into the model's own chat template."),
+    cloup.option(
+        "-i", "--interactive", is_flag=True, help="Take turns: a line is a prompt, the cache stays between them."
+    ),
+    cloup.option("--system", default="", metavar="TEXT", help="With --chat or -i: what the system says first."),
+    cloup.option("--ignore-eos", is_flag=True, help="Go on after the end of the text."),
+)
+@cloup.option_group(
+    "Sampling",
+    cloup.option(
+        "--temp",
+        type=click.FloatRange(0),
+        default=0.0,
+        show_default=True,
+        metavar="T",
+        help="Temperature; 0 is greedy.",
+    ),
+    cloup.option(
+        "--top-k",
+        type=click.IntRange(0),
+        default=40,
+        show_default=True,
+        metavar="K",
+        help="Draw from the K likeliest tokens; 0 is all.",
+    ),
+    cloup.option(
+        "--top-p",
+        type=click.FloatRange(0, 1),
+        default=0.95,
+        show_default=True,
+        metavar="P",
+        help="Draw from the likeliest tokens that sum to P.",
+    ),
+    cloup.option(
+        "--min-p",
+        type=click.FloatRange(0, 1),
+        default=0.05,
+        show_default=True,
+        metavar="P",
+        help="Draw from tokens at least P times as likely as the likeliest.",
+    ),
+    cloup.option(
+        "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Seed of what is drawn."
+    ),
+)
 @model_options
+@cloup.option_group(
+    "Output",
+    cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Write a page that shows what happened and why."),
+    cloup.option("--timeline", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Write a timeline for Perfetto and `pyggml viz`."),
+    cloup.option("--dump-logits", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Write logits and chosen experts of the prompt."),
+    cloup.option("--record-routing", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Write the experts that the prompt's tokens choose, for `splits --routing trace:FILE`."),
+    cloup.option("--quiet", is_flag=True, help="Print the text only, no report."),
+    cloup.option("--json", "as_json", is_flag=True, help="Print everything as one JSON document."),
+)  # fmt: skip
 def command(
     flags: ModelFlags,
     model: Path,

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
 from ..errors import GraphError
 from ._console import Bar, n_bytes, print_json, progress, report, table
 from ._kernels import warm_up
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
+from ._values import ModelPath
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,11 +52,24 @@ class Saving:
         return self.bytes_copied / self.bytes_full
 
 
-@click.command("savings")
-@click.argument("model", type=click.Path(path_type=Path), required=False)
-@click.option("--batches", default="1,2,4,8,16,32,64", show_default=True, metavar="N,N", help="Batch sizes.")
-@click.option("-p", "--prompt", default=TEXT, help="Text that the batches are cut from.  [a paragraph]")
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+EXAMPLES = """
+\b
+Examples:
+  pyggml savings
+  pyggml savings moe.gguf --batches 1,8,64 --json
+"""
+
+
+@cloup.command("savings", epilog=EXAMPLES)
+@click.argument("model", type=ModelPath(), required=False)
+@cloup.option_group(
+    "What is measured",
+    cloup.option("--batches", default="1,2,4,8,16,32,64", show_default=True, metavar="N,N", help="Batch sizes."),
+    cloup.option(
+        "-p", "--prompt", default=TEXT, metavar="TEXT", help="Text that the batches are cut from. [a paragraph]"
+    ),
+    cloup.option("--json", "as_json", is_flag=True, help="Print the rows as JSON."),
+)
 @model_options
 def command(flags: ModelFlags, model: Path | None, batches: str, prompt: str, as_json: bool) -> None:
     """Evaluate batches of several sizes with all experts in host memory and the device computing every one of them.

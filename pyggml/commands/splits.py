@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+import cloup
 from rich.text import Text
 
 from ..sched.state import Cause
@@ -16,6 +17,7 @@ from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
 from ._page import about_devices, about_model, check_folders, given_options, write_records
 from ._tables import device_bytes, memory_dicts, memory_table, too_large
+from ._values import ModelPath
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,20 +29,49 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command("splits")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--batches", default="512,1", show_default=True, metavar="N,N", help="Batch sizes, from an empty cache.")
-@click.option("--outputs", type=click.Choice(["last", "all"]), default="last", show_default=True)
-@click.option("--format", "form", type=click.Choice(["table", "ggml"]), default="table", show_default=True,
-              help="ggml: what GGML_SCHED_DEBUG=2 prints.")  # fmt: skip
-@click.option("--routing", default="lognormal:2.4", show_default=True,
-              metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
-              help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them.")  # fmt: skip
-@click.option("--all-splits", is_flag=True, help="List every split, also those that repeat by layer.")
-@click.option("--timeline", type=click.Path(path_type=Path), help="Write a timeline for Perfetto and `pyggml viz`.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page that shows what would happen and why.")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+EXAMPLES = """
+\b
+Examples:
+  pyggml splits moe.gguf --cpu-moe --batches 512,1
+  pyggml splits moe.gguf -dev sim:rtx3090-pcie4,cpu -ncmoe 24 -ub 2048 --html plan.html
+  pyggml splits moe.gguf --json | jq .memory
+"""
+
+
+@cloup.command("splits", epilog=EXAMPLES)
+@click.argument("model", type=ModelPath())
+@cloup.option_group(
+    "What is planned",
+    cloup.option(
+        "--batches", default="512,1", show_default=True, metavar="N,N", help="Batch sizes, each from an empty cache."
+    ),
+    cloup.option(
+        "--outputs",
+        type=click.Choice(["last", "all"]),
+        default="last",
+        show_default=True,
+        help="Tokens whose logits are computed.",
+    ),
+    cloup.option(
+        "--routing",
+        default="lognormal:2.4",
+        show_default=True,
+        metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
+        help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them.",
+    ),
+)
 @model_options
+@cloup.option_group(
+    "Output",
+    cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Write a page that shows what would happen and why."),
+    cloup.option("--timeline", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Write a timeline for Perfetto and `pyggml viz`."),
+    cloup.option("--all-splits", is_flag=True, help="List every split, also those that repeat by layer."),
+    cloup.option("--format", "form", type=click.Choice(["table", "ggml"]), default="table", show_default=True,
+                 help="ggml: what GGML_SCHED_DEBUG=2 prints."),
+    cloup.option("--json", "as_json", is_flag=True, help="Print the plan as JSON."),
+)  # fmt: skip
 def command(
     flags: ModelFlags,
     model: Path,

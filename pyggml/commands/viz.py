@@ -5,11 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import cloup
 
 __all__ = ["command"]
 
 
-@click.command("viz")
+EXAMPLES = """
+\b
+Examples:
+  pyggml viz run.json
+  pyggml viz used.json full.json -o both.html --name "used experts" --name "whole copies"
+"""
+
+
+@cloup.command("viz", epilog=EXAMPLES)
 @click.argument("timeline", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path), required=False)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Where to write the page. [TIMELINE.html]")

@@ -38,7 +38,7 @@ def libggml(name: str) -> Path:
 
     spec = importlib.util.find_spec("libggml")
     if spec is None or spec.origin is None:
-        raise SystemExit("libggml-python is not installed: pip install pyggml[libggml]")
+        raise SystemExit("libggml-python is not installed: pip install -e '.[libggml]'")
     return Path(spec.origin).parent / "lib64" / f"libggml-{name}.so"
 
 

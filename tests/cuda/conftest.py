@@ -34,4 +34,4 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if HERE in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason="numba-cuda is not installed (pip install pyggml[cuda])"))
+            item.add_marker(pytest.mark.skip(reason="numba-cuda is not installed (pip install -e '.[cuda]')"))

@@ -58,7 +58,57 @@ def test_each_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> Non
             assert command.name == name
             assert command.help, name
             assert cli.run([name, "--help"]) == 0
+            options = [p for p in command.params if isinstance(p, click.Option)]
+            assert all(p.help for p in options), name
+            ungrouped = [p.name for p in options if getattr(p, "group", None) is None]
+            assert len(options) < 8 or not ungrouped, f"{name}: say in which group of the help {ungrouped} belong"
     assert "Usage" in capsys.readouterr().out
+
+
+def test_questions_name_commands_that_work(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each answer of "Which command answers which question" parses, and the README has the same table."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for question, line in cli.QUESTIONS:
+        name, *words = line.split()[1:]
+        command = cli.group.get_command(click.Context(cli.group), name)
+        assert command is not None
+        command.make_context(name, words, resilient_parsing=True)
+        assert f"| {question} | `{line}` |" in readme
+    assert cli.run(["--help"]) == 0
+    assert cli.QUESTIONS[0][0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "proposal"), [(["split"], "'splits'"), (["splits", "--batchs"], "'--batches'")])
+def test_typos_get_a_proposal(words: list[str], proposal: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistyped command or option is answered with the nearest one."""
+    assert cli.run(words) == 2
+    assert proposal in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("pyggml spl", "splits"),
+        ("pyggml splits m", "moe.gguf"),
+        ("pyggml splits -dev sim:rtx30", "sim:rtx3090-pcie4"),
+        ("pyggml splits -dev sim:rtx3090-pcie4,cp", "sim:rtx3090-pcie4,cpu"),
+        ("pyggml splits --cache-type-k q8", "q8_0"),
+    ],
+)
+def test_shells_complete(
+    typed: str, offered: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell completes commands, model files, devices in a list, and values."""
+    (tmp_path / "moe.gguf").touch()
+    (tmp_path / "more.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("_PYGGML_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    assert cli.run([]) == 0
+    values = [line.partition(",")[2] for line in capsys.readouterr().out.splitlines()]
+    assert offered in values
+    assert "more.txt" not in values
 
 
 def test_help_is_quick_and_light() -> None:
@@ -172,7 +222,7 @@ def test_interrupt_of_a_process(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise there")
 @pytest.mark.parametrize("words", [["--help"], ["devices"], ["devices", "--json"]])
 def test_closed_pipe_is_quiet(words: list[str]) -> None:
-    """A reader that went away, as `head` does, is no error and no noise."""
+    """When the reader has gone away, as `head` does, the program ends without a word; the status is click's."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:
@@ -181,7 +231,7 @@ def test_closed_pipe_is_quiet(words: list[str]) -> None:
         )
     finally:
         os.close(write_end)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 # -- devices -----------------------------------------------------------------

@@ -1,0 +1,60 @@
+"""Values of options that a shell can complete: model files and lists of devices."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+__all__ = ["DeviceList", "ModelPath", "split_devices"]
+
+
+class ModelPath(click.Path):
+    """The path of a GGUF file; a shell completes it with such files and with folders."""
+
+    name = "model"
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the GGUF files and folders that begin like this."""
+        folder, slash, start = incomplete.rpartition("/")
+        try:
+            entries = sorted(Path(folder + slash or ".").iterdir())
+        except OSError:
+            return []
+        return [
+            CompletionItem(f"{folder}{slash}{path.name}{'/' if path.is_dir() else ''}")
+            for path in entries
+            if path.name.startswith(start) and path.name[:1] != "." and (path.suffix == ".gguf" or path.is_dir())
+        ]
+
+
+class DeviceList(click.ParamType[str]):
+    """Names of devices with commas between; a shell completes the last one."""
+
+    name = "LIST"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the devices whose names begin like the last one of the list."""
+        from ..backend import REGISTRY
+        from ..cost import PROFILES
+
+        names = [f"sim:{name}" for name in PROFILES] + [kind for kind in REGISTRY.kinds() if kind != "sim"]
+        before, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(f"{before}{comma}{name}") for name in names if name.startswith(last)]
+
+
+def split_devices(text: str, kinds: list[str]) -> list[str]:
+    """Cut a list of devices at commas; those inside ``sim:custom:...`` stay.
+
+    Examples
+    --------
+    >>> split_devices("sim:custom:8GiB,400GB/s,12GB/s,cpu", ["cpu", "sim"])
+    ['sim:custom:8GiB,400GB/s,12GB/s', 'cpu']
+    """
+    names = re.split(rf",(?=(?:{'|'.join(kinds)})(?::|,|$))", text)
+    return [n.strip() for n in names if n.strip()]
