@@ -28,10 +28,11 @@ HELP_WIDTH = 110
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 #: Which command answers which question, as the help and the README say it.
 QUESTIONS = (
-    ("What will these flags do, and how fast?", "pyggml splits MODEL --n-cpu-moe 20"),
+    ("What will these flags do, and how fast?", "pyggml splits gpt-oss-120b -ncmoe 24"),
     ("Why is a node on that device?", "pyggml splits MODEL --html plan.html"),
     ("Does it run? What is copied?", "pyggml run MODEL -p TEXT -n 32"),
     ("What do used-expert copies save?", "pyggml savings MODEL"),
+    ("Which models need no file?", "pyggml models"),
     ("Which devices can I name?", "pyggml devices"),
     ("How do two runs differ?", "pyggml viz a.json b.json"),
     ("What does another ggml decide?", "pyggml replay CASE --dialect 0.21"),

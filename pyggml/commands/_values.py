@@ -12,7 +12,7 @@ __all__ = ["DeviceList", "ModelPath", "split_devices"]
 
 
 class ModelPath(click.Path):
-    """The path of a GGUF file; a shell completes it with such files and with folders."""
+    """A GGUF file, or a name of `pyggml models`; a shell completes it with these and with folders."""
 
     name = "model"
 
@@ -20,13 +20,16 @@ class ModelPath(click.Path):
         super().__init__(path_type=Path)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Return the GGUF files and folders that begin like this."""
+        """Return the GGUF files, folders and names of models that begin like this."""
+        from ..catalog import MODELS
+
+        named = [CompletionItem(name) for name in MODELS if name.startswith(incomplete)]
         folder, slash, start = incomplete.rpartition("/")
         try:
             entries = sorted(Path(folder + slash or ".").iterdir())
         except OSError:
-            return []
-        return [
+            return named
+        return named + [
             CompletionItem(f"{folder}{slash}{path.name}{'/' if path.is_dir() else ''}")
             for path in entries
             if path.name.startswith(start) and path.name[:1] != "." and (path.suffix == ".gguf" or path.is_dir())

@@ -90,6 +90,7 @@ def test_typos_get_a_proposal(words: list[str], proposal: str, capsys: pytest.Ca
     [
         ("pyggml spl", "splits"),
         ("pyggml splits m", "moe.gguf"),
+        ("pyggml splits gpt-oss", "gpt-oss-120b"),
         ("pyggml splits -dev sim:rtx30", "sim:rtx3090-pcie4"),
         ("pyggml splits -dev sim:rtx3090-pcie4,cp", "sim:rtx3090-pcie4,cpu"),
         ("pyggml splits --cache-type-k q8", "q8_0"),
