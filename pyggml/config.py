@@ -18,6 +18,7 @@ __all__ = [
     "check",
     "install_hint",
     "libggml_path",
+    "libllama_path",
     "op_offload_min_batch",
     "rpc_timeout_s",
     "sched_debug",
@@ -67,6 +68,13 @@ VARIABLES = (
         "path",
         "the installed package libggml-python",
         "The real ggml that `libggml:NAME` devices use: a shared object such as libggml.so, or the folder of a build.",
+    ),
+    Variable(
+        "PYGGML_LIBLLAMA",
+        "path",
+        "the installed package xllamacpp",
+        "The real llama.cpp that graphs of other families are captured from, and that `pyggml verify` compares with: a "
+        "shared object such as libllama.so, or the folder of a build.",
     ),
     Variable(
         "PYGGML_RPC_TIMEOUT",
@@ -121,6 +129,11 @@ def check() -> int:
 def libggml_path() -> str:
     """Return ``PYGGML_LIBGGML``; empty if it is not set."""
     return os.environ.get("PYGGML_LIBGGML", "")
+
+
+def libllama_path() -> str:
+    """Return ``PYGGML_LIBLLAMA``; empty if it is not set."""
+    return os.environ.get("PYGGML_LIBLLAMA", "")
 
 
 def rpc_timeout_s() -> int:

@@ -14,6 +14,7 @@
     │   ├── DeviceUnavailableError         it is not there, or lost
     │   ├── ComputeError                   it could not compute a split
     │   └── RPCError                       a remote device is gone, late, or answers what it must not
+    ├── ModelError (RuntimeError)          llama.cpp refuses a model or fails on it
     └── FormatError (ValueError)           a file that is not what it says
 
 Each carries the facts in fields and builds its text from them, so that a program can act on the fields and a person can
@@ -32,6 +33,7 @@ __all__ = [
     "ExpertIdError",
     "FormatError",
     "GraphError",
+    "ModelError",
     "OutOfMemoryError",
     "PyggmlError",
     "RPCError",
@@ -266,3 +268,19 @@ class FormatError(PyggmlError, ValueError):
         at = "" if offset is None else f" at byte {offset:,}"
         super().__init__(f"{path}: {message}{at}", hint=hint)
         self.path, self.offset = path, offset
+
+
+class ModelError(PyggmlError, RuntimeError):
+    """llama.cpp refuses a model or fails on it.
+
+    Attributes
+    ----------
+    path : str
+        The model's file.
+    words : str
+        What llama.cpp said last; empty if it said nothing.
+    """
+
+    def __init__(self, path: str, message: str, *, words: str = "", hint: str = "") -> None:
+        super().__init__(f"{path}: {message}{': ' if words else ''}{words}", hint=hint)
+        self.path, self.words = path, words

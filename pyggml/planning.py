@@ -7,37 +7,37 @@ model larger than the machine costs milliseconds; its graphs, splits and sizes a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from .backend import REGISTRY, Backend, Device
-from .buffer import Buffer, BufferType
+from .buffer import BufferType
 from .catalog import header_path
 from .clock import VirtualClock
 from .cost import CPU_PROFILE
 from .dialect import DEFAULT_DIALECT, Dialect
 from .errors import DeviceUnavailableError, FormatError, OutOfMemoryError
 from .gguf import GGUFFile
-from .models.architectures import build_graph, weight_specs
-from .models.batch import Batch, MicroBatch, Outputs
+from .models.batch import MicroBatch, Outputs
 from .models.context import ContextFlags, ContextParams
-from .models.graph import GraphParams, ModelGraph
-from .models.hparams import HParams
-from .models.kv_cache import CacheFullError, KVCache
-from .models.kv_cache_iswa import make_cache
-from .models.loading import LoadedWeights, Progress, allocate_cache, load_weights, plan_cache, plan_weights
-from .models.placement import Placement, PlacementFlags, norm_pins, place
-from .models.weights import resolve_specs
+from .models.hparams import ARCHITECTURES
+from .models.loading import Progress
+from .models.placement import Placement, PlacementFlags, norm_pins
+from .models.source import BuiltSource, GraphSource, ModelFacts, PlannableGraph
 from .record import Recorder
 from .sched.assign import OffloadOp
 from .sched.policies import InputCopier
 from .sched.scheduler import Scheduler
 from .sched.state import Assignment, Split
 
-__all__ = ["Memory", "PlannedGraph", "Planner", "SchedOptions", "virtual_clock"]
+__all__ = ["GraphChoice", "Memory", "PlannedGraph", "Planner", "SchedOptions", "virtual_clock"]
+
+
+#: Who makes the graphs: pyggml, llama.cpp, or pyggml where it knows the architecture.
+GraphChoice = Literal["auto", "built", "llama"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class PlannedGraph:
 
     Attributes
     ----------
-    graph : ModelGraph
+    graph : PlannableGraph
         Its nodes' sources are rewritten to copies, as upstream prints them.
     part : MicroBatch
         The tokens that it is for.
@@ -71,7 +71,7 @@ class PlannedGraph:
         Compute buffer that each backend would need for it.
     """
 
-    graph: ModelGraph
+    graph: PlannableGraph
     part: MicroBatch
     splits: list[Split]
     assignment: Assignment
@@ -100,48 +100,38 @@ class Planner:
     ----------
     file : GGUFFile
         The model's file.
+    source : GraphSource
+        Where its graphs come from.
     hparams, params, placement
         Of the model, of the context, of its weights.
     backends : tuple of Backend
         The devices', then the CPU's.
     sched : Scheduler
         Over ``backends``.
-    cache : KVCache
-        The book of tokens seen.
-    loaded : LoadedWeights
-        The weights and their buffers.
     """
+
+    source: GraphSource
 
     def __init__(
         self,
         file: GGUFFile,
         backends: Sequence[Backend],
+        source: GraphSource,
         *,
-        placement: PlacementFlags,
-        context: ContextFlags,
         options: SchedOptions,
         data: bool,
         progress: Progress | None,
     ) -> None:
         self.file, self.data, self.options = file, data, options
-        self.backends = tuple(backends)
-        self.hparams = hp = HParams.from_gguf(file)
-        self.params = ContextParams.resolve(context, hp)
-        specs = resolve_specs(weight_specs(hp, file.tensors), file.tensors, file.path)
-        devices = [b.device for b in self.backends]
-        self.placement: Placement = place(hp, specs, file.tensors, devices[:-1], devices[-1], placement)
-        self.cache: KVCache = make_cache(hp, self.params, v_trans=not self.params.flash_attn)
+        self.backends, self.source = tuple(backends), source
         self.is_closed = self._holds_largest = False
-        self._current: ModelGraph | None = None
-        self._cache_buffers: list[Buffer] = []
-        self._cache_bytes: dict[BufferType, int] = {}
+        self._current: PlannableGraph | None = None
+        self._cache_bytes: Mapping[BufferType, int] = {}
         self._planned_compute: list[int] = [0] * len(self.backends)
         self.sched = self._new_sched(parallel=False)
         log = self.sched.new_log()
         start_s = log.now()
-        self.loaded: LoadedWeights = (
-            load_weights(file, self.placement, hp, progress=progress) if data else plan_weights(self.placement, hp)
-        )
+        source.load(data=data, progress=progress)
         log.holds("weights", self._where(self.placement.weight_bytes()), start_s)
         try:
             self._make_cache()
@@ -159,6 +149,7 @@ class Planner:
         cpu: str | Device | Backend = "cpu",
         placement: PlacementFlags | None = None,
         context: ContextFlags | None = None,
+        graph: GraphChoice = "auto",
         data: bool = True,
         progress: Progress | None = None,
         strict: bool = False,
@@ -184,6 +175,9 @@ class Planner:
             ``-ngl``, ``-ot``, ``--cpu-moe``, ``-ts``, ...
         context : ContextFlags, optional
             ``-c``, ``-b``, ``-ub``, ``-fa``, ``-ctk``, ``--no-kv-offload``, ...
+        graph : str
+            Who makes the graphs: ``"built"`` takes pyggml's own, ``"llama"`` those of an installed llama.cpp, ``"auto"``
+            its own where pyggml knows the architecture. llama.cpp's are for plans only.
         data : bool
             False plans only: no weight is read, nothing is allocated, nothing can be decoded.
         progress : callable, optional
@@ -201,6 +195,8 @@ class Planner:
             There is no such device.
         OutOfMemoryError
             A device has not enough memory.
+        ModelError
+            llama.cpp refuses the model, or fails on it.
         """
         if isinstance(devices, str):
             devices = [devices]
@@ -213,15 +209,30 @@ class Planner:
         file = model if isinstance(model, GGUFFile) else GGUFFile.open(model)
         if file.closed:
             raise FormatError(str(file.path), "the file was closed", hint="open it again")
+        backends = _open_backends([*devices, cpu], data=data)
         return cls(
             file,
-            _open_backends([*devices, cpu], data=data),
-            placement=placement or PlacementFlags(),
-            context=context or ContextFlags(),
+            backends,
+            _open_source(file, backends, graph, placement or PlacementFlags(), context or ContextFlags(), data=data),
             options=SchedOptions(strict, dialect, copier, offload_rule, recorder, clock, debug),
             data=data,
             progress=progress,
         )
+
+    @property
+    def hparams(self) -> ModelFacts:
+        """Of the model."""
+        return self.source.hparams
+
+    @property
+    def params(self) -> ContextParams:
+        """Of the context."""
+        return self.source.params
+
+    @property
+    def placement(self) -> Placement:
+        """Where weights and layers are."""
+        return self.source.placement
 
     # -- memory --------------------------------------------------------------
 
@@ -247,12 +258,7 @@ class Planner:
     def _make_cache(self) -> None:
         log = self.sched.new_log()
         start_s = log.now()
-        if self.data:
-            self._cache_buffers = allocate_cache(self.cache, self.placement, self.params)
-            for buffer in self._cache_buffers:
-                self._cache_bytes[buffer.buft] = self._cache_bytes.get(buffer.buft, 0) + buffer.size
-        else:
-            self._cache_bytes = plan_cache(self.cache, self.placement, self.params)
+        self._cache_bytes = self.source.make_cache(data=self.data)
         log.holds("kv_cache", self._where(self._cache_bytes), start_s)
 
     def _where(self, sizes: Mapping[BufferType, int]) -> Iterator[tuple[int, BufferType, int]]:
@@ -302,18 +308,13 @@ class Planner:
 
     def _settle_flash_attention(self, n_seqs: int) -> None:
         """Keep flash attention if every FLASH_ATTN_EXT lands on its layer's device."""
-        probe = self._reserve_params(n_seqs, n_seqs, n_seqs)
-        graph = self._build(probe)
+        graph = self._adopt(lambda: self.source.reserved(n_seqs, n_seqs, n_seqs))
         self.sched.split_graph(graph.graph)
         on = True
         for node, layer in graph.flash_nodes:
             backend = self.sched.tensor_backend(node)
             on = on and backend is not None and backend.device is self.placement.layers[layer]
-        self.params = replace(self.params, flash_attn=on, auto_flash_attn=False)
-
-    def _reserve_params(self, n_tokens: int, n_seqs: int, n_outputs: int) -> GraphParams:
-        part = MicroBatch.reserve(n_tokens, n_seqs, n_outputs)
-        return GraphParams(self.hparams, self.params, part, n_outputs, self.cache.full_view())
+        self.source.settle_flash_attention(on)
 
     def reserve(self) -> None:
         """Hold the compute buffers of the largest graphs, as a session does; a device too small for them holds none.
@@ -324,12 +325,13 @@ class Planner:
             return
         self._holds_largest = True
         n_seqs, n_tokens = self.params.n_seq_max, min(self.params.n_ctx, self.params.n_ubatch)
-        graph = self._build(self._reserve_params(n_tokens, n_seqs, min(n_tokens, self.params.n_batch)))
+        n_outputs = min(n_tokens, self.params.n_batch)
+        graph = self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_outputs))
         with suppress(OutOfMemoryError):
             self.sched.reserve(graph.graph)
 
     def _reserve_graph(self, n_tokens: int, n_seqs: int, n_outputs: int) -> None:
-        graph = self._build(self._reserve_params(n_tokens, n_seqs, n_outputs))
+        graph = self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_outputs))
         if self.data:
             self.sched.reserve(graph.graph)
             return
@@ -358,28 +360,18 @@ class Planner:
 
     # -- graphs --------------------------------------------------------------
 
-    def _build(self, p: GraphParams) -> ModelGraph:
-        """Reset the scheduler, build a graph, and pin what is pinned."""
+    def _adopt(self, build: Callable[[], PlannableGraph]) -> PlannableGraph:
+        """Reset the scheduler, make a graph, and pin what is pinned."""
         self._current = None
         self.sched.reset()
-        graph = build_graph(p, self.loaded.weights)
+        graph = build()
         backends = {b.device: b for b in self.backends}
-        for tensor, device in norm_pins(graph, self.placement):
+        for tensor, device in norm_pins(graph.norms, graph.n_tokens, self.placement):
             self.sched.set_tensor_backend(tensor, backends[device])
         if not self.params.offload_kqv:
             for tensor in graph.attn_outputs:
                 self.sched.set_tensor_backend(tensor, self.backends[-1])
         return graph
-
-    def _batches(self, tokens: Sequence[int], seq: int, outputs: Outputs) -> list[Batch]:
-        """Cut a sequence's next tokens by ``n_batch``, after checking all of them."""
-        whole = Batch.of(tokens, 0, seq=seq, outputs=outputs)
-        whole.check(self.hparams.n_vocab, self.params.n_seq_max)
-        whole = replace(whole, pos=whole.pos + (self.cache.seq_pos_max(seq) + 1))
-        n_free = self.cache.n_free(seq)
-        if whole.n_tokens > n_free:
-            raise CacheFullError(whole.n_tokens, self.cache.n_cells - n_free, self.cache.n_cells)
-        return whole.cut(self.params.n_batch)
 
     def plan_batch(self, n_tokens: int, *, outputs: Outputs = "last") -> list[PlannedGraph]:
         """Return the graphs that a decode of so many tokens of one sequence would make, from an empty cache.
@@ -408,23 +400,17 @@ class Planner:
             planned.append(PlannedGraph(graph, part, splits, self.sched.assignment, self._size_of_split()))
         return planned
 
-    def micro_batches(self, n_tokens: int, *, outputs: Outputs = "last") -> Iterator[tuple[MicroBatch, ModelGraph]]:
+    def micro_batches(self, n_tokens: int, *, outputs: Outputs = "last") -> Iterator[tuple[MicroBatch, PlannableGraph]]:
         """Yield each micro-batch of a decode of so many tokens of one sequence, from an empty cache, with its graph.
 
         The scheduler is reset, and its pins are set, where the graph is a new one; the cache is empty afterwards.
         """
-        self.cache.clear()
-        graph: ModelGraph | None = None
-        try:
-            for batch in self._batches([0] * n_tokens, 0, outputs):
-                for part, slot in self.cache.prepare(batch, self.params.n_ubatch):
-                    self.cache.apply(part, slot)
-                    p = GraphParams(self.hparams, self.params, part, part.n_outputs, self.cache.view(slot))
-                    if graph is None or graph.key != p.key:
-                        graph = self._build(p)
-                    yield part, graph
-        finally:
-            self.cache.clear()
+        graph: PlannableGraph | None = None
+        for part, build in self.source.parts(n_tokens, outputs):
+            if build is not None:
+                graph = self._adopt(build)
+            assert graph is not None
+            yield part, graph
 
     # -- the end -------------------------------------------------------------
 
@@ -435,11 +421,7 @@ class Planner:
         self.is_closed = True
         self._current = None
         self.sched.close()
-        for _, tensor in self.cache.tensors():
-            tensor.buffer = tensor.data = None
-        for buffer in self._cache_buffers:
-            buffer.close()
-        self.loaded.close()
+        self.source.close()
         log = self.sched.new_log()
         log.holds("kv_cache", self._where(dict.fromkeys(self._cache_bytes, 0)), log.now())
         log.holds("weights", self._where(dict.fromkeys(self.placement.weight_bytes(), 0)), log.now())
@@ -462,6 +444,25 @@ def _open_backends(what: Sequence[str | Device | Backend], *, data: bool) -> lis
     opened = iter(REGISTRY.open_all([name for name in what if isinstance(name, str)], data=data))
     devices = [next(opened) if isinstance(w, str) else w for w in what]
     return [d if isinstance(d, Backend) else d.backend() for d in devices]
+
+
+def _open_source(
+    file: GGUFFile,
+    backends: Sequence[Backend],
+    graph: GraphChoice,
+    placement: PlacementFlags,
+    context: ContextFlags,
+    *,
+    data: bool,
+) -> GraphSource:
+    """Return the source of a model's graphs; a session runs built ones only."""
+    devices = [b.device for b in backends]
+    is_known = file.metadata.get("general.architecture") in ARCHITECTURES
+    if data or graph == "built" or (graph == "auto" and is_known):
+        return BuiltSource(file, devices[:-1], devices[-1], placement=placement, context=context)
+    from .llama.source import CapturedSource
+
+    return CapturedSource(file, devices[:-1], devices[-1], placement=placement, context=context)
 
 
 def virtual_clock(backends: Sequence[Backend]) -> VirtualClock | None:

@@ -25,9 +25,12 @@ from .errors import AllocError, ComputeError, SchedError
 from .models.batch import Batch, MicroBatch, Outputs
 from .models.context import ContextFlags
 from .models.graph import GraphParams, ModelGraph
+from .models.hparams import HParams
 from .models.inputs import InputFiller
-from .models.kv_cache import CacheFullError, Slot
+from .models.kv_cache import CacheFullError, KVCache, Slot
+from .models.loading import LoadedWeights
 from .models.placement import PlacementFlags
+from .models.source import BuiltSource
 from .models.topk import TopK
 from .planning import Memory, PlannedGraph, Planner
 from .record import MicroBatchRecord
@@ -68,7 +71,24 @@ class Session(Planner):
     n_reused: int = 0
     abort: Callable[[], bool] | None = None
     on_batch: Callable[[BatchRecord], None] | None = None
+    source: BuiltSource
+    _current: ModelGraph | None = None
     _filler: InputFiller | None = None
+
+    @property
+    def hparams(self) -> HParams:
+        """Sizes and constants of the model."""
+        return self.source.hparams
+
+    @property
+    def cache(self) -> KVCache:
+        """The book of tokens seen."""
+        return self.source.cache
+
+    @property
+    def loaded(self) -> LoadedWeights:
+        """The weights and their buffers."""
+        return self.source.loaded
 
     # -- decoding ------------------------------------------------------------
 
@@ -105,7 +125,7 @@ class Session(Planner):
             Of the scheduler. The tokens of the failed micro-batch and after are not in the cache; the session can go on.
         """
         self._check_open()
-        batches = self._batches(tokens, seq, outputs)
+        batches = self.source.batches(tokens, seq, outputs)
         out = [self.decode_batch(batch, topk=topk) for batch in batches]
         return out[0] if len(out) == 1 else np.concatenate(out)
 
@@ -195,7 +215,8 @@ class Session(Planner):
             if self.sched.n_copies > 1:
                 self.sched.synchronize()  # inputs that are still read must not change
             return self._current, True
-        graph = self._build(p)
+        graph = self._adopt(lambda: self.source.build(p))
+        assert isinstance(graph, ModelGraph)
         self.sched.alloc_graph(graph.graph)
         self._filler = InputFiller(graph.inputs, self.cache)
         self._current = graph

@@ -14,7 +14,7 @@ from ._model_options import ModelFlags
 if TYPE_CHECKING:
     from ..backend import Backend
     from ..gguf import GGUFFile
-    from ..models.hparams import HParams
+    from ..models.source import ModelFacts
     from ..record import Record
 
 __all__ = ["about_devices", "about_model", "check_folders", "given_options", "write_records"]
@@ -33,7 +33,7 @@ def check_folders(*paths: Path | None) -> None:
             raise click.UsageError(f"{path}: its folder does not exist")
 
 
-def about_model(file: GGUFFile, hparams: HParams) -> dict[str, Any]:
+def about_model(file: GGUFFile, hparams: ModelFacts) -> dict[str, Any]:
     """Return what pages and JSON say of a model."""
     return {
         "path": str(file.path),

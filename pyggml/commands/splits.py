@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..plan_report import BatchPlan, GraphPlan, SplitPlan
-    from ..planning import Planner
+    from ..planning import GraphChoice, Planner
     from ..routing import Routing
 
 __all__ = ["command"]
@@ -53,6 +53,13 @@ Examples:
         help="Tokens whose logits are computed.",
     ),
     cloup.option(
+        "--graph",
+        type=click.Choice(["auto", "built", "llama"]),
+        default="auto",
+        show_default=True,
+        help="Whose graph: pyggml's or llama.cpp's. auto: pyggml's where it knows the architecture.",
+    ),
+    cloup.option(
         "--routing",
         default="lognormal:2.4",
         show_default=True,
@@ -78,6 +85,7 @@ def command(
     batches: str,
     outputs: Literal["last", "all"],
     form: str,
+    graph: GraphChoice,
     routing: str,
     all_splits: bool,
     timeline: Path | None,
@@ -99,7 +107,7 @@ def command(
     backends, cpu = open_backends(flags, data=False)
     with Planner.open(
         model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
-        strict=True, copier=flags.copier(), clock=virtual_clock([*backends, cpu]),
+        graph=graph, strict=True, copier=flags.copier(), clock=virtual_clock([*backends, cpu]),
         recorder=recording,
     ) as planner:  # fmt: skip
         if form == "ggml":

@@ -68,13 +68,14 @@ class ContextParams:
     offload_kqv: bool
     op_offload: bool
     swa_full: bool
-    n_ctx_orig: int
-    freq_base: float
-    freq_scale: float
-    ext_factor: float
-    attn_factor: float
-    beta_fast: float
-    beta_slow: float
+    # of graphs that are built here; whoever builds them elsewhere has rotary constants of its own
+    n_ctx_orig: int = 0
+    freq_base: float = 0.0
+    freq_scale: float = 1.0
+    ext_factor: float = 0.0
+    attn_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
 
     @property
     def n_stream(self) -> int:

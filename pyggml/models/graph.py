@@ -130,5 +130,10 @@ class ModelGraph:
     attn_outputs: list[Tensor] = field(default_factory=list)
     flash_nodes: list[tuple[Tensor, int]] = field(default_factory=list)
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the micro-batch."""
+        return self.key.n_tokens
+
     def __repr__(self) -> str:
         return f"<ModelGraph of {self.key.n_tokens} tokens, {self.key.n_kv} cells: {self.graph!r}>"

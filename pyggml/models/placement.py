@@ -20,7 +20,6 @@ from ..gguf import TensorInfo
 from ..tensor import Tensor
 from ..types import Op, Type
 from .context import ContextParams
-from .graph import ModelGraph
 from .hparams import HParams, round_f32
 from .weights import WeightSpec
 
@@ -410,14 +409,14 @@ def _first(spec: WeightSpec, info: TensorInfo, choices: BuftList, supports: _Sup
 # -- pins --------------------------------------------------------------------
 
 
-def norm_pins(graph: ModelGraph, placement: Placement) -> list[tuple[Tensor, Device]]:
-    """Return which norms of a graph are pinned to their layers' devices.
+def norm_pins(norms: Iterable[tuple[Tensor, int]], n_tokens: int, placement: Placement) -> list[tuple[Tensor, Device]]:
+    """Return which norms of a graph of so many tokens are pinned to their layers' devices.
 
     Notes
     -----
     Mirrors `llama_context::graph_get_cb`: else a norm may run where the layer before ran, and its input be copied back.
     """
-    if graph.key.n_tokens >= _PIN_BELOW and not placement.is_full_offload:
+    if n_tokens >= _PIN_BELOW and not placement.is_full_offload:
         return []
-    pins = ((tensor, placement.layers[layer]) for tensor, layer in graph.norms)
+    pins = ((tensor, placement.layers[layer]) for tensor, layer in norms)
     return [(tensor, device) for tensor, device in pins if device.supports_op(tensor)]

@@ -1,0 +1,400 @@
+"""A model's header in llama.cpp, one context, and the graphs that it makes; in the child.
+
+Everything is data in and out: `Capture` is made of a request, and answers with lists and dicts that go through JSON.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..backends._libggml_library import Handle
+from .device import CPUHooks, PythonDevice
+from .library import LlamaLibrary
+
+__all__ = ["Capture", "CaptureFailed", "Host"]
+
+Message = dict[str, Any]  # what goes through JSON
+
+_FLASH = {"off": 0, "on": 1, "auto": -1}
+#: Buffer usages of upstream: weights, and what its scheduler allocates.
+_COMPUTE_USAGE = 2
+#: Where weights and caches without memory are said to be while a decode is gone through.
+_NOWHERE = 1 << 45
+_PAGE = 4096
+
+_LAYER = re.compile(r"layer\s+(\d+) assigned to device (\S+?),")
+_LOADING = re.compile(r"loading tensor (\S+)")
+_MOVED = re.compile(r"buffer type overridden to (\S+)")
+_UNUSED = re.compile(r"model has unused tensor (\S+)")
+_PINNED = re.compile(rb"(?:norm|l_last)-(\d+)")
+
+
+class CaptureFailed(Exception):
+    """llama.cpp refused; the text is its own."""
+
+
+class Host:
+    """llama.cpp in this process, and the devices that were registered so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = LlamaLibrary(path)
+        self.devices: dict[str, PythonDevice] = {}
+        self._nobody = _Nobody()
+        self.cpu = CPUHooks(self.library, self._nobody)
+
+    def device(self, about: Message, watcher: Capture) -> PythonDevice:
+        """Return the device of a name, registered once."""
+        name = about["name"]
+        made = self.devices.get(name)
+        if made is None:
+            made = self.devices[name] = PythonDevice(
+                self.library, name, free=about["free"], total=about["total"], min_batch=about["min_batch"],
+                watcher=watcher,
+            )  # fmt: skip
+        made.free, made.total, made.min_batch = about["free"], about["total"], about["min_batch"]
+        made.watcher = watcher
+        return made
+
+    def leave(self) -> None:
+        """Let nothing of a capture that was closed be asked."""
+        self.cpu.watcher = self._nobody
+        self.library.on_line = lambda line: None
+
+
+class _Nobody:
+    """Takes no notes."""
+
+    is_relaxed = False
+
+    def asked(self, device: str, tensor: Handle, answer: bool) -> None:
+        """Take no note."""
+
+    def computed(self, graph: Handle) -> None:
+        """Take no note."""
+
+
+class Capture:
+    """A model and a context in llama.cpp.
+
+    Parameters
+    ----------
+    host : Host
+        Of this process; one capture at a time.
+    request : dict
+        ``model``, ``placement`` and ``context``, as `pyggml.llama.source` writes them.
+
+    Raises
+    ------
+    CaptureFailed
+        llama.cpp does not take the model or the flags.
+    """
+
+    def __init__(self, host: Host, request: Message) -> None:
+        self.host, self.library = host, host.library
+        self.ffi, self.lib = host.library.ffi, host.library.lib
+        self.is_relaxed = False
+        self.lines: list[str] = []
+        self.weights: list[Message] = []
+        self.layers: dict[int, str] = {}
+        self._pins: dict[int, int] = {}
+        self._computed: list[Handle] = []
+        self._names: dict[tuple[str, int], str] = {}
+        self._leaf_names: dict[tuple[int, int], list[str]] = {}
+        self._is_placed = False
+        self._model = self._ctx = self.ffi.NULL
+        host.cpu.watcher = self
+        self.library.on_line = self._take_line
+        try:
+            self._load(request["model"], request["placement"])
+            self._make_context(request["context"])
+        except BaseException:
+            self.close()
+            raise
+
+    # -- what llama.cpp tells ------------------------------------------------
+
+    def _take_line(self, line: str) -> None:
+        self.lines.append(line)
+        if self._ctx != self.ffi.NULL:
+            return
+        if found := _LAYER.search(line):
+            self.layers[int(found[1])] = found[2]
+        elif found := _LOADING.search(line):
+            self.weights.append({"name": found[1], "op": None, "buft": None, "moved": False})
+        elif self.weights and (found := _MOVED.search(line)):
+            self.weights[-1] |= {"buft": found[1], "moved": True}
+        elif self.weights and _UNUSED.search(line):
+            self.weights.pop()
+
+    def asked(self, device: str, tensor: Handle, answer: bool) -> None:
+        """Note the op and place of a weight that is being loaded, or a norm that may be pinned.
+
+        The loader asks for an op whose one named source is the weight; the first device that can run it has the
+        weight. While a graph is built, a norm's device is asked when the norm has the name by which it is pinned.
+        """
+        if self._model == self.ffi.NULL:
+            if not self.weights or not answer:
+                return
+            weight = self.weights[-1]
+            for source in tensor.src:
+                if source != self.ffi.NULL and self.library.text(source.name) == weight["name"]:
+                    weight["op"] = self._text("op", tensor.op)
+                    if not weight["moved"]:
+                        weight["buft"] = device
+            return
+        if found := _PINNED.fullmatch(self.ffi.string(tensor.name)):
+            self._pins[self.library.address(tensor)] = int(found[1])
+
+    def computed(self, graph: Handle) -> None:
+        """Keep the nodes of a split, in order."""
+        self._computed += [self.lib.ggml_graph_node(graph, i) for i in range(self.lib.ggml_graph_n_nodes(graph))]
+
+    def _text(self, kind: str, number: int) -> str:
+        known = self._names.get((kind, number))
+        if known is None:
+            function = self.lib.ggml_op_name if kind == "op" else self.lib.ggml_type_name
+            known = self._names[kind, number] = self.library.text(function(number))
+        return known
+
+    def _failure(self, what: str) -> CaptureFailed:
+        """Return llama.cpp's last words; what it says at the end sums up what it said before."""
+        said = [line.strip() for line in self.lines if re.search(r"error|failed|unsupported|missing|invalid", line)]
+        told = re.sub(r"^\w+: ", "", said[0]) if said else "no reason was given"
+        return CaptureFailed(f"{what}: {told}")
+
+    # -- making --------------------------------------------------------------
+
+    def _load(self, path: str, placement: Message) -> None:
+        ffi, lib = self.ffi, self.lib
+        p = lib.llama_model_default_params()
+        devices = [self.host.device(about, self) for about in placement["devices"]]
+        by_name = {d.name: d.buft for d in devices} | {"CPU": lib.ggml_backend_cpu_buffer_type()}
+        self.has_devices = bool(devices)
+        kept: list[Handle] = [ffi.new("void *[]", [*(d.handle for d in devices), ffi.NULL])]
+        p.devices, p.no_alloc, p.load_mode, p.lazy_mode, p.use_extra_bufts = kept[0], True, 0, 0, False
+        p.n_gpu_layers = placement["n_gpu_layers"] if devices else 0
+        if placement["tensor_split"]:
+            shares = ffi.new("float[]", max(lib.llama_max_devices(), len(devices)))
+            for i, share in enumerate(placement["tensor_split"]):
+                shares[i] = share
+            kept.append(shares)
+            p.tensor_split = shares
+        if placement["overrides"]:
+            table = ffi.new("struct llama_model_tensor_buft_override[]", len(placement["overrides"]) + 1)
+            for row, (pattern, buft) in zip(table, placement["overrides"], strict=False):
+                kept.append(ffi.new("char[]", pattern.encode()))
+                row.pattern, row.buft = kept[-1], by_name[buft]
+            kept.append(table)
+            p.tensor_buft_overrides = table
+        self._kept = kept
+        self._model = lib.llama_model_load_from_file(path.encode(), p)
+        if self._model == ffi.NULL:
+            raise self._failure("llama.cpp does not load the model")
+
+    def _make_context(self, context: Message) -> None:
+        lib = self.lib
+        p = lib.llama_context_default_params()
+        for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "type_k", "type_v", "offload_kqv", "op_offload",
+                     "swa_full", "kv_unified", "rope_freq_base", "rope_freq_scale"):  # fmt: skip
+            setattr(p, name, context[name])
+        p.flash_attn_type = _FLASH[context["flash_attn"]]
+        p.n_threads = p.n_threads_batch = 1
+        del self.lines[:]
+        made = lib.llama_init_from_model(self._model, p)
+        if made == self.ffi.NULL:
+            raise self._failure("llama.cpp does not make a context")
+        self._ctx = made
+
+    def facts(self) -> Message:
+        """Return what a plan needs to know beside graphs."""
+        lib = self.lib
+        return {
+            "n_vocab": lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)),
+            "n_ctx": lib.llama_n_ctx(self._ctx),
+            "n_batch": lib.llama_n_batch(self._ctx),
+            "n_ubatch": lib.llama_n_ubatch(self._ctx),
+            "n_seq_max": lib.llama_n_seq_max(self._ctx),
+            "layers": [self.layers[i] for i in sorted(self.layers)],
+            "weights": self.weights,
+        }
+
+    # -- graphs --------------------------------------------------------------
+
+    def _relax(self) -> None:
+        self.is_relaxed = self.has_devices
+
+    def _reserve(self, n_tokens: int, n_seqs: int, n_outputs: int) -> Handle:
+        self._pins.clear()
+        del self.lines[:]
+        graph = self.library.reserve(self._ctx, n_tokens, n_seqs, n_outputs)
+        if graph == self.ffi.NULL:
+            raise self._failure(f"llama.cpp makes no graph of {n_tokens} tokens")
+        return graph
+
+    def reserve(self, n_tokens: int, n_seqs: int, n_outputs: int) -> Message:
+        """Return the graph with which memory is reserved: it sees the whole cache."""
+        self._relax()
+        graph = self._reserve(n_tokens, n_seqs, n_outputs)
+        nodes = [self.lib.ggml_graph_node(graph, i) for i in range(self.lib.ggml_graph_n_nodes(graph))]
+        return self._read(nodes, self._leafs_of(graph))
+
+    def printed(self, n_tokens: int, n_seqs: int, n_outputs: int) -> list[str]:
+        """Return what llama.cpp's scheduler prints of that graph; ``GGML_SCHED_DEBUG`` was 2 when it was made."""
+        self.is_relaxed = False
+        self._reserve(n_tokens, n_seqs, n_outputs)
+        text = "".join(self.lines)
+        return [line for line in text.split("\n") if line.startswith(("## SPLIT", "node #"))]
+
+    def decode(self, n_tokens: int, outputs: str) -> Message:
+        """Go through a decode from an empty cache, and return the graph of each micro-batch.
+
+        Where llama.cpp does not go through with it, the graphs are those of `reserve`, and ``is_full`` says so.
+        """
+        self._relax()
+        n_batch, n_ubatch = self.lib.llama_n_batch(self._ctx), self.lib.llama_n_ubatch(self._ctx)
+        parts: list[Message] = []
+        graphs: list[Message] = []
+        is_full = False
+        memory = self.lib.llama_get_memory(self._ctx)
+        if memory != self.ffi.NULL:
+            self.lib.llama_memory_clear(memory, False)
+        starts = [
+            i for batch in range(0, n_tokens, n_batch) for i in range(batch, min(batch + n_batch, n_tokens), n_ubatch)
+        ]
+        for first, after in zip(starts, [*starts[1:], n_tokens], strict=True):
+            n = after - first
+            n_outputs = n if outputs == "all" else int(first + n == n_tokens)
+            graph = None if is_full else self._decode(n, first, n_outputs)
+            if graph is None:
+                is_full = True
+                graph = self.reserve(n, 1, max(n_outputs, 1))
+            if not graphs or graphs[-1] != graph:
+                graphs.append(graph)
+            parts.append({"n_tokens": n, "n_outputs": n_outputs, "graph": len(graphs) - 1})
+        return {"parts": parts, "graphs": graphs, "is_full": is_full}
+
+    def _decode(self, n: int, first: int, n_outputs: int) -> Message | None:
+        lib = self.lib
+        if not self._is_placed:
+            # without memory of its own a decode would follow null pointers
+            self._is_placed = True
+            self._place_nowhere(self._reserve(min(lib.llama_n_ubatch(self._ctx), lib.llama_n_ctx(self._ctx)), 1, 1))
+        batch = lib.llama_batch_init(n, 0, 1)
+        for i in range(n):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = 0, first + i, 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = i >= n - n_outputs
+        batch.n_tokens = n
+        self._computed.clear()
+        self._pins.clear()
+        status = lib.llama_decode(self._ctx, batch)
+        lib.llama_batch_free(batch)
+        if status or not self._computed:
+            return None
+        graph = self._read(self._computed, [])
+        self._computed = []
+        return self._with_leafs(graph, n, n_outputs)
+
+    def _with_leafs(self, graph: Message, n_tokens: int, n_outputs: int) -> Message | None:
+        """Give a graph that was seen while it was computed the leafs of the reserved one, in their order."""
+        key = (n_tokens, max(n_outputs, 1))
+        if key not in self._leaf_names:
+            reserved = self.reserve(n_tokens, 1, key[1])
+            self._leaf_names[key] = [reserved["tensors"][i]["name"] for i in reserved["leafs"]]
+            self._spare = {t["name"]: t for t in (reserved["tensors"][i] for i in reserved["leafs"])}
+        tensors = graph["tensors"]
+        mine: dict[str, list[int]] = {}
+        for i in range(graph["n_nodes"], len(tensors)):
+            if tensors[i]["op"] == "NONE":
+                mine.setdefault(tensors[i]["name"], []).append(i)
+        for name in self._leaf_names[key]:
+            if mine.get(name):
+                graph["leafs"].append(mine[name].pop(0))
+            else:  # one without a user, such as the embeddings of a batch of tokens
+                graph["leafs"].append(len(tensors))
+                tensors.append(dict(self._spare[name]))
+        return None if any(mine.values()) else graph
+
+    def _leafs_of(self, graph: Handle) -> list[Handle]:
+        """Return the leafs in upstream's order; from the head of the struct, where that agrees with public functions."""
+        head = self.ffi.cast("struct cgraph_head *", graph)
+        n = self.lib.ggml_graph_n_nodes(graph)
+        ends = (0, n - 1) if n else ()
+        if head.n_nodes != n or any(head.nodes[i] != self.lib.ggml_graph_node(graph, i) for i in ends):
+            return []
+        if not 0 <= head.n_leafs <= head.size:
+            return []
+        leafs = [head.leafs[i] for i in range(head.n_leafs)]
+        return leafs if all(t.op == 0 for t in leafs) else []
+
+    def _place_nowhere(self, graph: Handle) -> None:
+        """Give weights and caches, which have buffers without bytes, addresses that no process has."""
+        null, at, done = self.ffi.NULL, _NOWHERE, set()
+        todo = [self.lib.ggml_graph_node(graph, i) for i in range(self.lib.ggml_graph_n_nodes(graph))]
+        while todo:
+            t = todo.pop()
+            key = self.library.address(t)
+            if key in done:
+                continue
+            done.add(key)
+            todo += [s for s in (*t.src, t.view_src) if s != null]
+            if t.op == 0 and t.view_src == null and t.buffer != null and t.data == null:
+                t.data = self.ffi.cast("void *", at)
+                at += -(-self.lib.ggml_nbytes(t) // _PAGE) * _PAGE
+
+    def _read(self, nodes: list[Handle], leafs: list[Handle]) -> Message:
+        """Return nodes in order, then leafs, then what else they reach; tensors name each other by their index."""
+        ffi, lib, null = self.ffi, self.lib, self.ffi.NULL
+        address = self.library.address
+        todo = [*nodes, *leafs]
+        index = {address(t): i for i, t in enumerate(todo)}
+
+        def place_of(t: Handle) -> int:
+            key = address(t)
+            if key not in index:
+                index[key] = len(todo)
+                todo.append(t)
+            return index[key]
+
+        tensors: list[Message] = []
+        for t in todo:  # grows while it is read
+            sources = [None if s == null else place_of(s) for s in t.src]
+            while sources and sources[-1] is None:
+                sources.pop()
+            params = list(t.op_params)
+            while params and not params[-1]:
+                params.pop()
+            where = None
+            if t.buffer != null and t.op == 0 and t.view_src == null:
+                usage = lib.ggml_backend_buffer_get_usage(t.buffer)
+                if usage != _COMPUTE_USAGE:
+                    where = [
+                        self.library.text(lib.ggml_backend_buft_name(lib.ggml_backend_buffer_get_type(t.buffer))),
+                        usage,
+                    ]
+            op = self._text("op", t.op)
+            tensors.append({
+                "op": op, "name": ffi.string(t.name).decode("utf-8", "replace"), "type": self._text("type", t.type),
+                "ne": list(t.ne), "nb": list(t.nb), "src": sources, "params": params, "flags": t.flags,
+                "view": None if t.view_src == null else place_of(t.view_src), "offs": t.view_offs, "where": where,
+                **({"desc": self.library.text(lib.ggml_op_desc(t))} if op in ("UNARY", "GLU") else {}),
+            })  # fmt: skip
+        n = len(nodes)
+        return {
+            "n_nodes": n,
+            "tensors": tensors,
+            "leafs": [index[address(t)] for t in leafs],
+            "pins": [[i, layer] for key, layer in self._pins.items() if (i := index.get(key, n)) < n],
+        }
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        self.is_relaxed = False
+        if self._ctx != self.ffi.NULL:
+            self.lib.llama_free(self._ctx)
+        if self._model != self.ffi.NULL:
+            self.lib.llama_model_free(self._model)
+        self._ctx = self._model = self.ffi.NULL
+        self.host.leave()

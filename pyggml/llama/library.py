@@ -1,0 +1,208 @@
+"""llama.cpp, loaded into the child: `find_llama` finds the shared object, `LlamaLibrary` declares its functions.
+
+The structs of llama.cpp's C interface are checked by their defaults, and by functions that came with a field. What the
+C interface lacks is one C++ symbol, `llama_graph_reserve`: builds that do not export it are refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .. import config
+from ..backends._libggml_library import Handle, Library
+from ..errors import DeviceUnavailableError
+from .slots import FUNCTIONS, Interfaces, find_interfaces
+
+__all__ = ["LlamaLibrary", "find_llama", "library_files"]
+
+_KIND = "llama"
+_INSTALL = "pip install 'pyggml[llama]', or set PYGGML_LIBLLAMA to the folder of a build of llama.cpp"
+
+_BACKENDS = """
+struct iface { void * word[40]; };
+struct caps { bool is_async, host_buffer, buffer_from_host_ptr, events, mmap_support; };
+struct props {
+    const char * name; const char * description; size_t memory_free; size_t memory_total; int type;
+    const char * device_id; struct caps caps;
+};
+struct cgraph_head {
+    int size, n_nodes, n_leafs;
+    struct ggml_tensor ** nodes; struct ggml_tensor ** grads; struct ggml_tensor ** grad_accs;
+    struct ggml_tensor ** leafs;
+};
+void * ggml_backend_buffer_init(void * buft, struct iface functions, void * context, size_t size);
+int ggml_backend_buffer_get_usage(void * buffer);
+void ggml_backend_register(void * reg);
+void * ggml_backend_dev_by_name(const char * name);
+void * ggml_backend_cpu_buffer_type(void);
+struct ggml_tensor * ggml_graph_node(void * graph, int i);
+const char * ggml_op_desc(const struct ggml_tensor * t);
+size_t ggml_nbytes(const struct ggml_tensor * t);
+void ggml_backend_sched_set_copy_callback(void *, void *, void *);
+"""
+
+#: ``%s`` is the field that came with `ggml_backend_sched_set_copy_callback`.
+_LLAMA = """
+struct llama_model_tensor_buft_override { const char * pattern; void * buft; };
+struct llama_model_params {
+    void ** devices; const struct llama_model_tensor_buft_override * tensor_buft_overrides;
+    int32_t n_gpu_layers; int split_mode; int load_mode; int lazy_mode; int32_t main_gpu; const float * tensor_split;
+    void * progress_callback; void * progress_callback_user_data; const void * kv_overrides;
+    bool vocab_only; bool check_tensors; bool use_extra_bufts; bool no_host; bool no_alloc; bool load_mtp;
+};
+struct llama_context_params {
+    uint32_t n_ctx; uint32_t n_batch; uint32_t n_ubatch; uint32_t n_seq_max; uint32_t n_rs_seq;
+    uint32_t n_outputs_max; uint32_t n_outputs_max_per_seq; int32_t n_threads; int32_t n_threads_batch;
+    int ctx_type; int rope_scaling_type; int pooling_type; int attention_type; int flash_attn_type;
+    float rope_freq_base; float rope_freq_scale; float yarn_ext_factor; float yarn_attn_factor;
+    float yarn_beta_fast; float yarn_beta_slow; uint32_t yarn_orig_ctx; float defrag_thold;
+    void * cb_eval; void * cb_eval_user_data; int type_k; int type_v; %s
+    void * abort_callback; void * abort_callback_data;
+    bool embeddings; bool offload_kqv; bool no_perf; bool op_offload; bool swa_full; bool kv_unified;
+    void * samplers; size_t n_samplers; void * ctx_other;
+};
+typedef struct {
+    int32_t n_tokens; int32_t * token; float * embd; int32_t * pos; int32_t * n_seq_id; int32_t ** seq_id;
+    int8_t * logits;
+} llama_batch;
+void llama_log_set(void * callback, void * data);
+void llama_backend_init(void);
+struct llama_model_params llama_model_default_params(void);
+struct llama_context_params llama_context_default_params(void);
+void * llama_model_load_from_file(const char * path, struct llama_model_params params);
+void * llama_init_from_model(void * model, struct llama_context_params params);
+llama_batch llama_batch_init(int32_t n_tokens, int32_t embd, int32_t n_seq_max);
+void llama_batch_free(llama_batch batch);
+int32_t llama_decode(void * ctx, llama_batch batch);
+void * llama_get_memory(const void * ctx);
+void llama_memory_clear(void * memory, bool data);
+void llama_free(void * ctx);
+void llama_model_free(void * model);
+uint32_t llama_n_ctx(const void * ctx);
+uint32_t llama_n_batch(const void * ctx);
+uint32_t llama_n_ubatch(const void * ctx);
+uint32_t llama_n_seq_max(const void * ctx);
+int32_t llama_model_n_layer(const void * model);
+const void * llama_model_get_vocab(const void * model);
+int32_t llama_vocab_n_tokens(const void * vocab);
+size_t llama_max_devices(void);
+void * _Z19llama_graph_reserveP13llama_contextjjj(void * ctx, uint32_t n_tokens, uint32_t n_seqs, uint32_t n_outputs);
+struct gguf_init_params { bool no_alloc; void ** ctx; };
+void * gguf_init_from_file(const char * fname, struct gguf_init_params params);
+void gguf_free(void * ctx);
+void * llama_model_init_from_user(void * metadata, void * set_tensor_data, void * data, struct llama_model_params params);
+"""
+_RESERVE = "_Z19llama_graph_reserveP13llama_contextjjj"
+_WARNING, _CONTINUED = 3, 5
+
+
+def _file_names() -> tuple[str, ...]:
+    return {"win32": ("llama.dll",), "darwin": ("libllama.dylib",)}.get(sys.platform, ("libllama.so",))
+
+
+def find_llama(given: str = "") -> Path:
+    """Return the shared object of llama.cpp.
+
+    Parameters
+    ----------
+    given : str
+        A file, or the folder of a build; if empty, what ``PYGGML_LIBLLAMA`` says, else the installed package's.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        There is none.
+    """
+    given = given or config.libllama_path()
+    if given:
+        path = Path(given).expanduser()
+        places = [path / below / name for below in ("", "bin", "lib", "lib64") for name in _file_names()]
+        found = next((p for p in places if p.is_file()), None) if path.is_dir() else path
+        if found is None or not found.is_file():
+            raise DeviceUnavailableError(
+                _KIND, f"there is no llama.cpp at {given}", hint=f"name the folder that has {_file_names()[0]}"
+            )
+        return found.resolve()
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is not None and spec.origin is not None:
+        modules = sorted(Path(spec.origin).parent.glob("xllamacpp*.so"))
+        if modules:
+            return modules[0].resolve()
+    raise DeviceUnavailableError(_KIND, "llama.cpp is not installed", hint=_INSTALL)
+
+
+def library_files(path: Path) -> list[Path]:
+    """Return the shared objects that a library consists of: itself, and those of ggml beside it."""
+    beside = [
+        p for p in path.parent.iterdir() if p.name.startswith(("libggml", "ggml", "libllama")) and ".so" in p.name
+    ]
+    return sorted({path, *(p.resolve() for p in beside if p.is_file())})
+
+
+class LlamaLibrary(Library):
+    """llama.cpp in this process.
+
+    Attributes
+    ----------
+    interfaces : Interfaces
+        Where the build keeps them.
+    on_line : callable
+        Called with each line that llama.cpp logs.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        It cannot be loaded, is no llama.cpp, or its structs are laid out in a way that is not known here.
+    """
+
+    interfaces: Interfaces
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        ffi = self.ffi
+        ffi.cdef(FUNCTIONS)
+        ffi.cdef(_BACKENDS)
+        has_cache = self.has("ggml_backend_sched_set_copy_callback")
+        ffi.cdef(_LLAMA % ("size_t moe_cache_size;" if has_cache else ""))
+        if not self.has("llama_model_load_from_file"):
+            raise self._refuse("it has no llama_model_load_from_file")
+        if not self.has(_RESERVE):
+            raise self._refuse("it does not export llama_graph_reserve, from which graphs are taken")
+        self.on_line: Callable[[str], None] = lambda line: None
+        self._take_llama_log()
+        self.lib.llama_backend_init()
+        self._check_params()
+        self.interfaces = find_interfaces(self)
+
+    def _take_llama_log(self) -> None:
+        """Hand each line to `on_line`; warnings and errors go to standard error at once, as last words."""
+        is_loud = False
+
+        def write(level: int, text: Handle, _: Handle) -> None:
+            nonlocal is_loud
+            if level != _CONTINUED:
+                is_loud = level >= _WARNING
+            line = self.text(text)
+            if is_loud:
+                os.write(2, line.encode(errors="replace"))
+            self.on_line(line)
+
+        self._llama_log = self.ffi.callback("void(int, const char *, void *)", write)
+        self.lib.llama_log_set(self._llama_log, self.ffi.NULL)
+
+    def _check_params(self) -> None:
+        """Compare the defaults of llama.cpp's structs with what they must be."""
+        c = self.lib.llama_context_default_params()
+        m = self.lib.llama_model_default_params()
+        context = (c.n_ctx, c.n_ubatch, c.type_k, c.type_v, c.offload_kqv, c.op_offload, c.n_samplers)
+        model = (m.n_gpu_layers < 0, m.vocab_only, m.no_alloc, m.use_extra_bufts)
+        if context != (512, 512, 1, 1, True, True, 0) or model != (True, False, False, True):
+            raise self._refuse("its llama_context_params or llama_model_params are laid out in another way")
+
+    def reserve(self, ctx: Handle, n_tokens: int, n_seqs: int, n_outputs: int) -> Handle:
+        """Return the graph that llama.cpp reserves memory with; it is valid until the next one."""
+        return getattr(self.lib, _RESERVE)(ctx, n_tokens, n_seqs, n_outputs)

@@ -1,0 +1,203 @@
+"""The parent's end of the child that has llama.cpp in it.
+
+A child is thrown away when its work is done or when anything goes wrong: it has a process group of its own, which is
+killed as a whole. What it wrote to standard error last becomes the text of a `ModelError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from ..errors import DeviceUnavailableError, ModelError
+
+__all__ = ["TIMEOUT_S", "LlamaProcess", "shared_process"]
+
+Message = dict[str, Any]  # what goes through JSON
+
+#: Seconds that one answer may take; a plan of 94 layers takes less than one.
+TIMEOUT_S = 60.0
+_TAIL_BYTES = 16_384
+_HEAD = struct.Struct("<Q")
+
+
+def _end(process: subprocess.Popen[bytes], words: IO[bytes]) -> None:
+    """Kill the child and all that it started, and wait for it."""
+    words.close()
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    process.wait()
+
+
+class LlamaProcess:
+    """A child with llama.cpp in it; it is started by the first request, and again after it has failed.
+
+    Parameters
+    ----------
+    library : Path
+        The shared object of llama.cpp.
+    prints : bool
+        The scheduler in it prints its splits (``GGML_SCHED_DEBUG=2``).
+    timeout_s : float
+        Seconds that one answer may take.
+    """
+
+    def __init__(self, library: Path, *, prints: bool = False, timeout_s: float = TIMEOUT_S) -> None:
+        self.library, self.prints, self.timeout_s = library, prints, timeout_s
+        self.n_started = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._words: IO[bytes] | None = None
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {
+            k: v for k, v in os.environ.items() if k not in ("GGML_SCHED_DEBUG", "GGML_OP_OFFLOAD_MIN_BATCH")
+        }
+        environment["GGML_NO_BACKTRACE"] = "1"  # else a failed assertion starts a debugger
+        if self.prints:
+            environment["GGML_SCHED_DEBUG"] = "2"
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the child
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pyggml.llama.child", str(self.library)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words, env=environment, start_new_session=True,
+        )  # fmt: skip
+        self.n_started += 1
+        self._process = process
+        self._finalizer = weakref.finalize(self, _end, process, self._words)
+        return process
+
+    def ask(self, request: Message) -> Message:
+        """Return the answer to a request about a model.
+
+        Raises
+        ------
+        ModelError
+            llama.cpp refused the model or the flags, an assertion of it failed, it crashed, or took too long. The next
+            request starts a new child.
+        DeviceUnavailableError
+            The library cannot be used.
+        """
+        path = str(request["model"])
+        process = self._process or self._start()
+        body = json.dumps({**request, "timeout_s": self.timeout_s}).encode()
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            assert process.stdin is not None
+            process.stdin.write(_HEAD.pack(len(body)) + body)
+            process.stdin.flush()
+            head = self._read(process, _HEAD.size, deadline)
+            answer: Message = json.loads(self._read(process, _HEAD.unpack(head)[0], deadline))
+        except TimeoutError:
+            words = self._last_words()
+            self.close()
+            raise ModelError(
+                path, f"llama.cpp gave no answer in {self.timeout_s:g} s", words=words, hint="the child was ended"
+            ) from None
+        except (EOFError, OSError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
+            words, how = self._last_words(), _ending(process.poll())
+            self.close()
+            raise ModelError(path, f"llama.cpp {how}", words=words) from None
+        except BaseException:
+            self.close()
+            raise
+        if "refused" in answer:
+            raise ModelError(path, answer["refused"])
+        if "unavailable" in answer:
+            self.close()
+            raise DeviceUnavailableError("llama", answer["unavailable"])
+        return answer
+
+    def _read(self, process: subprocess.Popen[bytes], n: int, deadline: float) -> bytes:
+        assert process.stdout is not None
+        fd = process.stdout.fileno()
+        parts, left = [], n
+        while left:
+            rest = deadline - time.monotonic()
+            if rest <= 0 or not select.select([fd], [], [], rest)[0]:
+                raise TimeoutError
+            part = os.read(fd, min(left, 1 << 20))
+            if not part:
+                raise EOFError
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
+
+    def _last_words(self) -> str:
+        """Return the last line that says what was wrong; else the last line."""
+        if self._words is None:
+            return ""
+        self._words.seek(0, os.SEEK_END)
+        self._words.seek(max(self._words.tell() - _TAIL_BYTES, 0))
+        lines = [line.strip() for line in self._words.read().decode(errors="replace").splitlines() if line.strip()]
+        telling = [
+            line for line in lines if any(w in line for w in ("GGML_ASSERT", "error", "Error", "what():", "abort"))
+        ]
+        return (telling or lines or [""])[-1]
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self._process = self._words = self._finalizer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+_shared: dict[Path, tuple[LlamaProcess, int]] = {}
+
+
+@contextlib.contextmanager
+def shared_process(library: Path) -> Iterator[LlamaProcess]:
+    """Give the one child of a library that all planners of this process share, until the last lets go of it.
+
+    A program that plans many times holds it meanwhile, so that llama.cpp is loaded once.
+    """
+    process, n_users = _shared.get(library) or (LlamaProcess(library), 0)
+    _shared[library] = (process, n_users + 1)
+    try:
+        yield process
+    finally:
+        process, n_users = _shared[library]
+        if n_users > 1:
+            _shared[library] = (process, n_users - 1)
+        else:
+            del _shared[library]
+            process.close()
+
+
+def _ending(status: int | None) -> str:
+    if status is not None and status < 0:
+        name = signal.Signals(-status).name
+        return {"SIGABRT": "failed an assertion", "SIGSEGV": "read memory that it does not have"}.get(
+            name, f"was ended by {name}"
+        )
+    return f"ended with status {status}"

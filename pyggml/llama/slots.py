@@ -1,0 +1,219 @@
+"""Where a build of ggml keeps the functions of its backend interfaces, found by calling the build; no header is read.
+
+The interfaces are tables of function pointers inside ggml's objects, and they grow from version to version. Here an
+object is a block of words, each the address of its own small function. A public function of ggml is called with the
+block as its object: the function that gets called tells the slot, a word that comes back tells a field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..backends._libggml_library import Handle, Library
+from ..errors import DeviceUnavailableError
+
+__all__ = ["FUNCTIONS", "N_WORDS", "Interfaces", "Table", "find_interfaces"]
+
+#: Words of a block; the largest object of any version has 22.
+N_WORDS = 40
+#: What a slot's function returns: an address that is aligned and belongs to no one.
+_NOWHERE = 1 << 20
+
+#: Functions that are called here and that `Library` does not declare.
+FUNCTIONS = """
+void * ggml_backend_buft_get_device(void * buft);
+void ggml_backend_tensor_memset(struct ggml_tensor * tensor, uint8_t value, size_t offset, size_t size);
+void * ggml_backend_guid(void * backend);
+const char * ggml_backend_name(void * backend);
+void * ggml_backend_get_device(void * backend);
+void ggml_backend_dev_get_props(void * device, void * props);
+void * ggml_backend_dev_by_type(int type);
+const char * ggml_backend_reg_name(void * reg);
+size_t ggml_backend_reg_dev_count(void * reg);
+void * ggml_backend_reg_dev_get(void * reg, size_t index);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One kind of object, in words from its start.
+
+    Attributes
+    ----------
+    slots : dict of str to int
+        Functions, by the names that upstream gives them.
+    fields : dict of str to int
+        Values that public functions return.
+    """
+
+    slots: dict[str, int] = field(default_factory=dict)
+    fields: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Interfaces:
+    """The layout of every object of ggml that a device in Python makes or changes.
+
+    Attributes
+    ----------
+    api_version : int
+        `GGML_BACKEND_API_VERSION` of the build: a registry must state it.
+    """
+
+    buffer_type: Table
+    buffer: Table
+    backend: Table
+    device: Table
+    registry: Table
+    api_version: int
+
+
+#: What a device in Python needs of each object; a build that lacks one of these cannot be used.
+_NEEDED = {
+    "buffer_type": "get_name alloc_buffer get_alignment is_host .device",
+    "buffer": "get_base set_tensor get_tensor memset_tensor clear",
+    "backend": "get_name free graph_compute .guid .device",
+    "device": "get_name get_description get_memory get_type get_props init_backend get_buffer_type supports_op "
+    "supports_buft offload_op .reg",
+    "registry": "get_name get_device_count get_device",
+}
+
+
+class _Prober:
+    """Blocks of words, and which of their functions is called."""
+
+    def __init__(self, library: Library) -> None:
+        self.ffi = library.ffi
+        self.called: list[int] = []
+        self.answer = _NOWHERE
+        signature = f"intptr_t({', '.join(['intptr_t'] * 6)})"
+        self._functions = [self.ffi.callback(signature, self._function(i)) for i in range(N_WORDS)]
+        self.words = [int(self.ffi.cast("intptr_t", f)) for f in self._functions]
+        self._blocks: list[Handle] = []
+
+    def _function(self, i: int) -> Callable[..., int]:
+        def called(*_: int) -> int:
+            self.called.append(i)
+            return self.answer
+
+        return called
+
+    def block(self) -> Handle:
+        """Return an object whose every word is a function of its own."""
+        made = self.ffi.new("intptr_t[]", self.words)
+        self._blocks.append(made)
+        return self.ffi.cast("void *", made)
+
+    def ask(self, table: Table, name: str, call: Callable[[], Any], *, answer: int = _NOWHERE) -> None:
+        """Note the slot that a call reaches, or the field that it returns."""
+        self.called.clear()
+        self.answer = answer
+        returned = call()
+        if self.called:
+            table.slots[name] = self.called[0]
+            return
+        try:
+            value = int(self.ffi.cast("intptr_t", returned))
+        except TypeError:  # a function without a result
+            return
+        if value in self.words:
+            table.fields[name] = self.words.index(value)
+
+
+def find_interfaces(library: Library) -> Interfaces:
+    """Return where a build keeps its interfaces.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        A function that is needed was not found.
+    """
+    ffi, lib, probe = library.ffi, library.lib, _Prober(library)
+    null = ffi.NULL
+    context = library.new_context(8, graph_size=16)
+    x, y = (lib.ggml_new_tensor_4d(context, 0, 8, 1, 1, 1) for _ in range(2))
+    graph = lib.ggml_new_graph_custom(context, 16, False)
+    scratch, sizes = ffi.new("char[512]"), ffi.new("size_t[2]")
+
+    buft, of_buft = probe.block(), Table()
+    for name, call in {
+        "get_name": lambda: lib.ggml_backend_buft_name(buft),
+        "alloc_buffer": lambda: lib.ggml_backend_buft_alloc_buffer(buft, 64),
+        "get_alignment": lambda: lib.ggml_backend_buft_get_alignment(buft),
+        "is_host": lambda: lib.ggml_backend_buft_is_host(buft),
+        "device": lambda: lib.ggml_backend_buft_get_device(buft),
+    }.items():
+        probe.ask(of_buft, name, call)
+
+    buffer, of_buffer = probe.block(), Table()
+    probe.ask(of_buffer, "buft", lambda: lib.ggml_backend_buffer_get_type(buffer))
+    if "buft" in of_buffer.fields:  # functions of a buffer ask its type, too
+        ffi.cast("intptr_t *", buffer)[of_buffer.fields["buft"]] = int(ffi.cast("intptr_t", buft))
+    x.buffer = buffer
+    x.data = ffi.cast("void *", _NOWHERE)
+    for name, call in {
+        "get_base": lambda: lib.ggml_backend_buffer_get_base(buffer),
+        "clear": lambda: lib.ggml_backend_buffer_clear(buffer, 0),
+        "set_tensor": lambda: lib.ggml_backend_tensor_set(x, scratch, 0, 4),
+        "get_tensor": lambda: lib.ggml_backend_tensor_get(x, scratch, 0, 4),
+        "memset_tensor": lambda: lib.ggml_backend_tensor_memset(x, 0, 0, 4),
+    }.items():
+        probe.ask(of_buffer, name, call)
+
+    backend, of_backend = probe.block(), Table()
+    for name, call in {
+        "guid": lambda: lib.ggml_backend_guid(backend),
+        "device": lambda: lib.ggml_backend_get_device(backend),
+        "get_name": lambda: lib.ggml_backend_name(backend),
+        "free": lambda: lib.ggml_backend_free(backend),
+        "graph_compute": lambda: lib.ggml_backend_graph_compute_async(backend, graph),
+    }.items():
+        probe.ask(of_backend, name, call)
+
+    device, of_device = probe.block(), Table()
+    for name, call in {
+        "reg": lambda: lib.ggml_backend_dev_backend_reg(device),
+        "get_name": lambda: lib.ggml_backend_dev_name(device),
+        "get_description": lambda: lib.ggml_backend_dev_description(device),
+        "get_memory": lambda: lib.ggml_backend_dev_memory(device, sizes, sizes + 1),
+        "get_type": lambda: lib.ggml_backend_dev_type(device),
+        "get_props": lambda: lib.ggml_backend_dev_get_props(device, scratch),
+        "init_backend": lambda: lib.ggml_backend_dev_init(device, null),
+        "get_buffer_type": lambda: lib.ggml_backend_dev_buffer_type(device),
+        "supports_op": lambda: lib.ggml_backend_dev_supports_op(device, y),
+        "supports_buft": lambda: lib.ggml_backend_dev_supports_buft(device, buft),
+        "offload_op": lambda: lib.ggml_backend_dev_offload_op(device, y),
+    }.items():
+        probe.ask(of_device, name, call)
+
+    registry, of_registry = probe.block(), Table()
+    for name, call in {
+        "get_name": lambda: lib.ggml_backend_reg_name(registry),
+        "get_device_count": lambda: lib.ggml_backend_reg_dev_count(registry),
+        "get_device": lambda: lib.ggml_backend_reg_dev_get(registry, 0),
+    }.items():
+        probe.ask(of_registry, name, call)
+
+    cpu = lib.ggml_backend_dev_by_type(0)
+    api_version = ffi.cast("int *", lib.ggml_backend_dev_backend_reg(cpu))[0]
+    found = Interfaces(of_buft, of_buffer, of_backend, of_device, of_registry, api_version)
+    _check(library, found)
+    return found
+
+
+def _check(library: Library, found: Interfaces) -> None:
+    missing = []
+    for kind, names in _NEEDED.items():
+        table: Table = getattr(found, kind)
+        for name in names.split():
+            known = table.fields if name.startswith(".") else table.slots
+            if name.removeprefix(".") not in known:
+                missing.append(f"{kind}.{name.removeprefix('.')}")
+    if missing:
+        raise DeviceUnavailableError(
+            "llama",
+            f"{library.path}: the slots of {', '.join(missing)} were not found in ggml {library.version}",
+            hint="use another build of llama.cpp",
+        )

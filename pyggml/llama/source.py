@@ -1,0 +1,425 @@
+"""`CapturedSource`: graphs, placement and caches as llama.cpp has them, for a planner.
+
+llama.cpp decides everything that depends on the model: its graph, which buffer type each weight and cache goes to, which
+device each layer belongs to, whether flash attention and other fused ops stay on. What the scheduler then does with that
+is decided here, by pyggml's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..backend import Device
+from ..buffer import Buffer, BufferType
+from ..config import op_offload_min_batch
+from ..errors import GraphError, ModelError
+from ..gguf import GGUFFile
+from ..graph import Graph
+from ..models.batch import Batch, MicroBatch, Outputs
+from ..models.context import ContextFlags, ContextParams
+from ..models.kv_cache import CacheFullError
+from ..models.loading import Progress
+from ..models.placement import Override, Placement, PlacementFlags, WeightPlace, parse_overrides
+from ..models.source import Build, GraphSource
+from ..models.weights import Part, WeightSpec
+from ..tensor import Tensor
+from ..types import BufferUsage, GluOp, Op, Type, UnaryOp
+from .library import find_llama
+from .process import shared_process
+from .store import Captures
+
+__all__ = ["CapturedFacts", "CapturedGraph", "CapturedSource", "about_context", "about_placement", "read_graph"]
+
+Message = dict[str, Any]  # what goes through JSON
+
+#: Address of the first tensor of each buffer type in a plan; no process has memory there.
+_NOWHERE = 1 << 60
+_TYPES = {t.ggml_name: t for t in Type}
+_WEIGHTS = 1  #: upstream's `GGML_BACKEND_BUFFER_USAGE_WEIGHTS`
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedFacts:
+    """What a plan says of a model; from llama.cpp and from the header."""
+
+    arch: str
+    name: str
+    n_vocab: int
+    n_ctx_train: int
+    n_layer: int
+    n_expert: int
+    n_expert_used: int
+    n_layer_dense_lead: int
+
+    @classmethod
+    def read(cls, file: GGUFFile, n_vocab: int) -> CapturedFacts:
+        """Read the keys that all architectures share."""
+        arch = file.require("general.architecture", str)
+
+        def number(key: str) -> int:
+            """Return a number; of one for each layer, the largest."""
+            value = file.metadata.get(f"{arch}.{key}", 0)
+            if isinstance(value, str):
+                return 0
+            try:
+                return int(value)
+            except TypeError:
+                return max((int(v) for v in value), default=0)
+
+        return cls(
+            arch=arch,
+            name=file.require("general.name", str, ""),
+            n_vocab=n_vocab,
+            n_ctx_train=number("context_length"),
+            n_layer=number("block_count") - number("nextn_predict_layers"),
+            n_expert=number("expert_count"),
+            n_expert_used=number("expert_used_count"),
+            n_layer_dense_lead=number("leading_dense_block_count") if number("expert_count") else 0,
+        )
+
+
+@dataclass(eq=False, slots=True)
+class CapturedGraph:
+    """A graph of llama.cpp; see `PlannableGraph`."""
+
+    graph: Graph
+    n_tokens: int
+    logits: Tensor
+    norms: list[tuple[Tensor, int]]
+    attn_outputs: list[Tensor]
+    flash_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty: llama.cpp has settled it
+
+    def __repr__(self) -> str:
+        return f"<CapturedGraph of {self.n_tokens} tokens: {self.graph!r}>"
+
+
+def about_placement(placement: PlacementFlags, devices: Sequence[Device], overrides: Sequence[Override]) -> Message:
+    """Return what the child is told of devices and of flags about weights."""
+    return {
+        "devices": [
+            {
+                "name": d.buffer_type.name,
+                "free": d.memory()[0],
+                "total": d.memory()[1],
+                "min_batch": op_offload_min_batch(),
+            }
+            for d in devices
+        ],
+        "n_gpu_layers": placement.n_gpu_layers,
+        "tensor_split": list(placement.tensor_split),
+        "overrides": [[o.pattern.pattern, o.buft.name] for o in overrides],
+    }
+
+
+def about_context(context: ContextFlags) -> Message:
+    """Return what the child is told of the context."""
+    return {
+        "n_ctx": context.n_ctx,
+        "n_batch": context.n_batch,
+        "n_ubatch": context.n_ubatch or context.n_batch,
+        "n_seq_max": context.n_seq_max,
+        "kv_unified": context.kv_unified,
+        "type_k": int(context.type_k),
+        "type_v": int(context.type_v),
+        "flash_attn": context.flash_attn,
+        "offload_kqv": context.offload_kqv,
+        "op_offload": context.op_offload,
+        "swa_full": context.swa_full,
+        "rope_freq_base": context.rope_freq_base,
+        "rope_freq_scale": context.rope_freq_scale,
+    }
+
+
+class CapturedSource(GraphSource):
+    """Graphs that llama.cpp builds, of any model that it loads; for plans only.
+
+    Parameters
+    ----------
+    file : GGUFFile
+        The model.
+    devices, cpu
+        As of `Planner`.
+    placement, context
+        Flags.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        llama.cpp is not installed, or cannot be used.
+    ModelError
+        llama.cpp refuses the model, or fails on it.
+    GraphError
+        A flag cannot be.
+    """
+
+    hparams: CapturedFacts
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        devices: Sequence[Device],
+        cpu: Device,
+        *,
+        placement: PlacementFlags,
+        context: ContextFlags,
+    ) -> None:
+        self.file, self.cpu = file, cpu
+        if context.n_seq_max < 1 or context.n_batch < 1:
+            raise GraphError(f"n_seq_max is {context.n_seq_max}, n_batch {context.n_batch}: at least 1 is needed")
+        overrides = parse_overrides(placement, devices, cpu)
+        self._bufts = {d.buffer_type.name: d.buffer_type for d in (*devices, cpu)}
+        about = {
+            "placement": about_placement(placement, devices, overrides),
+            "context": about_context(context),
+        }
+        self._held = ExitStack()
+        self.captures = Captures(self._held.enter_context(shared_process(find_llama())), file.paths, about)
+        self._buffers: dict[tuple[str, int], Buffer] = {}
+        self._ends: dict[str, int] = {}
+        self._leafs: dict[tuple[str, str, int], Tensor] = {}
+        try:
+            facts = self.captures.ask("facts")
+            self._largest: Message = facts["graph"]
+            self.hparams = CapturedFacts.read(file, facts["n_vocab"])
+            self.placement = self._place(facts, devices, placement, overrides)
+        except BaseException:
+            self._held.close()
+            raise
+        has_flash = any(t["op"] == "FLASH_ATTN_EXT" for t in self._largest["tensors"])
+        self.params = ContextParams(
+            n_ctx=facts["n_ctx"],
+            n_ctx_seq=facts["n_ctx"] // (1 if context.kv_unified else facts["n_seq_max"]),
+            n_batch=facts["n_batch"],
+            n_ubatch=facts["n_ubatch"],
+            n_seq_max=facts["n_seq_max"],
+            kv_unified=context.kv_unified,
+            type_k=context.type_k,
+            type_v=context.type_v,
+            flash_attn=has_flash,
+            auto_flash_attn=False,
+            offload_kqv=context.offload_kqv,
+            op_offload=context.op_offload,
+            swa_full=context.swa_full,
+        )
+
+    # -- placement -----------------------------------------------------------
+
+    def _place(
+        self, facts: Message, devices: Sequence[Device], flags: PlacementFlags, overrides: Sequence[Override]
+    ) -> Placement:
+        by_name = {d.buffer_type.name: d for d in (*devices, self.cpu)}
+        layers = [by_name[name] for name in facts["layers"]]
+        if not layers:
+            raise ModelError(self.file.path, "llama.cpp does not tell which device each layer is on")
+        weights = [place for w in self._weights(facts) if (place := self._weight_place(w, layers, overrides))]
+        n_on_devices = sum(d is not self.cpu for d in layers)
+        return Placement(
+            devices=tuple(devices),
+            cpu=self.cpu,
+            layers=tuple(layers[:-1]),
+            output=layers[-1],
+            n_gpu_layers=n_on_devices,
+            weights=tuple(weights),
+            has_overrides=bool(overrides),
+            use_mmap=flags.use_mmap,
+        )
+
+    def _weights(self, facts: Message) -> list[Message]:
+        """Return the weights as llama.cpp loads them; where it does not tell, those of the graph."""
+        told = [w for w in facts["weights"] if w["buft"] is not None]
+        known = {(w["name"], w["buft"]) for w in told}
+        for t in self._largest["tensors"]:
+            if t["where"] is not None and t["where"][1] == _WEIGHTS and (t["name"], t["where"][0]) not in known:
+                told.append({"name": t["name"], "op": None, "buft": t["where"][0], "moved": False})
+        return told
+
+    def _weight_place(
+        self, weight: Message, layers: Sequence[Device], overrides: Sequence[Override]
+    ) -> WeightPlace | None:
+        name, op = weight["name"], weight["op"]
+        info = self.file.tensors.get(name)
+        if info is None:
+            return None
+        part, layer, home, where = _home(name, op, layers, self.cpu)
+        buft = self._bufts[weight["buft"]]
+        override = next((o for o in overrides if o.pattern.search(name)), None) if weight["moved"] else None
+        if override is not None:
+            reason = override.text
+        else:
+            reason = f"{where} is on {home.name}"
+            if buft is not home.buffer_type:
+                reason += f", which cannot use a {info.type.ggml_name} weight for {op} in {home.buffer_type.name}"
+        spec = WeightSpec(name, info.ne, part, layer, Op.__members__.get(op or "", Op.NONE))
+        return WeightPlace(spec, info, buft, reason)
+
+    # -- memory --------------------------------------------------------------
+
+    def load(self, *, data: bool, progress: Progress | None) -> None:
+        """Put weights into buffers of no bytes."""
+        assert not data, "captured graphs are for plans"
+
+    def make_cache(self, *, data: bool) -> Mapping[BufferType, int]:
+        """Return what caches would take, those of recurrent layers included."""
+        sizes: dict[BufferType, int] = {}
+        seen = set()
+        for t in self._largest["tensors"]:
+            if t["where"] is None or t["where"][1] == _WEIGHTS or t["name"] in seen:
+                continue
+            seen.add(t["name"])
+            buft = self._bufts[t["where"][0]]
+            size = buft.alloc_size(Tensor(_TYPES[t["type"]], tuple(t["ne"]), tuple(t["nb"])))
+            sizes[buft] = sizes.get(buft, 0) + -(-size // buft.alignment) * buft.alignment
+        return sizes
+
+    def _leaf(self, about: Message, n_before: int) -> Tensor:
+        """Return a weight or a cache, the same in every graph; where it is."""
+        where, usage = about["where"]
+        key = (about["name"], where, n_before)
+        made = self._leafs.get(key)
+        if made is None:
+            made = self._leafs[key] = _tensor(about)
+            buffer = self._buffers.get((where, usage))
+            if buffer is None:
+                buffer = self._buffers[where, usage] = self._bufts[where].alloc_buffer(0)
+                if usage == _WEIGHTS:
+                    buffer.set_usage(BufferUsage.WEIGHTS)
+            made.buffer, made.data = buffer, self._ends.get(where, _NOWHERE)
+            size = buffer.buft.alloc_size(made)
+            self._ends[where] = made.data + -(-size // buffer.buft.alignment) * buffer.buft.alignment
+        return made
+
+    # -- graphs --------------------------------------------------------------
+
+    def reserved(self, n_tokens: int, n_seqs: int, n_outputs: int) -> CapturedGraph:
+        """Return the graph of so many tokens over the whole cache."""
+        p = self.params
+        largest = min(p.n_ctx, p.n_ubatch)
+        if (n_tokens, n_seqs, n_outputs) == (largest, p.n_seq_max, min(largest, p.n_batch)):
+            return self._graph(self._largest, n_tokens)
+        return self._graph(self.captures.ask("reserve", size=[n_tokens, n_seqs, n_outputs]), n_tokens)
+
+    def parts(self, n_tokens: int, outputs: Outputs) -> Iterator[tuple[MicroBatch, Build]]:
+        """Yield the micro-batches of a decode."""
+        if n_tokens > self.params.n_ctx_seq:
+            raise CacheFullError(n_tokens, 0, self.params.n_ctx_seq)
+        decoded = self.captures.ask("decode", n_tokens=n_tokens, outputs=outputs)
+        graphs, first, last = decoded["graphs"], 0, None
+        for about in decoded["parts"]:
+            n, i = about["n_tokens"], about["graph"]
+            part = _micro_batch(n, first, about["n_outputs"])
+            yield part, None if i == last else partial(self._graph, graphs[i], n)
+            first, last = first + n, i
+
+    def _graph(self, captured: Message, n_tokens: int) -> CapturedGraph:
+        try:
+            return read_graph(captured, n_tokens, self._leaf)
+        except _UnknownError as error:
+            raise ModelError(
+                self.file.path, f"llama.cpp's graph has {error}, which pyggml does not know", hint="a newer pyggml may"
+            ) from None
+
+    def close(self) -> None:
+        """Let go of the child, and give the buffers back."""
+        self._held.close()
+        for tensor in self._leafs.values():
+            tensor.buffer = tensor.data = None
+        for buffer in self._buffers.values():
+            buffer.close()
+
+
+def _home(name: str, op: str | None, layers: Sequence[Device], cpu: Device) -> tuple[Part, int, Device, str]:
+    """Return to which part of the model a weight belongs, and the device of that part."""
+    if found := re.match(r"(?:\w+\.)?blk\.(\d+)\.", name):
+        layer = int(found[1])
+        return "repeating", layer, layers[min(layer, len(layers) - 1)], f"layer {layer}"
+    if op == "GET_ROWS":
+        return "input", -1, cpu, "the input embedding"
+    return "output", -1, layers[-1], "the output"
+
+
+def _micro_batch(n: int, first: int, n_outputs: int) -> MicroBatch:
+    outputs: Outputs = "none" if n_outputs == 0 else "all" if n_outputs == n else "last"
+    return Batch.of([0] * n, first, outputs=outputs).take(np.arange(n), n, equal_seqs=False)
+
+
+class _UnknownError(Exception):
+    """An op or a type that pyggml does not have."""
+
+
+def _tensor(about: Message) -> Tensor:
+    op, element, params = Op.__members__.get(about["op"]), _TYPES.get(about["type"]), about["params"]
+    if op is None:
+        raise _UnknownError(f"the op {about['op']}")
+    if element is None:
+        raise _UnknownError(f"the type {about['type']}")
+    if op in (Op.UNARY, Op.GLU):
+        kind: type[UnaryOp | GluOp] = UnaryOp if op is Op.UNARY else GluOp
+        if about["desc"] not in kind.__members__:
+            raise _UnknownError(f"the op {about['desc']}")
+        params = [int(kind[about["desc"]]), *params[1:]]
+    return Tensor(
+        element, tuple(about["ne"]), tuple(about["nb"]), name=about["name"], op=op, op_params=tuple(params),
+        flags=about["flags"],
+    )  # fmt: skip
+
+
+def read_graph(captured: Message, n_tokens: int, leaf: Any) -> CapturedGraph:
+    """Turn what the child reports into a graph.
+
+    Parameters
+    ----------
+    leaf : callable
+        Given a weight or cache, and how many of that name and place came before it in the graph; returns its tensor.
+    """
+    tensors, n_nodes = captured["tensors"], captured["n_nodes"]
+    made: list[Tensor] = []
+    n_seen: dict[tuple[str, str], int] = {}
+    for about in tensors:
+        if about["where"] is None:
+            made.append(_tensor(about))
+            continue
+        key = (about["name"], about["where"][0])
+        made.append(leaf(about, n_seen.get(key, 0)))
+        n_seen[key] = n_seen.get(key, 0) + 1
+    for about, tensor in zip(tensors, made, strict=True):
+        tensor.src = [None if i is None else made[i] for i in about["src"]]
+        if about["view"] is not None:
+            tensor.view_src, tensor.view_offs = made[about["view"]], about["offs"]
+    graph = Graph()
+    graph.nodes = made[:n_nodes]
+    graph.leafs = [made[i] for i in captured["leafs"]] or [t for t in made[n_nodes:] if t.op is Op.NONE]
+    graph.use_counts = dict.fromkeys([*graph.nodes, *graph.leafs], 0)
+    for node in graph.nodes:
+        for source in node.src:
+            if source is not None:
+                graph.use_counts[source] = graph.use_counts.get(source, 0) + 1
+    graph.version += 1
+    logits = next((t for t in reversed(graph.nodes) if t.name == "result_output"), graph.nodes[-1])
+    norms = [(graph.nodes[i], layer) for i, layer in captured["pins"]]
+    return CapturedGraph(graph, n_tokens, logits, norms, [t for t in graph.nodes if _is_attn_output(t)])
+
+
+def _is_attn_output(node: Tensor) -> bool:
+    """Whether a node is the result of attention without FLASH_ATTN_EXT, by its shape: names may be changed later.
+
+    Notes
+    -----
+    Mirrors what `llm_graph_context::build_attn_mha` pins to the CPU: CONT of PERMUTE of ``kqv``, which MLA multiplies
+    once more.
+    """
+    permuted = node.src[0] if node.op is Op.CONT else None
+    product = permuted.src[0] if permuted is not None and permuted.op is Op.PERMUTE else None
+    for _ in range(2):
+        if product is None or product.op is not Op.MUL_MAT:
+            return False
+        product = product.src[1]
+        if product is not None and product.op is Op.SOFT_MAX:
+            return True
+    return False

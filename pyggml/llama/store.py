@@ -1,0 +1,100 @@
+"""What was captured, kept in files: a second plan of the same model with the same flags starts no child.
+
+An answer belongs to the model's files and the library's files, by path, size and time of change, and to the request.
+Failures are not kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .. import config
+from .library import library_files
+from .process import LlamaProcess
+
+__all__ = ["Captures"]
+
+Message = dict[str, Any]  # what goes through JSON
+
+#: To be raised when the child's answers change.
+_VERSION = 1
+#: Answers that are kept; the oldest go first.
+_MOST_FILES = 256
+
+
+def _identity(paths: Iterable[str | Path]) -> list[tuple[str, int, int]]:
+    out = []
+    for path in paths:
+        about = os.stat(path)
+        out.append((str(Path(path).resolve()), about.st_size, about.st_mtime_ns))
+    return out
+
+
+class Captures:
+    """Answers about one model with one set of flags, from files where they were kept.
+
+    Parameters
+    ----------
+    process : LlamaProcess
+        Answers what is not kept.
+    paths : iterable of str
+        The model's files, the first first.
+    about : dict
+        ``placement`` and ``context`` of each request.
+    """
+
+    def __init__(self, process: LlamaProcess, paths: Iterable[str], about: Message) -> None:
+        self.process, self.paths, self.about = process, tuple(paths), about
+
+    def ask(self, do: str, **more: object) -> Message:
+        """Return the answer to a request.
+
+        Raises
+        ------
+        ModelError, DeviceUnavailableError
+            As `LlamaProcess.ask`.
+        """
+        request: Message = {"model": str(Path(self.paths[0]).absolute()), "do": do, **self.about, **more}
+        kept = self._file(request)
+        if kept is not None:
+            with contextlib.suppress(OSError, ValueError, zlib.error):
+                found: Message = json.loads(zlib.decompress(kept.read_bytes()))
+                return found
+        answer = self.process.ask(request)
+        if kept is not None:
+            with contextlib.suppress(OSError):  # a folder that cannot be written costs time, nothing else
+                _write(kept, answer)
+        return answer
+
+    def _file(self, request: Message) -> Path | None:
+        try:
+            folder = config.cache_dir() / "llama"
+            library = _identity(library_files(self.process.library))
+            key = json.dumps([_VERSION, library, _identity(self.paths), request], sort_keys=True)
+        except (OSError, RuntimeError):
+            return None
+        return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.z"
+
+
+def _write(path: Path, answer: Message) -> None:
+    """Write an answer so that no reader sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = sorted(path.parent.glob("*.z"), key=lambda p: p.stat().st_mtime)
+    for old in kept[: max(len(kept) + 1 - _MOST_FILES, 0)]:
+        old.unlink(missing_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, suffix=".new")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(zlib.compress(json.dumps(answer, separators=(",", ":")).encode(), 1))
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

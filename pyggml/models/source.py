@@ -1,0 +1,245 @@
+"""`GraphSource`: where a planner has a model's graphs, weights and caches from; `BuiltSource` builds them itself.
+
+The other source is `pyggml.llama.CapturedSource`, whose graphs come from llama.cpp. A planner does not tell them apart.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+from ..backend import Device
+from ..buffer import Buffer, BufferType
+from ..gguf import GGUFFile
+from ..graph import Graph
+from ..tensor import Tensor
+from .architectures import build_graph, weight_specs
+from .batch import Batch, MicroBatch, Outputs
+from .context import ContextFlags, ContextParams
+from .graph import GraphKey, GraphParams, ModelGraph
+from .hparams import HParams
+from .kv_cache import CacheFullError, KVCache
+from .kv_cache_iswa import make_cache
+from .loading import LoadedWeights, Progress, allocate_cache, load_weights, plan_cache, plan_weights
+from .placement import Placement, PlacementFlags, place
+from .weights import resolve_specs
+
+__all__ = ["BuiltSource", "GraphSource", "ModelFacts", "PlannableGraph"]
+
+
+class ModelFacts(Protocol):
+    """What plans and reports say of a model, whatever its family."""
+
+    @property
+    def arch(self) -> str:
+        """Name of the architecture."""
+
+    @property
+    def name(self) -> str:
+        """Name of the model; may be empty."""
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens of the vocabulary."""
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Context that it was trained with."""
+
+    @property
+    def n_layer(self) -> int:
+        """Layers."""
+
+    @property
+    def n_expert(self) -> int:
+        """Experts of a layer; 0 without."""
+
+    @property
+    def n_expert_used(self) -> int:
+        """Experts that a token goes through."""
+
+    @property
+    def n_layer_dense_lead(self) -> int:
+        """Layers without experts, before those with."""
+
+
+class PlannableGraph(Protocol):
+    """What a planner needs of the graph of a micro-batch."""
+
+    @property
+    def graph(self) -> Graph:
+        """The nodes in upstream's order."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the micro-batch."""
+
+    @property
+    def logits(self) -> Tensor:
+        """The result that is read."""
+
+    @property
+    def norms(self) -> list[tuple[Tensor, int]]:
+        """Nodes that may be pinned to their layers' devices."""
+
+    @property
+    def attn_outputs(self) -> list[Tensor]:
+        """Nodes that stay with a KV cache on the CPU."""
+
+    @property
+    def flash_nodes(self) -> list[tuple[Tensor, int]]:
+        """FLASH_ATTN_EXT nodes with their layers, while it is not settled whether it stays on."""
+
+
+#: Makes a graph, when the scheduler has been reset; None: the graph before can be used again.
+Build = Callable[[], PlannableGraph] | None
+
+
+class GraphSource(ABC):
+    """Where a planner has a model's graphs from.
+
+    Attributes
+    ----------
+    hparams : ModelFacts
+        Of the model.
+    params : ContextParams
+        Of the context.
+    placement : Placement
+        Where weights and layers are.
+    """
+
+    hparams: ModelFacts
+    params: ContextParams
+    placement: Placement
+
+    @abstractmethod
+    def load(self, *, data: bool, progress: Progress | None) -> None:
+        """Bring weights to their places; without data, into buffers of no bytes."""
+
+    @abstractmethod
+    def make_cache(self, *, data: bool) -> Mapping[BufferType, int]:
+        """Allocate the KV cache, or plan it; return its bytes by buffer type."""
+
+    @abstractmethod
+    def reserved(self, n_tokens: int, n_seqs: int, n_outputs: int) -> PlannableGraph:
+        """Return the graph of so many tokens over the whole cache, with which memory is reserved."""
+
+    @abstractmethod
+    def parts(self, n_tokens: int, outputs: Outputs) -> Iterator[tuple[MicroBatch, Build]]:
+        """Yield the micro-batches of a decode of so many tokens of one sequence, from an empty cache."""
+
+    def settle_flash_attention(self, on: bool) -> None:
+        """Note what the probe of flash attention decided."""
+        self.params = replace(self.params, flash_attn=on, auto_flash_attn=False)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give all memory back."""
+
+
+class BuiltSource(GraphSource):
+    """Graphs that pyggml builds itself, node for node as llama.cpp does.
+
+    Attributes
+    ----------
+    cache : KVCache
+        The book of tokens seen.
+    loaded : LoadedWeights
+        The weights and their buffers.
+
+    Raises
+    ------
+    FormatError
+        The file is damaged, incomplete, or of an architecture that is not supported.
+    GraphError
+        A flag cannot be.
+    """
+
+    hparams: HParams
+    loaded: LoadedWeights
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        devices: Sequence[Device],
+        cpu: Device,
+        *,
+        placement: PlacementFlags,
+        context: ContextFlags,
+    ) -> None:
+        self.file = file
+        self.hparams = hp = HParams.from_gguf(file)
+        self.params = ContextParams.resolve(context, hp)
+        specs = resolve_specs(weight_specs(hp, file.tensors), file.tensors, file.path)
+        self.placement = place(hp, specs, file.tensors, devices, cpu, placement)
+        self.cache: KVCache = make_cache(hp, self.params, v_trans=not self.params.flash_attn)
+        self._cache_buffers: list[Buffer] = []
+
+    def load(self, *, data: bool, progress: Progress | None) -> None:
+        """Bring weights to their places."""
+        if data:
+            self.loaded = load_weights(self.file, self.placement, self.hparams, progress=progress)
+        else:
+            self.loaded = plan_weights(self.placement, self.hparams)
+
+    def make_cache(self, *, data: bool) -> Mapping[BufferType, int]:
+        """Allocate the KV cache, or plan it."""
+        if not data:
+            return plan_cache(self.cache, self.placement, self.params)
+        self._cache_buffers = allocate_cache(self.cache, self.placement, self.params)
+        sizes: dict[BufferType, int] = {}
+        for buffer in self._cache_buffers:
+            sizes[buffer.buft] = sizes.get(buffer.buft, 0) + buffer.size
+        return sizes
+
+    def build(self, p: GraphParams) -> ModelGraph:
+        """Return the graph of a micro-batch."""
+        return build_graph(p, self.loaded.weights)
+
+    def reserved(self, n_tokens: int, n_seqs: int, n_outputs: int) -> ModelGraph:
+        """Return the graph of so many tokens over the whole cache."""
+        part = MicroBatch.reserve(n_tokens, n_seqs, n_outputs)
+        return self.build(GraphParams(self.hparams, self.params, part, n_outputs, self.cache.full_view()))
+
+    def parts(self, n_tokens: int, outputs: Outputs) -> Iterator[tuple[MicroBatch, Build]]:
+        """Yield the micro-batches of a decode; the cache is empty afterwards."""
+        self.cache.clear()
+        key: GraphKey | None = None
+        try:
+            for batch in self.batches([0] * n_tokens, 0, outputs):
+                for part, slot in self.cache.prepare(batch, self.params.n_ubatch):
+                    self.cache.apply(part, slot)
+                    p = GraphParams(self.hparams, self.params, part, part.n_outputs, self.cache.view(slot))
+                    yield part, None if key == p.key else partial(self.build, p)
+                    key = p.key
+        finally:
+            self.cache.clear()
+
+    def batches(self, tokens: Sequence[int], seq: int, outputs: Outputs) -> list[Batch]:
+        """Cut a sequence's next tokens by ``n_batch``, after checking all of them.
+
+        Raises
+        ------
+        GraphError
+            An id or the sequence is out of bounds.
+        CacheFullError
+            The tokens do not fit into the context.
+        """
+        whole = Batch.of(tokens, 0, seq=seq, outputs=outputs)
+        whole.check(self.hparams.n_vocab, self.params.n_seq_max)
+        whole = replace(whole, pos=whole.pos + (self.cache.seq_pos_max(seq) + 1))
+        n_free = self.cache.n_free(seq)
+        if whole.n_tokens > n_free:
+            raise CacheFullError(whole.n_tokens, self.cache.n_cells - n_free, self.cache.n_cells)
+        return whole.cut(self.params.n_batch)
+
+    def close(self) -> None:
+        """Give weights and cache back."""
+        for _, tensor in self.cache.tensors():
+            tensor.buffer = tensor.data = None
+        for buffer in self._cache_buffers:
+            buffer.close()
+        self.loaded.close()
