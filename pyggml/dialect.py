@@ -13,9 +13,9 @@ __all__ = ["DEFAULT_DIALECT", "DIALECTS", "Dialect", "Repairs"]
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """The rules of one version of ggml's scheduler and allocator; the defaults are 0.26's."""
+    """The rules of one version of ggml's scheduler and allocator; the defaults are 0.27's."""
 
-    version: str = "0.26"
+    version: str = "0.27"
     #: compute: before a split without inputs the host waits for the previous split of another backend
     wait_previous_split: bool = True
     #: compute: the split's event is recorded after every split, else only after splits with inputs
@@ -34,6 +34,19 @@ class Dialect:
     reserve_failure: Literal["returned", "ignored"] = "returned"
     #: allocator: a buffer type may ask for more than `nbytes` only for some ops and types
     alloc_size_check: bool = True
+    #: compute: who copies used experts: ggml's "scheduler", or a "callback" that llama.cpp sets and others do not
+    expert_copy: Literal["callback", "scheduler"] = "callback"
+    #: compute: inputs of a split that are weights in host memory are copied after all its others
+    host_weights_last: bool = True
+    #: used-expert copy: the backend of the weight is synchronized first
+    wait_weight_backend: bool = False
+    #: used-expert copy: ids are read from their "copy" on the split's backend, or from the "original" where that is
+    #: copied later
+    ids_from: Literal["copy", "original"] = "copy"
+    #: used-expert copy: ids are read again for a weight of another number of experts
+    ids_by_n_expert: bool = True
+    #: alloc_graph: a callback is told of every reserve that becomes necessary
+    realloc_callback: bool = True
 
 
 _V0_20 = Dialect(
@@ -47,11 +60,26 @@ _V0_20 = Dialect(
     skip_empty_ids=False,
     reserve_failure="ignored",
     alloc_size_check=False,
+    expert_copy="scheduler",
+    host_weights_last=False,
+    wait_weight_backend=True,
+    ids_from="original",
+    ids_by_n_expert=False,
+    realloc_callback=False,
 )
 _V0_21 = replace(_V0_20, version="0.21", wait_previous_split=True, record_every_split=True)
+_V0_26 = Dialect(
+    version="0.26",
+    expert_copy="scheduler",
+    host_weights_last=False,
+    wait_weight_backend=True,
+    ids_from="original",
+    ids_by_n_expert=False,
+    realloc_callback=False,
+)
 DEFAULT_DIALECT = Dialect()
 #: The dialects by version, oldest first.
-DIALECTS: dict[str, Dialect] = {d.version: d for d in (_V0_20, _V0_21, DEFAULT_DIALECT)}
+DIALECTS: dict[str, Dialect] = {d.version: d for d in (_V0_20, _V0_21, _V0_26, DEFAULT_DIALECT)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +95,10 @@ class Repairs:
     pinned_weight: bool = True
     #: ids that a node rewrote since they were read are read again
     stale_ids: bool = True
+    #: ids that are themselves a weight in host memory, and not copied yet, are read where they lie (`ids_from`)
+    host_weight_ids: bool = True
+    #: a host weight that a node of the graph writes is waited for before its experts are copied (`wait_weight_backend`)
+    written_weights: bool = True
     #: experts of a shared copy that a later user needs are added
     shared_experts: bool = True
     #: a copy whose source a node of another backend wrote since is made again for its later users

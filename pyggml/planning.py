@@ -46,7 +46,7 @@ class SchedOptions:
 
     strict: bool = False
     dialect: Dialect = DEFAULT_DIALECT
-    copier: InputCopier | None = None
+    copier: InputCopier | Literal["used"] | None = "used"
     offload_rule: OffloadOp | None = None
     recorder: Recorder | None = None
     clock: VirtualClock | None = None
@@ -154,7 +154,7 @@ class Planner:
         progress: Progress | None = None,
         strict: bool = False,
         dialect: Dialect = DEFAULT_DIALECT,
-        copier: InputCopier | None = None,
+        copier: InputCopier | Literal["used"] | None = "used",
         offload_rule: OffloadOp | None = None,
         recorder: Recorder | None = None,
         clock: VirtualClock | None = None,

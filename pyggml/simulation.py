@@ -80,7 +80,7 @@ class RoutedCopier(UsedExpertCopier):
         self._n_lead = n_lead  # layers before the first with experts, which a routing does not count
         self.tokens: Sequence[int] = ()
         self.outputs: Sequence[int] = ()
-        self._read: tuple[Tensor, set[int]] | None = None
+        self._read: tuple[Tensor, int | None, set[int]] | None = None
 
     def begin(self) -> None:
         """Forget the ids that were asked for."""
@@ -89,12 +89,13 @@ class RoutedCopier(UsedExpertCopier):
 
     def _used(self, run: SplitRun, i_split: int, ids: Tensor, backend_id: int, weight: Tensor) -> set[int]:
         """Return the experts that the routing names; reading ids takes the time that it takes with data."""
-        if self._read is None or self._read[0] is not ids:
+        n_expert = weight.ne[2] if run.machine.dialect.ids_by_n_expert else None
+        if self._read is None or self._read[:2] != (ids, n_expert):
             start_s = run.log.now()
             run.machine.backends[backend_id].synchronize()
             run.log.was_read(i_split, ids, backend_id, start_s)
-            self._read = (ids, self.choose(ids, weight))
-        return self._read[1]
+            self._read = (ids, n_expert, self.choose(ids, weight))
+        return self._read[2]
 
     def before_compute(self, run: SplitRun, i_split: int) -> None:
         """Tell the log how many experts are read of weights that are not copied."""

@@ -133,9 +133,9 @@ def test_records_tell_everything(moe: Moe) -> None:
     copies = [r for r in recording.records if isinstance(r, CopyRecord)]
     assert used.used == (3, 5)
     assert [(r.tensor, r.reason) for r in copies] == [
-        ("blk.0.ffn_up_exps.weight", "experts"),
-        ("blk.0.ffn_up_exps.weight", "experts"),
         ("x", "input"),
         ("ids", "input"),
+        ("blk.0.ffn_up_exps.weight", "experts"),
+        ("blk.0.ffn_up_exps.weight", "experts"),
     ]
     assert sum(r.size_bytes for r in copies) == sched.stats.bytes_copied == moe.gpu.device.traffic.bytes_in

@@ -99,11 +99,11 @@ class ModelFlags:
             swa_full=self.swa_full,
         )
 
-    def copier(self) -> InputCopier | None:
-        """Return what copies split inputs; None for the scheduler's default."""
+    def copier(self) -> InputCopier | Literal["used"]:
+        """Return what copies split inputs; "used" is the scheduler's default."""
         from ..sched.policies import FullCopier, UpstreamCopier
 
-        return {"used": None, "upstream": UpstreamCopier(), "full": FullCopier()}[self.expert_copy]
+        return {"used": "used", "upstream": UpstreamCopier(), "full": FullCopier()}[self.expert_copy]  # type: ignore[return-value]
 
 
 _PLACEMENT = cloup.option_group(

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..dialect import DIALECTS, Dialect
+from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect
 from ..errors import FormatError
 from ..replay import replay_file
 from ._console import n_seconds
@@ -19,9 +19,20 @@ from ._console import n_seconds
 __all__ = ["command", "trace_name"]
 
 #: What a user may call the dialects: by our name, or by the whole version of ggml that their traces come from.
-_VERSIONS = {**{name: name for name in DIALECTS}, "0.20.2": "0.20", "0.21.0": "0.21", "0.26.0": "0.26"}
+_VERSIONS = {
+    **{name: name for name in DIALECTS},
+    "0.20.2": "0.20",
+    "0.21.0": "0.21",
+    "0.26.0": "0.26",
+    "0.27.0": "0.27",
+}
 #: Ends of trace files, so that those of several dialects can lie in one folder.
-_SUFFIXES = {"0.20": ".trace.json.gz", "0.21": ".trace021.json.gz", "0.26": ".trace026.json.gz"}
+_SUFFIXES = {
+    "0.20": ".trace.json.gz",
+    "0.21": ".trace021.json.gz",
+    "0.26": ".trace026.json.gz",
+    "0.27": ".trace027.json.gz",
+}
 _CASE_ENDS = (".case.json.gz", ".case.json", ".json.gz", ".json")
 _MANY = 8  #: cases from which on progress is shown: fewer take less than a second
 
@@ -36,7 +47,11 @@ _MANY = 8  #: cases from which on progress is shown: fewer take less than a seco
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the traces of --all.")
 @click.option(
-    "--dialect", type=click.Choice(list(_VERSIONS)), default="0.26", show_default=True, help="Version of ggml."
+    "--dialect",
+    type=click.Choice(list(_VERSIONS)),
+    default=DEFAULT_DIALECT.version,
+    show_default=True,
+    help="Version of ggml.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 def command(

@@ -12,7 +12,7 @@ from ..record import CopyReason
 from ..tensor import Tensor
 from ..types import BufferUsage, TensorFlag
 from .log import RunLog
-from .policies import InputCopier
+from .policies import InputCopier, is_host_weight
 from .state import Assignment, Copies, Machine, Split
 
 __all__ = ["EvalCallback", "SplitRun", "compute_splits"]
@@ -47,6 +47,25 @@ class SplitRun:
     def copy_of(self, tensor: Tensor, backend_id: int) -> Tensor:
         """Return the current copy of a split input on a backend."""
         return self.copies[tensor][backend_id][self.cur_copy]
+
+    def original_of(self, tensor: Tensor) -> Tensor:
+        """Return what a tensor is a copy of; itself if it is none."""
+        for source, by_backend in self.copies.items():
+            if any(tensor is made[self.cur_copy] for made in by_backend.values()):
+                return source
+        return tensor
+
+    def copy_order(self, split: Split) -> Sequence[int]:
+        """Return the indices of a split's inputs in the order of copying (`Dialect.host_weights_last`)."""
+        order = range(len(split.inputs))
+        if not self.machine.dialect.host_weights_last or len(order) < 2:
+            return order
+        return sorted(order, key=lambda i: is_host_weight(split.inputs[i]))
+
+    def not_yet_copied(self, split: Split, i_input: int) -> list[Tensor]:
+        """Return the inputs whose turn comes after one."""
+        order = self.copy_order(split)
+        return [split.inputs[i] for i in order[order.index(i_input) + 1 :]]
 
     def causes_of(self, tensor: Tensor) -> tuple[str, ...]:
         """Return why a tensor is where it is, as text for errors."""
@@ -107,7 +126,7 @@ def compute_splits(run: SplitRun) -> None:
         if dialect.wait_previous_split and not split.inputs and previous is not None and previous != b:
             # the allocator may have given both splits the same memory
             run.host_wait(i_split, previous)
-        for i_input in range(len(split.inputs)):
+        for i_input in run.copy_order(split):
             _copy_input(run, i_split, i_input)
         run.copier.before_compute(run, i_split)
         if check is not None:

@@ -1,30 +1,38 @@
 """What a user may replace: which ops are offloaded, and how the inputs of a split are copied.
 
 An offload rule is a function ``(backend, tensor) -> bool``. An input copier is an object with the methods of
-`InputCopier`; three come with pyggml: `FullCopier`, upstream's `UpstreamCopier`, and the default `UsedExpertCopier`,
-which mends what upstream gets wrong.
+`InputCopier`; four come with pyggml: `FullCopier`, upstream's `UpstreamCopier`, the default `UsedExpertCopier`, which
+mends what upstream gets wrong, and `CallbackCopier`, which asks a function with the arguments of ggml's copy callback.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..dialect import Repairs
+from ..backend import Backend
+from ..dialect import Dialect, Repairs
 from ..errors import ExpertIdError, SchedError
+from ..graph import GraphView
 from ..tensor import Tensor
 from ..types import BufferUsage, Op
 from .experts import expert_copy_ranges, find_bad_id, layer_of, used_experts
 
 if TYPE_CHECKING:
-    from ..backend import Backend
     from .compute import SplitRun
     from .split import Cutter
     from .state import Split
 
-__all__ = ["FullCopier", "InputCopier", "UpstreamCopier", "UsedExpertCopier", "default_offload"]
+__all__ = [
+    "CallbackCopier", "CopyCallback", "FullCopier", "InputCopier", "UpstreamCopier", "UsedExpertCopier",
+    "default_offload", "is_host_weight", "plain_copier",
+]  # fmt: skip
+
+#: Called with the split's backend, a weight in host memory, its copy there and the split's graph, once the backend was
+#: waited for. True: it has copied; False: the weight is copied whole.
+CopyCallback = Callable[[Backend, Tensor, Tensor, GraphView], bool]
 
 
 def default_offload(backend: Backend, op: Tensor) -> bool:
@@ -74,15 +82,84 @@ class FullCopier:
         """Do nothing."""
 
 
+def is_host_weight(tensor: Tensor) -> bool:
+    """Whether a tensor is a weight in host memory: what ggml's copy callback is asked about.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_sched_is_host_weight`.
+    """
+    buffer = tensor.buffer
+    return buffer is not None and buffer.usage is BufferUsage.WEIGHTS and buffer.is_host
+
+
+def plain_copier(dialect: Dialect) -> InputCopier:
+    """Return what a program gets that sets no callback: from 0.27 on every expert is copied (`Dialect.expert_copy`)."""
+    return UpstreamCopier() if dialect.expert_copy == "scheduler" else FullCopier()
+
+
+class _Reporting:
+    """A backend as a copy callback sees it: what is written to the weight's copy, and waits, are taken note of."""
+
+    def __init__(self, run: SplitRun, i_split: int, weight: Tensor, copy: Tensor) -> None:
+        self._run, self._i_split, self._weight, self._copy = run, i_split, weight, copy
+        self._id = run.splits[i_split].backend_id
+        self._backend = run.machine.backends[self._id]
+
+    def __getattr__(self, name: str) -> Any:  # whatever the backend has
+        return getattr(self._backend, name)
+
+    def set_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
+        """Write bytes, in stream order."""
+        start_s = self._run.log.now()
+        self._backend.set_tensor_async(tensor, address, offset, size)
+        if tensor is self._copy:
+            self._run.log.copied(
+                self._i_split, self._weight, self._run.asg.ids[self._weight], self._id, "experts", start_s,
+                offset=offset, size=size, is_async=True,
+            )  # fmt: skip
+
+    def synchronize(self) -> None:
+        """Wait for all work."""
+        self._run.synchronize(self._i_split, self._id)
+
+
+class CallbackCopier(FullCopier):
+    """Asks a function about each weight in host memory, as ggml 0.27 asks its copy callback; all else is copied whole.
+
+    Parameters
+    ----------
+    callback : callable
+        See `CopyCallback`. Its backend is the split's; bytes that it writes to the copy are counted and recorded.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_sched_set_copy_callback`. Differs: it is asked in every dialect.
+    """
+
+    def __init__(self, callback: CopyCallback) -> None:
+        self.callback = callback
+
+    def copy_input(self, run: SplitRun, i_split: int, i_input: int) -> bool:
+        """Ask the callback, if the input is a weight in host memory."""
+        split = run.splits[i_split]
+        weight = split.inputs[i_input]
+        if not is_host_weight(weight):
+            return False
+        copy = run.copy_of(weight, split.backend_id)
+        backend: Any = _Reporting(run, i_split, weight, copy)  # a Backend in all that it is asked for
+        return bool(self.callback(backend, weight, copy, split.graph))
+
+
 def takes_used_experts(split: Split, tensor: Tensor, copy: Tensor) -> bool:
     """Whether an input of a split is an expert weight in host memory that the split's first node multiplies with.
 
     Notes
     -----
-    Mirrors the condition in `ggml_backend_sched_compute_splits`: only the first node is looked at.
+    Mirrors the condition in `ggml_backend_sched_compute_splits`, since 0.27 in llama.cpp's
+    `llama_context::sched_copy_experts`: only the first node is looked at.
     """
-    buffer = tensor.buffer
-    if buffer is None or buffer.usage is not BufferUsage.WEIGHTS or not buffer.is_host or not len(split.graph):
+    if not is_host_weight(tensor) or not len(split.graph):
         return False
     node = split.graph.graph.nodes[split.graph.i_start]
     return node.op is Op.MUL_MAT_ID and node.src[0] is copy
@@ -91,10 +168,11 @@ def takes_used_experts(split: Split, tensor: Tensor, copy: Tensor) -> bool:
 class _IdsRead:
     """Ids that were read from a device."""
 
-    __slots__ = ("backend", "tensor", "used", "words")
+    __slots__ = ("backend", "n_expert", "tensor", "used", "words")
 
-    def __init__(self, run: SplitRun, i_split: int, tensor: Tensor, backend_id: int) -> None:
+    def __init__(self, run: SplitRun, i_split: int, tensor: Tensor, backend_id: int, n_expert: int) -> None:
         self.tensor = tensor
+        self.n_expert = n_expert  #: of the weight that they were read for
         self.backend = backend = run.machine.backends[backend_id]
         self.words = array("i", bytes(tensor.nbytes))
         start_s = run.log.now()
@@ -104,16 +182,19 @@ class _IdsRead:
         ne, nb = tensor.ne, tensor.nb
         self.used = used_experts(self.words, n_used=ne[0], n_token=ne[1], strides=(nb[0] // 4, nb[1] // 4))
 
-    def check(self, weight: Tensor, n_expert: int, causes: tuple[str, ...]) -> None:
+    def check(self, run: SplitRun, weight: Tensor) -> None:
         """Raise `ExpertIdError` for the first id that is no expert of a weight."""
+        n_expert = weight.ne[2]
         if not self.used or (min(self.used) >= 0 and max(self.used) < n_expert):
             return
         ne, nb = self.tensor.ne, self.tensor.nb
         strides = (nb[0] // 4, nb[1] // 4)
         bad = find_bad_id(self.words, n_used=ne[0], n_token=ne[1], strides=strides, n_expert=n_expert)
         assert bad is not None
+        ids = run.original_of(self.tensor)
+        where = self.backend.name if ids is self.tensor else run.machine.backends[run.asg.ids[ids]].name
         raise ExpertIdError(
-            weight.name, layer_of(weight.name), self.tensor.name, self.backend.name, *bad, n_expert, causes=causes
+            weight.name, layer_of(weight.name), ids.name, where, *bad, n_expert, causes=run.causes_of(ids)
         )
 
 
@@ -124,7 +205,8 @@ class UpstreamCopier(FullCopier):
 
     Notes
     -----
-    Mirrors the used-expert path of `ggml_backend_sched_compute_splits`.
+    Mirrors the used-expert path of `ggml_backend_sched_compute_splits`, which became llama.cpp's copy callback
+    `llama_context::sched_copy_experts` with ggml 0.27.
     Differs: an id that is no expert raises `ExpertIdError` and nothing is computed after it; upstream aborts.
     """
 
@@ -142,7 +224,8 @@ class UpstreamCopier(FullCopier):
         copy = run.copy_of(weight, split.backend_id)
         if not takes_used_experts(split, weight, copy):
             return False
-        run.synchronize(i_split, run.asg.ids[weight])
+        if run.machine.dialect.wait_weight_backend or self._is_written(weight):
+            run.synchronize(i_split, run.asg.ids[weight])
         ids = split.graph.graph.nodes[split.graph.i_start].src[2]
         assert ids is not None
         if ids.is_empty and run.machine.dialect.skip_empty_ids:
@@ -150,10 +233,11 @@ class UpstreamCopier(FullCopier):
             return True
         there = split.backend_id
         original = ids
-        for later in split.inputs[i_input + 1 :]:
-            if run.copy_of(later, split.backend_id) is ids:  # not copied yet: the original is what will be there
-                original, there = later, run.asg.ids[later]
-                break
+        if self._reads_original(run.machine.dialect):
+            for later in run.not_yet_copied(split, i_input):
+                if run.copy_of(later, split.backend_id) is ids:  # the original is what will be there
+                    original, there = later, run.asg.ids[later]
+                    break
         used = self._used(run, i_split, original, there, weight)
         run.log.experts(i_split, weight, original, used, is_added=False)
         run.log.used[ids] = len(used)
@@ -163,11 +247,25 @@ class UpstreamCopier(FullCopier):
 
     def _used(self, run: SplitRun, i_split: int, ids: Tensor, backend_id: int, weight: Tensor) -> set[int]:
         """Return the experts that ids name, as read before or read now."""
-        if self._ids is None or self._ids.tensor is not ids:
+        n_expert = weight.ne[2]
+        read = self._ids
+        if (
+            read is None
+            or read.tensor is not ids
+            or (run.machine.dialect.ids_by_n_expert and read.n_expert != n_expert)
+        ):
             self._ids = None  # a read that fails leaves nothing behind
-            self._ids = _IdsRead(run, i_split, ids, backend_id)
-        self._ids.check(weight, weight.ne[2], run.causes_of(ids))
-        return self._ids.used
+            self._ids = read = _IdsRead(run, i_split, ids, backend_id, n_expert)
+        read.check(run, weight)
+        return read.used
+
+    def _reads_original(self, dialect: Dialect) -> bool:
+        """Whether ids whose copy is not made yet are read from what will be copied."""
+        return dialect.ids_from == "original"
+
+    def _is_written(self, weight: Tensor) -> bool:
+        """Whether a weight must be waited for where the dialect would not; upstream does not look."""
+        return False
 
     def _copied(self, copy: Tensor, used: set[int]) -> None:
         """Take note of what is on the device; upstream does not."""
@@ -206,6 +304,7 @@ class UsedExpertCopier(UpstreamCopier):
     repairs : Repairs
         `shared_experts`: a later user of the same copy gets the experts that it lacks.
         `stale_ids`: ids that were rewritten since they were read are read again.
+        `host_weight_ids`, `written_weights`: see there.
     """
 
     def __init__(self, repairs: Repairs | None = None) -> None:
@@ -214,16 +313,18 @@ class UsedExpertCopier(UpstreamCopier):
         self._on_device: dict[Tensor, set[int]] = {}
         self._later: dict[int, list[_LaterUse]] = {}  # by split
         self._writes: dict[int, set[Tensor]] = {}  # by split: ids memory that its nodes write
+        self._written: set[Tensor] = set()  # expert weights that nodes of the graph write
 
     def prepare(self, cutter: Cutter) -> None:
         """Find the later users of expert copies, and the splits that write ids."""
-        self._later, self._writes = {}, {}
+        self._later, self._writes, self._written = {}, {}, set()
         firsts: dict[Tensor, int] = {}  # copy of an expert weight -> the split that lists it
         for i, split in enumerate(cutter.splits):
             for weight in split.inputs:
                 copy = cutter.copies[weight][split.backend_id][cutter.cur_copy]
                 if takes_used_experts(split, weight, copy):
                     firsts[copy] = i
+                    self._written.add(weight)
         if not firsts:
             return
         users = [(node, j, src) for node, j, src in cutter.rewritten if node.src[j] in firsts]
@@ -238,6 +339,8 @@ class UsedExpertCopier(UpstreamCopier):
         watched = ids_roots | copied_from.keys()
         starts = [split.i_start for split in cutter.splits]
         nodes = cutter.splits[0].graph.graph.nodes
+        changed = {n.view_src for n in nodes if n.view_src is not None and not n.op.is_empty}
+        self._written = {weight for weight in self._written if _root(weight) in changed}
         for i_node in [i for i, n in enumerate(nodes) if (n.view_src or n) in watched]:
             root = nodes[i_node].view_src or nodes[i_node]
             if not nodes[i_node].op.is_empty:
@@ -268,6 +371,12 @@ class UsedExpertCopier(UpstreamCopier):
 
     def _copied(self, copy: Tensor, used: set[int]) -> None:
         self._on_device[copy] = set(used)
+
+    def _reads_original(self, dialect: Dialect) -> bool:
+        return self.repairs.host_weight_ids or super()._reads_original(dialect)
+
+    def _is_written(self, weight: Tensor) -> bool:
+        return self.repairs.written_weights and weight in self._written
 
     def before_compute(self, run: SplitRun, i_split: int) -> None:
         """Add the experts that a later user of a copy needs and that are not on the device."""

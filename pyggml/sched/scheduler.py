@@ -32,10 +32,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 from weakref import WeakKeyDictionary, ref
 
 from .. import config
@@ -58,8 +58,16 @@ from .debug import assignments_text
 from .describe import split_records
 from .kept import IdTable, KeptAlloc
 from .log import RunLog
-from .policies import InputCopier, UpstreamCopier, UsedExpertCopier, default_offload
-from .split import CutMemory, Cutter, make_sched_graph, optimize_splits, rewritten_sources
+from .policies import (
+    CallbackCopier,
+    CopyCallback,
+    InputCopier,
+    UpstreamCopier,
+    UsedExpertCopier,
+    default_offload,
+    plain_copier,
+)
+from .split import CutMemory, Cutter, graph_size, make_sched_graph, optimize_splits, rewritten_sources
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
 
 if TYPE_CHECKING:
@@ -67,7 +75,11 @@ if TYPE_CHECKING:
 
     from ..viz.show import Page
 
-__all__ = ["Scheduler"]
+__all__ = ["ReallocCallback", "Scheduler"]
+
+#: Called with the scheduler, the graph for the allocator, whether a tensor moved between buffer types, and whether the
+#: graph has another size than the one split before; each time a graph does not fit the compute buffers.
+ReallocCallback = Callable[["Scheduler", SchedGraph, bool, bool], None]
 
 
 class Scheduler:
@@ -89,8 +101,14 @@ class Scheduler:
         Replay upstream exactly, mistakes included.
     repairs : Repairs, optional
         Which mistakes are mended; all, or none if strict.
-    copier : InputCopier, optional
-        How inputs are copied; `UsedExpertCopier`, or `UpstreamCopier` if strict.
+    copier : InputCopier, "used" or None
+        How inputs are copied. "used", the default, copies used experts in every dialect, as llama.cpp does:
+        `UsedExpertCopier`, or `UpstreamCopier` if strict. None is ggml without llama.cpp, which copies experts whole from
+        0.27 on (`Dialect.expert_copy`).
+    copy_callback : callable, optional
+        In place of a copier: a function with the arguments of ggml's copy callback; see `CopyCallback`.
+    realloc_callback : callable, optional
+        Told of each reserve that a graph makes necessary; see `ReallocCallback`.
     offload_rule : callable, optional
         ``(backend, tensor) -> bool``; the device's own rule by default.
     recorder : Recorder, optional
@@ -105,7 +123,8 @@ class Scheduler:
     Raises
     ------
     SchedError
-        There is no backend, the last is no CPU, or one cannot use its buffer type.
+        There is no backend, the last is no CPU, or one cannot use its buffer type; a copier and a copy callback are
+        given; a realloc callback is given, and the dialect has none.
 
     Notes
     -----
@@ -123,7 +142,9 @@ class Scheduler:
         dialect: Dialect = DEFAULT_DIALECT,
         strict: bool = False,
         repairs: Repairs | None = None,
-        copier: InputCopier | None = None,
+        copier: InputCopier | Literal["used"] | None = "used",
+        copy_callback: CopyCallback | None = None,
+        realloc_callback: ReallocCallback | None = None,
         offload_rule: OffloadOp | None = None,
         recorder: Recorder | None = None,
         clock: VirtualClock | None = None,
@@ -141,9 +162,18 @@ class Scheduler:
         self.cur_copy = self.next_copy = 0
         self.op_offload = op_offload
         self.offload_rule: OffloadOp = default_offload if offload_rule is None else offload_rule
-        self.copier: InputCopier = (
-            copier if copier is not None else UpstreamCopier() if strict else UsedExpertCopier(self.repairs)
-        )
+        if copy_callback is not None:
+            if copier != "used":
+                raise SchedError("a copier and a copy callback are given", hint="a copy callback is a copier: give one")
+            copier = CallbackCopier(copy_callback)
+        if copier is None:
+            copier = plain_copier(dialect)
+        elif copier == "used":
+            copier = UpstreamCopier() if strict else UsedExpertCopier(self.repairs)
+        self.copier: InputCopier = copier
+        if realloc_callback is not None and not dialect.realloc_callback:
+            raise SchedError(f"ggml {dialect.version} has no realloc callback", hint="dialect 0.27 has one")
+        self.realloc_callback = realloc_callback
         self.eval_callback = eval_callback
         self.debug = config.sched_debug() if debug is None else debug
         #: counts of all that was copied and computed since the scheduler was made, or since ``stats.clear()``
@@ -166,6 +196,7 @@ class Scheduler:
         self._memory = CutMemory()
         self._node_ids, self._prev_node_ids = IdTable(), IdTable()
         self._leaf_ids, self._prev_leaf_ids = IdTable(), IdTable()
+        self._graph_size = self._prev_graph_size = 0  # of the latest cut and the one before, as upstream counts
         self._cutter: Cutter | None = None
         self._copy_check: CopyCheck | None = None  # of the latest cut, once asked for
         self._rewritten_sources: dict[int, list[tuple[Tensor, int]]] = {}
@@ -271,6 +302,7 @@ class Scheduler:
         self._leaf_ids.write(self.graph_copy.leaf_backend_ids)
         self.splits, self.copies, self.graph_inputs = cutter.splits, cutter.copies, cutter.graph_inputs
         self._cutter = cutter
+        self._prev_graph_size, self._graph_size = self._graph_size, graph_size(graph, cutter, self.graph_copy)
         if self.recorder is not None:
             for described in split_records(cutter):
                 self.recorder.record(described)
@@ -425,6 +457,9 @@ class Scheduler:
         with self._noting_buffers():  # with one buffer type the allocator reserves by itself
             is_placed = not moved and self.galloc.alloc_graph(self.graph_copy)
         if not is_placed:
+            if self.realloc_callback is not None:
+                is_resized = self._graph_size != self._prev_graph_size
+                self.realloc_callback(self, self.graph_copy, moved, is_resized)
             # inputs may move in memory; next_copy must not change, so this is no `synchronize`
             self._wait()
             self._reserve_copy()

@@ -10,7 +10,7 @@ from ..tensor import Tensor, dup_layout, view_tensor
 from ..types import MAX_SRC, SCHED_MAX_SPLIT_INPUTS, BufferUsage, TensorFlag
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split, is_computed
 
-__all__ = ["CutMemory", "Cutter", "make_sched_graph", "optimize_splits", "rewritten_sources"]
+__all__ = ["CutMemory", "Cutter", "graph_size", "make_sched_graph", "optimize_splits", "rewritten_sources"]
 
 
 class CutMemory:
@@ -333,3 +333,16 @@ def _add_leafs(graph: Graph, cutter: Cutter, made: SchedGraph) -> None:
                 made.leaf_backend_ids += [split.backend_id] * cutter.n_copies
     made.leafs += graph.leafs
     made.leaf_backend_ids += [ids.get(leaf, -1) for leaf in graph.leafs]  # -1: nothing uses it, and it is no input
+
+
+def graph_size(graph: Graph, cutter: Cutter, copy: SchedGraph) -> int:
+    """Return the room that upstream takes for its copy of a graph: what tells a realloc callback that it changed.
+
+    Notes
+    -----
+    Mirrors `graph_size` in `ggml_backend_sched_split_graph`.
+    """
+    n_inputs = sum(len(split.inputs) for split in cutter.splits)
+    n_dep_nodes = len(copy.nodes) - len(graph.nodes) - 2 * n_inputs
+    n_copied = 2 * cutter.n_copies * (len(cutter.graph_inputs) + n_inputs)
+    return max(len(graph.nodes), len(graph.leafs)) + n_copied + n_dep_nodes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pyggml as ggml
 from pyggml.models.make_moe import Recipe, Sizes, make_moe
@@ -24,10 +25,10 @@ def record_runs(folder: Path) -> dict[str, list[Record]]:
     """Return what was recorded of a prompt and two tokens, with the used experts copied, and with whole copies."""
     path = folder / "small.gguf"
     make_moe(path, Recipe("llama", Type.Q8_0, seed=3, skew=1.5, sizes=Sizes(layers=3, experts=16, used=2)))
-    return {"used": _record_run(path, None), "full": _record_run(path, FullCopier())}
+    return {"used": _record_run(path, "used"), "full": _record_run(path, FullCopier())}
 
 
-def _record_run(path: Path, copier: InputCopier | None) -> list[Record]:
+def _record_run(path: Path, copier: InputCopier | Literal["used"]) -> list[Record]:
     recording = Recording()
     sim, cpu = ggml.Sim(SIM), ggml.CPU(threads=1)
     with Session.open(

@@ -28,8 +28,8 @@ def test_every_breaking_case_is_answered() -> None:
 @pytest.mark.parametrize("name", BREAKING)
 def test_upstream_breaks_as_recorded(name: str) -> None:
     """Where upstream aborts or crashes, its recorded trace ends so; ours of the same case goes on, or ends with our error."""
-    suffixes = {"0.20.2": "trace", "0.21.0": "trace021", "0.26.0": "trace026"}
-    dialects = {"0.20.2": "0.20", "0.21.0": "0.21", "0.26.0": "0.26"}
+    suffixes = {"0.20.2": "trace", "0.21.0": "trace021", "0.26.0": "trace026", "0.27.0": "trace027"}
+    dialects = {"0.20.2": "0.20", "0.21.0": "0.21", "0.26.0": "0.26", "0.27.0": "0.27"}
     for version, outcome in _outcomes(name).items():
         path = case_path(name).with_name(f"{name}.{suffixes[version]}.json.gz")
         if outcome in ("abort", "crash") and path.exists():

@@ -129,7 +129,7 @@ def test_the_last_expert_of_a_strided_view_is_copied_to_its_end() -> None:
 
 
 @breaks("113-special-no-ids-used", "112-special-no-tokens", "152-special-zero-size")
-@pytest.mark.parametrize("version", ["0.20", "0.26"])
+@pytest.mark.parametrize("version", ["0.20", "0.26", "0.27"])
 @pytest.mark.parametrize("n_used", [0, 2])
 def test_no_ids_copy_nothing(version: str, n_used: int) -> None:
     """No expert used, or no token: no expert is copied and the result is empty, in every dialect."""

@@ -97,7 +97,7 @@ def _try_reserve(world: World) -> None:
     "190-special-alloc-fails-then-same",
 )
 @pytest.mark.parametrize("attempt", [_try_alloc, _try_reserve])
-@pytest.mark.parametrize("version", ["0.20", "0.26"])
+@pytest.mark.parametrize("version", ["0.20", "0.26", "0.27"])
 def test_too_small_a_device(attempt: Callable[[World], None], version: str) -> None:
     """A device without room: what was asked, what is there, for what; a smaller graph is computed afterwards."""
     world = World(profile="custom:1MiB,100GB/s,10GB/s", dialect=ggml.DIALECTS[version])
@@ -122,7 +122,7 @@ def test_too_small_a_device(attempt: Callable[[World], None], version: str) -> N
 
 
 @breaks("188-special-alloc-fails-compute")
-@pytest.mark.parametrize("version", ["0.20", "0.26"])
+@pytest.mark.parametrize("version", ["0.20", "0.26", "0.27"])
 def test_too_small_a_device_when_computing(version: str) -> None:
     """A compute that allocates by itself and cannot is the same error, and the next graph computes."""
     world = World(profile="custom:1MiB,100GB/s,10GB/s", dialect=ggml.DIALECTS[version])

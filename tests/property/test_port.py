@@ -14,7 +14,12 @@ from pyggml.testing.port_trace import port_trace
 from pyggml.testing.traces import DECISIONS, differences
 
 CASES = sorted((Path(__file__).parent.parent / "replay" / "cases").glob("*.case.json.gz"))
-SUFFIXES = {"0.20": ".trace.json.gz", "0.21": ".trace021.json.gz", "0.26": ".trace026.json.gz"}
+SUFFIXES = {
+    "0.20": ".trace.json.gz",
+    "0.21": ".trace021.json.gz",
+    "0.26": ".trace026.json.gz",
+    "0.27": ".trace027.json.gz",
+}
 #: Upstream goes on with sources that name freed copies; the port does not guess what it reads there.
 UNDEFINED = {"145-special-alloc-fails"}
 

@@ -19,8 +19,13 @@ Step = dict[str, Any]
 
 #: Versions of ggml with recorded traces, oldest first, by the end of their files. A case without a trace of a version
 #: has that of the version before.
-SUFFIXES = {"0.20": ".trace.json.gz", "0.21": ".trace021.json.gz", "0.26": ".trace026.json.gz"}
-FULL_VERSIONS = {"0.20": "0.20.2", "0.21": "0.21.0", "0.26": "0.26.0"}
+SUFFIXES = {
+    "0.20": ".trace.json.gz",
+    "0.21": ".trace021.json.gz",
+    "0.26": ".trace026.json.gz",
+    "0.27": ".trace027.json.gz",
+}
+FULL_VERSIONS = {"0.20": "0.20.2", "0.21": "0.21.0", "0.26": "0.26.0", "0.27": "0.27.0"}
 
 _STEP_SECTIONS = {"build": ("nodes", "leafs"), "sizes": ("sizes",), "results": ("result",)}
 SECTIONS = ("build", *STATE_SECTIONS, "memory_calls", "calls", "results", "aborts")

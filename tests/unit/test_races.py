@@ -137,6 +137,7 @@ def test_no_wait_is_left_untried():
             for parallel in (False, True):
                 _results(make, 0, parallel=parallel)
         _results(two_devices, 0, watch="h1")
+        _results(rewritten_experts, 0)
     assert Saboteur.met == {place for place, _, _ in _NEEDED}
 
 
@@ -154,11 +155,11 @@ def test_ids_that_are_not_waited_for_are_caught(monkeypatch):
     class Hasty(policies._IdsRead):
         __slots__ = ()
 
-        def __init__(self, run, i_split, tensor, backend_id):
+        def __init__(self, run, i_split, tensor, backend_id, n_expert):
             kept.append(self)  # the bytes still come, later
             with monkeypatch.context() as patch:
                 patch.setattr(SimBackend, "synchronize", lambda self: None)
-                super().__init__(run, i_split, tensor, backend_id)
+                super().__init__(run, i_split, tensor, backend_id, n_expert)
 
     monkeypatch.setattr(policies, "_IdsRead", Hasty)
     assert _wrong_seeds(two_devices)
@@ -167,7 +168,7 @@ def test_ids_that_are_not_waited_for_are_caught(monkeypatch):
 def test_split_without_inputs_races_in_0_20_and_not_since():
     """Version 0.20 waits for nothing before a split that copies nothing; 0.21 waits for the split before."""
     wrong = {v: bool(_wrong_seeds(two_streams, dialect=dialect)) for v, dialect in DIALECTS.items()}
-    assert wrong == {"0.20": True, "0.21": False, "0.26": False}
+    assert wrong == {"0.20": True, "0.21": False, "0.26": False, "0.27": False}
     named = {v: bool(_hazards(two_streams, dialect=dialect)) for v, dialect in DIALECTS.items()}
     assert named == wrong
 

@@ -249,7 +249,7 @@ def test_command_tells_what_became_of_a_folder(case, write, tmp_path) -> None:
     result = CliRunner().invoke(command, ["--all", str(tmp_path), "--out", str(out)])
     n_steps = sum(len(json.loads(gzip.decompress(path.read_bytes()))["steps"]) for path in out.iterdir())
     lines = result.output.splitlines()
-    assert lines[0] == f"2 of 2 cases replayed in dialect 0.26: {out}"
+    assert lines[0] == f"2 of 2 cases replayed in dialect 0.27: {out}"
     assert re.fullmatch(rf"{n_steps} steps in [\d.]+ m?s, 0 with an abort at the end", lines[1])
 
 
