@@ -11,16 +11,70 @@ from .routing import Routing
 from .sched.debug import assignments_text
 from .sched.policies import takes_used_experts
 from .simulation import SimulatedBatch, can_simulate, simulate_batch
-from .types import BufferUsage, TensorFlag
+from .types import BufferUsage, DeviceType, TensorFlag
 
 if TYPE_CHECKING:
-    from .planning import PlannedGraph, Planner
+    from .backend import Backend
+    from .planning import Memory, PlannedGraph, Planner
     from .sched.state import Split
     from .tensor import Tensor
 
-__all__ = ["BatchPlan", "GraphPlan", "InputPlan", "SplitPlan", "ggml_text", "plan_batches"]
+__all__ = ["BatchPlan", "GraphPlan", "InputPlan", "MemoryFit", "SplitPlan", "ggml_text", "memory_fits", "plan_batches"]
 
 InputKind = Literal["input", "activation", "weight", "experts"]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFit:
+    """What a model needs of one buffer type, beside what its device has."""
+
+    backend: str  #: the backend whose own memory it is; empty for any other buffer type
+    memory: Memory
+    total_bytes: int | None  #: of the device; None if it is not known
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that the device lacks; 0 if all fits or its size is not known."""
+        return 0 if self.total_bytes is None else max(self.memory.total - self.total_bytes, 0)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device is large enough; None if its size is not known."""
+        return None if self.total_bytes is None else not self.missing_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON; ``device_bytes`` and ``fits`` are null where the size is not known."""
+        m = self.memory
+        return {
+            **asdict(m), "total": m.total, "backend": self.backend, "device_bytes": self.total_bytes,
+            "fits": self.fits, "missing_bytes": self.missing_bytes,
+        }  # fmt: skip
+
+
+def memory_fits(
+    memory: Sequence[Memory], backends: Sequence[Backend], *, host_bytes: int | None = None
+) -> list[MemoryFit]:
+    """Return whether what a session or a plan holds fits into its devices.
+
+    Parameters
+    ----------
+    memory : sequence of Memory
+        Of `Planner.memory` or `Session.memory`.
+    backends : sequence of Backend
+        The devices', then the CPU's.
+    host_bytes : int, optional
+        Size of the host's memory, where it was stated: that of this machine says nothing of the one that is planned.
+    """
+    sizes: dict[str, tuple[str, int | None]] = {}
+    for backend in backends:
+        device = backend.device
+        size = host_bytes if device.type is DeviceType.CPU else device.memory()[1]
+        sizes.setdefault(device.buffer_type.name, (backend.name, size or None))
+    found = []
+    for m in memory:
+        name, total = sizes.get(m.buft, ("", None))
+        found.append(MemoryFit(name, m, total))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

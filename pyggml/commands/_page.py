@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from ..types import DeviceType
 from ._model_options import ModelFlags
 
 if TYPE_CHECKING:
     from ..backend import Backend
+    from ..clock import VirtualClock
     from ..gguf import GGUFFile
     from ..models.source import ModelFacts
     from ..record import Record
@@ -45,9 +47,19 @@ def about_model(file: GGUFFile, hparams: ModelFacts) -> dict[str, Any]:
     }
 
 
-def about_devices(backends: Iterable[Backend]) -> list[dict[str, str]]:
-    """Return what pages and JSON say of devices."""
-    return [{"name": b.name, "description": b.device.description} for b in backends]
+def about_devices(backends: Sequence[Backend], clock: VirtualClock | None = None) -> list[dict[str, Any]]:
+    """Return what pages and JSON say of devices: with a clock, what it assumes of each, and the size of their memory."""
+    described = [b.device.description for b in backends]
+    if clock is not None:
+        described = [p.description for p in clock.profiles]
+    return [
+        {
+            "name": b.name,
+            "description": text,
+            "memory_bytes": None if b.device.type is DeviceType.CPU else b.device.memory()[1] or None,
+        }
+        for b, text in zip(backends, described, strict=True)
+    ]
 
 
 def given_options() -> str:

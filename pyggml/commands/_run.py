@@ -66,7 +66,12 @@ class _Run:
         if not self.report.is_complete and not self.report.shapes:
             return  # nothing happened that is worth a report
         if self.recording is not None:
-            about = {"model": self.report.model, "devices": self.report.devices, "options": given_options()}
+            about = {
+                "model": self.report.model,
+                "devices": self.report.devices,
+                "options": given_options(),
+                "assumed": "" if self.report.virtual is None else self.report.virtual.assumed(),
+            }
             write_records(
                 self.recording.records,
                 about,
@@ -160,6 +165,7 @@ def _open(
     if n_tokens is not None:
         _check_room(flags, hparams, n_tokens)
     backends, cpu = open_backends(flags)
+    kernels_s = time.perf_counter()
     warm_up()
     load_s = time.perf_counter()
     account = CopyAccount()
@@ -168,13 +174,13 @@ def _open(
     profile = backends[0].device.profile if backends else None
     told = RunReport(
         model=about_model(file, hparams),
-        devices=about_devices([*backends, cpu]),
+        devices=about_devices([*backends, cpu], clock),
         account=account,
         link=None if profile is None else profile.link,
         virtual=None if clock is None else VirtualReport(clock, [b.name for b in (*backends, cpu)]),
     )
     with progress() as bar:
-        task = bar.add_task(f"loading {Path(file.path).name}", total=None)
+        task = bar.add_task(f"loading {Path(file.path).name} (MB)", total=None)
         session = Session.open(
             file,
             devices=backends,
@@ -184,9 +190,10 @@ def _open(
             copier=flags.copier(),
             recorder=_Tee(account, recording),
             clock=clock,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: bar.update(task, completed=done // 10**6, total=-(-total // 10**6)),
         )
     with session:
+        told.seconds["kernels"] = load_s - kernels_s
         told.seconds["load"] = time.perf_counter() - load_s
         told.watch(session)
         run = _Run(session, tokenizer, output, told, recording)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 
+from ..plan_report import MemoryFit, memory_fits
 from ..report import CopyAccount, LayerCopies, Phase
 from ._console import Bar, n_bytes, n_seconds, table
-from ._tables import device_bytes, memory_dicts, memory_table
+from ._tables import memory_table
 
 if TYPE_CHECKING:
     from ..cost import LinkProfile
-    from ..planning import Memory
     from ..session import BatchRecord, Session
     from ._virtual import VirtualReport
 
@@ -46,8 +46,7 @@ class RunReport:
     model: dict[str, Any]
     devices: list[dict[str, Any]]
     account: CopyAccount
-    memory: list[Memory] = field(default_factory=list)
-    device_bytes: dict[str, int] = field(default_factory=dict)
+    memory: list[MemoryFit] = field(default_factory=list)
     shapes: dict[tuple[int, int], BatchShape] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     n_prompt: int = 0
@@ -72,8 +71,7 @@ class RunReport:
 
     def watch(self, session: Session) -> None:
         """Take note of the session's memory, and of every micro-batch from now on."""
-        self.memory = [m for m in session.memory() if m.total]
-        self.device_bytes = device_bytes(session.backends)
+        self.memory = memory_fits([m for m in session.memory() if m.total], session.backends)
 
         def on_batch(batch: BatchRecord) -> None:
             key = (batch.n_tokens, batch.n_splits)
@@ -117,7 +115,7 @@ class RunReport:
             "bytes_by_device": {d["name"]: self.account.bytes_to(d["name"]) for d in self.devices},
             "seconds": {k: round(v, 6) for k, v in self.seconds.items()},
             "tokens_per_s": {k: v and round(v, 2) for k, v in self._rates().items()},
-            "memory": memory_dicts(self.memory, self.device_bytes),
+            "memory": [f.as_dict() for f in self.memory],
             "virtual": None if self.virtual is None else self.virtual.as_dict(self._counts()),
         }
 
@@ -146,7 +144,7 @@ class RunReport:
         parts: list[RenderableType] = [self._splits_table()] if self.shapes else []
         if any(row.bytes_full for row in self.account.layers()):
             parts += [self._layers_table(), self._saved_text()]
-        parts += [memory_table(self.memory, self.device_bytes), self._time_table()]
+        parts += [memory_table(self.memory), self._time_table()]
         if self.virtual is not None and self.virtual.phases:
             parts.append(self.virtual.table(self._counts()))
             parts.append(self.virtual.assumed())
@@ -203,7 +201,9 @@ class RunReport:
         )
         rates = self._rates()
         counts = self._counts()
-        for phase, seconds in self.seconds.items():
+        phases = {phase: s for phase, s in self.seconds.items() if phase != "total"}
+        total_s = self.seconds.get("total", sum(phases.values()))
+        for phase, seconds in {**phases, "rest": max(total_s - sum(phases.values()), 0.0), "total": total_s}.items():
             rate = rates.get(phase)
             made.add_row(phase, f"{seconds:.3f}", str(counts.get(phase, "")), "" if rate is None else f"{rate:,.1f}")
         return made

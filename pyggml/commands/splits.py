@@ -16,18 +16,20 @@ from ..sched.state import Cause
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
 from ._page import about_devices, about_model, check_folders, given_options, write_records
-from ._tables import device_bytes, memory_dicts, memory_table, too_large
+from ._tables import memory_table, too_large
 from ._values import ModelPath
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..plan_report import BatchPlan, GraphPlan, SplitPlan
+    from ..plan_report import BatchPlan, GraphPlan, MemoryFit, SplitPlan
     from ..planning import GraphChoice, Planner
     from ..routing import Routing
 
 __all__ = ["command"]
 
+#: A device has too little memory.
+EXIT_DOES_NOT_FIT = 3
 
 EXAMPLES = """
 \b
@@ -93,7 +95,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Plan a GGUF model without reading a weight: splits, copies, memory, causes."""
-    from ..plan_report import ggml_text, plan_batches
+    from ..plan_report import ggml_text, memory_fits, plan_batches
     from ..planning import Planner, virtual_clock
     from ..record import Recording
     from ..routing import parse_routing
@@ -117,21 +119,36 @@ def command(
                     click.echo(ggml_text(planner, planned), nl=False)
             return
         plans = plan_batches(planner, sizes, outputs=outputs, routing=assumed)
+        fits = memory_fits(planner.memory(), planner.backends)
         if recording is not None:
-            about = {
-                "model": about_model(planner.file, planner.hparams),
-                "devices": about_devices(planner.backends),
-                "options": given_options(),
-                "routing": str(assumed),
-            }
-            write_records(recording.records, about, timeline=timeline, html=html, name=model.stem)
+            write_records(
+                recording.records, _about(planner, assumed, fits), timeline=timeline, html=html, name=model.stem
+            )
         if as_json:
-            print_json(_as_dict(planner, plans, assumed))
-            return
-        _print(planner, plans, assumed, all_splits=all_splits)
+            print_json(_as_dict(planner, plans, assumed, fits))
+        else:
+            _print(planner, plans, assumed, fits, all_splits=all_splits)
+        if any(f.missing_bytes for f in fits):
+            click.get_current_context().exit(EXIT_DOES_NOT_FIT)
 
 
-def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Routing) -> dict[str, Any]:
+def _about(planner: Planner, routing: Routing, fits: list[MemoryFit]) -> dict[str, Any]:
+    """Return what the records do not say of a plan."""
+    from ._virtual import assumed_text
+
+    clock = planner.sched.clock
+    assumed = [] if clock is None else [assumed_text(clock, [b.name for b in planner.backends]), f"routing: {routing}"]
+    return {
+        "model": about_model(planner.file, planner.hparams),
+        "devices": about_devices(planner.backends, clock),
+        "options": given_options(),
+        "is_plan": True,
+        "assumed": "; ".join(assumed),
+        "too_large": too_large(fits),
+    }
+
+
+def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Routing, fits: list[MemoryFit]) -> dict[str, Any]:
     from ._virtual import assumptions
 
     clock = planner.sched.clock
@@ -143,7 +160,8 @@ def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Routing) -> 
             "flash_attn": planner.params.flash_attn, "op_offload": planner.params.op_offload,
         },
         "routing": str(routing),
-        "memory": memory_dicts(planner.memory(), device_bytes(planner.backends)),
+        "fits": not any(f.missing_bytes for f in fits),
+        "memory": [f.as_dict() for f in fits],
         "weights": [
             {"name": w.info.name, "bytes": w.info.nbytes, "buft": w.buft.name, "reason": w.reason}
             for w in planner.placement.weights
@@ -153,7 +171,9 @@ def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Routing) -> 
     }  # fmt: skip
 
 
-def _print(planner: Planner, plans: list[BatchPlan], routing: Routing, *, all_splits: bool) -> None:
+def _print(
+    planner: Planner, plans: list[BatchPlan], routing: Routing, fits: list[MemoryFit], *, all_splits: bool
+) -> None:
     from ._virtual import assumed_text
 
     hp, console = planner.hparams, report()
@@ -164,9 +184,8 @@ def _print(planner: Planner, plans: list[BatchPlan], routing: Routing, *, all_sp
         f"flash attention {'on' if planner.params.flash_attn else 'off'}"
     )
     console.print()
-    memory, capacity = planner.memory(), device_bytes(planner.backends)
-    console.print(memory_table(memory, capacity))
-    for line in too_large(memory, capacity):
+    console.print(memory_table(fits))
+    for line in too_large(fits):
         console.print(line, style="red")
     console.print()
     console.print(_summary_table(plans, routing))
@@ -176,12 +195,14 @@ def _print(planner: Planner, plans: list[BatchPlan], routing: Routing, *, all_sp
         console.print()
         names = [b.name for b in planner.backends]
         console.print(f"{assumed_text(planner.sched.clock, names)}; routing: {routing}")
-    for plan in plans:
-        for graph in plan.graphs:
-            console.print()
-            console.print(_splits_table(graph, all_splits=all_splits, has_bars=console.width >= ROOMY_WIDTH))
+    has_bars = console.width >= ROOMY_WIDTH
+    for same in _same_splits(plans):
+        console.print()
+        console.print(_splits_table(same, all_splits=all_splits, has_bars=has_bars))
     console.print()
-    console.print("(×N): so many splits that differ by their layer only; bars: of all that is copied")
+    console.print(
+        f"(×N): N splits that differ by their layer only{'; bars: of all that is copied' if has_bars else ''}"
+    )
     for note in sorted({split.note for plan in plans for graph in plan.graphs for split in graph.splits} - {""}):
         console.print(f"{note:<7} {Cause(note).text}")
 
@@ -202,7 +223,13 @@ def _summary_table(plans: list[BatchPlan], routing: Routing) -> Table:
 def _virtual_table(planner: Planner, plans: list[BatchPlan]) -> Table:
     names = [b.name for b in planner.backends]
     space = " " if len(names) < 3 else "\n"
-    columns = ["batch", "micro-batches", "seconds", "tokens/s", *(f"{name}{space}computes" for name in names)]
+    columns = [
+        "batch",
+        f"micro-{space.strip()}batches",
+        "seconds",
+        "tokens/s",
+        *(f"{name}{space}computes" for name in names),
+    ]
     columns += [f"to{space}{name}" for name in names[:-1]]
     made = table("Time on the simulated machine (virtual)", *columns, right=tuple(columns))
     for plan in plans:
@@ -217,10 +244,26 @@ def _virtual_table(planner: Planner, plans: list[BatchPlan]) -> Table:
     return made
 
 
-def _splits_table(graph: GraphPlan, *, all_splits: bool, has_bars: bool) -> Table:
+def _same_splits(plans: Iterable[BatchPlan]) -> list[list[GraphPlan]]:
+    """Put together the micro-batches of one size that have the same splits with the same inputs."""
+
+    def pattern(graph: GraphPlan) -> tuple[Any, ...]:
+        splits = ((s.backend, s.first_node, s.note, *(i.name for i in s.inputs)) for s in graph.splits)
+        return graph.n_tokens, *splits
+
+    found: dict[tuple[Any, ...], list[GraphPlan]] = {}
+    for plan in plans:
+        for graph in plan.graphs:
+            found.setdefault(pattern(graph), []).append(graph)
+    return list(found.values())
+
+
+def _splits_table(same: list[GraphPlan], *, all_splits: bool, has_bars: bool) -> Table:
+    graph = max(same, key=lambda g: g.bytes_expected)
     tokens = "1 token" if graph.n_tokens == 1 else f"{graph.n_tokens} tokens"
+    several = "" if len(same) == 1 else f" ({len(same)} have the same; copies of the largest)"
     made = table(
-        f"Splits of a micro-batch of {tokens}", "split", "on", "why", "first node ← inputs", "copied", "if whole",
+        f"Splits of a micro-batch of {tokens}{several}", "split", "on", "why", "first node ← inputs", "copied", "if whole",
         *([""] if has_bars else []), right=("copied", "if whole"), free=("first node ← inputs", ""),
     )  # fmt: skip
     for splits in _alike(graph.splits, all_splits=all_splits):

@@ -44,7 +44,9 @@ def view_of_records(records: Iterable[Record], *, name: str = "", about: Mapping
     name : str
         Shown above it.
     about : mapping, optional
-        What the records do not say, of JSON's values: ``model``, ``devices``, ``options``, ``routing``.
+        What the records do not say, of JSON's values: ``model``, ``devices`` with ``memory_bytes``, ``options``;
+        ``is_plan``, if nothing was computed, so that wall times say nothing; ``assumed``, what virtual times rest on;
+        ``too_large``, a sentence for each device that has too little memory.
 
     Returns
     -------
@@ -65,7 +67,8 @@ def view_of_records(records: Iterable[Record], *, name: str = "", about: Mapping
     for graph in runs.graphs:
         for split in graph.splits:
             columns.backends(split.backend)
-    times = _times(columns)
+    has_wall = not (about or {}).get("is_plan")  # of a plan, wall times are those of planning
+    times = _times(columns, has_wall=has_wall)
     graphs = [_graph(g, columns) for g in runs.graphs]  # before strings are complete
     model: dict[str, Any] = {
         "name": name,
@@ -104,13 +107,13 @@ class _Times(NamedTuple):
     length: list[int]
 
 
-def _times(columns: Columns) -> dict[Clock, _Times]:
+def _times(columns: Columns, *, has_wall: bool) -> dict[Clock, _Times]:
     """Return the columns of each clock, the one of the simulated machine first; of a plan one step for each event."""
     made: dict[Clock, _Times] = {}
     both: tuple[tuple[Clock, Sequence[Interval | None]], ...] = (("virtual", columns.virtual), ("wall", columns.wall))
     for clock, spans in both:
         known = [s for s in spans if s is not None]
-        if not known:
+        if not known or (clock == "wall" and not has_wall):
             continue
         zero_s = min(start for start, _ in known) if clock == "wall" else 0.0
         start = [-1 if s is None else round((s[0] - zero_s) * 1e9) for s in spans]

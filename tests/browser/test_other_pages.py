@@ -8,7 +8,7 @@ import pytest
 from browsing import DESKTOP, PHONE, OpenPage, overflow, overlapping_texts
 
 import pyggml as ggml
-from pyggml.record import ComputeRecord, CopyRecord
+from pyggml.record import AllocRecord, ComputeRecord, CopyRecord, MicroBatchRecord
 from pyggml.viz import view_of_graph, view_of_records, view_of_scheduler, write_page
 
 EVIL = "</script><img src=x onerror=window.bad=1><!--"
@@ -61,6 +61,38 @@ def test_a_graph(open_page: OpenPage, tmp_path: Path, sched: ggml.Scheduler, siz
     assert page.locator("#graph-table tbody tr").count() == 1
     page.locator("#graph-table tbody tr").click()
     assert "second" in page.locator("#graph-drawing .chosen").text_content()
+    assert overflow(page) == 0
+    assert overlapping_texts(page) == []
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_a_plan_that_does_not_fit(open_page: OpenPage, tmp_path: Path, size: tuple[int, int]) -> None:
+    """The page of a plan that is too large says so at its top, at the rate and beside the memory.
+
+    Memory has a line at the device's size, there is no wall time, and a link opens a split.
+    """
+    gib = 1 << 30
+    records = [
+        AllocRecord("", "SIM0", "SIM0", 30 * gib, "weights", virtual=(0.0, 0.0)),
+        MicroBatchRecord(4, 0, 1),
+        CopyRecord(0, "CPU", "SIM0", "x", 0, 64, 64, "input", 0.0, 0.1, virtual=(0.0, 0.2)),
+        ComputeRecord(0, "SIM0", 3, "first", 0.1, 0.2, virtual=(0.2, 0.3)),
+    ]
+    about = {
+        "is_plan": True, "assumed": "Assumed: a card", "too_large": ["Does not fit: SIM0 has 24.0 GiB"],
+        "devices": [{"name": "SIM0", "description": "a card", "memory_bytes": 24 * gib}],
+    }  # fmt: skip
+    write_page(tmp_path / "page.html", view_of_records(records, about=about))
+    page = open_page(tmp_path / "page.html", size, fragment="#split-0")
+    assert page.locator(".banner").inner_text() == "Does not fit: SIM0 has 24.0 GiB"
+    assert "Does not fit" in page.locator("[data-total=length]").inner_text()
+    assert "no weight was copied" in page.locator("[data-total=bytes_copied]").inner_text()
+    assert page.locator("[data-total=bytes_copied] .bar").count() == 0
+    assert page.locator(".capacity.over").count() == 1
+    assert "6.0 GiB too much" in page.locator("#memory").inner_text()
+    assert "Assumed: a card" in page.locator(".about").inner_text()
+    assert page.evaluate("pyggml.views[0].clocks") == ["virtual"]
+    assert page.locator("tr.inputs").count() == 1
     assert overflow(page) == 0
     assert overlapping_texts(page) == []
 

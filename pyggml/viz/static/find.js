@@ -4,7 +4,7 @@
   const P = window.pyggml;
   const $ = (id) => document.getElementById(id);
 
-  /** Names that hold a text: of events, of planned inputs, of nodes; events first. */
+  /** Names that hold a text: of events, of planned inputs, of nodes; events first, then the largest. */
   P.find = (text) => {
     const wanted = text.trim().toLowerCase();
     if (!wanted) return [];
@@ -14,15 +14,16 @@
       for (const [label, entry] of index) {
         const name = view.strings[label];
         if (!name.toLowerCase().includes(wanted)) continue;
-        const found = names.get(name) || { name, n: 0, entries: [] };
+        const found = names.get(name) || { name, n: 0, bytes: 0, entries: [] };
         found.n += entry.events.length;
+        for (const i of entry.events) found.bytes = Math.max(found.bytes, view.whole[i]);
         found.entries[view.index] = { label, ...entry };
         names.set(name, found);
       }
     }
     const starts = (x) => (x.name.toLowerCase().startsWith(wanted) ? 0 : 1);
     return [...names.values()].sort(
-      (a, b) => starts(a) - starts(b) || (b.n > 0) - (a.n > 0) || a.name.localeCompare(b.name, "en", { numeric: true }),
+      (a, b) => starts(a) - starts(b) || (b.n > 0) - (a.n > 0) || b.bytes - a.bytes || a.name.localeCompare(b.name, "en", { numeric: true }),
     );
   };
 
@@ -111,6 +112,7 @@
     $("search").value = found.name;
     closeFound();
     P.goTo(found);
+    $("charts").scrollIntoView({ block: "nearest" });
   };
   const closeFound = () => {
     $("found").hidden = true;

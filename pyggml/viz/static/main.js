@@ -56,6 +56,8 @@
       })
       .join("");
 
+  const tooLarge = (view) => view.about.too_large || [];
+
   const tiles = (view) => {
     const t = P.totals[view.index];
     const saved = t.bytes_full - t.bytes_copied;
@@ -63,9 +65,17 @@
     const made = [];
     if (t.n_copies) {
       const word = view.is_plan ? "to copy at most" : "copied between devices";
+      const weights = t.full_by_reason.experts + t.full_by_reason.weight;
+      const told = view.is_plan
+        ? `in ${P.count(t.n_copies)} copies, before it is known which experts are used`
+        : saved
+          ? `of ${P.bytes(t.bytes_full)} if whole: <b>${P.bytes(saved)} saved (${P.percent(saved, t.bytes_full)})</b>`
+          : weights
+            ? "weights were copied whole: nothing saved"
+            : "activations and inputs only: no weight was copied";
+      const bar = weights ? P.bar(t.bytes_copied / (t.bytes_full || 1), t.bytes_by_reason.experts ? "--experts" : "--weight") : "";
       made.push(`<div class="tile" data-total="bytes_copied" data-value="${t.bytes_copied}"><h3>${word}</h3>
-        <p class="big">${P.bytes(t.bytes_copied)}</p>${P.bar(t.bytes_copied / (t.bytes_full || 1), t.bytes_by_reason.experts ? "--experts" : "--weight")}
-        <p>${view.is_plan ? `in ${P.count(t.n_copies)} copies, before it is known which experts are used` : saved ? `of ${P.bytes(t.bytes_full)} if whole: <b>${P.bytes(saved)} saved (${P.percent(saved, t.bytes_full)})</b>` : "everything was copied whole: nothing saved"}</p></div>`);
+        <p class="big">${P.bytes(t.bytes_copied)}</p>${bar}<p>${told}</p></div>`);
     }
     if (t.experts_of) {
       const [n, full] = [t.bytes_by_reason.experts, t.full_by_reason.experts];
@@ -74,7 +84,7 @@
         <p>${P.bytes(n)} of ${P.bytes(full)} of expert weights copied (${P.percent(n, full)})</p></div>`);
     }
     if (all) {
-      made.push(`<div class="tile" data-total="length" data-value="${all.length}"><h3>${P.clockTitle(all.clock)}</h3><p class="big">${P.time(all.length)}</p><ul>${phaseLines(view)}</ul></div>`);
+      made.push(`<div class="tile" data-total="length" data-value="${all.length}"><h3>${P.clockTitle(all.clock)}</h3><p class="big">${P.time(all.length)}</p><ul>${phaseLines(view)}</ul>${tooLarge(view).length ? '<p class="bad">Does not fit: times of a device with enough memory</p>' : ""}</div>`);
       const device = deviceTime(view);
       const wait = device && longestWait(device);
       if (wait && wait[1] < device.total / 200) {
@@ -92,16 +102,16 @@
   };
 
   const aboutLine = (view) => {
-    const { model, devices, options, routing } = view.about;
+    const { model, devices, options, assumed } = view.about;
     const said = [];
     if (model) {
       const layers = model.n_layer ? `, ${model.n_layer} layers` : "";
       const experts = model.n_expert ? `, ${model.n_expert} experts${model.n_expert_used ? `, ${model.n_expert_used} used by a token` : ""}` : "";
       said.push(`${model.name || model.path || ""}${model.arch ? ` (${model.arch})` : ""}${layers}${experts}`);
     }
-    if (devices) said.push(devices.map((d) => (d.description ? `${d.name}: ${d.description}` : d.name)).join("; "));
+    if (devices && !assumed) said.push(devices.map((d) => (d.description ? `${d.name}: ${d.description}` : d.name)).join("; "));
     if (options) said.push(options);
-    if (routing) said.push(`experts chosen as ${routing}`);
+    if (assumed) said.push(assumed);
     return said.filter(Boolean).map(P.escape).join(" · ");
   };
 
@@ -110,6 +120,7 @@
       const letter = P.views.length > 1 ? `<b class="letter">${view.letter}</b> ` : "";
       const spends = spendLines(view);
       return `<div class="view">${P.views.length > 1 ? `<h2>${letter}${P.escape(view.name)}</h2>` : ""}<p class="about">${aboutLine(view)}</p>
+        ${tooLarge(view).map((line) => `<p class="bad banner" role="alert">${P.escape(line)}</p>`).join("")}
         <div class="tiles">${tiles(view)}</div>${spends ? `<div class="spends">${spends}</div>` : ""}</div>`;
     });
     $("summary").innerHTML = `<h1>${P.escape(P.title)}</h1><div class="views n${P.views.length}">${shown.join("")}</div>`;
@@ -264,5 +275,12 @@
     width = window.innerWidth;
     if (!$("experts").hidden) P.redrawExperts();
   });
+  /** `#split-42` opens that split, `#split-42-3` that of run 3; any other fragment is a section. */
+  const follow = () => {
+    const [, split, run] = /^#split-(\d+)(?:-(\d+))?$/.exec(location.hash) || [];
+    if (split !== undefined && !$("splits").hidden) P.showSplit(P.views[P.state.view], Number(run || 0), Number(split));
+  };
+  window.addEventListener("hashchange", follow);
+  follow();
   document.documentElement.dataset.ready = "true";
 })();

@@ -28,13 +28,14 @@
     const lanes = P.memorySteps(view, clock);
     const total = view.total[clock] || 1;
     const legend = Object.values(PURPOSES).map(([title, color]) => `<span><i class="dot" style="background:var(${color})"></i>${title}</span>`).join("");
-    const figures = lanes.map((lane) => figure(lane, total, clock));
+    const sizes = new Map((view.about.devices || []).map((d) => [d.name, d.memory_bytes]));
+    const figures = lanes.map((lane) => figure(lane, total, clock, sizes.get(lane.backend) || 0));
     $("memory-body").innerHTML = `<p class="legend">${legend}</p><div class="multiples">${figures.join("")}</div>`;
   };
 
-  const figure = (lane, total, clock) => {
+  const figure = (lane, total, clock, size) => {
     const [width, height] = [420, 120];
-    const top = d3.max(lane.steps, (s) => s.total) || 1;
+    const top = Math.max(d3.max(lane.steps, (s) => s.total), size) || 1;
     const now = lane.steps.reduce((a, b) => (b.total >= a.total ? b : a));
     const x = (t) => (Math.min(t, total) / total) * width;
     const y = (n) => height - (n / top) * (height - 4);
@@ -56,8 +57,12 @@
       .filter(([p]) => now[p])
       .map(([p, [title]]) => `${title} ${P.bytes(now[p])}`);
     const n = steps.length;
-    return `<figure data-backend="${P.escape(lane.backend)}" data-bytes="${now.total}"><figcaption><b>${P.escape(lane.backend)}</b> at most ${P.bytes(now.total)}</figcaption>
-      <svg viewBox="0 0 ${width} ${height}" preserveAspectRatio="none" role="img" aria-label="${P.escape(`${lane.backend}: ${parts.join(", ")}`)}">${areas.join("")}</svg>
+    const isOver = size && now.total > size;
+    const line = size ? `<line class="capacity${isOver ? " over" : ""}" x1="0" x2="${width}" y1="${y(size)}" y2="${y(size)}"></line>` : "";
+    const of = size ? ` of ${P.bytes(size)} (${P.percent(now.total, size)})` : "";
+    const missing = isOver ? `<p class="bad">${P.bytes(now.total - size)} too much: the dashed line is the device's size</p>` : "";
+    return `<figure data-backend="${P.escape(lane.backend)}" data-bytes="${now.total}"><figcaption><b>${P.escape(lane.backend)}</b> at most ${P.bytes(now.total)}${of}</figcaption>
+      <svg viewBox="0 0 ${width} ${height}" preserveAspectRatio="none" role="img" aria-label="${P.escape(`${lane.backend}: ${parts.join(", ")}`)}">${areas.join("")}${line}</svg>${missing}
       <p class="axis"><span>0</span><span>${clock === "order" ? "" : P.time(total, clock)}</span></p>
       <p>${P.escape(parts.join(", "))}${n > 1 ? `; ${P.count(n - 1)} ${n === 2 ? "change" : "changes"} over time` : ""}</p></figure>`;
   };

@@ -188,7 +188,7 @@
     tools.append(select, filter, words);
     const table = $("splits-table");
     const columns = [
-      { title: "split", right: true, value: (r) => r.split, html: (r) => r.split },
+      { title: "split", right: true, value: (r) => r.split, html: (r) => `<a href="#split-${r.split}${splitsRun ? `-${splitsRun}` : ""}">${r.split}</a>` },
       { title: "on", value: (r) => r.backend, html: (r) => P.escape(r.backend) },
       { title: "nodes", right: true, value: (r) => r.nodes, html: (r) => P.count(r.nodes) },
       { title: "first node", value: (r) => r.first, html: (r) => P.escape(r.first) },

@@ -9,7 +9,8 @@ from rich.table import Table
 
 import pyggml as ggml
 from pyggml.commands import _console
-from pyggml.commands._tables import device_bytes, memory_dicts, memory_table, too_large
+from pyggml.commands._tables import memory_table, too_large
+from pyggml.plan_report import memory_fits
 from pyggml.planning import Memory
 
 
@@ -89,24 +90,25 @@ def test_times(seconds: float, text: str) -> None:
 
 
 def test_memory_against_the_device() -> None:
-    """Memory is shown as a part of the device's own; the CPU's is another machine's matter."""
+    """Memory is shown as a part of the device's own; the CPU's counts only where its size is stated."""
     backends = [ggml.Sim("rtx4090-pcie4", data=False), ggml.CPU(threads=1)]
-    capacity = device_bytes(backends)
-    assert capacity == {"SIM0": 24 << 30}
     rows = [Memory("SIM0", 3 << 30, 2 << 30, 1 << 30), Memory("CPU", 1 << 30, 0, 0)]
-    assert printed(memory_table(rows, capacity), 120)[2:4] == [
+    assert printed(memory_table(memory_fits(rows, backends)), 120)[2:4] == [
         "SIM0         3.0 GiB   2.0 GiB  1.0 GiB  6.0 GiB      25.0%  ██░░░░░░░░",
         "CPU          1.0 GiB         -        -  1.0 GiB          -",
     ]
-    assert printed(memory_table(rows[1:], {}), 120)[2].split() == ["CPU", "1.0", "GiB", "-", "-", "1.0", "GiB", "-"]
+    alone = memory_table(memory_fits(rows[1:], backends))
+    assert printed(alone, 120)[2].split() == ["CPU", "1.0", "GiB", "-", "-", "1.0", "GiB", "-"]
+    assert "50.0%" in printed(memory_table(memory_fits(rows, backends, host_bytes=2 << 30)), 120)[3]
 
 
 def test_memory_that_does_not_fit() -> None:
-    """A plan for a device that is too small says so; what exactly fits is no matter."""
-    rows = [Memory("SIM0", 3 << 30, 2 << 30, 1 << 30), Memory("CPU", 1 << 40, 0, 0)]
-    assert too_large(rows, {"SIM0": 5 << 30}) == ["SIM0 has 5.0 GiB: 6.0 GiB do not fit."]
-    assert too_large(rows, {"SIM0": 6 << 30}) == []
-    found = memory_dicts(rows, {"SIM0": 5 << 30})
-    assert [(m["buft"], m["total"], m["device_bytes"]) for m in found] == [
-        ("SIM0", 6 << 30, 5 << 30), ("CPU", 1 << 40, None)
-    ]  # fmt: skip
+    """A device or a stated host that is too small is named with the bytes that are missing; what exactly fits, fits."""
+    backends = [ggml.Sim("rtx4090-pcie4", data=False), ggml.CPU(threads=1)]
+    fits = memory_fits([Memory("SIM0", 24 << 30, 1 << 30, 1 << 30), Memory("CPU", 1 << 40, 0, 0)], backends)
+    assert too_large(fits) == ["Does not fit: SIM0 has 24.0 GiB, 26.0 GiB are needed, 2.0 GiB are missing."]
+    told = [f.as_dict() for f in fits]
+    assert [(m["backend"], m["fits"], m["missing_bytes"]) for m in told] == [("SIM0", False, 2 << 30), ("CPU", None, 0)]
+    assert too_large(memory_fits([Memory("SIM0", 24 << 30, 0, 0)], backends)) == []
+    (line,) = too_large(memory_fits([Memory("CPU", 3 << 30, 0, 0)], backends, host_bytes=2 << 30))
+    assert line.startswith("Does not fit: CPU has 2.0 GiB")

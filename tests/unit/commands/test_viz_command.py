@@ -50,7 +50,7 @@ def test_run_writes_a_page(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert sum(e["whole"] for e in view["experts"]) == told["experts"]["total"]["bytes_full"]
     assert [r["n_tokens"] for r in view["runs"]] == [40, 1, 1]
     assert sum(b["bytes_copied"] for b in told["batches"]) == bytes_of(view, "experts", "weight", "activation", "input")
-    assert view["about"]["options"] == "--cpu-moe --threads 1 --device sim:rtx4090-pcie4,cpu"
+    assert view["about"]["options"] == "--device sim:rtx4090-pcie4,cpu --cpu-moe --threads 1"
     assert view["about"]["model"]["n_expert"] == 8
     assert {step["purpose"] for step in view["memory"]} == {"weights", "kv_cache", "compute"}
 
@@ -83,10 +83,36 @@ def test_splits_writes_a_page(model: Path, tmp_path: Path, capsys: pytest.Captur
     assert bytes_of(view, "experts", "weight", "activation", "input") == sum(s["bytes_copied"] for s in simulated)
     whole = next(p for p in view["phases"] if p["clock"] == "virtual" and p["phase"] == "all")
     assert whole["length"] == pytest.approx(1e9 * sum(s["seconds"] for s in simulated), rel=1e-6)
-    assert view["about"]["routing"] == "uniform"
+    assert view["about"]["assumed"].endswith("routing: uniform")
+    assert list(view["times"]) == ["virtual"], "wall times of a plan are those of planning"
     assert cli.run(["viz", str(timeline), "-o", str(tmp_path / "again.html")]) == 0
     (again,) = views_of(tmp_path / "again.html")
     assert {**again, "name": ""} == {**view, "name": ""}
+
+
+def test_a_plan_that_does_not_fit_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A device that is too small is named in JSON, in red, on the page's data, and by status 3."""
+    html = tmp_path / "page.html"
+    words = ["splits", str(model), "-dev", "sim:custom:1MiB,400GB/s,12GB/s,cpu", "--batches", "4"]
+    assert cli.run([*words, "--json", "--html", str(html)]) == 3
+    told = json.loads(capsys.readouterr().out)
+    device = told["memory"][0]
+    assert told["fits"] is False
+    assert device["fits"] is False
+    assert device["missing_bytes"] == device["total"] - 1024**2 > 0
+    (view,) = views_of(html)
+    assert view["about"]["devices"][0]["memory_bytes"] == 1024**2
+    assert "are missing" in view["about"]["too_large"][0]
+    assert cli.run(words) == 3
+    assert "Does not fit: SIM0 has 1.0 MiB" in capsys.readouterr().out
+
+
+def test_micro_batches_with_the_same_splits_are_one_table(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Micro-batches of one size and with the same splits and inputs share a table."""
+    assert cli.run(["splits", str(model), *WORDS, "--batches", "96", "-ub", "32"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("Splits of a micro-batch") == 1
+    assert re.search(r"\([23] have the same; copies of the largest\)", out)
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
