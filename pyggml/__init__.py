@@ -38,7 +38,7 @@ from .tensor import Tensor
 from .types import BufferUsage, DeviceType, Op, TensorFlag, Type
 
 if TYPE_CHECKING:
-    from .backends.cpu import CPU
+    from .backends.host import CPU
     from .backends.sim import Sim
     from .gguf import GGUFFile
     from .session import Session
@@ -94,7 +94,7 @@ __all__ = [
 __all__ += ops.__all__
 
 #: What needs more than the core, by module: imported when first asked for.
-_LAZY = {"CPU": "backends.cpu", "Sim": "backends.sim", "GGUFFile": "gguf", "Session": "session"}
+_LAZY = {"CPU": "backends.host", "Sim": "backends.sim", "GGUFFile": "gguf", "Session": "session"}
 
 
 def __getattr__(name: str) -> Any:  # the types stand in the TYPE_CHECKING block above

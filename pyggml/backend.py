@@ -327,7 +327,7 @@ class Registry:
 #: The kinds that come with pyggml.
 REGISTRY = Registry(
     {
-        "cpu": "pyggml.backends.cpu",
+        "cpu": "pyggml.backends.host",
         "sim": "pyggml.backends.sim",
         "cuda": "pyggml.backends.cuda",
         "libggml": "pyggml.backends.libggml",

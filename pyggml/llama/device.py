@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..backends._libggml_library import Handle
+from ..backends.libggml.library import Handle
 from .library import LlamaLibrary
 from .slots import N_WORDS, Table
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import config
-from ..backends._libggml_library import Handle, Library
+from ..backends.libggml.library import Handle, Library
 from ..errors import DeviceUnavailableError
 from .slots import FUNCTIONS, Interfaces, find_interfaces
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..backends._libggml_library import Handle, Library
+from ..backends.libggml.library import Handle, Library
 from ..errors import DeviceUnavailableError
 
 __all__ = ["FUNCTIONS", "N_WORDS", "Interfaces", "Table", "find_interfaces"]

@@ -1,1 +1,1 @@
-"""The test kit: definitions, ports and oracles that pyggml is held against, for its own tests and yours."""
+"""The test kit: definitions of ops, strategies of cases, headers of large models, an emulator of PTX, a server of ggml's RPC."""

@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .port_alloc import contiguous
+from ..types import Type
 
-__all__ = ["CASE_FORMAT", "CaseGraph", "CaseStatic", "CaseTensor", "Json", "make_case"]
+__all__ = ["CASE_FORMAT", "CaseGraph", "CaseStatic", "CaseTensor", "Json", "contiguous", "make_case"]
 
 CASE_FORMAT = "pyggml-sched-case/1"
 #: A JSON object.
 Json = dict[str, Any]
+
+
+def contiguous(type: str, ne: Sequence[int]) -> list[int]:
+    """Return strides without gaps."""
+    kind = Type.of(type)
+    nb = [kind.type_size, kind.type_size * (ne[0] // kind.block_size)]
+    nb.append(nb[1] * ne[1])
+    nb.append(nb[2] * ne[2])
+    return nb
 
 
 class CaseTensor:

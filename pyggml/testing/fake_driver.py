@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..backends._cuda_driver import PARAM_TYPES, Card, Dim, DriverEvent, Function, Stream
+from ..backends.cuda.driver import PARAM_TYPES, Card, Dim, DriverEvent, Function, Stream
 from ..errors import BackendError, OutOfMemoryError
 from .ptxemu import Memory, Program, PtxError
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-from ..backends._rpc_protocol import NO_ANSWER, TENSOR, Command
-from ..backends.cpu import CPU
+from ..backends.host import CPU
+from ..backends.rpc.protocol import NO_ANSWER, TENSOR, Command
 from ..buffer import Buffer, tensor_copy, tensor_get, tensor_set
 from ..errors import PyggmlError
 from ..graph import Graph

@@ -36,15 +36,15 @@ def make_case(n_layer: int) -> dict[str, Any]:
 
 
 def prepare(library: Any) -> None:
-    """Declare the scheduler's functions; called by `pyggml.testing.child`."""
-    from pyggml.testing.live_run import prepare as declare
+    """Declare the scheduler's functions; called by `oracle.child`."""
+    from oracle.live_run import prepare as declare
 
     declare(library)
 
 
 def _time_alloc(library: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Return seconds of allocating a new graph and the same graph, and the number of nodes and splits."""
-    from pyggml.testing.live_run import LiveRun
+    from oracle.live_run import LiveRun
 
     run = LiveRun(library, request["case"], request["mock"])
     run.new_sched()
@@ -103,8 +103,8 @@ def time_ours(case: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Time both and print."""
-    from pyggml.testing.child import Child
-    from pyggml.testing.live_sched import compile_mock
+    from oracle.child import Child
+    from oracle.live_sched import compile_mock
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=48)

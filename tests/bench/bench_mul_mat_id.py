@@ -88,7 +88,7 @@ def make_ours(threads: int) -> Callable[[str, int], Case]:
     """Return what makes cases of our kernels."""
     from pyggml.kernels.cpu.pool import Pool
 
-    from pyggml.backends._host_ops import HostPlan
+    from pyggml.backends.host.plan import HostPlan
     from pyggml.tensor import Tensor
     from pyggml.types import Op, TensorFlag, Type
 

@@ -40,7 +40,7 @@ class Ours:
         self.kept: list[Any] = []
 
     def _graph(self, leafs: list[tuple[Any, np.ndarray]], make: Callable[..., Any]) -> Run:
-        from pyggml.backends._host_ops import HostPlan
+        from pyggml.backends.host.plan import HostPlan
         from pyggml.types import TensorFlag
 
         tensors = [t for t, _ in leafs]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import pyggml as ggml
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.planning import Planner, virtual_clock
 from pyggml.record import Record, Recording
 from pyggml.sched.policies import FullCopier, InputCopier

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from oracle import programs
+from oracle.child import Child
+from oracle.programs import Step
 
 from pyggml.tensor import Tensor, decode_array, encode_array
-from pyggml.testing import programs
-from pyggml.testing.child import Child
-from pyggml.testing.programs import Step
 from pyggml.types import Type
 
 

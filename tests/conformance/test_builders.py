@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from oracle import programs
+from oracle.child import Child
+from oracle.programs import Step, ref
 
 from pyggml import ops
-from pyggml.testing import programs
-from pyggml.testing.child import Child
-from pyggml.testing.programs import Step, ref
 from pyggml.types import Type
 
 #: Builders that 0.20.2 has not, or has otherwise, and where 0.26 says what they do.
@@ -40,7 +40,7 @@ FLOATS = st.sampled_from([0.0, 1.0, -1.0, 0.125, 1e-5, 10000.0, 0.1, -3.7, 1e30]
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
     """The real library, in a process of its own."""
-    with Child("pyggml.testing.programs") as child:
+    with Child("oracle.programs") as child:
         yield child
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracle import programs
+from oracle.child import Child
 
 import pyggml as ggml
-from pyggml.backends._host_support import reason_unsupported
-from pyggml.testing import programs, ref
-from pyggml.testing.child import Child
+from pyggml.backends.host.support import reason_unsupported
+from pyggml.testing import ref
 from pyggml.types import Op
 
 from .op_cases import OPS, Case, Computed, of_op
@@ -40,7 +41,7 @@ BY_TABLE = ("GELU", "GELU_QUICK", "GEGLU", "GEGLU_QUICK")
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
     """The real library, in a process of its own."""
-    with Child("pyggml.testing.programs") as child:
+    with Child("oracle.programs") as child:
         yield child
 
 

@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from pyggml.testing import programs
-from pyggml.testing.child import Child
-from pyggml.testing.programs import Step, ref
+from oracle import programs
+from oracle.child import Child
+from oracle.programs import Step, ref
 
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
     """The real library, in a process of its own."""
-    with Child("pyggml.testing.programs") as child:
+    with Child("oracle.programs") as child:
         yield child
 
 

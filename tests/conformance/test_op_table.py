@@ -10,10 +10,12 @@ import re
 import sys
 from pathlib import Path
 
+from oracle import programs
+
 from pyggml import ops
-from pyggml.backends._host_support import supports_op
+from pyggml.backends.host.support import supports_op
 from pyggml.tensor import Tensor
-from pyggml.testing import programs, ref
+from pyggml.testing import ref
 from pyggml.types import Op, Type
 
 if __package__:

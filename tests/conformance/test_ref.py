@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from oracle import programs
+from oracle.child import Child
 
-from pyggml.testing import programs, ref
-from pyggml.testing.child import Child
+from pyggml.testing import ref
 from pyggml.types import Op
 
 from .op_cases import OPS, Case, Computed, of_op
@@ -26,7 +27,7 @@ BY_TABLE = ("GELU", "GELU_QUICK", "GEGLU", "GEGLU_QUICK")
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
     """The real library, in a process of its own."""
-    with Child("pyggml.testing.programs") as child:
+    with Child("oracle.programs") as child:
         yield child
 
 

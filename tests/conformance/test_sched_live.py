@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from oracle.live_sched import LiveScheduler, compile_mock
+from oracle.traces import differences
 
 from pyggml.dialect import DIALECTS
 from pyggml.replay import parse_case, replay
 from pyggml.testing.case_graph import Json
-from pyggml.testing.live_sched import LiveScheduler, compile_mock
 from pyggml.testing.strategies import cases, moe_cases
-from pyggml.testing.traces import differences
 
 ALWAYS = settings(
     derandomize=True,

@@ -9,7 +9,7 @@ from enum import IntEnum
 from types import SimpleNamespace
 
 import pyggml as ggml
-from pyggml.backends import _cuda_driver
+from pyggml.backends.cuda import driver as cuda_driver
 
 
 class Result(IntEnum):
@@ -136,6 +136,6 @@ class Bindings:
 
     def cuLaunchKernel(self, f, gx, gy, gz, bx, by, bz, shared, stream, params, extra):
         values, types = params
-        names = {ctype: name for name, ctype in _cuda_driver.PARAM_TYPES.items()}
+        names = {ctype: name for name, ctype in cuda_driver.PARAM_TYPES.items()}
         stream.launch(f, (gx, gy, gz), (bx, by, bz), values, [names[t] for t in types])
         return (Result.CUDA_SUCCESS,)

@@ -7,8 +7,9 @@ import pytest
 from pyggml.kernels.cuda import copies, formats, launch, reduce, rope, rows, tile
 
 import pyggml as ggml
-from pyggml.backends import _cuda_ops, cuda
-from pyggml.backends._cuda_ops import WEIGHT_TYPES, supports_op
+from pyggml.backends import cuda
+from pyggml.backends.cuda import ops as cuda_ops
+from pyggml.backends.cuda.ops import WEIGHT_TYPES, supports_op
 from pyggml.testing.fake_driver import FakeMachine
 
 N_IN, N_FF, N_EXPERT, N_USED = 64, 96, 8, 2
@@ -284,14 +285,14 @@ def test_limits_are_the_kernels():
             fmt.block_values,
             fmt.block_bytes,
         )
-    assert (_cuda_ops._MAX_SORTED, _cuda_ops._COLUMNS, _cuda_ops._MAX_GRID) == (
+    assert (cuda_ops._MAX_SORTED, cuda_ops._COLUMNS, cuda_ops._MAX_GRID) == (
         reduce.MAX_SORTED,
         tile.COLUMNS,
         launch.MAX_GRID_YZ,
     )
-    assert {t.ggml_name for t in _cuda_ops._GETS} == set(copies.GETS)
-    assert {t.ggml_name for t in _cuda_ops._ROPED} == set(rope.TYPES)
-    assert {*_cuda_ops._UNARY.values(), "clamp"} == set(rows.UNARY)
+    assert {t.ggml_name for t in cuda_ops._GETS} == set(copies.GETS)
+    assert {t.ggml_name for t in cuda_ops._ROPED} == set(rope.TYPES)
+    assert {*cuda_ops._UNARY.values(), "clamp"} == set(rows.UNARY)
 
 
 def test_an_old_card_is_refused():

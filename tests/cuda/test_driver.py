@@ -17,7 +17,8 @@ from test_backend import Experts, run
 from test_model import write_model
 
 import pyggml as ggml
-from pyggml.backends import _cuda_driver, cuda
+from pyggml.backends import cuda
+from pyggml.backends.cuda import driver as cuda_driver
 from pyggml.testing.fake_driver import FakeMachine
 
 PRODUCTS = [(t, n) for t in QUANTIZED + FLOATS for n in (1, 8, 9, 33)]
@@ -29,8 +30,8 @@ PRODUCTS = [(t, n) for t in QUANTIZED + FLOATS for n in (1, 8, 9, 33)]
 def stand_in_devices(n_card=1, **options):
     """Return devices whose cards are the real driver's code over the stand-in."""
     machine = FakeMachine(n_card, **options)
-    api = _cuda_driver._Api(Bindings(machine))
-    return machine, [cuda.CudaDevice(_cuda_driver.SystemCard(api, i)) for i in range(n_card)]
+    api = cuda_driver._Api(Bindings(machine))
+    return machine, [cuda.CudaDevice(cuda_driver.SystemCard(api, i)) for i in range(n_card)]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -68,7 +69,7 @@ def test_the_real_half_copies_between_cards():
 def test_the_stand_in_has_the_bindings_calls():
     """Every driver function that is called exists in the bindings, with as many parameters as the stand-in's."""
     module = importlib.import_module("cuda.bindings.driver")
-    called = set(re.findall(r'"(cu[A-Z]\w+)"', inspect.getsource(_cuda_driver)))
+    called = set(re.findall(r'"(cu[A-Z]\w+)"', inspect.getsource(cuda_driver)))
     assert len(called) > 20
     for name in called:
         line = getattr(module, name).__doc__.splitlines()[0]

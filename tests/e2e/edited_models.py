@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from pyggml.gguf import GGUFFile, ValueType
-from pyggml.models.gguf_writer import GGUFWriter
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
-from pyggml.models.quantize import dequantize
+from pyggml.makers.gguf_writer import GGUFWriter
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.quantize import dequantize
 from pyggml.types import Type
 
 _KINDS = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32, str: ValueType.STRING}

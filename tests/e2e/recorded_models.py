@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.types import Type
 
 N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, HEAD, FF, EXPERTS, USED, VOCAB, CTX, SEED = (

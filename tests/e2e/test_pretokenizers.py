@@ -10,8 +10,8 @@ import llama_cpp
 import pytest
 
 from pyggml.gguf import GGUFFile, ValueType
-from pyggml.models.gguf_writer import GGUFWriter
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.gguf_writer import GGUFWriter
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.tokenizer import Tokenizer
 from pyggml.tokenizer.pretokenizers import PRETOKENIZERS
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pyggml.backends._rpc_protocol import Command
+from pyggml.backends.rpc.protocol import Command
 from pyggml.cli import run
 from pyggml.errors import RPCError
 from pyggml.session import ContextFlags, PlacementFlags, Session

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pyggml import Type, cli
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 
 TOKENS = "32,85,138,191,244,41,94,147,200,253"
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pyggml import Type, cli
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 
 
 @pytest.fixture(scope="module")

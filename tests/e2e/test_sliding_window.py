@@ -11,8 +11,8 @@ from recorded_models import write_recorded_model
 
 from pyggml.commands._conversation import Conversation
 from pyggml.errors import AllocError
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.models.batch import Batch
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
 from pyggml.sampling import greedy
 from pyggml.session import ContextFlags, PlacementFlags, Session, TopK
 from pyggml.tokenizer import Tokenizer

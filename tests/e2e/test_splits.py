@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pyggml import Type, cli
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 
 LOGS = sorted((Path(__file__).parents[1] / "data" / "splits").glob("*.txt.gz"))
 SIZES = Sizes(layers=3, experts=16, used=4)

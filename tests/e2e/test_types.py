@@ -11,7 +11,7 @@ from edited_models import write_quantized
 
 import pyggml as ggml
 from pyggml import Type
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.session import ContextFlags, Session
 
 TOKENS = [3 + (i * 37) % 300 for i in range(40)]

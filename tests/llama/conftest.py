@@ -9,7 +9,7 @@ import pytest
 
 from pyggml.llama.library import find_llama
 from pyggml.llama.process import LlamaProcess, shared_process
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracle.port_alloc import PlainTensor, PortDynTallocr, PortGallocr
 
 from pyggml.alloc import DynTallocr, Gallocr, Tallocr, alloc_tensors
 from pyggml.backends.mock import BufferTypeAbilities, MockBufferType, MockMemory
@@ -15,7 +16,6 @@ from pyggml.dialect import DIALECTS
 from pyggml.errors import AllocError
 from pyggml.graph import Graph
 from pyggml.tensor import Tensor
-from pyggml.testing.port_alloc import PlainTensor, PortDynTallocr, PortGallocr
 from pyggml.types import Op, TensorFlag
 
 ALWAYS = settings(

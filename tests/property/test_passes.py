@@ -6,15 +6,15 @@ import json
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from oracle.port import Port
+from oracle.port_alloc import is_view_op
+from oracle.port_trace import port_trace
+from oracle.traces import DECISIONS, differences
 
 from pyggml.dialect import DIALECTS
 from pyggml.replay import parse_case, replay
 from pyggml.testing.case_graph import Json
-from pyggml.testing.port import Port
-from pyggml.testing.port_alloc import is_view_op
-from pyggml.testing.port_trace import port_trace
 from pyggml.testing.strategies import cases, moe_cases
-from pyggml.testing.traces import DECISIONS, differences
 
 ALWAYS = settings(
     max_examples=80,

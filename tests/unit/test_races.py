@@ -20,7 +20,7 @@ from race_worlds import (
 )
 
 import pyggml as ggml
-from pyggml.backends._sim_hazards import HOST
+from pyggml.backends.host.race_watch import HOST
 from pyggml.backends.sim import Hazard, SimBackend
 from pyggml.buffer import tensor_copy
 from pyggml.dialect import DIALECTS

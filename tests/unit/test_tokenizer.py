@@ -14,8 +14,8 @@ import pytest
 
 from pyggml.errors import FormatError, PyggmlError
 from pyggml.gguf import GGUFFile, ValueType
-from pyggml.models.gguf_writer import GGUFWriter
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.gguf_writer import GGUFWriter
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.tokenizer import StreamDecoder, Tokenizer
 
 DATA = Path(__file__).parent / "data"

@@ -19,9 +19,9 @@ import numpy as np
 
 import pyggml as ggml
 from pyggml.backend import REGISTRY
-from pyggml.backends._rpc_protocol import NO_ANSWER, Command
+from pyggml.backends.rpc.protocol import NO_ANSWER, Command
 from pyggml.buffer import tensor_set
-from pyggml.models.quantize import quantize
+from pyggml.makers.quantize import quantize
 from pyggml.types import Type
 
 #: Names of copies hold the device's name, and with it the port.

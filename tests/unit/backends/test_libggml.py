@@ -11,8 +11,8 @@ import pytest
 
 import pyggml as ggml
 from pyggml.backend import REGISTRY, op_batch_size
-from pyggml.backends._libggml_library import find_library, load_library
 from pyggml.backends.libggml import LibraryBackend, LibraryDevice, devices, open_device, why_missing
+from pyggml.backends.libggml.library import find_library, load_library
 from pyggml.buffer import tensor_alloc, tensor_copy, tensor_memset, tensor_set
 from pyggml.errors import (
     AllocError,
@@ -22,7 +22,7 @@ from pyggml.errors import (
     ExpertIdError,
     OutOfMemoryError,
 )
-from pyggml.models.quantize import quantize
+from pyggml.makers.quantize import quantize
 from pyggml.types import BufferUsage, Op, Type
 
 #: Of the squared error to the squares, between kernels that round activations in their own ways (BF16's most).

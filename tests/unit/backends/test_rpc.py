@@ -16,7 +16,7 @@ from rpc_cases import Experts, Recorded, converse
 import pyggml as ggml
 from pyggml.backend import REGISTRY
 from pyggml.backends import rpc
-from pyggml.backends._rpc_protocol import Command, Connection, parse_address
+from pyggml.backends.rpc.protocol import Command, Connection, parse_address
 from pyggml.buffer import tensor_copy, tensor_memset
 from pyggml.errors import (
     BackendError,

@@ -14,7 +14,7 @@ import pytest
 
 from pyggml.commands import _fetch
 from pyggml.errors import PyggmlError
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.types import Type
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="stands a shell script in for Python")

@@ -11,9 +11,9 @@ import pytest
 from pyggml.cli import run
 from pyggml.commands import make_moe as module
 from pyggml.gguf import GGUFFile
-from pyggml.models.make_moe import PRESETS
-from pyggml.models.quantize import QUANTIZABLE
-from pyggml.models.random_model import ARCHS
+from pyggml.makers.make_moe import PRESETS
+from pyggml.makers.quantize import QUANTIZABLE
+from pyggml.makers.random_model import ARCHS
 from pyggml.types import Type
 
 

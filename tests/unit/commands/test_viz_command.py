@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pyggml import cli
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.types import Type
 
 WORDS = ["--device", "sim:rtx4090-pcie4,cpu", "--cpu-moe", "-t", "1"]

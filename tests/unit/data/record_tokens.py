@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 from pyggml.gguf import GGUFFile, ValueType
-from pyggml.models.gguf_writer import GGUFWriter
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.gguf_writer import GGUFWriter
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 
 PRES = ("smollm", "default", "gpt-2", "llama-bpe", "qwen2", "qwen35", "gpt-4o", "tekken", "falcon", "dbrx", "glm4")
 KINDS = (*PRES, "scored", "bytes")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pyggml.kernels.cpu.pool import Pool
 
-from pyggml.backends._host_ops import HostPlan
+from pyggml.backends.host.plan import HostPlan
 from pyggml.tensor import Tensor, decode_array, encode_array
 from pyggml.types import Op, TensorFlag, Type
 

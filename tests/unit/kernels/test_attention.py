@@ -69,7 +69,7 @@ def test_rope(memory, mode, options, n_dims):
 @pytest.mark.parametrize("mode", [0, 2])
 def test_rope_in_place_and_shared_angles(memory, mode):
     """ROPE may write where it reads, and nodes with the same positions share their angles."""
-    from pyggml.backends._host_ops import HostPlan
+    from pyggml.backends.host.plan import HostPlan
 
     x, positions = normal(5, 2, 64), np.arange(5, dtype="i4")
     t, pos = memory.tensor(x), memory.tensor(positions)
@@ -167,7 +167,7 @@ def test_hidden_keys_are_never_read(memory, kv_type):
 
 def test_attention_types_are_kept_apart():
     """The node's types decide support: a mask of floats is refused with its name."""
-    from pyggml.backends._host_ops import reason_unsupported, supports_op
+    from pyggml.backends.host.plan import reason_unsupported, supports_op
     from pyggml.tensor import Tensor
 
     q, k = Tensor(Type.F32, (32, 4, 1)), Tensor(Type.F16, (32, 8, 1))

@@ -15,7 +15,7 @@ from pyggml.kernels.cpu import words
 from pyggml.kernels.cpu.pool import Pool
 from test_products import weights
 
-from pyggml.backends._host_ops import HostPlan
+from pyggml.backends.host.plan import HostPlan
 from pyggml.errors import ComputeError
 from pyggml.tensor import Tensor, pack_params
 from pyggml.types import Op, TensorFlag, Type, UnaryOp
@@ -211,7 +211,7 @@ def test_cache_folder(tmp_path):
 def test_importing_the_package_is_cheap():
     """`pyggml.kernels` and the backends' questions about support need no Numba."""
     code = (
-        "import sys, pyggml.kernels, pyggml.kernels.cpu, pyggml.backends._host_ops; assert 'numba' not in sys.modules"
+        "import sys, pyggml.kernels, pyggml.kernels.cpu, pyggml.backends.host.plan; assert 'numba' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -223,7 +223,7 @@ def test_pool_after_fork_starts_new_threads(tmp_path):
 import os, sys, numpy as np, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 from pyggml.kernels.cpu.pool import Pool
-from pyggml.backends._host_ops import HostPlan
+from pyggml.backends.host.plan import HostPlan
 from pyggml.tensor import Tensor, pack_params
 from pyggml.types import Op
 x, y = np.ones(100_000, "f4"), np.zeros(100_000, "f4")

@@ -146,7 +146,7 @@ def test_no_tokens(memory):
 
 def test_products_of_one_input_share_its_quantised_rows(memory):
     """Three products of the same activations have them quantised once, until something writes over these."""
-    from pyggml.backends._host_ops import HostPlan
+    from pyggml.backends.host.plan import HostPlan
 
     rng = np.random.default_rng(5)
     x = memory.tensor(rng.standard_normal((4, 256), dtype="f4"))

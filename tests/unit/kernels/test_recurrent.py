@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pyggml import ops
-from pyggml.backends._host_support import reason_unsupported
+from pyggml.backends.host.support import reason_unsupported
 from pyggml.errors import ComputeError
 from pyggml.tensor import Tensor
 from pyggml.testing import ref

@@ -15,10 +15,10 @@ from gguf import GGMLQuantizationType, quants
 
 from pyggml.errors import PyggmlError
 from pyggml.gguf import GGUFFile
-from pyggml.models.gguf_writer import GGUFWriter, atomic_file
-from pyggml.models.make_moe import PRESETS, Recipe, Sizes, make_moe
-from pyggml.models.quantize import QUANTIZABLE, dequantize, quantize
-from pyggml.models.random_model import ARCHS, noise
+from pyggml.makers.gguf_writer import GGUFWriter, atomic_file
+from pyggml.makers.make_moe import PRESETS, Recipe, Sizes, make_moe
+from pyggml.makers.quantize import QUANTIZABLE, dequantize, quantize
+from pyggml.makers.random_model import ARCHS, noise
 from pyggml.types import Type
 
 SIXTEEN = Sizes(layers=3, experts=16, used=4)

@@ -12,10 +12,10 @@ import pytest
 from pyggml.commands._fetch import calibration_tokens
 from pyggml.errors import FormatError, PyggmlError
 from pyggml.gguf import GGUFFile
-from pyggml.models.dense_llama import ffn_inputs
-from pyggml.models.make_moe import Recipe, Sizes, make_moe
-from pyggml.models.quantize import dequantize
-from pyggml.models.upcycle import Upcycling, calibrate, upcycle
+from pyggml.makers.dense_llama import ffn_inputs
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
+from pyggml.makers.quantize import dequantize
+from pyggml.makers.upcycle import Upcycling, calibrate, upcycle
 from pyggml.tokenizer import Tokenizer
 from pyggml.types import Type
 

@@ -1,0 +1,5 @@
+"""The CPU, and what every backend that runs its kernels shares: plans of kernel calls, host memory, the race watch."""
+
+from .cpu import CPU, CPUBackend, CPUDevice, devices, open_device, why_missing
+
+__all__ = ["CPU", "CPUBackend", "CPUDevice", "devices", "open_device", "why_missing"]

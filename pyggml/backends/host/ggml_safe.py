@@ -1,0 +1,79 @@
+"""Nodes that the library's CPU says it supports and then ends the process at: which they are, told beforehand.
+
+Its `supports_op` says yes to nearly everything; its kernels assert what they expect of types and strides. Allowed is
+what was compared with those kernels. Devices of other kinds say no themselves.
+"""
+
+from __future__ import annotations
+
+from ...tensor import Tensor
+from ...types import Op, Type
+from .support import reason_unsupported
+
+__all__ = ["is_safe_on_cpu"]
+
+_FLOATS = {Type.F32, Type.F16, Type.BF16}
+#: Formats of activations between kernels; no weights.
+_INNER = {Type.Q8_1, Type.Q8_K}
+#: One pass over rows without gaps between them.
+_ROW_BY_ROW = {
+    Op.SQR, Op.SQRT, Op.LOG, Op.SIN, Op.COS, Op.SCALE, Op.LEAKY_RELU, Op.UNARY, Op.GLU, Op.SOFT_MAX, Op.CUMSUM,
+}  # fmt: skip
+#: Ops whose kernels were read; there are more in ggml, and in ours.
+_READ = _ROW_BY_ROW | {
+    Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.CLAMP, Op.FILL, Op.RMS_NORM, Op.NORM, Op.L2_NORM, Op.SUM_ROWS, Op.MEAN,
+    Op.DIAG_MASK_INF, Op.SUM, Op.CPY, Op.CONT, Op.DUP, Op.ARGSORT, Op.TOP_K, Op.ARGMAX, Op.REPEAT, Op.CONCAT,
+    Op.MUL_MAT, Op.MUL_MAT_ID, Op.ADD_ID, Op.GET_ROWS, Op.SET_ROWS, Op.ROPE, Op.FLASH_ATTN_EXT,
+}  # fmt: skip
+_ROPE_MODES = {0, 2}
+
+
+def is_safe_on_cpu(node: Tensor) -> bool:
+    """Whether the library's CPU kernels take a node's types and strides."""
+    if node.op.is_empty:
+        return True
+    if node.op not in _READ or (node.op is Op.ROPE and node.param_i32(2) not in _ROPE_MODES):
+        return False
+    if node.op in (Op.MUL_MAT, Op.MUL_MAT_ID, Op.GET_ROWS) and not _is_plain_product(node):
+        return False
+    if node.op in (Op.CPY, Op.CONT, Op.DUP):
+        return _copy(node)
+    if node.op is Op.SET_ROWS:
+        return not reason_unsupported(node) and _first(node).type is Type.F32
+    if node.op in (Op.MUL_MAT, Op.MUL_MAT_ID, Op.GET_ROWS) and _first(node).type.is_quantized:
+        return True
+    if node.op in _ROW_BY_ROW and not all(s is None or s.is_contiguous() for s in (node, *node.src)):
+        return False
+    return not reason_unsupported(node)
+
+
+def _first(node: Tensor) -> Tensor:
+    src = node.src[0]
+    assert src is not None
+    return src
+
+
+def _is_plain_product(node: Tensor) -> bool:
+    weight, other = node.src[0], node.src[1]
+    assert weight is not None
+    assert other is not None
+    if weight.type in _INNER or weight.nb[0] != weight.type.type_size or other.nb[0] != other.type.type_size:
+        return False
+    if node.op is Op.MUL_MAT_ID:
+        ids = node.src[2]
+        return other.type is Type.F32 and ids is not None and ids.nb[0] == ids.type.type_size
+    return True
+
+
+def _copy(node: Tensor) -> bool:
+    """Mirrors what `ggml_compute_forward_dup` has a way for."""
+    src, dst = _first(node).type, node.type
+    if src is dst:
+        return not reason_unsupported(node)
+    if src in _FLOATS and dst.is_quantized:
+        return not reason_unsupported(node) and node.is_contiguous() and _first(node).nb[0] == src.type_size
+    if src.is_quantized:
+        return dst is Type.F32 and not reason_unsupported(node)
+    if Type.I32 in (src, dst):
+        return Type.F32 in (src, dst)
+    return src in _FLOATS and dst in _FLOATS

@@ -1,0 +1,130 @@
+"""Indices that a node chooses rows or experts with: where a bad one could come from, and the error that names it.
+
+A library or a remote server ends its process at an index out of bounds. So indices are read and compared before the
+nodes that use them are given away, unless they are in bounds by what made them: positions from ARGSORT or TOP_K.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...errors import ComputeError, ExpertIdError, PyggmlError
+from ...tensor import Tensor
+from ...types import Op, TensorFlag, Type
+
+__all__ = ["IndexUse", "bad_index_error", "cut_at_indices", "find_bad_index"]
+
+#: Ops that choose by indices: which source holds them, and which tensor is chosen from, -1 for the result.
+_USERS = {Op.MUL_MAT_ID: (2, 0), Op.ADD_ID: (2, 1), Op.GET_ROWS: (1, 0), Op.SET_ROWS: (1, -1), Op.SSM_SCAN: (6, 0)}
+#: Dimension of what is chosen, where it is not rows.
+_CHOSEN_DIM = {Op.MUL_MAT_ID: 2, Op.SSM_SCAN: 3}
+_POSITIONS = {Op.ARGSORT, Op.TOP_K, Op.ARGMAX}
+_PASS_ON = {Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE, Op.CONT, Op.DUP}
+
+
+@dataclass(frozen=True, slots=True)
+class IndexUse:
+    """A node and the indices it uses, each to be at least 0 and below ``limit``."""
+
+    node: Tensor
+    indices: Tensor
+    limit: int
+
+
+def bad_index_error(node: Tensor, backend: str, position: int, value: int, limit: int) -> PyggmlError:
+    """Return the error for an index out of bounds.
+
+    Parameters
+    ----------
+    position : int
+        Of the index, counted over ``ne`` of the indices' tensor.
+    """
+    which, chosen_src = _USERS[node.op]
+    indices = node.src[which]
+    assert indices is not None
+    if node.op in (Op.MUL_MAT_ID, Op.ADD_ID):
+        chosen = node.src[chosen_src]
+        assert chosen is not None
+        token, slot = divmod(position, indices.ne[0])
+        layer = re.search(r"(?:blk\.|-)(\d+)", chosen.name)
+        return ExpertIdError(
+            chosen.name, int(layer[1]) if layer else None, indices.name, backend, token, slot, value, limit
+        )
+    return ComputeError(
+        backend,
+        f"{node.op.name}: row index {value} is not in 0..{limit - 1}: '{indices.name}'[{position}]",
+        node=node.name,
+        hint="check what was written into the indices",
+    )
+
+
+def cut_at_indices(nodes: Sequence[Tensor]) -> list[tuple[int, list[IndexUse]]]:
+    """Return where nodes are to be cut: the first node of each part, and what to check before it.
+
+    The first part starts at 0. Another starts at a node whose indices an earlier node of its part makes, if nothing
+    says that they are in bounds.
+    """
+    parts: list[tuple[int, list[IndexUse]]] = [(0, [])]
+    made: set[Tensor] = set()  # memory that the part so far writes
+    for i, node in enumerate(nodes):
+        if node.op.is_empty or node.is_empty or not node.flags & TensorFlag.COMPUTE:
+            continue
+        use = _use_of(node)
+        if use is not None:
+            if (use.indices.view_src or use.indices) in made:
+                parts.append((i, []))
+                made = set()
+            parts[-1][1].append(use)
+        made.add(node.view_src or node)
+    return [(start, _distinct(uses)) for start, uses in parts]
+
+
+def _distinct(uses: list[IndexUse]) -> list[IndexUse]:
+    """Return of uses of the same indices with the same limit only the first."""
+    return list({(use.indices, use.limit): use for use in reversed(uses)}.values())[::-1]
+
+
+def _use_of(node: Tensor) -> IndexUse | None:
+    if node.op not in _USERS:
+        return None
+    which, chosen_src = _USERS[node.op]
+    indices = node.src[which]
+    chosen = node if chosen_src < 0 else node.src[chosen_src]
+    assert indices is not None
+    assert chosen is not None
+    limit = chosen.ne[_CHOSEN_DIM.get(node.op, 1)]
+    bound = _bound(indices)
+    if indices.is_empty or (bound is not None and bound <= limit):
+        return None
+    return IndexUse(node, indices, limit)
+
+
+def _bound(indices: Tensor) -> int | None:
+    """Return what indices are below by what made them; None if that says nothing."""
+    at: Tensor | None = indices
+    while at is not None and at.op in _PASS_ON and at.type is indices.type:
+        at = at.src[0]
+    if at is None or at.op not in _POSITIONS or at.src[0] is None:
+        return None
+    return at.src[0].ne[0]
+
+
+def find_bad_index(indices: Tensor, limit: int) -> tuple[int, int] | None:
+    """Return position and value of the first index out of bounds; None if all are in.
+
+    Raises
+    ------
+    GraphError
+        The indices have no memory.
+    """
+    import numpy as np
+
+    raw = np.frombuffer(indices.tobytes(), np.uint8)
+    dtype = np.dtype(np.int64 if indices.type is Type.I64 else np.int32)
+    values = np.ndarray(indices.ne[::-1], dtype, raw, strides=indices.nb[::-1]).reshape(-1)
+    if int(values.min()) >= 0 and int(values.max()) < limit:
+        return None
+    position = int(np.flatnonzero((values < 0) | (values >= limit))[0])
+    return position, int(values[position])

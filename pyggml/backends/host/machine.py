@@ -1,0 +1,287 @@
+"""What the process can have of the machine: pages of memory, buffers in them, and cores.
+
+Shared by the backends that compute on host memory, so that they know nothing of each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ...buffer import Buffer, BufferType
+from ...errors import AllocError, ComputeError, OutOfMemoryError
+from ...graph import GraphView
+from ...tensor import Tensor
+from .plan import HostPlan
+from .race_watch import HOST, access_to
+
+if TYPE_CHECKING:
+    from pyggml.kernels.cpu.pool import Pool
+
+__all__ = [
+    "HostBlock",
+    "HostBuffer",
+    "HostBufferType",
+    "available_cores",
+    "is_writable",
+    "physical_memory",
+    "plan_of",
+    "shared_pool",
+]
+
+#: Mirrors `TENSOR_ALIGNMENT`; kernels assume no more, else no tensor of a mapped GGUF could be used where it lies.
+TENSOR_ALIGNMENT = 32
+
+
+def physical_memory() -> tuple[int, int]:
+    """Return the machine's memory, available and in all, in bytes; zeros where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
+        return kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        pass
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0, 0
+    return total, total
+
+
+def available_cores() -> int:
+    """Return how many cores the process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _map_pages(size: int) -> mmap.mmap:
+    if hasattr(mmap, "MAP_PRIVATE"):  # the default is shared memory, which gets no huge pages
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)
+
+
+class HostBlock:
+    """Pages of the process, zeroed and touched only when used.
+
+    Attributes
+    ----------
+    address : int
+        Of the first byte, a multiple of the page size.
+    size : int
+        Bytes.
+
+    Raises
+    ------
+    OutOfMemoryError
+        The machine has not so much memory.
+    """
+
+    __slots__ = ("_map", "address", "size")
+
+    def __init__(self, size: int, *, owner: str, purpose: str) -> None:
+        available, total = physical_memory()
+        if total and size > total:
+            raise OutOfMemoryError(owner, size, available, purpose, hint="the machine has not so much memory")
+        try:
+            self._map: mmap.mmap | None = _map_pages(size)
+        except (OSError, ValueError, OverflowError) as error:
+            raise OutOfMemoryError(owner, size, available or None, purpose) from error
+        if hasattr(mmap, "MADV_HUGEPAGE") and size >= 1 << 21:
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.size = size
+
+    def fill(self, value: int) -> None:
+        """Set all bytes to a value."""
+        ctypes.memset(self.address, value, self.size)
+
+    def close(self) -> None:
+        """Give the pages back now; every address in them becomes invalid."""
+        if self._map is not None:
+            block, self._map = self._map, None
+            block.close()
+
+
+# -- buffers ---------------------------------------------------------------------------------
+
+
+class HostBufferType(BufferType):
+    """Host memory.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_cpu_buffer_type`.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, alignment=TENSOR_ALIGNMENT, is_host=True)
+
+    def _alloc(self, size: int) -> HostBuffer:
+        block = HostBlock(size, owner=self.name, purpose="a buffer")
+        return HostBuffer(self, block.address, size, block)
+
+
+def bytes_at(address: int, size: int) -> memoryview:
+    """Return memory of the process as bytes, which the caller does not outlive."""
+    return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
+
+
+class HostBuffer(Buffer):
+    """Host memory: its own, or somebody else's that ``owner`` keeps alive.
+
+    Parameters
+    ----------
+    is_writable : bool
+        Whether the pages may be written; a mapped file's may not.
+    """
+
+    __slots__ = ("is_writable", "owner")
+
+    def __init__(self, buft: BufferType, address: int, size: int, owner: object, *, is_writable: bool = True) -> None:
+        super().__init__(buft, size, address)
+        self.owner = owner
+        self.is_writable = is_writable
+
+    def _writable(self, tensor: Tensor) -> int:
+        if not self.is_writable:
+            raise AllocError(
+                f"'{tensor.name}' lies in read-only memory of {self.buft.name} and cannot be written",
+                hint="copy it to a tensor in a buffer of its own",
+            )
+        return self._address(tensor)
+
+    def _address(self, tensor: Tensor) -> int:
+        self.check_open(tensor)
+        assert tensor.data is not None
+        return tensor.data
+
+    def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
+        """Copy host memory into the tensor."""
+        _watch(tensor, offset, size, is_write=True)
+        ctypes.memmove(self._writable(tensor) + offset, address, size)
+
+    def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
+        """Copy bytes of the tensor to host memory."""
+        _watch(tensor, offset, size, is_write=False)
+        ctypes.memmove(address, self._address(tensor) + offset, size)
+
+    def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
+        """Return the bytes where they are."""
+        return None if self.owner is None else bytes_at(self._address(tensor) + offset, size)
+
+    def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
+        """Set bytes of the tensor."""
+        _watch(tensor, offset, size, is_write=True)
+        ctypes.memset(self._writable(tensor) + offset, value, size)
+
+    def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
+        """Copy from host memory; anything else goes the caller's way."""
+        storage = src.storage
+        if storage is None or not storage.is_host or src.data is None:
+            return False
+        self.set_tensor(dst, src.data, 0, src.nbytes)
+        return True
+
+    def clear(self, value: int) -> None:
+        """Set all bytes to a value."""
+        if not self.is_writable or self.owner is None:
+            state = "was closed" if self.owner is None else "is read-only"
+            raise AllocError(f"a buffer of {self.buft.name} cannot be cleared: it {state}")
+        ctypes.memset(self.base, value, self.size)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the memory was given back."""
+        return self.owner is None
+
+    def close(self) -> None:
+        """Give own pages back; a mapping stays with its owner."""
+        owner, self.owner = self.owner, None
+        if isinstance(owner, HostBlock):
+            owner.close()
+
+
+def _watch(tensor: Tensor, offset: int, size: int, *, is_write: bool) -> None:
+    """Let the host's use of its memory be checked, while a simulated device works late."""
+    if HOST.is_busy and tensor.data is not None:
+        HOST.by_host([access_to(tensor, is_write=is_write, offset=offset, size=size)])
+
+
+def is_writable(owner: object) -> bool:
+    """Whether memory of an owner may be written: not if it has Python's buffer interface and is read-only."""
+    try:
+        with memoryview(owner) as view:  # type: ignore[arg-type]  # whether it can be viewed is the question
+            return not view.readonly
+    except TypeError:
+        return True
+
+
+# -- computing -------------------------------------------------------------------------------
+
+_pools: weakref.WeakValueDictionary[int, Pool] = weakref.WeakValueDictionary()
+_pools_lock = threading.Lock()
+
+
+def shared_pool(threads: int) -> Pool:
+    """Return the pool of so many threads; it ends with its last user.
+
+    Backends share it: threads of two pools that wait for work would take each other's cores.
+    """
+    from pyggml.kernels.cpu.pool import Pool
+
+    with _pools_lock:
+        pool = _pools.get(threads)
+        if pool is None:
+            pool = _pools[threads] = Pool(threads)
+        return pool
+
+
+class _KeptPlan:
+    """A plan, and what it rests on."""
+
+    __slots__ = ("buffers", "owner", "places", "plan", "version")
+
+    def __init__(self, plan: HostPlan, owner: object, version: int, nodes: Sequence[Tensor]) -> None:
+        self.plan, self.owner, self.version = plan, owner, version
+        self.places = [node.data for node in nodes]
+        used = {t.storage for node in nodes for t in (node, *node.src) if t is not None}
+        self.buffers = tuple(b for b in used if b is not None)
+
+
+def plan_of(graph: GraphView, owner: object, name: str, address_of: Callable[[Tensor], int]) -> HostPlan:
+    """Return the plan of a range of nodes, made at the first time and kept in the range.
+
+    It is made anew if the graph changed, a node moved in memory, a buffer was closed, or another device asks.
+
+    Parameters
+    ----------
+    owner : object
+        Whose plan it is.
+    name : str
+        Of the backend, for errors.
+    address_of : callable
+        Host address of a tensor; raises if the backend cannot reach it.
+    """
+    nodes = graph.nodes
+    places = [node.data for node in nodes]
+    kept = graph.plan
+    if (
+        isinstance(kept, _KeptPlan)
+        and kept.owner is owner
+        and kept.version == graph.graph.version
+        and kept.places == places
+        and not any(buffer.is_closed for buffer in kept.buffers)
+    ):
+        return kept.plan
+    for node in nodes:
+        if not node.op.is_empty and not node.is_empty and node.data is None:
+            raise ComputeError(name, "a node has no memory yet", node=node.name, hint="allocate the graph first")
+    plan = HostPlan(nodes, address_of, backend=name)
+    graph.plan = _KeptPlan(plan, owner, graph.graph.version, nodes)
+    return plan

@@ -1,0 +1,314 @@
+"""`HostPlan`: the nodes of a split as a plan of kernel calls, made once and run in one call.
+
+Used by every backend that computes on host memory. The plan is an array of int64 words (`pyggml.kernels.cpu.words`);
+what each op writes into it is in `_host_writers`. Two things are found out here, because only here the order of nodes
+is known:
+
+- where stages begin: at a descriptor that touches what an earlier one of the stage makes, or makes what that reads;
+- what can be shared: activations quantised for one product serve the next that reads them, likewise the grouping of
+  ids by expert and the angles of ROPE, until a node writes over what they were made from.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pyggml.kernels.cpu import words as w
+
+from ...errors import ComputeError
+from ...tensor import Tensor
+from ...types import TensorFlag
+from .indices import bad_index_error
+from .support import reason_unsupported, supports_op
+
+if TYPE_CHECKING:
+    from pyggml.kernels.cpu.pool import BadIndex, Pool
+
+__all__ = ["HostPlan", "Layout", "reason_unsupported", "supports_op"]
+
+#: Seconds of work after which Python may look for signals (Ctrl-C).
+PIECE_S = 0.05
+#: Scratch slots for prepared activations and for groupings; each is reused only in a later stage.
+N_SLOTS = {"rows": 3, "groups": 2}
+_ABSENT = (0, 0, 1, 1, 1, 1, 0, 0, 0, 0)
+_PADDING = [(0,) * (w.N_PARAMS - n) for n in range(w.N_PARAMS + 1)]
+
+Range = tuple[int, int]
+
+
+class Layout(NamedTuple):
+    """A tensor's memory seen in another shape; stands where a tensor does in `HostPlan.add`."""
+
+    address: int
+    type: int
+    ne: tuple[int, int, int, int]
+    nb: tuple[int, int, int, int]
+    nbytes: int
+
+
+class HostPlan:
+    """A plan for nodes whose data lies in host memory.
+
+    Parameters
+    ----------
+    nodes : sequence of Tensor
+        Nodes in order. Views, empty tensors, and nodes without the COMPUTE flag are left out.
+    address_of : callable
+        Host address at which a tensor's ``data`` can be reached.
+    backend : str
+        Name for errors.
+    share : bool
+        Whether nodes may use what earlier ones prepared. False makes `run_node` possible.
+
+    Notes
+    -----
+    The addresses are written into the plan: it is good for as long as no tensor moves.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Tensor],
+        address_of: Callable[[Tensor], int],
+        *,
+        backend: str = "CPU",
+        share: bool = True,
+    ) -> None:
+        self.backend = backend
+        self.address_of = address_of
+        self.share = share
+        self.thread_bytes = 0
+        self._words: Any = array("q")  # Any: array's type parameter is not subscriptable at run time
+        self._starts: list[int] = []  #: first word of each descriptor
+        self._owners: list[Tensor] = []  #: node of each descriptor
+        self._costs: list[float] = []  #: seconds, roughly
+        self._node_spans: list[tuple[int, int]] = []
+        self._stages: list[int] = []  #: first descriptor of each stage
+        self._stage_cost = 0.0  #: seconds of the stage so far
+        self._new_stage = True  #: whether the next descriptor begins one, whatever it touches
+        self._pending: list[tuple[int, int, bool, bool]] = []  #: first, end, is write, is serial: of this stage
+        self._shared: dict[tuple[Any, ...], tuple[Range, tuple[str, int]]] = {}
+        self._fixups: list[tuple[int, str, int]] = []  #: word, slot kind, slot number
+        self._slot_bytes = {"rows": 0, "groups": 0}
+        self._next_slot = {"rows": 0, "groups": 0}
+        self._table_bytes = 0
+        self._build(nodes)
+
+    def _build(self, nodes: Sequence[Tensor]) -> None:
+        from .writers import WRITERS
+
+        compute = TensorFlag.COMPUTE
+        for node in nodes:
+            first = len(self._starts)
+            if not node.op.is_empty and node.flags & compute and not node.is_empty:
+                WRITERS[node.op](self, node)
+                if self.share:
+                    self._forget(node)
+                else:
+                    self._shared.clear()
+                    self._new_stage = True
+            self._node_spans.append((first, len(self._starts)))
+        self._finish()
+
+    # -- what writers use --------------------------------------------------------
+
+    def add(
+        self,
+        kernel: int,
+        node: Tensor,
+        tensors: Sequence[Tensor | Layout | None],
+        params: Sequence[int] = (),
+        *,
+        serial: bool,
+        cost: float = 0.0,
+        reads: Sequence[Range] = (),
+        writes: Sequence[Range] = (),
+        scratch: int = 0,
+    ) -> int:
+        """Append a descriptor and return the index of its first word.
+
+        Parameters
+        ----------
+        kernel : int
+            Address of an op kernel.
+        node : Tensor
+            The node it belongs to.
+        tensors : sequence of Tensor, Layout or None
+            dst (None: the op writes scratch), src0, src1, ...
+        params : sequence of int
+            Parameter words.
+        serial : bool
+            Whether one thread alone runs it.
+        cost : float
+            Seconds that it may take.
+        reads, writes : sequence of (int, int)
+            Ranges of scratch that it touches, besides the tensors; see `slot_range`.
+        scratch : int
+            Byte offset in the shared scratch.
+        """
+        words, start = self._words, len(self._words)
+        length = w.DST + w.TENSOR * len(tensors)
+        words.extend((kernel, length, serial, 0, len(self._starts), 0, scratch, 0))
+        words.extend(params)
+        words.extend(_PADDING[len(params)])
+        address_of = self.address_of
+        ranges = [(a, b, False) for a, b in reads] + [(a, b, True) for a, b in writes]
+        is_write = True
+        for t in tensors:
+            if t is None:
+                words.extend(_ABSENT)
+            else:
+                at = t.address if isinstance(t, Layout) else address_of(t)
+                words.extend((at, t.type, *t.ne, *t.nb))
+                ranges.append((at, at + t.nbytes, is_write))
+            is_write = False
+        if self._new_stage or self._conflicts(ranges, serial):
+            self._new_stage, self._stage_cost = False, 0.0
+            self._stages.append(len(self._starts))
+            self._pending.clear()
+        self._pending += [(first, end, is_write, serial) for first, end, is_write in ranges]
+        self._stage_cost += cost
+        self._new_stage = self._stage_cost > PIECE_S
+        self._starts.append(start)
+        self._owners.append(node)
+        self._costs.append(cost)
+        return start
+
+    def _conflicts(self, ranges: list[tuple[int, int, bool]], serial: bool) -> bool:
+        """Whether ranges meet written ones of the stage, or written ones its others; serial descriptors keep order."""
+        pending = self._pending
+        for first, end, is_write in ranges:
+            for first2, end2, is_write2, serial2 in pending:
+                if first < end2 and first2 < end and (is_write or is_write2) and not (serial and serial2):
+                    return True
+        return False
+
+    def prepared(self, key: tuple[Any, ...]) -> tuple[str, int] | None:
+        """Return the slot of what was prepared under a key, if it still holds."""
+        found = self._shared.get(key)
+        return None if found is None else found[1]
+
+    def new_slot(self, kind: str, size: int, key: tuple[Any, ...], source: Tensor) -> tuple[str, int]:
+        """Return a slot of the scratch for what is prepared from a source; an older holder of the slot is forgotten."""
+        n = self._next_slot[kind]
+        self._next_slot[kind] = (n + 1) % N_SLOTS[kind]
+        self._slot_bytes[kind] = max(self._slot_bytes[kind], size)
+        slot = (kind, n)
+        self._shared = {k: v for k, v in self._shared.items() if v[1] != slot}
+        self.remember(key, source, slot)
+        return slot
+
+    def new_table(self, size: int, key: tuple[Any, ...], source: Tensor) -> tuple[str, int]:
+        """Return a piece of scratch that is never reused; its number is its offset."""
+        slot = ("table", self._table_bytes)
+        self._table_bytes += -(-size // 64) * 64
+        self.remember(key, source, slot)
+        return slot
+
+    def remember(self, key: tuple[Any, ...], source: Tensor, slot: tuple[str, int]) -> None:
+        """Note that a slot holds what was made from a source."""
+        at = self.address_of(source)
+        self._shared[key] = ((at, at + source.nbytes), slot)
+
+    @staticmethod
+    def slot_range(slot: tuple[str, int]) -> Range:
+        """Return a range that stands for a slot where stages are decided; no tensor lies there."""
+        kind, n = slot
+        at = {"rows": -1000, "groups": -2000, "table": -(1 << 40)}[kind] - 2 * n
+        return at, at + 1
+
+    def fix(self, word: int, slot: tuple[str, int]) -> None:
+        """Ask for a word to become the slot's byte offset, once sizes are known."""
+        self._fixups.append((word, *slot))
+
+    def need_thread_bytes(self, size: int) -> None:
+        """Ask for scratch for each thread."""
+        self.thread_bytes = max(self.thread_bytes, -(-size // 64) * 64)
+
+    # -- closing ---------------------------------------------------------------------
+
+    def _forget(self, node: Tensor) -> None:
+        """Drop what was prepared from memory that a node wrote over."""
+        if self._shared:
+            first = self.address_of(node)
+            end = first + node.nbytes
+            stale = [key for key, ((a, b), _) in self._shared.items() if first < b and a < end]
+            for key in stale:
+                del self._shared[key]
+
+    def _finish(self) -> None:
+        base = {"table": 0, "rows": self._table_bytes}
+        size = {kind: -(-n // 64) * 64 for kind, n in self._slot_bytes.items()}
+        base["groups"] = base["rows"] + N_SLOTS["rows"] * size["rows"]
+        for word, kind, n in self._fixups:
+            self._words[word] = n if kind == "table" else base[kind] + n * size[kind]
+        self.shared_bytes = base["groups"] + N_SLOTS["groups"] * size["groups"]
+        self._address = self._words.buffer_info()[0]
+        self._pieces = self._cut()
+        self._pending.clear()
+        self._shared.clear()
+
+    def _cut(self) -> list[tuple[int, int]]:
+        """Write the stages' headers; return pieces of whole stages that take some time each."""
+        words, starts = self._words, self._starts
+        pieces: list[tuple[int, int]] = []
+        first, total = 0, 0.0
+        for stage, end in pairwise([*self._stages, len(starts)]):
+            shared = 0
+            for start in starts[stage:end]:
+                words[start + w.PARALLEL] = own = 1 - words[start + w.SERIAL]
+                shared |= own
+            words[starts[stage] + w.STAGE] = end - stage
+            words[starts[stage] + w.PARALLEL] = shared
+            total += sum(self._costs[stage:end])
+            if total > PIECE_S or end == len(starts):
+                pieces.append((self._address + 8 * starts[first], end - first))
+                first, total = end, 0.0
+        return pieces
+
+    # -- running -----------------------------------------------------------------------
+
+    @property
+    def n_descriptors(self) -> int:
+        """Number of kernel calls."""
+        return len(self._starts)
+
+    def run(self, pool: Pool) -> None:
+        """Compute all nodes.
+
+        Raises
+        ------
+        ExpertIdError
+            An expert id is out of bounds. Nothing after its node is computed.
+        ComputeError
+            A row index is out of bounds, or the pool was told to stop.
+        """
+        bad = pool.run(self._pieces, self.shared_bytes, self.thread_bytes)
+        if bad is not None:
+            self._raise(bad)
+
+    def run_node(self, i: int, pool: Pool) -> None:
+        """Compute node i alone; only of a plan made with ``share=False``. Raises as `run`."""
+        if self.share:
+            raise ValueError("a plan whose nodes share prepared data cannot run them one by one; use share=False")
+        first, end = self._node_spans[i]
+        if first == end:
+            return
+        bad = pool.run([(self._address + 8 * self._starts[first], end - first)], self.shared_bytes, self.thread_bytes)
+        if bad is not None:
+            self._raise(bad)
+
+    def _raise(self, bad: BadIndex) -> None:
+        for start in self._starts:  # a stopped op may have left jobs counted
+            self._words[start + w.COUNTER] = 0
+        if bad.descriptor < 0:
+            raise ComputeError(self.backend, "the computation was stopped", status=1)
+        raise bad_index_error(self._owners[bad.descriptor], self.backend, bad.position, bad.value, bad.limit)
+
+    def __repr__(self) -> str:
+        kib = (self.shared_bytes + self.thread_bytes) / 1024
+        return (
+            f"<HostPlan of {self.n_descriptors} kernel calls for {len(self._node_spans)} nodes, {kib:,.0f} KiB scratch>"
+        )

@@ -1,0 +1,248 @@
+"""Which nodes the host's kernels can run; `reason_unsupported` says why not. Needs neither kernels nor Numba."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...ops.modes import RopeType
+from ...tensor import Tensor
+from ...types import GluOp, Op, Type, UnaryOp
+
+__all__ = ["reason_unsupported", "supports_op"]
+
+_FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
+#: What rows of floats can be turned into, and the other way round.
+_QUANTISED = frozenset({
+    Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
+    Type.MXFP4, Type.IQ4_NL,
+})  # fmt: skip
+#: What is read and never written.
+_CODED = frozenset({
+    Type.IQ4_XS, Type.IQ3_S, Type.IQ3_XXS, Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS, Type.IQ1_M, Type.IQ1_S, Type.TQ1_0,
+    Type.TQ2_0, Type.NVFP4, Type.Q1_0, Type.Q2_0,
+})  # fmt: skip
+_WEIGHTS = _FLOATS | _QUANTISED | _CODED
+_WRITABLE = _FLOATS | _QUANTISED | {Type.I32}
+_KV_TYPES = _FLOATS | _QUANTISED
+
+
+def _types(t: Tensor, *allowed: frozenset[Type] | set[Type]) -> str:
+    """Compare the types of dst and sources with what is allowed for each, absent ones aside."""
+    tensors = [t, *t.src]
+    for i, types in enumerate(allowed):
+        x = tensors[i] if i < len(tensors) else None
+        if x is not None and x.type not in types:
+            what = "dst" if i == 0 else f"src{i - 1}"
+            return f"{what} '{x.name}' is {x.type.ggml_name}, not {' or '.join(sorted(y.ggml_name for y in types))}"
+    return ""
+
+
+def _dense_rows(t: Tensor, *which: int) -> str:
+    """Ask for elements side by side in dst (0) and sources (1, 2, ...)."""
+    tensors = [t, *t.src]
+    for i in which:
+        x = tensors[i] if i < len(tensors) else None
+        if x is not None and x.nb[0] != x.type.type_size and x.ne[0] != 1:
+            return f"{'dst' if i == 0 else f'src{i - 1}'} '{x.name}' has gaps within its rows (nb {x.nb})"
+    return ""
+
+
+_F32 = frozenset({Type.F32})
+_I32 = frozenset({Type.I32})
+_ROPED = frozenset({Type.F32, Type.F16})
+_ROPE_MODES = frozenset(int(mode) for mode in RopeType)
+
+
+def _elementwise(t: Tensor) -> str:
+    return _types(t, _F32, _F32) or _dense_rows(t, 0, 1)
+
+
+def _binary(t: Tensor) -> str:
+    return _types(t, _F32, _F32, _F32) or _dense_rows(t, 0, 1)
+
+
+def _unary(t: Tensor) -> str:
+    if t.param_i32(0) not in list(UnaryOp):
+        return f"unknown unary op {t.param_i32(0)}"
+    return _elementwise(t)
+
+
+def _glu(t: Tensor) -> str:
+    if t.param_i32(0) not in list(GluOp):
+        return f"unknown GLU op {t.param_i32(0)}"
+    return _types(t, _F32, _F32, _F32) or _dense_rows(t, 0, 1, 2)
+
+
+def _activations(t: Tensor) -> frozenset[Type]:
+    """Float weights take any floats, quantised ones F32."""
+    return _FLOATS if t.src[0] is not None and t.src[0].type in _FLOATS else _F32
+
+
+def _product(t: Tensor) -> str:
+    return _types(t, _F32, _WEIGHTS, _activations(t)) or _dense_rows(t, 0, 1, 2)
+
+
+def _product_id(t: Tensor) -> str:
+    return _types(t, _F32, _WEIGHTS, _activations(t), _I32) or _dense_rows(t, 0, 1, 2)
+
+
+def _add_id(t: Tensor) -> str:
+    return _types(t, _F32, _F32, _F32, _I32) or _dense_rows(t, 0, 1, 2)
+
+
+def _get_rows(t: Tensor) -> str:
+    src0 = t.src[0]
+    if src0 is not None and src0.type is Type.I32:
+        return _types(t, _I32, _I32, _I32) or _dense_rows(t, 0, 1)
+    return _types(t, _F32, _WEIGHTS, _I32) or _dense_rows(t, 0, 1)
+
+
+def _set_rows(t: Tensor) -> str:
+    src0 = t.src[0]
+    if src0 is not None and src0.type is t.type and t.type in _FLOATS | {Type.I32}:
+        return _types(t, {t.type}, {t.type}, {Type.I32, Type.I64}) or _dense_rows(t, 0, 1)
+    return _types(t, _WRITABLE - {Type.I32}, _FLOATS, {Type.I32, Type.I64}) or _dense_rows(t, 0, 1)
+
+
+def _copy(t: Tensor) -> str:
+    src0 = t.src[0]
+    assert src0 is not None
+    if src0.type is t.type:
+        if t.type.is_quantized and src0.ne != t.ne and not (src0.is_contiguous() and t.is_contiguous()):
+            return "a quantised tensor cannot be copied to another shape with gaps"
+        return _dense_rows(t, 0, 1) if t.type.is_quantized else ""
+    reason = _types(t, _WRITABLE, _WRITABLE | _CODED)
+    if not reason and (t.type.is_quantized or src0.type.is_quantized):
+        reason = "rows of different lengths" if src0.ne[0] != t.ne[0] or src0.ne != t.ne else _dense_rows(t, 0, 1)
+    return reason
+
+
+def _rope(t: Tensor) -> str:
+    mode, n_dims, first, n = t.param_i32(2), t.param_i32(1), t.param_i32(15), t.ne[0]
+    if mode not in _ROPE_MODES:
+        return f"rope mode {mode} is none of {', '.join(f'{m.value} ({m.name})' for m in RopeType)}"
+    if n_dims <= 0 or n_dims % 2 or first < 0 or first % 2 or first + n_dims > n:
+        return f"rope cannot turn {n_dims} of {n} elements from {first} on: all must be even, and fit"
+    if mode & RopeType.MROPE:
+        sections = [t.param_i32(11 + i) for i in range(4)]
+        if min(sections) < 0 or not any(sections[:3]) or sum(sections) > n:
+            return f"rope sections {sections} do not divide {n // 2} pairs"
+    if mode == RopeType.VISION and (2 * n_dims != n or first):
+        return f"rope mode 24 (VISION) turns whole rows: n_dims {n_dims} is not half of {n}, or an offset is set"
+    factors = t.src[2] if len(t.src) > 2 else None
+    if factors is not None and mode == RopeType.VISION and factors.ne[0] < n_dims:
+        return f"rope mode 24 (VISION) needs a frequency factor for each of {n_dims} pairs, src2 has {factors.ne[0]}"
+    return _types(t, _ROPED, {t.type}, _I32, _F32) or _dense_rows(t, 0, 1)
+
+
+def _soft_max(t: Tensor) -> str:
+    return _types(t, _F32, _F32, {Type.F32, Type.F16}, _F32) or _dense_rows(t, 0, 1, 2)
+
+
+def _attention(t: Tensor) -> str:
+    return _types(t, _F32, _F32, _KV_TYPES, _KV_TYPES, {Type.F16}, _F32) or _dense_rows(t, 0, 1, 2, 3, 4)
+
+
+def _sort(t: Tensor) -> str:
+    return _types(t, _I32, _F32) or _dense_rows(t, 0, 1)
+
+
+def _same_bytes(t: Tensor) -> str:
+    if t.type.is_quantized:
+        return f"dst '{t.name}' is quantised"
+    n = 2 if t.op is Op.CONCAT else 1
+    return _types(t, *[{t.type}] * (n + 1)) or _dense_rows(t, *range(n + 1))
+
+
+def _write_into(t: Tensor) -> str:
+    b = t.src[1]
+    assert b is not None
+    nb = (t.type.type_size, *(t.param_i32(i) for i in range(3)))
+    end = t.param_i32(3) + t.type.type_size + sum((n - 1) * stride for n, stride in zip(b.ne, nb, strict=True))
+    if end > t.nbytes or t.param_i32(3) < 0 or min(nb) < 0:
+        return f"the part to be written ends at byte {end} of {t.nbytes}"
+    kinds = _F32 if t.op is Op.ACC else _F32 | _I32
+    if not t.is_contiguous() or t.src[0] is None or not t.src[0].is_contiguous():
+        return "dst or src0 has gaps"
+    return _types(t, kinds, {t.type}, {t.type}) or _dense_rows(t, 2)
+
+
+def _contiguous(t: Tensor) -> str:
+    """F32 without gaps everywhere."""
+    for i, x in enumerate((t, *t.src)):
+        if x is not None and not x.is_contiguous():
+            return f"{'dst' if i == 0 else f'src{i - 1}'} '{x.name}' has gaps (nb {x.nb})"
+    return _types(t, *[_F32] * (len(t.src) + 1))
+
+
+def _count_equal(t: Tensor) -> str:
+    a, b = t.src[:2]
+    same = a is not None and b is not None and a.ne == b.ne
+    return _types(t, {Type.I64}, _I32, _I32) if same else "src0 and src1 have different shapes"
+
+
+def _out_prod(t: Tensor) -> str:
+    return _types(t, _F32, _FLOATS | _QUANTISED, _F32) or _dense_rows(t, 0, 1)
+
+
+def _indexer(t: Tensor) -> str:
+    return _types(t, _F32, _F32, _FLOATS | _QUANTISED, _F32, {Type.F16}) or _dense_rows(t, 0, 1, 2, 3, 4)
+
+
+def _state(t: Tensor) -> str:
+    """SSM_CONV, SSM_SCAN, GATED_DELTA_NET: F32 but for ids, rows without gaps."""
+    n = len(t.src)
+    kinds = [_F32] * (n + 1)
+    if t.op is Op.SSM_SCAN:
+        kinds[7] = _I32
+        groups, heads, rates = t.src[4], t.src[1], t.src[3]
+        assert groups is not None
+        assert heads is not None
+        assert rates is not None
+        if not groups.ne[1] or heads.ne[1] % groups.ne[1] or (rates.ne[0] != 1 and t.param_i32(0) != 1):
+            return f"{heads.ne[1]} heads do not divide into {groups.ne[1]} groups, or Mamba-1 keeps several states"
+    return _types(t, *kinds) or _dense_rows(t, *range(n + 1))
+
+
+_CHECKS: dict[Op, Callable[[Tensor], str]] = {
+    **dict.fromkeys((Op.ADD, Op.SUB, Op.MUL, Op.DIV), _binary),
+    **dict.fromkeys(
+        (Op.SQR, Op.SQRT, Op.LOG, Op.SIN, Op.COS, Op.SCALE, Op.CLAMP, Op.LEAKY_RELU, Op.FILL, Op.RMS_NORM, Op.NORM,
+         Op.L2_NORM, Op.SUM_ROWS, Op.MEAN, Op.CUMSUM, Op.DIAG_MASK_INF, Op.SUM), _elementwise,
+    ),
+    **dict.fromkeys((Op.CPY, Op.CONT, Op.DUP), _copy),
+    **dict.fromkeys((Op.ARGSORT, Op.TOP_K, Op.ARGMAX), _sort),
+    **dict.fromkeys((Op.REPEAT, Op.CONCAT), _same_bytes),
+    **dict.fromkeys((Op.DIAG_MASK_ZERO, Op.PAD, Op.ROLL, Op.TRI, Op.DIAG, Op.ARANGE), _elementwise),
+    **dict.fromkeys((Op.ACC, Op.SET), _write_into),
+    **dict.fromkeys((Op.SSM_CONV, Op.SSM_SCAN, Op.GATED_DELTA_NET), _state),
+    **dict.fromkeys((Op.GROUP_NORM, Op.SOLVE_TRI), _contiguous),
+    Op.LIGHTNING_INDEXER: _indexer,
+    Op.ADD1: _binary,
+    Op.COUNT_EQUAL: _count_equal,
+    Op.OUT_PROD: _out_prod,
+    Op.UNARY: _unary,
+    Op.GLU: _glu,
+    Op.MUL_MAT: _product,
+    Op.MUL_MAT_ID: _product_id,
+    Op.ADD_ID: _add_id,
+    Op.GET_ROWS: _get_rows,
+    Op.SET_ROWS: _set_rows,
+    Op.ROPE: _rope,
+    Op.ROPE_BACK: _rope,
+    Op.SOFT_MAX: _soft_max,
+    Op.FLASH_ATTN_EXT: _attention,
+}  # fmt: skip
+
+
+def reason_unsupported(tensor: Tensor) -> str:
+    """Return why the kernels cannot run a node; empty if they can."""
+    if tensor.op.is_empty:
+        return ""
+    check = _CHECKS.get(tensor.op)
+    return f"there is no kernel for {tensor.op.name}" if check is None else check(tensor)
+
+
+def supports_op(tensor: Tensor) -> bool:
+    """Whether the kernels can run a node; views and nodes that compute nothing count as supported."""
+    return not reason_unsupported(tensor)

@@ -1,0 +1,75 @@
+"""What the writers of a `HostPlan` share: sources, layouts, and when one thread does an op alone."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypedDict
+
+from ...tensor import Tensor
+from .plan import HostPlan, Layout
+
+Writer = Callable[[HostPlan, Tensor], None]
+
+#: Elements below which one thread is as fast as all: a meeting of threads costs what it does with some thousands.
+SERIAL_ELEMENTS = 4096
+SERIAL_PRODUCTS = 20_000
+#: What beginning a row costs, in elements; measured for softmax.
+ROW_ELEMENTS = 64
+#: Rough speeds, for `HostPlan._cut`.
+PRODUCTS_PER_S = 5e10
+ELEMENTS_PER_S = 5e8
+
+
+@lru_cache(maxsize=1024)
+def bits(value: float) -> int:
+    """Return a float's bits as a parameter word."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+def source(t: Tensor, i: int) -> Tensor:
+    """Return a source that an op cannot be without."""
+    found = t.src[i]
+    assert found is not None, f"{t.op.name} '{t.name}' has no source {i}"
+    return found
+
+
+def optional(t: Tensor, i: int) -> Tensor | None:
+    """Return a source that may be absent."""
+    return t.src[i] if i < len(t.src) else None
+
+
+def flat(plan: HostPlan, *tensors: Tensor) -> tuple[Tensor | Layout, ...]:
+    """Return contiguous tensors as single rows; as they are, if one has gaps."""
+    if not all(t.is_contiguous() for t in tensors):
+        return tensors
+    return tuple(
+        Layout(
+            plan.address_of(t),
+            t.type,
+            (t.numel, 1, 1, 1),
+            (t.type.type_size, t.nbytes, t.nbytes, t.nbytes),
+            t.nbytes,
+        )
+        for t in tensors
+    )
+
+
+class Run(TypedDict):
+    """How an op is run: arguments of `HostPlan.add`."""
+
+    serial: bool
+    cost: float
+
+
+def by_elements(t: Tensor) -> Run:
+    """Return how an op of so many elements is run."""
+    n = t.numel
+    return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
+
+
+def by_rows(t: Tensor) -> Run:
+    """Return how an op is run that has some work for each row besides its elements."""
+    n = t.numel + ROW_ELEMENTS * t.nrows
+    return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
