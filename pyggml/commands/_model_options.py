@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from ..models.placement import PlacementFlags
     from ..sched.policies import InputCopier
 
-__all__ = ["ModelFlags", "model_options", "open_backends", "parse_sizes"]
+__all__ = [
+    "ModelCommand",
+    "ModelFlags",
+    "is_model_option",
+    "model_options",
+    "open_backends",
+    "parse_sizes",
+    "placing_words",
+]
 
 #: What computes if nothing is asked for: a device that every machine has, and the CPU.
 DEFAULT_DEVICES = "sim:rtx4090-pcie4,cpu"
@@ -29,10 +37,14 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "
 _CACHE_TYPE = click.Choice(CACHE_TYPES, case_sensitive=False)
 
 
-class LayerCount(click.ParamType[int]):
-    """A number of layers, or ``all``."""
+#: Options that say where weights go by name, of which the first in the command line that matches a name holds.
+_PLACING = ("override_tensor", "cpu_moe", "n_cpu_moe", "n_cpu_ffn")
 
-    name = "N|all"
+
+class LayerCount(click.ParamType[int]):
+    """A number of layers, ``all``, or ``auto``, which is all, too, as nothing is lowered until it fits."""
+
+    name = "N|all|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the number; -1 for all."""
@@ -49,9 +61,7 @@ class ModelFlags:
     """The shared options as given."""
 
     n_gpu_layers: int
-    cpu_moe: bool
-    n_cpu_moe: int
-    override_tensor: tuple[str, ...]
+    overrides: tuple[str, ...]  #: of -ot, --cpu-moe and the like, in their order
     n_ctx: int
     n_batch: int
     n_ubatch: int
@@ -76,9 +86,7 @@ class ModelFlags:
             raise click.UsageError(f"-ts {self.tensor_split}: shares are numbers, as in 3,1") from None
         return PlacementFlags(
             n_gpu_layers=self.n_gpu_layers,
-            overrides=self.override_tensor,
-            cpu_moe=self.cpu_moe,
-            n_cpu_moe=self.n_cpu_moe,
+            overrides=self.overrides,
             tensor_split=shares,
         )
 
@@ -110,12 +118,15 @@ _PLACEMENT = cloup.option_group(
     "Where weights go, as in llama.cpp",
     cloup.option("-dev", "--device", type=DeviceList(), default=DEFAULT_DEVICES, show_default=True,
                  help="Devices, the CPU last; `pyggml devices` lists them."),
-    cloup.option("-ngl", "--n-gpu-layers", type=LayerCount(), default=-1, help="Layers on devices, from the last. [all]"),
+    cloup.option("-ngl", "--gpu-layers", "--n-gpu-layers", "n_gpu_layers", type=LayerCount(), default=-1,
+                 help="Layers on devices, from the last. [all]"),
     cloup.option("-cmoe", "--cpu-moe", is_flag=True, help="Keep all experts in host memory."),
-    cloup.option("-ncmoe", "--n-cpu-moe", type=click.IntRange(0), default=0, metavar="N",
+    cloup.option("-ncmoe", "--n-cpu-moe", type=click.IntRange(0), multiple=True, metavar="N",
                  help="Keep the experts of the first N layers in host memory."),
+    cloup.option("-ncffn", "--n-cpu-ffn", type=click.IntRange(0), multiple=True, metavar="N",
+                 help="Keep the dense feed-forward weights of the first N layers there."),
     cloup.option("-ot", "--override-tensor", multiple=True, metavar="REGEX=BUFT",
-                 help="Put matching weights into a buffer type."),
+                 help="Put matching weights into a buffer type. Of these four, the first that matches holds."),
     cloup.option("-ts", "--tensor-split", default="", metavar="N,N", help="Shares of the devices. [by free memory]"),
 )  # fmt: skip
 _CONTEXT = cloup.option_group(
@@ -145,13 +156,44 @@ _COMPUTING = cloup.option_group(
 )  # fmt: skip
 
 
+class ModelCommand(cloup.Command):
+    """A command with `model_options`: it keeps the order of options in which the first holds."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, and note placing options as they came."""
+        values, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        taken = {name: iter(values.get(name) or ()) for name in _PLACING if name != "cpu_moe"}
+        placing = ctx.meta.setdefault(__name__, [])
+        for param in order:
+            if param.name == "cpu_moe":
+                placing.append("--cpu-moe")
+            elif param.name == "override_tensor":
+                placing.append(next(taken["override_tensor"]))
+            elif param.name in _PLACING:
+                placing.append(f"{param.opts[-1]} {next(taken[param.name])}")
+        return super().parse_args(ctx, args)
+
+
+def is_model_option(name: str) -> bool:
+    """Return whether a parameter of a command is one of `model_options`, those of `placing_words` aside."""
+    return name in ModelFlags.__slots__
+
+
+def placing_words(ctx: click.Context) -> list[str]:
+    """Return the options that place weights by name as they were given, in their order."""
+    return [w if w.startswith("--") else f"--override-tensor {w}" for w in ctx.meta.get(__name__, ())]
+
+
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the shared options; it gets them as ``flags: ModelFlags``."""
+    """Give a command of `ModelCommand` the shared options; it gets them as ``flags: ModelFlags``."""
 
     @functools.wraps(function)
     def call(**given: Any) -> Any:
-        own = {f: given.pop(f) for f in ModelFlags.__slots__}
-        return function(flags=ModelFlags(**own), **given)
+        for name in _PLACING:
+            given.pop(name)
+        own = {f: given.pop(f) for f in ModelFlags.__slots__ if f != "overrides"}
+        placing = click.get_current_context().meta[__name__]
+        return function(flags=ModelFlags(overrides=tuple(placing), **own), **given)
 
     return _PLACEMENT(_CONTEXT(_COMPUTING(call)))
 

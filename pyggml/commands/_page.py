@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from ..types import DeviceType
-from ._model_options import ModelFlags
+from ._model_options import is_model_option, placing_words
 
 if TYPE_CHECKING:
     from ..backend import Backend
@@ -67,10 +67,10 @@ def given_options() -> str:
     ctx = click.get_current_context(silent=True)
     if ctx is None:
         return ""
-    words = []
+    words = placing_words(ctx)
     for param in ctx.command.params:
         name = param.name or ""
-        if name not in ModelFlags.__slots__ or ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+        if not is_model_option(name) or ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
         value = ctx.params[name]
         if isinstance(value, bool):

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import cloup
 
-from ._model_options import ModelFlags, model_options
+from ._model_options import ModelCommand, ModelFlags, model_options
 from ._page import check_folders
 from ._values import ModelPath
 
@@ -26,7 +26,7 @@ Examples:
 """
 
 
-@cloup.command("run", epilog=EXAMPLES)
+@cloup.command("run", cls=ModelCommand, epilog=EXAMPLES)
 @click.argument("model", type=ModelPath())
 @cloup.option_group(
     "Prompt and answer",

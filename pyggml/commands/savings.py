@@ -12,7 +12,7 @@ import cloup
 from ..errors import GraphError
 from ._console import Bar, n_bytes, print_json, progress, report, table
 from ._kernels import warm_up
-from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
+from ._model_options import ModelCommand, ModelFlags, model_options, open_backends, parse_sizes
 from ._values import ModelPath
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ Examples:
 """
 
 
-@cloup.command("savings", epilog=EXAMPLES)
+@cloup.command("savings", cls=ModelCommand, epilog=EXAMPLES)
 @click.argument("model", type=ModelPath(), required=False)
 @cloup.option_group(
     "What is measured",

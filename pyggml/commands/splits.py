@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..sched.state import Cause
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table
-from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
+from ._model_options import ModelCommand, ModelFlags, model_options, open_backends, parse_sizes
 from ._page import about_devices, about_model, check_folders, given_options, write_records
 from ._tables import memory_table, too_large
 from ._values import ModelPath
@@ -40,7 +40,7 @@ Examples:
 """
 
 
-@cloup.command("splits", epilog=EXAMPLES)
+@cloup.command("splits", cls=ModelCommand, epilog=EXAMPLES)
 @click.argument("model", type=ModelPath())
 @cloup.option_group(
     "What is planned",

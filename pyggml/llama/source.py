@@ -114,7 +114,7 @@ def about_placement(placement: PlacementFlags, devices: Sequence[Device], overri
         ],
         "n_gpu_layers": placement.n_gpu_layers,
         "tensor_split": list(placement.tensor_split),
-        "overrides": [[o.pattern.pattern, o.buft.name] for o in overrides],
+        "overrides": [[o.regex, o.buft.name] for o in overrides],
     }
 
 

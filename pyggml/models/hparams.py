@@ -17,7 +17,7 @@ from ..ops import RopeType
 if TYPE_CHECKING:
     from ..gguf import GGUFFile
 
-__all__ = ["ARCHITECTURES", "Gating", "HParams", "round_f32"]
+__all__ = ["ARCHITECTURES", "MAX_LAYERS", "Gating", "HParams", "round_f32"]
 
 #: How a router's logits become probabilities; ``softmax_weight`` does so for the chosen alone.
 Gating = Literal["softmax", "sigmoid", "softmax_weight"]
@@ -58,7 +58,7 @@ _GATINGS: dict[int, Gating] = {1: "softmax", 2: "sigmoid", 3: "softmax_weight"}
 _SWA_PERIODS = {"gpt-oss": 2}
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 #: Upstream's `LLAMA_MAX_LAYERS` and `LLAMA_MAX_EXPERTS`.
-_MAX_LAYERS, _MAX_EXPERTS = 512, 1024
+MAX_LAYERS, _MAX_EXPERTS = 512, 1024
 
 
 def round_f32(value: float) -> float:
@@ -219,8 +219,8 @@ class _Reader:
     def read(self) -> HParams:
         n_embd = self.integer("embedding_length")
         n_layer = self.integer("block_count")
-        if n_layer > _MAX_LAYERS:
-            raise self.error("block_count", f"is {n_layer}, more than the {_MAX_LAYERS} possible")
+        if n_layer > MAX_LAYERS:
+            raise self.error("block_count", f"is {n_layer}, more than the {MAX_LAYERS} possible")
         n_layer_nextn = self.integer("nextn_predict_layers", 0, least=0)
         if n_layer_nextn >= n_layer:
             raise self.error("nextn_predict_layers", f"is {n_layer_nextn} of {n_layer} layers")

@@ -7,6 +7,8 @@ placement, the KV cache follows the layers, and `pyggml splits` shows both witho
 
 from __future__ import annotations
 
+import difflib
+import logging
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +22,8 @@ from ..gguf import TensorInfo
 from ..tensor import Tensor
 from ..types import Op, Type
 from .context import ContextParams
-from .hparams import HParams, round_f32
+from .hparams import MAX_LAYERS, HParams, round_f32
+from .override_patterns import compile_pattern
 from .weights import WeightSpec
 
 __all__ = [
@@ -34,8 +37,14 @@ __all__ = [
     "place",
 ]
 
+_log = logging.getLogger(__name__)
+
 #: Names of expert weights, as ``--cpu-moe`` means them (`LLM_FFN_EXPS_REGEX`).
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+#: Names of weights of dense feed-forward layers, as ``--n-cpu-ffn`` means them (`LLM_FFN_DENSE_REGEX`).
+DENSE_FFN = r"\.ffn_(up|down|gate)\."
+#: Short forms among overrides, and what they stand for: a pattern, of all layers or of the first N.
+_SHORTHANDS = {"--cpu-moe": EXPERTS, "--n-cpu-moe": EXPERTS, "--n-cpu-ffn": DENSE_FFN}
 #: Tokens with which support of a weight's op is asked (`weight_buft_supported`).
 _N_PROBE = 512
 #: Batches below so many tokens have their norms pinned to the layer's device, whatever is offloaded.
@@ -51,11 +60,12 @@ class PlacementFlags:
     n_gpu_layers : int
         ``-ngl``: layers on devices, counted from the last, the output being one; below 0: all.
     overrides : tuple of str
-        ``-ot``: each ``REGEX=BUFT``, or several with commas between. The first that matches a name holds.
+        In the order of the command line, as the first that matches a name holds: ``REGEX=BUFT`` of ``-ot``, or several
+        with commas between; ``--cpu-moe``, ``--n-cpu-moe N``, ``--n-cpu-ffn N``.
     cpu_moe : bool
-        ``--cpu-moe``: experts stay on the CPU; comes after `overrides`.
+        ``--cpu-moe`` behind the overrides: experts stay on the CPU.
     n_cpu_moe : int
-        ``--n-cpu-moe``: experts of the first N layers stay on the CPU; comes last.
+        ``--n-cpu-moe`` behind these: experts of the first N layers stay on the CPU.
     tensor_split : tuple of float
         ``-ts``: shares of the devices; by their free memory if not given.
     use_mmap : bool
@@ -74,7 +84,8 @@ class PlacementFlags:
 class Override:
     """Weights whose names match go to a buffer type."""
 
-    pattern: re.Pattern[str]
+    regex: str  #: as llama.cpp reads it
+    pattern: re.Pattern[str]  #: as Python does
     buft: BufferType
     text: str  #: as the user gave it
 
@@ -167,7 +178,7 @@ class Placement:
 
 
 def parse_overrides(flags: PlacementFlags, devices: Sequence[Device], cpu: Device) -> list[Override]:
-    """Return what ``-ot``, ``--cpu-moe`` and ``--n-cpu-moe`` come to, in the order in which they hold.
+    """Return what ``-ot``, ``--cpu-moe`` and the like come to, in the order in which they hold.
 
     Raises
     ------
@@ -177,29 +188,58 @@ def parse_overrides(flags: PlacementFlags, devices: Sequence[Device], cpu: Devic
     Notes
     -----
     Mirrors `parse_tensor_buffer_overrides` and `llm_add_n_cpu_ffn_overrides`: commas separate, so that no pattern can
-    hold one.
+    hold one. Differs: an empty pattern, which matches every name, is refused.
     """
-    known = {device.buffer_type.name: device.buffer_type for device in (*devices, cpu)}
-    out: list[Override] = []
-    for text in (part for value in flags.overrides for part in value.split(",")):
-        pattern, equals, name = text.partition("=")
-        if not equals or not pattern:
-            raise GraphError(f"-ot '{text}' is not of the form REGEX=BUFT", hint=f"such as '{EXPERTS}=CPU'")
-        if name not in known:
-            raise GraphError(f"-ot '{text}': no buffer type is called '{name}'", hint=f"there are {', '.join(known)}")
-        try:
-            out.append(Override(re.compile(pattern), known[name], f"-ot {text}"))
-        except re.error as error:
-            raise GraphError(
-                f"-ot '{text}': '{pattern}' is no regular expression: {error}", hint="escape dots and brackets with \\"
-            ) from None
     if flags.n_cpu_moe < 0:
         raise GraphError(f"--n-cpu-moe is {flags.n_cpu_moe}, at least 0 is needed")
-    if flags.cpu_moe:
-        out.append(Override(re.compile(EXPERTS), cpu.buffer_type, "--cpu-moe"))
-    for layer in range(flags.n_cpu_moe):
-        out.append(Override(re.compile(rf"blk\.{layer}{EXPERTS}"), cpu.buffer_type, f"--n-cpu-moe {flags.n_cpu_moe}"))
+    words = [*flags.overrides, *(["--cpu-moe"] if flags.cpu_moe else [])]
+    words += [f"--n-cpu-moe {flags.n_cpu_moe}"] if flags.n_cpu_moe else []
+    known = {device.buffer_type.name: device.buffer_type for device in (*devices, cpu)}
+    out: list[Override] = []
+    for word in words:
+        name, _, count = word.partition(" ")
+        if name not in _SHORTHANDS:
+            out += [_parse_override(text, known) for text in word.removesuffix(",").split(",")]
+        elif name == "--cpu-moe":
+            out.append(_override(_SHORTHANDS[name], cpu.buffer_type, word))
+        elif count.isdecimal():
+            patterns = (rf"blk\.{layer}{_SHORTHANDS[name]}" for layer in range(min(int(count), MAX_LAYERS)))
+            out += [_override(pattern, cpu.buffer_type, word) for pattern in patterns]
+        else:
+            raise GraphError(f"'{word}' needs a number of layers", hint=f"such as '{name} 8'")
     return out
+
+
+def _parse_override(text: str, known: Mapping[str, BufferType]) -> Override:
+    pattern, equals, name = text.partition("=")
+    if not equals or not pattern:
+        raise GraphError(
+            f"-ot '{text}' is not of the form REGEX=BUFT",
+            hint=f"such as '{EXPERTS}=CPU'; commas separate overrides, so that a pattern cannot hold one",
+        )
+    if name not in known:
+        near = difflib.get_close_matches(name.upper(), known, 1, 0.5)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise GraphError(
+            f"-ot '{text}': no buffer type is called '{name}'", hint=f"{meant}there are {', '.join(known)}"
+        )
+    return _override(pattern, known[name], f"-ot {text}")
+
+
+def _override(regex: str, buft: BufferType, text: str) -> Override:
+    return Override(regex, compile_pattern(regex), buft, text)
+
+
+def _warn_of_unmatched(overrides: Sequence[Override], names: Sequence[str]) -> None:
+    """Warn of each ``-ot`` that matches no weight, with the names that are nearest to it."""
+    for override in overrides:
+        if not override.text.startswith("-ot ") or any(override.pattern.search(name) for name in names):
+            continue
+        wanted = override.text.removeprefix("-ot ").partition("=")[0].replace("\\", "").strip("^$.*")
+        kinds = {re.sub(r"^blk\.\d+\.", "", name): name for name in reversed(names)}
+        near = difflib.get_close_matches(re.sub(r"^blk\.[^a-z]*\.", "", wanted), kinds, 3, 0.4)
+        nearest = ", ".join(kinds[kind] for kind in near) or ", ".join(list(dict.fromkeys(names))[:3])
+        _log.warning("%s matches no weight of the model; the nearest names are %s", override.text, nearest)
 
 
 # -- layers ------------------------------------------------------------------
@@ -352,6 +392,8 @@ def place(
     n_gpu_layers = flags.n_gpu_layers if flags.n_gpu_layers >= 0 else n_layer + 1
     by_layer = _layer_devices(n_layer, n_gpu_layers, flags, devices, cpu)
     overrides = parse_overrides(flags, devices, cpu)
+    specs = list(specs)
+    _warn_of_unmatched(overrides, [spec.name for spec in specs])
     supports = _Support(hparams)
     cpu_list = _cpu_bufts(devices, cpu)
     lists: dict[Device, BuftList] = {d: [(d, d.buffer_type), *cpu_list] for d in devices}

@@ -8,9 +8,11 @@ expert cache; the defaults that come back are checked, so that another layout is
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,8 +48,12 @@ void llama_log_set(void * callback, void * data);
 void llama_backend_init(void);
 struct llama_model_params llama_model_default_params(void);
 struct llama_context_params llama_context_default_params(void);
+void * ggml_backend_cpu_buffer_type(void);
+struct override { const char * pattern; void * buft; };
 void * llama_model_load_from_file(const char * path, struct llama_model_params params);
+void llama_model_free(void * model);
 void * llama_init_from_model(void * model, struct llama_context_params params);
+void llama_free(void * context);
 const void * llama_model_get_vocab(const void * model);
 int32_t llama_vocab_n_tokens(const void * vocab);
 int32_t llama_tokenize(const void * vocab, const char * text, int32_t text_len, int32_t * tokens, int32_t n_tokens_max,
@@ -89,6 +95,7 @@ class Job:
     kv: str = "F32"
     flash: bool = False
     text: str | None = None  #: to be turned into tokens, instead of decoding: its ids are what comes back
+    pattern: str | None = None  #: of -ot, instead of decoding: the names that it matches are what comes back
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path) -> list[npt.NDArray[np.float32]]:
@@ -107,6 +114,26 @@ def run_jobs_with_logs(jobs: Sequence[Job], folder: Path) -> list[tuple[npt.NDAr
         return [(out[str(i)], str(out[f"log{i}"])) for i in range(len(jobs))]
 
 
+def outcomes(jobs: Sequence[Job], folder: Path) -> list[npt.NDArray[Any] | None]:
+    """Return what each job asks for, or None where llama.cpp refuses it, be it by ending its process."""
+    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    first = 0
+    while first < len(jobs):
+        command = [sys.executable, __file__, str(folder / "jobs.json"), str(folder), str(first)]
+        environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
+        done = subprocess.run(command, capture_output=True, timeout=200, check=False, env=environment)
+        started = sum((folder / f"started-{i}").exists() for i in range(len(jobs)))
+        assert started > first, done.stderr.decode(errors="replace")
+        first = started
+    found: list[npt.NDArray[Any] | None] = []
+    for i in range(len(jobs)):
+        (folder / f"started-{i}").unlink()
+        path = folder / f"out-{i}.npy"
+        found.append(np.load(path) if path.exists() else None)
+        path.unlink(missing_ok=True)
+    return found
+
+
 def logits(
     model: Path, tokens: Sequence[int], folder: Path, *, batch: int, kv: str = "F32", flash: bool = False
 ) -> npt.NDArray[np.float32]:
@@ -114,24 +141,38 @@ def logits(
     return run_jobs([Job(str(model), list(map(int, tokens)), batch, kv, flash)], folder)[0]
 
 
+@functools.cache
+def bind() -> tuple[Any, Any]:
+    """Return cffi's view of the library, and the library."""
+    import cffi
+
+    ffi = cffi.FFI()
+    so = str(library())
+    probe = cffi.FFI()
+    probe.cdef("void ggml_backend_sched_set_copy_callback(void *, void *, void *);")
+    newer = hasattr(probe.dlopen(so), "ggml_backend_sched_set_copy_callback")
+    context = CONTEXT_PARAMS % ("size_t moe_cache_size;" if newer else "")
+    ffi.cdef(f"struct llama_model_params {{{MODEL_PARAMS}}}; struct llama_context_params {{{context}}};" + FUNCTIONS)
+    return ffi, ffi.dlopen(so)
+
+
 class Llama:
     """One model with one context, on the CPU alone."""
 
     def __init__(
-        self, path: str, n_ctx: int, n_batch: int, kv: str, flash: bool, *, threads: int = 1, repack: bool = False
+        self,
+        path: str,
+        n_ctx: int,
+        n_batch: int,
+        kv: str,
+        flash: bool,
+        *,
+        threads: int = 1,
+        repack: bool = False,
+        pattern: str | None = None,
     ) -> None:
-        import cffi
-
-        self.ffi = ffi = cffi.FFI()
-        so = str(library())
-        probe = cffi.FFI()
-        probe.cdef("void ggml_backend_sched_set_copy_callback(void *, void *, void *);")
-        newer = hasattr(probe.dlopen(so), "ggml_backend_sched_set_copy_callback")
-        context = CONTEXT_PARAMS % ("size_t moe_cache_size;" if newer else "")
-        ffi.cdef(
-            f"struct llama_model_params {{{MODEL_PARAMS}}}; struct llama_context_params {{{context}}};" + FUNCTIONS
-        )
-        self.lib: Any = ffi.dlopen(so)
+        self.ffi, self.lib = bind()
+        ffi = self.ffi
         self.log: list[bytes] = []
         self.quiet = ffi.callback(
             "void(int, const char *, void *)", lambda level, text, data: self.log.append(ffi.string(text))
@@ -144,7 +185,13 @@ class Llama:
             raise SystemExit(f"llama_context_params has another layout in this build: its defaults read as {found}")
         mp = self.lib.llama_model_default_params()
         mp.n_gpu_layers, mp.use_extra_bufts = 0, repack
-        model = self.lib.llama_model_load_from_file(path.encode(), mp)
+        if pattern is not None:
+            kept = ffi.new("char[]", pattern.encode())
+            buft = self.lib.ggml_backend_cpu_buffer_type()
+            overrides = ffi.new("struct override[]", [(kept, buft), (ffi.NULL, ffi.NULL)])
+            mp.tensor_buft_overrides = overrides
+        self.context = ffi.NULL
+        self.model = model = self.lib.llama_model_load_from_file(path.encode(), mp)
         cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_threads, cp.n_threads_batch = n_ctx, n_batch, n_batch, threads, threads
         cp.flash_attn_type, cp.type_k, cp.type_v = int(flash), TYPES[kv], TYPES[kv]
         if model == ffi.NULL:
@@ -177,20 +224,43 @@ class Llama:
         rows = (self.ffi.buffer(self.lib.llama_get_logits_ith(self.context, i), 4 * self.n_vocab) for i in wanted)
         return np.stack([np.frombuffer(row, np.float32).copy() for row in rows])
 
+    def overridden(self) -> npt.NDArray[np.str_]:
+        """Return the names of the weights that the pattern matched, in the order in which they were made."""
+        found = re.findall(r"tensor (\S+) \(.*buffer type overridden", b"".join(self.log).decode(errors="replace"))
+        return np.array(list(dict.fromkeys(found)), np.str_)
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        self.lib.llama_free(self.context)
+        self.lib.llama_model_free(self.model)
+
     def clear(self) -> None:
         """Forget all tokens."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
 
+def open_job(job: Job) -> Llama:
+    """Return the model of a job with a context that holds its tokens."""
+    n_ctx = -(-max(len(job.tokens), 256) // 256) * 256
+    return Llama(job.model, n_ctx, min(n_ctx, max(job.batch, 64)), job.kv, job.flash, pattern=job.pattern)
+
+
 def main() -> None:
     """Do the jobs of a file and save the logits."""
-    jobs_file, out_file = sys.argv[1:]
+    jobs_file, out = sys.argv[1:3]
+    jobs = [Job(**entry) for entry in json.loads(Path(jobs_file).read_text())]
+    if len(sys.argv) > 3:
+        save_each(jobs, Path(out), int(sys.argv[3]))
+    else:
+        save_all(jobs, out)
+
+
+def save_all(jobs: Sequence[Job], out_file: str) -> None:
+    """Save logits, or ids, and logs in one file."""
     out: dict[str, npt.NDArray[Any]] = {}
-    for i, entry in enumerate(json.loads(Path(jobs_file).read_text())):
-        job = Job(**entry)
+    for i, job in enumerate(jobs):
         tokens = np.asarray(job.tokens, np.int32)
-        n_ctx = -(-max(len(tokens), 256) // 256) * 256
-        llama = Llama(job.model, n_ctx, min(n_ctx, max(job.batch, 64)), job.kv, job.flash)
+        llama = open_job(job)
         if job.text is not None:
             out[str(i)], out[f"log{i}"] = llama.tokenize(job.text), np.array("")
             continue
@@ -200,6 +270,24 @@ def main() -> None:
         parts += [llama.decode(tokens[k : k + job.batch], k) for k in range(job.batch, len(tokens), job.batch)]
         out[str(i)] = np.concatenate(parts)
     np.savez(out_file, **out)
+
+
+def save_each(jobs: Sequence[Job], folder: Path, first: int) -> None:
+    """Save logits of the jobs from ``first`` on as they come, with a sign that a job was begun."""
+    for i, job in enumerate(jobs[first:], first):
+        (folder / f"started-{i}").touch()
+        tokens = np.asarray(job.tokens, np.int32)
+        try:
+            llama = open_job(job)
+            if job.pattern is not None:
+                np.save(folder / f"out-{i}.npy", llama.overridden())
+            elif job.text is not None:
+                np.save(folder / f"out-{i}.npy", llama.tokenize(job.text))
+            else:
+                np.save(folder / f"out-{i}.npy", llama.decode(tokens, 0))
+            llama.close()
+        except SystemExit:
+            continue
 
 
 if __name__ == "__main__":

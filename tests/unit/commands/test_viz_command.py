@@ -50,7 +50,7 @@ def test_run_writes_a_page(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert sum(e["whole"] for e in view["experts"]) == told["experts"]["total"]["bytes_full"]
     assert [r["n_tokens"] for r in view["runs"]] == [40, 1, 1]
     assert sum(b["bytes_copied"] for b in told["batches"]) == bytes_of(view, "experts", "weight", "activation", "input")
-    assert view["about"]["options"] == "--device sim:rtx4090-pcie4,cpu --cpu-moe --threads 1"
+    assert view["about"]["options"] == "--cpu-moe --device sim:rtx4090-pcie4,cpu --threads 1"
     assert view["about"]["model"]["n_expert"] == 8
     assert {step["purpose"] for step in view["memory"]} == {"weights", "kv_cache", "compute"}
 
@@ -126,3 +126,17 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["viz", str(other), "-o", str(tmp_path / "no" / "x.html")]) == 2
     assert cli.run(["viz", str(other), "--name", "a", "--name", "b"]) == 2
     assert "for 1 timelines" in capsys.readouterr().err
+
+
+def test_options_that_place_weights_keep_their_order(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """-ot before --cpu-moe moves a layer to the device, behind it does not; the page shows them as they were given."""
+    name, override = "blk.0.ffn_up_exps.weight", r"blk\.0\.ffn_.*_exps=SIM0"
+    html = tmp_path / "plan.html"
+    for words, buft in ((["-ot", override, "-cmoe"], "SIM0"), (["-cmoe", "-ot", override, "-ncmoe", "1"], "CPU")):
+        args = ["splits", str(model), "--batches", "4", *words]
+        assert cli.run([*args, "--html", str(html)]) == 0
+        capsys.readouterr()
+        assert cli.run([*args, "--json"]) == 0
+        told = {w["name"]: w["buft"] for w in json.loads(capsys.readouterr().out)["weights"]}
+        assert told[name] == buft
+    assert views_of(html)[0]["about"]["options"] == f"--cpu-moe --override-tensor {override} --n-cpu-moe 1"

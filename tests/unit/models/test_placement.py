@@ -99,7 +99,7 @@ def test_a_wrong_override_is_refused(override, says):
     """Errors of -ot name the text and what would do."""
     with pytest.raises(GraphError, match=says) as caught:
         placed(PlacementFlags(overrides=(override,)))
-    assert override in str(caught.value)
+    assert override.partition("=")[0] in str(caught.value)
 
 
 def test_layers_are_shared_by_tensor_split():
@@ -141,3 +141,38 @@ def test_a_head_that_is_the_embedding_is_placed_twice():
     p = place(hp, specs, infos, [device("CUDA0")], REGISTRY.open("cpu"), PlacementFlags())
     uses = [(w.spec.part, w.buft.name) for w in p.weights if w.spec.name == "token_embd.weight"]
     assert uses == [("input", "CPU"), ("output", "CUDA0")]
+
+
+UP0, UP1, UP2 = (f"blk.{i}.ffn_up_exps.weight" for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("exps=CUDA0", "--cpu-moe"), ("CUDA0", "CUDA0", "CUDA0")),
+        (("--cpu-moe", "exps=CUDA0"), ("CPU", "CPU", "CPU")),
+        (("--n-cpu-moe 2", "exps=CUDA0"), ("CPU", "CPU", "CUDA0")),
+        (("exps=CUDA0", "--n-cpu-moe 2"), ("CUDA0", "CUDA0", "CUDA0")),
+        (("--n-cpu-moe 1", r"blk\.1\.ffn_.*_exps=CPU", "exps=CUDA0"), ("CPU", "CPU", "CUDA0")),
+        ((r"blk\.0\.ffn_up=CUDA0,ffn_gate=CUDA0", "--n-cpu-moe 99"), ("CUDA0", "CPU", "CPU")),
+        (("--n-cpu-ffn 3", "--n-cpu-moe 1"), ("CPU", "CUDA0", "CUDA0")),
+        (("--n-cpu-moe 999999999999",), ("CPU", "CPU", "CPU")),
+    ],
+)
+def test_overrides_hold_in_the_order_of_the_command_line(overrides, expected):
+    """-ot, --cpu-moe, --n-cpu-moe and --n-cpu-ffn are one list: the first that matches a weight decides."""
+    by_name = where(placed(PlacementFlags(overrides=overrides)))
+    assert (by_name[UP0], by_name[UP1], by_name[UP2]) == expected
+
+
+@pytest.mark.parametrize("word", ["--n-cpu-moe", "--n-cpu-moe x", "--n-cpu-ffn -1"])
+def test_short_forms_without_a_number_are_refused(word):
+    """A short form among overrides that lacks its number is an error that quotes it."""
+    with pytest.raises(GraphError, match="needs a number of layers"):
+        placed(PlacementFlags(overrides=(word,)))
+
+
+def test_a_mistyped_buffer_type_proposes_the_nearest():
+    """A buffer type in lower case, or nearly right, is proposed by its name."""
+    with pytest.raises(GraphError, match="did you mean CUDA0"):
+        placed(PlacementFlags(overrides=("exps=cuda1",)))
