@@ -1,6 +1,6 @@
 """A child process that answers requests about the real ggml library, and the parent's end of it.
 
-``python -m oracle.child MODULE`` serves the functions in MODULE's ``HANDLERS``: one JSON object a line in, one
+``python -m oracle.child MODULE [LIBRARY]`` serves the functions in MODULE's ``HANDLERS``: one JSON object a line in, one
 out. Each request runs in a fork of its own, so that a failed assertion or a crash costs an answer and not the child;
 the child itself never computes, as a process with threads does not survive a fork.
 
@@ -35,6 +35,8 @@ class Child:
     module : str
         What it serves: a module with ``HANDLERS``, a dict of name to handler, and ``FUNCTIONS``, the library's
         functions that they call; its ``prepare(library)``, if it has one, is called once before any request.
+    library : str, optional
+        Path of the library; see `Library`.
 
     Examples
     --------
@@ -42,10 +44,10 @@ class Child:
     ...     child.ask("build", steps=[["new", "f32", [2, 3], "x"]])
     """
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, library: str | None = None) -> None:
         paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "oracle.child", module],
+            [sys.executable, "-m", "oracle.child", module, *([] if library is None else [library])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -114,10 +116,10 @@ def _serve_one(library: Library, handlers: dict[str, Handler], request: Message,
     _answer_and_exit(out, answer)
 
 
-def main(module_name: str) -> None:
+def main(module_name: str, path: str | None = None) -> None:
     """Serve requests until standard input ends."""
     module = importlib.import_module(module_name)
-    library = Library(module.FUNCTIONS)
+    library = Library(module.FUNCTIONS, path)
     handlers: dict[str, Handler] = module.HANDLERS
     if hasattr(module, "prepare"):
         module.prepare(library)
@@ -133,4 +135,4 @@ def main(module_name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

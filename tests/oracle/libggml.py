@@ -1,13 +1,16 @@
-"""The real ggml library through cffi: its functions as its own headers declare them, and the layout of its tensors.
+"""A real ggml library through cffi: its functions as headers declare them, and the layout of its tensors.
 
-For tests, in a process of its own (`oracle.child`): an assertion in the library ends the process, and its
-threads do not go with ours.
+Which rules a library goes by is found by what it exports (`Library.dialect`), not by what it says its version is: a build
+of llama.cpp may say 0.26.0 and have the scheduler of 0.27. For tests, in a process of its own (`oracle.child`): an
+assertion in the library ends the process, and its threads do not go with ours.
 """
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,10 @@ from typing import Any
 import cffi
 
 from pyggml.backends.libggml.library import TENSOR_STRUCT
+from pyggml.dialect import DIALECTS, Dialect
 
-#: The version whose structs are stated here; another is refused, as they would have to be checked first.
-VERSION = "0.20.2"
+#: llama.cpp's copy callback, a static member: what a build of llama.cpp gives the scheduler since ggml 0.27.
+COPY_EXPERTS = "_ZN13llama_context18sched_copy_expertsEP12ggml_backendPK11ggml_tensorPS2_P11ggml_cgraphPv"
 
 _STRUCTS = (
     TENSOR_STRUCT
@@ -57,6 +61,14 @@ def read_prototypes(header: str) -> dict[str, str]:
     return found
 
 
+def _load_order(folder: Path) -> list[Path]:
+    """Return the shared objects of a folder: what others need first, llama.cpp last, if it is there."""
+    found = [next(iter(sorted(folder.glob(f"lib{name}.so*"))), None) for name in ("ggml-base", "ggml-cpu", "llama")]
+    if found[0] is None:
+        raise RuntimeError(f"{folder}: no libggml-base.so here")
+    return [file for file in found if file is not None]
+
+
 class Library:
     """The loaded library; one a process.
 
@@ -64,13 +76,25 @@ class Library:
     ----------
     functions : iterable of str
         Names that may be called, beside those that every user needs; a name that this version lacks is left out.
+    path : str, optional
+        A shared object that holds all of ggml, or a folder with ``libggml-base.so``; the package ``libggml-python`` if not
+        given. Its headers are that package's in either case.
+
+    Raises
+    ------
+    RuntimeError
+        It has tables that are not known here (`api`).
 
     Attributes
     ----------
     ffi : cffi.FFI
         For casts and buffers.
     version : str
-        Upstream's, such as ``0.20.2``.
+        What it says it is, such as ``0.20.2``.
+    dialect : Dialect
+        The rules that it goes by.
+    api : int
+        Version of the tables that backends fill in: 2 (ggml 0.20 and 0.21) or 3 (since 0.26).
     """
 
     # cffi's handles are made at run time: they have no types of their own
@@ -78,7 +102,7 @@ class Library:
     base: Any
     cpu: Any
 
-    def __init__(self, functions: Iterable[str] = ()) -> None:
+    def __init__(self, functions: Iterable[str] = (), path: str | None = None) -> None:
         import libggml
 
         root = Path(libggml.__file__).parent
@@ -92,13 +116,40 @@ class Library:
         for name in dict.fromkeys((*_ALWAYS, *functions)):
             if name in prototypes:
                 ffi.cdef(prototypes[name])
-        lib = root / "lib64"
-        self.base = ffi.dlopen(str(lib / "libggml-base.so"), ffi.RTLD_NOW | ffi.RTLD_GLOBAL)
-        self.cpu = ffi.dlopen(str(lib / "libggml-cpu.so"), ffi.RTLD_NOW | ffi.RTLD_GLOBAL)
+        folder = root / "lib64" if path is None else Path(path)
+        files = _load_order(folder) if folder.is_dir() else [folder]
+        self._files = [ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL) for file in files]
+        handles = [ffi.dlopen(str(file), ffi.RTLD_NOW | ffi.RTLD_GLOBAL) for file in files]
+        self.base, self.cpu = handles[0], handles[min(1, len(handles) - 1)]
         self.version = self.text(self.base.ggml_version()).split("-")[0]
-        if self.version != VERSION:
-            raise RuntimeError(f"libggml is {self.version}; the layout of {VERSION} is known here")
+        self.api = 3 if self.exports("ggml_op_alloc_size_may_expand") else 2
+        if self.exports("ggml_backend_tensor_set_n"):
+            raise RuntimeError(
+                f"{folder}: a buffer's table has entries for many tensors at once, which live_mock.c lacks"
+            )
+        self.dialect = self._find_dialect()
         assert ffi.sizeof("struct ggml_tensor") == 336
+
+    def exports(self, name: str) -> bool:
+        """Whether the library has a function."""
+        return any(hasattr(file, name) for file in self._files)
+
+    def address(self, name: str) -> int:
+        """Return where a function is."""
+        file = next(file for file in self._files if hasattr(file, name))
+        return ctypes.cast(getattr(file, name), ctypes.c_void_p).value or 0
+
+    def _find_dialect(self) -> Dialect:
+        """Return the rules that go with what is exported.
+
+        Nothing that is exported tells 0.20 from 0.21: between these two the version does.
+        """
+        if self.exports("ggml_backend_sched_set_copy_callback"):
+            has_realloc = self.exports("ggml_backend_sched_set_realloc_callback")
+            return replace(DIALECTS["0.27"], realloc_callback=has_realloc)
+        if self.api == 3:
+            return DIALECTS["0.26"]
+        return DIALECTS["0.20" if self.version < "0.21" else "0.21"]
 
     def text(self, p: Any) -> str:  # a cffi char pointer
         """Return a C string."""

@@ -1,7 +1,8 @@
 // Mock backends for the real ggml scheduler: of the abilities that a case asks for, and every call made on them noted.
 //
 // A note is a line of JSON in a log (FORMAT.md, section 2, CALL). The first part restates the binary layout of ggml's
-// private tables, backend API version 2 (ggml 0.20 and 0.21); all else uses the public headers only.
+// private tables, backend API version 2 (ggml 0.20 and 0.21) or 3 (since 0.26), chosen by -DBACKEND_API=N; all else uses
+// the public headers only. The numbers of ops are asked for, as they change from version to version.
 
 #define _GNU_SOURCE
 #include "ggml-backend.h"
@@ -25,9 +26,15 @@
 struct ggml_backend_buffer_type {
     const char * (*get_name)(ggml_backend_buffer_type_t);
     ggml_backend_buffer_t (*alloc_buffer)(ggml_backend_buffer_type_t, size_t);
+#if BACKEND_API >= 3
+    void * alloc_buffer_n;
+#endif
     size_t (*get_alignment)(ggml_backend_buffer_type_t);
     size_t (*get_max_size)(ggml_backend_buffer_type_t);
     size_t (*get_alloc_size)(ggml_backend_buffer_type_t, const struct ggml_tensor *);
+#if BACKEND_API >= 3
+    void * get_alloc_size_n;
+#endif
     bool (*is_host)(ggml_backend_buffer_type_t);
     ggml_backend_dev_t device;
     void * context;
@@ -57,6 +64,11 @@ struct ggml_backend_buffer {
 
 extern ggml_backend_buffer_t ggml_backend_buffer_init(ggml_backend_buffer_type_t, buffer_iface, void *, size_t);
 
+typedef struct {
+    void (*add_alloc_dep)(void *, struct ggml_tensor *, struct ggml_tensor *);
+    void * user;
+} optimize_params;
+
 struct ggml_backend {
     ggml_guid_t guid;
     const char * (*get_name)(ggml_backend_t);
@@ -74,7 +86,7 @@ struct ggml_backend {
     enum ggml_status (*graph_compute)(ggml_backend_t, struct ggml_cgraph *);
     void (*event_record)(ggml_backend_t, ggml_backend_event_t);
     void (*event_wait)(ggml_backend_t, ggml_backend_event_t);
-    void (*graph_optimize)(ggml_backend_t, struct ggml_cgraph *);
+    void (*graph_optimize)(ggml_backend_t, struct ggml_cgraph *, optimize_params *); // API 2 gives no third
     ggml_backend_dev_t device;
     void * context;
 };
@@ -138,6 +150,8 @@ typedef struct {
     int fail_times;        // below 0: every time
     int n_order;
     char (*order)[NAME_SIZE];
+    int n_keep;
+    char (*keep)[NAME_SIZE]; // pairs: a tensor, and until when
     int n_events;          // made so far
     struct ggml_backend_device device;
     struct ggml_backend backend;
@@ -311,19 +325,26 @@ static mock_backend * of_device(ggml_backend_dev_t d) { return d->context; }
 static mock_backend * of_backend(ggml_backend_t b) { return b->context; }
 static ggml_backend_buffer_type_t * all_bufts;
 
+// numbers of the ops that are looked at
+static enum ggml_op OP_NONE, OP_VIEW, OP_RESHAPE, OP_PERMUTE, OP_TRANSPOSE;
+static enum ggml_op OP_GET_ROWS, OP_MUL_MAT, OP_MUL_MAT_ID, OP_ROPE, OP_ROPE_BACK;
+
+EXPORT void mock_op(int number, const char * name) {
+#define IS(op) if (strcmp(name, #op) == 0) OP_##op = (enum ggml_op) number
+    IS(NONE); IS(VIEW); IS(RESHAPE); IS(PERMUTE); IS(TRANSPOSE);
+    IS(GET_ROWS); IS(MUL_MAT); IS(MUL_MAT_ID); IS(ROPE); IS(ROPE_BACK);
+#undef IS
+}
+
 static int64_t batch_size(const struct ggml_tensor * t) {
-    switch (t->op) {
-        case GGML_OP_GET_ROWS:  return 0;
-        case GGML_OP_MUL_MAT:   return t->ne[1];
-        case GGML_OP_MUL_MAT_ID:
-        case GGML_OP_ROPE:
-        case GGML_OP_ROPE_BACK: return t->ne[2];
-        default:                return t->ne[1] * t->ne[2] * t->ne[3];
-    }
+    if (t->op == OP_GET_ROWS) return 0;
+    if (t->op == OP_MUL_MAT) return t->ne[1];
+    if (t->op == OP_MUL_MAT_ID || t->op == OP_ROPE || t->op == OP_ROPE_BACK) return t->ne[2];
+    return t->ne[1] * t->ne[2] * t->ne[3];
 }
 
 static int is_empty_op(enum ggml_op op) {
-    return op == GGML_OP_NONE || op == GGML_OP_VIEW || op == GGML_OP_RESHAPE || op == GGML_OP_PERMUTE || op == GGML_OP_TRANSPOSE;
+    return op == OP_NONE || op == OP_VIEW || op == OP_RESHAPE || op == OP_PERMUTE || op == OP_TRANSPOSE;
 }
 
 static const char * dev_name(ggml_backend_dev_t d) { return of_device(d)->name; }
@@ -442,8 +463,22 @@ static int is_ordered(const mock_backend * c, const struct ggml_tensor * t) {
     return 0;
 }
 
-// the named nodes, in the order of their names, into the places that they had
-static void be_optimize(ggml_backend_t b, struct ggml_cgraph * g) {
+// a node, or a source of one
+static struct ggml_tensor * find(struct ggml_cgraph * g, const char * name) {
+    for (int i = 0; i < ggml_graph_n_nodes(g); i++) {
+        if (strcmp(ggml_graph_node(g, i)->name, name) == 0) return ggml_graph_node(g, i);
+    }
+    for (int i = 0; i < ggml_graph_n_nodes(g); i++) {
+        for (int k = 0; k < GGML_MAX_SRC; k++) {
+            struct ggml_tensor * src = ggml_graph_node(g, i)->src[k];
+            if (src && strcmp(src->name, name) == 0) return src;
+        }
+    }
+    return NULL;
+}
+
+// the named nodes, in the order of their names, into the places that they had; then lives are asked for
+static void be_optimize(ggml_backend_t b, struct ggml_cgraph * g, optimize_params * params) {
     mock_backend * c = of_backend(b);
     int n = ggml_graph_n_nodes(g), at = 0;
     struct ggml_tensor ** nodes = ggml_graph_nodes(g);
@@ -459,6 +494,15 @@ static void be_optimize(ggml_backend_t b, struct ggml_cgraph * g) {
         }
     }
     free(old);
+#if BACKEND_API >= 3
+    for (int k = 0; k < c->n_keep; k++) {
+        struct ggml_tensor * kept = find(g, c->keep[2 * k]), * until = find(g, c->keep[2 * k + 1]);
+        if (kept && until) params->add_alloc_dep(params->user, kept, until);
+    }
+#else
+    (void) params;
+    (void) find;
+#endif
 }
 
 EXPORT ggml_backend_t mock_backend_new(mock_backend * c, ggml_backend_buffer_type_t * bufts) {
@@ -515,3 +559,11 @@ EXPORT void mock_eval_callback(ggml_backend_sched_t sched, const char * names, i
     snprintf(stop_at, sizeof stop_at, "%s", stop);
     ggml_backend_sched_set_eval_callback(sched, n < 0 ? NULL : eval_callback, NULL);
 }
+
+// ---- realloc callback ---------------------------------------------------------------------------------------------------
+
+static void on_realloc(ggml_backend_sched_t sched, struct ggml_cgraph * graph, bool ids_changed, bool size_changed, void * user) {
+    (void) sched; (void) graph; (void) user;
+    note("[\"realloc\",%s,%s]\n", ids_changed ? "true" : "false", size_changed ? "true" : "false");
+}
+EXPORT void * mock_realloc_callback(void) { return (void *) on_realloc; }

@@ -1,7 +1,7 @@
 """One case in the real library: what `oracle.child` serves to `LiveScheduler`.
 
 Tensors, graphs and buffers are made through the library's public functions; the scheduler's state is read out of its
-private structs (`live_state`), whose layout of 0.20 and 0.21 is stated here.
+private structs (`live_state`), whose layout is stated here: the same from 0.20 to 0.27.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pyggml.testing.case_graph import Json
 
 from .child import Message
-from .libggml import Library
+from .libggml import COPY_EXPERTS, Library
 from .live_state import read_state
 
 __all__ = ["FUNCTIONS", "HANDLERS", "Instance", "LiveRun", "prepare"]
@@ -22,9 +23,12 @@ __all__ = ["FUNCTIONS", "HANDLERS", "Instance", "LiveRun", "prepare"]
 _FLAGS = {"input": 1, "output": 2, "param": 4, "loss": 8}
 _USAGES = {"any": 0, "weights": 1, "compute": 2}
 _DEVICES = {"CPU": 0, "GPU": 1, "IGPU": 2, "ACCEL": 3}
+#: Room for a `llama_context` of which llama.cpp's copy callback reads, without an expert cache, the ids that it keeps; all
+#: zero is a new one.
+_CONTEXT_BYTES = 1 << 16
 _VIEWS_AND_NONE = ("NONE", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE")
 
-#: The scheduler's private structs, as laid out in 0.20 and 0.21, then the functions called.
+#: The scheduler's private structs, as laid out from 0.20 to 0.27, then the functions called.
 _DECLARATIONS = """
 struct sched_split {
     int backend_id, i_start, i_end;
@@ -92,6 +96,8 @@ struct mock_backend {
     char fail_node[64];
     int fail_status, fail_times, n_order;
     char * order;
+    int n_keep;
+    char * keep;
     int n_events;
     void * own[64];
 };
@@ -99,6 +105,10 @@ const char * mock_log_text(void);
 size_t mock_log_len(void);
 void mock_log_clear(void);
 void mock_silence(void);
+void mock_op(int, const char *);
+void * mock_realloc_callback(void);
+void ggml_backend_sched_set_copy_callback(struct sched *, void *, void *);
+void ggml_backend_sched_set_realloc_callback(struct sched *, void *, void *);
 void * mock_buft_new(struct mock_buft *);
 void * mock_static_buffer(void *, const char *, size_t, int);
 size_t mock_backend_size(void);
@@ -161,11 +171,14 @@ class LiveRun:
         self.mock = self.ffi.dlopen(mock_path, self.ffi.RTLD_NOW)
         self.mock.mock_silence()
         self.ops = _ops(library)
+        for name, number in self.ops.items():
+            self.mock.mock_op(number, name.encode())
         self.static: dict[str, Any] = {}
         self.static_buffers: dict[int, str] = {}
         self.instances: dict[str, Instance] = {}
         self.results: dict[tuple[str, str], bytes] = {}
         self.sched: Any = None  # cffi
+        self._llama: Any = None  # cffi
         self._keep: list[Any] = []  # cffi memory that must outlive this call
         self.buft_ids = {b["name"]: i for i, b in enumerate(case["buffer_types"])}
         self.bufts = self._hold(
@@ -177,6 +190,9 @@ class LiveRun:
     def _hold(self, memory: Any) -> Any:  # cffi
         self._keep.append(memory)
         return memory
+
+    def _hold_names(self, names: Sequence[str]) -> Any:  # cffi
+        return self.ffi.cast("char *", self._hold(self.ffi.from_buffer(bytearray(_names64(names) or b"\0"))))
 
     # -- what the case describes ----------------------------------------------------
 
@@ -203,7 +219,7 @@ class LiveRun:
     def _make_backend(self, i: int, b: Json) -> Any:  # cffi
         caps, wish, fail = b.get("caps", {}), b.get("offload"), b.get("fail_compute")
         optimize = b.get("optimize")
-        order = self._hold(self.ffi.from_buffer(bytearray(_names64((optimize or {}).get("order", ())) or b"\0")))
+        order, kept = (optimize or {}).get("order", ()), (optimize or {}).get("keep", ())
         spec = self._hold(self.ffi.new("struct mock_backend *"))
         assert self.ffi.sizeof("struct mock_backend") >= self.mock.mock_backend_size()
         spec.name, spec.index, spec.type = b["name"].encode(), i, _DEVICES[b["device"]]
@@ -212,8 +228,9 @@ class LiveRun:
         spec.has_set, spec.has_get = caps.get("set_async", False), caps.get("get_async", False)
         spec.has_events = caps.get("events", False)
         spec.has_cpy, spec.cpy_from = caps.get("cpy_async_from") is not None, self._mask(caps.get("cpy_async_from"))
-        spec.has_optimize, spec.order = optimize is not None, self.ffi.cast("char *", order)
-        spec.n_order = len((optimize or {}).get("order", ()))
+        spec.has_optimize = optimize is not None
+        spec.n_order, spec.order = len(order), self._hold_names(order)
+        spec.n_keep, spec.keep = len(kept), self._hold_names([name for pair in kept for name in pair])
         if wish is not None:
             spec.has_offload, spec.offload_min_batch = 1, wish["min_batch"]
         if fail:
@@ -296,7 +313,19 @@ class LiveRun:
             bufts = self._hold(self.ffi.new("void *[]", chosen))
         parallel, op_offload = sched.get("parallel", False), sched.get("op_offload", False)
         self.sched = self.base.ggml_backend_sched_new(backends, bufts, n, sched["graph_size"], parallel, op_offload)
+        self._set_hooks()
         return {}
+
+    def _set_hooks(self) -> None:
+        """Set llama.cpp's own copy callback, as llama.cpp does, and one that notes reallocations, where there are such."""
+        library, ffi = self.library, self.ffi
+        if library.dialect.expert_copy == "callback":
+            self._llama = self._hold(ffi.new("char[]", _CONTEXT_BYTES))
+            callback = ffi.cast("void *", library.address(COPY_EXPERTS))
+            library.function("ggml_backend_sched_set_copy_callback")(self.sched, callback, self._llama)
+        if library.dialect.realloc_callback:
+            noting = self.mock.mock_realloc_callback()
+            library.function("ggml_backend_sched_set_realloc_callback")(self.sched, noting, ffi.NULL)
 
     def build(self, name: str) -> Json:
         """Make tensors and graph anew."""
@@ -376,6 +405,8 @@ class LiveRun:
             return {"result": bool(done), "state": read_state(self, made, is_allocated=done, is_assigned=True)}
         assert op == "compute", op
         was_allocated = sched.is_alloc
+        if self._llama is not None:
+            self.ffi.memmove(self._llama, bytes(_CONTEXT_BYTES), _CONTEXT_BYTES)  # as llama.cpp does before it computes
         if step.get("async"):
             status = base.ggml_backend_sched_graph_compute_async(sched, graph)
         else:
@@ -401,11 +432,21 @@ def _trace(library: Library, request: Message) -> Message:
         for step in [{"op": "sched_new"}, *case["steps"]]:
             record: Json = {"op": step["op"], **({"graph": step["graph"]} if "graph" in step else {})}
             run.mock.mock_log_clear()
-            record = {**record, **run.step(step), "calls": run.take_calls()}
+            record = {**record, **run.step(step)}
+            calls = run.take_calls()
+            record["calls"] = [call for call in calls if call[0] != "realloc"]
+            reallocs = [call[1:] for call in calls if call[0] == "realloc"]
+            if reallocs:
+                record["reallocs"] = reallocs  # of graph_alloc: ids changed, size changed; no part of a trace
             out.write(json.dumps(record) + "\n")
             out.flush()
     return {"done": True}
 
 
+def _about(library: Library, request: Message) -> Message:
+    """Return which library this is."""
+    return {"dialect": asdict(library.dialect), "version": library.version, "api": library.api}
+
+
 #: What `oracle.child` serves.
-HANDLERS = {"trace": _trace}
+HANDLERS = {"trace": _trace, "about": _about}

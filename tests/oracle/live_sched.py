@@ -18,18 +18,23 @@ from types import TracebackType
 from typing import Self
 
 from pyggml import config
+from pyggml.dialect import Dialect
 from pyggml.testing.case_graph import Json
 
 from .child import Child
-from .libggml import VERSION
 
 __all__ = ["LiveScheduler", "compile_mock"]
 
 _SOURCE = Path(__file__).with_name("live_mock.c")
 
 
-def compile_mock() -> Path:
+def compile_mock(api: int = 2) -> Path:
     """Return the compiled mock backends, compiled now if they are not in the cache folder yet.
+
+    Parameters
+    ----------
+    api : int
+        Version of the tables that backends fill in; see `Library.api`.
 
     Raises
     ------
@@ -39,7 +44,7 @@ def compile_mock() -> Path:
     import libggml
 
     include = Path(libggml.__file__).parent / "include"
-    key = hashlib.sha256(_SOURCE.read_bytes() + VERSION.encode()).hexdigest()[:16]
+    key = hashlib.sha256(_SOURCE.read_bytes() + bytes([api])).hexdigest()[:16]
     target = config.cache_dir() / "live_mock" / f"{key}.so"
     if target.exists():
         return target
@@ -58,6 +63,7 @@ def compile_mock() -> Path:
             "-shared",
             "-fPIC",
             "-fvisibility=hidden",
+            f"-DBACKEND_API={api}",
             f"-I{include}",
             "-o",
             str(made),
@@ -73,16 +79,30 @@ def compile_mock() -> Path:
 class LiveScheduler:
     """The real scheduler, in a child process.
 
+    Parameters
+    ----------
+    library : str, optional
+        Path of the library; see `Library`.
+
+    Attributes
+    ----------
+    dialect : Dialect
+        The rules that the library goes by, as found by what it exports.
+    says : str
+        The version that it gives itself.
+
     Examples
     --------
     >>> with LiveScheduler() as live:  # doctest: +SKIP
     ...     records = live.trace(case)
     """
 
-    def __init__(self) -> None:
-        self._mock = str(compile_mock())
+    def __init__(self, library: str | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pyggml-live-")
-        self._child = Child("oracle.live_run")
+        self._child = Child("oracle.live_run", library)
+        about = self._child.ask("about")
+        self.dialect, self.says = Dialect(**about["dialect"]), about["version"]
+        self._mock = str(compile_mock(about["api"]))
 
     def trace(self, case: Json) -> list[Json]:
         """Return the records of a case (``FORMAT.md``, section 2); the last may be an abort or a crash."""

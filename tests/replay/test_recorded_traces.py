@@ -7,11 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from oracle.compare import SECTIONS, compare, load, outcome, recorded
 
 from pyggml.dialect import DIALECTS
 from pyggml.replay import read_case, replay
-
-from .compare import SECTIONS, compare, load, outcome, recorded
 
 CASES = sorted((Path(__file__).parent / "cases").glob("*.case.json.gz"))
 N_CHUNKS = 4

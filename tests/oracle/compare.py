@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oracle.traces import MEMORY_CALLS, STATE_SECTIONS
+from .traces import MEMORY_CALLS, STATE_SECTIONS
 
 Step = dict[str, Any]
 
