@@ -1,6 +1,6 @@
 # Everything a newcomer needs, from a bare Python 3.11:
 #   make run [MODEL=path.gguf] [PROMPT="..."]   generate text over two devices, with a report
-#   make test | check | bench | docs | soak | clean
+#   make test | check | bench | docs | pictures | soak | clean
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +12,7 @@ ARGS   ?=
 # Kernels' threads that wait must not take the cores from the other test process.
 QUIET_THREADS := NUMBA_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-.PHONY: run test check bench docs soak clean
+.PHONY: run test check bench docs pictures soak clean
 .DEFAULT_GOAL := run
 
 $(VENV)/python.stamp:
@@ -49,11 +49,22 @@ check: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
-soak: $(VENV)/test.stamp
+soak: $(VENV)/docs.stamp
 	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
-# Pictures are made by the commands they show. Tutorials are run as tests; what they print is what they say.
-docs: $(VENV)/test.stamp
+$(VENV)/docs.stamp: pyproject.toml | $(VENV)/python.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,docs]'
+	@touch $@ $(VENV)/test.stamp $(VENV)/run.stamp
+
+# The site, build/docs/index.html; warnings are errors, and a browser looks at it. Pages stay as they are.
+docs: $(VENV)/docs.stamp
+	rm -rf build/docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs . build/docs
+	$(BIN)/python tests/browser/find_browser.py
+	SITE=build/docs $(BIN)/python -m pytest -q tests/browser/test_site.py
+
+# Pictures are made by the commands they show; what tutorials print is what they say.
+pictures: $(VENV)/test.stamp
 	$(BIN)/python tests/browser/find_browser.py
 	$(BIN)/python docs/make_pictures.py
 	$(BIN)/python docs/make_page_pictures.py
