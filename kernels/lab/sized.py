@@ -63,7 +63,7 @@ def sized_hits(offsets, keys, pool, size_of, budget, n_pool, n_key, policy, afte
     -------
     n_evicted : int
     over : int
-        Bytes above the budget after an event, its own entries aside, at most.
+        Bytes of all pools above the budget after an event, its own entries aside, at most.
     """
     absent, out = -1, -2  # out: resident, but not among the victims
     all_place = np.full((n_pool, n_key), absent, np.int64)
@@ -78,6 +78,7 @@ def sized_hits(offsets, keys, pool, size_of, budget, n_pool, n_key, policy, afte
     clock = 0
     n_evicted = 0
     over = 0
+    total = budget.sum()
     for event in range(len(offsets) - 1):
         p = pool[event]
         heap, place, sizes = all_heap[p], all_place[p], size_of[p]
@@ -128,8 +129,8 @@ def sized_hits(offsets, keys, pool, size_of, budget, n_pool, n_key, policy, afte
                     _down(policy, heap, place, n, at, stamp, count, last, rank)
             used[p] -= sizes[worst]
             n_evicted += 1
-        if used[p] > budget[p]:
-            over = max(over, used[p] - max(budget[p], own))
+        if used.sum() > total:
+            over = max(over, used.sum() - max(total, own))
         if protected:
             n = _enter(policy, heap, place, n, keys, offsets[event], offsets[event + 1], stamp, count, last, rank)
         n_heap[p] = n

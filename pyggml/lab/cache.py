@@ -1,0 +1,226 @@
+"""`Cache`: one pool, decided event by event; a policy for what leaves, another for what may enter.
+
+The same object serves a replay and a cache that runs: `Cache.event` takes the keys of an event and returns what to copy where.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from ..errors import GraphError
+
+__all__ = ["Admission", "Always", "Cache", "Decision", "Eviction", "Load"]
+
+
+class Load(NamedTuple):
+    """A key that enters, and its slot."""
+
+    key: int
+    slot: int
+
+
+class Decision(NamedTuple):
+    """What an event does to a cache.
+
+    Attributes
+    ----------
+    hits : tuple of int
+        Keys that were there before.
+    loads : tuple of Load
+        Misses that enter now; their bytes are to be copied into the slots.
+    declined : tuple of int
+        Misses that do not enter: their bytes are needed all the same, elsewhere.
+    evicted : tuple of int
+    prefetched : tuple of Load
+        Keys that enter without having been asked for.
+    """
+
+    hits: tuple[int, ...]
+    loads: tuple[Load, ...]
+    declined: tuple[int, ...] = ()
+    evicted: tuple[int, ...] = ()
+    prefetched: tuple[Load, ...] = ()
+
+
+class Eviction(ABC):
+    """Chooses what leaves. An instance serves one pool, and is told of everything that happens there.
+
+    Called in this order: `begin` with the event; `used` for each of its keys, in slot order; `entered` for each that enters, and before that
+    `victim` until there is room, `left` for what it chose.
+    """
+
+    #: Whether keys are kept apart from the event's need, so that `Cache` must not admit others.
+    must_admit = True
+
+    def __init__(self, n_slot: int, n_key: int) -> None:
+        self.n_slot, self.n_key = n_slot, n_key
+
+    def begin(self, step: int, layer: int, keys: Sequence[int]) -> None:  # noqa: B027  # not every policy needs it
+        """Take note of an event before it is decided."""
+
+    @abstractmethod
+    def used(self, key: int, is_hit: bool) -> None:
+        """Take note that an event uses a key."""
+
+    def entered(self, key: int) -> None:  # noqa: B027  # not every policy needs it
+        """Take note that a key is resident now."""
+
+    def left(self, key: int) -> None:  # noqa: B027  # not every policy needs it
+        """Take note that a key is not resident any more."""
+
+    @abstractmethod
+    def victim(self, resident: Collection[int], protected: Collection[int]) -> int | None:
+        """Return the resident key that is worth least and not protected; None if there is none."""
+
+    def worth(self, key: int) -> float:
+        """Return what a key is worth, for admissions that compare: how often it was used, lately counting more."""
+        return 0.0
+
+
+class Admission:
+    """Says which misses may enter. An instance serves one pool; this one lets all in."""
+
+    #: Whether an event's misses always enter.
+    must_admit = True
+
+    def begin(self, step: int, layer: int, keys: Sequence[int]) -> None:
+        """Take note of an event before it is decided."""
+
+    def may_enter(self, key: int, victim: int | None) -> bool:
+        """Return whether a miss may enter, in the place of a victim if the pool is full."""
+        return True
+
+    #: Whether what enters is there from the next step on only, and victims stay until then.
+    publishes_next_step = False
+
+
+Always = Admission
+
+
+class Cache:
+    """A pool of slots, or of bytes, and what is in it.
+
+    Parameters
+    ----------
+    budget : int
+        Slots; bytes if ``sizes`` are given.
+    eviction : Eviction
+    admission : Admission
+    sizes : sequence of int, optional
+        Bytes of each key. Without them each takes a slot, and `slot_of` tells which.
+    """
+
+    def __init__(
+        self, budget: int, eviction: Eviction, admission: Admission | None = None, *, sizes: Sequence[int] | None = None
+    ) -> None:
+        self.budget, self.eviction, self.admission = budget, eviction, admission or Admission()
+        self.sizes = sizes
+        self.slot_of: dict[int, int] = {}
+        self.used = 0
+        self._free = list(range(budget if sizes is None else 0))[::-1]
+        self._n_slot = len(self._free)
+        self._step: int | None = None
+        self._pending: list[int] = []
+
+    @property
+    def must_admit(self) -> bool:
+        """Whether each event's misses always enter."""
+        return self.eviction.must_admit and self.admission.must_admit
+
+    def __contains__(self, key: int) -> bool:
+        return key in self.slot_of
+
+    def event(self, step: int, layer: int, keys: Sequence[int]) -> Decision:
+        """Decide an event: hits are judged first, then its misses enter in slot order, none of its keys leaving.
+
+        Parameters
+        ----------
+        keys : sequence of int
+            Distinct, in slot order.
+
+        Raises
+        ------
+        GraphError
+            The event's keys do not fit, and the policies must admit them.
+        """
+        evicted: list[int] = []
+        loads: list[Load] = []
+        if step != self._step:
+            self._publish(loads, evicted)
+            self._step = step
+        self.eviction.begin(step, layer, keys)
+        self.admission.begin(step, layer, keys)
+        hits = tuple(key for key in keys if key in self.slot_of)
+        misses = [key for key in keys if key not in self.slot_of]
+        for key in keys:
+            self.eviction.used(key, key in self.slot_of)
+        protected = set(keys)
+        declined = []
+        if self.admission.publishes_next_step:
+            self._pending += [key for key in misses if self.admission.may_enter(key, None)]
+            declined = misses
+        else:
+            for key in misses:
+                if not self._enter(key, protected, loads, evicted):
+                    declined.append(key)
+        return Decision(hits, tuple(loads), tuple(declined), tuple(evicted))
+
+    def prefetch(self, keys: Sequence[int], protected: Collection[int] = ()) -> Decision:
+        """Let keys enter that no event has asked for yet; those that find no victim stay out."""
+        loads: list[Load] = []
+        evicted: list[int] = []
+        shield = {*protected, *keys}
+        for key in keys:
+            if key not in self.slot_of:
+                self._make_room_and_add(key, shield, loads, evicted)
+        return Decision((), (), (), tuple(evicted), tuple(loads))
+
+    def _publish(self, loads: list[Load], evicted: list[int]) -> None:
+        """Let in what the step before asked for."""
+        pending, self._pending = list(dict.fromkeys(self._pending)), []
+        for key in pending:
+            if key not in self.slot_of:
+                self._make_room_and_add(key, set(pending), loads, evicted)
+
+    def _enter(self, key: int, protected: Collection[int], loads: list[Load], evicted: list[int]) -> bool:
+        victim = None
+        if self._size(key) > self.budget - self.used:
+            victim = self.eviction.victim(self.slot_of.keys(), protected)
+            if victim is None:
+                if self.must_admit:
+                    raise GraphError(
+                        f"a cache of {self.budget:,} {'slots' if self.sizes is None else 'bytes'} cannot hold the experts of one event",
+                        hint="a larger cache, or a policy that may decline",
+                    )
+                return False
+        if not self.admission.may_enter(key, victim):
+            return False
+        return self._make_room_and_add(key, protected, loads, evicted, victim)
+
+    def _make_room_and_add(
+        self, key: int, protected: Collection[int], loads: list[Load], evicted: list[int], victim: int | None = None
+    ) -> bool:
+        size = self._size(key)
+        while size > self.budget - self.used:
+            if victim is None:
+                victim = self.eviction.victim(self.slot_of.keys(), protected)
+            if victim is None:
+                return False
+            self.used -= self._size(victim)
+            self._free.append(self.slot_of.pop(victim))
+            self.eviction.left(victim)
+            evicted.append(victim)
+            victim = None
+        if not self._free:
+            self._free.append(self._n_slot)
+            self._n_slot += 1
+        slot = self.slot_of[key] = self._free.pop()
+        self.used += size
+        self.eviction.entered(key)
+        loads.append(Load(key, slot))
+        return True
+
+    def _size(self, key: int) -> int:
+        return 1 if self.sizes is None else self.sizes[key]

@@ -1,0 +1,151 @@
+"""The policies by name: how each is replayed fast, how it is made to run, and what it may do.
+
+A name is an eviction, and if wanted an admission behind a plus: ``lru``, ``lfu-decay:32``, ``lru+hotter:64``, ``lfru+2of8``. ``module:Class`` names an
+`Eviction` of one's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..errors import GraphError
+from ..kernels.lab import stack
+from . import evictions
+from .admissions import parse_admission
+from .cache import Admission, Eviction
+
+__all__ = ["POLICIES", "Policy", "parse_policy"]
+
+_HALF_LIFE = 64.0
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A policy that can be replayed, and made to run unless it knows the future.
+
+    Attributes
+    ----------
+    name : str
+        As it was given.
+    make : callable or None
+        Makes the eviction of a pool from its slots and keys; None for those that know the future.
+    admission : str
+        See `parse_admission`.
+    code : int or None
+        Of the compiled replay; None if it is replayed by the object itself.
+    has_stack : bool
+        Whether one pass gives all sizes.
+    must_admit : bool
+        Whether each event's misses always enter, so that a pool must hold an event.
+    fit : str
+        ``""``; ``"others"`` if counts of other requests are needed, ``"same"`` if those of the request itself are taken.
+    """
+
+    name: str
+    make: Callable[..., Eviction] | None
+    meaning: str
+    admission: str = ""
+    code: int | None = None
+    has_stack: bool = True
+    must_admit: bool = True
+    fit: str = ""
+    half_life: float = _HALF_LIFE
+
+    def eviction(self, n_slot: int, n_key: int, counts: Mapping[int, int] | None = None) -> Eviction:
+        """Return the eviction of a pool.
+
+        Raises
+        ------
+        GraphError
+            The policy knows the future, and cannot run.
+        """
+        if self.make is None:
+            raise GraphError(f"{self.name} knows the future: it is for replays")
+        if self.fit:
+            return self.make(n_slot, n_key, counts=counts or {})
+        if self.make is evictions.LFUDecay:
+            return self.make(n_slot, n_key, half_life=self.half_life)
+        return self.make(n_slot, n_key)
+
+    def new_admission(self) -> Admission:
+        """Return the admission of a pool."""
+        return parse_admission(self.admission)
+
+
+#: All that have a name, in the order of reports.
+POLICIES: dict[str, Policy] = {
+    p.name: p
+    for p in (
+        Policy("lru", evictions.LRU, "the one used longest ago leaves", code=stack.LRU),
+        Policy("lfu", evictions.LFU, "the one used least often leaves", code=stack.LFU),
+        Policy("lfu-decay", evictions.LFUDecay, "LFU whose counts halve every 64 events", code=stack.LFU_DECAY),
+        Policy("lfru", evictions.LFRU, "lowest count over age leaves", code=stack.LFRU),
+        Policy("fifo", evictions.FIFO, "the one that entered first leaves", code=stack.FIFO, has_stack=False),
+        Policy("slru", evictions.SLRU, "a second use protects, half of the slots at most"),
+        Policy("clock", evictions.CLOCK, "LRU by one bit"),
+        Policy("arc", evictions.ARC, "recency and frequency, their shares learned"),
+        Policy("least-stale", evictions.LeastStale, "unused in this step leaves first"),
+        Policy("static", evictions.Static, "the most used of other requests stay", must_admit=False, fit="others"),
+        Policy("static-same-trace", evictions.Static, "the most used of this request stay: misleads", must_admit=False, fit="same"),
+        Policy("half-pinned", evictions.HalfPinned, "half static, half LRU", must_admit=False, fit="others"),
+        Policy("belady", None, "the one needed last leaves; all misses enter", code=stack.BELADY),
+        Policy("belady-bypass", None, "the best there is: may decline", code=stack.BELADY_BYPASS, must_admit=False),
+    )
+}  # fmt: skip
+
+
+def parse_policy(text: str) -> Policy:
+    """Return the policy that a text names.
+
+    Raises
+    ------
+    GraphError
+        It names none.
+    """
+    text = text.strip()
+    base, _, admission = text.partition("+")
+    name, _, value = base.partition(":")
+    found = POLICIES.get("belady" if name == "oracle" else name)
+    if found is None and ":" in base and "." not in value:
+        found = _own(base)
+    elif found is not None and value:
+        try:
+            half_life = float(value)
+        except ValueError:
+            half_life = 0.0
+        if found.name != "lfu-decay" or not half_life > 0:
+            raise GraphError(
+                f"policy '{text}': {found.name} takes no '{value}'", hint="lfu-decay:HALF_LIFE has a number"
+            )
+        found = _with(found, half_life=half_life)
+    if found is None:
+        raise GraphError(
+            f"there is no policy '{text}'",
+            hint=f"{', '.join(POLICIES)}; +2of8, +hotter, +atmost:2, +next; module:Class",
+        )
+    if admission:
+        if found.make is None:
+            raise GraphError(f"policy '{text}': {found.name} has its own admission")
+        rule = parse_admission(admission)
+        found = _with(found, admission=admission, code=None, must_admit=found.must_admit and rule.must_admit)
+    return _with(found, name=text)
+
+
+def _with(policy: Policy, **changes: object) -> Policy:
+    from dataclasses import replace
+
+    return replace(policy, **changes)  # type: ignore[arg-type]  # the fields' own types
+
+
+def _own(text: str) -> Policy | None:
+    """Return the policy of a class elsewhere."""
+    module, _, name = text.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+    if not (isinstance(made, type) and issubclass(made, Eviction)):
+        raise GraphError(f"'{text}' is no Eviction")
+    return Policy(text, made, "own", must_admit=made.must_admit)

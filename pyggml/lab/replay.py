@@ -1,0 +1,362 @@
+"""Replay: what a policy and a capacity would have read, by a stated contract.
+
+``event``: an event is all ids of one layer of one step. Hits are judged before it; its distinct experts stay while the rest makes room; recency
+runs in slot order, the last slot newest. Requests start with an empty cache, unless they take turns. ``bigmoeonedge`` is that engine's: the prompt warms
+the cache, requests follow each other in one cache, and what a single event needs may stand above the budget. ``sequential`` takes the ids one
+by one, as some tools do; it overstates misses by up to a third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import GraphError
+from ..kernels.lab import sized, stack
+from . import validate
+from .cache import Cache
+from .policies import Policy, parse_policy
+from .pools import Capacity, Ints, Pools, Run, runs_of
+from .trace import Phase, Trace
+
+__all__ = ["Refusal", "RequestResult", "Result", "Setting", "lru_begins", "replay"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all replays of a comparison share."""
+
+    scope: str = "layer"
+    phase: str = "decode"
+    contract: str = "event"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestResult:
+    """Of one request."""
+
+    request: int
+    touches: int
+    hits: int
+    bytes_read: int
+    n_token: int
+    first_touches: int  #: misses that no cache avoids
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over touches."""
+        return self.hits / self.touches if self.touches else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of one policy at one capacity.
+
+    Attributes
+    ----------
+    slots : int or None
+        Of all pools; None where bytes are the budget and experts differ in size.
+    capacity_bytes : int
+        That the cache takes; 0 if bytes are not known.
+    touches, hits : int
+        Distinct experts of events, and those that were there.
+    bytes_read : int or None
+        Of misses, and of the preload of static sets; None if bytes are not known.
+    preload_bytes : int
+        Part of ``bytes_read``.
+    """
+
+    policy: Policy
+    setting: Setting
+    capacity: Capacity
+    slots: int | None
+    capacity_bytes: int
+    requests: tuple[RequestResult, ...]
+    preload_bytes: int = 0
+    has_bytes: bool = True
+
+    @property
+    def touches(self) -> int:
+        """Distinct experts of events."""
+        return sum(r.touches for r in self.requests)
+
+    @property
+    def hits(self) -> int:
+        """Touches of what was there."""
+        return sum(r.hits for r in self.requests)
+
+    @property
+    def n_token(self) -> int:
+        """Tokens."""
+        return sum(r.n_token for r in self.requests)
+
+    @property
+    def bytes_read(self) -> int | None:
+        """Bytes of misses and preloads."""
+        return sum(r.bytes_read for r in self.requests) + self.preload_bytes if self.has_bytes else None
+
+    @property
+    def hit_rate(self) -> float:
+        """Mean over requests."""
+        return float(np.mean([r.hit_rate for r in self.requests]))
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A policy that cannot be replayed at a capacity, and why."""
+
+    policy: str
+    capacity: Capacity
+    reason: str
+
+
+def replay(
+    trace: Trace,
+    policies: Sequence[str | Policy],
+    capacities: Sequence[Capacity],
+    setting: Setting = Setting(),  # frozen
+) -> Iterator[Result | Refusal]:
+    """Yield what each policy does at each capacity, policy by policy.
+
+    Raises
+    ------
+    FormatError
+        Something in the events that are asked for misleads.
+    GraphError
+        There is no such policy, scope, phase or contract.
+    """
+    chosen = [policy if isinstance(policy, Policy) else parse_policy(policy) for policy in policies]
+    wanted = (
+        np.arange(2)
+        if setting.phase == "all"
+        else np.array([Phase[setting.phase.upper()]])
+        if setting.phase.upper() in Phase.__members__
+        else np.arange(0)
+    )
+    if setting.contract == "bigmoeonedge":
+        wanted = np.arange(2)
+    validate.refuse(trace, wanted)
+    pools = Pools.of(trace, setting.scope)
+    runs = list(runs_of(trace, pools, phase=setting.phase, contract=setting.contract))
+    replayer = _Replayer(pools, runs, setting)
+    for policy in chosen:
+        yield from replayer.results(policy, capacities)
+
+
+class _Replayer:
+    """The runs of a trace, and what is computed once for all policies."""
+
+    def __init__(self, pools: Pools, runs: list[Run], setting: Setting) -> None:
+        self.pools, self.runs, self.setting = pools, runs, setting
+        self.after = [stack.next_uses(run.offsets, run.keys, run.pool, pools.n_pool, pools.n_key) for run in runs]
+        self.most = np.zeros(pools.n_pool, np.int64)
+        for run in runs:
+            most = run.most()
+            self.most[: len(most)] = np.maximum(self.most[: len(most)], most)
+        self.first = [_first_touches(run, pools) for run in runs]
+
+    def results(self, policy: Policy, capacities: Sequence[Capacity]) -> Iterator[Result | Refusal]:
+        """Yield one policy's results."""
+        if policy.fit == "others" and len(self.runs) < 2:
+            reason = "needs other requests to be fitted on: give several, or static-same-trace, which misleads"
+            yield from (Refusal(policy.name, capacity, reason) for capacity in capacities)
+            return
+        stacked: list[Ints] | None = None
+        for capacity in capacities:
+            slots = self.pools.slots(capacity)
+            reason = self._refusal(policy, slots, capacity)
+            if reason:
+                yield Refusal(policy.name, capacity, reason)
+                continue
+            if self._is_stacked(policy, slots):
+                assert slots is not None
+                if stacked is None:
+                    stacked = [self._stack(policy, i) for i in range(len(self.runs))]
+                yield self._result(policy, capacity, slots, [_hits_below(hist, slots) for hist in stacked])
+            else:
+                yield self._one_size(policy, capacity, slots)
+
+    def _refusal(self, policy: Policy, slots: Ints | None, capacity: Capacity) -> str:
+        """Return why a policy cannot have a capacity; empty if it can."""
+        if self.setting.contract == "bigmoeonedge":
+            return ""  # there an event may stand above the budget
+        if slots is None:
+            sizes = self.pools.sizes.max(axis=1) * self.most
+            short = np.flatnonzero(self.pools.budgets(capacity) < sizes)
+            what = "bytes"
+        else:
+            short = np.flatnonzero(slots < self.most)
+            what = "slots"
+        if policy.must_admit and len(short):
+            p = int(short[0])
+            has = int(self.pools.budgets(capacity)[p]) if slots is None else int(slots[p])
+            return f"must admit the {int(self.most[p])} experts of one event, and {_name(self.pools, p)} has {has:,} {what}"
+        return ""
+
+    def _is_stacked(self, policy: Policy, slots: Ints | None) -> bool:
+        """Whether one pass over all sizes is right, and cheaper: for pools of one layer, or LRU."""
+        if slots is None or policy.code is None or not policy.has_stack or self.setting.contract == "bigmoeonedge":
+            return False
+        one_size = all(self.pools.is_even(p) for p in range(self.pools.n_pool))
+        return one_size and (self.setting.scope == "layer" or policy.code == stack.LRU)
+
+    def _stack(self, policy: Policy, i: int) -> Ints:
+        run = self.runs[i]
+        assert policy.code is not None
+        hist: Ints = stack.stack_hits(
+            run.offsets,
+            run.keys,
+            run.pool,
+            self.pools.n_pool,
+            self.pools.n_key,
+            policy.code,
+            self.after[i],
+            policy.half_life,
+        )
+        return hist
+
+    def _one_size(self, policy: Policy, capacity: Capacity, slots: Ints | None) -> Result | Refusal:
+        """Replay one size; each touch is known to be a hit or not."""
+        budgets = self.pools.budgets(capacity) if slots is None else slots
+        sizes = self.pools.sizes if slots is None else np.ones_like(self.pools.sizes)
+        if slots is not None and self.setting.contract == "bigmoeonedge" and capacity.n_bytes is not None:
+            budgets, sizes = self.pools.budgets(capacity), self.pools.sizes
+        hits, preload = [], 0
+        for i, run in enumerate(self.runs):
+            hit = np.zeros(len(run.keys), np.bool_)
+            if policy.code is not None:
+                _, over = sized.sized_hits(
+                    run.offsets, run.keys, run.pool, sizes, budgets, self.pools.n_pool, self.pools.n_key, policy.code,
+                    self.after[i], policy.half_life, hit,
+                )  # fmt: skip
+                if over:
+                    return Refusal(policy.name, capacity, f"stands {over:,} bytes above the budget after events")
+            else:
+                counts = self._counts(policy, i)
+                try:
+                    preload += _objects(
+                        policy, self.pools, run, budgets, None if slots is not None else sizes, counts, hit
+                    )
+                except GraphError as error:
+                    return Refusal(policy.name, capacity, error.message)
+            hits.append(hit)
+        counted = []
+        for run, hit in zip(self.runs, hits, strict=True):
+            by_pool = np.zeros((self.pools.n_pool, 2), np.int64)
+            mine = run.touch_pool[run.is_counted]
+            by_pool[:, 0] = np.bincount(mine, minlength=self.pools.n_pool)
+            by_pool[:, 1] = np.bincount(mine[hit[run.is_counted]], minlength=self.pools.n_pool)
+            missed = self.pools.sizes[mine, run.keys[run.is_counted]][~hit[run.is_counted]].sum()
+            counted.append((by_pool, int(missed)))
+        return self._result(policy, capacity, slots, [c[0] for c in counted], [c[1] for c in counted], preload)
+
+    def _counts(self, policy: Policy, i: int) -> list[dict[int, int]] | None:
+        """Return the uses of each pool's keys that a static set is fitted on."""
+        if not policy.fit:
+            return None
+        fitted = [run for j, run in enumerate(self.runs) if (j == i) == (policy.fit == "same")]
+        counts: list[dict[int, int]] = [{} for _ in range(self.pools.n_pool)]
+        total = np.zeros((self.pools.n_pool, self.pools.n_key), np.int64)
+        for run in fitted:
+            np.add.at(total, (run.touch_pool, run.keys), 1)
+        for p in range(self.pools.n_pool):
+            used = np.flatnonzero(total[p])
+            counts[p] = dict(zip(used.tolist(), total[p, used].tolist(), strict=True))
+        return counts
+
+    def _result(
+        self,
+        policy: Policy,
+        capacity: Capacity,
+        slots: Ints | None,
+        by_pool: list[Ints],
+        missed: list[int] | None = None,
+        preload: int = 0,
+    ) -> Result:
+        """Return a result from touches and hits by pool: int64, (n_pool, 2), of each run."""
+        requests = []
+        for i, (run, counts) in enumerate(zip(self.runs, by_pool, strict=True)):
+            touches, hits = (int(n) for n in counts.sum(axis=0))
+            if missed is None:
+                n_bytes = int(((counts[:, 0] - counts[:, 1]) * self.pools.sizes[:, 0]).sum())
+            else:
+                n_bytes = missed[i]
+            requests.append(RequestResult(run.request, touches, hits, n_bytes, run.n_token, self.first[i]))
+        has_bytes = self.pools.is_sized
+        n_bytes = 0 if not has_bytes else capacity.n_bytes or 0 if slots is None else self.pools.n_bytes(slots)
+        n_slot = None if slots is None else int(slots.sum())
+        return Result(policy, self.setting, capacity, n_slot, n_bytes, tuple(requests), preload, has_bytes)
+
+
+def _name(pools: Pools, p: int) -> str:
+    return (
+        f"layer {pools.layers[p][0]}" if pools.scope == "layer" else "the pool" if pools.n_pool == 1 else f"group {p}"
+    )
+
+
+def _first_touches(run: Run, pools: Pools) -> int:
+    seen = run.touch_pool * pools.n_key + run.keys
+    _, first = np.unique(seen, return_index=True)
+    return int(run.is_counted[first].sum())
+
+
+def _hits_below(hist: Ints, slots: Ints) -> Ints:
+    """Return touches and hits by pool: int64, (n_pool, 2)."""
+    below = np.concatenate((np.zeros((len(hist), 1), np.int64), np.cumsum(hist[:, :-1], axis=1)), axis=1)
+    hits = np.take_along_axis(below, slots[:, None], axis=1)[:, 0]
+    return np.stack((hist.sum(axis=1), hits), axis=1)
+
+
+def _objects(
+    policy: Policy,
+    pools: Pools,
+    run: Run,
+    budgets: Ints,
+    sizes: Ints | None,
+    counts: Sequence[Mapping[int, int]] | None,
+    hit: npt.NDArray[np.bool_],
+) -> int:
+    """Replay a policy by its own objects, one cache a pool, and return the bytes that were loaded before."""
+    caches, preload = [], 0
+    for p in range(pools.n_pool):
+        budget = int(budgets[p])
+        n_slot = budget if sizes is None else budget // max(1, int(sizes[p].max()))
+        eviction = policy.eviction(n_slot, pools.n_key, None if counts is None else counts[p])
+        cache = Cache(budget, eviction, policy.new_admission(), sizes=None if sizes is None else sizes[p].tolist())
+        first = getattr(eviction, "preload", [])
+        cache.prefetch(first)
+        preload += int(pools.sizes[p, [key for key in first if key in cache]].sum()) if first else 0
+        caches.append(cache)
+    keys, offsets = run.keys.tolist(), run.offsets.tolist()
+    for event, (p, step, layer) in enumerate(
+        zip(run.pool.tolist(), run.step.tolist(), run.layer.tolist(), strict=True)
+    ):
+        lo, hi = offsets[event], offsets[event + 1]
+        hits = set(caches[p].event(step, layer, keys[lo:hi]).hits)
+        for i in range(lo, hi):
+            hit[i] = keys[i] in hits
+    return preload
+
+
+def lru_begins(trace: Trace, setting: Setting = Setting()) -> dict[str, int | None]:  # frozen
+    """Return the fewest slots of a pool, and the bytes of all pools, with which LRU hits anything.
+
+    In one pool for all layers a key is used again after a whole sweep of the layers at the earliest, so with fewer slots than a sweep LRU hits nothing.
+    """
+    pools = Pools.of(trace, setting.scope)
+    runs = list(runs_of(trace, pools, phase=setting.phase, contract=setting.contract))
+    hist = np.zeros((pools.n_pool, pools.n_key + 1), np.int64)
+    most = 1
+    for run in runs:
+        after = np.zeros(len(run.keys), np.int64)
+        hist += stack.stack_hits(run.offsets, run.keys, run.pool, pools.n_pool, pools.n_key, stack.LRU, after, 1.0)
+        most = max(most, int(run.most().max()))
+    places = np.flatnonzero(hist[:, :-1].sum(axis=0))
+    if not len(places):
+        return {"slots": None, "bytes": None}
+    slots = max(int(places[0]) + 1, most)
+    each = np.array([min(slots, len(m) * pools.n_expert) for m in pools.layers], np.int64)
+    return {"slots": slots, "bytes": pools.n_bytes(each) if pools.is_sized else None}
