@@ -400,6 +400,13 @@ class Planner:
             planned.append(PlannedGraph(graph, part, splits, self.sched.assignment, self._size_of_split()))
         return planned
 
+    def plan_reserved(self, n_tokens: int, n_seqs: int, n_outputs: int) -> PlannedGraph:
+        """Return the graph of one micro-batch over the whole cache, as memory is reserved with it."""
+        graph = self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_outputs))
+        splits = list(self.sched.split_graph(graph.graph))
+        part = MicroBatch.reserve(n_tokens, n_seqs, n_outputs)
+        return PlannedGraph(graph, part, splits, self.sched.assignment, self._size_of_split())
+
     def micro_batches(self, n_tokens: int, *, outputs: Outputs = "last") -> Iterator[tuple[MicroBatch, PlannableGraph]]:
         """Yield each micro-batch of a decode of so many tokens of one sequence, from an empty cache, with its graph.
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ..sched.state import Cause
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table
+from ._header import print_header, why_not_captured
 from ._model_options import ModelCommand, ModelFlags, model_options, open_backends, parse_sizes
 from ._page import about_devices, about_model, check_folders, given_options, write_records
 from ._tables import memory_table, too_large
@@ -107,6 +108,9 @@ def command(
     check_folders(timeline, html)
     recording = Recording() if timeline or html else None
     backends, cpu = open_backends(flags, data=False)
+    if graph != "built" and (missing := why_not_captured(model, graph)) is not None:
+        print_header(flags, model, [*backends, cpu], missing, as_json=as_json)
+        raise missing
     with Planner.open(
         model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
         graph=graph, strict=True, copier=flags.copier(), clock=virtual_clock([*backends, cpu]),

@@ -211,6 +211,11 @@ class Capture:
         """Return what a plan needs to know beside graphs."""
         lib = self.lib
         return {
+            "build": {
+                "llama": self.library.text(lib.llama_version()) if self.library.has("llama_version") else "",
+                "ggml": self.library.version,
+                "path": str(self.library.path),
+            },
             "n_vocab": lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)),
             "n_ctx": lib.llama_n_ctx(self._ctx),
             "n_batch": lib.llama_n_batch(self._ctx),
@@ -386,6 +391,7 @@ class Capture:
             "n_nodes": n,
             "tensors": tensors,
             "leafs": [index[address(t)] for t in leafs],
+            "cpu_lacks": [i for i, t in enumerate(nodes) if not self.host.cpu.supports(t)],
             "pins": [[i, layer] for key, layer in self._pins.items() if (i := index.get(key, n)) < n],
         }
 

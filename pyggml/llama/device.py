@@ -209,6 +209,10 @@ class CPUHooks:
             "init_backend": ("void *(void *, void *)", self._init_backend),
         })  # fmt: skip
 
+    def supports(self, tensor: Handle) -> bool:
+        """Whether llama.cpp's CPU runs an op, asked past the watcher."""
+        return bool(self._supports(self.handle, tensor))
+
     def _supports_op(self, device: Handle, tensor: Handle) -> bool:
         answer = not self.watcher.is_relaxed and bool(self._supports(device, tensor))
         self.watcher.asked("CPU", tensor, answer)

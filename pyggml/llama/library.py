@@ -71,6 +71,7 @@ typedef struct {
 } llama_batch;
 void llama_log_set(void * callback, void * data);
 void llama_backend_init(void);
+const char * llama_version(void);
 struct llama_model_params llama_model_default_params(void);
 struct llama_context_params llama_context_default_params(void);
 void * llama_model_load_from_file(const char * path, struct llama_model_params params);

@@ -172,25 +172,26 @@ class LlamaProcess:
         self.close()
 
 
-_shared: dict[Path, tuple[LlamaProcess, int]] = {}
+_shared: dict[tuple[Path, bool], tuple[LlamaProcess, int]] = {}
 
 
 @contextlib.contextmanager
-def shared_process(library: Path) -> Iterator[LlamaProcess]:
+def shared_process(library: Path, *, prints: bool = False) -> Iterator[LlamaProcess]:
     """Give the one child of a library that all planners of this process share, until the last lets go of it.
 
     A program that plans many times holds it meanwhile, so that llama.cpp is loaded once.
     """
-    process, n_users = _shared.get(library) or (LlamaProcess(library), 0)
-    _shared[library] = (process, n_users + 1)
+    key = (library, prints)
+    process, n_users = _shared.get(key) or (LlamaProcess(library, prints=prints), 0)
+    _shared[key] = (process, n_users + 1)
     try:
         yield process
     finally:
-        process, n_users = _shared[library]
+        process, n_users = _shared[key]
         if n_users > 1:
-            _shared[library] = (process, n_users - 1)
+            _shared[key] = (process, n_users - 1)
         else:
-            del _shared[library]
+            del _shared[key]
             process.close()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import ops
 from ..backend import Device
 from ..buffer import Buffer, BufferType
 from ..config import op_offload_min_batch
@@ -108,7 +109,7 @@ def about_placement(placement: PlacementFlags, devices: Sequence[Device], overri
                 "name": d.buffer_type.name,
                 "free": d.memory()[0],
                 "total": d.memory()[1],
-                "min_batch": op_offload_min_batch(),
+                "min_batch": op_offload_min_batch() if _offers(d) else None,
             }
             for d in devices
         ],
@@ -116,6 +117,12 @@ def about_placement(placement: PlacementFlags, devices: Sequence[Device], overri
         "tensor_split": list(placement.tensor_split),
         "overrides": [[o.regex, o.buft.name] for o in overrides],
     }
+
+
+def _offers(device: Device) -> bool:
+    """Whether a device offers to run ops whose weights are in host memory."""
+    weight = Tensor(Type.F32, (32, 32), name="weight")
+    return device.offload_op(ops.mul_mat(weight, Tensor(Type.F32, (32, 1 << 20))))
 
 
 def about_context(context: ContextFlags) -> Message:
@@ -187,6 +194,7 @@ class CapturedSource(GraphSource):
         try:
             facts = self.captures.ask("facts")
             self._largest: Message = facts["graph"]
+            self.build: dict[str, str] = facts["build"]
             self.hparams = CapturedFacts.read(file, facts["n_vocab"])
             self.placement = self._place(facts, devices, placement, overrides)
         except BaseException:

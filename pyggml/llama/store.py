@@ -54,6 +54,10 @@ class Captures:
     def __init__(self, process: LlamaProcess, paths: Iterable[str], about: Message) -> None:
         self.process, self.paths, self.about = process, tuple(paths), about
 
+    def request(self, do: str, **more: object) -> Message:
+        """Return what the child is asked."""
+        return {"model": str(Path(self.paths[0]).absolute()), "do": do, **self.about, **more}
+
     def ask(self, do: str, **more: object) -> Message:
         """Return the answer to a request.
 
@@ -62,7 +66,7 @@ class Captures:
         ModelError, DeviceUnavailableError
             As `LlamaProcess.ask`.
         """
-        request: Message = {"model": str(Path(self.paths[0]).absolute()), "do": do, **self.about, **more}
+        request = self.request(do, **more)
         kept = self._file(request)
         if kept is not None:
             with contextlib.suppress(OSError, ValueError, zlib.error):

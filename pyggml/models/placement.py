@@ -32,6 +32,7 @@ __all__ = [
     "Placement",
     "PlacementFlags",
     "WeightPlace",
+    "layer_devices",
     "norm_pins",
     "parse_overrides",
     "place",
@@ -245,7 +246,7 @@ def _warn_of_unmatched(overrides: Sequence[Override], names: Sequence[str]) -> N
 # -- layers ------------------------------------------------------------------
 
 
-def _layer_devices(
+def layer_devices(
     n_layer: int, n_gpu_layers: int, flags: PlacementFlags, devices: Sequence[Device], cpu: Device
 ) -> list[Device]:
     """Return the device of each layer and, last, of the output.
@@ -390,7 +391,7 @@ def place(
     """
     n_layer = hparams.n_layer_all
     n_gpu_layers = flags.n_gpu_layers if flags.n_gpu_layers >= 0 else n_layer + 1
-    by_layer = _layer_devices(n_layer, n_gpu_layers, flags, devices, cpu)
+    by_layer = layer_devices(n_layer, n_gpu_layers, flags, devices, cpu)
     overrides = parse_overrides(flags, devices, cpu)
     specs = list(specs)
     _warn_of_unmatched(overrides, [spec.name for spec in specs])

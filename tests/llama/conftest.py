@@ -36,8 +36,8 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 @pytest.fixture(autouse=True, scope="session")
 def one_child() -> Iterator[LlamaProcess]:
-    """Give the child that all plans of the session share."""
-    with shared_process(find_llama()) as process:
+    """Give the child that all plans of the session share; a second one prints what its scheduler does."""
+    with shared_process(find_llama()) as process, shared_process(find_llama(), prints=True):
         yield process
 
 

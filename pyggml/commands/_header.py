@@ -1,0 +1,66 @@
+"""What `splits` says of a family that pyggml does not build, where llama.cpp is not there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DeviceUnavailableError
+from ._console import n_bytes, print_json, report, table
+
+if TYPE_CHECKING:
+    from ..backend import Backend
+    from ..planning import GraphChoice
+    from ._model_options import ModelFlags
+
+__all__ = ["print_header", "why_not_captured"]
+
+
+def why_not_captured(model: Path, graph: GraphChoice) -> DeviceUnavailableError | None:
+    """Return why llama.cpp cannot be had for a model that only it can plan; None for any other."""
+    from ..gguf import GGUFFile
+    from ..llama.library import find_llama
+    from ..models.hparams import ARCHITECTURES
+
+    if not model.exists():  # a name of the catalog, or nothing at all
+        return None
+    with GGUFFile.open(model) as file:
+        if graph == "auto" and file.metadata.get("general.architecture") in ARCHITECTURES:
+            return None
+    try:
+        find_llama()
+    except DeviceUnavailableError as error:
+        return error
+    return None
+
+
+def print_header(
+    flags: ModelFlags, model: Path, backends: list[Backend], missing: DeviceUnavailableError, *, as_json: bool
+) -> None:
+    """Print what the header alone tells."""
+    from ..gguf import GGUFFile
+    from ..models.header_plan import plan_header
+
+    devices = [b.device for b in backends]
+    with GGUFFile.open(model) as file:
+        memory = plan_header(file, devices[:-1], devices[-1], placement=flags.placement(), context=flags.context())
+        arch = file.require("general.architecture", str)
+    if as_json:
+        print_json({
+            "model": {"path": str(model), "arch": arch},
+            "memory": [asdict(m) for m in memory],
+            "splits": None,
+            "install": missing.hint,
+        })  # fmt: skip
+        return
+    console = report()
+    console.print(f"{model.name}: {arch}, a family that pyggml does not build; its header alone tells:")
+    console.print()
+    columns = ("buffer type", "weights", "KV cache at most")
+    made = table("Memory", *columns, right=columns[1:])
+    for m in memory:
+        made.add_row(m.buft, *(n_bytes(n) if n else "-" for n in (m.weights, m.cache)))
+    console.print(made)
+    console.print()
+    console.print("Splits, copies and compute buffers need the graph, which llama.cpp has.")

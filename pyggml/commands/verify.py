@@ -1,0 +1,109 @@
+"""`pyggml verify`: compare pyggml's plan of a model with llama.cpp's own scheduler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+import cloup
+from click.core import ParameterSource
+
+from ._console import print_json, report, table, warn
+from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
+from ._values import ModelPath
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..llama.verify import Verification
+
+__all__ = ["command"]
+
+
+EXAMPLES = """
+\b
+Examples:
+  pyggml verify moe.gguf --cpu-moe
+  pyggml verify gemma.gguf -ngl 10 -fa on --batches 512,32,31,1
+  pyggml verify moe.gguf -ncmoe 24 --json | jq .equal
+"""
+
+
+@cloup.command("verify", epilog=EXAMPLES)
+@click.argument("model", type=ModelPath())
+@cloup.option_group(
+    "What is compared",
+    cloup.option(
+        "--batches", default="512,1", show_default=True, metavar="N,N", help="Batch sizes, over a full cache."
+    ),
+    cloup.option("--outputs", type=click.Choice(["last", "all"]), default="last", show_default=True,
+                 help="Tokens whose logits are computed."),
+)  # fmt: skip
+@model_options
+@cloup.option_group("Output", cloup.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON."))
+@click.pass_context
+def command(
+    ctx: click.Context,
+    flags: ModelFlags,
+    model: Path,
+    batches: str,
+    outputs: Literal["last", "all"],
+    as_json: bool,
+) -> None:
+    """Plan a GGUF model by pyggml and by llama.cpp's own scheduler, and compare splits, inputs, sizes and nodes.
+
+    Both take the graph that llama.cpp builds; no weight is read. Without --device: one device that runs every op and takes
+    batches from 32 tokens on, and the CPU. The exit status is 1 if anything differs. Needs `pyggml[llama]`.
+    """
+    from ..llama.verify import DEVICE, verify
+
+    sizes = parse_sizes(batches)
+    if ctx.get_parameter_source("device") is ParameterSource.COMMANDLINE:
+        devices = list(open_backends(flags, data=False)[0])
+    else:
+        devices = [DEVICE]
+    _warn_of_flags(model, flags)
+    found = verify(model, sizes, devices=devices, placement=flags.placement(), context=flags.context(), outputs=outputs)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _print(found)
+    if not found.equal:
+        ctx.exit(1)
+
+
+def _warn_of_flags(model: Path, flags: ModelFlags) -> None:
+    """Warn of flags about experts that a model does not have."""
+    from ..gguf import GGUFFile
+
+    if not (flags.cpu_moe or flags.n_cpu_moe) or not model.exists():
+        return
+    with GGUFFile.open(model) as file:
+        if not any("_exps" in name or "_chexps" in name for name in file.tensors):
+            warn(f"{model.name} has no experts: --cpu-moe and --n-cpu-moe change nothing")
+
+
+def _print(found: Verification) -> None:
+    console = report()
+    console.print(
+        f"{Path(found.model).name}: {found.arch}, llama.cpp {found.build['llama']}, ggml {found.build['ggml']}"
+    )
+    console.print(_table(found))
+    for plan in found.plans:
+        if plan.first_difference is not None:
+            d = plan.first_difference
+            console.print(f"Batch {plan.batch}, micro-batch of {plan.n_tokens}: line {d.line} differs")
+            console.print(f"  llama.cpp: {d.llama.strip() or '(nothing more)'}", markup=False)
+            console.print(f"  pyggml:    {d.pyggml.strip() or '(nothing more)'}", markup=False)
+
+
+def _table(found: Verification) -> Table:
+    columns = ("batch", "micro-batch", "splits", "lines")
+    made = table("Splits by pyggml and by llama.cpp", *columns, "", right=columns)
+    for plan in found.plans:
+        made.add_row(
+            str(plan.batch), str(plan.n_tokens), str(plan.n_splits), f"{plan.n_lines:,}",
+            "equal" if plan.equal else "different",
+        )  # fmt: skip
+    return made
