@@ -5,7 +5,7 @@ from __future__ import annotations
 from .convert import ld_element, row_from_f32, row_to_f32, st_element
 from .elementwise import repeated_row_address, row_address, share
 from .kernel import device, op_kernel
-from .memory import copy_bytes, ld_i32, ld_i64, ld_u8, ld_u16, st_i32, st_i64, st_u8, st_u16
+from .memory import copy_bytes, ld_f32, ld_i32, ld_i64, ld_u8, ld_u16, st_i32, st_i64, st_u8, st_u16
 from .words import (
     ADDRESS,
     DST,
@@ -124,6 +124,39 @@ def copy_rows(ith, nth, d, ctl):
 
 
 @op_kernel
+def add_elements(ith, nth, d, ctl):
+    """Add src1, repeated, to src0: elements of any float type, as masks of F16 are added."""
+    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
+    nb0, nb00, nb10 = ld_i64(d + 8 * (DST + NB0)), ld_i64(d + 8 * (SRC0 + NB0)), ld_i64(d + 8 * (SRC1 + NB0))
+    dst_type, a_type, b_type = (
+        ld_i64(d + 8 * (DST + TYPE)),
+        ld_i64(d + 8 * (SRC0 + TYPE)),
+        ld_i64(d + 8 * (SRC1 + TYPE)),
+    )
+    n1 = ld_i64(d + 8 * (SRC1 + NE0))
+    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    for row in range(first, end):
+        a, out = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)
+        b = repeated_row_address(d, SRC1, row % ne1, row // ne1 % ne2, row // (ne1 * ne2))
+        for i in range(n):
+            total = ld_element(a_type, a + i * nb00) + ld_element(b_type, b + i % n1 * nb10)
+            st_element(dst_type, out + i * nb0, total)
+
+
+@op_kernel
+def fill_elements(ith, nth, d, ctl):
+    """Set each element to a number, the first parameter."""
+    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
+    type_, nb0 = ld_i64(d + 8 * (DST + TYPE)), ld_i64(d + 8 * (DST + NB0))
+    value = ld_f32(d + 8 * PARAM)
+    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    for row in range(first, end):
+        out = row_address(d, DST, row, ne1, ne2)
+        for i in range(n):
+            st_element(type_, out + i * nb0, value)
+
+
+@op_kernel
 def repeat_rows(ith, nth, d, ctl):
     """Fill dst with src0, repeated over all dimensions; PARAM: bytes of an element."""
     size, ne1, ne2 = ld_i64(d + 8 * PARAM), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
@@ -146,6 +179,16 @@ def _shifted_row_address(d, tensor, i1, i2, i3):
     return ld_i64(d + 8 * (tensor + ADDRESS)) + i1 * nb1 + i2 * nb2 + i3 * nb3
 
 
+@device
+def _copy_row(out, at, n, size, nb0):
+    """Copy n elements of some bytes to a row without gaps, from one whose elements lie nb0 bytes apart."""
+    if nb0 == size or n == 1:
+        copy_bytes(out, at, n * size)
+    else:
+        for i in range(n):
+            _copy_element(size, 0, 0, at + i * nb0, out + i * size)
+
+
 @op_kernel
 def concat_rows(ith, nth, d, ctl):
     """Put src1 behind src0 along a dimension (second parameter); the first: bytes of an element."""
@@ -156,14 +199,15 @@ def concat_rows(ith, nth, d, ctl):
         ld_i64(d + 8 * (DST + NE2)),
     )
     first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
-    left, right = ld_i64(d + 8 * (SRC0 + NE0)) * size, ld_i64(d + 8 * (SRC1 + NE0)) * size
+    left, right = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC1 + NE0))
+    nb00, nb10 = ld_i64(d + 8 * (SRC0 + NB0)), ld_i64(d + 8 * (SRC1 + NB0))
     before = ld_i64(d + 8 * (SRC0 + NE0 + dim))
     for row in range(first, end):
         i1, i2, i3 = row % ne1, row // ne1 % ne2, row // (ne1 * ne2)
         out = row_address(d, DST, row, ne1, ne2)
         if dim == 0:
-            copy_bytes(out, _shifted_row_address(d, SRC0, i1, i2, i3), left)
-            copy_bytes(out + left, _shifted_row_address(d, SRC1, i1, i2, i3), right)
+            _copy_row(out, _shifted_row_address(d, SRC0, i1, i2, i3), left, size, nb00)
+            _copy_row(out + left * size, _shifted_row_address(d, SRC1, i1, i2, i3), right, size, nb10)
             continue
         j1, j2, j3 = (
             i1 - before if dim == 1 else i1,
@@ -171,6 +215,6 @@ def concat_rows(ith, nth, d, ctl):
             i3 - before if dim == 3 else i3,
         )
         if j1 < 0 or j2 < 0 or j3 < 0:
-            copy_bytes(out, _shifted_row_address(d, SRC0, i1, i2, i3), left)
+            _copy_row(out, _shifted_row_address(d, SRC0, i1, i2, i3), left, size, nb00)
         else:
-            copy_bytes(out, _shifted_row_address(d, SRC1, j1, j2, j3), right)
+            _copy_row(out, _shifted_row_address(d, SRC1, j1, j2, j3), right, size, nb10)

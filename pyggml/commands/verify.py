@@ -10,12 +10,13 @@ import cloup
 from click.core import ParameterSource
 
 from ._console import print_json, report, table, warn
-from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
+from ._model_options import ModelCommand, ModelFlags, model_options, open_backends, parse_sizes
 from ._values import ModelPath
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..backend import Backend, Device
     from ..llama.verify import Verification
 
 __all__ = ["command"]
@@ -30,7 +31,7 @@ Examples:
 """
 
 
-@cloup.command("verify", epilog=EXAMPLES)
+@cloup.command("verify", cls=ModelCommand, epilog=EXAMPLES)
 @click.argument("model", type=ModelPath())
 @cloup.option_group(
     "What is compared",
@@ -59,10 +60,9 @@ def command(
     from ..llama.verify import DEVICE, verify
 
     sizes = parse_sizes(batches)
+    devices: list[str | Device | Backend] = [DEVICE]
     if ctx.get_parameter_source("device") is ParameterSource.COMMANDLINE:
-        devices = list(open_backends(flags, data=False)[0])
-    else:
-        devices = [DEVICE]
+        devices = [*open_backends(flags, data=False)[0]]
     _warn_of_flags(model, flags)
     found = verify(model, sizes, devices=devices, placement=flags.placement(), context=flags.context(), outputs=outputs)
     if as_json:
@@ -77,11 +77,12 @@ def _warn_of_flags(model: Path, flags: ModelFlags) -> None:
     """Warn of flags about experts that a model does not have."""
     from ..gguf import GGUFFile
 
-    if not (flags.cpu_moe or flags.n_cpu_moe) or not model.exists():
+    about_experts = [text for text in flags.overrides if text.startswith("--")]
+    if not about_experts or not model.exists():
         return
     with GGUFFile.open(model) as file:
         if not any("_exps" in name or "_chexps" in name for name in file.tensors):
-            warn(f"{model.name} has no experts: --cpu-moe and --n-cpu-moe change nothing")
+            warn(f"{model.name} has no experts: {', '.join(about_experts)} changes nothing")
 
 
 def _print(found: Verification) -> None:

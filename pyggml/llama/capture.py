@@ -252,16 +252,15 @@ class Capture:
         text = "".join(self.lines)
         return [line for line in text.split("\n") if line.startswith(("## SPLIT", "node #"))]
 
-    def decode(self, n_tokens: int, outputs: str) -> Message:
+    def decode(self, n_tokens: int, outputs: str, *, is_full: bool = False) -> Message:
         """Go through a decode from an empty cache, and return the graph of each micro-batch.
 
-        Where llama.cpp does not go through with it, the graphs are those of `reserve`, and ``is_full`` says so.
+        Where llama.cpp does not go through with it, or if ``is_full``, the graphs are those of `reserve`.
         """
         self._relax()
         n_batch, n_ubatch = self.lib.llama_n_batch(self._ctx), self.lib.llama_n_ubatch(self._ctx)
         parts: list[Message] = []
         graphs: list[Message] = []
-        is_full = False
         memory = self.lib.llama_get_memory(self._ctx)
         if memory != self.ffi.NULL:
             self.lib.llama_memory_clear(memory, False)

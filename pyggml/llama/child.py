@@ -63,7 +63,7 @@ class _Server:
             return capture.reserve(*request["size"])
         if request["do"] == "printed":
             return {"lines": capture.printed(*request["size"])}
-        return capture.decode(request["n_tokens"], request["outputs"])
+        return capture.decode(request["n_tokens"], request["outputs"], is_full=request["is_full"])
 
     @staticmethod
     def _largest(capture: Capture) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ is decided here, by pyggml's own.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +28,7 @@ from ..models.batch import Batch, MicroBatch, Outputs
 from ..models.context import ContextFlags, ContextParams
 from ..models.kv_cache import CacheFullError
 from ..models.loading import Progress
-from ..models.placement import Override, Placement, PlacementFlags, WeightPlace, parse_overrides
+from ..models.placement import Override, Placement, PlacementFlags, WeightPlace, parse_overrides, warn_of_unmatched
 from ..models.source import Build, GraphSource
 from ..models.weights import Part, WeightSpec
 from ..tensor import Tensor
@@ -39,6 +40,8 @@ from .store import Captures
 __all__ = ["CapturedFacts", "CapturedGraph", "CapturedSource", "about_context", "about_placement", "read_graph"]
 
 Message = dict[str, Any]  # what goes through JSON
+
+_log = logging.getLogger("pyggml.llama")
 
 #: Address of the first tensor of each buffer type in a plan; no process has memory there.
 _NOWHERE = 1 << 60
@@ -223,6 +226,7 @@ class CapturedSource(GraphSource):
         self, facts: Message, devices: Sequence[Device], flags: PlacementFlags, overrides: Sequence[Override]
     ) -> Placement:
         by_name = {d.buffer_type.name: d for d in (*devices, self.cpu)}
+        warn_of_unmatched(overrides, list(self.file.tensors))
         layers = [by_name[name] for name in facts["layers"]]
         if not layers:
             raise ModelError(self.file.path, "llama.cpp does not tell which device each layer is on")
@@ -317,13 +321,21 @@ class CapturedSource(GraphSource):
         """Yield the micro-batches of a decode."""
         if n_tokens > self.params.n_ctx_seq:
             raise CacheFullError(n_tokens, 0, self.params.n_ctx_seq)
-        decoded = self.captures.ask("decode", n_tokens=n_tokens, outputs=outputs)
+        decoded = self._decode(n_tokens, outputs)
         graphs, first, last = decoded["graphs"], 0, None
         for about in decoded["parts"]:
             n, i = about["n_tokens"], about["graph"]
             part = _micro_batch(n, first, about["n_outputs"])
             yield part, None if i == last else partial(self._graph, graphs[i], n)
             first, last = first + n, i
+
+    def _decode(self, n_tokens: int, outputs: Outputs) -> Message:
+        """Ask for the graphs of a decode; where llama.cpp fails on it, for those over the whole cache."""
+        try:
+            return self.captures.ask("decode", n_tokens=n_tokens, outputs=outputs, is_full=False)
+        except ModelError as error:
+            _log.info("%s; the graph of a full cache is taken", error)
+            return self.captures.ask("decode", n_tokens=n_tokens, outputs=outputs, is_full=True)
 
     def _graph(self, captured: Message, n_tokens: int) -> CapturedGraph:
         try:

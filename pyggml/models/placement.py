@@ -36,6 +36,7 @@ __all__ = [
     "norm_pins",
     "parse_overrides",
     "place",
+    "warn_of_unmatched",
 ]
 
 _log = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ def _override(regex: str, buft: BufferType, text: str) -> Override:
     return Override(regex, compile_pattern(regex), buft, text)
 
 
-def _warn_of_unmatched(overrides: Sequence[Override], names: Sequence[str]) -> None:
+def warn_of_unmatched(overrides: Sequence[Override], names: Sequence[str]) -> None:
     """Warn of each ``-ot`` that matches no weight, with the names that are nearest to it."""
     for override in overrides:
         if not override.text.startswith("-ot ") or any(override.pattern.search(name) for name in names):
@@ -394,7 +395,7 @@ def place(
     by_layer = layer_devices(n_layer, n_gpu_layers, flags, devices, cpu)
     overrides = parse_overrides(flags, devices, cpu)
     specs = list(specs)
-    _warn_of_unmatched(overrides, [spec.name for spec in specs])
+    warn_of_unmatched(overrides, [spec.name for spec in specs])
     supports = _Support(hparams)
     cpu_list = _cpu_bufts(devices, cpu)
     lists: dict[Device, BuftList] = {d: [(d, d.buffer_type), *cpu_list] for d in devices}

@@ -61,6 +61,16 @@ def _binary(t: Tensor) -> str:
     return _types(t, _F32, _F32, _F32) or _dense_rows(t, 0, 1)
 
 
+def _add(t: Tensor) -> str:
+    if t.type is Type.F32:
+        return _binary(t)
+    return _types(t, _FLOATS, {t.type}, _F32 | {t.type}) or _dense_rows(t, 0, 1)
+
+
+def _fill(t: Tensor) -> str:
+    return _types(t, _ROPED, {t.type}) or _dense_rows(t, 0, 1)
+
+
 def _unary(t: Tensor) -> str:
     if t.param_i32(0) not in list(UnaryOp):
         return f"unknown unary op {t.param_i32(0)}"
@@ -150,8 +160,9 @@ def _sort(t: Tensor) -> str:
 def _same_bytes(t: Tensor) -> str:
     if t.type.is_quantized:
         return f"dst '{t.name}' is quantised"
-    n = 2 if t.op is Op.CONCAT else 1
-    return _types(t, *[{t.type}] * (n + 1)) or _dense_rows(t, *range(n + 1))
+    if t.op is Op.CONCAT:  # sources may have gaps
+        return _types(t, *[{t.type}] * 3) or _dense_rows(t, 0)
+    return _types(t, *[{t.type}] * 2) or _dense_rows(t, 0, 1)
 
 
 def _write_into(t: Tensor) -> str:
@@ -205,9 +216,11 @@ def _state(t: Tensor) -> str:
 
 
 _CHECKS: dict[Op, Callable[[Tensor], str]] = {
-    **dict.fromkeys((Op.ADD, Op.SUB, Op.MUL, Op.DIV), _binary),
+    **dict.fromkeys((Op.SUB, Op.MUL, Op.DIV), _binary),
+    Op.ADD: _add,
+    Op.FILL: _fill,
     **dict.fromkeys(
-        (Op.SQR, Op.SQRT, Op.LOG, Op.SIN, Op.COS, Op.SCALE, Op.CLAMP, Op.LEAKY_RELU, Op.FILL, Op.RMS_NORM, Op.NORM,
+        (Op.SQR, Op.SQRT, Op.LOG, Op.SIN, Op.COS, Op.SCALE, Op.CLAMP, Op.LEAKY_RELU, Op.RMS_NORM, Op.NORM,
          Op.L2_NORM, Op.SUM_ROWS, Op.MEAN, Op.CUMSUM, Op.DIAG_MASK_INF, Op.SUM), _elementwise,
     ),
     **dict.fromkeys((Op.CPY, Op.CONT, Op.DUP), _copy),

@@ -74,6 +74,21 @@ def _glu(plan: HostPlan, t: Tensor) -> None:
     plan.add(elementwise.glu_rows.address, t, (t, gate, gate if value is None else value), params, **by_elements(t))
 
 
+def _add(plan: HostPlan, t: Tensor) -> None:
+    a, b = source(t, 0), source(t, 1)
+    if t.type is Type.F32 and b.type is Type.F32:
+        _join(elementwise.ADD)(plan, t)
+    else:
+        plan.add(copy.add_elements.address, t, (t, a, b), **by_elements(t))
+
+
+def _fill(plan: HostPlan, t: Tensor) -> None:
+    if t.type is Type.F32:
+        _map(elementwise.FILL)(plan, t)
+    else:
+        plan.add(copy.fill_elements.address, t, (t,), (t.param_i32(0),), **by_elements(t))
+
+
 def _join(code: int) -> Writer:
     def write(plan: HostPlan, t: Tensor) -> None:
         a, b = source(t, 0), source(t, 1)
@@ -375,7 +390,7 @@ def _top_k(plan: HostPlan, t: Tensor) -> None:
 
 
 WRITERS: dict[Op, Writer] = {
-    Op.ADD: _join(elementwise.ADD),
+    Op.ADD: _add,
     Op.SUB: _join(elementwise.SUB),
     Op.MUL: _join(elementwise.MUL),
     Op.DIV: _join(elementwise.DIV),
@@ -388,7 +403,7 @@ WRITERS: dict[Op, Writer] = {
     Op.SCALE: _map(elementwise.SCALE),
     Op.CLAMP: _map(elementwise.CLAMP),
     Op.LEAKY_RELU: _map(elementwise.LEAKY_RELU),
-    Op.FILL: _map(elementwise.FILL),
+    Op.FILL: _fill,
     Op.UNARY: _unary,
     Op.GLU: _glu,
     Op.MUL_MAT: _product,
