@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import __version__
 from .view import View
 
-__all__ = ["page_html", "write_page"]
+__all__ = ["page_html", "static_text", "write_page"]
 
 #: In the order in which they need each other.
 _VENDOR = ("dispatch", "timer", "ease", "color", "interpolate", "selection", "transition", "drag", "zoom", "array")
@@ -42,15 +42,15 @@ def page_html(*views: View, title: str = "") -> str:
     # what the program does not write stands in here: no text of a model may end the element, or begin a comment
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    scripts = [_static(f"vendor/d3-{name}.min.js") for name in _VENDOR] + [_static(name) for name in _SCRIPTS]
+    scripts = [static_text(f"vendor/d3-{name}.min.js") for name in _VENDOR] + [static_text(name) for name in _SCRIPTS]
     parts = {
         "TITLE": escape(shown),
-        "STYLE": _static("page.css"),
+        "STYLE": static_text("page.css"),
         "DATA": text,
-        "LICENSES": escape(_static("vendor/LICENSES.txt")),
+        "LICENSES": escape(static_text("vendor/LICENSES.txt")),
         "SCRIPTS": "\n".join(f"<script>\n{script}\n</script>" for script in scripts),
     }
-    page = _static("page.html")
+    page = static_text("page.html")
     before, *pieces = page.split("{{")
     out = [before]
     for piece in pieces:  # one pass, so that nothing inside a part is taken for a place
@@ -70,5 +70,6 @@ def write_page(path: Path, *views: View, title: str = "") -> None:
     path.write_text(page_html(*views, title=title), encoding="utf-8")
 
 
-def _static(name: str) -> str:
+def static_text(name: str) -> str:
+    """Return the text of a file in `static/`."""
     return (files(__package__) / "static" / name).read_text(encoding="utf-8")

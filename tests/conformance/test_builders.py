@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from oracle import programs
 from oracle.child import Child
-from oracle.programs import Step, ref
 
 from pyggml import ops
+from pyggml.testing.op_cases import Step, ref
 from pyggml.types import Type
 
 #: Builders that 0.20.2 has not, or has otherwise, and where 0.26 says what they do.

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracle import programs
 from oracle.child import Child
 
 import pyggml as ggml
 from pyggml.backends.host.support import reason_unsupported
 from pyggml.testing import ref
+from pyggml.testing.op_cases import OPS, Case, of_op
 from pyggml.types import Op
 
-from .op_cases import OPS, Case, Computed, of_op
+from .computed import Computed
 
 N_CASE = 6
 #: Ops that have more kinds than six cases would meet.
@@ -55,7 +55,7 @@ def cpu() -> Iterator[ggml.Backend]:
 
 def compute(cpu: ggml.Backend, case: Case) -> Any:
     """Return the values of a case's result; None if the backend does not take a node."""
-    values = programs.run(case.steps)
+    values = case.build()
     result = values[case.result % len(values)]
     assert result is not None
     graph = ggml.Graph()
@@ -110,8 +110,8 @@ def test_sinks(cpu: ggml.Backend, child: Child, op: str, setter: str) -> None:
     for i in range(N_CASE):
         case = Case(zlib.crc32(f"{setter} {i}".encode()))
         case.result = case.add(op, *OPS[op](case))["t"]
-        made = programs.run(case.steps)[-1]
+        made = case.build()[-1]
         assert made is not None
         assert made.src[0] is not None
-        case.add(setter, programs.ref(case.result), case.tensor([made.src[0].ne[2]], low=-2, high=2, plain=True))
+        case.add(setter, {"t": case.result}, case.tensor([made.src[0].ne[2]], low=-2, high=2, plain=True))
         check(cpu, child, case)

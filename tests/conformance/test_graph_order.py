@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import programs
 from oracle.child import Child
-from oracle.programs import Step, ref
+
+from pyggml.testing.op_cases import Step, ref
 
 
 @pytest.fixture(scope="module")

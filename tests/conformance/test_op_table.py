@@ -10,19 +10,12 @@ import re
 import sys
 from pathlib import Path
 
-from oracle import programs
-
 from pyggml import ops
 from pyggml.backends.host.support import supports_op
 from pyggml.tensor import Tensor
 from pyggml.testing import ref
+from pyggml.testing.op_cases import OPS, of_op
 from pyggml.types import Op, Type
-
-if __package__:
-    from .op_cases import OPS, of_op
-else:  # run as a program
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from conformance.op_cases import OPS, of_op
 
 PAGE = Path(__file__).parents[2] / "docs" / "ops.md"
 FOLDER = Path(ops.__file__).parent
@@ -87,7 +80,7 @@ def builders_by_op() -> dict[Op, list[str]]:
 
 def _result(op: str, i: int) -> Tensor:
     case = of_op(op, i)
-    made = programs.run(case.steps)[case.result]
+    made = case.build()[case.result]
     assert made is not None
     return made
 

@@ -1,8 +1,6 @@
 """Small programs of builder calls, run by pyggml and by the real library, and what came of them in one form.
 
-A program is a list of steps. ``["new", type, ne, name]`` makes a leaf; ``[builder, *arguments]`` calls a builder by
-its name, where ``{"t": i}`` is the result of step i, None is no tensor, a string is a type's name and a list an array
-of integers. Steps and their descriptions are JSON, so that a child process can run them.
+Programs are those of `pyggml.testing.op_cases`. Their descriptions are JSON, so that a child process can run them.
 """
 
 from __future__ import annotations
@@ -15,13 +13,12 @@ from pyggml import ops
 from pyggml.errors import ShapeError
 from pyggml.graph import Graph
 from pyggml.tensor import Tensor
+from pyggml.testing.op_cases import Step, run
 from pyggml.types import MAX_SRC
 
 from .child import Message
 from .libggml import Library
 
-# a step's arguments are JSON values
-Step = list[Any]
 N_PARAMS = 16
 
 #: Where the name of ours differs from that of ggml 0.20.2: it had but one CLAMP, in place.
@@ -29,32 +26,7 @@ NAME_IN_LIBRARY = {"clamp_inplace": "ggml_clamp", "as_": "as"}
 FUNCTIONS = [NAME_IN_LIBRARY.get(name, f"ggml_{name}") for name in ops.__all__]
 
 
-def ref(i: int) -> dict[str, int]:
-    """Return what stands for the result of step i in a later step."""
-    return {"t": i}
-
-
 # -- ours ------------------------------------------------------------------------
-
-
-def run(steps: Sequence[Step]) -> list[Tensor | None]:
-    """Run a program with pyggml's builders.
-
-    Raises
-    ------
-    ShapeError
-        A builder refused.
-    """
-    values: list[Tensor | None] = []
-    for name, *arguments in steps:
-        if name == "new":
-            type, ne, label = arguments
-            values.append(Tensor(type, ne, name=label))
-            continue
-        plain = [values[a["t"]] if isinstance(a, dict) else a for a in arguments]
-        result = getattr(ops, name)(*plain)
-        values.append(result if isinstance(result, Tensor) else None)
-    return values
 
 
 def describe(values: Sequence[Tensor | None]) -> list[Message | None]:

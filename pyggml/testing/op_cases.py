@@ -1,21 +1,51 @@
-"""Random cases of every op that has a definition: programs of builder calls, with the bytes of their leafs."""
+"""Random cases of every op that has a definition: programs of builder calls, with the bytes of their leafs.
+
+A program is a list of steps. ``["new", type, ne, name]`` makes a leaf; ``[builder, *arguments]`` calls a builder by its
+name, where ``{"t": i}`` is the result of step i, None is no tensor, a string is a type's name and a list an array of
+integers. Steps are JSON, so that another process, or another library, can run them.
+"""
 # ruff: noqa: D102, D103 - arguments of an op are named after it, or after what they are
 
 from __future__ import annotations
 
-import base64
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from oracle import programs
-from oracle.child import Child
-from oracle.programs import Step
 
-from pyggml.tensor import Tensor, decode_array, encode_array
-from pyggml.types import Type
+from .. import ops
+from ..tensor import Tensor, encode_array
+from ..types import Type
+
+# a step's arguments are JSON values
+Step = list[Any]
+
+
+def ref(i: int) -> dict[str, int]:
+    """Return what stands for the result of step i in a later step."""
+    return {"t": i}
+
+
+def run(steps: Sequence[Step]) -> list[Tensor | None]:
+    """Run a program with pyggml's builders.
+
+    Raises
+    ------
+    ShapeError
+        A builder refused.
+    """
+    values: list[Tensor | None] = []
+    for name, *arguments in steps:
+        if name == "new":
+            type, ne, label = arguments
+            values.append(Tensor(type, ne, name=label))
+            continue
+        plain = [values[a["t"]] if isinstance(a, dict) else a for a in arguments]
+        result = getattr(ops, name)(*plain)
+        values.append(result if isinstance(result, Tensor) else None)
+    return values
 
 
 class Case:
@@ -30,7 +60,11 @@ class Case:
 
     def add(self, *step: Any) -> dict[str, int]:
         self.steps.append(list(step))
-        return programs.ref(len(self.steps) - 1)
+        return ref(len(self.steps) - 1)
+
+    def build(self) -> list[Tensor | None]:
+        """Return new tensors, one a step."""
+        return run(self.steps)
 
     def dim(self) -> int:
         return self.random.choice([1, 2, 3, 4, 5, 7])
@@ -410,32 +444,16 @@ def of_op(op: str, i: int) -> Case:
     return case
 
 
-class Computed:
-    """What the library made of a case, in a child process, and the values that its last op had before it."""
-
-    def __init__(self, child: Child, case: Case) -> None:
-        values = programs.run(case.steps)
-        last = case.result % len(values)
-        result = values[last]
-        assert result is not None
-        self.result: Tensor = result
-        made = [i for i, t in enumerate(values) if t is not None and t.view_src is None and i not in case.data]
-        answer = child.ask(
-            "compute",
-            steps=case.steps,
-            data={i: base64.b64encode(raw).decode() for i, raw in case.data.items()},
-            result=last,
-            read=[*made, last],
-        )
-        assert answer.get("status") == 0, answer
-        read = {int(i): base64.b64decode(raw) for i, raw in answer["bytes"].items()}
-        memory = {values[i]: raw for i, raw in {**read, **case.data}.items() if i != last}
-
-        def source(t: Tensor | None) -> Any:
-            if t is None or t is result:
-                return None
-            raw = memory[t if t.view_src is None else t.view_src]
-            return decode_array(t, raw[t.view_offs : t.view_offs + t.nbytes])
-
-        self.sources = [source(t) for t in result.src]
-        self.found = decode_array(result, read[last])
+def product(op: str, type: Type, n_token: int) -> Case:
+    """Return a product of one type of weights: ``"mul_mat"``, or ``"mul_mat_id"`` of 4 experts of which 2 are used."""
+    case = Case(zlib.crc32(f"{op} {type.ggml_name} {n_token}".encode()))
+    n_row, n_expert, n_used = 40, 4, 2
+    arguments = [weight(case, [256, n_row, n_expert if op == "mul_mat_id" else 1], type.ggml_name)]
+    if op == "mul_mat_id":
+        arguments.append(case.tensor([256, 1, n_token], plain=True))
+        ids = [case.random.sample(range(n_expert), n_used) for _ in range(n_token)]
+        arguments.append(case.values(ids, "i32"))
+    else:
+        arguments.append(case.tensor([256, n_token], plain=True))
+    case.result = case.add(op, *arguments)["t"]
+    return case

@@ -1,0 +1,141 @@
+"""Whole small models over a device and the CPU, held to the CPU alone; used-expert copies; repeated runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backend import REGISTRY, Backend, Device
+from ..errors import OutOfMemoryError, PyggmlError
+from ..makers.make_moe import Recipe, Sizes, make_moe
+from ..models.placement import PlacementFlags
+from ..report import CopyAccount
+from ..sched.policies import FullCopier
+from ..session import ContextFlags, Session
+from ..testing import ref
+from ..types import Type
+from .report import Outcome, Result
+
+__all__ = ["RECIPES", "check_copies", "check_models", "check_races"]
+
+_SIZES = Sizes(layers=2, embd=256, heads=4, kv_heads=2, ff_exp=256, experts=16, used=4, ctx=128)
+#: Small models: experts of three kinds of weights, two routers, and sliding windows.
+RECIPES = {
+    "qwen3moe F32": Recipe("qwen3moe", Type.F32, sizes=_SIZES),
+    "qwen3moe Q8_0": Recipe("qwen3moe", Type.Q8_0, sizes=_SIZES),
+    "llama Q4_0": Recipe("llama", Type.Q4_0, sizes=_SIZES),
+    "gpt-oss MXFP4": Recipe("gpt-oss", Type.MXFP4, sizes=_SIZES),
+}
+#: From 32 tokens on a device takes ops whose experts are in host memory.
+PROMPT = list(range(3, 43))
+#: Allowed NMSE of logits: both sides sum floats in another order; activations are quantised for quantised weights.
+BOUND, BOUND_QUANTISED = 1e-6, 5e-3
+N_RUNS = 12
+
+
+def _decode(path: Path, device: Backend | None, **options: object) -> npt.NDArray[np.float32]:
+    """Return the logits of a prompt and of one more token."""
+    cpu = REGISTRY.open("cpu").backend()
+    try:
+        with Session.open(
+            path,
+            devices=[] if device is None else [device],
+            cpu=cpu,
+            context=ContextFlags(n_ctx=128),
+            **options,  # type: ignore[arg-type]
+        ) as session:
+            return np.concatenate([session.decode(PROMPT, outputs="all"), session.decode([5])])
+    finally:
+        cpu.close()
+
+
+def check_models(device: Device, folder: Path) -> Iterator[Outcome]:
+    """Compare logits over the device with the CPU's, with experts on the device and in host memory."""
+    for name, recipe in RECIPES.items():
+        path = folder / f"{name.replace(' ', '-')}.gguf"
+        make_moe(path, recipe)
+        expected = _decode(path, None)
+        bound = BOUND if recipe.type is Type.F32 else BOUND_QUANTISED
+        for where, flags in (
+            ("all weights on the device", PlacementFlags()),
+            ("experts in host memory", PlacementFlags(cpu_moe=True)),
+        ):
+            label = f"{name}, {where}"
+            backend = device.backend()
+            try:
+                found = _decode(path, backend, placement=flags)
+            except OutOfMemoryError as error:
+                yield Outcome("models", label, Result.SKIPPED, f"the device is too small: {error}")
+                continue
+            except PyggmlError as error:
+                yield Outcome("models", label, Result.FAILED, str(error))
+                continue
+            finally:
+                backend.close()
+            nmse = float(ref.nmse(expected, found))
+            result = Result.PASSED if nmse <= bound else Result.WRONG
+            yield Outcome("models", label, result, f"logits of {len(found)} tokens: NMSE {nmse:.1e}", nmse, bound)
+
+
+def check_copies(device: Device, folder: Path) -> Iterator[Outcome]:
+    """Copy only the used experts, then whole weights: the logits must be equal bit for bit."""
+    name = "qwen3moe Q8_0"
+    path = folder / "copies.gguf"
+    make_moe(path, RECIPES[name])
+    flags = PlacementFlags(cpu_moe=True)
+    backend = device.backend()
+    try:
+        account = CopyAccount()
+        used = _decode(path, backend, placement=flags, recorder=account)
+        whole = _decode(path, backend, placement=flags, copier=FullCopier())
+    except OutOfMemoryError as error:
+        yield Outcome("copies", name, Result.SKIPPED, f"the device is too small: {error}")
+        return
+    except PyggmlError as error:
+        yield Outcome("copies", name, Result.FAILED, str(error))
+        return
+    finally:
+        backend.close()
+    total = account.total()
+    if not total.bytes_full:
+        yield Outcome("copies", name, Result.SKIPPED, "the device takes no op whose weights are in host memory")
+        return
+    same = np.array_equal(used.view(np.uint32), whole.view(np.uint32))
+    share = total.bytes_copied / total.bytes_full
+    detail = f"used experts: {share:.0%} of the bytes of whole copies, logits {'equal' if same else 'differ'}"
+    yield Outcome("copies", name, Result.PASSED if same else Result.WRONG, detail)
+
+
+def check_races(devices: list[Device], folder: Path) -> Iterator[Outcome]:
+    """Run the same batch again and again: a missing wait shows as a result that differs from run to run.
+
+    Parameters
+    ----------
+    devices : list of Device
+        One for each run. Simulated and emulated devices come with a seed each, so that their work is done in another
+        order each time; a real device is given once for all runs.
+    """
+    name = "qwen3moe Q8_0"
+    path = folder / "races.gguf"
+    make_moe(path, RECIPES[name])
+    first: npt.NDArray[np.float32] | None = None
+    n_different = 0
+    for device in devices:
+        backend = device.backend()
+        try:
+            found = _decode(path, backend, placement=PlacementFlags(cpu_moe=True))
+        except OutOfMemoryError as error:
+            yield Outcome("races", name, Result.SKIPPED, f"the device is too small: {error}")
+            return
+        except PyggmlError as error:
+            yield Outcome("races", name, Result.FAILED, str(error))
+            return
+        finally:
+            backend.close()
+        first = found if first is None else first
+        n_different += not np.array_equal(first.view(np.uint32), found.view(np.uint32))
+    detail = f"{len(devices)} runs" + (f", {n_different} differ from the first" if n_different else ", all equal")
+    yield Outcome("races", name, Result.WRONG if n_different else Result.PASSED, detail)
