@@ -53,7 +53,7 @@ class Conversation:
 
         self.messages.append({"role": "user", "content": text})
         try:
-            ids = self.tokenizer.encode(self.tokenizer.apply_chat_template(self.messages), add_special=False)
+            ids = self.tokenizer.encode_chat(self.messages)
             # at least one token must be evaluated to get logits
             self.n_reused = min(common_prefix(self.cached, ids), len(ids) - 1)
             if not self.session.can_rewind(self.n_reused):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from ..errors import FormatError, GraphError, PyggmlError
+from ..errors import GraphError, PyggmlError
 from ..gguf import GGUFFile
 from ..models.hparams import HParams
 from ..planning import virtual_clock
@@ -263,13 +263,11 @@ def _generate(
 
 def _encode(tokenizer: Tokenizer, prompt: str | None, *, chat: bool, system: str) -> list[int]:
     if not tokenizer.has_vocabulary:
-        if prompt is None:
-            return [0]
-        raise FormatError("the model", "it has no vocabulary", hint="give the prompt as --tokens")
+        return [0] if prompt is None else tokenizer.encode(prompt)
     if chat:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt or ""})
-        return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special=False)
+        return tokenizer.encode_chat(messages)
     ids = tokenizer.encode(prompt or "")
     if not ids:
         start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id

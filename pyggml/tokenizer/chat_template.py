@@ -28,41 +28,48 @@ class ChatTemplate:
     Raises
     ------
     FormatError
-        It is no Jinja template.
+        It is no Jinja template, or longer than 1 MiB.
     """
 
     def __init__(self, source: str, path: str) -> None:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from .template_bounds import MAX_SOURCE, bounded_environment
 
         self._path = path
-        # a file from anywhere is untrusted: no attribute of Python's leaks, nothing handed in can be changed
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = _strftime_now
+        if len(source) > MAX_SOURCE:
+            raise self._error(f"has {len(source):,} characters, more than {MAX_SOURCE:,}")
+        self._environment = bounded_environment()
+        self._environment.add_filter("tojson", _tojson)
+        self._environment.globals["raise_exception"] = _refuse
+        self._environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
+            self._template = self._environment.from_string(source)
+        except Exception as error:  # noqa: BLE001  # parsers and Python's compiler: nested too deep, `break` in no loop
             line = getattr(error, "lineno", None)
-            raise self._error(f"is no Jinja template: {error}{f' (line {line})' if line else ''}") from None
+            says = str(error).partition("\n")[0] or type(error).__name__
+            raise self._error(f"is no Jinja template: {says}{f' (line {line})' if line else ''}") from None
 
     def render(self, **values: Any) -> str:
         """Return the text for a conversation; ``values`` are the names that the template sees.
 
+        ``tools`` and ``documents`` are None unless given, as in transformers; to put what is missing behind a text adds
+        nothing, and a loop over it has no turn, as in llama.cpp.
+
         Raises
         ------
         FormatError
-            The template refuses the conversation, or fails.
+            The template refuses the conversation, fails, or takes too long or makes too much (`template_bounds`).
         """
+        from .template_bounds import Budget, TooMuchError
+
+        self._environment.budget = Budget(len(repr(values)))
         try:
-            return self._template.render(**values)
+            return self._template.render({"tools": None, "documents": None} | values)
         except _RefusedError as refusal:
             raise self._error(
                 f"refuses the conversation: {refusal}", hint="change roles or order of the messages"
             ) from None
+        except TooMuchError as error:
+            raise self._error(f"does not end within its bounds: {error}") from None
         except Exception as error:  # noqa: BLE001  # a template is a program: whatever it does wrong is the file's fault
             raise self._error(f"fails: {type(error).__name__}: {error}") from None
 

@@ -3,13 +3,19 @@
 ::
 
     tokenizer = Tokenizer.from_gguf(file)
-    ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}]))
+    ids = tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
     stream = StreamDecoder(tokenizer)
     for id in generated:
         print(stream.feed(id), end="")
 
 Vocabularies of three kinds: ``gpt2`` (byte pairs, merged by rank: the `tokenizers` library does it), ``llama`` (pieces
 with scores, merged by score: nothing in the library does that, so the loop is here), and ``none``.
+
+Who owns which special token: `encode` puts BOS before a text and EOS behind it, where the file wants them (`add_bos`,
+`add_eos`), and for ``llama`` a space before each piece of text that begins or follows a special token
+(``add_space_prefix``). A chat template may write them, too: `apply_chat_template` takes away a BOS that its text begins
+with and an EOS that it ends with where `encode` adds them, so that each is there once when the text is encoded.
+`encode_chat` does both; nothing else evaluates a conversation.
 """
 
 from __future__ import annotations
@@ -55,8 +61,10 @@ class Tokenizer:
         self.path = file.path
         self.model = file.require(_KEY + "model", str)
         self.pre = ""
+        #: Why no text can be encoded; ids can be evaluated all the same.
+        self._unreadable: FormatError | None = None
         if self.model not in ("gpt2", "llama", "none", "no_vocab"):
-            raise FormatError(
+            self._unreadable = FormatError(
                 file.path,
                 f"the tokenizer '{self.model}' is not supported",
                 offset=file.metadata.entry(_KEY + "model").offset,
@@ -86,10 +94,12 @@ class Tokenizer:
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
         """Read a file's vocabulary.
 
+        A vocabulary that cannot encode text, as its kind or its pre-tokenizer is not supported, is read all the same.
+
         Raises
         ------
         FormatError
-            It is damaged, or of a kind that is not supported.
+            It is damaged.
 
         Notes
         -----
@@ -127,12 +137,14 @@ class Tokenizer:
         Raises
         ------
         PyggmlError
-            The file has no vocabulary.
+            The file has no vocabulary, or one of a kind that is not supported.
 
         Notes
         -----
         Mirrors `llama_vocab::impl::tokenize`.
         """
+        if self._unreadable is not None and (text or not self._has_vocabulary):
+            raise self._unreadable
         if not self._has_vocabulary:
             raise PyggmlError(f"{self.path}: the file has no vocabulary", hint="give token ids: `--tokens 1,2,3`")
         text = text.encode("utf-8", "replace").decode()  # lone surrogates, as a terminal may hand over
@@ -143,7 +155,7 @@ class Tokenizer:
                 ids.append(part)
                 after_special = True
                 continue
-            if self._add_space_prefix and after_special:
+            if self.model == "llama" and self._add_space_prefix and after_special:
                 part = " " + part
             ids += self._words.encode(part)
             after_special = False
@@ -228,7 +240,7 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **values: Any
     ) -> str:
-        """Write a conversation as the model was trained to read it; `encode` the result as it is.
+        """Write a conversation as the model was trained to read it, without what `encode` adds; see `encode_chat`.
 
         Parameters
         ----------
@@ -254,8 +266,22 @@ class Tokenizer:
             eos_token=eos,
             **values,
         )
-        # `encode` puts it there
-        return text.removeprefix(bos) if bos and self.add_bos else text
+        if bos and self.add_bos:
+            text = text.removeprefix(bos)
+        return text.removesuffix(eos) if eos and self.add_eos else text
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **values: Any
+    ) -> list[int]:
+        """Return the ids of a conversation, with BOS and EOS as the file wants them, each once.
+
+        Parameters and errors are those of `apply_chat_template`.
+
+        Notes
+        -----
+        Mirrors `common_chat_template_direct_apply` and how llama.cpp's server tokenizes its result.
+        """
+        return self.encode(self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **values))
 
     @cached_property
     def _template(self) -> ChatTemplate | None:
@@ -285,15 +311,18 @@ class Tokenizer:
             self.pre = file.require(_KEY + "pre", str, "")
             if not self.pre:
                 _log.warning("%s: no pre-tokenizer is named, 'default' is taken: text may be cut wrongly", file.path)
-            if (self.pre or "default") not in PRETOKENIZERS:
-                raise FormatError(
+            rule = self.pre or "default"
+            if rule not in PRETOKENIZERS:
+                self._unreadable = FormatError(
                     file.path,
                     f"the pre-tokenizer '{self.pre}' is not supported",
                     offset=file.metadata.entry(_KEY + "pre").offset,
                     hint=f"pyggml knows {', '.join(sorted(PRETOKENIZERS))}; `--tokens 1,2,3` does without",
                 )
-            self.add_bos = PRETOKENIZERS[self.pre or "default"].add_bos
-            words: Words = BytePairs(file.path, self._ids, _strings(file, _KEY + "merges"), self.pre or "default")
+                rule = "default"
+            self.add_bos = PRETOKENIZERS[rule].add_bos
+            merges = [] if self._unreadable else _strings(file, _KEY + "merges")
+            words: Words = BytePairs(self._ids, merges, rule)
         else:
             self.add_bos = self._add_space_prefix = self.model == "llama"
             words = ScoredPieces(self._ids, self._numbers(file, "scores", 0.0))

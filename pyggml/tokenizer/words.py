@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
-from ..errors import FormatError
 from .pretokenizers import PRETOKENIZERS
 
 __all__ = ["SPACE", "BytePairs", "ScoredPieces", "Words", "byte_of", "bytes_of"]
@@ -27,37 +26,46 @@ class BytePairs:
 
     Parameters
     ----------
-    path : str
-        The vocabulary's file, for errors.
     ids : dict of str to int
     merges : list of str
         Pairs of tokens, the first to be merged first, a space between.
     pre : str
         The rule by which words are cut.
+
+    Notes
+    -----
+    Mirrors `llm_tokenizer_bpe_session`: merges need not make tokens, as in vocabularies that were pruned. A piece that
+    is no token in the end is spelled by its ASCII characters, each of which may be a token. Differs: where words that
+    are tokens are taken whole (`ignore_merges`), so are words that merges name and that are none.
     """
 
-    def __init__(self, path: str, ids: dict[str, int], merges: list[str], pre: str) -> None:
-        self._path, self._ids, self._merges, self._rule = path, ids, merges, PRETOKENIZERS[pre]
+    def __init__(self, ids: dict[str, int], merges: list[str], pre: str) -> None:
+        self._ids, self._merges, self._rule = ids, merges, PRETOKENIZERS[pre]
+        self._spelled: dict[int, list[int]] = {}  # pieces that are no tokens
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a piece of text."""
         ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return ids
+        if not self._spelled:
+            return ids
+        return [token for id in ids for token in self._spelled.get(id, (id,))]
 
     @cached_property
     def _library(self) -> Any:  # the library has no types
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-        merges = []
-        for i, merge in enumerate(self._merges):
+        merges: dict[tuple[str, str], None] = {}
+        pieces = dict(self._ids)
+        for merge in self._merges:
             left, _, right = merge[1:].partition(" ")
+            if not right:
+                continue
             left = merge[:1] + left
-            if not right or not {left, right, left + right} <= self._ids.keys():
-                raise FormatError(
-                    self._path, f"merge {i:,} ({merge!r}) makes no token of tokens", hint="convert the model again"
-                )
-            merges.append((left, right))
-        library = Tokenizer(models.BPE(self._ids, merges, ignore_merges=self._rule.ignore_merges))
+            merges[left, right] = None
+            for piece in (left, right, left + right):
+                if pieces.setdefault(piece, len(pieces)) >= len(self._ids):
+                    self._spelled[pieces[piece]] = [self._ids[c] for c in piece if c.isascii() and c in self._ids]
+        library = Tokenizer(models.BPE(pieces, list(merges), ignore_merges=self._rule.ignore_merges))
         splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self._rule.patterns]
         library.pre_tokenizer = pre_tokenizers.Sequence(
             [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]

@@ -33,6 +33,8 @@ def write_edited(
     without: tuple[str, ...] = (),
     tensors: Mapping[str, tuple[int, ...]] | None = None,
     renamed_arch: str | None = None,
+    full_keys: Mapping[str, Any] | None = None,
+    retyped: Mapping[str, Type] | None = None,
 ) -> Path:
     """Write a random model in F32 that differs from what `make_moe` writes.
 
@@ -46,12 +48,16 @@ def write_edited(
         Tensors that are added, with their shapes in numpy's order; vectors are near 1.
     renamed_arch : str, optional
         The architecture that the file says it is of.
+    full_keys : mapping
+        As ``keys``, by their whole names.
+    retyped : mapping of str to Type
+        Tensors that become random blocks of a type, by their whole names.
     """
     plain = path.with_suffix(".plain")
     make_moe(plain, Recipe(arch, Type.F32, seed=11, sizes=sizes))
     rng = np.random.default_rng(4)
     name = renamed_arch or arch
-    keys = {f"{arch}.{key}": value for key, value in (keys or {}).items()}
+    keys = {f"{arch}.{key}": value for key, value in (keys or {}).items()} | dict(full_keys or {})
     writer = GGUFWriter()
     with GGUFFile.open(plain) as file:
         for key in file.metadata:
@@ -64,14 +70,21 @@ def write_edited(
         for key, value in keys.items():
             key = key.replace(f"{arch}.", f"{name}.", 1)
             if isinstance(value, list):
-                writer.add_array(key, _KINDS[type(value[0])], value)
+                kind = _KINDS[type(value[0])] if value else ValueType.STRING
+                writer.add_array(key, ValueType.INT32 if key.endswith("token_type") else kind, value)
             elif value is not None:
                 writer.add(key, _KINDS[type(value)], value)
         for info in file.tensors.values():
             if info.name in without or info.name.endswith(tuple(f".{name}" for name in without)):
                 continue
             n_dims = max(i + 1 for i in range(4) if i == 0 or info.ne[i] != 1)
-            writer.add_tensor(info.name, info.type, info.ne[:n_dims], partial(_bytes, file.data(info.name).copy()))
+            kind, raw = info.type, file.data(info.name).copy()
+            if info.name in (retyped or {}):
+                assert retyped is not None
+                kind = retyped[info.name]
+                rows = info.ne[1] * info.ne[2] * info.ne[3]
+                raw = _random_rows(kind, (rows, kind.row_size(info.ne[0])), 0.05)
+            writer.add_tensor(info.name, kind, info.ne[:n_dims], partial(_bytes, raw))
         for name, shape in (tensors or {}).items():
             scale = 0.1 if len(shape) == 1 else 1.0 / np.sqrt(shape[-1])
             values = (float(len(shape) == 1) + scale * rng.standard_normal(shape)).astype(np.float32)

@@ -95,6 +95,7 @@ class Job:
     kv: str = "F32"
     flash: bool = False
     text: str | None = None  #: to be turned into tokens, instead of decoding: its ids are what comes back
+    special: bool = False  #: with `text`: special tokens are added and their names are read
     pattern: str | None = None  #: of -ot, instead of decoding: the names that it matches are what comes back
 
 
@@ -200,11 +201,11 @@ class Llama:
         self.vocab = self.lib.llama_model_get_vocab(model)
         self.n_vocab = self.lib.llama_vocab_n_tokens(self.vocab)
 
-    def tokenize(self, text: str) -> npt.NDArray[np.int32]:
-        """Return the ids of a text, without special tokens."""
+    def tokenize(self, text: str, *, special: bool = False) -> npt.NDArray[np.int32]:
+        """Return the ids of a text, with or without special tokens."""
         raw = text.encode()
         ids = self.ffi.new("int32_t[]", len(raw) + 8)
-        n = self.lib.llama_tokenize(self.vocab, raw, len(raw), ids, len(raw) + 8, False, False)
+        n = self.lib.llama_tokenize(self.vocab, raw, len(raw), ids, len(raw) + 8, special, special)
         return np.array(list(ids[0:n]), np.int32)
 
     def decode(self, tokens: npt.NDArray[np.int32], pos: int, *, only_last: bool = False) -> npt.NDArray[np.float32]:
@@ -282,7 +283,7 @@ def save_each(jobs: Sequence[Job], folder: Path, first: int) -> None:
             if job.pattern is not None:
                 np.save(folder / f"out-{i}.npy", llama.overridden())
             elif job.text is not None:
-                np.save(folder / f"out-{i}.npy", llama.tokenize(job.text))
+                np.save(folder / f"out-{i}.npy", llama.tokenize(job.text, special=job.special))
             else:
                 np.save(folder / f"out-{i}.npy", llama.decode(tokens, 0))
             llama.close()

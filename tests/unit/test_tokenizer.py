@@ -161,10 +161,6 @@ BAD = {
     "twice": ({"tokenizer.ggml.tokens": ["a"] * 10}, "'a' is in the vocabulary twice"),
     "pre": ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "new", "tokenizer.ggml.merges": ["a b"]}, "'new'"),
     "no merges": ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}, "no key 'tokenizer.ggml.merges'"),
-    "merge": (
-        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["a c"]},
-        "merge 0 ('a c') makes no token",
-    ),
     "bos": ({"tokenizer.ggml.bos_token_id": "a"}, "is a str, not a int"),
 }
 
