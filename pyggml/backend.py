@@ -13,7 +13,7 @@ from typing import Protocol
 
 from .buffer import Buffer, BufferType, tensor_copy, tensor_get, tensor_set
 from .cost import DeviceProfile
-from .errors import BackendError, DeviceUnavailableError
+from .errors import BackendError, DeviceUnavailableError, UnsupportedOpError
 from .graph import GraphView
 from .tensor import Tensor
 from .types import DeviceType, Op
@@ -221,6 +221,21 @@ def tensor_copy_async(backend_src: Backend, backend_dst: Backend, src: Tensor, d
         backend_src.synchronize()
         backend_dst.synchronize()
         tensor_copy(src, dst)
+
+
+def unsupported_op(
+    node: Tensor, backends: Sequence[Backend], *, reason: str = "", hint: str = ""
+) -> UnsupportedOpError:
+    """Return the error for a node that none of the backends can run; the reason always holds the types."""
+    sources = ", ".join("nothing" if s is None else s.type.ggml_name for s in node.src) or "nothing"
+    types = f"{node.type.ggml_name} from {sources}"
+    return UnsupportedOpError(
+        node.name,
+        node.op_desc,
+        tuple(b.name for b in backends),
+        reason=f"{types}; {reason}" if reason else types,
+        hint=hint,
+    )
 
 
 def op_batch_size(op: Tensor) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .errors import AllocError, BackendError, GraphError
 from .tensor import Tensor, are_same_layout
@@ -87,6 +87,16 @@ class BufferType(ABC):
         return f"<{type(self).__name__} {self.name}>"
 
 
+class Tenants(Protocol):
+    """Who has which bytes of a compute buffer; the scheduler's `Tenancy`."""
+
+    def check_read(self, tensor: Tensor) -> None:
+        """Raise `GraphError` if the tensor's memory holds something else."""
+
+    def note_write(self, tensor: Tensor) -> None:
+        """Note that the tensor was written by hand."""
+
+
 class Buffer(ABC):
     """A piece of memory of one kind.
 
@@ -100,6 +110,8 @@ class Buffer(ABC):
         Address of the first byte, in the buffer's own address space.
     usage : BufferUsage
         What it holds; WEIGHTS is what offloading and the used-expert copy look for.
+    tenancy : Tenants or None
+        Of a scheduler's compute buffer: what it holds after a graph was computed.
 
     Notes
     -----
@@ -107,13 +119,14 @@ class Buffer(ABC):
     Callers use `tensor_set` and its siblings, which check bounds.
     """
 
-    __slots__ = ("__weakref__", "base", "buft", "size", "usage")
+    __slots__ = ("__weakref__", "base", "buft", "size", "tenancy", "usage")
 
     def __init__(self, buft: BufferType, size: int, base: int = 0) -> None:
         self.buft = buft
         self.size = size
         self.base = base
         self.usage = BufferUsage.ANY
+        self.tenancy: Tenants | None = None
 
     @abstractmethod
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
@@ -303,9 +316,22 @@ def _checked(tensor: Tensor, offset: int, end: int, verb: str) -> Buffer:
     buffer = tensor.storage
     if buffer is None or tensor.data is None:
         raise GraphError(f"'{tensor.name}' cannot be {verb}: it has no memory yet")
-    if offset < 0 or end > tensor.nbytes:
-        raise GraphError(f"'{tensor.name}' has {tensor.nbytes:,} bytes; {offset:,}..{end - 1:,} cannot be {verb}")
+    if offset < 0 or end < offset or end > tensor.last_byte:
+        raise GraphError(f"'{tensor.name}' has {tensor.last_byte:,} bytes; {offset:,}..{end - 1:,} cannot be {verb}")
+    if buffer.tenancy is not None:
+        if verb == "read":
+            buffer.tenancy.check_read(tensor)
+        else:
+            buffer.tenancy.note_write(tensor)
     return buffer
+
+
+def _checked_2d(tensor: Tensor, offset: int, size: int, n_copies: int, strides: tuple[int, int], verb: str) -> Buffer:
+    if min(strides) < 0:
+        raise GraphError(f"'{tensor.name}' cannot be {verb}: strides cannot be negative ({strides[0]}, {strides[1]})")
+    if size < 0:
+        raise GraphError(f"'{tensor.name}' cannot be {verb}: pieces cannot have {size} bytes")
+    return _checked(tensor, offset, offset + (n_copies - 1) * strides[0] + size, verb)
 
 
 def tensor_set(tensor: Tensor, address: int, offset: int, size: int) -> None:
@@ -352,7 +378,7 @@ def tensor_set_2d(
     Mirrors `ggml_backend_tensor_set_2d`.
     """
     if size and n_copies > 0:
-        buffer = _checked(tensor, offset, offset + (n_copies - 1) * stride_tensor + size, "written")
+        buffer = _checked_2d(tensor, offset, size, n_copies, (stride_tensor, stride_data), "written")
         buffer.set_tensor_2d(tensor, address, offset, size, n_copies, stride_tensor, stride_data)
 
 
@@ -366,7 +392,7 @@ def tensor_get_2d(
     Mirrors `ggml_backend_tensor_get_2d`.
     """
     if size and n_copies > 0:
-        buffer = _checked(tensor, offset, offset + (n_copies - 1) * stride_tensor + size, "read")
+        buffer = _checked_2d(tensor, offset, size, n_copies, (stride_tensor, stride_data), "read")
         buffer.get_tensor_2d(tensor, address, offset, size, n_copies, stride_tensor, stride_data)
 
 
@@ -402,6 +428,7 @@ def tensor_copy(src: Tensor, dst: Tensor) -> None:
     if src_buffer is None or dst_buffer is None or src.data is None or dst.data is None:
         bare = src if src_buffer is None or src.data is None else dst
         raise GraphError(f"'{src.name}' cannot be copied to '{dst.name}': '{bare.name}' has no memory yet")
+    _checked(src, 0, src.nbytes, "read")
     if src_buffer.is_host:
         tensor_set(dst, src.data, 0, src.nbytes)
     elif dst_buffer.is_host:

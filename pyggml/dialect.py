@@ -103,8 +103,12 @@ class Repairs:
     shared_experts: bool = True
     #: a copy whose source a node of another backend wrote since is made again for its later users
     stale_copies: bool = True
-    #: computing another graph than the allocated one is an error
+    #: computing another graph than the allocated one, or one that was changed since, is an error; so are nodes out of order
     other_graph: bool = True
+    #: a node on a backend that cannot run it, or cannot write its memory, is moved to one that can, or is an error
+    unsupported_ops: bool = True
+    #: reading, or computing again from, memory that was given to something else is an error
+    reused_memory: bool = True
 
     @classmethod
     def strict(cls) -> Repairs:

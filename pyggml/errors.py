@@ -85,7 +85,7 @@ class ShapeError(GraphError):
 
 
 class UnsupportedOpError(GraphError):
-    """No backend of the scheduler can run a node.
+    """No backend of the scheduler can run a node, or the one that it is on cannot.
 
     Attributes
     ----------
@@ -93,11 +93,14 @@ class UnsupportedOpError(GraphError):
         The node and its op.
     backends : tuple of str
         The backends that were asked.
+    reason : str
+        Types, layout or memory that do not fit.
     """
 
     def __init__(self, tensor: str, op: str, backends: tuple[str, ...], *, reason: str = "", hint: str = "") -> None:
         why = f": {reason}" if reason else ""
-        super().__init__(f"no backend of {', '.join(backends)} can run {op} '{tensor}'{why}", hint=hint)
+        who = f"{backends[0]} cannot" if len(backends) == 1 else f"no backend of {', '.join(backends)} can"
+        super().__init__(f"{who} run {op} '{tensor}'{why}", hint=hint)
         self.tensor, self.op, self.backends, self.reason = tensor, op, backends, reason
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .graph_context import Collector
     from .viz.show import Page
 
-__all__ = ["Graph", "GraphView"]
+__all__ = ["Graph", "GraphView", "Snapshot"]
 
 _uids = itertools.count(1)
 
@@ -255,6 +256,65 @@ class Graph:
         return _nodes_table(f"Graph of {len(self.nodes)} nodes, {len(self.leafs)} leafs", self.nodes, 0)
 
 
+class Snapshot:
+    """What a plan of nodes rests on: the nodes, their sources, parameters and flags, and where all of them are in memory."""
+
+    __slots__ = ("flags", "nodes", "params", "places", "sources", "tensors")
+
+    nodes: list[Tensor]
+    sources: list[list[Tensor | None]]  #: of each node
+    params: list[tuple[int, ...]]
+    flags: list[int]
+    tensors: list[Tensor]  #: nodes and sources, each once
+    places: list[int | None]  #: addresses of `tensors`
+
+    def __init__(self, nodes: Sequence[Tensor]) -> None:
+        self.nodes = list(nodes)
+        self.sources = [list(node.src) for node in nodes]
+        self.params = list(map(_params_of, nodes))
+        self.flags = list(map(_flags_of, nodes))
+        used = dict.fromkeys(itertools.chain(nodes, *self.sources))
+        self.tensors = [t for t in used if t is not None]
+        self.places = list(map(_place_of, self.tensors))
+
+    def holds(self, nodes: Sequence[Tensor]) -> bool:
+        """Whether the nodes are the same, and nothing about them changed."""
+        return (
+            self.nodes == nodes
+            and self.places == list(map(_place_of, self.tensors))
+            and self.sources == list(map(_sources_of, nodes))
+            and self.params == list(map(_params_of, nodes))
+            and self.flags == list(map(_flags_of, nodes))
+        )
+
+    def serves(self, view: GraphView) -> bool:
+        """Whether a plan of these nodes is still the plan of a range; of a verified one only addresses are compared."""
+        nodes = view.nodes
+        if view.is_verified:
+            return self.places == list(map(_place_of, self.tensors)) and self.nodes == nodes
+        return self.holds(nodes)
+
+    def first_change(self, nodes: Sequence[Tensor]) -> str:
+        """Return what changed, for an error; empty text if nothing did."""
+        for i, (was, node) in enumerate(itertools.zip_longest(self.nodes, nodes)):
+            if was is None or node is None or was is not node:
+                return f"node {i} is {_name(node)}, and was {_name(was)}"
+            for j, (old, new) in enumerate(itertools.zip_longest(self.sources[i], node.src)):
+                if old is not new:
+                    return f"source {j} of '{node.name}' is {_name(new)}, and was {_name(old)}"
+            if self.params[i] != node.op_params or self.flags[i] != node.flags:
+                return f"'{node.name}' has other {'parameters' if self.flags[i] == node.flags else 'flags'}"
+        moved = [t for t, place in zip(self.tensors, self.places, strict=True) if t.data != place]
+        return f"'{moved[0].name}' is at another place in memory, or in none" if moved else ""
+
+
+def _name(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"'{tensor.name}'"
+
+
+_params_of, _flags_of, _place_of, _sources_of = map(attrgetter, ("op_params", "flags", "data", "src"))
+
+
 class GraphView:
     """A range of a graph's nodes: what a backend is given to compute.
 
@@ -268,6 +328,8 @@ class GraphView:
         Unique in the process; a backend keys its plans by it.
     plan : object
         A backend's plan for these nodes, kept here so that it lives as long as the view.
+    is_verified : bool
+        Whether who gives the range to a backend has made sure that its nodes, sources and parameters are those of the plan.
     memo : dict
         What an observer worked out of these nodes once, by a key of its own.
 
@@ -276,7 +338,7 @@ class GraphView:
     Mirrors `ggml_graph_view`.
     """
 
-    __slots__ = ("graph", "i_end", "i_start", "memo", "plan", "uid")
+    __slots__ = ("graph", "i_end", "i_start", "is_verified", "memo", "plan", "uid")
 
     def __init__(self, graph: Graph, i_start: int, i_end: int) -> None:
         self.graph = graph
@@ -284,6 +346,7 @@ class GraphView:
         self.i_end = i_end
         self.uid = next(_uids)
         self.plan: object = None
+        self.is_verified = False
         self.memo: dict[str, Any] = {}  # the type of a value is its owner's
 
     @property
@@ -296,7 +359,9 @@ class GraphView:
 
     def view(self, i_start: int, i_end: int) -> GraphView:
         """Return a range of this range."""
-        return GraphView(self.graph, self.i_start + i_start, self.i_start + i_end)
+        part = GraphView(self.graph, self.i_start + i_start, self.i_start + i_end)
+        part.is_verified = self.is_verified
+        return part
 
     def reorder(self, nodes: Sequence[Tensor]) -> None:
         """Put the same nodes into another order, in the graph itself.

@@ -19,8 +19,17 @@ Sampler = Callable[[npt.NDArray[np.float32]], int]
 
 
 def greedy(logits: npt.NDArray[np.float32]) -> int:
-    """Return the most likely token; the first of equals."""
-    return int(logits.argmax())
+    """Return the most likely token; the first of equals.
+
+    Raises
+    ------
+    GraphError
+        A logit is NaN.
+    """
+    token = int(logits.argmax())  # of NaN, if there is one
+    if np.isnan(logits[token]):
+        raise GraphError("no token can be chosen: the logits hold NaN")
+    return token
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,8 @@ class _Random:
         self.rng = np.random.Generator(np.random.PCG64(flags.seed))
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
+        if not np.isfinite(largest := logits.max()):
+            raise GraphError(f"no token can be drawn: the largest logit is {largest}")
         order = self._candidates(logits)
         values = logits[order].astype(np.float64)
         scaled = _softmax(values / self.flags.temperature)

@@ -35,6 +35,9 @@ from .models.topk import TopK
 from .planning import Memory, PlannedGraph, Planner
 from .record import MicroBatchRecord
 from .sampling import Sampler, greedy
+from .sched.state import is_computed
+from .tensor import Tensor
+from .types import BufferUsage, Type
 
 __all__ = ["BatchRecord", "ContextFlags", "Memory", "PlacementFlags", "PlannedGraph", "Session", "TopK"]
 
@@ -121,6 +124,8 @@ class Session(Planner):
             An id or the sequence is out of bounds; nothing was computed.
         CacheFullError
             The tokens do not fit into the context; nothing was computed.
+        ComputeError
+            The logits are NaN; the text names the first node that made some.
         ComputeError, ExpertIdError, OutOfMemoryError
             Of the scheduler. The tokens of the failed micro-batch and after are not in the cache; the session can go on.
         """
@@ -188,6 +193,8 @@ class Session(Planner):
                 backend.synchronize()
                 log.was_read(None, graph.logits, self.backends.index(backend), read_s)
             self.sched.synchronize()
+            if into.size and np.isnan(into).any():
+                raise self._nan_error(graph, part, slot)
         except BaseException:
             self._forget(part)
             raise
@@ -206,6 +213,35 @@ class Session(Planner):
                     None if clock is None else clock.host_s - virtual_start_s,
                 )
             )
+
+    def _nan_error(self, graph: ModelGraph, part: MicroBatch, slot: Slot) -> ComputeError:
+        """Compute a micro-batch once more, node by node, and return the error that names the first with NaN."""
+        found: list[Tensor] = []
+
+        def look(node: Tensor, ask: bool) -> bool:
+            if ask:
+                return not found and is_computed(node) and node.view_src is None and node.type is Type.F32
+            if np.isnan(node.numpy()).any():
+                found.append(node)
+            return not found
+
+        assert self._filler is not None
+        self._filler.fill(part, slot)
+        self.sched.set_eval_callback(look)
+        self.sched.compute(graph.graph)
+        node = found[0] if found else graph.logits
+        weights = [
+            s for s in node.src if s is not None and s.storage is not None and s.storage.usage is BufferUsage.WEIGHTS
+        ]
+        bad = [w.name for w in weights if np.isnan(w.numpy()).any()]
+        where = self.sched.tensor_backend(node) or self.backends[-1]
+        because = f": its weight '{bad[0]}' holds some" if bad else ""
+        return ComputeError(
+            where.name,
+            f"the logits are not numbers: {node.op_desc} makes the first NaN{because}",
+            node=node.name,
+            hint="the file is damaged, or a number in it is too large" if bad else "",
+        )
 
     def _graph_for(self, part: MicroBatch, slot: Slot) -> tuple[ModelGraph, bool]:
         """Return an allocated graph for a micro-batch, the last one if it fits."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from .errors import GraphError, ShapeError
@@ -93,10 +94,16 @@ class Tensor:
     view_src, view_offs : Tensor, int
         The tensor that owns the memory, never itself a view, and the offset in it in bytes.
 
+    Raises
+    ------
+    ShapeError
+        A dimension or stride is negative, or a view ends past the tensor that owns the memory.
+
     Notes
     -----
     Mirrors `struct ggml_tensor`. Compared and hashed by identity. ``ne``, ``nb`` and ``type`` never change.
-    Differs: names of any length.
+    Differs: names of any length. The last element of a view must be inside its owner; upstream looks only at the size
+    of as many contiguous elements, so that strides can point outside.
     """
 
     __slots__ = (
@@ -157,14 +164,30 @@ class Tensor:
         self.data = None
         self.extra = None
         self._nbytes = self.nb[3] * ne[3] if nb is None else -1
+        if nb is not None and min(self.nb) < 0:
+            raise ShapeError(op.name.lower(), f"strides cannot be negative (nb {list(self.nb)})")
         if view_src is not None and view_src.view_src is not None:
             view_offs += view_src.view_offs
             view_src = view_src.view_src
         self.view_src = view_src
         self.view_offs = view_offs
-        if view_src is not None and view_src.data is not None:
-            # as in ggml: a view of a tensor with memory has its data at once, its buffer only at allocation
-            self.data = view_src.data + view_offs
+        if view_src is not None:
+            self._check_inside(view_src)
+            if view_src.data is not None:
+                # as in ggml: a view of a tensor with memory has its data at once, its buffer only at allocation
+                self.data = view_src.data + view_offs
+
+    def _check_inside(self, root: Tensor) -> None:
+        """Refuse a view that starts before or ends after the tensor that owns the memory."""
+        ne0, ne1, ne2, ne3 = self.ne
+        size = max(self.last_byte, self.type.row_size(ne0) * ne1 * ne2 * ne3) if self.numel else 0
+        if self.view_offs < 0 or (size and size + self.view_offs > root.nbytes):
+            gaps = "" if self.is_contiguous() else f" with nb {list(self.nb)}"
+            raise ShapeError(
+                self.op.name.lower(),
+                f"a view of {list(self.ne)} elements{gaps} takes {size:,} bytes from byte {self.view_offs:,} on: "
+                f"it ends past the {root.nbytes:,} bytes of {root.name!r}",
+            )
 
     # -- sizes ---------------------------------------------------------------
 
@@ -180,6 +203,22 @@ class Tensor:
         if n < 0:
             n = self._nbytes = _span_bytes(self.type, self.ne, self.nb)
         return n
+
+    @property
+    def last_byte(self) -> int:
+        """Bytes from the first element's to the last element's end: `nbytes`, unless blocks are not in dimension 0.
+
+        Of a transposed tensor of a quantised type `nbytes` counts each element as a block, as upstream's does.
+        """
+        ne, nb, type = self.ne, self.nb, self.type
+        if type.block_size == 1 or nb[0] == type.type_size or self.is_empty:
+            return self.nbytes
+        n = list(ne)
+        for i in range(MAX_DIMS):
+            if nb[i] == type.type_size and ne[i] % type.block_size == 0:
+                n[i] //= type.block_size
+                break
+        return type.type_size + sum((k - 1) * b for k, b in zip(n, nb, strict=True))
 
     @property
     def numel(self) -> int:
@@ -279,13 +318,13 @@ class Tensor:
 
         Notes
         -----
-        Mirrors `ggml_op_desc`.
+        Mirrors `ggml_op_desc`. Differs: a sub-op that there is not is shown by its number.
         """
-        if self.op is Op.UNARY:
-            return UnaryOp(self.param_i32(0)).name
-        if self.op is Op.GLU:
-            return GluOp(self.param_i32(0)).name
-        return self.op.name
+        kinds = UnaryOp if self.op is Op.UNARY else GluOp if self.op is Op.GLU else None
+        if kinds is None:
+            return self.op.name
+        number = self.param_i32(0)
+        return kinds(number).name if number in _NUMBERS[kinds] else f"{self.op.name} {number}"
 
     # -- naming and flags ----------------------------------------------------
 
@@ -335,21 +374,41 @@ class Tensor:
         """
         raw = encode_array(self, array)
         buffer = self._memory("written")
+        if buffer.tenancy is not None:
+            buffer.tenancy.note_write(self)
         if raw.nbytes:
             buffer.set_tensor(self, raw.ctypes.data, 0, raw.nbytes)
 
     def tobytes(self) -> bytes:
-        """Return the tensor's ``nbytes`` bytes as they lie in its buffer."""
+        """Return the tensor's ``nbytes`` bytes as they are in its buffer.
+
+        Raises
+        ------
+        GraphError
+            The tensor has no memory yet, or its memory was given to another tensor when the graph was computed.
+        """
         import numpy as np
 
-        raw = np.empty(self.nbytes, np.uint8)
         buffer = self._memory("read")
+        if buffer.tenancy is not None:
+            buffer.tenancy.check_read(self)
+        if self.last_byte != self.nbytes:
+            raise GraphError(
+                f"'{self.name}' cannot be read: its blocks of {self.type.ggml_name} are not along its rows (nb {self.nb})"
+            )
+        raw = np.empty(self.nbytes, np.uint8)
         if raw.nbytes:
             buffer.get_tensor(self, raw.ctypes.data, 0, raw.nbytes)
         return raw.tobytes()
 
     def numpy(self) -> npt.NDArray[Any]:
-        """Return the values as a new array: quantised, F16 and BF16 ones as float32, others in their own type."""
+        """Return the values as a new array: quantised, F16 and BF16 ones as float32, others in their own type.
+
+        Raises
+        ------
+        GraphError
+            See `tobytes`.
+        """
         return decode_array(self, self.tobytes())
 
     def _memory(self, verb: str) -> Buffer:
@@ -430,6 +489,8 @@ def view_tensor(tensor: Tensor) -> Tensor:
     """
     return Tensor(tensor.type, tensor.ne, tensor.nb, name=f"{tensor.name} (view)", view_src=tensor)
 
+
+_NUMBERS: dict[type[IntEnum], frozenset[int]] = {kinds: frozenset(kinds) for kinds in (UnaryOp, GluOp)}
 
 _NUMPY_TYPE = {
     Type.F32: "f4",

@@ -13,7 +13,7 @@ from .kernel import device, micro_kernel, op_kernel
 from .memory import call4, ld_i64
 from .words import ADDRESS, NB1, NB2, NB3, NE0, NE1, NE2, NE3, PARAM, SCRATCH, SHARED, SRC0, TYPE
 
-#: Parameters: what is made (MODE_*), the offset of the weights, the address of `quantise_row`.
+#: Parameters: what is made (MODE_*), the offset of the weights, the address of a `quantise_row_*`.
 MODE, OFFSET, QUANTISE_ROW = PARAM, PARAM + 1, PARAM + 2
 MODE_BYTES, MODE_F32 = 0, 1
 
@@ -23,21 +23,29 @@ def quantised_row_bytes(k: int) -> int:
     return k + k // 32 * 16
 
 
-def _quantise_block(e: Emit, x: ir.Value, q: ir.Value, i: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
-    """Store block i's bytes; return its scale, rounded through a half as ggml does, and its 32 integers."""
+#: Below this largest magnitude of a block its inverse is infinite; the block counts as zeros.
+_SMALLEST = F32(1e-36)
+
+
+def _quantise_block(
+    e: Emit, x: ir.Value, q: ir.Value, i: ir.Value, *, in_half: bool
+) -> tuple[ir.Value, list[ir.Value]]:
+    """Store block i's bytes; return its scale and its 32 integers. The scale is NaN if an element is not finite.
+
+    ``in_half``: the scale is rounded through a half, as ggml keeps it beside weights of 32 columns a scale.
+    """
     b, at = e.b, e.add(x, e.mul(i, 128))
     v = [e.load(F32x16, at), e.load(F32x16, at, 64)]
     largest = e.fold(e.fmax(e.unary("fabs", v[0]), e.unary("fabs", v[1])), e.fmax)
+    zero_or_nan = e.fold(b.fadd(*[b.fsub(y, y) for y in v]), b.fadd)
     exact = b.fdiv(largest, F32(127.0))
-    inverse = b.select(b.fcmp_ordered(">", exact, F32(0.0)), b.fdiv(F32(1.0), exact), F32(0.0))
+    inverse = b.select(b.fcmp_ordered(">", largest, _SMALLEST), b.fdiv(F32(1.0), exact), F32(0.0))
     ints = [b.fptosi(e.unary("nearbyint", b.fmul(y, e.splat(inverse))), I32x16) for y in v]
     e.store(e.cat(*[b.trunc(y, U8x16) for y in ints]), e.add(q, e.mul(i, 32)))
-    return e.round_f16(exact), ints
+    return b.fadd(e.round_f16(exact) if in_half else exact, zero_or_nan), ints
 
 
-@micro_kernel(4)
-def quantise_row(e, x, q, n_blocks, offset):
-    """Quantise a row; see the module."""
+def _quantise_row(e: Emit, x: ir.Value, q: ir.Value, n_blocks: ir.Value, offset: ir.Value, *, in_half: bool) -> None:
     b = e.b
     scales = e.add(q, e.mul(n_blocks, 32))
     starts = e.add(scales, e.mul(n_blocks, 4))
@@ -45,13 +53,25 @@ def quantise_row(e, x, q, n_blocks, offset):
     sums = e.add(starts8, e.mul(n_blocks, 4))
     offset = b.trunc(offset, I32)
     with e.loop(n_blocks) as (i, _):
-        d, ints = _quantise_block(e, x, q, i)
+        d, ints = _quantise_block(e, x, q, i, in_half=in_half)
         total = e.fold(b.add(*ints), b.add)
         at = e.mul(i, 4)
         e.store(d, e.add(scales, at))
         e.store(b.neg(b.mul(total, offset)), e.add(starts, at))
         e.store(b.neg(b.mul(total, b.sdiv(offset, I32(8)))), e.add(starts8, at))
         e.store(b.fmul(b.sitofp(total, F32), d), e.add(sums, at))
+
+
+@micro_kernel(4)
+def quantise_row_q8_0(e, x, q, n_blocks, offset):
+    """Quantise a row with scales rounded to halves, for types that ggml multiplies with Q8_0 or Q8_1."""
+    _quantise_row(e, x, q, n_blocks, offset, in_half=True)
+
+
+@micro_kernel(4)
+def quantise_row_q8_k(e, x, q, n_blocks, offset):
+    """Quantise a row with scales as they are, for types that ggml multiplies with Q8_K."""
+    _quantise_row(e, x, q, n_blocks, offset, in_half=False)
 
 
 @micro_kernel(4)
@@ -62,7 +82,7 @@ def quantise_row_halves(e, x, q, n_blocks, offset):
     starts = e.add(scales, e.mul(n_blocks, 4))
     quarter = b.sdiv(b.trunc(offset, I32), I32(4))
     with e.loop(n_blocks) as (i, _):
-        d, ints = _quantise_block(e, x, q, i)
+        d, ints = _quantise_block(e, x, q, i, in_half=False)
         e.store(d, e.add(scales, e.mul(i, 4)))
         for part, v in enumerate(ints):
             e.store(b.neg(b.mul(e.fold(v, b.add), quarter)), e.add(starts, e.mul(i, 8)), 4 * part)

@@ -63,6 +63,9 @@ class Gallocr:
         One for each buffer id; a type that stands twice shares its memory.
     dialect : Dialect
         Its `clamp_inplace` and `alloc_size_check` are used.
+    keeps_outputs : bool
+        Whether a graph with other inputs or outputs than the one that was laid out is laid out itself. Upstream does not
+        look, and gives an output's memory away if the tensor at its position was none.
 
     Notes
     -----
@@ -73,6 +76,8 @@ class Gallocr:
     __slots__ = (
         "_check_size",
         "_clamp_inplace",
+        "_keeps_outputs",
+        "_kept",
         "_leafs",
         "_n_srcs",
         "_nodes",
@@ -83,7 +88,9 @@ class Gallocr:
         "tallocs",
     )
 
-    def __init__(self, bufts: Sequence[BufferType], *, dialect: Dialect = DEFAULT_DIALECT) -> None:
+    def __init__(
+        self, bufts: Sequence[BufferType], *, dialect: Dialect = DEFAULT_DIALECT, keeps_outputs: bool = True
+    ) -> None:
         self.bufts = list(bufts)
         self.buffers: list[_VBuffer | None] = [None] * len(self.bufts)
         by_type: dict[BufferType, DynTallocr] = {}
@@ -92,6 +99,8 @@ class Gallocr:
         self.tallocs = [by_type[buft] for buft in self.bufts]
         self._clamp_inplace = dialect.clamp_inplace
         self._check_size = dialect.alloc_size_check
+        self._keeps_outputs = keeps_outputs
+        self._kept: list[int] = []  #: positions of inputs and outputs
         self._nodes: list[tuple[Place, list[Place]]] = []  #: of each node and its sources
         self._leafs: list[Place] = []
         self._n_srcs: list[int] = []  #: sources of each node
@@ -158,6 +167,7 @@ class Gallocr:
         self._nodes = [(place(node), [place(src) for src in node.src]) for node in nodes]
         self._leafs = [place(leaf) for leaf in leafs]
         self._n_srcs = [len(node.src) for node in nodes]
+        self._kept = _inputs_and_outputs(graph)
         self._places = places_of(self._nodes, [node.src for node in nodes])
 
     def _fit_buffers(self, *, allocate: bool) -> None:
@@ -171,6 +181,8 @@ class Gallocr:
             if old is not None:
                 sizes = [b.size for b in old.chunks]
                 if all(n <= (sizes[c] if c < len(sizes) else 0) for c, n in enumerate(needed)):
+                    # chunks of empty tensors only; upstream places these in a null buffer and aborts
+                    old.chunks += [self.bufts[i].alloc_buffer(0) for _ in needed[len(sizes) :]]
                     continue
                 old.close()
             self.buffers[i] = None
@@ -234,6 +246,8 @@ class Gallocr:
         """
         nodes = graph.nodes
         if len(self._nodes) != len(nodes) or len(self._leafs) != len(graph.leafs):
+            return None
+        if self._keeps_outputs and self._kept != _inputs_and_outputs(graph):
             return None
         srcs = [node.src for node in nodes]
         places = self._places
@@ -339,4 +353,11 @@ class Gallocr:
         self.is_reserved = False
 
 
+def _inputs_and_outputs(graph: GallocGraph) -> list[int]:
+    """Return where the graph has tensors that are flagged as input or output, as 4 times the position and the flags."""
+    flags = map(_flags_of, chain(graph.nodes, graph.leafs))
+    return [4 * i + (f & 3) for i, f in enumerate(flags) if f & 3]
+
+
+_flags_of: Callable[[Tensor], int] = attrgetter("flags")
 _buffer_of: Callable[[Tensor], Buffer] = attrgetter("buffer")

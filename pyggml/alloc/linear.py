@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 from ..buffer import Buffer, BufferType, MultiBuffer, tensor_alloc, view_init
 from ..errors import AllocError
@@ -195,6 +196,14 @@ class Context:
         for buffer in self.buffers:
             buffer.close()
         self.buffers.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def __repr__(self) -> str:
         return f"<Context of {len(self.tensors)} tensors, {sum(b.size for b in self.buffers):,} bytes>"

@@ -16,7 +16,10 @@ def pad(n: int, alignment: int) -> int:
 
 
 class _Chunk:
-    """Free ranges of one future buffer, ascending and never adjacent, as ``[offset, size]``."""
+    """Free ranges of one future buffer as ``[offset, size]``, in upstream's order.
+
+    They ascend and are never adjacent, unless empty tensors left blocks of no bytes among them.
+    """
 
     __slots__ = ("free", "max_size")
 
@@ -113,7 +116,5 @@ class DynTallocr:
                     free[i - 1][1] += block[1]
                     del free[i]
                 return
-            if start > offset:  # blocks ascend: none further on can touch
-                free.insert(i, [offset, size])
-                return
-        free.append([offset, size])
+        # a block of no bytes, left by an empty tensor, may be inside the range: later blocks can still touch it
+        free.insert(next((i for i, (start, _) in enumerate(free) if start >= offset), len(free)), [offset, size])

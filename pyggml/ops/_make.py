@@ -98,24 +98,13 @@ def view_of(
     Raises
     ------
     ShapeError
-        It would end past the tensor that owns the memory.
+        It would start before or end past the tensor that owns the memory; see `Tensor`.
 
     Notes
     -----
-    Mirrors `ggml_new_tensor_impl` with a ``view_src``: the size that must fit is that of contiguous elements,
-    whatever ``nb`` will be.
+    Mirrors `ggml_new_tensor_impl` with a ``view_src``.
     """
     tensor = Tensor(a.type, ne, nb, name=name, op=op, src=src, op_params=params, view_src=a, view_offs=offset)
-    ne0, ne1, ne2, ne3 = tensor.ne
-    size = a.type.row_size(ne0) * ne1 * ne2 * ne3
-    root = tensor.view_src
-    assert root is not None
-    if size and size + tensor.view_offs > root.nbytes:
-        refuse(
-            op.name.lower(),
-            f"{size} bytes at offset {tensor.view_offs} end past the {root.nbytes} bytes of {root.name!r}",
-            a=a,
-        )
     collector = current.get()
     if collector is not None:
         collector.add(tensor)

@@ -11,7 +11,6 @@ from ..types import Op, Type
 from ._make import (
     can_repeat,
     f32,
-    i32,
     is_padded_1d,
     like,
     new,
@@ -164,8 +163,16 @@ def div_inplace(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _into(op: Op, a: Tensor, b: Tensor, nb: tuple[int, int, int], offset: int, inplace: bool) -> Tensor:
-    params = (i32(nb[0]), i32(nb[1]), i32(nb[2]), i32(offset), int(inplace))
-    return like(op, a, (a, b), params, inplace)
+    strides = (b.type.type_size, *nb)
+    end = offset + b.type.type_size + sum((n - 1) * stride for n, stride in zip(b.ne, strides, strict=True))
+    if min(offset, *nb) < 0 or max(offset, *nb) >= 1 << 31 or (not b.is_empty and end > a.nbytes):
+        refuse(
+            op.name.lower(),
+            f"strides {list(nb)} and offset {offset} put b outside the {a.nbytes:,} bytes of a",
+            a=a,
+            b=b,
+        )
+    return like(op, a, (a, b), (*nb, offset, int(inplace)), inplace)
 
 
 def _acc(a: Tensor, b: Tensor, nb: tuple[int, int, int], offset: int, inplace: bool) -> Tensor:
@@ -182,7 +189,7 @@ def acc(a: Tensor, b: Tensor, nb1: int, nb2: int, nb3: int, offset: int) -> Tens
     Raises
     ------
     ShapeError
-        ``b`` has more elements, either is not f32, or ``a`` is not contiguous.
+        ``b`` has more elements or would end past ``a``, either is not f32, or ``a`` is not contiguous.
 
     Notes
     -----
@@ -210,7 +217,7 @@ def set(a: Tensor, b: Tensor, nb1: int, nb2: int, nb3: int, offset: int) -> Tens
     Raises
     ------
     ShapeError
-        ``b`` has more elements, or the offset is 2^30 or more.
+        ``b`` has more elements or would end past ``a``, or the offset is 2^30 or more.
 
     Notes
     -----

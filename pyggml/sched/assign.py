@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..backend import Backend
+from ..backend import Backend, unsupported_op
 from ..buffer import Buffer
-from ..errors import UnsupportedOpError
 from ..graph import Graph
 from ..tensor import Tensor
 from ..types import BufferUsage, Op, TensorFlag
-from .state import Assignment, Cause, Machine
+from .state import CAUSES_OF_WEIGHTS, Assignment, Cause, Machine, is_computed
 
-__all__ = ["OffloadOp", "assign", "assign_from_location", "expand", "inherit", "upgrade"]
+__all__ = ["OffloadOp", "assign", "assign_from_location", "expand", "inherit", "settle", "upgrade"]
 
 #: Whether a backend wants an op whose weights lie in host memory; None: nothing is ever offloaded.
 OffloadOp = Callable[[Backend, Tensor], bool]
@@ -30,12 +29,14 @@ def assign(graph: Graph, asg: Assignment, machine: Machine, offload_op: OffloadO
     Raises
     ------
     UnsupportedOpError
-        No backend can run a node, or the one that holds its memory cannot.
+        No backend can run a node, or the one that holds its memory or was pinned cannot.
     """
     assign_from_location(graph, asg, machine, offload_op)
     expand(graph.nodes, asg, machine)
     upgrade(graph.nodes, asg, machine)
     inherit(graph.nodes, asg, machine)
+    if machine.repairs.unsupported_ops:
+        settle(graph.nodes, asg, machine)
 
 
 # pass 1: ops whose memory, or whose weights' memory, is known
@@ -83,10 +84,9 @@ def _from_own_buffer(tensor: Tensor, buffer: Buffer, machine: Machine, supports_
     for b in machine.users[buffer.buft]:
         if supports_op[b](tensor):
             return b
-    raise UnsupportedOpError(
-        tensor.name,
-        tensor.op.name,
-        tuple(b.name for b in machine.backends),
+    raise unsupported_op(
+        tensor,
+        machine.backends,
         reason=f"it is already in a buffer of {buffer.buft.name}, and none that uses this can run it",
         hint="place the tensor where the op can run",
     )
@@ -270,9 +270,77 @@ def _assign_first(node: Tensor, asg: Assignment, machine: Machine) -> None:
         if backend.supports_op(node):
             asg.set(node, b, Cause.EXPANDED)
             return
-    raise UnsupportedOpError(
-        node.name,
-        node.op_desc,
-        tuple(b.name for b in machine.backends),
-        reason=f"{node.type.ggml_name} from {', '.join(s.type.ggml_name for s in node.src if s is not None) or 'nothing'}",
+    raise unsupported_op(node, machine.backends)
+
+
+# after pass 4: what was assigned without a question
+
+#: The passes asked the backend before they gave these causes.
+_WAS_ASKED = frozenset({Cause.DST, Cause.OFFLOADED, Cause.EXPANDED, Cause.BEST, Cause.UPGRADED, *CAUSES_OF_WEIGHTS})
+
+
+def settle(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
+    """Verify that each node can run where it is; move one whose result is in memory that its backend cannot write.
+
+    Raises
+    ------
+    UnsupportedOpError
+        A node was pinned to a backend that cannot run it, or none that uses the memory of its result can.
+
+    Notes
+    -----
+    Differs: upstream asks no backend about what the user pinned and what follows its view, and runs it
+    (`Repairs.unsupported_ops`).
+    """
+    causes, supports_op = asg.causes, machine.supports_op
+    for node in nodes:
+        root = node.view_src
+        if (root is None and causes[node] in _WAS_ASKED) or not is_computed(node):
+            continue
+        b = asg.ids[node]
+        is_supported = causes[node] in _WAS_ASKED or supports_op[b](node)
+        users = () if root is None else _users_of(root, asg, machine)
+        if is_supported and (not users or b in users):
+            continue
+        if causes[node] is Cause.USER:
+            reason = (
+                "it was pinned there"
+                if not is_supported
+                else _elsewhere(node, asg, machine, "it was pinned there, and")
+            )
+            raise unsupported_op(
+                node, (machine.backends[b],), reason=reason, hint="pin it to a backend that can, or not at all"
+            )
+        able = [i for i in (users or range(len(machine.backends))) if supports_op[i](node)]
+        if not able and not any(supports(node) for supports in supports_op):
+            raise unsupported_op(node, machine.backends)
+        if not able:
+            raise unsupported_op(
+                node,
+                [machine.backends[i] for i in users] or machine.backends,
+                reason=_elsewhere(node, asg, machine, "") if users else "",
+                hint="compute into a new tensor, or pin what it writes to a backend that can run it" if users else "",
+            )
+        asg.set(node, able[0], Cause.VIEWED if users else Cause.EXPANDED)
+
+
+def _users_of(root: Tensor, asg: Assignment, machine: Machine) -> tuple[int, ...]:
+    """Return the backends that can use the memory of a tensor, its own first; none if it is nowhere yet."""
+    at = asg.ids.get(root)
+    if root.buffer is not None:
+        users = machine.users[root.buffer.buft]
+    elif at is not None:
+        users = machine.users[machine.bufts[at]]
+    else:
+        return ()
+    return (at, *(b for b in users if b != at)) if at in users else users
+
+
+def _elsewhere(node: Tensor, asg: Assignment, machine: Machine, first: str) -> str:
+    root = node.view_src
+    assert root is not None
+    at = asg.ids.get(root)
+    buft = machine.bufts[at] if root.buffer is None and at is not None else root.buffer and root.buffer.buft
+    return (
+        f"{first} it writes into '{root.name}', which is in memory of {buft.name if buft else 'another device'}".strip()
     )

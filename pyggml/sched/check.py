@@ -18,7 +18,7 @@ __all__ = ["check_allocation", "check_assignment", "check_splits"]
 
 
 def check_assignment(graph: Graph, asg: Assignment, machine: Machine) -> None:
-    """Verify passes 1 to 4: each node has a backend that supports its op, or was pinned by the user.
+    """Verify passes 1 to 4: each node has a backend that supports its op, or was pinned by the user of a strict scheduler.
 
     Raises
     ------
@@ -29,7 +29,7 @@ def check_assignment(graph: Graph, asg: Assignment, machine: Machine) -> None:
         backend_id = asg.get(node)
         if backend_id is None:
             raise SchedError(f"check: {node.op_desc} '{node.name}' has no backend")
-        if node.op.is_view or asg.cause(node) is Cause.USER:
+        if node.op.is_view or (asg.cause(node) is Cause.USER and not machine.repairs.unsupported_ops):
             continue
         backend = machine.backends[backend_id]
         if not backend.supports_op(node):

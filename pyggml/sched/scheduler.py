@@ -45,7 +45,7 @@ from ..buffer import BufferType
 from ..clock import VirtualClock
 from ..dialect import DEFAULT_DIALECT, Dialect, Repairs
 from ..errors import SchedError
-from ..graph import Graph
+from ..graph import Graph, Snapshot
 from ..notebook import html_table
 from ..record import Recorder, Statistics
 from ..tensor import Tensor
@@ -69,6 +69,7 @@ from .policies import (
 )
 from .split import CutMemory, Cutter, graph_size, make_sched_graph, optimize_splits, rewritten_sources
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
+from .tenancy import Tenancy
 
 if TYPE_CHECKING:
     import os
@@ -189,7 +190,7 @@ class Scheduler:
         self.events: list[list[Event | None]] = [
             [b.device.event_new() if parallel else None for _ in range(self.n_copies)] for b in self.backends
         ]
-        self.galloc = Gallocr(self.bufts, dialect=dialect)
+        self.galloc = Gallocr(self.bufts, dialect=dialect, keeps_outputs=self.repairs.reused_memory)
         self._noted_sizes = [0] * len(self.bufts)  # of compute buffers, as last recorded
         self.is_reset = True
         self.is_alloc = False
@@ -201,6 +202,8 @@ class Scheduler:
         self._copy_check: CopyCheck | None = None  # of the latest cut, once asked for
         self._rewritten_sources: dict[int, list[tuple[Tensor, int]]] = {}
         self._allocated: ref[Graph] | None = None
+        self._snapshot = Snapshot(())  # of the allocated graph
+        self._tenancy = Tenancy(self.graph_copy, ())  # in the compute buffers
         self._rewritten: WeakKeyDictionary[Graph, list[tuple[Tensor, int, Tensor]]] = WeakKeyDictionary()
         self._kept: KeptAlloc | None = None
         self._thread = threading.RLock()
@@ -252,7 +255,8 @@ class Scheduler:
 
         Notes
         -----
-        Mirrors `ggml_backend_sched_set_tensor_backend`: obeyed even if the backend does not support the op.
+        Mirrors `ggml_backend_sched_set_tensor_backend`. Differs: if the backend cannot run the op, allocating the graph is
+        an error (`Repairs.unsupported_ops`).
         """
         with self._one_thread():
             self.assignment.set(tensor, self._backend_id(backend), Cause.USER)
@@ -270,7 +274,7 @@ class Scheduler:
         Raises
         ------
         UnsupportedOpError
-            No backend can run a node.
+            No backend can run a node, or not the one that it is pinned to.
 
         Notes
         -----
@@ -285,6 +289,8 @@ class Scheduler:
         self._cutter = self._copy_check = self._kept = None
         asg, log = self.assignment, self.new_log()
         start_s = log.now()
+        if self.repairs.other_graph:
+            graph.check()
         assign(graph, asg, self.machine, self.offload_rule if self.op_offload else None)
         cutter = Cutter(asg, self.machine, self._memory, n_copies=self.n_copies, cur_copy=self.cur_copy)
         self._rewritten[graph] = cutter.rewritten
@@ -386,7 +392,7 @@ class Scheduler:
         SchedError
             A graph is allocated already: `reset` first.
         UnsupportedOpError
-            No backend can run a node.
+            No backend can run a node, or not the one that it is pinned to.
         OutOfMemoryError
             A device has not enough memory for the compute buffer.
 
@@ -415,6 +421,11 @@ class Scheduler:
             self.copier.prepare(self._cutter)
             self._rewritten_sources = rewritten_sources(graph, self._cutter) if self.repairs.stale_copies else {}
             self._kept = KeptAlloc(graph, self.assignment, self.copies, self._rules)
+            self._snapshot = Snapshot(graph.nodes)
+            chunks = [c for i in range(len(self.bufts)) for c in self.galloc.chunks(i)]
+            self._tenancy = Tenancy(self.graph_copy, chunks if self.repairs.reused_memory else ())
+            for split in self.splits:
+                split.graph.is_verified = self.repairs.other_graph
         self._allocated = ref(graph)
         self.is_alloc = True
 
@@ -432,6 +443,7 @@ class Scheduler:
             or self.n_copies > 1
             or self.debug
             or not kept.serves(graph, self._rules)
+            or not self._snapshot.holds(graph.nodes)
         ):
             return False
         self.assignment, self.copies = kept.assignment, kept.copies
@@ -475,7 +487,7 @@ class Scheduler:
         Raises
         ------
         SchedError
-            Another graph is allocated.
+            Another graph is allocated, this one was changed since, or an input was overwritten and not set again.
         ComputeError, ExpertIdError
             See `compute_splits`. The graph stays allocated; the next call starts from the beginning.
 
@@ -511,14 +523,22 @@ class Scheduler:
                     f"{held!r} is allocated, {graph!r} was to be computed",
                     hint="call reset(), then alloc_graph() with the graph to compute",
                 )
+            if not self._snapshot.holds(graph.nodes):
+                change = self._snapshot.first_change(graph.nodes)
+                raise SchedError(
+                    f"the graph was changed since it was allocated: {change}",
+                    hint="call reset() and alloc_graph(), then set the inputs again",
+                )
         log = self.new_log()
         log.copy_check = self._checking_copies()
+        self._tenancy.begin()
         compute_splits(
             SplitRun(
                 self.machine, self.splits, self.copies, self.assignment, self.cur_copy, self.events, self.copier,
                 self.eval_callback, log, self._rewritten_sources,
             )
         )  # fmt: skip
+        self._tenancy.end()
 
     def _checking_copies(self) -> CopyCheck | None:
         """Return what verifies copies; None if nobody asked, or if upstream's mistakes are to be replayed."""

@@ -15,7 +15,17 @@ from ..notebook import html_table
 from ..tensor import Tensor
 from ..types import TensorFlag
 
-__all__ = ["Assignment", "BufferUsers", "Cause", "Copies", "Machine", "SchedGraph", "Split", "is_computed"]
+__all__ = [
+    "CAUSES_OF_WEIGHTS",
+    "Assignment",
+    "BufferUsers",
+    "Cause",
+    "Copies",
+    "Machine",
+    "SchedGraph",
+    "Split",
+    "is_computed",
+]
 
 
 class Cause(Enum):
@@ -47,7 +57,7 @@ class Cause(Enum):
     @staticmethod
     def weight(i_src: int) -> Cause:
         """Return the cause "source i is a weight"."""
-        return _WEIGHTS[i_src]
+        return CAUSES_OF_WEIGHTS[i_src]
 
     @property
     def text(self) -> str:
@@ -57,7 +67,7 @@ class Cause(Enum):
         return _TEXTS[self.value]
 
 
-_WEIGHTS = [c for c in Cause if c.value.startswith("1.wgt")]
+CAUSES_OF_WEIGHTS = [c for c in Cause if c.value.startswith("1.wgt")]
 _TEXTS = {
     "usr": "the user pinned it there",
     "1.dst": "its own buffer is there",

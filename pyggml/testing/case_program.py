@@ -101,7 +101,7 @@ class _Interpreter:
         return self.acts[-1 - j % len(self.acts)]
 
     def _slice(self, a: CaseTensor, j: int, k: int) -> None:
-        m = max(1, self.n // 2)
+        m = min(self.n, max(1, self.n // 2))
         part = self.g.view(a, [self.w.n_embd, m], a.nb, offs=a.nb[1] * (self.n - m))
         done = self.g.same("UNARY", part) if j % 2 else self.g.cont(part)
         if k % 2:

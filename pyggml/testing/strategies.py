@@ -175,7 +175,7 @@ def cases(draw: st.DrawFn, *, max_instructions: int = 40, may_fail: bool = True)
     does_optimize = draw(st.integers(0, 4)) == 4
     if does_optimize:
         del programs_[1:]  # an order of nodes goes by their names, which another program gives to others
-    batches = draw(st.lists(st.sampled_from([1, 3, 32, 48, 200]), min_size=1, max_size=3))
+    batches = draw(st.lists(st.sampled_from([1, 3, 32, 48, 200, 0]), min_size=1, max_size=3))
     rng = random.Random(draw(st.integers(0, 2**16)))
     graphs: dict[str, CaseGraph] = {}
     steps: list[Json] = []

@@ -94,7 +94,9 @@ class Draw:
             big = [ne[0] + block * self.draw(st.integers(0, 2)), *[n + self.draw(st.integers(0, 2)) for n in ne[1:]]]
             nb1 = Type.of(type).row_size(big[0])
             nb = [nb1, nb1 * big[1], nb1 * big[1] * big[2]]
-            offset = self.draw(st.sampled_from([0, Type.of(type).type_size, nb1, nb[1]]))
+            last = sum((n - 1) * b for n, b in zip(ne[1:], nb, strict=True)) + Type.of(type).row_size(ne[0])
+            fits = [at for at in (0, Type.of(type).type_size, nb1, nb[1]) if at + last <= nb[2] * big[3]]
+            offset = self.draw(st.sampled_from(fits or [0]))
             return self.add("view_4d", self.add("new", type, big, name), *ne, *nb, offset)
         if layout == "reshaped":
             return self.add("reshape_4d", self.add("new", type, [ne[0], ne[1] * ne[2] * ne[3]], name), *ne)
@@ -551,12 +553,35 @@ FAMILIES: dict[str, dict[str, Arguments]] = {
 }
 
 
+def reaches_outside(tensors: list[Any], step: Step) -> bool:
+    """Whether a tensor that the library makes reaches past the memory it is in: these we refuse."""
+
+    def of(t: Any) -> Any:
+        return tensors[t] if isinstance(t, int) else t
+
+    views = [t for t in tensors if t and t["view_src"] is not None]
+    if any(t["view_offs"] + t["nbytes"] > of(t["view_src"])["nbytes"] for t in views):
+        return True
+    if not step[0].startswith(("acc", "set_1d", "set_2d", "set", "set_inplace")):
+        return False
+    a, part = (of(i) for i in tensors[-1]["src"][:2])
+    given = step[3:-1]  # strides that the builder takes, the others are a's; then the offset
+    nb = [*given, *a["nb"][1 + len(given) :]]
+    end = step[-1] + 4 + sum((n - 1) * b for n, b in zip(part["ne"], (4, *nb), strict=True))
+    return end > a["nbytes"] or max(step[-1], *nb) >= 2**31
+
+
 def compare(child: Child, steps: list[Step]) -> None:
     """Both refuse a program, or both make the same tensors."""
     theirs, ours = child.ask("build", steps=steps), programs.run_and_describe(steps)
     if "refused" in ours and "no whole number of" in ours["refused"]:
         # an assertion that the library's release build leaves out: it makes a row that ends inside a block
         assert any(t["ne"][0] % Type.of(t["type"]).block_size for t in theirs.get("tensors", ()) if t)
+        return
+    if "refused" in ours and any(
+        text in ours["refused"] for text in ("ends past", "outside the", "cannot be negative")
+    ):
+        assert "tensors" not in theirs or reaches_outside(theirs["tensors"], steps[-1])
         return
     if "tensors" not in theirs or "tensors" not in ours:
         assert "tensors" not in theirs, f"ours refused: {ours['refused']}"

@@ -31,14 +31,14 @@ def _device(name: str, bufts: dict[str, MockBufferType], kind: DeviceType, **mor
     return MockDevice(abilities, bufts)
 
 
-def _scheduler(**gpu: object) -> Scheduler:
+def _scheduler(*, strict: bool = False, **gpu: object) -> Scheduler:
     memory = MockMemory()
     bufts = {
         name: MockBufferType(BufferTypeAbilities(name, alignment=64, is_host=name == "CPU"), memory)
         for name in ("GPU", "CPU")
     }
     devices = [_device("GPU", bufts, DeviceType.GPU, **gpu), _device("CPU", bufts, DeviceType.CPU)]
-    return Scheduler([d.backend() for d in devices])
+    return Scheduler([d.backend() for d in devices], strict=strict)
 
 
 def _chain() -> tuple[Graph, list[Tensor]]:
@@ -92,8 +92,8 @@ def test_a_node_without_backend_is_noticed() -> None:
 
 
 def test_a_node_where_it_cannot_run_is_noticed() -> None:
-    """A node on a backend that does not support its op is an error with its cause; a user's pin is not."""
-    sched = _scheduler(ops=OpSupport(deny=frozenset({Op.CONT})))
+    """A node on a backend that does not support its op is an error with its cause; a pin of a strict scheduler is not."""
+    sched = _scheduler(strict=True, ops=OpSupport(deny=frozenset({Op.CONT})))
     graph, nodes = _chain()
     sched.set_tensor_backend(nodes[1], sched.backends[0])
     sched.alloc_graph(graph)

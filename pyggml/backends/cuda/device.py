@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ... import config
-from ...backend import Backend, Device, Event, op_batch_size
+from ...backend import Backend, Device, Event, op_batch_size, unsupported_op
 from ...buffer import Buffer, BufferType
 from ...errors import BackendError, ComputeError, DeviceUnavailableError
-from ...graph import GraphView
+from ...graph import GraphView, Snapshot
 from ...tensor import Tensor
 from ...types import DeviceType, TensorFlag
 from ..host.machine import HostBuffer
@@ -282,16 +282,14 @@ class _Plan:
 
     Attributes
     ----------
-    version, places, scratch : int, list, int
+    snapshot, scratch : Snapshot, int
         What the plan was made for: of the graph, the nodes' addresses, the scratch memory's address.
     """
 
-    __slots__ = ("device", "launches", "places", "scratch", "version")
+    __slots__ = ("device", "launches", "scratch", "snapshot")
 
-    def __init__(
-        self, device: CudaDevice, version: int, places: list[int | None], scratch: int, launches: list[Launch]
-    ) -> None:
-        self.device, self.version, self.places, self.scratch = device, version, places, scratch
+    def __init__(self, device: CudaDevice, snapshot: Snapshot, scratch: int, launches: list[Launch]) -> None:
+        self.device, self.snapshot, self.scratch = device, snapshot, scratch
         self.launches = [(*device.function(one.kernel), one.grid, one.block, one.args) for one in launches]
 
 
@@ -315,7 +313,7 @@ class CudaBackend(Backend):
         ------
         BackendError
             A tensor of a node lies elsewhere: a split input was not copied.
-        ComputeError
+        UnsupportedOpError
             A node has no kernel.
         OutOfMemoryError
             The card has no room for scratch memory.
@@ -325,13 +323,11 @@ class CudaBackend(Backend):
 
     def _plan(self, graph: GraphView) -> _Plan:
         nodes = graph.nodes
-        places = [node.data for node in nodes]
         kept = graph.plan
         if (
             isinstance(kept, _Plan)
             and kept.device is self.device
-            and kept.version == graph.graph.version
-            and kept.places == places
+            and kept.snapshot.serves(graph)
             and kept.scratch == self._scratch[0]
         ):
             return kept
@@ -339,7 +335,7 @@ class CudaBackend(Backend):
         for node in todo:
             self._check(node)
         launches = self._launches(todo)
-        plan = graph.plan = _Plan(self.device, graph.graph.version, places, self._scratch[0], launches)
+        plan = graph.plan = _Plan(self.device, Snapshot(nodes), self._scratch[0], launches)
         return plan
 
     def _launches(self, nodes: list[Tensor]) -> list[Launch]:
@@ -353,11 +349,11 @@ class CudaBackend(Backend):
         return [one for node in nodes for one in launches_of(node, work)]
 
     def _check(self, node: Tensor) -> None:
+        if not supports_op(node):
+            raise unsupported_op(node, (self,))
         for tensor in (node, *node.src):
             if tensor is not None and not tensor.is_empty:
                 self._own(tensor)
-        if not supports_op(node):
-            raise ComputeError(self.name, f"there is no kernel for {node.op_desc}", node=node.name)
 
     def _own(self, tensor: Tensor) -> CudaBuffer:
         storage = tensor.storage

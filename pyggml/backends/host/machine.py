@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ...buffer import Buffer, BufferType
 from ...errors import AllocError, ComputeError, OutOfMemoryError
-from ...graph import GraphView
+from ...graph import GraphView, Snapshot
 from ...tensor import Tensor
 from .plan import HostPlan
 from .race_watch import HOST, access_to
@@ -245,19 +245,19 @@ def shared_pool(threads: int) -> Pool:
 class _KeptPlan:
     """A plan, and what it rests on."""
 
-    __slots__ = ("buffers", "owner", "places", "plan", "version")
+    __slots__ = ("buffers", "owner", "plan", "snapshot")
 
-    def __init__(self, plan: HostPlan, owner: object, version: int, nodes: Sequence[Tensor]) -> None:
-        self.plan, self.owner, self.version = plan, owner, version
-        self.places = [node.data for node in nodes]
-        used = {t.storage for node in nodes for t in (node, *node.src) if t is not None}
+    def __init__(self, plan: HostPlan, owner: object, nodes: Sequence[Tensor]) -> None:
+        self.plan, self.owner = plan, owner
+        self.snapshot = Snapshot(nodes)
+        used = {t.storage for t in self.snapshot.tensors}
         self.buffers = tuple(b for b in used if b is not None)
 
 
 def plan_of(graph: GraphView, owner: object, name: str, address_of: Callable[[Tensor], int]) -> HostPlan:
     """Return the plan of a range of nodes, made at the first time and kept in the range.
 
-    It is made anew if the graph changed, a node moved in memory, a buffer was closed, or another device asks.
+    A new one is made if the nodes changed in any way, a tensor moved in memory, a buffer was closed, or another device asks.
 
     Parameters
     ----------
@@ -267,15 +267,20 @@ def plan_of(graph: GraphView, owner: object, name: str, address_of: Callable[[Te
         Of the backend, for errors.
     address_of : callable
         Host address of a tensor; raises if the backend cannot reach it.
+
+    Raises
+    ------
+    UnsupportedOpError
+        The kernels cannot run a node.
+    ComputeError
+        A node has no memory yet.
     """
     nodes = graph.nodes
-    places = [node.data for node in nodes]
     kept = graph.plan
     if (
         isinstance(kept, _KeptPlan)
         and kept.owner is owner
-        and kept.version == graph.graph.version
-        and kept.places == places
+        and kept.snapshot.serves(graph)
         and not any(buffer.is_closed for buffer in kept.buffers)
     ):
         return kept.plan
@@ -283,5 +288,5 @@ def plan_of(graph: GraphView, owner: object, name: str, address_of: Callable[[Te
         if not node.op.is_empty and not node.is_empty and node.data is None:
             raise ComputeError(name, "a node has no memory yet", node=node.name, hint="allocate the graph first")
     plan = HostPlan(nodes, address_of, backend=name)
-    graph.plan = _KeptPlan(plan, owner, graph.graph.version, nodes)
+    graph.plan = _KeptPlan(plan, owner, nodes)
     return plan

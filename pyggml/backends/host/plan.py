@@ -12,13 +12,14 @@ is known:
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyggml.kernels.cpu import words as w
 
-from ...errors import ComputeError
+from ...errors import ComputeError, UnsupportedOpError
 from ...tensor import Tensor
 from ...types import TensorFlag
 from .indices import bad_index_error
@@ -49,6 +50,53 @@ class Layout(NamedTuple):
     nbytes: int
 
 
+class _Ranges:
+    """Ranges of bytes, joined where they meet, so that one look-up finds out whether another meets them."""
+
+    __slots__ = ("ends", "starts")
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+
+    def meets(self, first: int, end: int) -> bool:
+        """Return whether a range shares a byte with one of these."""
+        i = bisect_right(self.ends, first)
+        return i < len(self.starts) and self.starts[i] < end
+
+    def add(self, first: int, end: int) -> None:
+        """Add a range."""
+        i, j = bisect_left(self.ends, first), bisect_right(self.starts, end)
+        if i < j:
+            first, end = min(first, self.starts[i]), max(end, self.ends[j - 1])
+        self.starts[i:j] = (first,)
+        self.ends[i:j] = (end,)
+
+
+class _Touched:
+    """What the descriptors of a stage read and write."""
+
+    __slots__ = ("all", "parallel")
+
+    def __init__(self) -> None:
+        self.all = (_Ranges(), _Ranges())  #: read, written
+        self.parallel = (_Ranges(), _Ranges())  #: by descriptors that all threads run
+
+    def conflicts(self, ranges: Sequence[tuple[int, int, bool]], serial: bool) -> bool:
+        """Whether ranges meet written ones of the stage, or written ones its others; serial descriptors keep order."""
+        reads, writes = self.parallel if serial else self.all
+        return any(
+            writes.meets(first, end) or (is_write and reads.meets(first, end)) for first, end, is_write in ranges
+        )
+
+    def add(self, ranges: Sequence[tuple[int, int, bool]], serial: bool) -> None:
+        """Note what a descriptor touches."""
+        for first, end, is_write in ranges:
+            self.all[is_write].add(first, end)
+            if not serial:
+                self.parallel[is_write].add(first, end)
+
+
 class HostPlan:
     """A plan for nodes whose data lies in host memory.
 
@@ -62,6 +110,11 @@ class HostPlan:
         Name for errors.
     share : bool
         Whether nodes may use what earlier ones prepared. False makes `run_node` possible.
+
+    Raises
+    ------
+    UnsupportedOpError
+        No kernel can run a node. Every way to a kernel passes here, once for each plan.
 
     Notes
     -----
@@ -88,7 +141,7 @@ class HostPlan:
         self._stages: list[int] = []  #: first descriptor of each stage
         self._stage_cost = 0.0  #: seconds of the stage so far
         self._new_stage = True  #: whether the next descriptor begins one, whatever it touches
-        self._pending: list[tuple[int, int, bool, bool]] = []  #: first, end, is write, is serial: of this stage
+        self._touched = _Touched()  #: by this stage
         self._shared: dict[tuple[Any, ...], tuple[Range, tuple[str, int]]] = {}
         self._fixups: list[tuple[int, str, int]] = []  #: word, slot kind, slot number
         self._slot_bytes = {"rows": 0, "groups": 0}
@@ -103,6 +156,9 @@ class HostPlan:
         for node in nodes:
             first = len(self._starts)
             if not node.op.is_empty and node.flags & compute and not node.is_empty:
+                reason = reason_unsupported(node)
+                if reason:  # kernels trust their descriptors
+                    raise UnsupportedOpError(node.name, node.op_desc, (self.backend,), reason=reason)
                 WRITERS[node.op](self, node)
                 if self.share:
                     self._forget(node)
@@ -164,26 +220,17 @@ class HostPlan:
                 words.extend((at, t.type, *t.ne, *t.nb))
                 ranges.append((at, at + t.nbytes, is_write))
             is_write = False
-        if self._new_stage or self._conflicts(ranges, serial):
+        if self._new_stage or self._touched.conflicts(ranges, serial):
             self._new_stage, self._stage_cost = False, 0.0
             self._stages.append(len(self._starts))
-            self._pending.clear()
-        self._pending += [(first, end, is_write, serial) for first, end, is_write in ranges]
+            self._touched = _Touched()
+        self._touched.add(ranges, serial)
         self._stage_cost += cost
         self._new_stage = self._stage_cost > PIECE_S
         self._starts.append(start)
         self._owners.append(node)
         self._costs.append(cost)
         return start
-
-    def _conflicts(self, ranges: list[tuple[int, int, bool]], serial: bool) -> bool:
-        """Whether ranges meet written ones of the stage, or written ones its others; serial descriptors keep order."""
-        pending = self._pending
-        for first, end, is_write in ranges:
-            for first2, end2, is_write2, serial2 in pending:
-                if first < end2 and first2 < end and (is_write or is_write2) and not (serial and serial2):
-                    return True
-        return False
 
     def prepared(self, key: tuple[Any, ...]) -> tuple[str, int] | None:
         """Return the slot of what was prepared under a key, if it still holds."""
@@ -247,7 +294,7 @@ class HostPlan:
         self.shared_bytes = base["groups"] + N_SLOTS["groups"] * size["groups"]
         self._address = self._words.buffer_info()[0]
         self._pieces = self._cut()
-        self._pending.clear()
+        self._touched = _Touched()
         self._shared.clear()
 
     def _cut(self) -> list[tuple[int, int]]:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...backend import unsupported_op
 from ...errors import BackendError, ComputeError
-from ...graph import GraphView
+from ...graph import GraphView, Snapshot
 from ...tensor import Tensor
 from ...types import TensorFlag
 from ..host.indices import IndexUse, bad_index_error, cut_at_indices, find_bad_index
@@ -45,17 +46,17 @@ class LibraryPlan:
     ------
     BackendError
         A tensor of a node lies in memory that the device cannot use: a split input was not copied.
-    ComputeError
+    UnsupportedOpError
         The device cannot run a node.
     """
 
-    __slots__ = ("_buffers", "_keep", "_nodes", "backend", "parts", "places", "version")
+    __slots__ = ("_buffers", "_keep", "_nodes", "backend", "parts", "snapshot", "version")
 
     def __init__(self, backend: LibraryBackend, view: GraphView) -> None:
         self.backend = backend
         nodes = view.nodes
-        self.version = view.graph.version
-        self.places = [node.data for node in nodes]
+        self.version = view.graph.version  # who else uses a node
+        self.snapshot = Snapshot(nodes)
         todo = [node for node in nodes if node.flags & TensorFlag.COMPUTE and not node.is_empty]
         uses = _uses(todo)
         counts = view.graph.use_counts
@@ -71,11 +72,8 @@ class LibraryPlan:
 
     def is_for(self, backend: LibraryBackend, view: GraphView) -> bool:
         """Whether this is still the plan of a range, on a backend."""
-        return (
-            self.backend is backend
-            and self.version == view.graph.version
-            and self.places == [node.data for node in view.nodes]
-        )
+        is_same = self.backend is backend and self.version == view.graph.version
+        return is_same and self.snapshot.serves(view)
 
     def run(self) -> None:
         """Give the graphs to the device; it may still be at work when this returns.
@@ -130,7 +128,7 @@ class LibraryPlan:
     def _node(self, node: Tensor, context: Handle) -> Handle:
         buffer = self._own(node)
         if not self.backend.device.supports_op(node):
-            raise ComputeError(self.backend.name, f"it cannot run {node.op_desc}", node=node.name)
+            raise unsupported_op(node, (self.backend,))
         library = self.backend.library
         made = new_tensor(library, context, node)
         set_op(library, made, node)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...errors import BackendError, ComputeError
-from ...graph import GraphView
+from ...backend import unsupported_op
+from ...errors import BackendError
+from ...graph import GraphView, Snapshot
 from ...tensor import Tensor
 from ...types import MAX_NAME, MAX_SRC, Op, TensorFlag
 from ..host.indices import IndexUse, bad_index_error, cut_at_indices, find_bad_index
@@ -99,21 +100,21 @@ class RPCPlan:
     ------
     BackendError
         A tensor of a node lies elsewhere: a split input was not copied.
-    ComputeError
+    UnsupportedOpError
         A node is none that a server is known to run.
     """
 
-    __slots__ = ("_leafs", "backend", "parts", "places", "version")
+    __slots__ = ("_leafs", "backend", "parts", "snapshot", "version")
 
     def __init__(self, backend: RPCBackend, view: GraphView) -> None:
         self.backend = backend
         nodes = view.nodes
-        self.version = view.graph.version
-        self.places = [node.data for node in nodes]
+        self.version = view.graph.version  # who else uses a node
+        self.snapshot = Snapshot(nodes)
         todo = [node for node in nodes if node.flags & TensorFlag.COMPUTE and not node.is_empty]
         for node in todo:
             if not backend.device.supports_op(node):
-                raise ComputeError(backend.name, f"servers are not known to run this {node.op_desc}", node=node.name)
+                raise unsupported_op(node, (backend,), reason="servers are not known to run it")
         cuts = cut_at_indices(todo)
         ends = [start for start, _ in cuts[1:]] + [len(todo)]
         counts = view.graph.use_counts
@@ -126,11 +127,8 @@ class RPCPlan:
 
     def is_for(self, backend: RPCBackend, view: GraphView) -> bool:
         """Whether this is still the plan of a range, on a backend."""
-        return (
-            self.backend is backend
-            and self.version == view.graph.version
-            and self.places == [node.data for node in view.nodes]
-        )
+        is_same = self.backend is backend and self.version == view.graph.version
+        return is_same and self.snapshot.serves(view)
 
     def _body(self, nodes: Sequence[Tensor], counts: Mapping[Tensor, int]) -> bytes:
         """Return numbers of nodes, then all tensors: first those that come from elsewhere."""

@@ -336,6 +336,7 @@ def test_indices_that_the_split_itself_makes_are_checked(library_cpu):
     assert len(plan.parts) == 2
     assert [use.indices.name for part in plan.parts for use in part.checks] == ["rows"]
     np.testing.assert_array_equal(sorted_.numpy(), np.arange(24).reshape(6, 4)[[0, 2, 4]])
+    table.set_array(np.arange(24).reshape(6, 4))
     numbers.set_array(np.array([2.0, 0.0, 3.0]))
     with pytest.raises(ComputeError, match=r"row index 6 .* 'rows'\[2\]"):
         sched.compute(graph)

@@ -77,6 +77,20 @@ def test_rows_are_libggmls_to_the_last_bit():
     assert done.stdout == f"{len(TYPES)} types\n"
 
 
+@pytest.mark.parametrize("typ", TYPES, ids=lambda t: t.name)
+def test_activations_of_any_size_are_as_good_as_of_size_one(memory, typ):
+    """Activations far below and above what a half can scale lose nothing; one that is no number makes its token none."""
+    rng = np.random.default_rng(5)
+    w = weights(memory, rng, typ, (33, 512))
+    for size in (1e-30, 1e-7, 1e-5, 1e7, 1e30):
+        x = (rng.standard_normal((3, 512)) * size).astype("f4")
+        got = memory.compute(Op.MUL_MAT, (33, 3), w, memory.tensor(x)).astype("f8") / size
+        assert nmse(got, x.astype("f8") / size @ memory.values(w).astype("f8").T) < 5e-4, size
+    x[1, 300] = np.nan
+    got = memory.compute(Op.MUL_MAT, (33, 3), w, memory.tensor(x)).reshape(3, 33)
+    assert [np.isfinite(row).any() for row in got] == [True, False, True]
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 40])
 @pytest.mark.parametrize("typ", TYPES, ids=lambda t: t.name)
 def test_product_equals_float64_within_upstreams_bound(memory, typ, n):

@@ -179,11 +179,11 @@ def test_independent_products_do_not_wait_for_each_other(memory):
 CHILD = """
 import numpy as np
 from pyggml.kernels.cpu import cache
-from pyggml.kernels.cpu.activations import quantise_row
+from pyggml.kernels.cpu.activations import quantise_row_q8_0
 x, q = np.full(32, 2.54, np.float32), np.zeros(48, np.uint8)
-quantise_row(x.ctypes.data, q.ctypes.data, 1, 0)
+quantise_row_q8_0(x.ctypes.data, q.ctypes.data, 1, 0)
 assert (q[:32] == 127).all()
-print(cache.CACHE_DIR, quantise_row.from_cache, sep="\\n")
+print(cache.CACHE_DIR, quantise_row_q8_0.from_cache, sep="\\n")
 """
 
 

@@ -158,3 +158,25 @@ def test_products_of_one_input_share_its_quantised_rows(memory):
     assert plan.n_descriptors == 3 + 1 + 1 + 1 + 1
     plan.run(memory.pool)
     np.testing.assert_allclose(memory.values(again), 2 * memory.values(products[0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-7, 1e-5, 1e6, 1e7, 1e30])
+@pytest.mark.parametrize("typ", K_QUANTS, ids=lambda t: t.name)
+def test_activations_of_any_size_are_as_good_as_of_size_one(memory, typ, size):
+    """Weights that ggml multiplies with Q8_K take activations far below and above what a half can scale."""
+    rng = np.random.default_rng(3)
+    w, x = weights(memory, rng, typ, (33, 512)), (rng.standard_normal((7, 512)) * size).astype("f4")
+    got = memory.compute(Op.MUL_MAT, (33, 7), w, memory.tensor(x)).astype("f8") / size
+    assert nmse(got, x.astype("f8") / size @ memory.values(w).astype("f8").T) < BOUND[typ]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("typ", FLOATS + BLOCKS_32 + K_QUANTS, ids=lambda t: t.name)
+def test_what_is_no_number_stays_none(memory, typ, bad):
+    """One element that is not finite makes every result of its token NaN or infinite, and none of the others."""
+    rng = np.random.default_rng(4)
+    w, x = weights(memory, rng, typ, (33, 512)), rng.standard_normal((7, 512), dtype="f4")
+    x[3, 77] = bad
+    got = memory.compute(Op.MUL_MAT, (33, 7), w, memory.tensor(x)).reshape(7, 33)
+    assert not np.isfinite(got[3]).any()
+    assert np.isfinite(np.delete(got, 3, axis=0)).all()

@@ -1,0 +1,134 @@
+"""`Tenancy`: who has which bytes of the compute buffers, so that nobody reads memory that was given to something else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from ..buffer import Buffer
+from ..errors import GraphError, SchedError
+from ..tensor import Tensor
+from ..types import Op
+from .state import SchedGraph, is_computed
+
+__all__ = ["Tenancy"]
+
+
+class Tenancy:
+    """What the compute buffers hold after a graph was computed.
+
+    Every buffer of the graph's results refers to this; reading a tensor there asks `check_read`. Results are looked
+    for only when asked, so that computing costs nothing.
+
+    Parameters
+    ----------
+    graph : SchedGraph
+        Nodes and copies in the order in which they are written.
+    buffers : collection of Buffer
+        The chunks of all compute buffers.
+
+    Notes
+    -----
+    Differs: upstream reads whatever is there (`Repairs.reused_memory`).
+    """
+
+    __slots__ = ("_by", "_leafs", "_nodes", "_position", "is_over", "rewritten")
+
+    def __init__(self, graph: SchedGraph, buffers: Collection[Buffer]) -> None:
+        self._nodes: Sequence[Tensor] = graph.nodes
+        self._leafs: Sequence[Tensor] = graph.leafs
+        self._position: dict[Tensor, int] | None = None  # of what owns memory, in the order of writing
+        self._by: dict[Tensor, Tensor | None] = {}
+        self.is_over = False  #: whether all was computed
+        self.rewritten: set[Tensor] = set()  #: what was written by hand since
+        for buffer in buffers:
+            buffer.tenancy = self
+
+    def begin(self) -> None:
+        """Verify that every input is there; from now on nothing is checked, as tensors hold what they are to hold.
+
+        Raises
+        ------
+        SchedError
+            An input was overwritten when the graph was computed before, and nobody wrote it again.
+        """
+        if self.is_over:
+            for leaf in self._leafs:
+                if leaf.view_src is None and leaf not in self.rewritten and self._is_here(leaf):
+                    by = self._overwritten_by(leaf)
+                    if by is not None:
+                        raise SchedError(
+                            f"'{leaf.name}' must be set again before the graph is computed again: "
+                            f"{_what(by)} overwrote it the last time",
+                            hint="or mark it as output (set_output) before alloc_graph, so that it keeps its memory",
+                        )
+        self.is_over = False
+        self.rewritten.clear()
+
+    def end(self) -> None:
+        """Note that all was computed."""
+        self.is_over = True
+
+    def note_write(self, tensor: Tensor) -> None:
+        """Note that a tensor was written by hand: it holds that, whatever was there."""
+        if self.is_over:
+            self.rewritten.add(tensor.view_src or tensor)
+
+    def check_read(self, tensor: Tensor) -> None:
+        """Refuse a tensor whose memory holds something else.
+
+        Raises
+        ------
+        GraphError
+            A node or a copy was written there after it, or another graph was computed there.
+        """
+        root = tensor.view_src or tensor
+        if not self.is_over or root.is_empty or root in self.rewritten:
+            return
+        if root not in self._positions:
+            raise GraphError(
+                f"'{tensor.name}' cannot be read: another graph was computed in its memory",
+                hint="read results before the scheduler allocates the next graph",
+            )
+        by = self._overwritten_by(root)
+        if by is not None:
+            raise GraphError(
+                f"'{tensor.name}' cannot be read: its memory was given to {_what(by)} in the same compute",
+                hint="mark it as output: set_output() before alloc_graph",
+            )
+
+    @property
+    def _positions(self) -> dict[Tensor, int]:
+        if self._position is None:
+            self._position = {leaf: -1 for leaf in self._leafs}
+            for i, node in enumerate(self._nodes):
+                for tensor in (*node.src, node):
+                    if tensor is not None and tensor.view_src is None:
+                        self._position.setdefault(tensor, i if tensor is node else -1)
+        return self._position
+
+    def _is_here(self, tensor: Tensor) -> bool:
+        return tensor.buffer is not None and tensor.buffer.tenancy is self
+
+    def _overwritten_by(self, root: Tensor) -> Tensor | None:
+        """Return the first node or copy that was written over a tensor after it was."""
+        if root not in self._by:
+            self._by[root] = self._find(root)
+        return self._by[root]
+
+    def _find(self, root: Tensor) -> Tensor | None:
+        lo = root.data
+        if lo is None:
+            return None
+        hi = lo + root.nbytes
+        for node in self._nodes[self._positions[root] + 1 :]:
+            at = node.data
+            if at is None or node.buffer is not root.buffer or (node.view_src or node) is root:
+                continue
+            is_copy = node.op is Op.NONE and node.view_src is None
+            if at < hi and lo < at + node.nbytes and (is_copy or is_computed(node)):
+                return node
+        return None
+
+
+def _what(node: Tensor) -> str:
+    return f"the copy '{node.name}'" if node.op is Op.NONE else f"{node.op_desc} '{node.name}'"

@@ -1,0 +1,181 @@
+"""What cannot run is an error that names op, types and backend, whichever way it takes to a kernel; nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import pytest
+
+import pyggml as ggml
+from pyggml import ops
+from pyggml.backends.host.support import supports_op
+from pyggml.types import Op, Type
+
+#: Ops of one tensor, of all that kernels take as floats; with a type that they do not take.
+ONE = {
+    "cont of a transposed": lambda x: ops.cont(ops.transpose(x)),
+    "concat": lambda x: ops.concat(x, x, 1),
+    "add": lambda x: ops.add(x, x),
+    "scale": lambda x: ops.scale(x, 2.0),
+    "rms_norm": lambda x: ops.rms_norm(x, 1e-5),
+    "soft_max": ops.soft_max,
+    "sqr": ops.sqr,
+    "silu": ops.silu,
+    "sum_rows": ops.sum_rows,
+    "cumsum": ops.cumsum,
+    "argsort": lambda x: ops.argsort(x, 0),
+    "mul_mat": lambda x: ops.mul_mat(x, ggml.Tensor("f32", (64, 2), name="b")),
+    "clamp": lambda x: ops.clamp(x, 0.0, 1.0),
+    "swiglu": ops.swiglu,
+    "repeat": lambda x: ops.repeat_4d(x, 64, 192, 1, 1),
+    "diag_mask_inf": lambda x: ops.diag_mask_inf(x, 0),
+    "cast to i64": lambda x: ops.cast(x, "i64"),
+}
+TYPES = ("q4_0", "q8_0", "q4_K", "iq4_xs", "i32", "i64", "f16")
+#: The same in place, or into what is there already.
+INTO = {
+    "scale_inplace": lambda x: ops.scale_inplace(x, 2.0),
+    "add_inplace": lambda x: ops.add_inplace(x, x),
+    "silu_inplace": ops.silu_inplace,
+    "rms_norm_inplace": lambda x: ops.rms_norm_inplace(x, 1e-5),
+    "cpy": lambda x: ops.cpy(ggml.Tensor("f32", x.ne, name="other", flags=1), x),
+}
+
+
+def _built(build: Callable[[ggml.Tensor], ggml.Tensor], kind: str) -> tuple[ggml.Graph, ggml.Tensor] | None:
+    """Return a graph of one op over a tensor of a type; None if the builder refuses, or if the kernels take it."""
+    graph = ggml.Graph()
+    with graph:
+        x = graph.input(kind, (256, 64) if Type.of(kind).block_size > 64 else (64, 96), name="x")
+        try:
+            y = build(x)
+        except ggml.ShapeError:
+            return None
+    if supports_op(y):
+        return None
+    graph.expand(y)
+    return graph, y
+
+
+WAYS = ("alone", "pinned to the CPU", "pinned to a device")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_node_that_cannot_run_is_refused_when_it_is_allocated(way: str) -> None:
+    """Every op with every type that it cannot take is `UnsupportedOpError` in `alloc_graph`, pinned or not, in place or not."""
+    n = 0
+    cpu, gpu = ggml.CPU(threads=1), ggml.Sim("rtx4090-pcie4")
+    for (name, build), kind in product((ONE | INTO).items(), TYPES):
+        made = _built(build, kind)
+        if made is None:
+            continue
+        graph, y = made
+        sched = ggml.Scheduler([gpu, cpu])
+        if way != "alone":
+            sched.set_tensor_backend(y, cpu if way == "pinned to the CPU" else gpu)
+        with pytest.raises(ggml.UnsupportedOpError) as caught:
+            sched.alloc_graph(graph)
+        error = caught.value
+        assert error.op == y.op_desc, name
+        assert Type.of(kind).ggml_name in str(error)
+        if way != "alone":
+            assert error.backends == ((cpu if way == "pinned to the CPU" else gpu).name,)
+        n += 1
+    assert n > 70
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim", "libggml:CPU"])
+def test_a_backend_used_by_hand_refuses_the_same(device: str) -> None:
+    """`graph_compute` of what the kernels cannot run is `UnsupportedOpError`; the result keeps what it held."""
+    backend = ggml.CPU(threads=1) if device == "cpu" else ggml.REGISTRY.open(device).backend()
+    n = 0
+    for (name, build), kind in product(ONE.items(), ("q4_0", "i64")):
+        made = _built(build, kind)
+        if made is None or backend.supports_op(made[1]):
+            continue
+        graph, y = made
+        with ggml.Context() as context:
+            for tensor in (*graph.leafs, *graph.nodes):
+                context.add(tensor)
+            context.alloc(backend.device)
+            before = y.tobytes() if y.last_byte == y.nbytes else b""
+            with pytest.raises(ggml.UnsupportedOpError, match=backend.name):
+                backend.graph_compute(graph.view(0, len(graph.nodes)))
+            assert not before or y.tobytes() == before, name
+        n += 1
+    assert n > 8
+
+
+def test_a_strict_scheduler_obeys_pins_and_computes_nothing_that_it_cannot() -> None:
+    """With upstream's rules a pin is taken as it is; the kernels refuse it all the same."""
+    graph, y = _built(ONE["sqr"], "q4_0") or pytest.fail("SQR of q4_0 has a kernel")
+    sched = ggml.Scheduler([cpu := ggml.CPU(threads=1)], strict=True)
+    sched.set_tensor_backend(y, cpu)
+    sched.alloc_graph(graph)
+    with pytest.raises(ggml.UnsupportedOpError, match="CPU cannot run SQR"):
+        sched.compute(graph)
+
+
+def test_in_place_ops_run_where_their_memory_is() -> None:
+    """On an input, on a result of a device and on a view of either, an op in place runs where it can write, and is right."""
+    cpu, gpu = ggml.CPU(threads=1), ggml.Sim("rtx4090-pcie4")
+    weights = ggml.Context()
+    w = weights.new_tensor("f32", (8, 8), name="w")
+    weights.alloc(gpu.device, usage="weights")
+    matrix = np.random.default_rng(0).standard_normal((8, 8)).astype("f4")
+    w.set_array(matrix)
+    for on_input, view, pin in product((True, False), (True, False), (None, "root")):
+        graph = ggml.Graph()
+        with graph:
+            x = graph.input("f32", (8, 4), name="x")
+            root = x if on_input else ggml.mul_mat(w, x).named("root")
+            part = ggml.view_2d(root, 4, 4, root.nb[1], 16) if view else root
+            y = ggml.scale_inplace(part, 2.0).named("y")
+            z = ggml.mul_mat(w, y if not view else ggml.add(root, root)).named("z").set_output()
+        graph.expand(y, z)
+        sched = ggml.Scheduler([gpu, cpu])
+        if pin is not None and not on_input:
+            sched.set_tensor_backend(root, cpu)
+        sched.alloc_graph(graph)
+        data = np.arange(32, dtype="f4").reshape(4, 8)
+        x.set_array(data)
+        sched.compute(graph)
+        want = data.copy() if on_input else data @ matrix.T
+        want[:, 4 if view else 0 :] *= 2
+        np.testing.assert_allclose(z.numpy(), (want + want if view else want) @ matrix.T, rtol=1e-4)
+
+
+def test_an_op_in_place_pinned_away_from_its_memory_says_so() -> None:
+    """A pin to a device that cannot write the memory of the result names the tensor and where it is."""
+    graph = ggml.Graph()
+    with graph:
+        x = graph.input("f32", (8, 4), name="x")
+        y = ggml.scale_inplace(x, 2.0)
+    graph.expand(y)
+    gpu = ggml.Sim("rtx4090-pcie4")
+    sched = ggml.Scheduler([gpu, ggml.CPU(threads=1)])
+    sched.set_tensor_backend(y, gpu)
+    with pytest.raises(ggml.UnsupportedOpError, match="it writes into 'x', which is in memory of CPU"):
+        sched.alloc_graph(graph)
+
+
+def test_checked_plans_are_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computing a graph that was allocated once asks no backend whether it can run a node."""
+    graph = ggml.Graph()
+    with graph:
+        x = graph.input("f32", (8, 4), name="x")
+        y = ggml.sqr(ggml.scale(x, 2.0))
+    x.set_output()
+    graph.expand(y)
+    sched = ggml.Scheduler([ggml.CPU(threads=1)])
+    sched.alloc_graph(graph)
+    x.set_array(np.ones((4, 8)))
+    sched.compute(graph)
+    asked: list[Op] = []
+    monkeypatch.setattr("pyggml.backends.host.plan.reason_unsupported", lambda node: asked.append(node.op) or "")
+    for _ in range(3):
+        sched.compute(graph)
+    assert asked == []
+    assert (y.numpy() == 4).all()
