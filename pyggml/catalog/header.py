@@ -81,7 +81,7 @@ def header_path(text: str) -> Path:
         raise FormatError(text, "there is no such file, and no such model in the table", hint=hint)
     quant = quant or sizes.quant
     parse_quant(quant)
-    path = config.cache_dir() / "headers" / f"{sizes.name}-{quant}.v1.gguf"
+    path = config.cache_dir() / "headers" / f"{sizes.name}-{quant}.v2.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_header(sizes, quant, path)

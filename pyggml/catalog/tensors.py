@@ -35,7 +35,7 @@ class Shape(NamedTuple):
 
 
 def shapes(s: ModelSizes, *, nextn: bool = True) -> list[Shape]:
-    """Return the tensors of a model, in the order of its file.
+    """Return the tensors of a model, in the order of a quantised file.
 
     Parameters
     ----------
@@ -48,15 +48,16 @@ def shapes(s: ModelSizes, *, nextn: bool = True) -> list[Shape]:
     listed, so their headers are for sizes and times.
     """
     e = s.n_embd
-    rows = [Shape("token_embd.weight", (e, s.n_vocab)), Shape("output_norm.weight", (e,))]
-    if not s.tied:
-        rows.append(Shape("output.weight", (e, s.n_vocab)))
+    # llama-quantize writes by layer, then by name (`weight_name_comparer`)
+    rows = [] if s.tied else [Shape("output.weight", (e, s.n_vocab))]
+    rows += [Shape("output_norm.weight", (e,))]
     if s.arch == "qwen4exp":
         rows.append(Shape("per_layer_token_embd.weight", (s.per_layer, 20_000_000)))
     if s.arch == "gemma4":
         rows.append(Shape("rope_freqs.weight", (s.head_full // 2,)))
+    rows.append(Shape("token_embd.weight", (e, s.n_vocab)))
     for i in range(s.n_layer + (s.n_nextn if nextn else 0)):
-        rows += [Shape(f"blk.{i}.{name}", ne) for name, ne in _layer(s, i)]
+        rows += sorted(Shape(f"blk.{i}.{name}", ne) for name, ne in _layer(s, i))
     return rows
 
 

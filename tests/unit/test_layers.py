@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[2]
 #: its own where `_MAY_STAY` says so.
 _ROOMS = {
     "errors": 0, "config": 0, "types": 0, "dialect": 0, "notebook": 0,
-    "record": 1, "cost": 1, "gguf": 1, "routing": 1,
+    "record": 1, "cost": 1, "hardware": 1, "gguf": 1, "routing": 1,
     "tensor": 2,
     "ops": 3, "graph": 3, "graph_context": 3, "buffer": 3, "work": 3, "clock": 3,
     "alloc": 4, "backend": 4,
     "sched": 5,
     "backends": 6, "models": 6, "makers": 6, "tokenizer": 6, "sampling": 6,
-    "llama": 7, "session": 7, "planning": 7, "catalog": 7, "simulation": 7, "plan_report": 7, "report": 7, "timeline": 7, "viz": 7,
+    "llama": 7, "session": 7, "planning": 7, "catalog": 7, "foresight": 7, "simulation": 7, "plan_report": 7, "report": 7, "timeline": 7, "viz": 7,
     "testing": 8, "selftest": 9, "replay": 8, "lab": 8,
     "commands": 9, "cli": 9, "__main__": 9, "": 9,
 }  # fmt: skip

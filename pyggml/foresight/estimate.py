@@ -1,0 +1,226 @@
+"""Seconds of a token and bytes of memory of a model, devices, a host and flags, in about a millisecond.
+
+Everything is counted from the tensors of the model and the flags, by the formulas of `Clock`; no graph is made. Memory is that of weights and
+caches, exact, and of compute buffers by their largest tensors; `Planner` has these exact, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..hardware.cards import Card
+from ..hardware.hosts import DEFAULT_HOST, Host
+from ..hardware.rates import RATES, STAGING_BYTES_PER_S, Rates
+from ..types import Type
+from .engine import Clock, Link
+from .shape import Layer, ModelShape, Product
+
+__all__ = ["Machine", "Placed", "Setting", "Unpredicted", "host_weight_bytes", "place", "predict"]
+
+#: Tokens from which on products with host weights are offloaded (`GGML_OP_OFFLOAD_MIN_BATCH`).
+_OFFLOAD = 32
+
+
+class Unpredicted(Exception):  # it is an answer, not an error
+    """Why there is no prediction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Flags of llama.cpp that change times or memory, with its defaults.
+
+    Attributes
+    ----------
+    n_gpu_layers : int
+        -1: all, with the output.
+    n_cpu_moe : int
+        Layers whose experts are in host memory, from the first.
+    overrides : tuple of (str, bool)
+        Patterns of ``-ot`` in order, and whether they mean host memory.
+    is_pinned : bool
+        Whether weights in host memory are (``--no-mmap``, ``--mlock``, ``-lm none``).
+    """
+
+    n_gpu_layers: int = -1
+    n_cpu_moe: int = 0
+    overrides: tuple[tuple[str, bool], ...] = ()
+    n_ubatch: int = 512
+    n_batch: int = 2048
+    threads: int = 0
+    flash_attn: bool = True
+    type_k: Type = Type.F16
+    type_v: Type = Type.F16
+    is_pinned: bool = False
+    kv_offload: bool = True
+    op_offload: bool = True
+    no_gpu: bool = False
+    backend: str = ""
+
+
+@dataclass(slots=True)
+class Placed:
+    """Layers that are alike and in the same place."""
+
+    layer: Layer
+    device: int  #: -1: the CPU
+    experts_on_host: bool
+    host_other: bool = False  #: dense products on the host too (``-ot`` of whole layers)
+    count: int = 1
+
+
+@dataclass(slots=True)
+class Machine:
+    """Cards with their links, and the host."""
+
+    cards: Sequence[Card]
+    links: Sequence[Link]
+    host: Host = DEFAULT_HOST
+    rates: Rates = field(default=RATES)
+
+
+_NAMES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+
+
+def place(model: ModelShape, s: Setting, n_cards: int) -> list[Placed]:
+    """Return where each layer is, equal ones together."""
+    n = len(model.layers)
+    n_on = n + 1 if s.n_gpu_layers < 0 else min(s.n_gpu_layers, n + 1)
+    if s.no_gpu or not n_cards:
+        n_on = 0
+    first = max(0, n + 1 - n_on)  # layers before it are on the CPU
+    groups: dict[tuple[int, int, bool, bool], Placed] = {}
+    for i, layer in enumerate(model.layers):
+        device = -1 if i < first else min(n_cards - 1, (i - first) * n_cards // max(n_on, 1))
+        on_host = layer.has_experts and (device < 0 or i < s.n_cpu_moe)
+        other = False
+        for pattern, is_host in s.overrides:
+            if any(re.search(pattern, f"blk.{i}.{name}.weight") for name in _NAMES):
+                on_host = is_host and layer.has_experts
+                break
+        for pattern, is_host in s.overrides:
+            if re.search(pattern, f"blk.{i}.ffn_gate.weight") and re.search(pattern, f"blk.{i}.ffn_down.weight"):
+                other = is_host
+                break
+        key = (id(layer), device, on_host, other)
+        if key in groups:
+            groups[key].count += 1
+        else:
+            groups[key] = Placed(layer, device, on_host, other)
+    return list(groups.values())
+
+
+def host_weight_bytes(model: ModelShape, placed: list[Placed]) -> int:
+    """Return the bytes of layers' weights that are in host memory."""
+    total = 0
+    for p in placed:
+        total += p.count * (
+            (p.layer.expert_bytes if p.experts_on_host else 0) + (p.layer.other_bytes if p.device < 0 else 0)
+        )
+    return total
+
+
+def predict(model: ModelShape, m: Machine, s: Setting, n_tokens: int, depth: int, *, is_prompt: bool) -> float:
+    """Return seconds of a token.
+
+    Parameters
+    ----------
+    n_tokens : int
+        Of the prompt, or how many are generated.
+    depth : int
+        Tokens in the cache before.
+    """
+    clock = Clock(m.rates)
+    placed = place(model, s, len(m.cards))
+    if not is_prompt:
+        return _micro_batch_s(clock, model, m, s, placed, 1, depth + n_tokens / 2)
+    ub = min(s.n_ubatch, s.n_batch, n_tokens)
+    n_full, rest = divmod(n_tokens, ub)
+    total = 0.0
+    if n_full:
+        # flash attention skips what the mask hides, products of K and Q do not
+        n_kv = depth + (n_full * ub) / 2 + (0 if s.flash_attn else ub / 2)
+        total = n_full * _micro_batch_s(clock, model, m, s, placed, ub, n_kv)
+        total *= _pipeline(m, s, placed, n_full)
+    if rest:
+        total += _micro_batch_s(clock, model, m, s, placed, rest, depth + n_tokens)
+    return total / n_tokens
+
+
+def _pipeline(m: Machine, s: Setting, placed: list[Placed], n: int) -> float:
+    """Return the part of the time that is left when several cards work on micro-batches at a time."""
+    k = len(m.cards)
+    if k < 2 or n < 2 or any(p.device < 0 or p.experts_on_host for p in placed) or s.overrides:
+        return 1.0
+    ideal = (n + k - 1) / (n * k)
+    return 1.0 / (1.0 + m.rates.pipeline * (1.0 / ideal - 1.0))
+
+
+def _micro_batch_s(
+    clock: Clock, model: ModelShape, m: Machine, s: Setting, placed: list[Placed], n: int, n_kv: float
+) -> float:
+    total = 0.0
+    kv_bytes = (s.type_k.row_size(256) + s.type_v.row_size(256)) / 512
+    offloads = n >= _OFFLOAD and s.op_offload and bool(m.cards)
+    for p in placed:
+        i = max(p.device, 0)
+        if p.device < 0 and not offloads:
+            seconds = clock.cpu_layer_s(p.layer, n, n_kv, model, m.host, kv_bytes, lambda _: True)
+        else:
+            card = m.cards[i]
+            on_card = not p.experts_on_host or offloads
+            seconds = clock.layer_s(
+                p.layer,
+                n,
+                n_kv,
+                model,
+                card,
+                experts=on_card,
+                kv_bytes=kv_bytes,
+                flash=s.flash_attn,
+                backend=s.backend,
+                attention=s.kv_offload,
+                slow_host=m.host.isa == "neon",
+            )
+            if not s.kv_offload and p.layer.attention is not None:
+                seconds += m.rates.switch_s + clock.cpu_attention_s(p.layer.attention, n, n_kv, m.host, kv_bytes)
+            if p.experts_on_host and not offloads:
+                seconds += m.rates.switch_s + clock.cpu_layer_s(p.layer, n, 0, model, m.host, kv_bytes, _is_expert)
+            elif not card.is_unified and offloads:
+                seconds += _copies_s(clock, model, m, s, p, n, i)
+        total += p.count * seconds
+    total += _output_s(clock, model, m, s, placed, n)
+    if len(m.cards) > 1:
+        total += (len(m.cards) - 1) * (50e-6 + 4.0 * n * model.n_embd / 10e9)
+    return total
+
+
+def _is_expert(p: Product) -> bool:
+    return p.is_expert
+
+
+def _copies_s(clock: Clock, model: ModelShape, m: Machine, s: Setting, p: Placed, n: int, i: int) -> float:
+    """Return the time of copying a layer's host weights to its device."""
+    from .engine import used_experts
+
+    link = m.links[0]
+    rate = link.pinned
+    if not s.is_pinned:
+        rate = min(rate, m.rates.pageable * m.host.read_bytes_per_s, STAGING_BYTES_PER_S)
+    n_bytes, n_copies = 0.0, 0
+    if p.experts_on_host:
+        share = used_experts(m.rates.spread, model.n_expert, model.n_used, n) / model.n_expert
+        n_bytes += p.layer.expert_bytes * share
+        n_copies += 6
+    if p.device < 0:
+        n_bytes += p.layer.other_bytes
+        n_copies += 6
+    return n_bytes / rate + n_copies * link.latency_s + (m.rates.switch_s if n_copies else 0.0)
+
+
+def _output_s(clock: Clock, model: ModelShape, m: Machine, s: Setting, placed: list[Placed], n: int) -> float:
+    on_host = not m.cards or s.no_gpu or s.n_gpu_layers == 0
+    if on_host:
+        return clock.cpu_product_s(model.output, 1, 1, m.host)
+    return clock.product_s(model.output, 1, 1, m.cards[-1], s.backend)

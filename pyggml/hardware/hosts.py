@@ -1,0 +1,135 @@
+"""The host: its memory, cores and instructions, by a specification such as ``ddr4-3200x2,cores=8,64GiB`` or from this machine."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..errors import DeviceUnavailableError
+
+__all__ = ["DEFAULT_HOST", "Host", "find_cpu", "memory_rate", "parse_host"]
+
+#: What a core computes a clock in 8-bit products with VNNI, without, and with AMX, times a clock of 4 GHz.
+_ISA = {"amx": 2.0, "avx512": 1.6, "vnni": 1.3, "avx2": 1.0, "neon": 0.8}
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A machine around its cards.
+
+    Attributes
+    ----------
+    read_bytes_per_s : float
+        What all cores together read of memory, measured or 0.88 of the modules' rate.
+    n_cores : int
+        Physical.
+    isa : str
+        The best set of instructions that ggml uses: avx2, vnni, avx512, amx or neon.
+    memory_bytes : int
+        0 where it is not known.
+    """
+
+    read_bytes_per_s: float
+    n_cores: int = 8
+    isa: str = "avx2"
+    memory_bytes: int = 0
+    description: str = ""
+
+    @property
+    def int8_per_s(self) -> float:
+        """8-bit products of all cores."""
+        return self.n_cores * 4e9 * 64 * _ISA[self.isa]
+
+
+#: The desktop that is meant where nothing is known: eight cores, two channels of DDR5-5600.
+DEFAULT_HOST = Host(0.88 * 89.6e9, 8, "vnni", 64 * 2**30, "8 cores, 2 channels of DDR5-5600")
+#: What measurements reach of the modules' rate: 0.92 and 0.88 (Ryzen 5700X, stream), 0.86 (9950X), 0.62 to 0.98 on servers.
+_READ_SHARE = 0.88
+_SPEC = re.compile(r"(?P<kind>l?p?ddr[345]x?)-(?P<rate>\d+)(?:x(?P<channels>\d+))?", re.IGNORECASE)
+
+
+def memory_rate(text: str) -> float | None:
+    """Return what is read of memory a second, from how people describe it; None if the type is not stated.
+
+    Examples
+    --------
+    >>> memory_rate("64 GB, 4x16 GB DDR4-3200, 2 channels") / 1e9
+    45.056...
+    """
+    low = text.lower()
+    found = re.search(r"(l?p?ddr[345]x?)[- ](?:at )?(\d{4,5})", low)
+    if found is None:
+        return None
+    wide = re.search(r"(\d+)[- ]bit", low)
+    n_channels = re.search(r"(\d+)[- ]channel", low)
+    bits = int(wide[1]) if wide else 64 * (int(n_channels[1]) if n_channels else 2)
+    return _READ_SHARE * int(found[2]) * 1e6 * bits / 8
+
+
+#: Cores and instructions of processors, by a part of their name.
+_CPUS = [
+    (r"7980xe", 18, "avx512"), (r"10900x", 10, "avx512"), (r"i[79]-1[234]900", 8, "vnni"), (r"i7-1[234]700", 8, "vnni"),
+    (r"i5-1[234][456]00", 6, "vnni"), (r"i7-[6789]700", 4, "avx2"), (r"i7-10700", 8, "avx2"), (r"i9-9900", 8, "avx2"),
+    (r"265k|ultra 7", 8, "vnni"), (r"285k|ultra 9", 8, "vnni"), (r"9950x|7950x", 16, "avx512"),
+    (r"9900x|7900x|9900", 12, "avx512"), (r"9800x|7800x|9700x|7700", 8, "avx512"), (r"9600x|7600", 6, "avx512"),
+    (r"5950x|3950x", 16, "avx2"), (r"5900x|3900x", 12, "avx2"), (r"5[78]00|3[78]00", 8, "avx2"), (r"5600|3600", 6, "avx2"),
+    (r"ai max\+? ?395", 16, "avx512"), (r"7965wx", 24, "avx512"), (r"7975wx", 32, "avx512"), (r"7995wx", 96, "avx512"),
+    (r"9355", 32, "avx512"), (r"9[67]55|9654", 96, "avx512"), (r"7343", 16, "avx2"), (r"7[37]02|7[37]02p", 32, "avx2"),
+    (r"8480", 56, "amx"), (r"6980p", 128, "amx"), (r"cm5|pi 5|raspberry", 4, "neon"), (r"e5-26", 12, "avx2"),
+]  # fmt: skip
+
+
+def find_cpu(text: str) -> tuple[int | None, str | None]:
+    """Return cores and instructions of a processor as people write its name; None for what is not known."""
+    low = text.lower()
+    isa = n_cores = None
+    for pattern, n, what in _CPUS:
+        if re.search(pattern, low):
+            n_cores, isa = n, what
+            break
+    said = re.search(r"(\d+) ?(?:c\b|c/|p-cores|cores)", low)
+    return (int(said[1]) if said else n_cores), isa
+
+
+def parse_host(text: str) -> Host:
+    """Return the host of a specification.
+
+    Parameters
+    ----------
+    text : str
+        Parts with commas, in any order: RAM and channels (``ddr5-6000x2``) or what it reads (``read=60GB/s``),
+        ``cores=16``, ``isa=avx512``, its size (``64GiB``), or a processor's name.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        A part cannot be read.
+
+    Examples
+    --------
+    >>> host = parse_host("ddr4-3200x2,cores=8,64GiB")
+    >>> host.n_cores, host.memory_bytes // 2**30, round(host.read_bytes_per_s / 1e9, 1)
+    (8, 64, 45.1)
+    """
+    rate, n_cores, isa, size = None, None, None, 0
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        low = part.lower()
+        if ram := _SPEC.fullmatch(low):
+            rate = _READ_SHARE * int(ram["rate"]) * 1e6 * 8 * int(ram["channels"] or 2)
+        elif said := re.fullmatch(r"read=([\d.]+)gb/s", low):
+            rate = float(said[1]) * 1e9
+        elif said := re.fullmatch(r"cores=(\d+)", low):
+            n_cores = int(said[1])
+        elif (said := re.fullmatch(r"isa=(\w+)", low)) and said[1] in _ISA:
+            isa = said[1]
+        elif said := re.fullmatch(r"([\d.]+) ?gi?b", low):
+            size = int(float(said[1]) * 2**30)
+        else:
+            n, what = find_cpu(part)
+            if what is None:
+                hint = f"say for instance ddr5-6000x2,cores=16,isa=avx512,96GiB; instructions are {', '.join(_ISA)}"
+                raise DeviceUnavailableError(f"host:{text}", f"{part!r} is not understood", hint=hint)
+            n_cores, isa = n_cores or n, isa or what
+    if (rate is not None and not rate > 0) or n_cores == 0:
+        raise DeviceUnavailableError(f"host:{text}", "rates and cores must be above 0")
+    return Host(rate or DEFAULT_HOST.read_bytes_per_s, n_cores or DEFAULT_HOST.n_cores, isa or "avx2", size, text)

@@ -1,0 +1,604 @@
+"""Predicted speeds and memory against published runs, of which a part was never used for a fit.
+
+    python tests/bench/bench_foresight.py                       # the project's own facts
+    python tests/bench/bench_foresight.py --runs FILE --memory-logs FILE --json
+
+A run that cannot be predicted is counted under its reason. Classes: *seen*, a card that numbers were fitted with; *sheet*, a card known by
+its data sheet only; *partial*, the link, the RAM's rate or the load mode is not stated and changes the answer, so that a default is
+assumed: such runs are reported, never fitted, and left out of ``pp`` and ``tg``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pyggml.catalog import find_model, parse_quant
+from pyggml.errors import PyggmlError
+from pyggml.foresight.estimate import Machine, Placed, Setting, Unpredicted, host_weight_bytes, place, predict
+from pyggml.foresight.links import link_of
+from pyggml.foresight.ranges import spread_of
+from pyggml.foresight.shape import ModelShape
+from pyggml.hardware.cards import Card, find_card
+from pyggml.hardware.hosts import DEFAULT_HOST, Host, find_cpu, memory_rate
+from pyggml.hardware.rates import RATES, Rates, n_fitted
+from pyggml.types import Type
+
+DATA = Path(__file__).parent / "data"
+#: Cards of the runs that numbers were fitted with.
+SEEN = {
+    "rtx3090", "rtx3060", "quadrortx5000", "b70", "r9700", "rx7900xtx", "8060s", "rtx3070", "rtx4090", "a100", "m2ultra",
+    "rtx3090ti", "rtxa6000", "rtxpro6000", "rtx5090", "b580", "rtx4090d", "rtx5070", "rx7900xt", "rtx4070", "mi60",
+    "rtx3080ti", "gb10",
+}  # fmt: skip
+#: Lanes and generation that are assumed where a run does not state them: the card's own, up to the fourth generation.
+_DEFAULT_PCIE = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run as the clock takes it."""
+
+    model: ModelShape
+    machine: Machine
+    setting: Setting
+    n_prompt: int
+    n_gen: int
+    depth: int
+    gen_depth: int
+    partial_pp: bool
+    partial_tg: bool
+    is_seen: bool
+    placed: list[Placed]
+
+
+@lru_cache(maxsize=256)
+def model_of(name: str, quant: str, gib: float | None) -> ModelShape:
+    """Return the shape of a model as a run names it."""
+    sizes = find_model(name)
+    if sizes is None:
+        raise Unpredicted("unknown model")
+    quant = quant or sizes.quant
+    if sizes.arch == "gpt-oss" and quant.upper().startswith(("F16", "BF16", "UD-", "Q4_K")):
+        quant = "MXFP4"
+    try:
+        parse_quant(quant)
+    except PyggmlError:
+        raise Unpredicted("unknown quantisation") from None
+    return ModelShape.from_sizes(sizes, quant, file_bytes=None if gib is None else gib * 2**30)
+
+
+def _int(value: Any, default: int) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return default
+
+
+def _text(*values: Any) -> str:
+    return " ".join(str(v) for v in values if v is not None)
+
+
+def is_pinned(row: dict[str, Any]) -> bool | None:
+    """Return whether host weights are in pinned memory; None if nothing says so.
+
+    Notes
+    -----
+    ``--no-mmap`` and ``-lm none`` read weights into pinned buffers; ``--mlock`` does, too, as it is not mapped in the measured builds;
+    mapped files are pageable.
+    """
+    mode, flags = str(row.get("mmap") or "").lower(), str(row.get("flags") or "").lower()
+    if "register_host=1" in flags:
+        return True
+    if "register_host=0" in flags:
+        return False
+    if (
+        re.search(r"\b(none|mlock)\b", mode)
+        or mode in ("0", "false", "no")
+        or re.search(r"--no-mmap|-mmp 0|--mlock|-lm (none|mlock)|--load-mode (none|mlock)", flags)
+    ):
+        return True
+    if mode or re.search(r"mmap|-lm |--load-mode", flags):
+        return False
+    return None
+
+
+def host_of(row: dict[str, Any]) -> tuple[Host, bool]:
+    """Return the host of a run, and whether the rate of its memory is known."""
+    cpu, ram = str(row.get("cpu") or ""), str(row.get("ram") or "")
+    cores, isa = find_cpu(cpu)
+    measured = row.get("mem_bw_measured_gbs")
+    rate = measured * 1e9 if measured else memory_rate(ram)
+    is_desktop = isa is not None and not re.search(r"epyc|xeon|threadripper|gold|platinum", cpu.lower())
+    known = rate is not None and (bool(measured) or is_desktop or "channel" in ram or "bit" in ram)
+    size = re.search(r"(\d+(?:\.\d+)?) ?gi?b", ram.lower())
+    threads = _int(row.get("threads"), 0)
+    return Host(
+        rate or DEFAULT_HOST.read_bytes_per_s, cores or (threads if threads > 1 else DEFAULT_HOST.n_cores),
+        isa or "avx2", int(float(size[1]) * 2**30) if size else 0,
+    ), known  # fmt: skip
+
+
+def has_flash(row: dict[str, Any]) -> bool:
+    """Whether flash attention is on; without a flag it is from September 2025 on, when ``auto`` became the default."""
+    said = str(row.get("fa") if row.get("fa") is not None else "").lower()
+    if said:
+        return said in ("1", "on", "true", "auto")
+    flags = str(row.get("flags") or "")
+    if re.search(r"-fa( |$)|-fa (1|on)|--flash-attn", flags):
+        return True
+    return str(row.get("date") or "2026") >= "2025-09"
+
+
+def overrides_of(flags: str) -> tuple[tuple[str, bool], ...]:
+    """Return the patterns of ``-ot``, each with whether it means host memory."""
+    found = re.findall(r"(?:-ot|--override-tensor)[ =]+(?:\"([^\"]*)\"|'([^']*)'|(\S+))", flags)
+    out = []
+    for group in found:
+        for part in "".join(group).split(","):
+            pattern, _, where = part.rpartition("=")
+            if pattern:
+                out.append((pattern, where.upper() == "CPU"))
+    return tuple(out)
+
+
+def case_of(row: dict[str, Any], rates: Rates = RATES) -> Case:
+    """Return a run as the clock takes it.
+
+    Raises
+    ------
+    Unpredicted
+        With the reason.
+    """
+    engine = str(row.get("engine") or "").lower()
+    if not engine.startswith("llama.cpp") or "fork" in engine:
+        raise Unpredicted("engine")
+    flags = str(row.get("flags") or "")
+    backend = str(row.get("backend") or "")
+    if "UNIFIED_MEMORY" in backend or "unified memory" in flags:
+        raise Unpredicted("unified memory of the driver")
+    if re.search(r"-sm (row|tensor)|--split-mode (row|tensor)", flags):
+        raise Unpredicted("split mode")
+    if row.get("gpus") is None:
+        raise Unpredicted("hardware not named")
+    cards: list[Card] = []
+    for gpu in row["gpus"]:
+        card = find_card(str(gpu.get("name") or ""), gpu.get("vram_gib"))
+        if card is None:
+            raise Unpredicted("unknown card")
+        cards.append(card)
+    if "-sm none" in flags:
+        cards = cards[:1]
+    model = model_of(str(row.get("model") or ""), str(row.get("quant") or ""), row.get("model_size_gib"))
+    host, knows_ram = host_of(row)
+    pinned = is_pinned(row)
+    links = [link_of(card, str(row.get("pcie") or ""), row.get("h2d_measured_gbs")) for card in cards]
+    ngl = row.get("ngl")
+    n_ubatch = _int(row.get("ub"), 512)
+    setting = Setting(
+        n_gpu_layers=-1 if ngl is None else _int(ngl, -1) if _int(ngl, -1) <= len(model.layers) else -1,
+        n_cpu_moe=len(model.layers) if re.search(r"--cpu-moe|-cmoe", flags) else _int(row.get("ncmoe"), 0),
+        overrides=overrides_of(flags),
+        n_ubatch=n_ubatch,
+        n_batch=max(_int(row.get("b"), max(2048, n_ubatch)), 1),
+        threads=_int(row.get("threads"), 0),
+        flash_attn=has_flash(row),
+        type_k=Type.of(str(row.get("ctk") or "f16")),
+        type_v=Type.of(str(row.get("ctv") or "f16")),
+        is_pinned=bool(pinned),
+        kv_offload=not re.search(r"-nkvo 1|--no-kv-offload|-nkvo(?! 0)", flags),
+        op_offload="--no-op-offload" not in flags,
+        no_gpu=not cards or backend.lower() == "cpu",
+        backend=backend,
+    )  # fmt: skip
+    tool = str(row.get("tool") or "")
+    n_prompt, n_gen = _int(row.get("n_prompt"), 0), _int(row.get("n_gen"), 128)
+    is_chat = "server" in tool or "main" in tool
+    depth = 0 if is_chat else _int(row.get("ctx_or_depth"), 0)
+    placed = place(model, setting, len(cards))
+    on_host = host_weight_bytes(model, placed) if setting.kv_offload else model.total_bytes
+    if setting.kv_offload:
+        check_fit(model, setting, cards, host, on_host)
+    is_shared = bool(cards) and cards[0].is_unified
+    no_link = bool(cards) and not is_shared and row.get("pcie") is None and not row.get("h2d_measured_gbs")
+    no_mode = pinned is None and "bench" not in tool
+    tiny = on_host < 0.01 * model.total_bytes
+    return Case(
+        model, Machine(cards, links, host, rates), setting, n_prompt, n_gen, depth, depth + (n_prompt if is_chat else 0),
+        partial_pp=not tiny and bool(cards) and (no_link or no_mode or (not pinned and not knows_ram)),
+        partial_tg=not tiny and not knows_ram,
+        is_seen=all(c.name in SEEN for c in cards), placed=placed,
+    )  # fmt: skip
+
+
+def check_fit(model: ModelShape, s: Setting, cards: list[Card], host: Host, on_host: int) -> None:
+    """Refuse what has not enough memory: it pages, or reads from the disk."""
+    if cards and not s.no_gpu and not cards[0].is_unified:
+        on_cards = model.total_bytes - model.table_bytes - on_host
+        if on_cards > sum(c.memory_bytes for c in cards):
+            raise Unpredicted("does not fit in device memory")
+    if host.memory_bytes and on_host > host.memory_bytes:
+        raise Unpredicted("does not fit in host memory")
+
+
+@dataclass
+class Result:
+    """A predicted speed beside the measured one."""
+
+    row: dict[str, Any]
+    kind: str
+    klass: str
+    predicted: float
+    measured: float
+    low: float
+    high: float
+
+    @property
+    def error(self) -> float:
+        """How far apart, the same both ways."""
+        return math.exp(abs(math.log(self.predicted / self.measured))) - 1
+
+
+def results_of(rows: Iterable[dict[str, Any]], rates: Rates = RATES) -> tuple[list[Result], Counter[str]]:
+    """Return what was predicted, and why other runs were not."""
+    out: list[Result] = []
+    why: Counter[str] = Counter()
+    for row in rows:
+        if not (row.get("pp_tps") or row.get("tg_tps")):
+            why["nothing measured"] += 1
+            continue
+        try:
+            case = case_of(row, rates)
+            for kind, measured in (("pp", row.get("pp_tps")), ("tg", row.get("tg_tps"))):
+                if not measured or measured <= 0 or (kind == "pp" and not case.n_prompt):
+                    continue
+                is_prompt = kind == "pp"
+                seconds = predict(
+                    case.model, case.machine, case.setting, case.n_prompt if is_prompt else max(case.n_gen, 1),
+                    case.depth if is_prompt else case.gen_depth, is_prompt=is_prompt,
+                )  # fmt: skip
+                partial = case.partial_pp if is_prompt else case.partial_tg
+                klass = "partial" if partial else "seen" if case.is_seen else "sheet"
+                factor = spread_of(case.machine, case.setting, case.placed, is_prompt=is_prompt)
+                out.append(Result(row, kind, klass, 1 / seconds, measured, 1 / seconds / factor, factor / seconds))
+        except Unpredicted as reason:
+            why[str(reason)] += 1
+        except Exception as error:  # noqa: BLE001  # one strange run must not end the benchmark
+            why[f"not understood: {type(error).__name__}"] += 1
+    return out, why
+
+
+def quantile(values: list[float], share: float) -> float | None:
+    """Return the value below which a share of all lie."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def summary(results: list[Result]) -> dict[str, Any]:
+    """Return the errors of predictions."""
+    errors = [r.error for r in results]
+    return {
+        "n": len(results),
+        "median_error": quantile(errors, 0.5),
+        "p90_error": quantile(errors, 0.9),
+        "median_ratio": quantile([r.predicted / r.measured for r in results], 0.5),
+    }
+
+
+_SAME = (
+    "series",
+    "engine",
+    "build",
+    "model",
+    "quant",
+    "gpus",
+    "cpu",
+    "ram",
+    "backend",
+    "n_prompt",
+    "n_gen",
+    "ctx_or_depth",
+)
+_SWEPT = ("ub", "b", "ncmoe", "ngl", "fa", "mmap", "ctk", "ctv", "threads")
+
+
+def sweeps(results: list[Result]) -> list[dict[str, Any]]:
+    """Return the sweeps among predictions: what the clock would choose, and how much slower that is."""
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for r in results:
+        key = (r.kind, *(json.dumps(r.row.get(name), sort_keys=True) for name in _SAME))
+        groups.setdefault(key, []).append(r)
+    out = []
+    for key, members in groups.items():
+        settings = {
+            (*(str(m.row.get(n)) for n in _SWEPT), tuple(re.findall(r"-sm \w+", str(m.row.get("flags")))))
+            for m in members
+        }
+        speeds = [m.measured for m in members]
+        if len(settings) < 3 or max(speeds) / min(speeds) < 1.10:
+            continue
+        chosen = max(members, key=lambda m: m.predicted)
+        out.append(
+            {
+                "series": members[0].row.get("series"), "kind": key[0], "n": len(members), "class": chosen.klass,
+                "chosen": chosen.row.get("id"), "regret": max(speeds) / chosen.measured - 1,
+                "rank_correlation": rank_correlation([m.predicted for m in members], speeds),
+            }
+        )  # fmt: skip
+    return out
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float:
+    """Return Spearman's coefficient; equal values share their rank."""
+
+    def ranks(values: list[float]) -> list[float]:
+        return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
+
+    x, y = ranks(a), ranks(b)
+    mean = (len(a) - 1) / 2
+    cov = sum((i - mean) * (j - mean) for i, j in zip(x, y, strict=True))
+    var = sum((i - mean) ** 2 for i in x) * sum((j - mean) ** 2 for j in y)
+    return cov / math.sqrt(var) if var else 0.0
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file, one a line; a line that is none is told and left out."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            print(f"{path}:{number}: not a JSON object, left out", file=sys.stderr)
+    return rows
+
+
+# -- memory ------------------------------------------------------------------
+
+
+def memory_rows(logs: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Return predicted and logged buffers of llama.cpp's own logs whose model and buffers are named."""
+    out: list[dict[str, Any]] = []
+    why: Counter[str] = Counter()
+    for log in logs:
+        try:
+            if not log.get("mainline"):
+                raise Unpredicted("engine")
+            named: dict[str, list[float]] = {}
+            for name, values in (log.get("buffers_mib") or {}).items():
+                if key := _plain_name(name):
+                    named.setdefault(key, []).extend(
+                        float(v) for v in (values if isinstance(values, list) else [values])
+                    )
+            if not named or not log.get("ctx"):
+                raise Unpredicted("no named buffers")
+            found = planned_mib(log)
+            for key, values in named.items():
+                if key not in found or (key == "CPU_Mapped model" and len(values) > 1):
+                    why["mapped ranges of several files" if key in found else f"not planned: {key}"] += 1
+                    continue
+                planned, logged = found[key], sum(values)
+                error = math.exp(abs(math.log(max(planned, 1e-3) / max(logged, 1e-3)))) - 1
+                out.append({"id": log.get("id"), "buffer": key, "predicted": planned, "logged": logged, "error": error})
+        except Unpredicted as reason:
+            why[str(reason)] += 1
+        except PyggmlError as error:
+            why[f"refused: {type(error).__name__}"] += 1
+        except Exception as error:  # noqa: BLE001  # one strange log must not end the benchmark
+            why[f"not understood: {type(error).__name__}"] += 1
+    return out, why
+
+
+def _plain_name(name: str) -> str:
+    """Return a buffer's name as llama.cpp prints it, without what was added in brackets; empty for another thing.
+
+    Buffers of one device that hold the same are added: caches with and without a window, and weights that are read into host
+    memory, which older builds kept in two kinds of buffers.
+    """
+    plain = re.sub(r"\s*\(.*|non-SWA|SWA", "", name).strip()
+    kinds = "model|KV|compute|output"
+    if (
+        not re.fullmatch(rf"((CUDA|ROCm|Vulkan)\d|CPU|CPU_Mapped|(CUDA|ROCm|Vulkan)_Host) ({kinds})", plain)
+        or "fail" in name
+    ):
+        return ""
+    plain = re.sub(r"^(ROCm|Vulkan)", "CUDA", plain)
+    return "host model" if plain in ("CPU model", "CUDA_Host model") else plain
+
+
+def planned_mib(log: dict[str, Any]) -> dict[str, float]:
+    """Return the buffers that a plan gives for a log's flags, by the names that llama.cpp prints."""
+    import tempfile
+
+    from pyggml.catalog import write_header
+    from pyggml.models.context import ContextFlags
+    from pyggml.models.placement import PlacementFlags
+    from pyggml.planning import Planner
+
+    flags = str(log.get("flags") or "")
+    sizes = find_model(str(log.get("model") or ""))
+    if sizes is None:
+        raise Unpredicted("unknown model")
+    try:
+        quant = parse_quant(str(log.get("quant") or sizes.quant)) and str(log.get("quant") or sizes.quant)
+    except PyggmlError:
+        raise Unpredicted("unknown quantisation") from None
+    size = re.search(r"([\d.]+) ?Gi?B", str(log.get("file_size") or ""))
+    is_mapped = not re.search(r"--no-mmap|-mmp 0", flags)
+    n_gpu = len(log.get("gpus") or []) or (0 if log.get("backend") == "CPU" else 1)
+    kv = {k: m[1] if (m := re.search(rf"-{k} (\w+)", flags)) else "f16" for k in ("ctk", "ctv")}
+    ngl = int(m[1]) if (m := re.search(r"(?:-ngl|--n-gpu-layers) (\d+)", flags)) else (-1 if n_gpu else 0)
+    ncmoe = int(m[1]) if (m := re.search(r"(?:-ncmoe|--n-cpu-moe) (\d+)", flags)) else 0
+    ots = tuple(f"{pattern}={'CPU' if host else f'CUDA{device}'}" for pattern, host, device in _placed_overrides(flags))
+    kinds = [f"sim:custom:{round(_gib(log, i))}GiB,900GB/s,25GB/s,pinned" for i in range(n_gpu)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_header(sizes, quant, path, file_bytes=float(size[1]) * 2**30 if size and "GiB" in size[0] else None)
+        with Planner.open(
+            path, devices=kinds, data=False,
+            placement=PlacementFlags(
+                n_gpu_layers=ngl, n_cpu_moe=ncmoe, cpu_moe="--cpu-moe" in flags,
+                overrides=tuple(o.replace("CUDA", "SIM") for o in ots), use_mmap=is_mapped,
+            ),
+            context=ContextFlags(
+                n_ctx=int(log["ctx"]), n_batch=_int(log.get("batch"), 2048), n_ubatch=_int(log.get("ubatch"), 512),
+                type_k=Type.of(kv["ctk"]), type_v=Type.of(kv["ctv"]),
+                flash_attn="on" if re.search(r"-fa", flags) else "auto",
+            ),
+        ) as planner:  # fmt: skip
+            return _named(planner, is_mapped)
+
+
+def _gib(log: dict[str, Any], i: int) -> float:
+    gpus = log.get("gpus") or []
+    return float(gpus[i].get("vram_gib") or 48) if i < len(gpus) else 48.0
+
+
+def _placed_overrides(flags: str) -> list[tuple[str, bool, int]]:
+    out = []
+    for group in re.findall(r"(?:-ot|--override-tensor)[ =]+(?:\"([^\"]*)\"|'([^']*)'|(\S+))", flags):
+        for part in "".join(group).split(","):
+            pattern, _, where = part.rpartition("=")
+            if pattern:
+                number = re.search(r"\d+$", where)
+                out.append((pattern, where.upper() == "CPU", int(number[0]) if number else 0))
+    return out
+
+
+def _named(planner: Any, is_mapped: bool) -> dict[str, float]:
+    """Return a plan's memory under llama.cpp's names, in MiB."""
+    mib = 2.0**20
+    out: dict[str, float] = {}
+
+    def add(name: str, n: int) -> None:
+        if n:
+            out[name] = out.get(name, 0.0) + n / mib
+
+    for use in planner.memory():
+        cuda = re.sub(r"^SIM\d*_Host$", "CUDA_Host", re.sub(r"^SIM(\d+)$", r"CUDA\1", use.buft))
+        host = "CPU_Mapped model" if is_mapped else "host model"
+        add(host if cuda in ("CPU", "CUDA_Host") else f"{cuda} model", use.weights)
+        add(f"{cuda} KV", use.cache)
+        add(f"{cuda} compute", use.compute)
+    add("CUDA_Host output" if len(planner.backends) > 1 else "CPU output", 4 * planner.hparams.n_vocab)
+    return out
+
+
+# -- the program ---------------------------------------------------------------
+
+
+def report(rows: list[dict[str, Any]], logs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return everything that the benchmark tells."""
+    results, why = results_of(rows)
+    swept = sweeps(results)
+    judged = [r for r in results if r.klass != "partial"]
+    regrets = [s["regret"] for s in swept]
+    memory, memory_why = memory_rows(logs)
+    errors = [m["error"] for m in memory]
+    inside = [r.low <= r.measured <= r.high for r in judged]
+    return {
+        **{kind: summary([r for r in judged if r.kind == kind]) for kind in ("pp", "tg")},
+        "classes": {
+            klass: {kind: summary([r for r in results if r.klass == klass and r.kind == kind]) for kind in ("pp", "tg")}
+            for klass in ("seen", "sheet", "partial")
+        },
+        "regret": {"n": len(regrets), "median": quantile(regrets, 0.5), "worst": max(regrets, default=None)},
+        "coverage_80": sum(inside) / len(inside) if inside else None,
+        "range_ratio": quantile([r.high / r.low for r in judged], 0.5),
+        "memory": {
+            "n": len(errors), "median_error": quantile(errors, 0.5),
+            "exact": sum(abs(m["predicted"] - m["logged"]) < 0.01 for m in memory), "rows": memory,
+            "unpredicted": dict(memory_why),
+        },
+        "unpredicted": dict(why),
+        "parameters": n_fitted(),
+        "sweeps": swept,
+        "rows": [
+            {
+                "id": r.row.get("id"), "series": r.row.get("series"), "kind": r.kind, "class": r.klass,
+                "predicted": r.predicted, "low": r.low, "high": r.high, "measured": r.measured, "error": r.error,
+            }
+            for r in results
+        ],
+    }  # fmt: skip
+
+
+def show(out: dict[str, Any]) -> None:
+    """Print the report for people."""
+    series: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in out["rows"]:
+        series.setdefault((str(row["series"]), row["kind"], row["class"]), []).append(row)
+    print(f"{'series':44} kind class    n  median   worst  ratio")
+    for (name, kind, klass), rows in series.items():
+        errors = [r["error"] for r in rows]
+        ratio = quantile([r["predicted"] / r["measured"] for r in rows], 0.5)
+        print(
+            f"{name[:44]:44} {kind}   {klass:7} {len(rows):2} {quantile(errors, 0.5):7.0%} {max(errors):7.0%} {ratio:6.2f}"
+        )
+    print()
+    for s in out["sweeps"]:
+        print(
+            f"sweep {s['series'][:38]:38} {s['kind']} {s['n']:2} settings: regret {s['regret']:.1%}, rank correlation {s['rank_correlation']:.2f}"
+        )
+    print()
+    for klass, kinds in (("seen and sheet", out), *out["classes"].items()):
+        for kind in ("pp", "tg"):
+            s = kinds[kind]
+            if s["n"]:
+                print(
+                    f"{klass:14} {kind}: n {s['n']:3}, median {s['median_error']:.1%}, 90th {s['p90_error']:.1%}, ratio {s['median_ratio']:.2f}"
+                )
+    r, m = out["regret"], out["memory"]
+    if r["n"]:
+        print(f"regret of {r['n']} sweeps: median {r['median']:.1%}, worst {r['worst']:.1%}")
+    if out["coverage_80"] is not None:
+        print(f"ranges hold {out['coverage_80']:.0%}, high over low {out['range_ratio']:.2f}")
+    if m["n"]:
+        print(f"memory: {m['n']} buffers, median {m['median_error']:.2%}, {m['exact']} exact")
+    print(f"fitted numbers: {out['parameters']}; not predicted: {out['unpredicted']}")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=DATA / "foresight_runs.jsonl")
+    parser.add_argument("--memory-logs", type=Path, default=None)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(args)
+    own = DATA / "foresight_memory.jsonl"
+    logs_path = given.memory_logs or (own if own.exists() else None)
+    try:
+        rows = read_lines(given.runs)
+        logs = read_lines(logs_path) if logs_path else []
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    out = report(rows, logs)
+    if given.json:
+        print(json.dumps(out, indent=1))
+    else:
+        show(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
