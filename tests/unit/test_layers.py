@@ -19,7 +19,7 @@ _ROOMS = {
     "tensor": 2,
     "ops": 3, "graph": 3, "graph_context": 3, "buffer": 3, "work": 3, "clock": 3,
     "alloc": 4, "backend": 4,
-    "sched": 5,
+    "sched": 5, "moe_cache": 5,
     "backends": 6, "models": 6, "makers": 6, "tokenizer": 6, "sampling": 6,
     "llama": 7, "session": 7, "planning": 7, "catalog": 7, "foresight": 7, "simulation": 7, "plan_report": 7, "report": 7, "timeline": 7, "viz": 7,
     "testing": 8, "selftest": 9, "replay": 8, "lab": 8,

@@ -1,0 +1,232 @@
+"""Which experts stay in the slots of a cache: llama.cpp's two rules, and the bound below which neither ever hits.
+
+A policy serves a group of layers that share their slots. It is asked once for each layer of each micro-batch, with the
+ids that the router chose, and answers where each expert is from then on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..errors import SchedError
+
+__all__ = ["EVICTIONS", "LRU", "SLRU", "EvictionPolicy", "Lookup", "Upload", "slots_without_hits"]
+
+
+class Upload(NamedTuple):
+    """An expert of the asked layer that must be copied into a slot."""
+
+    expert: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What became of the experts that one layer chose.
+
+    Attributes
+    ----------
+    slots : dict of int to int
+        Slot of each distinct expert, in the order in which they were chosen.
+    hits : tuple of int
+        Experts that were there, in the order in which they were chosen.
+    misses : tuple of int
+        Experts that were not, ascending.
+    uploads : tuple of Upload
+        What must be copied before the layer is computed, in the order of copying.
+    evicted : tuple of (int, int)
+        Layer and expert of each that lost its slot.
+    """
+
+    slots: dict[int, int]
+    hits: tuple[int, ...]
+    misses: tuple[int, ...]
+    uploads: tuple[Upload, ...]
+    evicted: tuple[tuple[int, int], ...]
+
+
+class EvictionPolicy(ABC):
+    """Slots for the experts of a group of layers.
+
+    Parameters
+    ----------
+    n_slots : int
+        Slots that the layers share.
+    n_expert : int
+        Experts of each layer.
+
+    Notes
+    -----
+    A rule of one's own defines `_hit`, which takes note of a use, and `_victim`, which gives up a slot.
+    """
+
+    #: what llama.cpp's users know the rule as
+    name = ""
+
+    def __init__(self, n_slots: int, n_expert: int) -> None:
+        self.n_slots = n_slots
+        self.n_expert = n_expert
+        self._held: list[tuple[int, int] | None] = [None] * n_slots  # layer and expert in each slot
+        self._slots: dict[int, dict[int, int]] = {}  # by layer: expert -> slot
+
+    def lookup(self, layer: int, ids: Iterable[int]) -> Lookup:
+        """Give every chosen expert of a layer a slot.
+
+        Parameters
+        ----------
+        layer : int
+            Any number that names the layer.
+        ids : iterable of int
+            As the router chose them: all rows of the micro-batch, repeats included.
+
+        Raises
+        ------
+        SchedError
+            An id is no expert, or there are more distinct ids than slots: upstream aborts.
+
+        Notes
+        -----
+        Mirrors `moe_cache_lru::plan`: hits first, then the misses by id, so that neighbours tend to get neighbouring
+        slots and one copy serves them.
+        """
+        chosen = list(dict.fromkeys(ids))
+        if chosen and not (min(chosen) >= 0 and max(chosen) < self.n_expert):
+            bad = next(e for e in chosen if not 0 <= e < self.n_expert)
+            raise SchedError(f"expert {bad} of layer {layer}: the layer has experts 0 to {self.n_expert - 1}")
+        if len(chosen) > self.n_slots:
+            raise SchedError(
+                f"layer {layer} chooses {len(chosen)} experts, and the cache has {self.n_slots} slots",
+                hint="a larger cache, or smaller micro-batches",
+            )
+        slots = self._slots.setdefault(layer, {})
+        hits = tuple(e for e in chosen if e in slots)
+        misses = tuple(sorted(e for e in chosen if e not in slots))
+        for expert in hits:
+            self._hit(slots[expert])
+        uploads, evicted = [], []
+        needed = {(layer, e) for e in chosen}
+        for expert in misses:
+            slot = self._victim(needed)
+            before = self._held[slot]
+            if before is not None:
+                del self._slots[before[0]][before[1]]
+                evicted.append(before)
+            self._held[slot] = (layer, expert)
+            slots[expert] = slot
+            uploads.append(Upload(expert, slot))
+        return Lookup({e: slots[e] for e in chosen}, hits, misses, tuple(uploads), tuple(evicted))
+
+    def slot_of(self, layer: int, expert: int) -> int | None:
+        """Return where an expert is; None if it is not in the cache."""
+        return self._slots.get(layer, {}).get(expert)
+
+    def slot_map(self, layer: int) -> list[int]:
+        """Return the slot of each expert of a layer, -1 for those that are absent: what the device looks up."""
+        slots = self._slots.get(layer, {})
+        return [slots.get(e, -1) for e in range(self.n_expert)]
+
+    @abstractmethod
+    def _hit(self, slot: int) -> None:
+        """Take note that the expert in a slot is used."""
+
+    @abstractmethod
+    def _victim(self, needed: set[tuple[int, int]]) -> int:
+        """Return the slot to fill next, none of whose experts is needed now, and count it as just used."""
+
+
+class LRU(EvictionPolicy):
+    """The least recently used expert goes.
+
+    Notes
+    -----
+    Mirrors `moe_cache_lru` of llama.cpp b11549 and release 0.7.0.
+
+    Examples
+    --------
+    >>> cache = LRU(n_slots=2, n_expert=4)
+    >>> cache.lookup(0, [3, 1]).uploads
+    (Upload(expert=1, slot=0), Upload(expert=3, slot=1))
+    >>> cache.lookup(1, [2]).evicted
+    ((0, 1),)
+    """
+
+    name = "lru"
+
+    def __init__(self, n_slots: int, n_expert: int) -> None:
+        super().__init__(n_slots, n_expert)
+        self._order: OrderedDict[int, None] = OrderedDict.fromkeys(range(n_slots))  # the least recently used first
+
+    def _hit(self, slot: int) -> None:
+        self._order.move_to_end(slot)
+
+    def _victim(self, needed: set[tuple[int, int]]) -> int:
+        slot = next(iter(self._order))  # hits went to the end, and there are as many slots as experts are needed
+        self._order.move_to_end(slot)
+        return slot
+
+
+class SLRU(EvictionPolicy):
+    """An expert that was used twice is protected: those that were used once go first.
+
+    Notes
+    -----
+    What llama.cpp b11739 does, decoded from its machine code and held to recordings of it: two lists, on probation and
+    protected, of which the second has at most half of the slots. A hit goes to the recent end of the protected list,
+    whose oldest then may go back to the recent end of the other. A miss takes the oldest slot on probation, then of the
+    protected, that the layer does not choose now, and is on probation.
+    """
+
+    name = "slru"
+
+    def __init__(self, n_slots: int, n_expert: int) -> None:
+        super().__init__(n_slots, n_expert)
+        self._probation: OrderedDict[int, None] = OrderedDict.fromkeys(range(n_slots))
+        self._protected: OrderedDict[int, None] = OrderedDict()
+
+    def _hit(self, slot: int) -> None:
+        if slot in self._protected:
+            self._protected.move_to_end(slot)
+            return
+        del self._probation[slot]
+        self._protected[slot] = None
+        if len(self._protected) > self.n_slots // 2:
+            oldest, _ = self._protected.popitem(last=False)
+            self._probation[oldest] = None
+
+    def _victim(self, needed: set[tuple[int, int]]) -> int:
+        for kept in (self._probation, self._protected):
+            for slot in kept:
+                if self._held[slot] not in needed:
+                    del kept[slot]
+                    self._probation[slot] = None
+                    return slot
+        raise AssertionError("fewer slots than experts that are needed")  # lookup has counted them
+
+
+#: The rules by name, oldest first.
+EVICTIONS: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in (LRU, SLRU)}
+
+
+def slots_without_hits(n_layer: int, n_distinct: int) -> int:
+    """Return up to how many shared slots no expert is ever found again.
+
+    Between two turns of a layer the others choose ``(n_layer - 1) * n_distinct`` experts, which no layer shares. With no
+    more slots than that each expert is gone before its layer's next turn: `LRU` and `SLRU` hit in exactly 0 % of all
+    lookups, whatever the router does. (For `SLRU` as for `LRU`: without a hit nothing is ever protected.)
+
+    Parameters
+    ----------
+    n_layer : int
+        Layers of the group.
+    n_distinct : int
+        Distinct experts that each layer chooses in a step: with one token, all that it uses.
+
+    Notes
+    -----
+    Upstream has no such check.
+    """
+    return (n_layer - 1) * n_distinct
