@@ -181,8 +181,6 @@ class Gallocr:
             if old is not None:
                 sizes = [b.size for b in old.chunks]
                 if all(n <= (sizes[c] if c < len(sizes) else 0) for c, n in enumerate(needed)):
-                    # chunks of empty tensors only; upstream places these in a null buffer and aborts
-                    old.chunks += [self.bufts[i].alloc_buffer(0) for _ in needed[len(sizes) :]]
                     continue
                 old.close()
             self.buffers[i] = None
@@ -194,9 +192,7 @@ class Gallocr:
         vbuffer = _VBuffer()
         try:
             for size in sizes:
-                buffer = buft.alloc_buffer(size)
-                buffer.set_usage(BufferUsage.COMPUTE)
-                vbuffer.chunks.append(buffer)
+                vbuffer.chunks.append(_compute_buffer(buft, size))
         except OutOfMemoryError as error:
             vbuffer.close()
             raise OutOfMemoryError(
@@ -277,7 +273,10 @@ class Gallocr:
 
     def _place(self, leafs: Sequence[Tensor], owners: Iterable[tuple[Tensor, Place]], views: Iterable[Tensor]) -> None:
         """Give tensors the memory of their places, leafs first; then views that of what they view, if it has some."""
-        chunks = [() if v is None else tuple(v.chunks) for v in self.buffers]
+        chunks = [[] if v is None else list(v.chunks) for v in self.buffers]
+        for talloc, buft, had in zip(self.tallocs, self.bufts, chunks, strict=True):
+            # chunks of empty tensors only; upstream places these in a null buffer and aborts
+            had += [_compute_buffer(buft, 0) for _ in talloc.chunks[len(had) :]]
         placed: list[Tensor] = []
         at_leafs = [(t, p) for t, p in zip(leafs, self._leafs, strict=True) if t.buffer is None]
         for tensor, place in (*at_leafs, *owners):
@@ -351,6 +350,12 @@ class Gallocr:
                 vbuffer.close()
         self.buffers = [None] * len(self.bufts)
         self.is_reserved = False
+
+
+def _compute_buffer(buft: BufferType, size: int) -> Buffer:
+    buffer = buft.alloc_buffer(size)
+    buffer.set_usage(BufferUsage.COMPUTE)
+    return buffer
 
 
 def _inputs_and_outputs(graph: GallocGraph) -> list[int]:

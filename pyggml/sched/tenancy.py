@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 
 from ..buffer import Buffer
 from ..errors import GraphError, SchedError
@@ -31,12 +32,13 @@ class Tenancy:
     Differs: upstream reads whatever is there (`Repairs.reused_memory`).
     """
 
-    __slots__ = ("_by", "_leafs", "_nodes", "_position", "is_over", "rewritten")
+    __slots__ = ("_by", "_leafs", "_nodes", "_position", "_read", "is_over", "rewritten")
 
     def __init__(self, graph: SchedGraph, buffers: Collection[Buffer]) -> None:
         self._nodes: Sequence[Tensor] = graph.nodes
         self._leafs: Sequence[Tensor] = graph.leafs
         self._position: dict[Tensor, int] | None = None  # of what owns memory, in the order of writing
+        self._read: list[Tensor] | None = None
         self._by: dict[Tensor, Tensor | None] = {}
         self.is_over = False  #: whether all was computed
         self.rewritten: set[Tensor] = set()  #: what was written by hand since
@@ -52,7 +54,7 @@ class Tenancy:
             An input was overwritten when the graph was computed before, and nobody wrote it again.
         """
         if self.is_over:
-            for leaf in self._leafs:
+            for leaf in self._inputs:
                 if leaf.view_src is None and leaf not in self.rewritten and self._is_here(leaf):
                     by = self._overwritten_by(leaf)
                     if by is not None:
@@ -95,6 +97,17 @@ class Tenancy:
                 f"'{tensor.name}' cannot be read: its memory was given to {_what(by)} in the same compute",
                 hint="mark it as output: set_output() before alloc_graph",
             )
+
+    @property
+    def _inputs(self) -> list[Tensor]:
+        """Leafs that computed nodes read, themselves or from a copy."""
+        if self._read is None:
+            read = {s.view_src or s for node in self._nodes if is_computed(node) for s in node.src if s is not None}
+            for dep, copy in pairwise(self._nodes):  # a view that keeps the source alive, then the copy
+                if dep.op is Op.NONE and dep.view_src is not None and copy in read and dep.src[0] is not None:
+                    read.add(dep.src[0].view_src or dep.src[0])
+            self._read = [leaf for leaf in self._leafs if leaf in read]
+        return self._read
 
     @property
     def _positions(self) -> dict[Tensor, int]:

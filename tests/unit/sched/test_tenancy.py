@@ -162,3 +162,21 @@ def test_a_strict_scheduler_reads_what_is_there() -> None:
     _set(inputs)
     sched.compute(graph)
     assert not np.allclose(kept.numpy(), U @ V.T)
+
+
+def test_an_input_that_nothing_computed_reads_need_not_be_set() -> None:
+    """An input of a branch that was not selected may be overwritten: computing again does not ask for it."""
+    graph = ggml.Graph()
+    with graph:
+        x, unused = (graph.input("f32", (64, 4), name=name) for name in ("x", "unused"))
+        one, two = ops.scale(x, 2.0), ops.scale(unused, 3.0)
+        graph.select([one, two], 0)
+        y = ops.sqr(ops.scale(ops.scale(one, 2.0), 2.0)).named("y")
+    x.set_output()
+    graph.expand(y)
+    sched = ggml.Scheduler([ggml.CPU(threads=1)])
+    sched.alloc_graph(graph)
+    x.set_array(np.ones((4, 64)))
+    for _ in range(3):
+        sched.compute(graph)
+        assert (y.numpy() == 64).all()
