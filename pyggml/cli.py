@@ -30,6 +30,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 QUESTIONS = (
     ("What will these flags do, and how fast?", "pyggml splits gpt-oss-120b -ncmoe 24"),
     ("Why is a node on that device?", "pyggml splits MODEL --html plan.html"),
+    ("Is the plan what llama.cpp does?", "pyggml verify MODEL"),
     ("Does it run? What is copied?", "pyggml run MODEL -p TEXT -n 32"),
     ("What do used-expert copies save?", "pyggml savings MODEL"),
     ("Which models need no file?", "pyggml models"),

@@ -51,6 +51,9 @@ class _Server:
     def answer(self, request: Message) -> Message:
         """Return the answer to a request."""
         about = {key: request[key] for key in ("model", "placement", "context")}
+        with contextlib.suppress(OSError):
+            found = os.stat(request["model"])
+            about["file"] = (found.st_size, found.st_mtime_ns, found.st_ino)
         if self._capture is None or about != self._about:
             if self._capture is not None:
                 self._capture.close()
