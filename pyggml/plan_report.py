@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from .notebook import Bar, html_table
 from .routing import Routing
 from .sched.debug import assignments_text
 from .sched.policies import takes_used_experts
@@ -19,7 +20,17 @@ if TYPE_CHECKING:
     from .sched.state import Split
     from .tensor import Tensor
 
-__all__ = ["BatchPlan", "GraphPlan", "InputPlan", "MemoryFit", "SplitPlan", "ggml_text", "memory_fits", "plan_batches"]
+__all__ = [
+    "BatchPlan",
+    "BatchPlans",
+    "GraphPlan",
+    "InputPlan",
+    "MemoryFit",
+    "SplitPlan",
+    "ggml_text",
+    "memory_fits",
+    "plan_batches",
+]
 
 InputKind = Literal["input", "activation", "weight", "experts"]
 
@@ -149,9 +160,36 @@ class BatchPlan:
         }
 
 
+class BatchPlans(list[BatchPlan]):
+    """Plans of several batch sizes; a notebook shows them as a table."""
+
+    def _repr_html_(self) -> str:
+        """Return a row for each micro-batch, for notebooks."""
+        columns = (
+            "batch",
+            "micro-batch",
+            "nodes",
+            "splits",
+            "bytes copied",
+            "bytes if whole",
+            "",
+            "tokens/s of the batch",
+        )
+        rows = [
+            (
+                plan.n_tokens, graph.n_tokens, graph.n_nodes, len(graph.splits), f"{graph.bytes_expected:,}",
+                f"{graph.bytes_max:,}", Bar(graph.bytes_expected / graph.bytes_max if graph.bytes_max else 0.0),
+                "" if plan.simulated is None or not plan.simulated.seconds else f"{plan.simulated.tokens_per_s:,.1f}",
+            )
+            for plan in self
+            for graph in plan.graphs
+        ]  # fmt: skip
+        return html_table("Plans", columns, rows, n_rows=len(rows), right=(*columns[:6], columns[-1]))
+
+
 def plan_batches(
     planner: Planner, sizes: Sequence[int], *, outputs: Literal["last", "all"] = "last", routing: Routing
-) -> list[BatchPlan]:
+) -> BatchPlans:
     """Return what decodes of some sizes would do, each from an empty cache.
 
     Raises
@@ -159,7 +197,7 @@ def plan_batches(
     CacheFullError
         A size is larger than the context.
     """
-    plans = []
+    plans = BatchPlans()
     for n in sizes:
         graphs = [_graph_plan(planner, planned, routing) for planned in planner.plan_batch(n, outputs=outputs)]
         simulated = simulate_batch(planner, n, outputs=outputs, routing=routing) if can_simulate(planner) else None

@@ -27,13 +27,14 @@ from .models.hparams import ARCHITECTURES
 from .models.loading import Progress
 from .models.placement import Placement, PlacementFlags, norm_pins
 from .models.source import BuiltSource, GraphSource, ModelFacts, PlannableGraph
+from .notebook import Bar, html_table
 from .record import Recorder
 from .sched.assign import OffloadOp
 from .sched.policies import InputCopier
 from .sched.scheduler import Scheduler
 from .sched.state import Assignment, Split
 
-__all__ = ["GraphChoice", "Memory", "PlannedGraph", "Planner", "SchedOptions", "virtual_clock"]
+__all__ = ["GraphChoice", "Memory", "MemoryRows", "PlannedGraph", "Planner", "SchedOptions", "virtual_clock"]
 
 
 #: Who makes the graphs: pyggml, llama.cpp, or pyggml where it knows the architecture.
@@ -91,6 +92,16 @@ class Memory:
     def total(self) -> int:
         """All of it."""
         return self.weights + self.cache + self.compute
+
+
+class MemoryRows(list[Memory]):
+    """What a session or a plan holds, a row for each buffer type; a notebook shows it as a table."""
+
+    def _repr_html_(self) -> str:
+        """Return the rows as a table, for notebooks."""
+        columns = ("buffer type", "weights", "KV cache", "compute", "total")
+        rows = ((m.buft, *(f"{n:,}" for n in (m.weights, m.cache, m.compute, m.total))) for m in self)
+        return html_table("Memory, bytes", columns, rows, n_rows=len(self), right=columns[1:])
 
 
 class Planner:
@@ -345,7 +356,7 @@ class Planner:
             copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.sched.machine.cpu)
         )
 
-    def memory(self) -> list[Memory]:
+    def memory(self) -> MemoryRows:
         """Return what the session takes of each buffer type, or would take; the scheduler's types first."""
         bufts = self.sched.bufts
         sizes = [self.sched.buffer_size(b) for b in self.backends] if self.data else self._planned_compute
@@ -353,10 +364,10 @@ class Planner:
         for buft, size in zip(bufts, sizes, strict=True):
             compute[buft] = compute.get(buft, 0) + size
         weights, cache = self.placement.weight_bytes(), self._cache_bytes
-        return [
+        return MemoryRows(
             Memory(buft.name, weights.get(buft, 0), cache.get(buft, 0), compute.get(buft, 0))
             for buft in dict.fromkeys([*bufts, *weights, *cache])
-        ]
+        )
 
     # -- graphs --------------------------------------------------------------
 
@@ -444,6 +455,24 @@ class Planner:
     def __repr__(self) -> str:
         names = ", ".join(b.name for b in self.backends)
         return f"<{type(self).__name__} of {self.hparams.arch} '{self.hparams.name}' on {names}>"
+
+    def _repr_html_(self) -> str:
+        """Return what each buffer type holds and what part of its device that is, for notebooks."""
+        from .plan_report import memory_fits
+
+        fits = memory_fits(self.memory(), self.backends)
+        names = ", ".join(b.name for b in self.backends)
+        title = f"{type(self).__name__} of {self.hparams.name or self.hparams.arch} on {names}: {self.params.n_ctx:,} tokens"
+        columns = ("buffer type", "weights", "KV cache", "compute", "total bytes", "of the device", "")
+        rows = (
+            (
+                f.memory.buft, *(f"{n:,}" for n in (f.memory.weights, f.memory.cache, f.memory.compute, f.memory.total)),
+                "" if f.total_bytes is None else Bar(f.memory.total / f.total_bytes),
+                f"does not fit: {f.missing_bytes:,} bytes are missing" if f.missing_bytes else "",
+            )
+            for f in fits
+        )  # fmt: skip
+        return html_table(title, columns, rows, n_rows=len(fits), right=columns[1:5])
 
 
 def _open_backends(what: Sequence[str | Device | Backend], *, data: bool) -> list[Backend]:

@@ -8,9 +8,14 @@ from xml.etree import ElementTree
 import pytest
 
 import pyggml as ggml
+from pyggml.models.context import ContextFlags
+from pyggml.models.placement import PlacementFlags
 from pyggml.notebook import MAX_ROWS, Bar, html_table
+from pyggml.plan_report import plan_batches
+from pyggml.planning import Planner
 from pyggml.record import AllocRecord, CopyRecord, UsedExpertsRecord
 from pyggml.report import CopyAccount
+from pyggml.routing import parse_routing
 
 #: A whole weight that was copied; its name tells no layer.
 WEIGHT = CopyRecord(0, "w", "CPU", "SIM0", 0, 1000, 1000, "weight", 0.0, 0.1)
@@ -156,3 +161,19 @@ def test_long_tables_are_cut() -> None:
     rows = cells(html_table("t", ("n", "m"), ((i, i) for i in range(60)), n_rows=60))
     assert len(rows) == 1 + MAX_ROWS + 1
     assert rows[-1] == ["and 10 more"]
+
+
+def test_planner_and_plans() -> None:
+    """A planner shows what its devices hold and whether that fits; memory and plans are tables, too."""
+    small = "sim:custom:8GiB,400GB/s,12GB/s"
+    with Planner.open(
+        "gpt-oss-20b", devices=[small], data=False, placement=PlacementFlags(), context=ContextFlags(n_ctx=512)
+    ) as planner:
+        rows = cells(planner._repr_html_())
+        assert rows[0][:2] == ["buffer type", "weights"]
+        assert rows[1][0] == "SIM0"
+        assert "does not fit" in rows[1][-1]
+        assert int(rows[1][4].replace(",", "")) == planner.memory()[0].total
+        assert [row[0] for row in cells(planner.memory()._repr_html_())[1:]] == ["SIM0", "CPU"]
+        plans = plan_batches(planner, [4, 1], routing=parse_routing("uniform"))
+        assert [row[:2] for row in cells(plans._repr_html_())[1:]] == [["4", "4"], ["1", "1"]]
