@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
+
+import click
 
 from ._console import progress
 
@@ -11,14 +14,19 @@ __all__ = ["warm_up"]
 
 
 def warm_up() -> None:
-    """Load all kernels from Numba's cache, or compile them, with a progress bar: half a minute once per machine."""
+    """Load all kernels from Numba's cache, or compile them, with a progress bar and a line that says how often."""
     from ..kernels import cpu
+    from ..kernels.cpu.cache import CACHE_DIR
 
+    if not any(Path(CACHE_DIR).rglob("*.nbi")):
+        click.echo(
+            f"Compiling the CPU's kernels, once for this version (about half a minute); kept in {CACHE_DIR}", err=True
+        )
     with progress() as bar:
         task = bar.add_task("loading kernels", total=None)
         for module in pkgutil.iter_modules(cpu.__path__):
             importlib.import_module(f"{cpu.__name__}.{module.name}")
         kernels = list(importlib.import_module(f"{cpu.__name__}.kernel").KERNELS.values())
         for i, made in enumerate(kernels):
-            bar.update(task, completed=i, total=len(kernels), description=f"kernel {made.name}")
+            bar.update(task, completed=i, total=len(kernels), description=f"compiling or loading kernel {made.name}")
             _ = made.address

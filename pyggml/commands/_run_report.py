@@ -121,14 +121,15 @@ class RunReport:
 
     def _counts(self) -> dict[str, int]:
         """Return the tokens evaluated in each phase; the first generated one comes with the prompt."""
-        return {"prompt": self.n_prompt, "generate": max(self.n_generated - 1, 0)}
+        n_evaluated = sum(s.n_tokens * s.n_batches for s in self.shapes.values())
+        return {"prompt": self.n_prompt, "generate": max(self.n_generated - 1, 0), "turns": n_evaluated}
 
     def _rates(self) -> dict[str, float | None]:
-        prompt_s, generate_s = self.seconds.get("prompt", 0.0), self.seconds.get("generate", 0.0)
-        n_steps = self._counts()["generate"]
+        phases = {"prompt", "generate", *({"turns"} & self.seconds.keys())}
+        counts = self._counts()
         return {
-            "prompt": self.n_prompt / prompt_s if prompt_s else None,
-            "generate": n_steps / generate_s if generate_s and n_steps else None,
+            p: counts[p] / s if (s := self.seconds.get(p, 0.0)) and counts[p] else None
+            for p in sorted(phases, reverse=True)
         }
 
     # -- as tables -----------------------------------------------------------

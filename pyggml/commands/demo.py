@@ -20,7 +20,15 @@ PROMPT = (
 DEVICES = "sim:rtx4090-pcie4,cpu"
 
 
-@cloup.command("demo", context_settings={"ignore_unknown_options": True})
+EXAMPLES = """
+\b
+Examples:
+  pyggml demo
+  pyggml demo --model my.gguf --prompt "Why is the sky blue?" -n 64 -ncmoe 10
+"""
+
+
+@cloup.command("demo", epilog=EXAMPLES, context_settings={"ignore_unknown_options": True})
 @click.option("--model", type=click.Path(dir_okay=False, path_type=Path), help="Your own GGUF file.  [an example]")
 @click.option("--prompt", default=PROMPT, help="What to answer.  [an example]")
 @click.option("-n", "n_predict", type=click.IntRange(0), default=160, show_default=True, help="Tokens to generate.")
@@ -38,19 +46,10 @@ def command(ctx: click.Context, model: Path | None, prompt: str, n_predict: int,
         words.append("--chat")
     from .run import command as run
 
+    if not {"--json", "--quiet"} & set(more):
+        click.echo(f"Prompt: {prompt}\n")
     with run.make_context("run", [*words, *more], parent=ctx.parent) as sub:
         run.invoke(sub)
-    if model is None and not {"--json", "--quiet"} & set(more):
-        _compare_batches(ctx)
-
-
-def _compare_batches(ctx: click.Context) -> None:
-    """Show what small batches save on a model with many small experts."""
-    from .savings import command as savings
-
-    click.echo()
-    with savings.make_context("savings", ["--device", DEVICES], parent=ctx.parent) as sub:
-        savings.invoke(sub)
 
 
 def _example() -> Path:
