@@ -7,8 +7,10 @@ without one prints nothing. ``python tests/test_tutorials.py --update`` writes w
 from __future__ import annotations
 
 import io
+import os
 import re
 import shlex
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -18,7 +20,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs/accuracy.md", *sorted((ROOT / "docs/tutorials").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("accuracy", "viz")),
+    *sorted((ROOT / "docs/tutorials").glob("*.md")),
+]
 OTHERS = [ROOT / "CONTRIBUTING.md", *sorted({*(ROOT / "docs").glob("**/*.md")} - {*PAGES})]
 #: packages beyond pyggml's own that a page's code needs, by the page's stem
 NEEDS = {"09-cuda-kernels-without-a-gpu": ("numba-cuda", "nvidia-cuda-nvrtc", "nvidia-nvvm")}
@@ -91,13 +97,17 @@ def update_page(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
-def test_page_shows_what_its_code_prints(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_shows_what_its_code_prints(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block runs, and the text block after it is what it printed."""
     if missing := missing_packages(path):
         pytest.skip(f"not installed: {', '.join(missing)} (pip install -e '.[cuda]')")
+    monkeypatch.setattr("webbrowser.open", lambda url: True)
     monkeypatch.delenv("GGML_SCHED_DEBUG", raising=False)
     monkeypatch.delenv("GGML_OP_OFFLOAD_MIN_BATCH", raising=False)
-    monkeypatch.chdir(ROOT)
+    if path.parent.name == "docs":
+        monkeypatch.chdir(tmp_path)  # some write files; the README reads one of the project
+    else:
+        monkeypatch.chdir(ROOT)
     for example in run_page(path):
         shown = "" if example.shown is None else example.shown.text
         assert example.printed == shown, f"{path.name}:{example.code.line} prints something else than the page shows"
@@ -123,6 +133,8 @@ def test_shown_commands_exist(page: str, line: str, monkeypatch: pytest.MonkeyPa
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"\w+=.*", words[0]):  # environment
         words.pop(0)
+    if not words:
+        return
     if words[0] == "pyggml":
         command = group.get_command(group.make_context("pyggml", ["--help"], resilient_parsing=True), words[1])
         assert command is not None, f"{page}: there is no {words[1]}"
@@ -130,6 +142,70 @@ def test_shown_commands_exist(page: str, line: str, monkeypatch: pytest.MonkeyPa
     elif words[0] == "make":
         targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
         assert {w for w in words[1:] if "=" not in w} <= targets, f"{page}: {line}"
+
+
+#: Lines of shell blocks that tests do not run: what they start with, or hold.
+NOT_RUN = re.compile(
+    r"make|pip|pytest|cmake|export|.*(rpc:\d|libggml:CUDA)"  # the environment's own, a server, a card
+)
+
+
+def shell_pages() -> list[Path]:
+    """Return the pages that show commands which a test can run."""
+    return [
+        path
+        for path in [*PAGES, *OTHERS]
+        if any(b.language == "sh" and re.search(r"^pyggml ", b.text, re.MULTILINE) for b in blocks_of(path.read_text()))
+    ]
+
+
+#: These run models: their commands take longer than ten seconds.
+RUNNING = ("README", "viz", "07-a-model-over-two-devices")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in RUNNING else []) for p in shell_pages()],
+)
+def test_shown_commands_run(path: Path, tmp_path: Path) -> None:
+    """A page's commands run as printed, in order, in a folder of their own; what a page shows of them is printed."""
+    program = tmp_path / "bin" / "pyggml"
+    program.parent.mkdir()
+    for name, words in (("pyggml", "-m pyggml"), ("python", "")):
+        program.with_name(name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
+        program.with_name(name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    env.pop("PYGGML_CHECK", None)  # so long that a page would say so
+    if "moe.gguf" in path.read_text() and "make-moe moe.gguf" not in path.read_text():
+        make = [str(program), "make-moe", "moe.gguf", "--preset", "fine-grained"]  # a page before has made it
+        subprocess.run(make, cwd=tmp_path, env=env, check=True, capture_output=True)
+    blocks = blocks_of(path.read_text(encoding="utf-8"))
+    for block, following in zip(blocks, [*blocks[1:], None], strict=False):
+        lines = [line for line in block.text.replace("\\\n", " ").splitlines() if not NOT_RUN.match(line.strip())]
+        if block.language != "sh" or not lines:
+            continue
+        done = subprocess.run(
+            ["sh", "-eu", "-c", "\n".join(lines)],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=250,
+            check=False,
+        )
+        assert done.returncode == 0, f"{path.name}:{block.line}: {done.stderr}"
+        if following is not None and following.language == "text":
+            missing = [line for line in following.text.splitlines() if line.rstrip() not in done.stdout]
+            assert not missing, f"{path.name}:{following.line}: not printed: {missing}"
+
+
+def test_blocks_of_the_readme_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each Python block of the README runs when it is pasted alone."""
+    monkeypatch.chdir(ROOT)
+    for block in blocks_of((ROOT / "README.md").read_text(encoding="utf-8")):
+        if block.language == "python":
+            with redirect_stdout(io.StringIO()):
+                exec(compile(block.text, f"README.md:{block.line}", "exec"), {"__name__": "pasted"})  # noqa: S102
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/upstream.md", "CONTRIBUTING.md"])

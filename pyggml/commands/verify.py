@@ -55,7 +55,7 @@ def command(
     """Plan a GGUF model by pyggml and by llama.cpp's own scheduler, and compare splits, inputs, sizes and nodes.
 
     Both take the graph that llama.cpp builds; no weight is read. Without --device: one device that runs every op and takes
-    batches from 32 tokens on, and the CPU. The exit status is 1 if anything differs. Needs `pyggml[llama]`.
+    batches from 32 tokens on, and the CPU. The exit status is 1 if anything differs. Needs the packages of the `llama` extra.
     """
     from ..llama.verify import DEVICE, verify
 

@@ -20,7 +20,7 @@ from .slots import FUNCTIONS, Interfaces, find_interfaces
 __all__ = ["LlamaLibrary", "find_llama", "library_files"]
 
 _KIND = "llama"
-_INSTALL = "pip install 'pyggml[llama]', or set PYGGML_LIBLLAMA to the folder of a build of llama.cpp"
+_INSTALL = f"{config.install_hint('llama')}, or set PYGGML_LIBLLAMA to the folder of a build of llama.cpp"
 
 _BACKENDS = """
 struct iface { void * word[40]; };
