@@ -48,7 +48,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 def _refusal(pattern: str, what: str) -> GraphError:
     return GraphError(
-        f"'{pattern}' is no regular expression of llama.cpp: {what}", hint="escape dots and brackets with \\"
+        f"-ot: '{pattern}' is not a regular expression that llama.cpp takes: {what}", hint="escape dots and brackets with \\"
     )
 
 
