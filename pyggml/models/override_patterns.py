@@ -48,7 +48,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 def _refusal(pattern: str, what: str) -> GraphError:
     return GraphError(
-        f"-ot: '{pattern}' is not a regular expression that llama.cpp takes: {what}", hint="escape dots and brackets with \\"
+        f"-ot: '{pattern}' is not a regular expression that llama.cpp takes: {what}",
+        hint="escape dots and brackets with \\",
     )
 
 
