@@ -115,7 +115,7 @@ def test_interactive_keeps_the_cache_between_turns(moe, capsys, monkeypatch):
     from pyggml.tokenizer import Tokenizer
 
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda self, messages: _render(template, messages))
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda self, messages, **_: _render(template, messages))
     seen: list[int] = []
     turn = _conversation.Conversation.turn
 
