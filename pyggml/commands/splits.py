@@ -12,6 +12,7 @@ import click
 import cloup
 from rich.text import Text
 
+from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect
 from ..sched.state import Cause
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table
 from ._header import print_header, why_not_captured
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..plan_report import BatchPlan, GraphPlan, MemoryFit, SplitPlan
     from ..planning import GraphChoice, Planner
+    from ..record import Recorder
     from ..routing import Routing
 
 __all__ = ["command"]
@@ -37,6 +39,7 @@ EXAMPLES = """
 Examples:
   pyggml splits moe.gguf --cpu-moe --batches 512,1
   pyggml splits moe.gguf -dev sim:rtx3090-pcie4,cpu -ncmoe 24 -ub 2048 --html plan.html
+  pyggml splits moe.gguf --cpu-moe --dialect 0.26,0.27
   pyggml splits moe.gguf --json | jq .memory
 """
 
@@ -61,6 +64,14 @@ Examples:
         default="auto",
         show_default=True,
         help="Whose graph: pyggml's or llama.cpp's. auto: pyggml's where it knows the architecture.",
+    ),
+    cloup.option(
+        "--dialect",
+        "versions",
+        default=DEFAULT_DIALECT.version,
+        show_default=True,
+        metavar="V[,V]",
+        help="Version of ggml: 0.20, 0.21, 0.26, 0.27. Of several: a table of what each upgrade changes, and by which rule.",
     ),
     cloup.option(
         "--routing",
@@ -89,6 +100,7 @@ def command(
     outputs: Literal["last", "all"],
     form: str,
     graph: GraphChoice,
+    versions: str,
     routing: str,
     all_splits: bool,
     timeline: Path | None,
@@ -103,6 +115,9 @@ def command(
 
     sizes = parse_sizes(batches)
     assumed = parse_routing(routing)
+    dialects = _parse_dialects(versions)
+    if len(dialects) > 1 and (form == "ggml" or timeline or html):
+        raise click.UsageError("a comparison of versions is a table or JSON: leave out --format, --timeline and --html")
     if form == "ggml" and (as_json or timeline or html):
         raise click.UsageError("--format ggml prints that text alone: leave out --json, --timeline and --html")
     check_folders(timeline, html)
@@ -111,9 +126,21 @@ def command(
     if graph != "built" and (missing := why_not_captured(model, graph)) is not None:
         print_header(flags, model, [*backends, cpu], missing, as_json=as_json)
         raise missing
+    if len(dialects) > 1:
+        from ._upgrade import print_upgrades
+
+        def open_planner(dialect: Dialect, recorder: Recorder) -> Planner:
+            return Planner.open(
+                model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
+                graph=graph, strict=True, dialect=dialect, copier=flags.copier(), clock=virtual_clock([*backends, cpu]),
+                recorder=recorder,
+            )  # fmt: skip
+
+        print_upgrades(open_planner, sizes, dialects, outputs=outputs, routing=assumed, as_json=as_json)
+        return
     with Planner.open(
         model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
-        graph=graph, strict=True, copier=flags.copier(), clock=virtual_clock([*backends, cpu]),
+        graph=graph, strict=True, dialect=dialects[0], copier=flags.copier(), clock=virtual_clock([*backends, cpu]),
         recorder=recording,
     ) as planner:  # fmt: skip
         if form == "ggml":
@@ -134,6 +161,17 @@ def command(
             _print(planner, plans, assumed, fits, all_splits=all_splits)
         if any(f.missing_bytes for f in fits):
             click.get_current_context().exit(EXIT_DOES_NOT_FIT)
+
+
+def _parse_dialects(text: str) -> list[Dialect]:
+    """Return the dialects of a list of versions."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in DIALECTS:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(DIALECTS)}", param_hint="'--dialect'")
+    if len(set(names)) < len(names):
+        raise click.BadParameter("a version stands there twice", param_hint="'--dialect'")
+    return [DIALECTS[name] for name in names]
 
 
 def _about(planner: Planner, routing: Routing, fits: list[MemoryFit]) -> dict[str, Any]:

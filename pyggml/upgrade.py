@@ -1,0 +1,184 @@
+"""What another version of ggml changes for a model and its flags: the same decode planned under the rules of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
+
+from .dialect import Dialect
+from .models.batch import Outputs
+from .planning import Planner
+from .record import ComputeRecord, CopyRecord, ReadRecord, Record, WaitRecord
+from .routing import DEFAULT_ROUTING, Routing
+from .simulation import simulate_batch
+
+__all__ = ["MEASURES", "DialectCost", "RuleEffect", "Upgrade", "compare_dialects"]
+
+#: What is compared of a decode.
+MEASURES = ("splits", "copies", "bytes", "waits", "seconds", "compute_buffer_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class DialectCost:
+    """What one decode takes under the rules of one version.
+
+    Attributes
+    ----------
+    splits : int
+        That are launched, over all micro-batches.
+    copies, bytes : int
+        Copies between backends, and what they carry.
+    waits : int
+        Waits of the host or a backend, and reads of ids or results, which wait, too.
+    seconds : float or None
+        Virtual time; None where a device has no profile.
+    compute_buffer_bytes : int
+        Of all devices.
+    """
+
+    splits: int
+    copies: int
+    bytes: int
+    waits: int
+    seconds: float | None
+    compute_buffer_bytes: int
+
+    def differs(self, other: DialectCost) -> bool:
+        """Whether anything is another; virtual times that differ by rounding alone do not."""
+        return any(self.change(other, name) for name in MEASURES)
+
+    def change(self, other: DialectCost, name: str) -> float:
+        """Return how much one measure changes from another decode to this one; 0 if it is not known."""
+        before, after = getattr(other, name), getattr(self, name)
+        if before is None or after is None:
+            return 0
+        change: float = after - before
+        return 0 if abs(change) <= 1e-9 * abs(before) else change
+
+
+@dataclass(frozen=True, slots=True)
+class RuleEffect:
+    """What a single rule does: the new version, against the new version with the old value of this rule.
+
+    Attributes
+    ----------
+    rule : str
+        A field of `Dialect`.
+    before, after
+        Its values.
+    without : DialectCost
+        The new version's decode, but for this rule.
+    """
+
+    rule: str
+    before: object
+    after: object
+    without: DialectCost
+
+
+@dataclass(frozen=True, slots=True)
+class Upgrade:
+    """One batch size, under two versions.
+
+    Attributes
+    ----------
+    n_tokens : int
+    old, new : str
+        Versions.
+    before, after : DialectCost
+    effects : list of RuleEffect
+        Rules that change something here; what other rules change does not show in this model with these flags.
+    silent : list of str
+        Rules that differ and change nothing here.
+    """
+
+    n_tokens: int
+    old: str
+    new: str
+    before: DialectCost
+    after: DialectCost
+    effects: list[RuleEffect]
+    silent: list[str]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return values for JSON."""
+        return asdict(self)
+
+
+class _Tally:
+    """A recorder that only counts."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.splits = self.copies = self.bytes = self.waits = 0
+
+    def record(self, record: Record) -> None:
+        """Count."""
+        if isinstance(record, ComputeRecord):
+            self.splits += 1
+        elif isinstance(record, CopyRecord):
+            self.copies += 1
+            self.bytes += record.size_bytes
+        elif isinstance(record, WaitRecord | ReadRecord):
+            self.waits += 1
+
+
+#: Opens a planner without data, for a dialect and with a recorder.
+OpenPlanner = Callable[[Dialect, _Tally], Planner]
+
+
+def compare_dialects(
+    open_planner: OpenPlanner,
+    sizes: Sequence[int],
+    dialects: Sequence[Dialect],
+    *,
+    outputs: Outputs = "last",
+    routing: Routing = DEFAULT_ROUTING,
+) -> Iterator[Upgrade]:
+    """Yield what each step from one version to the next changes, for each batch size.
+
+    Parameters
+    ----------
+    open_planner : callable
+        ``(dialect, recorder) -> Planner``, without data; each is closed here.
+    sizes : sequence of int
+        Tokens of each decode, from an empty cache.
+    dialects : sequence of Dialect
+        At least two.
+    """
+    kept: dict[tuple[Dialect, int], DialectCost] = {}
+
+    def cost(dialect: Dialect, n: int) -> DialectCost:
+        if (dialect, n) not in kept:
+            kept[dialect, n] = _cost(open_planner, dialect, n, outputs, routing)
+        return kept[dialect, n]
+
+    for n in sizes:
+        for old, new in pairwise(dialects):
+            before, after = cost(old, n), cost(new, n)
+            effects, silent = [], []
+            for name in (f.name for f in fields(Dialect) if f.name != "version"):
+                was, is_now = getattr(old, name), getattr(new, name)
+                if was == is_now:
+                    continue
+                without = cost(replace(new, **{name: was}), n)
+                if after.differs(without):
+                    effects.append(RuleEffect(name, was, is_now, without))
+                else:
+                    silent.append(name)
+            yield Upgrade(n, old.version, new.version, before, after, effects, silent)
+
+
+def _cost(open_planner: OpenPlanner, dialect: Dialect, n: int, outputs: Outputs, routing: Routing) -> DialectCost:
+    tally = _Tally()
+    with closing(open_planner(dialect, tally)) as planner:
+        planner.reserve()
+        tally.clear()  # what opening and reserving did is no part of a decode
+        seconds = simulate_batch(planner, n, outputs=outputs, routing=routing).seconds
+        buffers = sum(m.compute for m in planner.memory())
+    return DialectCost(tally.splits, tally.copies, tally.bytes, tally.waits, seconds, buffers)
