@@ -229,7 +229,15 @@ class Session(Planner):
         self._filler.fill(part, slot)
         self.sched.set_eval_callback(look)
         self.sched.compute(graph.graph)
-        node = found[0] if found else graph.logits
+        if not found:
+            where = self.sched.tensor_backend(graph.logits) or self.backends[-1]
+            return ComputeError(
+                where.name,
+                "the logits are not numbers, and were when the batch was computed again: memory was read that was not written",
+                node=graph.logits.name,
+                hint="PYGGML_CHECK=1 finds copies that lack something",
+            )
+        node = found[0]
         weights = [
             s for s in node.src if s is not None and s.storage is not None and s.storage.usage is BufferUsage.WEIGHTS
         ]

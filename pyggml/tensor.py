@@ -368,7 +368,7 @@ class Tensor:
         Raises
         ------
         GraphError
-            The tensor has no memory yet, or is a view with gaps.
+            The tensor has no memory yet, is a view with gaps, or is of integers and cannot hold a number.
         ShapeError
             The shape is another, or the type cannot be quantised to.
         """
@@ -503,6 +503,28 @@ _NUMPY_TYPE = {
 }
 
 
+_INTEGERS = frozenset({Type.I8, Type.I16, Type.I32, Type.I64})
+
+
+def _check_integers(tensor: Tensor, values: npt.NDArray[Any]) -> None:
+    """Refuse numbers that a tensor of integers cannot hold, rather than cut them or wrap around."""
+    import numpy as np
+
+    limits = np.iinfo(_NUMPY_TYPE[tensor.type])
+    if values.dtype.kind not in "biuf":
+        raise GraphError(f"'{tensor.name}' is {tensor.type.ggml_name}: {values.dtype} cannot be written into it")
+    if values.dtype.kind == "f":  # the limits of 64 bits are no floats
+        held = (values >= limits.min) & (values < float(limits.max) + 1) & (values == np.rint(values))
+    else:
+        held = (values >= limits.min) & (values <= limits.max)
+    if not held.all():
+        at = int(np.flatnonzero(~held.reshape(-1))[0])
+        raise GraphError(
+            f"'{tensor.name}' is {tensor.type.ggml_name} and cannot hold {values.reshape(-1)[at]} (element {at})",
+            hint="round, or clip, what is to be written",
+        )
+
+
 def encode_array(tensor: Tensor, array: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     """Return the bytes that ``tensor`` would hold for ``array``.
 
@@ -522,6 +544,8 @@ def encode_array(tensor: Tensor, array: npt.ArrayLike) -> npt.NDArray[np.uint8]:
         raise ShapeError("set_array", f"'{tensor.name}' has gaps (nb {tensor.nb})", hint="write the tensor it views")
     if tensor.numel == 0:
         return np.empty(0, np.uint8)
+    if tensor.type in _INTEGERS:
+        _check_integers(tensor, values)
     if tensor.type in _NUMPY_TYPE:
         raw = np.ascontiguousarray(values, dtype=_NUMPY_TYPE[tensor.type])
     elif tensor.type is Type.BF16:

@@ -127,8 +127,14 @@ class Batch:
         flags = np.full(n, outputs == "all", np.bool_)
         if outputs == "last" and n:
             flags[-1] = True
+        try:
+            ids = np.asarray(tokens, np.int64).reshape(n)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise GraphError(f"the tokens are not ids: {error}") from error
+        if n and not -(1 << 31) <= int(ids.min()) <= int(ids.max()) < 1 << 31:
+            raise GraphError(f"no token has an id of {int(ids.max()) if ids.max() >= 1 << 31 else int(ids.min())}")
         return cls(
-            np.asarray(tokens, np.int32).reshape(n),
+            ids.astype(np.int32),
             np.arange(pos, pos + n, dtype=np.int32),
             np.full(n, seq, np.int32),
             flags,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import FormatError
@@ -38,8 +39,22 @@ ARCHITECTURES: dict[str, RopeType] = {
     "dots1": RopeType.NEOX,
     "ernie4_5-moe": RopeType.NORMAL,
 }
+_LARGEST_F32 = 3.4028234e38
 #: Of these, the ones that are nothing without experts.
-_MOE_ONLY = frozenset(ARCHITECTURES) - {"llama", "qwen2", "qwen3"}
+_MOE_ONLY = frozenset(
+    {
+        "qwen2moe",
+        "qwen3moe",
+        "olmoe",
+        "granitemoe",
+        "gpt-oss",
+        "glm4moe",
+        "deepseek2",
+        "minimax-m2",
+        "dots1",
+        "ernie4_5-moe",
+    }
+)
 #: Those that may rotate a part of each head only.
 _PARTIAL_ROPE = frozenset({"glm4moe", "minimax-m2"})
 #: Those whose file says how experts are chosen, and how they are if it does not; None: it must.
@@ -187,7 +202,10 @@ class _Reader:
         if default is not None and full not in self.metadata:
             return default
         if full in self.metadata and not isinstance(self.metadata[full], int | float | str):
-            values = {int(v) for v in self.metadata[full]}
+            items = list(self.metadata[full])
+            if not all(isinstance(v, int | float) and isfinite(v) for v in items):
+                raise self.error(key, f"holds {items[:3]!r}, which are not numbers of elements")
+            values = {int(v) for v in items}
             if len(values) != 1:
                 raise FormatError(
                     self.file.path,
@@ -205,7 +223,10 @@ class _Reader:
         full = f"{self.arch}.{key}"
         if default is not None and full not in self.metadata:
             return default
-        return self.file.require(full, float)
+        value = self.file.require(full, float)
+        if not abs(value) <= _LARGEST_F32:
+            raise self.error(key, f"is {value}, no number that a float can hold")
+        return value
 
     def n_vocab(self) -> int:
         """Mirrors `llama_vocab::load`: the tokens' number, else the key, else the embedding's rows."""
@@ -243,7 +264,9 @@ class _Reader:
         if self.arch not in _MLA and ((n_rot != head_k and not is_partial) or head_k != head_v):
             raise self.error("rope.dimension_count", f"is {n_rot}, with heads of {head_k} (K) and {head_v} (V)")
         sections = self.metadata.get(f"{self.arch}.rope.dimension_sections", ())
-        if sum(int(n) > 0 for n in sections[:2]) == 2:
+        if isinstance(sections, int | float | str) or not all(isinstance(n, int) for n in sections):
+            raise self.error("rope.dimension_sections", "is no array of numbers")
+        if sum(n > 0 for n in sections[:2]) == 2:
             raise self.error(
                 "rope.dimension_sections", "asks for rotation by several positions, which is not supported"
             )
@@ -252,6 +275,10 @@ class _Reader:
             raise self.error("rope.scaling.type", f"is '{scaling}'; known are {', '.join(_ROPE_SCALINGS)}")
         factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0))
         freq_base = round_f32(self.number("rope.freq_base", 10000.0))
+        if freq_base <= 0.0:
+            raise self.error("rope.freq_base", f"is {freq_base}, a number above 0 is needed")
+        if factor < 0.0 or 0.0 < factor < 1e-30:
+            raise self.error("rope.scaling.factor", f"is {factor}, a number above 0 is needed")
         freq_scale = 1.0 if factor == 0.0 else round_f32(1.0 / round_f32(factor))
         return HParams(
             arch=self.arch,

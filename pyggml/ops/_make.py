@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from enum import IntEnum
 from math import inf
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from ..errors import ShapeError
 from ..graph_context import current
@@ -18,6 +19,8 @@ from ..types import Op, Type
 
 _FLOAT = struct.Struct("<f")
 _WORD = struct.Struct("<i")
+
+_Kind = TypeVar("_Kind", bound=IntEnum)
 
 Sources = Sequence[Tensor | None]
 Params = tuple[int, ...]
@@ -137,6 +140,14 @@ def _describe(t: Tensor | None) -> str:
         return "None"
     gaps = "" if t.is_contiguous() else f", nb {list(t.nb)}"
     return f"{t.name!r} {t.type.ggml_name} {list(t.ne)}{gaps}"
+
+
+def member(kinds: type[_Kind], number: int) -> _Kind:
+    """Return the member of an enum that a builder was given, or refuse a number that is none."""
+    try:
+        return kinds(number)
+    except ValueError:
+        refuse(kinds.__name__, f"there is no {number!r}; there are {', '.join(f'{k.value} ({k.name})' for k in kinds)}")
 
 
 def require_sizes(op: str, *ne: int) -> None:

@@ -8,7 +8,7 @@ from math import log as _log
 
 from ..tensor import Tensor
 from ..types import GluOp, Op, UnaryOp
-from ._make import f32, is_contiguous_rows, like, new, refuse, round_f32
+from ._make import f32, is_contiguous_rows, like, member, new, refuse, round_f32
 
 UnaryBuilder = Callable[[Tensor], Tensor]
 GluBuilder = Callable[[Tensor], Tensor]
@@ -24,18 +24,18 @@ def unary(a: Tensor, op: UnaryOp | int) -> Tensor:
     Raises
     ------
     ShapeError
-        A row has gaps.
+        A row has gaps, or there is no such function.
 
     Notes
     -----
     Mirrors `ggml_unary`.
     """
-    return _unary(a, UnaryOp(op), False)
+    return _unary(a, member(UnaryOp, op), False)
 
 
 def unary_inplace(a: Tensor, op: UnaryOp | int) -> Tensor:
     """`unary` on a's own memory."""
-    return _unary(a, UnaryOp(op), True)
+    return _unary(a, member(UnaryOp, op), True)
 
 
 def _unary(a: Tensor, op: UnaryOp, inplace: bool) -> Tensor:
@@ -137,13 +137,13 @@ def glu(a: Tensor, op: GluOp | int, swapped: bool) -> Tensor:
     Raises
     ------
     ShapeError
-        A row has gaps.
+        A row has gaps, or there is no such function.
 
     Notes
     -----
     Mirrors `ggml_glu`.
     """
-    return _glu(a, None, GluOp(op), swapped)
+    return _glu(a, None, member(GluOp, op), swapped)
 
 
 def glu_split(a: Tensor, b: Tensor, op: GluOp | int) -> Tensor:
@@ -158,7 +158,7 @@ def glu_split(a: Tensor, b: Tensor, op: GluOp | int) -> Tensor:
     -----
     Mirrors `ggml_glu_split`.
     """
-    return _glu(a, b, GluOp(op), False)
+    return _glu(a, b, member(GluOp, op), False)
 
 
 def _glu_family(op: GluOp, what: str) -> tuple[GluBuilder, GluBuilder, GluSplitBuilder]:

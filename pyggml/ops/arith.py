@@ -13,6 +13,7 @@ from ._make import (
     f32,
     is_padded_1d,
     like,
+    member,
     new,
     refuse,
 )
@@ -400,4 +401,4 @@ def tri(a: Tensor, type: TriType | int) -> Tensor:
     """
     if a.type is not Type.F32 or not a.is_contiguous() or a.ne[0] != a.ne[1]:
         refuse("tri", "a must be square, contiguous f32", a=a)
-    return like(Op.TRI, a, (a,), (int(type),))
+    return like(Op.TRI, a, (a,), (int(member(TriType, type)),))

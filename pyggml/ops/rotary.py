@@ -49,6 +49,8 @@ def _rope(
         f32(beta_slow),
     )
     if is_mrope and sections is not None:
+        if not isinstance(sections, Sequence) or len(sections) != 4:
+            refuse("rope", f"sections must be 4 numbers of pairs, not {sections!r}", a=a)
         params += tuple(int(n) for n in sections)
     return like(Op.ROPE, a, (a, b, c), params, inplace)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, isfinite
 
 from ..tensor import Tensor
 from ..types import MAX_DIMS, Op, Type
@@ -132,7 +132,7 @@ def arange(start: float, stop: float, step: float) -> Tensor:
     Raises
     ------
     ShapeError
-        There would be no element.
+        There would be no element, or 2^31 and more.
 
     Notes
     -----
@@ -141,6 +141,8 @@ def arange(start: float, stop: float, step: float) -> Tensor:
     start, stop, step = round_f32(start), round_f32(stop), round_f32(step)
     if not stop > start or not step > 0:
         refuse("arange", f"from {start} to {stop} by {step} there is no element")
+    if not isfinite(stop - start) or (stop - start) / step >= 1 << 31:
+        refuse("arange", f"from {start} to {stop} by {step} there are too many elements")
     n_step = ceil(round_f32(round_f32(stop - start) / step))
     return new(Op.ARANGE, Type.F32, (n_step,), (), (f32(start), f32(stop), f32(step)))
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pyggml as ggml
 from pyggml.commands.make_moe import command as make_moe
+from pyggml.gguf import ValueType
+from pyggml.makers.gguf_writer import GGUFWriter
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +29,51 @@ def _alloc_with_usage(usage: str) -> None:
     context.alloc(ggml.CPU(threads=1), usage=usage)
 
 
+def _compute(build: Callable[[ggml.Graph], ggml.Tensor]) -> None:
+    graph = ggml.Graph()
+    with graph:
+        y = build(graph)
+    graph.expand(y)
+    sched = ggml.Scheduler([ggml.CPU(threads=1)])
+    sched.alloc_graph(graph)
+    for leaf in graph.leafs:
+        leaf.set_array(np.ones(leaf.shape))
+    sched.compute(graph)
+
+
+def _rope(base: float, n_ctx_orig: int, ext_factor: float, scale: float = 1.0) -> None:
+    _compute(
+        lambda g: ggml.rope_ext(
+            g.input("f32", (8, 2, 4)),
+            g.input("i32", (4,)),
+            None,
+            8,
+            0,
+            n_ctx_orig,
+            base,
+            scale,
+            ext_factor,
+            1.0,
+            32.0,
+            1.0,
+        )
+    )
+
+
+def _sections(sections: object) -> None:
+    x, pos = ggml.Tensor("f32", (8, 2, 4)), ggml.Tensor("i32", (16,))
+    ggml.rope_multi(x, pos, None, 8, sections, 8, 0, 10000.0, 1.0, 0.0, 1.0, 32.0, 1.0)
+
+
+def _write(kind: str, value: object) -> None:
+    with ggml.Context() as context:
+        t = context.new_tensor(kind, (1,), name="t")
+        context.alloc(ggml.CPU(threads=1))
+        t.set_array([value])
+
+
+_X = ggml.Tensor("f32", (8, 4), name="x")
+
 WRONG: dict[str, tuple[Callable[[], object], type[ggml.PyggmlError], str]] = {
     "a type that is none": (lambda: ggml.Tensor("f33", (4,)), ggml.GraphError, r"no type is called 'f33' \(there are f32,"),
     "a usage that is none": (lambda: _alloc_with_usage("wieghts"), ggml.GraphError, r"'wieghts' \(there are any, weights"),
@@ -34,6 +83,26 @@ WRONG: dict[str, tuple[Callable[[], object], type[ggml.PyggmlError], str]] = {
     "no backend": (lambda: ggml.Scheduler([]), ggml.SchedError, "needs at least one backend"),
     "a device that is none": (lambda: ggml.Sim("rtx9999"), ggml.DeviceUnavailableError, "no such profile"),
     "no thread": (lambda: ggml.CPU(threads=0), ggml.DeviceUnavailableError, "0 threads cannot compute"),
+    "a function that is none": (lambda: ggml.unary(_X, -1), ggml.ShapeError, r"UnaryOp: there is no -1; there are 0 \(ABS\)"),
+    "a gate that is none": (lambda: ggml.glu(_X, 1000, False), ggml.ShapeError, "GluOp: there is no 1000"),
+    "a triangle that is none": (lambda: ggml.tri(ggml.Tensor("f32", (4, 4)), 16), ggml.ShapeError, "TriType: there is no 16"),
+    "a range without end": (lambda: ggml.arange(0.0, float("inf"), 1.0), ggml.ShapeError, "too many elements"),
+    "a range of steps too small": (lambda: ggml.arange(0.0, 1e30, 1.0), ggml.ShapeError, "too many elements"),
+    "sections that are one number": (lambda: _sections(3), ggml.ShapeError, "sections must be 4 numbers"),
+    "sections that are three": (lambda: _sections((1, 1, 1)), ggml.ShapeError, "sections must be 4 numbers"),
+    "no groups": (lambda: _compute(lambda g: ggml.group_norm(g.input("f32", (4, 4, 4)), 0, 1e-5)), ggml.UnsupportedOpError, "f32"),
+    "a base frequency of 0": (lambda: _rope(0.0, 0, 0.0), ggml.UnsupportedOpError, "cannot run ROPE"),
+    "a base frequency below 0": (lambda: _rope(-1.0, 0, 0.0), ggml.UnsupportedOpError, "cannot run ROPE"),
+    "YaRN without a trained context": (lambda: _rope(1e4, 0, 1.0), ggml.UnsupportedOpError, "cannot run ROPE"),
+    "YaRN with no scale": (lambda: _rope(1e4, 64, 1.0, 0.0), ggml.UnsupportedOpError, "cannot run ROPE"),
+    **{
+        f"{value} into {kind}": (lambda kind=kind, value=value: _write(kind, value), ggml.GraphError, f"'t' is {kind} and cannot hold")
+        for kind, value in (
+            ("i32", 2**31), ("i32", -(2**31) - 1), ("i32", 1.5), ("i32", float("nan")), ("i32", float("inf")), ("i8", 128),
+            ("i8", 0.5), ("i16", -32769), ("i64", 1e30),
+        )
+    },
+    "a text into i32": (lambda: _write("i32", "one"), ggml.GraphError, "cannot be written into it"),
     "no file": (lambda: ggml.Session.open("nowhere.gguf"), ggml.FormatError, r"no such file \(check the path\)"),
 }  # fmt: skip
 
@@ -65,3 +134,46 @@ def test_a_closed_file_is_told(model: Path) -> None:
     file.close()
     with pytest.raises(ggml.FormatError, match=r"was closed \(open it again\)"):
         ggml.Session.open(file)
+
+
+@pytest.mark.parametrize("tokens", [[2**31], [-(2**31) - 1], [2**70], ["a"], [1, 2**40]])
+def test_ids_that_no_token_has_are_refused(model: Path, tokens: list[object]) -> None:
+    """An id beyond 32 bits, or none at all, is an error before anything is computed, and the session goes on."""
+    with ggml.Session.open(model) as session:
+        with pytest.raises(ggml.GraphError):
+            session.decode(tokens)
+        assert np.isfinite(session.decode([5])).all()
+
+
+#: Keys of a model's file with values of a wrong kind or size.
+KEYS: dict[str, tuple[ValueType, object]] = {
+    "rope.dimension_sections": (ValueType.UINT32, 3),
+    "attention.head_count": (ValueType.STRING, ["4"]),
+    "expert_group_count": (ValueType.FLOAT32, [float("inf")]),
+    "embedding_length": (ValueType.FLOAT32, [float("nan")]),
+    "rope.freq_base": (ValueType.FLOAT32, 0.0),
+    "rope.scaling.factor": (ValueType.FLOAT32, 1e-45),
+    "attention.layer_norm_rms_epsilon": (ValueType.FLOAT64, 1e300),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_hyper_parameters_of_a_wrong_kind_are_named(model: Path, tmp_path: Path, key: str) -> None:
+    """A key that is an array, a text, infinite or zero where that cannot be is one error that names it."""
+    kind, value = KEYS[key]
+    writer = GGUFWriter()
+    with ggml.GGUFFile.open(model) as file:
+        arch = file.metadata["general.architecture"]
+        for name in file.metadata:
+            if name != f"{arch}.{key}":
+                entry = file.metadata.entry(name)
+                writer.add_raw(name, entry.type, entry.length, file.metadata.raw(name))
+        (writer.add_array if isinstance(value, list) else writer.add)(f"{arch}.{key}", kind, value)
+        for info in file.tensors.values():
+            n = max(i + 1 for i in range(4) if i == 0 or info.ne[i] != 1)
+            writer.add_tensor(
+                info.name, info.type, info.ne[:n], partial(lambda raw: [raw.tobytes()], file.data(info.name).copy())
+            )
+        writer.write(tmp_path / "odd.gguf")
+    with pytest.raises(ggml.FormatError, match=key):
+        ggml.Session.open(tmp_path / "odd.gguf")

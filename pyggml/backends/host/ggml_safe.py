@@ -15,14 +15,16 @@ __all__ = ["is_safe_on_cpu"]
 _FLOATS = {Type.F32, Type.F16, Type.BF16}
 #: Formats of activations between kernels; no weights.
 _INNER = {Type.Q8_1, Type.Q8_K}
-#: One pass over rows without gaps between them.
+#: Row i is taken to be at ``i * nb[1]``.
 _ROW_BY_ROW = {
-    Op.SQR, Op.SQRT, Op.LOG, Op.SIN, Op.COS, Op.SCALE, Op.LEAKY_RELU, Op.UNARY, Op.GLU, Op.SOFT_MAX, Op.CUMSUM,
+    Op.SQR, Op.SQRT, Op.LOG, Op.SIN, Op.COS, Op.UNARY, Op.GLU, Op.CLAMP, Op.ARGSORT, Op.TOP_K,
 }  # fmt: skip
+#: One pass over elements without gaps.
+_DENSE = {Op.SCALE, Op.LEAKY_RELU, Op.SOFT_MAX, Op.CUMSUM, Op.DIAG_MASK_INF}
 #: Ops whose kernels were read; there are more in ggml, and in ours.
-_READ = _ROW_BY_ROW | {
-    Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.CLAMP, Op.FILL, Op.RMS_NORM, Op.NORM, Op.L2_NORM, Op.SUM_ROWS, Op.MEAN,
-    Op.DIAG_MASK_INF, Op.SUM, Op.CPY, Op.CONT, Op.DUP, Op.ARGSORT, Op.TOP_K, Op.ARGMAX, Op.REPEAT, Op.CONCAT,
+_READ = _ROW_BY_ROW | _DENSE | {
+    Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.FILL, Op.RMS_NORM, Op.NORM, Op.L2_NORM, Op.SUM_ROWS, Op.MEAN,
+    Op.SUM, Op.CPY, Op.CONT, Op.DUP, Op.ARGMAX, Op.REPEAT, Op.CONCAT,
     Op.MUL_MAT, Op.MUL_MAT_ID, Op.ADD_ID, Op.GET_ROWS, Op.SET_ROWS, Op.ROPE, Op.FLASH_ATTN_EXT,
 }  # fmt: skip
 _ROPE_MODES = {0, 2}
@@ -38,13 +40,25 @@ def is_safe_on_cpu(node: Tensor) -> bool:
         return False
     if node.op in (Op.CPY, Op.CONT, Op.DUP):
         return _copy(node)
+    used = [t for t in (node, *node.src) if t is not None]
+    if any(t.nb[0] != t.type.type_size for t in used):
+        return False  # asserted, even of rows of one element
     if node.op is Op.SET_ROWS:
         return not reason_unsupported(node) and _first(node).type is Type.F32
     if node.op in (Op.MUL_MAT, Op.MUL_MAT_ID, Op.GET_ROWS) and _first(node).type.is_quantized:
         return True
-    if node.op in _ROW_BY_ROW and not all(s is None or s.is_contiguous() for s in (node, *node.src)):
+    if node.op in _ROW_BY_ROW | _DENSE and not all(map(_has_rows_at_one_distance, used)):
+        return False
+    if node.op in _DENSE and not all(t.is_contiguous() for t in used):
         return False
     return not reason_unsupported(node)
+
+
+def _has_rows_at_one_distance(t: Tensor) -> bool:
+    """Whether every row is ``nb[1]`` bytes after the one before, also where dimension 1 has one row."""
+    return all(n == 1 for n in t.ne[1:]) or (
+        t.ne[2] * t.ne[3] == 1 or (t.nb[2] == t.nb[1] * t.ne[1] and (t.ne[3] == 1 or t.nb[3] == t.nb[2] * t.ne[2]))
+    )
 
 
 def _first(node: Tensor) -> Tensor:

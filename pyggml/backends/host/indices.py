@@ -10,11 +10,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...backend import Backend
 from ...errors import ComputeError, ExpertIdError, PyggmlError
 from ...tensor import Tensor
 from ...types import Op, TensorFlag, Type
 
-__all__ = ["IndexUse", "bad_index_error", "cut_at_indices", "find_bad_index"]
+__all__ = ["IndexUse", "bad_index_error", "cut_at_indices", "find_bad_index", "nodes_to_give"]
 
 #: Ops that choose by indices: which source holds them, and which tensor is chosen from, -1 for the result.
 _USERS = {Op.MUL_MAT_ID: (2, 0), Op.ADD_ID: (2, 1), Op.GET_ROWS: (1, 0), Op.SET_ROWS: (1, -1), Op.SSM_SCAN: (6, 0)}
@@ -58,6 +59,20 @@ def bad_index_error(node: Tensor, backend: str, position: int, value: int, limit
         node=node.name,
         hint="check what was written into the indices",
     )
+
+
+def nodes_to_give(nodes: Sequence[Tensor], backend: Backend) -> list[Tensor]:
+    """Return the nodes that a library or a server is given: not empty ones, nor views of memory that it cannot use.
+
+    What reads such a view reads a copy.
+    """
+    return [
+        node
+        for node in nodes
+        if node.flags & TensorFlag.COMPUTE
+        and not node.is_empty
+        and not (node.op.is_view and node.storage is not None and not backend.supports_buft(node.storage.buft))
+    ]
 
 
 def cut_at_indices(nodes: Sequence[Tensor]) -> list[tuple[int, list[IndexUse]]]:

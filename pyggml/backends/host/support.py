@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 
 from ...ops.modes import RopeType
 from ...tensor import Tensor
@@ -133,6 +134,11 @@ def _rope(t: Tensor) -> str:
         return f"rope mode {mode} is none of {', '.join(f'{m.value} ({m.name})' for m in RopeType)}"
     if n_dims <= 0 or n_dims % 2 or first < 0 or first % 2 or first + n_dims > n:
         return f"rope cannot turn {n_dims} of {n} elements from {first} on: all must be even, and fit"
+    base, scale, extrapolated, *rest = (t.param_f32(i) for i in range(5, 11))
+    if not (base > 0 and all(map(isfinite, (base, scale, extrapolated, *rest)))):
+        return f"rope needs a base frequency above 0 and finite numbers, not {base:g}, {scale:g}, {extrapolated:g}"
+    if extrapolated and not (t.param_i32(4) > 0 and scale > 0 and min(rest[1:]) > 0 and base != 1):
+        return f"YaRN needs a trained context ({t.param_i32(4)}), a scale ({scale:g}) and betas above 0"
     if mode & RopeType.MROPE:
         sections = [t.param_i32(11 + i) for i in range(4)]
         if min(sections) < 0 or not any(sections[:3]) or sum(sections) > n:
@@ -183,6 +189,8 @@ def _contiguous(t: Tensor) -> str:
     for i, x in enumerate((t, *t.src)):
         if x is not None and not x.is_contiguous():
             return f"{'dst' if i == 0 else f'src{i - 1}'} '{x.name}' has gaps (nb {x.nb})"
+    if t.op is Op.GROUP_NORM and t.param_i32(0) < 1:
+        return f"{t.param_i32(0)} groups cannot be"
     return _types(t, *[_F32] * (len(t.src) + 1))
 
 

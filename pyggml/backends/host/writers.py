@@ -207,6 +207,7 @@ def _sum(plan: HostPlan, t: Tensor) -> None:
 
 def _slopes(n_head: int, max_bias: float) -> tuple[int, int, int]:
     """Return ALiBi's two bases and the number of heads of the first."""
+    max_bias = max(0.0, max_bias)
     n_head_log2 = 1 << max(0, n_head.bit_length() - 1)
     return bits(2.0 ** (-max_bias / n_head_log2)), bits(2.0 ** (-max_bias / 2.0 / n_head_log2)), n_head_log2
 

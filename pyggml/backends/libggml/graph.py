@@ -16,7 +16,7 @@ from ...errors import BackendError, ComputeError
 from ...graph import GraphView, Snapshot
 from ...tensor import Tensor
 from ...types import TensorFlag
-from ..host.indices import IndexUse, bad_index_error, cut_at_indices, find_bad_index
+from ..host.indices import IndexUse, bad_index_error, cut_at_indices, find_bad_index, nodes_to_give
 from .library import Handle
 from .memory import LibraryBuffer
 from .tensors import new_tensor, place, set_op
@@ -57,7 +57,7 @@ class LibraryPlan:
         nodes = view.nodes
         self.version = view.graph.version  # who else uses a node
         self.snapshot = Snapshot(nodes)
-        todo = [node for node in nodes if node.flags & TensorFlag.COMPUTE and not node.is_empty]
+        todo = nodes_to_give(nodes, backend)
         uses = _uses(todo)
         counts = view.graph.use_counts
         self._nodes: dict[Tensor, Handle] = {}  # ours to the library's, of all parts

@@ -11,8 +11,8 @@ from ...backend import unsupported_op
 from ...errors import BackendError
 from ...graph import GraphView, Snapshot
 from ...tensor import Tensor
-from ...types import MAX_NAME, MAX_SRC, Op, TensorFlag
-from ..host.indices import IndexUse, bad_index_error, cut_at_indices, find_bad_index
+from ...types import MAX_NAME, MAX_SRC, Op
+from ..host.indices import IndexUse, bad_index_error, cut_at_indices, find_bad_index, nodes_to_give
 from .protocol import MAX_U32, TENSOR, Command
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class RPCPlan:
         nodes = view.nodes
         self.version = view.graph.version  # who else uses a node
         self.snapshot = Snapshot(nodes)
-        todo = [node for node in nodes if node.flags & TensorFlag.COMPUTE and not node.is_empty]
+        todo = nodes_to_give(nodes, backend)
         for node in todo:
             if not backend.device.supports_op(node):
                 raise unsupported_op(node, (backend,), reason="servers are not known to run it")
