@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from pyggml.sched.experts import expert_copy_ranges
 from pyggml.testing.case_graph import Json
 
 from .child import Message
@@ -75,6 +76,10 @@ void ggml_backend_sched_synchronize(struct sched *);
 void ggml_backend_sched_reset(struct sched *);
 void ggml_backend_sched_set_tensor_backend(struct sched *, struct ggml_tensor *, void *);
 size_t ggml_backend_sched_get_buffer_size(struct sched *, void *);
+void ggml_backend_tensor_set_async(void *, struct ggml_tensor *, const void *, size_t, size_t);
+void ggml_backend_tensor_get_async(void *, struct ggml_tensor *, void *, size_t, size_t);
+void ggml_backend_synchronize(void *);
+void ggml_abort(const char *, int, const char *, ...);
 
 struct mock_buft {
     char name[64];
@@ -150,6 +155,46 @@ def _payload(step: Json) -> bytes:
     return struct.pack(f"<{len(values)}i", *values)
 
 
+class CopyExperts:
+    """llama.cpp's copy callback once more, for a ggml that comes without llama.cpp.
+
+    Notes
+    -----
+    Mirrors `llama_context::sched_copy_experts` without an expert cache.
+    """
+
+    def __init__(self, run: LiveRun) -> None:
+        self.run = run
+        self.read: tuple[Any, int, set[int]] | None = None  # ids (cffi), number of experts, experts that are used
+        kind = "bool(void *, struct ggml_tensor *, struct ggml_tensor *, struct ggml_cgraph *, void *)"
+        made = run.ffi.callback(kind, self._copy)
+        self._made = made  # must outlive the scheduler
+        self.callback = run.ffi.cast("void *", made)
+
+    def _copy(self, backend: Any, src: Any, dst: Any, graph: Any, _: Any) -> bool:  # cffi
+        run, base, ffi = self.run, self.run.base, self.run.ffi
+        node = graph.nodes[0] if graph.n_nodes else None
+        if node is None or node.op != run.ops["MUL_MAT_ID"] or node.src[0] != dst:
+            return False
+        ids, n_expert, size = node.src[2], src.ne[2], src.nb[2]
+        if 0 in list(ids.ne):
+            return True
+        if self.read is None or self.read[:2] != (ids, n_expert):
+            self.read = None
+            words = ffi.new("int32_t[]", base.ggml_nbytes(ids) // 4)
+            base.ggml_backend_tensor_get_async(backend, ids, words, 0, base.ggml_nbytes(ids))
+            base.ggml_backend_synchronize(backend)
+            steps = [[i1 * ids.nb[1] // 4 + i0 * ids.nb[0] // 4 for i0 in range(ids.ne[0])] for i1 in range(ids.ne[1])]
+            used = {words[k] for row in steps for k in row}
+            if min(used) < 0 or max(used) >= n_expert:
+                base.ggml_abort(b"llama-context.cpp", 0, b"%s", ffi.new("char[]", b"id >= 0 && id < n_expert"))
+            self.read = (ids, n_expert, used)
+        for r in expert_copy_ranges(self.read[2], n_expert, size):
+            source = ffi.cast("char *", src.data) + r.offset_bytes
+            base.ggml_backend_tensor_set_async(backend, dst, source, r.offset_bytes, r.size_bytes)
+        return True
+
+
 class Instance:
     """A graph as built last."""
 
@@ -179,6 +224,7 @@ class LiveRun:
         self.results: dict[tuple[str, str], bytes] = {}
         self.sched: Any = None  # cffi
         self._llama: Any = None  # cffi
+        self._copier: CopyExperts | None = None
         self._keep: list[Any] = []  # cffi memory that must outlive this call
         self.buft_ids = {b["name"]: i for i, b in enumerate(case["buffer_types"])}
         self.bufts = self._hold(
@@ -320,9 +366,13 @@ class LiveRun:
         """Set llama.cpp's own copy callback, as llama.cpp does, and one that notes reallocations, where there are such."""
         library, ffi = self.library, self.ffi
         if library.dialect.expert_copy == "callback":
-            self._llama = self._hold(ffi.new("char[]", _CONTEXT_BYTES))
-            callback = ffi.cast("void *", library.address(COPY_EXPERTS))
-            library.function("ggml_backend_sched_set_copy_callback")(self.sched, callback, self._llama)
+            set_callback = library.function("ggml_backend_sched_set_copy_callback")
+            if library.exports(COPY_EXPERTS):
+                self._llama = self._hold(ffi.new("char[]", _CONTEXT_BYTES))
+                set_callback(self.sched, ffi.cast("void *", library.address(COPY_EXPERTS)), self._llama)
+            else:  # a ggml without llama.cpp
+                self._copier = CopyExperts(self)
+                set_callback(self.sched, self._copier.callback, ffi.NULL)
         if library.dialect.realloc_callback:
             noting = self.mock.mock_realloc_callback()
             library.function("ggml_backend_sched_set_realloc_callback")(self.sched, noting, ffi.NULL)
@@ -405,6 +455,8 @@ class LiveRun:
             return {"result": bool(done), "state": read_state(self, made, is_allocated=done, is_assigned=True)}
         assert op == "compute", op
         was_allocated = sched.is_alloc
+        if self._copier is not None:
+            self._copier.read = None
         if self._llama is not None:
             self.ffi.memmove(self._llama, bytes(_CONTEXT_BYTES), _CONTEXT_BYTES)  # as llama.cpp does before it computes
         if step.get("async"):
