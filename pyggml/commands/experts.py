@@ -1,0 +1,391 @@
+"""`pyggml experts`: what an expert cache would bring: replay routing traces by policy and size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import cloup
+
+from ._console import n_bytes, print_json, report, table, warn
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..lab import Trace
+    from ..lab.comparison import Comparison
+    from ..lab.predict import Score
+    from ..lab.usage import Usage
+
+__all__ = ["command"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+EXAMPLES = """
+\b
+Examples:
+  pyggml experts compare prompt.jsonl --capacities 10%,20%,40%
+  pyggml experts compare route.csv --scope global --capacities 1GiB,2GiB --machine rtx3090-pcie4
+  pyggml experts usage *.json.gz
+  pyggml experts predict *.json.gz --capacities 10,16
+"""
+
+
+@cloup.group("experts", epilog=EXAMPLES, no_args_is_help=True)
+def command() -> None:
+    """Replay recorded routing, and say what caches, prefetch and placement of experts would bring.
+
+    A TRACE is a file of `pyggml run --record-routing`, of BigMoeOnEdge, onnx-genai, moe-cache-eval (NPZ), Expertflow, the gpt-oss-20b
+    fingerprints, llama.cpp's MCT1, or any JSON lines behind a first line that describes them. Several are requests of one model.
+    """
+
+
+def _trace_options(function: _F) -> _F:
+    """Add what all three commands take."""
+    for option in reversed(
+        (
+            click.argument("traces", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="TRACE..."),
+            cloup.option(
+                "--format", "form", default="", metavar="NAME", help="The files' format, if it is not recognised."
+            ),
+            cloup.option(
+                "--expert-bytes", metavar="SIZE", help="Bytes of one expert, where the trace does not tell: 12.6MiB."
+            ),
+            cloup.option(
+                "--n-expert",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Experts of a layer, where the trace does not tell.",
+            ),
+            cloup.option(
+                "--phase",
+                type=click.Choice(["decode", "prefill", "all"]),
+                default="decode",
+                show_default=True,
+                help="Which steps count.",
+            ),
+            cloup.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def _open(traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_expert: int | None) -> Trace:
+    """Return the traces as one.
+
+    Raises
+    ------
+    FormatError
+        A file is none, or they are of different models.
+    """
+    from dataclasses import replace
+
+    from ..errors import GraphError
+    from ..lab import Trace, open_trace
+    from ..lab.pools import Capacity
+
+    trace = Trace.joined([open_trace(path, format=form) for path in traces])
+    if n_expert is not None:
+        if n_expert <= int(trace.ids.max()):
+            raise GraphError(f"--n-expert {n_expert}: the trace has expert {int(trace.ids.max())}")
+        findings = tuple(f for f in trace.findings if f.name != "experts-not-told")
+        trace = replace(trace, n_expert=n_expert, findings=findings)
+    if expert_bytes is not None:
+        size = Capacity.parse(expert_bytes)
+        if size.n_bytes is None and size.slots is None:
+            raise GraphError(f"--expert-bytes {expert_bytes}: not a size", hint="12.6MiB, or a number of bytes")
+        trace = trace.with_expert_bytes(size.n_bytes or size.slots or 0)
+    return trace
+
+
+@command.command("compare")
+@_trace_options
+@cloup.option(
+    "--policies",
+    default="lru,lfu,lfru,belady,belady-bypass",
+    show_default=True,
+    metavar="P,P",
+    help="Of those that --list-policies shows; P+2of8, P+hotter, P+atmost:2, P+next change who may enter.",
+)
+@cloup.option(
+    "--capacities",
+    default="10%,20%,30%,40%,50%",
+    show_default=True,
+    metavar="C,C",
+    help="10% of the experts, 6 slots of each pool, 512MiB of all.",
+)
+@cloup.option(
+    "--scope",
+    type=click.Choice(["layer", "global", "group"]),
+    default="layer",
+    show_default=True,
+    help="What shares slots: a layer, all, or layers of equal experts as in llama.cpp.",
+)
+@cloup.option(
+    "--contract",
+    type=click.Choice(["event", "bigmoeonedge", "sequential"]),
+    default="event",
+    show_default=True,
+    help="How ids are replayed; sequential misleads.",
+)
+@cloup.option(
+    "--machine", default="rtx4090-pcie4", show_default=True, metavar="PROFILE", help="A profile of `pyggml devices`."
+)
+@cloup.option("--dense-bytes", metavar="SIZE", help="What a step reads beside experts, for times.")
+def compare_command(
+    traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_expert: int | None, phase: str, as_json: bool, policies: str,
+    capacities: str, scope: str, contract: str, machine: str, dense_bytes: str | None,
+) -> None:  # fmt: skip
+    """Compare policies at several sizes: bytes, ms and tokens/s, hit rate, and the distance to the best there is."""
+    from ..cost import parse_profile
+    from ..errors import GraphError
+    from ..lab.comparison import compare
+    from ..lab.machine import Machine
+    from ..lab.pools import Capacity, parse_capacities
+    from ..lab.replay import Setting
+
+    named = [name for name in policies.split(",") if name.strip()]
+    sizes = parse_capacities(capacities)
+    if not named or not sizes:
+        raise click.UsageError("--policies and --capacities need at least one each")
+    trace = _open(traces, form, expert_bytes, n_expert)
+    dense = 0 if dense_bytes is None else Capacity.parse(dense_bytes)
+    made = compare(
+        trace, named, sizes, Setting(scope, phase, contract), Machine(parse_profile(machine.removeprefix("sim:"))),
+        dense_bytes=dense.n_bytes or dense.slots or 0 if isinstance(dense, Capacity) else 0,
+    )  # fmt: skip
+    for text in made.warnings:
+        warn(text)
+    for refusal in made.refused:
+        warn(f"{refusal.policy} at {refusal.capacity}: {refusal.reason}")
+    if as_json:
+        print_json(made.json())
+    elif made.rows:
+        console = report()
+        console.print(_compare_table(made))
+        console.print(*_compare_words(made), sep="\n")
+    if not made.rows:
+        raise GraphError(
+            f"nothing was replayed: {made.refused[0].reason}", hint="larger --capacities, or policies that may decline"
+        )
+
+
+def _compare_table(made: Comparison) -> Table:
+    """Return policies by size as a table."""
+    has_bytes = made.trace.expert_bytes is not None
+    requests = len({r.request for row in made.rows for r in row.result.requests})
+    columns = [
+        "size",
+        "slots",
+        *(["cache"] if has_bytes else []),
+        "policy",
+        *(["MiB/token", "ms/token", "tokens/s"] if has_bytes else []),
+    ]
+    columns += ["hit rate", *(["of requests"] if requests > 1 else []), "below best"]
+    shown = table(f"{made.trace}, {made.setting.phase}", *columns, right=tuple(c for c in columns if c != "policy"))
+    last = None
+    resident = dict(made.resident)
+    for row in sorted(
+        made.rows, key=lambda row: list(dict.fromkeys(r.result.capacity for r in made.rows)).index(row.result.capacity)
+    ):
+        result = row.result
+        if last is not None and result.capacity != last:
+            _resident_row(shown, columns, resident.get(last), str(last))
+        first = result.capacity != last
+        last = result.capacity
+        cells = {
+            "size": str(result.capacity) if first else "",
+            "slots": f"{result.slots:,}" if first and result.slots is not None else "",
+            "cache": n_bytes(result.capacity_bytes) if first else "",
+            "policy": result.policy.name,
+            "hit rate": f"{100 * result.hit_rate:.2f}%",
+            "of requests": f"{100 * min(r.hit_rate for r in result.requests):.1f} to {100 * max(r.hit_rate for r in result.requests):.1f}",
+            "below best": "-" if row.gap is None else f"{100 * row.gap:.1f}",
+        }
+        if row.time is not None and result.bytes_read is not None:
+            cells["MiB/token"] = f"{result.bytes_read / max(1, result.n_token) / (1 << 20):,.1f}"
+            cells["ms/token"] = f"{1e3 * row.time.total_s:,.2f}"
+            cells["tokens/s"] = f"{1 / row.time.total_s:,.1f}"
+        shown.add_row(*(cells.get(name, "") for name in columns))
+    if last is not None:
+        _resident_row(shown, columns, resident.get(last), str(last))
+    return shown
+
+
+def _resident_row(shown: Table, columns: list[str], resident: Any, size: str) -> None:  # of a ResidentLayers, or None
+    if resident is None:
+        return
+    cells = {
+        "policy": f"as {resident.n_resident} of {resident.n_layer} layers",
+        "MiB/token": "0.0",
+        "ms/token": f"{1e3 * resident.time.total_s:,.2f}",
+        "tokens/s": f"{1 / resident.time.total_s:,.1f}",
+    }
+    shown.add_row(*(cells.get(name, "") for name in columns))
+
+
+def _compare_words(made: Comparison) -> list[str]:
+    """Return what stands below the table."""
+    words = []
+    begins = made.lru_begins
+    if begins["slots"] is not None:
+        size = "" if begins["bytes"] is None else f", {n_bytes(begins['bytes'])} in all"
+        words.append(
+            f"LRU's hits begin at {begins['slots']:,} slots a pool{size}; a step uses up to {made.sweep:,} experts over all layers."
+        )
+    if made.trace.expert_bytes is not None:
+        m = made.machine.json()
+        words.append(
+            f"Times: {m['name']}, {m['link_gb_per_s']:.1f} GB/s and {m['copy_latency_us']:.0f} µs a copy; experts and their copies only, nothing overlapped. "
+            "'as N layers' spends the same bytes on whole layers; the CPU computes the others."
+        )
+    return words
+
+
+@command.command("usage")
+@_trace_options
+def usage_command(
+    traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_expert: int | None, phase: str, as_json: bool
+) -> None:
+    """Show which experts are used, and how many distinct ones by tokens evaluated together."""
+    from ..lab.usage import usage
+
+    trace = _open(traces, form, expert_bytes, n_expert)
+    found = usage(trace, phase=phase)
+    for finding in trace.findings:
+        warn(f"{finding.name}: {finding.text}")
+    if as_json:
+        print_json(
+            {
+                "layers": found.layers, "events": found.events.tolist(), "counts": found.counts.tolist(), "unions": [u.json() for u in found.unions],
+                "coverage": [{"share_of_experts": s, "share_of_uses": c} for s, c in found.coverage],
+                "repeat": None if math.isnan(found.repeat) else found.repeat,
+            }
+        )  # fmt: skip
+        return
+    console = report()
+    console.print(_heat(found, trace))
+    console.print(_union_table(found, trace))
+    console.print(
+        "Most used experts: " + ", ".join(f"{s:.0%} carry {c:.0%}" for s, c in found.coverage) + " of all uses."
+    )
+    if not math.isnan(found.repeat):
+        console.print(
+            f"A token uses {found.repeat:.0%} of the experts of the token before; independent ones would {trace.n_used / trace.n_expert:.0%}."
+        )
+
+
+def _heat(found: Usage, trace: Trace) -> Table:
+    """Return layer by expert as characters: from blank (unused) to full (used in every event)."""
+    import numpy as np
+
+    shades = " ·░▒▓█"
+    width = min(trace.n_expert, 64)
+    shown = table(
+        "Share of events in which an expert is used",
+        "layer",
+        "experts",
+        "unused",
+        "most used",
+        right=("layer", "unused", "most used"),
+    )
+    shares = found.counts / found.events.clip(1)[:, None]
+    for layer, row, counts in zip(found.layers, shares, found.counts, strict=True):
+        groups = [part.max() for part in np.array_split(row, width)]
+        cells = "".join(
+            shades[0 if g == 0 else min(5, 1 + int(4 * min(1.0, g / max(1e-9, shares.max()))))] for g in groups
+        )
+        shown.add_row(str(layer), cells, str(int((counts == 0).sum())), f"{int(row.argmax())} ({row.max():.0%})")
+    return shown
+
+
+def _union_table(found: Usage, trace: Trace) -> Table:
+    """Return distinct experts by tokens evaluated together."""
+    columns = ("tokens", "consecutive", "independent", "uniform router")
+    shown = table(f"Distinct experts of a layer, of {trace.n_expert}", *columns, right=columns)
+    for u in found.unions:
+        cells = ("-" if n is None else f"{n:.1f}" for n in (u.consecutive, u.independent, u.uniform))
+        shown.add_row(str(u.n_token), *cells)
+    return shown
+
+
+@command.command("predict")
+@_trace_options
+@cloup.option(
+    "--prefetchers",
+    default="popularity,previous,average,previous-layer,both",
+    show_default=True,
+    metavar="P,P",
+    help="What guesses; oracle is the limit.",
+)
+@cloup.option(
+    "--capacities",
+    default="20%,30%,50%",
+    show_default=True,
+    metavar="C,C",
+    help="Of the cache that guesses are beside.",
+)
+@cloup.option("--policy", default="lru", show_default=True, help="Of that cache.")
+@cloup.option(
+    "--guesses", type=click.IntRange(1), metavar="N", help="Experts guessed for each layer.  [those a token uses]"
+)
+@cloup.option(
+    "--machine", default="rtx4090-pcie4", show_default=True, metavar="PROFILE", help="A profile of `pyggml devices`."
+)
+def predict_command(
+    traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_expert: int | None, phase: str, as_json: bool, prefetchers: str,
+    capacities: str, policy: str, guesses: int | None, machine: str,
+) -> None:  # fmt: skip
+    """Say how often prefetchers are right, and how often on experts that are not there."""
+    from ..cost import parse_profile
+    from ..lab.machine import Machine
+    from ..lab.policies import parse_policy
+    from ..lab.pools import parse_capacities
+    from ..lab.predict import predict
+    from ..lab.replay import Setting
+
+    trace = _open(traces, form, expert_bytes, n_expert)
+    scores = predict(
+        trace, [p.strip() for p in prefetchers.split(",") if p.strip()], parse_capacities(capacities), parse_policy(policy), n_guess=guesses,
+        setting=Setting(phase=phase), machine=Machine(parse_profile(machine.removeprefix("sim:"))),
+    )  # fmt: skip
+    if as_json:
+        print_json({"policy": policy, "rows": [score.json() for score in scores]})
+        return
+    report().print(_predict_table(scores, trace, policy))
+
+
+def _predict_table(scores: list[Score], trace: Trace, policy: str) -> Table:
+    """Return prefetchers by size as a table."""
+    columns = (
+        "prefetcher",
+        "cache",
+        "recall",
+        "right of the absent",
+        "misses covered",
+        "wasted/token",
+        "late",
+        "pays from",
+    )
+    shown = table(f"{trace}: {scores[0].n_guess} guesses a layer beside {policy}", *columns, right=columns[1:])
+    for s in scores:
+
+        def share(value: float | None) -> str:
+            return "-" if value is None else f"{value:.0%}"
+
+        wasted = "-" if s.wasted_bytes is None else n_bytes(round(s.wasted_bytes))
+        shown.add_row(
+            s.prefetcher,
+            str(s.capacity),
+            share(s.recall),
+            share(s.precision_missing),
+            share(s.covered),
+            wasted,
+            share(s.late),
+            share(s.break_even),
+        )
+    return shown
