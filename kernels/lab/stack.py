@@ -27,8 +27,8 @@ NEVER = np.int64(1) << 60
 
 
 @nb.njit(cache=True, nogil=True)
-def distinct(first_row, ids, n_expert):
-    """Return offsets and the distinct experts of each event, in the order of their last slot."""
+def distinct(first_row, ids, n_expert, by_first=False):
+    """Return offsets and the distinct experts of each event, in the order of their last slot, or of their first."""
     n_event = len(first_row) - 1
     n_slot = ids.shape[1]
     offsets = np.zeros(n_event + 1, np.int64)
@@ -38,15 +38,16 @@ def distinct(first_row, ids, n_expert):
     n = 0
     for event in range(n_event):
         m = 0
-        for row in range(first_row[event + 1] - 1, first_row[event] - 1, -1):
-            for slot in range(n_slot - 1, -1, -1):
-                expert = ids[row, slot]
-                if expert >= 0 and seen[expert] != event:
-                    seen[expert] = event
-                    order[m] = expert
-                    m += 1
+        lo, hi = first_row[event] * n_slot, first_row[event + 1] * n_slot
+        for j in range(hi - lo):
+            at = lo + j if by_first else hi - 1 - j
+            expert = ids[at // n_slot, at % n_slot]
+            if expert >= 0 and seen[expert] != event:
+                seen[expert] = event
+                order[m] = expert
+                m += 1
         for i in range(m):
-            out[n + i] = order[m - 1 - i]
+            out[n + i] = order[i] if by_first else order[m - 1 - i]
         n += m
         offsets[event + 1] = n
     return offsets, out[:n].copy()

@@ -10,11 +10,15 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from .. import moe_cache
 from ..errors import GraphError
 from ..kernels.lab import stack
+from ..moe_cache import EvictionPolicy
 from . import evictions
 from .admissions import parse_admission
-from .cache import Admission, Eviction
+from .cache import Admission, Cache, Eviction
+from .llama import LlamaCache
+from .pools import Pools
 
 __all__ = ["POLICIES", "Policy", "parse_policy"]
 
@@ -39,6 +43,8 @@ class Policy:
         Whether one pass gives all sizes.
     must_admit : bool
         Whether each event's misses always enter, so that a pool must hold an event.
+    llama : type or None
+        The rule, if the policy is one of llama.cpp's, which decide a whole pool.
     fit : str
         ``""``; ``"others"`` if counts of other requests are needed, ``"same"`` if those of the request itself are taken.
     """
@@ -52,6 +58,13 @@ class Policy:
     must_admit: bool = True
     fit: str = ""
     half_life: float = _HALF_LIFE
+    llama: type[EvictionPolicy] | None = None
+
+    def cache(self, n_slot: int, pools: Pools, counts: Mapping[int, int] | None = None) -> Cache | LlamaCache:
+        """Return a pool of slots under this policy; see `eviction` for what is raised."""
+        if self.llama is not None:
+            return LlamaCache(self.llama, n_slot, pools.n_expert)
+        return Cache(n_slot, self.eviction(n_slot, pools.n_key, counts), self.new_admission())
 
     def eviction(self, n_slot: int, n_key: int, counts: Mapping[int, int] | None = None) -> Eviction:
         """Return the eviction of a pool.
@@ -87,6 +100,8 @@ POLICIES: dict[str, Policy] = {
         Policy("clock", evictions.CLOCK, "LRU by one bit"),
         Policy("arc", evictions.ARC, "recency and frequency, their shares learned"),
         Policy("least-stale", evictions.LeastStale, "unused in this step leaves first"),
+        Policy("llama-lru", None, "llama.cpp b11549: one list a group", llama=moe_cache.LRU),
+        Policy("llama-slru", None, "llama.cpp b11739: used twice is protected, half of the slots at most", llama=moe_cache.SLRU),
         Policy("static", evictions.Static, "the most used of other requests stay", must_admit=False, fit="others"),
         Policy("static-same-trace", evictions.Static, "the most used of this request stay: misleads", must_admit=False, fit="same"),
         Policy("half-pinned", evictions.HalfPinned, "half static, half LRU", must_admit=False, fit="others"),

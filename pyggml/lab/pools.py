@@ -252,7 +252,9 @@ class Run:
         return most
 
 
-def runs_of(trace: Trace, pools: Pools, *, phase: str = "decode", contract: str = "event") -> Iterator[Run]:
+def runs_of(
+    trace: Trace, pools: Pools, *, phase: str = "decode", contract: str = "event", by_first: bool = False
+) -> Iterator[Run]:
     """Yield the runs of a trace: one a request, or one in all where requests take turns or the contract keeps the cache.
 
     Raises
@@ -276,7 +278,7 @@ def runs_of(trace: Trace, pools: Pools, *, phase: str = "decode", contract: str 
     for request in np.unique(group):
         events = group == request
         part, counted = trace.select(events), wanted[events]
-        offsets, experts = stack.distinct(part.first_row, part.ids, part.n_expert)
+        offsets, experts = stack.distinct(part.first_row, part.ids, part.n_expert, by_first)
         n = np.diff(offsets)
         keys = (np.repeat(at[part.layer] * pools.n_expert, n) + experts).astype(np.int32)
         layer, pool, step = part.layer, of_pool[part.layer], part.step

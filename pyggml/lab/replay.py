@@ -18,6 +18,7 @@ from ..errors import GraphError
 from ..kernels.lab import sized, stack
 from . import validate
 from .cache import Cache
+from .llama import LlamaCache
 from .policies import Policy, parse_policy
 from .pools import Capacity, Ints, Pools, Run, runs_of
 from .trace import Phase, Trace
@@ -142,8 +143,12 @@ def replay(
     pools = Pools.of(trace, setting.scope)
     runs = list(runs_of(trace, pools, phase=setting.phase, contract=setting.contract))
     replayer = _Replayer(pools, runs, setting)
+    llama = None
     for policy in chosen:
-        yield from replayer.results(policy, capacities)
+        if policy.llama is not None and llama is None:  # which takes ids in order of appearance
+            firsts = list(runs_of(trace, pools, phase=setting.phase, contract=setting.contract, by_first=True))
+            llama = _Replayer(pools, firsts, setting)
+        yield from (llama if policy.llama is not None and llama is not None else replayer).results(policy, capacities)
 
 
 class _Replayer:
@@ -320,15 +325,23 @@ def _objects(
     hit: npt.NDArray[np.bool_],
 ) -> int:
     """Replay a policy by its own objects, one cache a pool, and return the bytes that were loaded before."""
-    caches, preload = [], 0
+    caches: list[Cache | LlamaCache] = []
+    preload = 0
     for p in range(pools.n_pool):
         budget = int(budgets[p])
         n_slot = budget if sizes is None else budget // max(1, int(sizes[p].max()))
-        eviction = policy.eviction(n_slot, pools.n_key, None if counts is None else counts[p])
-        cache = Cache(budget, eviction, policy.new_admission(), sizes=None if sizes is None else sizes[p].tolist())
-        first = getattr(eviction, "preload", [])
-        cache.prefetch(first)
-        preload += int(pools.sizes[p, [key for key in first if key in cache]].sum()) if first else 0
+        of_pool = None if counts is None else counts[p]
+        if sizes is None:
+            cache = policy.cache(n_slot, pools, of_pool)
+        elif policy.llama is not None:
+            raise GraphError(f"{policy.name} has slots of one size: --scope group")
+        else:
+            eviction = policy.eviction(n_slot, pools.n_key, of_pool)
+            cache = Cache(budget, eviction, policy.new_admission(), sizes=sizes[p].tolist())
+        if isinstance(cache, Cache):
+            first = getattr(cache.eviction, "preload", [])
+            cache.prefetch(first)
+            preload += int(pools.sizes[p, [key for key in first if key in cache]].sum()) if first else 0
         caches.append(cache)
     keys, offsets = run.keys.tolist(), run.offsets.tolist()
     for event, (p, step, layer) in enumerate(

@@ -286,3 +286,18 @@ def test_misleading_events_are_not_replayed(tmp_path):
     assert isinstance(trace, Trace)
     with pytest.raises(FormatError, match="strided"):
         list(replay(trace, ["lru"], [Capacity(slots=8)], Setting(phase="prefill")))
+
+
+@settings(max_examples=40, deadline=None)
+@given(traces(), st.sampled_from(["layer", "global"]), st.data())
+def test_llama_cpps_lru_differs_in_the_order_within_an_event_only(trace, scope, data):
+    """llama.cpp's LRU misses by ascending id; over pools that hold all keys it hits as often as LRU, and never more than belady."""
+    slots = data.draw(st.integers(1, trace.n_expert))
+    names = ["belady", "llama-lru", "llama-slru"]
+    best, *found = replay(trace, names, [Capacity(slots=slots)], Setting(scope, "all"))
+    for result in found:
+        assert type(result) is type(best)
+        if isinstance(result, Result) and isinstance(best, Result):
+            assert result.hits <= best.hits
+    lru, llama = replay(trace, ["lru", "llama-lru"], [Capacity(fraction=1.0)], Setting(scope, "all"))
+    assert lru.hits == llama.hits
