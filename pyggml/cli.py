@@ -33,6 +33,7 @@ QUESTIONS = (
     ("Is the plan what llama.cpp does?", "pyggml verify MODEL"),
     ("Does it run? What is copied?", "pyggml run MODEL -p TEXT -n 32"),
     ("What do used-expert copies save?", "pyggml savings MODEL"),
+    ("What would an expert cache bring?", "pyggml experts compare TRACE"),
     ("Which models need no file?", "pyggml models"),
     ("Which devices can I name?", "pyggml devices"),
     ("How do two runs differ?", "pyggml viz a.json b.json"),
