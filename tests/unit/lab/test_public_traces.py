@@ -16,7 +16,7 @@ from pyggml.lab.replay import Refusal, Result, Setting, lru_begins, replay
 FOLDER = Path(os.environ.get("PYGGML_TRACES", ""))
 pytestmark = pytest.mark.skipif(
     not os.environ.get("PYGGML_TRACES"),
-    reason="PYGGML_TRACES names no folder of public traces (docs/experts.md says how to fetch them)",
+    reason="PYGGML_TRACES names no folder of public traces (tools/fetch_traces.py fetches them)",
 )
 
 #: Per cent of hits, mean of 15 prompts, by slots of 32.
