@@ -74,18 +74,30 @@ def quantise_row_q8_k(e, x, q, n_blocks, offset):
     _quantise_row(e, x, q, n_blocks, offset, in_half=False)
 
 
-@micro_kernel(4)
-def quantise_row_halves(e, x, q, n_blocks, offset):
-    """Quantise a row for weights with a scale for 16 columns: bytes, scales, ``-offset/4 * sum`` of each 16 (i32)."""
+def _quantise_row_halves(
+    e: Emit, x: ir.Value, q: ir.Value, n_blocks: ir.Value, offset: ir.Value, *, in_half: bool
+) -> None:
     b = e.b
     scales = e.add(q, e.mul(n_blocks, 32))
     starts = e.add(scales, e.mul(n_blocks, 4))
     quarter = b.sdiv(b.trunc(offset, I32), I32(4))
     with e.loop(n_blocks) as (i, _):
-        d, ints = _quantise_block(e, x, q, i, in_half=False)
+        d, ints = _quantise_block(e, x, q, i, in_half=in_half)
         e.store(d, e.add(scales, e.mul(i, 4)))
         for part, v in enumerate(ints):
             e.store(b.neg(b.mul(e.fold(v, b.add), quarter)), e.add(starts, e.mul(i, 8)), 4 * part)
+
+
+@micro_kernel(4)
+def quantise_row_halves(e, x, q, n_blocks, offset):
+    """Quantise a row for weights with a scale for 16 columns: bytes, scales, ``-offset/4 * sum`` of each 16 (i32)."""
+    _quantise_row_halves(e, x, q, n_blocks, offset, in_half=False)
+
+
+@micro_kernel(4)
+def quantise_row_halves_q8_0(e, x, q, n_blocks, offset):
+    """Quantise a row the same way with scales rounded to halves, for such types that ggml multiplies with Q8_0."""
+    _quantise_row_halves(e, x, q, n_blocks, offset, in_half=True)
 
 
 @device

@@ -8,7 +8,7 @@ before (`activations`), and so was the grouping by expert (`routing`).
 from __future__ import annotations
 
 from . import blocks32, coded, floatrows, kquants, panel
-from .activations import quantise_row_halves, quantise_row_q8_0, quantise_row_q8_k
+from .activations import quantise_row_halves, quantise_row_halves_q8_0, quantise_row_q8_0, quantise_row_q8_k
 from .kernel import device, op_kernel
 from .memory import atomic_add, atomic_store, call4, call8, ld_i64, st_i64
 from .panel import PANEL_BLOCK, ROWS, TILE_TOKENS
@@ -27,7 +27,10 @@ from .words import (
     NE1,
     NE2,
     NE3,
+    NVFP4,
     PARAM,
+    Q1_0,
+    Q2_0,
     SHARED,
     SRC0,
     SRC1,
@@ -61,6 +64,7 @@ QUANTISE_KERNELS = {
     **dict.fromkeys(QUANTISED_TYPES, quantise_row_q8_0),
     **dict.fromkeys((kquants.Q4_K, kquants.Q5_K), quantise_row_q8_k),
     **dict.fromkeys((kquants.Q6_K, kquants.Q3_K, kquants.Q2_K, *coded.TYPES), quantise_row_halves),
+    **dict.fromkeys((NVFP4, Q1_0, Q2_0), quantise_row_halves_q8_0),
 }
 #: Rows of a job when there are plenty: shorter streams cost 6 to 10 % where memory limits.
 JOB_ROWS = 256

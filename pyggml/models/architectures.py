@@ -9,7 +9,7 @@ from ..gguf import TensorInfo
 from . import deepseek2, dots1, glm4moe, gpt_oss, granitemoe, llama, minimax_m2, olmoe, qwen2, qwen3
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
-from .weights import Weights, WeightSpec
+from .weights import Weights, WeightSpec, scale_specs
 
 __all__ = ["build_graph", "weight_specs"]
 
@@ -43,7 +43,8 @@ _MODULES: dict[str, Architecture] = {
 
 def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
     """Return the tensors that a model of this architecture uses, in upstream's order."""
-    return _MODULES[hp.arch].weight_specs(hp, present)
+    specs = _MODULES[hp.arch].weight_specs(hp, present)
+    return [*specs, *scale_specs(hp, specs, present)]
 
 
 def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:

@@ -151,9 +151,8 @@ class Builder:
             ("v", hp.n_embd_head_v, hp.n_head_kv),
         )
         parts: list[Tensor] = []
-        fused = w.get("attn_qkv.weight")
-        if fused is not None:
-            qkv = self._fused_qkv(w, fused, cur)
+        if w.get("attn_qkv.weight") is not None:
+            qkv = self._fused_qkv(w, cur)
             offset = 0
             for _, n_embd_head, n_head in sizes:
                 row = qkv.type.row_size
@@ -161,7 +160,7 @@ class Builder:
                 offset += n_embd_head * n_head
         else:
             for letter, _, _ in sizes:
-                part = self.name(ops.mul_mat(w[f"attn_{letter}.weight"], cur), f"{letter.upper()}cur", il)
+                part = self.name(self.project(w, f"attn_{letter}", cur), f"{letter.upper()}cur", il)
                 bias = w.get(f"attn_{letter}.bias")
                 if bias is not None:
                     part = self.name(ops.add(part, bias), f"{letter.upper()}cur", il)
@@ -183,9 +182,8 @@ class Builder:
         Mirrors `llm_graph_context::build_qkv` with ``reshape`` false.
         """
         hp = self.hp
-        fused = w.get("attn_qkv.weight")
-        if fused is not None:
-            qkv = self._fused_qkv(w, fused, cur)
+        if w.get("attn_qkv.weight") is not None:
+            qkv = self._fused_qkv(w, cur)
             sizes = (hp.n_embd_head_k * hp.n_head, hp.n_embd_k_gqa, hp.n_embd_v_gqa)
             starts = (0, sizes[0], sizes[0] + sizes[1])
             row = qkv.type.row_size
@@ -196,12 +194,12 @@ class Builder:
             return [ops.cont(view) for view in views]
         parts: list[Tensor] = []
         for letter in "qkv":
-            part, bias = ops.mul_mat(w[f"attn_{letter}.weight"], cur), w.get(f"attn_{letter}.bias")
+            part, bias = self.project(w, f"attn_{letter}", cur), w.get(f"attn_{letter}.bias")
             parts.append(part if bias is None else ops.add(part, bias))
         return parts
 
-    def _fused_qkv(self, w: LayerWeights, fused: Tensor, cur: Tensor) -> Tensor:
-        qkv = self.name(ops.mul_mat(fused, cur), "wqkv", w.layer)
+    def _fused_qkv(self, w: LayerWeights, cur: Tensor) -> Tensor:
+        qkv = self.name(self.project(w, "attn_qkv", cur), "wqkv", w.layer)
         bias = w.get("attn_qkv.bias")
         if bias is None:
             parts = [w.get(f"attn_{letter}.bias") for letter in "qkv"]
@@ -254,7 +252,7 @@ class Builder:
         self.name(cur, "kqv_out", il)
         if inputs.v_rot is not None:
             cur = _rotate(cur, inputs.v_rot)
-        cur = self._mul_mat_exactly(w["attn_output.weight"], cur)
+        cur = self.project(w, "attn_output", cur)
         bias = w.get("attn_output.bias")
         return cur if bias is None else ops.add(cur, bias)
 
@@ -271,7 +269,7 @@ class Builder:
         k = self.view.get_k(il)
         v = ops.view_4d(k, v.ne[0], *k.ne[1:], *k.nb[1:], 0)
         cur = self._mha(q, k, v, inputs.kq_mask, scale, None, il, unfold=w["attn_v_b.weight"])
-        return self._mul_mat_exactly(w["attn_output.weight"], self.name(cur, "kqv_out", il))
+        return self.project(w, "attn_output", self.name(cur, "kqv_out", il))
 
     def _mha(
         self,
@@ -364,15 +362,33 @@ class Builder:
         gate = self._biased(w, "ffn_gate", suffix, cur)
         cur = self.name(ops.swiglu_split(gate, up), "ffn_swiglu", il)
         cur = self._mul_mat_exactly(w[f"ffn_down{suffix}.weight"], cur)
-        bias = w.get(f"ffn_down{suffix}.bias")
+        bias, factor = w.get(f"ffn_down{suffix}.bias"), w.get(f"ffn_down{suffix}.scale")
         if bias is not None:
             cur = ops.add(self.name(cur, "ffn_down", il), bias)
-        return cur
+        return cur if factor is None else self.name(ops.mul(cur, factor), "ffn_down_s", il)
 
     def _biased(self, w: LayerWeights, name: str, suffix: str, cur: Tensor) -> Tensor:
         cur = self.name(ops.mul_mat(w[f"{name}{suffix}.weight"], cur), name, w.layer)
-        bias = w.get(f"{name}{suffix}.bias")
-        return cur if bias is None else self.name(ops.add(cur, bias), f"{name}_b", w.layer)
+        bias, factor = w.get(f"{name}{suffix}.bias"), w.get(f"{name}{suffix}.scale")
+        if bias is not None:
+            cur = self.name(ops.add(cur, bias), f"{name}_b", w.layer)
+        return cur if factor is None else self.name(ops.mul(cur, factor), f"{name}_s", w.layer)
+
+    def project(self, w: LayerWeights, name: str, cur: Tensor) -> Tensor:
+        """Return the product with a weight of a layer, times the scale that may be beside it.
+
+        Notes
+        -----
+        Mirrors `llm_graph_context::build_lora_mm`; `build_attn` marks the product with ``attn_output`` as exact.
+        """
+        product = self._mul_mat_exactly if name == "attn_output" else ops.mul_mat
+        cur, factor = product(w[f"{name}.weight"], cur), w.get(f"{name}.scale")
+        return cur if factor is None else ops.mul(cur, factor)
+
+    def head(self, embd: Tensor) -> Tensor:
+        """Return the logits, times the scale of the head where there is one."""
+        logits, factor = ops.mul_mat(self.weights.output, embd), self.weights.get("output.scale")
+        return logits if factor is None else ops.mul(logits, factor)
 
     def _mul_mat_exactly(self, weight: Tensor, cur: Tensor) -> Tensor:
         """Return a product that architectures for which half precision is too coarse mark so."""

@@ -185,6 +185,12 @@ def _fused_gate_up(b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor) -> 
 
 def _expert_mul(b: Builder, w: LayerWeights, which: str, cur: Tensor, chosen: Tensor) -> Tensor:
     il = w.layer
-    cur = b.name(ops.mul_mat_id(w[f"ffn_{which}_exps.weight"], cur, chosen), f"ffn_moe_{which}", il)
+    n_tokens = cur.ne[2]
+    cur = ops.mul_mat_id(w[f"ffn_{which}_exps.weight"], cur, chosen)
+    factors = w.get(f"ffn_{which}_exps.scale")
+    if factors is not None:  # of each expert; mirrors `build_lora_mm_id`
+        by_token = ops.repeat_4d(ops.reshape_3d(factors, 1, factors.ne[0], 1), 1, factors.ne[0], n_tokens, 1)
+        cur = ops.mul(cur, ops.get_rows(by_token, chosen))
+    cur = b.name(cur, f"ffn_moe_{which}" if factors is None else f"ffn_moe_{which}_scaled", il)
     bias = w.get(f"ffn_{which}_exps.bias")
     return cur if bias is None else b.name(ops.add_id(cur, bias, chosen), f"ffn_moe_{which}_biased", il)

@@ -102,7 +102,7 @@ def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
         cur = b.name(b.ffn(w, cur), "ffn_out", il) if il < hp.n_layer_dense_lead else _experts(b, w, cur, il)
         layer_in = b.name(ops.add(cur, ffn_in), "l_out", il)
     embd = b.name(b.norm(layer_in, weights["output_norm.weight"], -1), "result_norm")
-    return b.finish(b.name(ops.mul_mat(weights.output, embd), "result_output"), embd)
+    return b.finish(b.name(b.head(embd), "result_output"), embd)
 
 
 def _experts(b: Builder, w: LayerWeights, cur: Tensor, il: int) -> Tensor:

@@ -86,4 +86,4 @@ def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
         layer_in = b.name(ops.add(cur, ffn_in), "l_out", il)
     (cur,) = b.choose_outputs(layer_in)
     embd = b.name(b.norm(cur, weights["output_norm.weight"], -1), "result_norm")
-    return b.finish(b.name(ops.mul_mat(weights.output, embd), "result_output"), embd)
+    return b.finish(b.name(b.head(embd), "result_output"), embd)

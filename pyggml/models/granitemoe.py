@@ -70,7 +70,7 @@ def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
         cur = _scaled(hp, _experts(b, w, cur, il))
         layer_in = b.name(ops.add(cur, ffn_in), "l_out", il)
     embd = b.name(b.norm(layer_in, weights["output_norm.weight"], -1), "result_norm")
-    logits = ops.scale(ops.mul_mat(weights.output, embd), round_f32(1.0 / hp.logit_scale))
+    logits = ops.scale(b.head(embd), round_f32(1.0 / hp.logit_scale))
     return b.finish(b.name(logits, "result_output"), embd)
 
 

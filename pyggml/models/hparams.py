@@ -5,10 +5,10 @@ Graph builders, placement and the KV cache take what they need from here and nev
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import FormatError
@@ -63,6 +63,10 @@ _GATED: dict[str, Gating | None] = {"glm4moe": "sigmoid", "deepseek2": "softmax"
 _LED = frozenset({"glm4moe", "deepseek2", "dots1", "ernie4_5-moe"})
 #: Those whose file says how many experts are shared, and by what weights are multiplied.
 _SHARED = frozenset({"glm4moe", "deepseek2", "dots1"})
+#: Those whose file says how wide the shared expert is.
+_SHARED_WIDTH = frozenset({"qwen2moe", "granitemoe", "ernie4_5-moe"})
+#: Those that rotate by several positions if the file has sections.
+_SECTIONED = frozenset({"glm4moe"})
 #: Those with attention over a latent space.
 _MLA = frozenset({"deepseek2"})
 #: Those that multiply embeddings, residuals, attention and logits by constants of the file.
@@ -202,10 +206,7 @@ class _Reader:
         if default is not None and full not in self.metadata:
             return default
         if full in self.metadata and not isinstance(self.metadata[full], int | float | str):
-            items = list(self.metadata[full])
-            if not all(isinstance(v, int | float) and isfinite(v) for v in items):
-                raise self.error(key, f"holds {items[:3]!r}, which are not numbers of elements")
-            values = {int(v) for v in items}
+            values = set(self.whole_numbers(key))
             if len(values) != 1:
                 raise FormatError(
                     self.file.path,
@@ -225,8 +226,16 @@ class _Reader:
             return default
         value = self.file.require(full, float)
         if not abs(value) <= _LARGEST_F32:
-            raise self.error(key, f"is {value}, no number that a float can hold")
+            raise self.error(key, f"is {value:g}, no number that a float32 holds")
         return value
+
+    def whole_numbers(self, key: str) -> list[int]:
+        """Return the numbers of an array that has one for each layer."""
+        values = self.metadata[f"{self.arch}.{key}"]
+        if isinstance(values, list) or values.dtype.kind not in "iub":
+            kind = "strings" if isinstance(values, list) else str(values.dtype)
+            raise self.error(key, f"is an array of {kind}, not of whole numbers")
+        return [int(v) for v in values]
 
     def n_vocab(self) -> int:
         """Mirrors `llama_vocab::load`: the tokens' number, else the key, else the embedding's rows."""
@@ -261,24 +270,18 @@ class _Reader:
         head_v = self.integer("attention.value_length", n_embd // n_head)
         n_rot = self.integer("rope.dimension_count", head_k)
         is_partial = self.arch in _PARTIAL_ROPE and n_rot < head_k and n_rot % 2 == 0
+        if self.arch in _MLA:
+            head_v = self.integer("attention.kv_lora_rank")  # whatever the file says: V is a part of K
         if self.arch not in _MLA and ((n_rot != head_k and not is_partial) or head_k != head_v):
             raise self.error("rope.dimension_count", f"is {n_rot}, with heads of {head_k} (K) and {head_v} (V)")
-        sections = self.metadata.get(f"{self.arch}.rope.dimension_sections", ())
-        if isinstance(sections, int | float | str) or not all(isinstance(n, int) for n in sections):
-            raise self.error("rope.dimension_sections", "is no array of numbers")
-        if sum(n > 0 for n in sections[:2]) == 2:
-            raise self.error(
-                "rope.dimension_sections", "asks for rotation by several positions, which is not supported"
-            )
+        self.refuse_what_changes_the_graph()
         scaling = self.file.require(f"{self.arch}.rope.scaling.type", str, "linear")
         if scaling not in _ROPE_SCALINGS:
             raise self.error("rope.scaling.type", f"is '{scaling}'; known are {', '.join(_ROPE_SCALINGS)}")
         factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0))
-        freq_base = round_f32(self.number("rope.freq_base", 10000.0))
-        if freq_base <= 0.0:
-            raise self.error("rope.freq_base", f"is {freq_base}, a number above 0 is needed")
+        freq_base = self.freq_base("rope.freq_base", 10000.0)
         if factor < 0.0 or 0.0 < factor < 1e-30:
-            raise self.error("rope.scaling.factor", f"is {factor}, a number above 0 is needed")
+            raise self.error("rope.scaling.factor", f"is {factor:g}, a number above 0 is needed")
         freq_scale = 1.0 if factor == 0.0 else round_f32(1.0 / round_f32(factor))
         return HParams(
             arch=self.arch,
@@ -297,20 +300,51 @@ class _Reader:
             n_expert=n_expert,
             n_expert_used=n_used,
             n_ff_exp=self.integer("expert_feed_forward_length", 0, least=0),
-            n_ff_shexp=self.integer("expert_shared_feed_forward_length", 0, least=0),
+            n_ff_shexp=self.integer("expert_shared_feed_forward_length", 0, least=0)
+            if self.arch in _SHARED_WIDTH
+            else 0,
             norm_rms_eps=round_f32(self.number("attention.layer_norm_rms_epsilon")),
             rope_type=ARCHITECTURES[self.arch],
             rope_scaling=scaling,
             rope_freq_base=freq_base,
             rope_freq_scale=freq_scale,
             rope_attn_factor=self.number("rope.scaling.attn_factor", 1.0),
-            n_ctx_orig_yarn=self.integer("rope.scaling.original_context_length", n_ctx_train),
+            n_ctx_orig_yarn=self.integer("rope.scaling.original_context_length", 0, least=0) or n_ctx_train,
             **self.sliding_window(n_layer, freq_base, freq_scale),
             **self.routing(n_layer),
             **self.scales(),
             **self.groups(n_expert),
             **self.latent(n_layer, head_k, head_v, n_rot, n_head_kv),
         )
+
+    def freq_base(self, key: str, default: float) -> float:
+        """Return a base of rotary frequencies. Differs: one of 0 or less, with which upstream computes NaN, is refused."""
+        base = round_f32(self.number(key, default))
+        if not 0 < base < math.inf:
+            raise self.error(key, f"is {base:g}, a number above 0 is needed")
+        return base
+
+    def refuse_what_changes_the_graph(self) -> None:
+        """Refuse keys that upstream reads and whose graphs are not built here; see docs/upstream.md.
+
+        Raises
+        ------
+        FormatError
+            One is set; the text names it.
+        """
+        if not self.file.require(f"{self.arch}.attention.causal", bool, True):
+            raise self.error("attention.causal", "is false: attention to what comes later is not supported")
+        key = "rope.dimension_sections"
+        if self.arch not in _SECTIONED or f"{self.arch}.{key}" not in self.metadata:
+            return
+        given = self.metadata[f"{self.arch}.{key}"]
+        sections = [given] * 2 if isinstance(given, int) else self.whole_numbers(key)
+        if sum(n > 0 for n in sections[:2]) == 2:
+            raise self.error(key, "asks for rotation by several positions, which is not supported")
+
+    def size_vocab(self) -> int:
+        """Return the number of tokens as some architectures count them to tell models apart."""
+        return self.integer("vocab_size", 0, least=0) or self.n_vocab()
 
     def groups(self, n_expert: int) -> dict[str, Any]:
         """Return the groups that experts are chosen from, checked as upstream does."""
@@ -340,7 +374,7 @@ class _Reader:
             sizes = f"{head_k} (K), {head_v} (V), {k_mla} (K unfolded), {n_rot} rotated, {n_head_kv} heads"
             raise self.error("attention.kv_lora_rank", f"is {rank}, which does not go with {sizes}")
         # which models have no narrow space for Q is known by their size alone
-        is_lite = n_layer in (26, 27) or (n_layer == 48 and self.n_vocab() == 128256)
+        is_lite = n_layer in (26, 27) or (n_layer == 48 and self.size_vocab() == 128256)
         log_mul = round_f32(self.number("rope.scaling.yarn_log_multiplier", 0.0))
         return {
             "n_lora_q": 0 if is_lite else self.integer("attention.q_lora_rank", least=0),
@@ -381,6 +415,9 @@ class _Reader:
         if self.arch in _GATED:
             number = self.integer("expert_gating_func", 0, least=0)
             gating = _GATINGS.get(number) if number else _GATED[self.arch]
+            # the first files of GLM-4.7-Flash lack the key; they are known by their size alone
+            if not number and self.arch == "deepseek2" and n_layer in (47, 48) and self.size_vocab() == 154880:
+                gating = "sigmoid"
             if gating is None:
                 raise self.error("expert_gating_func", f"is {number}; known are {', '.join(map(str, _GATINGS))}")
             out["expert_gating"] = gating
@@ -405,13 +442,13 @@ class _Reader:
             period = _SWA_PERIODS[self.arch] if given is None else int(given)
             layers = frozenset(i for i in range(n_layer) if period == 0 or i % period < period - 1)
         else:
-            flags = [bool(v) for v in given]
+            flags = self.whole_numbers("attention.sliding_window_pattern")
             if len(flags) < n_layer:
                 raise self.error("attention.sliding_window_pattern", f"has {len(flags)} values for {n_layer} layers")
-            layers = frozenset(i for i in range(n_layer) if flags[i])
+            layers = frozenset(i for i in range(n_layer) if flags[i] > 0)
         return {
             "n_swa": self.integer("attention.sliding_window"),
             "swa_layers": layers,
-            "rope_freq_base_swa": round_f32(self.number("rope.freq_base_swa", freq_base)),
+            "rope_freq_base_swa": self.freq_base("rope.freq_base_swa", freq_base),
             "rope_freq_scale_swa": freq_scale,
         }

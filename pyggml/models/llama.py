@@ -124,4 +124,4 @@ def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
         cur = moe_ffn(b, w, cur) if hp.is_moe else b.name(b.ffn(w, cur), "ffn_out", il)
         layer_in = b.name(b.name(ops.add(cur, ffn_in), "ffn_out", il), "l_out", il)
     embd = b.name(b.norm(layer_in, weights["output_norm.weight"], -1), "result_norm")
-    return b.finish(b.name(ops.mul_mat(weights.output, embd), "result_output"), embd)
+    return b.finish(b.name(b.head(embd), "result_output"), embd)

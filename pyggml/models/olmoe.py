@@ -64,7 +64,7 @@ def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
         cur = moe_ffn(b, w, cur, norm_weights=False)
         layer_in = b.name(ops.add(cur, ffn_in), "l_out", il)
     embd = b.name(b.norm(layer_in, weights["output_norm.weight"], -1), "result_norm")
-    return b.finish(b.name(ops.mul_mat(weights.output, embd), "result_output"), embd)
+    return b.finish(b.name(b.head(embd), "result_output"), embd)
 
 
 def normed_qkv(b: Builder, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import Literal
 from ..errors import FormatError
 from ..gguf import TensorInfo
 from ..tensor import Shape, Tensor, pad_ne
-from ..types import Op
+from ..types import Op, Type
 from .hparams import HParams
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "nextn_rows",
     "qkv_specs",
     "resolve_specs",
+    "scale_specs",
     "shared_rows",
     "skipped",
     "trunk_specs",
@@ -179,6 +180,42 @@ def qkv_specs(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> lis
     return layer_specs(layer, [*weights, *biases])
 
 
+#: Weights beside which files may have ``.scale`` and ``.input_scale``, in the order in which llama.cpp asks for them.
+_SCALED = (
+    *("attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "ffn_gate", "ffn_down", "ffn_up"),
+    *("ffn_gate_shexp", "ffn_down_shexp", "ffn_up_shexp", "ffn_gate_exps", "ffn_down_exps", "ffn_up_exps"),
+)
+#: Architectures whose feed-forward llama.cpp multiplies by such scales; of others it reads them and computes without.
+_SCALED_FFN = frozenset({"llama", "qwen3", "qwen3moe"})
+
+
+def scale_specs(hp: HParams, specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+    """Return the specs of scales beside weights: one for each matrix, or one for each expert.
+
+    Files whose weights are NVFP4 have them; ``.input_scale`` is read and used by no graph.
+
+    Notes
+    -----
+    Mirrors the generic pass of `llama_model_base::load_tensors`. Differs: scales that llama.cpp reads and leaves out of
+    its graph are not listed, so that such a file is refused.
+    """
+    by_name = {s.name: s for s in specs if not s.is_skipped}
+    wanted: list[tuple[str, str]] = [(f"blk.{i}.", stem) for i in range(hp.n_layer) for stem in _SCALED]
+    out: list[WeightSpec] = []
+    for prefix, stem in [*wanted, ("", "output")]:
+        s, info = by_name.get(f"{prefix}{stem}.weight"), present.get(f"{prefix}{stem}.weight")
+        if s is None or info is None or (not prefix and info.type is not Type.NVFP4):
+            continue
+        is_used = not stem.startswith("ffn_") or hp.arch in _SCALED_FFN
+        if hp.is_mla and stem == "attn_q":
+            is_used = False
+        ne = pad_ne((hp.n_expert if stem.endswith("exps") else 1,))
+        for suffix in ("scale", "input_scale") if is_used else ("input_scale",):
+            if (name := f"{prefix}{stem}.{suffix}") in present:
+                out.append(WeightSpec(name, ne, s.part, s.layer, s.op, is_optional=True))
+    return out
+
+
 def resolve_specs(specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo], path: str) -> list[WeightSpec]:
     """Return the specs whose tensors are there and used, after checking each.
 
@@ -262,7 +299,7 @@ class Weights:
             self.tensors.append(tensor)
             if s.part == "repeating":
                 by_layer[s.layer][s.name.removeprefix(f"blk.{s.layer}.")] = tensor
-            elif s.part == "output" and s.op is Op.MUL_MAT:
+            elif s.part == "output" and s.name.endswith(".weight") and s.op is Op.MUL_MAT:
                 output = tensor
             else:
                 self._trunk[s.name] = tensor
@@ -273,3 +310,7 @@ class Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._trunk[name]
+
+    def get(self, name: str) -> Tensor | None:
+        """Return a weight of no layer, or None where the model has none of that name."""
+        return self._trunk.get(name)

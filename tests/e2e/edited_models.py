@@ -137,6 +137,9 @@ def _random_rows(kind: Type, shape: tuple[int, ...], spread: float) -> np.ndarra
         for i in range(4 if kind is Type.IQ1_M else 0):  # four bits in each of its last four words
             blocks[:, 49 + 2 * i] = blocks[:, 49 + 2 * i] & 15 | (bits >> 4 * i & 15) << 4
 
+    if kind is Type.NVFP4:  # four small scales, then codes
+        blocks[:, :4] = 20 + blocks[:, :4] % 8
+        return rows
     put(1.0)
     put(spread / float(dequantize(rows, kind).std()))
     return rows

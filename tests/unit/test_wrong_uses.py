@@ -147,7 +147,6 @@ def test_ids_that_no_token_has_are_refused(model: Path, tokens: list[object]) ->
 
 #: Keys of a model's file with values of a wrong kind or size.
 KEYS: dict[str, tuple[ValueType, object]] = {
-    "rope.dimension_sections": (ValueType.UINT32, 3),
     "attention.head_count": (ValueType.STRING, ["4"]),
     "expert_group_count": (ValueType.FLOAT32, [float("inf")]),
     "embedding_length": (ValueType.FLOAT32, [float("nan")]),
