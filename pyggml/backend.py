@@ -15,6 +15,7 @@ from .buffer import Buffer, BufferType, tensor_copy, tensor_get, tensor_set
 from .cost import DeviceProfile
 from .errors import BackendError, DeviceUnavailableError, UnsupportedOpError
 from .graph import GraphView
+from .hardware.cards import find_card
 from .tensor import Tensor
 from .types import DeviceType, Op
 
@@ -329,6 +330,8 @@ class Registry:
         counts: dict[str, int] = {}
         for name in names:
             kind, _, spec = name.partition(":")
+            if kind not in self.modules and "sim" in self.modules and not spec and find_card(kind.split("-pcie")[0]):
+                kind, spec = "sim", name  # a card by name alone
             index = counts.get(kind, 0)
             opened.append(self.load(kind).open_device(spec, index=index, data=data))
             counts[kind] = index + 1

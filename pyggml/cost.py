@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from .errors import DeviceUnavailableError
+from .hardware.cards import GENERATIONS, Card, find_card
 
 __all__ = ["CPU_PROFILE", "EFFICIENCY", "PROFILES", "DeviceProfile", "LinkProfile", "Work", "parse_profile"]
 
@@ -86,6 +87,7 @@ class DeviceProfile:
     is_pinned: bool = False  #: whether it offers pinned host memory, as CUDA does; what is placed on the CPU goes there
     copy_engines: int = 2  #: copies at a time; with one both ways share it, more than two serve nothing here
     link_back: LinkProfile | None = None  #: from the device to the host, if it differs
+    generation: str = ""  #: of `GENERATIONS`; empty: not stated
 
     @property
     def from_device(self) -> LinkProfile:
@@ -170,15 +172,18 @@ CPU_PROFILE = DeviceProfile(
 _FLOPS_PER_BYTE, _F32_PER_BYTE = 100.0, 50.0
 _CUSTOM = re.compile(
     r"(?P<memory>[\d.]+)(?P<unit>[MG])i?B,(?P<bandwidth>[\d.]+)GB/s,(?P<link>[\d.]+)(?:/(?P<back>[\d.]+))?GB/s"
-    r"(?:,latency=(?P<latency>[\d.]+)us)?(?:,engines=(?P<engines>[1-9]))?(?P<pinned>,pinned)?",
+    r"(?:,latency=(?P<latency>[\d.]+)us)?(?:,engines=(?P<engines>[1-9]))?(?P<pinned>,pinned)?"
+    r"(?:,gen=(?P<generation>[\w.-]+))?(?:,f32=(?P<f32>[\d.]+)T)?(?:,f16=(?P<f16>[\d.]+)T)?(?:,int8=(?P<int8>[\d.]+)T)?",
     re.IGNORECASE,
 )
 
 
 def parse_profile(text: str) -> DeviceProfile:
-    """Return the profile of a name, or of ``custom:MEMORY,BANDWIDTH,LINK[,latency=US][,engines=N][,pinned]``.
+    """Return the profile of a name, or of ``custom:MEMORY,BANDWIDTH,LINK[,latency=US][,engines=N][,pinned][,gen=NAME][,f32=NT][,f16=NT][,int8=NT]``.
 
-    A link of ``25/20GB/s`` is slower from the device than to it.
+    A name is one of `PROFILES`, or a card of `pyggml.hardware.cards` at its own link (``rtx3060``) or another
+    (``rtx3060-pcie3``). Of a custom device, ``gen`` is the generation whose kernels it runs, and ``f32``, ``f16`` and ``int8``
+    are its TFLOP/s and TOP/s; what is not given is in proportion to memory. A link of ``25/20GB/s`` is slower from the device than to it.
 
     Raises
     ------
@@ -192,13 +197,17 @@ def parse_profile(text: str) -> DeviceProfile:
     """
     if text in PROFILES:
         return PROFILES[text]
+    named, _, pcie = text.partition("-pcie")
+    card = find_card(named) if ":" not in text else None
+    if card is not None and (not pcie or pcie in "345"):
+        return _of_card(text, card, int(pcie or card.pcie))
     kind, _, numbers = text.partition(":")
     found = _CUSTOM.fullmatch(numbers) if kind == "custom" else None
     if found is None:
         raise DeviceUnavailableError(
             f"sim:{text}",
             "no such profile",
-            hint=f"there are {', '.join(PROFILES)}, and custom:24GiB,1000GB/s,25GB/s (memory, its bandwidth, the link's; "
+            hint=f"there are {', '.join(PROFILES)}, any card of the table such as rtx3060 or r9700, and custom:24GiB,1000GB/s,25GB/s (memory, its bandwidth, the link's; "
             "25/20GB/s for a slower way back; then, if wanted, latency=10us, engines=2, pinned)",
         )
     memory = float(found["memory"]) * (_GIB if found["unit"].upper() == "G" else 1024**2)
@@ -207,18 +216,37 @@ def parse_profile(text: str) -> DeviceProfile:
     bandwidth = float(found["bandwidth"]) * _GB
     if memory < 1 or min(link, back, bandwidth) <= 0:
         raise DeviceUnavailableError(f"sim:{text}", "sizes and rates must be above 0")
+    generation = found["generation"] or ""
+    if generation and generation not in GENERATIONS:
+        raise DeviceUnavailableError(
+            f"sim:{text}", f"no generation is called {generation!r}", hint=f"there are {', '.join(GENERATIONS)}"
+        )
+    f32, f16, int8 = (float(found[name] or 0) * _T for name in ("f32", "f16", "int8"))
     description = f"custom device ({numbers})"
     return DeviceProfile(
         text,
         description,
         int(memory),
         bandwidth,
-        _F32_PER_BYTE * bandwidth,
-        _FLOPS_PER_BYTE * bandwidth,
-        4 * _FLOPS_PER_BYTE * bandwidth,
+        f32 or _F32_PER_BYTE * bandwidth,
+        f16 or _FLOPS_PER_BYTE * bandwidth,
+        int8 or 4 * _FLOPS_PER_BYTE * bandwidth,
         LinkProfile(link, latency_s),
         "given; arithmetic in proportion to memory",
         is_pinned=found["pinned"] is not None,
         copy_engines=int(found["engines"] or 2),
         link_back=None if found["back"] is None else LinkProfile(back, latency_s),
+        generation=generation,
     )
+
+
+def _of_card(text: str, card: Card, pcie: int) -> DeviceProfile:
+    """Return the profile of a card of the table."""
+    lanes = card.lanes or 16  # a chip that shares the host's memory copies as fast as that reads and writes
+    rate = EFFICIENCY.link * 0.985 * _GB * 2 ** (pcie - 3) * lanes if card.lanes else card.bytes_per_s / 2
+    where = f"PCIe {pcie}.0 x{lanes}" if card.lanes else "shared memory"
+    return DeviceProfile(
+        text, f"{card.name}, {card.generation}, {where}", card.memory_bytes, card.bytes_per_s, card.f32_per_s,
+        card.f16_per_s / 2 if card.f16_per_s > 2.5 * card.f32_per_s else card.f16_per_s, card.int8_per_s,
+        LinkProfile(rate), "the maker's data sheet", generation=card.generation,
+    )  # fmt: skip

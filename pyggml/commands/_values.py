@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import click
@@ -52,12 +51,22 @@ class DeviceList(click.ParamType[str]):
 
 
 def split_devices(text: str, kinds: list[str]) -> list[str]:
-    """Cut a list of devices at commas; those inside ``sim:custom:...`` stay.
+    """Cut a list of devices at commas, before kinds of devices and cards; those inside ``sim:custom:...`` stay.
 
     Examples
     --------
     >>> split_devices("sim:custom:8GiB,400GB/s,12GB/s,cpu", ["cpu", "sim"])
     ['sim:custom:8GiB,400GB/s,12GB/s', 'cpu']
+    >>> split_devices("rtx3090,rtx3090", ["cpu", "sim"])
+    ['rtx3090', 'rtx3090']
     """
-    names = re.split(rf",(?=(?:{'|'.join(kinds)})(?::|,|$))", text)
+    from ..hardware.cards import find_card
+
+    names: list[str] = []
+    for part in text.split(","):
+        starts = part.strip().partition(":")[0] in (*kinds, "none") or find_card(part.split("-pcie")[0]) is not None
+        if names and not starts:
+            names[-1] += f",{part}"
+        else:
+            names.append(part)
     return [n.strip() for n in names if n.strip()]

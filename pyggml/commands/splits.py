@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,8 @@ from ._values import ModelPath
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..foresight.api import Speed
+    from ..hardware.hosts import Host
     from ..plan_report import BatchPlan, GraphPlan, MemoryFit, SplitPlan
     from ..planning import GraphChoice, Planner
     from ..record import Recorder
@@ -80,6 +83,12 @@ Examples:
         metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
         help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them.",
     ),
+    cloup.option(
+        "--host",
+        default="",
+        metavar="SPEC",
+        help="The machine around simulated devices: ddr4-3200x2,cores=8,64GiB, read=60GB/s or a processor's name.",
+    ),
 )
 @model_options
 @cloup.option_group(
@@ -102,12 +111,15 @@ def command(
     graph: GraphChoice,
     versions: str,
     routing: str,
+    host: str,
     all_splits: bool,
     timeline: Path | None,
     html: Path | None,
     as_json: bool,
 ) -> None:
     """Plan a GGUF model without reading a weight: splits, copies, memory, causes."""
+    from ..foresight.planned import foresee
+    from ..hardware.hosts import DEFAULT_HOST, parse_host
     from ..plan_report import ggml_text, memory_fits, plan_batches
     from ..planning import Planner, virtual_clock
     from ..record import Recording
@@ -116,6 +128,7 @@ def command(
     sizes = parse_sizes(batches)
     assumed = parse_routing(routing)
     dialects = _parse_dialects(versions)
+    around = parse_host(host) if host else DEFAULT_HOST
     if len(dialects) > 1 and (form == "ggml" or timeline or html):
         raise click.UsageError("a comparison of versions is a table or JSON: leave out --format, --timeline and --html")
     if form == "ggml" and (as_json or timeline or html):
@@ -155,10 +168,15 @@ def command(
             write_records(
                 recording.records, _about(planner, assumed, fits), timeline=timeline, html=html, name=model.stem
             )
+        speeds = foresee(planner, sizes, around)
         if as_json:
-            print_json(_as_dict(planner, plans, assumed, fits))
+            print_json({**_as_dict(planner, plans, assumed, fits), "foresight": _foresight_dict(speeds, around)})
         else:
             _print(planner, plans, assumed, fits, all_splits=all_splits)
+            if speeds is not None:
+                report().print()
+                report().print(f"Foresight for real hardware, host {around.description}")
+                report().print(_foresight_table(speeds))
         if any(f.missing_bytes for f in fits):
             click.get_current_context().exit(EXIT_DOES_NOT_FIT)
 
@@ -247,6 +265,22 @@ def _print(
     )
     for note in sorted({split.note for plan in plans for graph in plan.graphs for split in graph.splits} - {""}):
         console.print(f"{note:<7} {Cause(note).text}")
+
+
+def _foresight_dict(speeds: dict[int, Speed] | None, host: Host) -> dict[str, Any] | None:
+    if speeds is None:
+        return None
+    batches = [{"n_tokens": n, "low": s.low, "tokens_per_s": s.mid, "high": s.high} for n, s in speeds.items()]
+    return {"host": asdict(host), "batches": batches}
+
+
+def _foresight_table(speeds: dict[int, Speed]) -> Table:
+    """Return speeds on real hardware by the rates that published runs gave, with ranges that hold in four cases of five."""
+    columns = ("batch", "tokens/s", "from", "to")
+    made = table("", *columns, right=columns)
+    for n, s in speeds.items():
+        made.add_row(str(n), *(f"{v:.1f}" if v < 100 else f"{v:.0f}" for v in (s.mid, s.low, s.high)))
+    return made
 
 
 def _summary_table(plans: list[BatchPlan], routing: Routing) -> Table:

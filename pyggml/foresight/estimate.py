@@ -121,7 +121,16 @@ def host_weight_bytes(model: ModelShape, placed: list[Placed]) -> int:
     return total
 
 
-def predict(model: ModelShape, m: Machine, s: Setting, n_tokens: int, depth: int, *, is_prompt: bool) -> float:
+def predict(
+    model: ModelShape,
+    m: Machine,
+    s: Setting,
+    n_tokens: int,
+    depth: int,
+    *,
+    is_prompt: bool,
+    placed: list[Placed] | None = None,
+) -> float:
     """Return seconds of a token.
 
     Parameters
@@ -130,9 +139,11 @@ def predict(model: ModelShape, m: Machine, s: Setting, n_tokens: int, depth: int
         Of the prompt, or how many are generated.
     depth : int
         Tokens in the cache before.
+    placed : list of Placed, optional
+        Where layers are, if not where the setting puts them.
     """
     clock = Clock(m.rates)
-    placed = place(model, s, len(m.cards))
+    placed = place(model, s, len(m.cards)) if placed is None else placed
     if not is_prompt:
         return _micro_batch_s(clock, model, m, s, placed, 1, depth + n_tokens / 2)
     ub = min(s.n_ubatch, s.n_batch, n_tokens)

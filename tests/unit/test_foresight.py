@@ -11,15 +11,22 @@ from types import ModuleType
 
 import pytest
 
+from pyggml.backend import REGISTRY
 from pyggml.catalog import MODELS, write_header
+from pyggml.cli import run
+from pyggml.cost import PROFILES, parse_profile
 from pyggml.errors import DeviceUnavailableError, FormatError
 from pyggml.foresight import Machine, Setting, estimate, machine_of, model_shape
 from pyggml.foresight.engine import used_experts
 from pyggml.foresight.estimate import place, predict
 from pyggml.foresight.links import link_of
+from pyggml.foresight.planned import card_of, foresee
 from pyggml.hardware.cards import CARDS, GENERATIONS, find_card
 from pyggml.hardware.hosts import find_cpu, memory_rate, parse_host
 from pyggml.hardware.rates import RATES, n_fitted
+from pyggml.models.context import ContextFlags
+from pyggml.models.placement import PlacementFlags
+from pyggml.planning import Planner
 
 BENCH = Path(__file__).parents[1] / "bench" / "bench_foresight.py"
 MACHINE = machine_of("rtx3090", "ddr4-3200x2,cores=8,64GiB")
@@ -221,3 +228,43 @@ def test_strange_rows_are_told(bench: ModuleType, tmp_path: Path, capsys: pytest
         out["unpredicted"]
     )
     assert out["memory"]["n"] == 0
+
+
+def test_cards_are_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A card's name alone is a simulated device at its own link; custom devices take generation and peaks; splits says speeds."""
+    first, second = REGISTRY.open_all(["rtx3060", "rtx3060-pcie3"], data=False)
+    assert (first.profile, second.profile) != (None, None)
+    assert first.profile is not None
+    assert second.profile is not None
+    assert first.profile.link.bytes_per_s == pytest.approx(2 * second.profile.link.bytes_per_s)
+    custom = parse_profile("custom:24GiB,1000GB/s,25GB/s,gen=rdna3,f16=100T,int8=100T")
+    assert (card_of(custom).family, card_of(custom).f16_per_s) == ("rocm", 100e12)
+    with pytest.raises(DeviceUnavailableError, match="no generation"):
+        parse_profile("custom:24GiB,1000GB/s,25GB/s,gen=voodoo")
+    monkeypatch.setenv("PYGGML_CACHE_DIR", str(tmp_path))
+    speeds = []
+    for host in ("ddr4-3200x2,cores=8", "ddr4-2133x1,cores=4"):
+        flags = ["-dev", "rtx3090,cpu", "--cpu-moe", "-c", "512", "--batches", "1", "--host", host, "--json"]
+        assert run(["splits", "olmoe-1b-7b", *flags]) == 0
+        speeds.append(json.loads(capsys.readouterr().out)["foresight"]["batches"][0])
+    fast, slow = speeds
+    assert fast["low"] < fast["tokens_per_s"] < fast["high"]
+    assert slow["tokens_per_s"] < fast["tokens_per_s"]
+
+
+def test_a_plan_and_an_estimate_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The foresight of a plan, placed weight by weight, equals that of the same flags."""
+    monkeypatch.setenv("PYGGML_CACHE_DIR", str(tmp_path))
+    host = parse_host("ddr4-3200x2,cores=8")
+    for n_cpu_moe in (0, 5, 16):
+        with Planner.open(
+            "olmoe-1b-7b", devices=["rtx3090"], data=False, placement=PlacementFlags(n_cpu_moe=n_cpu_moe),
+            context=ContextFlags(n_ctx=1024),
+        ) as planner:  # fmt: skip
+            speeds = foresee(planner, [512, 1], host)
+        assert speeds is not None
+        machine = machine_of("rtx3090", host)
+        link = replace(machine.links[0], pinned=PROFILES["rtx3090-pcie4"].link.bytes_per_s)
+        same = Machine(machine.cards, [link], host)
+        for n, speed in speeds.items():
+            assert speed.mid == pytest.approx(1 / _seconds("olmoe-1b-7b", same, n, n_cpu_moe=n_cpu_moe))
