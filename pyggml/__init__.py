@@ -30,10 +30,12 @@ from .errors import (
 )
 from .graph import Graph, GraphView
 from .ops import *  # the ops are the vocabulary of the package; ops.__all__ lists them
-from .record import Recording, Statistics
-from .sched.policies import FullCopier, UpstreamCopier, UsedExpertCopier
+from .record import Observer, Recording, Statistics
+from .sched.plan import Plan
+from .sched.policies import CopyPolicy, FullCopier, UpstreamCopier, UsedExpertCopier
 from .sched.scheduler import Scheduler
 from .sched.state import Cause, Split
+from .sched.transfer import Transfer
 from .tensor import Tensor
 from .types import BufferUsage, DeviceType, Op, TensorFlag, Type
 
@@ -58,6 +60,7 @@ __all__ = [
     "Cause",
     "ComputeError",
     "Context",
+    "CopyPolicy",
     "Device",
     "DeviceType",
     "DeviceUnavailableError",
@@ -70,8 +73,10 @@ __all__ = [
     "Graph",
     "GraphError",
     "GraphView",
+    "Observer",
     "Op",
     "OutOfMemoryError",
+    "Plan",
     "PyggmlError",
     "RPCError",
     "Recording",
@@ -85,6 +90,7 @@ __all__ = [
     "Statistics",
     "Tensor",
     "TensorFlag",
+    "Transfer",
     "Type",
     "UnsupportedOpError",
     "UpstreamCopier",

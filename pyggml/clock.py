@@ -109,6 +109,7 @@ class VirtualClock:
         self._to_device_s = [0.0] * n  # when each link is free
         self._from_device_s = [0.0] * n
         self._events: dict[tuple[int, int], float] = {}
+        self._queue_s: dict[tuple[int, int], float] = {}  # when each second queue of a backend is done
 
     def reading(self) -> Reading:
         """Return the times of now."""
@@ -126,6 +127,7 @@ class VirtualClock:
         is_pinned: bool,
         slow_src: float = 1.0,
         slow_dst: float = 1.0,
+        queue: int = 0,
     ) -> Span:
         """Carry bytes from the memory of one backend to that of another.
 
@@ -139,13 +141,17 @@ class VirtualClock:
             Whether host memory at one end is pinned.
         slow_src, slow_dst : float
             How many times longer than its profile says the link of either end takes.
+        queue : int
+            Number of the receiving backend's queue that carries them; 0: its own stream.
         """
         if dst == self.cpu:
             return self._read(src, n_bytes, is_pinned=is_pinned, slow=slow_src)
+        if src == dst:
+            return self._copy_within(dst, n_bytes, queue, is_async=is_async)
         seconds = self.profiles[dst].link.seconds(n_bytes, is_pinned=is_pinned) * slow_dst
         start = max(self.host_s, self._to_device_s[dst])
         if is_async:
-            start = max(start, self.stream_s[dst])
+            start = max(start, self.ready_s(dst, queue))
         if src != self.cpu:  # from device to device: through both links at the pace of the slower
             seconds = max(seconds, self.profiles[src].from_device.seconds(n_bytes) * slow_src)
             start = max(start, self._from_device_s[src], self.stream_s[src])
@@ -154,15 +160,41 @@ class VirtualClock:
         end = start + seconds
         self.to_device_busy_s[dst] += seconds
         self._use_link(dst, self._to_device_s, end)
-        self.stream_s[dst] = max(self.stream_s[dst], end)
+        self._set_ready(dst, queue, max(self.ready_s(dst, queue), end))
         if not is_async or (src == self.cpu and not is_pinned):
             self.host_s = end
         return Span(start, end)
 
     def engines(self, src: int, dst: int) -> list[tuple[int, int]]:
-        """Return which copy engines carry bytes from one backend to another: of which backend, and which of its own."""
+        """Return which copy engines carry bytes from one backend to another: of which backend, and which of its own.
+
+        A copy within a device uses its memory, and none of its engines.
+        """
+        if src == dst:
+            return []
         ends = [(dst, 0), (src, 0 if self.profiles[src].copy_engines == 1 else 1)]
         return [(backend, engine) for backend, engine in ends if backend != self.cpu]
+
+    def _copy_within(self, backend: int, n_bytes: int, queue: int, *, is_async: bool) -> Span:
+        """Copy within a device: its memory reads and writes the bytes, and no link carries them."""
+        seconds = self.profiles[backend].seconds(Work(n_bytes=2.0 * n_bytes))
+        start = max(self.host_s, self.ready_s(backend, queue))
+        end = start + seconds
+        self.busy_s[backend] += seconds
+        self._set_ready(backend, queue, end)
+        if not is_async:
+            self.host_s = end
+        return Span(start, end)
+
+    def ready_s(self, backend: int, queue: int = 0) -> float:
+        """Return when a backend's stream, or one of its further queues, has done all that it was given."""
+        return self.stream_s[backend] if queue == 0 else self._queue_s.get((backend, queue), 0.0)
+
+    def _set_ready(self, backend: int, queue: int, when_s: float) -> None:
+        if queue == 0:
+            self.stream_s[backend] = when_s
+        else:
+            self._queue_s[backend, queue] = when_s
 
     def _use_link(self, backend: int, way: list[float], until_s: float) -> None:
         """Let a link carry something one way; a single copy engine has nothing left for the other way."""
@@ -224,6 +256,14 @@ class VirtualClock:
     def event_synchronize(self, backend: int, copy: int) -> Span:
         """Let the host wait for a mark."""
         return self._host_until(self._events.get((backend, copy), 0.0))
+
+    def wait_until(self, backend: int | None, when_s: float, queue: int = 0) -> Span:
+        """Let a backend's stream or queue, or the host (None), wait until a time."""
+        if backend is None:
+            return self._host_until(when_s)
+        start = self.ready_s(backend, queue)
+        self._set_ready(backend, queue, max(start, when_s))
+        return Span(start, max(start, when_s))
 
     def _host_until(self, when_s: float) -> Span:
         start = self.host_s

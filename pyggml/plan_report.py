@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .notebook import Bar, html_table
 from .routing import Routing
 from .sched.debug import assignments_text
-from .sched.policies import takes_used_experts
+from .sched.transfer import input_kind
 from .simulation import SimulatedBatch, can_simulate, simulate_batch
 from .types import BufferUsage, DeviceType, TensorFlag
 
@@ -234,7 +234,7 @@ def _input_plan(planned: PlannedGraph, split: Split, tensor: Tensor, routing: Ro
     copy = next(
         (src for node in split.graph.nodes for src in node.src if src is not None and _is_copy_of(src, tensor)), None
     )
-    if copy is not None and takes_used_experts(split, tensor, copy):
+    if copy is not None and input_kind(split, tensor, copy) == "experts":
         ids = split.graph.nodes[0].src[2]
         assert ids is not None
         used = routing.used(tensor.ne[2], ids.ne[0], ids.ne[1])

@@ -30,7 +30,7 @@ from .models.source import BuiltSource, GraphSource, ModelFacts, PlannableGraph
 from .notebook import Bar, html_table
 from .record import Recorder
 from .sched.assign import OffloadOp
-from .sched.policies import InputCopier
+from .sched.policies import CopyPolicy
 from .sched.scheduler import Scheduler
 from .sched.state import Assignment, Split
 
@@ -47,7 +47,7 @@ class SchedOptions:
 
     strict: bool = False
     dialect: Dialect = DEFAULT_DIALECT
-    copier: InputCopier | Literal["used"] | None = "used"
+    copier: CopyPolicy | Literal["used"] | None = "used"
     offload_rule: OffloadOp | None = None
     recorder: Recorder | None = None
     clock: VirtualClock | None = None
@@ -87,11 +87,12 @@ class Memory:
     weights: int
     cache: int
     compute: int
+    policy: int = 0  #: of a copy policy's own
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.cache + self.compute
+        return self.weights + self.cache + self.compute + self.policy
 
 
 class MemoryRows(list[Memory]):
@@ -165,7 +166,7 @@ class Planner:
         progress: Progress | None = None,
         strict: bool = False,
         dialect: Dialect = DEFAULT_DIALECT,
-        copier: InputCopier | Literal["used"] | None = "used",
+        copier: CopyPolicy | Literal["used"] | None = "used",
         offload_rule: OffloadOp | None = None,
         recorder: Recorder | None = None,
         clock: VirtualClock | None = None,
@@ -347,6 +348,7 @@ class Planner:
             self.sched.reserve(graph.graph)
             return
         self.sched.split_graph(graph.graph)
+        self.sched.reserve_policy()
         self._planned_compute = self._size_of_split()
 
     def _size_of_split(self) -> list[int]:
@@ -364,9 +366,10 @@ class Planner:
         for buft, size in zip(bufts, sizes, strict=True):
             compute[buft] = compute.get(buft, 0) + size
         weights, cache = self.placement.weight_bytes(), self._cache_bytes
+        policy = self.sched.resources.sizes()
         return MemoryRows(
-            Memory(buft.name, weights.get(buft, 0), cache.get(buft, 0), compute.get(buft, 0))
-            for buft in dict.fromkeys([*bufts, *weights, *cache])
+            Memory(buft.name, weights.get(buft, 0), cache.get(buft, 0), compute.get(buft, 0), policy.get(buft, 0))
+            for buft in dict.fromkeys([*bufts, *weights, *cache, *policy])
         )
 
     # -- graphs --------------------------------------------------------------

@@ -7,14 +7,16 @@ no memory alive but the names in it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .notebook import Bar, html_table
 
 if TYPE_CHECKING:
     from .clock import Span
+    from .sched.compute import SplitRun
+    from .sched.transfer import Transfer
 
 __all__ = [
     "AllocPurpose",
@@ -25,7 +27,8 @@ __all__ = [
     "CopyRecord",
     "EventRecord",
     "MicroBatchRecord",
-    "NullRecorder",
+    "Observer",
+    "Observers",
     "ReadRecord",
     "Record",
     "Recorder",
@@ -39,8 +42,8 @@ __all__ = [
 
 #: Why bytes were copied: a user's input, a result of another backend, a whole weight, or the used experts of one.
 CopyReason = Literal["input", "activation", "weight", "experts"]
-#: What memory is for: a model's weights, its KV cache, or what a scheduler places graphs in.
-AllocPurpose = Literal["weights", "kv_cache", "compute"]
+#: What memory is for: a model's weights, its KV cache, what a scheduler places graphs in, or a copy policy's own.
+AllocPurpose = Literal["weights", "kv_cache", "compute", "policy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class ComputeRecord:
 
 @dataclass(frozen=True, slots=True)
 class WaitRecord:
-    """The host, or a backend, waited."""
+    """Take note that the host, or a backend, waited."""
 
     split: int | None  #: None: at the end of a computing, or between two
     what: Literal["synchronize", "event_synchronize", "event_wait"]
@@ -230,13 +233,127 @@ class Recorder(Protocol):
         """Take one record; must not raise."""
 
 
-class NullRecorder:
-    """Takes nothing."""
+class Observer:
+    """Is told what a scheduler does, in the order in which it happens. Override what you want to be told; the rest costs nothing.
 
-    __slots__ = ()
+    Methods with a record are told after the effect. `on_begin`, `on_sent`, `before_launch` and `after_launch` see the run
+    itself, and may raise `SchedError` to end it: the checks of ``PYGGML_CHECK`` are such an observer. No other method may
+    raise. An object with a method ``record`` (`Recorder`) is an observer that takes every record.
+
+    Notes
+    -----
+    After trio's `Instrument`.
+    """
+
+    def on_copy(self, record: CopyRecord) -> None:
+        """Take note of bytes that were copied."""
+
+    def on_experts(self, record: UsedExpertsRecord) -> None:
+        """Take note of experts of a weight that are about to be copied."""
+
+    def on_read(self, record: ReadRecord) -> None:
+        """Take note that the host read a tensor."""
+
+    def on_launch(self, record: ComputeRecord) -> None:
+        """Take note of nodes that were given to a backend."""
+
+    def on_wait(self, record: WaitRecord) -> None:
+        """Take note that the host, or a backend, waited."""
+
+    def on_event(self, record: EventRecord) -> None:
+        """Take note of an event that was recorded."""
+
+    def on_callback(self, record: CallbackRecord) -> None:
+        """Take note of a call of the eval callback."""
+
+    def on_assign(self, record: AssignRecord) -> None:
+        """Take note of a node and its backend."""
+
+    def on_split(self, record: SplitRecord) -> None:
+        """Take note of one split of a graph that was cut."""
+
+    def on_alloc(self, record: AllocRecord) -> None:
+        """Take note of memory that was taken or given back."""
+
+    def on_micro_batch(self, record: MicroBatchRecord) -> None:
+        """Take note that what follows is for some tokens."""
+
+    def on_begin(self, run: SplitRun) -> None:
+        """Take note that a computing starts."""
+
+    def on_sent(self, transfer: Transfer, offset: int, size: int) -> None:
+        """Take note of bytes of a transfer's source that were sent to its copy."""
+
+    def before_launch(self, run: SplitRun, i_split: int) -> None:
+        """Look at a split that is about to be launched: all its copies were sent."""
+
+    def after_launch(self, run: SplitRun, i_split: int) -> None:
+        """Look at a split that was launched."""
+
+
+_METHODS: dict[str, type[Any] | None] = {
+    "on_copy": CopyRecord,
+    "on_experts": UsedExpertsRecord,
+    "on_read": ReadRecord,
+    "on_launch": ComputeRecord,
+    "on_wait": WaitRecord,
+    "on_event": EventRecord,
+    "on_callback": CallbackRecord,
+    "on_assign": AssignRecord,
+    "on_split": SplitRecord,
+    "on_alloc": AllocRecord,
+    "on_micro_batch": MicroBatchRecord,
+    "on_begin": None,
+    "on_sent": None,
+    "before_launch": None,
+    "after_launch": None,
+}
+
+
+class Observers:
+    """Several observers, as the methods that they override: who is not asked for a kind of event is not called for it.
+
+    Parameters
+    ----------
+    observers : iterable of Observer or Recorder
+
+    Raises
+    ------
+    TypeError
+        One has none of the methods.
+    """
+
+    __slots__ = ("_takers", "after_launch", "before_launch", "on_begin", "on_sent")
+
+    def __init__(self, observers: Iterable[Observer | Recorder]) -> None:
+        found: dict[str, list[Callable[..., None]]] = {name: [] for name in _METHODS}
+        for observer in observers:
+            told = 0
+            record = getattr(observer, "record", None)
+            for name, kind in _METHODS.items():
+                own = getattr(observer, name, None)
+                if own is not None and getattr(own, "__func__", None) is not getattr(Observer, name):
+                    found[name].append(own)
+                    told += 1
+                if record is not None and kind is not None:
+                    found[name].append(record)
+                    told += 1
+            if not told:
+                raise TypeError(f"{observer!r} is not an observer: it overrides no method of pyggml.Observer")
+        self._takers: dict[type[Any], tuple[Callable[[Any], None], ...]] = {
+            kind: tuple(found[name]) for name, kind in _METHODS.items() if kind is not None
+        }
+        self.on_begin, self.on_sent = tuple(found["on_begin"]), tuple(found["on_sent"])
+        self.before_launch, self.after_launch = tuple(found["before_launch"]), tuple(found["after_launch"])
+
+    def takes(self, kind: type[Any]) -> bool:
+        """Whether anybody takes records of a kind."""
+        return bool(self._takers[kind])
 
     def record(self, record: Record) -> None:
-        """Do nothing."""
+        """Hand a record to everybody who takes its kind."""
+        for take in self._takers[type(record)]:
+            take(record)
 
 
 class Recording:
@@ -288,15 +405,20 @@ class Statistics:
         Bytes that whole copies of the same inputs would have moved.
     bytes_by_reason : dict
         Bytes copied, by `CopyReason`.
+    bytes_in_device : int
+        Bytes that a policy copied within a device; of none of the other counts.
     n_launches, n_waits : int
         Graphs given to backends; waits of host and backends.
     """
 
-    __slots__ = ("bytes_by_reason", "bytes_copied", "bytes_full", "n_copies", "n_launches", "n_waits")
+    __slots__ = (
+        "bytes_by_reason", "bytes_copied", "bytes_full", "bytes_in_device", "n_copies", "n_launches", "n_waits",
+    )  # fmt: skip
 
     n_copies: int
     bytes_copied: int
     bytes_full: int
+    bytes_in_device: int
     bytes_by_reason: dict[CopyReason, int]
     n_launches: int
     n_waits: int
@@ -306,7 +428,8 @@ class Statistics:
 
     def clear(self) -> None:
         """Start counting anew."""
-        self.n_copies = self.bytes_copied = self.bytes_full = self.n_launches = self.n_waits = 0
+        self.n_copies = self.bytes_copied = self.bytes_full = self.bytes_in_device = 0
+        self.n_launches = self.n_waits = 0
         self.bytes_by_reason = {"input": 0, "activation": 0, "weight": 0, "experts": 0}
 
     def count_copy(self, size_bytes: int, tensor_bytes: int, reason: CopyReason) -> None:
@@ -314,6 +437,12 @@ class Statistics:
         self.n_copies += 1
         self.bytes_copied += size_bytes
         self.bytes_by_reason[reason] += size_bytes
+        if reason != "experts":
+            self.bytes_full += tensor_bytes
+
+    def count_in_device(self, size_bytes: int, tensor_bytes: int, reason: CopyReason) -> None:
+        """Count one copy within a device, in place of one to it."""
+        self.bytes_in_device += size_bytes
         if reason != "experts":
             self.bytes_full += tensor_bytes
 

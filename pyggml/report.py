@@ -75,7 +75,7 @@ class CopyAccount:
             row.n_reads += 1
             row.n_used += len(record.used)
             row.bytes_full += record.tensor_bytes
-        elif isinstance(record, CopyRecord):
+        elif isinstance(record, CopyRecord) and record.src != record.dst:  # not within a device
             if record.reason in ("experts", "weight"):
                 row = self._row(record.tensor)
                 row.bytes_copied += record.size_bytes

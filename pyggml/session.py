@@ -177,8 +177,7 @@ class Session(Planner):
         try:
             if self.abort is not None and self.abort():
                 raise ComputeError(self.backends[-1].name, "aborted", status=1)
-            if self.sched.recorder is not None:
-                self.sched.recorder.record(MicroBatchRecord(part.n_tokens, n_past, part.n_outputs))
+            self.sched.record(MicroBatchRecord(part.n_tokens, n_past, part.n_outputs))
             graph, is_reused = self._graph_for(part, slot)
             assert self._filler is not None
             self._filler.fill(part, slot)

@@ -5,27 +5,25 @@ Everything passes the scheduler's own `compute_splits`; only what experts the to
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .clock import Reading
-from .dialect import Repairs
 from .errors import SchedError
 from .models.batch import Outputs
 from .record import CopyReason, MicroBatchRecord
 from .routing import DEFAULT_ROUTING, Routing
-from .sched.policies import UpstreamCopier, UsedExpertCopier
+from .sched.experts import layer_of
+from .sched.ids import IdsSource
 from .tensor import Tensor
-from .types import Op
 
 if TYPE_CHECKING:
     from .models.batch import MicroBatch
     from .planning import Planner
     from .sched.compute import SplitRun
 
-__all__ = ["RoutedCopier", "SimulatedBatch", "can_simulate", "simulate_batch"]
+__all__ = ["RoutedIds", "SimulatedBatch", "can_simulate", "simulate_batch"]
 
 
 @dataclass(slots=True)
@@ -62,55 +60,64 @@ class SimulatedBatch:
         return self.n_tokens / self.seconds if self.seconds else None
 
 
-class RoutedCopier(UsedExpertCopier):
-    """Copies used experts as the default does, but is told which they are.
+class RoutedIds(IdsSource):
+    """Tells which experts a batch uses by a stated routing, where there are no ids to be read.
 
-    Attributes
+    Reading takes the virtual time that it takes with data; the user's policy is asked as in a run.
+
+    Parameters
     ----------
     routing : Routing
         Who tells.
+    n_lead : int
+        Layers before the first with experts, which a routing does not count.
+
+    Attributes
+    ----------
     tokens, outputs : sequence of int
         Positions of the tokens of the micro-batch that comes next, and of those whose logits are wanted: the last
         layer computes no others.
     """
 
-    def __init__(self, routing: Routing, *, like: UpstreamCopier, n_lead: int = 0) -> None:
-        super().__init__(like.repairs if isinstance(like, UsedExpertCopier) else Repairs.strict())
+    def __init__(self, routing: Routing, *, n_lead: int = 0) -> None:
+        super().__init__()
         self.routing = routing
-        self._n_lead = n_lead  # layers before the first with experts, which a routing does not count
+        self._n_lead = n_lead
         self.tokens: Sequence[int] = ()
         self.outputs: Sequence[int] = ()
-        self._read: tuple[Tensor, int | None, set[int]] | None = None
+        self._latest: tuple[Tensor, int | None, set[int]] | None = None
 
     def begin(self) -> None:
-        """Forget the ids that were asked for."""
+        """Forget the ids that were asked for: a computing starts."""
         super().begin()
-        self._read = None
+        self._latest = None
 
-    def _used(self, run: SplitRun, i_split: int, ids: Tensor, backend_id: int, weight: Tensor) -> set[int]:
+    def forget(self, roots: set[Tensor]) -> None:
+        """Keep what was chosen: no ids are rewritten where there is no data."""
+
+    def used(self, run: SplitRun, i_split: int, ids: Tensor, backend_id: int, weight: Tensor) -> set[int]:
         """Return the experts that the routing names; reading ids takes the time that it takes with data."""
         n_expert = weight.ne[2] if run.machine.dialect.ids_by_n_expert else None
-        if self._read is None or self._read[:2] != (ids, n_expert):
-            start_s = run.log.now()
-            run.machine.backends[backend_id].synchronize()
-            run.log.was_read(i_split, ids, backend_id, start_s)
-            self._read = (ids, n_expert, self.choose(ids, weight))
-        return self._read[2]
+        if self._latest is None or self._latest[:2] != (ids, n_expert):
+            run.read(i_split, ids, backend_id, None)
+            self._latest = (ids, n_expert, self.choose(ids, weight))
+        return self._latest[2]
 
-    def before_compute(self, run: SplitRun, i_split: int) -> None:
-        """Tell the log how many experts are read of weights that are not copied."""
-        super().before_compute(run, i_split)
-        for node in run.splits[i_split].graph.nodes:
-            if node.op is Op.MUL_MAT_ID:
-                weight, ids = node.src[0], node.src[2]
-                if weight is not None and ids is not None and ids not in run.log.used:
-                    run.log.used[ids] = len(self.choose(ids, weight))
+    def count(self, node: Tensor) -> float:
+        """Return how many experts a MUL_MAT_ID reads, also of weights that are not copied."""
+        weight, ids = node.src[0], node.src[2]
+        assert ids is not None
+        assert weight is not None
+        known = self._counts.get(ids)
+        if known is None:
+            known = self._counts[ids] = len(self.choose(ids, weight))
+        return known
 
     def choose(self, ids: Tensor, weight: Tensor) -> set[int]:
         """Return the experts of a weight that ids of its layer name."""
-        found = re.search(r"blk\.(\d+)\.", weight.name)
+        layer = layer_of(weight.name)
         tokens = self.tokens if ids.ne[1] == len(self.tokens) else self.outputs
-        return self.routing.experts(int(found[1]) - self._n_lead if found else 0, tokens, weight.ne[2], ids.ne[0])
+        return self.routing.experts(0 if layer is None else layer - self._n_lead, tokens, weight.ne[2], ids.ne[0])
 
 
 def can_simulate(planner: Planner) -> bool:
@@ -149,22 +156,17 @@ def simulate_batch(
     sched = planner.sched
     clock = sched.clock
     result = SimulatedBatch(n_tokens)
-    kept = sched.copier
-    n_lead = planner.hparams.n_layer_dense_lead
-    routed = RoutedCopier(routing, like=kept, n_lead=n_lead) if isinstance(kept, UpstreamCopier) else None
-    if routed is not None:
-        sched.copier = routed
+    kept = sched.ids_source
+    sched.ids_source = routed = RoutedIds(routing, n_lead=planner.hparams.n_layer_dense_lead)
     planner.reserve()
     began = None if clock is None else clock.reading()
     before = (sched.stats.bytes_copied, sched.stats.bytes_full, dict(sched.stats.bytes_by_reason))
     n_before, allocated = 0, None
     try:
         for part, graph in planner.micro_batches(n_tokens, outputs=outputs):
-            if routed is not None:
-                routed.tokens = range(n_before, n_before + part.n_tokens)
-                routed.outputs = [n_before + i for i in _outputs(part)]
-            if sched.recorder is not None:
-                sched.recorder.record(MicroBatchRecord(part.n_tokens, n_before, part.n_outputs))
+            routed.tokens = range(n_before, n_before + part.n_tokens)
+            routed.outputs = [n_before + i for i in _outputs(part)]
+            sched.record(MicroBatchRecord(part.n_tokens, n_before, part.n_outputs))
             if graph is not allocated:
                 sched.alloc_graph(graph.graph)
                 allocated = graph
@@ -175,7 +177,7 @@ def simulate_batch(
             n_before += part.n_tokens
             result.n_micro_batches += 1
     finally:
-        sched.copier = kept
+        sched.ids_source = kept
         sched.reset()
     stats = sched.stats
     result.bytes_copied, result.bytes_full = stats.bytes_copied - before[0], stats.bytes_full - before[1]

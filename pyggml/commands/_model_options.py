@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..backend import Backend
     from ..models.context import ContextFlags
     from ..models.placement import PlacementFlags
-    from ..sched.policies import InputCopier
+    from ..sched.policies import CopyPolicy
 
 __all__ = [
     "ModelCommand",
@@ -107,7 +107,7 @@ class ModelFlags:
             swa_full=self.swa_full,
         )
 
-    def copier(self) -> InputCopier | Literal["used"]:
+    def copier(self) -> CopyPolicy | Literal["used"]:
         """Return what copies split inputs; "used" is the scheduler's default."""
         from ..sched.policies import FullCopier, UpstreamCopier
 

@@ -1,8 +1,8 @@
 """Copies of split inputs, verified before each launch when ``PYGGML_CHECK`` is set.
 
-Two things, each derived from the graph, the ids and the memory, and never by the functions that copiers use:
+Two things, each derived from the graph, the ids and the memory, and never by the functions that policies use:
 
-- *Every copy covers what is read.* `CopyCheck` is told of each range that is copied, and knows what the nodes of a split
+- *Every copy covers what is read.* `CopyCheck` is told of each range that is sent, and knows what the nodes of a split
   read: of an expert weight under MUL_MAT_ID the experts that the ids name now, with the padding that kernels may touch;
   of all else every byte. What a node wrote at the source since it was copied is not covered any more.
 - *Results equal the full copy.* The bytes that were to be copied are compared with the source. With ``PYGGML_CHECK=2`` a
@@ -18,22 +18,24 @@ forgets later users of a copy and ids that were rewritten, is not checked.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .. import config
 from ..errors import SchedError
+from ..record import Observer
 from ..tensor import Tensor
 from ..types import BufferUsage, Op
 from .check_results import Rerun
 from .experts import EXPERT_PAD_BYTES, layer_of
+from .ranges import Ranges
 from .state import is_computed
 
 if TYPE_CHECKING:
     from .compute import SplitRun
     from .split import Cutter
+    from .transfer import Transfer
 
 __all__ = ["CopyCheck"]
 
@@ -49,36 +51,7 @@ class _Read:
     ids: Tensor | None
 
 
-class _Ranges:
-    """Bytes of a copy, as ascending ranges that do not touch."""
-
-    __slots__ = ("ends", "starts")
-
-    def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.ends: list[int] = []
-
-    def add(self, start: int, end: int) -> None:
-        """Add bytes ``start .. end - 1``."""
-        i = bisect_right(self.starts, start)
-        if i > 0 and self.ends[i - 1] >= start:
-            i -= 1
-            start = self.starts[i]
-        j = i
-        while j < len(self.starts) and self.starts[j] <= end:
-            end = max(end, self.ends[j])
-            j += 1
-        self.starts[i:j] = [start]
-        self.ends[i:j] = [end]
-
-    def first_hole(self, start: int, end: int) -> int | None:
-        """Return the first of the bytes ``start .. end - 1`` that is not there."""
-        i = bisect_right(self.starts, start) - 1
-        reached = max(start, self.ends[i]) if i >= 0 else start
-        return None if reached >= end else reached
-
-
-class CopyCheck:
+class CopyCheck(Observer):
     """Follows the copies of an allocated graph, and verifies them when a split is about to be computed.
 
     Parameters
@@ -97,7 +70,7 @@ class CopyCheck:
         self._reads: list[list[_Read]] = []
         self._writes: list[list[tuple[Tensor, Tensor]]] = []  # by split: node, and copy whose source it writes
         self._find_users(cutter)
-        self._present: dict[Tensor, _Ranges] = {}
+        self._present: dict[Tensor, Ranges] = {}
         self._fresh: set[Tensor] = set()  # copies that were put since the last launch
         self._stale: dict[Tensor, tuple[Tensor, int]] = {}  # copy -> who wrote at its source, in which split
         self._rerun: Rerun | None = None
@@ -128,21 +101,19 @@ class CopyCheck:
 
     # -- what happens --------------------------------------------------------
 
-    def begin(self) -> None:
+    def on_begin(self, run: SplitRun) -> None:
         """Forget all copies: a computing starts."""
         self._present.clear()
         self._fresh.clear()
         self._stale.clear()
 
-    def put(self, source: Tensor, backend_id: int, offset: int, size: int) -> None:
-        """Take note that bytes of a split's input were copied to a backend."""
-        copy = self._copies.get((source, backend_id))
-        if copy is None:
-            return
+    def on_sent(self, transfer: Transfer, offset: int, size: int) -> None:
+        """Note that bytes of a split's input were copied to its backend."""
+        copy = transfer.copy
         if copy in self._stale:
             del self._stale[copy]
             del self._present[copy]
-        self._present.setdefault(copy, _Ranges()).add(offset, offset + size)
+        self._present.setdefault(copy, Ranges()).add(offset, offset + size)
         self._fresh.add(copy)
 
     def before_launch(self, run: SplitRun, i_split: int) -> None:
@@ -166,7 +137,7 @@ class CopyCheck:
             is_partial |= experts is not None
         if config.check() > 1 and is_partial and run.eval_callback is None:
             copies = {r.copy: r.source for r in self._reads[i_split] if r.ids is not None and _is_weight(r.source)}
-            self._rerun = Rerun.prepare(run.splits[i_split].graph, copies)
+            self._rerun = Rerun.prepare(run.plan.splits[i_split].graph, copies)
 
     def after_launch(self, run: SplitRun, i_split: int) -> None:
         """Compare results with those of whole copies, if asked to, and take note of what the split wrote.
@@ -178,7 +149,7 @@ class CopyCheck:
         """
         rerun, self._rerun = self._rerun, None
         if rerun is not None:
-            backend = run.machine.backends[run.splits[i_split].backend_id]
+            backend = run.machine.backends[run.plan.splits[i_split].backend_id]
             node = rerun.first_difference(backend)
             if node is not None:
                 read = next(r for r in self._reads[i_split] if r.ids is not None)
@@ -205,13 +176,13 @@ class CopyCheck:
         import numpy as np
 
         rows = np.ndarray((ids.ne[1], ids.ne[0]), np.int32, seen, strides=(ids.nb[1], ids.nb[0]))
-        # an id that is no expert is for the copier or the backend to refuse
+        # an id that is no expert is for the run or the backend to refuse
         return [int(e) for e in np.unique(rows) if 0 <= e < read.source.ne[2]]
 
     def _verify_cover(self, run: SplitRun, i_split: int, read: _Read, experts: list[int] | None) -> None:
         if experts is None and read.ids is not None:
             return  # the ids cannot be seen
-        present = self._present.get(read.copy) or _Ranges()
+        present = self._present.get(read.copy) or Ranges()
         if experts is None:
             hole = present.first_hole(0, read.source.nbytes)
             if hole is not None:
@@ -251,7 +222,7 @@ class CopyCheck:
             raise self._error(run, i_split, read, f"is not as the source{where}")
 
     def _error(self, run: SplitRun, i_split: int, read: _Read, what: str) -> SchedError:
-        where = run.machine.backends[run.splits[i_split].backend_id].name
+        where = run.machine.backends[run.plan.splits[i_split].backend_id].name
         layer = layer_of(read.source.name)
         name = f"'{read.source.name}'" + ("" if layer is None else f" (layer {layer})")
         by = "" if read.ids is None else f" by '{read.ids.name}'"
@@ -259,7 +230,7 @@ class CopyCheck:
         return SchedError(
             f"check: {read.node.op_desc} '{read.node.name}' in split {i_split} on {where} reads {name}{by}, but its copy {what}",
             causes=() if cause is None else (cause.value,),
-            hint=f"the input copier ({type(run.copier).__name__}) is wrong, or did not tell run.log what it copied",
+            hint=f"the copy policy ({type(run.policy).__name__}) sent too little, or a wait is missing",
         )
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from ..backend import Event
+from ..backend import Backend, Event
 from ..buffer import tensor_copy
+from ..dialect import Repairs
+from ..errors import SchedError
 from ..graph import GraphView
 from ..record import CopyReason
 from ..tensor import Tensor
-from ..types import BufferUsage, TensorFlag
+from .ids import IdsSource
 from .log import RunLog
-from .policies import InputCopier, is_host_weight
-from .state import Assignment, Copies, Machine, Split
+from .plan import Plan
+from .policies import CopyPolicy
+from .ranges import Ranges
+from .resources import CopyQueue, Mark, Resources
+from .state import Assignment, Machine
+from .transfer import Transfer
 
 __all__ = ["EvalCallback", "SplitRun", "compute_splits"]
 
@@ -21,51 +26,62 @@ __all__ = ["EvalCallback", "SplitRun", "compute_splits"]
 EvalCallback = Callable[[Tensor, bool], bool]
 
 
-@dataclass(slots=True)
 class SplitRun:
-    """All that one computing of an allocated graph needs; what an `InputCopier` is given.
+    """One computing of an allocated graph: what it needs, its waits, and the reports of its effects.
+
+    Every wait is a method and is told where in the code it stands (``place``), so that a test may put a run in its place
+    that leaves one out (`Scheduler.run_type`).
 
     Attributes
     ----------
+    plan : Plan
+        Splits and transfers.
     log : RunLog
-        Is told of every copy, wait and launch.
-    rewritten : mapping of int to sequence of (Tensor, int)
-        By split, which sources its nodes write that were copied before to a backend where they are read again.
+        Hands every effect to statistics, clock and observers.
+    ids : IdsSource
+        Knows which experts a batch uses.
+    repairs : Repairs
+        Which mistakes of upstream's are mended for this policy.
+    i_split : int
+        The split that is being computed.
     """
 
-    machine: Machine
-    splits: Sequence[Split]
-    copies: Copies
-    asg: Assignment
-    cur_copy: int
-    events: Sequence[Sequence[Event | None]]
-    copier: InputCopier
-    eval_callback: EvalCallback | None
-    log: RunLog
-    rewritten: Mapping[int, Sequence[tuple[Tensor, int]]]
+    __slots__ = (
+        "_forked", "_joins", "_present", "asg", "cur_copy", "eval_callback", "events", "i_split", "ids", "log", "machine",
+        "plan", "policy", "repairs", "resources",
+    )  # fmt: skip
 
-    def copy_of(self, tensor: Tensor, backend_id: int) -> Tensor:
-        """Return the current copy of a split input on a backend."""
-        return self.copies[tensor][backend_id][self.cur_copy]
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        cur_copy: int,
+        events: Sequence[Sequence[Event | None]],
+        policy: CopyPolicy,
+        repairs: Repairs,
+        ids: IdsSource,
+        eval_callback: EvalCallback | None,
+        log: RunLog,
+        resources: Resources,
+    ) -> None:
+        self.plan = plan
+        self.machine: Machine = plan.machine
+        self.asg: Assignment = plan.assignment
+        self.cur_copy, self.events = cur_copy, events
+        self.policy, self.repairs, self.ids = policy, repairs, ids
+        self.eval_callback, self.log, self.resources = eval_callback, log, resources
+        self.i_split = 0
+        self._present: dict[Tensor, Ranges] = {}  # of copies that several nodes read: what is there
+        self._forked: set[CopyQueue] = set()  # queues that wait for all that this split's backend was given
+        self._joins: set[CopyQueue] = set()  # queues that this split must wait for
 
     def original_of(self, tensor: Tensor) -> Tensor:
         """Return what a tensor is a copy of; itself if it is none."""
-        for source, by_backend in self.copies.items():
-            if any(tensor is made[self.cur_copy] for made in by_backend.values()):
-                return source
+        for transfers in self.plan.transfers:
+            for transfer in transfers:
+                if transfer.copy is tensor:
+                    return transfer.source
         return tensor
-
-    def copy_order(self, split: Split) -> Sequence[int]:
-        """Return the indices of a split's inputs in the order of copying (`Dialect.host_weights_last`)."""
-        order = range(len(split.inputs))
-        if not self.machine.dialect.host_weights_last or len(order) < 2:
-            return order
-        return sorted(order, key=lambda i: is_host_weight(split.inputs[i]))
-
-    def not_yet_copied(self, split: Split, i_input: int) -> list[Tensor]:
-        """Return the inputs whose turn comes after one."""
-        order = self.copy_order(split)
-        return [split.inputs[i] for i in order[order.index(i_input) + 1 :]]
 
     def causes_of(self, tensor: Tensor) -> tuple[str, ...]:
         """Return why a tensor is where it is, as text for errors."""
@@ -74,31 +90,159 @@ class SplitRun:
 
     # -- waits ---------------------------------------------------------------
 
-    def synchronize(self, i_split: int, backend_id: int) -> None:
+    def synchronize(self, i_split: int, backend_id: int, place: str) -> None:
         """Let the host wait for all work of a backend."""
         start_s = self.log.now()
         self.machine.backends[backend_id].synchronize()
         self.log.waited(i_split, "synchronize", backend_id, None, start_s)
 
-    def host_wait(self, i_split: int, backend_id: int) -> None:
+    def host_wait(self, i_split: int, backend_id: int, place: str) -> None:
         """Let the host wait until a backend's last use of this pipeline copy is over."""
         event = self.events[backend_id][self.cur_copy]
         if event is None:
-            self.synchronize(i_split, backend_id)
+            SplitRun.synchronize(self, i_split, backend_id, place)
             return
         start_s = self.log.now()
         event.synchronize()
         self.log.waited(i_split, "event_synchronize", backend_id, self.cur_copy, start_s)
 
-    def stream_wait(self, i_split: int, backend_id: int) -> None:
+    def stream_wait(self, i_split: int, backend_id: int, place: str) -> None:
         """Let a backend wait until its last use of this pipeline copy is over; without events the host waits."""
         event = self.events[backend_id][self.cur_copy]
         if event is None:
-            self.synchronize(i_split, backend_id)
+            SplitRun.synchronize(self, i_split, backend_id, place)
             return
         start_s = self.log.now()
         self.machine.backends[backend_id].event_wait(event)
         self.log.waited(i_split, "event_wait", backend_id, self.cur_copy, start_s)
+
+    def read_wait(self, backend_id: int) -> None:
+        """Let the host wait for what it reads."""
+        self.machine.backends[backend_id].synchronize()
+
+    def mark_wait(self, backend_id: int, queue: CopyQueue | None, mark: Mark, place: str) -> None:
+        """Let a stream, of a backend or a queue, wait for a mark of another; without events the host waits."""
+        stream = self._stream(backend_id, queue)
+        if mark.stream is None or mark.stream is stream:
+            return
+        start_s = self.log.now()
+        if mark.event is None:
+            mark.stream.synchronize()
+        else:
+            stream.event_wait(mark.event)
+        self.log.waited_for_mark(self.i_split, backend_id, queue, mark, start_s)
+
+    # -- reading -------------------------------------------------------------
+
+    def read(self, i_split: int, tensor: Tensor, backend_id: int, address: int | None) -> None:
+        """Read a tensor of a backend to host memory, and wait for it; no address: nothing is there to be read."""
+        start_s = self.log.now()
+        if address is not None:
+            self.machine.backends[backend_id].get_tensor_async(tensor, address, 0, tensor.nbytes)
+        self.read_wait(backend_id)
+        self.log.was_read(i_split, tensor, backend_id, start_s)
+
+    # -- transfers -----------------------------------------------------------
+
+    def report_whole(
+        self, transfer: Transfer, i_split: int, reason: CopyReason, start_s: float, *, is_async: bool
+    ) -> None:
+        """Report that a transfer's whole source was copied."""
+        n = transfer.source.nbytes
+        if transfer.has_later_readers:
+            self._note(transfer, 0, n)
+        self.log.copied(transfer, i_split, transfer.source_id, reason, start_s, 0, n, n, is_async=is_async)
+
+    def report(
+        self, transfer: Transfer, i_split: int, src: int, reason: CopyReason, start_s: float, offset: int, size: int,
+        tensor_bytes: int, *, is_async: bool, queue: CopyQueue | None, is_own: bool,
+    ) -> None:  # fmt: skip
+        """Report that bytes of a transfer were sent, to the copy or to memory of the policy's own."""
+        if transfer.has_later_readers and not is_own:
+            self._note(transfer, offset, size)
+        self.log.copied(
+            transfer, i_split, src, reason, start_s, offset, size, tensor_bytes,
+            is_async=is_async, number=0 if queue is None else queue.number, is_own=is_own,
+        )  # fmt: skip
+
+    def _note(self, transfer: Transfer, offset: int, size: int) -> None:
+        self._present.setdefault(transfer.copy, Ranges()).add(offset, offset + size)
+
+    def missing(self, further: Transfer) -> set[int]:
+        """Return the experts that a later reader of a copy needs and that are not there."""
+        present = self._present.setdefault(further.copy, Ranges())
+        weight = further.source
+        if present.first_hole(0, weight.nbytes) is None:
+            return set()
+        ids = further.ids_tensor
+        if ids is None:
+            needed = set(range(weight.ne[2]))
+        elif ids.is_empty:
+            return set()
+        else:
+            needed = self.ids.used(self, further.split, ids, further.backend_id, weight)
+        size = weight.nbytes - (weight.ne[2] - 1) * weight.nb[2]
+        return {e for e in needed if present.first_hole(e * weight.nb[2], e * weight.nb[2] + size) is not None}
+
+    # -- queues and memory of the policy's own -------------------------------
+
+    def before_send(
+        self, transfer: Transfer, other: Tensor | None, queue: CopyQueue | None, *, is_read: bool = False
+    ) -> Backend:
+        """Return the stream to send with, after the waits that its target and source need."""
+        if other is None and queue is None:
+            return transfer.backend
+        b = transfer.backend_id
+        if queue is not None:
+            if queue.of != b:
+                raise SchedError(f"{queue!r} is no queue of {transfer.backend.name}", hint="Plan.queue(backend)")
+            if (other is None or is_read) and queue not in self._forked:
+                self._forked.add(queue)
+                self._let_wait(b, None, queue, "fork")
+        if other is not None:
+            own = self.resources.owned.get(other)
+            if own is None:
+                raise SchedError(f"'{other.name}' is not memory of the policy's own", hint="ask for it: Plan.memory")
+            self.mark_wait(b, queue, own.written, "own_written")
+            if not is_read:
+                self.mark_wait(b, queue, own.read, "own_read")
+        return self._stream(b, queue)
+
+    def after_send(
+        self, transfer: Transfer, other: Tensor | None, queue: CopyQueue | None, *, is_read: bool = False
+    ) -> None:
+        """Mark what a send used, for those who use it next."""
+        if other is not None:
+            own = self.resources.owned[other]
+            mark = own.read if is_read else own.written
+            self.mark_wait(transfer.backend_id, queue, mark, "own_order")  # one mark stands for all before it
+            self._record(transfer.backend_id, queue, mark)
+        if queue is not None and (other is None or is_read):
+            self._joins.add(queue)
+
+    def join_queues(self, backend_id: int) -> None:
+        """Let the split's backend wait for what queues send for it."""
+        for queue in sorted(self._joins, key=lambda q: q.number):
+            mark = self.resources.mark("join", queue)
+            self._record(backend_id, queue, mark)
+            self.mark_wait(backend_id, None, mark, "join")
+        self._joins.clear()
+        self._forked.clear()
+
+    def _let_wait(self, backend_id: int, stream: CopyQueue | None, waiting: CopyQueue, what: str) -> None:
+        """Let a queue wait for all that another stream was given."""
+        mark = self.resources.mark(what, waiting)
+        self._record(backend_id, stream, mark)
+        self.mark_wait(backend_id, waiting, mark, what)
+
+    def _record(self, backend_id: int, queue: CopyQueue | None, mark: Mark) -> None:
+        mark.stream = self._stream(backend_id, queue)
+        if mark.event is not None:
+            mark.stream.event_record(mark.event)
+        self.log.marked(backend_id, queue, mark)
+
+    def _stream(self, backend_id: int, queue: CopyQueue | None) -> Backend:
+        return self.machine.backends[backend_id] if queue is None else queue.backend
 
 
 def compute_splits(run: SplitRun) -> None:
@@ -115,80 +259,80 @@ def compute_splits(run: SplitRun) -> None:
     -----
     Mirrors `ggml_backend_sched_compute_splits`.
     """
-    run.copier.begin()
-    dialect = run.machine.dialect
-    check = run.log.copy_check
-    if check is not None:
-        check.begin()
+    plan, dialect, log, policy = run.plan, run.machine.dialect, run.log, run.policy
+    repairs = run.repairs
+    before_split = policy.before_split if policy.overrides("before_split") else None
+    after_split = policy.after_split if policy.overrides("after_split") else None
+    run.ids.begin()
+    log.began(run)
     previous: int | None = None
-    for i_split, split in enumerate(run.splits):
-        b = split.backend_id
-        if dialect.wait_previous_split and not split.inputs and previous is not None and previous != b:
-            # the allocator may have given both splits the same memory
-            run.host_wait(i_split, previous)
-        for i_input in run.copy_order(split):
-            _copy_input(run, i_split, i_input)
-        run.copier.before_compute(run, i_split)
-        if check is not None:
-            check.before_launch(run, i_split)
-        _launch(run, i_split)
-        run.copier.after_compute(run, i_split)
-        if check is not None:
-            check.after_launch(run, i_split)
-        for tensor, backend_id in run.rewritten.get(i_split, ()):
-            _copy_again(run, i_split, tensor, backend_id)
-        event = run.events[b][run.cur_copy]
-        if event is not None and (split.inputs or dialect.record_every_split):
-            start_s = run.log.now()
-            run.machine.backends[b].event_record(event)
-            run.log.recorded_event(i_split, b, run.cur_copy, start_s)
-        previous = b
+    plan.slot.run = run
+    try:
+        for i_split, split in enumerate(plan.splits):
+            run.i_split = i_split
+            b = split.backend_id
+            if before_split is not None:
+                before_split(i_split)
+            if dialect.wait_previous_split and not split.inputs and previous is not None and previous != b:
+                # the allocator may have given both splits the same memory
+                run.host_wait(i_split, previous, "previous_split")
+            for transfer in plan.transfers[i_split]:
+                _transfer(run, transfer)
+            if repairs.shared_experts:
+                for further in plan.further.get(i_split, ()):
+                    missing = run.missing(further)
+                    if missing:
+                        further.offer(policy.copy, missing)
+            if run._joins:
+                run.join_queues(b)
+            log.will_launch(run, i_split)
+            _launch(run, i_split)
+            log.has_launched(run, i_split)
+            if repairs.stale_ids and i_split in plan.written_ids:
+                run.ids.forget(plan.written_ids[i_split])
+            for transfer in plan.overwritten.get(i_split, ()):
+                _copy_again(run, i_split, transfer)
+            if after_split is not None:
+                after_split(i_split)
+            event = run.events[b][run.cur_copy]
+            if event is not None and (split.inputs or dialect.record_every_split):
+                start_s = log.now()
+                run.machine.backends[b].event_record(event)
+                log.recorded_event(i_split, b, run.cur_copy, start_s)
+            previous = b
+    finally:
+        plan.slot.run = None
 
 
-def _copy_input(run: SplitRun, i_split: int, i_input: int) -> None:
-    split = run.splits[i_split]
-    b = split.backend_id
-    tensor = split.inputs[i_input]
-    copy = run.copy_of(tensor, b)
-    source = run.asg.ids[tensor]
-    storage = tensor.storage
+def _transfer(run: SplitRun, transfer: Transfer) -> None:
+    """Bring an input to its split's backend: a user's input at once, any other as the policy says."""
+    i_split, b, source = transfer.split, transfer.backend_id, transfer.source
+    storage = source.storage
     if storage is not None:
-        storage.check_open(tensor)  # its address is all that copiers use
-    if tensor.flags & TensorFlag.INPUT:
+        storage.check_open(source)  # its address is all that copies use
+    if transfer.kind == "input":
         # at once: the user may overwrite an input as soon as compute_async returns
-        run.host_wait(i_split, b)
+        run.host_wait(i_split, b, "input")
         start_s = run.log.now()
-        tensor_copy(tensor, copy)
-        run.log.copied(i_split, tensor, source, b, "input", start_s, is_async=False)
+        tensor_copy(source, transfer.copy)
+        run.report_whole(transfer, i_split, "input", start_s, is_async=False)
         return
-    run.stream_wait(i_split, b)
-    if run.copier.copy_input(run, i_split, i_input):
-        return
-    is_weight = tensor.buffer is not None and tensor.buffer.usage is BufferUsage.WEIGHTS
-    start_s = run.log.now()
-    is_async = run.machine.backends[b].cpy_tensor_async(run.machine.backends[source], tensor, copy)
-    if not is_async:
-        run.synchronize(i_split, source)
-        run.host_wait(i_split, b)
-        start_s = run.log.now()
-        tensor_copy(tensor, copy)
-    reason: CopyReason = "weight" if is_weight else "activation"
-    run.log.copied(i_split, tensor, source, b, reason, start_s, is_async=is_async)
+    run.stream_wait(i_split, b, "copy")
+    transfer.offer(run.policy.copy)
 
 
-def _copy_again(run: SplitRun, i_split: int, tensor: Tensor, backend_id: int) -> None:
+def _copy_again(run: SplitRun, i_split: int, transfer: Transfer) -> None:
     """Copy a source that a split wrote, for the later users of its copy."""
-    run.synchronize(i_split, run.splits[i_split].backend_id)
-    run.synchronize(i_split, backend_id)
+    run.synchronize(i_split, run.plan.splits[i_split].backend_id, "again")
+    run.synchronize(i_split, transfer.backend_id, "again")
     start_s = run.log.now()
-    tensor_copy(tensor, run.copy_of(tensor, backend_id))
-    source = run.asg.ids[tensor]
-    run.log.copied(i_split, tensor, source, backend_id, "activation", start_s, is_async=False)
+    tensor_copy(transfer.source, transfer.copy)
+    run.report_whole(transfer, i_split, "activation", start_s, is_async=False)
 
 
 def _launch(run: SplitRun, i_split: int) -> None:
     """Give a split's nodes to its backend: all at once, or in parts that end where the eval callback wants data."""
-    split = run.splits[i_split]
+    split = run.plan.splits[i_split]
     callback = run.eval_callback
     if callback is None:
         _compute(run, i_split, split.graph)
@@ -202,7 +346,7 @@ def _launch(run: SplitRun, i_split: int) -> None:
             end += 1
             wanted = _call_back(run, i_split, callback, nodes[end], ask=True)
         _compute(run, i_split, split.graph.view(start, end + 1))
-        run.synchronize(i_split, split.backend_id)
+        run.synchronize(i_split, split.backend_id, "part")
         if wanted and not _call_back(run, i_split, callback, nodes[end], ask=False):
             return
         start = end + 1
@@ -216,7 +360,7 @@ def _call_back(run: SplitRun, i_split: int, callback: EvalCallback, node: Tensor
 
 
 def _compute(run: SplitRun, i_split: int, graph: GraphView) -> None:
-    backend_id = run.splits[i_split].backend_id
+    backend_id = run.plan.splits[i_split].backend_id
     start_s = run.log.now()
     run.machine.backends[backend_id].graph_compute(graph)
     run.log.launched(i_split, backend_id, graph, run.asg, start_s)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from ..record import CopyReason, SplitInput, SplitRecord
+from ..record import SplitInput, SplitRecord
 from ..tensor import Tensor
-from ..types import BufferUsage, TensorFlag
-from .policies import takes_used_experts
 from .split import Cutter
 from .state import Split, is_computed
+from .transfer import input_kind
 
 __all__ = ["split_records"]
 
@@ -34,7 +33,7 @@ def split_records(cutter: Cutter) -> list[SplitRecord]:
         storage = tensor.storage
         return SplitInput(
             tensor=tensor.name,
-            kind=_kind(split, tensor, cutter),
+            kind=input_kind(split, tensor, cutter.copies[tensor][split.backend_id][cutter.cur_copy]),
             src=machine.backends[asg.ids[tensor]].name,
             cause=cause(tensor),
             buft="" if storage is None else storage.buft.name,
@@ -64,13 +63,3 @@ def split_records(cutter: Cutter) -> list[SplitRecord]:
             )
         )
     return records
-
-
-def _kind(split: Split, tensor: Tensor, cutter: Cutter) -> CopyReason:
-    if tensor.flags & TensorFlag.INPUT:
-        return "input"
-    if takes_used_experts(split, tensor, cutter.copies[tensor][split.backend_id][cutter.cur_copy]):
-        return "experts"
-    if tensor.buffer is not None and tensor.buffer.usage is BufferUsage.WEIGHTS:
-        return "weight"
-    return "activation"

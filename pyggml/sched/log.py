@@ -1,4 +1,4 @@
-"""`RunLog`: the one place that every copy, wait and launch of a computing passes; counts, records and clocks hang on it."""
+"""`RunLog`: makes one event of every copy, wait and launch, for statistics, observers and the virtual clock."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from ..record import (
     CopyReason,
     CopyRecord,
     EventRecord,
+    Observers,
     ReadRecord,
-    Recorder,
     Statistics,
     UsedExpertsRecord,
     WaitRecord,
 )
-from ..routing import DEFAULT_ROUTING
 from ..tensor import Tensor
 from ..types import Op
 from .state import is_computed
@@ -31,8 +30,11 @@ from .state import is_computed
 if TYPE_CHECKING:
     from ..buffer import BufferType
     from ..graph import Graph
-    from .check_copies import CopyCheck
+    from .compute import SplitRun
+    from .ids import IdsSource
+    from .resources import CopyQueue, Mark
     from .state import Assignment, Machine
+    from .transfer import Transfer
 
 __all__ = ["RunLog"]
 
@@ -40,7 +42,7 @@ Wait = Literal["synchronize", "event_synchronize", "event_wait"]
 
 
 class RunLog:
-    """Counts always; records and keeps virtual time only if asked to.
+    """Counts always; tells observers and keeps virtual time only if there are such.
 
     Parameters
     ----------
@@ -48,27 +50,34 @@ class RunLog:
         Whose backends are meant by indices.
     stats : Statistics
         The scheduler's counts.
-    recorder : Recorder or None
-        Takes a record of everything.
+    observers : Observers or None
+        Are told of everything.
     clock : VirtualClock or None
-        Is told of everything.
+        The time source of what would happen on other machines.
+    ids : IdsSource or None
+        Knows how many experts a node reads, for what it costs.
     """
 
-    __slots__ = ("clock", "copy_check", "machine", "recorder", "stats", "used")
+    __slots__ = ("_on_sent", "clock", "ids", "machine", "observers", "stats")
 
     def __init__(
-        self, machine: Machine, stats: Statistics, recorder: Recorder | None, clock: VirtualClock | None
+        self,
+        machine: Machine,
+        stats: Statistics,
+        observers: Observers | None,
+        clock: VirtualClock | None,
+        ids: IdsSource | None = None,
     ) -> None:
         self.machine = machine
         self.stats = stats
-        self.recorder = recorder
+        self.observers = observers
         self.clock = clock
-        self.used: dict[Tensor, int] = {}  #: experts read of each ids tensor
-        self.copy_check: CopyCheck | None = None  #: with PYGGML_CHECK, is told of copies
+        self.ids = ids
+        self._on_sent = () if observers is None else observers.on_sent
 
     def now(self) -> float:
-        """Return the host's time in seconds; 0 if nobody records."""
-        return 0.0 if self.recorder is None else perf_counter()
+        """Return the host's time in seconds; 0 if nobody observes."""
+        return 0.0 if self.observers is None else perf_counter()
 
     def _name(self, backend_id: int) -> str:
         return self.machine.backends[backend_id].name
@@ -77,38 +86,96 @@ class RunLog:
         """Return the host's virtual time, for what takes none."""
         return None if self.clock is None else Span(self.clock.host_s, self.clock.host_s)
 
+    # -- the run itself ------------------------------------------------------
+
+    def began(self, run: SplitRun) -> None:
+        """Report that a computing starts."""
+        if self.observers is not None:
+            for tell in self.observers.on_begin:
+                tell(run)
+
+    def will_launch(self, run: SplitRun, i_split: int) -> None:
+        """Report that a split is about to be launched."""
+        if self.observers is not None:
+            for tell in self.observers.before_launch:
+                tell(run, i_split)
+
+    def has_launched(self, run: SplitRun, i_split: int) -> None:
+        """Report that a split was launched."""
+        if self.observers is not None:
+            for tell in self.observers.after_launch:
+                tell(run, i_split)
+
+    # -- effects -------------------------------------------------------------
+
     def copied(
         self,
+        transfer: Transfer,
         i_split: int,
-        tensor: Tensor,
         src: int,
-        dst: int,
         reason: CopyReason,
         start_s: float,
+        offset: int,
+        n_bytes: int,
+        tensor_bytes: int,
         *,
-        offset: int = 0,
-        size: int | None = None,
         is_async: bool,
+        number: int = 0,
+        is_own: bool = False,
     ) -> None:
-        """Take note of bytes of a split input that went to the split's backend."""
-        n_bytes = tensor.nbytes if size is None else size
-        if self.copy_check is not None:
-            self.copy_check.put(tensor, dst, offset, n_bytes)
-        self.stats.count_copy(n_bytes, tensor.nbytes, reason)
+        """Report bytes of a transfer that went to its copy, or to memory of a policy's own.
+
+        Parameters
+        ----------
+        src : int
+            The backend whose memory they came from.
+        tensor_bytes : int
+            What a whole copy would have moved; 0 for a further part of a copy that was counted.
+        number : int
+            Of the queue that carries them; 0: the backend's own stream.
+        """
+        dst = transfer.backend_id
+        if self._on_sent and not is_own:
+            for tell in self._on_sent:
+                tell(transfer, offset, n_bytes)
+        if src == dst:
+            self.stats.count_in_device(n_bytes, tensor_bytes, reason)
+        else:
+            self.stats.count_copy(n_bytes, tensor_bytes, reason)
         span = None
         if self.clock is not None:
             slow_src, slow_dst = self._slowdown(src), self._slowdown(dst)
             span = self.clock.copy(
-                src, dst, n_bytes, is_async=is_async, is_pinned=self._is_pinned(tensor), slow_src=slow_src,
-                slow_dst=slow_dst,
+                src, dst, n_bytes, is_async=is_async, is_pinned=self._is_pinned(transfer.source), slow_src=slow_src,
+                slow_dst=slow_dst, queue=number,
             )  # fmt: skip
-        if self.recorder is not None:
-            self.recorder.record(
+        if self.observers is not None:
+            self.observers.record(
                 CopyRecord(
-                    i_split, tensor.name, self._name(src), self._name(dst), offset, n_bytes, tensor.nbytes, reason,
-                    start_s, perf_counter(), span, self._engines(src, dst),
+                    i_split, transfer.source.name, self._name(src), self._name(dst), offset, n_bytes, tensor_bytes,
+                    reason, start_s, perf_counter(), span, self._engines(src, dst),
                 )
             )  # fmt: skip
+
+    def marked(self, backend_id: int, queue: CopyQueue | None, mark: Mark) -> None:
+        """Note when a stream gets to a mark; an own event of a policy's queues and memory, not of upstream's."""
+        if self.clock is not None:
+            mark.virtual_s = self.clock.ready_s(backend_id, 0 if queue is None else queue.number)
+
+    def waited_for_mark(
+        self, i_split: int, backend_id: int, queue: CopyQueue | None, mark: Mark, start_s: float
+    ) -> None:
+        """Report that a stream, or without events the host, waits for a mark."""
+        self.stats.n_waits += 1
+        span: Span | None = None
+        is_host = mark.event is None
+        if self.clock is not None:
+            number = 0 if queue is None else queue.number
+            span = self.clock.wait_until(None if is_host else backend_id, mark.virtual_s, number)
+        if self.observers is not None:
+            what: Wait = "synchronize" if is_host else "event_wait"
+            name = self._name(backend_id)
+            self.observers.record(WaitRecord(i_split, what, name, start_s, perf_counter(), span))
 
     def _engines(self, src: int, dst: int) -> tuple[str, ...]:
         """Return the names of the copy engines between two backends, as the virtual clock has them."""
@@ -127,11 +194,13 @@ class RunLog:
         """Take note of the experts that are about to be copied; added ones are no copy of their own."""
         if not is_added:
             self.stats.count_experts(weight.nbytes)
-        if self.recorder is not None:
+        if self.observers is not None:
             used = tuple(sorted(experts))
             name = "" if ids is None else ids.name
             whole = 0 if is_added else weight.nbytes
-            self.recorder.record(UsedExpertsRecord(i_split, weight.name, name, used, weight.ne[2], weight.nb[2], whole))
+            self.observers.record(
+                UsedExpertsRecord(i_split, weight.name, name, used, weight.ne[2], weight.nb[2], whole)
+            )
 
     def was_read(self, i_split: int | None, tensor: Tensor, backend_id: int, start_s: float) -> None:
         """Take note that the host waited for a backend and read a tensor."""
@@ -142,9 +211,9 @@ class RunLog:
                 backend_id, self.clock.cpu, tensor.nbytes, is_async=False, is_pinned=False,
                 slow_src=self._slowdown(backend_id),
             )  # fmt: skip
-        if self.recorder is not None:
+        if self.observers is not None:
             end_s, engines = perf_counter(), self._engines(backend_id, len(self.machine.backends) - 1)
-            self.recorder.record(
+            self.observers.record(
                 ReadRecord(tensor.name, self._name(backend_id), tensor.nbytes, start_s, end_s, span, engines)
             )
 
@@ -160,14 +229,16 @@ class RunLog:
                 span = clock.event_wait(backend_id, backend_id, copy)
             else:
                 span = clock.event_synchronize(backend_id, copy)
-        if self.recorder is not None:
-            self.recorder.record(WaitRecord(i_split, what, self._name(backend_id), start_s, perf_counter(), span, copy))
+        if self.observers is not None:
+            self.observers.record(
+                WaitRecord(i_split, what, self._name(backend_id), start_s, perf_counter(), span, copy)
+            )
 
     def recorded_event(self, i_split: int, backend_id: int, copy: int, start_s: float) -> None:
         """Take note that a backend's event was recorded."""
         span = None if self.clock is None else self.clock.event_record(backend_id, copy)
-        if self.recorder is not None:
-            self.recorder.record(EventRecord(i_split, self._name(backend_id), copy, start_s, perf_counter(), span))
+        if self.observers is not None:
+            self.observers.record(EventRecord(i_split, self._name(backend_id), copy, start_s, perf_counter(), span))
 
     def launched(self, i_split: int, backend_id: int, graph: GraphView, asg: Assignment, start_s: float) -> None:
         """Take note that nodes were given to a backend."""
@@ -175,25 +246,25 @@ class RunLog:
         span = None
         if self.clock is not None:
             span = self.clock.spend(backend_id, self._seconds(self.clock, backend_id, graph))
-        if self.recorder is not None:
+        if self.observers is not None:
             end_s = perf_counter()
             first = graph.graph.nodes[graph.i_start].name if len(graph) else ""
             causes = graph.memo.get("causes")
             if causes is None:
                 causes = graph.memo["causes"] = asg.cause_counts(graph)
-            self.recorder.record(
+            self.observers.record(
                 ComputeRecord(i_split, self._name(backend_id), len(graph), first, start_s, end_s, span, causes)
             )
 
     def called_back(self, i_split: int, tensor: Tensor, start_s: float, *, asked: bool, answer: bool) -> None:
         """Take note that the eval callback was called."""
-        if self.recorder is not None:
+        if self.observers is not None:
             end_s, span = perf_counter(), self._moment()
-            self.recorder.record(CallbackRecord(i_split, tensor.name, asked, answer, start_s, end_s, span))
+            self.observers.record(CallbackRecord(i_split, tensor.name, asked, answer, start_s, end_s, span))
 
     def assigned(self, graph: Graph, asg: Assignment, start_s: float) -> None:
         """Take note of where each node of a graph will be computed, and why."""
-        if self.recorder is None:
+        if self.observers is None:
             return
         end_s, span = perf_counter(), self._moment()
         for node in graph.nodes:
@@ -201,7 +272,7 @@ class RunLog:
                 cause = asg.cause(node)
                 name = "" if cause is None else cause.value
                 backend = self._name(asg.ids[node])
-                self.recorder.record(AssignRecord(node.name, node.op_desc, backend, name, start_s, end_s, span))
+                self.observers.record(AssignRecord(node.name, node.op_desc, backend, name, start_s, end_s, span))
 
     def holds(
         self,
@@ -212,12 +283,12 @@ class RunLog:
         graph: str = "",
     ) -> None:
         """Take note of what is allocated from now on: backends whose memory it is, buffer types, and bytes."""
-        if self.recorder is None:
+        if self.observers is None:
             return
         end_s, span = perf_counter(), self._moment()
         for backend_id, buft, size in held:
             name = self._name(backend_id)
-            self.recorder.record(AllocRecord(graph, name, buft.name, size, purpose, start_s, end_s, span))
+            self.observers.record(AllocRecord(graph, name, buft.name, size, purpose, start_s, end_s, span))
 
     def _seconds(self, clock: VirtualClock, backend_id: int, graph: GraphView) -> float:
         """Return how long nodes take; all but the products with used experts is worked out once for a range."""
@@ -226,16 +297,11 @@ class RunLog:
             nodes = graph.nodes
             products = [n for n in nodes if n.op is Op.MUL_MAT_ID]
             others = (n for n in nodes if n.op is not Op.MUL_MAT_ID)
-            kept = graph.memo["work"] = (clock, clock.seconds(backend_id, others, self._used_experts), products)
+            kept = graph.memo["work"] = (clock, clock.seconds(backend_id, others, self._count_experts), products)
         fixed_s: float = kept[1]
-        return fixed_s + clock.seconds(backend_id, kept[2], self._used_experts)
+        return fixed_s + clock.seconds(backend_id, kept[2], self._count_experts)
 
-    def _used_experts(self, node: Tensor) -> float:
-        """Return how many experts a MUL_MAT_ID reads: as copied, else as the default routing has it."""
-        ids, weight = node.src[2], node.src[0]
-        assert ids is not None
-        assert weight is not None
-        known = self.used.get(ids)
-        if known is not None:
-            return known
-        return DEFAULT_ROUTING.used(weight.ne[2], ids.ne[0], ids.ne[1])
+    def _count_experts(self, node: Tensor) -> float:
+        """Return how many experts a MUL_MAT_ID reads."""
+        assert self.ids is not None
+        return self.ids.count(node)

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -47,7 +47,7 @@ from ..dialect import DEFAULT_DIALECT, Dialect, Repairs
 from ..errors import SchedError
 from ..graph import Graph, Snapshot
 from ..notebook import html_table
-from ..record import Recorder, Statistics
+from ..record import Observer, Observers, Record, Recorder, SplitRecord, Statistics
 from ..tensor import Tensor
 from ..types import SCHED_MAX_COPIES, BufferUsage, DeviceType
 from .assign import OffloadOp, assign
@@ -56,18 +56,21 @@ from .check_copies import CopyCheck
 from .compute import EvalCallback, SplitRun, compute_splits
 from .debug import assignments_text
 from .describe import split_records
+from .ids import IdsSource
 from .kept import IdTable, KeptAlloc
 from .log import RunLog
+from .plan import Plan, make_plan
 from .policies import (
     CallbackCopier,
     CopyCallback,
-    InputCopier,
+    CopyPolicy,
     UpstreamCopier,
     UsedExpertCopier,
     default_offload,
     plain_copier,
 )
-from .split import CutMemory, Cutter, graph_size, make_sched_graph, optimize_splits, rewritten_sources
+from .resources import Resources
+from .split import CutMemory, Cutter, graph_size, make_sched_graph, optimize_splits
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
 from .tenancy import Tenancy
 
@@ -102,8 +105,8 @@ class Scheduler:
         Replay upstream exactly, mistakes included.
     repairs : Repairs, optional
         Which mistakes are mended; all, or none if strict.
-    copier : InputCopier, "used" or None
-        How inputs are copied. "used", the default, copies used experts in every dialect, as llama.cpp does:
+    copier : CopyPolicy, "used" or None
+        The policy by which inputs are copied. "used", the default, copies used experts in every dialect, as llama.cpp does:
         `UsedExpertCopier`, or `UpstreamCopier` if strict. None is ggml without llama.cpp, which copies experts whole from
         0.27 on (`Dialect.expert_copy`).
     copy_callback : callable, optional
@@ -112,8 +115,10 @@ class Scheduler:
         Told of each reserve that a graph makes necessary; see `ReallocCallback`.
     offload_rule : callable, optional
         ``(backend, tensor) -> bool``; the device's own rule by default.
+    observers : iterable of Observer or Recorder
+        Are told of everything that happens; see `Observer`.
     recorder : Recorder, optional
-        Takes a record of everything that happens.
+        One observer more, that takes a record of everything.
     clock : VirtualClock, optional
         Keeps the times that everything would take on other machines; records carry them.
     eval_callback : callable, optional
@@ -143,10 +148,11 @@ class Scheduler:
         dialect: Dialect = DEFAULT_DIALECT,
         strict: bool = False,
         repairs: Repairs | None = None,
-        copier: InputCopier | Literal["used"] | None = "used",
+        copier: CopyPolicy | Literal["used"] | None = "used",
         copy_callback: CopyCallback | None = None,
         realloc_callback: ReallocCallback | None = None,
         offload_rule: OffloadOp | None = None,
+        observers: Iterable[Observer | Recorder] = (),
         recorder: Recorder | None = None,
         clock: VirtualClock | None = None,
         eval_callback: EvalCallback | None = None,
@@ -171,7 +177,7 @@ class Scheduler:
             copier = plain_copier(dialect)
         elif copier == "used":
             copier = UpstreamCopier() if strict else UsedExpertCopier(self.repairs)
-        self.copier: InputCopier = copier
+        self.copier: CopyPolicy = copier
         if realloc_callback is not None and not dialect.realloc_callback:
             raise SchedError(f"ggml {dialect.version} has no realloc callback", hint="dialect 0.27 has one")
         self.realloc_callback = realloc_callback
@@ -179,8 +185,18 @@ class Scheduler:
         self.debug = config.sched_debug() if debug is None else debug
         #: counts of all that was copied and computed since the scheduler was made, or since ``stats.clear()``
         self.stats = Statistics()
-        self.recorder = recorder
+        self._recorder = recorder
+        self._observers = tuple(observers)
+        self._told: Observers | None = None
+        self._rebuild_observers()
         self.clock = clock
+        #: tells runs which experts a batch uses; a plan without data puts its own in place
+        self.ids_source = IdsSource()
+        #: what `compute` makes; a test may put one in place that leaves a wait out
+        self.run_type: type[SplitRun] = SplitRun
+        #: device memory and queues of the copy policy
+        self.resources = Resources(self.backends, self._note_resources)
+        self._noted_resources: set[BufferType] = set()
 
         self.assignment = Assignment()
         self.splits: list[Split] = []
@@ -199,8 +215,10 @@ class Scheduler:
         self._leaf_ids, self._prev_leaf_ids = IdTable(), IdTable()
         self._graph_size = self._prev_graph_size = 0  # of the latest cut and the one before, as upstream counts
         self._cutter: Cutter | None = None
-        self._copy_check: CopyCheck | None = None  # of the latest cut, once asked for
-        self._rewritten_sources: dict[int, list[tuple[Tensor, int]]] = {}
+        self._cut_graph: ref[Graph] | None = None
+        self._plan: Plan | None = None  # of the latest cut, once asked for
+        self._reserved_by: CopyPolicy | None = None  # who has seen the plan
+        self._checked: tuple[CopyCheck, Observers] | None = None  # of the latest cut, once asked for
         self._allocated: ref[Graph] | None = None
         self._snapshot = Snapshot(())  # of the allocated graph
         self._tenancy = Tenancy(self.graph_copy, ())  # in the compute buffers
@@ -219,6 +237,52 @@ class Scheduler:
     def latest_cut(self) -> Cutter | None:
         """How the latest graph was cut: splits, copies, and which sources became copies; None before the first."""
         return self._cutter
+
+    @property
+    def plan(self) -> Plan:
+        """Splits and transfers of the latest graph.
+
+        Raises
+        ------
+        SchedError
+            No graph was split.
+        """
+        if self._plan is None:
+            graph = self._cut_graph() if self._cut_graph is not None else None
+            if self._cutter is None or graph is None:
+                raise SchedError("no graph was split, so there is no plan", hint="split_graph() or alloc_graph()")
+            self._plan = make_plan(graph, self._cutter, self.resources, self.repairs)
+        return self._plan
+
+    @property
+    def observers(self) -> tuple[Observer | Recorder, ...]:
+        """Who is told of everything that happens, beside the recorder; may be set between two calls."""
+        return self._observers
+
+    @observers.setter
+    def observers(self, observers: Iterable[Observer | Recorder]) -> None:
+        self._observers = tuple(observers)
+        self._rebuild_observers()
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """Who takes a record of everything; may be set between two calls."""
+        return self._recorder
+
+    @recorder.setter
+    def recorder(self, recorder: Recorder | None) -> None:
+        self._recorder = recorder
+        self._rebuild_observers()
+
+    def _rebuild_observers(self) -> None:
+        every = [*self._observers, *([] if self._recorder is None else [self._recorder])]
+        self._told = Observers(every) if every else None
+        self._checked = None
+
+    def record(self, record: Record) -> None:
+        """Hand a record to all observers that take its kind."""
+        if self._told is not None:
+            self._told.record(record)
 
     def tensor_backend(self, tensor: Tensor) -> Backend | None:
         """Return the backend that a tensor is assigned to."""
@@ -286,7 +350,7 @@ class Scheduler:
     def _split(self, graph: Graph) -> list[Split]:
         self._restore(graph)
         self.is_reset = False
-        self._cutter = self._copy_check = self._kept = None
+        self._cutter = self._plan = self._checked = self._kept = self._reserved_by = None
         asg, log = self.assignment, self.new_log()
         start_s = log.now()
         if self.repairs.other_graph:
@@ -307,11 +371,11 @@ class Scheduler:
         self._node_ids.write(self.graph_copy.node_backend_ids)
         self._leaf_ids.write(self.graph_copy.leaf_backend_ids)
         self.splits, self.copies, self.graph_inputs = cutter.splits, cutter.copies, cutter.graph_inputs
-        self._cutter = cutter
+        self._cutter, self._cut_graph = cutter, ref(graph)
         self._prev_graph_size, self._graph_size = self._graph_size, graph_size(graph, cutter, self.graph_copy)
-        if self.recorder is not None:
+        if self._told is not None and self._told.takes(SplitRecord):
             for described in split_records(cutter):
-                self.recorder.record(described)
+                self._told.record(described)
         if config.check():
             check_assignment(graph, asg, self.machine)
             check_splits(graph, cutter)
@@ -345,6 +409,7 @@ class Scheduler:
             self._synchronize()
             self._split(graph)
             self._reserve_copy()
+            self.reserve_policy()
             self._reset()
 
     def reserve_size(self, graph: Graph) -> list[int]:
@@ -358,6 +423,7 @@ class Scheduler:
             self._reset()
             self._synchronize()
             self._split(graph)
+            self.reserve_policy()
             copy = self.graph_copy
             with self._noting_buffers():
                 return self.galloc.reserve_n_size(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
@@ -367,10 +433,28 @@ class Scheduler:
         with self._noting_buffers():
             self.galloc.reserve_n(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
 
+    def reserve_policy(self) -> None:
+        """Let the policy look at the plan, and ask for memory, once for a plan."""
+        if self._reserved_by is not self.copier:
+            if self.copier.overrides("reserve"):
+                self.copier.reserve(self.plan)
+            self._reserved_by = self.copier
+
+    def _note_resources(self) -> None:
+        """Record what the policy holds."""
+        if self._told is None:
+            return
+        log, held, at = self.new_log(), self.resources.sizes(), self.resources.backend_of()
+        log.holds("policy", [(at[buft], buft, size) for buft, size in held.items()], log.now())
+        gone = self._noted_resources - held.keys()
+        owners = {b.buffer_type: i for i, b in enumerate(self.backends)}
+        log.holds("policy", [(owners.get(buft, self.machine.cpu), buft, 0) for buft in gone], log.now())
+        self._noted_resources = set(held)
+
     @contextmanager
     def _noting_buffers(self) -> Iterator[None]:
         """Record which compute buffers changed within the block, also if it fails."""
-        if self.recorder is None:
+        if self._told is None:
             yield
             return
         log = self.new_log()
@@ -417,9 +501,7 @@ class Scheduler:
         if not self._revive(graph):
             self._split(graph)
             self._alloc_splits()
-            assert self._cutter is not None
-            self.copier.prepare(self._cutter)
-            self._rewritten_sources = rewritten_sources(graph, self._cutter) if self.repairs.stale_copies else {}
+            self.reserve_policy()
             self._kept = KeptAlloc(graph, self.assignment, self.copies, self._rules)
             self._snapshot = Snapshot(graph.nodes)
             chunks = [c for i in range(len(self.bufts)) for c in self.galloc.chunks(i)]
@@ -529,26 +611,30 @@ class Scheduler:
                     f"the graph was changed since it was allocated: {change}",
                     hint="call reset() and alloc_graph(), then set the inputs again",
                 )
-        log = self.new_log()
-        log.copy_check = self._checking_copies()
+        self.reserve_policy()  # the policy may be another one by now
+        policy = self.copier
         self._tenancy.begin()
         compute_splits(
-            SplitRun(
-                self.machine, self.splits, self.copies, self.assignment, self.cur_copy, self.events, self.copier,
-                self.eval_callback, log, self._rewritten_sources,
+            self.run_type(
+                self.plan, cur_copy=self.cur_copy, events=self.events, policy=policy,
+                repairs=self.repairs if policy.repairs is None else policy.repairs, ids=self.ids_source,
+                eval_callback=self.eval_callback, resources=self.resources,
+                log=self.new_log(self._checking_observers()),
             )
         )  # fmt: skip
         self._tenancy.end()
 
-    def _checking_copies(self) -> CopyCheck | None:
-        """Return what verifies copies; None if nobody asked, or if upstream's mistakes are to be replayed."""
+    def _checking_observers(self) -> Observers | None:
+        """Return the observers; with ``PYGGML_CHECK`` one more that verifies copies, unless mistakes are replayed."""
         mended = self.repairs
         if not config.check() or not (mended.shared_experts and mended.stale_ids and mended.stale_copies):
-            return None
-        if self._copy_check is None:
+            return self._told
+        if self._checked is None:
             assert self._cutter is not None
-            self._copy_check = CopyCheck(self._cutter)
-        return self._copy_check
+            check = CopyCheck(self._cutter)
+            every = [check, *self._observers, *([] if self._recorder is None else [self._recorder])]
+            self._checked = check, Observers(every)
+        return self._checked[1]
 
     def synchronize(self) -> None:
         """Wait for all work of all backends.
@@ -572,10 +658,12 @@ class Scheduler:
             start_s = log.now()
             backend.synchronize()
             log.waited(None, "synchronize", i, None, start_s)
+        for queue in self.resources.queues.values():
+            queue.backend.synchronize()
 
-    def new_log(self) -> RunLog:
-        """Return what is to be told of copies, waits and launches: it counts in `stats`, records, and moves the clock."""
-        return RunLog(self.machine, self.stats, self.recorder, self.clock)
+    def new_log(self, observers: Observers | None = None) -> RunLog:
+        """Return what makes events of copies, waits and launches: it counts in `stats`, tells observers, moves the clock."""
+        return RunLog(self.machine, self.stats, observers or self._told, self.clock, self.ids_source)
 
     def reset(self) -> None:
         """Forget graph, assignments and pins; compute buffers stay.
@@ -602,7 +690,8 @@ class Scheduler:
             self._reset()
             for graph in list(self._rewritten):
                 self._restore(graph)
-            self._kept = None
+            self._kept = self._plan = self._checked = None
+            self.resources.close()
             self.splits = []
             self.graph_copy = SchedGraph()
             with self._noting_buffers():

@@ -9,7 +9,7 @@ import pyggml as ggml
 from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.planning import Planner, virtual_clock
 from pyggml.record import Record, Recording
-from pyggml.sched.policies import FullCopier, InputCopier
+from pyggml.sched.policies import CopyPolicy, FullCopier
 from pyggml.session import ContextFlags, PlacementFlags, Session
 from pyggml.simulation import simulate_batch
 from pyggml.testing.headers import SHAPES, write_header
@@ -28,7 +28,7 @@ def record_runs(folder: Path) -> dict[str, list[Record]]:
     return {"used": _record_run(path, "used"), "full": _record_run(path, FullCopier())}
 
 
-def _record_run(path: Path, copier: InputCopier | Literal["used"]) -> list[Record]:
+def _record_run(path: Path, copier: CopyPolicy | Literal["used"]) -> list[Record]:
     recording = Recording()
     sim, cpu = ggml.Sim(SIM), ggml.CPU(threads=1)
     with Session.open(

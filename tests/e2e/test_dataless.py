@@ -9,6 +9,7 @@ import pytest
 
 import pyggml as ggml
 from pyggml.errors import BackendError, FormatError, GraphError, OutOfMemoryError, SchedError
+from pyggml.plan_report import plan_batches
 from pyggml.planning import Planner, virtual_clock
 from pyggml.record import AllocRecord, ComputeRecord, CopyRecord, ReadRecord, Recording
 from pyggml.routing import LogNormal, RecordedRouting, Zipf, parse_routing
@@ -89,6 +90,60 @@ def test_plan_with_recorded_routing_does_what_the_run_did(model, n_tokens, n_uba
                 )
             ]
             assert texts[0] == texts[1]
+
+
+class _OneCallIfSmall(ggml.UsedExpertCopier):
+    """README's policy; counts how often it is asked."""
+
+    n_asked = 0
+
+    def copy(self, transfer):
+        type(self).n_asked += 1
+        if transfer.source.name.endswith("down_exps.weight"):
+            return False
+        return super().copy(transfer)
+
+
+def test_a_plan_a_simulation_and_a_run_obey_the_users_policy(llama):
+    """Each calls it, and all report the same bytes, which are neither the default's nor those of whole copies."""
+    routing = _routing(llama)
+    n_bytes = {}
+    for name, policy in (("own", _OneCallIfSmall()), ("used", "used"), ("full", ggml.FullCopier())):
+        _OneCallIfSmall.n_asked = 0
+        with _plan(llama, copier=policy) as plan:
+            planned = simulate_batch(plan, 40, routing=routing)
+            n_planned = _OneCallIfSmall.n_asked
+        with _plan(llama, copier=policy) as plan:
+            (reported,) = plan_batches(plan, [40], routing=routing)
+            assert reported.simulated.bytes_by_reason == planned.bytes_by_reason
+            assert _OneCallIfSmall.n_asked == 2 * n_planned
+        with Session.open(
+            llama, devices=[SIM], cpu=ggml.CPU(1), placement=ON_HOST, context=_context(), strict=True, copier=policy
+        ) as run:
+            run.decode(TOKENS[:40])
+            assert run.sched.stats.bytes_by_reason == planned.bytes_by_reason
+        assert _OneCallIfSmall.n_asked == 3 * n_planned
+        assert (n_planned > 0) is (name == "own")
+        n_bytes[name] = planned.bytes_by_reason
+    used, own, full = n_bytes["used"], n_bytes["own"], n_bytes["full"]
+    assert used["weight"] < own["weight"] < full["weight"]
+    assert used["experts"] > own["experts"] > full["experts"] == 0
+
+
+class _Holds(ggml.FullCopier):
+    """Asks for a megabyte of the device."""
+
+    def reserve(self, plan):
+        plan.memory(plan.backends[0], 1 << 20, "mine")
+
+
+def test_memory_of_a_policy_is_planned_as_it_is_held(llama):
+    """A plan's memory has it, as a session's has."""
+    with _plan(llama, copier=_Holds()) as plan, Session.open(
+        llama, devices=[SIM], cpu=ggml.CPU(1), placement=ON_HOST, context=_context(), strict=True, copier=_Holds()
+    ) as run:  # fmt: skip
+        assert [m.policy for m in plan.memory() if m.buft == "SIM0"] == [1 << 20]
+        assert plan.memory() == run.memory()
 
 
 def test_records_hold_the_memory_that_reports_tell(llama):

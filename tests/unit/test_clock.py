@@ -56,6 +56,27 @@ def test_other_copies_hold_the_host(is_async, is_pinned):
     assert clock.host_s == span.end_s == PROFILE.link.seconds(100 * MB, is_pinned=is_pinned)
 
 
+def test_a_copy_within_a_device_uses_its_memory_and_no_link():
+    """252 MB take the time to read and write them in device memory, and both links stay free."""
+    clock = _clock()
+    span = clock.copy(SIM, SIM, 252 * MB, is_async=True, is_pinned=True)
+    assert 0.4e-3 < span.seconds < 0.8e-3
+    assert (clock.host_s, clock.stream_s[SIM], clock.busy_s[SIM]) == (0, span.end_s, span.seconds)
+    assert clock.to_device_busy_s == clock.from_device_busy_s == [0.0, 0.0]
+    assert clock.engines(SIM, SIM) == []
+
+
+def test_a_second_queue_carries_bytes_beside_the_work():
+    """A copy in a queue of its own does not wait for the stream's work; the stream waits for it where it is told to."""
+    clock = _clock()
+    clock.spend(SIM, 1.0)
+    span = clock.copy(CPU, SIM, 100 * MB, is_async=True, is_pinned=True, queue=1)
+    assert span.start_s == 0
+    assert clock.ready_s(SIM, 1) == span.end_s
+    assert clock.wait_until(SIM, 2.0).end_s == clock.stream_s[SIM] == 2.0
+    assert clock.wait_until(None, span.end_s).end_s == clock.host_s == span.end_s
+
+
 def test_work_starts_after_the_copy_before_it_in_the_stream():
     """A stream does its work in order, while the host's time stands still."""
     clock = _clock()

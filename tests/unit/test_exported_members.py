@@ -14,10 +14,10 @@ from pyggml import ops
 #: The public names apart from the ops. A change here is a change for users: note it in CHANGELOG.md.
 NAMES = {
     "CPU", "DIALECTS", "REGISTRY", "AllocError", "Backend", "BackendError", "Buffer", "BufferType", "BufferUsage", "Cause",
-    "ComputeError", "Context", "Device", "DeviceType", "DeviceUnavailableError", "Dialect", "Event", "ExpertIdError",
-    "FormatError", "FullCopier", "GGUFFile", "Graph", "GraphError", "GraphView", "Op", "OutOfMemoryError", "PyggmlError", "RPCError",
-    "Recording", "Repairs", "SchedError", "Scheduler", "Session", "ShapeError", "Sim", "Split", "Statistics", "Tensor",
-    "TensorFlag", "Type", "UnsupportedOpError", "UpstreamCopier", "UsedExpertCopier", "alloc_tensors",
+    "ComputeError", "Context", "CopyPolicy", "Device", "DeviceType", "DeviceUnavailableError", "Dialect", "Event", "ExpertIdError",
+    "FormatError", "FullCopier", "GGUFFile", "Graph", "GraphError", "GraphView", "Observer", "Op", "OutOfMemoryError",
+    "Plan", "PyggmlError", "RPCError", "Recording", "Repairs", "SchedError", "Scheduler", "Session", "ShapeError", "Sim", "Split", "Statistics", "Tensor",
+    "TensorFlag", "Transfer", "Type", "UnsupportedOpError", "UpstreamCopier", "UsedExpertCopier", "alloc_tensors",
 }  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from pyggml.backends.mock import (
 from pyggml.backends.sim import SimBackend
 from pyggml.dialect import Repairs
 from pyggml.graph import GraphView
-from pyggml.sched import check_copies, scheduler
-from pyggml.sched.check_copies import CopyCheck
+from pyggml.sched import plan, scheduler
+from pyggml.sched.ranges import Ranges
 
 D, F, E, N_TOKEN = 32, 16, 8, 40
 NAME = "blk.3.ffn_up_exps.weight"
@@ -163,51 +163,49 @@ def test_a_copy_is_made_again_for_later_users() -> None:
 class _Drops(ggml.UsedExpertCopier):
     """Forgets an expert."""
 
-    def _send(self, run, i_split, weight, copy, experts):  # type: ignore[no-untyped-def, override]
-        super()._send(run, i_split, weight, copy, experts - {5})
+    def copy(self, transfer: ggml.Transfer) -> bool:
+        if transfer.kind != "experts":
+            return False
+        transfer.send_experts(transfer.ids() - {5})
+        return True
 
 
 class _WrongRange(ggml.UsedExpertCopier):
     """Sends the expert before the one that it says it sends."""
 
-    def _send(self, run, i_split, weight, copy, experts):  # type: ignore[no-untyped-def, override]
-        data = weight.data
+    def copy(self, transfer: ggml.Transfer) -> bool:
+        weight = transfer.source
+        assert weight.data is not None
         weight.data -= weight.nb[2]
-        super()._send(run, i_split, weight, copy, experts)
-        weight.data = data
+        try:
+            return super().copy(transfer)
+        finally:
+            weight.data += weight.nb[2]
 
 
 class _NoPadding(ggml.FullCopier):
     """Sends the used experts, and not a byte more."""
 
-    def copy_input(self, run, i_split, i_input):  # type: ignore[no-untyped-def, override]
-        split = run.splits[i_split]
-        weight = split.inputs[i_input]
-        if weight.name != NAME:
+    def copy(self, transfer: ggml.Transfer) -> bool:
+        if transfer.source.name != NAME:
             return False
         for e in (1, 5):
-            run.machine.backends[0].set_tensor_async(
-                run.copy_of(weight, 0), weight.data + e * weight.nb[2], e * weight.nb[2], weight.nb[2]
-            )
-            run.log.copied(
-                i_split, weight, 1, 0, "experts", 0.0, offset=e * weight.nb[2], size=weight.nb[2], is_async=True
-            )
+            transfer.send(e * transfer.expert_bytes, transfer.expert_bytes)
         return True
 
 
 class _SaysOnly(ggml.FullCopier):
     """Says that it copied, and did not."""
 
-    def copy_input(self, run, i_split, i_input):  # type: ignore[no-untyped-def, override]
-        weight = run.splits[i_split].inputs[i_input]
-        run.log.copied(i_split, weight, 1, 0, "weight", 0.0, is_async=True)
+    def copy(self, transfer: ggml.Transfer) -> bool:
+        transfer.report_sent(0, transfer.source.nbytes, 0.0)
         return True
 
 
 class _ForgetsAll(ggml.FullCopier):
     """Says done, and did nothing."""
 
-    def copy_input(self, run, i_split, i_input):  # type: ignore[no-untyped-def, override]
+    def copy(self, transfer: ggml.Transfer) -> bool:
         return True
 
 
@@ -274,7 +272,7 @@ def test_ids_that_were_rewritten_are_looked_at_anew() -> None:
 
 def test_an_old_copy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy whose source was written since, and that was not made again, is named with who wrote."""
-    monkeypatch.setattr(scheduler, "rewritten_sources", lambda *_: {})
+    monkeypatch.setattr(plan, "rewritten_sources", lambda *_: {})
     world = _World()
     text = "SCALE 'after' in split 2 on CPU reads 'kept', but its copy is older than what 'write' wrote in split 1"
     with pytest.raises(ggml.SchedError, match=text):
@@ -370,7 +368,7 @@ def test_results_that_rest_on_what_was_not_copied_are_named(monkeypatch: pytest.
 
 def test_ranges_know_their_holes() -> None:
     """Ranges that touch are one; the first byte that lacks is found."""
-    ranges = check_copies._Ranges()
+    ranges = Ranges()
     assert ranges.first_hole(0, 1) == 0
     for start, end in ((10, 20), (30, 40), (20, 25), (0, 5), (4, 10)):
         ranges.add(start, end)
@@ -388,4 +386,4 @@ def test_graph_inputs_with_pipeline_copies_are_followed() -> None:
     for _ in range(2):
         with pytest.raises(ggml.SchedError, match="lacks expert 5"):
             world.run(*outputs)
-    assert isinstance(world.sched._copy_check, CopyCheck)
+    assert world.sched._checked is not None

@@ -1,0 +1,203 @@
+"""`Plan`: what a graph was cut into, and every transfer that computing it takes."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..backend import Backend
+from ..errors import SchedError
+from ..graph import Graph
+from ..tensor import Tensor
+from ..types import Op
+from .resources import CopyQueue, Resources
+from .split import Cutter, rewritten_sources
+from .state import Assignment, Machine, Split
+from .transfer import RunSlot, Transfer, input_kind, is_host_weight
+
+if TYPE_CHECKING:
+    from ..dialect import Repairs
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Plan:
+    """One graph over the scheduler's backends, cut: made once, computed any number of times.
+
+    Attributes
+    ----------
+    graph : Graph
+        Whose nodes' sources are copies where they must be.
+    assignment : Assignment
+        The backend of each tensor, and why.
+    splits : sequence of Split
+        In the order of computing.
+    transfers : sequence of sequence of Transfer
+        By split, its inputs in the order of copying.
+    further : mapping of int to sequence of Transfer
+        By split, readers of an expert weight's copy that an earlier split had made; offered with what they miss.
+    overwritten : mapping of int to sequence of Transfer
+        By split, inputs of earlier splits whose source its nodes write although later splits read the copy.
+    written_ids : mapping of int to set of Tensor
+        By split, memory of ids that its nodes write.
+    """
+
+    machine: Machine
+    graph: Graph
+    assignment: Assignment
+    splits: Sequence[Split]
+    transfers: Sequence[Sequence[Transfer]]
+    overwritten: Mapping[int, Sequence[Transfer]]
+    further: Mapping[int, Sequence[Transfer]] = field(default_factory=dict)
+    written_ids: Mapping[int, set[Tensor]] = field(default_factory=dict)
+    slot: RunSlot = field(default_factory=RunSlot, repr=False)
+    resources: Resources | None = field(default=None, repr=False)
+
+    @property
+    def backends(self) -> Sequence[Backend]:
+        """The scheduler's backends, in order of priority; the last is a CPU."""
+        return self.machine.backends
+
+    def expert_transfers(self) -> list[Transfer]:
+        """Return the transfers of kind "experts", in the order of computing."""
+        return [t for transfers in self.transfers for t in transfers if t.kind == "experts"]
+
+    # -- what a policy may ask for -------------------------------------------
+
+    def memory(self, backend: Backend, n_bytes: int, name: str) -> Tensor:
+        """Return device memory for a policy, the same for a name from plan to plan; larger memory loses its content.
+
+        Counted in the planner's and the session's ``memory()``, and freed with the scheduler.
+
+        Returns
+        -------
+        Tensor
+            Of type I8, in the backend's default buffer type.
+
+        Raises
+        ------
+        OutOfMemoryError
+            The device has too little memory left.
+        """
+        assert self.resources is not None
+        return self.resources.memory(self._index(backend), n_bytes, name)
+
+    def queue(self, backend: Backend, number: int = 1) -> CopyQueue:
+        """Return a second stream of a backend's device, for copies beside its work; the same for a number from plan to plan."""
+        assert self.resources is not None
+        return self.resources.queue(self._index(backend), number)
+
+    def _index(self, backend: Backend) -> int:
+        for i, own in enumerate(self.machine.backends):
+            if own is backend:
+                return i
+        raise SchedError(f"{backend!r} is not a backend of this scheduler")
+
+
+def make_plan(graph: Graph, cutter: Cutter, resources: Resources, repairs: Repairs) -> Plan:
+    """Return the plan of a graph that was just cut; its backends have reordered their splits.
+
+    Parameters
+    ----------
+    repairs : Repairs
+        Of the scheduler: whether copies of overwritten sources are made again.
+    """
+    machine, asg, splits = cutter.machine, cutter.asg, cutter.splits
+    slot = RunSlot()
+    readers: dict[Tensor, Tensor] = {}  # copy -> the first node that reads it
+    for node, j, _ in cutter.rewritten:
+        copy = node.src[j]
+        if copy is not None:
+            readers.setdefault(copy, node)
+    made: list[list[Transfer]] = []
+    of_copy: dict[tuple[Tensor, int], Transfer] = {}
+    firsts: dict[Tensor, Transfer] = {}  # copy of an expert weight -> its transfer
+    for i, split in enumerate(splits):
+        b = split.backend_id
+        own: list[Transfer] = []
+        for tensor in _copy_order(split, machine):
+            copy = cutter.copies[tensor][b][cutter.cur_copy]
+            kind = input_kind(split, tensor, copy)
+            first = split.graph.graph.nodes[split.i_start] if kind == "experts" else readers.get(copy)
+            transfer = Transfer(
+                slot, machine, tensor, copy, source_id=asg.ids[tensor], backend_id=b, split=i, position=len(own),
+                node=first, kind=kind, ids_tensor=first.src[2] if kind == "experts" and first is not None else None,
+            )  # fmt: skip
+            own.append(transfer)
+            of_copy[tensor, b] = transfer
+            if kind == "experts":
+                firsts[copy] = transfer
+        made.append(own)
+    overwritten: dict[int, list[Transfer]] = {}
+    if repairs.stale_copies:
+        for i, sources in rewritten_sources(graph, cutter).items():
+            overwritten[i] = [of_copy[key] for key in sources]
+    further, written_ids = _readers_of_experts(cutter, slot, firsts) if firsts else ({}, {})
+    return Plan(machine, graph, asg, splits, made, overwritten, further, written_ids, slot, resources)
+
+
+def _copy_order(split: Split, machine: Machine) -> Sequence[Tensor]:
+    """Return a split's inputs in the order of copying (`Dialect.host_weights_last`)."""
+    if not machine.dialect.host_weights_last or len(split.inputs) < 2:
+        return split.inputs
+    return sorted(split.inputs, key=is_host_weight)
+
+
+def _readers_of_experts(
+    cutter: Cutter, slot: RunSlot, firsts: Mapping[Tensor, Transfer]
+) -> tuple[dict[int, list[Transfer]], dict[int, set[Tensor]]]:
+    """Find the later readers of expert copies, by split, and the splits that write ids; note which weights are written."""
+    users = [(node, j, src) for node, j, src in cutter.rewritten if node.src[j] in firsts]
+    ids_roots = {_root(node.src[2]) for node, _, _ in users if node.op is Op.MUL_MAT_ID and node.src[2] is not None}
+    # ids that are copies change when their source is written, too (`Repairs.stale_copies`)
+    copied_from: dict[Tensor, list[Tensor]] = {}
+    for source, by_backend in cutter.copies.items():
+        for made in by_backend.values():
+            copy = made[cutter.cur_copy]
+            if copy in ids_roots and copy is not source:
+                copied_from.setdefault(_root(source), []).append(copy)
+    watched = ids_roots | copied_from.keys()
+    starts = [split.i_start for split in cutter.splits]
+    nodes = cutter.splits[0].graph.graph.nodes
+    changed = {n.view_src for n in nodes if n.view_src is not None and not n.op.is_empty}
+    for transfer in firsts.values():
+        transfer.is_written = _root(transfer.source) in changed
+    writes: dict[int, set[Tensor]] = {}
+    for i_node in [i for i, n in enumerate(nodes) if (n.view_src or n) in watched]:
+        root = nodes[i_node].view_src or nodes[i_node]
+        if not nodes[i_node].op.is_empty:
+            written = writes.setdefault(bisect_right(starts, i_node) - 1, set())
+            written.update((root, *copied_from.get(root, ())))
+    further: dict[int, list[Transfer]] = {}
+    shared: Tensor | None
+    if len(users) > len(firsts):  # else nobody shares a copy
+        for i, split in enumerate(cutter.splits):
+            inside = set(split.graph.nodes)
+            for node, j, weight in users:
+                shared = node.src[j]
+                if node not in inside or shared is None:
+                    continue
+                first = firsts[shared]
+                if first.split == i and node is split.graph.nodes[0]:
+                    continue
+                ids = node.src[2] if node.op is Op.MUL_MAT_ID and j == 0 else None
+                is_known = ids is not None and _root(ids) not in writes.get(i, ())
+                first.has_later_readers = True
+                more = Transfer(
+                    slot, cutter.machine, weight, shared, source_id=first.source_id, backend_id=first.backend_id, split=i,
+                    position=len(cutter.splits[i].inputs), node=node, kind="experts", is_further=True,
+                    ids_tensor=ids if is_known else None,
+                )  # fmt: skip
+                more.has_later_readers = True
+                further.setdefault(i, []).append(more)
+    return further, writes
+
+
+def _root(tensor: Tensor | None) -> Tensor:
+    """Return the tensor that owns the memory."""
+    if tensor is None:
+        raise SchedError("MUL_MAT_ID without ids")
+    return tensor if tensor.view_src is None else tensor.view_src

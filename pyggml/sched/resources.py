@@ -1,0 +1,144 @@
+"""What a copy policy may hold beside the scheduler's own buffers: device memory, and second queues for copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..alloc import Context
+from ..backend import Backend, Event
+from ..buffer import BufferType
+from ..errors import SchedError
+from ..tensor import Tensor
+
+__all__ = ["CopyQueue", "Mark", "Resources"]
+
+
+@dataclass(eq=False, slots=True)
+class CopyQueue:
+    """A second stream of a device, for copies that run beside the work of its backend.
+
+    Attributes
+    ----------
+    backend : Backend
+        The stream.
+    of : int
+        Index of the scheduler's backend that it serves.
+    number : int
+        Which of the queues of that backend; the first is 1.
+    """
+
+    backend: Backend
+    of: int
+    number: int
+
+    def __repr__(self) -> str:
+        return f"<CopyQueue {self.number} of {self.backend.name}>"
+
+
+@dataclass(eq=False, slots=True)
+class Mark:
+    """A point in the work of a stream, for another to wait for."""
+
+    event: Event | None  #: None: the device has none, and the host waits instead
+    stream: Backend | None = None  #: that it was recorded on; None: not yet
+    virtual_s: float = 0.0  #: when the stream gets there, on the virtual clock
+
+
+@dataclass(eq=False, slots=True)
+class OwnMemory:
+    """Device memory of a policy, and who used it last."""
+
+    context: Context
+    tensor: Tensor
+    backend_id: int
+    written: Mark
+    read: Mark
+
+
+class Resources:
+    """Device memory and queues of one scheduler's policy; they live from graph to graph, until the scheduler is closed.
+
+    Parameters
+    ----------
+    backends : sequence of Backend
+        The scheduler's.
+    changed : callable
+        Called when memory was taken or given back.
+    """
+
+    def __init__(self, backends: tuple[Backend, ...], changed: Callable[[], None]) -> None:
+        self._backends = backends
+        self._changed = changed
+        self.queues: dict[tuple[int, int], CopyQueue] = {}
+        self.owned: dict[Tensor, OwnMemory] = {}
+        self._by_name: dict[tuple[int, str], OwnMemory] = {}
+        self._marks: dict[tuple[str, CopyQueue], Mark] = {}
+
+    def memory(self, backend_id: int, n_bytes: int, name: str) -> Tensor:
+        """Return device memory by name: what was taken before if it is large enough, else taken now."""
+        if n_bytes <= 0:
+            raise SchedError(f"a policy asks for {n_bytes} bytes on {self._backends[backend_id].name}")
+        kept = self._by_name.get((backend_id, name))
+        if kept is not None and kept.tensor.nbytes >= n_bytes:
+            return kept.tensor
+        if kept is not None:
+            self._backends[backend_id].synchronize()
+            self._free(kept)
+        backend = self._backends[backend_id]
+        context = Context()
+        tensor = context.new_tensor("i8", (n_bytes,), name=name)
+        context.alloc(backend)
+        marks = Mark(backend.device.event_new()), Mark(backend.device.event_new())
+        own = self._by_name[backend_id, name] = OwnMemory(context, tensor, backend_id, *marks)
+        self.owned[tensor] = own
+        self._changed()
+        return tensor
+
+    def queue(self, backend_id: int, number: int = 1) -> CopyQueue:
+        """Return a queue of a backend's device; made when first asked for."""
+        made = self.queues.get((backend_id, number))
+        if made is None:
+            stream = self._backends[backend_id].device.backend()
+            made = self.queues[backend_id, number] = CopyQueue(stream, backend_id, number)
+        return made
+
+    def mark(self, what: str, queue: CopyQueue) -> Mark:
+        """Return a mark of a queue, by what it is for."""
+        found = self._marks.get((what, queue))
+        if found is None:
+            found = self._marks[what, queue] = Mark(queue.backend.device.event_new())
+        return found
+
+    def sizes(self) -> dict[BufferType, int]:
+        """Return the bytes held of each buffer type."""
+        held: dict[BufferType, int] = {}
+        for own in self.owned.values():
+            storage = own.tensor.storage
+            if storage is not None:
+                held[storage.buft] = held.get(storage.buft, 0) + storage.size
+        return held
+
+    def backend_of(self) -> dict[BufferType, int]:
+        """Return the backend that holds memory of each buffer type."""
+        return {o.tensor.storage.buft: o.backend_id for o in self.owned.values() if o.tensor.storage is not None}
+
+    def _free(self, own: OwnMemory) -> None:
+        for queue in self.queues.values():
+            queue.backend.synchronize()
+        del self.owned[own.tensor]
+        self._by_name = {key: kept for key, kept in self._by_name.items() if kept is not own}
+        own.context.close()
+
+    def close(self) -> None:
+        """Wait for the queues, and give all back."""
+        if not self.owned and not self.queues:
+            return
+        for own in list(self.owned.values()):
+            self._free(own)
+        for queue in self.queues.values():
+            queue.backend.synchronize()
+            queue.backend.close()
+        self.queues.clear()
+        self._marks.clear()
+        self._changed()

@@ -1,0 +1,409 @@
+"""`Transfer`: one input of a split that goes to the split's backend. What it sends, it reports.
+
+A policy (`CopyPolicy`) says how a transfer is made. The transfer makes the copy and reports each part of it to
+statistics, observers and the virtual clock, so a policy keeps no accounts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from ..backend import Backend
+from ..buffer import tensor_copy
+from ..errors import SchedError
+from ..graph import GraphView
+from ..record import CopyReason
+from ..tensor import Tensor
+from ..types import BufferUsage, Op, TensorFlag, Type
+from .experts import expert_copy_ranges
+from .resources import CopyQueue
+from .state import Split
+
+if TYPE_CHECKING:
+    from .compute import SplitRun
+    from .state import Machine
+
+__all__ = ["RunSlot", "Transfer", "input_kind", "is_host_weight"]
+
+
+def is_host_weight(tensor: Tensor) -> bool:
+    """Whether a tensor is a weight in host memory: what ggml's copy callback is asked about.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_sched_is_host_weight`.
+    """
+    buffer = tensor.buffer
+    return buffer is not None and buffer.usage is BufferUsage.WEIGHTS and buffer.is_host
+
+
+def input_kind(split: Split, tensor: Tensor, copy: Tensor) -> CopyReason:
+    """Return what kind of input a split has in a tensor: the one answer that records, plans and policies go by.
+
+    ``"experts"``: a weight in host memory of which the used experts are enough, because the split's first node is a
+    MUL_MAT_ID with its copy.
+
+    Notes
+    -----
+    Mirrors the conditions of the used-expert path in `ggml_backend_sched_compute_splits`, since 0.27 those of
+    `llama_context::sched_copy_experts`: only the first node is looked at.
+    """
+    if tensor.flags & TensorFlag.INPUT:
+        return "input"
+    buffer = tensor.buffer
+    if buffer is None or buffer.usage is not BufferUsage.WEIGHTS:
+        return "activation"
+    if buffer.is_host and len(split.graph):
+        node = split.graph.graph.nodes[split.graph.i_start]
+        if node.op is Op.MUL_MAT_ID and node.src[0] is copy:
+            return "experts"
+    return "weight"
+
+
+class RunSlot:
+    """Where the transfers of a plan find the run that computes it; empty between two."""
+
+    __slots__ = ("run",)
+
+    def __init__(self) -> None:
+        self.run: SplitRun | None = None
+
+
+class Transfer:
+    """One input of a split, to be copied to the split's backend; made once for a plan.
+
+    Attributes
+    ----------
+    source : Tensor
+        What is copied, where it is.
+    copy : Tensor
+        Its copy in the memory of the split's backend, of the same type and layout.
+    source_backend, backend : Backend
+        Of source and split.
+    backend_id : int
+        Index of ``backend`` among the scheduler's.
+    split : int
+        The split that it is for.
+    node : Tensor or None
+        The first node of the split's backend that reads the copy.
+    kind : str
+        ``"input"``, ``"activation"``, ``"weight"``, or ``"experts"``: a weight of which the used experts are enough.
+    is_further : bool
+        Whether it adds experts to a copy that an earlier split had made, for a later reader.
+
+    Notes
+    -----
+    The memory of a copy is free, and its ids are known, only while the transfer is offered to a policy. Sending into
+    ``copy`` at any other time is a race, because the allocator gives the same memory to earlier tensors of the graph:
+    it is refused. Send ahead into memory of the policy's own (`Plan.memory`), then use `send_from`.
+    """
+
+    __slots__ = (
+        "_announced", "_is_offered", "_missing", "_n_sent", "_position", "_reader", "_slot", "_source_id", "_used",
+        "backend", "backend_id", "copy", "has_later_readers", "ids_tensor", "is_further", "is_host_weight", "is_written",
+        "kind", "node", "source", "source_backend", "split",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        slot: RunSlot,
+        machine: Machine,
+        source: Tensor,
+        copy: Tensor,
+        *,
+        source_id: int,
+        backend_id: int,
+        split: int,
+        position: int,
+        node: Tensor | None,
+        kind: CopyReason,
+        is_further: bool = False,
+        ids_tensor: Tensor | None = None,
+    ) -> None:
+        self.source, self.copy = source, copy
+        self.source_backend: Backend = machine.backends[source_id]
+        self.backend: Backend = machine.backends[backend_id]
+        self.backend_id, self.split, self.node, self.kind = backend_id, split, node, kind
+        self.is_further = is_further
+        self.is_host_weight = is_host_weight(source)
+        self.ids_tensor = ids_tensor  #: what names the experts that the node reads
+        self.is_written = False  #: whether a node of the graph writes the source
+        self.has_later_readers = False  #: whether other nodes than ``node`` read the copy of an expert weight
+        self._slot, self._source_id, self._position = slot, source_id, position
+        self._missing: set[int] | None = None
+        self._used: set[int] | None = None
+        self._reader: Tensor | None = None
+        self._announced = self._is_offered = False
+        self._n_sent = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Transfer of {self.kind} '{self.source.name}' from {self.source_backend.name} to {self.backend.name} "
+            f"for split {self.split}>"
+        )
+
+    # -- questions -----------------------------------------------------------
+
+    @property
+    def n_expert(self) -> int:
+        """Experts of an expert weight."""
+        return self.source.ne[2]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes from one expert to the next."""
+        return self.source.nb[2]
+
+    def expert_range(self, expert: int) -> tuple[int, int]:
+        """Return the first byte of an expert, and how many bytes to send with it: its own, and padding that kernels read."""
+        (r,) = expert_copy_ranges((expert,), self.n_expert, self.expert_bytes, tensor_bytes=self.source.nbytes)
+        return r.offset_bytes, r.size_bytes
+
+    @property
+    def graph(self) -> GraphView:
+        """The nodes of the split."""
+        return self._running("ask").plan.splits[self.split].graph
+
+    def now(self) -> float:
+        """Return the host's time in seconds; 0 if nobody observes."""
+        return self._running("ask").log.now()
+
+    def ids(self) -> set[int]:
+        """Return the experts that are needed: those that the ids name, or of a further transfer those that are missing.
+
+        The first call reads the ids, by exactly the calls that the dialect makes; weights that share an ids tensor share
+        what was read.
+
+        Raises
+        ------
+        ExpertIdError
+            An id is no expert.
+        SchedError
+            The transfer is not of kind "experts", or is not offered now.
+        """
+        run = self._offered("read the ids of")
+        if self._missing is not None:
+            return self._missing
+        if self._used is None:
+            if self.kind != "experts" or self.ids_tensor is None:
+                raise SchedError(f"{self!r} has no ids", hint='only transfers of kind "experts" have')
+            self._used = self._read_ids(run, self.ids_tensor)
+        return self._used
+
+    def _read_ids(self, run: SplitRun, ids: Tensor) -> set[int]:
+        dialect = run.machine.dialect
+        if dialect.wait_weight_backend or (self.is_written and run.repairs.written_weights):
+            run.synchronize(self.split, self._source_id, "weight")
+        if ids.is_empty and dialect.skip_empty_ids:
+            return set()
+        original, there = ids, self.backend_id
+        if dialect.ids_from == "original" or run.repairs.host_weight_ids:
+            for later in run.plan.transfers[self.split][self._position + 1 :]:
+                if later.copy is ids:  # the original is what will be there
+                    original, there = later.source, later._source_id
+                    break
+        used = run.ids.used(run, self.split, original, there, self.source)
+        run.ids.note_count(ids, len(used))
+        self._reader = original
+        return used
+
+    # -- effects -------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Let the host wait for all work of the backend."""
+        run = self._running("wait for")
+        run.synchronize(run.i_split, self.backend_id, "policy")
+
+    def send(
+        self,
+        offset: int = 0,
+        size: int | None = None,
+        *,
+        into: Tensor | None = None,
+        at: int = 0,
+        queue: CopyQueue | None = None,
+    ) -> None:
+        """Send bytes of the source, in the order of the backend's stream; the source must be in host memory.
+
+        Parameters
+        ----------
+        offset, size : int
+            Bytes of the source, and of the copy; to its end if no size is given.
+        into : Tensor, optional
+            Memory of the policy's own (`Plan.memory`) in place of the copy, from byte ``at``: may be sent at any time.
+        queue : CopyQueue, optional
+            Send in this queue's order (`Plan.queue`). The run lets it wait for whoever uses the target, and the reader
+            for it.
+
+        Raises
+        ------
+        SchedError
+            The source is not in host memory, the bytes are not its own, or the transfer is not offered now.
+        """
+        n = self.source.nbytes - offset if size is None else size
+        run = self._offered("send into the copy of") if into is None else self._running("send")
+        storage = self.source.storage
+        if storage is None or not storage.is_host or self.source.data is None:
+            raise SchedError(f"{self!r} cannot be sent in parts: the source is not in host memory", hint="send_all()")
+        if offset < 0 or n < 0 or offset + n > self.source.nbytes:
+            raise SchedError(f"{self!r}: {offset:,}..{offset + n - 1:,} are no bytes of {self.source.nbytes:,}")
+        target, target_at = (self.copy, offset) if into is None else (into, at)
+        if into is None:
+            self._announce(run)
+        stream = run.before_send(self, into, queue)
+        start_s = run.log.now()
+        stream.set_tensor_async(target, self.source.data + offset, target_at, n)
+        self._report(run, offset, n, start_s, self._source_id, queue, is_own=into is not None)
+        run.after_send(self, into, queue)
+
+    def send_experts(self, experts: Iterable[int], *, queue: CopyQueue | None = None) -> None:
+        """Send experts of the source, one call for each run of neighbours, with the padding that kernels may read.
+
+        Notes
+        -----
+        Mirrors the copies of the used-expert path in `ggml_backend_sched_compute_splits`.
+        """
+        for r in expert_copy_ranges(experts, self.n_expert, self.expert_bytes, tensor_bytes=self.source.nbytes):
+            self.send(r.offset_bytes, r.size_bytes, queue=queue)
+
+    def send_from(
+        self,
+        other: Tensor,
+        at: int = 0,
+        offset: int = 0,
+        size: int | None = None,
+        *,
+        queue: CopyQueue | None = None,
+    ) -> None:
+        """Fill bytes of the copy from another tensor, which holds the same: usually memory of the policy's own.
+
+        Parameters
+        ----------
+        other : Tensor
+            On the backend's device.
+        at : int
+            First byte of ``other``.
+        offset, size : int
+            Bytes of the copy; all that ``other`` has, at most to the end, if no size is given.
+        queue : CopyQueue, optional
+            As for `send`.
+
+        Raises
+        ------
+        SchedError
+            The memory of ``other`` is not the device's, or too small, or the transfer is not offered now.
+        """
+        run = self._offered("send into the copy of")
+        n = min(other.nbytes - at, self.source.nbytes - offset) if size is None else size
+        if min(at, offset, n) < 0 or at + n > other.nbytes or offset + n > self.source.nbytes:
+            raise SchedError(f"{self!r}: {n:,} bytes from byte {at:,} of '{other.name}' do not fit byte {offset:,}")
+        storage = other.storage
+        if storage is None or storage.buft.device is not self.backend.device:
+            raise SchedError(
+                f"{self!r}: '{other.name}' is not in memory of {self.backend.name}", hint="use Plan.memory"
+            )
+        self._announce(run)
+        stream = run.before_send(self, other, queue, is_read=True)
+        src, dst = _bytes_of(other, at, n), _bytes_of(self.copy, offset, n)
+        start_s = run.log.now()
+        is_async = stream.cpy_tensor_async(stream, src, dst)
+        if not is_async:
+            stream.synchronize()
+            tensor_copy(src, dst)
+        self._report(run, offset, n, start_s, self.backend_id, queue, is_async=is_async)
+        run.after_send(self, other, queue, is_read=True)
+
+    def send_all(self) -> None:
+        """Send everything that is needed: of a further transfer the missing experts, else the whole source.
+
+        Notes
+        -----
+        Mirrors the copy of a split's input in `ggml_backend_sched_compute_splits`: `cpy_tensor_async`; if that cannot,
+        the host waits for the source's backend and for the copy's last use, then copies.
+        """
+        run = self._offered("send into the copy of")
+        if self._missing is not None:
+            self.send_experts(self._missing)
+            return
+        b = self.backend_id
+        start_s = run.log.now()
+        is_async = self.backend.cpy_tensor_async(self.source_backend, self.source, self.copy)
+        if not is_async:
+            run.synchronize(self.split, self._source_id, "source")
+            run.host_wait(self.split, b, "fallback")
+            start_s = run.log.now()
+            tensor_copy(self.source, self.copy)
+        run.report_whole(
+            self, self.split, "weight" if self.kind == "experts" else self.kind, start_s, is_async=is_async
+        )
+
+    # -- for the run ---------------------------------------------------------
+
+    @property
+    def source_id(self) -> int:
+        """Index of the source's backend among the scheduler's."""
+        return self._source_id
+
+    def offer(self, policy_copies: Callable[[Transfer], bool], missing: set[int] | None = None) -> None:
+        """Ask a policy's ``copy`` to make the transfer, and make it whole if it does not."""
+        self._used = self._reader = None
+        self._missing = missing
+        self._announced = False
+        self._n_sent = 0
+        self._is_offered = True
+        try:
+            if not policy_copies(self):
+                self.send_all()
+        finally:
+            self._is_offered = False
+
+    def report_sent(self, offset: int, size: int, start_s: float) -> None:
+        """Report bytes that somebody else sent from the source to the copy: ggml's copy callback."""
+        run = self._offered("report on")
+        self._announce(run)
+        self._report(run, offset, size, start_s, self._source_id, None)
+
+    def _running(self, what: str) -> SplitRun:
+        run = self._slot.run
+        if run is None:
+            raise SchedError(f"{self!r}: nothing is computed now, so there is nothing to {what}")
+        return run
+
+    def _offered(self, what: str) -> SplitRun:
+        run = self._slot.run
+        if run is None or not self._is_offered:
+            raise SchedError(
+                f"cannot {what} {self!r}: it is not offered now",
+                hint="its ids and the memory of its copy are valid within copy(); send ahead with `into=`",
+            )
+        return run
+
+    def _announce(self, run: SplitRun) -> None:
+        """Report which experts are about to be sent, once."""
+        if self._announced or self.kind != "experts":
+            return
+        self._announced = True
+        used = self._missing if self._missing is not None else self._used
+        reader = self.ids_tensor if self._missing is not None else self._reader
+        experts = set(range(self.n_expert)) if used is None else used
+        run.log.experts(self.split, self.source, reader, experts, is_added=self.is_further)
+
+    def _report(
+        self, run: SplitRun, offset: int, size: int, start_s: float, src: int, queue: CopyQueue | None,
+        *, is_async: bool = True, is_own: bool = False,
+    ) -> None:  # fmt: skip
+        # parts of an expert weight count as one whole copy, and so do those of another
+        whole = self.source.nbytes if self.kind == "experts" or (self._n_sent == 0 and not is_own) else 0
+        self._n_sent += not is_own
+        run.report(self, run.i_split, src, self.kind, start_s, offset, size, whole,
+                   is_async=is_async, queue=queue, is_own=is_own)  # fmt: skip
+
+
+def _bytes_of(tensor: Tensor, at: int, size: int) -> Tensor:
+    """Return a view of bytes of a tensor, of any type."""
+    root = tensor if tensor.view_src is None else tensor.view_src
+    view = Tensor(Type.I8, (size,), name=tensor.name, view_src=root, view_offs=tensor.view_offs + at)
+    assert root.data is not None
+    view.buffer, view.data = root.buffer, root.data + view.view_offs
+    return view
