@@ -11,8 +11,18 @@ from dataclasses import dataclass
 
 from .errors import DeviceUnavailableError
 from .hardware.cards import GENERATIONS, Card, find_card
+from .hardware.hosts import Host
 
-__all__ = ["CPU_PROFILE", "EFFICIENCY", "PROFILES", "DeviceProfile", "LinkProfile", "Work", "parse_profile"]
+__all__ = [
+    "CPU_PROFILE",
+    "EFFICIENCY",
+    "PROFILES",
+    "DeviceProfile",
+    "LinkProfile",
+    "Work",
+    "host_profile",
+    "parse_profile",
+]
 
 _GIB = 1024**3
 _GB = 1e9
@@ -166,6 +176,21 @@ CPU_PROFILE = DeviceProfile(
     "JEDEC DDR5-5600; arithmetic counted from instructions",
     launch_s=1e-6,
 )
+
+
+def host_profile(host: Host) -> DeviceProfile:
+    """Return the profile of a host that somebody states.
+
+    Notes
+    -----
+    Its memory's rate is what programs read, so that it is scaled to be a peak, as that of other profiles is.
+    """
+    peak = host.read_bytes_per_s / EFFICIENCY.memory
+    return DeviceProfile(
+        "host", host.description, host.memory_bytes or 64 * _GIB, peak, host.int8_per_s / 4, host.int8_per_s / 4,
+        host.int8_per_s, LinkProfile(0.5 * host.read_bytes_per_s, 1e-6), "given", launch_s=1e-6,
+    )  # fmt: skip
+
 
 #: Of custom devices, whose arithmetic nobody states: between those of the cards above (71 to 164 and 35 to 82 without the
 #: servers').

@@ -17,7 +17,7 @@ from .backend import REGISTRY, Backend, Device
 from .buffer import BufferType
 from .catalog import header_path
 from .clock import VirtualClock
-from .cost import CPU_PROFILE
+from .cost import CPU_PROFILE, DeviceProfile
 from .dialect import DEFAULT_DIALECT, Dialect
 from .errors import DeviceUnavailableError, FormatError, OutOfMemoryError
 from .gguf import GGUFFile
@@ -504,16 +504,18 @@ def _open_source(
     return CapturedSource(file, devices[:-1], devices[-1], placement=placement, context=context)
 
 
-def virtual_clock(backends: Sequence[Backend]) -> VirtualClock | None:
+def virtual_clock(backends: Sequence[Backend], host: DeviceProfile = CPU_PROFILE) -> VirtualClock | None:
     """Return a clock for backends of which all but the last are simulated; None for any other.
 
     Parameters
     ----------
     backends : sequence of Backend
-        In the order of a scheduler; the last is the host, which is taken to be that of `CPU_PROFILE`.
+        In the order of a scheduler; the last is the host.
+    host : DeviceProfile
+        What the last backend's profile is taken to be.
     """
     profiles = [b.device.profile for b in backends[:-1]]
     known = [p for p in profiles if p is not None]
     if not known or len(known) < len(profiles):
         return None
-    return VirtualClock([*known, CPU_PROFILE])
+    return VirtualClock([*known, host])

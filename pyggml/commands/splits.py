@@ -118,6 +118,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Plan a GGUF model without reading a weight: splits, copies, memory, causes."""
+    from ..cost import CPU_PROFILE, host_profile
     from ..foresight.planned import foresee
     from ..hardware.hosts import DEFAULT_HOST, parse_host
     from ..plan_report import ggml_text, memory_fits, plan_batches
@@ -129,6 +130,7 @@ def command(
     assumed = parse_routing(routing)
     dialects = _parse_dialects(versions)
     around = parse_host(host) if host else DEFAULT_HOST
+    machine = host_profile(around) if host else CPU_PROFILE
     if len(dialects) > 1 and (form == "ggml" or timeline or html):
         raise click.UsageError("a comparison of versions is a table or JSON: leave out --format, --timeline and --html")
     if form == "ggml" and (as_json or timeline or html):
@@ -145,7 +147,7 @@ def command(
         def open_planner(dialect: Dialect, recorder: Recorder) -> Planner:
             return Planner.open(
                 model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
-                graph=graph, strict=True, dialect=dialect, copier=flags.copier(), clock=virtual_clock([*backends, cpu]),
+                graph=graph, strict=True, dialect=dialect, copier=flags.copier(), clock=virtual_clock([*backends, cpu], machine),
                 recorder=recorder,
             )  # fmt: skip
 
@@ -153,7 +155,7 @@ def command(
         return
     with Planner.open(
         model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
-        graph=graph, strict=True, dialect=dialects[0], copier=flags.copier(), clock=virtual_clock([*backends, cpu]),
+        graph=graph, strict=True, dialect=dialects[0], copier=flags.copier(), clock=virtual_clock([*backends, cpu], machine),
         recorder=recording,
     ) as planner:  # fmt: skip
         if form == "ggml":

@@ -53,8 +53,8 @@ def memory_rate(text: str) -> float | None:
 
     Examples
     --------
-    >>> memory_rate("64 GB, 4x16 GB DDR4-3200, 2 channels") / 1e9
-    45.056...
+    >>> round(memory_rate("64 GB, 4x16 GB DDR4-3200, 2 channels") / 1e9, 1)
+    45.1
     """
     low = text.lower()
     found = re.search(r"(l?p?ddr[345]x?)[- ](?:at )?(\d{4,5})", low)

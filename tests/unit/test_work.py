@@ -6,7 +6,7 @@ import pytest
 
 import pyggml as ggml
 from pyggml.types import Op
-from pyggml.work import node_work
+from pyggml.work import RULES, node_work
 
 
 def _no_experts(node) -> float:
@@ -60,3 +60,43 @@ def test_views_take_nothing():
         y = ggml.reshape_1d(graph.input("f32", (64, 2), name="x"), 128)
     assert y.op is Op.RESHAPE
     assert node_work(y, _no_experts).n_kernels == 0
+
+
+def test_recurrent_ops_count_their_state_for_each_token():
+    """GATED_DELTA_NET takes eight operations, SSM_SCAN seven, for each element of the state and token; twice the tokens, twice as much."""
+
+    def delta(n_token: int):
+        with ggml.Graph() as graph:
+            q, k, v = (graph.input("f32", (16, 4, n_token, 1), name=name) for name in "qkv")
+            g, beta = (graph.input("f32", (1, 4, n_token, 1), name=name) for name in ("g", "beta"))
+            state = graph.input("f32", (16, 16, 4, 1), name="state")
+            return node_work(ggml.gated_delta_net(q, k, v, g, beta, state, 1), _no_experts)
+
+    assert delta(3).flops == 8 * 16 * 16 * 4 * 3
+    assert delta(6).flops == 2 * delta(3).flops
+    with ggml.Graph() as graph:
+        s = graph.input("f32", (8, 4, 2, 1), name="s")
+        x, dt = graph.input("f32", (4, 2, 5, 1), name="x"), graph.input("f32", (2, 5, 1), name="dt")
+        a = graph.input("f32", (1, 2), name="A")
+        b, c = (graph.input("f32", (8, 1, 5, 1), name=name) for name in "BC")
+        y = ggml.ssm_scan(s, x, dt, a, b, c, graph.input("i32", (1,), name="ids"), 1)
+    assert node_work(y, _no_experts).flops == 7 * 8 * 4 * 2 * 5
+
+
+def test_products_that_are_no_mul_mat_count_what_they_sum_over():
+    """OUT_PROD, SOLVE_TRI and LIGHTNING_INDEXER are charged by the length of their sums, not by the size of their result alone."""
+    with ggml.Graph() as graph:
+        outer = ggml.out_prod(graph.input("f32", (6, 32), name="a"), graph.input("f32", (5, 32), name="b"))
+        a, b = graph.input("f32", (16, 16), name="A"), graph.input("f32", (3, 16), name="B")
+        solved = ggml.solve_tri(a, b, True, True, False)
+        q, k = graph.input("f32", (32, 4, 2, 1), name="q"), graph.input("f32", (32, 1, 7, 1), name="k")
+        weights, mask = graph.input("f32", (4, 2, 1, 1), name="w"), graph.input("f16", (7, 2, 1, 1), name="m")
+        scores = ggml.lightning_indexer(q, k, weights, mask)
+    assert node_work(outer, _no_experts).flops == 2 * 32 * 6 * 5
+    assert node_work(solved, _no_experts).flops == 16 * 3 * 16
+    assert node_work(scores, _no_experts).flops == 2 * 33 * 4 * 7 * 2
+
+
+def test_every_rule_is_of_an_op_that_computes():
+    """The registry has no views and no op without work."""
+    assert all(not op.is_view and not op.is_empty for op in RULES)
