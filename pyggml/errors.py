@@ -40,7 +40,25 @@ __all__ = [
     "SchedError",
     "ShapeError",
     "UnsupportedOpError",
+    "visible",
 ]
+
+
+def visible(text: str) -> str:
+    r"""Return a text whose control characters are spelled out, so that none reaches a terminal; tabs and line ends stay.
+
+    Examples
+    --------
+    >>> visible("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\t\n" else _spell(c) for c in text)
+
+
+def _spell(char: str) -> str:
+    return char.encode("unicode_escape").decode() if not 0xD800 <= ord(char) <= 0xDFFF else f"\\u{ord(char):04x}"
 
 
 class PyggmlError(Exception):
@@ -52,7 +70,8 @@ class PyggmlError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
+        """Return the text; control characters of names that a file brought are made visible."""
+        return visible(f"{self.message} ({self.hint})" if self.hint else self.message)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, dict(self.__dict__))

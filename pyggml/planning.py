@@ -20,7 +20,7 @@ from .clock import VirtualClock
 from .cost import CPU_PROFILE, DeviceProfile
 from .dialect import DEFAULT_DIALECT, Dialect
 from .errors import DeviceUnavailableError, FormatError, OutOfMemoryError
-from .gguf import GGUFFile
+from .gguf import GGUFFile, require_model
 from .models.batch import MicroBatch, Outputs
 from .models.context import ContextFlags, ContextParams
 from .models.hparams import ARCHITECTURES
@@ -495,6 +495,7 @@ def _open_source(
     data: bool,
 ) -> GraphSource:
     """Return the source of a model's graphs; a session runs built ones only."""
+    require_model(file)
     devices = [b.device for b in backends]
     is_known = file.metadata.get("general.architecture") in ARCHITECTURES
     if data or graph == "built" or (graph == "auto" and is_known):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -10,8 +11,11 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
+
+from ..errors import visible
 
 __all__ = ["ROOMY_WIDTH", "Bar", "n_bytes", "n_seconds", "print_json", "progress", "report", "table", "warn"]
 
@@ -33,6 +37,13 @@ class _Console(Console):
         with self.capture() as kept:
             super().print(*objects, **options)
         self.file.write("\n".join(line.rstrip() for line in kept.get().split("\n")))
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield segments; control characters of names that a file brought are made visible."""
+        for segment in super().render(renderable, options):
+            if segment.control is None and not segment.text.isprintable():
+                segment = Segment(visible(segment.text), segment.style)
+            yield segment
 
     def on_broken_pipe(self) -> NoReturn:
         """Leave it to the program, which is quiet about it."""

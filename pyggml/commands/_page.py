@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +23,70 @@ if TYPE_CHECKING:
     from ..models.source import ModelFacts
     from ..record import Record
 
-__all__ = ["about_devices", "about_model", "check_folders", "given_options", "write_records"]
+__all__ = ["about_devices", "about_model", "aside", "check_outputs", "given_options", "write_records"]
 
 
-def check_folders(*paths: Path | None) -> None:
-    """Refuse files whose folder does not exist, before anything is computed.
+def check_outputs(model: Path | None, *paths: Path | None) -> None:
+    """Refuse files to write whose folder does not exist, that are the model, or that are one file, before anything is computed.
 
     Raises
     ------
     click.UsageError
         There is such a file.
     """
+    written: list[Path] = []
     for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
             raise click.UsageError(f"{path}: its folder does not exist")
+        if model is not None and _is_part(path, model):
+            raise click.UsageError(f"{path} is the model, which would be overwritten: write to another file")
+        if any(_same(path, other) for other in written):
+            raise click.UsageError(
+                f"{path} is given for two outputs, of which one would be lost: give each its own file"
+            )
+        written.append(path)
+
+
+def _same(a: Path, b: Path) -> bool:
+    if not (a.exists() and b.exists()):
+        return a.absolute() == b.absolute() or a.resolve() == b.resolve()
+    return a.samefile(b) and a.is_file()
+
+
+def _is_part(path: Path, model: Path) -> bool:
+    """Return whether a file is the model, or one of the parts that are beside it."""
+    if not path.exists() or not model.exists():
+        return False
+    a, b = (re.sub(r"-\d{5}-of-", "-N-of-", str(p.resolve())) for p in (path, model))
+    return _same(path, model) or a == b
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Give a file beside one to be written, which takes its place when the block ends well and is removed if not.
+
+    What is no regular file, such as a pipe, is given itself.
+
+    Raises
+    ------
+    OSError
+        It cannot be written; the error has its path. What was there is untouched.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        target = path.resolve()
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        try:
+            yield part
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def about_model(file: GGUFFile, hparams: ModelFacts) -> dict[str, Any]:
@@ -106,8 +160,10 @@ def write_records(
     if timeline is not None:
         from ..timeline import write_timeline
 
-        write_timeline(timeline, kept, about=about)
+        with aside(timeline) as path:
+            write_timeline(path, kept, about=about)
     if html is not None:
         from ..viz import view_of_records, write_page
 
-        write_page(html, view_of_records(kept, name=name, about=about))
+        with aside(html) as path:
+            write_page(path, view_of_records(kept, name=name, about=about))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from ..errors import GraphError, PyggmlError
-from ..gguf import GGUFFile
+from ..errors import GraphError, PyggmlError, visible
+from ..gguf import GGUFFile, require_model
 from ..models.hparams import HParams
 from ..planning import virtual_clock
 from ..record import Recording
@@ -26,7 +26,7 @@ from ._console import print_json, progress, report, warn
 from ._conversation import Conversation
 from ._kernels import warm_up
 from ._model_options import ModelFlags, open_backends
-from ._page import about_devices, about_model, given_options, write_records
+from ._page import about_devices, about_model, aside, given_options, write_records
 from ._run_report import RunReport
 from ._virtual import VirtualReport
 
@@ -65,6 +65,12 @@ class _Run:
         """Write what was recorded and print the report, complete or not."""
         if not self.report.is_complete and not self.report.shapes:
             return  # nothing happened that is worth a report
+        try:
+            self._write()
+        finally:
+            self._print()
+
+    def _write(self) -> None:
         if self.recording is not None:
             about = {
                 "model": self.report.model,
@@ -79,6 +85,8 @@ class _Run:
                 html=self.output.html,
                 name=Path(self.report.model["path"]).stem,
             )
+
+    def _print(self) -> None:
         if self.output.as_json:
             print_json(self.report.as_dict())
             return
@@ -93,7 +101,7 @@ class _Run:
         """Take a piece of the answer."""
         self.report.text += text
         if not self.output.as_json and text:
-            click.echo(text, nl=False)
+            echo_piece(text)
 
 
 def evaluate(
@@ -112,6 +120,7 @@ def evaluate(
     """Evaluate a prompt, or the ids given instead, generate, and report however it ends."""
     start_s = time.perf_counter()
     with GGUFFile.open(model) as file:
+        require_model(file)
         tokenizer = Tokenizer.from_gguf(file)
         if ids is None:
             ids = _encode(tokenizer, prompt, chat=chat, system=system)
@@ -137,6 +146,7 @@ def converse(
     """Take turns until the input ends, then report."""
     start_s = time.perf_counter()
     with GGUFFile.open(model) as file:
+        require_model(file)
         tokenizer = Tokenizer.from_gguf(file)
         with _open(flags, file, tokenizer, output, start_s, n_tokens=None) as run:
             talk = Conversation(run.session, tokenizer, make_sampler(sampler))
@@ -144,8 +154,13 @@ def converse(
                 talk.messages.append({"role": "system", "content": system})
             for text in _lines(prompt):
                 with run.report.timed("turns"):
-                    talk.turn(text, n_predict, lambda piece: click.echo(piece, nl=False))
+                    talk.turn(text, n_predict, echo_piece)
                 click.echo()
+
+
+def echo_piece(text: str) -> None:
+    """Print a piece of a model's text as it is; on a terminal, control characters are made visible."""
+    click.echo(visible(text) if sys.stdout.isatty() else text, nl=False)
 
 
 @contextmanager
@@ -236,11 +251,20 @@ def _evaluate_prompt(run: _Run, ids: list[int]) -> npt.NDArray[np.float32]:
     topk = TopK()
     logits = run.session.decode(ids, outputs="all", topk=topk)
     if run.output.logits is not None:
-        np.savez(run.output.logits, logits=logits, topk=topk.ids)
+        _save(run.output.logits, logits=logits, topk=topk.ids)
     if run.output.routing is not None:
-        np.savez(run.output.routing, topk=topk.ids)
+        _save(run.output.routing, topk=topk.ids)
     last = logits[-1]
     return last
+
+
+def _save(path: Path, **arrays: npt.NDArray[np.generic]) -> None:
+    """Write arrays to a file of exactly that name, or of that name with `.npz`, as numpy names them."""
+    with (
+        aside(path if path.suffix == ".npz" or path.exists() else path.with_name(f"{path.name}.npz")) as part,
+        part.open("wb") as file,
+    ):
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _generate(

@@ -8,7 +8,7 @@ import click
 import cloup
 
 from ._model_options import ModelCommand, ModelFlags, model_options
-from ._page import check_folders
+from ._page import check_outputs
 from ._values import ModelPath
 
 __all__ = ["command"]
@@ -136,7 +136,7 @@ def command(
         raise click.UsageError(
             "--interactive goes with text only, not with --json, --tokens, --dump-logits or --record-routing"
         )
-    check_folders(timeline, html, dump_logits, record_routing)
+    check_outputs(model, timeline, html, dump_logits, record_routing)
     from ..sampling import SamplerFlags
     from ._run import Output, converse, evaluate
 

@@ -18,7 +18,7 @@ from ..sched.state import Cause
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table
 from ._header import print_header, why_not_captured
 from ._model_options import ModelCommand, ModelFlags, model_options, open_backends, parse_sizes
-from ._page import about_devices, about_model, check_folders, given_options, write_records
+from ._page import about_devices, about_model, check_outputs, given_options, write_records
 from ._tables import memory_table, too_large
 from ._values import ModelPath
 
@@ -135,7 +135,7 @@ def command(
         raise click.UsageError("a comparison of versions is a table or JSON: leave out --format, --timeline and --html")
     if form == "ggml" and (as_json or timeline or html):
         raise click.UsageError("--format ggml prints that text alone: leave out --json, --timeline and --html")
-    check_folders(timeline, html)
+    check_outputs(model, timeline, html)
     recording = Recording() if timeline or html else None
     backends, cpu = open_backends(flags, data=False)
     if graph != "built" and (missing := why_not_captured(model, graph)) is not None:

@@ -259,7 +259,7 @@ def read_header(path: str, mapped: mmap.mmap, part: int = 0) -> Header:
     infos = _read_infos(walk, n_tensors)
     data_offset = _align(walk.at, alignment)
     tensors = {info.name: _place(walk, info, at, data_offset, alignment, part) for info, at in infos}
-    _check_overlaps(walk, tensors)
+    _check_order(walk, tensors, data_offset, alignment)
     return Header(version, metadata, alignment, data_offset, tensors)
 
 
@@ -398,15 +398,20 @@ def _place(walk: _Walk, info: TensorInfo, record_at: int, data_offset: int, alig
     return TensorInfo(info.name, info.type, info.ne, offset, info.nbytes, part)
 
 
-def _check_overlaps(walk: _Walk, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse two tensors that share bytes.
+def _check_order(walk: _Walk, tensors: Mapping[str, TensorInfo], data_offset: int, alignment: int) -> None:
+    """Refuse tensors that do not follow one another: a type or shape that was damaged leaves a gap or an overlap.
 
     Notes
     -----
-    Differs: `gguf_init_from_reader` wants tensors in order and without gaps; readers elsewhere do not, nor do we.
+    Mirrors `gguf_init_from_reader`.
     """
-    before: TensorInfo | None = None
-    for info in sorted((info for info in tensors.values() if info.nbytes), key=lambda info: info.offset):
-        if before is not None and info.offset < before.offset + before.nbytes:
-            raise walk.error(f"tensors '{before.name}' and '{info.name}' overlap", offset=info.offset)
-        before = info
+    at = data_offset
+    for info in tensors.values():
+        if info.offset != at:
+            how = "overlaps the tensor before it" if info.offset < at else "leaves a gap"
+            raise walk.error(
+                f"tensor '{info.name}' is at {info.offset - data_offset:,} of the data, not at {at - data_offset:,}: it {how}, "
+                "so that a type, a shape or an offset is wrong",
+                offset=info.offset,
+            )
+        at += _align(info.nbytes, alignment)

@@ -240,7 +240,14 @@ DAMAGES: dict[str, tuple[dict[str, object], str]] = {
     "half a block": ({"infos": [info("a", (33,), 8, 0)]}, "no multiple of q8_0's 32"),
     "misaligned": ({"infos": [info("a", (32,), 0, 4)]}, "not aligned to 32"),
     "outside": ({"infos": [info("a", (32,), 0, 2**62)]}, "past the end"),
-    "overlap": ({"infos": [info("a", (32,), 0, 0), info("b", (32,), 0, 64)]}, "'a' and 'b' overlap"),
+    "overlap": ({"infos": [info("a", (32,), 0, 0), info("b", (32,), 0, 64)]}, "'b' is at 64 of the data, not at 128"),
+    "gap": ({"infos": [info("a", (32,), 0, 0), info("b", (32,), 0, 160)]}, "'b' is at 160 of the data, not at 128"),
+    "late start": ({"infos": [info("a", (32,), 0, 32)]}, "'a' is at 32 of the data, not at 0: it leaves a gap"),
+    "order": ({"infos": [info("a", (8,), 0, 32), info("b", (8,), 0, 0)]}, "'a' is at 32 of the data, not at 0"),
+    "smaller type": (
+        {"infos": [info("a", (64,), 2, 0), info("b", (32,), 0, 256)]},
+        "'b' is at 256 of the data, not at 64",
+    ),
 }
 
 
@@ -261,11 +268,11 @@ def test_absurd_counts(tmp_path: Path) -> None:
         assert "cannot be in a file of" in str(refused(path))
 
 
-def test_gaps_and_order_are_allowed(tmp_path: Path) -> None:
-    """Tensors may lie in any order, with gaps; empty tensors overlap nothing."""
-    infos = [info("late", (8,), 0, 192), info("none", (0,), 0, 0), info("early", (8,), 0, 0), info("scalar", (), 0, 64)]
+def test_tensors_without_elements_take_no_room(tmp_path: Path) -> None:
+    """An empty tensor is where the next one is; each starts at the alignment."""
+    infos = [info("first", (8,), 0, 0), info("none", (0,), 0, 32), info("scalar", (), 0, 32), info("last", (8,), 0, 64)]
     with GGUFFile.open(build(tmp_path / "m", infos=infos)) as file:
-        assert list(file.tensors) == ["late", "none", "early", "scalar"]
+        assert list(file.tensors) == ["first", "none", "scalar", "last"]
         assert file.data("none").size == 0
         assert file.tensors["scalar"].ne == (1, 1, 1, 1)
 
