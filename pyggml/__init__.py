@@ -1,6 +1,6 @@
 """ggml's backend scheduler in Python: the same decisions, explained, tested and extendable.
 
-The names here are the public API. Ops have upstream's names without the prefix (`pyggml.ops`); `CPU` and `Sim` open
+The names in ``__all__`` are the public API. Ops have upstream's names without the prefix, here and in `pyggml.ops`; `CPU` and `Sim` open
 devices; `Scheduler` runs graphs over them; `Session` runs models.
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import ops
-from .alloc import Context, alloc_tensors
+from .alloc import Context
 from .backend import REGISTRY, Backend, Device, Event
 from .buffer import Buffer, BufferType
+from .clock import VirtualClock
 from .dialect import DIALECTS, Dialect, Repairs
 from .errors import (
     AllocError,
@@ -29,8 +30,19 @@ from .errors import (
     UnsupportedOpError,
 )
 from .graph import Graph, GraphView
-from .ops import *  # the ops are the vocabulary of the package; ops.__all__ lists them
-from .record import Observer, Recording, Statistics
+from .ops import *  # pyggml.mul_mat is an op; `import *` gives the namespace alone, so that no built-in name is hidden
+from .record import (
+    ComputeRecord,
+    CopyRecord,
+    Observer,
+    ReadRecord,
+    Recorder,
+    Recording,
+    SplitRecord,
+    Statistics,
+    UsedExpertsRecord,
+    WaitRecord,
+)
 from .sched.plan import Plan
 from .sched.policies import CopyPolicy, FullCopier, UpstreamCopier, UsedExpertCopier
 from .sched.scheduler import Scheduler
@@ -43,6 +55,7 @@ if TYPE_CHECKING:
     from .backends.host import CPU
     from .backends.sim import Sim
     from .gguf import GGUFFile
+    from .planning import Planner
     from .session import Session
 
 __version__ = "0.1.0"
@@ -59,8 +72,10 @@ __all__ = [
     "BufferUsage",
     "Cause",
     "ComputeError",
+    "ComputeRecord",
     "Context",
     "CopyPolicy",
+    "CopyRecord",
     "Device",
     "DeviceType",
     "DeviceUnavailableError",
@@ -77,8 +92,11 @@ __all__ = [
     "Op",
     "OutOfMemoryError",
     "Plan",
+    "Planner",
     "PyggmlError",
     "RPCError",
+    "ReadRecord",
+    "Recorder",
     "Recording",
     "Repairs",
     "SchedError",
@@ -87,6 +105,7 @@ __all__ = [
     "ShapeError",
     "Sim",
     "Split",
+    "SplitRecord",
     "Statistics",
     "Tensor",
     "TensorFlag",
@@ -95,12 +114,14 @@ __all__ = [
     "UnsupportedOpError",
     "UpstreamCopier",
     "UsedExpertCopier",
-    "alloc_tensors",
+    "UsedExpertsRecord",
+    "VirtualClock",
+    "WaitRecord",
+    "ops",
 ]
-__all__ += ops.__all__
 
 #: What needs more than the core, by module: imported when first asked for.
-_LAZY = {"CPU": "backends.host", "Sim": "backends.sim", "GGUFFile": "gguf", "Session": "session"}
+_LAZY = {"CPU": "backends.host", "Sim": "backends.sim", "GGUFFile": "gguf", "Planner": "planning", "Session": "session"}
 
 
 def __getattr__(name: str) -> Any:  # the types stand in the TYPE_CHECKING block above

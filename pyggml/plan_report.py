@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from .notebook import Bar, html_table
 from .routing import Routing
 from .sched.debug import assignments_text
-from .sched.transfer import input_kind
 from .simulation import SimulatedBatch, can_simulate, simulate_batch
-from .types import BufferUsage, DeviceType, TensorFlag
+from .types import DeviceType
 
 if TYPE_CHECKING:
     from .backend import Backend
     from .planning import Memory, PlannedGraph, Planner
-    from .sched.state import Split
-    from .tensor import Tensor
+    from .record import CopyReason
+    from .sched.plan import Plan
+    from .sched.transfer import Transfer
 
 __all__ = [
     "BatchPlan",
@@ -31,8 +31,6 @@ __all__ = [
     "memory_fits",
     "plan_batches",
 ]
-
-InputKind = Literal["input", "activation", "weight", "experts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ class InputPlan:
     """One tensor that a split copies to its backend."""
 
     name: str
-    kind: InputKind
+    kind: CopyReason
     bytes_max: int  #: of a whole copy
     bytes_expected: int  #: with the routing that was assumed
     experts_expected: float | None  #: used experts, for kind "experts"
@@ -206,18 +204,19 @@ def plan_batches(
 
 
 def _graph_plan(planner: Planner, planned: PlannedGraph, routing: Routing) -> GraphPlan:
-    splits = [_split_plan(planner, planned, i, split, routing) for i, split in enumerate(planned.splits)]
+    splits = [_split_plan(planned.plan, i, routing) for i in range(len(planned.plan.splits))]
     compute = {b.name: n for b, n in zip(planner.backends, planned.compute_bytes, strict=True)}
     return GraphPlan(planned.part.n_tokens, len(planned.graph.graph.nodes), splits, compute)
 
 
-def _split_plan(planner: Planner, planned: PlannedGraph, i: int, split: Split, routing: Routing) -> SplitPlan:
+def _split_plan(plan: Plan, i: int, routing: Routing) -> SplitPlan:
+    split, transfers = plan.splits[i], {t.source: t for t in plan.transfers[i]}
     nodes = [n for n in split.graph.nodes if not n.op.is_view]
-    causes = Counter(c.value for n in nodes if (c := planned.assignment.cause(n)) is not None)
-    cause = planned.assignment.cause(nodes[0]) if nodes else None
+    causes = Counter(c.value for n in nodes if (c := plan.assignment.cause(n)) is not None)
+    cause = plan.assignment.cause(nodes[0]) if nodes else None
     return SplitPlan(
         index=i,
-        backend=planner.backends[split.backend_id].name,
+        backend=plan.backends[split.backend_id].name,
         i_start=split.i_start,
         i_end=split.i_end,
         first_node=nodes[0].name if nodes else "",
@@ -225,32 +224,21 @@ def _split_plan(planner: Planner, planned: PlannedGraph, i: int, split: Split, r
         cause="" if cause is None else cause.text,
         note="" if cause is None else cause.value,
         causes=dict(causes),
-        inputs=[_input_plan(planned, split, tensor, routing) for tensor in split.inputs],
+        inputs=[_input_plan(transfers[tensor], routing) for tensor in split.inputs],
     )
 
 
-def _input_plan(planned: PlannedGraph, split: Split, tensor: Tensor, routing: Routing) -> InputPlan:
-    size = tensor.nbytes
-    copy = next(
-        (src for node in split.graph.nodes for src in node.src if src is not None and _is_copy_of(src, tensor)), None
-    )
-    if copy is not None and input_kind(split, tensor, copy) == "experts":
-        ids = split.graph.nodes[0].src[2]
-        assert ids is not None
-        used = routing.used(tensor.ne[2], ids.ne[0], ids.ne[1])
-        return InputPlan(tensor.name, "experts", size, round(size * used / tensor.ne[2]), used, tensor.ne[2])
-    kind: InputKind = "activation"
-    if tensor.flags & TensorFlag.INPUT:
-        kind = "input"
-    elif tensor.buffer is not None and tensor.buffer.usage is BufferUsage.WEIGHTS:
-        kind = "weight"
-    return InputPlan(tensor.name, kind, size, size, None, None)
-
-
-def _is_copy_of(src: Tensor, tensor: Tensor) -> bool:
-    return src.name.endswith(f"#{tensor.name}#0") and src.ne == tensor.ne
+def _input_plan(transfer: Transfer, routing: Routing) -> InputPlan:
+    tensor, ids = transfer.source, transfer.ids_tensor
+    size, n_expert = tensor.nbytes, tensor.ne[2]
+    if transfer.kind != "experts" or ids is None:
+        return InputPlan(tensor.name, transfer.kind, size, size, None, None)
+    used = routing.used(n_expert, ids.ne[0], ids.ne[1])
+    return InputPlan(tensor.name, "experts", size, round(size * used / n_expert), used, n_expert)
 
 
 def ggml_text(planner: Planner, planned: PlannedGraph) -> str:
     """Return what ``GGML_SCHED_DEBUG=2`` prints upstream for a planned graph."""
-    return assignments_text(planned.graph.graph, planned.splits, planned.assignment, planner.sched.machine, level=2)
+    return assignments_text(
+        planned.graph.graph, planned.plan.splits, planned.plan.assignment, planner.sched.machine, level=2
+    )

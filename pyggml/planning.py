@@ -30,9 +30,9 @@ from .models.source import BuiltSource, GraphSource, ModelFacts, PlannableGraph
 from .notebook import Bar, html_table
 from .record import Recorder
 from .sched.assign import OffloadOp
+from .sched.plan import Plan
 from .sched.policies import CopyPolicy
 from .sched.scheduler import Scheduler
-from .sched.state import Assignment, Split
 
 __all__ = ["GraphChoice", "Memory", "MemoryRows", "PlannedGraph", "Planner", "SchedOptions", "virtual_clock"]
 
@@ -64,18 +64,15 @@ class PlannedGraph:
         Its nodes' sources are rewritten to copies, as upstream prints them.
     part : MicroBatch
         The tokens that it is for.
-    splits : list of Split
-        As the scheduler cut it.
-    assignment : Assignment
-        Where each tensor would be, and why.
+    plan : Plan
+        Where each tensor would be and why, the splits, and a transfer for each input of theirs.
     compute_bytes : list of int
         Compute buffer that each backend would need for it.
     """
 
     graph: PlannableGraph
     part: MicroBatch
-    splits: list[Split]
-    assignment: Assignment
+    plan: Plan
     compute_bytes: list[int]
 
 
@@ -410,16 +407,16 @@ class Planner:
         for part, graph in self.micro_batches(n_tokens, outputs=outputs):
             if planned and planned[-1].graph is graph:
                 continue
-            splits = list(self.sched.split_graph(graph.graph))
-            planned.append(PlannedGraph(graph, part, splits, self.sched.assignment, self._size_of_split()))
+            self.sched.split_graph(graph.graph)
+            planned.append(PlannedGraph(graph, part, self.sched.plan, self._size_of_split()))
         return planned
 
     def plan_reserved(self, n_tokens: int, n_seqs: int, n_outputs: int) -> PlannedGraph:
         """Return the graph of one micro-batch over the whole cache, as memory is reserved with it."""
         graph = self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_outputs))
-        splits = list(self.sched.split_graph(graph.graph))
+        self.sched.split_graph(graph.graph)
         part = MicroBatch.reserve(n_tokens, n_seqs, n_outputs)
-        return PlannedGraph(graph, part, splits, self.sched.assignment, self._size_of_split())
+        return PlannedGraph(graph, part, self.sched.plan, self._size_of_split())
 
     def micro_batches(self, n_tokens: int, *, outputs: Outputs = "last") -> Iterator[tuple[MicroBatch, PlannableGraph]]:
         """Yield each micro-batch of a decode of so many tokens of one sequence, from an empty cache, with its graph.

@@ -323,7 +323,7 @@ class Observers:
         One has none of the methods.
     """
 
-    __slots__ = ("_takers", "after_launch", "before_launch", "on_begin", "on_sent")
+    __slots__ = ("_takers", "after_launch", "before_launch", "on_begin", "on_sent", "takes_records")
 
     def __init__(self, observers: Iterable[Observer | Recorder]) -> None:
         found: dict[str, list[Callable[..., None]]] = {name: [] for name in _METHODS}
@@ -343,6 +343,8 @@ class Observers:
         self._takers: dict[type[Any], tuple[Callable[[Any], None], ...]] = {
             kind: tuple(found[name]) for name, kind in _METHODS.items() if kind is not None
         }
+        #: whether any of them takes a record of any kind
+        self.takes_records = any(self._takers.values())
         self.on_begin, self.on_sent = tuple(found["on_begin"]), tuple(found["on_sent"])
         self.before_launch, self.after_launch = tuple(found["before_launch"]), tuple(found["after_launch"])
 

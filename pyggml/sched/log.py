@@ -58,7 +58,7 @@ class RunLog:
         Knows how many experts a node reads, for what it costs.
     """
 
-    __slots__ = ("_on_sent", "clock", "ids", "machine", "observers", "stats")
+    __slots__ = ("_on_sent", "clock", "ids", "machine", "observers", "records", "stats")
 
     def __init__(
         self,
@@ -73,11 +73,13 @@ class RunLog:
         self.observers = observers
         self.clock = clock
         self.ids = ids
+        #: those of them that take records, if there are any
+        self.records = observers if observers is not None and observers.takes_records else None
         self._on_sent = () if observers is None else observers.on_sent
 
     def now(self) -> float:
-        """Return the host's time in seconds; 0 if nobody observes."""
-        return 0.0 if self.observers is None else perf_counter()
+        """Return the host's time in seconds; 0 if nobody takes records."""
+        return 0.0 if self.records is None else perf_counter()
 
     def _name(self, backend_id: int) -> str:
         return self.machine.backends[backend_id].name
@@ -149,8 +151,8 @@ class RunLog:
                 src, dst, n_bytes, is_async=is_async, is_pinned=self._is_pinned(transfer.source), slow_src=slow_src,
                 slow_dst=slow_dst, queue=number,
             )  # fmt: skip
-        if self.observers is not None:
-            self.observers.record(
+        if self.records is not None:
+            self.records.record(
                 CopyRecord(
                     i_split, transfer.source.name, self._name(src), self._name(dst), offset, n_bytes, tensor_bytes,
                     reason, start_s, perf_counter(), span, self._engines(src, dst),
@@ -172,10 +174,10 @@ class RunLog:
         if self.clock is not None:
             number = 0 if queue is None else queue.number
             span = self.clock.wait_until(None if is_host else backend_id, mark.virtual_s, number)
-        if self.observers is not None:
+        if self.records is not None:
             what: Wait = "synchronize" if is_host else "event_wait"
             name = self._name(backend_id)
-            self.observers.record(WaitRecord(i_split, what, name, start_s, perf_counter(), span))
+            self.records.record(WaitRecord(i_split, what, name, start_s, perf_counter(), span))
 
     def _engines(self, src: int, dst: int) -> tuple[str, ...]:
         """Return the names of the copy engines between two backends, as the virtual clock has them."""
@@ -194,13 +196,11 @@ class RunLog:
         """Take note of the experts that are about to be copied; added ones are no copy of their own."""
         if not is_added:
             self.stats.count_experts(weight.nbytes)
-        if self.observers is not None:
+        if self.records is not None:
             used = tuple(sorted(experts))
             name = "" if ids is None else ids.name
             whole = 0 if is_added else weight.nbytes
-            self.observers.record(
-                UsedExpertsRecord(i_split, weight.name, name, used, weight.ne[2], weight.nb[2], whole)
-            )
+            self.records.record(UsedExpertsRecord(i_split, weight.name, name, used, weight.ne[2], weight.nb[2], whole))
 
     def was_read(self, i_split: int | None, tensor: Tensor, backend_id: int, start_s: float) -> None:
         """Take note that the host waited for a backend and read a tensor."""
@@ -211,9 +211,9 @@ class RunLog:
                 backend_id, self.clock.cpu, tensor.nbytes, is_async=False, is_pinned=False,
                 slow_src=self._slowdown(backend_id),
             )  # fmt: skip
-        if self.observers is not None:
+        if self.records is not None:
             end_s, engines = perf_counter(), self._engines(backend_id, len(self.machine.backends) - 1)
-            self.observers.record(
+            self.records.record(
                 ReadRecord(tensor.name, self._name(backend_id), tensor.nbytes, start_s, end_s, span, engines)
             )
 
@@ -229,16 +229,14 @@ class RunLog:
                 span = clock.event_wait(backend_id, backend_id, copy)
             else:
                 span = clock.event_synchronize(backend_id, copy)
-        if self.observers is not None:
-            self.observers.record(
-                WaitRecord(i_split, what, self._name(backend_id), start_s, perf_counter(), span, copy)
-            )
+        if self.records is not None:
+            self.records.record(WaitRecord(i_split, what, self._name(backend_id), start_s, perf_counter(), span, copy))
 
     def recorded_event(self, i_split: int, backend_id: int, copy: int, start_s: float) -> None:
         """Take note that a backend's event was recorded."""
         span = None if self.clock is None else self.clock.event_record(backend_id, copy)
-        if self.observers is not None:
-            self.observers.record(EventRecord(i_split, self._name(backend_id), copy, start_s, perf_counter(), span))
+        if self.records is not None:
+            self.records.record(EventRecord(i_split, self._name(backend_id), copy, start_s, perf_counter(), span))
 
     def launched(self, i_split: int, backend_id: int, graph: GraphView, asg: Assignment, start_s: float) -> None:
         """Take note that nodes were given to a backend."""
@@ -246,25 +244,25 @@ class RunLog:
         span = None
         if self.clock is not None:
             span = self.clock.spend(backend_id, self._seconds(self.clock, backend_id, graph))
-        if self.observers is not None:
+        if self.records is not None:
             end_s = perf_counter()
             first = graph.graph.nodes[graph.i_start].name if len(graph) else ""
             causes = graph.memo.get("causes")
             if causes is None:
                 causes = graph.memo["causes"] = asg.cause_counts(graph)
-            self.observers.record(
+            self.records.record(
                 ComputeRecord(i_split, self._name(backend_id), len(graph), first, start_s, end_s, span, causes)
             )
 
     def called_back(self, i_split: int, tensor: Tensor, start_s: float, *, asked: bool, answer: bool) -> None:
         """Take note that the eval callback was called."""
-        if self.observers is not None:
+        if self.records is not None:
             end_s, span = perf_counter(), self._moment()
-            self.observers.record(CallbackRecord(i_split, tensor.name, asked, answer, start_s, end_s, span))
+            self.records.record(CallbackRecord(i_split, tensor.name, asked, answer, start_s, end_s, span))
 
     def assigned(self, graph: Graph, asg: Assignment, start_s: float) -> None:
         """Take note of where each node of a graph will be computed, and why."""
-        if self.observers is None:
+        if self.records is None:
             return
         end_s, span = perf_counter(), self._moment()
         for node in graph.nodes:
@@ -272,7 +270,7 @@ class RunLog:
                 cause = asg.cause(node)
                 name = "" if cause is None else cause.value
                 backend = self._name(asg.ids[node])
-                self.observers.record(AssignRecord(node.name, node.op_desc, backend, name, start_s, end_s, span))
+                self.records.record(AssignRecord(node.name, node.op_desc, backend, name, start_s, end_s, span))
 
     def holds(
         self,
@@ -283,12 +281,12 @@ class RunLog:
         graph: str = "",
     ) -> None:
         """Take note of what is allocated from now on: backends whose memory it is, buffer types, and bytes."""
-        if self.observers is None:
+        if self.records is None:
             return
         end_s, span = perf_counter(), self._moment()
         for backend_id, buft, size in held:
             name = self._name(backend_id)
-            self.observers.record(AllocRecord(graph, name, buft.name, size, purpose, start_s, end_s, span))
+            self.records.record(AllocRecord(graph, name, buft.name, size, purpose, start_s, end_s, span))
 
     def _seconds(self, clock: VirtualClock, backend_id: int, graph: GraphView) -> float:
         """Return how long nodes take; all but the products with used experts is worked out once for a range."""

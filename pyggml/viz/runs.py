@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from ..record import AssignRecord, ComputeRecord, CopyRecord, MicroBatchRecord, Record, SplitRecord, UsedExpertsRecord
 
-__all__ = ["PlannedGraph", "Run", "Runs"]
+__all__ = ["RecordedGraph", "Run", "Runs"]
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedGraph:
+class RecordedGraph:
     """A graph as it was assigned and cut."""
 
     nodes: tuple[AssignRecord, ...]
@@ -39,7 +39,7 @@ class Runs:
 
     Attributes
     ----------
-    graphs : list of PlannedGraph
+    graphs : list of RecordedGraph
         Each different graph once.
     runs : list of Run
         In their order.
@@ -49,7 +49,7 @@ class Runs:
         Whether that one has begun, with no copy and no work yet.
     """
 
-    graphs: list[PlannedGraph] = field(default_factory=list)
+    graphs: list[RecordedGraph] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     run: int = -1
     is_empty: bool = False
@@ -79,7 +79,7 @@ class Runs:
         """Take the plan as complete: what comes next is no part of it."""
         if not self._nodes and not self._splits:
             return
-        graph = PlannedGraph(tuple(self._nodes), tuple(self._splits))
+        graph = RecordedGraph(tuple(self._nodes), tuple(self._splits))
         self._planned = self._known.setdefault(graph.key, len(self.graphs))
         if self._planned == len(self.graphs):
             self.graphs.append(graph)

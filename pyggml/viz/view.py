@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from ..record import Record
 from ..sched.state import Cause
 from .columns import KINDS, Columns, Interval
-from .runs import PlannedGraph
+from .runs import RecordedGraph
 from .waits import Activity, device_times, merge
 
 __all__ = ["View", "view_of_records"]
@@ -125,7 +125,7 @@ def _times(columns: Columns, *, has_wall: bool) -> dict[Clock, _Times]:
     return made
 
 
-def _graph(graph: PlannedGraph, columns: Columns) -> dict[str, Any]:
+def _graph(graph: RecordedGraph, columns: Columns) -> dict[str, Any]:
     """Return splits with their inputs, and the nodes in columns."""
     ops, causes = sorted({n.op for n in graph.nodes}), sorted({n.cause for n in graph.nodes})
     return {

@@ -85,7 +85,7 @@ def test_plan_with_recorded_routing_does_what_the_run_did(model, n_tokens, n_uba
             texts = [
                 assignments_text(m.graph, splits, asg, p.sched.machine, level=2)
                 for p, m, splits, asg in (
-                    (plan, graph.graph, graph.splits, graph.assignment),
+                    (plan, graph.graph, graph.plan.splits, graph.plan.assignment),
                     (run, run._current, run.sched.splits, run.sched.assignment),
                 )
             ]

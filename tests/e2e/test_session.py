@@ -282,7 +282,7 @@ def test_a_plan_comes_true(llama, outputs):
     with Session.open(llama, data=False, **options) as plan, Session.open(llama, **options) as run:
         (planned,) = plan.plan_batch(40, outputs=outputs)
         run.decode(TOKENS, outputs=outputs)
-        assert [(s.backend_id, s.i_start, s.i_end, [t.name for t in s.inputs]) for s in planned.splits] == [
+        assert [(s.backend_id, s.i_start, s.i_end, [t.name for t in s.inputs]) for s in planned.plan.splits] == [
             (s.backend_id, s.i_start, s.i_end, [t.name for t in s.inputs]) for s in run.sched.splits
         ]
         assert plan.memory() == run.memory()

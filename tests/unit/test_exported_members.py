@@ -11,21 +11,34 @@ import pytest
 import pyggml
 from pyggml import ops
 
-#: The public names apart from the ops. A change here is a change for users: note it in CHANGELOG.md.
+#: The public names. A change here is a change for users: note it in CHANGELOG.md.
 NAMES = {
-    "CPU", "DIALECTS", "REGISTRY", "AllocError", "Backend", "BackendError", "Buffer", "BufferType", "BufferUsage", "Cause",
-    "ComputeError", "Context", "CopyPolicy", "Device", "DeviceType", "DeviceUnavailableError", "Dialect", "Event", "ExpertIdError",
-    "FormatError", "FullCopier", "GGUFFile", "Graph", "GraphError", "GraphView", "Observer", "Op", "OutOfMemoryError",
-    "Plan", "PyggmlError", "RPCError", "Recording", "Repairs", "SchedError", "Scheduler", "Session", "ShapeError", "Sim", "Split", "Statistics", "Tensor",
-    "TensorFlag", "Transfer", "Type", "UnsupportedOpError", "UpstreamCopier", "UsedExpertCopier", "alloc_tensors",
+    "CPU", "DIALECTS", "REGISTRY", "AllocError", "Backend", "BackendError", "Buffer", "BufferType", "BufferUsage",
+    "Cause", "ComputeError", "ComputeRecord", "Context", "CopyPolicy", "CopyRecord", "Device", "DeviceType",
+    "DeviceUnavailableError", "Dialect", "Event", "ExpertIdError", "FormatError", "FullCopier", "GGUFFile", "Graph",
+    "GraphError", "GraphView", "Observer", "Op", "OutOfMemoryError", "Plan", "Planner", "PyggmlError", "RPCError",
+    "ReadRecord", "Recorder", "Recording", "Repairs", "SchedError", "Scheduler", "Session", "ShapeError", "Sim",
+    "Split", "SplitRecord", "Statistics", "Tensor", "TensorFlag", "Transfer", "Type", "UnsupportedOpError",
+    "UpstreamCopier", "UsedExpertCopier", "UsedExpertsRecord", "VirtualClock", "WaitRecord", "ops",
 }  # fmt: skip
 
 
 def test_public_names_are_pinned() -> None:
-    """The names are these and the ops, each once."""
-    assert set(pyggml.__all__) - set(ops.__all__) == NAMES
+    """The names are these, each once; ops are reached by their namespace, and as attributes of the package."""
+    assert set(pyggml.__all__) == NAMES
     assert len(pyggml.__all__) == len(set(pyggml.__all__))
     assert not NAMES & set(ops.__all__)
+    assert all(getattr(pyggml, name) is getattr(ops, name) for name in ops.__all__)
+
+
+def test_import_of_all_names_hides_no_builtin() -> None:
+    """`from pyggml import *` leaves abs, round, set and sum as they are, and brings no op."""
+    import builtins
+
+    own: dict[str, object] = {}
+    exec("from pyggml import *", own)  # noqa: S102  the statement itself is what is tested
+    assert not {name for name in own if hasattr(builtins, name) and not name.startswith("_")}
+    assert "mul_mat" not in own
 
 
 def test_public_names_exist_and_are_documented() -> None:
