@@ -11,6 +11,8 @@ import click
 import cloup
 
 from ..errors import DeviceUnavailableError
+from ._console import warn
+from ._llama_flags import translate
 from ._values import DeviceList, split_devices
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelCommand",
     "ModelFlags",
+    "flags_of",
     "is_model_option",
     "model_options",
     "open_backends",
@@ -74,6 +77,11 @@ class ModelFlags:
     swa_full: bool
     flash_attn: Literal["on", "off", "auto"]
     tensor_split: str
+    split_mode: str
+    main_gpu: int
+    use_mmap: bool
+    n_seq_max: int
+    kv_unified: bool
     expert_copy: str
 
     def placement(self) -> PlacementFlags:
@@ -88,6 +96,7 @@ class ModelFlags:
             n_gpu_layers=self.n_gpu_layers,
             overrides=self.overrides,
             tensor_split=shares,
+            use_mmap=self.use_mmap,
         )
 
     def context(self, *, n_ctx: int | None = None) -> ContextFlags:
@@ -105,6 +114,8 @@ class ModelFlags:
             offload_kqv=self.kv_offload,
             op_offload=self.op_offload,
             swa_full=self.swa_full,
+            n_seq_max=self.n_seq_max,
+            kv_unified=self.kv_unified,
         )
 
     def copier(self) -> CopyPolicy | Literal["used"]:
@@ -128,6 +139,12 @@ _PLACEMENT = cloup.option_group(
     cloup.option("-ot", "--override-tensor", multiple=True, metavar="REGEX=BUFT",
                  help="Put matching weights into a buffer type. Of these four, the first that matches holds."),
     cloup.option("-ts", "--tensor-split", default="", metavar="N,N", help="Shares of the devices. [by free memory]"),
+    cloup.option("-sm", "--split-mode", type=click.Choice(["layer", "none", "row", "tensor"]), default="layer",
+                 show_default=True, help="none: one device only, that of -mg. row and tensor are refused."),
+    cloup.option("-mg", "--main-gpu", type=click.IntRange(0), default=0, show_default=True, metavar="N",
+                 help="With -sm none: which device, from 0."),
+    cloup.option("--mmap/--no-mmap", "use_mmap", default=True,
+                 help="Use weights in host memory where the file is mapped. [on]"),
 )  # fmt: skip
 _CONTEXT = cloup.option_group(
     "Context and KV cache, as in llama.cpp",
@@ -144,6 +161,9 @@ _CONTEXT = cloup.option_group(
     cloup.option("-ctv", "--cache-type-v", "type_v", type=_CACHE_TYPE, metavar="TYPE", default="f16", show_default=True,
                  help="Type of V."),
     cloup.option("--kv-offload/--no-kv-offload", default=True, help="Keep the KV cache on the device. [on]"),
+    cloup.option("-np", "--parallel", "n_seq_max", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+                 help="Sequences, among which the context is shared out."),
+    cloup.option("-kvu", "--kv-unified/--no-kv-unified", default=False, help="One KV cache for all sequences. [off]"),
     cloup.option("--swa-full", is_flag=True, help="Full-size cache for layers with a sliding window."),
 )  # fmt: skip
 _COMPUTING = cloup.option_group(
@@ -157,10 +177,12 @@ _COMPUTING = cloup.option_group(
 
 
 class ModelCommand(cloup.Command):
-    """A command with `model_options`: it keeps the order of options in which the first holds."""
+    """A command with `model_options`: it takes llama.cpp's flags, and keeps the order of options in which the first holds."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, and note placing options as they came."""
+        if not ctx.resilient_parsing:
+            args = self.translate(ctx, args)
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
         taken = {name: iter(values.get(name) or ()) for name in _PLACING if name != "cpu_moe"}
         placing = ctx.meta.setdefault(__name__, [])
@@ -173,6 +195,19 @@ class ModelCommand(cloup.Command):
                 placing.append(f"{param.opts[-1]} {next(taken[param.name])}")
         return super().parse_args(ctx, args)
 
+    def translate(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Return a pasted command line in this command's words; what has no effect is named in one line."""
+        options = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]
+        own = {name: not (o.is_flag or o.count) for o in options for name in (*o.opts, *o.secondary_opts)}
+        try:
+            found = translate(args, own)
+        except click.UsageError as error:
+            error.ctx = ctx
+            raise
+        if found.ignored:
+            warn(f"without effect here: {', '.join(found.ignored)}")
+        return found.words
+
 
 def is_model_option(name: str) -> bool:
     """Return whether a parameter of a command is one of `model_options`, those of `placing_words` aside."""
@@ -184,16 +219,20 @@ def placing_words(ctx: click.Context) -> list[str]:
     return [w if w.startswith("--") else f"--override-tensor {w}" for w in ctx.meta.get(__name__, ())]
 
 
+def flags_of(ctx: click.Context) -> ModelFlags:
+    """Return the shared options of a command that was parsed."""
+    own = {f: ctx.params[f] for f in ModelFlags.__slots__ if f != "overrides"}
+    return ModelFlags(overrides=tuple(ctx.meta[__name__]), **own)
+
+
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command of `ModelCommand` the shared options; it gets them as ``flags: ModelFlags``."""
 
     @functools.wraps(function)
     def call(**given: Any) -> Any:
-        for name in _PLACING:
-            given.pop(name)
-        own = {f: given.pop(f) for f in ModelFlags.__slots__ if f != "overrides"}
-        placing = click.get_current_context().meta[__name__]
-        return function(flags=ModelFlags(overrides=tuple(placing), **own), **given)
+        flags = flags_of(click.get_current_context())
+        rest = {name: value for name, value in given.items() if name not in (*_PLACING, *ModelFlags.__slots__)}
+        return function(flags=flags, **rest)
 
     return _PLACEMENT(_CONTEXT(_COMPUTING(call)))
 
@@ -227,5 +266,11 @@ def open_backends(flags: ModelFlags, *, data: bool = True) -> tuple[list[Backend
         raise DeviceUnavailableError("cpu", "the CPU comes last in a list of devices", hint=f"not {flags.device}")
     if names == ["none"]:
         names = []
+    if flags.split_mode in ("row", "tensor"):
+        raise click.UsageError(f"-sm {flags.split_mode}: weights are split by layers only here (-sm layer)")
+    if flags.split_mode == "none" and names:
+        if flags.main_gpu >= len(names):
+            raise click.UsageError(f"-mg {flags.main_gpu}: there are {len(names)} devices beside the CPU, from 0")
+        names = [names[flags.main_gpu]]
     backends = [device.backend() for device in REGISTRY.open_all(names, data=data)]
     return backends, CPU(flags.threads) if data else REGISTRY.open_all(["cpu"], data=False)[0].backend()

@@ -17,8 +17,9 @@ from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect
 from ..sched.state import Cause
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table
 from ._header import print_header, why_not_captured
-from ._model_options import ModelCommand, ModelFlags, model_options, open_backends, parse_sizes
+from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
 from ._page import about_devices, about_model, check_outputs, given_options, write_records
+from ._sweep import FORMATS, SweepCommand, combinations, print_sweep, sweep_rows
 from ._tables import memory_table, too_large
 from ._values import ModelPath
 
@@ -43,11 +44,12 @@ Examples:
   pyggml splits moe.gguf --cpu-moe --batches 512,1
   pyggml splits moe.gguf -dev sim:rtx3090-pcie4,cpu -ncmoe 24 -ub 2048 --html plan.html
   pyggml splits moe.gguf --cpu-moe --dialect 0.26,0.27
+  pyggml splits gpt-oss-120b -c 8192 -ncmoe 24,28 -ub 512,2048 -p 2048 -n 128 -o md
   pyggml splits moe.gguf --json | jq .memory
 """
 
 
-@cloup.command("splits", cls=ModelCommand, epilog=EXAMPLES)
+@cloup.command("splits", cls=SweepCommand, epilog=EXAMPLES)
 @click.argument("model", type=ModelPath())
 @cloup.option_group(
     "What is planned",
@@ -101,6 +103,8 @@ Examples:
     cloup.option("--format", "form", type=click.Choice(["table", "ggml"]), default="table", show_default=True,
                  help="ggml: what GGML_SCHED_DEBUG=2 prints."),
     cloup.option("--json", "as_json", is_flag=True, help="Print the plan as JSON."),
+    cloup.option("-o", "--output", "bench", type=click.Choice(FORMATS),
+                 help="Print only a row for each batch, as llama-bench. Lists, as in -ncmoe 20,24 -ub 512,2048, do so, too."),
 )  # fmt: skip
 def command(
     flags: ModelFlags,
@@ -116,6 +120,7 @@ def command(
     timeline: Path | None,
     html: Path | None,
     as_json: bool,
+    bench: str | None,
 ) -> None:
     """Plan a GGUF model without reading a weight: splits, copies, memory, causes."""
     from ..cost import CPU_PROFILE, host_profile
@@ -136,6 +141,16 @@ def command(
     if form == "ggml" and (as_json or timeline or html):
         raise click.UsageError("--format ggml prints that text alone: leave out --json, --timeline and --html")
     check_outputs(model, timeline, html)
+    ctx = click.get_current_context()
+    if bench is not None or len(combinations(ctx)) > 1:
+        if timeline or html or form == "ggml":
+            raise click.UsageError("lists and -o print rows alone: leave out --html, --timeline and --format ggml")
+        if len(dialects) > 1:
+            raise click.UsageError("lists and -o go with one --dialect")
+        stated = around if host else None
+        rows = [*sweep_rows(ctx, model, batches, assumed, outputs, graph, dialects[0], stated)]
+        print_sweep(rows, "json" if as_json else bench)
+        ctx.exit(0 if any(row["fits"] for row in rows) else EXIT_DOES_NOT_FIT)
     recording = Recording() if timeline or html else None
     backends, cpu = open_backends(flags, data=False)
     if graph != "built" and (missing := why_not_captured(model, graph)) is not None:
@@ -165,7 +180,7 @@ def command(
                     click.echo(ggml_text(planner, planned), nl=False)
             return
         plans = plan_batches(planner, sizes, outputs=outputs, routing=assumed)
-        fits = memory_fits(planner.memory(), planner.backends)
+        fits = memory_fits(planner.memory(), planner.backends, host_bytes=around.memory_bytes if host else None)
         if recording is not None:
             write_records(
                 recording.records, _about(planner, assumed, fits), timeline=timeline, html=html, name=model.stem

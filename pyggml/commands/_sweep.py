@@ -1,0 +1,145 @@
+"""Lists in options, as llama-bench has them: each combination planned, one table with rows such as pp2048 and tg128."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from ..routing import Routing
+from ._console import n_bytes, report, table
+from ._model_options import ModelCommand, ModelFlags, flags_of, open_backends, parse_sizes
+
+if TYPE_CHECKING:
+    from ..dialect import Dialect
+    from ..hardware.hosts import Host
+    from ..planning import GraphChoice
+
+__all__ = ["FORMATS", "SweepCommand", "combinations", "print_sweep", "sweep_rows"]
+
+FORMATS = ("md", "csv", "json", "jsonl")
+#: Options that take a list.
+LISTS = ("n_gpu_layers", "n_cpu_moe", "n_cpu_ffn", "n_batch", "n_ubatch", "flash_attn", "type_k", "type_v")
+_KEY = __name__
+
+
+class SweepCommand(ModelCommand):
+    """A command whose options of `LISTS` may be lists; it is parsed with the first value of each."""
+
+    def translate(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Return the words of the first combination; all are kept for `combinations`."""
+        words = super().translate(ctx, args)
+        names = {o: p.name for p in self.get_params(ctx) for o in p.opts}
+        choices = [
+            word.split(",") if i and names.get(words[i - 1]) in LISTS and "," in word else [word]
+            for i, word in enumerate(words)
+        ]
+        varied = [i for i, choice in enumerate(choices) if len(choice) > 1]
+        made = [list(combination) for combination in itertools.product(*choices)]
+        if varied:
+            ctx.meta[_KEY] = [({words[i - 1]: one[i] for i in varied}, one) for one in made]
+        return list(made[0])
+
+
+def combinations(ctx: click.Context) -> list[tuple[dict[str, str], ModelFlags]]:
+    """Return each combination of a command's lists: what varies, and all flags; one without labels if there is no list."""
+    if _KEY not in ctx.meta:
+        return [({}, flags_of(ctx))]
+    return [(labels, flags_of(ctx.command.make_context("splits", list(words)))) for labels, words in ctx.meta[_KEY]]
+
+
+def sweep_rows(
+    ctx: click.Context,
+    model: Path,
+    batches: str,
+    routing: Routing,
+    outputs: Literal["last", "all"],
+    graph: GraphChoice,
+    dialect: Dialect,
+    host: Host | None,
+) -> Iterator[dict[str, Any]]:
+    """Plan every combination and yield a row for each batch size: what to expect of real hardware, and virtual time.
+
+    Notes
+    -----
+    A batch of one token is called tg128: each of 128 tokens takes the graph of the first, as a cache of up to 256 tokens
+    is read as one of 256.
+    """
+    from ..cost import CPU_PROFILE, host_profile
+    from ..foresight.planned import foresee
+    from ..hardware.hosts import DEFAULT_HOST
+    from ..plan_report import memory_fits, plan_batches
+    from ..planning import Planner, virtual_clock
+
+    machine = host_profile(host) if host else CPU_PROFILE
+    for labels, flags in combinations(ctx):
+        backends, cpu = open_backends(flags, data=False)
+        with Planner.open(
+            model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
+            graph=graph, strict=True, dialect=dialect, copier=flags.copier(), clock=virtual_clock([*backends, cpu], machine),
+        ) as planner:  # fmt: skip
+            plans = plan_batches(planner, parse_sizes(batches), outputs=outputs, routing=routing)
+            fits = memory_fits(planner.memory(), planner.backends, host_bytes=host.memory_bytes if host else None)
+            speeds = foresee(planner, [plan.n_tokens for plan in plans], host or DEFAULT_HOST) or {}
+            for plan in plans:
+                s = plan.simulated
+                rate = None if s is None else s.tokens_per_s
+                real = speeds.get(plan.n_tokens)
+                yield {
+                    "model": planner.hparams.name or model.stem,
+                    **labels,
+                    "test": "tg128" if plan.n_tokens == 1 else f"pp{plan.n_tokens}",
+                    "t/s": None if real is None else round(real.mid, 2),
+                    "low": None if real is None else round(real.low, 2),
+                    "high": None if real is None else round(real.high, 2),
+                    "virtual t/s": None if rate is None else round(rate, 2),
+                    "splits": len(plan.graphs[0].splits),
+                    "copied_bytes": sum(g.bytes_expected for g in plan.graphs) if s is None else s.bytes_copied,
+                    **{f"{f.memory.buft}_bytes": f.memory.total for f in fits if f.backend},
+                    "fits": not any(f.missing_bytes for f in fits),
+                }
+
+
+def print_sweep(rows: Sequence[dict[str, Any]], form: str | None) -> None:
+    """Print rows as llama-bench's formats, or as a table for people."""
+    if form == "json":
+        click.echo(json.dumps(rows, indent=2))
+    elif form == "jsonl":
+        for row in rows:
+            click.echo(json.dumps(row))
+    elif form == "csv":
+        text = StringIO()
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        click.echo(text.getvalue(), nl=False)
+    else:
+        names = [name.removesuffix("_bytes") for name in rows[0]]
+        cells = [[_cell(name, value) for name, value in row.items()] for row in rows]
+        if form == "md":
+            lines = [names, ["---:" if isinstance(v, int | float) else "---" for v in rows[0].values()], *cells]
+            for line in lines:
+                click.echo(f"| {' | '.join(line)} |")
+            return
+        made = table(
+            "Plans: tokens/s to expect, from low to high in four cases of five, and in virtual time",
+            *names,
+            right=tuple(n for n in names if n not in ("model", "test", "fits")),
+        )
+        for row, line in zip(rows, cells, strict=True):
+            made.add_row(*line, style=None if row["fits"] else "red")
+        report().print(made)
+
+
+def _cell(name: str, value: Any) -> str:
+    if name.endswith("_bytes"):
+        return n_bytes(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else f"{value:,.2f}" if isinstance(value, float) else str(value)
