@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -108,8 +109,15 @@ def find_devices() -> tuple[list[DeviceFacts], dict[str, str]]:
 
 @cloup.command("devices", short_help="Show devices, their memory, and what they can run.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(as_json: bool) -> None:
+@click.option(
+    "--measure", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="Measure what this machine's cores read of memory, and write FILE, which `splits --host FILE` takes.",
+)  # fmt: skip
+def command(as_json: bool, measure: Path | None) -> None:
     """Show the devices of this machine, their buffer types and memory, what they can run, and why others are missing."""
+    if measure is not None:
+        _measure(measure, as_json=as_json)
+        return
     found, missing = find_devices()
     from . import _console
 
@@ -117,6 +125,24 @@ def command(as_json: bool) -> None:
         _console.print_json(_as_json(found, missing))
     else:
         _print(found, missing)
+
+
+def _measure(path: Path, *, as_json: bool) -> None:
+    """Measure this machine's memory, and write the profile of the host."""
+    from ..hardware.hosts import write_host
+    from ..hardware.measure import measure_host
+    from . import _console
+
+    host = measure_host()
+    write_host(host, path)
+    if as_json:
+        _console.print_json(asdict(host))
+        return
+    size = f", {host.memory_bytes / 2**30:.0f} GiB" if host.memory_bytes else ""
+    _console.report().print(
+        f"{host.description}: {host.n_cores} cores ({host.isa}) read {host.read_bytes_per_s / 1e9:.1f} GB/s{size}"
+    )
+    _console.report().print(f"Written to {path}: use it as --host {path}")
 
 
 def _as_json(found: list[DeviceFacts], missing: dict[str, str]) -> dict[str, Any]:  # of JSON's values

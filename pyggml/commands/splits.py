@@ -89,7 +89,7 @@ Examples:
         "--host",
         default="",
         metavar="SPEC",
-        help="The machine around simulated devices: ddr4-3200x2,cores=8,64GiB, read=60GB/s or a processor's name.",
+        help="The machine around simulated devices: ddr4-3200x2,cores=8,64GiB, or FILE.json of devices --measure.",
     ),
 )
 @model_options

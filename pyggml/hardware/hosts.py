@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from ..errors import DeviceUnavailableError
 
-__all__ = ["DEFAULT_HOST", "Host", "find_cpu", "memory_rate", "parse_host"]
+__all__ = ["DEFAULT_HOST", "Host", "find_cpu", "memory_rate", "parse_host", "write_host"]
 
 #: What a core computes a clock in 8-bit products with VNNI, without, and with AMX, times a clock of 4 GHz.
 _ISA = {"amx": 2.0, "avx512": 1.6, "vnni": 1.3, "avx2": 1.0, "neon": 0.8}
@@ -98,7 +100,7 @@ def parse_host(text: str) -> Host:
     ----------
     text : str
         Parts with commas, in any order: RAM and channels (``ddr5-6000x2``) or what it reads (``read=60GB/s``),
-        ``cores=16``, ``isa=avx512``, its size (``64GiB``), or a processor's name.
+        ``cores=16``, ``isa=avx512``, its size (``64GiB``), or a processor's name. Or a file of `write_host`.
 
     Raises
     ------
@@ -111,6 +113,8 @@ def parse_host(text: str) -> Host:
     >>> host.n_cores, host.memory_bytes // 2**30, round(host.read_bytes_per_s / 1e9, 1)
     (8, 64, 45.1)
     """
+    if text.endswith(".json"):
+        return _read_host(Path(text))
     rate, n_cores, isa, size = None, None, None, 0
     for part in filter(None, (p.strip() for p in text.split(","))):
         low = part.lower()
@@ -133,3 +137,32 @@ def parse_host(text: str) -> Host:
     if (rate is not None and not rate > 0) or n_cores == 0:
         raise DeviceUnavailableError(f"host:{text}", "rates and cores must be above 0")
     return Host(rate or DEFAULT_HOST.read_bytes_per_s, n_cores or DEFAULT_HOST.n_cores, isa or "avx2", size, text)
+
+
+def write_host(host: Host, path: Path) -> None:
+    """Write a host as a file that `parse_host` takes; its name ends in ``.json``.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        The file cannot be written, or has another name.
+    """
+    if path.suffix != ".json":
+        raise DeviceUnavailableError(f"host:{path}", "a profile's name ends in .json")
+    try:
+        path.write_text(json.dumps(asdict(host), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DeviceUnavailableError(f"host:{path}", f"cannot be written: {error.strerror}") from None
+
+
+def _read_host(path: Path) -> Host:
+    try:
+        host = Host(**json.loads(path.read_text(encoding="utf-8")))
+        if not (host.read_bytes_per_s > 0 and host.n_cores > 0 and host.isa in _ISA):
+            raise ValueError("a rate, the cores or the instructions cannot be")
+    except OSError as error:
+        raise DeviceUnavailableError(f"host:{path}", f"cannot be read: {error.strerror}") from None
+    except (TypeError, ValueError) as error:
+        hint = "`pyggml devices --measure FILE.json` writes one"
+        raise DeviceUnavailableError(f"host:{path}", f"is no profile of a host: {error}", hint=hint) from None
+    return host

@@ -268,3 +268,22 @@ def test_a_plan_and_an_estimate_agree(tmp_path: Path, monkeypatch: pytest.Monkey
         same = Machine(machine.cards, [link], host)
         for n, speed in speeds.items():
             assert speed.mid == pytest.approx(1 / _seconds("olmoe-1b-7b", same, n, n_cpu_moe=n_cpu_moe))
+
+
+def test_a_measured_host_is_a_file_that_host_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`devices --measure` writes what this machine's memory gives; a file that is no profile is told."""
+    path = tmp_path / "host.json"
+    assert run(["devices", "--measure", str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    host = parse_host(str(path))
+    assert (host.read_bytes_per_s, host.n_cores, host.isa) == (told["read_bytes_per_s"], told["n_cores"], told["isa"])
+    assert host.read_bytes_per_s > 1e8
+    assert host.n_cores >= 1
+    for text in ("[]", "{}", '{"read_bytes_per_s": -1}', '{"read_bytes_per_s": 1, "isa": "mmx"}', "no json"):
+        path.write_text(text)
+        with pytest.raises(DeviceUnavailableError, match="no profile of a host"):
+            parse_host(str(path))
+    with pytest.raises(DeviceUnavailableError, match="cannot be read"):
+        parse_host(str(tmp_path / "missing.json"))
+    assert run(["devices", "--measure", str(tmp_path / "host.txt")]) == 1
+    assert "ends in .json" in capsys.readouterr().err
