@@ -302,7 +302,7 @@ class Planner:
         n_seqs, n_tokens = self.params.n_seq_max, min(self.params.n_ctx, self.params.n_ubatch)
         if self.params.auto_flash_attn:
             self._settle_flash_attention(n_seqs)
-        n_outputs = min(n_tokens, self.params.n_batch)
+        n_outputs = min(n_tokens, self.params.n_outputs_max or self.params.n_batch)
         try:
             self._reserve_graph(n_tokens, n_seqs, n_outputs)
         except OutOfMemoryError:
@@ -334,7 +334,7 @@ class Planner:
             return
         self._holds_largest = True
         n_seqs, n_tokens = self.params.n_seq_max, min(self.params.n_ctx, self.params.n_ubatch)
-        n_outputs = min(n_tokens, self.params.n_batch)
+        n_outputs = min(n_tokens, self.params.n_outputs_max or self.params.n_batch)
         graph = self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_outputs))
         with suppress(OutOfMemoryError):
             self.sched.reserve(graph.graph)

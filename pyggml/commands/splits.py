@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ..foresight.api import Speed
     from ..hardware.hosts import Host
+    from ..models.context import ContextFlags
     from ..plan_report import BatchPlan, GraphPlan, MemoryFit, SplitPlan
     from ..planning import GraphChoice, Planner
     from ..record import Recorder
@@ -86,6 +87,15 @@ Examples:
         help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them.",
     ),
     cloup.option(
+        "-np",
+        "--parallel",
+        type=click.IntRange(-1),
+        default=None,
+        metavar="N",
+        help="Plan llama-server with N slots, which share the context and want one token's logits each; -1: 4 slots, one cache.",
+    ),
+    cloup.option("-kvu", "--kv-unified", is_flag=True, help="With -np: the slots share one cache."),
+    cloup.option(
         "--host",
         default="",
         metavar="SPEC",
@@ -115,6 +125,8 @@ def command(
     graph: GraphChoice,
     versions: str,
     routing: str,
+    parallel: int | None,
+    kv_unified: bool,
     host: str,
     all_splits: bool,
     timeline: Path | None,
@@ -132,6 +144,7 @@ def command(
     from ..routing import parse_routing
 
     sizes = parse_sizes(batches)
+    context = _context(flags, parallel, kv_unified=kv_unified)
     assumed = parse_routing(routing)
     dialects = _parse_dialects(versions)
     around = parse_host(host) if host else DEFAULT_HOST
@@ -161,7 +174,7 @@ def command(
 
         def open_planner(dialect: Dialect, recorder: Recorder) -> Planner:
             return Planner.open(
-                model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
+                model, devices=backends, cpu=cpu, placement=flags.placement(), context=context, data=False,
                 graph=graph, strict=True, dialect=dialect, copier=flags.copier(), clock=virtual_clock([*backends, cpu], machine),
                 recorder=recorder,
             )  # fmt: skip
@@ -169,7 +182,7 @@ def command(
         print_upgrades(open_planner, sizes, dialects, outputs=outputs, routing=assumed, as_json=as_json)
         return
     with Planner.open(
-        model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
+        model, devices=backends, cpu=cpu, placement=flags.placement(), context=context, data=False,
         graph=graph, strict=True, dialect=dialects[0], copier=flags.copier(), clock=virtual_clock([*backends, cpu], machine),
         recorder=recording,
     ) as planner:  # fmt: skip
@@ -196,6 +209,23 @@ def command(
                 report().print(_foresight_table(speeds))
         if any(f.missing_bytes for f in fits):
             click.get_current_context().exit(EXIT_DOES_NOT_FIT)
+
+
+def _context(flags: ModelFlags, parallel: int | None, *, kv_unified: bool) -> ContextFlags:
+    """Return the context asked for: of one sequence, or of a server's slots.
+
+    Notes
+    -----
+    Mirrors how llama-server sets its context: as many sequences as slots, logits for one token of each.
+    """
+    if parallel is None:
+        if kv_unified:
+            raise click.UsageError("-kvu goes with -np: one sequence has its cache for itself")
+        return flags.context()
+    if parallel == 0:
+        raise click.UsageError("-np 0: a server has at least one slot")
+    n_slots = 4 if parallel < 0 else parallel
+    return replace(flags.context(), n_seq_max=n_slots, n_outputs_max=n_slots, kv_unified=kv_unified or parallel < 0)
 
 
 def _parse_dialects(text: str) -> list[Dialect]:

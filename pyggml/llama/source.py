@@ -211,6 +211,7 @@ class CapturedSource(GraphSource):
             n_ubatch=facts["n_ubatch"],
             n_seq_max=facts["n_seq_max"],
             kv_unified=context.kv_unified,
+            n_outputs_max=context.n_outputs_max,
             type_k=context.type_k,
             type_v=context.type_v,
             flash_attn=has_flash,

@@ -35,6 +35,9 @@ class ContextFlags:
     n_batch: int = 2048  #: ``-b``: most tokens of one decode
     n_ubatch: int = 512  #: ``-ub``: most tokens of one graph
     n_seq_max: int = 1  #: sequences
+    n_outputs_max: int = (
+        0  #: most tokens of a batch whose logits are wanted, for which memory is planned; 0: ``n_batch``
+    )
     kv_unified: bool = False  #: all sequences share one stream of cells
     type_k: Type = Type.F16  #: ``-ctk``
     type_v: Type = Type.F16  #: ``-ctv``
@@ -68,6 +71,7 @@ class ContextParams:
     offload_kqv: bool
     op_offload: bool
     swa_full: bool
+    n_outputs_max: int = 0  #: most tokens of a batch whose logits are wanted; 0: `n_batch`
     # of graphs that are built here; whoever builds them elsewhere has rotary constants of its own
     n_ctx_orig: int = 0
     freq_base: float = 0.0
@@ -120,6 +124,7 @@ class ContextParams:
             offload_kqv=flags.offload_kqv,
             op_offload=flags.op_offload,
             swa_full=flags.swa_full,
+            n_outputs_max=flags.n_outputs_max,
             n_ctx_orig=hparams.n_ctx_orig_yarn,
             freq_base=round_f32(flags.rope_freq_base or hparams.rope_freq_base),
             freq_scale=freq_scale,

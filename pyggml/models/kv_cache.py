@@ -244,6 +244,7 @@ class KVCache:
         found = np.empty((len(streams), n_each), np.int64)
         for row, stream in enumerate(streams):
             cells = self.streams[stream]
+            cells.grow(max(cells.head, cells.used_end) + n_each)
             ahead = cells.pos[cells.head : cells.head + n_each]
             if len(ahead) == n_each and bool((ahead < 0).all()) and cells.head <= cells.n_used + 2 * n_each:
                 found[row] = np.arange(cells.head, cells.head + n_each)  # the common case: right after the last token
@@ -325,12 +326,14 @@ class KVCache:
         """
         if self.n_stream == 1 and len(part.seqs_unq) == 1:
             cells = self.streams[0]
+            cells.grow(n_kv)
             unseen = self._hidden(cells.pos[None, :n_kv], part.pos[:, None])
             unseen |= ((cells.seqs[:n_kv] & sequence_bit(part.seqs_unq[0])) == 0)[None, :]
             return unseen
         unseen = np.ones((part.n_tokens, n_kv), np.bool_)
         for seq in part.seqs_unq:
             cells = self.streams[self._stream_of(seq)]
+            cells.grow(n_kv)
             rows = np.flatnonzero(part.seqs == seq)
             own = (cells.seqs[:n_kv] & sequence_bit(seq)) != 0
             unseen[rows] = ~own[None, :] | self._hidden(cells.pos[None, :n_kv], part.pos[rows, None])

@@ -8,25 +8,39 @@ import numpy.typing as npt
 __all__ = ["Cells", "sequence_bit"]
 
 
+#: Cells that a book has from the beginning.
+_N_FIRST = 4096
+
+
 def sequence_bit(seq: int) -> np.uint64:
     """Return the bit that stands for a sequence in a cell's set of them."""
     return np.uint64(1 << seq)
 
 
 class Cells:
-    """The book of one stream.
+    """The book of one stream: what its first cells hold; those behind are empty, and take no room until `grow` is asked.
 
     Notes
     -----
     Mirrors `llama_kv_cells`.
     """
 
-    __slots__ = ("head", "pos", "seqs")
+    __slots__ = ("head", "n", "pos", "seqs")
 
     def __init__(self, n: int) -> None:
-        self.pos = np.full(n, -1, np.int32)  #: -1: empty
-        self.seqs = np.zeros(n, np.uint64)  #: bit s: the cell belongs to sequence s
+        self.n = n  #: cells of the stream
+        self.pos = np.full(min(n, _N_FIRST), -1, np.int32)  #: -1: empty
+        self.seqs = np.zeros(min(n, _N_FIRST), np.uint64)  #: bit s: the cell belongs to sequence s
         self.head = 0  #: where the search for cells starts
+
+    def grow(self, n: int) -> None:
+        """Have at least so many cells in the book, as far as there are so many."""
+        n_now, n = len(self.pos), min(n, self.n)
+        if n <= n_now:
+            return
+        n_more = min(max(n, 2 * n_now), self.n) - n_now
+        self.pos = np.concatenate([self.pos, np.full(n_more, -1, np.int32)])
+        self.seqs = np.concatenate([self.seqs, np.zeros(n_more, np.uint64)])
 
     @property
     def n_used(self) -> int:
@@ -77,5 +91,6 @@ class Cells:
     def copy(self) -> Cells:
         """Return a book that may be written without this one changing."""
         other = Cells(0)
+        other.n = self.n
         other.pos, other.seqs, other.head = self.pos.copy(), self.seqs.copy(), self.head
         return other

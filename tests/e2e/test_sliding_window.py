@@ -115,7 +115,7 @@ def test_a_conversation_that_forks_far_back_is_evaluated_anew(model, monkeypatch
     said = ["".join(chr(65 + i * i % 50) for i in range(n)) for n in (600, 100)]
     said = [said[0], said[1] + "!" * 100, said[1] + "!" * 100 + "???"]
     turns = iter(said)
-    monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda self, messages: next(turns))
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda self, messages, **_: next(turns))
     with session(model, n_ctx=1024) as s, session(model, n_ctx=1024) as fresh:
         talk = Conversation(s, Tokenizer.from_gguf(s.file), greedy)
         reused = []
