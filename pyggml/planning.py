@@ -350,7 +350,7 @@ class Planner:
 
     def _size_of_split(self) -> list[int]:
         """Return the compute buffers that the graph just split would need."""
-        copy = self.sched.graph_copy
+        copy = self.sched.sched_graph
         return self.sched.galloc.reserve_n_size(
             copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.sched.machine.cpu)
         )

@@ -277,7 +277,7 @@ class Replay:
             Tell what the scheduler knows of tensors; not after a reset.
         """
         sched = self._sched
-        graph = sched.graph_copy
+        graph = sched.sched_graph
         state: Record = {
             "n_splits": sched.n_splits,
             "n_copies": sched.n_copies,
@@ -331,7 +331,7 @@ class Replay:
 
     def _places(self) -> dict[str, list[object] | None]:
         """Return buffer and offset of all that the allocator saw, by name; dependencies have none."""
-        graph = self._sched.graph_copy
+        graph = self._sched.sched_graph
         chunks: dict[Buffer, tuple[object, int]] = {buffer: (id, 0) for buffer, id in self._static_buffers.items()}
         for b in range(len(self.backends)):
             for c, buffer in enumerate(self._sched.galloc.chunks(b)):

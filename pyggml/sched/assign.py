@@ -55,7 +55,7 @@ def assign_from_location(graph: Graph, asg: Assignment, machine: Machine, offloa
     follows ``view_src`` already.
     """
     ids, causes = asg.ids, asg.causes
-    supports_op, is_input, weights = machine.supports_op, int(TensorFlag.INPUT), BufferUsage.WEIGHTS
+    supports_op, is_input, weights = machine.op_checks, int(TensorFlag.INPUT), BufferUsage.WEIGHTS
     has_pins = asg.has_pins
     for tensors in (graph.leafs, graph.nodes):
         for tensor in tensors:
@@ -134,7 +134,7 @@ def expand(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
     ids = asg.ids
     computed = [node for node in nodes if not node.op.is_view]
     left = [i for i, node in enumerate(computed) if node not in ids]
-    supports_op = machine.supports_op
+    supports_op = machine.op_checks
     for barrier in (machine.cpu, None):
         for step in (1, -1):  # down, then up
             left = _sweep(computed, left[::step], step, asg, supports_op, barrier)[::step]
@@ -292,7 +292,7 @@ def settle(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
     Differs: upstream asks no backend about what the user pinned and what follows its view, and runs it
     (`Repairs.unsupported_ops`).
     """
-    causes, supports_op = asg.causes, machine.supports_op
+    causes, supports_op = asg.causes, machine.op_checks
     for node in nodes:
         root = node.view_src
         if (root is None and causes[node] in _WAS_ASKED) or not is_computed(node):

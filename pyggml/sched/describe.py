@@ -20,7 +20,7 @@ def split_records(cutter: Cutter) -> list[SplitRecord]:
     """
     asg, machine = cutter.asg, cutter.machine
     users: dict[tuple[Tensor, int], list[Tensor]] = {}
-    for node, _, src in cutter.rewritten:
+    for node, _, src in cutter.replaced_sources:
         users.setdefault((src, asg.ids[node]), []).append(node)
 
     def cause(tensor: Tensor) -> str:

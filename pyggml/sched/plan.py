@@ -13,7 +13,7 @@ from ..graph import Graph
 from ..tensor import Tensor
 from ..types import Op
 from .resources import CopyQueue, Resources
-from .split import Cutter, rewritten_sources
+from .split import Cutter, overwritten_sources
 from .state import Assignment, Machine, Split
 from .transfer import RunSlot, Transfer, input_kind, is_host_weight
 
@@ -108,7 +108,7 @@ def make_plan(graph: Graph, cutter: Cutter, resources: Resources, repairs: Repai
     machine, asg, splits = cutter.machine, cutter.asg, cutter.splits
     slot = RunSlot()
     readers: dict[Tensor, Tensor] = {}  # copy -> the first node that reads it
-    for node, j, _ in cutter.rewritten:
+    for node, j, _ in cutter.replaced_sources:
         copy = node.src[j]
         if copy is not None:
             readers.setdefault(copy, node)
@@ -133,7 +133,7 @@ def make_plan(graph: Graph, cutter: Cutter, resources: Resources, repairs: Repai
         made.append(own)
     overwritten: dict[int, list[Transfer]] = {}
     if repairs.stale_copies:
-        for i, sources in rewritten_sources(graph, cutter).items():
+        for i, sources in overwritten_sources(graph, cutter).items():
             overwritten[i] = [of_copy[key] for key in sources]
     further, written_ids = _readers_of_experts(cutter, slot, firsts) if firsts else ({}, {})
     return Plan(machine, graph, asg, splits, made, overwritten, further, written_ids, slot, resources)
@@ -150,7 +150,7 @@ def _readers_of_experts(
     cutter: Cutter, slot: RunSlot, firsts: Mapping[Tensor, Transfer]
 ) -> tuple[dict[int, list[Transfer]], dict[int, set[Tensor]]]:
     """Find the later readers of expert copies, by split, and the splits that write ids; note which weights are written."""
-    users = [(node, j, src) for node, j, src in cutter.rewritten if node.src[j] in firsts]
+    users = [(node, j, src) for node, j, src in cutter.replaced_sources if node.src[j] in firsts]
     ids_roots = {_root(node.src[2]) for node, _, _ in users if node.op is Op.MUL_MAT_ID and node.src[2] is not None}
     # ids that are copies change when their source is written, too (`Repairs.stale_copies`)
     copied_from: dict[Tensor, list[Tensor]] = {}

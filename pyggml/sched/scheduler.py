@@ -202,7 +202,7 @@ class Scheduler:
         self.splits: list[Split] = []
         self.copies: Copies = {}
         self.graph_inputs: list[Tensor] = []
-        self.graph_copy = SchedGraph()
+        self.sched_graph = SchedGraph()
         self.events: list[list[Event | None]] = [
             [b.device.event_new() if parallel else None for _ in range(self.n_copies)] for b in self.backends
         ]
@@ -221,8 +221,8 @@ class Scheduler:
         self._checked: tuple[CopyCheck, Observers] | None = None  # of the latest cut, once asked for
         self._allocated: ref[Graph] | None = None
         self._snapshot = Snapshot(())  # of the allocated graph
-        self._tenancy = Tenancy(self.graph_copy, ())  # in the compute buffers
-        self._rewritten: WeakKeyDictionary[Graph, list[tuple[Tensor, int, Tensor]]] = WeakKeyDictionary()
+        self._tenancy = Tenancy(self.sched_graph, ())  # in the compute buffers
+        self._replaced_sources: WeakKeyDictionary[Graph, list[tuple[Tensor, int, Tensor]]] = WeakKeyDictionary()
         self._kept: KeptAlloc | None = None
         self._thread = threading.RLock()
 
@@ -357,7 +357,7 @@ class Scheduler:
             graph.check()
         assign(graph, asg, self.machine, self.offload_rule if self.op_offload else None)
         cutter = Cutter(asg, self.machine, self._memory, n_copies=self.n_copies, cur_copy=self.cur_copy)
-        self._rewritten[graph] = cutter.rewritten
+        self._replaced_sources[graph] = cutter.replaced_sources
         cutter.cut(graph)
         if self.debug:
             sys.stderr.write(assignments_text(graph, cutter.splits, asg, self.machine, level=self.debug))
@@ -367,12 +367,12 @@ class Scheduler:
         self._node_ids, self._prev_node_ids = self._prev_node_ids, self._node_ids
         self._leaf_ids, self._prev_leaf_ids = self._prev_leaf_ids, self._leaf_ids
         deps = optimize_splits(graph, cutter.splits, self.machine)
-        self.graph_copy = make_sched_graph(graph, cutter, deps)
-        self._node_ids.write(self.graph_copy.node_backend_ids)
-        self._leaf_ids.write(self.graph_copy.leaf_backend_ids)
+        self.sched_graph = make_sched_graph(graph, cutter, deps)
+        self._node_ids.write(self.sched_graph.node_backend_ids)
+        self._leaf_ids.write(self.sched_graph.leaf_backend_ids)
         self.splits, self.copies, self.graph_inputs = cutter.splits, cutter.copies, cutter.graph_inputs
         self._cutter, self._cut_graph = cutter, ref(graph)
-        self._prev_graph_size, self._graph_size = self._graph_size, graph_size(graph, cutter, self.graph_copy)
+        self._prev_graph_size, self._graph_size = self._graph_size, graph_size(graph, cutter, self.sched_graph)
         if self._told is not None and self._told.takes(SplitRecord):
             for described in split_records(cutter):
                 self._told.record(described)
@@ -383,10 +383,10 @@ class Scheduler:
 
     def _restore(self, graph: Graph) -> None:
         """Undo what an earlier splitting and allocation of the same graph did to its tensors."""
-        rewritten = self._rewritten.pop(graph, None)
-        if rewritten is None:
+        replaced = self._replaced_sources.pop(graph, None)
+        if replaced is None:
             return
-        for node, j, src in rewritten:
+        for node, j, src in replaced:
             node.src[j] = src
         for tensor in (*graph.leafs, *graph.nodes):
             storage = tensor.storage
@@ -408,7 +408,7 @@ class Scheduler:
         with self._one_thread():
             self._synchronize()
             self._split(graph)
-            self._reserve_copy()
+            self._reserve_sched_graph()
             self.reserve_policy()
             self._reset()
 
@@ -424,12 +424,12 @@ class Scheduler:
             self._synchronize()
             self._split(graph)
             self.reserve_policy()
-            copy = self.graph_copy
+            copy = self.sched_graph
             with self._noting_buffers():
                 return self.galloc.reserve_n_size(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
 
-    def _reserve_copy(self) -> None:
-        copy = self.graph_copy
+    def _reserve_sched_graph(self) -> None:
+        copy = self.sched_graph
         with self._noting_buffers():
             self.galloc.reserve_n(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
 
@@ -462,7 +462,7 @@ class Scheduler:
         try:
             yield
         finally:
-            nodes = self.graph_copy.nodes
+            nodes = self.sched_graph.nodes
             sizes = [self.galloc.buffer_size(i) for i in range(len(self.bufts))]
             changed = [(i, self.bufts[i], n) for i, n in enumerate(sizes) if n != self._noted_sizes[i]]
             log.holds("compute", changed, start_s, graph=nodes[-1].name if nodes else "")
@@ -505,7 +505,7 @@ class Scheduler:
             self._kept = KeptAlloc(graph, self.assignment, self.copies, self._rules)
             self._snapshot = Snapshot(graph.nodes)
             chunks = [c for i in range(len(self.bufts)) for c in self.galloc.chunks(i)]
-            self._tenancy = Tenancy(self.graph_copy, chunks if self.repairs.reused_memory else ())
+            self._tenancy = Tenancy(self.sched_graph, chunks if self.repairs.reused_memory else ())
             for split in self.splits:
                 split.graph.is_verified = self.repairs.other_graph
         self._allocated = ref(graph)
@@ -545,21 +545,21 @@ class Scheduler:
         Mirrors `ggml_backend_sched_alloc_splits`.
         """
         bufts = self.bufts
-        moved = self._node_ids.moved(self._prev_node_ids, len(self.graph_copy.nodes), bufts) or self._leaf_ids.moved(
-            self._prev_leaf_ids, len(self.graph_copy.leafs), bufts
+        moved = self._node_ids.moved(self._prev_node_ids, len(self.sched_graph.nodes), bufts) or self._leaf_ids.moved(
+            self._prev_leaf_ids, len(self.sched_graph.leafs), bufts
         )
         with self._noting_buffers():  # with one buffer type the allocator reserves by itself
-            is_placed = not moved and self.galloc.alloc_graph(self.graph_copy)
+            is_placed = not moved and self.galloc.alloc_graph(self.sched_graph)
         if not is_placed:
             if self.realloc_callback is not None:
                 is_resized = self._graph_size != self._prev_graph_size
-                self.realloc_callback(self, self.graph_copy, moved, is_resized)
+                self.realloc_callback(self, self.sched_graph, moved, is_resized)
             # inputs may move in memory; next_copy must not change, so this is no `synchronize`
             self._wait()
-            self._reserve_copy()
-            self.galloc.alloc_graph(self.graph_copy)
+            self._reserve_sched_graph()
+            self.galloc.alloc_graph(self.sched_graph)
         if config.check():
-            check_allocation(self.graph_copy, self.galloc)
+            check_allocation(self.sched_graph, self.galloc)
 
     # -- computing -----------------------------------------------------------
 
@@ -688,12 +688,12 @@ class Scheduler:
         with self._one_thread():
             self._synchronize()
             self._reset()
-            for graph in list(self._rewritten):
+            for graph in list(self._replaced_sources):
                 self._restore(graph)
             self._kept = self._plan = self._checked = None
             self.resources.close()
             self.splits = []
-            self.graph_copy = SchedGraph()
+            self.sched_graph = SchedGraph()
             with self._noting_buffers():
                 self.galloc.close()
 

@@ -10,7 +10,7 @@ from ..tensor import Tensor, dup_layout, view_tensor
 from ..types import MAX_SRC, SCHED_MAX_SPLIT_INPUTS, BufferUsage, TensorFlag
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split, is_computed
 
-__all__ = ["CutMemory", "Cutter", "graph_size", "make_sched_graph", "optimize_splits", "rewritten_sources"]
+__all__ = ["CutMemory", "Cutter", "graph_size", "make_sched_graph", "optimize_splits", "overwritten_sources"]
 
 
 class CutMemory:
@@ -51,7 +51,7 @@ class Cutter:
         Copies of split inputs and of graph inputs.
     graph_inputs : list of Tensor
         Inputs that have pipeline copies.
-    rewritten : list of (Tensor, int, Tensor)
+    replaced_sources : list of (Tensor, int, Tensor)
         Node, index and former source, for every source that now is a copy.
     """
 
@@ -64,7 +64,7 @@ class Cutter:
         "memory",
         "n_copies",
         "pins_are_suspect",
-        "rewritten",
+        "replaced_sources",
         "splits",
     )
 
@@ -78,7 +78,7 @@ class Cutter:
         self.splits: list[Split] = []
         self.copies: Copies = {}
         self.graph_inputs: list[Tensor] = []
-        self.rewritten: list[tuple[Tensor, int, Tensor]] = []
+        self.replaced_sources: list[tuple[Tensor, int, Tensor]] = []
 
     def cut(self, graph: Graph) -> None:
         """Cut at every change of backend, and before every weight that must be copied.
@@ -126,7 +126,7 @@ class Cutter:
                     if split.backend_id not in by_backend:
                         by_backend[split.backend_id] = self._make_copies(src, split.backend_id)
                         self._add_input(split, src)
-                    self.rewritten.append((node, j, src))
+                    self.replaced_sources.append((node, j, src))
                     node.src[j] = by_backend[split.backend_id][self.cur_copy]
 
     def _needs_copy(self, src: Tensor, backend_id: int) -> bool:
@@ -212,7 +212,7 @@ class Cutter:
             self.graph_inputs.append(tensor)
 
 
-def rewritten_sources(graph: Graph, cutter: Cutter) -> dict[int, list[tuple[Tensor, int]]]:
+def overwritten_sources(graph: Graph, cutter: Cutter) -> dict[int, list[tuple[Tensor, int]]]:
     """Return, by split, the sources of copies that its nodes write although splits behind it read the copy.
 
     Returns
@@ -232,7 +232,7 @@ def rewritten_sources(graph: Graph, cutter: Cutter) -> dict[int, list[tuple[Tens
         return found
     split_of = {node: i for i, split in enumerate(cutter.splits) for node in split.graph.nodes}
     users: dict[tuple[Tensor, int], list[int]] = {}
-    for node, _, source in cutter.rewritten:
+    for node, _, source in cutter.replaced_sources:
         users.setdefault((source, cutter.asg.ids[node]), []).append(split_of[node])
     for writer in writers:
         i = split_of[writer]

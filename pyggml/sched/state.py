@@ -171,7 +171,7 @@ class Machine:
         object.__setattr__(self, "cpu", len(self.backends) - 1)
 
     @property
-    def supports_op(self) -> list[Callable[[Tensor], bool]]:
+    def op_checks(self) -> list[Callable[[Tensor], bool]]:
         """The question whether a node can be run, to each backend; to its device at once where the backend passes it on."""
         passes_on = Backend.supports_op
         asked = [b.supports_op for b in self.backends]

@@ -52,7 +52,7 @@ def make(kind: type[ggml.Scheduler], n_splits: int, **options: Any) -> tuple[ggm
     sched = kind([gpu, cpu], **options)
     graph = ggml.Graph()
     with graph:
-        x = graph.input("f32", (32, 4), name="x")
+        x = graph.input("f32", (32, 4), name="x").set_output()  # computed again and again with what is set once
         nodes = [x]
         for _ in range(n_splits):
             nodes.append(ggml.scale(nodes[-1], 1.0))

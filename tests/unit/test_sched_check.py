@@ -143,19 +143,19 @@ def test_a_wrong_reordering_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shared_memory_is_noticed() -> None:
     """Two tensors that are needed at the same time and share a byte are an error that names both."""
     sched, _, nodes = _decided()
-    check_allocation(sched.graph_copy, sched.galloc)
+    check_allocation(sched.sched_graph, sched.galloc)
     a, b, c = nodes
     x = a.src[0]
     assert x is not None
     assert x.data is not None
     a.data = x.data + 32
     with pytest.raises(SchedError, match=r"'a' \(bytes 32..287\) overwrites 'x' \(bytes 0..255\)"):
-        check_allocation(sched.graph_copy, sched.galloc)
+        check_allocation(sched.sched_graph, sched.galloc)
     assert b.data is not None
     assert c.data is not None
     c.data = None
     with pytest.raises(SchedError, match="'c' has no memory"):
-        check_allocation(sched.graph_copy, sched.galloc)
+        check_allocation(sched.sched_graph, sched.galloc)
 
 
 def test_memory_outside_a_buffer_is_noticed() -> None:
@@ -165,4 +165,4 @@ def test_memory_outside_a_buffer_is_noticed() -> None:
     assert buffer is not None
     nodes[0].data = buffer.base + buffer.size - 4
     with pytest.raises(SchedError, match="'a' lies outside its buffer"):
-        check_allocation(sched.graph_copy, sched.galloc)
+        check_allocation(sched.sched_graph, sched.galloc)

@@ -165,7 +165,7 @@ def test_realloc_callback_is_told_of_reserves() -> None:
     sched.alloc_graph(graph(4096, 2))
     assert [t[2:] for t in told] == [(False, False)]
     assert told[0][0] is sched
-    assert [t.name for t in told[0][1].nodes] == [t.name for t in sched.graph_copy.nodes]
+    assert [t.name for t in told[0][1].nodes] == [t.name for t in sched.sched_graph.nodes]
     sched.alloc_graph(graph(4096, 5))
     assert [t[2:] for t in told[1:]] == [(False, True)]
     sched.alloc_graph(graph(4096, 5, on_device=False))
