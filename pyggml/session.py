@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +59,13 @@ class BatchRecord:
     virtual_s: float | None = None  #: what it took on the scheduler's clock, if there is one
 
 
+class Watcher(Protocol):
+    """Looks at tensors while a micro-batch is computed."""
+
+    def watch(self, graph: ModelGraph, part: MicroBatch) -> Callable[[Tensor, bool], bool]:
+        """Return the eval callback of one micro-batch; see `Scheduler.set_eval_callback`."""
+
+
 class Session(Planner):
     """A model in use: see the module's text. Made by `Session.open`.
 
@@ -67,6 +75,8 @@ class Session(Planner):
         How often a graph was used again.
     abort : callable or None
         Asked before each micro-batch; True raises `ComputeError` with status 1.
+    watcher : Watcher or None
+        Gives the eval callback of each micro-batch, as `TopK` does.
     on_batch : callable or None
         Told of each micro-batch, as a `BatchRecord`, once its results are there.
     """
@@ -74,6 +84,7 @@ class Session(Planner):
     n_reused: int = 0
     abort: Callable[[], bool] | None = None
     on_batch: Callable[[BatchRecord], None] | None = None
+    watcher: Watcher | None = None
     source: BuiltSource
     _current: ModelGraph | None = None
     _filler: InputFiller | None = None
@@ -181,7 +192,8 @@ class Session(Planner):
             graph, is_reused = self._graph_for(part, slot)
             assert self._filler is not None
             self._filler.fill(part, slot)
-            self.sched.set_eval_callback(topk.watch(graph, part) if topk is not None else None)
+            looks = [watcher.watch(graph, part) for watcher in (self.watcher, topk) if watcher is not None]
+            self.sched.set_eval_callback(_all_look(looks) if looks else None)
             self.sched.compute_async(graph.graph)
             if into.size:
                 backend = self.sched.tensor_backend(graph.logits)
@@ -363,3 +375,13 @@ class Session(Planner):
             raise SchedError("the session is closed")
         if not self.data:
             raise SchedError("the session has no data", hint="open it without data=False to decode")
+
+
+def _all_look(looks: list[Callable[[Tensor, bool], bool]]) -> Callable[[Tensor, bool], bool]:
+    """Return one eval callback of several: a tensor is shown if one wants it, and computing goes on if all say so."""
+
+    def see(tensor: Tensor, ask: bool) -> bool:
+        said = [look(tensor, ask) for look in looks]
+        return any(said) if ask else all(said)
+
+    return see

@@ -15,6 +15,9 @@ import numpy as np
 
 from ..errors import GraphError, PyggmlError, visible
 from ..gguf import GGUFFile, require_model
+from ..lab import Phase
+from ..lab.formats import jsonl, moe_cache_eval
+from ..lab.recording import RoutingRecorder
 from ..models.hparams import HParams
 from ..planning import virtual_clock
 from ..record import Recording
@@ -60,6 +63,7 @@ class _Run:
     output: Output
     report: RunReport
     recording: Recording | None
+    routing: RoutingRecorder | None = None
 
     def finish(self) -> None:
         """Write what was recorded and print the report, complete or not."""
@@ -85,6 +89,10 @@ class _Run:
                 html=self.output.html,
                 name=Path(self.report.model["path"]).stem,
             )
+        if self.routing is not None and self.output.routing is not None:
+            write = moe_cache_eval.write if self.output.routing.suffix == ".npz" else jsonl.write
+            with aside(self.output.routing) as part:
+                write(self.routing.trace(), part)
 
     def _print(self) -> None:
         if self.output.as_json:
@@ -211,7 +219,8 @@ def _open(
         told.seconds["kernels"] = load_s - kernels_s
         told.seconds["load"] = time.perf_counter() - load_s
         told.watch(session)
-        run = _Run(session, tokenizer, output, told, recording)
+        routing = None if output.routing is None else RoutingRecorder(str(output.routing), hparams, file)
+        run = _Run(session, tokenizer, output, told, recording, routing)
         try:
             yield run
             told.is_complete = True
@@ -248,12 +257,12 @@ def _evaluate_prompt(run: _Run, ids: list[int]) -> npt.NDArray[np.float32]:
     if run.output.logits is None and run.output.routing is None:
         last = run.session.decode(ids, outputs="last")[-1]
         return last
-    topk = TopK()
+    topk = None if run.output.logits is None else TopK()
+    if run.routing is not None:
+        run.session.watcher = run.routing
     logits = run.session.decode(ids, outputs="all", topk=topk)
-    if run.output.logits is not None:
+    if run.output.logits is not None and topk is not None:
         _save(run.output.logits, logits=logits, topk=topk.ids)
-    if run.output.routing is not None:
-        _save(run.output.routing, topk=topk.ids)
     last = logits[-1]
     return last
 
@@ -273,6 +282,8 @@ def _generate(
     """Draw tokens until there are ``n_predict`` or the text ends."""
     told = run.report
     told.account.phase = "generate"
+    if run.routing is not None:
+        run.routing.phase = Phase.DECODE
     stop = frozenset() if ignore_eos else frozenset(run.tokenizer.eog_ids)
     decoder = StreamDecoder(run.tokenizer)
     with told.timed("generate"):

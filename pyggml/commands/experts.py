@@ -389,3 +389,12 @@ def _predict_table(scores: list[Score], trace: Trace, policy: str) -> Table:
             share(s.break_even),
         )
     return shown
+
+
+@command.command("fetch")
+@click.argument("folder", type=click.Path(path_type=Path))
+def fetch_command(folder: Path) -> None:
+    """Fetch public traces, checked by hash: BigMoeOnEdge, onnx-genai, 15 prompts of gpt-oss-20b (5 MB)."""
+    from ..lab.public import fetch
+
+    report().print(f"{len(fetch(folder, click.echo))} files in {folder}")

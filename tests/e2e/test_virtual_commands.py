@@ -50,7 +50,7 @@ def test_splits_with_the_recorded_routing_copies_what_the_run_copied(ran, llama,
     given = ["--routing", f"trace:{routing}", "--batches", "40", "--outputs", "all"]
     assert cli.run(["splits", str(llama), *given, *PLACEMENT]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert "40 tokens" in plan["virtual"]["assumed"]["routing"]
+    assert "43 tokens" in plan["virtual"]["assumed"]["routing"]
     virtual = plan["batches"][0]["virtual"]
     copied = virtual["bytes_by_reason"]["experts"] + virtual["bytes_by_reason"]["weight"]
     assert copied == report["experts"]["prompt"]["bytes_copied"] > 0

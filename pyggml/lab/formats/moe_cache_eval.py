@@ -111,6 +111,9 @@ def write(trace: Trace, path: Path) -> None:
         "sequences": trace.sequence.astype(np.int32), "ids": trace.ids, "projections": np.array(trace.projections),
         "model": np.array(trace.model),
     }  # fmt: skip
+    by_layer = [trace.ids[np.repeat(trace.layer == layer, np.diff(trace.first_row))] for layer in trace.layers]
+    if len({len(rows) for rows in by_layer}) == 1:  # what `--routing trace:FILE` reads: (layer, token, slot)
+        arrays["topk"] = np.stack(by_layer)
     if trace.weights is not None:
         arrays["weights"] = trace.weights
     if trace.expert_bytes is not None:

@@ -11,12 +11,13 @@ import pytest
 
 from pyggml.lab import Trace, open_trace
 from pyggml.lab.pools import Capacity, parse_capacities
+from pyggml.lab.public import fetch
 from pyggml.lab.replay import Refusal, Result, Setting, lru_begins, replay
 
 FOLDER = Path(os.environ.get("PYGGML_TRACES", ""))
 pytestmark = pytest.mark.skipif(
     not os.environ.get("PYGGML_TRACES"),
-    reason="PYGGML_TRACES names no folder of public traces (tools/fetch_traces.py fetches them)",
+    reason="PYGGML_TRACES names no folder of public traces (pyggml experts fetch FOLDER fetches them)",
 )
 
 #: Per cent of hits, mean of 15 prompts, by slots of 32.
@@ -113,6 +114,11 @@ def test_held_out_static_sets_lose_to_lru(prompts):
         lru, static, same = replay(prompts, ["lru", "static", "static-same-trace"], [capacity])
         assert 0.08 < lru.hit_rate - static.hit_rate < 0.2
         assert same.hit_rate > lru.hit_rate
+
+
+def test_files_have_the_hashes_that_are_fetched():
+    """What `pyggml experts fetch` checks is what results were published of: nothing is fetched anew where the files are."""
+    assert all(path.is_file() for path in fetch(FOLDER, lambda name: pytest.fail(f"{name} is another file")))
 
 
 def test_public_traces_are_sound():
