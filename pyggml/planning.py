@@ -97,8 +97,10 @@ class MemoryRows(list[Memory]):
 
     def _repr_html_(self) -> str:
         """Return the rows as a table, for notebooks."""
-        columns = ("buffer type", "weights", "KV cache", "compute", "total")
-        rows = ((m.buft, *(f"{n:,}" for n in (m.weights, m.cache, m.compute, m.total))) for m in self)
+        own = ("copy policy",) if any(m.policy for m in self) else ()
+        columns = ("buffer type", "weights", "KV cache", "compute", *own, "total")
+        parts = [(m.buft, m.weights, m.cache, m.compute, *([m.policy] if own else []), m.total) for m in self]
+        rows = ((buft, *(f"{n:,}" for n in sizes)) for buft, *sizes in parts)
         return html_table("Memory, bytes", columns, rows, n_rows=len(self), right=columns[1:])
 
 

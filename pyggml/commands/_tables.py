@@ -18,11 +18,14 @@ __all__ = ["memory_table", "too_large"]
 def memory_table(fits: Sequence[MemoryFit]) -> Table:
     """Return what is held of each buffer type, and what part that is of the device's memory."""
     has_sizes = any(f.total_bytes for f in fits)
-    columns = ("buffer type", "weights", "KV cache", "compute", "total", "of device")
+    own = ("copy policy",) if any(fit.memory.policy for fit in fits) else ()
+    columns = ("buffer type", "weights", "KV cache", "compute", *own, "total", "of device")
     made = table("Memory", *columns, *([""] if has_sizes else []), right=columns[1:])
     for f in fits:
         m = f.memory
-        sizes = [n_bytes(n) if n else "-" for n in (m.weights, m.cache, m.compute, m.total)]
+        sizes = [
+            n_bytes(n) if n else "-" for n in (m.weights, m.cache, m.compute, *([m.policy] if own else []), m.total)
+        ]
         share = None if f.total_bytes is None else m.total / f.total_bytes
         style = "red" if f.missing_bytes else None
         made.add_row(m.buft, *sizes, *(("-", "") if share is None else (f"{share:.1%}", Bar(share))), style=style)

@@ -144,6 +144,7 @@ def test_memory_of_a_policy_is_planned_as_it_is_held(llama):
     ) as run:  # fmt: skip
         assert [m.policy for m in plan.memory() if m.buft == "SIM0"] == [1 << 20]
         assert plan.memory() == run.memory()
+        assert "copy policy" in plan.memory()._repr_html_()
 
 
 def test_records_hold_the_memory_that_reports_tell(llama):

@@ -3,7 +3,7 @@
 (() => {
   const P = window.pyggml;
   const $ = (id) => document.getElementById(id);
-  const PURPOSES = { weights: ["weights", "--weight"], kv_cache: ["KV cache", "--kv"], compute: ["compute buffers", "--compute"] };
+  const PURPOSES = { weights: ["weights", "--weight"], kv_cache: ["KV cache", "--kv"], compute: ["compute buffers", "--compute"], policy: ["copy policy", "--others"] };
 
   /** Steps of each backend: times and what is held then, by purpose. */
   P.memorySteps = (view, clock) => {
@@ -27,7 +27,8 @@
     const clock = view.clocks.includes(P.state.clock) ? P.state.clock : view.clocks[0];
     const lanes = P.memorySteps(view, clock);
     const total = view.total[clock] || 1;
-    const legend = Object.values(PURPOSES).map(([title, color]) => `<span><i class="dot" style="background:var(${color})"></i>${title}</span>`).join("");
+    const shown = Object.entries(PURPOSES).filter(([purpose]) => purpose !== "policy" || view.memory.some((step) => step.purpose === "policy"));
+    const legend = shown.map(([, [title, color]]) => `<span><i class="dot" style="background:var(${color})"></i>${title}</span>`).join("");
     const sizes = new Map((view.about.devices || []).map((d) => [d.name, d.memory_bytes]));
     const figures = lanes.map((lane) => figure(lane, total, clock, sizes.get(lane.backend) || 0));
     $("memory-body").innerHTML = `<p class="legend">${legend}</p><div class="multiples">${figures.join("")}</div>`;
@@ -41,7 +42,7 @@
     const y = (n) => height - (n / top) * (height - 4);
     const steps = lane.steps.filter((s, k) => k + 1 === lane.steps.length || lane.steps[k + 1].t !== s.t);
     let base = steps.map(() => 0);
-    const areas = Object.entries(PURPOSES).map(([purpose, [, color]]) => {
+    const areas = Object.entries(PURPOSES).filter(([p]) => p !== "policy" || lane.steps.some((s) => s[p])).map(([purpose, [, color]]) => {
       const above = steps.map((s, k) => base[k] + s[purpose]);
       const points = [];
       steps.forEach((s, k) => {
