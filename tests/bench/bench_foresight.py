@@ -40,8 +40,6 @@ SEEN = {
     "rtx3090ti", "rtxa6000", "rtxpro6000", "rtx5090", "b580", "rtx4090d", "rtx5070", "rx7900xt", "rtx4070", "mi60",
     "rtx3080ti", "gb10",
 }  # fmt: skip
-#: Lanes and generation that are assumed where a run does not state them: the card's own, up to the fourth generation.
-_DEFAULT_PCIE = 4
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,6 @@ def _int(value: Any, default: int) -> int:
         return int(value)
     except (TypeError, ValueError):
         return default
-
-
-def _text(*values: Any) -> str:
-    return " ".join(str(v) for v in values if v is not None)
 
 
 def is_pinned(row: dict[str, Any]) -> bool | None:
@@ -439,7 +433,7 @@ def planned_mib(log: dict[str, Any]) -> dict[str, float]:
     if sizes is None:
         raise Unpredicted("unknown model")
     try:
-        quant = parse_quant(str(log.get("quant") or sizes.quant)) and str(log.get("quant") or sizes.quant)
+        parse_quant(quant := str(log.get("quant") or sizes.quant))
     except PyggmlError:
         raise Unpredicted("unknown quantisation") from None
     size = re.search(r"([\d.]+) ?Gi?B", str(log.get("file_size") or ""))
