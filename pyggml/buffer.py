@@ -110,6 +110,8 @@ class Buffer(ABC):
         Address of the first byte, in the buffer's own address space.
     usage : BufferUsage
         What it holds; WEIGHTS is what offloading and the used-expert copy look for.
+    is_writable : bool
+        Whether its memory may be written; a mapped file's may not.
     tenancy : Tenants or None
         Of a scheduler's compute buffer: what it holds after a graph was computed.
 
@@ -119,13 +121,14 @@ class Buffer(ABC):
     Callers use `tensor_set` and its siblings, which check bounds.
     """
 
-    __slots__ = ("__weakref__", "base", "buft", "size", "tenancy", "usage")
+    __slots__ = ("__weakref__", "base", "buft", "is_writable", "size", "tenancy", "usage")
 
     def __init__(self, buft: BufferType, size: int, base: int = 0) -> None:
         self.buft = buft
         self.size = size
         self.base = base
         self.usage = BufferUsage.ANY
+        self.is_writable = True
         self.tenancy: Tenants | None = None
 
     @abstractmethod

@@ -438,9 +438,9 @@ class Planner:
         """Give all memory back now. The backends stay as they are."""
         if self.is_closed:
             return
+        self.sched.close()  # refuses while another thread computes
         self.is_closed = True
         self._current = None
-        self.sched.close()
         self.source.close()
         log = self.sched.new_log()
         log.holds("kv_cache", self._where(dict.fromkeys(self._cache_bytes, 0)), log.now())

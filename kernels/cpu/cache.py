@@ -6,18 +6,23 @@ folder. This module is imported before Numba, because Numba reads the folder fro
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import pickle
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
 #: Folders of older sources are removed after so long without use.
 KEEP_S = 30 * 24 * 3600
+#: Of the digest before the data of a cached kernel.
+_DIGEST_BYTES = 16
 
 
 def source_hash() -> str:
@@ -89,3 +94,48 @@ def set_cache_dir() -> str:
 
 
 CACHE_DIR = set_cache_dir()
+
+
+def guard_files() -> None:
+    """Let Numba keep a digest with what it writes to our folder, so that a damaged file is compiled again.
+
+    A file that was cut or changed is dropped, and one that cannot be written is left out. Without this, Numba fails at
+    such a file in every process, or runs the damaged code.
+    """
+    from numba.core import caching
+
+    plain = caching.IndexDataCacheFile
+
+    class GuardedFiles(plain):  # type: ignore[misc,valid-type]  # Numba has no types
+        def save(self, key: Any, data: Any) -> None:
+            with contextlib.suppress(OSError):
+                super().save(key, data)
+
+        def _load_index(self) -> Any:
+            try:
+                return super()._load_index()
+            except Exception:  # noqa: BLE001  (whatever a pickle of any bytes raises)
+                return {}
+
+        def _dump(self, obj: Any) -> bytes:
+            raw: bytes = super()._dump(obj)
+            return hashlib.blake2b(raw, digest_size=_DIGEST_BYTES).digest() + raw
+
+        def _save_index(self, overloads: Any) -> None:
+            raw = plain._dump(self, (self._source_stamp, overloads))
+            with self._open_for_write(self._index_path) as file:
+                file.write(pickle.dumps(self._version, protocol=-1) + raw)
+
+        def _load_data(self, name: str) -> Any:
+            raw = Path(self._data_path(name)).read_bytes()
+            digest, raw = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
+            if hashlib.blake2b(raw, digest_size=_DIGEST_BYTES).digest() != digest:
+                raise OSError(f"{name} is damaged")  # Numba compiles again, as if the file were not there
+            return pickle.loads(raw)
+
+    def files(cache_path: str, filename_base: str, source_stamp: Any) -> Any:
+        kind = GuardedFiles if Path(cache_path).is_relative_to(CACHE_DIR) else plain
+        return kind(cache_path, filename_base, source_stamp)
+
+    if plain.__name__ == "IndexDataCacheFile":  # not guarded yet
+        caching.IndexDataCacheFile = files

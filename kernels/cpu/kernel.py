@@ -15,6 +15,9 @@ from typing import Any
 from .emit import micro, types
 
 from numba import cfunc, njit  # isort: skip  (after the cache folder is set)
+from .cache import guard_files  # isort: skip
+
+guard_files()
 
 #: All kernels by name.
 KERNELS: dict[str, Kernel] = {}

@@ -190,11 +190,17 @@ class Context:
         raise KeyError(name)
 
     def close(self) -> None:
-        """Give all memory back now; the tensors have none afterwards."""
-        for tensor in self.tensors:
-            tensor.buffer = tensor.data = None
+        """Give all memory back now; the tensors have none afterwards.
+
+        Raises
+        ------
+        BackendError
+            Another thread computes in it; everything stays.
+        """
         for buffer in self.buffers:
             buffer.close()
+        for tensor in self.tensors:
+            tensor.buffer = tensor.data = None
         self.buffers.clear()
 
     def __enter__(self) -> Self:

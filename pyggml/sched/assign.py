@@ -298,6 +298,13 @@ def settle(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
         if (root is None and causes[node] in _WAS_ASKED) or not is_computed(node):
             continue
         b = asg.ids[node]
+        if root is not None and root.buffer is not None and not root.buffer.is_writable:
+            raise unsupported_op(
+                node,
+                (machine.backends[b],),
+                reason=f"it writes into '{root.name}', which is in read-only memory of {root.buffer.buft.name}",
+                hint="compute into a new tensor, or copy it into one first",
+            )
         is_supported = causes[node] in _WAS_ASKED or supports_op[b](node)
         users = () if root is None else _users_of(root, asg, machine)
         if is_supported and (not users or b in users):

@@ -20,6 +20,7 @@ from .machine import (
     HostBuffer,
     HostBufferType,
     available_cores,
+    in_use,
     is_writable,
     physical_memory,
     plan_of,
@@ -123,7 +124,8 @@ class CPUBackend(Backend):
         plan = plan_of(graph, self.device, self.name, self._address)
         if HOST.is_busy:
             HOST.by_host(accesses_of(graph))
-        plan.run(self.pool)
+        with in_use(plan.buffers, self.name):
+            plan.run(self.pool)
 
     def _address(self, tensor: Tensor) -> int:
         """Return where kernels find a tensor's bytes: host addresses are what they are."""

@@ -10,11 +10,12 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ...buffer import Buffer, BufferType
-from ...errors import AllocError, ComputeError, OutOfMemoryError
+from ...errors import AllocError, BackendError, ComputeError, OutOfMemoryError
 from ...graph import GraphView, Snapshot
 from ...tensor import Tensor
 from .plan import HostPlan
@@ -141,12 +142,13 @@ class HostBuffer(Buffer):
         Whether the pages may be written; a mapped file's may not.
     """
 
-    __slots__ = ("is_writable", "owner")
+    __slots__ = ("n_users", "owner")
 
     def __init__(self, buft: BufferType, address: int, size: int, owner: object, *, is_writable: bool = True) -> None:
         super().__init__(buft, size, address)
         self.owner = owner
         self.is_writable = is_writable
+        self.n_users = 0  #: computations at work in it; under `_USE`
 
     def _writable(self, tensor: Tensor) -> int:
         if not self.is_writable:
@@ -201,10 +203,49 @@ class HostBuffer(Buffer):
         return self.owner is None
 
     def close(self) -> None:
-        """Give own pages back; a mapping stays with its owner."""
-        owner, self.owner = self.owner, None
+        """Give own pages back; a mapping stays with its owner.
+
+        Raises
+        ------
+        BackendError
+            Another thread computes in it.
+        """
+        with _USE:
+            if self.n_users:
+                raise BackendError(
+                    self.buft.name,
+                    "a buffer cannot be closed while another thread computes in it",
+                    hint="wait for the computation, or stop it, first",
+                )
+            owner, self.owner = self.owner, None
         if isinstance(owner, HostBlock):
             owner.close()
+
+
+_USE = threading.Lock()
+
+
+@contextmanager
+def in_use(buffers: Iterable[Buffer], backend: str) -> Iterator[None]:
+    """Keep buffers from being closed within the block.
+
+    Raises
+    ------
+    BackendError
+        One was closed already.
+    """
+    held = [b for b in buffers if isinstance(b, HostBuffer)]
+    with _USE:
+        if any(b.is_closed for b in held):
+            raise BackendError(backend, "a buffer that the nodes use was closed")
+        for b in held:
+            b.n_users += 1
+    try:
+        yield
+    finally:
+        with _USE:
+            for b in held:
+                b.n_users -= 1
 
 
 def _watch(tensor: Tensor, offset: int, size: int, *, is_write: bool) -> None:
@@ -288,5 +329,6 @@ def plan_of(graph: GraphView, owner: object, name: str, address_of: Callable[[Te
         if not node.op.is_empty and not node.is_empty and node.data is None:
             raise ComputeError(name, "a node has no memory yet", node=node.name, hint="allocate the graph first")
     plan = HostPlan(nodes, address_of, backend=name)
-    graph.plan = _KeptPlan(plan, owner, nodes)
+    graph.plan = kept = _KeptPlan(plan, owner, nodes)
+    plan.buffers = kept.buffers
     return plan

@@ -23,10 +23,12 @@ from ...errors import ComputeError, UnsupportedOpError
 from ...tensor import Tensor
 from ...types import TensorFlag
 from .indices import bad_index_error
-from .support import reason_unsupported, supports_op
+from .support import reason_malformed, reason_unsupported, supports_op
 
 if TYPE_CHECKING:
     from pyggml.kernels.cpu.pool import BadIndex, Pool
+
+    from ...buffer import Buffer
 
 __all__ = ["HostPlan", "Layout", "reason_unsupported", "supports_op"]
 
@@ -130,6 +132,7 @@ class HostPlan:
         share: bool = True,
     ) -> None:
         self.backend = backend
+        self.buffers: tuple[Buffer, ...] = ()  #: in which the tensors are, where who made the plan knows
         self.address_of = address_of
         self.share = share
         self.thread_bytes = 0
@@ -156,7 +159,7 @@ class HostPlan:
         for node in nodes:
             first = len(self._starts)
             if not node.op.is_empty and node.flags & compute and not node.is_empty:
-                reason = reason_unsupported(node)
+                reason = reason_malformed(node) or reason_unsupported(node)
                 if reason:  # kernels trust their descriptors
                     raise UnsupportedOpError(node.name, node.op_desc, (self.backend,), reason=reason)
                 WRITERS[node.op](self, node)

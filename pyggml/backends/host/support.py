@@ -9,7 +9,7 @@ from ...ops.modes import RopeType
 from ...tensor import Tensor
 from ...types import GluOp, Op, Type, UnaryOp
 
-__all__ = ["reason_unsupported", "supports_op"]
+__all__ = ["reason_malformed", "reason_unsupported", "supports_op"]
 
 _FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
 #: What rows of floats can be turned into, and the other way round.
@@ -267,3 +267,64 @@ def reason_unsupported(tensor: Tensor) -> str:
 def supports_op(tensor: Tensor) -> bool:
     """Whether the kernels can run a node; views and nodes that compute nothing count as supported."""
     return not reason_unsupported(tensor)
+
+
+# -- nodes that no builder made ----------------------------------------------------
+
+#: Sources that an op cannot be without, where that is not one.
+_N_SOURCES = {
+    **dict.fromkeys(
+        (Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.ADD1, Op.ACC, Op.SET, Op.CONCAT, Op.MUL_MAT, Op.OUT_PROD, Op.GET_ROWS, Op.ROPE,
+         Op.ROPE_BACK, Op.SOLVE_TRI, Op.COUNT_EQUAL, Op.SSM_CONV, Op.SET_ROWS), 2,
+    ),
+    **dict.fromkeys((Op.MUL_MAT_ID, Op.ADD_ID, Op.FLASH_ATTN_EXT), 3),
+    Op.LIGHTNING_INDEXER: 4,
+    Op.GATED_DELTA_NET: 6,
+    Op.SSM_SCAN: 7,
+    Op.ARANGE: 0,
+}  # fmt: skip
+#: Ops whose result has the shape of their first source.
+_SHAPE_OF_SOURCE = frozenset({
+    Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.ADD1, Op.ACC, Op.SET, Op.ADD_ID, Op.SQR, Op.SQRT, Op.LOG, Op.SIN, Op.COS, Op.SCALE,
+    Op.CLAMP, Op.LEAKY_RELU, Op.FILL, Op.RMS_NORM, Op.NORM, Op.L2_NORM, Op.GROUP_NORM, Op.CUMSUM, Op.UNARY, Op.SOFT_MAX,
+    Op.ROPE, Op.ROPE_BACK, Op.DIAG_MASK_INF, Op.DIAG_MASK_ZERO, Op.ARGSORT, Op.TRI, Op.ROLL,
+})  # fmt: skip
+
+
+def reason_malformed(t: Tensor) -> str:
+    """Return why a node cannot be what a builder makes: missing sources, other shapes, memory that may not be written.
+
+    Asked once for each node of a plan, as kernels trust shapes.
+    """
+    n = _N_SOURCES.get(t.op, 1)
+    if len(t.src) < n or any(s is None for s in t.src[:n]):
+        return f"it has no {n} sources"
+    root = t.view_src
+    if root is not None and root.buffer is not None and not root.buffer.is_writable:
+        return f"it writes into '{root.name}', which is in read-only memory of {root.buffer.buft.name}"
+    a, b, c = ([*t.src, None, None, None])[:3]
+    assert a is not None or n == 0
+    want: tuple[int, ...] = t.ne
+    if a is None:
+        return ""
+    fits = True
+    if t.op in _SHAPE_OF_SOURCE:
+        want = a.ne
+    elif t.op in (Op.SUM_ROWS, Op.MEAN):
+        want = (1, *a.ne[1:])
+    elif t.op in (Op.CPY, Op.CONT, Op.DUP):
+        fits = t.numel == a.numel
+    elif t.op is Op.REPEAT:
+        fits = not any(d % s if s else d for d, s in zip(t.ne, a.ne, strict=True))
+    elif t.op is Op.MUL_MAT and b is not None:
+        want, fits = (a.ne[1], *b.ne[1:]), a.ne[0] == b.ne[0]
+        fits = fits and all(n and m % n == 0 for n, m in zip(a.ne[2:], b.ne[2:], strict=True))
+    elif t.op is Op.MUL_MAT_ID and b is not None and c is not None:
+        want, fits = (a.ne[1], c.ne[0], b.ne[2], 1), a.ne[0] == b.ne[0] and c.ne[1] == b.ne[2]
+    elif t.op is Op.GET_ROWS and b is not None:
+        want, fits = (a.ne[0], *b.ne[:3]), a.ne[2:] == b.ne[1:3]
+    elif t.op is Op.GLU:
+        want = a.ne if b is not None else (a.ne[0] // 2, *a.ne[1:])
+    if t.op in (Op.ADD, Op.SUB, Op.MUL, Op.DIV) and b is not None:
+        fits = all(n and m % n == 0 for n, m in zip(b.ne, t.ne, strict=True))
+    return "" if fits and t.ne == want else f"shape {list(t.ne)} does not follow from its sources'"

@@ -87,7 +87,7 @@ class LibraryBuffer(Buffer):
         Whether the memory may be written; a mapped file's may not.
     """
 
-    __slots__ = ("_handle", "_owner", "buft", "is_writable", "library")
+    __slots__ = ("_handle", "_owner", "buft", "library")
 
     buft: LibraryBufferType
 

@@ -208,6 +208,28 @@ def test_cache_folder(tmp_path):
     assert not Path(elsewhere).exists()  # it went with the process
 
 
+DAMAGES = {
+    "empty": lambda raw: b"",
+    "cut": lambda raw: raw[: len(raw) // 2],
+    "first byte": lambda raw: bytes([raw[0] ^ 255]) + raw[1:],
+    "a byte of the code": lambda raw: (
+        raw[: 2 * len(raw) // 3] + bytes([raw[2 * len(raw) // 3] ^ 16]) + raw[2 * len(raw) // 3 + 1 :]
+    ),
+}
+
+
+def test_a_damaged_file_of_the_cache_is_compiled_again(tmp_path):
+    """Whatever happened to the index or the code of a kernel, the next process runs, and the one after it finds it mended."""
+    folder, _ = child(NUMBA_CACHE_DIR=str(tmp_path))
+    for ending, damages in ((".nbc", DAMAGES), (".nbi", ("empty", "cut", "first byte"))):
+        for damage in damages:
+            file = next(Path(folder).rglob(f"*{ending}"))
+            good = file.read_bytes()
+            file.write_bytes(DAMAGES[damage](good))
+            assert child(NUMBA_CACHE_DIR=str(tmp_path)) == [folder, "False"], (ending, damage)
+    assert child(NUMBA_CACHE_DIR=str(tmp_path)) == [folder, "True"]
+
+
 def test_importing_the_package_is_cheap():
     """`pyggml.kernels` and the backends' questions about support need no Numba."""
     code = (
