@@ -164,6 +164,8 @@ class Tensor:
         self.data = None
         self.extra = None
         self._nbytes = self.nb[3] * ne[3] if nb is None else -1
+        if op_params and not -(1 << 31) <= min(op_params) <= max(op_params) < 1 << 31:
+            raise ShapeError(op.name.lower(), f"parameters are integers of 32 bits, not {list(op_params)}")
         if nb is not None and min(self.nb) < 0:
             raise ShapeError(op.name.lower(), f"strides cannot be negative (nb {list(self.nb)})")
         if view_src is not None and view_src.view_src is not None:
@@ -592,6 +594,10 @@ def decode_array(tensor: Tensor, raw: bytes) -> npt.NDArray[Any]:
         if type is Type.BF16:
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32) if type is Type.F16 else values.copy()
+    if ne[0] % type.block_size:
+        raise GraphError(
+            f"'{tensor.name}' cannot be read: rows of {ne[0]} elements are no whole blocks of {type.ggml_name}"
+        )
     blocks = ne[0] // type.block_size
     packed = np.ndarray(
         (ne[3], ne[2], ne[1], blocks * type.type_size), np.uint8, buffer=raw, strides=(nb[3], nb[2], nb[1], 1)

@@ -320,7 +320,7 @@ class Scheduler:
         Notes
         -----
         Mirrors `ggml_backend_sched_set_tensor_backend`. Differs: if the backend cannot run the op, allocating the graph is
-        an error (`Repairs.unsupported_ops`).
+        an error, and a view stays with the tensor that it views (`Repairs.unsupported_ops`).
         """
         with self._one_thread():
             self.assignment.set(tensor, self._backend_id(backend), Cause.USER)

@@ -159,7 +159,7 @@ class HostPlan:
         for node in nodes:
             first = len(self._starts)
             if not node.op.is_empty and node.flags & compute and not node.is_empty:
-                reason = reason_malformed(node) or reason_unsupported(node)
+                reason = reason_unsupported(node) or reason_malformed(node)
                 if reason:  # kernels trust their descriptors
                     raise UnsupportedOpError(node.name, node.op_desc, (self.backend,), reason=reason)
                 WRITERS[node.op](self, node)

@@ -261,7 +261,12 @@ def reason_unsupported(tensor: Tensor) -> str:
     if tensor.op.is_empty:
         return ""
     check = _CHECKS.get(tensor.op)
-    return f"there is no kernel for {tensor.op.name}" if check is None else check(tensor)
+    if check is None:
+        return f"there is no kernel for {tensor.op.name}"
+    n = _N_SOURCES.get(tensor.op, 1)
+    if len(tensor.src) < n or None in tensor.src[:n]:
+        return f"it has not the {n} sources that it needs"
+    return check(tensor)
 
 
 def supports_op(tensor: Tensor) -> bool:
@@ -296,14 +301,10 @@ def reason_malformed(t: Tensor) -> str:
 
     Asked once for each node of a plan, as kernels trust shapes.
     """
-    n = _N_SOURCES.get(t.op, 1)
-    if len(t.src) < n or any(s is None for s in t.src[:n]):
-        return f"it has no {n} sources"
     root = t.view_src
     if root is not None and root.buffer is not None and not root.buffer.is_writable:
         return f"it writes into '{root.name}', which is in read-only memory of {root.buffer.buft.name}"
     a, b, c = ([*t.src, None, None, None])[:3]
-    assert a is not None or n == 0
     want: tuple[int, ...] = t.ne
     if a is None:
         return ""
