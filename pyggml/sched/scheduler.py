@@ -222,7 +222,10 @@ class Scheduler:
         self._allocated: ref[Graph] | None = None
         self._snapshot = Snapshot(())  # of the allocated graph
         self._tenancy = Tenancy(self.sched_graph, ())  # in the compute buffers
-        self._replaced_sources: WeakKeyDictionary[Graph, list[tuple[Tensor, int, Tensor]]] = WeakKeyDictionary()
+        #: by graph: which sources became copies, and the copies
+        self._replaced_sources: WeakKeyDictionary[Graph, tuple[list[tuple[Tensor, int, Tensor]], Copies]] = (
+            WeakKeyDictionary()
+        )
         self._kept: KeptAlloc | None = None
         self._thread = threading.RLock()
 
@@ -357,7 +360,7 @@ class Scheduler:
             graph.check()
         assign(graph, asg, self.machine, self.offload_rule if self.op_offload else None)
         cutter = Cutter(asg, self.machine, self._memory, n_copies=self.n_copies, cur_copy=self.cur_copy)
-        self._replaced_sources[graph] = cutter.replaced_sources
+        self._replaced_sources[graph] = cutter.replaced_sources, cutter.copies
         cutter.cut(graph)
         if self.debug:
             sys.stderr.write(assignments_text(graph, cutter.splits, asg, self.machine, level=self.debug))
@@ -383,11 +386,14 @@ class Scheduler:
 
     def _restore(self, graph: Graph) -> None:
         """Undo what an earlier splitting and allocation of the same graph did to its tensors."""
-        replaced = self._replaced_sources.pop(graph, None)
-        if replaced is None:
+        undo = self._replaced_sources.pop(graph, None)
+        if undo is None:
             return
+        replaced, copies = undo
         for node, j, src in replaced:
-            node.src[j] = src
+            made = copies.get(src, {}).values()
+            if j < len(node.src) and any(node.src[j] in c for c in made):  # else somebody replaced it since
+                node.src[j] = src
         for tensor in (*graph.leafs, *graph.nodes):
             storage = tensor.storage
             if storage is not None and storage.usage is BufferUsage.COMPUTE:

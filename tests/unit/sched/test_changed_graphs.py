@@ -137,3 +137,31 @@ def test_a_graph_out_of_order_is_refused_before_it_is_allocated() -> None:
     a.graph.nodes.reverse()
     with pytest.raises(ggml.GraphError, match="node 0 'z' comes before its source 0 'y'"):
         a.sched.alloc_graph(a.graph)
+
+
+def test_a_source_that_was_replaced_is_not_put_back() -> None:
+    """Where the scheduler read a source from a copy, and somebody then replaced the source, the next allocation uses the new one."""
+    gpu, cpu = ggml.Sim("rtx4090-pcie4"), ggml.CPU(threads=1)
+    context = ggml.Context()
+    first, second = (context.new_tensor("f32", (8, 4), name=name) for name in ("first", "second"))
+    context.alloc(cpu)
+    first.set_array(np.ones((4, 8)))
+    second.set_array(np.full((4, 8), 5.0))
+    graph = ggml.Graph()
+    with graph:
+        y = ops.scale(first, 2.0).named("y")
+    graph.expand(y)
+    sched = ggml.Scheduler([gpu, cpu])
+    for source, want in ((first, 2.0), (second, 10.0)):
+        if source is second:
+            y.src[0] = second
+            graph.leafs[:] = [second]
+        sched.reset()
+        sched.set_tensor_backend(y, gpu)
+        sched.alloc_graph(graph)
+        sched.compute(graph)
+        assert (y.numpy() == want).all()
+    y.src.clear()
+    sched.reset()
+    with pytest.raises(ggml.UnsupportedOpError):
+        sched.alloc_graph(graph)
