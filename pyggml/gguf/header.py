@@ -147,12 +147,8 @@ class _Walk:
         length = self.number(_U64, what)
         self.need(length, what)
         raw = self.map[self.at : self.at + length]
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError as error:
-            raise self.error(f"{what} is not UTF-8", offset=self.at + error.start) from None
         self.at += length
-        return text
+        return raw.decode("utf-8", "surrogateescape")  # names are bytes to llama.cpp; none is lost
 
     def skip_strings(self, n: int, what: str) -> None:
         """Step over n strings; the one loop whose length a vocabulary sets."""
@@ -223,15 +219,10 @@ class Metadata(Mapping[str, Any]):  # Any: a value's type is the file's to say; 
         """Decode an array of strings, whose lengths were checked when the file was opened."""
         raw, at, unpack = self.raw(key), 0, _U64.unpack_from
         strings: list[str] = []
-        try:
-            for _ in range(n):
-                end = at + 8 + unpack(raw, at)[0]
-                strings.append(raw[at + 8 : end].decode())
-                at = end
-        except UnicodeDecodeError as error:
-            offset = entry.offset + at + 8 + error.start
-            message = f"'{key}'[{len(strings):,}] is not UTF-8"
-            raise FormatError(self._path, message, offset=offset, hint=AGAIN) from None
+        for _ in range(n):
+            end = at + 8 + unpack(raw, at)[0]
+            strings.append(raw[at + 8 : end].decode("utf-8", "surrogateescape"))
+            at = end
         return strings
 
 

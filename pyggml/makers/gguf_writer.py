@@ -229,7 +229,7 @@ def _cannot_write(target: Path, error: OSError) -> PyggmlError:
 
 
 def _string(text: str) -> bytes:
-    raw = text.encode()
+    raw = text.encode("utf-8", "surrogateescape")
     return struct.pack("<Q", len(raw)) + raw
 
 

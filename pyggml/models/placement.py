@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from .. import ops
 from ..backend import Device
 from ..buffer import BufferType
-from ..errors import GraphError, UnsupportedOpError
+from ..errors import GraphError, UnsupportedOpError, visible
 from ..gguf import TensorInfo
 from ..tensor import Tensor
 from ..types import Op, Type
@@ -241,7 +241,7 @@ def warn_of_unmatched(overrides: Sequence[Override], names: Sequence[str]) -> No
         kinds = {re.sub(r"^blk\.\d+\.", "", name): name for name in reversed(names)}
         near = difflib.get_close_matches(re.sub(r"^blk\.[^a-z]*\.", "", wanted), kinds, 3, 0.4)
         nearest = ", ".join(kinds[kind] for kind in near) or ", ".join(list(dict.fromkeys(names))[:3])
-        _log.warning("%s matches no weight of the model; the nearest names are %s", override.text, nearest)
+        _log.warning("%s matches no weight of the model; the nearest names are %s", override.text, visible(nearest))
 
 
 # -- layers ------------------------------------------------------------------

@@ -31,7 +31,7 @@ from ..gguf import GGUFFile, ValueType
 from .chat_template import ChatTemplate
 from .pretokenizers import PRETOKENIZERS
 from .special import TokenKind, find_special
-from .words import SPACE, BytePairs, ScoredPieces, Words, byte_of, bytes_of
+from .words import SPACE, BytePairs, ScoredPieces, Words, as_bytes, byte_of, bytes_of
 
 __all__ = ["StreamDecoder", "Tokenizer"]
 
@@ -204,15 +204,15 @@ class Tokenizer:
             return f"[{id}]".encode()
         kind, text = self._kinds[id], self._texts[id]
         if kind in (TokenKind.CONTROL, TokenKind.UNKNOWN):
-            return b"" if skip_special else text.encode()
+            return b"" if skip_special else as_bytes(text)
         if kind == TokenKind.USER_DEFINED:
-            return text.encode()
+            return as_bytes(text)
         if kind == TokenKind.BYTE:
             return byte_of(text)
         if kind != TokenKind.NORMAL:
             return b""
         if self.model == "llama":
-            return text.replace(SPACE, " ").encode()
+            return as_bytes(text.replace(SPACE, " "))
         return bytes_of(text)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -337,7 +337,7 @@ class Tokenizer:
         kinds = zip(self._texts, self._kinds, strict=True)
         return sorted(
             ((text, id) for id, (text, kind) in enumerate(kinds) if kind in parsed),
-            key=lambda pair: -len(pair[0].encode()),
+            key=lambda pair: -len(as_bytes(pair[0])),
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from .pretokenizers import PRETOKENIZERS
 
-__all__ = ["SPACE", "BytePairs", "ScoredPieces", "Words", "byte_of", "bytes_of"]
+__all__ = ["SPACE", "BytePairs", "ScoredPieces", "Words", "as_bytes", "byte_of", "bytes_of"]
 
 SPACE = "\u2581"  #: how a piece with a score spells a space
 
@@ -55,15 +55,17 @@ class BytePairs:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
         merges: dict[tuple[str, str], None] = {}
-        pieces = dict(self._ids)
+        # no text holds what is not UTF-8, and the library takes no such pieces
+        pieces = {text: id for text, id in self._ids.items() if text.isascii() or _is_utf8(text)}
+        n_tokens = max(self._ids.values(), default=-1) + 1
         for merge in self._merges:
             left, _, right = merge[1:].partition(" ")
-            if not right:
+            if not right or not _is_utf8(merge):
                 continue
             left = merge[:1] + left
             merges[left, right] = None
             for piece in (left, right, left + right):
-                if pieces.setdefault(piece, len(pieces)) >= len(self._ids):
+                if pieces.setdefault(piece, n_tokens + len(pieces)) >= n_tokens:
                     self._spelled[pieces[piece]] = [self._ids[c] for c in piece if c.isascii() and c in self._ids]
         library = Tokenizer(models.BPE(pieces, list(merges), ignore_merges=self._rule.ignore_merges))
         splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self._rule.patterns]
@@ -126,6 +128,15 @@ class ScoredPieces:
         return [piece for piece in pieces if piece]
 
 
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def as_bytes(text: str) -> bytes:
+    """Return the bytes of a token as the file has them, be they UTF-8 or not."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def byte_of(text: str) -> bytes:
     """Return the byte that ``<0x0A>`` spells; the text itself if it spells none."""
     if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
@@ -133,7 +144,7 @@ def byte_of(text: str) -> bytes:
             return bytes([int(text[3:5], 16)])
         except ValueError:
             pass
-    return text.encode()
+    return as_bytes(text)
 
 
 def _spell_bytes() -> dict[str, int]:
@@ -151,4 +162,4 @@ _BYTES = _spell_bytes()
 
 def bytes_of(text: str) -> bytes:
     """Return the bytes that a token of a byte-pair vocabulary spells; a character that spells none stands for itself."""
-    return b"".join(bytes([byte]) if (byte := _BYTES.get(char)) is not None else char.encode() for char in text)
+    return b"".join(bytes([byte]) if (byte := _BYTES.get(char)) is not None else as_bytes(char) for char in text)

@@ -56,7 +56,8 @@ def page_html(*views: View, title: str = "") -> str:
     for piece in pieces:  # one pass, so that nothing inside a part is taken for a place
         key, _, rest = piece.partition("}}")
         out += [parts[key], rest]
-    return "".join(out)
+    # names that are not UTF-8 hold lone surrogates, which JSON spells
+    return "".join(out).encode("utf-8", "backslashreplace").decode()
 
 
 def write_page(path: Path, *views: View, title: str = "") -> None:

@@ -115,6 +115,21 @@ def test_lone_surrogates_are_no_error(smollm2: Tokenizer) -> None:
     assert smollm2.encode("a\udcffb") == smollm2.encode("a?b")
 
 
+def test_tokens_that_are_not_utf8(tmp_path: Path) -> None:
+    """Tokens whose bytes are not UTF-8 are those bytes in a text, and hinder no other token."""
+    tokens = [*BASE["tokenizer.ggml.tokens"][:-1], "\udce9x"]
+    tokenizer = make(tmp_path / "m", {"tokenizer.ggml.tokens": tokens})
+    assert tokenizer.token_bytes(9) == b"\xe9x"
+    assert tokenizer.decode([5, 9]) == "a\ufffdx"
+    assert tokenizer.encode("ab") == [1, 8]
+    pairs = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.merges": ["a b", "\udce9 x"],
+    }
+    assert make(tmp_path / "p", {"tokenizer.ggml.tokens": tokens} | pairs).encode("ab", add_special=False) == [7]
+
+
 def test_chat_template(smollm2: Tokenizer) -> None:
     """The file's own template writes a conversation, with or without the beginning of an answer."""
     text = smollm2.apply_chat_template([{"role": "user", "content": "Hello"}])

@@ -91,7 +91,7 @@ def test_the_first_override_that_matches_holds():
     [
         ("exps", "REGEX=BUFT"),
         ("exps=CUDA7", "there are CUDA0, CPU"),
-        ("(exps=CPU", "no regular expression"),
+        ("(exps=CPU", "not a regular expression"),
         ("=CPU", "REGEX=BUFT"),
     ],
 )
