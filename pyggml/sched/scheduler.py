@@ -43,7 +43,7 @@ from ..alloc import Gallocr
 from ..backend import Backend, Event
 from ..buffer import BufferType
 from ..clock import VirtualClock
-from ..dialect import DEFAULT_DIALECT, Dialect, Repairs
+from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect, Repairs
 from ..errors import SchedError
 from ..graph import Graph, Snapshot
 from ..notebook import html_table
@@ -162,6 +162,8 @@ class Scheduler:
         _check_backends(self.backends)
         self.bufts = tuple(b.buffer_type for b in self.backends) if bufts is None else tuple(bufts)
         _check_bufts(self.backends, self.bufts)
+        if not isinstance(dialect, Dialect):
+            raise SchedError(f"{dialect!r} is not a dialect", hint=f"pyggml.DIALECTS has {', '.join(DIALECTS)}")
         self.dialect = dialect
         self.repairs = (Repairs.strict() if strict else Repairs()) if repairs is None else repairs
         self.machine = Machine(self.backends, self.bufts, dialect, self.repairs)

@@ -80,6 +80,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[ggml.PyggmlError], str]] = {
     "elements below none": (lambda: ggml.Tensor("f32", (-4, 3)), ggml.ShapeError, "cannot have -4 elements"),
     "rows of broken blocks": (lambda: ggml.Tensor("q4_0", (33, 2)), ggml.ShapeError, "33 elements are no whole blocks of 32"),
     "a name for a backend": (lambda: ggml.Scheduler(["cpu"]), ggml.SchedError, r"'cpu' is no backend \(pyggml.CPU\(\)"),
+    "a text for a dialect": (lambda: ggml.Scheduler([ggml.CPU(threads=1)], dialect="0.26"), ggml.SchedError, "'0.26' is not a dialect"),
     "no backend": (lambda: ggml.Scheduler([]), ggml.SchedError, "needs at least one backend"),
     "a device that is none": (lambda: ggml.Sim("rtx9999"), ggml.DeviceUnavailableError, "no such profile"),
     "no thread": (lambda: ggml.CPU(threads=0), ggml.DeviceUnavailableError, "0 threads cannot compute"),

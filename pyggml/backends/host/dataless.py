@@ -82,7 +82,7 @@ class DatalessCPU(Device):
         return physical_memory()
 
     def supports_op(self, op: Tensor) -> bool:
-        """Whether upstream's CPU has a kernel; what it lacks here, `run` says."""
+        """Return whether our CPU's kernels can run the node: a plan is of what `run` would do."""
         return supports_op(op)
 
     def supports_buft(self, buft: BufferType) -> bool:

@@ -148,7 +148,7 @@ class SimDevice(Device):
         self.used_bytes -= size
 
     def supports_op(self, op: Tensor) -> bool:
-        """Whether there is a kernel; the CPU's kernels compute in the device's memory. A device that only plans needs none."""
+        """Return whether the CPU's kernels, which compute in the device's memory, can run the node; asked for plans, too."""
         return supports_op(op)
 
     def supports_buft(self, buft: BufferType) -> bool:
