@@ -15,7 +15,8 @@ from rich.text import Text
 
 from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect
 from ..sched.state import Cause
-from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table
+from ._cache_table import print_cache
+from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table, warn
 from ._header import print_header, why_not_captured
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
 from ._page import about_devices, about_model, check_outputs, given_options, write_records
@@ -72,6 +73,20 @@ Examples:
         help="Whose graph: pyggml's or llama.cpp's. auto: pyggml's where it knows the architecture.",
     ),
     cloup.option(
+        "--moe-cache-mib",
+        type=click.IntRange(0),
+        default=0,
+        metavar="N",
+        help="Size of llama.cpp's cache of host experts on devices: slots, memory, and hits by the routing. [0: off]",
+    ),
+    cloup.option(
+        "--moe-cache-eviction",
+        type=click.Choice(["lru", "slru"]),
+        default="slru",
+        show_default=True,
+        help="Rule of that cache: lru is llama.cpp b11549 and 0.7.0, slru b11739.",
+    ),
+    cloup.option(
         "--dialect",
         "versions",
         default=DEFAULT_DIALECT.version,
@@ -123,6 +138,8 @@ def command(
     outputs: Literal["last", "all"],
     form: str,
     graph: GraphChoice,
+    moe_cache_mib: int,
+    moe_cache_eviction: str,
     versions: str,
     routing: str,
     parallel: int | None,
@@ -139,7 +156,7 @@ def command(
     from ..foresight.planned import foresee
     from ..hardware.hosts import DEFAULT_HOST, parse_host
     from ..plan_report import ggml_text, memory_fits, plan_batches
-    from ..planning import Planner, virtual_clock
+    from ..planning import MemoryRows, Planner, virtual_clock
     from ..record import Recording
     from ..routing import parse_routing
 
@@ -151,6 +168,8 @@ def command(
     machine = host_profile(around) if host else CPU_PROFILE
     if len(dialects) > 1 and (form == "ggml" or timeline or html):
         raise click.UsageError("a comparison of versions is a table or JSON: leave out --format, --timeline and --html")
+    if moe_cache_mib and (len(dialects) > 1 or form == "ggml" or timeline or html):
+        raise click.UsageError("--moe-cache-mib is for the table or JSON of one version")
     if form == "ggml" and (as_json or timeline or html):
         raise click.UsageError("--format ggml prints that text alone: leave out --json, --timeline and --html")
     check_outputs(model, timeline, html)
@@ -158,8 +177,8 @@ def command(
     if bench is not None or len(combinations(ctx)) > 1:
         if timeline or html or form == "ggml":
             raise click.UsageError("lists and -o print rows alone: leave out --html, --timeline and --format ggml")
-        if len(dialects) > 1:
-            raise click.UsageError("lists and -o go with one --dialect")
+        if len(dialects) > 1 or moe_cache_mib:
+            raise click.UsageError("lists and -o go with one --dialect, and without --moe-cache-mib")
         stated = around if host else None
         rows = [*sweep_rows(ctx, model, batches, assumed, outputs, graph, dialects[0], stated)]
         print_sweep(rows, "json" if as_json else bench)
@@ -193,16 +212,30 @@ def command(
                     click.echo(ggml_text(planner, planned), nl=False)
             return
         plans = plan_batches(planner, sizes, outputs=outputs, routing=assumed)
-        fits = memory_fits(planner.memory(), planner.backends, host_bytes=around.memory_bytes if host else None)
+        memory, cached = planner.memory(), None
+        if moe_cache_mib:
+            from ..cache_plan import plan_expert_cache
+
+            cached = plan_expert_cache(
+                planner, moe_cache_mib << 20, routing=assumed, eviction=moe_cache_eviction,
+                tensor_split=flags.placement().tensor_split,
+            )  # fmt: skip
+            memory = MemoryRows(cached.memory(memory))
+            for text in cached.warnings():
+                warn(text)
+        fits = memory_fits(memory, planner.backends, host_bytes=around.memory_bytes if host else None)
         if recording is not None:
             write_records(
                 recording.records, _about(planner, assumed, fits), timeline=timeline, html=html, name=model.stem
             )
         speeds = foresee(planner, sizes, around)
         if as_json:
-            print_json({**_as_dict(planner, plans, assumed, fits), "foresight": _foresight_dict(speeds, around)})
+            found = {**_as_dict(planner, plans, assumed, fits), "foresight": _foresight_dict(speeds, around)}
+            print_json(found if cached is None else {**found, "moe_cache": cached.as_dict()})
         else:
             _print(planner, plans, assumed, fits, all_splits=all_splits)
+            if cached is not None:
+                print_cache(cached)
             if speeds is not None:
                 report().print()
                 report().print(f"Foresight for real hardware, host {around.description}")
