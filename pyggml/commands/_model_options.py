@@ -80,7 +80,7 @@ class ModelFlags:
     split_mode: str
     main_gpu: int
     use_mmap: bool
-    n_seq_max: int
+    n_seq_max: int | None
     kv_unified: bool
     expert_copy: str
 
@@ -104,6 +104,9 @@ class ModelFlags:
         from ..models.context import ContextFlags
         from ..types import Type
 
+        n_seqs = 1 if self.n_seq_max is None else self.n_seq_max
+        if n_seqs == 0:
+            raise click.UsageError("-np 0: a server has at least one slot")
         return ContextFlags(
             n_ctx=self.n_ctx or n_ctx or 0,
             n_batch=self.n_batch,
@@ -114,8 +117,8 @@ class ModelFlags:
             offload_kqv=self.kv_offload,
             op_offload=self.op_offload,
             swa_full=self.swa_full,
-            n_seq_max=self.n_seq_max,
-            kv_unified=self.kv_unified,
+            n_seq_max=4 if n_seqs < 0 else n_seqs,
+            kv_unified=self.kv_unified or n_seqs < 0,
         )
 
     def copier(self) -> CopyPolicy | Literal["used"]:
@@ -161,8 +164,8 @@ _CONTEXT = cloup.option_group(
     cloup.option("-ctv", "--cache-type-v", "type_v", type=_CACHE_TYPE, metavar="TYPE", default="f16", show_default=True,
                  help="Type of V."),
     cloup.option("--kv-offload/--no-kv-offload", default=True, help="Keep the KV cache on the device. [on]"),
-    cloup.option("-np", "--parallel", "n_seq_max", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-                 help="Sequences, among which the context is shared out."),
+    cloup.option("-np", "--parallel", "n_seq_max", type=click.IntRange(-1), default=None, metavar="N",
+                 help="Sequences that share the context; for splits the slots of llama-server. -1: 4, one cache. [1]"),
     cloup.option("-kvu", "--kv-unified/--no-kv-unified", default=False, help="One KV cache for all sequences. [off]"),
     cloup.option("--swa-full", is_flag=True, help="Full-size cache for layers with a sliding window."),
 )  # fmt: skip

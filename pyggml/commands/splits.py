@@ -102,15 +102,6 @@ Examples:
         help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them.",
     ),
     cloup.option(
-        "-np",
-        "--parallel",
-        type=click.IntRange(-1),
-        default=None,
-        metavar="N",
-        help="Plan llama-server with N slots, which share the context and want one token's logits each; -1: 4 slots, one cache.",
-    ),
-    cloup.option("-kvu", "--kv-unified", is_flag=True, help="With -np: the slots share one cache."),
-    cloup.option(
         "--host",
         default="",
         metavar="SPEC",
@@ -142,8 +133,6 @@ def command(
     moe_cache_eviction: str,
     versions: str,
     routing: str,
-    parallel: int | None,
-    kv_unified: bool,
     host: str,
     all_splits: bool,
     timeline: Path | None,
@@ -161,7 +150,7 @@ def command(
     from ..routing import parse_routing
 
     sizes = parse_sizes(batches)
-    context = _context(flags, parallel, kv_unified=kv_unified)
+    context = _context(flags)
     assumed = parse_routing(routing)
     dialects = _parse_dialects(versions)
     around = parse_host(host) if host else DEFAULT_HOST
@@ -244,21 +233,19 @@ def command(
             click.get_current_context().exit(EXIT_DOES_NOT_FIT)
 
 
-def _context(flags: ModelFlags, parallel: int | None, *, kv_unified: bool) -> ContextFlags:
+def _context(flags: ModelFlags) -> ContextFlags:
     """Return the context asked for: of one sequence, or of a server's slots.
 
     Notes
     -----
     Mirrors how llama-server sets its context: as many sequences as slots, logits for one token of each.
     """
-    if parallel is None:
-        if kv_unified:
+    context = flags.context()
+    if flags.n_seq_max is None:
+        if flags.kv_unified:
             raise click.UsageError("-kvu goes with -np: one sequence has its cache for itself")
-        return flags.context()
-    if parallel == 0:
-        raise click.UsageError("-np 0: a server has at least one slot")
-    n_slots = 4 if parallel < 0 else parallel
-    return replace(flags.context(), n_seq_max=n_slots, n_outputs_max=n_slots, kv_unified=kv_unified or parallel < 0)
+        return context
+    return replace(context, n_outputs_max=context.n_seq_max)
 
 
 def _parse_dialects(text: str) -> list[Dialect]:
