@@ -11,6 +11,7 @@ import click
 import cloup
 
 from ._console import n_bytes, print_json, report, table, warn
+from ._page import check_outputs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,9 +137,11 @@ def _open(traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_exper
     "--machine", default="rtx4090-pcie4", show_default=True, metavar="PROFILE", help="A profile of `pyggml devices`."
 )
 @cloup.option("--dense-bytes", metavar="SIZE", help="What a step reads beside experts, for times.")
+@cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with plots.")
 def compare_command(
     traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_expert: int | None, phase: str, as_json: bool, policies: str,
     capacities: str, scope: str, contract: str, machine: str, dense_bytes: str | None,
+    html: Path | None,
 ) -> None:  # fmt: skip
     """Compare policies at several sizes: bytes, ms and tokens/s, hit rate, and the distance to the best there is."""
     from ..cost import parse_profile
@@ -148,6 +151,7 @@ def compare_command(
     from ..lab.pools import Capacity, parse_capacities
     from ..lab.replay import Setting
 
+    check_outputs(None, html)
     named = [name for name in policies.split(",") if name.strip()]
     sizes = parse_capacities(capacities)
     if not named or not sizes:
@@ -162,6 +166,10 @@ def compare_command(
         warn(text)
     for refusal in made.refused:
         warn(f"{refusal.policy} at {refusal.capacity}: {refusal.reason}")
+    if html is not None and made.rows:
+        from ..lab.page import write_page
+
+        write_page(html, made)
     if as_json:
         print_json(made.json())
     elif made.rows:
