@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from headers import known, write_known
 
+from pyggml.backends.host.dataless import DatalessCPU
 from pyggml.errors import ModelError
+from pyggml.llama.source import CapturedSource
 from pyggml.llama.verify import DEVICE, verify
 from pyggml.models.context import ContextFlags
 from pyggml.models.placement import PlacementFlags
@@ -52,7 +54,13 @@ def test_plans_equal_llama_cpps(arch: str, tmp_path: Path) -> None:
 
 
 #: Headers that llama.cpp loads and then fails on, with its words.
-NOT_CAPTURED: dict[str, str] = {}
+NOT_CAPTURED = {
+    "arwkv7": r"GGML_ASSERT\(n_embd == hparams\.n_embd_r\(\)\)",
+    "deepseek2-ocr": r"GGML_ASSERT\(n_embed_head == n_embd_head_k",
+    "eagle3": "too many tensors created",
+    "plm": r"GGML_ASSERT\(a->ne\[0\] == b->ne\[0\]\)",
+    "rwkv6qwen2": r"GGML_ASSERT\(n_embd == hparams\.n_embd_r\(\)\)",
+}
 
 
 @pytest.mark.slow
@@ -87,3 +95,33 @@ def test_a_batch_sees_the_cells_that_it_needs(tmp_path: Path) -> None:
             for planned in planner.plan_batch(700)
         ]
     assert [max(cells) for cells in seen] == [256, 512, 768]
+
+
+def _other_answers(arch: str, folder: Path) -> list[str]:
+    """Return the nodes of an architecture's graphs for which a plan's CPU answers otherwise than llama.cpp's."""
+    path, cpu, out = write_known(arch, folder), DatalessCPU(), []
+    for flash in ("on", "off"):
+        context = ContextFlags(n_ctx=512, n_batch=64, n_ubatch=64, flash_attn=flash)
+        with Planner.open(path, devices=["mock:CUDA0"], context=context, graph="llama", data=False) as planner:
+            source = planner.source
+            assert isinstance(source, CapturedSource)
+            for n in (40, 1):
+                captured = source.captures.ask("reserve", size=[n, 1, n])
+                lacks = set(captured["cpu_lacks"])
+                for i, node in enumerate(source.reserved(n, 1, n).graph.nodes):
+                    if cpu.supports_op(node) == (i in lacks):
+                        out.append(f"{node.op_desc} '{node.name}' {node.type.ggml_name}")
+    return out
+
+
+@pytest.mark.parametrize("arch", ["qwen35moe", "deepseek32", "rwkv6", "wavtokenizer-dec"])
+def test_the_cpu_answers_as_llama_cpps(arch: str, tmp_path: Path) -> None:
+    """The CPU of a plan says yes and no to the nodes of captured graphs as llama.cpp's CPU does."""
+    assert not _other_answers(arch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sorted(set(known()) - set(REFUSED) - set(NOT_CAPTURED)))
+def test_the_cpu_answers_as_llama_cpps_for_every_architecture(arch: str, tmp_path: Path) -> None:
+    """Likewise for every architecture."""
+    assert not _other_answers(arch, tmp_path)

@@ -15,7 +15,7 @@ from ...graph import GraphView
 from ...tensor import Tensor
 from ...types import DeviceType
 from .machine import TENSOR_ALIGNMENT, physical_memory
-from .support import supports_op
+from .support import plans_op
 
 __all__ = ["FIRST_ADDRESS", "DatalessCPU", "DatalessHostBufferType"]
 
@@ -82,8 +82,8 @@ class DatalessCPU(Device):
         return physical_memory()
 
     def supports_op(self, op: Tensor) -> bool:
-        """Return whether our CPU's kernels can run the node: a plan is of what `run` would do."""
-        return supports_op(op)
+        """Return whether our CPU's kernels can run the node, as `run` would; ops without any kernel here count as ggml's."""
+        return plans_op(op)
 
     def supports_buft(self, buft: BufferType) -> bool:
         """Whether the memory is host memory."""

@@ -9,7 +9,7 @@ from ...ops.modes import RopeType
 from ...tensor import Tensor
 from ...types import GluOp, Op, Type, UnaryOp
 
-__all__ = ["reason_malformed", "reason_unsupported", "supports_op"]
+__all__ = ["plans_op", "reason_malformed", "reason_unsupported", "supports_op"]
 
 _FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
 #: What rows of floats can be turned into, and the other way round.
@@ -272,6 +272,18 @@ def reason_unsupported(tensor: Tensor) -> str:
 def supports_op(tensor: Tensor) -> bool:
     """Whether the kernels can run a node; views and nodes that compute nothing count as supported."""
     return not reason_unsupported(tensor)
+
+
+def plans_op(tensor: Tensor) -> bool:
+    """Whether a device that computes nothing should count as able to run a node.
+
+    An op for which there is no kernel here at all, such as RWKV_WKV6, is one that ggml's backends run.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_cpu_device_supports_op`, which says yes to every op that it does not name.
+    """
+    return tensor.op not in _CHECKS or supports_op(tensor)
 
 
 # -- nodes that no builder made ----------------------------------------------------

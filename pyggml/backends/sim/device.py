@@ -27,7 +27,7 @@ from ...types import DeviceType, TensorFlag
 from ..host.dataless import FIRST_ADDRESS, DatalessHostBufferType
 from ..host.machine import HostBlock, HostBufferType, available_cores, plan_of, shared_pool
 from ..host.race_watch import HOST, Access, Hazard, HazardWatch, Stream, access_to, accesses_of, host_access
-from ..host.support import supports_op
+from ..host.support import plans_op, supports_op
 from .faults import Faults, Moment
 from .memory import POISON, SimBuffer, SimBufferType, Traffic
 
@@ -148,8 +148,8 @@ class SimDevice(Device):
         self.used_bytes -= size
 
     def supports_op(self, op: Tensor) -> bool:
-        """Return whether the CPU's kernels, which compute in the device's memory, can run the node; asked for plans, too."""
-        return supports_op(op)
+        """Return whether the CPU's kernels, which compute in the device's memory, can run the node; see `plans_op` for plans."""
+        return supports_op(op) if self.has_data else plans_op(op)
 
     def supports_buft(self, buft: BufferType) -> bool:
         """Whether it is this device's own memory."""
