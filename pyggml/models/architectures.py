@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ..gguf import TensorInfo
-from . import deepseek2, dots1, glm4moe, gpt_oss, granitemoe, llama, minimax_m2, olmoe, qwen2, qwen3
+from . import deepseek2, dots1, gemma3, glm4moe, gpt_oss, granitemoe, llama, minimax_m2, olmoe, qwen2, qwen3
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams
 from .weights import Weights, WeightSpec, scale_specs
@@ -38,6 +38,7 @@ _MODULES: dict[str, Architecture] = {
     "minimax-m2": minimax_m2,
     "dots1": dots1,
     "ernie4_5-moe": dots1,
+    "gemma3": gemma3,
 }
 
 

@@ -7,6 +7,7 @@ of calls, of `expand`s and of names is the order and the names of nodes.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from .. import ops
 from ..graph import Graph
@@ -92,6 +93,10 @@ class Builder:
         cur = self.graph.select([by_token, vectors, mixed], 0)
         if self.hp.embedding_scale:
             cur = ops.scale(cur, self.hp.embedding_scale)
+        self.token_scale: Tensor | None = None
+        if self.hp.token_scale != 1.0:
+            self.token_scale = self._input(Type.F32, (1, n), "inp_scale_rows")
+            cur = ops.mul(cur, self.token_scale)
         self.name(cur, "embd")
         self.graph.expand(cur)
         return cur
@@ -110,6 +115,7 @@ class Builder:
             self._attn_inputs(self.view),
             None if swa is None else self._attn_inputs(swa),
             self._input(Type.I32, (self.n_outputs,), "out_ids"),
+            self.token_scale,
         )
 
     def _attn_inputs(self, view: CacheView) -> AttnInputs:
@@ -350,8 +356,10 @@ class Builder:
 
     # -- feed-forward --------------------------------------------------------
 
-    def ffn(self, w: LayerWeights, cur: Tensor, *, suffix: str = "") -> Tensor:
-        """Return the dense feed-forward with a parallel gate and SWIGLU; ``suffix`` is that of its weights.
+    def ffn(
+        self, w: LayerWeights, cur: Tensor, *, suffix: str = "", activation: Literal["swiglu", "geglu"] = "swiglu"
+    ) -> Tensor:
+        """Return the dense feed-forward with a parallel gate; ``suffix`` is that of its weights.
 
         Notes
         -----
@@ -360,7 +368,8 @@ class Builder:
         il = w.layer
         up = self._biased(w, "ffn_up", suffix, cur)
         gate = self._biased(w, "ffn_gate", suffix, cur)
-        cur = self.name(ops.swiglu_split(gate, up), "ffn_swiglu", il)
+        joined = ops.swiglu_split(gate, up) if activation == "swiglu" else ops.geglu_split(gate, up)
+        cur = self.name(joined, f"ffn_{activation}", il)
         cur = self._mul_mat_exactly(w[f"ffn_down{suffix}.weight"], cur)
         bias, factor = w.get(f"ffn_down{suffix}.bias"), w.get(f"ffn_down{suffix}.scale")
         if bias is not None:

@@ -90,6 +90,7 @@ class GraphInputs:
     attn: AttnInputs
     attn_swa: AttnInputs | None  #: of layers with a sliding window, where there are such
     out_ids: Tensor
+    token_scale: Tensor | None = None  #: by which embeddings of tokens are multiplied, where the model does so
 
 
 @dataclass(eq=False, slots=True)

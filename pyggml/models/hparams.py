@@ -38,6 +38,7 @@ ARCHITECTURES: dict[str, RopeType] = {
     "minimax-m2": RopeType.NEOX,
     "dots1": RopeType.NEOX,
     "ernie4_5-moe": RopeType.NORMAL,
+    "gemma3": RopeType.NEOX,
 }
 _LARGEST_F32 = 3.4028234e38
 #: Of these, the ones that are nothing without experts.
@@ -74,7 +75,9 @@ _SCALED = frozenset({"granitemoe"})
 #: Upstream's `llama_expert_gating_func_type`.
 _GATINGS: dict[int, Gating] = {1: "softmax", 2: "sigmoid", 3: "softmax_weight"}
 #: Architectures with a sliding window in some layers: of so many layers the last has none.
-_SWA_PERIODS = {"gpt-oss": 2}
+_SWA_PERIODS = {"gpt-oss": 2, "gemma3": 6}
+#: Those that may do without a window, and whose layers with one have rotations of their own.
+_OWN_WINDOW = frozenset({"gemma3"})
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 #: Upstream's `LLAMA_MAX_LAYERS` and `LLAMA_MAX_EXPERTS`.
 MAX_LAYERS, _MAX_EXPERTS = 512, 1024
@@ -137,9 +140,11 @@ class HParams:
     n_embd_head_v_mla: int = 0
     rope_yarn_log_mul: float = 0.0
     embedding_scale: float = 0.0  #: 0 leaves the embeddings as they are
+    token_scale: float = 1.0  #: of embeddings of tokens, which those of images would not be multiplied by
     residual_scale: float = 0.0  #: of what is added to the residual stream; 0 leaves it
     attention_scale: float = 0.0  #: of Q times K; 0 takes one over the root of the heads' size
     logit_scale: float = 0.0  #: by which logits are divided, where the architecture does so
+    logit_softcap: float = 0.0  #: logits are bent so that none is larger; 0 leaves them
 
     @property
     def n_embd_k_gqa(self) -> int:
@@ -312,7 +317,7 @@ class _Reader:
             n_ctx_orig_yarn=self.integer("rope.scaling.original_context_length", 0, least=0) or n_ctx_train,
             **self.sliding_window(n_layer, freq_base, freq_scale),
             **self.routing(n_layer),
-            **self.scales(),
+            **self.scales(n_embd, n_layer, n_head, head_k),
             **self.groups(n_expert),
             **self.latent(n_layer, head_k, head_v, n_rot, n_head_kv),
         )
@@ -384,8 +389,19 @@ class _Reader:
             "rope_yarn_log_mul": round_f32(log_mul / round_f32(0.1)),
         }
 
-    def scales(self) -> dict[str, Any]:
-        """Return by what embeddings, residuals, attention and logits are multiplied, in architectures that do so."""
+    def scales(self, n_embd: int, n_layer: int, n_head: int, head_k: int) -> dict[str, Any]:
+        """Return by what embeddings, residuals, attention and logits are multiplied, in architectures that do so.
+
+        Notes
+        -----
+        Mirrors `llama_model_gemma3::load_arch_hparams`, which knows the largest model by its layers.
+        """
+        if self.arch == "gemma3":
+            return {
+                "token_scale": round_f32(math.sqrt(n_embd)),
+                "attention_scale": round_f32(1.0 / round_f32(math.sqrt(n_embd // n_head if n_layer == 62 else head_k))),
+                "logit_softcap": round_f32(self.number("final_logit_softcapping", 0.0)),
+            }
         if self.arch not in _SCALED:
             return {}
         logit_scale = round_f32(self.number("logit_scale"))
@@ -432,6 +448,9 @@ class _Reader:
         """
         if self.arch not in _SWA_PERIODS:
             return {}
+        is_own = self.arch in _OWN_WINDOW
+        if is_own and not self.integer("attention.sliding_window", 0, least=0):
+            return {}
         for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
             own, common = (self.metadata.get(f"{self.arch}.{name}{suffix}") for suffix in ("_swa", ""))
             if own is not None and own != common:
@@ -449,6 +468,6 @@ class _Reader:
         return {
             "n_swa": self.integer("attention.sliding_window"),
             "swa_layers": layers,
-            "rope_freq_base_swa": self.freq_base("rope.freq_base_swa", freq_base),
-            "rope_freq_scale_swa": freq_scale,
+            "rope_freq_base_swa": self.freq_base("rope.freq_base_swa", 10000.0 if is_own else freq_base),
+            "rope_freq_scale_swa": 1.0 if is_own else freq_scale,
         }

@@ -30,6 +30,7 @@ class InputFiller:
 
     def __init__(self, inputs: GraphInputs, cache: KVCache) -> None:
         self.inputs = inputs
+        self._token_scale = cache.hparams.token_scale
         self._attn = _AttnFiller(inputs.attn, cache)
         self._attn_swa: _AttnFiller | None = None
         if inputs.attn_swa is not None:
@@ -41,6 +42,8 @@ class InputFiller:
         inputs = self.inputs
         _write(inputs.tokens, part.tokens)
         _write(inputs.pos, part.pos)
+        if inputs.token_scale is not None:
+            _write(inputs.token_scale, np.full(part.n_tokens, self._token_scale, np.float32))
         if inputs.out_ids.ne[0]:
             _write(inputs.out_ids, np.flatnonzero(part.outputs).astype(np.int32))
         self._attn.fill(part, slot)

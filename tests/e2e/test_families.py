@@ -69,6 +69,20 @@ _QKVO = ("attn_q", "attn_k", "attn_v", "attn_output")
 _EXPS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 32.0, "rope.scaling.original_context_length": 64}
 
+_GEMMA3 = {
+    "renamed_arch": "gemma3",
+    "without": (*_EXPERT_WEIGHTS, "output.weight"),
+    "tensors": {
+        **{
+            f"blk.{i}.ffn_{part}.weight": (64, 96) if part == "down" else (96, 64)
+            for i in range(3)
+            for part in ("gate", "up", "down")
+        },
+        **{f"blk.{i}.post_{part}_norm.weight": (64,) for i in range(3) for part in ("attention", "ffw")},
+    },
+}
+_GEMMA3_KEYS = {"expert_count": None, "expert_used_count": None, "feed_forward_length": 96}
+
 #: Name: architecture, and how its file differs.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -263,6 +277,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss with yarn": ("gpt-oss", {"keys": _YARN}),
     "gpt-oss, every third layer dense": ("gpt-oss", {"keys": {"attention.sliding_window_pattern": 3}}),
     "gpt-oss, layers named": ("gpt-oss", {"keys": {"attention.sliding_window_pattern": [False, True, True]}}),
+    "gemma3": (
+        "qwen3moe",
+        {
+            **_GEMMA3,
+            "keys": {**_GEMMA3_KEYS, "attention.sliding_window": 16, "attention.sliding_window_pattern": 3},
+        },
+    ),
+    "gemma3, six layers a period, another base, rows stretched": (
+        "qwen3moe",
+        {
+            **_GEMMA3,
+            "keys": {
+                **_GEMMA3_KEYS,
+                "attention.sliding_window": 16,
+                "rope.freq_base_swa": 5000.0,
+                "rope.scaling.type": "linear",
+                "rope.scaling.factor": 8.0,
+            },
+        },
+    ),
+    "gemma3 without windows, logits bent": (
+        "qwen3moe",
+        {**_GEMMA3, "keys": {**_GEMMA3_KEYS, "final_logit_softcapping": 3.0}},
+    ),
     "gpt-oss, another base in its windows": ("gpt-oss", {"keys": {"rope.freq_base_swa": 150000.0}}),
 }
 
@@ -296,7 +334,9 @@ def decode(path: Path, kv: Type, flash: str, *, kv_offload: bool = True, **optio
 def test_logits_are_llama_cpps(name, expected):
     """Logits equal live llama.cpp's; with flash attention and an F16 cache nearly so, but where a router just flips."""
     path, (plain, _), (flash, _) = expected[name]
-    assert np.abs(decode(path, Type.F32, "off") - plain).max() < 1e-3
+    # upstream looks GELU up in a table of F16
+    most = 5e-3 if name.startswith("gemma") else 1e-3
+    assert np.abs(decode(path, Type.F32, "off") - plain).max() < most
     error = np.square(decode(path, Type.F16, "on") - flash).sum(1) / np.square(flash).sum(1)
     # activations that are rounded to 8 bits carry what a half more or less makes of them
     assert np.mean(error < (1e-3 if "NVFP4" in name else 1e-4)) > 0.95
