@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from .backend import REGISTRY, Backend, Device
 from .buffer import BufferType
@@ -122,6 +122,7 @@ class Planner:
     """
 
     source: GraphSource
+    _is_built_only: ClassVar[bool] = False  #: graphs that llama.cpp builds are not enough
 
     def __init__(
         self,
@@ -224,7 +225,14 @@ class Planner:
         return cls(
             file,
             backends,
-            _open_source(file, backends, graph, placement or PlacementFlags(), context or ContextFlags(), data=data),
+            _open_source(
+                file,
+                backends,
+                graph,
+                placement or PlacementFlags(),
+                context or ContextFlags(),
+                data=data or cls._is_built_only,
+            ),
             options=SchedOptions(strict, dialect, copier, offload_rule, recorder, clock, debug),
             data=data,
             progress=progress,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +86,7 @@ class Session(Planner):
     on_batch: Callable[[BatchRecord], None] | None = None
     watcher: Watcher | None = None
     source: BuiltSource
+    _is_built_only: ClassVar[bool] = True
     _current: ModelGraph | None = None
     _filler: InputFiller | None = None
 

@@ -199,7 +199,7 @@ class _Reader:
             raise FormatError(
                 file.path,
                 f"the architecture '{self.arch}' is not supported",
-                hint=f"supported are {', '.join(ARCHITECTURES)}",
+                hint=f"supported are {', '.join(ARCHITECTURES)}; `pyggml splits` plans any that llama.cpp loads",
             )
 
     def error(self, key: str, message: str) -> FormatError:
