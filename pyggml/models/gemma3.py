@@ -71,7 +71,7 @@ def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
         cur = b.name(b.norm(cur, w["post_ffw_norm.weight"], -1), "ffn_post_norm", il)
         layer_in = b.name(ops.add(cur, after), "l_out", il)
     embd = b.name(b.norm(layer_in, weights["output_norm.weight"], -1), "result_norm")
-    logits = ops.mul_mat(weights.output, embd)
+    logits = b.head(embd)
     if hp.logit_softcap:
         logits = ops.scale(ops.tanh(ops.scale(logits, 1.0 / hp.logit_softcap)), hp.logit_softcap)
     return b.finish(b.name(logits, "result_output"), embd)

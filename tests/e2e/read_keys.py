@@ -13,11 +13,11 @@ Verdict = Literal["honoured", "refused", "cannot matter"]
 #: The families, as `test_families.FAMILIES` names them.
 EVERY = (
     *("llama", "qwen3moe", "gpt-oss", "glm4moe", "granitemoe", "qwen2moe", "qwen2", "olmoe", "deepseek2", "minimax-m2"),
-    *("dots1", "ernie4_5-moe"),
+    *("dots1", "ernie4_5-moe", "gemma3"),
 )
 _ROUTED = ("glm4moe", "deepseek2", "dots1")
-_NO_WINDOW = tuple(family for family in EVERY if family != "gpt-oss")
-_EXPERTS = tuple(family for family in EVERY if family != "qwen2")
+_NO_WINDOW = tuple(family for family in EVERY if family not in ("gpt-oss", "gemma3"))
+_EXPERTS = tuple(family for family in EVERY if family not in ("qwen2", "gemma3"))
 _YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
 Values = dict[str, Any]
 
@@ -95,15 +95,16 @@ READ_KEYS: list[ReadKey] = [
     _key("expert_weights_scale", _ROUTED, "honoured", None, 0.0, 3.0),
     _key("expert_weights_norm", _ROUTED, "honoured", None, True, False),
     _key("expert_gating_func", (*_ROUTED, "minimax-m2"), "honoured", None, 1, 2, 3),
-    _key("attention.sliding_window", ("gpt-oss",), "honoured", 4, 40),
-    _key("attention.sliding_window_pattern", ("gpt-oss",), "honoured",
+    _key("attention.sliding_window", ("gpt-oss", "gemma3"), "honoured", 4, 40),
+    _key("attention.sliding_window_pattern", ("gpt-oss", "gemma3"), "honoured",
          *({"attention.sliding_window": 4, "attention.sliding_window_pattern": p} for p in (0, 3, [True, True, False]))),
-    _key("rope.freq_base_swa", ("gpt-oss",), "honoured", 100.0),
-    _key("attention.key_length_swa", ("gpt-oss",), "refused", 8, counts=False),
-    _key("attention.value_length_swa", ("gpt-oss",), "refused", 8, counts=False),
-    _key("rope.dimension_count_swa", ("gpt-oss",), "refused", 8, counts=False),
+    _key("rope.freq_base_swa", ("gpt-oss", "gemma3"), "honoured", 100.0),
+    _key("attention.key_length_swa", ("gpt-oss", "gemma3"), "refused", 8, counts=False),
+    _key("attention.value_length_swa", ("gpt-oss", "gemma3"), "refused", 8, counts=False),
+    _key("rope.dimension_count_swa", ("gpt-oss", "gemma3"), "refused", 8, counts=False),
     _key("rope.dimension_sections", ("glm4moe",), "refused", [0, 0, 0, 0], [4, 2, 2, 0], 2, counts=False),
     _nothing("rope.dimension_sections", ("ernie4_5-moe",), [4, 2, 2, 0]),
+    _key("final_logit_softcapping", ("gemma3",), "honoured", 0.0, 2.0),
     _key("logit_scale", ("granitemoe",), "honoured", 2.0),
     _key("residual_scale", ("granitemoe",), "honoured", None, 2.0),
     _key("embedding_scale", ("granitemoe",), "honoured", None, 2.0),

