@@ -89,7 +89,8 @@ def test_a_decode_that_llama_cpp_does_not_go_through(tmp_path: Path) -> None:
 def test_a_batch_sees_the_cells_that_it_needs(tmp_path: Path) -> None:
     """Batches from an empty cache see 256 cells more at a time, and layers with a window no more than that."""
     context = ContextFlags(n_ctx=2048, n_batch=512, n_ubatch=256)
-    with Planner.open(write_known("gemma3", tmp_path), devices=[DEVICE], context=context, data=False) as planner:
+    path = write_known("gemma3", tmp_path)
+    with Planner.open(path, devices=[DEVICE], context=context, graph="llama", data=False) as planner:
         seen = [
             [t.ne[0] for t in planned.graph.graph.leafs if t.name == "attn_inp_kq_mask"]
             for planned in planner.plan_batch(700)
