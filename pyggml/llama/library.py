@@ -20,7 +20,6 @@ from .slots import FUNCTIONS, Interfaces, find_interfaces
 __all__ = ["LlamaLibrary", "find_llama", "library_files"]
 
 _KIND = "llama"
-_INSTALL = f"{config.install_hint('llama')}, or set PYGGML_LIBLLAMA to the folder of a build of llama.cpp"
 
 _BACKENDS = """
 struct iface { void * word[40]; };
@@ -133,7 +132,8 @@ def find_llama(given: str = "") -> Path:
         modules = sorted(Path(spec.origin).parent.glob("xllamacpp*.so"))
         if modules:
             return modules[0].resolve()
-    raise DeviceUnavailableError(_KIND, "llama.cpp is not installed", hint=_INSTALL)
+    hint = f"{config.install_hint('llama')}, or set PYGGML_LIBLLAMA to the folder of a build of llama.cpp"
+    raise DeviceUnavailableError(_KIND, "llama.cpp is not installed", hint=hint)
 
 
 def library_files(path: Path) -> list[Path]:
