@@ -1,6 +1,6 @@
-"""Pictures of the page that `pyggml viz` makes, in light and dark, taken by Chromium. `make docs` runs this.
+"""Pictures of the page that `pyggml viz` makes, in light and dark, taken by Chromium. `make pictures` runs this.
 
-A small random model answers over a simulated device. `page-*.png` is the top of its page, `why-*.png` the timeline with a
+A small random model answers over a simulated device. `plan-*.png` is the top of a plan's page, `page-*.png` that of the run, `why-*.png` the timeline with a
 tensor found by name. Times are virtual, so that the same code, browser and fonts give the same pictures (a browser may
 round a shade by one); what depends on the machine is left out.
 """
@@ -22,6 +22,8 @@ WIDTH = 1120  # no wider: pages show pictures 800 to 900 pixels wide
 TENSOR = "blk.1.ffn_up_exps.weight"
 RUN = ("run", "moe.gguf", "--cpu-moe", "-n", "8", "--ignore-eos", "--quiet", "--prompt", PROMPT,
        "--html", "page.html")  # fmt: skip
+PLAN = ("splits", "gpt-oss-120b", "-dev", "rtx3090", "-ncmoe", "24", "-c", "8192", "-ub", "2048", "--batches", "2048,1",
+        "--html", "plan.html")  # fmt: skip
 #: Without the line of model, devices and options; the panel as long as what it says.
 STYLE = ".about { display: none } #detail { max-height: none !important } * { transition: none !important }"
 #: Lines of the panel that a second run would change.
@@ -34,16 +36,17 @@ WITHOUT_WALL_TIME = """() => {
 }"""
 
 
-def make_page(folder: Path) -> Path:
-    """Write the page of a run."""
+def make_pages(folder: Path) -> tuple[Path, Path]:
+    """Write the page of a run, and of a plan."""
     before = Path.cwd()
     os.chdir(folder)
     try:
         call(MODEL)
         call(RUN)
+        call(PLAN)
     finally:
         os.chdir(before)
-    return folder / "page.html"
+    return folder / "page.html", folder / "plan.html"
 
 
 def settle(page: Page) -> None:
@@ -79,7 +82,7 @@ def main() -> None:
     if program is None:
         raise SystemExit(MISSING)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        path = make_page(Path(folder))
+        path, plan = make_pages(Path(folder))
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
         for scheme in ("light", "dark"):
             # as high as the picture: a window that grows while it is taken would be drawn anew
@@ -88,6 +91,9 @@ def main() -> None:
             page.add_style_tag(content=STYLE)
             take_top(page, FOLDER / f"page-{scheme}.png")
             take_why(page, FOLDER / f"why-{scheme}.png")
+            page.goto(plan.as_uri())
+            page.add_style_tag(content=STYLE)
+            take_top(page, FOLDER / f"plan-{scheme}.png")
         browser.close()
 
 
