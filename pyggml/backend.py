@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Protocol
 
 from .buffer import Buffer, BufferType, tensor_copy, tensor_get, tensor_set
@@ -297,9 +298,15 @@ class Registry:
             There is no such kind.
         """
         if kind not in self.modules:
-            raise DeviceUnavailableError(
-                kind, "no such kind of device", hint=f"there are {', '.join(self.modules)}; see `pyggml devices`"
+            from .hardware.cards import CARDS
+
+            near = get_close_matches(kind.lower(), [*self.modules, *CARDS], 3)
+            there = (
+                f"did you mean {', '.join(near)}?"
+                if near
+                else f"there are {', '.join(self.modules)}, and cards by name;"
             )
+            raise DeviceUnavailableError(kind, "no such kind of device", hint=f"{there} see `pyggml devices`")
         module: DeviceModule = importlib.import_module(self.modules[kind])
         return module
 

@@ -44,8 +44,9 @@ class DeviceList(click.ParamType[str]):
         """Return the devices whose names begin like the last one of the list."""
         from ..backend import REGISTRY
         from ..cost import PROFILES
+        from ..hardware.cards import CARDS
 
-        names = [f"sim:{name}" for name in PROFILES] + [kind for kind in REGISTRY.kinds() if kind != "sim"]
+        names = [*CARDS, *(f"sim:{name}" for name in PROFILES)] + [kind for kind in REGISTRY.kinds() if kind != "sim"]
         before, comma, last = incomplete.rpartition(",")
         return [CompletionItem(f"{before}{comma}{name}") for name in names if name.startswith(last)]
 

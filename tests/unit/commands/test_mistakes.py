@@ -1,0 +1,61 @@
+"""Typical mistakes: the line that a user sees, which says what to do next, and the exit status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pyggml import cli
+from pyggml.makers.make_moe import Recipe, Sizes, make_moe
+from pyggml.types import Type
+
+SMALL = "sim:custom:1MiB,400GB/s,12GB/s,cpu"
+#: The words, the status, what went wrong, what to do next.
+MISTAKES = {
+    "path": ("splits no/where.gguf", 1, "there is no such file", "`pyggml models` lists"),
+    "flag": ("splits MODEL --n-cpu-mo 3", 2, "No such option '--n-cpu-mo'", "'--n-cpu-moe'"),
+    "command": ("split MODEL", 2, "No such command 'split'", "'splits'"),
+    "device": ("splits MODEL -dev rtx309", 1, "no such kind of device", "did you mean rtx3090"),
+    "model": ("splits gpt-os-120b", 1, "no such model in the table", "such as gpt-oss-120b"),
+    "card": (f"run MODEL -p a -dev {SMALL}", 1, "1.0 MiB available", "(-ngl)"),
+    "plan": (f"splits MODEL -dev {SMALL} --batches 4", 3, "Does not fit: SIM0 has 1.0 MiB", "are missing"),
+    "regex": ("splits MODEL -ot blk.(=CPU", 1, "-ot: 'blk.('", "escape dots and brackets"),
+    "list": ("splits MODEL --batches 1,x", 2, "--batches 1,x", "numbers above 0 with commas between"),
+    "port": ("run MODEL -p a -dev rpc:127.0.0.1:1,cpu", 1, "cannot connect", "is rpc-server running there?"),
+    "damaged": ("splits DAMAGED", 1, "at byte", "fetch it again"),
+    "extra": ("splits MODEL -dev libggml:CPU,cpu", 1, "no ggml library is installed", "pip install 'libggml-python"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A model larger than a MiB, and its beginning."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    make_moe(
+        folder / "moe.gguf", Recipe("llama", Type.F16, sizes=Sizes(layers=2, experts=8, used=2, embd=128, ff_exp=256))
+    )
+    (folder / "damaged.gguf").write_bytes((folder / "moe.gguf").read_bytes()[:3000])
+    return {"MODEL": str(folder / "moe.gguf"), "DAMAGED": str(folder / "damaged.gguf")}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_with_what_to_do_next(
+    name: str,
+    files: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """One line, no traceback: what is wrong, and what to try."""
+    line, status, wrong, next_step = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYGGML_LIBGGML", raising=False)
+    if name == "extra":
+        monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    assert cli.run([files.get(word, word) for word in line.split()]) == status
+    seen = capsys.readouterr()
+    told = " ".join((seen.err if status != 3 else seen.out).split())
+    assert wrong in told
+    assert next_step in told
+    assert "Traceback" not in told
