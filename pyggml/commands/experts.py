@@ -30,8 +30,8 @@ EXAMPLES = """
 Examples:
   pyggml experts compare prompt.jsonl --capacities 10%,20%,40%
   pyggml experts compare route.csv --scope global --capacities 1GiB,2GiB --machine rtx3090-pcie4
-  pyggml experts usage *.json.gz
-  pyggml experts predict *.json.gz --capacities 10,16
+  pyggml experts usage a.json.gz b.json.gz
+  pyggml experts predict a.json.gz b.json.gz --capacities 10,16
 """
 
 
