@@ -52,6 +52,7 @@ from .tensor import Tensor
 from .types import BufferUsage, DeviceType, Op, TensorFlag, Type
 
 if TYPE_CHECKING:
+    from .advisor import plan
     from .backends.host import CPU
     from .backends.sim import Sim
     from .gguf import GGUFFile
@@ -118,10 +119,18 @@ __all__ = [
     "VirtualClock",
     "WaitRecord",
     "ops",
+    "plan",
 ]
 
 #: What needs more than the core, by module: imported when first asked for.
-_LAZY = {"CPU": "backends.host", "Sim": "backends.sim", "GGUFFile": "gguf", "Planner": "planning", "Session": "session"}
+_LAZY = {
+    "CPU": "backends.host",
+    "Sim": "backends.sim",
+    "GGUFFile": "gguf",
+    "Planner": "planning",
+    "Session": "session",
+    "plan": "advisor",
+}
 
 
 def __getattr__(name: str) -> Any:  # the types stand in the TYPE_CHECKING block above

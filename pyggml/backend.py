@@ -20,7 +20,7 @@ from .hardware.cards import find_card
 from .tensor import Tensor
 from .types import DeviceType, Op
 
-__all__ = ["REGISTRY", "Backend", "Device", "Event", "Registry", "op_batch_size", "tensor_copy_async"]
+__all__ = ["REGISTRY", "Backend", "Device", "Event", "Registry", "op_batch_size", "split_devices", "tensor_copy_async"]
 
 #: `graph_optimize` calls it with a tensor, and the node until which the tensor is to keep its memory.
 AddAllocDep = Callable[[Tensor, Tensor], None]
@@ -254,6 +254,26 @@ def op_batch_size(op: Tensor) -> int:
     if op.op in (Op.MUL_MAT_ID, Op.ROPE, Op.ROPE_BACK):
         return op.ne[2]
     return op.nrows
+
+
+def split_devices(text: str, kinds: list[str]) -> list[str]:
+    """Cut a list of devices at commas, before kinds of devices and cards; those inside ``sim:custom:...`` stay.
+
+    Examples
+    --------
+    >>> split_devices("sim:custom:8GiB,400GB/s,12GB/s,cpu", ["cpu", "sim"])
+    ['sim:custom:8GiB,400GB/s,12GB/s', 'cpu']
+    >>> split_devices("rtx3090,rtx3090", ["cpu", "sim"])
+    ['rtx3090', 'rtx3090']
+    """
+    names: list[str] = []
+    for part in text.split(","):
+        starts = part.strip().partition(":")[0] in (*kinds, "none") or find_card(part.split("-pcie")[0]) is not None
+        if names and not starts:
+            names[-1] += f",{part}"
+        else:
+            names.append(part)
+    return [n.strip() for n in names if n.strip()]
 
 
 class DeviceModule(Protocol):

@@ -28,6 +28,7 @@ HELP_WIDTH = 110
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 #: Which command answers which question, as the help and the README say it.
 QUESTIONS = (
+    ("Which flags, how fast, how much memory?", "pyggml plan gpt-oss-120b --device rtx3090"),
     ("What will these flags do, and how fast?", "pyggml splits gpt-oss-120b -ncmoe 28"),
     ("Why is a node on that device?", "pyggml splits MODEL --html plan.html"),
     ("Is the plan what llama.cpp does?", "pyggml verify MODEL"),

@@ -13,7 +13,7 @@ import cloup
 from ..errors import DeviceUnavailableError
 from ._console import warn
 from ._llama_flags import translate
-from ._values import DeviceList, split_devices
+from ._values import DeviceList
 
 if TYPE_CHECKING:
     from ..backend import Backend
@@ -259,7 +259,7 @@ def open_backends(flags: ModelFlags, *, data: bool = True) -> tuple[list[Backend
     DeviceUnavailableError
         One is not there.
     """
-    from ..backend import REGISTRY
+    from ..backend import REGISTRY, split_devices
     from ..backends.host import CPU
 
     names = split_devices(flags.device, REGISTRY.kinds())

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
-__all__ = ["DeviceList", "ModelPath", "split_devices"]
+__all__ = ["DeviceList", "ModelPath"]
 
 
 class ModelPath(click.Path):
@@ -49,25 +49,3 @@ class DeviceList(click.ParamType[str]):
         names = [*CARDS, *(f"sim:{name}" for name in PROFILES)] + [kind for kind in REGISTRY.kinds() if kind != "sim"]
         before, comma, last = incomplete.rpartition(",")
         return [CompletionItem(f"{before}{comma}{name}") for name in names if name.startswith(last)]
-
-
-def split_devices(text: str, kinds: list[str]) -> list[str]:
-    """Cut a list of devices at commas, before kinds of devices and cards; those inside ``sim:custom:...`` stay.
-
-    Examples
-    --------
-    >>> split_devices("sim:custom:8GiB,400GB/s,12GB/s,cpu", ["cpu", "sim"])
-    ['sim:custom:8GiB,400GB/s,12GB/s', 'cpu']
-    >>> split_devices("rtx3090,rtx3090", ["cpu", "sim"])
-    ['rtx3090', 'rtx3090']
-    """
-    from ..hardware.cards import find_card
-
-    names: list[str] = []
-    for part in text.split(","):
-        starts = part.strip().partition(":")[0] in (*kinds, "none") or find_card(part.split("-pcie")[0]) is not None
-        if names and not starts:
-            names[-1] += f",{part}"
-        else:
-            names.append(part)
-    return [n.strip() for n in names if n.strip()]

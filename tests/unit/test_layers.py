@@ -22,7 +22,7 @@ _ROOMS = {
     "sched": 5, "moe_cache": 5,
     "backends": 6, "models": 6, "makers": 6, "tokenizer": 6, "sampling": 6,
     "llama": 7, "session": 7, "planning": 7, "catalog": 7, "foresight": 7, "simulation": 7, "plan_report": 7, "report": 7, "timeline": 7, "upgrade": 7, "cache_plan": 7, "viz": 7,
-    "testing": 8, "selftest": 9, "replay": 8, "lab": 8,
+    "advisor": 8, "testing": 8, "selftest": 9, "replay": 8, "lab": 8,
     "commands": 9, "cli": 9, "__main__": 9, "": 9,
 }  # fmt: skip
 #: What a room must not import although its number is lower.

@@ -1,0 +1,20 @@
+"""Which flags to use: settings of llama.cpp for a model on a machine, ranked by predicted time, held to the scheduler's memory."""
+
+from .advice import Advice, Help, Plan, plan
+from .memory import DeviceMemory, MemoryModel
+from .search import Goal, Search
+from .settings import EXPLAIN, Space, flags_of
+
+__all__ = [
+    "EXPLAIN",
+    "Advice",
+    "DeviceMemory",
+    "Goal",
+    "Help",
+    "MemoryModel",
+    "Plan",
+    "Search",
+    "Space",
+    "flags_of",
+    "plan",
+]

@@ -1,0 +1,466 @@
+"""`plan`: the best settings for a model and a machine, what they cost, why, and what would help most."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..backend import REGISTRY, Backend, split_devices
+from ..catalog import header_path
+from ..errors import DeviceUnavailableError, GraphError
+from ..foresight import Machine, ModelShape, Setting, Speed
+from ..foresight.engine import Link
+from ..foresight.planned import card_of
+from ..gguf import GGUFFile
+from ..hardware.hosts import DEFAULT_HOST, Host, parse_host
+from ..simulation import simulate_batch
+from ..types import Type
+from .memory import DeviceMemory, MemoryModel
+from .search import Goal, Scored, Search, pays_from, plain_first
+from .settings import Space, command, flags_of
+
+__all__ = ["Advice", "Help", "Plan", "plan"]
+
+#: What llama.cpp's ``--fit`` keeps free of each device.
+MARGIN_BYTES = 1 << 30
+#: A further plan must differ by this much in speed of the prompt or of the answer, or in memory.
+_NOTEWORTHY = 1.03
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One setting with all that one needs to decide.
+
+    Attributes
+    ----------
+    title : str
+        What it is best at.
+    flags : list of str
+        As `llama-server`, `llama-cli` and `pyggml splits` take them.
+    command : str
+        A whole line for a shell.
+    pp_tps, tg_tps : Speed
+        Tokens a second of the prompt and of the answer.
+    seconds : float
+        Of the goal's prompt and answer together.
+    memory : list of DeviceMemory
+        Of each device, then of the host.
+    link_bytes_per_token : float
+        Bytes that cross the link for a token of the prompt, and `link_bytes_per_generated` for one of the answer.
+    bottleneck : str
+        One sentence.
+    """
+
+    title: str
+    setting: Setting
+    flags: list[str]
+    command: str
+    pp_tps: Speed
+    tg_tps: Speed
+    seconds: float
+    memory: list[DeviceMemory]
+    link_bytes_per_token: float
+    link_bytes_per_generated: float
+    bottleneck: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the margin stays free everywhere."""
+        return all(device.fits for device in self.memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Help:
+    """What a change of the machine would bring, by a search of its own.
+
+    Attributes
+    ----------
+    change : str
+        Such as ``"4 GiB more memory on the device"``.
+    speedup : float
+        Seconds of the best plan now over those of the best plan then.
+    flags : list of str
+        Of the best plan then.
+    """
+
+    change: str
+    speedup: float
+    flags: list[str]
+
+
+@dataclass(slots=True)
+class Advice:
+    """The answer of `plan`.
+
+    Attributes
+    ----------
+    plans : list of Plan
+        The best first; empty if nothing fits.
+    compared : list of Plan
+        The user's own settings.
+    pays_from : int or None
+        Tokens of a micro-batch from which offloading pays with the best plan.
+    missing_bytes : int
+        If nothing fits: how much the smallest setting lacks; `smaller` names a quantisation that would fit.
+    tried : int
+        Settings whose times were computed; `n_planned` of them were planned by the scheduler.
+    points : list of tuple
+        Of settings that fit: device bytes, tokens a second of prompt and answer, flags; for the page.
+    """
+
+    model: str
+    goal: Goal
+    machine: str
+    assumed: list[str]
+    plans: list[Plan] = field(default_factory=list)
+    compared: list[Plan] = field(default_factory=list)
+    helps: list[Help] = field(default_factory=list)
+    pays_from: int | None = None
+    missing_bytes: int = 0
+    smaller: str = ""
+    tried: int = 0
+    n_planned: int = 0
+    seconds: float = 0.0
+    points: list[tuple[int, float, float, str]] = field(default_factory=list)
+
+
+def plan(
+    model: str | os.PathLike[str],
+    *,
+    devices: str | Sequence[str] = "",
+    host: str | Host = "",
+    prompt: int = 2048,
+    generate: int = 256,
+    context: int = 8192,
+    margin_bytes: int = MARGIN_BYTES,
+    kv_types: Sequence[str] = ("f16", "q8_0"),
+    n_plans: int = 4,
+    compare: Sequence[Setting] = (),
+    on_progress: Callable[[str], None] | None = None,
+) -> Advice:
+    """Choose flags of llama.cpp for a model on a machine.
+
+    Parameters
+    ----------
+    model : path or str
+        A GGUF file, of which only the header is read, or ``NAME[:QUANT]`` of `pyggml models`.
+    devices : str or sequence of str
+        Cards by name, as in ``"rtx3090"`` or ``"rtx3090,rtx3090"``; none: the CPU alone.
+    host : str or Host
+        ``"ddr4-3200x2,cores=8,64GiB"``; empty: a desktop with 8 cores and two channels of DDR5-5600.
+    prompt, generate : int
+        Tokens of the prompt and of the answer by which settings are ranked.
+    context : int
+        Cells of the KV cache.
+    margin_bytes : int
+        What stays free of each device, and of a host whose size is known.
+    kv_types : sequence of str
+        Types of the KV cache that are allowed; the first is preferred where speeds are equal.
+    n_plans : int
+        Plans to return at most.
+    compare : sequence of Setting
+        Settings of your own, planned beside.
+    on_progress : callable, optional
+        Told what is done now.
+
+    Raises
+    ------
+    FormatError
+        There is no such file or model.
+    DeviceUnavailableError
+        A card, or a part of the host, is not known.
+    GraphError
+        A number of tokens is below 1, or the context is too small for them.
+    """
+    begin = time.perf_counter()
+    goal = _goal(prompt, generate, context)
+    tell = on_progress or (lambda what: None)
+    name = os.fspath(model)
+    path = name if os.path.lexists(name) else os.fspath(header_path(name))
+    backends, machine = _open(devices, host)
+    tell("reading the header")
+    with GGUFFile.open(path) as file:
+        shape = ModelShape.from_header(file.metadata, file.tensors, Path(name).name)
+        memory = MemoryModel(file, backends, context, host_bytes=machine.host.memory_bytes, margin_bytes=margin_bytes)
+        search = Search(shape, machine, goal, memory)
+        space = _space(shape, machine, goal, kv_types)
+        shown = name if os.path.lexists(name) else f"{name.replace(':', '-')}.gguf"
+        advice = Advice(name, goal, _describe(machine), _assumptions(machine, host, shape, context))
+        maker = _Maker(search, shown, advice)
+        tell(f"timing {len(space)} settings")
+        settings = sorted(space.settings(machine.host.n_cores), key=plain_first)
+        advice.plans = maker.best_plans(settings, n_plans, Type.of(kv_types[0]), tell)
+        advice.compared = [maker.make("yours", search.score(setting)) for setting in compare]
+        if advice.plans:
+            best = advice.plans[0]
+            advice.pays_from = pays_from(search, best.setting)
+            tell("what would help")
+            advice.helps = _helps(search, settings, best)
+        else:
+            _nothing_fits(advice, search, settings)
+        advice.tried, advice.n_planned = search.n_timed, memory.n_opened
+    advice.seconds = time.perf_counter() - begin
+    return advice
+
+
+def _goal(prompt: int, generate: int, context: int) -> Goal:
+    for what, n in (("prompt", prompt), ("generate", generate), ("context", context)):
+        if n < 1:
+            raise GraphError(f"{what} is {n}; it counts tokens, from 1 up")
+    if prompt + generate > context:
+        raise GraphError(
+            f"a prompt of {prompt} tokens and {generate} more do not fit into a context of {context}",
+            hint=f"use a context of at least {prompt + generate}",
+        )
+    return Goal(prompt, generate, context)
+
+
+def _open(devices: str | Sequence[str], host: str | Host) -> tuple[list[Backend], Machine]:
+    """Return devices that only plan, then the CPU; and the machine that they are."""
+    names = split_devices(devices, REGISTRY.kinds()) if isinstance(devices, str) else list(devices)
+    opened = REGISTRY.open_all([*(n for n in names if n != "cpu"), "cpu"], data=False)
+    profiles = [d.profile for d in opened[:-1]]
+    known = [p for p in profiles if p is not None]
+    if len(known) < len(profiles):
+        other = next(d for d in opened if d.profile is None)
+        raise DeviceUnavailableError(
+            other.name, "a plan is for cards by name or simulated devices", hint="such as rtx3090 or sim:rtx4090-pcie4"
+        )
+    around = host if isinstance(host, Host) else parse_host(host) if host else DEFAULT_HOST
+    links = [Link(p.link.bytes_per_s, p.link.latency_s) for p in known]
+    return [d.backend() for d in opened], Machine([card_of(p) for p in known], links, around)
+
+
+def _space(shape: ModelShape, machine: Machine, goal: Goal, kv_types: Sequence[str]) -> Space:
+    space = Space.of(
+        shape,
+        n_ctx=goal.context,
+        n_devices=len(machine.cards),
+        has_unified=any(card.is_unified for card in machine.cards),
+    )
+    return replace(space, kv_types=tuple(Type.of(t) for t in kv_types))
+
+
+def _describe(machine: Machine) -> str:
+    cards = ", ".join(f"{c.name} ({c.memory_bytes / 2**30:.0f} GiB)" for c in machine.cards) or "no card"
+    size = f", {machine.host.memory_bytes / 2**30:.0f} GiB" if machine.host.memory_bytes else ""
+    return f"{cards}; host: {machine.host.n_cores} cores, reads {machine.host.read_bytes_per_s / 1e9:.0f} GB/s{size}"
+
+
+def _assumptions(machine: Machine, host: str | Host, shape: ModelShape, context: int) -> list[str]:
+    said = [
+        f"link of {card.name}: {link.pinned / 1e9:.1f} GB/s from pinned memory"
+        for card, link in zip(machine.cards, machine.links, strict=True)
+        if not card.is_unified
+    ]
+    if not host:
+        said.append(f"host: {machine.host.description} (--host says otherwise)")
+    elif not machine.host.memory_bytes:
+        said.append("the host's memory is large enough (its size was not said)")
+    if shape.n_expert:
+        said.append("tokens choose experts as published runs do")
+    return said
+
+
+class _Maker:
+    """Makes plans of settings, each distinct from those before."""
+
+    def __init__(self, search: Search, model: str, advice: Advice) -> None:
+        self.search, self.model, self.advice = search, model, advice
+
+    def best_plans(
+        self, settings: list[Setting], n_plans: int, kv_type: Type, tell: Callable[[str], None]
+    ) -> list[Plan]:
+        """Return the best plan by the goal, and others that are better at one thing."""
+        search = self.search
+        by_goal = search.ranked(settings, lambda s: _step(s.seconds))
+        plain = [s for s in by_goal if s.setting.type_k is kv_type]
+        tell("planning the best")
+        best = next(search.best(plain), None) or next(search.best(by_goal), None)
+        if best is None:
+            return []
+        plans = [self.make("best for this mix", best)]
+        wanted: list[tuple[str, list[Scored]]] = [
+            ("fastest prompt", sorted(plain, key=lambda s: (_step(s.prompt_s), s.generate_s))),
+            ("fastest generation", sorted(plain, key=lambda s: (_step(s.generate_s), s.prompt_s))),
+            ("the same with a KV cache in q8_0", [s for s in by_goal if s.setting.type_k is not kv_type]),
+            ("least memory on the device", self._small(plain, best)),
+            ("mapped file, as llama.cpp's default", [s for s in plain if not s.setting.is_pinned]),
+            ("micro-batches of 512, as llama.cpp's default", [s for s in plain if s.setting.n_ubatch == 512]),
+            ("one step less on the device", self._next(plain, best)),
+        ]
+        for title, ranked in wanted:
+            if len(plans) >= n_plans:
+                break
+            tell(f"planning: {title}")
+            found = next(search.best(ranked), None)
+            if found is not None and not any(_is_same(found.setting, p.setting) for p in plans):
+                made = self.make(title, found)
+                if "q8_0" in title and made.seconds * _NOTEWORTHY > plans[0].seconds:
+                    continue  # worse results for nothing
+                plans.append(made)
+        self._points(by_goal)
+        return plans
+
+    def _small(self, ranked: list[Scored], best: Scored) -> list[Scored]:
+        """Return settings that are at most 10 % slower, those with the least weights on the devices first."""
+        near = [s for s in ranked if s.seconds <= 1.1 * best.seconds]
+        return sorted(near, key=lambda s: sum(self.search.memory.weights(s.setting)[:-1]))
+
+    def _next(self, ranked: list[Scored], best: Scored) -> list[Scored]:
+        """Return settings like the best with fewer layers on the device."""
+        b = best.setting
+        return [
+            s
+            for s in ranked
+            if (s.setting.n_cpu_moe > b.n_cpu_moe or 0 <= s.setting.n_gpu_layers < (b.n_gpu_layers % 10_000))
+            and s.setting.n_ubatch == b.n_ubatch
+        ]
+
+    def make(self, title: str, scored: Scored) -> Plan:
+        """Return the plan of a setting."""
+        search, setting = self.search, scored.setting
+        flags = flags_of(setting, search.goal.context, has_devices=bool(search.machine.cards))
+        memory = search.memory.exact(setting) or []
+        names = [card.name for card in search.machine.cards]
+        if len(set(names)) < len(names):
+            names = [f"{name} #{i}" for i, name in enumerate(names)]
+        memory = [replace(m, device=name) for m, name in zip(memory, [*names, "host"], strict=False)]
+        pp, tg = search.speed(setting, is_prompt=True), search.speed(setting, is_prompt=False)
+        per_prompt, per_generated = _link_bytes(search, setting) if memory else (0.0, 0.0)
+        return Plan(
+            title, setting, flags, command("llama-server", self.model, flags), pp, tg, scored.seconds, memory,
+            per_prompt, per_generated, _bottleneck(search, scored),
+        )  # fmt: skip
+
+    def _points(self, ranked: list[Scored]) -> None:
+        """Keep what the page draws: settings that fit by what is known."""
+        goal, memory = self.search.goal, self.search.memory
+        for scored in ranked:
+            taken = memory.estimate(scored.setting)
+            if taken is None or not all(d.fits for d in taken):
+                continue
+            flags = " ".join(flags_of(scored.setting, goal.context))
+            n_bytes = sum(d.bytes for d in taken[:-1])
+            prompt, answer = goal.prompt / scored.prompt_s, goal.generate / scored.generate_s
+            self.advice.points.append((n_bytes, prompt, answer, flags))
+
+
+def _step(seconds: float) -> int:
+    """Return a time in steps of half a per cent: what differs by less is equal, and the plainer setting wins."""
+    return round(200 * math.log(seconds))
+
+
+def _is_same(a: Setting, b: Setting) -> bool:
+    return replace(a, n_batch=0) == replace(b, n_batch=0)
+
+
+def _link_bytes(search: Search, setting: Setting) -> tuple[float, float]:
+    """Return the bytes between devices for a token of a full micro-batch, and for a generated one, by the scheduler."""
+    if not search.machine.cards:
+        return 0.0, 0.0
+    n = min(setting.n_ubatch, search.goal.prompt)
+    with search.memory.planner(setting) as planner:
+        prompt, one = simulate_batch(planner, n), simulate_batch(planner, 1)
+    return prompt.bytes_copied / n, float(one.bytes_copied)
+
+
+def _bottleneck(search: Search, scored: Scored) -> str:
+    """Return what the setting waits for, in one sentence: each resource is doubled in turn, the one that helps most is named."""
+    machine = search.machine
+    phase = "The prompt" if scored.prompt_s > scored.generate_s else "Generation"
+    best, what = 1.0, "small kernels and their launches"
+    for label, faster in _faster(machine):
+        other = Search(search.shape, faster, search.goal, search.memory).score(scored.setting)
+        now, then = (
+            (scored.prompt_s, other.prompt_s) if phase == "The prompt" else (scored.generate_s, other.generate_s)
+        )
+        if now / then > best + 0.02:
+            best, what = now / then, label
+    share = 2.0 * (1.0 - 1.0 / best)  # of the time that goes away with half of it
+    by = f" for {min(share, 1.0):.0%} of its time" if best > 1.0 else ""
+    return f"{phase} takes {max(scored.prompt_s, scored.generate_s):.1f} of {scored.seconds:.1f} s and waits{by} for {what}."
+
+
+def _faster(machine: Machine) -> list[tuple[str, Machine]]:
+    """Return the machine with each of its resources doubled."""
+    host = machine.host
+    made = [
+        ("host memory", replace(machine, host=replace(host, read_bytes_per_s=2 * host.read_bytes_per_s))),
+        ("the CPU's arithmetic", replace(machine, host=replace(host, n_cores=2 * host.n_cores))),
+    ]
+    if machine.cards:
+        links = [replace(link, pinned=2 * link.pinned) for link in machine.links]
+        memory = [replace(card, bytes_per_s=2 * card.bytes_per_s) for card in machine.cards]
+        fast = [
+            replace(c, f32_per_s=2 * c.f32_per_s, f16_per_s=2 * c.f16_per_s, int8_per_s=2 * c.int8_per_s)
+            for c in machine.cards
+        ]
+        made += [
+            ("the link to the device", replace(machine, links=links)),
+            ("the device's memory", replace(machine, cards=memory)),
+            ("the device's arithmetic", replace(machine, cards=fast)),
+        ]
+    return made
+
+
+def _helps(search: Search, settings: list[Setting], best: Plan) -> list[Help]:
+    """Return what changes of the machine would bring, each by a search of its own, the most helpful first."""
+    machine, host = search.machine, search.machine.host
+    changes: list[tuple[str, Machine, int]] = [
+        (
+            "twice the memory channels of the host",
+            replace(machine, host=replace(host, read_bytes_per_s=2 * host.read_bytes_per_s)),
+            0,
+        )
+    ]
+    if machine.cards and not machine.cards[0].is_unified:
+        links = [replace(link, pinned=2 * link.pinned) for link in machine.links]
+        changes.append(("a link twice as fast", replace(machine, links=links), 0))
+        changes.append(("4 GiB more memory on the device", machine, 4 << 30))
+    found = []
+    for label, other, more in changes:
+        again = Search(search.shape, other, search.goal, search.memory)
+        kv = best.setting.type_k
+        fits = [s for s in settings if s.type_k is kv and _has_room(search.memory, s, more)]
+        then = min((again.score(s) for s in fits), key=lambda s: s.seconds, default=None)
+        search.n_timed += again.n_timed
+        if then is not None:
+            flags = flags_of(then.setting, search.goal.context)
+            found.append(Help(label, best.seconds / then.seconds, flags))
+    return sorted(found, key=lambda h: -h.speedup)
+
+
+def _has_room(memory: MemoryModel, setting: Setting, more_bytes: int) -> bool:
+    """Return whether a setting fits into devices that have more memory, by what is known of settings like it."""
+    taken = memory.estimate(setting)
+    return taken is not None and all(
+        replace(d, of_bytes=d.of_bytes + more_bytes if i < len(taken) - 1 and d.of_bytes else d.of_bytes).fits
+        for i, d in enumerate(taken)
+    )
+
+
+def _nothing_fits(advice: Advice, search: Search, settings: list[Setting]) -> None:
+    """Say how much is missing at least, and which smaller quantisation would fit."""
+    from ..catalog import QUANTS, find_model
+
+    least: int | None = None
+    for setting in settings:
+        if setting.n_ubatch == settings[0].n_ubatch and not setting.is_pinned:
+            weights = search.memory.weights(setting)
+            taken = search.memory.estimate(setting) or search.memory._devices(weights)
+            missing = sum(d.missing_bytes for d in taken)
+            least = missing if least is None else min(least, missing)
+    advice.missing_bytes = least or 0
+    name, _, _ = advice.model.partition(":")
+    sizes = find_model(name)
+    if sizes is None:
+        return
+    room = sum(d.of_bytes - d.margin_bytes for d in search.memory._devices([0] * len(search.memory.backends)))
+    by_size = sorted(((ModelShape.from_sizes(sizes, q).total_bytes, q) for q in QUANTS), reverse=True)
+    fitting = next((q for size, q in by_size if size < 0.9 * room), "")
+    advice.smaller = f"{name}:{fitting}" if fitting else ""

@@ -1,0 +1,175 @@
+"""Memory of settings: weights from the file's header, and what the scheduler reserves, asked where it must be known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..backend import Backend
+from ..errors import PyggmlError
+from ..foresight.estimate import Setting
+from ..gguf import GGUFFile
+from ..planning import Memory, Planner
+from .settings import context_flags, placement_flags
+
+__all__ = ["DeviceMemory", "MemoryModel"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """What a setting takes of one device, or of the host.
+
+    Attributes
+    ----------
+    of_bytes : int
+        How much there is; 0 if unknown.
+    margin_bytes : int
+        What is to stay free.
+    """
+
+    device: str
+    bytes: int
+    of_bytes: int
+    margin_bytes: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether the margin stays free."""
+        return not self.of_bytes or self.bytes + self.margin_bytes <= self.of_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """What is too much."""
+        return 0 if self.fits else self.bytes + self.margin_bytes - self.of_bytes
+
+
+class MemoryModel:
+    """Memory of any setting of one model on one machine.
+
+    A setting's weights follow from the header. KV cache and compute buffers are the scheduler's own reserve: exact
+    for a setting that was asked for with `exact`, and taken from the nearest such setting by `estimate`, as they hardly depend on
+    how many layers are on the host.
+
+    Parameters
+    ----------
+    backends : sequence of Backend
+        Without data; the last is the CPU.
+    host_bytes : int
+        RAM; 0 if unknown.
+    margin_bytes : int
+        What is to stay free of each device, and of the host.
+    """
+
+    def __init__(
+        self, file: GGUFFile, backends: Sequence[Backend], n_ctx: int, *, host_bytes: int, margin_bytes: int
+    ) -> None:
+        self.file, self.backends, self.n_ctx = file, list(backends), n_ctx
+        self.host_bytes, self.margin_bytes = host_bytes, margin_bytes
+        self.n_opened = 0
+        self._layers, self._experts, self._input, self._output = _weights(file)
+        self._rest: dict[tuple[object, ...], list[int]] = {}
+        self._exact: dict[Setting, list[DeviceMemory] | None] = {}
+
+    # -- weights -------------------------------------------------------------
+
+    def weights(self, setting: Setting) -> list[int]:
+        """Return the bytes of weights on each device, then on the host; layers are shared evenly between devices."""
+        n, n_dev = len(self._layers), len(self.backends) - 1
+        out = [0] * (n_dev + 1)
+        n_on = n + 1 if setting.n_gpu_layers < 0 else min(setting.n_gpu_layers, n + 1)
+        first = n + 1 - n_on if n_dev else n + 1
+        for i, (every, experts) in enumerate(zip(self._layers, self._experts, strict=True)):
+            where = n_dev if i < first else min(n_dev - 1, (i - first) * n_dev // max(n_on, 1))
+            out[where] += every
+            out[n_dev if i < setting.n_cpu_moe else where] += experts
+        out[n_dev - 1 if n_on and n_dev else n_dev] += self._output
+        out[n_dev] += self._input
+        return out
+
+    def estimate(self, setting: Setting) -> list[DeviceMemory] | None:
+        """Return the memory of a setting, by the rest of one that is alike; None if no such setting was asked for."""
+        known = self._exact.get(setting)
+        if known is not None:
+            return known
+        rest = self._rest.get(self._key(setting))
+        if rest is None:
+            return None
+        return self._devices([a + b for a, b in zip(self.weights(setting), rest, strict=True)])
+
+    def may_fit(self, setting: Setting) -> bool:
+        """Return whether nothing known speaks against a setting: its weights alone, or with the rest of one that is alike."""
+        return all(d.fits for d in self.estimate(setting) or self._devices(self.weights(setting)))
+
+    def exact(self, setting: Setting) -> list[DeviceMemory] | None:
+        """Return the memory of a setting as the scheduler reserves it; None if it cannot be planned at all."""
+        if setting not in self._exact:
+            self._exact[setting] = self._open(setting)
+        return self._exact[setting]
+
+    def _open(self, setting: Setting) -> list[DeviceMemory] | None:
+        self.n_opened += 1
+        try:
+            with self.planner(setting) as planner:
+                taken = self._by_device(planner.memory())
+        except PyggmlError:
+            return None
+        rest = [a - b for a, b in zip(taken, self.weights(setting), strict=True)]
+        kept = self._rest.get(self._key(setting))
+        self._rest[self._key(setting)] = rest if kept is None else [max(a, b) for a, b in zip(rest, kept, strict=True)]
+        return self._devices(taken)
+
+    def planner(self, setting: Setting, **options: object) -> Planner:
+        """Return an open planner of a setting, without data."""
+        return Planner.open(
+            self.file,
+            devices=self.backends[:-1],
+            cpu=self.backends[-1],
+            placement=placement_flags(setting),
+            context=context_flags(setting, self.n_ctx),
+            data=False,
+            **options,  # type: ignore[arg-type]  # of Planner.open
+        )
+
+    def _by_device(self, memory: Sequence[Memory]) -> list[int]:
+        own = {b.buffer_type.name: i for i, b in enumerate(self.backends[:-1])}
+        out = [0] * len(self.backends)
+        for m in memory:
+            out[own.get(m.buft, len(out) - 1)] += m.total
+        return out
+
+    def _devices(self, taken: Sequence[int]) -> list[DeviceMemory]:
+        names = [b.name for b in self.backends]
+        sizes = [b.device.memory()[1] for b in self.backends[:-1]] + [self.host_bytes]
+        return [
+            DeviceMemory(name, n, size, self.margin_bytes) for name, n, size in zip(names, taken, sizes, strict=True)
+        ]
+
+    def _key(self, setting: Setting) -> tuple[object, ...]:
+        has_host = setting.n_cpu_moe > 0 or setting.n_gpu_layers >= 0
+        return (
+            setting.n_ubatch, setting.type_k, setting.type_v, setting.kv_offload, setting.op_offload and has_host,
+            setting.n_gpu_layers,
+        )  # fmt: skip
+
+
+def _weights(file: GGUFFile) -> tuple[list[int], list[int], int, int]:
+    """Return the bytes of each layer without experts, of its experts, of the input tables, and of the output."""
+    tensors: Mapping[str, object] = file.tensors
+    every: dict[int, int] = {}
+    experts: dict[int, int] = {}
+    table = output = 0
+    for name, info in tensors.items():
+        nbytes: int = info.nbytes  # type: ignore[attr-defined]  # TensorInfo, of an untyped mapping
+        found = re.match(r"blk\.(\d+)\.", name)
+        if found:
+            part = experts if re.search(r"_(?:ch|)exps(?:\.|$)", name) else every
+            part[int(found[1])] = part.get(int(found[1]), 0) + nbytes
+        elif name.startswith(("token_embd", "per_layer_token_embd")):
+            table += nbytes
+        else:
+            output += nbytes
+    if "output.weight" not in tensors:  # tied: the output reads the table, from a copy of its own on the device
+        output += getattr(tensors.get("token_embd.weight"), "nbytes", 0)
+    n = max([*every, *experts], default=-1) + 1
+    return [every.get(i, 0) for i in range(n)], [experts.get(i, 0) for i in range(n)], table, output

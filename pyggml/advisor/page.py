@@ -1,0 +1,138 @@
+"""The answer of a plan as one page: memory against speed and prompt against answer, each point a setting."""
+
+from __future__ import annotations
+
+from html import escape
+
+from ..viz.page import static_text
+from .advice import Advice, Plan
+
+__all__ = ["page_html"]
+
+_STYLE = """
+main { max-width: 1180px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 16px; }
+figure { margin: 0; }
+svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--muted); font: 11px system-ui, sans-serif; }
+svg .axis { stroke: var(--line-strong); }
+circle { fill: var(--compute); fill-opacity: 0.55; cursor: pointer; }
+circle:hover, circle:focus, circle.chosen { fill: var(--experts); fill-opacity: 1; outline: none; stroke: var(--text); }
+circle.plan { fill: var(--activation); fill-opacity: 1; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0; font: 12.5px ui-monospace, monospace; }
+#shown { min-height: 3.2em; }
+"""
+_SCRIPT = """
+for (const point of document.querySelectorAll("circle")) {
+  const show = () => {
+    document.getElementById("shown").textContent = point.dataset.says;
+    for (const other of document.querySelectorAll("circle"))
+      other.classList.toggle("chosen", other.dataset.says === point.dataset.says);
+  };
+  point.addEventListener("click", show);
+  point.addEventListener("focus", show);
+}
+"""
+_W, _H, _LEFT, _BOTTOM = 460, 300, 56, 40
+_GB = 2**30
+
+
+def page_html(advice: Advice) -> str:
+    """Return the page."""
+    goal = advice.goal
+    points = [(b / _GB, pp, tg, flags) for b, pp, tg, flags in advice.points]
+    chosen = {" ".join(plan.flags) for plan in advice.plans}
+    says = [
+        f"{flags}   prompt {pp:,.0f} t/s, answer {tg:,.1f} t/s, {gib:.1f} GiB on devices"
+        for gib, pp, tg, flags in points
+    ]
+    plots = [
+        ("Memory and prompt", "GiB on devices", "prompt tokens/s", [(p[0], p[1]) for p in points]),
+        ("Memory and answer", "GiB on devices", "answer tokens/s", [(p[0], p[2]) for p in points]),
+        ("Prompt and answer", "prompt tokens/s", "answer tokens/s", [(p[1], p[2]) for p in points]),
+    ]
+    marks = [flags in chosen for *_, flags in points]
+    title = f"Plans for {advice.model}"
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="about">{escape(advice.machine)}. Prompt {goal.prompt}, answer {goal.generate}, context {goal.context} tokens.</p>',
+        *(f'<p class="hint">Assumed: {escape(line)}.</p>' for line in advice.assumed),
+        _plans(advice.plans),
+    ]
+    if points:
+        shown = "".join(
+            f"<figure><figcaption>{escape(name)}</figcaption>{_plot(x, y, at, says, marks)}</figure>"
+            for name, x, y, at in plots
+        )
+        body.append(
+            f"<section><h2>{len(points)} settings that fit</h2><p id=shown class=hint>Click a point to see its flags. Green: the plans above.</p>"
+            f'<div class="plots">{shown}</div></section>'
+        )
+    helps = "".join(
+        f"<li>{escape(h.change)}: {h.speedup:.2f} times as fast</li>" for h in advice.helps if h.speedup > 1.01
+    )
+    if helps:
+        body.append(f"<section><h2>What would help</h2><ul>{helps}</ul></section>")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{static_text('page.css')}{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(body)
+        + f"\n</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def _plans(plans: list[Plan]) -> str:
+    if not plans:
+        return "<p><b>Nothing fits.</b></p>"
+    rows = []
+    for plan in plans:
+        memory = "<br>".join(
+            f"{escape(m.device)} {m.bytes / _GB:.1f}" + (f" of {m.of_bytes / _GB:.0f}" if m.of_bytes else "") + " GiB"
+            for m in plan.memory
+        )
+        speeds = "".join(
+            f"<td class=n>{s.mid:,.0f}<br><small>{s.low:,.0f} to {s.high:,.0f}</small></td>"
+            for s in (plan.pp_tps, plan.tg_tps)
+        )
+        rows.append(
+            f"<tr><td><b>{escape(plan.title)}</b><pre>{escape(plan.command)}</pre>{escape(plan.bottleneck)}</td>"
+            f"{speeds}<td class=n>{memory}</td></tr>"
+        )
+    head = "<tr><th>plan</th><th class=n>prompt t/s</th><th class=n>answer t/s</th><th class=n>memory</th></tr>"
+    return f'<section><div class="scroll"><table>{head}{"".join(rows)}</table></div></section>'
+
+
+def _plot(x_name: str, y_name: str, at: list[tuple[float, float]], says: list[str], marks: list[bool]) -> str:
+    """Return a scatter plot; plans are drawn last, so that they are on top."""
+    x_max, y_max = (1.05 * max((p[i] for p in at), default=1.0) or 1.0 for i in (0, 1))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return _LEFT + x / x_max * (_W - _LEFT - 10), (_H - _BOTTOM) * (1 - y / y_max) + 8
+
+    (x0, y0), (x1, y1) = place(0, 0), place(x_max, y_max)
+    parts = [f'<path class="axis" fill="none" d="M{x0} {y1}V{y0}H{x1}"/>']
+    for i in range(1, 5):
+        x, y = x_max * i / 4.2, y_max * i / 4.2
+        (px, _), (_, py) = place(x, 0), place(0, y)
+        parts.append(f'<text x="{px:.0f}" y="{y0 + 16:.0f}" text-anchor="middle">{_tick(x)}</text>')
+        parts.append(f'<text x="{x0 - 6}" y="{py + 4:.0f}" text-anchor="end">{_tick(y)}</text>')
+    parts.append(f'<text x="{(x0 + x1) / 2:.0f}" y="{_H - 4}" text-anchor="middle">{escape(x_name)}</text>')
+    parts.append(
+        f'<text x="12" y="{_H / 2:.0f}" transform="rotate(-90 12 {_H / 2:.0f})" text-anchor="middle">{escape(y_name)}</text>'
+    )
+    for i in sorted(range(len(at)), key=lambda i: marks[i]):
+        px, py = place(*at[i])
+        kind, r = ('class="plan" tabindex="0" ', 6) if marks[i] else ("", 3.5)
+        parts.append(
+            f'<circle {kind}cx="{px:.1f}" cy="{py:.1f}" r="{r}" data-says="{escape(says[i])}"><title>{escape(says[i])}</title></circle>'
+        )
+    return f'<svg viewBox="0 0 {_W} {_H}" role="img" aria-label="{escape(y_name)} by {escape(x_name)}">{"".join(parts)}</svg>'
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"

@@ -1,0 +1,134 @@
+"""Which setting is best: every setting of the space is timed in closed form, and memory is asked of the scheduler where it decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from ..foresight import Machine, ModelShape, Setting, Speed
+from ..foresight.estimate import place, predict
+from ..foresight.ranges import spread_of
+from ..types import Type
+from .memory import MemoryModel
+
+__all__ = ["Goal", "Scored", "Search", "pays_from"]
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What the user does: tokens of a prompt, tokens of an answer, and cells of the cache."""
+
+    prompt: int = 2048
+    generate: int = 256
+    context: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A setting with its times.
+
+    Attributes
+    ----------
+    prompt_s, generate_s : float
+        Seconds of the goal's prompt, and of its answer.
+    """
+
+    setting: Setting
+    prompt_s: float
+    generate_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Of both."""
+        return self.prompt_s + self.generate_s
+
+
+class Search:
+    """Times of settings, and the best ones that fit.
+
+    Parameters
+    ----------
+    memory : MemoryModel
+        Decides what fits.
+    """
+
+    def __init__(self, shape: ModelShape, machine: Machine, goal: Goal, memory: MemoryModel) -> None:
+        self.shape, self.machine, self.goal, self.memory = shape, machine, goal, memory
+        self.n_timed = 0
+        self._generation: dict[Setting, float] = {}
+
+    def score(self, setting: Setting) -> Scored:
+        """Return the times of a setting."""
+        self.n_timed += 1
+        goal = self.goal
+        prompt = predict(self.shape, self.machine, setting, goal.prompt, 0, is_prompt=True) * goal.prompt
+        return Scored(setting, prompt, self._generate_s(setting))
+
+    def _generate_s(self, setting: Setting) -> float:
+        """Return the time of the answer, which no micro-batch and no offloading changes."""
+        key = Setting(
+            n_gpu_layers=setting.n_gpu_layers, n_cpu_moe=setting.n_cpu_moe, overrides=setting.overrides,
+            threads=setting.threads, type_k=setting.type_k, type_v=setting.type_v, kv_offload=setting.kv_offload,
+        )  # fmt: skip
+        if key not in self._generation:
+            goal = self.goal
+            one = predict(self.shape, self.machine, setting, goal.generate, goal.prompt, is_prompt=False)
+            self._generation[key] = one * goal.generate
+        return self._generation[key]
+
+    def speed(self, setting: Setting, *, is_prompt: bool) -> Speed:
+        """Return tokens a second of the prompt or of the answer, with the range of the estimate."""
+        scored = self.score(setting)
+        n, seconds = (self.goal.prompt, scored.prompt_s) if is_prompt else (self.goal.generate, scored.generate_s)
+        mid = n / seconds
+        placed = place(self.shape, setting, len(self.machine.cards))
+        factor = spread_of(self.machine, setting, placed, is_prompt=is_prompt)
+        return Speed(mid / factor, mid, mid * factor)
+
+    def ranked(self, settings: Iterable[Setting], key: Callable[[Scored], float]) -> list[Scored]:
+        """Return the settings whose weights alone have room, best first; ties go to the plainer one, as it comes first."""
+        return sorted((self.score(s) for s in settings if self.memory.may_fit(s)), key=key)
+
+    def best(self, ranked: Iterable[Scored]) -> Iterator[Scored]:
+        """Yield those of a ranked list that fit, by the scheduler's own reserve."""
+        for scored in ranked:
+            if not self.memory.may_fit(scored.setting):
+                continue
+            taken = self.memory.exact(scored.setting)
+            if taken is not None and all(device.fits for device in taken):
+                yield scored
+
+
+def pays_from(search: Search, setting: Setting) -> int | None:
+    """Return from how many tokens copying host weights to the device is faster than computing on the CPU.
+
+    Returns
+    -------
+    int or None
+        The smallest number of tokens of a micro-batch; None if it never is up to 4096, or nothing is on the host.
+    """
+    from dataclasses import replace
+
+    if not search.machine.cards or (setting.n_cpu_moe == 0 and setting.n_gpu_layers < 0):
+        return None
+
+    def is_faster(n: int) -> bool:
+        at = replace(setting, n_ubatch=n, n_batch=n)
+        copied, on_cpu = (
+            predict(search.shape, search.machine, replace(at, op_offload=on), n, 0, is_prompt=True)
+            for on in (True, False)
+        )
+        return copied < on_cpu
+
+    low, high = 32, 4096  # llama.cpp's own threshold is 32: below it nothing is copied
+    if not is_faster(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_faster(middle) else (middle + 1, high)
+    return low
+
+
+def plain_first(setting: Setting) -> tuple[bool, bool, int]:
+    """Return what orders settings of equal speed: fewer flags first."""
+    return setting.type_k is not Type.F16, setting.is_pinned, setting.n_ubatch

@@ -1,0 +1,165 @@
+"""Settings of llama.cpp that a plan chooses among, and the flags that say them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from ..foresight.estimate import Setting
+from ..foresight.shape import ModelShape
+from ..models.context import ContextFlags
+from ..models.placement import PlacementFlags
+from ..types import Type
+
+__all__ = ["EXPLAIN", "Space", "command", "context_flags", "flags_of", "placement_flags"]
+
+#: Micro-batches that are tried; llama.cpp's default is 512.
+MICRO_BATCHES = (512, 1024, 2048, 4096)
+DEFAULT_BATCH = 2048
+
+#: What each flag does, for ``--explain``.
+EXPLAIN = {
+    "-ngl": "layers on the device, counted from the last; 'all' with the output. What is left is computed by the CPU for single "
+    "tokens, and copied to the device for each micro-batch of 32 tokens and more.",
+    "-ncmoe": "layers, from the first, whose experts stay in host memory. Attention and what every token reads are on the "
+    "device. For single tokens the CPU computes these experts, so generation waits for host memory; for prompts the used experts "
+    "are copied once per micro-batch.",
+    "-ub": "tokens of a micro-batch. Weights in host memory are copied once per micro-batch, so a larger one spreads the "
+    "copies over more tokens. It costs compute buffer on the device.",
+    "-b": "tokens that are prepared together; at least the micro-batch.",
+    "-fa": "flash attention: no matrix of scores in memory. Needed for a quantised V cache.",
+    "-ctk": "type of the K cache. q8_0 takes 53 % of f16; results change slightly.",
+    "-ctv": "type of the V cache. q8_0 takes 53 % of f16; results change slightly.",
+    "--no-mmap": "read the weights into memory instead of mapping the file. Host weights are then pinned, and copies "
+    "to the device run at the link's rate instead of at half of the RAM's.",
+    "-nkvo": "keep the KV cache in host memory, and compute attention on the CPU.",
+    "--no-op-offload": "never copy host weights to the device for a micro-batch: the CPU computes with them at any size.",
+    "-t": "threads: one for each physical core.",
+    "-c": "tokens that the KV cache holds.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """The settings that are tried; a field holds the values of one flag.
+
+    Attributes
+    ----------
+    n_cpu_moe : tuple of int
+        Empty layers of experts on the host, from none to all; ``(0,)`` of a dense model.
+    n_gpu_layers : tuple of int
+        -1: all.
+    """
+
+    n_gpu_layers: tuple[int, ...] = (-1,)
+    n_cpu_moe: tuple[int, ...] = (0,)
+    n_ubatch: tuple[int, ...] = MICRO_BATCHES
+    is_pinned: tuple[bool, ...] = (False, True)
+    op_offload: tuple[bool, ...] = (True, False)
+    kv_offload: tuple[bool, ...] = (True, False)
+    kv_types: tuple[Type, ...] = (Type.F16, Type.Q8_0)
+
+    @classmethod
+    def of(cls, model: ModelShape, *, n_ctx: int, n_devices: int, has_unified: bool) -> Space:
+        """Return the space of a model over a number of devices.
+
+        Parameters
+        ----------
+        n_ctx : int
+            Micro-batches above it are left out.
+        has_unified : bool
+            Whether a device's memory is the host's: then nothing is copied, and pinning changes nothing.
+        """
+        n_layer = len(model.layers)
+        n_moe = sum(layer.has_experts for layer in model.layers)
+        sizes = tuple(n for n in MICRO_BATCHES if n <= max(n_ctx, MICRO_BATCHES[0]))
+        if not n_devices:
+            return cls((0,), (0,), sizes[:1], (False,), (False,), (True,))
+        first = next((i for i, layer in enumerate(model.layers) if layer.has_experts), 0)
+        moe = (0, *range(first + 1, n_layer + 1)) if n_moe else (0,)
+        layers = (-1, 0) if n_moe else (-1, *range(n_layer, -1, -1))
+        pinned = (False,) if has_unified else (False, True)
+        return cls(layers, moe, sizes, pinned, (True,) if has_unified else (True, False))
+
+    def __len__(self) -> int:
+        n = 1
+        for values in (
+            self.n_gpu_layers, self.n_cpu_moe, self.n_ubatch, self.is_pinned, self.op_offload, self.kv_offload, self.kv_types,
+        ):  # fmt: skip
+            n *= len(values)
+        return n
+
+    def settings(self, threads: int) -> Iterator[Setting]:
+        """Yield every setting that means something of its own.
+
+        Notes
+        -----
+        A setting without weights in host memory is given once: pinning and offloading change nothing there.
+        """
+        for ngl, ncmoe, ub, pinned, offload, kv, kv_type in product(
+            self.n_gpu_layers, self.n_cpu_moe, self.n_ubatch, self.is_pinned, self.op_offload, self.kv_offload, self.kv_types,
+        ):  # fmt: skip
+            has_host_weights = ncmoe > 0 or ngl >= 0
+            if not has_host_weights and (pinned is not self.is_pinned[0] or offload is not self.op_offload[0]):
+                continue
+            if ngl == 0 and ncmoe:
+                continue  # all experts are on the host already
+            if not offload and pinned:
+                continue  # nothing is copied
+            yield Setting(
+                n_gpu_layers=ngl, n_cpu_moe=ncmoe, n_ubatch=ub, n_batch=max(ub, DEFAULT_BATCH), threads=threads,
+                type_k=kv_type, type_v=kv_type, is_pinned=pinned, op_offload=offload, kv_offload=kv,
+            )  # fmt: skip
+
+
+def placement_flags(setting: Setting) -> PlacementFlags:
+    """Return where the weights go."""
+    return PlacementFlags(
+        n_gpu_layers=setting.n_gpu_layers, n_cpu_moe=setting.n_cpu_moe, use_mmap=not setting.is_pinned
+    )
+
+
+def context_flags(setting: Setting, n_ctx: int) -> ContextFlags:
+    """Return what the context is."""
+    return ContextFlags(
+        n_ctx=n_ctx, n_batch=setting.n_batch, n_ubatch=setting.n_ubatch, type_k=setting.type_k, type_v=setting.type_v,
+        flash_attn="on", offload_kqv=setting.kv_offload, op_offload=setting.op_offload,
+    )  # fmt: skip
+
+
+def flags_of(setting: Setting, n_ctx: int, *, has_devices: bool = True) -> list[str]:
+    """Return the flags of a setting, as `llama-server` and `pyggml splits` take them.
+
+    Examples
+    --------
+    >>> flags_of(Setting(n_cpu_moe=24, n_ubatch=2048, is_pinned=True, threads=8), 32768)
+    ['-c', '32768', '-ngl', 'all', '-ncmoe', '24', '-ub', '2048', '-fa', 'on', '--no-mmap', '-t', '8']
+    """
+    flags = ["-c", str(n_ctx)]
+    if has_devices:
+        flags += ["-ngl", "all" if setting.n_gpu_layers < 0 else str(setting.n_gpu_layers)]
+    if setting.n_cpu_moe:
+        flags += ["-ncmoe", str(setting.n_cpu_moe)]
+    if setting.n_ubatch != 512:
+        flags += ["-ub", str(setting.n_ubatch)]
+    if setting.n_batch != DEFAULT_BATCH:
+        flags += ["-b", str(setting.n_batch)]
+    flags += ["-fa", "on"]
+    if setting.type_k is not Type.F16:
+        flags += ["-ctk", setting.type_k.ggml_name, "-ctv", setting.type_v.ggml_name]
+    if not setting.kv_offload:
+        flags.append("-nkvo")
+    if setting.is_pinned:
+        flags.append("--no-mmap")
+    if not setting.op_offload:
+        flags.append("--no-op-offload")
+    if setting.threads:
+        flags += ["-t", str(setting.threads)]
+    return flags
+
+
+def command(program: str, model: str, flags: list[str]) -> str:
+    """Return a line for a shell."""
+    return shlex.join([program, "-m", model, *flags])

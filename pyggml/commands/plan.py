@@ -1,0 +1,299 @@
+"""`pyggml plan`: choose flags for a model and a machine: how fast, how much memory, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import cloup
+
+from ._console import n_bytes, print_json, progress, report, table
+from ._values import DeviceList, ModelPath
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..advisor import Advice, Plan
+    from ..foresight import Setting, Speed
+
+__all__ = ["EXIT_DOES_NOT_FIT", "command"]
+
+EXIT_DOES_NOT_FIT = 3
+#: Layers of ``--cpu-moe``.
+_ALL = 10_000
+EXAMPLES = """
+\b
+Examples:
+  pyggml plan gpt-oss-120b --device rtx3090 --host ddr4-3200x2,cores=8,64GiB
+  pyggml plan my.gguf -dev rtx3060 --prompt 4096 --generate 512 --context 32768
+  pyggml plan qwen3-30b-a3b -dev rtx3060 --compare "-ncmoe 48 -ub 512"
+  pyggml plan --explain -ncmoe
+"""
+
+
+@cloup.command("plan", epilog=EXAMPLES)
+@click.argument("model", type=ModelPath(), required=False)
+@cloup.option_group(
+    "Your machine",
+    cloup.option(
+        "-dev",
+        "--device",
+        type=DeviceList(),
+        default="rtx4090",
+        show_default=True,
+        help="Cards by name, with commas; cpu alone for none. `pyggml devices` lists them.",
+    ),
+    cloup.option(
+        "--host",
+        default="",
+        metavar="SPEC",
+        help="RAM and channels, cores, size: ddr4-3200x2,cores=8,64GiB; read=60GB/s; a processor's name.",
+    ),
+    cloup.option(
+        "--margin",
+        default=1.0,
+        show_default=True,
+        metavar="GiB",
+        type=click.FloatRange(0),
+        help="Memory to leave free of each device and of the host.",
+    ),
+)
+@cloup.option_group(
+    "Your work",
+    cloup.option(
+        "--prompt", default=2048, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens of a prompt."
+    ),
+    cloup.option(
+        "--generate", default=256, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens of an answer."
+    ),
+    cloup.option(
+        "-c",
+        "--context",
+        "--ctx-size",
+        default=8192,
+        show_default=True,
+        type=click.IntRange(1),
+        metavar="N",
+        help="Tokens that the KV cache holds.",
+    ),
+    cloup.option(
+        "--kv-types",
+        default="f16,q8_0",
+        show_default=True,
+        metavar="T,T",
+        help="Types of the KV cache that are allowed; the first is preferred.",
+    ),
+)
+@cloup.option_group(
+    "The answer",
+    cloup.option("--plans", default=4, show_default=True, type=click.IntRange(1, 20), metavar="N", help="Plans at most."),
+    cloup.option("--compare", multiple=True, metavar="FLAGS", help="Your own flags beside, as in \"-ngl 99 -ncmoe 30\"; repeatable."),
+    cloup.option("--explain", metavar="FLAG", help="Say what a flag does, and leave out the plan."),
+    cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page: memory against speed, each point a setting."),
+    cloup.option("--json", "as_json", is_flag=True, help="Print the answer as JSON."),
+)  # fmt: skip
+def command(
+    model: Path | None,
+    device: str,
+    host: str,
+    margin: float,
+    prompt: int,
+    generate: int,
+    context: int,
+    kv_types: str,
+    plans: int,
+    compare: tuple[str, ...],
+    explain: str | None,
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    """Choose -ngl, -ncmoe, -ub, the load mode and the KV types for a model on a machine, before the download.
+
+    MODEL is a GGUF file, of which only the header is read, or NAME[:QUANT] of `pyggml models`. Each plan is a whole
+    command line with its speed, the range that holds in four cases of five, and its memory by the scheduler's own reserve.
+    Exit status 3: nothing fits.
+    """
+    from ..advisor import plan
+
+    if explain is not None:
+        click.echo(_explained(explain))
+        return
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL': a GGUF file, or a name of `pyggml models`.")
+    own = [_setting(text) for text in compare]
+    with progress() as bar:
+        task = bar.add_task("starting", total=None)
+        advice = plan(
+            model, devices=device, host=host, prompt=prompt, generate=generate, context=context,
+            margin_bytes=int(margin * 2**30), kv_types=[t.strip() for t in kv_types.split(",")], n_plans=plans,
+            compare=own, on_progress=lambda what: bar.update(task, description=what[:40].ljust(40)),
+        )  # fmt: skip
+    if html is not None:
+        from ..advisor.page import page_html
+
+        html.write_text(page_html(advice), encoding="utf-8")
+    if as_json:
+        print_json(as_dict(advice))
+    else:
+        _print(advice)
+    if not advice.plans:
+        click.get_current_context().exit(EXIT_DOES_NOT_FIT)
+
+
+def _explained(flag: str) -> str:
+    from ..advisor import EXPLAIN
+
+    names = {"--n-cpu-moe": "-ncmoe", "--n-gpu-layers": "-ngl", "--ubatch-size": "-ub", "--batch-size": "-b",
+             "--flash-attn": "-fa", "--threads": "-t", "--ctx-size": "-c", "--cpu-moe": "-ncmoe"}  # fmt: skip
+    name = names.get(flag, flag if flag.startswith("-") else f"-{flag}")
+    if name not in EXPLAIN:
+        raise click.UsageError(f"a plan does not choose {flag}; it chooses {', '.join(EXPLAIN)}")
+    return f"{name}: {EXPLAIN[name]}"
+
+
+def _setting(text: str) -> Setting:
+    """Return the setting that a user's own flags say."""
+    import shlex
+
+    from ..foresight import Setting
+    from ..types import Type
+    from ._model_options import ModelCommand, ModelFlags, model_options
+
+    found: list[ModelFlags] = []
+
+    @cloup.command("--compare", cls=ModelCommand)
+    @model_options
+    def read(flags: ModelFlags) -> None:
+        found.append(flags)
+
+    try:
+        with read.make_context("--compare", shlex.split(text)) as ctx:
+            read.invoke(ctx)
+    except (click.ClickException, ValueError) as error:
+        reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        raise click.UsageError(f"--compare {text!r}: {reason}") from None
+    (flags,) = found
+    placement, made = flags.placement(), flags.context()
+    n_cpu_moe = 0
+    for word in placement.overrides:
+        name, _, value = word.partition(" ")
+        if name == "--cpu-moe":
+            n_cpu_moe = _ALL
+        elif name == "--n-cpu-moe":
+            n_cpu_moe = max(n_cpu_moe, int(value))
+        else:
+            raise click.UsageError(f"--compare {text!r}: {word} is not compared here; `pyggml splits` plans it")
+    return Setting(
+        n_gpu_layers=placement.n_gpu_layers, n_cpu_moe=n_cpu_moe, n_ubatch=made.n_ubatch, n_batch=made.n_batch, threads=flags.threads or 0, type_k=Type.of(made.type_k),
+        type_v=Type.of(made.type_v), is_pinned=not placement.use_mmap, kv_offload=made.offload_kqv,
+        op_offload=made.op_offload,
+    )  # fmt: skip
+
+
+# -- JSON ------------------------------------------------------------------------
+
+
+def _speed(speed: Speed) -> dict[str, float]:
+    return {"low": speed.low, "mid": speed.mid, "high": speed.high}
+
+
+def _plan_dict(plan: Plan) -> dict[str, Any]:
+    return {
+        "title": plan.title,
+        "flags": plan.flags,
+        "command": plan.command,
+        "pp_tps": _speed(plan.pp_tps),
+        "tg_tps": _speed(plan.tg_tps),
+        "seconds": plan.seconds,
+        "memory": [
+            {"device": m.device, "bytes": m.bytes, "of_bytes": m.of_bytes, "fits": m.fits, "missing_bytes": m.missing_bytes}
+            for m in plan.memory
+        ],
+        "fits": plan.fits,
+        "link_bytes_per_prompt_token": plan.link_bytes_per_token,
+        "link_bytes_per_generated_token": plan.link_bytes_per_generated,
+        "bottleneck": plan.bottleneck,
+    }  # fmt: skip
+
+
+def as_dict(advice: Advice) -> dict[str, Any]:
+    """Return the answer as values of JSON."""
+    return {
+        "model": advice.model,
+        "machine": advice.machine,
+        "goal": asdict(advice.goal),
+        "assumed": advice.assumed,
+        "plans": [_plan_dict(p) for p in advice.plans],
+        "compared": [_plan_dict(p) for p in advice.compared],
+        "helps": [asdict(h) for h in advice.helps],
+        "offload_pays_from_tokens": advice.pays_from,
+        "missing_bytes": advice.missing_bytes,
+        "smaller": advice.smaller,
+        "seconds": advice.seconds,
+        "tried": advice.tried,
+        "planned": advice.n_planned,
+    }
+
+
+# -- terminal --------------------------------------------------------------------
+
+
+def _print(advice: Advice) -> None:
+    out = report()
+    goal = advice.goal
+    out.print(f"{advice.model} on {advice.machine}", style="bold")
+    out.print(f"prompt {goal.prompt}, answer {goal.generate}, context {goal.context} tokens")
+    for line in advice.assumed:
+        out.print(f"assumed: {line}", style="dim")
+    out.print()
+    if not advice.plans:
+        out.print(f"Nothing fits: the smallest setting lacks {n_bytes(advice.missing_bytes)}.", style="bold red")
+        if advice.smaller:
+            out.print(f"{advice.smaller} would fit.")
+    if advice.plans or advice.compared:
+        out.print(_table(advice))
+    for plan in [*advice.plans, *advice.compared]:
+        out.print()
+        out.print(f"{plan.title}:", style="bold")
+        out.print(plan.command, soft_wrap=True)
+        out.print(plan.bottleneck)
+        for m in plan.memory:
+            if not m.fits:
+                out.print(f"{m.device} lacks {n_bytes(m.missing_bytes)}, margin included.", style="red")
+    if advice.plans:
+        out.print()
+        if advice.pays_from is not None:
+            less = "llama.cpp copies from 32 tokens on (GGML_OP_OFFLOAD_MIN_BATCH changes that)"
+            out.print(f"Copying host weights to the device pays from {advice.pays_from} tokens a micro-batch; {less}.")
+        for help in advice.helps:
+            if help.speedup > 1.01:
+                out.print(f"{help.change[0].upper()}{help.change[1:]}: {help.speedup:.2f} times as fast.")
+        out.print(
+            f"{advice.tried} settings timed, {advice.n_planned} planned by the scheduler, {advice.seconds:.1f} s",
+            style="dim",
+        )
+
+
+def _table(advice: Advice) -> Table:
+    devices = [m.device for m in advice.plans[0].memory] if advice.plans else []
+    sizes = {m.device: m.of_bytes for m in advice.plans[0].memory} if advice.plans else {}
+    shown = [f"{d} of {sizes[d] / 2**30:.0f} GiB" if sizes[d] else d for d in devices]
+    columns = ["prompt t/s", "answer t/s", "seconds", *shown, "link/token"]
+    made = table("", "plan", *columns, right=tuple(columns), free=("plan",))
+    for plan in [*advice.plans, *advice.compared]:
+        memory = {m.device: m for m in plan.memory}
+        cells = [
+            f"{memory[d].bytes / 2**30:.1f}{'' if memory[d].fits else ' !'}" if d in memory else "" for d in devices
+        ]
+        made.add_row(
+            plan.title, _range(plan.pp_tps), _range(plan.tg_tps), f"{plan.seconds:.1f}", *cells,
+            n_bytes(round(plan.link_bytes_per_token)), style=None if plan.fits else "red",
+        )  # fmt: skip
+    return made
+
+
+def _range(speed: Speed) -> str:
+    digits = 0 if speed.mid >= 100 else 1
+    return f"{speed.mid:.{digits}f} ({speed.low:.{digits}f}-{speed.high:.{digits}f})"

@@ -1,0 +1,178 @@
+"""`pyggml plan`: the answer equals exhaustive search, what is said to fit does, and flags mean the same to `splits`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from pyggml.advisor import EXPLAIN, Goal, MemoryModel, Search, Space, flags_of, plan
+from pyggml.advisor.advice import MARGIN_BYTES, _open, _step
+from pyggml.advisor.page import page_html
+from pyggml.advisor.search import pays_from, plain_first
+from pyggml.catalog import header_path
+from pyggml.cli import group
+from pyggml.commands.plan import command
+from pyggml.errors import DeviceUnavailableError, FormatError, GraphError
+from pyggml.foresight import ModelShape, Setting
+from pyggml.gguf import GGUFFile
+from pyggml.types import Type
+
+HOST = "ddr4-3200x2,cores=8,64GiB"
+
+
+def run(*args: str, status: int = 0) -> Any:
+    """Return the JSON that the command prints."""
+    result = CliRunner().invoke(command, [*args, "--host", HOST, "--json"])
+    assert result.exit_code == status, result.output
+    return json.loads(result.stdout)
+
+
+def search_of(model: str, device: str, goal: Goal) -> tuple[Search, GGUFFile]:
+    """Return a search over a model of the table."""
+    backends, machine = _open(device, HOST)
+    file = GGUFFile.open(header_path(model))
+    shape = ModelShape.from_header(file.metadata, file.tensors, model)
+    memory = MemoryModel(file, backends, goal.context, host_bytes=machine.host.memory_bytes, margin_bytes=MARGIN_BYTES)
+    return Search(shape, machine, goal, memory), file
+
+
+@pytest.mark.parametrize(("model", "device"), [("gpt-oss-20b", "rtx3060"), ("llama-3.2-3b:Q8_0", "gtx1650")])
+def test_the_answer_equals_exhaustive_search(model: str, device: str) -> None:
+    """Planning every single setting of a space by the scheduler finds no faster one that fits."""
+    goal = Goal(1024, 128, 4096)
+    search, file = search_of(model, device, goal)
+    with file:
+        space = replace(
+            Space.of(search.shape, n_ctx=goal.context, n_devices=1, has_unified=False),
+            n_ubatch=(512, 2048), kv_types=(Type.F16,), kv_offload=(True,), op_offload=(True,), is_pinned=(True,),
+        )  # fmt: skip
+        settings = sorted(space.settings(8), key=plain_first)
+        assert 20 < len(settings) <= 500
+        found = next(search.best(search.ranked(settings, lambda s: _step(s.seconds))))
+        every = [s for s in settings if all(d.fits for d in search.memory.exact(s) or [])]
+        assert found.setting in every
+        assert len(every) < len(settings)
+        best = min(search.score(s).seconds for s in every)
+        assert found.seconds <= best * 1.006  # what differs by half a per cent counts as equal
+
+
+def test_a_plan_that_is_said_to_fit_does_and_splits_agrees() -> None:
+    """The flags of each plan, given to `splits`, show the same memory, byte for byte."""
+    answer = run("gpt-oss-20b", "--device", "rtx3060", "-c", "4096", "--plans", "2")
+    assert len(answer["plans"]) == 2
+    for made in answer["plans"]:
+        assert made["fits"]
+        args = ["splits", "gpt-oss-20b", "-dev", "rtx3060,cpu", *made["flags"], "--batches", "1", "--json"]
+        result = CliRunner().invoke(group, args)
+        assert result.exit_code == 0, result.output
+        memory = json.loads(result.stdout)["memory"]
+        device = next(m for m in memory if m["buft"] == "SIM0")
+        assert device["weights"] + device["cache"] + device["compute"] == made["memory"][0]["bytes"]
+
+
+def test_the_answer_has_what_one_decides_by() -> None:
+    """Plans differ, have ranges around the middle, a command, a bottleneck, and what would help most comes first."""
+    answer = run("gpt-oss-120b", "--device", "rtx3090", "-c", "32768", "--compare", "-ngl 99 -ncmoe 30")
+    plans = answer["plans"]
+    assert len(plans) >= 3
+    assert len({tuple(p["flags"]) for p in plans}) == len(plans)
+    for made in [*plans, *answer["compared"]]:
+        for speed in (made["pp_tps"], made["tg_tps"]):
+            assert 0 < speed["low"] < speed["mid"] < speed["high"]
+        assert made["command"].startswith("llama-server -m gpt-oss-120b.gguf -c 32768")
+        assert made["bottleneck"].endswith(".")
+        assert [m["device"] for m in made["memory"]] == ["rtx3090", "host"]
+    assert plans[0]["seconds"] <= min(p["seconds"] for p in answer["compared"])
+    speedups = [h["speedup"] for h in answer["helps"]]
+    assert speedups == sorted(speedups, reverse=True)
+    assert answer["offload_pays_from_tokens"] > 32
+
+
+def test_nothing_fits_is_told_with_what_is_missing() -> None:
+    """A model too large for everything exits with 3, and names the missing bytes and a quantisation that fits."""
+    answer = run("llama-3.3-70b:F16", "--device", "rtx3060", status=3)
+    assert answer["plans"] == []
+    assert answer["missing_bytes"] > 1 << 30
+    assert answer["smaller"].startswith("llama-3.3-70b:")
+
+
+def test_a_dense_model_without_a_card() -> None:
+    """The CPU alone is a machine: one plan, no flags of devices."""
+    advice = plan("qwen3-0.6b", devices="cpu", host=HOST, context=4096)
+    assert advice.plans
+    assert "-ngl" not in advice.plans[0].flags
+    assert [m.device for m in advice.plans[0].memory] == ["host"]
+
+
+def test_two_cards_are_told_apart() -> None:
+    """Two cards of a name have numbers, and share the layers."""
+    advice = plan("llama-3.3-70b", devices="rtx3090,rtx3090", host=HOST, n_plans=1)
+    memory = advice.plans[0].memory
+    assert [m.device for m in memory] == ["rtx3090 #0", "rtx3090 #1", "host"]
+    assert all(m.bytes > 15 << 30 for m in memory[:2])
+
+
+def test_flags_say_what_differs_from_defaults() -> None:
+    """Defaults that mean themselves are left out; every flag of a setting can be explained."""
+    setting = Setting(
+        n_cpu_moe=3, n_ubatch=4096, n_batch=4096, type_k=Type.Q8_0, type_v=Type.Q8_0, is_pinned=True, kv_offload=False,
+        op_offload=False, threads=6,
+    )  # fmt: skip
+    flags = flags_of(setting, 8192)
+    names = {flag for flag in flags if flag.startswith("-")}
+    assert names <= EXPLAIN.keys()
+    assert flags_of(Setting(), 4096) == ["-c", "4096", "-ngl", "all", "-fa", "on"]
+
+
+def test_offloading_pays_later_with_a_slow_link() -> None:
+    """The threshold rises where copies are slower, and there is none where nothing is on the host."""
+    search, file = search_of("gpt-oss-20b", "rtx3060", Goal())
+    with file:
+        host = Setting(n_cpu_moe=24, threads=8)
+        fast = pays_from(search, host)
+        search.machine.links = [replace(link, pinned=link.pinned / 8) for link in search.machine.links]
+        slow = pays_from(search, host)
+        assert fast is not None
+        assert slow is None or slow > fast
+        assert pays_from(search, Setting()) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"prompt": 5000, "context": 4096}, GraphError),
+        ({"generate": 0}, GraphError),
+        ({"devices": "rtx9999"}, DeviceUnavailableError),
+        ({"devices": "libggml:CPU"}, DeviceUnavailableError),
+        ({"host": "ddr9-1"}, DeviceUnavailableError),
+    ],
+)
+def test_wrong_requests_are_typed_errors(options: dict[str, Any], error: type[Exception]) -> None:
+    """What cannot be planned is an error of our own tree."""
+    with pytest.raises(error):
+        plan("qwen3-0.6b", **{"devices": "rtx3060", **options})
+    with pytest.raises(FormatError):
+        plan("no-such-model", devices="rtx3060")
+
+
+def test_explain_and_wrong_flags() -> None:
+    """`--explain` says what a flag does; one that a plan does not choose, or that is wrong, is a usage error."""
+    runner = CliRunner()
+    assert "host memory" in runner.invoke(command, ["--explain", "--n-cpu-moe"]).output
+    assert runner.invoke(command, ["--explain", "--temp"]).exit_code == 2
+    assert runner.invoke(command, ["qwen3-0.6b", "--compare", "--no-such-flag"]).exit_code == 2
+
+
+def test_page_shows_every_point(tmp_path: Path) -> None:
+    """The page has a point for each setting that fits, in three plots, and the plans with their commands, escaped."""
+    advice = plan("gpt-oss-20b", devices="rtx3060", host=HOST)
+    advice.model = "<b>model</b>"
+    page = page_html(advice)
+    assert page.count("<circle") == 3 * len(advice.points) > 30
+    assert all(" ".join(p.flags[:4]) in page for p in advice.plans)
+    assert "<b>model" not in page
