@@ -314,7 +314,7 @@ class _Support:
 
         Notes
         -----
-        Mirrors `weight_buft_supported`. Differs: the rows of ROPE are turned by as many factors as there are; upstream
+        Mirrors `weight_buft_supported`. Differs: the rows of ROPE are turned by as many factors as there are, from a base above 0; upstream
         asks for none, which a backend may refuse as senseless.
         """
         weight = Tensor(info.type, info.ne, name=spec.name)
@@ -342,7 +342,7 @@ class _Support:
         assert op is Op.ROPE, op
         rows = Tensor(Type.F32, (hp.n_embd_head_v, hp.n_head, _N_PROBE))
         positions = Tensor(Type.I32, (_N_PROBE,))
-        return ops.rope_ext(rows, positions, w, 2 * w.ne[0], 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return ops.rope_ext(rows, positions, w, 2 * w.ne[0], 0, 0, 1e4, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 
 BuftList = list[tuple[Device, BufferType]]

@@ -30,7 +30,7 @@ def test_weights_of_any_type_can_be_planned(tmp_path, kind, device):
         with Planner.open(
             path, devices=[device], placement=PlacementFlags(cpu_moe=True), context=CONTEXT, data=False
         ) as planner:
-            splits = planner.plan_batch(40)[0].splits
+            splits = planner.plan_batch(40)[0].plan.splits
             found.append([(s.backend_id, s.i_start, s.i_end, [i.name for i in s.inputs]) for s in splits])
             sizes.append(sum(i.nbytes for s in splits for i in s.inputs if i.name.endswith("exps.weight")))
     assert found[0] == found[1]

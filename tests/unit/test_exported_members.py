@@ -19,7 +19,7 @@ NAMES = {
     "GraphError", "GraphView", "Observer", "Op", "OutOfMemoryError", "Plan", "Planner", "PyggmlError", "RPCError",
     "ReadRecord", "Recorder", "Recording", "Repairs", "SchedError", "Scheduler", "Session", "ShapeError", "Sim",
     "Split", "SplitRecord", "Statistics", "Tensor", "TensorFlag", "Transfer", "Type", "UnsupportedOpError",
-    "UpstreamCopier", "UsedExpertCopier", "UsedExpertsRecord", "VirtualClock", "WaitRecord", "ops",
+    "UpstreamCopier", "UsedExpertCopier", "UsedExpertsRecord", "VirtualClock", "WaitRecord", "ops", "plan",
 }  # fmt: skip
 
 
