@@ -223,12 +223,12 @@ class Graph:
         GraphError
             A node comes before one of its sources, or a source is missing.
         """
-        seen = set(self.leafs)
+        seen: set[Tensor | None] = {None, *self.leafs}
         for i, node in enumerate(self.nodes):
-            for j, src in enumerate(node.src):
-                if src is not None and src is not node and src not in seen:
-                    raise GraphError(f"node {i} '{node.name}' comes before its source {j} '{src.name}', or lacks it")
             seen.add(node)
+            if not seen.issuperset(node.src):
+                j, src = next((j, src) for j, src in enumerate(node.src) if src is not None and src not in seen)
+                raise GraphError(f"node {i} '{node.name}' comes before its source {j} '{src.name}', or lacks it")
 
     def show(self, path: str | os.PathLike[str] | None = None) -> Page:
         """Open a page of the nodes, their shapes and sources in the browser; a notebook shows it where it stands.
@@ -259,10 +259,11 @@ class Graph:
 class Snapshot:
     """What a plan of nodes rests on: the nodes, their sources, parameters and flags, and where all of them are in memory."""
 
-    __slots__ = ("flags", "nodes", "params", "places", "sources", "tensors")
+    __slots__ = ("flags", "n_sources", "nodes", "params", "places", "sources", "tensors")
 
     nodes: list[Tensor]
-    sources: list[list[Tensor | None]]  #: of each node
+    sources: list[Tensor | None]  #: of all nodes, one after the other
+    n_sources: list[int]  #: of each node
     params: list[tuple[int, ...]]
     flags: list[int]
     tensors: list[Tensor]  #: nodes and sources, each once
@@ -270,10 +271,11 @@ class Snapshot:
 
     def __init__(self, nodes: Sequence[Tensor]) -> None:
         self.nodes = list(nodes)
-        self.sources = [list(node.src) for node in nodes]
+        self.sources = list(itertools.chain.from_iterable(map(_sources_of, nodes)))
+        self.n_sources = list(map(len, map(_sources_of, nodes)))
         self.params = list(map(_params_of, nodes))
         self.flags = list(map(_flags_of, nodes))
-        used = dict.fromkeys(itertools.chain(nodes, *self.sources))
+        used = dict.fromkeys(itertools.chain(nodes, self.sources))
         self.tensors = [t for t in used if t is not None]
         self.places = list(map(_place_of, self.tensors))
 
@@ -282,7 +284,7 @@ class Snapshot:
         return (
             self.nodes == nodes
             and self.places == list(map(_place_of, self.tensors))
-            and self.sources == list(map(_sources_of, nodes))
+            and self.sources == list(itertools.chain.from_iterable(map(_sources_of, nodes)))
             and self.params == list(map(_params_of, nodes))
             and self.flags == list(map(_flags_of, nodes))
         )
@@ -296,10 +298,11 @@ class Snapshot:
 
     def first_change(self, nodes: Sequence[Tensor]) -> str:
         """Return what changed, for an error; empty text if nothing did."""
+        rest = iter(self.sources)
         for i, (was, node) in enumerate(itertools.zip_longest(self.nodes, nodes)):
             if was is None or node is None or was is not node:
                 return f"node {i} is {_name(node)}, and was {_name(was)}"
-            for j, (old, new) in enumerate(itertools.zip_longest(self.sources[i], node.src)):
+            for j, (old, new) in enumerate(itertools.zip_longest(itertools.islice(rest, self.n_sources[i]), node.src)):
                 if old is not new:
                     return f"source {j} of '{node.name}' is {_name(new)}, and was {_name(old)}"
             if self.params[i] != node.op_params or self.flags[i] != node.flags:

@@ -336,6 +336,11 @@ class Replay:
         for b in range(len(self.backends)):
             for c, buffer in enumerate(self._sched.galloc.chunks(b)):
                 chunks.setdefault(buffer, (b, c))
+        by_type = {buft: b for b, buft in reversed([*enumerate(self._sched.bufts)])}
+        for node in graph.nodes:  # a chunk of empty tensors only is no buffer of the allocator's
+            for one in (node, *node.src):
+                if one is not None and one.buffer is not None and not one.buffer.size and one.buffer.buft in by_type:
+                    chunks.setdefault(one.buffer, (by_type[one.buffer.buft], 0))
         places: dict[str, list[object] | None] = {}
         for node in graph.nodes:
             if _is_dependency(node):

@@ -295,10 +295,12 @@ def settle(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
     causes, supports_op = asg.causes, machine.op_checks
     for node in nodes:
         root = node.view_src
+        if root is None and causes[node] in _WAS_ASKED:
+            continue
         if root is not None and node.op.is_empty and asg.ids.get(root, asg.ids[node]) != asg.ids[node]:
             asg.set(node, asg.ids[root], Cause.VIEWED)  # it was pinned away from the memory that it looks at
             continue
-        if (root is None and causes[node] in _WAS_ASKED) or not is_computed(node):
+        if not is_computed(node):
             continue
         b = asg.ids[node]
         if root is not None and root.buffer is not None and not root.buffer.is_writable:

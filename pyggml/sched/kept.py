@@ -16,7 +16,8 @@ _flags_of = attrgetter("flags")
 
 
 def _flags(graph: Graph) -> list[int]:
-    return [*map(_flags_of, graph.nodes), *map(_flags_of, graph.leafs)]
+    """Return the leafs' flags; those of nodes are in the scheduler's `Snapshot`."""
+    return list(map(_flags_of, graph.leafs))
 
 
 class KeptAlloc:

@@ -31,6 +31,8 @@ __all__ = [
 class Cause(Enum):
     """Why a tensor is where it is; the value is upstream's note (`SET_CAUSE`), its digit the pass."""
 
+    __hash__ = object.__hash__  # members are single objects; an enum's own hash is a call in Python
+
     USER = "usr"
     DST = "1.dst"
     VIEW_SRC = "1.vsrc"

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from pyggml.commands.replay import command
 from pyggml.dialect import DIALECTS
 from pyggml.errors import FormatError
-from pyggml.replay import read_case, replay, replay_file
+from pyggml.replay import parse_case, read_case, replay, replay_file
 
 CASE = {
     "format": "pyggml-sched-case/1",
@@ -277,3 +277,48 @@ def test_no_numba_is_imported() -> None:
     code = "import sys, pyggml.commands.replay; print(*[m for m in ('numba', 'numpy', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert "numba" not in done.stdout
+
+
+def test_a_chunk_of_empty_tensors_is_placed_in_its_compute_buffer() -> None:
+    """A batch without tokens over two devices: every tensor is said to be in the compute buffer of its type."""
+    empty = {"type": "f32", "ne": [4, 0]}
+    case = {
+        "format": "pyggml-sched-case/1",
+        "name": "empty",
+        "buffer_types": [
+            {"name": "CPU", "host": True, "alignment": 64},
+            {"name": "GPU0", "host": False, "alignment": 64},
+        ],
+        "backends": [
+            {"name": "GPU0", "device": "GPU", "buft": "GPU0", "bufts": ["GPU0"], "ops": "all", "caps": {}},
+            {"name": "CPU", "device": "CPU", "buft": "CPU", "bufts": ["CPU"], "ops": "all", "caps": {}},
+        ],
+        "tensors": [{"id": "norm", "type": "f32", "ne": [4]}],
+        "buffers": [{"id": "weights.GPU0", "buft": "GPU0", "usage": "weights", "tensors": ["norm"]}],
+        "graphs": {
+            g: {
+                "tensors": [
+                    {"id": "x", **empty, "flags": ["input"]},
+                    {"id": "a", **empty, "op": "SQR", "src": ["x"]},
+                    *(
+                        [{"id": "b", **empty, "op": "ADD", "src": ["a", "norm"], "flags": ["output"]}]
+                        if g == "two"
+                        else []
+                    ),
+                ],
+                "expand": ["b" if g == "two" else "a"],
+            }
+            for g in ("one", "two")
+        },
+        "sched": {"graph_size": 64, "parallel": False, "op_offload": False},
+        "steps": [
+            {"op": "build", "graph": "one"},
+            {"op": "reserve", "graph": "one"},
+            {"op": "build", "graph": "two"},
+            {"op": "alloc_graph", "graph": "two"},
+        ],
+    }
+    state = replay(parse_case(case), dialect=DIALECTS["0.27"])["steps"][-1]["state"]
+    assert {name: place[0] for name, place in state["alloc"].items() if name != "norm"} == {
+        "GPU0#x#0": 0, "a": 0, "b": 0, "x": 1,
+    }  # fmt: skip
