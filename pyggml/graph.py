@@ -12,6 +12,7 @@ from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from .edits import EDITS
 from .errors import GraphError
 from .notebook import html_table
 from .tensor import Tensor
@@ -259,7 +260,7 @@ class Graph:
 class Snapshot:
     """What a plan of nodes rests on: the nodes, their sources, parameters and flags, and where all of them are in memory."""
 
-    __slots__ = ("flags", "n_sources", "nodes", "params", "places", "sources", "tensors")
+    __slots__ = ("edits", "flags", "n_sources", "nodes", "params", "places", "sources", "tensors")
 
     nodes: list[Tensor]
     sources: list[Tensor | None]  #: of all nodes, one after the other
@@ -268,8 +269,10 @@ class Snapshot:
     flags: list[int]
     tensors: list[Tensor]  #: nodes and sources, each once
     places: list[int | None]  #: addresses of `tensors`
+    edits: int  #: number of the latest change when this was taken or last compared
 
     def __init__(self, nodes: Sequence[Tensor]) -> None:
+        self.edits = EDITS.latest
         self.nodes = list(nodes)
         self.sources = list(itertools.chain.from_iterable(map(_sources_of, nodes)))
         self.n_sources = list(map(len, map(_sources_of, nodes)))
@@ -278,6 +281,16 @@ class Snapshot:
         used = dict.fromkeys(itertools.chain(nodes, self.sources))
         self.tensors = [t for t in used if t is not None]
         self.places = list(map(_place_of, self.tensors))
+
+    def still_holds(self, nodes: Sequence[Tensor]) -> bool:
+        """Whether the nodes are the same, and nothing about them changed; compares all only if anything was changed since."""
+        now = EDITS.latest
+        if self.edits == now:
+            return self.nodes == nodes
+        if not self.holds(nodes):
+            return False
+        self.edits = now
+        return True
 
     def holds(self, nodes: Sequence[Tensor]) -> bool:
         """Whether the nodes are the same, and nothing about them changed."""
@@ -315,7 +328,7 @@ def _name(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else f"'{tensor.name}'"
 
 
-_params_of, _flags_of, _place_of, _sources_of = map(attrgetter, ("op_params", "flags", "data", "src"))
+_params_of, _flags_of, _place_of, _sources_of = map(attrgetter, ("_op_params", "flags", "data", "src"))
 
 
 class GraphView:

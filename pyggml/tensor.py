@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+from .edits import EDITS, Sources
 from .errors import GraphError, ShapeError
 from .notebook import html_table
 from .types import MAX_DIMS, GluOp, Op, TensorFlag, Type, UnaryOp
@@ -109,6 +110,7 @@ class Tensor:
     __slots__ = (
         "__weakref__",
         "_nbytes",
+        "_op_params",
         "buffer",
         "data",
         "extra",
@@ -117,7 +119,6 @@ class Tensor:
         "nb",
         "ne",
         "op",
-        "op_params",
         "src",
         "type",
         "view_offs",
@@ -128,7 +129,6 @@ class Tensor:
     ne: Shape
     nb: Shape
     op: Op
-    op_params: tuple[int, ...]
     flags: int  #: of `TensorFlag`
     src: list[Tensor | None]  #: at most 10; the scheduler rewrites entries to copies
     view_src: Tensor | None
@@ -157,8 +157,8 @@ class Tensor:
         self.nb = contiguous_nb(type, ne) if nb is None else tuple(nb)  # type: ignore[assignment]
         self.name = name
         self.op = op
-        self.op_params = op_params
-        self.src = list(src)
+        self._op_params = op_params
+        self.src = Sources(src)
         self.flags = flags
         self.buffer = None
         self.data = None
@@ -307,7 +307,7 @@ class Tensor:
 
     def param_i32(self, i: int) -> int:
         """Return parameter word i as an integer; 0 if it was never set."""
-        return self.op_params[i] if i < len(self.op_params) else 0
+        return self._op_params[i] if i < len(self._op_params) else 0
 
     def param_f32(self, i: int) -> float:
         """Return parameter word i as a float; 0.0 if it was never set."""
@@ -328,7 +328,17 @@ class Tensor:
         number = self.param_i32(0)
         return kinds(number).name if number in _NUMBERS[kinds] else f"{self.op.name} {number}"
 
-    # -- naming and flags ----------------------------------------------------
+    # -- parameters, name and flags ----------------------------------------------------
+
+    @property
+    def op_params(self) -> tuple[int, ...]:
+        """Parameters of the op as int32 words; set as a whole."""
+        return self._op_params
+
+    @op_params.setter
+    def op_params(self, op_params: tuple[int, ...]) -> None:
+        EDITS.note()
+        self._op_params = op_params
 
     def named(self, name: str) -> Tensor:
         """Set the name and return the tensor itself."""
@@ -337,6 +347,7 @@ class Tensor:
 
     def set_input(self) -> Tensor:
         """Flag as an input of the graph and return the tensor itself."""
+        EDITS.note()
         self.flags |= TensorFlag.INPUT
         return self
 
@@ -347,6 +358,7 @@ class Tensor:
         -----
         Mirrors `ggml_set_output`: of a view the tensor that owns the memory is flagged, too.
         """
+        EDITS.note()
         self.flags |= TensorFlag.OUTPUT
         if self.view_src is not None:
             self.view_src.flags |= TensorFlag.OUTPUT

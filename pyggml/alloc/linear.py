@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from ..buffer import Buffer, BufferType, MultiBuffer, tensor_alloc, view_init
+from ..edits import EDITS
 from ..errors import AllocError
 from ..tensor import Tensor
 from ..types import BufferUsage, Type
@@ -177,6 +178,7 @@ class Context:
         """
         buft = where if isinstance(where, BufferType) else where.buffer_type
         usage = BufferUsage.of(usage)
+        EDITS.note()
         buffer = alloc_tensors([t for t in self.tensors if t.buffer is None], buft, usage=usage)
         if buffer is not None:
             self.buffers.append(buffer)
@@ -199,6 +201,7 @@ class Context:
         """
         for buffer in self.buffers:
             buffer.close()
+        EDITS.note()
         for tensor in self.tensors:
             tensor.buffer = tensor.data = None
         self.buffers.clear()

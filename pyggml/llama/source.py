@@ -410,7 +410,7 @@ def read_graph(captured: Message, n_tokens: int, leaf: Any) -> CapturedGraph:
         made.append(leaf(about, n_seen.get(key, 0)))
         n_seen[key] = n_seen.get(key, 0) + 1
     for about, tensor in zip(tensors, made, strict=True):
-        tensor.src = [None if i is None else made[i] for i in about["src"]]
+        tensor.src[:] = [None if i is None else made[i] for i in about["src"]]
         if about["view"] is not None:
             tensor.view_src, tensor.view_offs = made[about["view"]], about["offs"]
     graph = Graph()

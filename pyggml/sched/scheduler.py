@@ -533,7 +533,7 @@ class Scheduler:
             or self.n_copies > 1
             or self.debug
             or not kept.serves(graph, self._rules)
-            or not self._snapshot.holds(graph.nodes)
+            or not self._snapshot.still_holds(graph.nodes)
         ):
             return False
         self.assignment, self.copies = kept.assignment, kept.copies
@@ -613,7 +613,7 @@ class Scheduler:
                     f"{held!r} is allocated, {graph!r} was to be computed",
                     hint="call reset(), then alloc_graph() with the graph to compute",
                 )
-            if not self._snapshot.holds(graph.nodes):
+            if not self._snapshot.still_holds(graph.nodes):
                 change = self._snapshot.first_change(graph.nodes)
                 raise SchedError(
                     f"the graph was changed since it was allocated: {change}",
