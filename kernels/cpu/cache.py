@@ -106,7 +106,7 @@ def guard_files() -> None:
 
     plain = caching.IndexDataCacheFile
 
-    class GuardedFiles(plain):  # type: ignore[misc,valid-type]  # Numba has no types
+    class GuardedFiles(plain):
         def save(self, key: Any, data: Any) -> None:
             with contextlib.suppress(OSError):
                 super().save(key, data)

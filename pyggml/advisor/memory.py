@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..backend import Backend
@@ -119,7 +119,7 @@ class MemoryModel:
         self._rest[self._key(setting)] = rest if kept is None else [max(a, b) for a, b in zip(rest, kept, strict=True)]
         return self._devices(taken)
 
-    def planner(self, setting: Setting, **options: object) -> Planner:
+    def planner(self, setting: Setting) -> Planner:
         """Return an open planner of a setting, without data."""
         return Planner.open(
             self.file,
@@ -128,7 +128,6 @@ class MemoryModel:
             placement=placement_flags(setting),
             context=context_flags(setting, self.n_ctx),
             data=False,
-            **options,  # type: ignore[arg-type]  # of Planner.open
         )
 
     def _by_device(self, memory: Sequence[Memory]) -> list[int]:
@@ -155,21 +154,19 @@ class MemoryModel:
 
 def _weights(file: GGUFFile) -> tuple[list[int], list[int], int, int]:
     """Return the bytes of each layer without experts, of its experts, of the input tables, and of the output."""
-    tensors: Mapping[str, object] = file.tensors
     every: dict[int, int] = {}
     experts: dict[int, int] = {}
     table = output = 0
-    for name, info in tensors.items():
-        nbytes: int = info.nbytes  # type: ignore[attr-defined]  # TensorInfo, of an untyped mapping
+    for name, info in file.tensors.items():
         found = re.match(r"blk\.(\d+)\.", name)
         if found:
             part = experts if re.search(r"_(?:ch|)exps(?:\.|$)", name) else every
-            part[int(found[1])] = part.get(int(found[1]), 0) + nbytes
+            part[int(found[1])] = part.get(int(found[1]), 0) + info.nbytes
         elif name.startswith(("token_embd", "per_layer_token_embd")):
-            table += nbytes
+            table += info.nbytes
         else:
-            output += nbytes
-    if "output.weight" not in tensors:  # tied: the output reads the table, from a copy of its own on the device
-        output += getattr(tensors.get("token_embd.weight"), "nbytes", 0)
+            output += info.nbytes
+    if "output.weight" not in file.tensors:  # tied: the output reads the table, from a copy of its own on the device
+        output += file.tensors["token_embd.weight"].nbytes if "token_embd.weight" in file.tensors else 0
     n = max([*every, *experts], default=-1) + 1
     return [every.get(i, 0) for i in range(n)], [experts.get(i, 0) for i in range(n)], table, output

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from ..foresight import Machine, ModelShape, Setting, Speed
-from ..foresight.estimate import place, predict
-from ..foresight.ranges import spread_of
+from ..foresight import Machine, ModelShape, Setting, Speed, speed_of
+from ..foresight.estimate import predict
 from ..types import Type
 from .memory import MemoryModel
 
@@ -78,12 +77,9 @@ class Search:
 
     def speed(self, setting: Setting, *, is_prompt: bool) -> Speed:
         """Return tokens a second of the prompt or of the answer, with the range of the estimate."""
-        scored = self.score(setting)
-        n, seconds = (self.goal.prompt, scored.prompt_s) if is_prompt else (self.goal.generate, scored.generate_s)
-        mid = n / seconds
-        placed = place(self.shape, setting, len(self.machine.cards))
-        factor = spread_of(self.machine, setting, placed, is_prompt=is_prompt)
-        return Speed(mid / factor, mid, mid * factor)
+        goal = self.goal
+        n, depth = (goal.prompt, 0) if is_prompt else (goal.generate, goal.prompt)
+        return speed_of(self.shape, self.machine, setting, n, depth, is_prompt=is_prompt)
 
     def ranked(self, settings: Iterable[Setting], key: Callable[[Scored], float]) -> list[Scored]:
         """Return the settings whose weights alone have room, best first; ties go to the plainer one, as it comes first."""

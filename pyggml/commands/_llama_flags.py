@@ -5,20 +5,28 @@ option under another name, or with other values; one without effect on splits, c
 a warning; one that changes what is computed and is not supported, which is refused.
 """
 
-# ruff: noqa: SIM905  # long lists of flags are read as text
-
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
+from functools import partial
+from typing import TypeVar
 
 import click
 
 __all__ = ["WITHOUT_EFFECT", "Translated", "translate"]
 
+_V = TypeVar("_V")
+
+
+def _each(flags: str, value: _V) -> dict[str, _V]:
+    """Return the same value for each flag of a text."""
+    return dict.fromkeys(flags.split(), value)
+
+
 #: Flags without effect here, and whether a value follows. Source: `common_params_parser_init` of b11434.
-WITHOUT_EFFECT: dict[str, bool] = dict.fromkeys(
+WITHOUT_EFFECT: dict[str, bool] = _each(
     """
     --verbose-prompt --display-prompt --no-display-prompt --cache-idle-slots --no-cache-idle-slots --context-shift
     --no-context-shift --perf --no-perf --show-timings --no-show-timings -e --escape --no-escape --prompt-cache-all
@@ -35,9 +43,9 @@ WITHOUT_EFFECT: dict[str, bool] = dict.fromkeys(
     --no-log-timestamps --spec-draft-cpu-moe -cmoed --cpu-moe-draft --spec-draft-backend-sampling
     --no-spec-draft-backend-sampling --spec-default --mlock --no-mlock
     --ignore-eos -i --interactive
-    """.split(),
+    """,
     False,
-) | dict.fromkeys(
+) | _each(
     """
     --server-base -co --color -tb --threads-batch -C --cpu-mask -Cr --cpu-range --cpu-strict --prio --poll -Cb
     --cpu-mask-batch -Crb --cpu-range-batch --cpu-strict-batch --prio-batch --poll-batch -lcs --lookup-cache-static
@@ -71,16 +79,16 @@ WITHOUT_EFFECT: dict[str, bool] = dict.fromkeys(
     --spec-ngram-map-k4v-size-m --spec-ngram-map-k4v-min-hits --draft --draft-n --draft-max --draft-min --draft-n-min
     --spec-ngram-size-n --spec-ngram-size-m --spec-ngram-min-hits --spec-type -md --model-draft --spec-draft-model -mm
     --mmproj --temp --top-k --top-p --min-p --seed --system --prompt -p --n-predict -n
-    """.split(),
+    """,
     True,
 )
 #: Flags that change what is computed, and why they are refused.
-_REFUSED = dict.fromkeys(
+_REFUSED = _each(
     """
     --rope-scaling --rope-scale --rope-freq-base --rope-freq-scale --yarn-orig-ctx --yarn-ext-factor --yarn-attn-factor
     --yarn-beta-slow --yarn-beta-fast --override-kv --lora --lora-scaled --control-vector --control-vector-scaled
     --control-vector-layer-range --pooling --attention -gan --grp-attn-n -gaw --grp-attn-w
-    """.split(),
+    """,
     "it changes what is computed, which is not supported",
 ) | {
     "--rpc": "name the servers as devices: --device rpc:HOST:PORT,cpu",
@@ -149,7 +157,7 @@ def translate(args: Collection[str], own: Mapping[str, bool]) -> Translated:
             found.words.append(word)
             continue
         flag, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
-        take: Callable[[], str] = lambda f=flag, e=equals, v=value: v if e else _value(f, rest)  # type: ignore[misc]
+        take = partial(_value, flag, value if equals else None, rest)
         flag = flag if flag in own else _SAME.get(flag, flag)
         if flag in ("-fa", "--flash-attn") and flag in own:
             has_value = equals or (rest and re.fullmatch(r"on|off|auto|[01]|-1|true|false|enabled|disabled", rest[0]))
@@ -197,7 +205,10 @@ def translate(args: Collection[str], own: Mapping[str, bool]) -> Translated:
     return found
 
 
-def _value(flag: str, rest: list[str]) -> str:
+def _value(flag: str, given: str | None, rest: list[str]) -> str:
+    """Return the value behind the equals sign; else the next word, which is taken out of the rest."""
+    if given is not None:
+        return given
     if not rest:
         raise click.UsageError(f"{flag}: a value must follow")
     return rest.pop(0)

@@ -125,7 +125,9 @@ class ModelFlags:
         """Return what copies split inputs; "used" is the scheduler's default."""
         from ..sched.policies import FullCopier, UpstreamCopier
 
-        return {"used": "used", "upstream": UpstreamCopier(), "full": FullCopier()}[self.expert_copy]  # type: ignore[return-value]
+        if self.expert_copy == "used":
+            return "used"
+        return UpstreamCopier() if self.expert_copy == "upstream" else FullCopier()
 
 
 _PLACEMENT = cloup.option_group(

@@ -1,16 +1,15 @@
 """Foresight: how fast a model will be on hardware that need not be there, from its sizes, data sheets and fitted rates.
 
-`estimate` is the door: a model by name or file, devices and a host by name, flags; tokens a second with ranges, and memory.
+`estimate` is the door: a model by name or file, devices and a host by name, flags; tokens a second with ranges.
 """
 
-from .api import Estimate, MemoryUse, Speed, estimate, machine_of, model_shape
+from .api import Estimate, Speed, estimate, machine_of, model_shape, speed_of
 from .estimate import Machine, Setting, Unpredicted
 from .shape import ModelShape
 
 __all__ = [
     "Estimate",
     "Machine",
-    "MemoryUse",
     "ModelShape",
     "Setting",
     "Speed",
@@ -18,4 +17,5 @@ __all__ = [
     "estimate",
     "machine_of",
     "model_shape",
+    "speed_of",
 ]

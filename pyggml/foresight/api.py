@@ -12,12 +12,12 @@ from ..errors import DeviceUnavailableError, FormatError
 from ..gguf import GGUFFile
 from ..hardware.cards import Card, find_card
 from ..hardware.hosts import DEFAULT_HOST, Host, parse_host
-from .estimate import Machine, Placed, Setting, host_weight_bytes, place, predict
+from .estimate import Machine, Placed, Setting, place, predict
 from .links import link_of
 from .ranges import spread_of
 from .shape import ModelShape
 
-__all__ = ["Estimate", "MemoryUse", "Speed", "estimate", "machine_of", "model_shape"]
+__all__ = ["Estimate", "Speed", "estimate", "machine_of", "model_shape", "speed_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,48 +30,11 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryUse:
-    """Bytes of a device, or of the host (the last)."""
-
-    device: str
-    weights: int
-    cache: int
-    compute: int
-    of_bytes: int  #: 0: not known
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.cache + self.compute
-
-    @property
-    def fits(self) -> bool:
-        """Whether the device has so much."""
-        return not self.of_bytes or self.total <= self.of_bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Estimate:
-    """Speeds and memory of one setting.
-
-    Attributes
-    ----------
-    prompt, generation : Speed
-    memory : tuple of MemoryUse
-        Of each card, then of the host.
-    host_weight_bytes : int
-        Weights of layers in host memory.
-    """
+    """Speeds of one setting; its memory is a plan's (`Planner.memory`)."""
 
     prompt: Speed
     generation: Speed
-    memory: tuple[MemoryUse, ...]
-    host_weight_bytes: int
-
-    @property
-    def fits(self) -> bool:
-        """Whether everything has room."""
-        return all(use.fits for use in self.memory)
 
 
 @lru_cache(maxsize=64)
@@ -130,10 +93,9 @@ def estimate(
     *,
     n_prompt: int = 512,
     n_generate: int = 128,
-    n_ctx: int = 4096,
     depth: int = 0,
 ) -> Estimate:
-    """Return how fast a model is on a machine with some flags, and what memory it takes.
+    """Return how fast a model is on a machine with some flags.
 
     Parameters
     ----------
@@ -145,60 +107,35 @@ def estimate(
         Flags; llama.cpp's defaults if not given.
     n_prompt, n_generate : int
         Tokens of the prompt and of the answer.
-    n_ctx : int
-        Cells of the cache.
     depth : int
         Tokens in the cache before the prompt.
 
     Examples
     --------
     >>> answer = estimate("qwen3-30b-a3b:Q4_K_M", machine_of("rtx3090", "ddr4-3200x2,cores=8,64GiB"))
-    >>> answer.generation.low < answer.generation.mid < answer.generation.high, answer.fits
-    (True, True)
+    >>> answer.generation.low < answer.generation.mid < answer.generation.high
+    True
     """
     shape = model if isinstance(model, ModelShape) else model_shape(model)
     s = setting or Setting()
-    placed = place(shape, s, len(machine.cards))
-
-    def speed(n: int, at: int, is_prompt: bool) -> Speed:
-        mid = 1.0 / predict(shape, machine, s, n, at, is_prompt=is_prompt)
-        factor = spread_of(machine, s, placed, is_prompt=is_prompt)
-        return Speed(mid / factor, mid, mid * factor)
-
     return Estimate(
-        speed(max(n_prompt, 1), depth, True),
-        speed(max(n_generate, 1), depth + n_prompt, False),
-        _memory(shape, machine, s, placed, n_ctx),
-        host_weight_bytes(shape, placed),
+        speed_of(shape, machine, s, max(n_prompt, 1), depth, is_prompt=True),
+        speed_of(shape, machine, s, max(n_generate, 1), depth + n_prompt, is_prompt=False),
     )
 
 
-def _memory(shape: ModelShape, m: Machine, s: Setting, placed: list[Placed], n_ctx: int) -> tuple[MemoryUse, ...]:
-    """Return the memory of each card and of the host; compute buffers by their largest tensors."""
-    n = len(m.cards)
-    weights, cache = [0] * (n + 1), [0] * (n + 1)
-    kv_bytes = (s.type_k.row_size(256) + s.type_v.row_size(256)) / 512
-    for p in placed:
-        at = p.device if p.device >= 0 else n
-        weights[n if p.experts_on_host else at] += p.count * p.layer.expert_bytes
-        weights[at] += p.count * p.layer.other_bytes
-        a, state = p.layer.attention, p.layer.state
-        if a is not None:
-            cells = n_ctx if not a.window else min(n_ctx, -(-(a.window + s.n_ubatch) // 256) * 256)
-            cache[at if s.kv_offload else n] += int(p.count * cells * a.n_cached * kv_bytes)
-        if state is not None:
-            cache[at] += p.count * state.nbytes
-    on_host = not n or s.no_gpu or s.n_gpu_layers == 0
-    weights[n if on_host else n - 1] += shape.output.nbytes
-    weights[n] += shape.table_bytes
-    rows = min(s.n_ubatch, s.n_batch, n_ctx)
-    widest = max((p.n_out for layer in set(shape.layers) for p in layer.products if not p.is_expert), default=0)
-    compute = 4 * rows * (shape.output.n_out + 2 * widest + 4 * shape.n_embd)
-    own = max((p.layer.expert_bytes // 3 for p in placed if p.experts_on_host), default=0)
-    uses = [
-        MemoryUse(card.name, weights[i], cache[i], compute + own, card.memory_bytes) for i, card in enumerate(m.cards)
-    ]
-    host_compute = 4 * rows * 2 * shape.n_embd
-    if m.cards and m.cards[0].is_unified:  # one memory: what the host holds is the card's, too
-        return (*uses, MemoryUse("host", weights[n], cache[n], host_compute, m.cards[0].memory_bytes))
-    return (*uses, MemoryUse("host", weights[n], cache[n], host_compute, m.host.memory_bytes))
+def speed_of(
+    shape: ModelShape,
+    machine: Machine,
+    setting: Setting,
+    n_tokens: int,
+    depth: int,
+    *,
+    is_prompt: bool,
+    placed: list[Placed] | None = None,
+) -> Speed:
+    """Return the speed of a prompt, or of generation, with its range; ``placed`` as for `predict`."""
+    where = place(shape, setting, len(machine.cards)) if placed is None else placed
+    mid = 1.0 / predict(shape, machine, setting, n_tokens, depth, is_prompt=is_prompt, placed=where)
+    factor = spread_of(machine, setting, where, is_prompt=is_prompt)
+    return Speed(mid / factor, mid, mid * factor)

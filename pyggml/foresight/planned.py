@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 from ..cost import DeviceProfile
 from ..hardware.cards import Card, find_card
 from ..hardware.hosts import DEFAULT_HOST, Host
-from .api import Speed
+from .api import Speed, speed_of
 from .engine import Link
-from .estimate import Machine, Placed, Setting, predict
-from .ranges import spread_of
+from .estimate import Machine, Placed, Setting
 from .shape import ModelShape
 
 if TYPE_CHECKING:
@@ -53,12 +52,7 @@ def foresee(planner: Planner, sizes: list[int], host: Host = DEFAULT_HOST) -> di
     )  # fmt: skip
     shape = ModelShape.from_header(planner.file.metadata, planner.file.tensors, planner.file.path)
     placed = _placed(planner, shape)
-    out = {}
-    for n in sizes:
-        mid = 1.0 / predict(shape, machine, setting, n, 0, is_prompt=n > 1, placed=placed)
-        factor = spread_of(machine, setting, placed, is_prompt=n > 1)
-        out[n] = Speed(mid / factor, mid, mid * factor)
-    return out
+    return {n: speed_of(shape, machine, setting, n, 0, is_prompt=n > 1, placed=placed) for n in sizes}
 
 
 def _placed(planner: Planner, shape: ModelShape) -> list[Placed]:

@@ -57,18 +57,21 @@ class Eviction(ABC):
     def __init__(self, n_slot: int, n_key: int) -> None:
         self.n_slot, self.n_key = n_slot, n_key
 
-    def begin(self, step: int, layer: int, keys: Sequence[int]) -> None:  # noqa: B027  # not every policy needs it
+    def begin(self, step: int, layer: int, keys: Sequence[int]) -> None:
         """Take note of an event before it is decided."""
+        return
 
     @abstractmethod
     def used(self, key: int, is_hit: bool) -> None:
         """Take note that an event uses a key."""
 
-    def entered(self, key: int) -> None:  # noqa: B027  # not every policy needs it
+    def entered(self, key: int) -> None:
         """Take note that a key is resident now."""
+        return
 
-    def left(self, key: int) -> None:  # noqa: B027  # not every policy needs it
+    def left(self, key: int) -> None:
         """Take note that a key is not resident any more."""
+        return
 
     @abstractmethod
     def victim(self, resident: Collection[int], protected: Collection[int]) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import moe_cache
 from ..errors import GraphError
@@ -134,7 +134,7 @@ def parse_policy(text: str) -> Policy:
             raise GraphError(
                 f"policy '{text}': {found.name} takes no '{value}'", hint="lfu-decay:HALF_LIFE has a number"
             )
-        found = _with(found, half_life=half_life)
+        found = replace(found, half_life=half_life)
     if found is None:
         raise GraphError(
             f"there is no policy '{text}'",
@@ -144,14 +144,8 @@ def parse_policy(text: str) -> Policy:
         if found.make is None:
             raise GraphError(f"policy '{text}': {found.name} has its own admission")
         rule = parse_admission(admission)
-        found = _with(found, admission=admission, code=None, must_admit=found.must_admit and rule.must_admit)
-    return _with(found, name=text)
-
-
-def _with(policy: Policy, **changes: object) -> Policy:
-    from dataclasses import replace
-
-    return replace(policy, **changes)  # type: ignore[arg-type]  # the fields' own types
+        found = replace(found, admission=admission, code=None, must_admit=found.must_admit and rule.must_admit)
+    return replace(found, name=text)
 
 
 def _own(text: str) -> Policy | None:

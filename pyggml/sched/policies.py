@@ -68,18 +68,21 @@ class CopyPolicy(ABC):
     def copy(self, transfer: Transfer) -> bool:
         """Make a transfer; return False to have everything copied by `Transfer.send_all`."""
 
-    def reserve(self, plan: Plan) -> None:  # noqa: B027  optional
+    def reserve(self, plan: Plan) -> None:
         """Look at a new plan, and ask for device memory (`Plan.memory`) or queues (`Plan.queue`); by default neither.
 
         Called when a graph was reserved or allocated. Memory and queues of the same name are the same from plan to
         plan, and belong to the scheduler until it is closed.
         """
+        return
 
-    def before_split(self, i_split: int) -> None:  # noqa: B027  optional
+    def before_split(self, i_split: int) -> None:
         """Do something before a split's inputs are copied; by default nothing."""
+        return
 
-    def after_split(self, i_split: int) -> None:  # noqa: B027  optional
+    def after_split(self, i_split: int) -> None:
         """Do something after a split was launched; by default nothing."""
+        return
 
     @classmethod
     def overrides(cls, method: str) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +14,9 @@ from ..backend import REGISTRY, Backend, Device
 from ..errors import OutOfMemoryError, PyggmlError
 from ..makers.make_moe import Recipe, Sizes, make_moe
 from ..models.placement import PlacementFlags
+from ..record import Recorder
 from ..report import CopyAccount
-from ..sched.policies import FullCopier
+from ..sched.policies import CopyPolicy, FullCopier
 from ..session import ContextFlags, Session
 from ..testing import ref
 from ..types import Type
@@ -35,8 +38,17 @@ PROMPT = list(range(3, 43))
 BOUND, BOUND_QUANTISED = 1e-6, 5e-3
 N_RUNS = 12
 
+_T = TypeVar("_T")
 
-def _decode(path: Path, device: Backend | None, **options: object) -> npt.NDArray[np.float32]:
+
+def _decode(
+    path: Path,
+    device: Backend | None,
+    *,
+    placement: PlacementFlags | None = None,
+    recorder: Recorder | None = None,
+    copier: CopyPolicy | Literal["used"] = "used",
+) -> npt.NDArray[np.float32]:
     """Return the logits of a prompt and of one more token."""
     cpu = REGISTRY.open("cpu").backend()
     try:
@@ -45,11 +57,26 @@ def _decode(path: Path, device: Backend | None, **options: object) -> npt.NDArra
             devices=[] if device is None else [device],
             cpu=cpu,
             context=ContextFlags(n_ctx=128),
-            **options,  # type: ignore[arg-type]
+            placement=placement,
+            recorder=recorder,
+            copier=copier,
         ) as session:
             return np.concatenate([session.decode(PROMPT, outputs="all"), session.decode([5])])
     finally:
         cpu.close()
+
+
+def _tried(stage: str, label: str, device: Device, work: Callable[[Backend], _T]) -> _T | Outcome:
+    """Return what work over a new stream of a device gives; an outcome if the device is too small, or fails."""
+    backend = device.backend()
+    try:
+        return work(backend)
+    except OutOfMemoryError as error:
+        return Outcome(stage, label, Result.SKIPPED, f"the device is too small: {error}")
+    except PyggmlError as error:
+        return Outcome(stage, label, Result.FAILED, str(error))
+    finally:
+        backend.close()
 
 
 def check_models(device: Device, folder: Path) -> Iterator[Outcome]:
@@ -64,17 +91,10 @@ def check_models(device: Device, folder: Path) -> Iterator[Outcome]:
             ("experts in host memory", PlacementFlags(cpu_moe=True)),
         ):
             label = f"{name}, {where}"
-            backend = device.backend()
-            try:
-                found = _decode(path, backend, placement=flags)
-            except OutOfMemoryError as error:
-                yield Outcome("models", label, Result.SKIPPED, f"the device is too small: {error}")
+            found = _tried("models", label, device, partial(_decode, path, placement=flags))
+            if isinstance(found, Outcome):
+                yield found
                 continue
-            except PyggmlError as error:
-                yield Outcome("models", label, Result.FAILED, str(error))
-                continue
-            finally:
-                backend.close()
             nmse = float(ref.nmse(expected, found))
             result = Result.PASSED if nmse <= bound else Result.WRONG
             yield Outcome("models", label, result, f"logits of {len(found)} tokens: NMSE {nmse:.1e}", nmse, bound)
@@ -85,24 +105,21 @@ def check_copies(device: Device, folder: Path) -> Iterator[Outcome]:
     name = "qwen3moe Q8_0"
     path = folder / "copies.gguf"
     make_moe(path, RECIPES[name])
-    flags = PlacementFlags(cpu_moe=True)
-    backend = device.backend()
-    try:
-        account = CopyAccount()
+    flags, account = PlacementFlags(cpu_moe=True), CopyAccount()
+
+    def both(backend: Backend) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         used = _decode(path, backend, placement=flags, recorder=account)
-        whole = _decode(path, backend, placement=flags, copier=FullCopier())
-    except OutOfMemoryError as error:
-        yield Outcome("copies", name, Result.SKIPPED, f"the device is too small: {error}")
+        return used, _decode(path, backend, placement=flags, copier=FullCopier())
+
+    found = _tried("copies", name, device, both)
+    if isinstance(found, Outcome):
+        yield found
         return
-    except PyggmlError as error:
-        yield Outcome("copies", name, Result.FAILED, str(error))
-        return
-    finally:
-        backend.close()
     total = account.total()
     if not total.bytes_full:
         yield Outcome("copies", name, Result.SKIPPED, "the device takes no op whose weights are in host memory")
         return
+    used, whole = found
     same = np.array_equal(used.view(np.uint32), whole.view(np.uint32))
     share = total.bytes_copied / total.bytes_full
     detail = f"used experts: {share:.0%} of the bytes of whole copies, logits {'equal' if same else 'differ'}"
@@ -124,17 +141,10 @@ def check_races(devices: list[Device], folder: Path) -> Iterator[Outcome]:
     first: npt.NDArray[np.float32] | None = None
     n_different = 0
     for device in devices:
-        backend = device.backend()
-        try:
-            found = _decode(path, backend, placement=PlacementFlags(cpu_moe=True))
-        except OutOfMemoryError as error:
-            yield Outcome("races", name, Result.SKIPPED, f"the device is too small: {error}")
+        found = _tried("races", name, device, partial(_decode, path, placement=PlacementFlags(cpu_moe=True)))
+        if isinstance(found, Outcome):
+            yield found
             return
-        except PyggmlError as error:
-            yield Outcome("races", name, Result.FAILED, str(error))
-            return
-        finally:
-            backend.close()
         first = found if first is None else first
         n_different += not np.array_equal(first.view(np.uint32), found.view(np.uint32))
     detail = f"{len(devices)} runs" + (f", {n_different} differ from the first" if n_different else ", all equal")

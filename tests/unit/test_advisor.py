@@ -87,6 +87,7 @@ def test_the_answer_has_what_one_decides_by() -> None:
         assert made["command"].startswith("llama-server -m gpt-oss-120b.gguf -c 32768")
         assert made["bottleneck"].endswith(".")
         assert [m["device"] for m in made["memory"]] == ["rtx3090", "host"]
+        assert sum(m["bytes"] for m in made["memory"]) > 59.02 * 2**30
     assert plans[0]["seconds"] <= min(p["seconds"] for p in answer["compared"])
     speedups = [h["speedup"] for h in answer["helps"]]
     assert speedups == sorted(speedups, reverse=True)

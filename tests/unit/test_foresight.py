@@ -182,16 +182,11 @@ def test_used_experts_grow_with_tokens() -> None:
     assert used_experts(0.1, 128, 8, 16) > used_experts(2.5, 128, 8, 16)
 
 
-def test_estimate_has_ranges_and_memory() -> None:
-    """An estimate says between what the truth is likely, and what each memory holds."""
-    answer = estimate("gpt-oss-120b", MACHINE, Setting(n_cpu_moe=36), n_ctx=16384)
+def test_estimate_has_ranges() -> None:
+    """An estimate says between what the truth is likely; a card that is not known is an error."""
+    answer = estimate("gpt-oss-120b", MACHINE, Setting(n_cpu_moe=36))
     for speed in (answer.prompt, answer.generation):
         assert speed.low < speed.mid < speed.high < 3 * speed.low
-    card, host = answer.memory
-    assert card.fits
-    assert host.fits
-    assert card.weights + host.weights == pytest.approx(59.02 * 2**30, rel=0.01)
-    assert not estimate("gpt-oss-120b", MACHINE).fits
     with pytest.raises(DeviceUnavailableError, match="no card"):
         machine_of("rtx9999")
 

@@ -25,16 +25,6 @@ from .ops import launches_of, supports_op
 if TYPE_CHECKING:
     from ...kernels.cuda.launch import Launch
 
-__all__ = [
-    "CudaBackend",
-    "CudaBuffer",
-    "CudaBufferType",
-    "CudaDevice",
-    "CudaEvent",
-    "devices",
-    "open_device",
-    "why_missing",
-]
 
 #: as upstream's buffers
 ALIGNMENT = 128

@@ -32,8 +32,6 @@ from .race_watch import HOST, accesses_of
 if TYPE_CHECKING:
     from ...kernels.cpu.pool import Pool
 
-__all__ = ["CPU", "CPUBackend", "CPUDevice", "devices", "open_device", "why_missing"]
-
 
 class CPUDevice(Device):
     """The machine's processors and memory."""

@@ -26,17 +26,6 @@ from .library import Handle, Library, load_library
 from .memory import LibraryBuffer, LibraryBufferType
 from .tensors import MAX_ANSWERS, can_translate, question, signature
 
-__all__ = [
-    "LibraryBackend",
-    "LibraryBuffer",
-    "LibraryBufferType",
-    "LibraryDevice",
-    "LibraryEvent",
-    "devices",
-    "open_device",
-    "why_missing",
-]
-
 _TYPES = {0: DeviceType.CPU, 1: DeviceType.GPU, 2: DeviceType.IGPU}
 
 

@@ -1,26 +1,19 @@
 """Devices that compute nothing and note every call."""
 
-from .device import (
+from .abilities import (
     BackendAbilities,
     BufferTypeAbilities,
     Capabilities,
     FailCompute,
-    MockBackend,
-    MockBuffer,
-    MockBufferType,
-    MockDevice,
-    MockEvent,
-    MockMemory,
     Note,
     OffloadWish,
     OpSupport,
     Optimize,
-    devices,
     ignore,
-    open_device,
     short_name,
-    why_missing,
 )
+from .device import MockBackend, MockDevice, MockEvent, devices, open_device, why_missing
+from .memory import MockBuffer, MockBufferType, MockMemory
 
 __all__ = [
     "BackendAbilities",

@@ -20,38 +20,12 @@ from ...types import DeviceType
 from .abilities import (
     BackendAbilities,
     BufferTypeAbilities,
-    Capabilities,
-    FailCompute,
     Note,
     OffloadWish,
-    OpSupport,
-    Optimize,
     ignore,
     short_name,
 )
-from .memory import MockBuffer, MockBufferType, MockMemory, copy_ints, lies_in, read_ints, write_ints
-
-__all__ = [
-    "BackendAbilities",
-    "BufferTypeAbilities",
-    "Capabilities",
-    "FailCompute",
-    "MockBackend",
-    "MockBuffer",
-    "MockBufferType",
-    "MockDevice",
-    "MockEvent",
-    "MockMemory",
-    "Note",
-    "OffloadWish",
-    "OpSupport",
-    "Optimize",
-    "devices",
-    "ignore",
-    "open_device",
-    "short_name",
-    "why_missing",
-]
+from .memory import MockBufferType, MockMemory, copy_ints, lies_in, read_ints, write_ints
 
 
 class MockDevice(Device):

@@ -27,8 +27,6 @@ from .graph import KnownRange, RPCPlan
 from .memory import RPCBuffer, RPCBufferType
 from .protocol import Address, Command, Connection, parse_address
 
-__all__ = ["RPCBackend", "RPCBuffer", "RPCBufferType", "RPCDevice", "RPCEvent", "devices", "open_device", "why_missing"]
-
 _MAX_DEVICES = 256
 
 

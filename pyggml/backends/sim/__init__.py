@@ -1,19 +1,8 @@
 """Simulated devices: memory of their own that host code cannot reach, computed by the CPU's kernels."""
 
-from .device import (
-    Hazard,
-    Sim,
-    SimBackend,
-    SimBuffer,
-    SimBufferType,
-    SimDevice,
-    SimEvent,
-    Traffic,
-    counted,
-    devices,
-    open_device,
-    why_missing,
-)
+from ..host.race_watch import Hazard
+from .device import Sim, SimBackend, SimDevice, SimEvent, counted, devices, open_device, why_missing
+from .memory import SimBuffer, SimBufferType, Traffic
 
 __all__ = [
     "Hazard",

@@ -34,17 +34,6 @@ from .memory import POISON, SimBuffer, SimBufferType, Traffic
 if TYPE_CHECKING:
     from ...kernels.cpu.pool import Pool
 
-__all__ = [
-    "Hazard",
-    "Sim",
-    "SimBackend",
-    "SimBuffer",
-    "SimBufferType",
-    "SimDevice",
-    "Traffic",
-    "devices",
-    "open_device",
-]
 
 #: Each device and each buffer has its own piece of the addresses that no process has.
 _DEVICE_BYTES = 1 << 52

@@ -70,8 +70,7 @@ def open_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     n_read = 0
     try:
-        file = gzip.open(path) if _is_gzip(path) else path.open("rb")  # noqa: SIM115  # closed below
-        with file:
+        with gzip.open(path) if _is_gzip(path) else path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE):
                 number += 1
