@@ -47,7 +47,7 @@ class SchedOptions:
 
     strict: bool = False
     dialect: Dialect = DEFAULT_DIALECT
-    copier: CopyPolicy | Literal["used"] | None = "used"
+    policy: CopyPolicy | Literal["used"] | None = "used"
     offload_rule: OffloadOp | None = None
     recorder: Recorder | None = None
     clock: VirtualClock | None = None
@@ -166,7 +166,7 @@ class Planner:
         progress: Progress | None = None,
         strict: bool = False,
         dialect: Dialect = DEFAULT_DIALECT,
-        copier: CopyPolicy | Literal["used"] | None = "used",
+        policy: CopyPolicy | Literal["used"] | None = "used",
         offload_rule: OffloadOp | None = None,
         recorder: Recorder | None = None,
         clock: VirtualClock | None = None,
@@ -194,7 +194,7 @@ class Planner:
             False plans only: no weight is read, nothing is allocated, nothing can be decoded.
         progress : callable, optional
             Told ``(done_bytes, total_bytes)`` while weights are copied.
-        strict, dialect, copier, offload_rule, recorder, clock, debug
+        strict, dialect, policy, offload_rule, recorder, clock, debug
             Of the `Scheduler`.
 
         Raises
@@ -233,7 +233,7 @@ class Planner:
                 context or ContextFlags(),
                 data=data or cls._is_built_only,
             ),
-            options=SchedOptions(strict, dialect, copier, offload_rule, recorder, clock, debug),
+            options=SchedOptions(strict, dialect, policy, offload_rule, recorder, clock, debug),
             data=data,
             progress=progress,
         )
@@ -267,7 +267,7 @@ class Planner:
             op_offload=self.params.op_offload,
             dialect=options.dialect,
             strict=options.strict,
-            copier=options.copier,
+            policy=options.policy,
             offload_rule=options.offload_rule,
             recorder=options.recorder,
             clock=options.clock,

@@ -1,6 +1,6 @@
 """Which flags to use: settings of llama.cpp for a model on a machine, ranked by predicted time, held to the scheduler's memory."""
 
-from .advice import Advice, Help, Plan, plan
+from .advice import Advice, Help, Recommendation, plan
 from .memory import DeviceMemory, MemoryModel
 from .search import Goal, Search
 from .settings import EXPLAIN, Space, flags_of
@@ -12,7 +12,7 @@ __all__ = [
     "Goal",
     "Help",
     "MemoryModel",
-    "Plan",
+    "Recommendation",
     "Search",
     "Space",
     "flags_of",

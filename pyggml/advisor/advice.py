@@ -13,8 +13,7 @@ from ..backend import REGISTRY, Backend, split_devices
 from ..catalog import header_path
 from ..errors import DeviceUnavailableError, GraphError
 from ..foresight import Machine, ModelShape, Setting, Speed
-from ..foresight.engine import Link
-from ..foresight.planned import card_of
+from ..foresight.planned import machine_around
 from ..gguf import GGUFFile
 from ..hardware.hosts import DEFAULT_HOST, Host, parse_host
 from ..simulation import simulate_batch
@@ -23,16 +22,16 @@ from .memory import DeviceMemory, MemoryModel
 from .search import Goal, Scored, Search, pays_from, plain_first
 from .settings import Space, command, flags_of
 
-__all__ = ["Advice", "Help", "Plan", "plan"]
+__all__ = ["Advice", "Help", "Recommendation", "plan"]
 
 #: What llama.cpp's ``--fit`` keeps free of each device.
 MARGIN_BYTES = 1 << 30
-#: A further plan must differ by this much in speed of the prompt or of the answer, or in memory.
+#: A plan that gives something up must gain this much.
 _NOTEWORTHY = 1.03
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Recommendation:
     """One setting with all that one needs to decide.
 
     Attributes
@@ -68,6 +67,11 @@ class Plan:
     bottleneck: str
 
     @property
+    def device_bytes(self) -> int:
+        """What it takes of all devices together."""
+        return sum(device.bytes for device in self.memory[:-1])
+
+    @property
     def fits(self) -> bool:
         """Whether the margin stays free everywhere."""
         return all(device.fits for device in self.memory)
@@ -98,9 +102,9 @@ class Advice:
 
     Attributes
     ----------
-    plans : list of Plan
+    plans : list of Recommendation
         The best first; empty if nothing fits.
-    compared : list of Plan
+    compared : list of Recommendation
         The user's own settings.
     pays_from : int or None
         Tokens of a micro-batch from which offloading pays with the best plan.
@@ -116,8 +120,8 @@ class Advice:
     goal: Goal
     machine: str
     assumed: list[str]
-    plans: list[Plan] = field(default_factory=list)
-    compared: list[Plan] = field(default_factory=list)
+    plans: list[Recommendation] = field(default_factory=list)
+    compared: list[Recommendation] = field(default_factory=list)
     helps: list[Help] = field(default_factory=list)
     pays_from: int | None = None
     missing_bytes: int = 0
@@ -231,8 +235,7 @@ def _open(devices: str | Sequence[str], host: str | Host) -> tuple[list[Backend]
             other.name, "a plan is for cards by name or simulated devices", hint="such as rtx3090 or sim:rtx4090-pcie4"
         )
     around = host if isinstance(host, Host) else parse_host(host) if host else DEFAULT_HOST
-    links = [Link(p.link.bytes_per_s, p.link.latency_s) for p in known]
-    return [d.backend() for d in opened], Machine([card_of(p) for p in known], links, around)
+    return [d.backend() for d in opened], machine_around(known, around)
 
 
 def _space(shape: ModelShape, machine: Machine, goal: Goal, kv_types: Sequence[str]) -> Space:
@@ -274,7 +277,7 @@ class _Maker:
 
     def best_plans(
         self, settings: list[Setting], n_plans: int, kv_type: Type, tell: Callable[[str], None]
-    ) -> list[Plan]:
+    ) -> list[Recommendation]:
         """Return the best plan by the goal, and others that are better at one thing."""
         search = self.search
         by_goal = search.ranked(settings, lambda s: _step(s.seconds))
@@ -284,44 +287,53 @@ class _Maker:
         if best is None:
             return []
         plans = [self.make("best for this mix", best)]
-        wanted: list[tuple[str, list[Scored]]] = [
-            ("fastest prompt", sorted(plain, key=lambda s: (_step(s.prompt_s), s.generate_s))),
-            ("fastest generation", sorted(plain, key=lambda s: (_step(s.generate_s), s.prompt_s))),
-            ("the same with a KV cache in q8_0", [s for s in by_goal if s.setting.type_k is not kv_type]),
-            ("least memory on the device", self._small(plain, best)),
-            ("mapped file, as llama.cpp's default", [s for s in plain if not s.setting.is_pinned]),
-            ("micro-batches of 512, as llama.cpp's default", [s for s in plain if s.setting.n_ubatch == 512]),
-            ("one step less on the device", self._next(plain, best)),
+        first = plans[0]
+        wanted: list[tuple[str, list[Scored], Callable[[Recommendation], bool]]] = [
+            ("fastest prompt", sorted(plain, key=lambda s: (_step(s.prompt_s), s.generate_s)), _any),
+            ("fastest generation", sorted(plain, key=lambda s: (_step(s.generate_s), s.prompt_s)), _any),
+            (
+                "the same with a KV cache in q8_0",
+                [s for s in by_goal if s.setting.type_k is not kv_type],
+                lambda made: made.seconds * _NOTEWORTHY <= first.seconds,  # else worse results for nothing
+            ),
+            (
+                "less memory on the device",
+                self._small(plain, best),
+                lambda made: made.device_bytes * _NOTEWORTHY <= first.device_bytes,
+            ),
+            ("mapped file, as llama.cpp's default", [s for s in plain if not s.setting.is_pinned], _any),
+            ("micro-batches of 512, as llama.cpp's default", [s for s in plain if s.setting.n_ubatch == 512], _any),
+            ("one step less on the device", self._next(plain, best), _any),
         ]
-        for title, ranked in wanted:
+        for title, ranked, is_wanted in wanted:
             if len(plans) >= n_plans:
                 break
             tell(f"planning: {title}")
             found = next(search.best(ranked), None)
             if found is not None and not any(_is_same(found.setting, p.setting) for p in plans):
                 made = self.make(title, found)
-                if "q8_0" in title and made.seconds * _NOTEWORTHY > plans[0].seconds:
-                    continue  # worse results for nothing
-                plans.append(made)
+                if is_wanted(made):
+                    plans.append(made)
         self._points(by_goal)
         return plans
 
     def _small(self, ranked: list[Scored], best: Scored) -> list[Scored]:
-        """Return settings that are at most 10 % slower, those with the least weights on the devices first."""
-        near = [s for s in ranked if s.seconds <= 1.1 * best.seconds]
-        return sorted(near, key=lambda s: sum(self.search.memory.weights(s.setting)[:-1]))
+        """Return settings that are at most 10 % slower, those with the least on the devices first."""
+        memory = self.search.memory
+
+        def on_devices(scored: Scored) -> tuple[int, int]:
+            taken = memory.estimate(scored.setting) or memory.devices(memory.weights(scored.setting))
+            return sum(d.bytes for d in taken[:-1]), scored.setting.n_ubatch
+
+        return sorted((s for s in ranked if s.seconds <= 1.1 * best.seconds), key=on_devices)
 
     def _next(self, ranked: list[Scored], best: Scored) -> list[Scored]:
-        """Return settings like the best with fewer layers on the device."""
-        b = best.setting
-        return [
-            s
-            for s in ranked
-            if (s.setting.n_cpu_moe > b.n_cpu_moe or 0 <= s.setting.n_gpu_layers < (b.n_gpu_layers % 10_000))
-            and s.setting.n_ubatch == b.n_ubatch
-        ]
+        """Return settings with the best one's micro-batch and fewer weights on the devices."""
+        on_devices = {s.setting: sum(self.search.memory.weights(s.setting)[:-1]) for s in [best, *ranked]}
+        limit, n_ubatch = on_devices[best.setting], best.setting.n_ubatch
+        return [s for s in ranked if on_devices[s.setting] < limit and s.setting.n_ubatch == n_ubatch]
 
-    def make(self, title: str, scored: Scored) -> Plan:
+    def make(self, title: str, scored: Scored) -> Recommendation:
         """Return the plan of a setting."""
         search, setting = self.search, scored.setting
         flags = flags_of(setting, search.goal.context, has_devices=bool(search.machine.cards))
@@ -332,7 +344,7 @@ class _Maker:
         memory = [replace(m, device=name) for m, name in zip(memory, [*names, "host"], strict=False)]
         pp, tg = search.speed(setting, is_prompt=True), search.speed(setting, is_prompt=False)
         per_prompt, per_generated = _link_bytes(search, setting) if memory else (0.0, 0.0)
-        return Plan(
+        return Recommendation(
             title, setting, flags, command("llama-server", self.model, flags), pp, tg, scored.seconds, memory,
             per_prompt, per_generated, _bottleneck(search, scored),
         )  # fmt: skip
@@ -353,6 +365,10 @@ class _Maker:
 def _step(seconds: float) -> int:
     """Return a time in steps of half a per cent: what differs by less is equal, and the plainer setting wins."""
     return round(200 * math.log(seconds))
+
+
+def _any(made: Recommendation) -> bool:
+    return True
 
 
 def _is_same(a: Setting, b: Setting) -> bool:
@@ -408,7 +424,7 @@ def _faster(machine: Machine) -> list[tuple[str, Machine]]:
     return made
 
 
-def _helps(search: Search, settings: list[Setting], best: Plan) -> list[Help]:
+def _helps(search: Search, settings: list[Setting], best: Recommendation) -> list[Help]:
     """Return what changes of the machine would bring, each by a search of its own, the most helpful first."""
     machine, host = search.machine, search.machine.host
     changes: list[tuple[str, Machine, int]] = [
@@ -452,7 +468,7 @@ def _nothing_fits(advice: Advice, search: Search, settings: list[Setting]) -> No
     for setting in settings:
         if setting.n_ubatch == settings[0].n_ubatch and not setting.is_pinned:
             weights = search.memory.weights(setting)
-            taken = search.memory.estimate(setting) or search.memory._devices(weights)
+            taken = search.memory.estimate(setting) or search.memory.devices(weights)
             missing = sum(d.missing_bytes for d in taken)
             least = missing if least is None else min(least, missing)
     advice.missing_bytes = least or 0
@@ -460,7 +476,7 @@ def _nothing_fits(advice: Advice, search: Search, settings: list[Setting]) -> No
     sizes = find_model(name)
     if sizes is None:
         return
-    room = sum(d.of_bytes - d.margin_bytes for d in search.memory._devices([0] * len(search.memory.backends)))
+    room = sum(d.of_bytes - d.margin_bytes for d in search.memory.devices([0] * len(search.memory.backends)))
     by_size = sorted(((ModelShape.from_sizes(sizes, q).total_bytes, q) for q in QUANTS), reverse=True)
     fitting = next((q for size, q in by_size if size < 0.9 * room), "")
     advice.smaller = f"{name}:{fitting}" if fitting else ""

@@ -95,11 +95,11 @@ class MemoryModel:
         rest = self._rest.get(self._key(setting))
         if rest is None:
             return None
-        return self._devices([a + b for a, b in zip(self.weights(setting), rest, strict=True)])
+        return self.devices([a + b for a, b in zip(self.weights(setting), rest, strict=True)])
 
     def may_fit(self, setting: Setting) -> bool:
         """Return whether nothing known speaks against a setting: its weights alone, or with the rest of one that is alike."""
-        return all(d.fits for d in self.estimate(setting) or self._devices(self.weights(setting)))
+        return all(d.fits for d in self.estimate(setting) or self.devices(self.weights(setting)))
 
     def exact(self, setting: Setting) -> list[DeviceMemory] | None:
         """Return the memory of a setting as the scheduler reserves it; None if it cannot be planned at all."""
@@ -117,7 +117,7 @@ class MemoryModel:
         rest = [a - b for a, b in zip(taken, self.weights(setting), strict=True)]
         kept = self._rest.get(self._key(setting))
         self._rest[self._key(setting)] = rest if kept is None else [max(a, b) for a, b in zip(rest, kept, strict=True)]
-        return self._devices(taken)
+        return self.devices(taken)
 
     def planner(self, setting: Setting) -> Planner:
         """Return an open planner of a setting, without data."""
@@ -137,7 +137,8 @@ class MemoryModel:
             out[own.get(m.buft, len(out) - 1)] += m.total
         return out
 
-    def _devices(self, taken: Sequence[int]) -> list[DeviceMemory]:
+    def devices(self, taken: Sequence[int]) -> list[DeviceMemory]:
+        """Return bytes of each backend beside what its device has."""
         names = [b.name for b in self.backends]
         sizes = [b.device.memory()[1] for b in self.backends[:-1]] + [self.host_bytes]
         return [

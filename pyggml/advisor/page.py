@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from ..viz.page import static_text
-from .advice import Advice, Plan
+from .advice import Advice, Recommendation
 
 __all__ = ["page_html"]
 
@@ -86,7 +86,7 @@ def page_html(advice: Advice) -> str:
     )
 
 
-def _plans(plans: list[Plan]) -> str:
+def _plans(plans: list[Recommendation]) -> str:
     if not plans:
         return "<p><b>Nothing fits.</b></p>"
     rows = []

@@ -121,7 +121,7 @@ class ModelFlags:
             kv_unified=self.kv_unified or n_seqs < 0,
         )
 
-    def copier(self) -> CopyPolicy | Literal["used"]:
+    def policy(self) -> CopyPolicy | Literal["used"]:
         """Return what copies split inputs; "used" is the scheduler's default."""
         from ..sched.policies import FullCopier, UpstreamCopier
 

@@ -210,7 +210,7 @@ def _open(
             cpu=cpu,
             placement=flags.placement(),
             context=flags.context(n_ctx=None if n_tokens is None else min(max(n_tokens, 1), hparams.n_ctx_train)),
-            copier=flags.copier(),
+            policy=flags.policy(),
             recorder=_Tee(account, recording),
             clock=clock,
             progress=lambda done, total: bar.update(task, completed=done // 10**6, total=-(-total // 10**6)),

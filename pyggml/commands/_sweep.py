@@ -82,7 +82,7 @@ def sweep_rows(
         backends, cpu = open_backends(flags, data=False)
         with Planner.open(
             model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
-            graph=graph, strict=True, dialect=dialect, copier=flags.copier(), clock=virtual_clock([*backends, cpu], machine),
+            graph=graph, strict=True, dialect=dialect, policy=flags.policy(), clock=virtual_clock([*backends, cpu], machine),
         ) as planner:  # fmt: skip
             plans = plan_batches(planner, parse_sizes(batches), outputs=outputs, routing=routing)
             fits = memory_fits(planner.memory(), planner.backends, host_bytes=host.memory_bytes if host else None)

@@ -15,7 +15,7 @@ from ._values import DeviceList, ModelPath
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..advisor import Advice, Plan
+    from ..advisor import Advice, Recommendation
     from ..foresight import Setting, Speed
 
 __all__ = ["EXIT_DOES_NOT_FIT", "command"]
@@ -199,7 +199,7 @@ def _speed(speed: Speed) -> dict[str, float]:
     return {"low": speed.low, "mid": speed.mid, "high": speed.high}
 
 
-def _plan_dict(plan: Plan) -> dict[str, Any]:
+def _plan_dict(plan: Recommendation) -> dict[str, Any]:
     return {
         "title": plan.title,
         "flags": plan.flags,

@@ -127,7 +127,7 @@ def measure(flags: ModelFlags, path: Path, sizes: list[int], prompt: str) -> lis
         rows = []
         with Session.open(
             file, devices=backends, cpu=cpu, placement=PlacementFlags(cpu_moe=True),
-            context=flags.context(n_ctx=max(sizes)), copier=flags.copier(), recorder=(account := CopyAccount()),
+            context=flags.context(n_ctx=max(sizes)), policy=flags.policy(), recorder=(account := CopyAccount()),
             offload_rule=_every_product,
         ) as session:  # fmt: skip
             for n in sizes:
@@ -156,7 +156,7 @@ def planned_savings(flags: ModelFlags, name: Path, sizes: list[int]) -> list[Sav
     backends, cpu = open_backends(flags, data=False)
     with Planner.open(
         name, devices=backends, cpu=cpu, placement=PlacementFlags(cpu_moe=True), context=flags.context(n_ctx=max(sizes)),
-        copier=flags.copier(), recorder=(account := CopyAccount()), offload_rule=_every_product, data=False,
+        policy=flags.policy(), recorder=(account := CopyAccount()), offload_rule=_every_product, data=False,
     ) as planner:  # fmt: skip
         if not planner.hparams.n_expert:
             raise GraphError(f"{name}: the model has no experts", hint="`pyggml models` tells which have")

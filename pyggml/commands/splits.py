@@ -183,7 +183,7 @@ def command(
         def open_planner(dialect: Dialect, recorder: Recorder) -> Planner:
             return Planner.open(
                 model, devices=backends, cpu=cpu, placement=flags.placement(), context=context, data=False,
-                graph=graph, strict=True, dialect=dialect, copier=flags.copier(), clock=virtual_clock([*backends, cpu], machine),
+                graph=graph, strict=True, dialect=dialect, policy=flags.policy(), clock=virtual_clock([*backends, cpu], machine),
                 recorder=recorder,
             )  # fmt: skip
 
@@ -191,7 +191,7 @@ def command(
         return
     with Planner.open(
         model, devices=backends, cpu=cpu, placement=flags.placement(), context=context, data=False,
-        graph=graph, strict=True, dialect=dialects[0], copier=flags.copier(), clock=virtual_clock([*backends, cpu], machine),
+        graph=graph, strict=True, dialect=dialects[0], policy=flags.policy(), clock=virtual_clock([*backends, cpu], machine),
         recorder=recording,
     ) as planner:  # fmt: skip
         if form == "ggml":

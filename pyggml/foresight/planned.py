@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..cost import DeviceProfile
@@ -15,7 +16,7 @@ from .shape import ModelShape
 if TYPE_CHECKING:
     from ..planning import Planner
 
-__all__ = ["card_of", "foresee"]
+__all__ = ["card_of", "foresee", "machine_around"]
 
 
 def card_of(profile: DeviceProfile) -> Card:
@@ -27,6 +28,12 @@ def card_of(profile: DeviceProfile) -> Card:
         profile.name, profile.generation or "ada", profile.memory_bytes, profile.memory_bytes_per_s, profile.f32_per_s,
         profile.flops_per_s, profile.int8_per_s, 4, 16,
     )  # fmt: skip
+
+
+def machine_around(profiles: Sequence[DeviceProfile], host: Host) -> Machine:
+    """Return the machine of simulated devices and a host."""
+    links = [Link(p.link.bytes_per_s, p.link.latency_s) for p in profiles]
+    return Machine([card_of(p) for p in profiles], links, host)
 
 
 def foresee(planner: Planner, sizes: list[int], host: Host = DEFAULT_HOST) -> dict[int, Speed] | None:
@@ -43,7 +50,7 @@ def foresee(planner: Planner, sizes: list[int], host: Host = DEFAULT_HOST) -> di
     known = [p for p in profiles if p is not None]
     if not known or len(known) < len(profiles):
         return None
-    machine = Machine([card_of(p) for p in known], [Link(p.link.bytes_per_s, p.link.latency_s) for p in known], host)
+    machine = machine_around(known, host)
     params = planner.params
     setting = Setting(
         n_gpu_layers=planner.placement.n_gpu_layers, n_ubatch=params.n_ubatch, n_batch=params.n_batch,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CallbackCopier", "CopyCallback", "CopyPolicy", "FullCopier", "UpstreamCopier", "UsedExpertCopier", "default_offload",
-    "is_host_weight", "plain_copier",
+    "is_host_weight", "plain_policy",
 ]  # fmt: skip
 
 #: Called with the split's backend, a weight in host memory, its copy there and the split's graph, once the backend was
@@ -130,7 +130,7 @@ class UpstreamCopier(UsedExpertCopier):
         super().__init__(Repairs.strict())
 
 
-def plain_copier(dialect: Dialect) -> CopyPolicy:
+def plain_policy(dialect: Dialect) -> CopyPolicy:
     """Return what a program gets that sets no callback: from 0.27 on every expert is copied (`Dialect.expert_copy`)."""
     return UpstreamCopier() if dialect.expert_copy == "scheduler" else FullCopier()
 

@@ -67,7 +67,7 @@ from .policies import (
     UpstreamCopier,
     UsedExpertCopier,
     default_offload,
-    plain_copier,
+    plain_policy,
 )
 from .resources import Resources
 from .split import CutMemory, Cutter, graph_size, make_sched_graph, optimize_splits
@@ -105,12 +105,12 @@ class Scheduler:
         Replay upstream exactly, mistakes included.
     repairs : Repairs, optional
         Which mistakes are mended; all, or none if strict.
-    copier : CopyPolicy, "used" or None
+    policy : CopyPolicy, "used" or None
         The policy by which inputs are copied. "used", the default, copies used experts in every dialect, as llama.cpp does:
         `UsedExpertCopier`, or `UpstreamCopier` if strict. None is ggml without llama.cpp, which copies experts whole from
         0.27 on (`Dialect.expert_copy`).
     copy_callback : callable, optional
-        In place of a copier: a function with the arguments of ggml's copy callback; see `CopyCallback`.
+        In place of a policy: a function with the arguments of ggml's copy callback; see `CopyCallback`.
     realloc_callback : callable, optional
         Told of each reserve that a graph makes necessary; see `ReallocCallback`.
     offload_rule : callable, optional
@@ -129,7 +129,7 @@ class Scheduler:
     Raises
     ------
     SchedError
-        There is no backend, the last is no CPU, or one cannot use its buffer type; a copier and a copy callback are
+        There is no backend, the last is no CPU, or one cannot use its buffer type; a policy and a copy callback are
         given; a realloc callback is given, and the dialect has none.
 
     Notes
@@ -148,7 +148,7 @@ class Scheduler:
         dialect: Dialect = DEFAULT_DIALECT,
         strict: bool = False,
         repairs: Repairs | None = None,
-        copier: CopyPolicy | Literal["used"] | None = "used",
+        policy: CopyPolicy | Literal["used"] | None = "used",
         copy_callback: CopyCallback | None = None,
         realloc_callback: ReallocCallback | None = None,
         offload_rule: OffloadOp | None = None,
@@ -172,14 +172,14 @@ class Scheduler:
         self.op_offload = op_offload
         self.offload_rule: OffloadOp = default_offload if offload_rule is None else offload_rule
         if copy_callback is not None:
-            if copier != "used":
-                raise SchedError("a copier and a copy callback are given", hint="a copy callback is a copier: give one")
-            copier = CallbackCopier(copy_callback)
-        if copier is None:
-            copier = plain_copier(dialect)
-        elif copier == "used":
-            copier = UpstreamCopier() if strict else UsedExpertCopier(self.repairs)
-        self.copier: CopyPolicy = copier
+            if policy != "used":
+                raise SchedError("a policy and a copy callback are given", hint="a copy callback is a policy: give one")
+            policy = CallbackCopier(copy_callback)
+        if policy is None:
+            policy = plain_policy(dialect)
+        elif policy == "used":
+            policy = UpstreamCopier() if strict else UsedExpertCopier(self.repairs)
+        self.policy: CopyPolicy = policy
         if realloc_callback is not None and not dialect.realloc_callback:
             raise SchedError(f"ggml {dialect.version} has no realloc callback", hint="dialect 0.27 has one")
         self.realloc_callback = realloc_callback
@@ -443,10 +443,10 @@ class Scheduler:
 
     def reserve_policy(self) -> None:
         """Let the policy look at the plan, and ask for memory, once for a plan."""
-        if self._reserved_by is not self.copier:
-            if self.copier.overrides("reserve"):
-                self.copier.reserve(self.plan)
-            self._reserved_by = self.copier
+        if self._reserved_by is not self.policy:
+            if self.policy.overrides("reserve"):
+                self.policy.reserve(self.plan)
+            self._reserved_by = self.policy
 
     def _note_resources(self) -> None:
         """Record what the policy holds."""
@@ -620,7 +620,7 @@ class Scheduler:
                     hint="call reset() and alloc_graph(), then set the inputs again",
                 )
         self.reserve_policy()  # the policy may be another one by now
-        policy = self.copier
+        policy = self.policy
         self._tenancy.begin()
         compute_splits(
             self.run_type(

@@ -47,7 +47,7 @@ def _decode(
     *,
     placement: PlacementFlags | None = None,
     recorder: Recorder | None = None,
-    copier: CopyPolicy | Literal["used"] = "used",
+    policy: CopyPolicy | Literal["used"] = "used",
 ) -> npt.NDArray[np.float32]:
     """Return the logits of a prompt and of one more token."""
     cpu = REGISTRY.open("cpu").backend()
@@ -59,7 +59,7 @@ def _decode(
             context=ContextFlags(n_ctx=128),
             placement=placement,
             recorder=recorder,
-            copier=copier,
+            policy=policy,
         ) as session:
             return np.concatenate([session.decode(PROMPT, outputs="all"), session.decode([5])])
     finally:
@@ -109,7 +109,7 @@ def check_copies(device: Device, folder: Path) -> Iterator[Outcome]:
 
     def both(backend: Backend) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         used = _decode(path, backend, placement=flags, recorder=account)
-        return used, _decode(path, backend, placement=flags, copier=FullCopier())
+        return used, _decode(path, backend, placement=flags, policy=FullCopier())
 
     found = _tried("copies", name, device, both)
     if isinstance(found, Outcome):

@@ -28,12 +28,12 @@ def record_runs(folder: Path) -> dict[str, list[Record]]:
     return {"used": _record_run(path, "used"), "full": _record_run(path, FullCopier())}
 
 
-def _record_run(path: Path, copier: CopyPolicy | Literal["used"]) -> list[Record]:
+def _record_run(path: Path, policy: CopyPolicy | Literal["used"]) -> list[Record]:
     recording = Recording()
     sim, cpu = ggml.Sim(SIM), ggml.CPU(threads=1)
     with Session.open(
         path, devices=[sim], cpu=cpu, placement=PlacementFlags(cpu_moe=True), context=ContextFlags(n_ctx=128),
-        recorder=recording, clock=virtual_clock([sim, cpu]), copier=copier,
+        recorder=recording, clock=virtual_clock([sim, cpu]), policy=policy,
     ) as session:  # fmt: skip
         session.decode(PROMPT)
         for token in (9, 11):

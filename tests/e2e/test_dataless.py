@@ -27,10 +27,10 @@ def _context(n_ubatch: int = 48) -> ContextFlags:
     return ContextFlags(n_ctx=256, n_ubatch=n_ubatch)
 
 
-def _plan(path, recorder=None, *, devices=(SIM,), copier="used", n_ubatch=48, placement=ON_HOST) -> Planner:
+def _plan(path, recorder=None, *, devices=(SIM,), policy="used", n_ubatch=48, placement=ON_HOST) -> Planner:
     planner = Planner.open(
         path, devices=devices, placement=placement, context=_context(n_ubatch), data=False, strict=True,
-        copier=copier, recorder=recorder,
+        policy=policy, recorder=recorder,
     )  # fmt: skip
     planner.sched.clock = virtual_clock(planner.backends)
     return planner
@@ -110,15 +110,15 @@ def test_a_plan_a_simulation_and_a_run_obey_the_users_policy(llama):
     n_bytes = {}
     for name, policy in (("own", _OneCallIfSmall()), ("used", "used"), ("full", ggml.FullCopier())):
         _OneCallIfSmall.n_asked = 0
-        with _plan(llama, copier=policy) as plan:
+        with _plan(llama, policy=policy) as plan:
             planned = simulate_batch(plan, 40, routing=routing)
             n_planned = _OneCallIfSmall.n_asked
-        with _plan(llama, copier=policy) as plan:
+        with _plan(llama, policy=policy) as plan:
             (reported,) = plan_batches(plan, [40], routing=routing)
             assert reported.simulated.bytes_by_reason == planned.bytes_by_reason
             assert _OneCallIfSmall.n_asked == 2 * n_planned
         with Session.open(
-            llama, devices=[SIM], cpu=ggml.CPU(1), placement=ON_HOST, context=_context(), strict=True, copier=policy
+            llama, devices=[SIM], cpu=ggml.CPU(1), placement=ON_HOST, context=_context(), strict=True, policy=policy
         ) as run:
             run.decode(TOKENS[:40])
             assert run.sched.stats.bytes_by_reason == planned.bytes_by_reason
@@ -139,8 +139,8 @@ class _Holds(ggml.FullCopier):
 
 def test_memory_of_a_policy_is_planned_as_it_is_held(llama):
     """A plan's memory has it, as a session's has."""
-    with _plan(llama, copier=_Holds()) as plan, Session.open(
-        llama, devices=[SIM], cpu=ggml.CPU(1), placement=ON_HOST, context=_context(), strict=True, copier=_Holds()
+    with _plan(llama, policy=_Holds()) as plan, Session.open(
+        llama, devices=[SIM], cpu=ggml.CPU(1), placement=ON_HOST, context=_context(), strict=True, policy=_Holds()
     ) as run:  # fmt: skip
         assert [m.policy for m in plan.memory() if m.buft == "SIM0"] == [1 << 20]
         assert plan.memory() == run.memory()
@@ -219,8 +219,8 @@ def test_a_device_too_small_for_the_largest_graph_may_do_for_a_small_one(llama):
 
 
 def test_whole_copies_move_what_whole_copies_would(llama):
-    """With the full copier nothing is left out, and no ids are asked for."""
-    with _plan(llama, copier=ggml.FullCopier()) as plan:
+    """With the full policy nothing is left out, and no ids are asked for."""
+    with _plan(llama, policy=ggml.FullCopier()) as plan:
         result = simulate_batch(plan, 40)
         assert result.bytes_copied == result.bytes_full
         assert result.bytes_by_reason["experts"] == 0
@@ -270,10 +270,10 @@ def test_used_experts_gain_what_was_published(tmp_path):
     ratios = []
     for n_ubatch in published:
         seconds = []
-        for copier in (ggml.FullCopier(), "used"):
+        for policy in (ggml.FullCopier(), "used"):
             with Planner.open(
                 path, devices=["sim:custom:24GiB,1008GB/s,20GB/s"], placement=ON_HOST, data=False, strict=True,
-                context=ContextFlags(n_ctx=2048, n_ubatch=n_ubatch), copier=copier,
+                context=ContextFlags(n_ctx=2048, n_ubatch=n_ubatch), policy=policy,
             ) as plan:  # fmt: skip
                 plan.sched.clock = virtual_clock(plan.backends)
                 seconds.append(simulate_batch(plan, 2048, routing=LogNormal(3.2)).seconds)

@@ -56,7 +56,7 @@ def test_report_adds_up(moe, capsys):
 
 
 def test_copies_do_not_change_what_is_said(moe, capsys):
-    """The same tokens come out with used experts, whole copies, upstream's copier and on the CPU alone."""
+    """The same tokens come out with used experts, whole copies, upstream's policy and on the CPU alone."""
     common = (moe, "--tokens", TOKENS, "-n", "6", "--ignore-eos")
     told = [run_json(capsys, *common, "--device", "cpu")["tokens"]]
     for kind in ("used", "upstream", "full"):

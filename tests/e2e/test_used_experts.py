@@ -55,7 +55,7 @@ def test_copies_are_those_of_llama_cpp(arch, type, batch, tmp_path):
 @pytest.mark.parametrize("n_tokens", [1, 3, 40])
 def test_used_experts_give_what_whole_copies_give(llama, n_tokens):
     """Logits are bit for bit those of whole copies, for fewer bytes where few experts are used."""
-    with session(llama) as s, session(llama, copier=FullCopier()) as whole:
+    with session(llama) as s, session(llama, policy=FullCopier()) as whole:
         np.testing.assert_array_equal(s.decode(TOKENS[:n_tokens]), whole.decode(TOKENS[:n_tokens]))
         assert whole.sched.stats.bytes_copied == whole.sched.stats.bytes_full
         assert s.sched.stats.bytes_full == whole.sched.stats.bytes_full
@@ -87,10 +87,10 @@ class _Forgetful(UsedExpertCopier):
 def test_an_expert_that_was_not_copied_shows(llama, monkeypatch):
     """Without one used expert of one layer the logits are NaN, as fresh device memory is, and an error. PYGGML_CHECK=1 names the expert before."""
     monkeypatch.setenv("PYGGML_CHECK", "0")
-    with session(llama, copier=_Forgetful()) as s, pytest.raises(ComputeError, match="the logits are not numbers"):
+    with session(llama, policy=_Forgetful()) as s, pytest.raises(ComputeError, match="the logits are not numbers"):
         s.decode(TOKENS[:1])
     monkeypatch.setenv("PYGGML_CHECK", "1")
-    with session(llama, copier=_Forgetful()) as s, pytest.raises(SchedError, match=r"\(layer 0\) .* lacks expert \d+ "):
+    with session(llama, policy=_Forgetful()) as s, pytest.raises(SchedError, match=r"\(layer 0\) .* lacks expert \d+ "):
         s.decode(TOKENS[:1])
     with session(llama) as s:
         assert not np.isnan(s.decode(TOKENS[:1])).any()

@@ -125,8 +125,8 @@ def test_results_are_the_cpus(parallel: bool, program: list[Instruction], routin
 def test_results_are_those_of_full_copies(program: list[Instruction], routings: list[list[int]]) -> None:
     """Copying the used experts gives what copying whole weights gives, and never moves more bytes, padding aside."""
     results, moved = [], []
-    for copier in ("used", ggml.FullCopier()):
-        run = _Run([ggml.Sim(threads=1), ggml.CPU(threads=1)], routings, copier=copier)
+    for policy in ("used", ggml.FullCopier()):
+        run = _Run([ggml.Sim(threads=1), ggml.CPU(threads=1)], routings, policy=policy)
         run.build(program)
         results.append(run.compute())
         moved.append(run.sched.stats.bytes_copied)

@@ -177,3 +177,15 @@ def test_page_shows_every_point(tmp_path: Path) -> None:
     assert page.count("<circle") == 3 * len(advice.points) > 30
     assert all(" ".join(p.flags[:4]) in page for p in advice.plans)
     assert "<b>model" not in page
+
+
+def test_a_title_is_true() -> None:
+    """What is called less memory takes less than the best plan, and nothing is faster than what is called the fastest."""
+    for model, device in (("llama-3.1-8b", "rtx3060"), ("qwen3-30b-a3b", "rtx3060")):
+        plans = {p.title: p for p in plan(model, devices=device, host=HOST, n_plans=7).plans}
+        best = plans["best for this mix"]
+        if less := plans.get("less memory on the device"):
+            assert less.device_bytes < best.device_bytes
+        if fastest := plans.get("fastest prompt"):
+            assert fastest.pp_tps.mid * 1.01 > max(p.pp_tps.mid for p in plans.values() if p.setting.type_k is Type.F16)
+        assert best.seconds <= 1.01 * min(p.seconds for p in plans.values() if p.setting.type_k is Type.F16)

@@ -264,7 +264,7 @@ def test_splits_record_what_they_need(full: bool) -> None:
     """The records of splits list the inputs that are copied, with sizes that whole copies have."""
     moe = Moe(recorder=Recording())
     if full:
-        moe.sched.copier = ggml.FullCopier()
+        moe.sched.policy = ggml.FullCopier()
     moe.compute(1, 2)
     model = view_of_scheduler(moe.sched).model
     (split,) = model["graphs"][0]["splits"]

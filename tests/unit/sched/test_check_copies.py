@@ -131,7 +131,7 @@ def test_right_copies_pass_unnoticed(
     seen = []
     for value in ("0", level):
         monkeypatch.setenv("PYGGML_CHECK", value)
-        world = _World(copier=make())
+        world = _World(policy=make())
         outputs = build(world)
         world.run(*outputs)
         device = world.gpu.device
@@ -210,7 +210,7 @@ class _ForgetsAll(ggml.FullCopier):
 
 
 @pytest.mark.parametrize(
-    ("copier", "text"),
+    ("policy", "text"),
     [
         (_Drops(), "lacks expert 5"),
         (_WrongRange(), "is not as the source in experts 1, 5"),
@@ -219,24 +219,24 @@ class _ForgetsAll(ggml.FullCopier):
         (_ForgetsAll(), "lacks experts 1, 5"),
     ],
 )
-def test_wrong_copies_are_named(copier: ggml.UsedExpertCopier, text: str) -> None:
+def test_wrong_copies_are_named(policy: ggml.UsedExpertCopier, text: str) -> None:
     """The error says which node in which split and where reads which experts, of which layer, and what is wrong with them."""
-    world = _World(copier=copier)
+    world = _World(policy=policy)
     outputs = _one_user(world, [1, 5])
     with pytest.raises(ggml.SchedError) as caught:
         world.run(*outputs)
     message = str(caught.value)
     assert f"MUL_MAT_ID 'y' in split 0 on SIM0 reads '{NAME}' (layer 3) by 'SIM0#ids#0', but its copy {text}" in message
-    assert type(copier).__name__ in message
+    assert type(policy).__name__ in message
     assert caught.value.causes == ("1.off",)
 
 
 def test_the_scheduler_is_usable_after_a_wrong_copy() -> None:
-    """The next graph computes with the same scheduler, once its copier does right."""
-    world = _World(copier=_Drops())
+    """The next graph computes with the same scheduler, once its policy does right."""
+    world = _World(policy=_Drops())
     with pytest.raises(ggml.SchedError, match="lacks expert 5"):
         world.run(*_one_user(world, [1, 5]))
-    world.sched.copier = ggml.UsedExpertCopier()
+    world.sched.policy = ggml.UsedExpertCopier()
     world.graph = ggml.Graph()
     (y,) = _one_user(world, [1, 5])
     world.run(y)
@@ -245,7 +245,7 @@ def test_the_scheduler_is_usable_after_a_wrong_copy() -> None:
 
 def test_a_forgotten_later_user_is_named() -> None:
     """A second user whose experts were not added is named with the experts that its copy lacks."""
-    world = _World(copier=ggml.UsedExpertCopier(replace(Repairs(), shared_experts=False)))
+    world = _World(policy=ggml.UsedExpertCopier(replace(Repairs(), shared_experts=False)))
     text = r"MUL_MAT_ID 'second' in split \d on SIM0 .* by 'SIM0#high#0', but its copy lacks experts 5, 7"
     with pytest.raises(ggml.SchedError, match=text):
         world.run(*_two_users(world))
@@ -253,7 +253,7 @@ def test_a_forgotten_later_user_is_named() -> None:
 
 def test_a_forgotten_dense_user_is_named() -> None:
     """A node that reads the weight whole after MUL_MAT_ID had a part copied is named with the bytes that lack."""
-    world = _World(copier=ggml.UsedExpertCopier(replace(Repairs(), shared_experts=False)))
+    world = _World(policy=ggml.UsedExpertCopier(replace(Repairs(), shared_experts=False)))
     with world.graph:
         first = ggml.mul_mat_id(world.w, world.x(), world.ids([0, 1]))
         dense = world.input("f32", (D, N_TOKEN, E), "dense", np.ones((E, N_TOKEN, D)))
@@ -264,8 +264,8 @@ def test_a_forgotten_dense_user_is_named() -> None:
 
 
 def test_ids_that_were_rewritten_are_looked_at_anew() -> None:
-    """A copier that goes by ids as they were before a node rewrote them is named."""
-    world = _World(copier=ggml.UsedExpertCopier(replace(Repairs(), stale_ids=False)))
+    """A policy that goes by ids as they were before a node rewrote them is named."""
+    world = _World(policy=ggml.UsedExpertCopier(replace(Repairs(), stale_ids=False)))
     with pytest.raises(ggml.SchedError, match=r"'second' .* \(layer 4\) by 'kept', but its copy lacks experts 2, 3"):
         world.run(*_rewritten_ids(world))
 
@@ -306,16 +306,16 @@ def _mocks() -> tuple[ggml.Backend, ggml.Backend]:
 def test_mocks_are_checked_by_their_ids() -> None:
     """Mock memory has no weights, but ids: what must be covered is known."""
     gpu, cpu = _mocks()
-    world = _World(gpu, cpu, copier=_Drops())
+    world = _World(gpu, cpu, policy=_Drops())
     with pytest.raises(ggml.SchedError, match=r"on GPU .* lacks expert 5"):
         world.run(*_one_user(world, [1, 5]))
 
 
-@pytest.mark.parametrize(("copier", "is_noticed"), [(_Drops(), False), (_ForgetsAll(), True)])
-def test_late_devices_are_not_looked_into(copier: ggml.UsedExpertCopier, is_noticed: bool) -> None:
+@pytest.mark.parametrize(("policy", "is_noticed"), [(_Drops(), False), (_ForgetsAll(), True)])
+def test_late_devices_are_not_looked_into(policy: ggml.UsedExpertCopier, is_noticed: bool) -> None:
     """In a device that works late ids are unknown, and only what is read whole must be covered."""
     device = ggml.Sim(seed=1, threads=1)
-    world = _World(device, copier=copier)
+    world = _World(device, policy=policy)
     w = world.weights.new_tensor("f32", (D, D), name="dense.weight")
     world.weights.alloc(world.cpu, usage="weights")
     w.set_array(np.ones((D, D)))
@@ -381,7 +381,7 @@ def test_ranges_know_their_holes() -> None:
 
 def test_graph_inputs_with_pipeline_copies_are_followed() -> None:
     """With pipeline copies each graph's own copies are checked, in turn."""
-    world = _World(parallel=True, copier=_Drops())
+    world = _World(parallel=True, policy=_Drops())
     outputs = _one_user(world, [1, 5])
     for _ in range(2):
         with pytest.raises(ggml.SchedError, match="lacks expert 5"):

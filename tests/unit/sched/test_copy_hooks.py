@@ -74,8 +74,8 @@ def test_used_experts_are_copied_in_every_dialect(version: str) -> None:
 
 @pytest.mark.parametrize(("version", "reason"), [("0.26", "experts"), ("0.27", "weight")])
 def test_ggml_by_itself_copies_experts_whole_since_0_27(version: str, reason: str) -> None:
-    """Without a copier ggml 0.26 copies used experts, and 0.27 the whole weight."""
-    world = World(dialect=DIALECTS[version], copier=None).compute()
+    """Without a policy ggml 0.26 copies used experts, and 0.27 the whole weight."""
+    world = World(dialect=DIALECTS[version], policy=None).compute()
     sizes = [size for name, why, _, size in world.copied() if name.endswith("exps.weight") and why == reason]
     assert sizes == ([EXPERT + 512] * 2 if reason == "experts" else [E * EXPERT])
     assert world.is_right()
@@ -173,8 +173,8 @@ def test_realloc_callback_is_told_of_reserves() -> None:
 
 
 def test_hooks_that_contradict_each_other_are_refused() -> None:
-    """A copier beside a copy callback, and a realloc callback in a dialect without one, are named."""
-    with pytest.raises(ggml.SchedError, match="a copier and a copy callback"):
-        World(copier=ggml.FullCopier(), copy_callback=lambda *_: False)
+    """A policy beside a copy callback, and a realloc callback in a dialect without one, are named."""
+    with pytest.raises(ggml.SchedError, match="a policy and a copy callback"):
+        World(policy=ggml.FullCopier(), copy_callback=lambda *_: False)
     with pytest.raises(ggml.SchedError, match=r"0\.26 has no realloc callback"):
         World(dialect=DIALECTS["0.26"], realloc_callback=lambda *_: None)

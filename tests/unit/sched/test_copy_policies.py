@@ -124,12 +124,12 @@ N, N_EXPERT, N_TOKEN, N_LAYER = 24, 8, 3, 4
 class World:
     """Layers of experts in host memory, over a simulated device and the CPU."""
 
-    def __init__(self, copier: Any, *, seed: int | None = None, **options: Any) -> None:
+    def __init__(self, policy: Any, *, seed: int | None = None, **options: Any) -> None:
         rng = np.random.default_rng(5)
         self.gpu, self.cpu = ggml.Sim("rtx4090-pcie4", threads=1, seed=seed), ggml.CPU(threads=1)
         self.recording = Recording()
         self.sched = ggml.Scheduler(
-            [self.gpu, self.cpu], copier=copier, recorder=self.recording, debug=0,
+            [self.gpu, self.cpu], policy=policy, recorder=self.recording, debug=0,
             offload_rule=lambda _, op: op.op is ggml.Op.MUL_MAT_ID, **options,
         )  # fmt: skip
         self.weights = ggml.Context()
