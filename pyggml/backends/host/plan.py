@@ -52,6 +52,10 @@ class Layout(NamedTuple):
     nbytes: int
 
 
+#: Ranges of a stage that are looked through one by one; most stages have fewer.
+_FEW = 48
+
+
 class _Ranges:
     """Ranges of bytes, joined where they meet, so that one look-up finds out whether another meets them."""
 
@@ -76,27 +80,46 @@ class _Ranges:
 
 
 class _Touched:
-    """What the descriptors of a stage read and write."""
+    """What the descriptors of a stage read and write: a plain list, and joined ranges once there are many."""
 
-    __slots__ = ("all", "parallel")
+    __slots__ = ("few", "many", "many_parallel")
 
     def __init__(self) -> None:
-        self.all = (_Ranges(), _Ranges())  #: read, written
-        self.parallel = (_Ranges(), _Ranges())  #: by descriptors that all threads run
+        self.few: list[tuple[int, int, bool, bool]] = []  #: first byte, end, whether it is written, whether serially
+        self.many: tuple[_Ranges, _Ranges] | None = None  #: read, written
+        self.many_parallel: tuple[_Ranges, _Ranges] | None = None  #: by descriptors that all threads run
 
     def conflicts(self, ranges: Sequence[tuple[int, int, bool]], serial: bool) -> bool:
         """Whether ranges meet written ones of the stage, or written ones its others; serial descriptors keep order."""
-        reads, writes = self.parallel if serial else self.all
-        return any(
-            writes.meets(first, end) or (is_write and reads.meets(first, end)) for first, end, is_write in ranges
-        )
+        many = self.many_parallel if serial else self.many
+        if many is not None:
+            reads, writes = many
+            return any(
+                writes.meets(first, end) or (is_write and reads.meets(first, end)) for first, end, is_write in ranges
+            )
+        for a, b, was_write, was_serial in self.few:
+            if was_serial and serial:
+                continue
+            for first, end, is_write in ranges:
+                if first < b and a < end and (is_write or was_write):
+                    return True
+        return False
 
     def add(self, ranges: Sequence[tuple[int, int, bool]], serial: bool) -> None:
         """Note what a descriptor touches."""
-        for first, end, is_write in ranges:
-            self.all[is_write].add(first, end)
-            if not serial:
-                self.parallel[is_write].add(first, end)
+        if self.many is None:
+            self.few += [(first, end, is_write, serial) for first, end, is_write in ranges]
+            if len(self.few) <= _FEW:
+                return
+            self.many, self.many_parallel = (_Ranges(), _Ranges()), (_Ranges(), _Ranges())
+            noted = self.few
+        else:
+            noted = [(first, end, is_write, serial) for first, end, is_write in ranges]
+        assert self.many_parallel is not None
+        for first, end, is_write, is_serial in noted:
+            self.many[is_write].add(first, end)
+            if not is_serial:
+                self.many_parallel[is_write].add(first, end)
 
 
 class HostPlan:

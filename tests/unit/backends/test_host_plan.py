@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
+from pyggml.backends.host import plan
 from pyggml.backends.host.plan import _Touched
 
 
-def test_conflicts_are_those_of_all_pairs() -> None:
+@pytest.mark.parametrize("few", [0, 4, 48])
+def test_conflicts_are_those_of_all_pairs(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On random reads and writes, by one thread or by all, a conflict is found where two ranges of the stage meet."""
+    monkeypatch.setattr(plan, "_FEW", few)  # however many are kept one by one
     rng = random.Random(1)
     for _ in range(300):
         touched, pairs = _Touched(), []
@@ -37,4 +42,5 @@ def test_a_long_chain_is_a_few_ranges() -> None:
         ranges = [(64 * i, 64 * i + 64, True), (64 * i - 64, 64 * i, False)]
         assert not touched.conflicts(ranges, True)
         touched.add(ranges, True)
-    assert [len(kept.starts) for kept in touched.all] == [1, 1]
+    assert touched.many is not None
+    assert [len(kept.starts) for kept in touched.many] == [1, 1]
