@@ -31,8 +31,10 @@ def settled(page: Page, js: str) -> Any:  # of JSON's values
     return page.evaluate(js)
 
 
-#: Lines of texts with their boxes, cut to what their ancestors let be seen.
+#: Lines of texts with their boxes, cut to what their ancestors let be seen. From the top of the page, wherever a link has
+#: scrolled it: there the bar that stays covers nothing.
 _TEXT_BOXES = """() => {
+  scrollTo({ top: 0, behavior: "instant" });
   const found = [];
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node = walk.nextNode(), n = 0; node; node = walk.nextNode(), n++) {
