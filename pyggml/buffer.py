@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from .edits import EDITS
 from .errors import AllocError, BackendError, GraphError
 from .tensor import Tensor, are_same_layout
 from .types import SIZE_MAX, BufferUsage
@@ -295,6 +296,7 @@ def tensor_alloc(buffer: Buffer, tensor: Tensor, address: int) -> None:
             f"'{tensor.name}' of {size:,} bytes does not fit at offset "
             f"{address - buffer.base:,} of a buffer of {buffer.size:,} bytes in {buffer.buft.name}"
         )
+    EDITS.note()
     tensor.buffer = buffer
     tensor.data = address
     buffer.init_tensor(tensor)

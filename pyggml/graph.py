@@ -303,11 +303,18 @@ class Snapshot:
         )
 
     def serves(self, view: GraphView) -> bool:
-        """Whether a plan of these nodes is still the plan of a range; of a verified one only addresses are compared."""
-        nodes = view.nodes
-        if view.is_verified:
-            return self.places == list(map(_place_of, self.tensors)) and self.nodes == nodes
-        return self.holds(nodes)
+        """Whether a plan of these nodes is still the plan of a range; of a verified one only addresses are compared.
+
+        And these only if anything was changed since.
+        """
+        now = EDITS.latest
+        if not view.is_verified:
+            return self.holds(view.nodes)
+        if self.edits != now:
+            if self.places != list(map(_place_of, self.tensors)) or self.nodes != view.nodes:
+                return False
+            self.edits = now
+        return True
 
     def first_change(self, nodes: Sequence[Tensor]) -> str:
         """Return what changed, for an error; empty text if nothing did."""

@@ -143,7 +143,7 @@ class Session(Planner):
         """
         self._check_open()
         batches = self.source.batches(tokens, seq, outputs)
-        out = [self.decode_batch(batch, topk=topk) for batch in batches]
+        out = [self._decode(batch, topk) for batch in batches]
         return out[0] if len(out) == 1 else np.concatenate(out)
 
     def decode_batch(self, batch: Batch, *, topk: TopK | None = None) -> npt.NDArray[np.float32]:
@@ -155,6 +155,10 @@ class Session(Planner):
         """
         self._check_open()
         batch.check(self.hparams.n_vocab, self.params.n_seq_max)
+        return self._decode(batch, topk)
+
+    def _decode(self, batch: Batch, topk: TopK | None) -> npt.NDArray[np.float32]:
+        """Evaluate a batch that was checked."""
         parts = self.cache.prepare(batch, self.params.n_ubatch)
         rows = np.cumsum(batch.outputs) - 1  # of each token whose logits are wanted, its row
         logits = np.empty((int(np.count_nonzero(batch.outputs)), self.hparams.n_vocab), np.float32)
@@ -162,7 +166,7 @@ class Session(Planner):
             topk.start(self.hparams, batch.n_tokens)
         for part, slot in parts:
             own = rows[part.idxs[part.outputs]]
-            in_place = len(own) == 0 or bool((np.diff(own) == 1).all())
+            in_place = len(own) < 2 or bool((np.diff(own) == 1).all())
             into = (
                 logits[own[0] : own[-1] + 1]
                 if in_place and len(own)

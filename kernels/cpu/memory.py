@@ -183,6 +183,12 @@ def pause(e, _):
         e.b.call(e.fn("llvm.aarch64.hint", ir.VoidType(), I32), [I32(1)])
 
 
+@micro(types.int64, 1)
+def cycles(e, _):
+    """Return a counter that goes up steadily: the processor's own clock, where it has one."""
+    return e.b.call(e.fn("llvm.readcyclecounter", I64), [])
+
+
 @micro(types.void, 1)
 def sched_yield(e, _):
     """Let another thread run on this core, where the system has the call."""

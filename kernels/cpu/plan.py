@@ -15,6 +15,7 @@ from .memory import (
     atomic_store,
     atomic_swap,
     call4,
+    cycles,
     futex_wake,
     ld_i64,
     pause,
@@ -40,6 +41,7 @@ from .words import (
     STAGE_AT,
     STAGE_COUNT,
     TICKET,
+    TIMES,
 )
 
 #: Turns of a waiting thread before it lets others run on its core.
@@ -61,19 +63,29 @@ def report(part, d, ctl, position, value, limit):
 
 
 @device
+def _note(at, start):
+    """Add the cycles since a start to a word."""
+    st_i64(at, ld_i64(at) + cycles(0) - start)
+
+
+@device
 def run_part(part, n_parts, d, n, ctl):
     """Do a part of a stage of n descriptors, and return the address behind them.
 
     A part that refused an index does nothing more; others go on to the stage's end, so that the report does not
     depend on which was faster.
     """
-    failed = ctl + 8 * (ERRORS + LINE * part + ERROR_SET)
+    failed, times, start = ctl + 8 * (ERRORS + LINE * part + ERROR_SET), ld_i64(ctl + 8 * TIMES), 0
     for _ in range(n):
+        if times != 0:
+            start = cycles(0)
         if ld_i64(failed) == 0:
             if ld_i64(d + 8 * SERIAL) == 0:
                 call4(ld_i64(d + 8 * KERNEL), part, n_parts, d, ctl)
             elif part == 0:
                 call4(ld_i64(d + 8 * KERNEL), 0, 1, d, ctl)
+        if times != 0:
+            _note(times + 8 * ((n_parts + 1) * ld_i64(d + 8 * INDEX) + part), start)
         d += 8 * ld_i64(d + 8 * LENGTH)
     return d
 
@@ -116,11 +128,19 @@ def _share(n_threads, d, n, ctl):
     return end
 
 
-@entry(4)
-def run(n_threads, plan, n, ctl):
-    """Run n descriptors, whole stages, from an address on; 1 if stopped before the end."""
-    d = plan
+@entry(5)
+def run(n_threads, plan, n, ctl, times):
+    """Run n descriptors, whole stages, from an address on; 1 if stopped before the end.
+
+    At ``times``, unless 0, cycles are added up: for each descriptor a word for each part, then one for the whole stage
+    that it begins, as thread 0 saw it.
+    """
+    d, start = plan, 0
+    st_i64(ctl + 8 * TIMES, times)
     while n > 0:
+        stage = d
+        if times != 0:
+            start = cycles(0)
         if atomic_load(ctl + 8 * ABORT) != 0:
             return 1
         count = max(1, ld_i64(d + 8 * STAGE))  # one that begins no stage is run alone: for traces and benches
@@ -128,5 +148,7 @@ def run(n_threads, plan, n, ctl):
             d = run_part(0, n_threads, d, count, ctl)
         else:
             d = _share(n_threads, d, count, ctl)
+        if times != 0:
+            _note(times + 8 * ((n_threads + 1) * ld_i64(stage + 8 * INDEX) + n_threads), start)
         n -= count
     return 0

@@ -108,11 +108,11 @@ class _Crew:
             args = (n_threads, self.control, self.wake, can_sleep)
             threading.Thread(target=_work, args=args, name=f"pyggml-cpu-{i}", daemon=True).start()
 
-    def run(self, plan: int, n: int) -> int:
+    def run(self, plan: int, n: int, times: int) -> int:
         if not self.can_sleep:
             with self.wake:
                 self.wake.notify_all()
-        stopped: int = run(self.n_threads, plan, n, self.ctl)
+        stopped: int = run(self.n_threads, plan, n, self.ctl, times)
         return stopped
 
     def reserve(self, shared_bytes: int, thread_bytes: int) -> None:
@@ -173,7 +173,9 @@ class Pool:
         self._finalizer = weakref.finalize(self, _dismiss, crew.control, crew.wake, crew.pid)
         self._finalizer.atexit = False  # daemons: they end with the process
 
-    def run(self, pieces: Sequence[tuple[int, int]], shared_bytes: int = 0, thread_bytes: int = 0) -> BadIndex | None:
+    def run(
+        self, pieces: Sequence[tuple[int, int]], shared_bytes: int = 0, thread_bytes: int = 0, times: int = 0
+    ) -> BadIndex | None:
         """Run a plan, piece by piece.
 
         Parameters
@@ -183,6 +185,9 @@ class Pool:
             pieces.
         shared_bytes, thread_bytes : int
             Scratch that the plan needs: once, and for each thread.
+        times : int
+            Address where cycles are added up, or 0: int64, for each descriptor one of each thread, and one more; see
+            `plan.run`.
 
         Returns
         -------
@@ -199,11 +204,11 @@ class Pool:
             raise RuntimeError("the thread pool is closed")
         if crew.pid != os.getpid():
             self._hire()
-            return self.run(pieces, shared_bytes, thread_bytes)
+            return self.run(pieces, shared_bytes, thread_bytes, times)
         with self._lock:
             crew.reserve(shared_bytes, thread_bytes)
             for plan, n in pieces:
-                if crew.run(plan, n) or crew.control[ABORT]:
+                if crew.run(plan, n, times) or crew.control[ABORT]:
                     return self._take_error(crew)
         return None
 

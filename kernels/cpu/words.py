@@ -35,7 +35,7 @@ ABORT = LINE * 2  #: not 0: no further stage is begun
 SLEEPERS = LINE * 3  #: workers asleep on the ticket
 STAGE_AT, STAGE_COUNT = LINE * 4, LINE * 4 + 1  #: first descriptor of the stage, and how many
 SHARED, THREADS, THREAD_BYTES = LINE * 5, LINE * 5 + 1, LINE * 5 + 2  #: scratch: shared part, parts' own
-QUIT = LINE * 6  #: not 0: workers are to end
+QUIT, TIMES = LINE * 6, LINE * 6 + 1  #: not 0: workers are to end; `plan.run`'s argument
 ERRORS = LINE * 7  #: one line a part: descriptor + 1, position, value, limit
 ERROR_SET, ERROR_POSITION, ERROR_VALUE, ERROR_LIMIT = range(4)
 

@@ -180,7 +180,7 @@ class Batch:
             idxs,
             n_seqs,
             len(idxs) // n_seqs,
-            tuple(np.unique(seqs).tolist()),
+            tuple(sorted(set(seqs.tolist()))),
             equal_seqs,
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..alloc import alloc_tensors
 from ..buffer import Buffer, BufferType, tensor_alloc, tensor_set
+from ..edits import EDITS
 from ..errors import OutOfMemoryError
 from ..gguf import GGUFFile
 from ..tensor import Tensor
@@ -48,6 +49,7 @@ class LoadedWeights:
 
     def close(self) -> None:
         """Give the memory back; the weights have none afterwards."""
+        EDITS.note()
         for tensor in self.weights.tensors:
             tensor.buffer = tensor.data = None
         for buffer in self.buffers:

@@ -230,7 +230,7 @@ class BuiltSource(GraphSource):
         """
         whole = Batch.of(tokens, 0, seq=seq, outputs=outputs)
         whole.check(self.hparams.n_vocab, self.params.n_seq_max)
-        whole = replace(whole, pos=whole.pos + (self.cache.seq_pos_max(seq) + 1))
+        whole.pos[:] += self.cache.seq_pos_max(seq) + 1
         n_free = self.cache.n_free(seq)
         if whole.n_tokens > n_free:
             raise CacheFullError(whole.n_tokens, self.cache.n_cells - n_free, self.cache.n_cells)

@@ -32,13 +32,13 @@ class Tenancy:
     Differs: upstream reads whatever is there (`Repairs.reused_memory`).
     """
 
-    __slots__ = ("_by", "_leafs", "_nodes", "_position", "_read", "is_over", "rewritten")
+    __slots__ = ("_by", "_leafs", "_lost", "_nodes", "_position", "is_over", "rewritten")
 
     def __init__(self, graph: SchedGraph, buffers: Collection[Buffer]) -> None:
         self._nodes: Sequence[Tensor] = graph.nodes
         self._leafs: Sequence[Tensor] = graph.leafs
         self._position: dict[Tensor, int] | None = None  # of what owns memory, in the order of writing
-        self._read: list[Tensor] | None = None
+        self._lost: list[tuple[Tensor, Tensor]] | None = None
         self._by: dict[Tensor, Tensor | None] = {}
         self.is_over = False  #: whether all was computed
         self.rewritten: set[Tensor] = set()  #: what was written by hand since
@@ -54,15 +54,13 @@ class Tenancy:
             An input was overwritten when the graph was computed before, and nobody wrote it again.
         """
         if self.is_over:
-            for leaf in self._inputs:
-                if leaf.view_src is None and leaf not in self.rewritten and self._is_here(leaf):
-                    by = self._overwritten_by(leaf)
-                    if by is not None:
-                        raise SchedError(
-                            f"'{leaf.name}' must be set again before the graph is computed again: "
-                            f"{_what(by)} overwrote it the last time",
-                            hint="or mark it as output (set_output) before alloc_graph, so that it keeps its memory",
-                        )
+            for leaf, by in self._lost_inputs:
+                if leaf not in self.rewritten and self._is_here(leaf):
+                    raise SchedError(
+                        f"'{leaf.name}' must be set again before the graph is computed again: "
+                        f"{_what(by)} overwrote it the last time",
+                        hint="or mark it as output (set_output) before alloc_graph, so that it keeps its memory",
+                    )
         self.is_over = False
         self.rewritten.clear()
 
@@ -99,15 +97,17 @@ class Tenancy:
             )
 
     @property
-    def _inputs(self) -> list[Tensor]:
-        """Leafs that computed nodes read, themselves or from a copy."""
-        if self._read is None:
+    def _lost_inputs(self) -> list[tuple[Tensor, Tensor]]:
+        """Leafs that computed nodes read, themselves or from a copy, and that others overwrite: with the first that does."""
+        if self._lost is None:
             read = {s.view_src or s for node in self._nodes if is_computed(node) for s in node.src if s is not None}
             for dep, copy in pairwise(self._nodes):  # a view that keeps the source alive, then the copy
                 if dep.op is Op.NONE and dep.view_src is not None and copy in read and dep.src[0] is not None:
                     read.add(dep.src[0].view_src or dep.src[0])
-            self._read = [leaf for leaf in self._leafs if leaf in read]
-        return self._read
+            own = [leaf for leaf in self._leafs if leaf in read and leaf.view_src is None and self._is_here(leaf)]
+            found = ((leaf, self._overwritten_by(leaf)) for leaf in own)
+            self._lost = [(leaf, by) for leaf, by in found if by is not None]
+        return self._lost
 
     @property
     def _positions(self) -> dict[Tensor, int]:

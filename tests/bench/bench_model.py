@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,16 +28,21 @@ CONTENDERS = ("llama.cpp", "ours", "ours over [sim, cpu]")
 Decode = Callable[[list[int], int], np.ndarray]
 
 
-def open_ours(model: str, threads: int, *, over_device: bool) -> tuple[Decode, Callable[[], None], int]:
-    """Return decode, clear and the size of the vocabulary."""
+def open_session(model: str, threads: int, *, over_device: bool) -> Any:
+    """Return a session on the CPU, or over a simulated device with the experts in host memory."""
     import pyggml as ggml
     from pyggml.session import ContextFlags, PlacementFlags, Session
 
     devices = [ggml.Sim(threads=threads)] if over_device else []
-    session = Session.open(
+    return Session.open(
         model, devices=devices, cpu=ggml.CPU(threads), context=ContextFlags(n_ctx=512),
         placement=PlacementFlags(cpu_moe=over_device),
     )  # fmt: skip
+
+
+def open_ours(model: str, threads: int, *, over_device: bool) -> tuple[Decode, Callable[[], None], int]:
+    """Return decode, clear and the size of the vocabulary."""
+    session = open_session(model, threads, over_device=over_device)
     return lambda tokens, pos: session.decode(tokens)[-1], session.reset, session.hparams.n_vocab
 
 

@@ -316,7 +316,6 @@ def plan_of(graph: GraphView, owner: object, name: str, address_of: Callable[[Te
     ComputeError
         A node has no memory yet.
     """
-    nodes = graph.nodes
     kept = graph.plan
     if (
         isinstance(kept, _KeptPlan)
@@ -325,6 +324,7 @@ def plan_of(graph: GraphView, owner: object, name: str, address_of: Callable[[Te
         and not any(buffer.is_closed for buffer in kept.buffers)
     ):
         return kept.plan
+    nodes = graph.nodes
     for node in nodes:
         if not node.op.is_empty and not node.is_empty and node.data is None:
             raise ComputeError(name, "a node has no memory yet", node=node.name, hint="allocate the graph first")

@@ -158,6 +158,7 @@ class HostPlan:
         self.buffers: tuple[Buffer, ...] = ()  #: in which the tensors are, where who made the plan knows
         self.address_of = address_of
         self.share = share
+        self.times = 0  #: where cycles are added up, if anywhere; see `Pool.run`
         self.thread_bytes = 0
         self._words: Any = array("q")  # Any: array's type parameter is not subscriptable at run time
         self._starts: list[int] = []  #: first word of each descriptor
@@ -358,7 +359,7 @@ class HostPlan:
         ComputeError
             A row index is out of bounds, or the pool was told to stop.
         """
-        bad = pool.run(self._pieces, self.shared_bytes, self.thread_bytes)
+        bad = pool.run(self._pieces, self.shared_bytes, self.thread_bytes, self.times)
         if bad is not None:
             self._raise(bad)
 

@@ -70,6 +70,9 @@ class Stream:
 
     def host_waits(self, n: int) -> None:
         """Take note that the host waits for n pieces, and so for all that they waited for."""
+        if not self.waits:
+            self.n_host = max(self.n_host, n)
+            return
         for stream, reached in self.before(n).items():
             stream.n_host = max(stream.n_host, reached)
             stream.waits = [wait for wait in stream.waits if wait[0] > reached]

@@ -392,11 +392,10 @@ class SimBackend(Backend):
         ExpertIdError
             An id that is no expert.
         """
-        nodes = graph.nodes
-        first = nodes[0].name if nodes else ""
+        first = graph.graph.nodes[graph.i_start].name if len(graph) else ""
         plan = plan_of(graph, self.device, self.name, self._arena_address) if self.device.has_data else None
         if plan is None:
-            self._check_places(nodes)
+            self._check_places(graph.nodes)
 
         def compute() -> None:
             self.device.at("compute", first)

@@ -52,6 +52,20 @@ def test_plans_give_the_same_with_any_number_of_threads(memory, threads, can_sle
         pool.close()
 
 
+def test_times_are_added_up_for_parts_and_stages(memory, pool):
+    """Each descriptor's parts take some time, a stage at least as long as thread 0's, and no more is added once it is not asked for."""
+    nodes, _ = chain(memory, 8, width=65536)
+    plan = HostPlan(nodes, lambda t: t.data)
+    times = np.zeros((plan.n_descriptors, 3), np.int64)
+    plan.times = times.ctypes.data
+    plan.run(pool)
+    assert (times[:, :2] > 0).all()
+    assert (times[:, 2] >= times[:, 0]).all()
+    once, plan.times = times.copy(), 0
+    plan.run(pool)
+    assert (times == once).all()
+
+
 def test_threads_wake_from_sleep(memory, pool):
     """A plan that comes after the threads went to sleep runs as well."""
     import time
