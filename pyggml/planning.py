@@ -21,9 +21,9 @@ from .cost import CPU_PROFILE, DeviceProfile
 from .dialect import DEFAULT_DIALECT, Dialect
 from .errors import DeviceUnavailableError, FormatError, OutOfMemoryError
 from .gguf import GGUFFile, require_model
+from .models.architectures import ARCHITECTURES
 from .models.batch import MicroBatch, Outputs
 from .models.context import ContextFlags, ContextParams
-from .models.hparams import ARCHITECTURES
 from .models.loading import Progress
 from .models.placement import Placement, PlacementFlags, norm_pins
 from .models.source import BuiltSource, GraphSource, ModelFacts, PlannableGraph

@@ -21,7 +21,7 @@ def why_not_captured(model: Path, graph: GraphChoice) -> DeviceUnavailableError 
     """Return why llama.cpp cannot be had for a model that only it can plan; None for any other."""
     from ..gguf import GGUFFile
     from ..llama.library import find_llama
-    from ..models.hparams import ARCHITECTURES
+    from ..models.architectures import ARCHITECTURES
 
     if not model.exists():  # a name of the catalog, or nothing at all
         return None

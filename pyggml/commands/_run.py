@@ -18,6 +18,7 @@ from ..gguf import GGUFFile, require_model
 from ..lab import Phase
 from ..lab.formats import jsonl, moe_cache_eval
 from ..lab.recording import RoutingRecorder
+from ..models.architectures import read_hparams
 from ..models.hparams import HParams
 from ..planning import virtual_clock
 from ..record import Recording
@@ -184,7 +185,7 @@ def _open(
     n_tokens : int or None
         Tokens that the context must hold; None for a conversation.
     """
-    hparams = HParams.from_gguf(file)
+    hparams = read_hparams(file)
     if n_tokens is not None:
         _check_room(flags, hparams, n_tokens)
     backends, cpu = open_backends(flags)

@@ -107,14 +107,14 @@ def measure(flags: ModelFlags, path: Path, sizes: list[int], prompt: str) -> lis
         The model has no experts, or the prompt is shorter than the largest batch.
     """
     from ..gguf import GGUFFile
-    from ..models.hparams import HParams
+    from ..models.architectures import read_hparams
     from ..models.placement import PlacementFlags
     from ..report import CopyAccount
     from ..session import Session
     from ..tokenizer import Tokenizer
 
     with GGUFFile.open(path) as file:
-        if not HParams.from_gguf(file).n_expert:
+        if not read_hparams(file).n_expert:
             raise GraphError(f"{path}: the model has no experts", hint="`pyggml make-moe` makes models that have")
         ids = Tokenizer.from_gguf(file).encode(prompt)
         if len(ids) < max(sizes):

@@ -1,53 +1,59 @@
-"""Which module knows an architecture."""
+"""The families that are built here: `ARCHITECTURES`, by the names that files give them."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
-from typing import Protocol
 
-from ..gguf import TensorInfo
-from . import deepseek2, dots1, gemma3, glm4moe, gpt_oss, granitemoe, llama, minimax_m2, olmoe, qwen2, qwen3
+from ..errors import FormatError
+from ..gguf import GGUFFile, TensorInfo
+from . import families
+from .architecture import Architecture
 from .graph import GraphParams, ModelGraph
-from .hparams import HParams
-from .weights import Weights, WeightSpec, scale_specs
+from .hparams import HParams, KeyReader
+from .weights import Weights, WeightSpec
 
-__all__ = ["build_graph", "weight_specs"]
-
-
-class Architecture(Protocol):
-    """What the module of an architecture offers."""
-
-    def weight_specs(self, hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
-        """Return the tensors that a model uses."""
-
-    def build_graph(self, p: GraphParams, weights: Weights) -> ModelGraph:
-        """Return the graph of a micro-batch."""
+__all__ = ["ARCHITECTURES", "build_graph", "read_hparams", "weight_specs"]
 
 
-_MODULES: dict[str, Architecture] = {
-    "llama": llama,
-    "qwen3": qwen3,
-    "qwen3moe": qwen3,
-    "gpt-oss": gpt_oss,
-    "glm4moe": glm4moe,
-    "qwen2": qwen2,
-    "qwen2moe": qwen2,
-    "olmoe": olmoe,
-    "granitemoe": granitemoe,
-    "deepseek2": deepseek2,
-    "minimax-m2": minimax_m2,
-    "dots1": dots1,
-    "ernie4_5-moe": dots1,
-    "gemma3": gemma3,
-}
+def _gathered() -> dict[str, Architecture]:
+    """Return the architecture of each module in `families`, under each of its names."""
+    out: dict[str, Architecture] = {}
+    for module in pkgutil.iter_modules(families.__path__):
+        arch: Architecture = importlib.import_module(f"{families.__name__}.{module.name}").ARCHITECTURE
+        for name in (*arch.names, *arch.moe_names):
+            assert name not in out, f"two families are called {name}"
+            out[name] = arch
+    return out
+
+
+ARCHITECTURES: Mapping[str, Architecture] = _gathered()
+
+
+def read_hparams(file: GGUFFile) -> HParams:
+    """Return the hyper-parameters of a file.
+
+    Raises
+    ------
+    FormatError
+        The architecture is not supported, or a key is missing, of another kind, or out of bounds.
+    """
+    name = file.require("general.architecture", str)
+    if name not in ARCHITECTURES:
+        raise FormatError(
+            file.path,
+            f"the architecture '{name}' is not supported",
+            hint=f"supported are {', '.join(ARCHITECTURES)}; `pyggml splits` plans any that llama.cpp loads",
+        )
+    return ARCHITECTURES[name].read(KeyReader(file, name))
 
 
 def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
     """Return the tensors that a model of this architecture uses, in upstream's order."""
-    specs = _MODULES[hp.arch].weight_specs(hp, present)
-    return [*specs, *scale_specs(hp, specs, present)]
+    return ARCHITECTURES[hp.arch].weight_specs(hp, present)
 
 
 def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
     """Return the graph of a micro-batch."""
-    return _MODULES[p.hparams.arch].build_graph(p, weights)
+    return ARCHITECTURES[p.hparams.arch].build_graph(p, weights)

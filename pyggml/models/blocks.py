@@ -21,9 +21,6 @@ from .weights import LayerWeights, Weights
 
 __all__ = ["Builder", "kq_scale"]
 
-#: Architectures whose sums in attention's and the feed-forward's last product want single precision.
-_EXACT_SUMS = frozenset({"glm4moe"})
-
 
 def kq_scale(n_embd_head: int) -> float:
     """Return ``1 / sqrt(n_embd_head)`` as float32 arithmetic gives it."""
@@ -33,15 +30,27 @@ def kq_scale(n_embd_head: int) -> float:
 class Builder:
     """Makes the graph of one micro-batch.
 
+    Parameters
+    ----------
+    has_exact_sums : bool
+        Half precision is too coarse for the sums of attention's and the feed-forward's last product.
+
+    Attributes
+    ----------
+    is_cropped : bool
+        Whether only the rows whose logits are wanted are left.
+
     Notes
     -----
     Mirrors `llm_graph_context`.
     """
 
-    def __init__(self, p: GraphParams, weights: Weights) -> None:
+    def __init__(self, p: GraphParams, weights: Weights, *, has_exact_sums: bool = False) -> None:
         self.hp, self.cp, self.part, self.view = p.hparams, p.params, p.part, p.view
         self.n_tokens, self.n_outputs, self.key = p.part.n_tokens, p.n_outputs, p.key
         self.weights = weights
+        self.has_exact_sums = has_exact_sums
+        self.is_cropped = False
         self.graph = Graph()
         self.topk: list[Tensor] = []
         self.norms: list[tuple[Tensor, int]] = []
@@ -101,7 +110,7 @@ class Builder:
         self.graph.expand(cur)
         return cur
 
-    def attention_inputs(self) -> None:
+    def make_inputs(self) -> None:
         """Make the inputs of attention and of the outputs' choice.
 
         Notes
@@ -142,6 +151,14 @@ class Builder:
         """Return the RMS norm times its weight. Mirrors `build_norm` with `LLM_NORM_RMS`."""
         cur = self.name(ops.rms_norm(cur, self.hp.norm_rms_eps), "norm", layer)
         return ops.mul(cur, weight)
+
+    def norm_by(self, w: LayerWeights, weight: str, cur: Tensor, name: str = "") -> Tensor:
+        """Return the RMS norm times a weight of a layer, named after the weight or as told."""
+        return self.name(self.norm(cur, w[f"{weight}.weight"], w.layer), name or weight, w.layer)
+
+    def name_qkv(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Name Q, K and V as attention takes them."""
+        return self.name(q, "Qcur", layer), self.name(k, "Kcur", layer), self.name(v, "Vcur", layer)
 
     def qkv(self, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return Q, K and V as [n_embd_head, n_head, n_token], from one weight or from three.
@@ -204,6 +221,16 @@ class Builder:
             parts.append(part if bias is None else ops.add(part, bias))
         return parts
 
+    def qkv_normed_whole(self, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Q, K and V as attention takes them; Q and K are normed over all their heads before these are told apart."""
+        hp, n = self.hp, self.n_tokens
+        q, k, v = self.name_qkv(w.layer, *self.qkv_rows(w, cur))
+        q = self.norm_by(w, "attn_q_norm", q, "Qcur_normed")
+        k = self.norm_by(w, "attn_k_norm", k, "Kcur_normed")
+        q = self.rope(ops.reshape_3d(q, hp.n_embd_head_k, hp.n_head, n))
+        k = self.rope(ops.reshape_3d(k, hp.n_embd_head_k, hp.n_head_kv, n))
+        return self.name_qkv(w.layer, q, k, ops.reshape_3d(v, hp.n_embd_head_v, hp.n_head_kv, n))
+
     def _fused_qkv(self, w: LayerWeights, cur: Tensor) -> Tensor:
         qkv = self.name(self.project(w, "attn_qkv", cur), "wqkv", w.layer)
         bias = w.get("attn_qkv.bias")
@@ -213,6 +240,19 @@ class Builder:
                 q, k, v = (part for part in parts if part is not None)
                 bias = ops.concat(ops.concat(q, k, 0), v, 0)
         return qkv if bias is None else self.name(ops.add(qkv, bias), "wqkv_b", w.layer)
+
+    def rope_factors(self, w: LayerWeights) -> Tensor | None:
+        """Return the frequency factors of a layer.
+
+        Notes
+        -----
+        Mirrors `llama_model::get_rope_factors`.
+        """
+        freqs = w.get("rope_freqs.weight")
+        if freqs is not None:
+            return freqs
+        is_long = self.cp.n_ctx_seq > self.hp.n_ctx_orig_yarn
+        return w.get("rope_factors_long.weight" if is_long else "rope_factors_short.weight")
 
     def rope(self, cur: Tensor, factors: Tensor | None = None, *, layer: int = -1) -> Tensor:
         """Rotate Q or K by position, with the context's parameters; layers with a sliding window keep the model's.
@@ -231,6 +271,11 @@ class Builder:
         )  # fmt: skip
 
     # -- attention -----------------------------------------------------------
+
+    @property
+    def kq_scale(self) -> float:
+        """By which Q times K is multiplied in most families."""
+        return kq_scale(self.hp.n_embd_head_v)
 
     def attention(
         self, w: LayerWeights, q: Tensor, k: Tensor, v: Tensor, scale: float, *, sinks: Tensor | None = None
@@ -402,7 +447,7 @@ class Builder:
     def _mul_mat_exactly(self, weight: Tensor, cur: Tensor) -> Tensor:
         """Return a product that architectures for which half precision is too coarse mark so."""
         cur = ops.mul_mat(weight, cur)
-        if self.hp.arch in _EXACT_SUMS:
+        if self.has_exact_sums:
             ops.prec_set_acc(cur, Prec.F32)
         return cur
 
@@ -410,7 +455,19 @@ class Builder:
 
     def choose_outputs(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the rows whose logits are wanted, of each tensor."""
+        self.is_cropped = True
         return tuple(ops.get_rows(t, self.inputs.out_ids) for t in tensors)
+
+    def crop(self, cur: Tensor, residual: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Return what is left of two tensors after the last layer's attention: the rows whose logits are wanted."""
+        if layer != self.hp.n_layer - 1:
+            return cur, residual
+        cur, residual = self.choose_outputs(cur, residual)
+        return cur, residual
+
+    def add_to_residual(self, cur: Tensor, residual: Tensor, layer: int) -> Tensor:
+        """Return the residual stream after attention, cropped in the last layer."""
+        return self.name(ops.add(*self.crop(cur, residual, layer)), "ffn_inp", layer)
 
 
 def _rotate(cur: Tensor, rot: Tensor) -> Tensor:

@@ -18,66 +18,14 @@ from ..ops import RopeType
 if TYPE_CHECKING:
     from ..gguf import GGUFFile
 
-__all__ = ["ARCHITECTURES", "MAX_LAYERS", "Gating", "HParams", "round_f32"]
+__all__ = ["MAX_LAYERS", "Gating", "HParams", "KeyReader", "round_f32"]
 
 #: How a router's logits become probabilities; ``softmax_weight`` does so for the chosen alone.
 Gating = Literal["softmax", "sigmoid", "softmax_weight"]
 
-#: Architectures with a graph here, and how their rows rotate.
-ARCHITECTURES: dict[str, RopeType] = {
-    "llama": RopeType.NORMAL,
-    "qwen3": RopeType.NEOX,
-    "qwen3moe": RopeType.NEOX,
-    "gpt-oss": RopeType.NEOX,
-    "glm4moe": RopeType.NEOX,
-    "qwen2": RopeType.NEOX,
-    "qwen2moe": RopeType.NEOX,
-    "olmoe": RopeType.NEOX,
-    "granitemoe": RopeType.NORMAL,
-    "deepseek2": RopeType.NORMAL,
-    "minimax-m2": RopeType.NEOX,
-    "dots1": RopeType.NEOX,
-    "ernie4_5-moe": RopeType.NORMAL,
-    "gemma3": RopeType.NEOX,
-}
 _LARGEST_F32 = 3.4028234e38
-#: Of these, the ones that are nothing without experts.
-_MOE_ONLY = frozenset(
-    {
-        "qwen2moe",
-        "qwen3moe",
-        "olmoe",
-        "granitemoe",
-        "gpt-oss",
-        "glm4moe",
-        "deepseek2",
-        "minimax-m2",
-        "dots1",
-        "ernie4_5-moe",
-    }
-)
-#: Those that may rotate a part of each head only.
-_PARTIAL_ROPE = frozenset({"glm4moe", "minimax-m2"})
-#: Those whose file says how experts are chosen, and how they are if it does not; None: it must.
-_GATED: dict[str, Gating | None] = {"glm4moe": "sigmoid", "deepseek2": "softmax", "minimax-m2": None, "dots1": None}
-#: Those that may have layers without experts before the others.
-_LED = frozenset({"glm4moe", "deepseek2", "dots1", "ernie4_5-moe"})
-#: Those whose file says how many experts are shared, and by what weights are multiplied.
-_SHARED = frozenset({"glm4moe", "deepseek2", "dots1"})
-#: Those whose file says how wide the shared expert is.
-_SHARED_WIDTH = frozenset({"qwen2moe", "granitemoe", "ernie4_5-moe"})
-#: Those that rotate by several positions if the file has sections.
-_SECTIONED = frozenset({"glm4moe"})
-#: Those with attention over a latent space.
-_MLA = frozenset({"deepseek2"})
-#: Those that multiply embeddings, residuals, attention and logits by constants of the file.
-_SCALED = frozenset({"granitemoe"})
 #: Upstream's `llama_expert_gating_func_type`.
 _GATINGS: dict[int, Gating] = {1: "softmax", 2: "sigmoid", 3: "softmax_weight"}
-#: Architectures with a sliding window in some layers: of so many layers the last has none.
-_SWA_PERIODS = {"gpt-oss": 2, "gemma3": 6}
-#: Those that may do without a window, and whose layers with one have rotations of their own.
-_OWN_WINDOW = frozenset({"gemma3"})
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 #: Upstream's `LLAMA_MAX_LAYERS` and `LLAMA_MAX_EXPERTS`.
 MAX_LAYERS, _MAX_EXPERTS = 512, 1024
@@ -176,33 +124,21 @@ class HParams:
         """Whether its feed-forward layers have experts."""
         return self.n_expert > 0
 
-    @classmethod
-    def from_gguf(cls, file: GGUFFile) -> HParams:
-        """Read the hyper-parameters of a file.
-
-        Raises
-        ------
-        FormatError
-            The architecture is not supported, or a key is missing, of another kind, or out of bounds.
-        """
-        return _Reader(file).read()
+    @property
+    def n_ff_expert(self) -> int:
+        """Width of one expert, where a file that does not say means that those in use are as wide as a dense layer."""
+        return self.n_ff_exp or self.n_ff // self.n_expert_used
 
 
-class _Reader:
-    """Reads keys of one architecture, with errors that name the key."""
+class KeyReader:
+    """Reads the keys of one architecture from a file, with errors that name the key."""
 
-    def __init__(self, file: GGUFFile) -> None:
-        self.file = file
+    def __init__(self, file: GGUFFile, arch: str) -> None:
+        self.file, self.arch = file, arch
         self.metadata: Mapping[str, Any] = file.metadata  # Any: a value's type is the file's to say
-        self.arch = file.require("general.architecture", str)
-        if self.arch not in ARCHITECTURES:
-            raise FormatError(
-                file.path,
-                f"the architecture '{self.arch}' is not supported",
-                hint=f"supported are {', '.join(ARCHITECTURES)}; `pyggml splits` plans any that llama.cpp loads",
-            )
 
     def error(self, key: str, message: str) -> FormatError:
+        """Return the error that a key's value cannot be."""
         return FormatError(self.file.path, f"'{self.arch}.{key}' {message}", hint="the model was converted wrongly")
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
@@ -226,6 +162,7 @@ class _Reader:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
+        """Return a number that a float32 holds."""
         full = f"{self.arch}.{key}"
         if default is not None and full not in self.metadata:
             return default
@@ -251,7 +188,16 @@ class _Reader:
         embedding: TensorInfo = self.file.tensor("token_embd.weight")
         return self.integer("vocab_size", embedding.ne[1])
 
-    def read(self) -> HParams:
+    def common(self, rope: RopeType, *, has_experts: bool, needs_experts: bool) -> HParams:
+        """Return what is read of all families.
+
+        Parameters
+        ----------
+        rope : RopeType
+            Of the family.
+        has_experts, needs_experts : bool
+            Whether models of the family may, or must, have experts.
+        """
         n_embd = self.integer("embedding_length")
         n_layer = self.integer("block_count")
         if n_layer > MAX_LAYERS:
@@ -259,68 +205,82 @@ class _Reader:
         n_layer_nextn = self.integer("nextn_predict_layers", 0, least=0)
         if n_layer_nextn >= n_layer:
             raise self.error("nextn_predict_layers", f"is {n_layer_nextn} of {n_layer} layers")
-        n_layer -= n_layer_nextn
         n_head = self.integer("attention.head_count")
         n_head_kv = self.integer("attention.head_count_kv", n_head)
         if n_head % n_head_kv:
             raise self.error("attention.head_count", f"is {n_head}, no multiple of {n_head_kv} heads of K and V")
-        n_expert = self.integer("expert_count", 0, least=0)
-        n_used = self.integer("expert_used_count", 0, least=0)
-        if n_used > n_expert or (n_expert and not n_used) or n_expert > _MAX_EXPERTS:
-            raise self.error("expert_used_count", f"is {n_used} of {n_expert} experts")
-        if self.arch in _MOE_ONLY and not n_expert:
-            raise self.error("expert_count", "is missing or 0, and this architecture has experts")
         n_ctx_train = self.integer("context_length")
-        head_k = self.integer("attention.key_length", n_embd // n_head)
-        head_v = self.integer("attention.value_length", n_embd // n_head)
-        n_rot = self.integer("rope.dimension_count", head_k)
-        is_partial = self.arch in _PARTIAL_ROPE and n_rot < head_k and n_rot % 2 == 0
-        if self.arch in _MLA:
-            head_v = self.integer("attention.kv_lora_rank")  # whatever the file says: V is a part of K
-        if self.arch not in _MLA and ((n_rot != head_k and not is_partial) or head_k != head_v):
-            raise self.error("rope.dimension_count", f"is {n_rot}, with heads of {head_k} (K) and {head_v} (V)")
-        self.refuse_what_changes_the_graph()
-        scaling = self.file.require(f"{self.arch}.rope.scaling.type", str, "linear")
-        if scaling not in _ROPE_SCALINGS:
-            raise self.error("rope.scaling.type", f"is '{scaling}'; known are {', '.join(_ROPE_SCALINGS)}")
-        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0))
-        freq_base = self.freq_base("rope.freq_base", 10000.0)
-        if factor < 0.0 or 0.0 < factor < 1e-30:
-            raise self.error("rope.scaling.factor", f"is {factor:g}, a number above 0 is needed")
-        freq_scale = 1.0 if factor == 0.0 else round_f32(1.0 / round_f32(factor))
+        n_embd_head_k = self.integer("attention.key_length", n_embd // n_head)
+        if not self.file.require(f"{self.arch}.attention.causal", bool, True):
+            raise self.error("attention.causal", "is false: attention to what comes later is not supported")
         return HParams(
             arch=self.arch,
             name=self.file.require("general.name", str, ""),
             n_vocab=self.n_vocab(),
             n_ctx_train=n_ctx_train,
             n_embd=n_embd,
-            n_layer=n_layer,
+            n_layer=n_layer - n_layer_nextn,
             n_layer_nextn=n_layer_nextn,
             n_head=n_head,
             n_head_kv=n_head_kv,
-            n_embd_head_k=head_k,
-            n_embd_head_v=head_v,
-            n_rot=n_rot,
+            n_embd_head_k=n_embd_head_k,
+            n_embd_head_v=self.integer("attention.value_length", n_embd // n_head),
+            n_rot=self.integer("rope.dimension_count", n_embd_head_k),
             n_ff=self.integer("feed_forward_length", 0, least=0),
-            n_expert=n_expert,
-            n_expert_used=n_used,
             n_ff_exp=self.integer("expert_feed_forward_length", 0, least=0),
-            n_ff_shexp=self.integer("expert_shared_feed_forward_length", 0, least=0)
-            if self.arch in _SHARED_WIDTH
-            else 0,
             norm_rms_eps=round_f32(self.number("attention.layer_norm_rms_epsilon")),
-            rope_type=ARCHITECTURES[self.arch],
-            rope_scaling=scaling,
-            rope_freq_base=freq_base,
-            rope_freq_scale=freq_scale,
-            rope_attn_factor=self.number("rope.scaling.attn_factor", 1.0),
+            rope_type=rope,
             n_ctx_orig_yarn=self.integer("rope.scaling.original_context_length", 0, least=0) or n_ctx_train,
-            **self.sliding_window(n_layer, freq_base, freq_scale),
-            **self.routing(n_layer),
-            **self.scales(n_embd, n_layer, n_head, head_k),
-            **self.groups(n_expert),
-            **self.latent(n_layer, head_k, head_v, n_rot, n_head_kv),
+            **self._experts(has_experts=has_experts, needs_experts=needs_experts),
+            **self._rotation(),
         )
+
+    def _experts(self, *, has_experts: bool, needs_experts: bool) -> dict[str, Any]:
+        """Return how many experts there are, and the groups that they are chosen from, checked as upstream does."""
+        if not has_experts:
+            return {"n_expert": 0, "n_expert_used": 0}
+        n_expert = self.integer("expert_count", 0, least=0)
+        n_used = self.integer("expert_used_count", 0, least=0)
+        if n_used > n_expert or (n_expert and not n_used) or n_expert > _MAX_EXPERTS:
+            raise self.error("expert_used_count", f"is {n_used} of {n_expert} experts")
+        if needs_experts and not n_expert:
+            raise self.error("expert_count", "is missing or 0, and this architecture has experts")
+        n_groups = self.integer("expert_group_count", 0, least=0)
+        n_group_used = self.integer("expert_group_used_count", 0, least=0)
+        if n_groups > 1 and (n_groups >= n_expert or n_expert % n_groups or not 0 < n_group_used < n_groups):
+            found = f"is {n_groups}, of which {n_group_used} are used, for {n_expert} experts"
+            raise self.error("expert_group_count", found)
+        return {
+            "n_expert": n_expert, "n_expert_used": n_used, "n_expert_groups": n_groups, "n_group_used": n_group_used,
+        }  # fmt: skip
+
+    def _rotation(self) -> dict[str, Any]:
+        """Return by what rows rotate."""
+        scaling = self.file.require(f"{self.arch}.rope.scaling.type", str, "linear")
+        if scaling not in _ROPE_SCALINGS:
+            raise self.error("rope.scaling.type", f"is '{scaling}'; known are {', '.join(_ROPE_SCALINGS)}")
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0))
+        if factor < 0.0 or 0.0 < factor < 1e-30:
+            raise self.error("rope.scaling.factor", f"is {factor:g}, a number above 0 is needed")
+        return {
+            "rope_scaling": scaling,
+            "rope_freq_base": self.freq_base("rope.freq_base", 10000.0),
+            "rope_freq_scale": 1.0 if factor == 0.0 else round_f32(1.0 / round_f32(factor)),
+            "rope_attn_factor": self.number("rope.scaling.attn_factor", 1.0),
+        }
+
+    def check_heads(self, hp: HParams, *, may_be_partial: bool) -> None:
+        """Refuse heads of sizes that no graph here fits.
+
+        Raises
+        ------
+        FormatError
+            K and V are of two sizes, or a part of a head rotates where the family rotates all.
+        """
+        n_rot, head_k, head_v = hp.n_rot, hp.n_embd_head_k, hp.n_embd_head_v
+        is_partial = may_be_partial and n_rot < head_k and n_rot % 2 == 0
+        if not hp.is_mla and ((n_rot != head_k and not is_partial) or head_k != head_v):
+            raise self.error("rope.dimension_count", f"is {n_rot}, with heads of {head_k} (K) and {head_v} (V)")
 
     def freq_base(self, key: str, default: float) -> float:
         """Return a base of rotary frequencies. Differs: one of 0 or less, with which upstream computes NaN, is refused."""
@@ -329,145 +289,72 @@ class _Reader:
             raise self.error(key, f"is {base:g}, a number above 0 is needed")
         return base
 
-    def refuse_what_changes_the_graph(self) -> None:
-        """Refuse keys that upstream reads and whose graphs are not built here; see docs/upstream.md.
-
-        Raises
-        ------
-        FormatError
-            One is set; the text names it.
-        """
-        if not self.file.require(f"{self.arch}.attention.causal", bool, True):
-            raise self.error("attention.causal", "is false: attention to what comes later is not supported")
-        key = "rope.dimension_sections"
-        if self.arch not in _SECTIONED or f"{self.arch}.{key}" not in self.metadata:
-            return
-        given = self.metadata[f"{self.arch}.{key}"]
-        sections = [given] * 2 if isinstance(given, int) else self.whole_numbers(key)
-        if sum(n > 0 for n in sections[:2]) == 2:
-            raise self.error(key, "asks for rotation by several positions, which is not supported")
+    def rope_sections(self) -> list[int]:
+        """Return how many elements of a head rotate by each of several positions; none where the file does not say."""
+        given = self.metadata.get(f"{self.arch}.rope.dimension_sections")
+        if given is None:
+            return []
+        return [given] * 4 if isinstance(given, int) else self.whole_numbers("rope.dimension_sections")
 
     def size_vocab(self) -> int:
         """Return the number of tokens as some architectures count them to tell models apart."""
         return self.integer("vocab_size", 0, least=0) or self.n_vocab()
 
-    def groups(self, n_expert: int) -> dict[str, Any]:
-        """Return the groups that experts are chosen from, checked as upstream does."""
-        n_groups = self.integer("expert_group_count", 0, least=0)
-        n_used = self.integer("expert_group_used_count", 0, least=0)
-        if n_groups > 1 and (n_groups >= n_expert or n_expert % n_groups or not 0 < n_used < n_groups):
-            raise self.error("expert_group_count", f"is {n_groups}, of which {n_used} are used, for {n_expert} experts")
-        return {"n_expert_groups": n_groups, "n_group_used": n_used}
+    def n_layer_dense_lead(self, n_layer: int) -> int:
+        """Return how many layers come before those with experts."""
+        n_lead = self.integer("leading_dense_block_count", 0, least=0)
+        if n_lead > n_layer:
+            raise self.error("leading_dense_block_count", f"is {n_lead} of {n_layer} layers")
+        return n_lead
 
-    def latent(self, n_layer: int, head_k: int, head_v: int, n_rot: int, n_head_kv: int) -> dict[str, Any]:
-        """Return what concerns attention over a latent space.
+    def gating(self, default: Gating | None = None) -> Gating:
+        """Return how a router's logits become probabilities; without a default, the file must say."""
+        number = self.integer("expert_gating_func", 0, least=0)
+        gating = _GATINGS.get(number) if number else default
+        if gating is None:
+            raise self.error("expert_gating_func", f"is {number}; known are {', '.join(map(str, _GATINGS))}")
+        return gating
 
-        Notes
-        -----
-        Mirrors `llama_model_deepseek2::load_arch_hparams`. Differs: files from before K and V were unfolded by weights
-        of their own, and scaling by the position, are refused.
-        """
-        if self.arch not in _MLA:
-            return {}
-        if self.number("attention.temperature_scale", 0.0):
-            raise self.error("attention.temperature_scale", "is set, which is not supported")
-        k_mla, v_mla = (self.integer(f"attention.{which}_length_mla", 0, least=0) for which in ("key", "value"))
-        rank = self.integer("attention.kv_lora_rank")
-        if not k_mla or not v_mla:
-            raise self.error("attention.key_length_mla", "is missing: the model was converted before MLA was kept so")
-        if (head_k, head_v, n_head_kv) != (rank + n_rot, rank, 1) or k_mla <= n_rot or n_rot % 2:
-            sizes = f"{head_k} (K), {head_v} (V), {k_mla} (K unfolded), {n_rot} rotated, {n_head_kv} heads"
-            raise self.error("attention.kv_lora_rank", f"is {rank}, which does not go with {sizes}")
-        # which models have no narrow space for Q is known by their size alone
-        is_lite = n_layer in (26, 27) or (n_layer == 48 and self.size_vocab() == 128256)
-        log_mul = round_f32(self.number("rope.scaling.yarn_log_multiplier", 0.0))
+    def expert_weights(self) -> dict[str, Any]:
+        """Return by what weights of experts are multiplied."""
         return {
-            "n_lora_q": 0 if is_lite else self.integer("attention.q_lora_rank", least=0),
-            "n_lora_kv": rank,
-            "n_embd_head_k_mla": k_mla,
-            "n_embd_head_v_mla": v_mla,
-            "rope_yarn_log_mul": round_f32(log_mul / round_f32(0.1)),
+            "expert_weights_norm": self.file.require(f"{self.arch}.expert_weights_norm", bool, False),
+            "expert_weights_scale": round_f32(self.number("expert_weights_scale", 0.0)),
         }
 
-    def scales(self, n_embd: int, n_layer: int, n_head: int, head_k: int) -> dict[str, Any]:
-        """Return by what embeddings, residuals, attention and logits are multiplied, in architectures that do so.
+    def sliding_window(self, hp: HParams, *, period: int, is_own: bool = False) -> dict[str, Any]:
+        """Return what concerns layers with a sliding window.
 
-        Notes
-        -----
-        Mirrors `llama_model_gemma3::load_arch_hparams`, which knows the largest model by its layers.
-        """
-        if self.arch == "gemma3":
-            return {
-                "token_scale": round_f32(math.sqrt(n_embd)),
-                "attention_scale": round_f32(1.0 / round_f32(math.sqrt(n_embd // n_head if n_layer == 62 else head_k))),
-                "logit_softcap": round_f32(self.number("final_logit_softcapping", 0.0)),
-            }
-        if self.arch not in _SCALED:
-            return {}
-        logit_scale = round_f32(self.number("logit_scale"))
-        if not logit_scale:
-            raise self.error("logit_scale", "is 0, and logits are divided by it")
-        return {
-            "embedding_scale": round_f32(self.number("embedding_scale", 0.0)),
-            "residual_scale": round_f32(self.number("residual_scale", 0.0)),
-            "attention_scale": round_f32(self.number("attention.scale", 0.0)),
-            "logit_scale": logit_scale,
-        }
-
-    def routing(self, n_layer: int) -> dict[str, Any]:
-        """Return how experts are chosen, where the file says so."""
-        out: dict[str, Any] = {}
-        if self.arch in _LED:
-            n_lead = self.integer("leading_dense_block_count", 0, least=0)
-            if n_lead > n_layer:
-                raise self.error("leading_dense_block_count", f"is {n_lead} of {n_layer} layers")
-            out["n_layer_dense_lead"] = n_lead
-        if self.arch == "ernie4_5-moe" and (step := self.integer("interleave_moe_layer_step")) != 1:
-            raise self.error("interleave_moe_layer_step", f"is {step}; only 1 is supported")
-        if self.arch in _SHARED:
-            out["n_expert_shared"] = self.integer("expert_shared_count", least=0)
-            out["expert_weights_norm"] = self.file.require(f"{self.arch}.expert_weights_norm", bool, False)
-            out["expert_weights_scale"] = round_f32(self.number("expert_weights_scale", 0.0))
-        if self.arch in _GATED:
-            number = self.integer("expert_gating_func", 0, least=0)
-            gating = _GATINGS.get(number) if number else _GATED[self.arch]
-            # the first files of GLM-4.7-Flash lack the key; they are known by their size alone
-            if not number and self.arch == "deepseek2" and n_layer in (47, 48) and self.size_vocab() == 154880:
-                gating = "sigmoid"
-            if gating is None:
-                raise self.error("expert_gating_func", f"is {number}; known are {', '.join(map(str, _GATINGS))}")
-            out["expert_gating"] = gating
-        return out
-
-    def sliding_window(self, n_layer: int, freq_base: float, freq_scale: float) -> dict[str, Any]:
-        """Return what concerns layers with a sliding window; nothing where the architecture has none.
+        Parameters
+        ----------
+        period : int
+            Of so many layers the last has no window, where the file does not say.
+        is_own : bool
+            Layers with a window have rotations of their own.
 
         Notes
         -----
         Mirrors `llama_model_base::load_swa_pattern`: a file may name each layer, or say which of how many is dense.
         """
-        if self.arch not in _SWA_PERIODS:
-            return {}
-        is_own = self.arch in _OWN_WINDOW
-        if is_own and not self.integer("attention.sliding_window", 0, least=0):
-            return {}
         for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
             own, common = (self.metadata.get(f"{self.arch}.{name}{suffix}") for suffix in ("_swa", ""))
             if own is not None and own != common:
                 raise self.error(f"{name}_swa", f"is {own}, another size than that of the other layers ({common})")
-        key = f"{self.arch}.attention.sliding_window_pattern"
-        given = self.metadata.get(key)
-        if given is None or isinstance(given, int):
-            period = _SWA_PERIODS[self.arch] if given is None else int(given)
-            layers = frozenset(i for i in range(n_layer) if period == 0 or i % period < period - 1)
-        else:
-            flags = self.whole_numbers("attention.sliding_window_pattern")
-            if len(flags) < n_layer:
-                raise self.error("attention.sliding_window_pattern", f"has {len(flags)} values for {n_layer} layers")
-            layers = frozenset(i for i in range(n_layer) if flags[i] > 0)
         return {
             "n_swa": self.integer("attention.sliding_window"),
-            "swa_layers": layers,
-            "rope_freq_base_swa": self.freq_base("rope.freq_base_swa", 10000.0 if is_own else freq_base),
-            "rope_freq_scale_swa": 1.0 if is_own else freq_scale,
+            "swa_layers": self.swa_layers(hp.n_layer, period),
+            "rope_freq_base_swa": self.freq_base("rope.freq_base_swa", 10000.0 if is_own else hp.rope_freq_base),
+            "rope_freq_scale_swa": 1.0 if is_own else hp.rope_freq_scale,
         }
+
+    def swa_layers(self, n_layer: int, period: int) -> frozenset[int]:
+        """Return the layers with a sliding window."""
+        key = "attention.sliding_window_pattern"
+        given = self.metadata.get(f"{self.arch}.{key}")
+        if given is None or isinstance(given, int):
+            period = period if given is None else int(given)
+            return frozenset(i for i in range(n_layer) if period == 0 or i % period < period - 1)
+        flags = self.whole_numbers(key)
+        if len(flags) < n_layer:
+            raise self.error(key, f"has {len(flags)} values for {n_layer} layers")
+        return frozenset(i for i in range(n_layer) if flags[i] > 0)

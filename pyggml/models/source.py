@@ -16,7 +16,7 @@ from ..buffer import Buffer, BufferType
 from ..gguf import GGUFFile
 from ..graph import Graph
 from ..tensor import Tensor
-from .architectures import build_graph, weight_specs
+from .architectures import build_graph, read_hparams, weight_specs
 from .batch import Batch, MicroBatch, Outputs
 from .context import ContextFlags, ContextParams
 from .graph import GraphKey, GraphParams, ModelGraph
@@ -171,7 +171,7 @@ class BuiltSource(GraphSource):
         context: ContextFlags,
     ) -> None:
         self.file = file
-        self.hparams = hp = HParams.from_gguf(file)
+        self.hparams = hp = read_hparams(file)
         self.params = ContextParams.resolve(context, hp)
         specs = resolve_specs(weight_specs(hp, file.tensors), file.tensors, file.path)
         self.placement = place(hp, specs, file.tensors, devices, cpu, placement)

@@ -27,6 +27,7 @@ __all__ = [
     "nextn_rows",
     "qkv_specs",
     "resolve_specs",
+    "rope_factor_specs",
     "scale_specs",
     "shared_rows",
     "skipped",
@@ -180,19 +181,30 @@ def qkv_specs(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> lis
     return layer_specs(layer, [*weights, *biases])
 
 
+def rope_factor_specs(hp: HParams, layer: int) -> list[WeightSpec]:
+    """Return the frequency factors, which every layer uses and the file has once."""
+    names = ("rope_factors_long", "rope_factors_short") if hp.rope_scaling == "longrope" else ("rope_freqs",)
+    ne = (hp.n_rot // 2, 1, 1, 1)
+    return [
+        WeightSpec(f"{n}.weight", ne, "repeating", layer, Op.ROPE, is_optional=True, is_duplicate=layer != 0)
+        for n in names
+    ]
+
+
 #: Weights beside which files may have ``.scale`` and ``.input_scale``, in the order in which llama.cpp asks for them.
 _SCALED = (
     *("attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "ffn_gate", "ffn_down", "ffn_up"),
     *("ffn_gate_shexp", "ffn_down_shexp", "ffn_up_shexp", "ffn_gate_exps", "ffn_down_exps", "ffn_up_exps"),
 )
-#: Architectures whose feed-forward llama.cpp multiplies by such scales; of others it reads them and computes without.
-_SCALED_FFN = frozenset({"llama", "qwen3", "qwen3moe"})
 
 
-def scale_specs(hp: HParams, specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def scale_specs(
+    hp: HParams, specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo], *, of_ffn: bool
+) -> list[WeightSpec]:
     """Return the specs of scales beside weights: one for each matrix, or one for each expert.
 
-    Files whose weights are NVFP4 have them; ``.input_scale`` is read and used by no graph.
+    Files whose weights are NVFP4 have them; ``.input_scale`` is read and used by no graph, and scales of the feed-forward
+    only where ``of_ffn``.
 
     Notes
     -----
@@ -206,7 +218,7 @@ def scale_specs(hp: HParams, specs: Iterable[WeightSpec], present: Mapping[str, 
         s, info = by_name.get(f"{prefix}{stem}.weight"), present.get(f"{prefix}{stem}.weight")
         if s is None or info is None or (not prefix and info.type is not Type.NVFP4):
             continue
-        is_used = not stem.startswith("ffn_") or hp.arch in _SCALED_FFN
+        is_used = not stem.startswith("ffn_") or of_ffn
         if hp.is_mla and stem == "attn_q":
             is_used = False
         ne = pad_ne((hp.n_expert if stem.endswith("exps") else 1,))

@@ -8,16 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pyggml.models.architectures import ARCHITECTURES
+
 Verdict = Literal["honoured", "refused", "cannot matter"]
 
 #: The families, as `test_families.FAMILIES` names them.
-EVERY = (
-    *("llama", "qwen3moe", "gpt-oss", "glm4moe", "granitemoe", "qwen2moe", "qwen2", "olmoe", "deepseek2", "minimax-m2"),
-    *("dots1", "ernie4_5-moe", "gemma3"),
-)
+EVERY = tuple(name for name in ARCHITECTURES if name != "qwen3")  # qwen3 is in test_variants.py
 _ROUTED = ("glm4moe", "deepseek2", "dots1")
 _NO_WINDOW = tuple(family for family in EVERY if family not in ("gpt-oss", "gemma3"))
-_EXPERTS = tuple(family for family in EVERY if family not in ("qwen2", "gemma3"))
+_EXPERTS = tuple(f for f in EVERY if ARCHITECTURES[f].may_have_experts or f in ARCHITECTURES[f].moe_names)
 _YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
 Values = dict[str, Any]
 

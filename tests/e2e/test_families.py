@@ -13,7 +13,7 @@ from edited_models import SIZES, write_edited
 
 from pyggml import cli
 from pyggml.errors import FormatError
-from pyggml.models.hparams import ARCHITECTURES
+from pyggml.models.architectures import ARCHITECTURES
 from pyggml.models.placement import PlacementFlags
 from pyggml.session import ContextFlags, Session
 from pyggml.types import Type

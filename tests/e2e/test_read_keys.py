@@ -18,7 +18,7 @@ from test_families import FAMILIES
 
 from pyggml.errors import FormatError
 from pyggml.gguf import GGUFFile
-from pyggml.models.hparams import ARCHITECTURES
+from pyggml.models.architectures import ARCHITECTURES, read_hparams
 from pyggml.session import ContextFlags, Session
 from pyggml.types import Type
 
@@ -171,12 +171,10 @@ GLM_FLASH = {"block_count": 47, "expert_gating_func": None}
 )
 def test_what_follows_from_a_models_size(keys, gating, tmp_path):
     """GLM-4.7-Flash without its key is known by layers and tokens, as in llama.cpp: its experts are chosen by sigmoids."""
-    from pyggml.models.hparams import HParams
-
     arch, how = FAMILIES["deepseek2"]
     path = write_edited(tmp_path / "m.gguf", arch, **(how | {"keys": GLM_FLASH | keys}))
     with GGUFFile.open(path) as file:
-        assert HParams.from_gguf(file).expert_gating == gating
+        assert read_hparams(file).expert_gating == gating
 
 
 @pytest.mark.parametrize(

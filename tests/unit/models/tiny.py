@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pyggml.gguf import TensorInfo
-from pyggml.models.architectures import weight_specs
-from pyggml.models.hparams import ARCHITECTURES, HParams
+from pyggml.models.architectures import ARCHITECTURES, weight_specs
+from pyggml.models.hparams import HParams
 from pyggml.models.weights import Weights, resolve_specs
 from pyggml.tensor import Tensor
 from pyggml.types import Type
@@ -32,7 +32,7 @@ def hparams(arch: str, **changes: object) -> HParams:
         "n_expert_used": 4,
         "n_ff_exp": 0 if arch == "llama" else 256,
         "norm_rms_eps": 9.999999747378752e-06,
-        "rope_type": ARCHITECTURES[arch],
+        "rope_type": ARCHITECTURES[arch].rope,
         "rope_scaling": "linear",
         "rope_freq_base": 10000.0,
         "rope_freq_scale": 1.0,

@@ -8,45 +8,62 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
-from .. import ops
-from ..gguf import TensorInfo
-from ..tensor import Tensor
-from ..types import Op
-from .blocks import Builder
-from .context import ContextParams
-from .experts import routed_ffn
-from .graph import GraphParams, ModelGraph
-from .hparams import HParams, round_f32
-from .weights import (
-    LayerWeights,
-    SpecRow,
-    Weights,
-    WeightSpec,
-    dense_rows,
-    layer_specs,
-    nextn_rows,
-    shared_rows,
-    skipped,
-    trunk_specs,
-)
+from ... import ops
+from ...gguf import TensorInfo
+from ...ops import RopeType
+from ...tensor import Tensor
+from ...types import Op
+from ..architecture import Architecture
+from ..blocks import Builder
+from ..context import ContextParams
+from ..experts import routed_ffn
+from ..hparams import HParams, KeyReader, round_f32
+from ..weights import LayerWeights, SpecRow, WeightSpec, dense_rows, layer_specs, shared_rows
 
-__all__ = ["build_graph", "weight_specs"]
+__all__ = ["ARCHITECTURE"]
 
 
-def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
-    """Return the tensors of the architecture, in upstream's order; those of layers that predict further are left out.
+def _hparams(keys: KeyReader, hp: HParams) -> HParams:
+    """Add the sizes of the latent space, and how experts are chosen.
 
     Notes
     -----
-    Mirrors `llama_model_deepseek2::load_arch_tensors`.
+    Mirrors `llama_model_deepseek2::load_arch_hparams`. Differs: files from before K and V were unfolded by weights of
+    their own, and scaling by the position, are refused.
     """
-    specs = trunk_specs(hp, present)
-    for i in range(hp.n_layer):
-        specs += layer_specs(i, _rows(hp, i, present))
-    for i in range(hp.n_layer, hp.n_layer_all):
-        specs += skipped(layer_specs(i, [*_rows(hp, i, present), *nextn_rows(hp)]))
-    return specs
+    if keys.number("attention.temperature_scale", 0.0):
+        raise keys.error("attention.temperature_scale", "is set, which is not supported")
+    k_mla, v_mla = (keys.integer(f"attention.{which}_length_mla", 0, least=0) for which in ("key", "value"))
+    rank, head_k, n_rot = keys.integer("attention.kv_lora_rank"), hp.n_embd_head_k, hp.n_rot
+    if not k_mla or not v_mla:
+        raise keys.error("attention.key_length_mla", "is missing: the model was converted before MLA was kept so")
+    if (head_k, hp.n_head_kv) != (rank + n_rot, 1) or k_mla <= n_rot or n_rot % 2:
+        sizes = f"{head_k} (K), {rank} (V), {k_mla} (K unfolded), {n_rot} rotated, {hp.n_head_kv} heads"
+        raise keys.error("attention.kv_lora_rank", f"is {rank}, which does not go with {sizes}")
+    # which models have no narrow space for Q, and which choose by sigmoids without a key, is known by their size alone
+    is_lite = hp.n_layer in (26, 27) or (hp.n_layer == 48 and keys.size_vocab() == 128256)
+    is_flash = hp.n_layer in (47, 48) and keys.size_vocab() == 154880
+    log_mul = round_f32(keys.number("rope.scaling.yarn_log_multiplier", 0.0))
+    return replace(
+        hp,
+        n_embd_head_v=rank,  # whatever the file says: V is a part of K
+        n_lora_q=0 if is_lite else keys.integer("attention.q_lora_rank", least=0),
+        n_lora_kv=rank,
+        n_embd_head_k_mla=k_mla,
+        n_embd_head_v_mla=v_mla,
+        rope_yarn_log_mul=round_f32(log_mul / round_f32(0.1)),
+        n_layer_dense_lead=keys.n_layer_dense_lead(hp.n_layer),
+        n_expert_shared=keys.integer("expert_shared_count", least=0),
+        expert_gating=keys.gating("sigmoid" if is_flash else "softmax"),
+        **keys.expert_weights(),
+    )
+
+
+def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+    """Mirrors `llama_model_deepseek2::load_arch_tensors`."""
+    return layer_specs(i, _rows(hp, i, present))
 
 
 def _rows(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
@@ -99,30 +116,15 @@ def _mla_scale(hp: HParams, cp: ContextParams) -> float:
     return round_f32(round_f32(mscale * mscale) / round_f32(math.sqrt(hp.n_embd_head_k_mla)))
 
 
-def build_graph(p: GraphParams, weights: Weights) -> ModelGraph:
-    """Return the graph of a micro-batch.
-
-    Notes
-    -----
-    Mirrors `llama_model_deepseek2::graph` with MLA.
-    """
-    b = Builder(p, weights)
-    hp = p.hparams
-    scale = _mla_scale(hp, p.params)
-    layer_in = b.input_embd()
-    b.attention_inputs()
-    for w in weights.layers:
-        il, residual = w.layer, layer_in
-        cur = b.name(b.norm(layer_in, w["attn_norm.weight"], il), "attn_norm", il)
-        cur = b.mla_attention(w, *_latent_qkv(b, w, cur), scale)
-        if il == hp.n_layer - 1:
-            cur, residual = b.choose_outputs(cur, residual)
-        ffn_in = b.name(ops.add(cur, residual), "ffn_inp", il)
-        cur = b.name(b.norm(ffn_in, w["ffn_norm.weight"], il), "ffn_norm", il)
-        cur = b.ffn(w, cur) if il < hp.n_layer_dense_lead else _experts(b, w, cur)
-        layer_in = b.name(ops.add(b.name(cur, "ffn_out", il), ffn_in), "l_out", il)
-    embd = b.name(b.norm(layer_in, weights["output_norm.weight"], -1), "result_norm")
-    return b.finish(b.name(b.head(embd), "result_output"), embd)
+def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
+    """Mirrors `llama_model_deepseek2::graph` with MLA."""
+    il = w.layer
+    q, k, v = _latent_qkv(b, w, b.norm_by(w, "attn_norm", layer_in))
+    cur = b.mla_attention(w, q, k, v, _mla_scale(b.hp, b.cp))
+    ffn_in = b.add_to_residual(cur, layer_in, il)
+    cur = b.norm_by(w, "ffn_norm", ffn_in)
+    cur = b.ffn(w, cur) if il < b.hp.n_layer_dense_lead else _experts(b, w, cur)
+    return b.name(ops.add(b.name(cur, "ffn_out", il), ffn_in), "l_out", il)
 
 
 def _latent_qkv(b: Builder, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,3 +167,8 @@ def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
     routed = routed_ffn(b, w, cur)
     shared = b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp", w.layer)
     return ops.add(routed, shared)
+
+
+ARCHITECTURE = Architecture(
+    moe_names=("deepseek2",), rope=RopeType.NORMAL, hparams=_hparams, layer_weights=_weights, layer=_layer
+)

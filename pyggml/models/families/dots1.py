@@ -1,0 +1,85 @@
+"""The architecture dots1: norms of each head of Q and K, dense layers first, then experts beside a shared one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ... import ops
+from ...gguf import TensorInfo
+from ...ops import RopeType
+from ...tensor import Tensor
+from ...types import Op
+from ..architecture import Architecture
+from ..blocks import Builder
+from ..experts import routed_ffn
+from ..hparams import HParams, KeyReader
+from ..weights import LayerWeights, SpecRow, WeightSpec, dense_rows, expert_rows, layer_specs, qkv_specs, shared_rows
+
+__all__ = ["ARCHITECTURE"]
+
+
+def _hparams(keys: KeyReader, hp: HParams) -> HParams:
+    return replace(
+        hp,
+        n_layer_dense_lead=keys.n_layer_dense_lead(hp.n_layer),
+        n_expert_shared=keys.integer("expert_shared_count", least=0),
+        expert_gating=keys.gating(),
+        **keys.expert_weights(),
+    )
+
+
+def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+    """Mirrors `llama_model_dots1::load_arch_tensors`."""
+    return [
+        *layer_specs(i, [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]),
+        *qkv_specs(hp, i, present),
+        *layer_specs(
+            i,
+            [
+                ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
+                ("attn_k_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
+                ("attn_q_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
+                ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+                *(dense_rows(hp) if i < hp.n_layer_dense_lead else _moe_rows(hp)),
+            ],
+        ),
+    ]
+
+
+def _moe_rows(hp: HParams) -> list[SpecRow]:
+    n_shared = hp.n_ff_exp * hp.n_expert_shared
+    return [
+        *expert_rows(hp, hp.n_ff_exp, bias="optional"),
+        *(shared_rows(hp, n_shared) if n_shared else []),
+    ]
+
+
+def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
+    """Mirrors `llama_model_dots1::graph`."""
+    hp, il = b.hp, w.layer
+    q, k, v = b.qkv(w, b.norm_by(w, "attn_norm", layer_in))
+    q, k = b.norm_by(w, "attn_q_norm", q, "Qcur_normed"), b.norm_by(w, "attn_k_norm", k, "Kcur_normed")
+    cur = b.attention(w, *b.name_qkv(il, b.rope(q), b.rope(k), v), b.kq_scale)
+    ffn_in = b.add_to_residual(cur, layer_in, il)
+    cur = b.norm_by(w, "ffn_norm", ffn_in)
+    cur = b.ffn(w, cur) if il < hp.n_layer_dense_lead else _experts(b, w, cur)
+    return b.name(ops.add(b.name(cur, "ffn_out", il), ffn_in), "l_out", il)
+
+
+def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
+    """Return what the chosen experts and the shared one make of each token."""
+    routed = routed_ffn(b, w, cur)
+    if not b.hp.n_ff_exp * b.hp.n_expert_shared:
+        return routed
+    return ops.add(routed, b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp", w.layer))
+
+
+ARCHITECTURE = Architecture(
+    moe_names=("dots1",),
+    rope=RopeType.NEOX,
+    hparams=_hparams,
+    layer_weights=_weights,
+    layer=_layer,
+    has_tied_head=False,
+)

@@ -1,0 +1,77 @@
+"""The architecture ernie4_5-moe: dense layers first, then experts, whose choice may have a bias, beside a shared one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ... import ops
+from ...gguf import TensorInfo
+from ...ops import RopeType
+from ...tensor import Tensor
+from ...types import Op
+from ..architecture import Architecture
+from ..blocks import Builder
+from ..experts import moe_ffn
+from ..hparams import HParams, KeyReader
+from ..weights import LayerWeights, SpecRow, WeightSpec, dense_rows, expert_rows, layer_specs, qkv_specs, shared_rows
+
+__all__ = ["ARCHITECTURE"]
+
+
+def _hparams(keys: KeyReader, hp: HParams) -> HParams:
+    if (step := keys.integer("interleave_moe_layer_step")) != 1:
+        raise keys.error("interleave_moe_layer_step", f"is {step}; only 1 is supported")
+    return replace(
+        hp,
+        n_layer_dense_lead=keys.n_layer_dense_lead(hp.n_layer),
+        n_ff_shexp=keys.integer("expert_shared_feed_forward_length", 0, least=0),
+    )
+
+
+def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+    """Mirrors `llama_model_ernie4_5::load_arch_tensors`, as far as it has experts."""
+    return [
+        *layer_specs(i, [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]),
+        *qkv_specs(hp, i, present),
+        *layer_specs(
+            i,
+            [
+                ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
+                ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+                *(dense_rows(hp) if i < hp.n_layer_dense_lead else _moe_rows(hp)),
+            ],
+        ),
+    ]
+
+
+def _moe_rows(hp: HParams) -> list[SpecRow]:
+    return [
+        *expert_rows(hp, hp.n_ff_exp, is_gate_optional=True, bias="optional"),
+        *(shared_rows(hp, hp.n_ff_shexp) if hp.n_ff_shexp else []),
+    ]
+
+
+def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
+    """Mirrors `llama_model_ernie4_5_moe::graph`."""
+    il = w.layer
+    q, k, v = b.qkv(w, b.norm_by(w, "attn_norm", layer_in))
+    q, k, v = b.name_qkv(il, b.rope(q), b.rope(k), v)
+    cur = b.name(b.attention(w, q, k, v, b.kq_scale), "attn_out", il)
+    ffn_in = b.add_to_residual(cur, layer_in, il)
+    cur = b.norm_by(w, "ffn_norm", ffn_in)
+    cur = b.ffn(w, cur) if il < b.hp.n_layer_dense_lead else _experts(b, w, cur)
+    return b.name(ops.add(b.name(cur, "ffn_out", il), ffn_in), "l_out", il)
+
+
+def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
+    """Return what the chosen experts, and the shared one if there is one, make of each token."""
+    routed = moe_ffn(b, w, cur)
+    if not b.hp.n_ff_shexp:
+        return routed
+    return ops.add(routed, b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp", w.layer))
+
+
+ARCHITECTURE = Architecture(
+    moe_names=("ernie4_5-moe",), rope=RopeType.NORMAL, hparams=_hparams, layer_weights=_weights, layer=_layer
+)

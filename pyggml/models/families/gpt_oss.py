@@ -1,0 +1,86 @@
+"""The architecture gpt-oss: attention sinks, a sliding window in every other layer, experts with biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ... import ops
+from ...gguf import TensorInfo
+from ...ops import RopeType
+from ...tensor import Tensor
+from ...types import Op
+from ..architecture import Architecture
+from ..blocks import Builder, kq_scale
+from ..experts import moe_ffn
+from ..hparams import HParams, KeyReader
+from ..weights import LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_specs
+
+__all__ = ["ARCHITECTURE"]
+
+
+def _hparams(keys: KeyReader, hp: HParams) -> HParams:
+    return replace(hp, **keys.sliding_window(hp, period=2))
+
+
+def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+    """Mirrors `llama_model_openai_moe::load_arch_tensors`."""
+    n_heads, n_ff, n_expert = hp.n_rot * hp.n_head, hp.n_ff_exp, hp.n_expert
+    return [
+        *layer_specs(
+            i,
+            [
+                ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
+                ("post_attention_norm.weight", (hp.n_embd,), Op.MUL, False),
+            ],
+        ),
+        *qkv_specs(hp, i, present),
+        *layer_specs(
+            i,
+            [
+                ("attn_output.weight", (n_heads, hp.n_embd), Op.MUL_MAT, False),
+                ("attn_sinks.weight", (hp.n_head,), Op.SCALE, False),
+                *expert_rows(hp, n_ff),
+                ("attn_output.bias", (hp.n_embd,), Op.MUL_MAT, False),
+                ("ffn_gate_inp.bias", (n_expert,), Op.MUL_MAT, False),
+                ("ffn_gate_exps.bias", (n_ff, n_expert), Op.MUL_MAT_ID, False),
+                ("ffn_down_exps.bias", (hp.n_embd, n_expert), Op.MUL_MAT_ID, False),
+                ("ffn_up_exps.bias", (n_ff, n_expert), Op.MUL_MAT_ID, False),
+            ],
+        ),
+    ]
+
+
+def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
+    """Run for all tokens, the last layer, too: the rows whose logits are wanted are chosen after it.
+
+    Notes
+    -----
+    Mirrors `llama_model_openai_moe::graph`.
+    """
+    il = w.layer
+    q, k, v = b.qkv(w, b.norm_by(w, "attn_norm", layer_in))
+    q, k, v = b.name_qkv(il, b.rope(q, layer=il), b.rope(k, layer=il), v)
+    scale = kq_scale(b.hp.n_rot)
+    cur = b.name(b.attention(w, q, k, v, scale, sinks=w["attn_sinks.weight"]), "attn_out", il)
+    ffn_in = b.name(ops.add(cur, layer_in), "ffn_inp", il)
+    cur = moe_ffn(
+        b,
+        w,
+        b.norm_by(w, "post_attention_norm", ffn_in, "attn_post_norm"),
+        gating="softmax_weight",
+        activation="swiglu_oai",
+        norm_weights=False,
+        weights_scale=b.hp.expert_weights_scale,
+    )
+    return b.name(ops.add(cur, ffn_in), "l_out", il)
+
+
+ARCHITECTURE = Architecture(
+    moe_names=("gpt-oss",),
+    rope=RopeType.NEOX,
+    hparams=_hparams,
+    layer_weights=_weights,
+    layer=_layer,
+    has_tied_head=False,
+)

@@ -1,0 +1,46 @@
+"""The architecture qwen2: llama with biases of Q, K and V."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ... import ops
+from ...gguf import TensorInfo
+from ...ops import RopeType
+from ...tensor import Tensor
+from ...types import Op
+from ..architecture import Architecture
+from ..blocks import Builder
+from ..hparams import HParams
+from ..weights import LayerWeights, WeightSpec, dense_rows, layer_specs, qkv_specs
+
+__all__ = ["ARCHITECTURE"]
+
+
+def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+    """Mirrors `llama_model_qwen2::load_arch_tensors`."""
+    return [
+        *layer_specs(i, [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]),
+        *qkv_specs(hp, i, present),
+        *layer_specs(
+            i,
+            [
+                ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
+                ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+                *dense_rows(hp),
+            ],
+        ),
+    ]
+
+
+def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
+    """Mirrors `llama_model_qwen2::graph`."""
+    il = w.layer
+    q, k, v = b.qkv(w, b.norm_by(w, "attn_norm", layer_in))
+    cur = b.attention(w, *b.name_qkv(il, b.rope(q), b.rope(k), v), b.kq_scale)
+    ffn_in = b.add_to_residual(cur, layer_in, il)
+    cur = b.name(b.ffn(w, b.norm_by(w, "ffn_norm", ffn_in)), "ffn_out", il)
+    return b.name(ops.add(cur, ffn_in), "l_out", il)
+
+
+ARCHITECTURE = Architecture(names=("qwen2",), rope=RopeType.NEOX, layer_weights=_weights, layer=_layer)
