@@ -30,8 +30,9 @@ from ..buffer import tensor_set
 from ..errors import PyggmlError
 from ..graph import Graph
 from ..sched.scheduler import Scheduler
-from ..tensor import Tensor, decode_array
+from ..tensor import Tensor
 from ..types import Op, TensorFlag, Type
+from ..values import decode_array
 from . import op_cases, ref
 
 __all__ = ["CaseResult", "Status", "cases", "compute", "n_cases", "products", "run", "run_case"]

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..tensor import Tensor, encode_array
+from ..tensor import Tensor
 from ..types import Type
+from ..values import encode_array
 
 # a step's arguments are JSON values
 Step = list[Any]

@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from ..errors import UnsupportedOpError
 from ..ops import SortOrder, TriType
-from ..tensor import Tensor, decode_array, encode_array
+from ..tensor import Tensor
 from ..types import GluOp, Op, Type, UnaryOp
+from ..values import decode_array, encode_array
 
 # values of any dtype
 Array = npt.NDArray[Any]

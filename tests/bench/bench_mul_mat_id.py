@@ -46,7 +46,8 @@ def one_expert(type_name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the bytes of an expert, and its float values."""
     import ctypes
 
-    from pyggml.tensor import Tensor, decode_array
+    from pyggml.tensor import Tensor
+    from pyggml.values import decode_array
 
     values = np.random.default_rng(0).standard_normal((N_ROWS, N_COLUMNS), dtype="f4") / np.float32(N_COLUMNS**0.5)
     raw, even = np.empty(values.nbytes, np.uint8), np.ones(N_COLUMNS, "f4")  # some types need to know what matters

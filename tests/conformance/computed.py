@@ -7,8 +7,9 @@ from typing import Any
 
 from oracle.child import Child
 
-from pyggml.tensor import Tensor, decode_array
+from pyggml.tensor import Tensor
 from pyggml.testing.op_cases import Case
+from pyggml.values import decode_array
 
 
 class Computed:

@@ -1,8 +1,9 @@
 """Run PTX on the CPU with numpy, count what it does, and catch what it does wrong.
 
 The very PTX that numba-cuda makes for a card is what runs here: address arithmetic, unrolling, inline PTX, divergence,
-barriers, shuffles, atomics. Read in this order: `parser` (text to instructions), `codegen` (a Python function for each
-basic block), `engine` (which block runs next), then the memories and `warp`; `bridge` compiles without a driver.
+barriers, shuffles, atomics. Read in this order: `parser` (text to instructions), `emitter` and `codegen` (a Python
+function for each basic block), `engine` (which block runs next), then the memories and `warp`; `bridge` compiles without
+a driver.
 
 Limits: fused multiply-adds go through double (one rounding too many, about 1 case in 2**29); approximate functions are
 exact; ``.ftz`` is ignored; one schedule is run, and the race check finds what another could do, between warps, not

@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from .codegen import CANON, NP, Gen, reg_names
+from .codegen import Gen
+from .emitter import CANON, NP, reg_names
 from .lanes import Array, Mask
 from .memory import BarrierError, Buffer, Memory, PtxError, Unsupported
 from .parser import Instr, Kernel, Module, Param, parse

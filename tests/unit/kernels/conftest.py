@@ -10,8 +10,9 @@ import pytest
 from pyggml.kernels.cpu.pool import Pool
 
 from pyggml.backends.host.plan import HostPlan
-from pyggml.tensor import Tensor, decode_array, encode_array
+from pyggml.tensor import Tensor
 from pyggml.types import Op, TensorFlag, Type
+from pyggml.values import decode_array, encode_array
 
 
 class Memory:

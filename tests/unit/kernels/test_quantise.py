@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyggml.tensor import encode_array
 from pyggml.types import Op, Type
+from pyggml.values import encode_array
 
 BY_GGUF = [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.MXFP4]
 WRITTEN = [*BY_GGUF, Type.IQ4_NL, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K]
