@@ -79,7 +79,7 @@ class PyggmlError(Exception):
 
 def _rebuild(cls: type[PyggmlError], args: tuple[Any, ...], state: dict[str, Any]) -> PyggmlError:
     """Make an unpickled error without running its constructor again."""
-    error = cls.__new__(cls, *args)
+    error: PyggmlError = BaseException.__new__(cls, *args)  # of MemoryError, the one of a class is refused
     error.args = args
     error.__dict__.update(state)
     return error

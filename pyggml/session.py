@@ -15,27 +15,28 @@ one again where nothing but the inputs' values differs: then a token costs filli
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from .clock import VirtualClock
 from .errors import AllocError, ComputeError, SchedError
+from .generation import Generator
 from .models.batch import Batch, MicroBatch, Outputs
 from .models.context import ContextFlags
 from .models.graph import GraphParams, ModelGraph
 from .models.hparams import HParams
 from .models.inputs import InputFiller
-from .models.kv_cache import CacheFullError, KVCache, Slot
+from .models.kv_cache import KVCache, Slot
 from .models.loading import LoadedWeights
 from .models.placement import PlacementFlags
 from .models.source import BuiltSource
 from .models.topk import TopK
 from .planning import Memory, PlannedGraph, Planner
 from .record import MicroBatchRecord
-from .sampling import Sampler, greedy
 from .sched.state import is_computed
 from .tensor import Tensor
 from .types import BufferUsage, Type
@@ -66,7 +67,7 @@ class Watcher(Protocol):
         """Return the eval callback of one micro-batch; see `Scheduler.set_eval_callback`."""
 
 
-class Session(Planner):
+class Session(Planner, Generator):
     """A model in use: see the module's text. Made by `Session.open`.
 
     Attributes
@@ -289,6 +290,19 @@ class Session(Planner):
             self.cache.seq_rm(seq, int(part.pos[part.seqs == seq].min()))
         self.sched.set_eval_callback(None)
 
+    @property
+    def clock(self) -> VirtualClock | None:
+        """The scheduler's clock."""
+        return self.sched.clock
+
+    def count_splits(self) -> tuple[dict[str, int], int]:
+        """Return how many splits of the latest graph each backend has, and how many inputs all have."""
+        by_name: dict[str, int] = {}
+        for split in self.sched.splits:
+            name = self.backends[split.backend_id].name
+            by_name[name] = by_name.get(name, 0) + 1
+        return by_name, sum(len(s.inputs) for s in self.sched.splits)
+
     def rewind(self, n_past: int, *, seq: int = 0) -> None:
         """Forget a sequence's tokens from position ``n_past`` on, so that decoding goes on there.
 
@@ -312,68 +326,6 @@ class Session(Planner):
     def reset(self) -> None:
         """Forget all tokens."""
         self.cache.clear()
-
-    def generate(
-        self,
-        prompt: Sequence[int],
-        n_predict: int,
-        sampler: Sampler = greedy,
-        *,
-        stop: Collection[int] = (),
-        seq: int = 0,
-    ) -> Iterator[int]:
-        """Evaluate a prompt and yield the tokens that follow, one by one.
-
-        Parameters
-        ----------
-        prompt : sequence of int
-            Ids, which follow what the cache holds.
-        n_predict : int
-            At most so many are yielded.
-        sampler : callable
-            From logits, float32 ``(n_vocab,)``, to an id.
-        stop : collection of int
-            Ids that end it, such as ``Tokenizer.eog_ids``; they are not yielded.
-
-        Yields
-        ------
-        int
-            Ends early at a token of ``stop``, and when the context is full.
-
-        Raises
-        ------
-        GraphError, CacheFullError
-            As `decode`, before the first token.
-        """
-        logits = self.decode(prompt, outputs="last", seq=seq)
-        return self.continue_from(logits[-1], n_predict, sampler, stop=stop, seq=seq)
-
-    def continue_from(
-        self,
-        logits: npt.NDArray[np.float32],
-        n_predict: int,
-        sampler: Sampler = greedy,
-        *,
-        stop: Collection[int] = (),
-        seq: int = 0,
-    ) -> Iterator[int]:
-        """Yield the tokens that follow a decode, one by one; see `generate`.
-
-        Parameters
-        ----------
-        logits : float32, (n_vocab,)
-            Of the last token that was decoded.
-        """
-        for i in range(n_predict):
-            token = sampler(logits)
-            if token in stop:
-                return
-            yield token
-            if i + 1 < n_predict:
-                try:
-                    logits = self.decode([token], outputs="last", seq=seq)[-1]
-                except CacheFullError:
-                    return
 
     def _check_open(self) -> None:
         if self.is_closed:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..llama import LlamaModel
     from ..sampling import Sampler
     from ..session import Session
     from ..tokenizer import Tokenizer
@@ -34,7 +35,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 class Conversation:
     """Messages so far, and the ids that the session's cache holds of them."""
 
-    session: Session
+    session: Session | LlamaModel
     tokenizer: Tokenizer
     sampler: Sampler
     messages: list[dict[str, str]] = field(default_factory=list)

@@ -13,12 +13,21 @@ from ._console import progress
 __all__ = ["warm_up"]
 
 
-def warm_up() -> None:
-    """Load all kernels from Numba's cache, or compile them, with a progress bar and a line that says how often."""
+def warm_up(*, is_for_child: bool = False) -> None:
+    """Load all kernels from Numba's cache, or compile them, with a progress bar and a line that says how often.
+
+    Parameters
+    ----------
+    is_for_child : bool
+        This process does not need them itself: nothing is done if there are some in the cache.
+    """
     from ..kernels import cpu
     from ..kernels.cpu.cache import CACHE_DIR
 
-    if not any(Path(CACHE_DIR).rglob("*.nbi")):
+    is_warm = any(Path(CACHE_DIR).rglob("*.nbi"))
+    if is_warm and is_for_child:
+        return
+    if not is_warm:
         click.echo(
             f"Compiling the CPU's kernels, once for this version (about half a minute); kept in {CACHE_DIR}", err=True
         )

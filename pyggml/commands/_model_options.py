@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelCommand",
     "ModelFlags",
+    "device_names",
     "flags_of",
     "is_model_option",
     "model_options",
@@ -253,16 +254,15 @@ def parse_sizes(text: str) -> list[int]:
     return sizes
 
 
-def open_backends(flags: ModelFlags, *, data: bool = True) -> tuple[list[Backend], Backend]:
-    """Return the backends of the devices asked for, and the CPU's.
+def device_names(flags: ModelFlags) -> list[str]:
+    """Return the names of the devices asked for, without the CPU.
 
     Raises
     ------
     DeviceUnavailableError
-        One is not there.
+        The CPU is not the last.
     """
     from ..backend import REGISTRY, split_devices
-    from ..backends.host import CPU
 
     names = split_devices(flags.device, REGISTRY.kinds())
     if names and names[-1] == "cpu":
@@ -277,5 +277,19 @@ def open_backends(flags: ModelFlags, *, data: bool = True) -> tuple[list[Backend
         if flags.main_gpu >= len(names):
             raise click.UsageError(f"-mg {flags.main_gpu}: there are {len(names)} devices beside the CPU, from 0")
         names = [names[flags.main_gpu]]
-    backends = [device.backend() for device in REGISTRY.open_all(names, data=data)]
+    return names
+
+
+def open_backends(flags: ModelFlags, *, data: bool = True) -> tuple[list[Backend], Backend]:
+    """Return the backends of the devices asked for, and the CPU's.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        One is not there.
+    """
+    from ..backend import REGISTRY
+    from ..backends.host import CPU
+
+    backends = [device.backend() for device in REGISTRY.open_all(device_names(flags), data=data)]
     return backends, CPU(flags.threads) if data else REGISTRY.open_all(["cpu"], data=False)[0].backend()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 import numpy as np
@@ -19,7 +19,8 @@ from ..lab import Phase
 from ..lab.formats import jsonl, moe_cache_eval
 from ..lab.recording import RoutingRecorder
 from ..models.architectures import read_hparams
-from ..models.hparams import HParams
+from ..models.loading import Progress
+from ..models.source import ModelFacts
 from ..planning import virtual_clock
 from ..record import Recording
 from ..report import CopyAccount
@@ -29,7 +30,7 @@ from ..tokenizer import StreamDecoder, Tokenizer
 from ._console import print_json, progress, report, warn
 from ._conversation import Conversation
 from ._kernels import warm_up
-from ._model_options import ModelFlags, open_backends
+from ._model_options import ModelFlags, device_names, open_backends
 from ._page import about_devices, about_model, aside, given_options, write_records
 from ._run_report import RunReport
 from ._virtual import VirtualReport
@@ -37,6 +38,8 @@ from ._virtual import VirtualReport
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from ..backend import Backend
+    from ..llama import LlamaModel
     from ..record import Record, Recorder
     from ..sampling import SamplerFlags
 
@@ -53,13 +56,14 @@ class Output:
     logits: Path | None
     routing: Path | None
     is_quiet: bool
+    engine: Literal["pyggml", "llama"] = "pyggml"  #: who schedules
 
 
 @dataclass(slots=True)
 class _Run:
     """A session, and what is told of it."""
 
-    session: Session
+    session: Session | LlamaModel
     tokenizer: Tokenizer
     output: Output
     report: RunReport
@@ -185,42 +189,29 @@ def _open(
     n_tokens : int or None
         Tokens that the context must hold; None for a conversation.
     """
-    hparams = read_hparams(file)
-    if n_tokens is not None:
-        _check_room(flags, hparams, n_tokens)
-    backends, cpu = open_backends(flags)
-    kernels_s = time.perf_counter()
-    warm_up()
-    load_s = time.perf_counter()
+    opened = _Opening(flags, file, output, n_tokens)
     account = CopyAccount()
     recording = Recording() if output.timeline or output.html else None
-    clock = virtual_clock([*backends, cpu])
-    profile = backends[0].device.profile if backends else None
-    told = RunReport(
-        model=about_model(file, hparams),
-        devices=about_devices([*backends, cpu], clock),
-        account=account,
-        link=None if profile is None else profile.link,
-        virtual=None if clock is None else VirtualReport(clock, [b.name for b in (*backends, cpu)]),
-    )
     with progress() as bar:
         task = bar.add_task(f"loading {Path(file.path).name} (MB)", total=None)
-        session = Session.open(
-            file,
-            devices=backends,
-            cpu=cpu,
-            placement=flags.placement(),
-            context=flags.context(n_ctx=None if n_tokens is None else min(max(n_tokens, 1), hparams.n_ctx_train)),
-            policy=flags.policy(),
-            recorder=_Tee(account, recording),
-            clock=clock,
-            progress=lambda done, total: bar.update(task, completed=done // 10**6, total=-(-total // 10**6)),
-        )
+
+        def loaded(done: int, total: int) -> None:
+            bar.update(task, completed=done // 10**6, total=-(-total // 10**6))
+
+        session, backends = opened.open(_Tee(account, recording), loaded)
+    clock = session.clock
+    profile = backends[0].device.profile if len(backends) > 1 else None
+    told = RunReport(
+        model=about_model(file, opened.facts),
+        devices=about_devices(backends, clock),
+        account=account,
+        link=None if profile is None else profile.link,
+        virtual=None if clock is None else VirtualReport(clock, [b.name for b in backends]),
+    )
     with session:
-        told.seconds["kernels"] = load_s - kernels_s
-        told.seconds["load"] = time.perf_counter() - load_s
-        told.watch(session)
-        routing = None if output.routing is None else RoutingRecorder(str(output.routing), hparams, file)
+        told.seconds["kernels"], told.seconds["load"] = opened.kernels_s, opened.load_s
+        told.watch(session, backends)
+        routing = None if output.routing is None else RoutingRecorder(str(output.routing), opened.facts, file)
         run = _Run(session, tokenizer, output, told, recording, routing)
         try:
             yield run
@@ -236,7 +227,63 @@ def _open(
             run.finish()
 
 
-def _check_room(flags: ModelFlags, hparams: HParams, n_tokens: int) -> None:
+class _Opening:
+    """What a run needs before the model is there; `open` then opens it in pyggml or in llama.cpp."""
+
+    def __init__(self, flags: ModelFlags, file: GGUFFile, output: Output, n_tokens: int | None) -> None:
+        self.flags, self.file, self.output = flags, file, output
+        self.facts: ModelFacts
+        if output.engine == "llama":
+            from ..llama.source import CapturedFacts
+
+            self.facts = CapturedFacts.read(file, 0)
+        else:
+            self.facts = read_hparams(file)
+        if n_tokens is not None:
+            _check_room(flags, self.facts, n_tokens)
+            n_tokens = min(max(n_tokens, 1), self.facts.n_ctx_train)
+        self.context = flags.context(n_ctx=n_tokens)
+        self.kernels_s = self.load_s = 0.0
+
+    def open(self, recorder: Recorder, progress: Progress) -> tuple[Session | LlamaModel, list[Backend]]:
+        """Return the model, ready, and the backends that it has, the CPU's last."""
+        start_s = time.perf_counter()
+        is_llama = self.output.engine == "llama"
+        backends, cpu = open_backends(self.flags, data=not is_llama)
+        warm_up(is_for_child=is_llama)
+        loading_s = time.perf_counter()
+        opened = self._open_llama(recorder) if is_llama else self._open_session(backends, cpu, recorder, progress)
+        self.kernels_s, self.load_s = loading_s - start_s, time.perf_counter() - loading_s
+        return opened, [*backends, cpu]
+
+    def _open_session(self, backends: list[Backend], cpu: Backend, recorder: Recorder, progress: Progress) -> Session:
+        return Session.open(
+            self.file,
+            devices=backends,
+            cpu=cpu,
+            placement=self.flags.placement(),
+            context=self.context,
+            policy=self.flags.policy(),
+            recorder=recorder,
+            clock=virtual_clock([*backends, cpu]),
+            progress=progress,
+        )
+
+    def _open_llama(self, recorder: Recorder) -> LlamaModel:
+        from ..llama import LlamaModel
+
+        return LlamaModel(
+            self.file.path,
+            devices=device_names(self.flags),
+            placement=self.flags.placement(),
+            context=self.context,
+            threads=self.flags.threads,
+            recorder=recorder,
+            watches_experts=self.output.logits is not None or self.output.routing is not None,
+        )
+
+
+def _check_room(flags: ModelFlags, hparams: ModelFacts, n_tokens: int) -> None:
     """Refuse a context that is too small before anything is loaded; warn of one that the model never saw."""
     if flags.n_ctx and n_tokens > flags.n_ctx:
         raise GraphError(
@@ -260,7 +307,7 @@ def _evaluate_prompt(run: _Run, ids: list[int]) -> npt.NDArray[np.float32]:
         return last
     topk = None if run.output.logits is None else TopK()
     if run.routing is not None:
-        run.session.watcher = run.routing
+        run.session.watcher = run.routing  # takes graphs of a session, and ids of llama.cpp
     logits = run.session.decode(ids, outputs="all", topk=topk)
     if run.output.logits is not None and topk is not None:
         _save(run.output.logits, logits=logits, topk=topk.ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ from ._console import Bar, n_bytes, n_seconds, table
 from ._tables import memory_table
 
 if TYPE_CHECKING:
+    from ..backend import Backend
     from ..cost import LinkProfile
+    from ..llama import LlamaModel
     from ..session import BatchRecord, Session
     from ._virtual import VirtualReport
 
@@ -69,19 +71,15 @@ class RunReport:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start_s
 
-    def watch(self, session: Session) -> None:
+    def watch(self, session: Session | LlamaModel, backends: Sequence[Backend]) -> None:
         """Take note of the session's memory, and of every micro-batch from now on."""
-        self.memory = memory_fits([m for m in session.memory() if m.total], session.backends)
+        self.memory = memory_fits([m for m in session.memory() if m.total], backends)
 
         def on_batch(batch: BatchRecord) -> None:
             key = (batch.n_tokens, batch.n_splits)
             shape = self.shapes.get(key)
             if shape is None:
-                by_backend: dict[str, int] = {}
-                for split in session.sched.splits:
-                    name = session.backends[split.backend_id].name
-                    by_backend[name] = by_backend.get(name, 0) + 1
-                n_inputs = sum(len(s.inputs) for s in session.sched.splits)
+                by_backend, n_inputs = session.count_splits()
                 shape = BatchShape(batch.n_tokens, batch.n_splits, by_backend, n_inputs, batch.n_nodes)
                 self.shapes[key] = shape
             shape.n_batches += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 import cloup
@@ -23,6 +24,7 @@ Examples:
   pyggml run moe.gguf -p "Why is the sky blue?" -n 64 --chat --cpu-moe
   pyggml run moe.gguf -p "Once upon a time" -n 32 -ncmoe 12 --html run.html
   pyggml run moe.gguf -i -dev sim:rtx3090-pcie4,cpu -ngl 20
+  pyggml run gemma-3-4b.gguf -p "Why is the sky blue?" -n 32 --engine llama
 """
 
 
@@ -88,6 +90,16 @@ Examples:
 )
 @model_options
 @cloup.option_group(
+    "Engine",
+    cloup.option(
+        "--engine",
+        type=click.Choice(["pyggml", "llama"]),
+        default="pyggml",
+        show_default=True,
+        help="llama: the real llama.cpp schedules, pyggml's devices compute; runs every model that it knows.",
+    ),
+)
+@cloup.option_group(
     "Output",
     cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE",
                  help="Write a page that shows what happened and why."),
@@ -115,6 +127,7 @@ def command(
     min_p: float,
     seed: int,
     ignore_eos: bool,
+    engine: Literal["pyggml", "llama"],
     timeline: Path | None,
     html: Path | None,
     dump_logits: Path | None,
@@ -137,12 +150,14 @@ def command(
             "--interactive goes with text only, not with --json, --tokens, --dump-logits or --record-routing"
         )
     check_outputs(model, timeline, html, dump_logits, record_routing)
+    if engine == "llama" and flags.expert_copy != "used":
+        raise click.UsageError("--expert-copy is of pyggml's scheduler: llama.cpp copies as it does")
     from ..sampling import SamplerFlags
     from ._run import Output, converse, evaluate
 
     sampler = SamplerFlags(temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     sampler.check()
-    output = Output(as_json, timeline, html, dump_logits, record_routing, quiet)
+    output = Output(as_json, timeline, html, dump_logits, record_routing, quiet, engine)
     if interactive:
         converse(flags, model, output, prompt, n_predict or DEFAULT_ANSWER, sampler, system=system)
         return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from ..gguf import GGUFFile
 from ..models.batch import MicroBatch
 from ..models.graph import ModelGraph
-from ..models.hparams import HParams
+from ..models.source import ModelFacts
 from ..tensor import Tensor
 from .trace import Phase, Trace, TraceBuilder
 
@@ -31,7 +32,7 @@ class RoutingRecorder:
         Of the steps that follow.
     """
 
-    def __init__(self, path: str, hparams: HParams, file: GGUFFile | None = None) -> None:
+    def __init__(self, path: str, hparams: ModelFacts, file: GGUFFile | None = None) -> None:
         self.phase = Phase.PREFILL
         self._hparams, self._file = hparams, file
         self._builder = TraceBuilder(path)
@@ -40,7 +41,6 @@ class RoutingRecorder:
     def watch(self, graph: ModelGraph, part: MicroBatch) -> Callable[[Tensor, bool], bool]:
         """Return the eval callback that reads the ids of one micro-batch."""
         self._step += 1
-        step, phase = self._step, self.phase
         layers = {tensor: int(tensor.name.rpartition("-")[2]) for tensor in graph.topk}
 
         def see(tensor: Tensor, ask: bool) -> bool:
@@ -48,11 +48,19 @@ class RoutingRecorder:
             if not ask and layer is not None:
                 rows = tensor.numpy().reshape(-1, tensor.ne[0])
                 # the last layer runs for tokens whose logits are wanted only
-                seqs = part.seqs if len(rows) == part.n_tokens else part.seqs[part.outputs]
-                self._builder.add(0, step, phase, layer, rows.tolist(), sequences=seqs.tolist())
+                self._add(layer, rows, part.seqs if len(rows) == part.n_tokens else part.seqs[part.outputs])
             return not ask or layer is not None
 
         return see
+
+    def take(self, chosen: Mapping[int, npt.NDArray[np.int32]], *, seq: int = 0) -> None:
+        """Take the experts of one micro-batch of a sequence: for each layer, ``(n_token, n_used)``."""
+        self._step += 1
+        for layer, rows in chosen.items():
+            self._add(layer, rows, np.full(len(rows), seq))
+
+    def _add(self, layer: int, rows: npt.NDArray[np.int32], seqs: npt.NDArray[np.integer[Any]]) -> None:
+        self._builder.add(0, self._step, self.phase, layer, rows.tolist(), sequences=seqs.tolist())
 
     def trace(self) -> Trace:
         """Return what was recorded.

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.libggml.library import Handle
-from .device import CPUHooks, PythonDevice
+from .capturing import CapturingCPU, CapturingDevice
 from .library import LlamaLibrary
+from .params import context_params, model_params
 
 __all__ = ["Capture", "CaptureFailed", "Host"]
 
 Message = dict[str, Any]  # what goes through JSON
 
-_FLASH = {"off": 0, "on": 1, "auto": -1}
 #: Buffer usages of upstream: weights, and what its scheduler allocates.
 _COMPUTE_USAGE = 2
 #: Where weights and caches without memory are said to be while a decode is gone through.
@@ -40,16 +40,17 @@ class Host:
 
     def __init__(self, path: Path) -> None:
         self.library = LlamaLibrary(path)
-        self.devices: dict[str, PythonDevice] = {}
+        self.library.check_reserves()
+        self.devices: dict[str, CapturingDevice] = {}
         self._nobody = _Nobody()
-        self.cpu = CPUHooks(self.library, self._nobody)
+        self.cpu = CapturingCPU(self.library, self._nobody)
 
-    def device(self, about: Message, watcher: Capture) -> PythonDevice:
+    def device(self, about: Message, watcher: Capture) -> CapturingDevice:
         """Return the device of a name, registered once."""
         name = about["name"]
         made = self.devices.get(name)
         if made is None:
-            made = self.devices[name] = PythonDevice(
+            made = self.devices[name] = CapturingDevice(
                 self.library, name, free=about["free"], total=about["total"], min_batch=about["min_batch"],
                 watcher=watcher,
             )  # fmt: skip
@@ -72,6 +73,9 @@ class _Nobody:
         """Take no note."""
 
     def computed(self, graph: Handle) -> None:
+        """Take no note."""
+
+    def failed(self, error: BaseException) -> None:
         """Take no note."""
 
 
@@ -103,6 +107,7 @@ class Capture:
         self._names: dict[tuple[str, int], str] = {}
         self._leaf_names: dict[tuple[int, int], list[str]] = {}
         self._is_placed = False
+        self.error: BaseException | None = None
         self._model = self._ctx = self.ffi.NULL
         host.cpu.watcher = self
         self.library.on_line = self._take_line
@@ -151,6 +156,10 @@ class Capture:
         """Keep the nodes of a split, in order."""
         self._computed += [self.lib.ggml_graph_node(graph, i) for i in range(self.lib.ggml_graph_n_nodes(graph))]
 
+    def failed(self, error: BaseException) -> None:
+        """Keep an exception of the two above; the answer is then an error."""
+        self.error = self.error or error
+
     def _text(self, kind: str, number: int) -> str:
         known = self._names.get((kind, number))
         if known is None:
@@ -168,26 +177,11 @@ class Capture:
 
     def _load(self, path: str, placement: Message) -> None:
         ffi, lib = self.ffi, self.lib
-        p = lib.llama_model_default_params()
         devices = [self.host.device(about, self) for about in placement["devices"]]
         by_name = {d.name: d.buft for d in devices} | {"CPU": lib.ggml_backend_cpu_buffer_type()}
         self.has_devices = bool(devices)
-        kept: list[Handle] = [ffi.new("void *[]", [*(d.handle for d in devices), ffi.NULL])]
-        p.devices, p.no_alloc, p.load_mode, p.lazy_mode, p.use_extra_bufts = kept[0], True, 0, 0, False
-        p.n_gpu_layers = placement["n_gpu_layers"] if devices else 0
-        if placement["tensor_split"]:
-            shares = ffi.new("float[]", max(lib.llama_max_devices(), len(devices)))
-            for i, share in enumerate(placement["tensor_split"]):
-                shares[i] = share
-            kept.append(shares)
-            p.tensor_split = shares
-        if placement["overrides"]:
-            table = ffi.new("struct llama_model_tensor_buft_override[]", len(placement["overrides"]) + 1)
-            for row, (pattern, buft) in zip(table, placement["overrides"], strict=False):
-                kept.append(ffi.new("char[]", pattern.encode()))
-                row.pattern, row.buft = kept[-1], by_name[buft]
-            kept.append(table)
-            p.tensor_buft_overrides = table
+        p, kept = model_params(self.library, placement, [d.handle for d in devices], by_name)
+        p.no_alloc, p.load_mode = True, 0
         self._kept = kept
         self._model = lib.llama_model_load_from_file(path.encode(), p)
         if self._model == ffi.NULL:
@@ -195,12 +189,7 @@ class Capture:
 
     def _make_context(self, context: Message) -> None:
         lib = self.lib
-        p = lib.llama_context_default_params()
-        for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "type_k", "type_v", "offload_kqv", "op_offload",
-                     "swa_full", "kv_unified", "rope_freq_base", "rope_freq_scale"):  # fmt: skip
-            setattr(p, name, context[name])
-        p.flash_attn_type = _FLASH[context["flash_attn"]]
-        p.n_threads = p.n_threads_batch = 1
+        p = context_params(self.library, context)
         del self.lines[:]
         made = lib.llama_init_from_model(self._model, p)
         if made == self.ffi.NULL:

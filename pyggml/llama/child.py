@@ -1,55 +1,81 @@
-"""The child: ``python -m pyggml.llama.child LIBRARY`` answers requests about llama.cpp until its input ends.
+"""The child: ``python -m pyggml.llama.child LIBRARY capture|compute`` answers requests about llama.cpp until its input ends.
 
-A request is a length of 8 bytes and so many bytes of JSON, an answer likewise. The process ends itself if a request
-takes longer than it may: an alarm ends even code that is stuck in C.
+A request is a length of 8 bytes and so many bytes of a pickle, an answer likewise: what was asked for, or the error of pyggml's that
+came of it. Both ends are pyggml. The process ends itself if a request takes longer than it may: an alarm ends even code that
+is stuck in C.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import pickle
 import signal
 import struct
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
-from ..errors import DeviceUnavailableError
-from .capture import Capture, CaptureFailed, Host
+from ..errors import ModelError, PyggmlError
 
 __all__ = ["main", "read_message", "write_message"]
 
-Message = dict[str, Any]  # what goes through JSON
+Message = dict[str, Any]  # what a request holds
 
 
-def read_message(stream: BinaryIO) -> Message | None:
+def read_message(stream: BinaryIO) -> Any:
     """Return the next message; None at the end."""
     head = stream.read(8)
     if len(head) < 8:
         return None
-    body = stream.read(struct.unpack("<Q", head)[0])
-    message: Message = json.loads(body)
-    return message
+    return pickle.loads(stream.read(struct.unpack("<Q", head)[0]))
 
 
-def write_message(stream: BinaryIO, message: Message) -> None:
+def write_message(stream: BinaryIO, message: Any) -> None:
     """Write a message."""
-    body = json.dumps(message, separators=(",", ":")).encode()
+    body = pickle.dumps(message, protocol=5)
     stream.write(struct.pack("<Q", len(body)) + body)
     stream.flush()
 
 
-class _Server:
+class _Server(Protocol):
+    """Answers requests."""
+
+    def answer(self, request: Message) -> Any:
+        """Return the answer to a request."""
+
+
+class _Captures:
     """Keeps the last model and context open: the next request may be about the same."""
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
+    def __init__(self, library: Path) -> None:
+        from .capture import Capture, Host
+
+        self.host = Host(library)
         self._capture: Capture | None = None
         self._about: Message | None = None
 
     def answer(self, request: Message) -> Message:
-        """Return the answer to a request."""
+        """Return the answer to a request.
+
+        Raises
+        ------
+        ModelError
+            llama.cpp refuses.
+        """
+        from .capture import CaptureFailed
+
+        try:
+            answer = self._answer(request)
+        except CaptureFailed as error:
+            raise ModelError(str(request["model"]), str(error)) from None
+        if self._capture is not None and self._capture.error is not None:
+            raise self._capture.error
+        return answer
+
+    def _answer(self, request: Message) -> Message:
+        from .capture import Capture
+
         about = {key: request[key] for key in ("model", "placement", "context")}
         with contextlib.suppress(OSError):
             found = os.stat(request["model"])
@@ -61,7 +87,7 @@ class _Server:
             self._capture, self._about = Capture(self.host, about), about
         capture = self._capture
         if request["do"] == "facts":
-            return capture.facts() | {"graph": capture.reserve(*self._largest(capture))}
+            return capture.facts() | {"graph": capture.reserve(*self._largest(capture.facts()))}
         if request["do"] == "reserve":
             return capture.reserve(*request["size"])
         if request["do"] == "printed":
@@ -69,32 +95,33 @@ class _Server:
         return capture.decode(request["n_tokens"], request["outputs"], is_full=request["is_full"])
 
     @staticmethod
-    def _largest(capture: Capture) -> tuple[int, int, int]:
+    def _largest(facts: Message) -> tuple[int, int, int]:
         """Mirrors the sizes of `llama_context::sched_reserve`."""
-        facts = capture.facts()
         n_tokens = min(facts["n_ctx"], facts["n_ubatch"])
         return n_tokens, facts["n_seq_max"], min(n_tokens, facts["n_batch"])
 
 
-def main(path: str) -> None:
+def _server(kind: str, library: Path) -> _Server:
+    if kind == "capture":
+        return _Captures(library)
+    from .engine import Engine
+
+    return Engine(library)
+
+
+def main(path: str, kind: str) -> None:
     """Answer until the input ends."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the library prints must not stand between answers
-    try:
-        server = _Server(Host(Path(path)))
-        failure = None
-    except DeviceUnavailableError as error:
-        failure = {"unavailable": str(error)}
+    server: _Server | None = None
     while (request := read_message(requests)) is not None:
-        if failure is not None:
-            write_message(answers, failure)
-            continue
-        if hasattr(signal, "alarm"):
+        if hasattr(signal, "alarm") and request["timeout_s"] is not None:
             signal.alarm(int(request["timeout_s"]) + 1)
         try:
+            server = server or _server(kind, Path(path))
             answer = server.answer(request)
-        except CaptureFailed as error:
-            answer = {"refused": str(error)}
+        except PyggmlError as error:
+            answer = error
         write_message(answers, answer)
         if hasattr(signal, "alarm"):
             signal.alarm(0)
@@ -103,4 +130,4 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError):
-        main(sys.argv[1])
+        main(*sys.argv[1:])

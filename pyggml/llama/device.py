@@ -1,69 +1,118 @@
-"""A device of ggml that is written in Python, and what is changed of llama.cpp's own CPU device, in the child.
+"""A device of ggml that is written in Python, and a stand between llama.cpp and its own CPU device; in the child.
 
-The scheduler of llama.cpp asks devices what they support. While a model is loaded and a context is made, the devices
-here answer as cards that run everything in their own memory, and the CPU answers for itself: placement and choices are
-those of a real run. Then the answers are *relaxed*: the devices can use any memory and the CPU runs nothing. A graph
-is then one split without copies, and no source of a node is rewritten. Nothing is ever computed.
+What all such devices share: objects whose words are functions of ours, registered in llama.cpp. What they answer is for
+those who derive from them: `capturing` sees graphs and computes nothing, `computing` runs them on a device of pyggml.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any
 
 from ..backends.libggml.library import Handle
 from .library import LlamaLibrary
 from .slots import N_WORDS, Table
 
-__all__ = ["CPUHooks", "PythonDevice", "Watcher"]
+__all__ = ["CPUHooks", "Functions", "PythonDevice", "functions_of", "keep_for_ever", "put"]
 
 _GPU = 1
-_ALIGNMENT = 128
-#: Addresses of device memory start here; no process has memory there.
-_NOWHERE = 1 << 44
-_STEP = 1 << 16
+_TENSOR = "struct ggml_tensor *"
+
+#: Functions by the names of their slots.
+Functions = dict[str, Callable[..., Any]]
 
 #: The registry keeps pointers to a device for as long as the process lives.
 _alive: list[object] = []
 
+#: The C types of the functions that are given here.
+_SIGNATURES = {
+    "buffer_type": {
+        "get_name": "void *(void *)",
+        "alloc_buffer": "void *(void *, size_t)",
+        "get_alignment": "size_t(void *)",
+        "get_alloc_size": f"size_t(void *, {_TENSOR})",
+        "is_host": "bool(void *)",
+    },
+    "buffer": {
+        "free_buffer": "void(intptr_t)",
+        "get_base": "intptr_t(intptr_t)",
+        "memset_tensor": f"void(intptr_t, {_TENSOR}, uint8_t, size_t, size_t)",
+        "set_tensor": f"void(intptr_t, {_TENSOR}, intptr_t, size_t, size_t)",
+        "get_tensor": f"void(intptr_t, {_TENSOR}, intptr_t, size_t, size_t)",
+        "cpy_tensor": f"bool(intptr_t, {_TENSOR}, {_TENSOR})",
+        "clear": "void(intptr_t, uint8_t)",
+    },
+    "backend": {
+        "get_name": "void *(intptr_t)",
+        "free": "void(intptr_t)",
+        "set_tensor_async": f"void(intptr_t, {_TENSOR}, intptr_t, size_t, size_t)",
+        "get_tensor_async": f"void(intptr_t, {_TENSOR}, intptr_t, size_t, size_t)",
+        "cpy_tensor_async": f"bool(intptr_t, intptr_t, {_TENSOR}, {_TENSOR})",
+        "synchronize": "void(intptr_t)",
+        "graph_compute": "int(intptr_t, void *)",
+        "event_record": "void(intptr_t, intptr_t)",
+        "event_wait": "void(intptr_t, intptr_t)",
+    },
+    "device": {
+        "get_name": "void *(void *)",
+        "get_description": "void *(void *)",
+        "get_memory": "void(void *, size_t *, size_t *)",
+        "get_type": "int(void *)",
+        "get_props": "void(void *, struct props *)",
+        "init_backend": "void *(void *, void *)",
+        "get_buffer_type": "void *(void *)",
+        "get_host_buffer_type": "void *(void *)",
+        "buffer_from_host_ptr": "void *(void *, void *, size_t, size_t)",
+        "supports_op": f"bool(void *, {_TENSOR})",
+        "supports_buft": "bool(void *, void *)",
+        "offload_op": f"bool(void *, {_TENSOR})",
+        "event_new": "void *(void *)",
+        "event_free": "void(void *, intptr_t)",
+        "event_synchronize": "void(void *, intptr_t)",
+    },
+    "registry": {
+        "get_name": "void *(void *)",
+        "get_device_count": "size_t(void *)",
+        "get_device": "void *(void *, size_t)",
+    },
+}
+#: What C gets of a function that raised, where nothing or zero would not tell it.
+_FAILED = {"graph_compute": -1}
 
-class Watcher(Protocol):
-    """Is told what llama.cpp asks devices, and decides whether answers are relaxed."""
-
-    is_relaxed: bool
-
-    def asked(self, device: str, tensor: Handle, answer: bool) -> None:
-        """Take note of a question whether a device supports an op."""
-
-    def computed(self, graph: Handle) -> None:
-        """Take note of a graph that is to be computed."""
+OnError = Callable[[BaseException], None]
 
 
-def _put(
-    library: LlamaLibrary, words: Handle, table: Table, functions: dict[str, tuple[str, Callable[..., Any]]]
-) -> None:
-    """Write functions into the slots of an object."""
-    for name, (signature, function) in functions.items():
-        made = library.ffi.callback(signature, function)
+def keep_for_ever(thing: object) -> None:
+    """Keep what llama.cpp may have a pointer to."""
+    _alive.append(thing)
+
+
+def put(library: LlamaLibrary, words: Handle, kind: str, functions: Functions, on_error: OnError) -> None:
+    """Write functions into the slots of an object; an exception in one of them is handed on, and C gets a failure."""
+    table: Table = getattr(library.interfaces, kind)
+
+    def told(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
+        on_error(error)
+
+    for name, function in functions.items():
+        made = library.ffi.callback(
+            _SIGNATURES[kind][name], function, onerror=told, **({"error": _FAILED[name]} if name in _FAILED else {})
+        )
         _alive.append(made)
         words[table.slots[name]] = library.ffi.cast("void *", made)
 
 
-class PythonDevice:
+class PythonDevice(ABC):
     """A device with a registry, a buffer type, buffers and streams of its own.
 
     Parameters
     ----------
     library : LlamaLibrary
-        Where it is registered.
+        Where it is registered, for as long as the process lives.
     name : str
         Of the device and its buffer type.
-    free, total : int
-        Bytes of its memory.
-    min_batch : int or None
-        Rows from which on it offers to run an op whose weight is in host memory; None: it never does.
-    watcher : Watcher
-        See there.
 
     Attributes
     ----------
@@ -71,17 +120,15 @@ class PythonDevice:
         The device and its buffer type.
     """
 
-    def __init__(
-        self, library: LlamaLibrary, name: str, *, free: int, total: int, min_batch: int | None, watcher: Watcher
-    ) -> None:
+    is_async: bool = False
+    has_events: bool = False
+
+    def __init__(self, library: LlamaLibrary, name: str) -> None:
         _alive.append(self)
-        self.library, self.ffi, self.watcher = library, library.ffi, watcher
-        self.name, self.free, self.total, self.min_batch = name, free, total, min_batch
-        self._next = _NOWHERE
-        self._op_names: dict[int, str] = {}
+        self.library, self.ffi, self.name = library, library.ffi, name
         self._c_name = self.ffi.new("char[]", name.encode())
         self._guid = self.ffi.new("unsigned char[16]", b"pyggml-in-python")
-        self._backends: list[Handle] = []
+        self._backends: dict[int, Handle] = {}
         self._made = [self.ffi.new("void *[]", N_WORDS) for _ in range(3)]
         self.buft, self.handle, self.registry = (self.ffi.cast("void *", m) for m in self._made)
         self._buffer_functions = self.ffi.new("struct iface *")
@@ -94,136 +141,116 @@ class PythonDevice:
     def _fill(self) -> None:
         ffi, at = self.ffi, self.library.interfaces
         buft, device, registry = self._made
-        tensor = "struct ggml_tensor *"
-        _put(self.library, buft, at.buffer_type, {
-            "get_name": ("void *(void *)", lambda _: self._c_name),
-            "alloc_buffer": ("void *(void *, size_t)", self._alloc_buffer),
-            "get_alignment": ("size_t(void *)", lambda _: _ALIGNMENT),
-            "is_host": ("bool(void *)", lambda _: self.watcher.is_relaxed),
-        })  # fmt: skip
+        own = self._functions()
+
+        def fill(words: Handle, kind: str, functions: Functions) -> None:
+            put(self.library, words, kind, functions | own.get(kind, {}), self.failed)
+
+        fill(buft, "buffer_type", {"get_name": self._own_name})
         buft[at.buffer_type.fields["device"]] = self.handle
-        self._bases: dict[int, int] = {}
-        _put(self.library, self._buffer_functions.word, at.buffer, {
-            "get_base": ("intptr_t(intptr_t)", lambda buffer: self._bases.get(buffer, _NOWHERE)),
-            "memset_tensor": (f"void(void *, {tensor}, uint8_t, size_t, size_t)", lambda *_: None),
-            "set_tensor": (f"void(void *, {tensor}, void *, size_t, size_t)", lambda *_: None),
-            "get_tensor": (f"void(void *, {tensor}, void *, size_t, size_t)", lambda *_: None),
-            "clear": ("void(void *, uint8_t)", lambda *_: None),
-        })  # fmt: skip
-        _put(self.library, self._backend_words, at.backend, {
-            "get_name": ("void *(void *)", lambda _: self._c_name),
-            "free": ("void(void *)", lambda _: None),
-            "graph_compute": ("int(void *, void *)", self._compute),
-        })  # fmt: skip
+        fill(self._buffer_functions.word, "buffer", {})
+        fill(self._backend_words, "backend", {"get_name": self._own_name, "free": self._free_backend})
         self._backend_words[at.backend.fields["guid"]] = ffi.cast("void *", self._guid)
         self._backend_words[at.backend.fields["device"]] = self.handle
-        _put(self.library, device, at.device, {
-            "get_name": ("void *(void *)", lambda _: self._c_name),
-            "get_description": ("void *(void *)", lambda _: self._c_name),
-            "get_memory": ("void(void *, size_t *, size_t *)", self._memory),
-            "get_type": ("int(void *)", lambda _: _GPU),
-            "get_props": ("void(void *, struct props *)", self._props),
-            "init_backend": ("void *(void *, void *)", self._init_backend),
-            "get_buffer_type": ("void *(void *)", lambda _: self.buft),
-            "supports_op": (f"bool(void *, {tensor})", self._supports_op),
-            "supports_buft": ("bool(void *, void *)", lambda _, buft: self.watcher.is_relaxed or buft == self.buft),
-            "offload_op": (f"bool(void *, {tensor})", self._offload_op),
+        fill(device, "device", {
+            "get_name": self._own_name,
+            "get_description": self._own_name,
+            "get_memory": self._memory,
+            "get_type": lambda _: _GPU,
+            "get_props": self._props,
+            "init_backend": self._init_backend,
+            "get_buffer_type": lambda _: self.buft,
         })  # fmt: skip
         device[at.device.fields["reg"]] = self.registry
-        _put(self.library, registry, at.registry, {
-            "get_name": ("void *(void *)", lambda _: self._c_name),
-            "get_device_count": ("size_t(void *)", lambda _: 1),
-            "get_device": ("void *(void *, size_t)", lambda *_: self.handle),
+        fill(registry, "registry", {
+            "get_name": self._own_name, "get_device_count": lambda _: 1, "get_device": lambda *_: self.handle,
         })  # fmt: skip
         ffi.cast("int *", registry)[0] = at.api_version
 
-    def _alloc_buffer(self, _: Handle, size: int) -> Handle:
-        made = self.library.lib.ggml_backend_buffer_init(self.buft, self._buffer_functions[0], self.ffi.NULL, size)
-        self._bases[self.library.address(made)] = self._next
-        self._next += -(-(size + 1) // _STEP) * _STEP
-        return made
+    def _own_name(self, _: Handle) -> Handle:
+        return self._c_name
+
+    def new_buffer(self, size: int) -> Handle:
+        """Return a new buffer of ggml's of the device's buffer type."""
+        lib = self.library.lib
+        return lib.ggml_backend_buffer_init(self.buft, self._buffer_functions[0], self.ffi.NULL, size)
 
     def _memory(self, _: Handle, free: Handle, total: Handle) -> None:
-        free[0], total[0] = self.free, self.total
+        free[0], total[0] = self.memory()
 
     def _props(self, _: Handle, props: Handle) -> None:
         props.name = props.description = self._c_name
-        props.memory_free, props.memory_total, props.type = self.free, self.total, _GPU
-        props.device_id = self.ffi.NULL  # all abilities stay off: neither events nor copies of a pipeline
+        (props.memory_free, props.memory_total), props.type = self.memory(), _GPU
+        props.device_id = self.ffi.NULL
+        props.caps.is_async, props.caps.events = self.is_async, self.has_events
 
     def _init_backend(self, *_: Handle) -> Handle:
         made = self.ffi.new("void *[]", list(self._backend_words))
-        self._backends.append(made)
+        address = self.library.address(made)
+        self.stream_made(address)
+        self._backends[address] = made
         return self.ffi.cast("void *", made)
 
-    def _supports_op(self, _: Handle, tensor: Handle) -> bool:
-        self.watcher.asked(self.name, tensor, True)
-        return True
+    def _free_backend(self, address: int) -> None:
+        self.stream_freed(address)
+        self._backends.pop(address, None)
 
-    def _offload_op(self, _: Handle, tensor: Handle) -> bool:
-        """Mirrors the rule of ggml's CUDA device (`get_op_batch_size`)."""
-        if self.min_batch is None:
-            return False
-        op = self._op_names.get(tensor.op)
-        if op is None:
-            op = self._op_names[tensor.op] = self.library.text(self.library.lib.ggml_op_name(tensor.op))
-        ne = tensor.ne
-        if op == "GET_ROWS":
-            n = 0
-        elif op == "MUL_MAT":
-            n = ne[1]
-        elif op in ("MUL_MAT_ID", "ROPE", "ROPE_BACK"):
-            n = ne[2]
-        else:
-            n = ne[1] * ne[2] * ne[3]
-        return bool(n >= self.min_batch)
+    # -- of those who derive from it -----------------------------------------
 
-    def _compute(self, _: Handle, graph: Handle) -> int:
-        self.watcher.computed(graph)
-        return 0
+    @abstractmethod
+    def _functions(self) -> dict[str, Functions]:
+        """Return functions by kind of object and slot."""
+
+    @abstractmethod
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and in all."""
+
+    @abstractmethod
+    def failed(self, error: BaseException) -> None:
+        """Take an exception that ended a function which llama.cpp had called."""
+
+    def stream_made(self, address: int) -> None:
+        """Take note of a new stream; by default none is taken."""
+        return
+
+    def stream_freed(self, address: int) -> None:
+        """Take note of the end of a stream; by default none is taken."""
+        return
 
 
-class CPUHooks:
-    """Stands between llama.cpp and its CPU device: what is asked is watched, and nothing is computed.
+class CPUHooks(ABC):
+    """Stands between llama.cpp and its CPU device.
 
-    Attributes
-    ----------
-    watcher : Watcher
-        May be changed at any time.
+    The original functions are kept in ``original``, by slot.
     """
 
-    def __init__(self, library: LlamaLibrary, watcher: Watcher) -> None:
+    def __init__(self, library: LlamaLibrary) -> None:
         _alive.append(self)
-        self.library, self.watcher = library, watcher
-        ffi, at = library.ffi, library.interfaces
+        self.library = library
         self.handle = library.lib.ggml_backend_dev_by_type(0)
-        words = ffi.cast("void **", self.handle)
-        supports, init = (words[at.device.slots[name]] for name in ("supports_op", "init_backend"))
-        self._supports = ffi.cast("bool(*)(void *, struct ggml_tensor *)", supports)
-        self._init = ffi.cast("void *(*)(void *, void *)", init)
-        compute = ffi.callback("int(void *, void *)", self._compute)
-        _alive.append(compute)
-        self._compute_pointer = ffi.cast("void *", compute)
-        _put(library, words, at.device, {
-            "supports_op": ("bool(void *, struct ggml_tensor *)", self._supports_op),
-            "init_backend": ("void *(void *, void *)", self._init_backend),
-        })  # fmt: skip
+        words = library.ffi.cast("void **", self.handle)
+        own = self._functions()
+        self.original = functions_of(library, words, "device", [*own, "supports_op"])
+        put(library, words, "device", own, self.failed)
 
     def supports(self, tensor: Handle) -> bool:
-        """Whether llama.cpp's CPU runs an op, asked past the watcher."""
-        return bool(self._supports(self.handle, tensor))
+        """Whether llama.cpp's CPU runs an op, asked past the hooks."""
+        return bool(self.original["supports_op"](self.handle, tensor))
 
-    def _supports_op(self, device: Handle, tensor: Handle) -> bool:
-        answer = not self.watcher.is_relaxed and bool(self._supports(device, tensor))
-        self.watcher.asked("CPU", tensor, answer)
-        return answer
+    @abstractmethod
+    def _functions(self) -> Functions:
+        """Return what replaces functions of the CPU's device, by slot."""
 
-    def _init_backend(self, device: Handle, params: Handle) -> Handle:
-        made = self._init(device, params)
-        slot = self.library.interfaces.backend.slots["graph_compute"]
-        self.library.ffi.cast("void **", made)[slot] = self._compute_pointer
-        return made
+    @abstractmethod
+    def failed(self, error: BaseException) -> None:
+        """Take an exception that ended a function which llama.cpp had called."""
 
-    def _compute(self, _: Handle, graph: Handle) -> int:
-        self.watcher.computed(graph)
-        return 0
+
+def functions_of(library: LlamaLibrary, words: Handle, kind: str, names: list[str]) -> dict[str, Handle]:
+    """Return functions that stand in slots of an object of ggml's own, to be called."""
+    table: Table = getattr(library.interfaces, kind)
+    found = {}
+    for name in names:
+        returned, _, arguments = _SIGNATURES[kind][name].partition("(")
+        found[name] = library.ffi.cast(f"{returned}(*)({arguments}", words[table.slots[name]])
+    return found

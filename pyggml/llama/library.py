@@ -32,12 +32,12 @@ struct cgraph_head {
     int size, n_nodes, n_leafs;
     struct ggml_tensor ** nodes; struct ggml_tensor ** grads; struct ggml_tensor ** grad_accs;
     struct ggml_tensor ** leafs;
+    int32_t * use_counts; size_t hash_size; void * hash_used; void * hash_keys; int order; uint64_t uid;
 };
 void * ggml_backend_buffer_init(void * buft, struct iface functions, void * context, size_t size);
 int ggml_backend_buffer_get_usage(void * buffer);
 void ggml_backend_register(void * reg);
 void * ggml_backend_dev_by_name(const char * name);
-void * ggml_backend_cpu_buffer_type(void);
 struct ggml_tensor * ggml_graph_node(void * graph, int i);
 const char * ggml_op_desc(const struct ggml_tensor * t);
 size_t ggml_nbytes(const struct ggml_tensor * t);
@@ -78,8 +78,14 @@ void * llama_init_from_model(void * model, struct llama_context_params params);
 llama_batch llama_batch_init(int32_t n_tokens, int32_t embd, int32_t n_seq_max);
 void llama_batch_free(llama_batch batch);
 int32_t llama_decode(void * ctx, llama_batch batch);
+void llama_synchronize(void * ctx);
+float * llama_get_logits(void * ctx);
+void llama_set_n_threads(void * ctx, int32_t n_threads, int32_t n_threads_batch);
 void * llama_get_memory(const void * ctx);
 void llama_memory_clear(void * memory, bool data);
+bool llama_memory_seq_rm(void * memory, int32_t seq, int32_t p0, int32_t p1);
+int32_t llama_memory_seq_pos_min(void * memory, int32_t seq);
+int32_t llama_memory_seq_pos_max(void * memory, int32_t seq);
 void llama_free(void * ctx);
 void llama_model_free(void * model);
 uint32_t llama_n_ctx(const void * ctx);
@@ -89,6 +95,11 @@ uint32_t llama_n_seq_max(const void * ctx);
 int32_t llama_model_n_layer(const void * model);
 const void * llama_model_get_vocab(const void * model);
 int32_t llama_vocab_n_tokens(const void * vocab);
+bool llama_vocab_is_eog(const void * vocab, int32_t token);
+int32_t llama_tokenize(
+    const void * vocab, const char * text, int32_t n_text, int32_t * tokens, int32_t n_most, bool special, bool parse);
+int32_t llama_token_to_piece(
+    const void * vocab, int32_t token, char * into, int32_t n_most, int32_t n_stripped, bool special);
 size_t llama_max_devices(void);
 void * _Z19llama_graph_reserveP13llama_contextjjj(void * ctx, uint32_t n_tokens, uint32_t n_seqs, uint32_t n_outputs);
 struct gguf_init_params { bool no_alloc; void ** ctx; };
@@ -151,6 +162,8 @@ class LlamaLibrary(Library):
     ----------
     interfaces : Interfaces
         Where the build keeps them.
+    has_uids : bool
+        Whether ``cgraph_head.uid`` is the number of a graph.
     on_line : callable
         Called with each line that llama.cpp logs.
 
@@ -171,13 +184,12 @@ class LlamaLibrary(Library):
         ffi.cdef(_LLAMA % ("size_t moe_cache_size;" if has_cache else ""))
         if not self.has("llama_model_load_from_file"):
             raise self._refuse("it has no llama_model_load_from_file")
-        if not self.has(_RESERVE):
-            raise self._refuse("it does not export llama_graph_reserve, from which graphs are taken")
         self.on_line: Callable[[str], None] = lambda line: None
         self._take_llama_log()
         self.lib.llama_backend_init()
         self._check_params()
         self.interfaces = find_interfaces(self)
+        self.has_uids = self._numbers_graphs()
 
     def _take_llama_log(self) -> None:
         """Hand each line to `on_line`; warnings and errors go to standard error at once, as last words."""
@@ -203,6 +215,24 @@ class LlamaLibrary(Library):
         model = (m.n_gpu_layers < 0, m.vocab_only, m.no_alloc, m.use_extra_bufts)
         if context != (512, 512, 1, 1, True, True, 0) or model != (True, False, False, True):
             raise self._refuse("its llama_context_params or llama_model_params are laid out in another way")
+
+    def _numbers_graphs(self) -> bool:
+        """Whether a graph has the number by which the scheduler tells it from others, where it is looked for here."""
+        context = self.new_context(1, graph_size=16)
+        head = self.ffi.cast("struct cgraph_head *", self.lib.ggml_new_graph_custom(context, 16, False))
+        sizes = (head.size, head.n_nodes, head.n_leafs, head.order, head.uid)
+        return self.version_tuple >= (0, 26) and sizes == (16, 0, 0, 0, 0) and 16 <= head.hash_size < 1 << 10
+
+    def check_reserves(self) -> None:
+        """Refuse a build from which graphs cannot be taken.
+
+        Raises
+        ------
+        DeviceUnavailableError
+            It lacks the function.
+        """
+        if not self.has(_RESERVE):
+            raise self._refuse("it does not export llama_graph_reserve, from which graphs are taken")
 
     def reserve(self, ctx: Handle, n_tokens: int, n_seqs: int, n_outputs: int) -> Handle:
         """Return the graph that llama.cpp reserves memory with; it is valid until the next one."""

@@ -7,8 +7,8 @@ killed as a whole. What it wrote to standard error last becomes the text of a `M
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import pickle
 import select
 import signal
 import struct
@@ -20,13 +20,13 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Literal, Self
 
-from ..errors import DeviceUnavailableError, ModelError
+from ..errors import DeviceUnavailableError, ModelError, PyggmlError
 
 __all__ = ["TIMEOUT_S", "LlamaProcess", "shared_process"]
 
-Message = dict[str, Any]  # what goes through JSON
+Message = dict[str, Any]  # what a request or an answer holds
 
 #: Seconds that one answer may take; a plan of 94 layers takes less than one.
 TIMEOUT_S = 60.0
@@ -57,14 +57,23 @@ class LlamaProcess:
     ----------
     library : Path
         The shared object of llama.cpp.
+    kind : str
+        What it does: it captures graphs, or computes.
     prints : bool
         The scheduler in it prints its splits (``GGML_SCHED_DEBUG=2``).
-    timeout_s : float
-        Seconds that one answer may take.
+    timeout_s : float or None
+        Seconds that one answer may take; None: as long as it likes.
     """
 
-    def __init__(self, library: Path, *, prints: bool = False, timeout_s: float = TIMEOUT_S) -> None:
-        self.library, self.prints, self.timeout_s = library, prints, timeout_s
+    def __init__(
+        self,
+        library: Path,
+        *,
+        kind: Literal["capture", "compute"] = "capture",
+        prints: bool = False,
+        timeout_s: float | None = TIMEOUT_S,
+    ) -> None:
+        self.library, self.kind, self.prints, self.timeout_s = library, kind, prints, timeout_s
         self.n_started = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._words: IO[bytes] | None = None
@@ -79,7 +88,7 @@ class LlamaProcess:
             environment["GGML_SCHED_DEBUG"] = "2"
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the child
         process = subprocess.Popen(
-            [sys.executable, "-m", "pyggml.llama.child", str(self.library)],
+            [sys.executable, "-m", "pyggml.llama.child", str(self.library), self.kind],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words, env=environment, start_new_session=True,
         )  # fmt: skip
         self.n_started += 1
@@ -87,7 +96,12 @@ class LlamaProcess:
         self._finalizer = weakref.finalize(self, _end, process, self._words)
         return process
 
-    def ask(self, request: Message) -> Message:
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a child, as far as is known."""
+        return self._process is not None
+
+    def ask(self, request: Message) -> Any:
         """Return the answer to a request about a model.
 
         Raises
@@ -97,17 +111,19 @@ class LlamaProcess:
             request starts a new child.
         DeviceUnavailableError
             The library cannot be used.
+        PyggmlError
+            Any other that the child raised; it is still there.
         """
         path = str(request["model"])
         process = self._process or self._start()
-        body = json.dumps({**request, "timeout_s": self.timeout_s}).encode()
-        deadline = time.monotonic() + self.timeout_s
+        body = pickle.dumps({**request, "timeout_s": self.timeout_s}, protocol=5)
+        deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         try:
             assert process.stdin is not None
             process.stdin.write(_HEAD.pack(len(body)) + body)
             process.stdin.flush()
             head = self._read(process, _HEAD.size, deadline)
-            answer: Message = json.loads(self._read(process, _HEAD.unpack(head)[0], deadline))
+            answer = pickle.loads(self._read(process, _HEAD.unpack(head)[0], deadline))
         except TimeoutError:
             words = self._last_words()
             self.close()
@@ -123,20 +139,19 @@ class LlamaProcess:
         except BaseException:
             self.close()
             raise
-        if "refused" in answer:
-            raise ModelError(path, answer["refused"])
-        if "unavailable" in answer:
+        if isinstance(answer, DeviceUnavailableError) and self.kind == "capture":
             self.close()
-            raise DeviceUnavailableError("llama", answer["unavailable"])
+        if isinstance(answer, PyggmlError):
+            raise answer
         return answer
 
-    def _read(self, process: subprocess.Popen[bytes], n: int, deadline: float) -> bytes:
+    def _read(self, process: subprocess.Popen[bytes], n: int, deadline: float | None) -> bytes:
         assert process.stdout is not None
         fd = process.stdout.fileno()
         parts, left = [], n
         while left:
-            rest = deadline - time.monotonic()
-            if rest <= 0 or not select.select([fd], [], [], rest)[0]:
+            rest = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            if not select.select([fd], [], [], rest)[0]:
                 raise TimeoutError
             part = os.read(fd, min(left, 1 << 20))
             if not part:

@@ -33,6 +33,9 @@ void * ggml_backend_dev_by_type(int type);
 const char * ggml_backend_reg_name(void * reg);
 size_t ggml_backend_reg_dev_count(void * reg);
 void * ggml_backend_reg_dev_get(void * reg, size_t index);
+void * ggml_backend_dev_buffer_from_host_ptr(void * device, void * ptr, size_t size, size_t max_tensor_size);
+bool ggml_backend_buffer_copy_tensor(const struct ggml_tensor * src, struct ggml_tensor * dst);
+void * ggml_backend_cpu_buffer_type(void);
 """
 
 
@@ -72,11 +75,12 @@ class Interfaces:
 
 #: What a device in Python needs of each object; a build that lacks one of these cannot be used.
 _NEEDED = {
-    "buffer_type": "get_name alloc_buffer get_alignment is_host .device",
-    "buffer": "get_base set_tensor get_tensor memset_tensor clear",
-    "backend": "get_name free graph_compute .guid .device",
-    "device": "get_name get_description get_memory get_type get_props init_backend get_buffer_type supports_op "
-    "supports_buft offload_op .reg",
+    "buffer_type": "get_name alloc_buffer get_alignment get_alloc_size is_host .device",
+    "buffer": "free_buffer get_base set_tensor get_tensor memset_tensor clear .buft",
+    "backend": "get_name free set_tensor_async get_tensor_async cpy_tensor_async synchronize graph_compute event_record "
+    "event_wait .guid .device",
+    "device": "get_name get_description get_memory get_type get_props init_backend get_buffer_type get_host_buffer_type "
+    "buffer_from_host_ptr supports_op supports_buft offload_op event_new event_free event_synchronize .reg",
     "registry": "get_name get_device_count get_device",
 }
 
@@ -142,6 +146,7 @@ def find_interfaces(library: Library) -> Interfaces:
         "get_name": lambda: lib.ggml_backend_buft_name(buft),
         "alloc_buffer": lambda: lib.ggml_backend_buft_alloc_buffer(buft, 64),
         "get_alignment": lambda: lib.ggml_backend_buft_get_alignment(buft),
+        "get_alloc_size": lambda: lib.ggml_backend_buft_get_alloc_size(buft, y),
         "is_host": lambda: lib.ggml_backend_buft_is_host(buft),
         "device": lambda: lib.ggml_backend_buft_get_device(buft),
     }.items():
@@ -161,18 +166,30 @@ def find_interfaces(library: Library) -> Interfaces:
         "memset_tensor": lambda: lib.ggml_backend_tensor_memset(x, 0, 0, 4),
     }.items():
         probe.ask(of_buffer, name, call)
+    y.buffer, y.data = x.buffer, x.data
+    if library.has("ggml_backend_buffer_copy_tensor"):
+        probe.ask(of_buffer, "cpy_tensor", lambda: lib.ggml_backend_buffer_copy_tensor(x, y))
+    _find_free_buffer(library, probe, of_buffer)
 
     backend, of_backend = probe.block(), Table()
+    source, event = probe.block(), ffi.new("void *[2]")
     for name, call in {
         "guid": lambda: lib.ggml_backend_guid(backend),
         "device": lambda: lib.ggml_backend_get_device(backend),
         "get_name": lambda: lib.ggml_backend_name(backend),
         "free": lambda: lib.ggml_backend_free(backend),
         "graph_compute": lambda: lib.ggml_backend_graph_compute_async(backend, graph),
+        "set_tensor_async": lambda: lib.ggml_backend_tensor_set_async(backend, x, scratch, 0, 4),
+        "get_tensor_async": lambda: lib.ggml_backend_tensor_get_async(backend, x, scratch, 0, 4),
+        "cpy_tensor_async": lambda: lib.ggml_backend_tensor_copy_async(source, backend, x, y),
+        "synchronize": lambda: lib.ggml_backend_synchronize(backend),
+        "event_record": lambda: lib.ggml_backend_event_record(event, backend),
+        "event_wait": lambda: lib.ggml_backend_event_wait(backend, event),
     }.items():
         probe.ask(of_backend, name, call)
 
     device, of_device = probe.block(), Table()
+    event[0] = device
     for name, call in {
         "reg": lambda: lib.ggml_backend_dev_backend_reg(device),
         "get_name": lambda: lib.ggml_backend_dev_name(device),
@@ -182,6 +199,11 @@ def find_interfaces(library: Library) -> Interfaces:
         "get_props": lambda: lib.ggml_backend_dev_get_props(device, scratch),
         "init_backend": lambda: lib.ggml_backend_dev_init(device, null),
         "get_buffer_type": lambda: lib.ggml_backend_dev_buffer_type(device),
+        "get_host_buffer_type": lambda: lib.ggml_backend_dev_host_buffer_type(device),
+        "buffer_from_host_ptr": lambda: lib.ggml_backend_dev_buffer_from_host_ptr(device, scratch, 64, 64),
+        "event_new": lambda: lib.ggml_backend_event_new(device),
+        "event_free": lambda: lib.ggml_backend_event_free(event),
+        "event_synchronize": lambda: lib.ggml_backend_event_synchronize(event),
         "supports_op": lambda: lib.ggml_backend_dev_supports_op(device, y),
         "supports_buft": lambda: lib.ggml_backend_dev_supports_buft(device, buft),
         "offload_op": lambda: lib.ggml_backend_dev_offload_op(device, y),
@@ -201,6 +223,16 @@ def find_interfaces(library: Library) -> Interfaces:
     found = Interfaces(of_buft, of_buffer, of_backend, of_device, of_registry, api_version)
     _check(library, found)
     return found
+
+
+def _find_free_buffer(library: Library, probe: _Prober, table: Table) -> None:
+    """Find the function that frees a buffer: of a real one, as the library deletes the object that it is called of."""
+    ffi, lib = library.ffi, library.lib
+    real = lib.ggml_backend_buft_alloc_buffer(lib.ggml_backend_cpu_buffer_type(), 64)
+    words = ffi.cast("intptr_t *", real)
+    for i in range(table.fields["buft"]):  # its 64 bytes are never given back
+        words[i] = probe.words[i]
+    probe.ask(table, "free_buffer", lambda: lib.ggml_backend_buffer_free(real))
 
 
 def _check(library: Library, found: Interfaces) -> None:

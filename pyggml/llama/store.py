@@ -72,7 +72,7 @@ class Captures:
             with contextlib.suppress(OSError, ValueError, zlib.error):
                 found: Message = json.loads(zlib.decompress(kept.read_bytes()))
                 return found
-        answer = self.process.ask(request)
+        answer: Message = self.process.ask(request)
         if kept is not None:
             with contextlib.suppress(OSError):  # a folder that cannot be written costs time, nothing else
                 _write(kept, answer)

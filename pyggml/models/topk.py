@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,26 @@ class TopK:
 
     def start(self, hparams: HParams, n_tokens: int) -> None:
         """Make room for the tokens of a batch."""
-        shape = (hparams.n_layer_moe, n_tokens, hparams.n_expert_used)
+        self._start(hparams.n_layer_moe, n_tokens, hparams.n_expert_used)
+
+    def take(self, chosen: Mapping[int, npt.NDArray[np.int32]], n_tokens: int, n_layers: int) -> None:
+        """Take the experts of one micro-batch: for each layer that has experts, ``(n_row, n_used)``.
+
+        Parameters
+        ----------
+        n_tokens : int
+            Of the micro-batch; fewer rows are those of its last tokens.
+        n_layers : int
+            How many layers have experts: those of ``chosen`` in order, all of which ran.
+        """
+        n_used = next((rows.shape[1] for rows in chosen.values()), 0)
+        self._start(n_layers, n_tokens, n_used)
+        for i, layer in enumerate(sorted(chosen)):
+            rows = chosen[layer]
+            self.ids[i, self._n_before + n_tokens - len(rows) : self._n_before + n_tokens] = rows
+
+    def _start(self, n_layers: int, n_tokens: int, n_used: int) -> None:
+        shape = (n_layers, n_tokens, n_used)
         fresh = np.full(shape, -1, np.int32)
         self._n_before = self.ids.shape[1]
         self.ids = np.concatenate([self.ids, fresh], axis=1) if self._n_before else fresh

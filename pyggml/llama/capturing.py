@@ -1,0 +1,161 @@
+"""The device that graphs are captured with, and what is changed of llama.cpp's own CPU device for that; in the child.
+
+The scheduler of llama.cpp asks devices what they support. While a model is loaded and a context is made, the devices
+here answer as cards that run everything in their own memory, and the CPU answers for itself: placement and choices are
+those of a real run. Then the answers are *relaxed*: the devices can use any memory and the CPU runs nothing. A graph
+is then one split without copies, and no source of a node is rewritten. Nothing is ever computed.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..backends.libggml.library import Handle
+from .device import CPUHooks, Functions, PythonDevice, keep_for_ever
+from .library import LlamaLibrary
+
+__all__ = ["CapturingCPU", "CapturingDevice", "Watcher"]
+
+_ALIGNMENT = 128
+#: Addresses of device memory start here; no process has memory there.
+_NOWHERE = 1 << 44
+_STEP = 1 << 16
+
+
+class Watcher(Protocol):
+    """Is told what llama.cpp asks devices, and decides whether answers are relaxed."""
+
+    is_relaxed: bool
+
+    def asked(self, device: str, tensor: Handle, answer: bool) -> None:
+        """Take note of a question whether a device supports an op."""
+
+    def computed(self, graph: Handle) -> None:
+        """Take note of a graph that is to be computed."""
+
+    def failed(self, error: BaseException) -> None:
+        """Take note of an exception in one of these."""
+
+
+class CapturingDevice(PythonDevice):
+    """A card that runs everything, and computes nothing.
+
+    Parameters
+    ----------
+    free, total : int
+        Bytes of its memory.
+    min_batch : int or None
+        Rows from which on it offers to run an op whose weight is in host memory; None: it never does.
+    watcher : Watcher
+        See there.
+    """
+
+    def __init__(
+        self, library: LlamaLibrary, name: str, *, free: int, total: int, min_batch: int | None, watcher: Watcher
+    ) -> None:
+        self.watcher, self.free, self.total, self.min_batch = watcher, free, total, min_batch
+        self._next = _NOWHERE
+        self._op_names: dict[int, str] = {}
+        self._bases: dict[int, int] = {}
+        super().__init__(library, name)
+
+    def _functions(self) -> dict[str, Functions]:
+        return {
+            "buffer_type": {
+                "alloc_buffer": self._alloc_buffer,
+                "get_alignment": lambda _: _ALIGNMENT,
+                "is_host": lambda _: self.watcher.is_relaxed,
+            },
+            "buffer": {
+                "get_base": lambda buffer: self._bases.get(buffer, _NOWHERE),
+                "memset_tensor": lambda *_: None,
+                "set_tensor": lambda *_: None,
+                "get_tensor": lambda *_: None,
+                "clear": lambda *_: None,
+            },
+            "backend": {"graph_compute": self._compute},
+            "device": {
+                "supports_op": self._supports_op,
+                "supports_buft": lambda _, buft: self.watcher.is_relaxed or buft == self.buft,
+                "offload_op": self._offload_op,
+            },
+        }
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and in all."""
+        return self.free, self.total
+
+    def failed(self, error: BaseException) -> None:
+        """Hand an exception to the watcher."""
+        self.watcher.failed(error)
+
+    def _alloc_buffer(self, _: Handle, size: int) -> Handle:
+        made = self.new_buffer(size)
+        self._bases[self.library.address(made)] = self._next
+        self._next += -(-(size + 1) // _STEP) * _STEP
+        return made
+
+    def _supports_op(self, _: Handle, tensor: Handle) -> bool:
+        self.watcher.asked(self.name, tensor, True)
+        return True
+
+    def _offload_op(self, _: Handle, tensor: Handle) -> bool:
+        """Mirrors the rule of ggml's CUDA device (`get_op_batch_size`)."""
+        if self.min_batch is None:
+            return False
+        op = self._op_names.get(tensor.op)
+        if op is None:
+            op = self._op_names[tensor.op] = self.library.text(self.library.lib.ggml_op_name(tensor.op))
+        ne = tensor.ne
+        if op == "GET_ROWS":
+            n = 0
+        elif op == "MUL_MAT":
+            n = ne[1]
+        elif op in ("MUL_MAT_ID", "ROPE", "ROPE_BACK"):
+            n = ne[2]
+        else:
+            n = ne[1] * ne[2] * ne[3]
+        return bool(n >= self.min_batch)
+
+    def _compute(self, _: int, graph: Handle) -> int:
+        self.watcher.computed(graph)
+        return 0
+
+
+class CapturingCPU(CPUHooks):
+    """What llama.cpp asks its CPU is watched, and nothing is computed.
+
+    Attributes
+    ----------
+    watcher : Watcher
+        May be changed at any time.
+    """
+
+    def __init__(self, library: LlamaLibrary, watcher: Watcher) -> None:
+        self.watcher = watcher
+        compute = library.ffi.callback("int(void *, void *)", self._compute)
+        keep_for_ever(compute)
+        self._compute_pointer = library.ffi.cast("void *", compute)
+        super().__init__(library)
+
+    def _functions(self) -> Functions:
+        return {"supports_op": self._supports_op, "init_backend": self._init_backend}
+
+    def failed(self, error: BaseException) -> None:
+        """Hand an exception to the watcher."""
+        self.watcher.failed(error)
+
+    def _supports_op(self, device: Handle, tensor: Handle) -> bool:
+        answer = not self.watcher.is_relaxed and bool(self.original["supports_op"](device, tensor))
+        self.watcher.asked("CPU", tensor, answer)
+        return answer
+
+    def _init_backend(self, device: Handle, params: Handle) -> Handle:
+        made = self.original["init_backend"](device, params)
+        slot = self.library.interfaces.backend.slots["graph_compute"]
+        self.library.ffi.cast("void **", made)[slot] = self._compute_pointer
+        return made
+
+    def _compute(self, _: Handle, graph: Handle) -> int:
+        self.watcher.computed(graph)
+        return 0

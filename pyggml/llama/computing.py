@@ -1,0 +1,466 @@
+"""A device of pyggml as a device of llama.cpp: its memory, its kernels, its streams and events; in the child.
+
+llama.cpp's scheduler calls the device through the slots of ggml's interfaces; each call becomes the call of the same
+name of `Device`, `Backend` or `Buffer`, and is told to a `Ledger`. Addresses in ggml's tensors are the device's own, so C code
+that takes them for host memory dies at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..backend import Backend, Device, Event
+from ..backends.host.machine import HostBlock, HostBuffer, available_cores
+from ..backends.host.race_watch import HOST, accesses_of
+from ..backends.libggml.library import Handle
+from ..buffer import Buffer, BufferType
+from ..errors import BackendError, PyggmlError
+from ..tensor import Tensor
+from ..types import BufferUsage
+from .device import CPUHooks, Functions, PythonDevice, functions_of, keep_for_ever, put
+from .ledger import Ledger
+from .library import LlamaLibrary
+from .slots import N_WORDS
+from .tensors import Translator
+
+__all__ = ["ComputingCPU", "ComputingDevice", "HostMemory", "Machine"]
+
+_WEIGHTS = 1  # upstream's `GGML_BACKEND_BUFFER_USAGE_WEIGHTS`
+
+
+class HostMemory:
+    """Which of llama.cpp's buffers are host memory, and where.
+
+    Attributes
+    ----------
+    pageable, pinned : HostBuffer
+        Stand for any buffer of the CPU's, and of the first device's host memory.
+    weights : HostBuffer
+        Stands for weights in host memory that is not pinned.
+    """
+
+    def __init__(self, library: LlamaLibrary, cpu: Device) -> None:
+        self.library = library
+        self._buffers: dict[int, tuple[int, int, str]] = {}  # base, size, name, by address of the buffer
+        self._results = 0
+        self.pageable = _stand_in(cpu.buffer_type)
+        self.weights = _stand_in(cpu.buffer_type, BufferUsage.WEIGHTS)
+        self.pinned = self.pinned_weights = self.pageable
+
+    def use_pinned(self, buft: BufferType) -> None:
+        """Take a buffer type for pinned memory."""
+        self.pinned, self.pinned_weights = _stand_in(buft), _stand_in(buft, BufferUsage.WEIGHTS)
+
+    def add(self, buffer: Handle, name: str) -> None:
+        """Take note of a buffer."""
+        lib = self.library.lib
+        base = self.library.address(lib.ggml_backend_buffer_get_base(buffer))
+        self._buffers[self.library.address(buffer)] = base, lib.ggml_backend_buffer_get_size(buffer), name
+
+    def remove(self, address: int) -> None:
+        """Take note that a buffer was given back."""
+        self._buffers.pop(address, None)
+
+    def holds_results(self) -> None:
+        """Take note that the latest buffer is for logits."""
+        self._results = next(reversed(self._buffers), 0)
+
+    def at(self, address: int) -> HostBuffer:
+        """Return what stands for the buffer that an address lies in."""
+        for buffer, (base, size, name) in self._buffers.items():
+            if base <= address < base + size:
+                usage = self.library.lib.ggml_backend_buffer_get_usage(self.library.pointer(buffer))
+                return self._stand_in_of(name, usage)
+        return self.pageable
+
+    def of(self, buffer: int) -> HostBuffer:
+        """Return what stands for a buffer, of any address."""
+        _, _, name = self._buffers.get(buffer, (0, 0, ""))
+        return self._stand_in_of(name, self.library.lib.ggml_backend_buffer_get_usage(self.library.pointer(buffer)))
+
+    def _stand_in_of(self, name: str, usage: int) -> HostBuffer:
+        if name == self.pinned.buft.name and self.pinned is not self.pageable:
+            return self.pinned_weights if usage == _WEIGHTS else self.pinned
+        return self.weights if usage == _WEIGHTS else self.pageable
+
+    def sizes(self) -> list[tuple[str, int, int]]:
+        """Return name, size and usage of each buffer but the one for logits."""
+        lib, pointer = self.library.lib, self.library.pointer
+        return [
+            (name, size, lib.ggml_backend_buffer_get_usage(pointer(buffer)))
+            for buffer, (_, size, name) in self._buffers.items()
+            if buffer != self._results
+        ]
+
+
+def _stand_in(buft: BufferType, usage: BufferUsage | None = None) -> HostBuffer:
+    made = HostBuffer(buft, 0, 1 << 62, object())
+    if usage is not None:
+        made.set_usage(usage)
+    return made
+
+
+class Machine:
+    """All devices of pyggml that llama.cpp has in this process, and what they share.
+
+    Attributes
+    ----------
+    devices : list of ComputingDevice
+    error : BaseException or None
+        The first exception that ended a call of llama.cpp's since it was last taken.
+    """
+
+    def __init__(self, library: LlamaLibrary, cpu: Device) -> None:
+        self.library = library
+        self.host = HostMemory(library, cpu)
+        self.translator = Translator(library, self.buffer_of)
+        self.devices: list[ComputingDevice] = []
+        self.buffers: dict[int, Buffer] = {}
+        self.streams: dict[int, tuple[int, Backend]] = {}
+        self.events: dict[int, tuple[int, int, Event]] = {}
+        self.error: BaseException | None = None
+        self.ledger: Ledger
+
+    def buffer_of(self, address: int) -> Buffer:
+        """Return what a buffer of ggml's is here."""
+        return self.buffers.get(address) or self.host.of(address)
+
+    def failed(self, error: BaseException) -> None:
+        """Keep the first exception: what follows from it is no news."""
+        if self.error is None:
+            self.error = error
+
+    def take_error(self) -> BaseException | None:
+        """Return the first exception since the last time, as an error of our tree, and forget it."""
+        error, self.error = self.error, None
+        if error is None or isinstance(error, PyggmlError):
+            return error
+        made = BackendError("llama", f"a callback raised {type(error).__name__}: {error}")
+        made.__cause__ = error
+        return made
+
+
+class ComputingDevice(PythonDevice):
+    """A device of pyggml in llama.cpp's registry.
+
+    Parameters
+    ----------
+    index : int
+        Of the machine's.
+    threads : int, optional
+        That stand for a simulated device.
+    """
+
+    is_async = has_events = True
+
+    def __init__(self, machine: Machine, device: Device, index: int, *, threads: int | None = None) -> None:
+        self.machine, self.device, self.index, self.threads = machine, device, index, threads
+        self._n_events = 0
+        self._host_words: Handle = None
+        self._events: dict[int, Handle] = {}
+        super().__init__(machine.library, device.buffer_type.name)
+        machine.devices.append(self)
+
+    def _functions(self) -> dict[str, Functions]:
+        buft = self.device.buffer_type
+        return {
+            "buffer_type": {
+                "alloc_buffer": self._alloc_buffer,
+                "get_alignment": lambda _: buft.alignment,
+                "get_alloc_size": self._alloc_size,
+                "is_host": lambda _: False,
+            },
+            "buffer": {
+                "free_buffer": self._free_buffer,
+                "get_base": lambda buffer: self.machine.buffers[buffer].base,
+                "memset_tensor": self._memset,
+                "set_tensor": self._set,
+                "get_tensor": self._get,
+                "cpy_tensor": self._copy,
+                "clear": lambda buffer, value: self.machine.buffers[buffer].clear(value),
+            },
+            "backend": {
+                "set_tensor_async": self._set_async,
+                "get_tensor_async": self._get_async,
+                "cpy_tensor_async": self._copy_async,
+                "synchronize": self._synchronize,
+                "graph_compute": self._compute,
+                "event_record": self._event_record,
+                "event_wait": self._event_wait,
+            },
+            "device": {
+                "get_host_buffer_type": lambda _: self.host_buft,
+                "supports_op": lambda _, t: self.machine.translator.ask(t, self.device.supports_op),
+                "supports_buft": lambda _, buft: buft == self.buft,
+                "offload_op": lambda _, t: self.device.offload_op(self.machine.translator.tensor(t, has_op=True)),
+                "event_new": self._event_new,
+                "event_free": self._event_free,
+                "event_synchronize": self._event_synchronize,
+            },
+        }
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and in all."""
+        return self.device.memory()
+
+    def failed(self, error: BaseException) -> None:
+        """Hand an exception to the machine."""
+        self.machine.failed(error)
+
+    # -- memory --------------------------------------------------------------
+
+    def _alloc_buffer(self, _: Handle, size: int) -> Handle:
+        buffer = self.device.buffer_type.alloc_buffer(size)
+        made = self.new_buffer(size)
+        self.machine.buffers[self.library.address(made)] = buffer
+        return made
+
+    def _free_buffer(self, address: int) -> None:
+        self.machine.buffers.pop(address).close()
+
+    def _alloc_size(self, _: Handle, t: Handle) -> int:
+        translator = self.machine.translator
+        if translator.is_quantized(t):
+            return self.device.buffer_type.alloc_size(translator.tensor(t))
+        return int(self.library.lib.ggml_nbytes(t))
+
+    @property
+    def host_buft(self) -> Handle:
+        """Host memory of the device's own kind, made when first asked for; null if it has no such."""
+        buft = self.device.host_buffer_type
+        if buft is None:
+            return self.ffi.NULL
+        if self._host_words is None:
+            self._host_words = _pinned_type(self, buft)
+        return self.ffi.cast("void *", self._host_words)
+
+    # -- copies --------------------------------------------------------------
+
+    def _placed(self, t: Handle) -> tuple[Tensor, Buffer]:
+        tensor = self.machine.translator.tensor(t)
+        assert tensor.buffer is not None
+        return tensor, tensor.buffer
+
+    def _memset(self, _: int, t: Handle, value: int, offset: int, size: int) -> None:
+        tensor, buffer = self._placed(t)
+        buffer.memset_tensor(tensor, value, offset, size)
+
+    def _set(self, _: int, t: Handle, data: int, offset: int, size: int) -> None:
+        tensor, buffer = self._placed(t)
+        start_s = self.machine.ledger.now()
+        buffer.set_tensor(tensor, data, offset, size)
+        self.machine.ledger.wrote(self.index, tensor, data, offset, size, start_s, is_async=False)
+
+    def _get(self, _: int, t: Handle, data: int, offset: int, size: int) -> None:
+        tensor, buffer = self._placed(t)
+        start_s = self.machine.ledger.now()
+        buffer.get_tensor(tensor, data, offset, size)
+        self.machine.ledger.read(self.index, tensor, data, size, start_s, is_async=False)
+
+    def _copy(self, _: int, src: Handle, dst: Handle) -> bool:
+        (source, _buffer), (target, buffer) = self._placed(src), self._placed(dst)
+        start_s = self.machine.ledger.now()
+        if not buffer.cpy_tensor(source, target):
+            return False
+        self.machine.ledger.moved(None, self.index, source, target, start_s, is_async=False)
+        return True
+
+    def _set_async(self, stream: int, t: Handle, data: int, offset: int, size: int) -> None:
+        tensor, _ = self._placed(t)
+        start_s = self.machine.ledger.now()
+        self.machine.streams[stream][1].set_tensor_async(tensor, data, offset, size)
+        self.machine.ledger.wrote(self.index, tensor, data, offset, size, start_s, is_async=True)
+
+    def _get_async(self, stream: int, t: Handle, data: int, offset: int, size: int) -> None:
+        tensor, _ = self._placed(t)
+        start_s = self.machine.ledger.now()
+        self.machine.streams[stream][1].get_tensor_async(tensor, data, offset, size)
+        self.machine.ledger.read(self.index, tensor, data, size, start_s, is_async=True)
+
+    def _copy_async(self, stream_src: int, stream_dst: int, src: Handle, dst: Handle) -> bool:
+        source = self.machine.streams.get(stream_src)
+        if source is None:
+            return False
+        start_s = self.machine.ledger.now()
+        tensors = self._placed(src)[0], self._placed(dst)[0]
+        if not self.machine.streams[stream_dst][1].cpy_tensor_async(source[1], *tensors):
+            return False
+        self.machine.ledger.moved(source[0], self.index, *tensors, start_s, is_async=True)
+        return True
+
+    # -- streams -------------------------------------------------------------
+
+    def stream_made(self, address: int) -> None:
+        """Open a stream of the device."""
+        open_stream: Callable[..., Backend] = self.device.backend
+        threads = available_cores() if self.threads is None else self.threads
+        self.machine.streams[address] = self.index, open_stream(threads=threads)
+
+    def stream_freed(self, address: int) -> None:
+        """Close the stream."""
+        _, stream = self.machine.streams.pop(address)
+        stream.synchronize()
+        stream.close()
+
+    def _synchronize(self, stream: int) -> None:
+        start_s = self.machine.ledger.now()
+        self.machine.streams[stream][1].synchronize()
+        self.machine.ledger.waited("synchronize", self.index, None, start_s)
+
+    def _compute(self, stream: int, graph: Handle) -> int:
+        machine = self.machine
+        if machine.error is not None:
+            return -1
+        view = machine.translator.view(graph)
+        start_s = machine.ledger.now()
+        machine.streams[stream][1].graph_compute(view)
+        machine.ledger.launched(self.index, view, machine.translator.place(graph), start_s)
+        return 0
+
+    # -- events --------------------------------------------------------------
+
+    def _event_new(self, _: Handle) -> Handle:
+        event = self.device.event_new()
+        if event is None:
+            return self.ffi.NULL
+        made = self.ffi.new("void *[2]", [self.handle, self.ffi.NULL])
+        address = self.library.address(made)
+        self._events[address] = made
+        self.machine.events[address] = self.index, self._n_events % self.machine.ledger.n_copies, event
+        self._n_events += 1
+        return self.ffi.cast("void *", made)
+
+    def _event_free(self, _: Handle, address: int) -> None:
+        self.machine.events.pop(address, None)
+        self._events.pop(address, None)
+
+    def _event_record(self, stream: int, address: int) -> None:
+        _, copy, event = self.machine.events[address]
+        start_s = self.machine.ledger.now()
+        self.machine.streams[stream][1].event_record(event)
+        self.machine.ledger.recorded_event(self.index, copy, start_s)
+
+    def _event_wait(self, stream: int, address: int) -> None:
+        _, copy, event = self.machine.events[address]
+        start_s = self.machine.ledger.now()
+        self.machine.streams[stream][1].event_wait(event)
+        self.machine.ledger.waited("event_wait", self.index, copy, start_s)
+
+    def _event_synchronize(self, _: Handle, address: int) -> None:
+        of, copy, event = self.machine.events[address]
+        start_s = self.machine.ledger.now()
+        event.synchronize()
+        self.machine.ledger.waited("event_synchronize", of, copy, start_s)
+
+
+def _pinned_type(device: ComputingDevice, buft: BufferType) -> Handle:
+    """Return a buffer type of ggml's for host memory of a device of ours; its buffers are the CPU's but for their type.
+
+    Notes
+    -----
+    Mirrors `ggml_backend_cuda_host_buffer_type`.
+    """
+    library, host = device.library, device.machine.host
+    ffi, lib, at = library.ffi, library.lib, library.interfaces
+    words = ffi.new("void *[]", N_WORDS)
+    name = ffi.new("char[]", buft.name.encode())
+    blocks: dict[int, HostBlock] = {}
+    freeing = ffi.new("struct iface *")
+    host.use_pinned(buft)
+
+    def alloc(_: Handle, size: int) -> Handle:
+        block = HostBlock(size, owner=buft.name, purpose="a buffer")
+        made = lib.ggml_backend_cpu_buffer_from_ptr(library.pointer(block.address), size)
+        own = ffi.cast("void **", made)
+        own[at.buffer.fields["buft"]] = ffi.cast("void *", words)
+        own[at.buffer.slots["free_buffer"]] = freeing.word[at.buffer.slots["free_buffer"]]
+        blocks[library.address(made)] = block
+        host.add(made, buft.name)
+        return made
+
+    def free(address: int) -> None:
+        host.remove(address)
+        blocks.pop(address).close()
+
+    put(library, freeing.word, "buffer", {"free_buffer": free}, device.failed)
+    functions: Functions = {
+        "get_name": lambda _: name, "alloc_buffer": alloc, "get_alignment": lambda _: buft.alignment,
+        "is_host": lambda _: True,
+    }  # fmt: skip
+    put(library, words, "buffer_type", functions, device.failed)
+    words[at.buffer_type.fields["device"]] = device.handle
+    keep_for_ever((words, name, freeing, blocks))
+    return words
+
+
+class ComputingCPU(CPUHooks):
+    """llama.cpp's own CPU: it computes as ever, and what it computes and holds is told to the ledger."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        super().__init__(machine.library)
+        library = machine.library
+        self._hook_memory(library, library.lib.ggml_backend_cpu_buffer_type())
+
+    def _functions(self) -> Functions:
+        return {"init_backend": self._init_backend, "buffer_from_host_ptr": self._from_host}
+
+    def failed(self, error: BaseException) -> None:
+        """Hand an exception to the machine."""
+        self.machine.failed(error)
+
+    def _hook_memory(self, library: LlamaLibrary, buft: Handle) -> None:
+        words = library.ffi.cast("void **", buft)
+        name = library.text(library.lib.ggml_backend_buft_name(buft))
+        alloc = functions_of(library, words, "buffer_type", ["alloc_buffer"])["alloc_buffer"]
+
+        def allocate(buft: Handle, size: int) -> Handle:
+            return self._added(alloc(buft, size), name)
+
+        put(library, words, "buffer_type", {"alloc_buffer": allocate}, self.failed)
+
+    def _from_host(self, device: Handle, pointer: Handle, size: int, largest: int) -> Handle:
+        made = self.original["buffer_from_host_ptr"](device, pointer, size, largest)
+        lib = self.library.lib
+        return self._added(made, self.library.text(lib.ggml_backend_buft_name(lib.ggml_backend_buffer_get_type(made))))
+
+    def _added(self, buffer: Handle, name: str) -> Handle:
+        """Take note of a buffer, and of its end."""
+        library = self.library
+        if buffer == library.ffi.NULL:
+            return buffer
+        self.machine.host.add(buffer, name)
+        words = library.ffi.cast("void **", buffer)
+        slot = library.interfaces.buffer.slots["free_buffer"]
+        free: Any = None
+        if words[slot] != library.ffi.NULL:
+            free = functions_of(library, words, "buffer", ["free_buffer"])["free_buffer"]
+
+        def freed(address: int) -> None:
+            self.machine.host.remove(address)
+            if free is not None:
+                free(address)
+
+        put(library, words, "buffer", {"free_buffer": freed}, self.failed)
+        return buffer
+
+    def _init_backend(self, device: Handle, params: Handle) -> Handle:
+        made = self.original["init_backend"](device, params)
+        words = self.library.ffi.cast("void **", made)
+        compute = functions_of(self.library, words, "backend", ["graph_compute"])["graph_compute"]
+
+        def computing(stream: int, graph: Handle) -> int:
+            machine = self.machine
+            if machine.error is not None:
+                return -1
+            view = machine.translator.view(graph)
+            if HOST.is_busy:
+                HOST.by_host(accesses_of(view))
+            start_s = machine.ledger.now()
+            status = int(compute(stream, graph))
+            machine.ledger.launched(machine.ledger.cpu, view, machine.translator.place(graph), start_s)
+            return status
+
+        put(self.library, words, "backend", {"graph_compute": computing}, self.failed)
+        return made

@@ -1,0 +1,379 @@
+"""A model and a context in llama.cpp that compute on devices of pyggml; in the child.
+
+One model in a process: requests come from `pyggml.llama.model.LlamaModel`, and answers are plain data and numpy arrays.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backend import REGISTRY, Device
+from ..backends.host.machine import available_cores
+from ..backends.sim.device import SimDevice
+from ..clock import VirtualClock
+from ..cost import DeviceProfile, parse_profile
+from ..errors import BackendError, ComputeError, DeviceUnavailableError, GraphError, ModelError, PyggmlError, SchedError
+from ..models.kv_cache import CacheFullError
+from .computing import ComputingCPU, ComputingDevice, Machine
+from .ledger import Ledger
+from .library import LlamaLibrary
+from .params import context_params, model_params
+
+__all__ = ["Engine"]
+
+Message = dict[str, Any]  # what a request or an answer holds
+Outputs = Literal["last", "all", "none"]
+
+#: Tokens of a text at most, at first; more room is made where it does not fit.
+_PIECE_BYTES = 256
+#: The ids of the experts that a layer chose, and its number.
+_CHOSEN = re.compile(rb"ffn_moe_topk-(\d+)")
+_USAGES = {0: "kv_cache", 1: "weights", 2: "compute"}
+#: What `llama_decode` returns.
+_STATUS = {
+    1: "found no room in the cache",
+    2: "was aborted",
+    -1: "refused the batch",
+    -2: "could not allocate its graph",
+    -3: "could not compute its graph",
+}
+
+
+class Engine:
+    """llama.cpp in this process; see the module's text.
+
+    Parameters
+    ----------
+    path : Path
+        The library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.library = LlamaLibrary(path)
+        self.ffi, self.lib = self.library.ffi, self.library.lib
+        self.lines: list[str] = []
+        self.library.on_line = self._take_line
+        self.cpu = REGISTRY.open("cpu")
+        self.machine = Machine(self.library, self.cpu)
+        self.devices: list[Device] = []
+        self._model = self._ctx = self._vocab = self.ffi.NULL
+        self._path = ""
+        self._kept: list[Any] = []
+        self._chosen: list[dict[int, npt.NDArray[np.int32]]] = []
+
+    def _take_line(self, line: str) -> None:
+        self.lines.append(line)
+        if "output buffer size" in line:
+            self.machine.host.holds_results()
+
+    def answer(self, request: Message) -> Any:
+        """Return the answer to a request.
+
+        Raises
+        ------
+        PyggmlError
+            As the method of the request's name says.
+        """
+        do = request["do"]
+        if do == "open":
+            return self.open(request)
+        if self._ctx == self.ffi.NULL:
+            raise SchedError("no model is open in the child")
+        methods: dict[str, Callable[..., Any]] = {
+            "decode": self.decode, "keep": self.keep, "tokenize": self.tokenize, "pieces": self.pieces,
+            "device": self.device, "state": self.state,
+        }  # fmt: skip
+        arguments = {k: v for k, v in request.items() if k not in ("do", "model", "timeout_s")}
+        return methods[do](**arguments)
+
+    # -- opening -------------------------------------------------------------
+
+    def open(self, request: Message) -> Message:
+        """Load a model onto devices and make a context.
+
+        Raises
+        ------
+        ModelError
+            llama.cpp refuses the model or the flags.
+        PyggmlError
+            A device failed: `OutOfMemoryError` where it has not enough memory.
+        """
+        if self._path:
+            raise SchedError("the child has a model already", hint="open another LlamaModel, which has its own child")
+        self._path = request["model"]
+        self.devices = [_open_device(**about) for about in request["devices"]]
+        profiles = [d.profile for d in self.devices]
+        clock = None
+        known = [p for p in profiles if p is not None]
+        if request["host"] is not None and known and len(known) == len(profiles):
+            clock = VirtualClock([*known, request["host"]])
+        self.machine.ledger = Ledger(
+            [*self.devices, self.cpu], self.machine.host.at, clock=clock, takes_records=request["takes_records"]
+        )
+        self.threads = request["threads"] or available_cores()
+        made = [ComputingDevice(self.machine, d, i, threads=self.threads) for i, d in enumerate(self.devices)]
+        self._hooks = ComputingCPU(self.machine)
+        self._load(request, made)
+        self._make_context(request)
+        return self.facts()
+
+    def _load(self, request: Message, devices: Sequence[ComputingDevice]) -> None:
+        lib = self.lib
+        bufts = {d.name: d.buft for d in devices} | {"CPU": lib.ggml_backend_cpu_buffer_type()}
+        bufts |= {d.device.host_buffer_type.name: d.host_buft for d in devices if d.device.host_buffer_type is not None}
+        p, kept = model_params(self.library, request["placement"], [d.handle for d in devices], bufts)
+        p.load_mode = int(request["use_mmap"])
+        self._kept = kept
+        self._model = lib.llama_model_load_from_file(self._path.encode(), p)
+        self._raise_of("load the model")
+        if self._model == self.ffi.NULL:
+            raise self._refusal("does not load the model")
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self.n_vocab = lib.llama_vocab_n_tokens(self._vocab)
+
+    def _make_context(self, request: Message) -> None:
+        p = context_params(self.library, request["context"], threads=self.threads)
+        if request["watches_experts"]:
+            self._see = self.ffi.callback("bool(struct ggml_tensor *, bool, void *)", self._seen, onerror=self._failed)
+            p.cb_eval = self.ffi.cast("void *", self._see)
+        self._ctx = self.lib.llama_init_from_model(self._model, p)
+        self._raise_of("make a context")
+        if self._ctx == self.ffi.NULL:
+            raise self._refusal("does not make a context")
+        self._memory = self.lib.llama_get_memory(self._ctx)
+
+    def _failed(self, _: object, error: BaseException, __: object) -> None:
+        self.machine.failed(error)
+
+    def _seen(self, t: Any, ask: bool, _: Any) -> bool:
+        """Take the experts that a layer chose, as llama.cpp's eval callback."""
+        found = _CHOSEN.fullmatch(self.ffi.string(t.name))
+        if ask:
+            return found is not None
+        if found is not None:
+            whole = np.empty(self.lib.ggml_nbytes(t) // 4, np.int32)
+            with self.machine.ledger.looks_away():
+                self.lib.ggml_backend_tensor_get(t, self.ffi.from_buffer(whole), 0, whole.nbytes)
+            rows = np.lib.stride_tricks.as_strided(whole, (t.ne[1], t.ne[0]), (t.nb[1], t.nb[0]))
+            layer = int(found[1])
+            if not self._chosen or layer in self._chosen[-1]:
+                self._chosen.append({})
+            self._chosen[-1][layer] = rows.copy()
+        return True
+
+    def _raise_of(self, what: str) -> None:
+        """Raise the exception that a callback ended with, if one did."""
+        error = self.machine.take_error()
+        if error is not None:
+            if isinstance(error, PyggmlError) and hasattr(error, "add_note"):
+                error.add_note(f"llama.cpp was about to {what}")
+            raise error
+
+    def _refusal(self, what: str) -> ModelError:
+        """Return llama.cpp's own reason; what it says at the end sums up what it said before."""
+        said = [line.strip() for line in self.lines if re.search(r"error|failed|unsupported|missing|invalid", line)]
+        return ModelError(self._path, f"llama.cpp {what}", words=re.sub(r"^\w+: ", "", said[0]) if said else "")
+
+    def facts(self) -> Message:
+        """Return what is known once a model is open."""
+        lib = self.lib
+        return {
+            "build": self.library.text(lib.llama_version()) if self.library.has("llama_version") else "",
+            "ggml": self.library.version,
+            "n_vocab": self.n_vocab,
+            "n_ctx": lib.llama_n_ctx(self._ctx),
+            "n_batch": lib.llama_n_batch(self._ctx),
+            "n_ubatch": lib.llama_n_ubatch(self._ctx),
+            "n_seq_max": lib.llama_n_seq_max(self._ctx),
+            "eog": [t for t in range(self.n_vocab) if lib.llama_vocab_is_eog(self._vocab, t)],
+            "memory": self.memory(),
+        } | self.state()
+
+    def memory(self) -> list[tuple[str, str, int]]:
+        """Return buffer types, purposes and bytes of all that is held."""
+        lib, found = self.lib, []
+        for address, buffer in self.machine.buffers.items():
+            usage = lib.ggml_backend_buffer_get_usage(self.library.pointer(address))
+            found.append((buffer.buft.name, _USAGES[usage], buffer.size))
+        return found + [(name, _USAGES[usage], size) for name, size, usage in self.machine.host.sizes()]
+
+    # -- decoding ------------------------------------------------------------
+
+    def n_past(self, seq: int) -> int:
+        """Return how many tokens of a sequence the context has."""
+        return int(self.lib.llama_memory_seq_pos_max(self._memory, seq)) + 1 if self._has_memory else 0
+
+    @property
+    def _has_memory(self) -> bool:
+        return bool(self._memory != self.ffi.NULL)
+
+    def decode(self, tokens: list[int], outputs: Outputs, seq: int) -> Message:
+        """Evaluate the next tokens of a sequence.
+
+        Raises
+        ------
+        GraphError
+            An id or the sequence is out of bounds; nothing was computed.
+        CacheFullError
+            The tokens do not fit; nothing was computed.
+        ComputeError, BackendError
+            llama.cpp or a device failed; the tokens from the failed micro-batch on are not in the cache.
+        """
+        lib = self.lib
+        n_seq = lib.llama_n_seq_max(self._ctx)
+        if not tokens:
+            raise GraphError("a batch needs at least one token")
+        if not 0 <= min(tokens) <= max(tokens) < self.n_vocab:
+            bad = min(tokens) if min(tokens) < 0 else max(tokens)
+            raise GraphError(f"token {bad} is not in 0..{self.n_vocab - 1}")
+        if not 0 <= seq < n_seq:
+            raise GraphError(f"sequence {seq} is not in 0..{n_seq - 1}")
+        n_past, n_ctx = self.n_past(seq), lib.llama_n_ctx(self._ctx)
+        if n_past + len(tokens) > n_ctx:
+            raise CacheFullError(len(tokens), n_past, n_ctx)
+        n_batch, n_ubatch = lib.llama_n_batch(self._ctx), lib.llama_n_ubatch(self._ctx)
+        rows: list[npt.NDArray[np.float32]] = []
+        batches = []
+        self._chosen = []
+        self.machine.take_error()
+        for first in range(0, len(tokens), n_batch):
+            part = tokens[first : first + n_batch]
+            n_out = len(part) if outputs == "all" else int(outputs == "last" and first + len(part) == len(tokens))
+            cuts = [part[i : i + n_ubatch] for i in range(0, len(part), n_ubatch)]
+            n_outs = [len(c) if outputs == "all" else 0 for c in cuts]
+            if outputs == "last" and n_out:
+                n_outs[-1] = 1
+            starts = [n_past + first + i * n_ubatch for i in range(len(cuts))]
+            self.machine.ledger.begin([(len(c), s, n) for c, s, n in zip(cuts, starts, n_outs, strict=True)])
+            try:
+                rows.append(self._decode(part, n_past + first, n_out, seq))
+            finally:
+                self.machine.ledger.end()
+            batches += self.machine.ledger.batches
+        return {"logits": np.concatenate(rows), "batches": batches, "chosen": self._chosen} | self.state()
+
+    def _decode(self, tokens: list[int], start: int, n_out: int, seq: int) -> npt.NDArray[np.float32]:
+        lib = self.lib
+        batch = lib.llama_batch_init(len(tokens), 0, 1)
+        try:
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
+                batch.seq_id[i][0] = seq
+                batch.logits[i] = i >= len(tokens) - n_out
+            batch.n_tokens = len(tokens)
+            status = lib.llama_decode(self._ctx, batch)
+            lib.llama_synchronize(self._ctx)
+        finally:
+            lib.llama_batch_free(batch)
+        error = self.machine.take_error()
+        if error is not None or status:
+            for device in self.devices:
+                if isinstance(device, SimDevice):
+                    device.finish()
+            self.machine.take_error()
+            if status == 0 and self._has_memory:
+                lib.llama_memory_seq_rm(self._memory, seq, start, -1)
+            raise error or ComputeError(
+                "llama", f"llama_decode {_STATUS.get(status, f'returned {status}')}", status=status
+            )
+        if not n_out:
+            return np.empty((0, self.n_vocab), np.float32)
+        bytes_ = self.ffi.buffer(lib.llama_get_logits(self._ctx), 4 * n_out * self.n_vocab)
+        return np.frombuffer(bytes_, np.float32).reshape(n_out, self.n_vocab).copy()
+
+    def keep(self, n_past: int, seq: int) -> Message:
+        """Forget a sequence's tokens from a position on; the answer says whether that was possible."""
+        is_done = not self._has_memory or bool(self.lib.llama_memory_seq_rm(self._memory, seq, n_past, -1))
+        return {"is_done": is_done} | self.state()
+
+    def _reaches_back_to(self, seq: int) -> int:
+        """Return the first position to which a sequence can go back: a recurrent state goes back to none but its own."""
+        if not self._has_memory:
+            return 0
+        first = int(self.lib.llama_memory_seq_pos_min(self._memory, seq))
+        return first + 1 if first > 0 else 0
+
+    def state(self) -> Message:
+        """Return counters, the clock, and the records since the last time."""
+        ledger = self.machine.ledger
+        seqs = range(self.lib.llama_n_seq_max(self._ctx))
+        return {
+            "n_past": [self.n_past(seq) for seq in seqs],
+            "reaches_back": [self._reaches_back_to(seq) for seq in seqs],
+            "stats": ledger.stats,
+            "clock": ledger.clock,
+            "records": ledger.take_records(),
+        }
+
+    # -- text ----------------------------------------------------------------
+
+    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        """Return the ids of a text."""
+        data = text.encode()
+        n = len(data) + 8
+        while True:
+            into = self.ffi.new("int32_t[]", n)
+            got = self.lib.llama_tokenize(self._vocab, data, len(data), into, n, add_special, parse_special)
+            if got >= 0:
+                return list(into[0:got])
+            n = -got
+
+    def pieces(self, tokens: list[int], special: bool) -> list[bytes]:
+        """Return the bytes of each id."""
+        found = []
+        for token in tokens:
+            n = _PIECE_BYTES
+            while True:
+                into = self.ffi.new("char[]", n)
+                got = self.lib.llama_token_to_piece(self._vocab, token, into, n, 0, special)
+                if got >= 0:
+                    found.append(bytes(self.ffi.buffer(into, got)))
+                    break
+                n = -got
+        return found
+
+    # -- devices -------------------------------------------------------------
+
+    def device(self, index: int, call: str, arguments: Message) -> Any:
+        """Ask a simulated device, or tell it something: hazards, traffic, faults.
+
+        Raises
+        ------
+        BackendError
+            The device is no simulated one.
+        """
+        device = self.devices[index]
+        if not isinstance(device, SimDevice):
+            raise BackendError(device.name, "is not simulated", hint="name a device such as sim:rtx4090-pcie4")
+        if call in ("hazards", "traffic", "is_lost"):
+            return getattr(device, call)
+        getattr(device, call)(**arguments)
+        return None
+
+
+def _open_device(name: str, index: int, seed: int | None) -> Device:
+    """Return a device of pyggml's by its name.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        There is none, or it cannot be one of llama.cpp's.
+    """
+    kind, _, spec = name.partition(":")
+    if kind == "sim":
+        return SimDevice(_profile(spec), index=index, seed=seed)
+    if kind == "cuda":
+        return REGISTRY.load(kind).open_device(spec, index=index)
+    raise DeviceUnavailableError(
+        name, "such a device cannot be given to llama.cpp", hint="sim:PROFILE and cuda:N can, and the CPU is there"
+    )
+
+
+def _profile(spec: str) -> DeviceProfile:
+    return parse_profile(spec or "rtx4090-pcie4")

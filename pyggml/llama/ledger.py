@@ -1,0 +1,475 @@
+"""What llama.cpp's scheduler does, seen from its devices: statistics, records and virtual time; in the child.
+
+Devices see calls: bytes written, read and moved, graphs to compute, waits. The ledger makes of them what pyggml's own scheduler
+tells of itself, through the same `RunLog`: which split a copy is for, why, and what it costs on a virtual clock. What is needed
+for that is in the calls: a copy's place is named ``SIM0#blk.0.ffn_up_exps.weight#0``, splits of one graph lie one after the other
+in memory, and an expert weight is sent in parts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+
+from ..backend import Device
+from ..backends.host.machine import bytes_at
+from ..buffer import Buffer
+from ..clock import VirtualClock
+from ..graph import GraphView
+from ..record import (
+    AssignRecord,
+    CopyReason,
+    CopyRecord,
+    MicroBatchRecord,
+    Observers,
+    Record,
+    SplitInput,
+    SplitRecord,
+    Statistics,
+    UsedExpertsRecord,
+    WaitRecord,
+)
+from ..sched.experts import used_experts
+from ..sched.ids import IdsSource
+from ..sched.log import RunLog, Wait
+from ..sched.state import Assignment, is_computed
+from ..sched.state import Machine as SchedMachine
+from ..sched.transfer import Transfer
+from ..tensor import Tensor
+from ..types import BufferUsage, Type
+
+__all__ = ["ComputedBatch", "Ledger"]
+
+#: Where a record stands for a split that is not known until it is launched.
+_NEXT = -1
+_POINTER_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedBatch:
+    """What one micro-batch came to; see `pyggml.session.BatchRecord`."""
+
+    n_tokens: int
+    n_outputs: int
+    n_past: int
+    splits: dict[str, int]  #: by backend
+    n_inputs: int
+    n_nodes: int
+    is_reused: bool
+    seconds: float
+    bytes_copied: int
+    bytes_full: int
+    virtual_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """Stands for a `Transfer`: what `RunLog` reads of one."""
+
+    source: Tensor
+    backend_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """Stands for a `Backend`: what `RunLog` reads of one."""
+
+    name: str
+    device: Device
+
+
+class _NoCauses:
+    """Stands for an `Assignment`: llama.cpp does not tell why a node is where it is."""
+
+    def cause_counts(self, _: GraphView) -> tuple[tuple[str, int], ...]:
+        return ()
+
+
+class _Ids(IdsSource):
+    """Knows how many experts the ids of a name choose; a copy's name is its source's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_used: dict[str, int] = {}
+
+    def count(self, node: Tensor) -> float:
+        """Return how many experts a MUL_MAT_ID reads: as copied, else as the default routing has it."""
+        ids = node.src[2]
+        assert ids is not None
+        known = self.n_used.get(_source_name(ids.name))
+        return super().count(node) if known is None else known
+
+
+@dataclass(slots=True)
+class _Split:
+    backend_id: int
+    views: list[GraphView] = field(default_factory=list)
+    inputs: list[tuple[Tensor, CopyReason, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Mark:
+    """Where the counters were."""
+
+    time_s: float
+    virtual_s: float
+    bytes_copied: int
+    bytes_full: int
+
+
+def _source_name(name: str) -> str:
+    """Return the tensor that a split's copy is made of.
+
+    Examples
+    --------
+    >>> _source_name("SIM0#blk.0.ffn_up_exps.weight#0"), _source_name("ffn_out-0")
+    ('blk.0.ffn_up_exps.weight', 'ffn_out-0')
+    """
+    parts = name.split("#")
+    return "#".join(parts[1:-1]) if len(parts) >= 3 else name
+
+
+class Ledger:
+    """Takes calls; see the module's text.
+
+    Parameters
+    ----------
+    devices : sequence of Device
+        In llama.cpp's order, the CPU last.
+    host_at : callable
+        Given an address, returns what stands for the host's buffer there.
+    clock : VirtualClock or None
+        Of the same devices.
+    takes_records : bool
+        Whether records are kept.
+    n_copies : int
+        Events of each scheduler and device (`GGML_SCHED_MAX_COPIES`).
+
+    Attributes
+    ----------
+    stats : Statistics
+        As a `Scheduler` keeps it.
+    batches : list of ComputedBatch
+        Of the latest decode.
+    splits : list of (str, int)
+        Backend of each split of the latest graph, and how many inputs were copied for it.
+    """
+
+    n_copies = 4
+
+    def __init__(
+        self, devices: Sequence[Device], host_at: Any, *, clock: VirtualClock | None, takes_records: bool
+    ) -> None:
+        self.names = [d.name for d in devices]
+        self.cpu = len(devices) - 1
+        self._host_at = host_at
+        self.stats, self.clock, self._ids = Statistics(), clock, _Ids()
+        self.records: list[Record] = []
+        self._takes_records = takes_records
+        self._pending: list[Record] = []  # of the split that is launched next
+        machine = cast(SchedMachine, _Machine([_Named(d.name, d) for d in devices]))
+        observers = Observers([_Taker(self._pending)]) if takes_records else None
+        self._log = RunLog(machine, self.stats, observers, clock, self._ids)
+        self.batches: list[ComputedBatch] = []
+        self._expected: list[tuple[int, int, int]] = []  # tokens, past, outputs of micro-batches to come
+        self._splits: list[_Split] = []
+        self._body: list[Record] = []  # records of the computing at hand
+        self._inputs: list[tuple[Tensor, CopyReason, int]] = []
+        self._made: set[str] = set()  # nodes computed so far
+        self._next_nodes = 0  # where the nodes of the next split of this graph begin
+        self._first: tuple[int, int] = (0, 0)
+        self._is_reused = False
+        self._is_computing = self._looks_away = False
+        self._experts: tuple[str, int] | None = None  # weight that is being sent in parts, and its split
+        self._ids_read: tuple[Tensor, int] | None = None
+        self._used: set[int] = set()
+        self._mark = self._start = self._counters()
+
+    # -- the session's side --------------------------------------------------
+
+    def now(self) -> float:
+        """Return the host's time; 0 if nobody takes records."""
+        return self._log.now()
+
+    def begin(self, parts: Sequence[tuple[int, int, int]]) -> None:
+        """Begin a decode of micro-batches: tokens, tokens in the cache before, and outputs of each."""
+        self.batches, self._expected = [], list(parts)
+        self._mark = self._counters()
+
+    def end(self) -> None:
+        """End a decode: llama.cpp has waited for all."""
+        self._mark = self._counters()
+        self._finish()
+
+    def take_records(self) -> list[Record]:
+        """Return what was recorded since the last time."""
+        records, self.records = self.records + self._pending, []
+        self._pending.clear()
+        return records
+
+    def count_splits(self) -> tuple[dict[str, int], int]:
+        """Return how many splits of the latest graph each backend has, and how many inputs all have."""
+        by_name: dict[str, int] = {}
+        for split in self._splits:
+            name = self.names[split.backend_id]
+            by_name[name] = by_name.get(name, 0) + 1
+        return by_name, sum(len(s.inputs) for s in self._splits)
+
+    @contextmanager
+    def looks_away(self) -> Iterator[None]:
+        """Take no note of reads within the block: they are none of the scheduler's."""
+        self._looks_away = True
+        try:
+            yield
+        finally:
+            self._looks_away = False
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether calls are none of a decode's scheduler."""
+        return self._looks_away or not (self._expected or self._is_computing)
+
+    def _counters(self) -> _Mark:
+        virtual_s = 0.0 if self.clock is None else self.clock.host_s
+        return _Mark(time.perf_counter(), virtual_s, self.stats.bytes_copied, self.stats.bytes_full)
+
+    # -- copies --------------------------------------------------------------
+
+    def wrote(
+        self, index: int, dst: Tensor, address: int, offset: int, size: int, start_s: float, *, is_async: bool
+    ) -> None:
+        """Take note of bytes that came from host memory."""
+        if "#" not in dst.name or self._is_idle:
+            return
+        source = self._source(dst, self._host_at(address))
+        if is_async and source.buffer is not None and source.buffer.usage is BufferUsage.WEIGHTS:
+            self._sent_experts(index, source, offset, size, start_s)
+            return
+        self._copied(index, self.cpu, source, offset, size, start_s, is_async=is_async)
+
+    def moved(
+        self, src_index: int | None, dst_index: int, src: Tensor, dst: Tensor, start_s: float, *, is_async: bool
+    ) -> None:
+        """Take note of a tensor that a device got from another, or from itself (None: the memory's own device)."""
+        if "#" not in dst.name or src_index is None:
+            return
+        self._copied(dst_index, src_index, self._source(dst, src.buffer), 0, src.nbytes, start_s, is_async=is_async)
+
+    def read(self, index: int, src: Tensor, address: int, size: int, start_s: float, *, is_async: bool) -> None:
+        """Take note of bytes that went to host memory: a split's input, or what the host wants to know."""
+        if self._is_idle:
+            return
+        if not is_async:
+            self._copied(self.cpu, index, src, 0, size, start_s, is_async=False)
+            return
+        if src.type is Type.I32:
+            self._ids_read, self._experts = (src, address), None
+        self._log_read(index, src, start_s)
+
+    def _log_read(self, index: int, src: Tensor, start_s: float) -> None:
+        n_waits, n_records = self.stats.n_waits, len(self._pending)
+        self._log.was_read(None, src, index, start_s)
+        self.stats.n_waits = n_waits  # the call that waits comes by itself
+        if self._takes_records:
+            del self._pending[n_records]
+
+    def _source(self, dst: Tensor, buffer: Buffer | None) -> Tensor:
+        """Return what a copy was made of, for reports."""
+        source = Tensor(dst.type, dst.ne, dst.nb, name=_source_name(dst.name), flags=dst.flags)
+        source.buffer = buffer
+        return source
+
+    def _reason(self, source: Tensor) -> CopyReason:
+        if source.buffer is not None and source.buffer.usage is BufferUsage.WEIGHTS:
+            return "weight"
+        return "activation" if source.name in self._made else "input"
+
+    def _copied(
+        self, dst: int, src: int, source: Tensor, offset: int, size: int, start_s: float, *, is_async: bool
+    ) -> None:
+        reason = self._reason(source)
+        self._inputs.append((source, reason, src))
+        sent = cast(Transfer, _Sent(source, dst))
+        self._log.copied(sent, _NEXT, src, reason, start_s, offset, size, source.nbytes, is_async=is_async)
+
+    def _sent_experts(self, index: int, weight: Tensor, offset: int, size: int, start_s: float) -> None:
+        """Take note of experts that were sent; before the first of a weight, of which are used."""
+        key = weight.name, len(self._splits)
+        if self._experts != key:
+            self._experts = key
+            self._inputs.append((weight, "experts", self.cpu))
+            ids = self._read_ids()
+            if ids is not None:
+                self._ids.n_used[_source_name(ids.name)] = len(self._used)
+            self._log.experts(_NEXT, weight, ids, self._used, is_added=False)
+        sent = cast(Transfer, _Sent(weight, index))
+        self._log.copied(sent, _NEXT, self.cpu, "experts", start_s, offset, size, weight.nbytes, is_async=True)
+
+    def _read_ids(self) -> Tensor | None:
+        """Return the ids that llama.cpp read last; what they name is kept."""
+        if self._ids_read is None:
+            self._used = set()
+            return None
+        ids, address = self._ids_read
+        if address:
+            words = np.frombuffer(bytes_at(address, ids.nbytes), np.int32).tolist()
+            strides = ids.nb[0] // 4, ids.nb[1] // 4
+            self._used = used_experts(words, n_used=ids.ne[0], n_token=ids.ne[1], strides=strides)
+            self._ids_read = ids, 0
+        return _renamed(ids, _source_name(ids.name))
+
+    # -- launches and waits --------------------------------------------------
+
+    def launched(self, backend_id: int, view: GraphView, place: tuple[int, int], start_s: float) -> None:
+        """Take note of a graph that was given to a backend: a split, or a part of one.
+
+        Parameters
+        ----------
+        place : (int, int)
+            Where its nodes are listed, and its number; see `Translator.place`.
+        """
+        if self._is_idle:
+            return
+        nodes, uid = place
+        if nodes != self._next_nodes or not self._is_computing:
+            self._finish()
+            self._begin(nodes, uid)
+        if not self._splits or backend_id != self._splits[-1].backend_id or self._inputs:
+            self._splits.append(_Split(backend_id))
+        split = self._splits[-1]
+        split.views.append(view)
+        split.inputs += self._inputs
+        self._inputs = []
+        self._experts = None
+        self._next_nodes = nodes + _POINTER_BYTES * len(view)
+        names = view.memo.get("names")
+        if names is None:
+            names = view.memo["names"] = [n.name for n in view.nodes]
+        self._made.update(names)
+        i_split = len(self._splits) - 1
+        self._log.launched(i_split, backend_id, view, cast(Assignment, _NO_CAUSES), start_s)
+        if self._takes_records:
+            self._body += [_placed(record, i_split) for record in self._pending]
+            self._pending.clear()
+        self._mark = self._counters()
+
+    def waited(self, what: Wait, backend_id: int, copy: int | None, start_s: float) -> None:
+        """Take note of a wait of the host for a backend or its event, or of a backend for its event."""
+        if not self._is_idle:
+            self._log.waited(None, what, backend_id, copy, start_s)
+
+    def recorded_event(self, backend_id: int, copy: int, start_s: float) -> None:
+        """Take note of an event that was recorded after a split."""
+        if self._is_idle:
+            return
+        self._log.recorded_event(max(len(self._splits) - 1, 0), backend_id, copy, start_s)
+
+    # -- computings ----------------------------------------------------------
+
+    def _begin(self, nodes: int, uid: int) -> None:
+        self._is_reused = uid != 0 and (nodes, uid) == self._first
+        self._first = nodes, uid
+        self._is_computing = True
+        self._splits, self._made, self._body = [], set(), []
+        self._ids.n_used.clear()
+        self._start = self._mark
+
+    def _finish(self) -> None:
+        """Close the computing at hand, if there is one: its batch, its plan, its records."""
+        if not self._is_computing:
+            return
+        self._is_computing = False
+        n_tokens, n_past, n_outputs = self._expected.pop(0) if self._expected else (0, 0, 0)
+        start, end = self._start, self._mark
+        by_name, n_inputs = self.count_splits()
+        self.batches.append(
+            ComputedBatch(
+                n_tokens, n_outputs, n_past, by_name, n_inputs, sum(len(v) for s in self._splits for v in s.views),
+                self._is_reused, end.time_s - start.time_s, end.bytes_copied - start.bytes_copied,
+                end.bytes_full - start.bytes_full, None if self.clock is None else end.virtual_s - start.virtual_s,
+            )
+        )  # fmt: skip
+        if self._takes_records:
+            self.records.append(MicroBatchRecord(n_tokens, n_past, n_outputs))
+            if not self._is_reused:
+                self.records += self._plan()
+            self.records += self._body
+            self._body = []
+
+    def _plan(self) -> list[Record]:
+        """Return where each node was computed, and the splits: as seen."""
+        assigned: list[Record] = []
+        splits: list[Record] = []
+        i_start = 0
+        readers: dict[tuple[int, str], list[Tensor]] = {}  # a copy is made once, and later splits may read it, too
+        for split in self._splits:
+            for view in split.views:
+                for node in view.nodes:
+                    for source in node.src:
+                        if source is not None and "#" in source.name:
+                            readers.setdefault((split.backend_id, _source_name(source.name)), []).append(node)
+        for i, split in enumerate(self._splits):
+            nodes = [n for view in split.views for n in view.nodes]
+            computed = [n for n in nodes if is_computed(n)]
+            name = self.names[split.backend_id]
+            assigned += [AssignRecord(n.name, n.op_desc, name, "") for n in computed]
+            inputs = tuple(
+                self._input(t, kind, src, readers.get((split.backend_id, t.name), [])) for t, kind, src in split.inputs
+            )
+            first = computed[0] if computed else None
+            splits.append(
+                SplitRecord(
+                    i, name, i_start, i_start + len(nodes), len(computed), "" if first is None else first.name,
+                    "" if first is None else first.op_desc, "", inputs,
+                )
+            )  # fmt: skip
+            i_start += len(nodes)
+        return assigned + splits
+
+    def _input(self, tensor: Tensor, kind: CopyReason, src: int, readers: list[Tensor]) -> SplitInput:
+        buffer = tensor.buffer
+        return SplitInput(
+            tensor.name, kind, self.names[src], "", "" if buffer is None else buffer.buft.name, tensor.type.ggml_name,
+            tuple(tensor.ne), tensor.nbytes, readers[0].name if readers else "", readers[0].op_desc if readers else "",
+            "", len(readers),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    backends: list[_Named]
+
+
+class _Taker:
+    """Keeps each record in a list of somebody else's."""
+
+    def __init__(self, into: list[Record]) -> None:
+        self.into = into
+
+    def record(self, record: Record) -> None:
+        """Keep one record."""
+        self.into.append(record)
+
+
+_NO_CAUSES = _NoCauses()
+
+
+def _placed(record: Record, i_split: int) -> Record:
+    """Return a record of the split that it turned out to be for."""
+    if isinstance(record, CopyRecord | UsedExpertsRecord) and record.split == _NEXT:
+        return replace(record, split=i_split)
+    if isinstance(record, WaitRecord) and record.split is None:
+        return replace(record, split=i_split)
+    return record
+
+
+def _renamed(tensor: Tensor, name: str) -> Tensor:
+    """Return a tensor of the same kind under another name."""
+    made = Tensor(tensor.type, tensor.ne, tensor.nb, name=name)
+    made.buffer = tensor.buffer
+    return made

@@ -1,0 +1,392 @@
+"""`LlamaModel`: a model in the real llama.cpp, whose devices are pyggml's.
+
+::
+
+    with LlamaModel("model.gguf", devices=["sim:rtx4090-pcie4"]) as model:
+        for id in model.generate(model.tokenize("Once upon a time"), 20):
+            ...
+        model.stats, model.clock.host_s           # what was copied, and how long it would have taken
+
+llama.cpp places weights, builds graphs and schedules them; pyggml's devices hold the memory and run the kernels. It all
+happens in a child process of the model's own, so that whatever llama.cpp does there, an assertion or a crash, ends as a
+`ModelError` here.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from ..backend import REGISTRY
+from ..backends.host.race_watch import Hazard
+from ..backends.sim.memory import Traffic
+from ..clock import VirtualClock
+from ..cost import CPU_PROFILE, DeviceProfile
+from ..errors import AllocError, DeviceUnavailableError, ModelError, SchedError
+from ..generation import Generator
+from ..gguf import GGUFFile, require_model
+from ..models.batch import Outputs
+from ..models.context import ContextFlags
+from ..models.placement import PlacementFlags, parse_overrides, warn_of_unmatched
+from ..models.topk import TopK
+from ..planning import Memory, MemoryRows
+from ..record import AllocPurpose, Recorder, Statistics
+from ..session import BatchRecord
+from .library import find_llama
+from .process import LlamaProcess
+from .source import about_context, about_placement
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from ..backends.sim.faults import Moment
+
+__all__ = ["LlamaModel", "RoutingTaker"]
+
+#: Seconds that loading a model or one decode may take.
+TIMEOUT_S = 600.0
+
+
+class RoutingTaker(Protocol):
+    """Takes the experts that tokens choose."""
+
+    def take(self, chosen: Mapping[int, npt.NDArray[np.int32]], *, seq: int = 0) -> None:
+        """Take those of one micro-batch of a sequence: for each layer, ``(n_token, n_used)``."""
+
+
+class LlamaModel(Generator):
+    """A model and one context in llama.cpp, in a child process.
+
+    Parameters
+    ----------
+    path : path-like
+        The model's file.
+    devices : sequence of str
+        ``sim:PROFILE`` or a card's name, ``cuda:N``; the CPU, which is llama.cpp's own, is there without being asked for.
+    placement : PlacementFlags, optional
+        ``-ngl``, ``-ot``, ``--cpu-moe``, ``-ts``, ...
+    context : ContextFlags, optional
+        ``-c``, ``-b``, ``-ub``, ``-fa``, ...
+    threads : int, optional
+        Of llama.cpp's CPU, and of the kernels that stand for simulated devices; one for each core if not given.
+    seed : int, optional
+        Simulated devices do their work late, in an order drawn from it; see `hazards`.
+    recorder : Recorder, optional
+        Takes a record of each copy, launch and wait of llama.cpp's scheduler.
+    watches_experts : bool
+        llama.cpp's eval callback takes the experts that each layer chooses, for `watcher`; graphs are then computed in parts.
+    host : DeviceProfile or None
+        What llama.cpp's CPU is taken to be on the virtual clock, which there is if all devices have a profile.
+    library : str
+        llama.cpp's shared object or its folder; if empty, what ``PYGGML_LIBLLAMA`` says, else the installed one.
+    timeout_s : float or None
+        Seconds that loading or one decode may take before the child is ended; None: as long as it likes.
+
+    Attributes
+    ----------
+    stats : Statistics
+        What llama.cpp's scheduler copied and computed, counted as a `Scheduler` counts.
+    clock : VirtualClock or None
+        As of the latest call.
+    on_batch : callable or None
+        Told of each micro-batch, as a `BatchRecord`, once its results are there.
+    watcher : RoutingTaker or None
+        Takes the experts of each micro-batch, as a `pyggml.lab.recording.RoutingRecorder` does; see ``watches_experts``.
+    build : str
+        What llama.cpp calls its version.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        There is no llama.cpp, or no such device.
+    FormatError
+        The file is damaged or no model.
+    GraphError
+        A flag cannot be.
+    OutOfMemoryError
+        A device has not enough memory.
+    ModelError
+        llama.cpp refuses the model, fails on it, or took too long.
+    """
+
+    on_batch: Callable[[BatchRecord], None] | None = None
+    watcher: RoutingTaker | None = None
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        devices: Sequence[str] = ("sim:rtx4090-pcie4",),
+        placement: PlacementFlags | None = None,
+        context: ContextFlags | None = None,
+        threads: int | None = None,
+        seed: int | None = None,
+        recorder: Recorder | None = None,
+        watches_experts: bool = False,
+        host: DeviceProfile | None = CPU_PROFILE,
+        library: str = "",
+        timeout_s: float | None = TIMEOUT_S,
+    ) -> None:
+        self.path, self._recorder = Path(path), recorder
+        placement, context = placement or PlacementFlags(), context or ContextFlags()
+        names = [_device_name(d) for d in devices]
+        here = REGISTRY.open_all(names, data=False)
+        with GGUFFile.open(self.path) as file:
+            require_model(file)
+            overrides = parse_overrides(placement, here, REGISTRY.open_all(["cpu"], data=False)[0])
+            warn_of_unmatched(overrides, list(file.tensors))
+            self.metadata = dict(file.metadata)
+        self.device_names = [d.name for d in here]
+        self._use, self._words = threading.Lock(), ""
+        self._process = LlamaProcess(find_llama(library), kind="compute", timeout_s=timeout_s)
+        self._request = {"model": str(self.path.absolute())}
+        kinds = [name.partition(":")[0] for name in names]
+        try:
+            facts = self._process.ask(self._request | {
+                "do": "open",
+                "devices": [{"name": n, "index": kinds[:i].count(kinds[i]), "seed": seed} for i, n in enumerate(names)],
+                "placement": about_placement(placement, here, overrides),
+                "context": about_context(context),
+                "threads": threads,
+                "host": host,
+                "use_mmap": placement.use_mmap,
+                "takes_records": recorder is not None,
+                "watches_experts": watches_experts,
+            })  # fmt: skip
+        except BaseException:
+            self._process.close()
+            raise
+        self.build: str = facts["build"]
+        self.n_vocab, self.n_ctx, self.n_batch = facts["n_vocab"], facts["n_ctx"], facts["n_batch"]
+        self.n_ubatch, self.n_seq_max = facts["n_ubatch"], facts["n_seq_max"]
+        self.eog_ids = frozenset(facts["eog"])
+        self._memory: list[tuple[str, AllocPurpose, int]] = facts["memory"]
+        self.stats, self.clock = Statistics(), None if facts["clock"] is None else VirtualClock(facts["clock"].profiles)
+        self._splits: tuple[dict[str, int], int] = ({}, 0)
+        self._take_state(facts)
+
+    # -- requests ------------------------------------------------------------
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, or its child is gone."""
+        return not self._process.is_alive
+
+    def _ask(self, do: str, **more: object) -> Any:
+        if not self._use.acquire(blocking=False):
+            raise SchedError("another thread uses the model", hint="give each thread a LlamaModel of its own")
+        try:
+            if self.is_closed:
+                raise SchedError(f"the model is closed{self._words}")
+            return self._process.ask({**self._request, "do": do, **more})
+        except ModelError as error:
+            if self.is_closed:
+                self._words = f": {error}"
+            raise
+        finally:
+            self._use.release()
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        self._n_past: list[int] = state["n_past"]
+        self._reaches_back: list[int] = state["reaches_back"]
+        self.stats = state["stats"]
+        if self.clock is not None:
+            vars(self.clock).update(vars(state["clock"]))
+        if self._recorder is not None:
+            for record in state["records"]:
+                self._recorder.record(record)
+
+    # -- decoding ------------------------------------------------------------
+
+    def n_past_of(self, seq: int) -> int:
+        """Return how many tokens of a sequence are in the cache."""
+        return self._n_past[seq]
+
+    @property
+    def n_past(self) -> int:
+        """Tokens of sequence 0 in the cache."""
+        return self._n_past[0]
+
+    def decode(
+        self, tokens: Sequence[int], *, outputs: Outputs = "last", seq: int = 0, topk: TopK | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Evaluate the next tokens of a sequence.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            Ids, which follow what the cache holds of the sequence.
+        outputs : str
+            Whose logits are wanted: ``"last"``, ``"all"`` or ``"none"``.
+        topk : TopK, optional
+            Takes the experts that each MoE layer chose for each of the tokens; see ``watches_experts``.
+
+        Returns
+        -------
+        float32, (n_outputs, n_vocab)
+
+        Raises
+        ------
+        GraphError
+            An id or the sequence is out of bounds; nothing was computed.
+        CacheFullError
+            The tokens do not fit into the context; nothing was computed.
+        BackendError, OutOfMemoryError
+            A device failed. The tokens of the failed micro-batch and after are not in the cache; the model can go on.
+        ModelError
+            llama.cpp ended the child; the model is closed.
+        SchedError
+            The model is closed, or another thread uses it.
+        """
+        answer = self._ask("decode", tokens=[int(t) for t in tokens], outputs=outputs, seq=seq)
+        self._take_state(answer)
+        for batch in answer["batches"]:
+            self._splits = batch.splits, batch.n_inputs
+            if self.on_batch is not None:
+                self.on_batch(
+                    BatchRecord(
+                        batch.n_tokens, batch.n_outputs, batch.n_past, sum(batch.splits.values()), batch.n_nodes,
+                        batch.is_reused, batch.seconds, batch.bytes_copied, batch.bytes_full, batch.virtual_s,
+                    )
+                )  # fmt: skip
+        for batch, chosen in zip(answer["batches"], answer["chosen"], strict=False):
+            if self.watcher is not None:
+                self.watcher.take(chosen, seq=seq)
+            if topk is not None:
+                topk.take(chosen, batch.n_tokens, len(chosen))
+        logits: npt.NDArray[np.float32] = answer["logits"]
+        return logits
+
+    def count_splits(self) -> tuple[dict[str, int], int]:
+        """Return how many splits of the latest graph each backend has, and how many inputs all have."""
+        return self._splits
+
+    def rewind(self, n_past: int, *, seq: int = 0) -> None:
+        """Forget a sequence's tokens from position ``n_past`` on, so that decoding goes on there.
+
+        Raises
+        ------
+        AllocError
+            llama.cpp's memory of this model cannot go back there; nothing was forgotten.
+        """
+        answer = self._ask("keep", n_past=n_past, seq=seq)
+        self._take_state(answer)
+        if not answer["is_done"]:
+            raise AllocError(f"llama.cpp's memory of this model cannot go back to {n_past} tokens", hint="rewind to 0")
+
+    def can_rewind(self, n_past: int, *, seq: int = 0) -> bool:
+        """Whether decoding can go on from position ``n_past`` of a sequence.
+
+        Notes
+        -----
+        True where only llama.cpp itself can tell: `rewind` then raises.
+        """
+        return n_past == 0 or n_past >= self._reaches_back[seq]
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for seq in range(self.n_seq_max):
+            self.rewind(0, seq=seq)
+
+    # -- text ----------------------------------------------------------------
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Return llama.cpp's ids of a text."""
+        found: list[int] = self._ask("tokenize", text=text, add_special=add_special, parse_special=parse_special)
+        return found
+
+    def pieces(self, tokens: Sequence[int], *, special: bool = False) -> list[bytes]:
+        """Return the bytes of each id, as llama.cpp writes them."""
+        found: list[bytes] = self._ask("pieces", tokens=list(tokens), special=special)
+        return found
+
+    # -- what is held --------------------------------------------------------
+
+    def memory(self) -> MemoryRows:
+        """Return what llama.cpp holds of each buffer type."""
+        names = dict.fromkeys(name for name, _, _ in self._memory)
+
+        def held(name: str, purpose: AllocPurpose) -> int:
+            return sum(size for n, p, size in self._memory if (n, p) == (name, purpose))
+
+        return MemoryRows(
+            Memory(name, held(name, "weights"), held(name, "kv_cache"), held(name, "compute")) for name in names
+        )
+
+    # -- simulated devices ---------------------------------------------------
+
+    def _device(self, index: int, call: str, **arguments: object) -> Any:
+        if not 0 <= index < len(self.device_names):
+            raise DeviceUnavailableError(
+                f"device {index}", "the model has no such device", hint=f"there are {', '.join(self.device_names)}"
+            )
+        return self._ask("device", index=index, call=call, arguments=arguments)
+
+    def hazards(self, index: int = 0) -> list[Hazard]:
+        """Return uses of a simulated device's memory, or by it of the host's, that no wait orders; with a seed only."""
+        found: list[Hazard] = self._device(index, "hazards")
+        return found
+
+    def traffic(self, index: int = 0) -> Traffic:
+        """Return what crossed the border of a simulated device's memory."""
+        found: Traffic = self._device(index, "traffic")
+        return found
+
+    def fail_at(self, moment: Moment, *, after: int = 0, index: int = 0) -> None:
+        """Let an allocation, copy or computing of a simulated device fail; see `SimDevice.fail_at`."""
+        self._device(index, "fail_at", moment=moment, after=after)
+
+    def recover(self, index: int = 0) -> None:
+        """Bring a lost device back, its memory empty."""
+        self._device(index, "recover")
+
+    # -- the end -------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the child."""
+        self._process.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = " (closed)" if self.is_closed else ""
+        return f"<LlamaModel {self.path.name} on {', '.join([*self.device_names, 'CPU'])}{state}>"
+
+
+def _device_name(device: object) -> str:
+    """Return the name of a device that llama.cpp can be given.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        It is the CPU, an opened device, or of a kind that cannot be given.
+    """
+    if not isinstance(device, str):
+        raise DeviceUnavailableError(
+            getattr(device, "name", str(device)), "was opened in this process, and llama.cpp runs in another",
+            hint='give its name, as in devices=["sim:rtx4090-pcie4"]',
+        )  # fmt: skip
+    kind = device.partition(":")[0]
+    if kind == "cpu":
+        raise DeviceUnavailableError("cpu", "it is there without being asked for", hint="leave it out of the devices")
+    if kind not in REGISTRY.modules:
+        opened = REGISTRY.open_all([device], data=False)[0]  # a card by name alone, or the error that there is none
+        return f"sim:{device}" if opened.name.startswith("SIM") else device
+    if kind not in ("sim", "cuda"):
+        raise DeviceUnavailableError(
+            device,
+            "such a device cannot be given to llama.cpp",
+            hint="sim:PROFILE and cuda:N can, and the CPU is there",
+        )
+    return device

@@ -1,0 +1,160 @@
+"""Tensors and graphs of ggml as pyggml's: what they are, and where they lie; in the child."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from ..backends.libggml.library import Handle
+from ..buffer import Buffer
+from ..graph import Graph, GraphView
+from ..tensor import Tensor
+from ..types import Op
+from .library import LlamaLibrary
+
+__all__ = ["Translator"]
+
+#: Bytes of ``struct ggml_tensor`` that come before its sources.
+_HEAD_BYTES = 152
+#: Graphs of splits that are kept; a model has some hundreds for a batch size.
+_MAX_VIEWS = 4096
+_MAX_ANSWERS = 20_000
+
+
+class Translator:
+    """Reads tensors of a library.
+
+    Parameters
+    ----------
+    buffer_of : callable
+        Given the address of a buffer of ggml's, returns ours.
+    """
+
+    def __init__(self, library: LlamaLibrary, buffer_of: Callable[[int], Buffer | None]) -> None:
+        self.library, self.ffi = library, library.ffi
+        self._buffer_of = buffer_of
+        self._ops = {number: op for op, number in library.ops.items()}
+        self._subs = {(op, number): sub for (op, sub), number in library.sub_ops.items()}
+        self._types = {int(t): t for t in library.types}
+        self._views: OrderedDict[int, GraphView] = OrderedDict()
+        self._answers: dict[object, bool] = {}
+        self.n_translated = 0
+
+    def is_quantized(self, t: Handle) -> bool:
+        """Whether a tensor's type has blocks."""
+        type = self._types.get(t.type)
+        return type is not None and type.is_quantized
+
+    def tensor(self, t: Handle, *, has_op: bool = False) -> Tensor:
+        """Return a tensor: what it is and where; a view is a tensor at its own place.
+
+        Parameters
+        ----------
+        has_op : bool
+            With its op and parameters; sources are for the caller.
+        """
+        null = self.ffi.NULL
+        type = self._types.get(t.type)
+        if type is None:
+            raise ValueError(f"ggml's type {t.type} is not known")
+        made = Tensor(type, tuple(t.ne), tuple(t.nb), name=self._text(t), flags=t.flags)
+        owner = t if t.buffer != null or t.view_src == null else t.view_src
+        if owner.buffer != null:
+            made.buffer = self._buffer_of(self.library.address(owner.buffer))
+        if t.data != null:
+            made.data = self.library.address(t.data)
+        if has_op:
+            op = made.op = self._ops[t.op]
+            params = list(t.op_params)
+            if op in (Op.UNARY, Op.GLU):
+                params[0] = self._subs[op, params[0]]
+            made.op_params = tuple(params)
+        return made
+
+    def _text(self, t: Handle) -> str:
+        name: bytes = self.ffi.string(t.name)
+        return name.decode("utf-8", "replace")
+
+    def ask(self, t: Handle, supports: Callable[[Tensor], bool]) -> bool:
+        """Return what a device says to a node, asked once for all of its kind; no to ops and types that pyggml lacks."""
+        null = self.ffi.NULL
+        key = (
+            supports,
+            bytes(self.ffi.buffer(t, _HEAD_BYTES)),
+            tuple(None if s == null else (s.type, tuple(s.ne), tuple(s.nb)) for s in t.src),
+        )
+        known = self._answers.get(key)
+        if known is None:
+            if len(self._answers) >= _MAX_ANSWERS:
+                self._answers.clear()
+            known = self._answers[key] = self._knows(t) and supports(self._node(t))
+        return known
+
+    def _knows(self, t: Handle) -> bool:
+        op = self._ops.get(t.op)
+        if op is None or (op in (Op.UNARY, Op.GLU) and (op, t.op_params[0]) not in self._subs):
+            return False
+        return all(s == self.ffi.NULL or s.type in self._types for s in (t, *t.src))
+
+    def _node(self, t: Handle) -> Tensor:
+        made = self.tensor(t, has_op=True)
+        made.src[:] = _trimmed([None if s == self.ffi.NULL else self.tensor(s) for s in t.src])
+        return made
+
+    def view(self, graph: Handle) -> GraphView:
+        """Return a graph that a device was given; the same object for the same graph, if the library numbers graphs."""
+        head = self.ffi.cast("struct cgraph_head *", graph)
+        uid = head.uid if self.library.has_uids else 0
+        found = self._views.get(uid) if uid else None
+        if found is not None:
+            self._views.move_to_end(uid)
+            return found
+        made = self._translate(head)
+        self.n_translated += 1
+        if uid:
+            made.is_verified = True  # a number stands for one graph, whose tensors stay where they are
+            self._views[uid] = made
+            if len(self._views) > _MAX_VIEWS:
+                self._views.popitem(last=False)
+        return made
+
+    def place(self, graph: Handle) -> tuple[int, int]:
+        """Return the address of a graph's list of nodes, and its number, 0 if it has none."""
+        head = self.ffi.cast("struct cgraph_head *", graph)
+        return self.library.address(head.nodes), int(head.uid) if self.library.has_uids else 0
+
+    def _translate(self, head: Handle) -> GraphView:
+        null, address = self.ffi.NULL, self.library.address
+        made: dict[int, Tensor] = {}
+        graph = Graph()
+        for i in range(head.n_nodes):
+            t = head.nodes[i]
+            node = self.tensor(t, has_op=True)
+            sources: list[Tensor | None] = []
+            for s in t.src:
+                if s == null:
+                    sources.append(None)
+                    continue
+                key = address(s)
+                source = made.get(key)
+                if source is None:
+                    source = made[key] = self.tensor(s)
+                sources.append(source)
+            node.src[:] = _trimmed(sources)
+            made[address(t)] = node
+            graph.nodes.append(node)
+        counts: dict[Tensor, int] = {}
+        for node in graph.nodes:
+            for used in node.src:
+                if used is not None:
+                    counts[used] = counts.get(used, 0) + 1
+        graph.use_counts = counts
+        graph.version += 1
+        return graph.view(0, len(graph.nodes))
+
+
+def _trimmed(sources: list[Tensor | None]) -> list[Tensor | None]:
+    """Return sources without the absent ones at the end."""
+    while sources and sources[-1] is None:
+        sources.pop()
+    return sources

@@ -1,0 +1,246 @@
+"""Models that the real llama.cpp runs on simulated devices, beside pyggml's own session."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pyggml as ggml
+from pyggml.backend import REGISTRY, Backend
+from pyggml.errors import (
+    ComputeError,
+    DeviceUnavailableError,
+    GraphError,
+    ModelError,
+    OutOfMemoryError,
+    SchedError,
+)
+from pyggml.lab.recording import RoutingRecorder
+from pyggml.llama import LlamaModel
+from pyggml.llama.library import find_llama
+from pyggml.models.context import ContextFlags
+from pyggml.models.kv_cache import CacheFullError
+from pyggml.models.placement import PlacementFlags
+from pyggml.models.topk import TopK
+from pyggml.planning import virtual_clock
+from pyggml.record import ComputeRecord, CopyRecord, MicroBatchRecord, Recording, SplitRecord, UsedExpertsRecord
+from pyggml.session import Session
+
+CONTEXT = ContextFlags(n_ctx=256, n_batch=256, n_ubatch=64, flash_attn="on")
+#: With experts on the host a prompt of at least 32 tokens has used experts copied.
+PROMPT = [(32 + 53 * i) % 250 for i in range(40)]
+EXPERTS_ON_HOST = PlacementFlags(cpu_moe=True)
+
+
+def _llamas_cpu() -> Backend:
+    """Return the kernels of llama.cpp's own CPU under pyggml's scheduler."""
+    return REGISTRY.open(f"libggml:{find_llama()}#CPU").backend(threads=1)
+
+
+def _greedy(model: Session | LlamaModel, n: int = 3) -> list[np.ndarray]:
+    """Return the logits of a prompt, and of so many tokens after it."""
+    logits = [model.decode(PROMPT, outputs="all")]
+    for _ in range(n):
+        logits.append(model.decode([int(logits[-1][-1].argmax())]))
+    return logits
+
+
+def _compare(path: Path, placement: PlacementFlags, cpu: Backend, context: ContextFlags = CONTEXT) -> None:
+    """Let both schedulers decode over the same kernels: bits, bytes and causes of copies, splits and times are equal."""
+    sim = ggml.Sim(threads=1)
+    with Session.open(
+        path, devices=[sim], cpu=cpu, context=context, placement=placement, clock=virtual_clock([sim, cpu])
+    ) as session:
+        own = _greedy(session)
+        splits, stats, clock = session.count_splits(), session.sched.stats, session.clock
+    with LlamaModel(path, context=context, placement=placement, threads=1) as model:
+        for got, expected in zip(_greedy(model), own, strict=True):
+            assert np.array_equal(got, expected)
+        assert list(model.count_splits()[0].values()) == list(splits[0].values())
+        assert model.count_splits()[1] == splits[1]
+        assert model.stats.bytes_by_reason == stats.bytes_by_reason
+        assert (model.stats.n_copies, model.stats.n_launches) == (stats.n_copies, stats.n_launches)
+        assert model.clock is not None
+        assert clock is not None
+        # llama.cpp of today drops rows of gpt-oss one step earlier
+        assert model.clock.host_s == pytest.approx(clock.host_s, rel=0.02 if "gpt" in path.name else 1e-9)
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss"])
+def test_logits_of_whole_models_are_equal(random_model: Callable[[str], Path], arch: str) -> None:
+    """With everything on the device, llama.cpp gives the bits of pyggml's session."""
+    _compare(random_model(arch), PlacementFlags(), ggml.CPU(threads=1))
+
+
+def test_logits_with_experts_on_the_host_are_equal(random_model: Callable[[str], Path]) -> None:
+    """With used experts copied and ggml's own kernels on the CPU, too."""
+    _compare(random_model("deepseek2"), EXPERTS_ON_HOST, _llamas_cpu())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flash", ["on", "off"])
+@pytest.mark.parametrize(
+    "arch", ["llama", "llama-dense", "qwen3moe", "gpt-oss", "olmoe", "granitemoe", "qwen2moe", "glm4moe", "deepseek2"]
+)
+def test_logits_of_every_family_are_equal(random_model: Callable[[str], Path], arch: str, flash: str) -> None:
+    """Every family that can be made here, whole and with experts on the host."""
+    context = ContextFlags(n_ctx=256, n_batch=256, n_ubatch=64, flash_attn=flash)
+    _compare(random_model(arch), PlacementFlags(), ggml.CPU(threads=1), context)
+    if arch != "llama-dense":
+        _compare(random_model(arch), EXPERTS_ON_HOST, _llamas_cpu(), context)
+
+
+@pytest.mark.slow
+def test_the_upcycled_model_is_equal(example_path: Path) -> None:
+    """The model that `make run` answers with, in Q8_0 and real: text and bits are those of the session."""
+    _compare(example_path, PlacementFlags(), ggml.CPU(threads=1))
+    _compare(example_path, EXPERTS_ON_HOST, _llamas_cpu())
+
+
+def test_records_tell_of_copies_splits_and_experts(random_model: Callable[[str], Path]) -> None:
+    """What llama.cpp's scheduler does is recorded as pyggml's own is: the same copies of the same splits, in order."""
+    path, cpu, sim = random_model("qwen3moe"), _llamas_cpu(), ggml.Sim(threads=1)
+    own, seen = Recording(), Recording()
+    with Session.open(
+        path, devices=[sim], cpu=cpu, context=CONTEXT, placement=EXPERTS_ON_HOST, recorder=own
+    ) as session:
+        session.decode(PROMPT)
+    with LlamaModel(path, context=CONTEXT, placement=EXPERTS_ON_HOST, recorder=seen, threads=1) as model:
+        model.decode(PROMPT)
+
+    def facts(recording: Recording) -> list[tuple[object, ...]]:
+        found: list[tuple[object, ...]] = []
+        for r in recording.records:
+            if isinstance(r, CopyRecord):
+                found.append((r.split, r.tensor, r.offset_bytes, r.size_bytes, r.tensor_bytes, r.reason))
+            elif isinstance(r, UsedExpertsRecord):
+                found.append((r.split, r.tensor, r.ids, r.used, r.n_expert, r.expert_bytes))
+            elif isinstance(r, ComputeRecord):
+                found.append((r.split, r.backend.removeprefix("libggml:"), r.n_nodes, r.first))
+            elif isinstance(r, MicroBatchRecord):
+                found.append((r.n_tokens, r.n_past, r.n_outputs))
+        return found
+
+    assert (
+        sum(isinstance(r, UsedExpertsRecord) for r in seen.records) == 6
+    )  # of two layers; the last runs for one token
+    assert facts(seen) == facts(own)
+    inputs = [[(i.tensor, i.kind, i.n_users) for i in r.inputs] for r in seen.records if isinstance(r, SplitRecord)]
+    of_session = [[(i.tensor, i.kind, i.n_users) for i in r.inputs] for r in own.records if isinstance(r, SplitRecord)]
+    assert [sorted(split) for split in inputs] == [sorted(split) for split in of_session[-len(inputs) :]]
+
+
+def test_memory_is_what_llama_cpp_holds(random_model: Callable[[str], Path]) -> None:
+    """Weights, cache and compute buffers are those of pyggml's session, to the byte."""
+    path, cpu = random_model("qwen3moe"), ggml.CPU(threads=1)
+    with (
+        Session.open(path, devices=[ggml.Sim(threads=1)], cpu=cpu, context=CONTEXT) as session,
+        LlamaModel(path, context=CONTEXT, threads=1) as model,
+    ):
+        sums = [
+            {m.buft.removesuffix("_Mapped"): (m.weights, m.cache) for m in who.memory() if m.weights}
+            for who in (session, model)
+        ]
+        assert sums[0] == sums[1]
+        assert [m.compute for m in model.memory() if m.compute] == [m.compute for m in session.memory() if m.compute]
+
+
+def test_chosen_experts_are_taken(random_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """llama.cpp's eval callback gives the experts of each layer and token: those that a session records."""
+    path = random_model("qwen3moe")
+    taken = []
+    with LlamaModel(path, context=CONTEXT, threads=1, watches_experts=True) as model:
+        model.watcher, topk = RoutingRecorder("x", _Facts), TopK()  # type: ignore[arg-type]
+        model.decode(PROMPT, outputs="all", topk=topk)
+        taken.append(topk.ids)
+        trace = model.watcher.trace()
+    with Session.open(path, devices=[ggml.Sim(threads=1)], cpu=ggml.CPU(threads=1), context=CONTEXT) as session:
+        session.watcher, topk = RoutingRecorder("x", _Facts), TopK()  # type: ignore[arg-type]
+        session.decode(PROMPT, outputs="all", topk=topk)
+        taken.append(topk.ids)
+        assert np.array_equal(session.watcher.trace().ids, trace.ids)
+    assert np.array_equal(*taken)
+
+
+class _Facts:
+    """What a recorder asks of a model."""
+
+    n_layer, n_expert, n_expert_used, name = 3, 16, 4, "random"
+
+
+def test_late_devices_show_no_hazard(random_model: Callable[[str], Path]) -> None:
+    """With a seed, devices work late; llama.cpp's scheduler waits for all that it needs, and gives the same bits."""
+    path = random_model("qwen3moe")
+    with LlamaModel(path, context=CONTEXT, placement=EXPERTS_ON_HOST, threads=1) as model:
+        expected = _greedy(model)
+    with LlamaModel(path, context=CONTEXT, placement=EXPERTS_ON_HOST, threads=1, seed=7) as model:
+        assert all(np.array_equal(a, b) for a, b in zip(_greedy(model), expected, strict=True))
+        assert model.hazards() == []
+
+
+def test_wrong_uses_are_typed_errors(random_model: Callable[[str], Path]) -> None:
+    """Each is told as what it is, and the model goes on."""
+    path = random_model("qwen3moe")
+    for device in ("cpu", "mock:CUDA0", ggml.Sim().device):
+        with pytest.raises(DeviceUnavailableError):
+            LlamaModel(path, devices=[device])  # type: ignore[list-item]
+    with pytest.raises(OutOfMemoryError, match="SIM0: out of memory"):
+        LlamaModel(path, devices=["sim:custom:1MiB,100GB/s,10GB/s"])
+    with LlamaModel(path, context=CONTEXT, threads=1) as model:
+        first = model.decode(PROMPT)
+        for tokens, seq, kind in (([-1], 0, GraphError), ([], 0, GraphError), ([1], 3, GraphError)):
+            with pytest.raises(kind):
+                model.decode(tokens, seq=seq)
+        with pytest.raises(CacheFullError):
+            model.decode([1] * 500)
+        with pytest.raises(DeviceUnavailableError, match="no such device"):
+            model.hazards(2)
+        model.fail_at("compute")
+        with pytest.raises(ComputeError, match="a fault that was asked for"):
+            model.decode([1])
+        assert model.n_past == len(PROMPT)
+        model.rewind(0)
+        assert np.array_equal(model.decode(PROMPT), first)
+        failures: list[BaseException] = []
+
+        def decode() -> None:
+            try:
+                for _ in range(20):
+                    model.decode([1])
+            except SchedError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=decode) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures
+        assert "another thread" in str(failures[0])
+    with pytest.raises(SchedError, match="closed"):
+        model.decode([1])
+
+
+def test_a_crash_of_the_child_is_an_error(random_model: Callable[[str], Path]) -> None:
+    """A child that dies ends as ModelError, and what comes after says why the model is closed."""
+    with LlamaModel(random_model("qwen3moe"), context=CONTEXT, threads=1) as model:
+        process = model._process._process
+        assert process is not None
+        process.kill()
+        with pytest.raises(ModelError, match="SIGKILL"):
+            model.decode([1])
+        with pytest.raises(SchedError, match="closed.*SIGKILL"):
+            model.decode([1])
+
+
+def test_a_slow_decode_is_ended(random_model: Callable[[str], Path]) -> None:
+    """The timeout is the model's own."""
+    with LlamaModel(random_model("qwen3moe"), context=CONTEXT, threads=1, timeout_s=30.0) as model:
+        model._process.timeout_s = 0.0
+        with pytest.raises(ModelError, match="no answer in 0 s"):
+            model.decode(PROMPT)
+        assert model.is_closed
