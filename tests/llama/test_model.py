@@ -233,7 +233,7 @@ def test_a_crash_of_the_child_is_an_error(random_model: Callable[[str], Path]) -
         process.kill()
         with pytest.raises(ModelError, match="SIGKILL"):
             model.decode([1])
-        with pytest.raises(SchedError, match="closed.*SIGKILL"):
+        with pytest.raises(SchedError, match=r"closed.*SIGKILL"):
             model.decode([1])
 
 
