@@ -10,7 +10,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from .buffer import Buffer, BufferType, tensor_copy, tensor_get, tensor_set
 from .cost import DeviceProfile
@@ -20,10 +20,33 @@ from .hardware.cards import find_card
 from .tensor import Tensor
 from .types import DeviceType, Op
 
-__all__ = ["REGISTRY", "Backend", "Device", "Event", "Registry", "op_batch_size", "split_devices", "tensor_copy_async"]
+__all__ = [
+    "REGISTRY",
+    "Backend",
+    "Device",
+    "Event",
+    "Registry",
+    "answers_by_kind",
+    "op_batch_size",
+    "split_devices",
+    "tensor_copy_async",
+]
 
 #: `graph_optimize` calls it with a tensor, and the node until which the tensor is to keep its memory.
 AddAllocDep = Callable[[Tensor, Tensor], None]
+
+
+_Answer = TypeVar("_Answer", bound=Callable[..., bool])
+
+
+def answers_by_kind(answer: _Answer) -> _Answer:
+    """Declare that a `Device.supports_op` or `offload_op` looks at nothing but ops, types, shapes, strides, parameters and buffers.
+
+    Two nodes with the same answer to all of these get the same answer: the scheduler need not ask about a graph like the one
+    before. Without it names and offsets of views must be the same, too.
+    """
+    answer.answers_by_kind = True  # type: ignore[attr-defined]
+    return answer
 
 
 class Device(ABC):

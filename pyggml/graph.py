@@ -7,7 +7,7 @@ and names of unnamed tensors are upstream's, as splits are ranges of nodes and t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -257,30 +257,50 @@ class Graph:
         return _nodes_table(f"Graph of {len(self.nodes)} nodes, {len(self.leafs)} leafs", self.nodes, 0)
 
 
-class Snapshot:
-    """What a plan of nodes rests on: the nodes, their sources, parameters and flags, and where all of them are in memory."""
+_Facts = tuple[list[Tensor | None], list[int], list[tuple[int, ...]], list[int]]
 
-    __slots__ = ("edits", "flags", "n_sources", "nodes", "params", "places", "sources", "tensors")
+
+class Snapshot:
+    """What a plan of nodes rests on: the nodes, their sources, parameters and flags, and where all of them are in memory.
+
+    Parameters
+    ----------
+    nodes : sequence of Tensor
+    tensors : list of Tensor, optional
+        Nodes and sources, each once, where the caller knows them.
+    facts : callable, optional
+        With ``tensors``: returns the other facts as they are now, if they are asked for later.
+    """
+
+    __slots__ = ("_facts", "edits", "nodes", "places", "tensors")
 
     nodes: list[Tensor]
-    sources: list[Tensor | None]  #: of all nodes, one after the other
-    n_sources: list[int]  #: of each node
-    params: list[tuple[int, ...]]
-    flags: list[int]
     tensors: list[Tensor]  #: nodes and sources, each once
     places: list[int | None]  #: addresses of `tensors`
     edits: int  #: number of the latest change when this was taken or last compared
 
-    def __init__(self, nodes: Sequence[Tensor]) -> None:
+    def __init__(
+        self, nodes: Sequence[Tensor], tensors: list[Tensor] | None = None, facts: Callable[[], _Facts] | None = None
+    ) -> None:
         self.edits = EDITS.latest
         self.nodes = list(nodes)
-        self.sources = list(itertools.chain.from_iterable(map(_sources_of, nodes)))
-        self.n_sources = list(map(len, map(_sources_of, nodes)))
-        self.params = list(map(_params_of, nodes))
-        self.flags = list(map(_flags_of, nodes))
-        used = dict.fromkeys(itertools.chain(nodes, self.sources))
-        self.tensors = [t for t in used if t is not None]
+        self._facts: _Facts | Callable[[], _Facts]
+        if tensors is None or facts is None:
+            sources = list(itertools.chain.from_iterable(map(_sources_of, nodes)))
+            n_sources = list(map(len, map(_sources_of, nodes)))
+            self._facts = sources, n_sources, list(map(_params_of, nodes)), list(map(_flags_of, nodes))
+            tensors = [t for t in dict.fromkeys(itertools.chain(nodes, sources)) if t is not None]
+        else:
+            self._facts = facts
+        self.tensors = tensors
         self.places = list(map(_place_of, self.tensors))
+
+    @property
+    def facts(self) -> _Facts:
+        """Sources of all nodes one after the other, how many each has, parameters and flags of each."""
+        if callable(self._facts):
+            self._facts = self._facts()
+        return self._facts
 
     def still_holds(self, nodes: Sequence[Tensor]) -> bool:
         """Whether the nodes are the same, and nothing about them changed; compares all only if anything was changed since."""
@@ -294,12 +314,13 @@ class Snapshot:
 
     def holds(self, nodes: Sequence[Tensor]) -> bool:
         """Whether the nodes are the same, and nothing about them changed."""
+        if self.nodes != nodes or self.places != list(map(_place_of, self.tensors)):
+            return False
+        sources, _, params, flags = self.facts
         return (
-            self.nodes == nodes
-            and self.places == list(map(_place_of, self.tensors))
-            and self.sources == list(itertools.chain.from_iterable(map(_sources_of, nodes)))
-            and self.params == list(map(_params_of, nodes))
-            and self.flags == list(map(_flags_of, nodes))
+            sources == list(itertools.chain.from_iterable(map(_sources_of, nodes)))
+            and params == list(map(_params_of, nodes))
+            and flags == list(map(_flags_of, nodes))
         )
 
     def serves(self, view: GraphView) -> bool:
@@ -318,15 +339,16 @@ class Snapshot:
 
     def first_change(self, nodes: Sequence[Tensor]) -> str:
         """Return what changed, for an error; empty text if nothing did."""
-        rest = iter(self.sources)
+        sources, n_sources, params, flags = self.facts
+        rest = iter(sources)
         for i, (was, node) in enumerate(itertools.zip_longest(self.nodes, nodes)):
             if was is None or node is None or was is not node:
                 return f"node {i} is {_name(node)}, and was {_name(was)}"
-            for j, (old, new) in enumerate(itertools.zip_longest(itertools.islice(rest, self.n_sources[i]), node.src)):
+            for j, (old, new) in enumerate(itertools.zip_longest(itertools.islice(rest, n_sources[i]), node.src)):
                 if old is not new:
                     return f"source {j} of '{node.name}' is {_name(new)}, and was {_name(old)}"
-            if self.params[i] != node.op_params or self.flags[i] != node.flags:
-                return f"'{node.name}' has other {'parameters' if self.flags[i] == node.flags else 'flags'}"
+            if params[i] != node.op_params or flags[i] != node.flags:
+                return f"'{node.name}' has other {'parameters' if flags[i] == node.flags else 'flags'}"
         moved = [t for t, place in zip(self.tensors, self.places, strict=True) if t.data != place]
         return f"'{moved[0].name}' is at another place in memory, or in none" if moved else ""
 

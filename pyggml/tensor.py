@@ -489,8 +489,11 @@ def dup_layout(tensor: Tensor, name: str) -> Tensor:
     -----
     Mirrors `ggml_dup_tensor_layout`.
     """
-    made = Tensor(tensor.type, tensor.ne, tensor.nb, name=name)
-    made._nbytes = tensor._nbytes
+    made = Tensor.__new__(Tensor)  # all is as in a tensor that was verified when it was made
+    made.type, made.ne, made.nb, made._nbytes = tensor.type, tensor.ne, tensor.nb, tensor._nbytes
+    made.name, made.op, made._op_params, made.src, made.flags = name, Op.NONE, (), Sources(), 0
+    made.buffer = made.data = made.extra = made.view_src = None
+    made.view_offs = 0
     return made
 
 
@@ -501,7 +504,11 @@ def view_tensor(tensor: Tensor) -> Tensor:
     -----
     Mirrors `ggml_view_tensor`; the scheduler makes its dependency nodes with it.
     """
-    return Tensor(tensor.type, tensor.ne, tensor.nb, name=f"{tensor.name} (view)", view_src=tensor)
+    made = dup_layout(tensor, f"{tensor.name} (view)")
+    made.view_src, made.view_offs = tensor.view_src or tensor, tensor.view_offs
+    root = made.view_src
+    made.data = None if root.data is None else root.data + made.view_offs
+    return made
 
 
 _NUMBERS: dict[type[IntEnum], frozenset[int]] = {kinds: frozenset(kinds) for kinds in (UnaryOp, GluOp)}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain
-from operator import attrgetter
+from itertools import chain, count
+from operator import attrgetter, itemgetter
 from typing import Protocol
 
 from ..buffer import Buffer, BufferType
@@ -34,6 +34,14 @@ class GallocGraph(Protocol):
     @property
     def leafs(self) -> list[Tensor]:
         """Inputs and weights."""
+
+
+class GraphKind(Protocol):
+    """What a caller knows of a graph from graphs before."""
+
+    @property
+    def structure(self) -> object:
+        """The same for graphs with the same nodes in the same order, whose sources and flags are the same."""
 
 
 class _VBuffer:
@@ -81,6 +89,7 @@ class Gallocr:
         "_leafs",
         "_n_srcs",
         "_nodes",
+        "_placed",
         "_places",
         "buffers",
         "bufts",
@@ -105,6 +114,7 @@ class Gallocr:
         self._leafs: list[Place] = []
         self._n_srcs: list[int] = []  #: sources of each node
         self._places: list[Place] = []  #: of the sources of all nodes, then of the nodes
+        self._placed: dict[object, _Placed] = {}  #: graphs that were placed, by structure; good for buffers and layout
         self.is_reserved = True  #: whether the buffers fit the places; at first there are none, for an empty graph
 
     # -- reserving -----------------------------------------------------------
@@ -147,7 +157,7 @@ class Gallocr:
     def _lay_out(
         self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
     ) -> None:
-        self.is_reserved = False
+        self.is_reserved, self._placed = False, {}
         nodes, leafs = graph.nodes, graph.leafs
         for talloc in self.tallocs:
             talloc.reset()
@@ -206,8 +216,14 @@ class Gallocr:
 
     # -- placing -------------------------------------------------------------
 
-    def alloc_graph(self, graph: GallocGraph) -> bool:
+    def alloc_graph(self, graph: GallocGraph, kind: GraphKind | None = None) -> bool:
         """Place the tensors of a graph as laid out; False if it does not fit and there are several buffer types.
+
+        Parameters
+        ----------
+        kind : GraphKind, optional
+            What the caller knows: graphs of one structure are equal in all that is read here but the tensors' sizes, and so
+            are placed alike if they fit; those of one kind fit alike.
 
         Raises
         ------
@@ -218,18 +234,33 @@ class Gallocr:
         -----
         Mirrors `ggml_gallocr_alloc_graph`.
         """
-        found = self._find_places(graph) if self.is_reserved else None
-        if found is None:
-            if len(self.bufts) > 1:
-                return False
-            self.reserve_n(graph, None, None)
-            found = self._find_places(graph)
-            assert found is not None
+        placed = None
+        if kind is not None and self.is_reserved:
+            placed = self._placed.get(kind.structure)
+        if placed is not None and not placed.fits(graph, kind, self._sizes()):
+            placed = None
+        found = None
+        if placed is None:
+            found = self._find_places(graph) if self.is_reserved else None
+            if found is None:
+                if len(self.bufts) > 1:
+                    return False
+                self.reserve_n(graph, None, None)
+                found = self._find_places(graph)
+                assert found is not None
         for vbuffer in self.buffers:
             if vbuffer is not None:
                 for b in vbuffer.chunks:
                     b.reset()
-        self._place(graph.leafs, *found)
+        if found is None:
+            assert placed is not None
+            placed.place(graph)
+        else:
+            tensors = self._place(graph.leafs, *found)
+            if kind is not None:
+                placed = _Placed.of(graph, tensors, found[0])
+                if placed is not None:
+                    self._placed = {kind.structure: placed, **dict(list(self._placed.items())[: _N_PLACED - 1])}
         return True
 
     def _find_places(self, graph: GallocGraph) -> tuple[list[tuple[Tensor, Place]], list[Tensor]] | None:
@@ -254,9 +285,7 @@ class Gallocr:
         pairs: Iterable[tuple[Tensor | None, Place]] = first.items()
         if list(map(first.setdefault, tensors, places)) != places:
             pairs = zip(tensors, places, strict=True)
-        sizes = [
-            partial(self.alloc_size, i) if self._check_size else buft.alloc_size for i, buft in enumerate(self.bufts)
-        ]
+        sizes = self._sizes()
         owners: list[tuple[Tensor, Place]] = []
         views: list[Tensor] = []
         for tensor, place in pairs:
@@ -271,8 +300,16 @@ class Gallocr:
                 owners.append((tensor, place))
         return owners, views
 
-    def _place(self, leafs: Sequence[Tensor], owners: Iterable[tuple[Tensor, Place]], views: Iterable[Tensor]) -> None:
-        """Give tensors the memory of their places, leafs first; then views that of what they view, if it has some."""
+    def _place(
+        self, leafs: Sequence[Tensor], owners: Iterable[tuple[Tensor, Place]], views: Iterable[Tensor]
+    ) -> list[Tensor]:
+        """Give tensors the memory of their places, leafs first; then views that of what they view, if it has some.
+
+        Returns
+        -------
+        list of Tensor
+            Those that have it now.
+        """
         chunks = [[] if v is None else list(v.chunks) for v in self.buffers]
         for talloc, buft, had in zip(self.tallocs, self.bufts, chunks, strict=True):
             # chunks of empty tensors only; upstream places these in a null buffer and aborts
@@ -290,11 +327,16 @@ class Gallocr:
                 view.buffer = root.buffer
                 view.data = root.data + view.view_offs
                 placed.append(view)
-        if any(type(b).init_tensor is not Buffer.init_tensor for b in set(map(_buffer_of, placed))):
-            for tensor in placed:
-                _buffer_of(tensor).init_tensor(tensor)
+        _init(placed)
+        return placed
 
     # -- sizes ---------------------------------------------------------------
+
+    def _sizes(self) -> list[Callable[[Tensor], int]]:
+        """Return what tells the bytes of a tensor in each buffer; as `alloc_size`, but quicker to call."""
+        return [
+            partial(self.alloc_size, i) if self._check_size else buft.alloc_size for i, buft in enumerate(self.bufts)
+        ]
 
     def alloc_size(self, buffer_id: int, tensor: Tensor) -> int:
         """Bytes that a tensor takes in a buffer.
@@ -349,7 +391,77 @@ class Gallocr:
             if vbuffer is not None:
                 vbuffer.close()
         self.buffers = [None] * len(self.bufts)
-        self.is_reserved = False
+        self.is_reserved, self._placed = False, {}
+
+
+#: Structures that the places of are kept.
+_N_PLACED = 4
+
+
+class _Placed:
+    """Where the tensors of a graph were placed, by position among nodes, then leafs."""
+
+    __slots__ = ("data", "fitting", "limits", "memory", "positions", "views")
+
+    positions: list[int]
+    memory: list[Buffer]
+    data: list[int]
+    views: list[int]  #: positions
+    limits: list[tuple[int, int, int]]  #: position, buffer, most bytes
+    fitting: object  #: kind of the graph that was looked at last, and fits
+
+    @classmethod
+    def of(
+        cls, graph: GallocGraph, tensors: Sequence[Tensor], owners: Sequence[tuple[Tensor, Place]]
+    ) -> _Placed | None:
+        """Return where tensors of a graph are; None if one is only a source of its nodes."""
+        position = dict(zip(chain(graph.nodes, graph.leafs), count()))
+        made = cls()
+        made.fitting = None
+        made.limits = [(position.get(t, -1), place.buffer_id, place.size_max) for t, place in owners]
+        at = [(position.get(t, -1), t) for t in tensors]
+        if at and min(at, key=itemgetter(0))[0] < 0:
+            return None
+        own = [(i, t) for i, t in at if t.view_src is None]
+        made.positions = [i for i, _ in own]
+        made.memory = [_buffer_of(t) for _, t in own]
+        made.data = [t.data or 0 for _, t in own]
+        made.views = [i for i, t in at if t.view_src is not None]
+        return made
+
+    def fits(self, graph: GallocGraph, kind: object, sizes: Sequence[Callable[[Tensor], int]]) -> bool:
+        """Whether each tensor of a graph of this structure has room in its place."""
+        if kind is not self.fitting:
+            tensors = [*graph.nodes, *graph.leafs]
+            for i, buffer_id, limit in self.limits:
+                if sizes[buffer_id](tensors[i]) > limit:
+                    return False
+            self.fitting = kind
+        return True
+
+    def place(self, graph: GallocGraph) -> None:
+        """Place the tensors of a graph of this structure likewise."""
+        tensors = [*graph.nodes, *graph.leafs]
+        for i, buffer, data in zip(self.positions, self.memory, self.data, strict=True):
+            tensor = tensors[i]
+            tensor.buffer = buffer
+            tensor.data = data
+        for i in self.views:
+            view = tensors[i]
+            root = view.view_src
+            assert root is not None
+            assert root.data is not None
+            view.buffer = root.buffer
+            view.data = root.data + view.view_offs
+        if any(type(b).init_tensor is not Buffer.init_tensor for b in set(self.memory)):
+            _init([tensors[i] for i in (*self.positions, *self.views)])
+
+
+def _init(tensors: Sequence[Tensor]) -> None:
+    """Let the buffers of tensors that were placed know, where they want to."""
+    if any(type(b).init_tensor is not Buffer.init_tensor for b in set(map(_buffer_of, tensors))):
+        for tensor in tensors:
+            _buffer_of(tensor).init_tensor(tensor)
 
 
 def _compute_buffer(buft: BufferType, size: int) -> Buffer:

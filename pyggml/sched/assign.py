@@ -205,8 +205,8 @@ def upgrade(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
 def _best_by_sources(node: Tensor, asg: Assignment, machine: Machine) -> int | None:
     """Return the first backend among those that can use most of a node's sources where they are."""
     best, n_best = None, -1
-    for b, backend in enumerate(machine.backends):
-        if not backend.supports_op(node):
+    for b, supports_op in enumerate(machine.op_checks):
+        if not supports_op(node):
             continue
         n = 0
         for src in node.src:
@@ -219,11 +219,11 @@ def _best_by_sources(node: Tensor, asg: Assignment, machine: Machine) -> int | N
 
 
 def _upgrade_node(node: Tensor, assigned: int, asg: Assignment, machine: Machine) -> None:
-    bufts = machine.bufts
+    bufts, supports_op = machine.bufts, machine.op_checks
     for b in range(assigned):
         if (
             bufts[b] is bufts[assigned]
-            and machine.backends[b].supports_op(node)
+            and supports_op[b](node)
             and all(src is None or machine.buffer_supported(src, b, asg) for src in node.src)
         ):
             asg.set(node, b, Cause.UPGRADED)
@@ -266,8 +266,8 @@ def inherit(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
 
 
 def _assign_first(node: Tensor, asg: Assignment, machine: Machine) -> None:
-    for b, backend in enumerate(machine.backends):
-        if backend.supports_op(node):
+    for b, supports_op in enumerate(machine.op_checks):
+        if supports_op(node):
             asg.set(node, b, Cause.EXPANDED)
             return
     raise unsupported_op(node, machine.backends)

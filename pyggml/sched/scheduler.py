@@ -50,7 +50,7 @@ from ..notebook import html_table
 from ..record import Observer, Observers, Record, Recorder, SplitRecord, Statistics
 from ..tensor import Tensor
 from ..types import SCHED_MAX_COPIES, BufferUsage, DeviceType
-from .assign import OffloadOp, assign
+from .assign import OffloadOp
 from .check import check_allocation, check_assignment, check_splits
 from .check_copies import CopyCheck
 from .compute import EvalCallback, SplitRun, compute_splits
@@ -69,6 +69,7 @@ from .policies import (
     default_offload,
     plain_policy,
 )
+from .precedent import Precedent, Precedents
 from .resources import Resources
 from .split import CutMemory, Cutter, graph_size, make_sched_graph, optimize_splits
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
@@ -213,6 +214,7 @@ class Scheduler:
         self.is_reset = True
         self.is_alloc = False
         self._memory = CutMemory()
+        self._precedents = Precedents(self.machine)
         self._node_ids, self._prev_node_ids = IdTable(), IdTable()
         self._leaf_ids, self._prev_leaf_ids = IdTable(), IdTable()
         self._graph_size = self._prev_graph_size = 0  # of the latest cut and the one before, as upstream counts
@@ -229,6 +231,7 @@ class Scheduler:
             WeakKeyDictionary()
         )
         self._kept: KeptAlloc | None = None
+        self._laid_out_as: Precedent | None = None  # the latest graph
         self._thread = threading.RLock()
 
     # -- questions -----------------------------------------------------------
@@ -358,12 +361,9 @@ class Scheduler:
         self._cutter = self._plan = self._checked = self._kept = self._reserved_by = None
         asg, log = self.assignment, self.new_log()
         start_s = log.now()
-        if self.repairs.other_graph:
-            graph.check()
-        assign(graph, asg, self.machine, self.offload_rule if self.op_offload else None)
         cutter = Cutter(asg, self.machine, self._memory, n_copies=self.n_copies, cur_copy=self.cur_copy)
         self._replaced_sources[graph] = cutter.replaced_sources, cutter.copies
-        cutter.cut(graph)
+        precedent = self._precedents.decide(graph, cutter, self.offload_rule if self.op_offload else None)
         if self.debug:
             sys.stderr.write(assignments_text(graph, cutter.splits, asg, self.machine, level=self.debug))
         asg.forget_counts()
@@ -371,7 +371,9 @@ class Scheduler:
         cutter.copy_graph_inputs(graph)
         self._node_ids, self._prev_node_ids = self._prev_node_ids, self._node_ids
         self._leaf_ids, self._prev_leaf_ids = self._prev_leaf_ids, self._leaf_ids
+        version = graph.version
         deps = optimize_splits(graph, cutter.splits, self.machine)
+        self._laid_out_as = precedent if not deps and graph.version == version else None
         self.sched_graph = make_sched_graph(graph, cutter, deps)
         self._node_ids.write(self.sched_graph.node_backend_ids)
         self._leaf_ids.write(self.sched_graph.leaf_backend_ids)
@@ -511,7 +513,8 @@ class Scheduler:
             self._alloc_splits()
             self.reserve_policy()
             self._kept = KeptAlloc(graph, self.assignment, self.copies, self._rules)
-            self._snapshot = Snapshot(graph.nodes)
+            like, cutter = self._laid_out_as, self._cutter
+            self._snapshot = Snapshot(graph.nodes) if like is None or cutter is None else like.snapshot(graph, cutter)
             chunks = [c for i in range(len(self.bufts)) for c in self.galloc.chunks(i)]
             self._tenancy = Tenancy(self.sched_graph, chunks if self.repairs.reused_memory else ())
             for split in self.splits:
@@ -557,7 +560,7 @@ class Scheduler:
             self._prev_leaf_ids, len(self.sched_graph.leafs), bufts
         )
         with self._noting_buffers():  # with one buffer type the allocator reserves by itself
-            is_placed = not moved and self.galloc.alloc_graph(self.sched_graph)
+            is_placed = not moved and self.galloc.alloc_graph(self.sched_graph, self._laid_out_as)
         if not is_placed:
             if self.realloc_callback is not None:
                 is_resized = self._graph_size != self._prev_graph_size
@@ -565,7 +568,7 @@ class Scheduler:
             # inputs may move in memory; next_copy must not change, so this is no `synchronize`
             self._wait()
             self._reserve_sched_graph()
-            self.galloc.alloc_graph(self.sched_graph)
+            self.galloc.alloc_graph(self.sched_graph, self._laid_out_as)
         if config.check():
             check_allocation(self.sched_graph, self.galloc)
 

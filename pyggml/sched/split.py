@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..edits import EDITS
 from ..errors import SchedError
 from ..graph import Graph
 from ..tensor import Tensor, dup_layout, view_tensor
@@ -88,6 +89,7 @@ class Cutter:
         Mirrors `ggml_backend_sched_split_graph`, pass 5. A split that starts for its weight lets the allocator reuse
         the memory of the weight before.
         """
+        EDITS.note()
         nodes = graph.nodes
         ids = self.asg.ids
         i_first = next((i for i, node in enumerate(nodes) if not node.op.is_view), len(nodes))
@@ -122,12 +124,19 @@ class Cutter:
                 if ids.get(src) == backend_id and not suspect:
                     continue  # where it is needed: most sources are
                 if self._needs_copy(src, split.backend_id):
-                    by_backend = self.copies.setdefault(src, {})
-                    if split.backend_id not in by_backend:
-                        by_backend[split.backend_id] = self._make_copies(src, split.backend_id)
+                    if split.backend_id not in self.copies.get(src, ()):
+                        self.copy_to(src, split.backend_id)
                         self._add_input(split, src)
-                    self.replaced_sources.append((node, j, src))
-                    node.src[j] = by_backend[split.backend_id][self.cur_copy]
+                    self.replace_source(node, j, src, split.backend_id)
+
+    def copy_to(self, src: Tensor, backend_id: int) -> None:
+        """Make the copies of a tensor on a backend."""
+        self.copies.setdefault(src, {})[backend_id] = self._make_copies(src, backend_id)
+
+    def replace_source(self, node: Tensor, j: int, src: Tensor, backend_id: int) -> None:
+        """Let a node read the copy of its source."""
+        self.replaced_sources.append((node, j, src))
+        list.__setitem__(node.src, j, self.copies[src][backend_id][self.cur_copy])  # whoever calls counts the change
 
     def _needs_copy(self, src: Tensor, backend_id: int) -> bool:
         """Whether a backend cannot use a source where it is.
@@ -170,13 +179,12 @@ class Cutter:
 
     def _make_copies(self, src: Tensor, backend_id: int) -> list[Tensor]:
         """Return a tensor on the backend for each pipeline copy."""
-        made = []
-        for c in range(self.n_copies):
-            copy = dup_layout(src, f"{self.machine.backends[backend_id].name}#{src.name}#{c}")
+        prefix = f"{self.machine.backends[backend_id].name}#{src.name}"
+        made = [dup_layout(src, f"{prefix}#{c}") for c in range(self.n_copies)]
+        for copy in made:
             if self.n_copies > 1:
                 copy.set_input().set_output()  # the allocator must not overwrite it
-            self.asg.causes[copy] = Cause.COPIED
-            made.append(copy)
+            self.asg.explain(copy, Cause.COPIED)
         return made
 
     # pass 6: pipeline copies of the graph's inputs
@@ -205,7 +213,7 @@ class Cutter:
                 copy = tensor if c == self.cur_copy else dup_layout(tensor, f"{name}#{tensor.name}#{c}")
                 copy.set_input().set_output()
                 if copy is not tensor:
-                    self.asg.causes[copy] = Cause.GRAPH_INPUT
+                    self.asg.explain(copy, Cause.GRAPH_INPUT)
                 made.append(copy)
             by_backend[backend_id] = made
         if is_new or always_listed:

@@ -96,17 +96,34 @@ class Assignment:
     ----------
     ids : dict of Tensor to int
         Index of the backend; a tensor that is not in it is not assigned.
-    causes : dict of Tensor to Cause
-        The latest cause of each.
     """
 
-    __slots__ = ("_counts", "causes", "has_pins", "ids")
+    __slots__ = ("_causes", "_causes_before", "_counts", "has_pins", "ids")
 
     def __init__(self) -> None:
         self.ids: dict[Tensor, int] = {}
-        self.causes: dict[Tensor, Cause] = {}
+        self._causes: dict[Tensor, Cause] = {}
+        self._causes_before: tuple[Sequence[Tensor], Sequence[Cause]] | None = None
         self._counts: dict[tuple[int, int], tuple[tuple[str, int], ...]] = {}
         self.has_pins = False  #: whether the user pinned anything
+
+    @property
+    def causes(self) -> dict[Tensor, Cause]:
+        """The latest cause of each tensor."""
+        if self._causes_before is not None:
+            tensors, causes = self._causes_before
+            self._causes = {**dict(zip(tensors, causes, strict=True)), **self._causes}
+            self._causes_before = None
+        return self._causes
+
+    def follow(self, tensors: Sequence[Tensor], backend_ids: Sequence[int], causes: Sequence[Cause]) -> None:
+        """Assign tensors as others were before; nothing is assigned yet. Causes are worked out once they are asked for."""
+        self.ids.update(zip(tensors, backend_ids, strict=True))
+        self._causes_before = tensors, causes
+
+    def explain(self, tensor: Tensor, cause: Cause) -> None:
+        """Set the cause of a tensor that has its place by itself, as a copy has."""
+        self._causes[tensor] = cause
 
     def get(self, tensor: Tensor) -> int | None:
         """Return the backend id of a tensor."""
@@ -165,6 +182,7 @@ class Machine:
     bufts: Sequence[BufferType]  #: where each backend's results go
     dialect: Dialect
     repairs: Repairs
+    note: Callable[[Tensor, int, bool], None] | None = None  #: takes every answer to `op_checks`: node, backend, answer
     users: BufferUsers = field(init=False, compare=False, repr=False)  #: which backends can use a buffer type
     cpu: int = field(init=False)  #: index of the last backend, which is a CPU
 
@@ -177,10 +195,12 @@ class Machine:
         """The question whether a node can be run, to each backend; to its device at once where the backend passes it on."""
         passes_on = Backend.supports_op
         asked = [b.supports_op for b in self.backends]
-        return [
+        checks: list[Callable[[Tensor], bool]] = [
             b.device.supports_op if getattr(ask, "__func__", None) is passes_on else ask
             for b, ask in zip(self.backends, asked, strict=True)
         ]
+        note = self.note
+        return checks if note is None else [_noting(b, check, note) for b, check in enumerate(checks)]
 
     def buffer_supported(self, tensor: Tensor, backend_id: int, asg: Assignment) -> bool:
         """Whether a backend can use a tensor where it is, or will be.
@@ -197,6 +217,17 @@ class Machine:
         if at is None and root is not None:
             at = asg.ids.get(root)
         return at is not None and backend_id in self.users[self.bufts[at]]
+
+
+def _noting(
+    backend_id: int, check: Callable[[Tensor], bool], note: Callable[[Tensor, int, bool], None]
+) -> Callable[[Tensor], bool]:
+    def ask(node: Tensor) -> bool:
+        answer = check(node)
+        note(node, backend_id, answer)
+        return answer
+
+    return ask
 
 
 @dataclass(eq=False, slots=True)

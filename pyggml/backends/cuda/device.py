@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ... import config
-from ...backend import Backend, Device, Event, op_batch_size, unsupported_op
+from ...backend import Backend, Device, Event, answers_by_kind, op_batch_size, unsupported_op
 from ...buffer import Buffer, BufferType
 from ...errors import BackendError, ComputeError, DeviceUnavailableError
 from ...graph import GraphView, Snapshot
@@ -223,6 +223,7 @@ class CudaDevice(Device):
         """Bytes free and in all."""
         return self.card.memory()
 
+    @answers_by_kind
     def supports_op(self, op: Tensor) -> bool:
         """Whether there is a kernel for the op, its types and its strides."""
         return supports_op(op)
@@ -231,6 +232,7 @@ class CudaDevice(Device):
         """Whether it is this card's own memory."""
         return buft is self._buft
 
+    @answers_by_kind
     def offload_op(self, op: Tensor) -> bool:
         """Whether the batch is large enough to be worth copying the weights.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...backend import Backend, Device
+from ...backend import Backend, Device, answers_by_kind
 from ...buffer import BufferType
 from ...errors import BackendError, DeviceUnavailableError
 from ...graph import GraphView
@@ -53,6 +53,7 @@ class CPUDevice(Device):
         """Bytes available and in all."""
         return physical_memory()
 
+    @answers_by_kind
     def supports_op(self, op: Tensor) -> bool:
         """Whether there is a kernel."""
         return supports_op(op)

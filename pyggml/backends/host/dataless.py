@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 
-from ...backend import Backend, Device
+from ...backend import Backend, Device, answers_by_kind
 from ...buffer import Buffer, BufferType
 from ...errors import BackendError
 from ...graph import GraphView
@@ -81,6 +81,7 @@ class DatalessCPU(Device):
         """Bytes available and in all, of this machine."""
         return physical_memory()
 
+    @answers_by_kind
     def supports_op(self, op: Tensor) -> bool:
         """Return whether our CPU's kernels can run the node, as `run` would; ops without any kernel here count as ggml's."""
         return plans_op(op)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-from ...backend import Backend, Device, Event
+from ...backend import Backend, Device, Event, answers_by_kind
 from ...buffer import BufferType
 from ...errors import ComputeError, DeviceUnavailableError
 from ...graph import GraphView
@@ -88,6 +88,7 @@ class LibraryDevice(Device):
         self.library.lib.ggml_backend_dev_memory(self.handle, sizes, sizes + 1)
         return int(sizes[0]), int(sizes[1])
 
+    @answers_by_kind
     def supports_op(self, op: Tensor) -> bool:
         """Whether the device says so, and is known not to end the process."""
         if not can_translate(self.library, op) or (self._is_trusting and not is_safe_on_cpu(op)):
@@ -110,6 +111,7 @@ class LibraryDevice(Device):
             return False
         return bool(self.library.lib.ggml_backend_dev_supports_buft(self.handle, buft.handle))
 
+    @answers_by_kind
     def offload_op(self, op: Tensor) -> bool:
         """Whether the device offers to take an op whose weights lie in host memory."""
         if not can_translate(self.library, op):

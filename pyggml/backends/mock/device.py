@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...backend import AddAllocDep, Backend, Device, Event
+from ...backend import AddAllocDep, Backend, Device, Event, answers_by_kind
 from ...buffer import BufferType
 from ...errors import ComputeError, DeviceUnavailableError
 from ...graph import GraphView
@@ -65,6 +65,7 @@ class MockDevice(Device):
         """Bytes free and in all: so many that they never decide, and the same for every mock."""
         return 1 << 50, 1 << 50
 
+    @answers_by_kind
     def supports_op(self, op: Tensor) -> bool:
         """Whether it says so."""
         return self._supports_op(op)
@@ -73,6 +74,7 @@ class MockDevice(Device):
         """Whether it says so."""
         return buft.name in self.abilities.bufts
 
+    @answers_by_kind
     def offload_op(self, op: Tensor) -> bool:
         """Whether it was told to want an op."""
         wish = self.abilities.offload

@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 import weakref
 
-from ...backend import Backend, Device, Event
+from ...backend import Backend, Device, Event, answers_by_kind
 from ...buffer import BufferType
 from ...errors import BackendError, DeviceUnavailableError, RPCError
 from ...graph import GraphView
@@ -86,6 +86,7 @@ class RPCDevice(Device):
         free, total = struct.unpack("<QQ", answer)
         return free, total
 
+    @answers_by_kind
     def supports_op(self, op: Tensor) -> bool:
         """Whether every server can be expected to run a node: what ggml's CPU does.
 

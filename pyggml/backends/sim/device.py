@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ... import config
-from ...backend import Backend, Device, Event, op_batch_size
+from ...backend import Backend, Device, Event, answers_by_kind, op_batch_size
 from ...buffer import BufferType
 from ...cost import DeviceProfile, parse_profile
 from ...errors import BackendError, ComputeError, DeviceUnavailableError, OutOfMemoryError
@@ -136,6 +136,7 @@ class SimDevice(Device):
         """Take note that a buffer was given back."""
         self.used_bytes -= size
 
+    @answers_by_kind
     def supports_op(self, op: Tensor) -> bool:
         """Return whether the CPU's kernels, which compute in the device's memory, can run the node; see `plans_op` for plans."""
         return supports_op(op) if self.has_data else plans_op(op)
@@ -144,6 +145,7 @@ class SimDevice(Device):
         """Whether it is this device's own memory."""
         return buft is self._buft
 
+    @answers_by_kind
     def offload_op(self, op: Tensor) -> bool:
         """Whether the batch is large enough to be worth copying the weights.
 

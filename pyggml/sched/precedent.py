@@ -1,0 +1,301 @@
+"""`Precedents`: how graphs were assigned and cut before, for graphs of the same structure.
+
+Passes 1 to 5 are functions of a graph's structure, of the memory that its tensors are in already, and of what backends
+answer about its nodes. So where a new graph has the structure of an earlier one, only the nodes that have another shape or
+other parameters are asked about again; if every answer is the one before, the assignment and the cut are, too. The rules
+themselves are in `assign` and `split`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate, chain, count
+from operator import attrgetter
+from typing import Any
+
+from ..backend import Backend
+from ..edits import EDITS
+from ..graph import Graph, Snapshot
+from ..tensor import Tensor
+from .assign import OffloadOp, assign
+from .policies import default_offload
+from .split import Cutter
+from .state import Cause, Machine, Split
+
+__all__ = ["Precedent", "Precedents"]
+
+#: Graphs that are kept; a session has one for prompts and one for single tokens, and the same for another length.
+N_KEPT = 4
+
+_sources_of, _view_of, _buffer_of = map(attrgetter, ("src", "view_src", "buffer"))
+#: What the passes read of a tensor themselves.
+_KIND = tuple(map(attrgetter, ("op", "flags")))
+#: What only backends look at, when they are asked about a node or its sources.
+_LAYOUT = tuple(map(attrgetter, ("type", "ne", "nb", "_op_params")))
+#: What others than ours may look at, too; see `answers_by_kind`.
+_REST = tuple(map(attrgetter, ("view_offs", "name")))
+
+
+#: A rule of offloading, and the question whether it runs a node to each backend.
+_Rules = tuple[Any, ...]
+
+
+class _Shape:
+    """What decides of a graph: first its tensors, leafs before nodes, then only what is compared."""
+
+    __slots__ = ("kinds", "layouts", "memory", "n_leafs", "n_sources", "roots", "sources", "tensors")
+
+    tensors: list[Tensor]
+    sources: list[Any]  #: of all tensors, one after the other: tensors, later their positions, -1 for None
+    roots: list[Any]  #: which tensor each views, likewise
+    n_sources: list[int]
+    kinds: list[list[Any]]  #: of each tensor, what the passes read themselves
+    layouts: list[list[Any]]  #: of each tensor, what only backends look at
+    memory: list[Any]  #: what is known of each tensor's buffer
+
+    def __init__(self, graph: Graph, *, by_kind: bool) -> None:
+        self.n_leafs = len(graph.leafs)
+        self.tensors = tensors = [*graph.leafs, *graph.nodes]
+        sources = list(map(_sources_of, tensors))
+        self.n_sources = list(map(len, sources))
+        self.sources = list(chain.from_iterable(sources))
+        self.roots = list(map(_view_of, tensors))
+        buffers = list(map(_buffer_of, tensors))
+        memory = {b: b and (type(b), b.buft, b.usage, b.is_writable) for b in set(buffers)}
+        self.memory = list(map(memory.__getitem__, buffers))
+        self.kinds = [list(map(attribute_of, tensors)) for attribute_of in _KIND]
+        looked_at = _LAYOUT if by_kind else _LAYOUT + _REST
+        self.layouts = [list(map(attribute_of, tensors)) for attribute_of in looked_at]
+
+    def is_built_as(self, kept: _Shape) -> bool:
+        """Whether this graph has the structure of one that is kept: all but layouts."""
+        if self.n_leafs != kept.n_leafs or self.n_sources != kept.n_sources or self.kinds != kept.kinds:
+            return False
+        at = [*self.tensors, None].__getitem__  # -1 is the last
+        return (
+            self.memory == kept.memory
+            and self.sources == list(map(at, kept.sources))
+            and self.roots == list(map(at, kept.roots))
+        )
+
+    def forget_tensors(self) -> dict[Tensor | None, int] | None:
+        """Replace tensors by their positions; return these, or None if a source or what is viewed is not in the graph."""
+        position: dict[Tensor | None, int] = dict(zip(self.tensors, count()))
+        position[None] = -1
+        self.sources = list(map(position.get, self.sources))
+        self.roots = list(map(position.get, self.roots))
+        self.tensors = []
+        return None if None in self.sources or None in self.roots else position
+
+    def changed_since(self, kept: _Shape) -> set[int]:
+        """Return the positions whose layout, or that of a source or of what they view, is another; the structure is the same."""
+        changed: set[int] = set()
+        for now, was in zip(self.layouts, kept.layouts, strict=True):
+            if now != was:
+                changed.update(i for i, (a, b) in enumerate(zip(now, was, strict=True)) if a != b)
+        starts = accumulate(kept.n_sources, initial=0)
+        return {
+            i
+            for i, (start, n) in enumerate(zip(starts, kept.n_sources, strict=False))
+            if i in changed or kept.roots[i] in changed or not changed.isdisjoint(kept.sources[start : start + n])
+        }
+
+
+class Precedent:
+    """How one graph was assigned and cut, by positions. Two graphs of one precedent are laid out alike."""
+
+    __slots__ = (
+        "answers", "assigned", "backends", "causes", "copies", "memory", "memory_before", "replaced", "rules", "shape",
+        "splits", "structure", "unused", "wishes",
+    )  # fmt: skip
+
+    shape: _Shape  #: without tensors
+    rules: _Rules  #: whom the passes ask
+    answers: list[tuple[int, int, bool]]  #: node; whether a backend runs it, or (inverted) wants it; the answer
+    wishes: list[tuple[int, int, bool]]  #: those of the answers that a user's rule may have given
+    assigned: list[int]  #: positions of what has a backend
+    backends: list[int]
+    causes: list[Cause]
+    splits: list[tuple[int, int, int, list[int]]]  #: backend, first node, end, inputs
+    copies: list[tuple[int, int]]  #: source and backend
+    replaced: list[tuple[int, int, int, int]]  #: node, index of the source, source, backend of the copy
+    memory_before: tuple[int, tuple[int, ...]]  #: of the cutter
+    memory: tuple[int, tuple[int, ...]]
+    structure: object  #: the same for precedents whose graphs differ in layouts only
+    unused: frozenset[int]  #: leafs that no node reads
+
+    def of(self, shape: _Shape) -> Precedent:
+        """Return the precedent of another graph whose answers are the same."""
+        made = Precedent()
+        for name in self.__slots__:
+            setattr(made, name, getattr(self, name))
+        shape.tensors, shape.sources, shape.roots = [], self.shape.sources, self.shape.roots
+        made.shape = shape
+        return made
+
+    def snapshot(self, graph: Graph, cutter: Cutter) -> Snapshot:
+        """Return the snapshot of a graph that was decided after this; what is known here is not looked up again."""
+        tensors = [*graph.leafs, *graph.nodes]
+        copies = [made[cutter.cur_copy] for by_backend in cutter.copies.values() for made in by_backend.values()]
+        replacing = [node.src[j] for node, j, _ in cutter.replaced_sources]
+        shape, used = self.shape, tensors
+        if self.unused:
+            used = [t for i, t in enumerate(tensors) if i not in self.unused]
+
+        def facts() -> tuple[list[Tensor | None], list[int], list[tuple[int, ...]], list[int]]:
+            n_leafs, starts = shape.n_leafs, list(accumulate(shape.n_sources, initial=0))
+            read = [None if i < 0 else tensors[i] for i in shape.sources]
+            for (i, j, _, _), copy in zip(self.replaced, replacing, strict=True):
+                read[starts[i] + j] = copy
+            return (
+                read[starts[n_leafs] :],
+                shape.n_sources[n_leafs:],
+                shape.layouts[3][n_leafs:],
+                shape.kinds[1][n_leafs:],
+            )
+
+        return Snapshot(graph.nodes, [*used, *copies], facts)
+
+
+class Precedents:
+    """The latest graphs of a scheduler, and how they were assigned and cut.
+
+    Parameters
+    ----------
+    machine : Machine
+    """
+
+    __slots__ = ("_answers", "_kept", "_machine")
+
+    def __init__(self, machine: Machine) -> None:
+        self._answers: list[tuple[Tensor, int, bool]] = []
+        self._machine = replace(machine, note=self._note)
+        self._kept: list[Precedent] = []
+
+    def decide(self, graph: Graph, cutter: Cutter, offload: OffloadOp | None) -> Precedent | None:
+        """Run passes 1 to 5, or do as for a graph before; return what later graphs can follow, if they can.
+
+        Raises
+        ------
+        GraphError, UnsupportedOpError, SchedError
+            See `Graph.check`, `assign` and `Cutter.cut`.
+        """
+        asg, machine = cutter.asg, cutter.machine
+        checks = machine.op_checks
+        rules: _Rules = (offload, *checks)
+        shape = found = None
+        if cutter.n_copies == 1 and not asg.ids:
+            shape = _Shape(graph, by_kind=all(map(_answers_by_kind, checks)))
+            found = self._find(shape, cutter, rules)
+        if found is not None:
+            del shape  # so that the garbage collector, which new copies may wake, has less to look at
+            _follow(found, [*graph.leafs, *graph.nodes], cutter)
+        else:
+            if machine.repairs.other_graph:
+                graph.check()
+            if shape is None:
+                assign(graph, asg, machine, offload)
+                cutter.cut(graph)
+            else:
+                found = self._first(graph, shape, cutter, rules)
+        if found is not None:
+            self._kept = [found, *(p for p in self._kept if p is not found)][:N_KEPT]
+        return found
+
+    def _find(self, shape: _Shape, cutter: Cutter, rules: _Rules) -> Precedent | None:
+        """Return the precedent of a graph, or a new one after one whose answers are the same."""
+        memory, (offload, *checks) = _memory_of(cutter), rules
+        alike = [p for p in self._kept if p.memory_before == memory and p.rules == rules]
+        built = {s for s, kept in {p.structure: p.shape for p in alike}.items() if shape.is_built_as(kept)}
+        alike = [p for p in alike if p.structure in built]
+        if not alike:
+            return None
+        # a user's rule may say something else than before, whatever it is asked
+        is_fixed = offload is None or (
+            offload is default_offload
+            and all(_answers_by_kind(b.device.offload_op) for b in cutter.machine.backends[:-1])
+        )
+        same = [p for p in alike if p.shape.layouts == shape.layouts]
+        for kept in same or alike:
+            changed = set() if same else shape.changed_since(kept.shape)
+            asked = kept.answers if changed else () if is_fixed else kept.wishes
+            for i, number, answer in asked:
+                if number < 0:
+                    assert offload is not None
+                    if (i in changed or not is_fixed) and offload(
+                        cutter.machine.backends[~number], shape.tensors[i]
+                    ) != answer:
+                        break
+                elif i in changed and checks[number](shape.tensors[i]) != answer:
+                    break
+            else:
+                return kept if same else kept.of(shape)
+        return None
+
+    def _first(self, graph: Graph, shape: _Shape, cutter: Cutter, rules: _Rules) -> Precedent | None:
+        """Run the passes and keep what they did, unless the graph has sources elsewhere."""
+        before, offload = _memory_of(cutter), rules[0]
+        self._answers.clear()
+        asg = cutter.asg
+        assign(graph, asg, self._machine, None if offload is None else self._noting(offload))
+        cutter.cut(graph)
+        position = shape.forget_tensors()
+        if position is None:
+            return None
+        made = Precedent()
+        made.shape, made.rules, made.structure = shape, rules, object()
+        made.memory_before, made.memory = before, _memory_of(cutter)
+        made.answers = [(position[node], number, answer) for node, number, answer in self._answers]
+        made.wishes = [asked for asked in made.answers if asked[1] < 0]
+        self._answers.clear()
+        made.unused = frozenset(range(shape.n_leafs)).difference(shape.sources)
+        made.assigned = sorted(position[t] for t in asg.ids)
+        tensors = [*graph.leafs, *graph.nodes]
+        assigned = [tensors[i] for i in made.assigned]
+        made.backends = list(map(asg.ids.__getitem__, assigned))
+        made.causes = list(map(asg.causes.__getitem__, assigned))
+        made.splits = [(s.backend_id, s.i_start, s.i_end, [position[t] for t in s.inputs]) for s in cutter.splits]
+        made.copies = [(position[t], b) for t, by_backend in cutter.copies.items() for b in by_backend]
+        made.replaced = [(position[n], j, position[src], asg.ids[n]) for n, j, src in cutter.replaced_sources]
+        return made
+
+    def _note(self, node: Tensor, number: int, answer: bool) -> None:
+        self._answers.append((node, number, answer))
+
+    def _noting(self, offload: OffloadOp) -> OffloadOp:
+        numbers = {backend: ~b for b, backend in enumerate(self._machine.backends)}
+
+        def ask(backend: Backend, node: Tensor) -> bool:
+            answer = offload(backend, node)
+            self._answers.append((node, numbers[backend], answer))
+            return answer
+
+        return ask
+
+
+def _answers_by_kind(check: Callable[..., bool]) -> bool:
+    return getattr(check, "answers_by_kind", False)
+
+
+def _memory_of(cutter: Cutter) -> tuple[int, tuple[int, ...]]:
+    """Return what the cutter knows of graphs before, as far as the dialect looks at it."""
+    memory = cutter.memory
+    return memory.backend_id, tuple(memory.capacities) if cutter.machine.dialect.cut_at_input_capacity else ()
+
+
+def _follow(precedent: Precedent, tensors: list[Tensor], cutter: Cutter) -> None:
+    """Assign and cut as the precedent was."""
+    EDITS.note()
+    for backend_id, i_start, i_end, inputs in precedent.splits:
+        cutter.splits.append(Split(backend_id, i_start, i_end, [tensors[i] for i in inputs]))
+    for i, b in precedent.copies:
+        cutter.copy_to(tensors[i], b)
+    for i, j, i_src, b in precedent.replaced:
+        cutter.replace_source(tensors[i], j, tensors[i_src], b)
+    is_whole = len(precedent.assigned) == len(tensors)
+    assigned = tensors if is_whole else list(map(tensors.__getitem__, precedent.assigned))
+    cutter.asg.follow(assigned, precedent.backends, precedent.causes)
+    cutter.memory.backend_id, capacities = precedent.memory
+    if capacities:
+        cutter.memory.capacities[:] = capacities

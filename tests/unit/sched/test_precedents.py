@@ -1,0 +1,153 @@
+"""Precedents: what a scheduler does not ask again about a graph like one before, and what it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import pyggml as ggml
+from pyggml.backend import Backend, Device
+from pyggml.backends.sim import SimDevice
+from pyggml.cost import parse_profile
+from pyggml.sched import precedent
+
+
+class Bench:
+    """A simulated device and the CPU, a weight on each, and how often backends were asked and passes run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, device: Device | None = None, **options: Any) -> None:
+        self.gpu = ggml.Sim() if device is None else device.backend()
+        cpu = ggml.CPU(1)
+        self.sched = ggml.Scheduler([self.gpu, cpu], **options)
+        self.weights = []
+        for backend in (self.gpu, cpu):
+            context = ggml.Context()
+            self.weights.append(context.new_tensor("f32", (8, 8), name=f"w{len(self.weights)}"))
+            context.alloc(backend, usage="weights")
+        self.n_passes = 0
+        passes = precedent.assign
+
+        def counted(*arguments: Any) -> None:
+            self.n_passes += 1
+            passes(*arguments)
+
+        monkeypatch.setattr(precedent, "assign", counted)
+
+    def graph(self, n_token: int, *, name: str = "last", scales: bool = False) -> ggml.Graph:
+        """Return a new graph: a product on the device, one whose weight is on the CPU."""
+        graph = ggml.Graph()
+        with graph:
+            x = graph.input("f32", (8, n_token), name="x")
+            y = ggml.mul_mat(self.weights[0], x).named("first")
+            y = ggml.scale(y, 2.0).named("scaled") if scales else ggml.silu(y).named("active")
+            graph.expand(ggml.mul_mat(self.weights[1], y).named(name).set_output())
+        return graph
+
+    def causes(self, graph: ggml.Graph) -> list[tuple[str, str]]:
+        """Allocate a graph and return where its nodes are, and why."""
+        self.sched.reset()
+        self.sched.alloc_graph(graph)
+        found = [(self.sched.tensor_backend(n), self.sched.cause(n)) for n in graph.nodes]
+        return [(b.name, c.value) for b, c in found if b is not None and c is not None]
+
+
+def test_a_graph_like_one_before_runs_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same sizes again, and other sizes with the same answers, are assigned as before."""
+    bench = Bench(monkeypatch)
+    first = bench.causes(bench.graph(4))
+    assert bench.n_passes == 1
+    assert bench.causes(bench.graph(4)) == first
+    assert bench.causes(bench.graph(7)) == first
+    assert bench.n_passes == 1
+    assert bench.causes(bench.graph(4, scales=True)) == first
+    assert bench.n_passes == 2
+
+
+def test_another_answer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 32 tokens on the device wants the second product, too; the graph before does not decide."""
+    bench = Bench(monkeypatch)
+    small = bench.causes(bench.graph(31))
+    large = bench.causes(bench.graph(32))
+    assert [c for _, c in small] == ["1.wgt0", "2.sup", "1.wgt0"]
+    assert [c for _, c in large] == ["1.wgt0", "2.sup", "1.off"]
+    assert bench.n_passes == 2
+    assert bench.causes(bench.graph(31)) == small  # both are kept
+    assert bench.causes(bench.graph(40)) == large
+    assert bench.n_passes == 2
+
+
+def test_results_of_graphs_that_follow_are_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each graph computes with its own tensors and copies."""
+    bench = Bench(monkeypatch)
+    for weight in bench.weights:
+        weight.set_array([[float(i == j) * 3 for i in range(8)] for j in range(8)])
+    for value in (1.0, 2.0, 5.0):
+        graph = bench.graph(2, scales=True)
+        bench.causes(graph)
+        graph["x"].set_array([[value] * 8] * 2)
+        bench.sched.compute(graph)
+        assert graph["last"].numpy().tolist() == [[value * 18] * 8] * 2
+    assert bench.n_passes == 1
+
+
+def test_a_rule_of_offloading_is_asked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's rule may go by names or change its mind: it is asked although nothing about the graph changed."""
+    wanted: list[str] = ["last"]
+
+    def rule(backend: Backend, op: ggml.Tensor) -> bool:
+        return op.name in wanted
+
+    bench = Bench(monkeypatch, offload_rule=rule)
+    assert bench.causes(bench.graph(4))[-1][1] == "1.off"
+    assert bench.causes(bench.graph(4, name="other"))[-1][1] == "1.wgt0"
+    wanted.clear()
+    assert bench.causes(bench.graph(4))[-1][1] == "1.wgt0"
+
+
+class ByName(SimDevice):
+    """A device that cannot run what is named so."""
+
+    def supports_op(self, op: ggml.Tensor) -> bool:
+        """Whether the node has another name."""
+        return op.name != "not here" and super().supports_op(op)
+
+
+def test_a_device_that_goes_by_names_is_asked_about_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only devices that say so are taken to answer by kind."""
+    bench = Bench(monkeypatch, ByName(parse_profile("rtx4090-pcie4")))
+    assert bench.causes(bench.graph(64))[-1][1] == "1.off"
+    assert bench.causes(bench.graph(64, name="not here"))[-1][1] == "1.wgt0"
+
+
+def test_pins_are_for_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph with pins follows nothing, and nothing follows it."""
+    bench = Bench(monkeypatch)
+    free = bench.causes(bench.graph(4))
+    graph = bench.graph(4)
+    bench.sched.reset()
+    bench.sched.set_tensor_backend(graph["active"], bench.sched.backends[1])
+    bench.sched.alloc_graph(graph)
+    assert bench.sched.cause(graph["active"]) is ggml.Cause.USER
+    assert bench.causes(bench.graph(4)) == free
+
+
+def test_a_larger_graph_is_laid_out_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that follows a smaller one gets the memory that it needs, and the smaller one its own places again."""
+    bench = Bench(monkeypatch)
+    sizes = []
+    for n_token in (2, 9, 2, 9):
+        bench.causes(bench.graph(n_token))
+        sizes.append(bench.sched.buffer_size(bench.gpu))
+    assert sizes[0] < sizes[1] == sizes[2] == sizes[3]
+    assert bench.n_passes == 1
+
+
+def test_an_order_by_hand_is_still_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node before its source is an error, whatever graph came before."""
+    bench = Bench(monkeypatch)
+    bench.causes(bench.graph(4))
+    graph = bench.graph(4)
+    graph.nodes.reverse()
+    with pytest.raises(ggml.GraphError, match="comes before its source"):
+        bench.causes(graph)
