@@ -44,6 +44,7 @@ class HostMemory:
         self.library = library
         self._buffers: dict[int, tuple[int, int, str]] = {}  # base, size, name, by address of the buffer
         self._results = 0
+        self.on_change: Callable[[], None] = lambda: None
         self.pageable = _stand_in(cpu.buffer_type)
         self.weights = _stand_in(cpu.buffer_type, BufferUsage.WEIGHTS)
         self.pinned = self.pinned_weights = self.pageable
@@ -57,10 +58,12 @@ class HostMemory:
         lib = self.library.lib
         base = self.library.address(lib.ggml_backend_buffer_get_base(buffer))
         self._buffers[self.library.address(buffer)] = base, lib.ggml_backend_buffer_get_size(buffer), name
+        self.on_change()
 
     def remove(self, address: int) -> None:
         """Take note that a buffer was given back."""
         self._buffers.pop(address, None)
+        self.on_change()
 
     def holds_results(self) -> None:
         """Take note that the latest buffer is for logits."""
@@ -115,6 +118,7 @@ class Machine:
         self.library = library
         self.host = HostMemory(library, cpu)
         self.translator = Translator(library, self.buffer_of)
+        self.host.on_change = self.forget
         self.devices: list[ComputingDevice] = []
         self.buffers: dict[int, Buffer] = {}
         self.streams: dict[int, tuple[int, Backend]] = {}
@@ -125,6 +129,11 @@ class Machine:
     def buffer_of(self, address: int) -> Buffer:
         """Return what a buffer of ggml's is here."""
         return self.buffers.get(address) or self.host.of(address)
+
+    def forget(self) -> None:
+        """Forget what is known of tensors by where they are: a buffer was given back."""
+        self.translator.forget()
+        self.ledger.forget()
 
     def failed(self, error: BaseException) -> None:
         """Keep the first exception: what follows from it is no news."""
@@ -217,6 +226,7 @@ class ComputingDevice(PythonDevice):
         return made
 
     def _free_buffer(self, address: int) -> None:
+        self.machine.forget()
         self.machine.buffers.pop(address).close()
 
     def _alloc_size(self, _: Handle, t: Handle) -> int:
@@ -238,9 +248,10 @@ class ComputingDevice(PythonDevice):
     # -- copies --------------------------------------------------------------
 
     def _placed(self, t: Handle) -> tuple[Tensor, Buffer]:
-        tensor = self.machine.translator.tensor(t)
-        assert tensor.buffer is not None
-        return tensor, tensor.buffer
+        tensor = self.machine.translator.known(t)
+        buffer = tensor.buffer
+        assert buffer is not None
+        return tensor, buffer
 
     def _memset(self, _: int, t: Handle, value: int, offset: int, size: int) -> None:
         tensor, buffer = self._placed(t)
@@ -312,10 +323,10 @@ class ComputingDevice(PythonDevice):
         machine = self.machine
         if machine.error is not None:
             return -1
-        view = machine.translator.view(graph)
+        view, nodes, uid = machine.translator.view(graph)
         start_s = machine.ledger.now()
         machine.streams[stream][1].graph_compute(view)
-        machine.ledger.launched(self.index, view, machine.translator.place(graph), start_s)
+        machine.ledger.launched(self.index, view, nodes, uid, start_s)
         return 0
 
     # -- events --------------------------------------------------------------
@@ -445,6 +456,11 @@ class ComputingCPU(CPUHooks):
         put(library, words, "buffer", {"free_buffer": freed}, self.failed)
         return buffer
 
+    @staticmethod
+    def run(compute: Callable[[int, Handle], int], stream: int, graph: Handle) -> int:
+        """Let ggml compute a graph, and return its status."""
+        return int(compute(stream, graph))
+
     def _init_backend(self, device: Handle, params: Handle) -> Handle:
         made = self.original["init_backend"](device, params)
         words = self.library.ffi.cast("void **", made)
@@ -454,12 +470,12 @@ class ComputingCPU(CPUHooks):
             machine = self.machine
             if machine.error is not None:
                 return -1
-            view = machine.translator.view(graph)
+            view, nodes, uid = machine.translator.view(graph)
             if HOST.is_busy:
                 HOST.by_host(accesses_of(view))
             start_s = machine.ledger.now()
-            status = int(compute(stream, graph))
-            machine.ledger.launched(machine.ledger.cpu, view, machine.translator.place(graph), start_s)
+            status = self.run(compute, stream, graph)
+            machine.ledger.launched(machine.ledger.cpu, view, nodes, uid, start_s)
             return status
 
         put(self.library, words, "backend", {"graph_compute": computing}, self.failed)

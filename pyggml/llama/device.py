@@ -51,7 +51,7 @@ _SIGNATURES = {
         "get_tensor_async": f"void(intptr_t, {_TENSOR}, intptr_t, size_t, size_t)",
         "cpy_tensor_async": f"bool(intptr_t, intptr_t, {_TENSOR}, {_TENSOR})",
         "synchronize": "void(intptr_t)",
-        "graph_compute": "int(intptr_t, void *)",
+        "graph_compute": "int(intptr_t, struct cgraph_head *)",
         "event_record": "void(intptr_t, intptr_t)",
         "event_wait": "void(intptr_t, intptr_t)",
     },

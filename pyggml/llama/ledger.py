@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -112,8 +112,7 @@ class _Split:
     inputs: list[tuple[Tensor, CopyReason, int]] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Mark:
+class _Mark(NamedTuple):
     """Where the counters were."""
 
     time_s: float
@@ -180,7 +179,7 @@ class Ledger:
         self._splits: list[_Split] = []
         self._body: list[Record] = []  # records of the computing at hand
         self._inputs: list[tuple[Tensor, CopyReason, int]] = []
-        self._made: set[str] = set()  # nodes computed so far
+        self._made: list[set[str]] = []  # names of nodes computed so far
         self._next_nodes = 0  # where the nodes of the next split of this graph begin
         self._first: tuple[int, int] = (0, 0)
         self._is_reused = False
@@ -188,6 +187,8 @@ class Ledger:
         self._experts: tuple[str, int] | None = None  # weight that is being sent in parts, and its split
         self._ids_read: tuple[Tensor, int] | None = None
         self._used: set[int] = set()
+        self._reasons: dict[Tensor, CopyReason] = {}
+        self._sources: dict[tuple[Tensor, int], Tensor] = {}  # of copies from host memory, by their place and address
         self._mark = self._start = self._counters()
 
     # -- the session's side --------------------------------------------------
@@ -205,6 +206,11 @@ class Ledger:
         """End a decode: llama.cpp has waited for all."""
         self._mark = self._counters()
         self._finish()
+
+    def forget(self) -> None:
+        """Forget what is known of host memory: a buffer was given back, or is new."""
+        self._sources.clear()
+        self._reasons.clear()
 
     def take_records(self) -> list[Record]:
         """Return what was recorded since the last time."""
@@ -246,7 +252,9 @@ class Ledger:
         """Take note of bytes that came from host memory."""
         if "#" not in dst.name or self._is_idle:
             return
-        source = self._source(dst, self._host_at(address))
+        source = self._sources.get((dst, address))
+        if source is None:
+            source = self._sources[dst, address] = self._source(dst, self._host_at(address))
         if is_async and source.buffer is not None and source.buffer.usage is BufferUsage.WEIGHTS:
             self._sent_experts(index, source, offset, size, start_s)
             return
@@ -287,12 +295,14 @@ class Ledger:
     def _reason(self, source: Tensor) -> CopyReason:
         if source.buffer is not None and source.buffer.usage is BufferUsage.WEIGHTS:
             return "weight"
-        return "activation" if source.name in self._made else "input"
+        return "activation" if any(source.name in names for names in self._made) else "input"
 
     def _copied(
         self, dst: int, src: int, source: Tensor, offset: int, size: int, start_s: float, *, is_async: bool
     ) -> None:
-        reason = self._reason(source)
+        reason = self._reasons.get(source)
+        if reason is None:
+            reason = self._reasons[source] = self._reason(source)
         self._inputs.append((source, reason, src))
         sent = cast(Transfer, _Sent(source, dst))
         self._log.copied(sent, _NEXT, src, reason, start_s, offset, size, source.nbytes, is_async=is_async)
@@ -325,17 +335,10 @@ class Ledger:
 
     # -- launches and waits --------------------------------------------------
 
-    def launched(self, backend_id: int, view: GraphView, place: tuple[int, int], start_s: float) -> None:
-        """Take note of a graph that was given to a backend: a split, or a part of one.
-
-        Parameters
-        ----------
-        place : (int, int)
-            Where its nodes are listed, and its number; see `Translator.place`.
-        """
+    def launched(self, backend_id: int, view: GraphView, nodes: int, uid: int, start_s: float) -> None:
+        """Take note of a graph that was given to a backend: a split, or a part of one; see `Translator.view`."""
         if self._is_idle:
             return
-        nodes, uid = place
         if nodes != self._next_nodes or not self._is_computing:
             self._finish()
             self._begin(nodes, uid)
@@ -349,8 +352,8 @@ class Ledger:
         self._next_nodes = nodes + _POINTER_BYTES * len(view)
         names = view.memo.get("names")
         if names is None:
-            names = view.memo["names"] = [n.name for n in view.nodes]
-        self._made.update(names)
+            names = view.memo["names"] = {n.name for n in view.nodes}
+        self._made.append(names)
         i_split = len(self._splits) - 1
         self._log.launched(i_split, backend_id, view, cast(Assignment, _NO_CAUSES), start_s)
         if self._takes_records:
@@ -375,7 +378,7 @@ class Ledger:
         self._is_reused = uid != 0 and (nodes, uid) == self._first
         self._first = nodes, uid
         self._is_computing = True
-        self._splits, self._made, self._body = [], set(), []
+        self._splits, self._made, self._body = [], [], []
         self._ids.n_used.clear()
         self._start = self._mark
 

@@ -146,18 +146,20 @@ class LlamaModel(Generator):
         self._process = LlamaProcess(find_llama(library), kind="compute", timeout_s=timeout_s)
         self._request = {"model": str(self.path.absolute())}
         kinds = [name.partition(":")[0] for name in names]
+        #: the request that opened the model in its child
+        self.opened_with: dict[str, Any] = self._request | {
+            "do": "open",
+            "devices": [{"name": n, "index": kinds[:i].count(kinds[i]), "seed": seed} for i, n in enumerate(names)],
+            "placement": about_placement(placement, here, overrides),
+            "context": about_context(context),
+            "threads": threads,
+            "host": host,
+            "use_mmap": placement.use_mmap,
+            "takes_records": recorder is not None,
+            "watches_experts": watches_experts,
+        }
         try:
-            facts = self._process.ask(self._request | {
-                "do": "open",
-                "devices": [{"name": n, "index": kinds[:i].count(kinds[i]), "seed": seed} for i, n in enumerate(names)],
-                "placement": about_placement(placement, here, overrides),
-                "context": about_context(context),
-                "threads": threads,
-                "host": host,
-                "use_mmap": placement.use_mmap,
-                "takes_records": recorder is not None,
-                "watches_experts": watches_experts,
-            })  # fmt: skip
+            facts = self._process.ask(self.opened_with)
         except BaseException:
             self._process.close()
             raise

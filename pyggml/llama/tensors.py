@@ -38,12 +38,28 @@ class Translator:
         self._types = {int(t): t for t in library.types}
         self._views: OrderedDict[int, GraphView] = OrderedDict()
         self._answers: dict[object, bool] = {}
+        self._known: dict[bytes, Tensor] = {}
+        self._struct_bytes = self.ffi.sizeof("struct ggml_tensor")
         self.n_translated = 0
 
     def is_quantized(self, t: Handle) -> bool:
         """Whether a tensor's type has blocks."""
         type = self._types.get(t.type)
         return type is not None and type.is_quantized
+
+    def known(self, t: Handle) -> Tensor:
+        """Return `tensor`, the same object for equal structs until `forget`: copies name the same tensors over and over."""
+        key = bytes(self.ffi.buffer(t, self._struct_bytes))
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= _MAX_ANSWERS:
+                self._known.clear()
+            found = self._known[key] = self.tensor(t)
+        return found
+
+    def forget(self) -> None:
+        """Forget tensors: a buffer was given back, and another may get its address."""
+        self._known.clear()
 
     def tensor(self, t: Handle, *, has_op: bool = False) -> Tensor:
         """Return a tensor: what it is and where; a view is a tensor at its own place.
@@ -101,27 +117,24 @@ class Translator:
         made.src[:] = _trimmed([None if s == self.ffi.NULL else self.tensor(s) for s in t.src])
         return made
 
-    def view(self, graph: Handle) -> GraphView:
-        """Return a graph that a device was given; the same object for the same graph, if the library numbers graphs."""
-        head = self.ffi.cast("struct cgraph_head *", graph)
-        uid = head.uid if self.library.has_uids else 0
+    def view(self, graph: Handle) -> tuple[GraphView, int, int]:
+        """Return a graph that a device was given, the address of its list of nodes, and its number (0: it has none).
+
+        It is the same object for the same graph, if the library numbers graphs.
+        """
+        uid = graph.uid if self.library.has_uids else 0
+        nodes = self.library.address(graph.nodes)
         found = self._views.get(uid) if uid else None
         if found is not None:
-            self._views.move_to_end(uid)
-            return found
-        made = self._translate(head)
+            return found, nodes, uid
+        made = self._translate(graph)
         self.n_translated += 1
         if uid:
             made.is_verified = True  # a number stands for one graph, whose tensors stay where they are
             self._views[uid] = made
             if len(self._views) > _MAX_VIEWS:
                 self._views.popitem(last=False)
-        return made
-
-    def place(self, graph: Handle) -> tuple[int, int]:
-        """Return the address of a graph's list of nodes, and its number, 0 if it has none."""
-        head = self.ffi.cast("struct cgraph_head *", graph)
-        return self.library.address(head.nodes), int(head.uid) if self.library.has_uids else 0
+        return made, nodes, uid
 
     def _translate(self, head: Handle) -> GraphView:
         null, address = self.ffi.NULL, self.library.address

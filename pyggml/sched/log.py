@@ -295,9 +295,17 @@ class RunLog:
             nodes = graph.nodes
             products = [n for n in nodes if n.op is Op.MUL_MAT_ID]
             others = (n for n in nodes if n.op is not Op.MUL_MAT_ID)
-            kept = graph.memo["work"] = (clock, clock.seconds(backend_id, others, self._count_experts), products)
-        fixed_s: float = kept[1]
-        return fixed_s + clock.seconds(backend_id, kept[2], self._count_experts)
+            fixed_s = clock.seconds(backend_id, others, self._count_experts)
+            kept = graph.memo["work"] = (clock, fixed_s, products, {})
+        fixed: float = kept[1]
+        if not kept[2]:
+            return fixed
+        by_counts: dict[tuple[float, ...], float] = kept[3]
+        counts = tuple(map(self._count_experts, kept[2]))
+        seconds = by_counts.get(counts)
+        if seconds is None:
+            seconds = by_counts[counts] = fixed + clock.seconds(backend_id, kept[2], self._count_experts)
+        return seconds
 
     def _count_experts(self, node: Tensor) -> float:
         """Return how many experts a MUL_MAT_ID reads."""

@@ -170,6 +170,7 @@ class Library:
         self.ffi = ffi = cffi.FFI()
         ffi.cdef(TENSOR_STRUCT)
         ffi.cdef(_FUNCTIONS)
+        self._word = ffi.typeof("uintptr_t")
         try:
             # local: two builds in one process must not take each other's functions
             self.lib = ffi.dlopen(str(path), ffi.RTLD_NOW | getattr(ffi, "RTLD_LOCAL", 0))
@@ -197,7 +198,7 @@ class Library:
 
     def address(self, p: Handle) -> int:
         """Return a pointer as a number."""
-        return int(self.ffi.cast("uintptr_t", p))
+        return int(self.ffi.cast(self._word, p))
 
     def pointer(self, address: int) -> Handle:
         """Return a number as a pointer."""
