@@ -84,7 +84,7 @@ class _Run:
             about = {
                 "model": self.report.model,
                 "devices": self.report.devices,
-                "options": given_options(),
+                "options": " ".join(filter(None, (given_options(), self._engine_words()))),
                 "assumed": "" if self.report.virtual is None else self.report.virtual.assumed(),
             }
             write_records(
@@ -99,9 +99,15 @@ class _Run:
             with aside(self.output.routing) as part:
                 write(self.routing.trace(), part)
 
+    def _engine_words(self) -> str:
+        """Return who scheduled, if it was not pyggml."""
+        if not isinstance(self.session, Session):
+            return f"--engine llama (llama.cpp {self.session.build})"
+        return ""
+
     def _print(self) -> None:
         if self.output.as_json:
-            print_json(self.report.as_dict())
+            print_json({"engine": self.output.engine} | self.report.as_dict())
             return
         if self.report.text:
             click.echo()

@@ -14,6 +14,7 @@ happens in a child process of the model's own, so that whatever llama.cpp does t
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -24,18 +25,19 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from ..backend import REGISTRY
 from ..backends.host.race_watch import Hazard
 from ..backends.sim.memory import Traffic
-from ..clock import VirtualClock
+from ..clock import Span, VirtualClock
 from ..cost import CPU_PROFILE, DeviceProfile
-from ..errors import AllocError, DeviceUnavailableError, ModelError, SchedError
+from ..errors import AllocError, DeviceUnavailableError, ModelError, PyggmlError, SchedError
 from ..generation import Generator
 from ..gguf import GGUFFile, require_model
 from ..models.batch import Outputs
 from ..models.context import ContextFlags
 from ..models.placement import PlacementFlags, parse_overrides, warn_of_unmatched
 from ..models.topk import TopK
-from ..planning import Memory, MemoryRows
-from ..record import AllocPurpose, Recorder, Statistics
+from ..planning import Memory, MemoryRows, Planner
+from ..record import AllocPurpose, AllocRecord, Recorder, Recording, Statistics
 from ..session import BatchRecord
+from .causes import Causes
 from .library import find_llama
 from .process import LlamaProcess
 from .source import about_context, about_placement
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from ..backends.sim.faults import Moment
 
 __all__ = ["LlamaModel", "RoutingTaker"]
+
+_log = logging.getLogger("pyggml.llama")
 
 #: Seconds that loading a model or one decode may take.
 TIMEOUT_S = 600.0
@@ -77,7 +81,7 @@ class LlamaModel(Generator):
     seed : int, optional
         Simulated devices do their work late, in an order drawn from it; see `hazards`.
     recorder : Recorder, optional
-        Takes a record of each copy, launch and wait of llama.cpp's scheduler.
+        Takes a record of each copy, launch and wait of llama.cpp's scheduler; causes are those of pyggml's plan.
     watches_experts : bool
         llama.cpp's eval callback takes the experts that each layer chooses, for `watcher`; graphs are then computed in parts.
     host : DeviceProfile or None
@@ -142,6 +146,9 @@ class LlamaModel(Generator):
             warn_of_unmatched(overrides, list(file.tensors))
             self.metadata = dict(file.metadata)
         self.device_names = [d.name for d in here]
+        self._names, self._placement, self._context = names, placement, context
+        self._causes: Causes | None = None
+        self._can_explain = recorder is not None and all(name.startswith("sim") for name in names)
         self._use, self._words = threading.Lock(), ""
         self._process = LlamaProcess(find_llama(library), kind="compute", timeout_s=timeout_s)
         self._request = {"model": str(self.path.absolute())}
@@ -171,6 +178,11 @@ class LlamaModel(Generator):
         self.stats, self.clock = Statistics(), None if facts["clock"] is None else VirtualClock(facts["clock"].profiles)
         self._splits: tuple[dict[str, int], int] = ({}, 0)
         self._take_state(facts)
+        if recorder is not None:
+            moment = None if self.clock is None else Span(0.0, 0.0)
+            for buft, purpose, size in self._memory:
+                backend = buft if buft in self.device_names else "CPU"
+                recorder.record(AllocRecord("", backend, buft, size, purpose, virtual=moment))
 
     # -- requests ------------------------------------------------------------
 
@@ -199,9 +211,26 @@ class LlamaModel(Generator):
         self.stats = state["stats"]
         if self.clock is not None:
             vars(self.clock).update(vars(state["clock"]))
-        if self._recorder is not None:
-            for record in state["records"]:
+        if self._recorder is not None and state["records"]:
+            causes = self._explainer()
+            for record in state["records"] if causes is None else causes.fill(state["records"]):
                 self._recorder.record(record)
+
+    def _explainer(self) -> Causes | None:
+        """Return who knows the causes of nodes: a plan of the same flags, made with the first records."""
+        if self._causes is None and self._can_explain:
+            recording = Recording()
+            try:
+                planner = Planner.open(
+                    self.path, devices=self._names, placement=self._placement, context=self._context, data=False,
+                    recorder=recording,
+                )  # fmt: skip
+            except PyggmlError as error:
+                _log.info("no plan tells why nodes are where they are: %s", error)
+                self._can_explain = False
+            else:
+                self._causes = Causes(planner, recording)
+        return self._causes
 
     # -- decoding ------------------------------------------------------------
 
@@ -352,6 +381,8 @@ class LlamaModel(Generator):
     def close(self) -> None:
         """End the child."""
         self._process.close()
+        if self._causes is not None:
+            self._causes.close()
 
     def __enter__(self) -> Self:
         return self

@@ -27,7 +27,15 @@ from pyggml.models.kv_cache import CacheFullError
 from pyggml.models.placement import PlacementFlags
 from pyggml.models.topk import TopK
 from pyggml.planning import virtual_clock
-from pyggml.record import ComputeRecord, CopyRecord, MicroBatchRecord, Recording, SplitRecord, UsedExpertsRecord
+from pyggml.record import (
+    AssignRecord,
+    ComputeRecord,
+    CopyRecord,
+    MicroBatchRecord,
+    Recording,
+    SplitRecord,
+    UsedExpertsRecord,
+)
 from pyggml.session import Session
 
 CONTEXT = ContextFlags(n_ctx=256, n_batch=256, n_ubatch=64, flash_attn="on")
@@ -129,6 +137,11 @@ def test_records_tell_of_copies_splits_and_experts(random_model: Callable[[str],
         sum(isinstance(r, UsedExpertsRecord) for r in seen.records) == 6
     )  # of two layers; the last runs for one token
     assert facts(seen) == facts(own)
+    causes = [
+        {(r.tensor, r.cause) for r in recording.records if isinstance(r, AssignRecord)} for recording in (seen, own)
+    ]
+    assert len(causes[0]) > 50
+    assert causes[0] <= causes[1]
     inputs = [[(i.tensor, i.kind, i.n_users) for i in r.inputs] for r in seen.records if isinstance(r, SplitRecord)]
     of_session = [[(i.tensor, i.kind, i.n_users) for i in r.inputs] for r in own.records if isinstance(r, SplitRecord)]
     assert [sorted(split) for split in inputs] == [sorted(split) for split in of_session[-len(inputs) :]]
