@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import errno
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,6 +151,16 @@ group = CommandGroup(
 )
 
 
+class _LogsAsWarnings(logging.Handler):
+    """Show what the library logs, where no handler was set, as the program shows its own warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        from .commands._console import warn
+
+        warn(record.getMessage())
+
+
 def run(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 failed, 2 usage, 3 does not fit, 130 interrupted.
 
@@ -158,10 +169,13 @@ def run(args: Sequence[str] | None = None) -> int:
     args : sequence of str, optional
         The words after the program's name; those of this process if not given.
     """
+    before, logging.lastResort = logging.lastResort, _LogsAsWarnings(logging.WARNING)
     try:
         group.main(args, prog_name="pyggml")
     except SystemExit as end:
         return int(end.code or 0)
+    finally:
+        logging.lastResort = before
 
 
 def _line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .edits import EDITS, Sources
 from .errors import GraphError, ShapeError
 from .notebook import html_table
-from .types import MAX_DIMS, GluOp, Op, TensorFlag, Type, UnaryOp
+from .types import MAX_BYTES, MAX_DIMS, GluOp, Op, TensorFlag, Type, UnaryOp
 from .values import decode_array, encode_array
 
 if TYPE_CHECKING:
@@ -163,7 +163,9 @@ class Tensor:
         self.buffer = None
         self.data = None
         self.extra = None
-        self._nbytes = self.nb[3] * ne[3] if nb is None else -1
+        self._nbytes = n_bytes = self.nb[3] * ne[3] if nb is None else -1
+        if n_bytes > MAX_BYTES or (n_bytes == 0 and max(ne) > MAX_BYTES):
+            raise ShapeError(op.name.lower(), f"a tensor of {list(ne)} elements has more bytes than 64 bits can count")
         if op_params and not -(1 << 31) <= min(op_params) <= max(op_params) < 1 << 31:
             raise ShapeError(op.name.lower(), f"parameters are integers of 32 bits, not {list(op_params)}")
         if nb is not None and min(self.nb) < 0:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from .errors import FormatError
+from .files import aside
 from .record import (
     AllocPurpose,
     AllocRecord,
@@ -194,7 +195,7 @@ def write_timeline(path: Path, records: Iterable[Record], *, about: Mapping[str,
     Parameters
     ----------
     path : Path
-        Written anew.
+        Replaced once it is whole.
     records : iterable of Record
         In the order in which things happened.
     about : mapping, optional
@@ -202,8 +203,8 @@ def write_timeline(path: Path, records: Iterable[Record], *, about: Mapping[str,
 
     Raises
     ------
-    OSError
-        The file cannot be written.
+    PyggmlError
+        The file cannot be written; what was there is kept.
     """
     kept = list(records)
     compute_bytes = {r.backend: r.size_bytes for r in kept if isinstance(r, AllocRecord) and r.purpose == "compute"}
@@ -213,7 +214,8 @@ def write_timeline(path: Path, records: Iterable[Record], *, about: Mapping[str,
         "otherData": {"compute_bytes": compute_bytes},
         _RECORDS_KEY: {"about": dict(about or {}), "records": pack_records(kept)},
     }
-    path.write_text(json.dumps(whole, separators=(",", ":")), encoding="utf-8")
+    with aside(path) as part:
+        part.write_text(json.dumps(whole, separators=(",", ":")), encoding="utf-8")
 
 
 def read_timeline(path: Path) -> tuple[list[Record], dict[str, Any]]:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from .errors import GraphError
 
 MAX_DIMS = 4
+#: Bytes of one tensor; sizes and strides are 64-bit integers.
+MAX_BYTES = 2**63 - 1
 #: Sources of one op; a backend's kept tensors are packed by as many (`ggml_backend_sched_split_graph`).
 MAX_SRC = 10
 #: Bytes of a name in a trace, one less than upstream's array; names are longer here.

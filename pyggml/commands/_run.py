@@ -14,6 +14,7 @@ import click
 import numpy as np
 
 from ..errors import GraphError, PyggmlError, visible
+from ..files import aside
 from ..gguf import GGUFFile, require_model
 from ..lab import Phase
 from ..lab.formats import jsonl, moe_cache_eval
@@ -31,7 +32,7 @@ from ._console import print_json, progress, report, warn
 from ._conversation import Conversation
 from ._kernels import warm_up
 from ._model_options import ModelFlags, device_names, open_backends
-from ._page import about_devices, about_model, aside, given_options, write_records
+from ._page import about_devices, about_model, given_options, write_records
 from ._run_report import RunReport
 from ._virtual import VirtualReport
 
@@ -96,8 +97,7 @@ class _Run:
             )
         if self.routing is not None and self.output.routing is not None:
             write = moe_cache_eval.write if self.output.routing.suffix == ".npz" else jsonl.write
-            with aside(self.output.routing) as part:
-                write(self.routing.trace(), part)
+            write(self.routing.trace(), self.output.routing)
 
     def _engine_words(self) -> str:
         """Return who scheduled, if it was not pyggml."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
+from ..files import aside
 from ._console import n_bytes, print_json, progress, report, table
 from ._values import DeviceList, ModelPath
 
@@ -133,7 +134,8 @@ def command(
     if html is not None:
         from ..advisor.page import page_html
 
-        html.write_text(page_html(advice), encoding="utf-8")
+        with aside(html) as part:
+            part.write_text(page_html(advice), encoding="utf-8")
     if as_json:
         print_json(as_dict(advice))
     else:

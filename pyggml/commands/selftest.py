@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..files import aside
 from ..selftest import STAGES, Report, Result, Verdict, run
 from ._console import print_json, progress, report, table
 from ._kernels import warm_up
@@ -77,8 +78,10 @@ def _write(found: Report, path: Path) -> None:
     from ..selftest.page import page_html
 
     page = path.with_suffix(".html")
-    path.write_text(json.dumps(found.as_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    page.write_text(page_html(found), encoding="utf-8")
+    with aside(path) as part:
+        part.write_text(json.dumps(found.as_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with aside(page) as part:
+        part.write_text(page_html(found), encoding="utf-8")
     report().print(f"Written: {path} and {page}")
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import DeviceUnavailableError
+from ..files import aside
 
 __all__ = ["DEFAULT_HOST", "Host", "find_cpu", "memory_rate", "parse_host", "write_host"]
 
@@ -145,14 +146,14 @@ def write_host(host: Host, path: Path) -> None:
     Raises
     ------
     DeviceUnavailableError
-        The file cannot be written, or has another name.
+        The file has another name.
+    PyggmlError
+        The file cannot be written.
     """
     if path.suffix != ".json":
         raise DeviceUnavailableError(f"host:{path}", "a profile's name ends in .json")
-    try:
-        path.write_text(json.dumps(asdict(host), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DeviceUnavailableError(f"host:{path}", f"cannot be written: {error.strerror}") from None
+    with aside(path) as part:
+        part.write_text(json.dumps(asdict(host), indent=2) + "\n", encoding="utf-8")
 
 
 def _read_host(path: Path) -> Host:

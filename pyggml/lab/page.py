@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..files import aside
 from .comparison import Comparison
 from .machine import TokenTime
 from .usage import usage
@@ -32,7 +33,8 @@ def page_html(made: Comparison) -> str:
 
 def write_page(path: Path, made: Comparison) -> None:
     """Write the page of a comparison."""
-    path.write_text(page_html(made), encoding="utf-8")
+    with aside(path) as part:
+        part.write_text(page_html(made), encoding="utf-8")
 
 
 def _data(made: Comparison) -> dict[str, Any]:

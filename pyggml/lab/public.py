@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import FormatError, PyggmlError
+from ..files import aside
 
 __all__ = ["TRACES", "PublicTrace", "fetch"]
 
@@ -84,7 +85,8 @@ def fetch(folder: Path, report: Callable[[str], None] = lambda name: None) -> li
         if hashlib.sha256(data).hexdigest() != trace.sha256:
             raise FormatError(trace.source, "what came is another file than the one that results were published of")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(gzip.compress(data, mtime=0) if target.suffix == ".gz" else data)
+        with aside(target) as part:
+            part.write_bytes(gzip.compress(data, mtime=0) if target.suffix == ".gz" else data)
     return made
 
 

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import os
-import secrets
-import shutil
 import struct
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
-from ..errors import PyggmlError
+from ..files import aside
 from ..gguf import DEFAULT_ALIGNMENT, MAGIC, ValueType
 from ..types import Type
 
-__all__ = ["GGUFWriter", "Progress", "Written", "atomic_file"]
+__all__ = ["GGUFWriter", "Progress", "Written"]
 
 #: Told after each piece: bytes done, bytes in all.
 Progress = Callable[[int, int], None]
 
 _VERSION = 3
 _PIECE_BYTES = 1 << 22
-#: A writer touches its temporary file all the time; one left alone for so long has lost its writer.
-_ABANDONED_S = 600.0
 _SCALARS = {
     ValueType.UINT8: "<B",
     ValueType.INT8: "<b",
@@ -113,7 +104,7 @@ class GGUFWriter:
         head = self._head()
         total = len(head) + sum(self._padded(tensor.nbytes) for tensor in self._tensors)
         digest, done = hashlib.sha256(), 0
-        with atomic_file(path, total) as file:
+        with aside(path, total) as part, part.open("wb") as file:
             for piece in self._bytes(head):
                 file.write(piece)
                 digest.update(piece)
@@ -132,7 +123,7 @@ class GGUFWriter:
             The folder is missing, full, or may not be written to.
         """
         head = self._head()
-        with atomic_file(path, len(head)) as file:
+        with aside(path, len(head)) as part, part.open("wb") as file:
             file.write(head)
             file.truncate(len(head) + sum(self._padded(tensor.nbytes) for tensor in self._tensors))
 
@@ -160,72 +151,6 @@ class GGUFWriter:
             assert n_bytes == tensor.nbytes, f"{n_bytes} bytes given, {tensor.nbytes} announced"
             if n_bytes % self.alignment:
                 yield bytes(self._padded(n_bytes) - n_bytes)
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str], n_bytes: int | None = None) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its place when the block ends well, and is removed when it does not.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-        Where the file shall be; its folder exists.
-    n_bytes : int, optional
-        How large it will be: a disk with less room is refused at once.
-
-    Raises
-    ------
-    PyggmlError
-        The folder is missing, full, or may not be written to. The text has the path, the reason and what to try.
-
-    Notes
-    -----
-    A process that is killed outright leaves a hidden ``.part`` file beside the path; the next writer of the same path
-    removes it once it is ten minutes old.
-    """
-    target = Path(path)
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "this is a folder")
-        _remove_abandoned(target)
-        if n_bytes is not None and (free := shutil.disk_usage(target.parent).free) < n_bytes:
-            raise OSError(errno.ENOSPC, f"{n_bytes / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-        opened = part.open("xb")
-    except OSError as error:
-        raise _cannot_write(target, error) from None
-    try:
-        with opened as file:
-            yield file
-        os.replace(part, target)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        if isinstance(error, OSError):
-            raise _cannot_write(target, error) from None
-        raise
-
-
-def _remove_abandoned(target: Path) -> None:
-    for part in target.parent.glob(f".{_literal(target.name)}.*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > _ABANDONED_S:
-                part.unlink()
-
-
-def _literal(name: str) -> str:
-    return "".join(f"[{char}]" if char in "[]*?" else char for char in name)
-
-
-def _cannot_write(target: Path, error: OSError) -> PyggmlError:
-    hint = {
-        errno.ENOSPC: "free some room, or choose another disk",
-        errno.EDQUOT: "free some room, or choose another disk",
-        errno.ENOENT: "make the folder first, or choose another",
-        errno.ENOTDIR: "make the folder first, or choose another",
-        errno.EISDIR: "name a file in it",
-    }.get(error.errno or 0, "choose a folder that you may write to")
-    return PyggmlError(f"{target}: cannot write: {error.strerror or error}", hint=hint)
 
 
 def _string(text: str) -> bytes:

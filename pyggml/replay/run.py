@@ -18,6 +18,7 @@ from ..backends.mock import MockBufferType, MockDevice, MockMemory, short_name
 from ..buffer import Buffer, tensor_alloc, tensor_set, view_init
 from ..dialect import DEFAULT_DIALECT, Dialect
 from ..errors import ComputeError, OutOfMemoryError, PyggmlError
+from ..files import aside
 from ..graph import Graph
 from ..sched.scheduler import Scheduler
 from ..tensor import Tensor
@@ -80,8 +81,8 @@ def replay(case: Case, *, dialect: Dialect = DEFAULT_DIALECT) -> Record:
 def write_trace(trace: Record, path: str | Path) -> None:
     """Write a trace; gzip if the name ends in ``.gz``, the same bytes each time."""
     text = json.dumps(trace, separators=(",", ":")).encode()
-    path = Path(path)
-    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+    with aside(path) as part:
+        part.write_bytes(gzip.compress(text, mtime=0) if Path(path).suffix == ".gz" else text)
 
 
 class _Instance:

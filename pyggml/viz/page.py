@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .. import __version__
+from ..files import aside
 from .view import View
 
 __all__ = ["page_html", "static_text", "write_page"]
@@ -65,10 +66,11 @@ def write_page(path: Path, *views: View, title: str = "") -> None:
 
     Raises
     ------
-    OSError
-        The file cannot be written.
+    PyggmlError
+        The file cannot be written; what was there is kept.
     """
-    path.write_text(page_html(*views, title=title), encoding="utf-8")
+    with aside(path) as part:
+        part.write_text(page_html(*views, title=title), encoding="utf-8")
 
 
 def static_text(name: str) -> str:

@@ -25,6 +25,7 @@ from pyggml import ops
 from pyggml.makers.make_moe import ARCHS, Recipe, Sizes, make_moe
 from pyggml.session import ContextFlags
 from pyggml.types import Type
+from tests.attack.command_attacks import names, outputs
 
 #: Seconds of processor time that a case may take, and of a clock on the wall, as other processes may be at work.
 LIMIT_S, WALL_LIMIT_S = 30, 120
@@ -224,7 +225,13 @@ def pins(seed: int, folder: Path) -> str:
     return "ran"
 
 
-KINDS: dict[str, Callable[[int, Path], str]] = {"files": damaged_file, "uses": wrong_use, "pins": pins}
+KINDS: dict[str, Callable[[int, Path], str]] = {
+    "files": damaged_file,
+    "uses": wrong_use,
+    "pins": pins,
+    "names": names,
+    "outputs": outputs,
+}
 
 
 def main(kind: str, first: int, n: int, folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 #: Cases of each kind in `make soak`, and in how many processes.
-CASES = {"files": 3000, "uses": 1000, "pins": 1000}
+CASES = {"files": 3000, "uses": 1000, "pins": 1000, "names": 1000, "outputs": 400}
 N_PARTS = 4
 
 
@@ -32,7 +32,7 @@ def _attack(kind: str, first: int, n: int, folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize("kind", CASES)
 def test_a_few_attacks(kind: str, tmp_path: Path) -> None:
     """Some cases of each kind pass in every test run; among them are ones that run and ones that are refused."""
-    endings = _attack(kind, 0, 60, tmp_path)
+    endings = _attack(kind, 0, 30 if kind in ("names", "outputs") else 60, tmp_path)
     assert len(endings) > 1
 
 
@@ -40,7 +40,7 @@ def test_a_few_attacks(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", range(N_PARTS))
 @pytest.mark.parametrize("kind", CASES)
 def test_many_attacks(kind: str, part: int, tmp_path: Path) -> None:
-    """3,000 damaged files over all families, 1,000 wrong uses, 1,000 sets of pins and policies."""
+    """Damaged files over all families, wrong uses, pins and policies, hostile names, outputs that cannot be written."""
     n = CASES[kind] // N_PARTS
     endings = _attack(kind, 1000 + part * n, n, tmp_path)
     assert len(endings) > 1

@@ -17,6 +17,7 @@ EVERY = tuple(name for name in ARCHITECTURES if name != "qwen3")  # qwen3 is in 
 _ROUTED = ("glm4moe", "deepseek2", "dots1")
 _NO_WINDOW = tuple(family for family in EVERY if family not in ("gpt-oss", "gemma3"))
 _EXPERTS = tuple(f for f in EVERY if ARCHITECTURES[f].may_have_experts or f in ARCHITECTURES[f].moe_names)
+_DENSE = tuple(family for family in EVERY if family not in _EXPERTS)
 _YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
 Values = dict[str, Any]
 
@@ -69,6 +70,10 @@ READ_KEYS: list[ReadKey] = [
     _key("expert_used_count", _EXPERTS, "honoured", 1, 2, [2, 2, 2]),
     _key("expert_group_count", _EXPERTS, "honoured", 1, {"expert_group_count": 4, "expert_group_used_count": 1}, 4),
     _key("expert_group_used_count", _EXPERTS, "honoured", 3, {"expert_group_count": 2, "expert_group_used_count": 1}),
+    _key("expert_count", _DENSE, "refused", 1, 3, counts=False),
+    _key("expert_used_count", _DENSE, "refused", 1, 3, counts=False),
+    _key("expert_group_count", _DENSE, "refused", 1, 3, counts=False),
+    _key("expert_group_used_count", _DENSE, "refused", 1, counts=False),
     _key("attention.layer_norm_rms_epsilon", EVERY, "honoured", 0.5),
     _key("rope.freq_base", EVERY, "honoured", None, 100.0),
     _key("rope.scaling.type", EVERY, "honoured", "none", "linear", _YARN),

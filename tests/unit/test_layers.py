@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 #: Rooms by the first name that fits a module's path below ``pyggml``; a module may import rooms of lower numbers, and
 #: those of its own number where `_SIDEWAYS` says so.
 _ROOMS = {
-    "errors": 0, "edits": 0, "config": 0, "types": 0, "dialect": 0, "notebook": 0,
+    "errors": 0, "files": 0, "edits": 0, "config": 0, "types": 0, "dialect": 0, "notebook": 0,
     "record": 1, "values": 1, "cost": 2, "hardware": 1, "gguf": 1, "routing": 1,
     "tensor": 2,
     "ops": 3, "graph": 3, "graph_context": 3, "buffer": 3, "work": 3, "clock": 3,
@@ -37,6 +37,7 @@ _INSIDE = {("graph", "viz"), ("sched.scheduler", "viz")}
 #: Imports between rooms of one number, each with its reason; all others are forbidden.
 _SIDEWAYS = {
     ("types", "errors"): "a type that is not known is an error of the tree",
+    ("files", "errors"): "a file that cannot be written is an error of the tree",
     ("clock", "work"): "what a node costs is worked out from its work",
     ("graph", "graph_context"): "a graph collects what ops make",
     ("ops", "graph_context"): "ops add what they make to the graph at hand",

@@ -100,6 +100,13 @@ def test_an_empty_tensor_has_no_bytes() -> None:
     assert (tensor.is_empty, tensor.nbytes, tensor.numel) == (True, 0, 0)
 
 
+@pytest.mark.parametrize("ne", [(2**61, 4), (2**80, 8, 1, 1), (0, 2**63, 1, 1)])
+def test_a_tensor_has_no_more_bytes_than_can_be_counted(ne: tuple[int, ...]) -> None:
+    """Sizes are 64-bit integers: what has more bytes, or more elements in a dimension, is refused."""
+    with pytest.raises(ShapeError, match="64 bits"):
+        Tensor("f32", ne)
+
+
 @pytest.mark.parametrize("ne", [(), (1, 2, 3, 4, 5)])
 def test_only_one_to_four_dimensions_are_possible(ne: tuple[int, ...]) -> None:
     """No tensor has fewer than one or more than four dimensions."""

@@ -404,6 +404,8 @@ class CudaBackend(Backend):
         card = backend_src.device.card
         if storage.device is not backend_src.device or not card.can_reach(self.device.card):
             return False
+        if src.is_empty:
+            return True
         target = self._own(dst)._at(dst, 0)
         if backend_src is not self:
             self.stream.record(self._copied)

@@ -239,6 +239,8 @@ class LibraryBackend(Backend):
             or storage.library is not self.library
         ):
             return False
+        if src.is_empty:
+            return True
         self.library.lib.ggml_backend_tensor_copy_async(
             backend_src.handle, self.handle, storage.shadow(src), self._shadow(dst, is_target=True)
         )

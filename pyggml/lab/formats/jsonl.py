@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import FormatError
+from ...files import aside
 from ..trace import MAX_LAYERS, Phase, Trace, TraceBuilder
 from ._text import as_ids, as_int, load_json, open_lines
 
@@ -203,7 +204,7 @@ def _projections(header: dict[str, Any], sizes: npt.NDArray[np.int64] | None) ->
 
 def write(trace: Trace, path: Path) -> None:
     """Write a trace; `read` gives it back."""
-    with path.open("w", encoding="utf-8") as file:
+    with aside(path) as part, part.open("w", encoding="utf-8") as file:
         for line in lines_of(trace):
             file.write(line + "\n")
 

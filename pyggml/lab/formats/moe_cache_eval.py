@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import FormatError
+from ...files import aside
 from ..trace import MAX_IDS, MAX_SLOTS, Trace, check_ids, check_shape
 
 __all__ = ["read", "sniff", "write"]
@@ -118,7 +119,7 @@ def write(trace: Trace, path: Path) -> None:
         arrays["weights"] = trace.weights
     if trace.expert_bytes is not None:
         arrays["expert_bytes"] = trace.expert_bytes
-    with path.open("wb") as file:
+    with aside(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
 

@@ -346,3 +346,21 @@ def test_threads() -> None:
     assert ggml.CPU(threads=1).pool is not cpu.pool
     with pytest.raises(DeviceUnavailableError, match="0 threads"):
         ggml.CPU(threads=0)
+
+
+def test_empty_tensors_are_copied_between_devices() -> None:
+    """A tensor without elements that is computed on one device and read on another has nothing to copy."""
+    first, second = (ggml.Sim("rtx4090-pcie4", index=i) for i in (0, 1))
+    graph = ggml.Graph()
+    with graph:
+        x = graph.input("f32", (0, 4))
+        made = ggml.scale(x, 2.0)
+        read = ggml.scale(made, 3.0)
+        other = ggml.scale(graph.input("f32", (4,)), 2.0)  # so that the first device has memory
+    graph.expand(read, other)
+    sched = ggml.Scheduler([first, second, ggml.CPU(threads=1)])
+    for node, backend in ((made, first), (other, first), (read, second)):
+        sched.set_tensor_backend(node, backend)
+    sched.alloc_graph(graph)
+    sched.compute(graph)
+    assert read.ne == (0, 4, 1, 1)

@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_what_was_there(option, model, tmp_path, monkeypatch,
     monkeypatch.setattr(os, "replace", fail)
     assert cli.run(["run", str(model), *RUN, option, str(path)]) == 1
     told = capsys.readouterr()
-    assert f"{path}: No space left on device" in told.err
+    assert f"{path}: cannot write: No space left on device" in told.err
     assert path.read_text() == "older"
     assert [p.name for p in tmp_path.iterdir()] == ["out.npz"]
     if option != "--dump-logits":
@@ -137,7 +137,7 @@ def test_a_full_device_is_named(model, capsys):
     """What is no regular file is written itself, and its error has the path."""
     assert cli.run(["run", str(model), *RUN, "--html", "/dev/full"]) == 1
     told = capsys.readouterr()
-    assert "/dev/full: No space left" in told.err
+    assert "/dev/full: cannot write: No space left" in told.err
     assert "prompt" in told.out
 
 

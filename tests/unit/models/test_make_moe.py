@@ -14,8 +14,9 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 from pyggml.errors import PyggmlError
+from pyggml.files import aside
 from pyggml.gguf import GGUFFile
-from pyggml.makers.gguf_writer import GGUFWriter, atomic_file
+from pyggml.makers.gguf_writer import GGUFWriter
 from pyggml.makers.make_moe import PRESETS, Recipe, Sizes, make_moe
 from pyggml.makers.quantize import QUANTIZABLE, dequantize, quantize
 from pyggml.makers.random_model import ARCHS, noise
@@ -156,8 +157,8 @@ def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 def _fail_halfway(target: Path, code: int) -> None:
-    with atomic_file(target) as file:
-        file.write(b"half")
+    with aside(target) as part:
+        part.write_bytes(b"half")
         raise OSError(code, os.strerror(code))
 
 
@@ -170,7 +171,7 @@ def test_unwritable_places(tmp_path: Path) -> None:
         (tmp_path, 1, "name a file in it"),
         (tmp_path / "m", 10**18, "MB are free"),
     ):
-        with pytest.raises(PyggmlError, match=word), atomic_file(path, n_bytes):
+        with pytest.raises(PyggmlError, match=word), aside(path, n_bytes):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -182,8 +183,8 @@ def test_abandoned_parts_are_removed(tmp_path: Path) -> None:
         path.touch()
     for path in (old, other):
         os.utime(path, (time.time() - 3600,) * 2)
-    with atomic_file(tmp_path / "m") as file:
-        file.write(b"x")
+    with aside(tmp_path / "m") as part:
+        part.write_bytes(b"x")
     assert {path.name for path in tmp_path.iterdir()} == {"m", young.name, other.name}
 
 
