@@ -51,15 +51,15 @@ class _Terminal(io.StringIO):
         return True
 
 
-def _run(words: list[str]) -> tuple[int, str]:
-    """Run the program as on a terminal; return its exit status, and all that it printed."""
-    told = _Terminal()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+def _run(words: list[str]) -> tuple[int, str, str]:
+    """Run the program as on a terminal; return its exit status, all that it printed, and its standard output alone."""
+    out, err = _Terminal(), _Terminal()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = cli.run(words)
-    text = told.getvalue()
+    text = out.getvalue() + err.getvalue()
     assert status in STATUS, f"exit status {status}: {text[-400:]}"
     assert "mistake in pyggml" not in text, text[-600:]
-    return status, text
+    return status, text, out.getvalue()
 
 
 class _Tags(html.parser.HTMLParser):
@@ -167,10 +167,9 @@ def names(seed: int, folder: Path) -> str:
         argv += ["--json"] if json_asked else ["--html", str(page)] if command != "savings" else []
     if any("\x00" in word for word in argv):
         argv = [word.replace("\x00", "") for word in argv]
-    status, text = _run(argv)
+    status, text, out = _run(argv)
     if json_asked and status in (0, 3):
-        start = text.index("{")
-        assert isinstance(json.JSONDecoder().raw_decode(text[start:])[0], dict)
+        assert isinstance(json.loads(out), dict)
     seen = OWN.sub("", text)
     wrong = sorted({c for c in seen if not c.isprintable() and c not in "\n\t"})
     assert not wrong, f"{where}: {wrong} reach the terminal of {argv[0]}"
@@ -221,7 +220,7 @@ def outputs(seed: int, folder: Path) -> str:
     if how == "file too large":
         resource.setrlimit(resource.RLIMIT_FSIZE, (rng.choice((0, 100, 4096)), limit[1]))
     try:
-        status, text = _run([*argv, str(target)])
+        status, text, _ = _run([*argv, str(target)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
