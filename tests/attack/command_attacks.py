@@ -169,7 +169,7 @@ def names(seed: int, folder: Path) -> str:
         argv = [word.replace("\x00", "") for word in argv]
     status, text, out = _run(argv)
     if json_asked and status in (0, 3):
-        assert isinstance(json.loads(out), dict)
+        assert isinstance(json.loads(out), (dict, list))
     seen = OWN.sub("", text)
     wrong = sorted({c for c in seen if not c.isprintable() and c not in "\n\t"})
     assert not wrong, f"{where}: {wrong} reach the terminal of {argv[0]}"
