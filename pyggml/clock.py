@@ -12,10 +12,13 @@ there; launches cost the device, not the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .cost import DeviceProfile, Work
+from .cost import DeviceProfile
+from .hardware.formulas import Work, pageable_rate
+from .hardware.hosts import Host
 from .tensor import Tensor
 from .work import UsedExperts, node_work
 
@@ -87,15 +90,21 @@ class VirtualClock:
     >>> clock = VirtualClock([PROFILES["rtx4090-pcie4"], CPU_PROFILE])
     >>> span = clock.copy(1, 0, 252_000_000, is_async=True, is_pinned=True)
     >>> round(span.end_s * 1e3, 2), clock.host_s       # ten milliseconds of link, the host went on
-    (10.01, 0.0)
+    (9.64, 0.0)
     >>> _ = clock.synchronize(0)
     >>> round(clock.host_s * 1e3, 2)
-    10.01
+    9.64
     """
 
     def __init__(self, profiles: Sequence[DeviceProfile]) -> None:
         self.profiles = list(profiles)
         self.cpu = len(self.profiles) - 1
+        sheet, rates = self.profiles[-1].sheet, self.profiles[-1].rates
+        assert isinstance(sheet, Host), "the last backend is the host"
+        self._pageable = pageable_rate(sheet, rates)
+        self._has_slow_host = sheet.isa == "neon"
+        #: What a host that waits for a device takes, beside the latencies of one copy back and two there.
+        self._switch_s = max(0.0, rates.switch_s - 3 * 10e-6)
         self.reset()
 
     def reset(self) -> None:
@@ -148,7 +157,8 @@ class VirtualClock:
             return self._read(src, n_bytes, is_pinned=is_pinned, slow=slow_src)
         if src == dst:
             return self._copy_within(dst, n_bytes, queue, is_async=is_async)
-        seconds = self.profiles[dst].link.seconds(n_bytes, is_pinned=is_pinned) * slow_dst
+        at_most = math.inf if is_pinned or src != self.cpu else self._pageable
+        seconds = self.profiles[dst].link.seconds(n_bytes, at_most=at_most) * slow_dst
         start = max(self.host_s, self._to_device_s[dst])
         if is_async:
             start = max(start, self.ready_s(dst, queue))
@@ -177,7 +187,7 @@ class VirtualClock:
 
     def _copy_within(self, backend: int, n_bytes: int, queue: int, *, is_async: bool) -> Span:
         """Copy within a device: its memory reads and writes the bytes, and no link carries them."""
-        seconds = self.profiles[backend].seconds(Work(n_bytes=2.0 * n_bytes))
+        seconds = self.profiles[backend].seconds(Work(read_bytes=2.0 * n_bytes))
         start = max(self.host_s, self.ready_s(backend, queue))
         end = start + seconds
         self.busy_s[backend] += seconds
@@ -207,7 +217,7 @@ class VirtualClock:
         link, start = self.profiles[src].from_device, self.host_s
         if src != self.cpu:
             start = max(start, self._from_device_s[src])
-        end = start + link.seconds(n_bytes, is_pinned=is_pinned) * slow
+        end = start + link.seconds(n_bytes, at_most=math.inf if is_pinned else self._pageable) * slow
         if src != self.cpu:
             self._use_link(src, self._from_device_s, end)
             self.from_device_busy_s[src] += end - start
@@ -233,8 +243,8 @@ class VirtualClock:
 
     def seconds(self, backend: int, nodes: Iterable[Tensor], used_experts: UsedExperts) -> float:
         """Return how long a backend takes for nodes."""
-        cost: Callable[[Work], float] = self.profiles[backend].seconds
-        return sum(cost(node_work(node, used_experts)) for node in nodes)
+        profile, slow = self.profiles[backend], self._has_slow_host
+        return sum(profile.seconds(node_work(node, used_experts), slow_host=slow) for node in nodes)
 
     # -- waits ---------------------------------------------------------------
 

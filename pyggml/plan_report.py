@@ -154,7 +154,7 @@ class BatchPlan:
             ],
             "virtual": None
             if self.simulated is None
-            else {**asdict(self.simulated), "tokens_per_s": self.simulated.tokens_per_s},
+            else {**asdict(self.simulated), "tokens_per_s": self.simulated.tokens_per_s, **_range(self.simulated)},
         }
 
 
@@ -235,6 +235,11 @@ def _input_plan(transfer: Transfer, routing: Routing) -> InputPlan:
         return InputPlan(tensor.name, transfer.kind, size, size, None, None)
     used = routing.used(n_expert, ids.ne[0], ids.ne[1])
     return InputPlan(tensor.name, "experts", size, round(size * used / n_expert), used, n_expert)
+
+
+def _range(simulated: SimulatedBatch) -> dict[str, float | None]:
+    speed = simulated.speed
+    return {"low": None if speed is None else speed.low, "high": None if speed is None else speed.high}
 
 
 def ggml_text(planner: Planner, planned: PlannedGraph) -> str:

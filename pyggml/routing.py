@@ -1,8 +1,8 @@
 """Which experts a batch uses, when no batch was run: a recording, or a stated assumption.
 
 Real routers are skewed: 512 tokens of code used 72 to 95 of 128 experts in eight layers of gpt-oss-120b, which takes 4
-for each token (llama.cpp, pull request 15346); a uniform router would use all. `LogNormal(2.4)` gives a mean of 83 there and is
-the default; what it is held to is told in docs/accuracy.md. Reports name what was assumed.
+for each token (llama.cpp, pull request 15346); a uniform router would use all. `LogNormal(2.4)` gives a mean of 83 there. The default is more
+even: it is what published speeds agree with, most of them of benchmarks (docs/accuracy.md). Reports name what was assumed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .errors import FormatError, GraphError
+from .hardware.rates import RATES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -372,8 +373,8 @@ def _inclusion(popularity: tuple[float, ...], k: int) -> tuple[float, ...]:
     return tuple(-math.expm1(-w * high) for w in popularity)
 
 
-#: One number fitted to one: the mean of the counts of eight layers that llama.cpp's pull request 15346 tells, 83.1 of 128.
-DEFAULT_ROUTING = LogNormal(2.4)
+#: What published speeds of models with experts in host memory agree with (`Rates.spread`).
+DEFAULT_ROUTING = LogNormal(RATES.spread)
 
 
 def parse_routing(text: str) -> Routing:

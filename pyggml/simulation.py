@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from .clock import Reading
 from .errors import SchedError
+from .hardware.cards import Card
+from .hardware.ranges import Speed, spread_of
 from .models.batch import Outputs
 from .record import CopyReason, MicroBatchRecord
 from .routing import DEFAULT_ROUTING, Routing
@@ -19,6 +21,7 @@ from .sched.ids import IdsSource
 from .tensor import Tensor
 
 if TYPE_CHECKING:
+    from .clock import VirtualClock
     from .models.batch import MicroBatch
     from .planning import Planner
     from .sched.compute import SplitRun
@@ -42,6 +45,8 @@ class SimulatedBatch:
         Between backends; and what whole copies would have moved.
     bytes_by_reason : dict
         Of ``bytes_copied``.
+    range_factor : float
+        How far the speed may be off, up or down, in four cases of five.
     """
 
     n_tokens: int
@@ -54,10 +59,17 @@ class SimulatedBatch:
     copy_to_s: dict[str, float] = field(default_factory=dict)
     copy_from_s: dict[str, float] = field(default_factory=dict)
 
+    range_factor: float = 1.0
+
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens a virtual second."""
         return self.n_tokens / self.seconds if self.seconds else None
+
+    @property
+    def speed(self) -> Speed | None:
+        """Tokens a second, and between what the truth is in four cases of five."""
+        return Speed.around(self.n_tokens / self.seconds, self.range_factor) if self.seconds else None
 
 
 class RoutedIds(IdsSource):
@@ -186,10 +198,18 @@ def simulate_batch(
         names = [b.name for b in planner.backends]
         took = Reading.zero(len(planner.backends)).plus(clock.reading(), began)
         result.seconds = took.host_s
+        result.range_factor = _range_factor(planner, clock, n_tokens)
         result.compute_s = dict(zip(names, took.busy_s, strict=True))
         result.copy_to_s = dict(zip(names[:-1], took.to_device_busy_s, strict=False))
         result.copy_from_s = dict(zip(names[:-1], took.from_device_busy_s, strict=False))
     return result
+
+
+def _range_factor(planner: Planner, clock: VirtualClock, n_tokens: int) -> float:
+    """Return how far the speed of so many tokens may be off."""
+    cards = [p.sheet for p in clock.profiles if isinstance(p.sheet, Card)]
+    has_host_weights = any(w.buft.is_host and w.info.name.startswith("blk.") for w in planner.placement.weights)
+    return spread_of(cards, is_prompt=n_tokens > 1, has_host_weights=has_host_weights)
 
 
 def _outputs(part: MicroBatch) -> list[int]:

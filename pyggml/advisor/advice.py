@@ -13,7 +13,6 @@ from ..backend import REGISTRY, Backend, split_devices
 from ..catalog import header_path
 from ..errors import DeviceUnavailableError, GraphError
 from ..foresight import Machine, ModelShape, Setting, Speed
-from ..foresight.planned import machine_around
 from ..gguf import GGUFFile
 from ..hardware.hosts import DEFAULT_HOST, Host, parse_host
 from ..simulation import simulate_batch
@@ -235,7 +234,7 @@ def _open(devices: str | Sequence[str], host: str | Host) -> tuple[list[Backend]
             other.name, "a plan is for cards by name or simulated devices", hint="such as rtx3090 or sim:rtx4090-pcie4"
         )
     around = host if isinstance(host, Host) else parse_host(host) if host else DEFAULT_HOST
-    return [d.backend() for d in opened], machine_around(known, around)
+    return [d.backend() for d in opened], Machine.of_profiles(known, around)
 
 
 def _space(shape: ModelShape, machine: Machine, goal: Goal, kv_types: Sequence[str]) -> Space:
@@ -256,7 +255,7 @@ def _describe(machine: Machine) -> str:
 
 def _assumptions(machine: Machine, host: str | Host, shape: ModelShape, context: int) -> list[str]:
     said = [
-        f"link of {card.name}: {link.pinned / 1e9:.1f} GB/s from pinned memory"
+        f"link of {card.name}: {link.bytes_per_s / 1e9:.1f} GB/s from pinned memory"
         for card, link in zip(machine.cards, machine.links, strict=True)
         if not card.is_unified
     ]
@@ -410,7 +409,7 @@ def _faster(machine: Machine) -> list[tuple[str, Machine]]:
         ("the CPU's arithmetic", replace(machine, host=replace(host, n_cores=2 * host.n_cores))),
     ]
     if machine.cards:
-        links = [replace(link, pinned=2 * link.pinned) for link in machine.links]
+        links = [replace(link, bytes_per_s=2 * link.bytes_per_s) for link in machine.links]
         memory = [replace(card, bytes_per_s=2 * card.bytes_per_s) for card in machine.cards]
         fast = [
             replace(c, f32_per_s=2 * c.f32_per_s, f16_per_s=2 * c.f16_per_s, int8_per_s=2 * c.int8_per_s)
@@ -435,7 +434,7 @@ def _helps(search: Search, settings: list[Setting], best: Recommendation) -> lis
         )
     ]
     if machine.cards and not machine.cards[0].is_unified:
-        links = [replace(link, pinned=2 * link.pinned) for link in machine.links]
+        links = [replace(link, bytes_per_s=2 * link.bytes_per_s) for link in machine.links]
         changes.append(("a link twice as fast", replace(machine, links=links), 0))
         changes.append(("4 GiB more memory on the device", machine, 4 << 30))
     found = []

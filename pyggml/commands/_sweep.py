@@ -64,7 +64,7 @@ def sweep_rows(
     dialect: Dialect,
     host: Host | None,
 ) -> Iterator[dict[str, Any]]:
-    """Plan every combination and yield a row for each batch size: what to expect of real hardware, and virtual time.
+    """Plan every combination and yield a row for each batch size.
 
     Notes
     -----
@@ -72,8 +72,6 @@ def sweep_rows(
     is read as one of 256.
     """
     from ..cost import CPU_PROFILE, host_profile
-    from ..foresight.planned import foresee
-    from ..hardware.hosts import DEFAULT_HOST
     from ..plan_report import memory_fits, plan_batches
     from ..planning import Planner, virtual_clock
 
@@ -86,19 +84,16 @@ def sweep_rows(
         ) as planner:  # fmt: skip
             plans = plan_batches(planner, parse_sizes(batches), outputs=outputs, routing=routing)
             fits = memory_fits(planner.memory(), planner.backends, host_bytes=host.memory_bytes if host else None)
-            speeds = foresee(planner, [plan.n_tokens for plan in plans], host or DEFAULT_HOST) or {}
             for plan in plans:
                 s = plan.simulated
-                rate = None if s is None else s.tokens_per_s
-                real = speeds.get(plan.n_tokens)
+                speed = None if s is None else s.speed
                 yield {
                     "model": planner.hparams.name or model.stem,
                     **labels,
                     "test": "tg128" if plan.n_tokens == 1 else f"pp{plan.n_tokens}",
-                    "t/s": None if real is None else round(real.mid, 2),
-                    "low": None if real is None else round(real.low, 2),
-                    "high": None if real is None else round(real.high, 2),
-                    "virtual t/s": None if rate is None else round(rate, 2),
+                    "t/s": None if speed is None else round(speed.mid, 2),
+                    "low": None if speed is None else round(speed.low, 2),
+                    "high": None if speed is None else round(speed.high, 2),
                     "splits": len(plan.graphs[0].splits),
                     "copied_bytes": sum(g.bytes_expected for g in plan.graphs) if s is None else s.bytes_copied,
                     **{f"{f.memory.buft}_bytes": f.memory.total for f in fits if f.backend},
@@ -128,7 +123,7 @@ def print_sweep(rows: Sequence[dict[str, Any]], form: str | None) -> None:
                 click.echo(f"| {' | '.join(line)} |")
             return
         made = table(
-            "Plans: tokens/s to expect, from low to high in four cases of five, and in virtual time",
+            "Plans: tokens/s to expect, from low to high in four cases of five",
             *names,
             right=tuple(n for n in names if n not in ("model", "test", "fits")),
         )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
 from ..clock import Reading
-from ..cost import EFFICIENCY
+from ..hardware.rates import n_fitted
 from ..routing import DEFAULT_ROUTING
 from ._console import table
 
@@ -100,7 +99,7 @@ def assumptions(clock: VirtualClock, names: Sequence[str], routing: Routing | No
             name: {"profile": p.name, "description": p.description, "source": p.source}
             for name, p in zip(names, clock.profiles, strict=True)
         },
-        "efficiency": asdict(EFFICIENCY),
+        "rates": "pyggml/hardware/rates.py, fitted to published runs",
         "routing": str(routing) if routing is not None else f"as read where experts are copied, else {DEFAULT_ROUTING}",
     }
 
@@ -108,4 +107,4 @@ def assumptions(clock: VirtualClock, names: Sequence[str], routing: Routing | No
 def assumed_text(clock: VirtualClock, names: Sequence[str]) -> str:
     """Return what virtual times rest on, in a line."""
     machines = "; ".join(f"{name}: {p.description}" for name, p in zip(names, clock.profiles, strict=True))
-    return f"Assumed: {machines}; {EFFICIENCY.arithmetic:.0%} of peak arithmetic, {EFFICIENCY.memory:.0%} of memory bandwidth"
+    return f"Assumed: {machines}; {n_fitted()} rates fitted to published runs"

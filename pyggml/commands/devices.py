@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import click
 import cloup
 
 from ..backend import REGISTRY, Device
-from ..cost import PROFILES
+from ..cost import PROFILES, DeviceProfile
 from ..errors import PyggmlError
+from ..hardware.cards import Card
 from ..types import DeviceType, Type
 
 __all__ = ["DeviceFacts", "command", "find_devices", "weight_types"]
@@ -154,10 +156,10 @@ def _as_json(found: list[DeviceFacts], missing: dict[str, str]) -> dict[str, Any
                 "device": f"sim:{p.name}",
                 "description": p.description,
                 "memory_bytes": p.memory_bytes,
-                "memory_bytes_per_s": p.memory_bytes_per_s,
-                "f32_per_s": p.f32_per_s,
-                "f16_per_s": p.flops_per_s,
-                "int8_per_s": p.int8_per_s,
+                "memory_bytes_per_s": card.bytes_per_s,
+                "f32_per_s": card.f32_per_s,
+                "f16_per_s": card.f16_per_s,
+                "int8_per_s": card.int8_per_s,
                 "launch_s": p.launch_s,
                 "link_bytes_per_s": p.link.bytes_per_s,
                 "link_back_bytes_per_s": p.from_device.bytes_per_s,
@@ -165,7 +167,7 @@ def _as_json(found: list[DeviceFacts], missing: dict[str, str]) -> dict[str, Any
                 "copy_engines": p.copy_engines,
                 "source": p.source,
             }
-            for p in PROFILES.values()
+            for p, card in _cards()
         ],
     }
 
@@ -189,11 +191,11 @@ def _print(found: list[DeviceFacts], missing: dict[str, str]) -> None:
         "Simulated devices, made when named", "device", "memory", "bandwidth", "link", "",
         right=("memory", "bandwidth", "link"),
     )  # fmt: skip
-    for p in PROFILES.values():
+    for p, card in _cards():
         simulated.add_row(
             f"sim:{p.name}",
             _console.n_bytes(p.memory_bytes),
-            f"{p.memory_bytes_per_s / 1e9:,.0f} GB/s",
+            f"{card.bytes_per_s / 1e9:,.0f} GB/s",
             f"{p.link.bytes_per_s / 1e9:,.0f} GB/s",
             p.description,
         )
@@ -208,6 +210,13 @@ def _print(found: list[DeviceFacts], missing: dict[str, str]) -> None:
         console.print(none)
     if not any(d.type != DeviceType.CPU.value for d in found):
         console.print("\nNo accelerator was found: `pyggml run` computes on the CPU and a simulated device.")
+
+
+def _cards() -> Iterator[tuple[DeviceProfile, Card]]:
+    """Yield the profiles that have a name, with their data sheets."""
+    for profile in PROFILES.values():
+        if isinstance(profile.sheet, Card):
+            yield profile, profile.sheet
 
 
 def _words(names: tuple[str, ...]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ import cloup
 from rich.text import Text
 
 from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect
+from ..routing import DEFAULT_ROUTING
 from ..sched.state import Cause
 from ._cache_table import print_cache
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table, warn
@@ -27,8 +28,6 @@ from ._values import ModelPath
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..foresight.api import Speed
-    from ..hardware.hosts import Host
     from ..models.context import ContextFlags
     from ..plan_report import BatchPlan, GraphPlan, MemoryFit, SplitPlan
     from ..planning import GraphChoice, Planner
@@ -96,7 +95,7 @@ Examples:
     ),
     cloup.option(
         "--routing",
-        default="lognormal:2.4",
+        default=str(DEFAULT_ROUTING),
         show_default=True,
         metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
         help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them.",
@@ -142,7 +141,6 @@ def command(
 ) -> None:
     """Plan a GGUF model without reading a weight: splits, copies, memory, causes."""
     from ..cost import CPU_PROFILE, host_profile
-    from ..foresight.planned import foresee
     from ..hardware.hosts import DEFAULT_HOST, parse_host
     from ..plan_report import ggml_text, memory_fits, plan_batches
     from ..planning import MemoryRows, Planner, virtual_clock
@@ -217,18 +215,13 @@ def command(
             write_records(
                 recording.records, _about(planner, assumed, fits), timeline=timeline, html=html, name=model.stem
             )
-        speeds = foresee(planner, sizes, around)
         if as_json:
-            found = {**_as_dict(planner, plans, assumed, fits), "foresight": _foresight_dict(speeds, around)}
+            found = _as_dict(planner, plans, assumed, fits)
             print_json(found if cached is None else {**found, "moe_cache": cached.as_dict()})
         else:
             _print(planner, plans, assumed, fits, all_splits=all_splits)
             if cached is not None:
                 print_cache(cached)
-            if speeds is not None:
-                report().print()
-                report().print(f"Foresight for real hardware, host {around.description}")
-                report().print(_foresight_table(speeds))
         if any(f.missing_bytes for f in fits):
             click.get_current_context().exit(EXIT_DOES_NOT_FIT)
 
@@ -334,22 +327,6 @@ def _print(
         console.print(f"{note:<7} {Cause(note).text}")
 
 
-def _foresight_dict(speeds: dict[int, Speed] | None, host: Host) -> dict[str, Any] | None:
-    if speeds is None:
-        return None
-    batches = [{"n_tokens": n, "low": s.low, "tokens_per_s": s.mid, "high": s.high} for n, s in speeds.items()]
-    return {"host": asdict(host), "batches": batches}
-
-
-def _foresight_table(speeds: dict[int, Speed]) -> Table:
-    """Return speeds on real hardware by the rates that published runs gave, with ranges that hold in four cases of five."""
-    columns = ("batch", "tokens/s", "from", "to")
-    made = table("", *columns, right=columns)
-    for n, s in speeds.items():
-        made.add_row(str(n), *(f"{v:.1f}" if v < 100 else f"{v:.0f}" for v in (s.mid, s.low, s.high)))
-    return made
-
-
 def _summary_table(plans: list[BatchPlan], routing: Routing) -> Table:
     columns = ("batch", "micro-batch", "nodes", "splits", f"copied ({routing})", "if whole", "ratio")
     made = table("Copies between devices", *columns, "", right=columns)
@@ -369,19 +346,23 @@ def _virtual_table(planner: Planner, plans: list[BatchPlan]) -> Table:
     columns = [
         "batch",
         f"micro-{space.strip()}batches",
-        "seconds",
         "tokens/s",
+        "from",
+        "to",
         *(f"{name}{space}computes" for name in names),
     ]
     columns += [f"to{space}{name}" for name in names[:-1]]
-    made = table("Time on the simulated machine (virtual)", *columns, right=tuple(columns))
+    made = table(
+        "Speed to expect, from and to in four cases of five; where the time goes", *columns, right=tuple(columns)
+    )
     for plan in plans:
         s = plan.simulated
-        if s is None or not s.seconds:
+        if s is None or s.speed is None or s.seconds is None:
             continue
+        speeds = (f"{v:,.1f}" if v < 100 else f"{v:,.0f}" for v in (s.speed.mid, s.speed.low, s.speed.high))
         shares = [*s.compute_s.values(), *s.copy_to_s.values()]
         made.add_row(
-            str(s.n_tokens), str(s.n_micro_batches), f"{s.seconds:.4f}", f"{s.tokens_per_s:,.1f}",
+            str(s.n_tokens), str(s.n_micro_batches), *speeds,
             *(f"{share / s.seconds:.0%}" for share in shares),
         )  # fmt: skip
     return made

@@ -8,25 +8,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..catalog import find_model
+from ..cost import link_of
 from ..errors import DeviceUnavailableError, FormatError
 from ..gguf import GGUFFile
 from ..hardware.cards import Card, find_card
 from ..hardware.hosts import DEFAULT_HOST, Host, parse_host
+from ..hardware.ranges import Speed, spread_of
 from .estimate import Machine, Placed, Setting, place, predict
-from .links import link_of
-from .ranges import spread_of
 from .shape import ModelShape
 
-__all__ = ["Estimate", "Speed", "estimate", "machine_of", "model_shape", "speed_of"]
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Tokens a second: what is expected, and between what the truth is in four cases of five."""
-
-    low: float
-    mid: float
-    high: float
+__all__ = ["Estimate", "Speed", "estimate", "machine_of", "model_shape", "range_of", "speed_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,5 +128,10 @@ def speed_of(
     """Return the speed of a prompt, or of generation, with its range; ``placed`` as for `predict`."""
     where = place(shape, setting, len(machine.cards)) if placed is None else placed
     mid = 1.0 / predict(shape, machine, setting, n_tokens, depth, is_prompt=is_prompt, placed=where)
-    factor = spread_of(machine, setting, where, is_prompt=is_prompt)
-    return Speed(mid / factor, mid, mid * factor)
+    return Speed.around(mid, range_of(machine, setting, where, is_prompt=is_prompt))
+
+
+def range_of(machine: Machine, setting: Setting, placed: list[Placed], *, is_prompt: bool) -> float:
+    """Return the factor that a prediction may be off, up or down."""
+    has_host_weights = any(p.experts_on_host or p.device < 0 for p in placed)
+    return spread_of(machine.cards, is_prompt=is_prompt, has_host_weights=has_host_weights, backend=setting.backend)

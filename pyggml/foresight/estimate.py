@@ -1,7 +1,6 @@
-"""Seconds of a token and bytes of memory of a model, devices, a host and flags, in about a millisecond.
+"""Seconds of a token of a model on devices and a host under flags, in about a millisecond.
 
-Everything is counted from the tensors of the model and the flags, by the formulas of `Clock`; no graph is made. Memory is that of weights and
-caches, exact, and of compute buffers by their largest tensors; `Planner` has these exact, too.
+Everything is counted from the tensors of the model and the flags, by the formulas that virtual time has, too; no graph is made.
 """
 
 from __future__ import annotations
@@ -10,11 +9,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..cost import DeviceProfile, LinkProfile
 from ..hardware.cards import Card
+from ..hardware.formulas import pageable_rate
 from ..hardware.hosts import DEFAULT_HOST, Host
-from ..hardware.rates import RATES, STAGING_BYTES_PER_S, Rates
+from ..hardware.rates import RATES, Rates
 from ..types import Type
-from .engine import Clock, Link
+from .counts import used_experts
+from .engine import Clock
 from .shape import Layer, ModelShape, Product
 
 __all__ = ["Machine", "Placed", "Setting", "Unpredicted", "host_weight_bytes", "place", "predict"]
@@ -75,9 +77,14 @@ class Machine:
     """Cards with their links, and the host."""
 
     cards: Sequence[Card]
-    links: Sequence[Link]
+    links: Sequence[LinkProfile]
     host: Host = DEFAULT_HOST
     rates: Rates = field(default=RATES)
+
+    @classmethod
+    def of_profiles(cls, profiles: Sequence[DeviceProfile], host: Host) -> Machine:
+        """Return the machine of simulated devices and a host."""
+        return cls([p.sheet for p in profiles if isinstance(p.sheet, Card)], [p.link for p in profiles], host)
 
 
 _NAMES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -213,12 +220,8 @@ def _is_expert(p: Product) -> bool:
 
 def _copies_s(clock: Clock, model: ModelShape, m: Machine, s: Setting, p: Placed, n: int, i: int) -> float:
     """Return the time of copying a layer's host weights to its device."""
-    from .engine import used_experts
-
     link = m.links[0]
-    rate = link.pinned
-    if not s.is_pinned:
-        rate = min(rate, m.rates.pageable * m.host.read_bytes_per_s, STAGING_BYTES_PER_S)
+    rate = link.bytes_per_s if s.is_pinned else min(link.bytes_per_s, pageable_rate(m.host, m.rates))
     n_bytes, n_copies = 0.0, 0
     if p.experts_on_host:
         share = used_experts(m.rates.spread, model.n_expert, model.n_used, n) / model.n_expert

@@ -57,8 +57,6 @@ class Rates:
     spread: float = 1.08  #: how unevenly random tokens use experts (`LogNormal`)
 
 
-#: What a driver stages of pageable memory at most: 13.6 to 14 GB/s measured on Windows, 21 by what a run on Linux implies.
-STAGING_BYTES_PER_S = 20e9
 #: Of the CPU's rate, by types that are not kept in an order of its own.
 CPU_PLAIN = 0.4
 RATES = Rates()

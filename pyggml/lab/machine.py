@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..cost import CPU_PROFILE, DeviceProfile, Work
+from ..cost import CPU_PROFILE, DeviceProfile
+from ..hardware.formulas import Work
 from .pools import Pools, Run, runs_of
 from .replay import Result, Setting
 from .trace import Trace
@@ -110,7 +111,7 @@ class Workload:
     def seconds(self, machine: Machine, bytes_read: int, n_miss: int) -> TokenTime:
         """Return a token's time with a cache that read some bytes in some misses."""
         device = machine.device.seconds(
-            Work(n_bytes=self.expert_bytes + self.dense_bytes, n_kernels=_KERNELS_OF_EXPERTS * self.n_layer_step)
+            Work(read_bytes=self.expert_bytes + self.dense_bytes, n_kernels=_KERNELS_OF_EXPERTS * self.n_layer_step)
         )
         copy = machine.device.link.seconds(bytes_read, n_copies=n_miss * self.n_projection)
         sync = self.n_layer_step * machine.device.from_device.latency_s
@@ -151,10 +152,11 @@ def resident_layers(trace: Trace, work: Workload, machine: Machine, capacity_byt
     n = max(1, work.n_token)
     device_s = machine.device.seconds(
         Work(
-            n_bytes=work.expert_bytes - host_bytes + work.dense_bytes, n_kernels=_KERNELS_OF_EXPERTS * work.n_layer_step
+            read_bytes=work.expert_bytes - host_bytes + work.dense_bytes,
+            n_kernels=_KERNELS_OF_EXPERTS * work.n_layer_step,
         )
     )
-    cpu_s = machine.host.seconds(Work(n_bytes=host_bytes, n_kernels=4 * host_steps)) if host_steps else 0.0
+    cpu_s = machine.host.seconds(Work(read_bytes=host_bytes, n_kernels=4 * host_steps)) if host_steps else 0.0
     # activations there and back: a wait for each layer that the CPU computes
     sync_s = host_steps * (machine.device.link.latency_s + machine.device.from_device.latency_s)
     return ResidentLayers(capacity_bytes, resident, len(sizes), TokenTime(device_s / n, 0.0, sync_s / n, cpu_s / n))

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from pyggml.catalog import find_model, parse_quant
+from pyggml.cost import link_of
 from pyggml.errors import PyggmlError
+from pyggml.foresight.api import range_of
 from pyggml.foresight.estimate import Machine, Placed, Setting, Unpredicted, host_weight_bytes, place, predict
-from pyggml.foresight.links import link_of
-from pyggml.foresight.ranges import spread_of
 from pyggml.foresight.shape import ModelShape
 from pyggml.hardware.cards import Card, find_card
 from pyggml.hardware.hosts import DEFAULT_HOST, Host, find_cpu, memory_rate
@@ -262,7 +262,7 @@ def results_of(rows: Iterable[dict[str, Any]], rates: Rates = RATES) -> tuple[li
                 )  # fmt: skip
                 partial = case.partial_pp if is_prompt else case.partial_tg
                 klass = "partial" if partial else "seen" if case.is_seen else "sheet"
-                factor = spread_of(case.machine, case.setting, case.placed, is_prompt=is_prompt)
+                factor = range_of(case.machine, case.setting, case.placed, is_prompt=is_prompt)
                 out.append(Result(row, kind, klass, 1 / seconds, measured, 1 / seconds / factor, factor / seconds))
         except Unpredicted as reason:
             why[str(reason)] += 1

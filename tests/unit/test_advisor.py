@@ -136,7 +136,7 @@ def test_offloading_pays_later_with_a_slow_link() -> None:
     with file:
         host = Setting(n_cpu_moe=24, threads=8)
         fast = pays_from(search, host)
-        search.machine.links = [replace(link, pinned=link.pinned / 8) for link in search.machine.links]
+        search.machine.links = [replace(link, bytes_per_s=link.bytes_per_s / 8) for link in search.machine.links]
         slow = pays_from(search, host)
         assert fast is not None
         assert slow is None or slow > fast

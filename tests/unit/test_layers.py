@@ -41,6 +41,7 @@ _SIDEWAYS = {
     ("clock", "work"): "what a node costs is worked out from its work",
     ("graph", "graph_context"): "a graph collects what ops make",
     ("ops", "graph_context"): "ops add what they make to the graph at hand",
+    ("routing", "hardware"): "how evenly experts are used is one of the fitted rates",
     ("moe_cache", "sched"): "it goes by the byte ranges of used experts",
     ("foresight", "catalog"): "a model may be named instead of given",
     ("planning", "catalog"): "a model may be named instead of given",

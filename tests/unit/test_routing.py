@@ -6,16 +6,22 @@ import numpy as np
 import pytest
 
 from pyggml.errors import FormatError, GraphError
+from pyggml.hardware.rates import RATES
 from pyggml.routing import DEFAULT_ROUTING, LogNormal, Zipf, parse_routing
 
 #: Of 128 experts, 4 used, by 512 tokens of code in the first eight layers of gpt-oss-120b: llama.cpp, pull request 15346.
 GPT_OSS_120B = (95, 91, 72, 74, 73, 78, 87, 95)
 
 
-def test_the_default_uses_as_many_experts_as_a_real_model():
-    """The spread is fitted to the mean of what eight layers used; least and most of them, which are not, come out too."""
-    assert parse_routing(str(DEFAULT_ROUTING)) == DEFAULT_ROUTING == LogNormal(2.4)
-    assert DEFAULT_ROUTING.used(128, 4, 512) == pytest.approx(np.mean(GPT_OSS_120B), abs=1)
+def test_the_default_is_the_spread_of_published_speeds():
+    """It has a name that can be given, and is more even than one text."""
+    assert parse_routing(str(DEFAULT_ROUTING)) == DEFAULT_ROUTING == LogNormal(RATES.spread)
+    assert DEFAULT_ROUTING.used(128, 4, 512) > np.mean(GPT_OSS_120B)
+
+
+def test_a_law_uses_as_many_experts_as_a_real_text():
+    """A spread of 2.4 is fitted to the mean of what eight layers used; least and most of them, which are not, come out too."""
+    assert LogNormal(2.4).used(128, 4, 512) == pytest.approx(np.mean(GPT_OSS_120B), abs=1)
     drawn = [
         [len(LogNormal(2.4, seed).experts(layer, range(512), 128, 4)) for layer in range(len(GPT_OSS_120B))]
         for seed in range(20)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import pyggml as ggml
-from pyggml.types import Op
+from pyggml.foresight.counts import product_work
+from pyggml.foresight.shape import Product
+from pyggml.hardware.formulas import Kind
+from pyggml.types import Op, Type
 from pyggml.work import RULES, node_work
 
 
@@ -19,19 +24,50 @@ def test_a_product_counts_two_operations_an_element_and_reads_its_weight_once():
         w, x = graph.input("f32", (64, 32), name="w"), graph.input("f32", (64, 5), name="x")
         y = ggml.mul_mat(w, x)
     work = node_work(y, _no_experts)
+    assert (work.kind, work.type) == (Kind.PRODUCT, Type.F32)
     assert work.flops == 2 * 64 * 32 * 5
-    assert work.n_bytes == w.nbytes + x.nbytes + y.nbytes
-    assert work.is_f32
-    assert not work.is_int8
+    assert work.read_bytes == w.nbytes
+    assert work.moved_bytes == 4 * 5 * (0.75 * 64 + 1.5 * 32)
+    assert (work.columns, work.matrices, work.n_tokens) == (5, 1, 5)
 
 
-def test_a_product_of_quantised_weights_quantises_its_activations_first():
-    """Two launches, and products of 8 bits."""
+def test_nodes_and_layers_count_alike():
+    """What a product in a graph asks equals what foresight counts of the same weight, but for the launch."""
     with ggml.Graph() as graph:
         y = ggml.mul_mat(graph.input("q8_0", (64, 32), name="w"), graph.input("f32", (64, 5), name="x"))
-    work = node_work(y, _no_experts)
-    assert work.is_int8
-    assert work.n_kernels == 2
+        w = graph.input("q4_0", (64, 32, 8), name="e")
+        x, ids = graph.input("f32", (64, 1, 5), name="x1"), graph.input("i32", (2, 5), name="ids")
+        z = ggml.mul_mat_id(w, x, ids)
+    counted = product_work(Product(Type.Q8_0, 64, 32), 5, 2, 1.0)
+    assert node_work(y, _no_experts) == replace(counted, n_kernels=1)
+    counted = product_work(Product(Type.Q4_0, 64, 32, 8, is_expert=True), 5, 2, 1.0)
+    assert node_work(z, lambda _: counted.matrices) == replace(counted, n_kernels=1)
+
+
+def test_what_another_kernel_does_takes_nothing():
+    """A norm's weight, a gate and the sum of experts are part of the kernel before; a residual sum is one of its own."""
+    with ggml.Graph() as graph:
+        x, w = graph.input("f32", (64, 5), name="x"), graph.input("f32", (64,), name="w")
+        norm = ggml.rms_norm(x, 1e-5)
+        scaled = ggml.mul(norm, w)
+        gate = ggml.swiglu_split(scaled, x)
+        added = ggml.add(gate, x)
+        experts = graph.input("f32", (64, 2, 5), name="experts")
+        first, second = (ggml.view_2d(experts, 64, 5, 512, i * 256) for i in range(2))
+        summed = ggml.add(first, second)
+    works = [node_work(t, _no_experts) for t in (norm, scaled, gate, added, summed)]
+    assert [w.n_kernels for w in works] == [1, 0, 0, 1, 0]
+    assert [w.moved_bytes > 0 for w in works] == [True, False, False, True, False]
+
+
+def test_hidden_scores_take_nothing():
+    """Flash attention over a causal mask computes half of the last tokens' scores; without a mask all."""
+    with ggml.Graph() as graph:
+        q, k = graph.input("f32", (64, 8, 4), name="q"), graph.input("f16", (64, 8, 2), name="k")
+        v, mask = graph.input("f16", (64, 8, 2), name="v"), graph.input("f16", (8, 8), name="mask")
+        masked, bare = (ggml.flash_attn_ext(q, k, v, m, 1.0, 0.0, 0.0) for m in (mask, None))
+    assert node_work(bare, _no_experts).flops == 2 * 8 * 8 * 4 * 128
+    assert node_work(masked, _no_experts).flops == node_work(bare, _no_experts).flops / 2
 
 
 @pytest.mark.parametrize(("used", "share"), [(0, 0.0), (2, 0.25), (8, 1.0), (99, 1.0)])
@@ -42,7 +78,8 @@ def test_experts_that_are_not_used_are_not_read(used, share):
         x, ids = graph.input("f32", (64, 1, 5), name="x"), graph.input("i32", (2, 5), name="ids")
         y = ggml.mul_mat_id(w, x, ids)
     work = node_work(y, lambda _: used)
-    assert work.n_bytes == share * w.nbytes + x.nbytes + y.nbytes
+    assert work.read_bytes == share * w.nbytes
+    assert work.matrices == min(used, 8)
     assert work.flops == 2 * 64 * 32 * 2 * 5
 
 
@@ -51,7 +88,7 @@ def test_rows_that_are_picked_are_read_and_not_their_table():
     with ggml.Graph() as graph:
         table, ids = graph.input("f32", (64, 1000), name="table"), graph.input("i32", (3,), name="ids")
         y = ggml.get_rows(table, ids)
-    assert node_work(y, _no_experts).n_bytes == y.nbytes + 3 * 64 * 4 + ids.nbytes
+    assert node_work(y, _no_experts).moved_bytes == y.nbytes + 3 * 64 * 4 + ids.nbytes
 
 
 def test_views_take_nothing():

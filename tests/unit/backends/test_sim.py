@@ -259,8 +259,9 @@ def test_events(sim: SimBackend) -> None:
 
 
 def test_pinned_memory_only_if_the_profile_has_it() -> None:
-    """By default a device offers no host buffer type; a pinned profile does, and the CPU can use it."""
-    assert ggml.Sim("rtx4090-pcie4").device.host_buffer_type is None
+    """A card of the table offers a host buffer type, a custom device if it is asked to; the CPU can use it."""
+    assert ggml.Sim("custom:16MiB,100GB/s,10GB/s").device.host_buffer_type is None
+    assert ggml.Sim("rtx4090-pcie4").device.host_buffer_type is not None
     pinned = ggml.Sim("custom:16MiB,100GB/s,10GB/s,pinned").device.host_buffer_type
     assert pinned is not None
     assert (pinned.name, pinned.is_host) == ("SIM0_Host", True)

@@ -1,0 +1,71 @@
+"""What a layer asks of a device, counted from its tensors: the `Work` of its products, attention, states and small ops."""
+
+from __future__ import annotations
+
+from ..hardware.formulas import Kind, Work
+from ..hardware.rates import FEW_COLUMNS
+from ..routing import LogNormal
+from .shape import Attention, Layer, ModelShape, Product
+
+__all__ = ["attention_work", "layer_works", "product_work", "used_experts"]
+
+
+def used_experts(spread: float, n_expert: int, n_used: int, n_tokens: int) -> float:
+    """Return how many experts of a layer so many tokens choose; the mean over texts."""
+    return LogNormal(spread).used(n_expert, n_used, n_tokens)
+
+
+def product_work(p: Product, m: int, n_used: int, spread: float) -> Work:
+    """Return the work of a product with ``m`` tokens, with what small ops around it move."""
+    used = used_experts(spread, p.n_matrix, n_used, m) if p.is_expert else 1.0
+    columns = m * n_used if p.is_expert else m
+    return Work(
+        Kind.PRODUCT, 2.0 * p.n_in * p.n_out * columns, p.nbytes * used / p.n_matrix,
+        4.0 * columns * (0.75 * p.n_in + 1.5 * p.n_out), 0, p.type, columns, used, m, p.is_expert,
+    )  # fmt: skip
+
+
+def attention_work(a: Attention, m: int, n_kv: float, kv_bytes: float) -> Work:
+    """Return the work of attention of ``m`` tokens over ``n_kv`` positions, whose K and V take ``kv_bytes`` an element."""
+    n = min(n_kv, a.window + m) if a.window else n_kv
+    flops = 2.0 * m * n * a.n_head * (a.head_k + a.head_v)
+    return Work(Kind.ATTENTION, flops, n * a.n_cached * kv_bytes, n_kernels=0, n_tokens=m)
+
+
+def scores_bytes(a: Attention, m: int, n_kv: float) -> float:
+    """Return the bytes of scores that attention without flash moves through memory."""
+    n = min(n_kv, a.window + m) if a.window else n_kv
+    return 20.0 * m * n * a.n_head if m > FEW_COLUMNS else 0.0
+
+
+def n_kernels(layer: Layer, model: ModelShape) -> int:
+    """Return how many kernels a layer launches, after fusion of norms, gates and routers."""
+    n = 4 * model.n_streams**2 + (30 if layer.state is not None else 9)
+    n_dense = sum(not p.is_expert for p in layer.products)
+    if not layer.has_experts:
+        return n + 4
+    return n + 8 + (5 if n_dense > 6 else 0)
+
+
+def layer_works(
+    layer: Layer,
+    m: int,
+    n_kv: float,
+    model: ModelShape,
+    spread: float,
+    *,
+    experts: bool,
+    attention: bool,
+    kv_bytes: float,
+) -> list[Work]:
+    """Return the work of a layer on a card, with or without its experts and its attention."""
+    works = [product_work(p, m, model.n_used, spread) for p in layer.products if experts or not p.is_expert]
+    moved = 4.0 * m * model.n_embd * 10 * model.n_streams
+    if layer.attention is not None and attention:
+        works.append(attention_work(layer.attention, m, n_kv, kv_bytes))
+    if layer.state is not None:
+        s = layer.state
+        works.append(Work(Kind.STATE, m * 8.0 * s.n_head * s.size * s.size, 2.0 * s.nbytes, n_kernels=0))
+        moved += 4.0 * m * s.n_head * s.size * 12
+    works.append(Work(moved_bytes=moved, n_kernels=n_kernels(layer, model)))
+    return works
