@@ -15,7 +15,7 @@ from .hardware.cards import Card
 from .hardware.ranges import Speed, spread_of
 from .models.batch import Outputs
 from .record import CopyReason, MicroBatchRecord
-from .routing import DEFAULT_ROUTING, Routing
+from .routing import Routing, routing_of
 from .sched.experts import layer_of
 from .sched.ids import IdsSource
 from .tensor import Tensor
@@ -138,7 +138,7 @@ def can_simulate(planner: Planner) -> bool:
 
 
 def simulate_batch(
-    planner: Planner, n_tokens: int, *, outputs: Outputs = "last", routing: Routing = DEFAULT_ROUTING
+    planner: Planner, n_tokens: int, *, outputs: Outputs = "last", routing: Routing | None = None
 ) -> SimulatedBatch:
     """Return what a decode of so many tokens would do, from an empty cache.
 
@@ -148,8 +148,8 @@ def simulate_batch(
         Opened without data.
     outputs : str
         Whose logits are wanted: ``"last"`` or ``"all"``.
-    routing : Routing
-        Which experts the tokens choose, where the scheduler would read ids.
+    routing : Routing, optional
+        Which experts the tokens choose, where the scheduler would read ids; `routing_of` the model, if not given.
 
     Raises
     ------
@@ -169,7 +169,9 @@ def simulate_batch(
     clock = sched.clock
     result = SimulatedBatch(n_tokens)
     kept = sched.ids_source
-    sched.ids_source = routed = RoutedIds(routing, n_lead=planner.hparams.n_layer_dense_lead)
+    sched.ids_source = routed = RoutedIds(
+        routing or routing_of(planner.file.tensors), n_lead=planner.hparams.n_layer_dense_lead
+    )
     planner.reserve()
     began = None if clock is None else clock.reading()
     before = (sched.stats.bytes_copied, sched.stats.bytes_full, dict(sched.stats.bytes_by_reason))

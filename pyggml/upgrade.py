@@ -11,7 +11,7 @@ from .dialect import Dialect
 from .models.batch import Outputs
 from .planning import Planner
 from .record import ComputeRecord, CopyRecord, ReadRecord, Record, WaitRecord
-from .routing import DEFAULT_ROUTING, Routing
+from .routing import Routing
 from .simulation import simulate_batch
 
 __all__ = ["MEASURES", "DialectCost", "RuleEffect", "Upgrade", "compare_dialects"]
@@ -138,7 +138,7 @@ def compare_dialects(
     dialects: Sequence[Dialect],
     *,
     outputs: Outputs = "last",
-    routing: Routing = DEFAULT_ROUTING,
+    routing: Routing | None = None,
 ) -> Iterator[Upgrade]:
     """Yield what each step from one version to the next changes, for each batch size.
 
@@ -174,7 +174,9 @@ def compare_dialects(
             yield Upgrade(n, old.version, new.version, before, after, effects, silent)
 
 
-def _cost(open_planner: OpenPlanner, dialect: Dialect, n: int, outputs: Outputs, routing: Routing) -> DialectCost:
+def _cost(
+    open_planner: OpenPlanner, dialect: Dialect, n: int, outputs: Outputs, routing: Routing | None
+) -> DialectCost:
     tally = _Tally()
     with closing(open_planner(dialect, tally)) as planner:
         planner.reserve()

@@ -71,11 +71,12 @@ def sweep_rows(
     A batch of one token is called tg128: each of 128 tokens takes the graph of the first, as a cache of up to 256 tokens
     is read as one of 256.
     """
-    from ..cost import CPU_PROFILE, host_profile
+    from ..cost import host_profile
+    from ..hardware.hosts import DEFAULT_HOST
     from ..plan_report import memory_fits, plan_batches
     from ..planning import Planner, virtual_clock
 
-    machine = host_profile(host) if host else CPU_PROFILE
+    machine = host_profile(host or DEFAULT_HOST)
     for labels, flags in combinations(ctx):
         backends, cpu = open_backends(flags, data=False)
         with Planner.open(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -14,7 +15,6 @@ import cloup
 from rich.text import Text
 
 from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect
-from ..routing import DEFAULT_ROUTING
 from ..sched.state import Cause
 from ._cache_table import print_cache
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table, warn
@@ -95,10 +95,10 @@ Examples:
     ),
     cloup.option(
         "--routing",
-        default=str(DEFAULT_ROUTING),
-        show_default=True,
+        default="",
         metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
-        help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them.",
+        help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them. "
+        "[default: by the model's router]",
     ),
     cloup.option(
         "--host",
@@ -140,7 +140,7 @@ def command(
     bench: str | None,
 ) -> None:
     """Plan a GGUF model without reading a weight: splits, copies, memory, causes."""
-    from ..cost import CPU_PROFILE, host_profile
+    from ..cost import host_profile
     from ..hardware.hosts import DEFAULT_HOST, parse_host
     from ..plan_report import ggml_text, memory_fits, plan_batches
     from ..planning import MemoryRows, Planner, virtual_clock
@@ -149,10 +149,10 @@ def command(
 
     sizes = parse_sizes(batches)
     context = _context(flags)
-    assumed = parse_routing(routing)
+    stated_routing = parse_routing(routing) if routing else None
     dialects = _parse_dialects(versions)
     around = parse_host(host) if host else DEFAULT_HOST
-    machine = host_profile(around) if host else CPU_PROFILE
+    machine = host_profile(around)
     if len(dialects) > 1 and (form == "ggml" or timeline or html):
         raise click.UsageError("a comparison of versions is a table or JSON: leave out --format, --timeline and --html")
     if moe_cache_mib and (len(dialects) > 1 or form == "ggml" or timeline or html):
@@ -160,6 +160,7 @@ def command(
     if form == "ggml" and (as_json or timeline or html):
         raise click.UsageError("--format ggml prints that text alone: leave out --json, --timeline and --html")
     check_outputs(model, timeline, html)
+    assumed = stated_routing or _routing_of(model)
     ctx = click.get_current_context()
     if bench is not None or len(combinations(ctx)) > 1:
         if timeline or html or form == "ggml":
@@ -239,6 +240,16 @@ def _context(flags: ModelFlags) -> ContextFlags:
             raise click.UsageError("-kvu goes with -np: one sequence has its cache for itself")
         return context
     return replace(context, n_outputs_max=context.n_seq_max)
+
+
+def _routing_of(model: Path) -> Routing:
+    """Return how tokens of a model are assumed to choose experts."""
+    from ..catalog import header_path
+    from ..gguf import GGUFFile
+    from ..routing import routing_of
+
+    with GGUFFile.open(model if os.path.lexists(model) else header_path(str(model))) as file:
+        return routing_of(file.tensors)
 
 
 def _parse_dialects(text: str) -> list[Dialect]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from ..hardware.formulas import Kind, Work
-from ..hardware.rates import FEW_COLUMNS
-from ..routing import LogNormal
+from ..hardware.rates import FEW_COLUMNS, Rates
+from ..routing import BIASED_ROUTING, LogNormal
 from .shape import Attention, Layer, ModelShape, Product
 
-__all__ = ["attention_work", "layer_works", "product_work", "used_experts"]
+__all__ = ["attention_work", "layer_works", "product_work", "spread_of_experts", "used_experts"]
 
 
 def used_experts(spread: float, n_expert: int, n_used: int, n_tokens: int) -> float:
     """Return how many experts of a layer so many tokens choose; the mean over texts."""
     return LogNormal(spread).used(n_expert, n_used, n_tokens)
+
+
+def spread_of_experts(model: ModelShape, rates: Rates) -> float:
+    """Return how unevenly a model's tokens use its experts."""
+    return BIASED_ROUTING.spread if model.has_router_bias else rates.spread
 
 
 def product_work(p: Product, m: int, n_used: int, spread: float) -> Work:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..hardware.cards import Card
 from ..hardware.formulas import Kind, Work, backend_family, card_s, family_of, host_s
 from ..hardware.hosts import Host
 from ..hardware.rates import Rates
-from .counts import attention_work, layer_works, product_work, scores_bytes
+from .counts import attention_work, layer_works, product_work, scores_bytes, spread_of_experts
 from .shape import Attention, Layer, ModelShape, Product
 
 __all__ = ["Clock"]
@@ -20,10 +21,10 @@ class Clock:
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
 
-    def product_s(self, p: Product, m: int, n_used: int, card: Card, backend: str = "") -> float:
-        """Return the time of a product with ``m`` tokens on a card, without what is around it."""
-        work = product_work(p, m, n_used, self.rates.spread)
-        return card_s(_alone(work), card, self.rates, backend=backend)
+    def output_s(self, model: ModelShape, card: Card, backend: str = "") -> float:
+        """Return the time of one token's logits on a card, without what is around the product."""
+        work = replace(product_work(model.output, 1, 1, 0.0), moved_bytes=0.0)
+        return card_s(work, card, self.rates, backend=backend)
 
     def layer_s(
         self, layer: Layer, m: int, n_kv: float, model: ModelShape, card: Card, *, experts: bool, kv_bytes: float,
@@ -31,7 +32,14 @@ class Clock:
     ) -> float:  # fmt: skip
         """Return the time of a layer on a card, with or without its experts."""
         works = layer_works(
-            layer, m, n_kv, model, self.rates.spread, experts=experts, attention=attention, kv_bytes=kv_bytes
+            layer,
+            m,
+            n_kv,
+            model,
+            spread_of_experts(model, self.rates),
+            experts=experts,
+            attention=attention,
+            kv_bytes=kv_bytes,
         )
         total = sum(card_s(w, card, self.rates, backend=backend, slow_host=slow_host) for w in works)
         if not flash and layer.attention is not None and attention:
@@ -41,9 +49,9 @@ class Clock:
 
     # -- the same on the CPU -------------------------------------------------
 
-    def cpu_product_s(self, p: Product, m: int, n_used: int, host: Host) -> float:
-        """Return the time of a product on the CPU."""
-        return host_s(product_work(p, m, n_used, self.rates.spread), host, self.rates)
+    def cpu_output_s(self, model: ModelShape, host: Host) -> float:
+        """Return the time of one token's logits on the CPU."""
+        return host_s(product_work(model.output, 1, 1, 0.0), host, self.rates)
 
     def cpu_layer_s(
         self,
@@ -56,7 +64,9 @@ class Clock:
         wanted: Callable[[Product], bool],
     ) -> float:
         """Return the time of those products of a layer that are wanted, on the CPU; of all: with attention and states."""
-        total = sum(self.cpu_product_s(p, m, model.n_used, host) for p in layer.products if wanted(p))
+        spread = spread_of_experts(model, self.rates)
+        works = [product_work(p, m, model.n_used, spread) for p in layer.products if wanted(p)]
+        total = sum(host_s(work, host, self.rates) for work in works)
         if not layer.products[0].is_expert and wanted(layer.products[0]):
             if layer.attention is not None:
                 total += self.cpu_attention_s(layer.attention, m, n_kv, host, kv_bytes)
@@ -68,9 +78,3 @@ class Clock:
     def cpu_attention_s(self, a: Attention, m: int, n_kv: float, host: Host, kv_bytes: float) -> float:
         """Return the time of attention on the CPU."""
         return host_s(attention_work(a, m, n_kv, kv_bytes), host, self.rates)
-
-
-def _alone(work: Work) -> Work:
-    from dataclasses import replace
-
-    return replace(work, moved_bytes=0.0)

@@ -15,7 +15,7 @@ from ..hardware.formulas import pageable_rate
 from ..hardware.hosts import DEFAULT_HOST, Host
 from ..hardware.rates import RATES, Rates
 from ..types import Type
-from .counts import used_experts
+from .counts import spread_of_experts, used_experts
 from .engine import Clock
 from .shape import Layer, ModelShape, Product
 
@@ -224,7 +224,7 @@ def _copies_s(clock: Clock, model: ModelShape, m: Machine, s: Setting, p: Placed
     rate = link.bytes_per_s if s.is_pinned else min(link.bytes_per_s, pageable_rate(m.host, m.rates))
     n_bytes, n_copies = 0.0, 0
     if p.experts_on_host:
-        share = used_experts(m.rates.spread, model.n_expert, model.n_used, n) / model.n_expert
+        share = used_experts(spread_of_experts(model, m.rates), model.n_expert, model.n_used, n) / model.n_expert
         n_bytes += p.layer.expert_bytes * share
         n_copies += 6
     if p.device < 0:
@@ -236,5 +236,5 @@ def _copies_s(clock: Clock, model: ModelShape, m: Machine, s: Setting, p: Placed
 def _output_s(clock: Clock, model: ModelShape, m: Machine, s: Setting, placed: list[Placed], n: int) -> float:
     on_host = not m.cards or s.no_gpu or s.n_gpu_layers == 0
     if on_host:
-        return clock.cpu_product_s(model.output, 1, 1, m.host)
-    return clock.product_s(model.output, 1, 1, m.cards[-1], s.backend)
+        return clock.cpu_output_s(model, m.host)
+    return clock.output_s(model, m.cards[-1], s.backend)

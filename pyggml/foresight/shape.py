@@ -123,6 +123,7 @@ class ModelShape:
     table_bytes: int
     total_bytes: int
     n_streams: int = 1  #: residual streams (hyper-connections)
+    has_router_bias: bool = False
     _index: dict[Layer, int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -137,7 +138,9 @@ class ModelShape:
         by_layer: dict[int, list[Product]] = {}
         output = table = None
         total = tables = 0
+        has_router_bias = False
         for t in tensors:
+            has_router_bias |= t.name.endswith("ffn_gate_inp.bias")
             total += t.nbytes
             found = re.match(r"blk\.(\d+)\.(.*)", t.name)
             if found:
@@ -159,7 +162,7 @@ class ModelShape:
             layers.append(kept.setdefault(layer, layer))
         return cls(
             s.name, s.arch, tuple(layers), output or table, s.n_embd, s.n_expert, s.n_used, tables, total,
-            4 if s.arch in ("deepseek4", "qwen4exp") else 1,
+            4 if s.arch in ("deepseek4", "qwen4exp") else 1, has_router_bias,
         )  # fmt: skip
 
     @classmethod

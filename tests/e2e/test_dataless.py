@@ -255,11 +255,11 @@ def test_a_model_of_235_billion_parameters_is_planned_in_seconds(tmp_path):
     )
     with planner as plan:
         plan.sched.clock = virtual_clock(plan.backends)
-        result = simulate_batch(plan, 512)
+        result = simulate_batch(plan, 512, routing=LogNormal(2.4))
     assert time.perf_counter() - start_s < 60  # a second on a machine that has nothing else to do
     assert 0.7 < result.bytes_copied / result.bytes_full < 0.85
     link = plan.backends[0].device.profile.link
-    assert result.seconds > link.seconds(result.bytes_copied, is_pinned=False)
+    assert result.seconds > link.seconds(result.bytes_copied)
 
 
 def test_used_experts_gain_what_was_published(tmp_path):
@@ -272,7 +272,7 @@ def test_used_experts_gain_what_was_published(tmp_path):
         seconds = []
         for policy in (ggml.FullCopier(), "used"):
             with Planner.open(
-                path, devices=["sim:custom:24GiB,1008GB/s,20GB/s"], placement=ON_HOST, data=False, strict=True,
+                path, devices=["sim:custom:24GiB,1008GB/s,10.05GB/s"], placement=ON_HOST, data=False, strict=True,
                 context=ContextFlags(n_ctx=2048, n_ubatch=n_ubatch), policy=policy,
             ) as plan:  # fmt: skip
                 plan.sched.clock = virtual_clock(plan.backends)
