@@ -1,7 +1,7 @@
-"""`Device`, `Backend` and `Event`: what a device must and may do for the scheduler.
+"""`Device`, `Backend` and `Event`: the interfaces between the scheduler and a device.
 
-A device answers questions (what it can run, whose memory it can use); a backend is a stream of work on it. Optional
-methods have a default body that is upstream's fallback, so that no caller asks whether they exist.
+A device says what it can run and which memory it can use; a backend is a stream of work on it. Optional methods have
+upstream's fallback as their default, so callers never test whether they exist.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "tensor_copy_async",
 ]
 
-#: `graph_optimize` calls it with a tensor, and the node until which the tensor is to keep its memory.
+#: `graph_optimize` calls this with a tensor and the last node that needs the tensor's memory.
 AddAllocDep = Callable[[Tensor, Tensor], None]
 
 
@@ -50,18 +50,18 @@ def answers_by_kind(answer: _Answer) -> _Answer:
 
 
 class Device(ABC):
-    """A device: what it can run and whose memory it can use.
+    """A device: what it can run and which memory it can use.
 
     Attributes
     ----------
     name, description : str
-        Short name for reports (``CPU``, ``SIM0``), and a line for people.
+        Short name in reports (``CPU``, ``SIM0``), and a description of one line.
     type : DeviceType
-        Kind. A scheduler's last backend is of kind CPU.
+        The kind of device. A scheduler's last backend is of kind CPU.
     profile : DeviceProfile or None
-        What its work costs on a virtual clock; None for a device that is really there.
+        What its work costs on a virtual clock; None for real devices.
     has_data : bool
-        False: it only plans; its memory has sizes and addresses but no bytes.
+        False for plans: its memory has sizes and addresses but no bytes.
 
     Notes
     -----
@@ -75,41 +75,41 @@ class Device(ABC):
     has_data: bool = True
 
     def link_slowdown(self) -> float:
-        """Return how many times longer than the profile says the next copy takes on a virtual clock, and count it."""
+        """Return the factor by which the next copy is slower than the profile on a virtual clock, and count the copy."""
         return 1.0
 
     @property
     @abstractmethod
     def buffer_type(self) -> BufferType:
-        """Memory that its results go to."""
+        """The memory for its results."""
 
     @property
     def host_buffer_type(self) -> BufferType | None:
-        """Host memory from which it copies fastest (pinned), if it has such."""
+        """Host memory from which it copies fastest (pinned), or None."""
         return None
 
     @abstractmethod
     def memory(self) -> tuple[int, int]:
-        """Bytes free and in all."""
+        """Return the free and the total memory, in bytes."""
 
     @abstractmethod
     def supports_op(self, op: Tensor) -> bool:
-        """Whether it can run a node."""
+        """Return whether the device can run a node."""
 
     @abstractmethod
     def supports_buft(self, buft: BufferType) -> bool:
-        """Whether its kernels can read and write such memory."""
+        """Return whether its kernels can read and write this kind of memory."""
 
     def offload_op(self, op: Tensor) -> bool:
-        """Whether it wants to run a node whose weights lie in host memory, for all the copying."""
+        """Return whether the device should run ``op`` although its weights must first be copied from host memory."""
         return False
 
     def event_new(self) -> Event | None:
-        """Return a new event, or None: then the scheduler synchronizes instead."""
+        """Return a new event, or None if it has no events; then the scheduler synchronizes instead."""
         return None
 
     def buffer_from_host(self, address: int, size: int, owner: object) -> Buffer | None:
-        """Return a buffer over existing host memory, which ``owner`` keeps alive; None if it cannot use it."""
+        """Return a buffer over existing host memory, which ``owner`` keeps alive; None if the device cannot use it."""
         return None
 
     @abstractmethod
@@ -149,20 +149,20 @@ class Backend(ABC):
 
     @abstractmethod
     def graph_compute(self, graph: GraphView) -> None:
-        """Start computing nodes in order; those without the COMPUTE flag and view ops are skipped.
+        """Start computing nodes in order; nodes without the COMPUTE flag and view ops are skipped.
 
         Raises
         ------
         ComputeError
-            It could not. Nothing after the failing node is computed.
+            A node failed. No node after it is computed.
         """
 
     def synchronize(self) -> None:
-        """Wait until all work is done; by default there is never any left."""
+        """Wait until all work is done; by default work is done at once."""
         return
 
     def set_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
-        """Copy host memory into a tensor in stream order; the memory must stay until then.
+        """Copy host memory into a tensor in stream order; the host memory must not change until then.
 
         Notes
         -----
@@ -172,61 +172,61 @@ class Backend(ABC):
         tensor_set(tensor, address, offset, size)
 
     def get_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
-        """Copy bytes of a tensor to host memory in stream order; by default at once, after a synchronization."""
+        """Copy bytes of a tensor to host memory in stream order; by default synchronously, after a synchronization."""
         self.synchronize()
         tensor_get(tensor, address, offset, size)
 
     def set_tensor_2d_async(
         self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
     ) -> None:
-        """Copy ``n_copies`` pieces, strides apart; by default one by one."""
+        """Copy ``n_copies`` pieces with strides; by default one by one."""
         for i in range(n_copies):
             self.set_tensor_async(tensor, address + i * stride_data, offset + i * stride_tensor, size)
 
     def get_tensor_2d_async(
         self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
     ) -> None:
-        """Copy ``n_copies`` pieces out, strides apart; by default one by one."""
+        """Copy ``n_copies`` pieces with strides to host memory; by default one by one."""
         for i in range(n_copies):
             self.get_tensor_async(tensor, address + i * stride_data, offset + i * stride_tensor, size)
 
     def cpy_tensor_async(self, backend_src: Backend, src: Tensor, dst: Tensor) -> bool:
-        """Copy a tensor of another backend in stream order; False if it cannot, then nothing was done."""
+        """Copy a tensor of another backend in stream order; return False, and do nothing, if that is not possible."""
         return False
 
     def event_record(self, event: Event) -> None:
-        """Let an event stand for all work given so far."""
+        """Record an event after all work submitted so far."""
         raise BackendError(self.name, "has events but does not record them", hint="override event_record")
 
     def event_wait(self, event: Event) -> None:
-        """Let work given from now on wait for an event."""
+        """Make work submitted from now on wait for an event."""
         raise BackendError(self.name, "has events but does not wait for them", hint="override event_wait")
 
     def graph_optimize(self, graph: GraphView, add_alloc_dep: AddAllocDep) -> None:
-        """Reorder the nodes of a split, or ask that tensors keep their memory longer; by default neither."""
+        """Reorder the nodes of a split, or keep the memory of tensors longer; by default neither."""
         return
 
     # -- questions, passed on to the device ----------------------------------
 
     @property
     def buffer_type(self) -> BufferType:
-        """The device's default memory."""
+        """The device's default buffer type."""
         return self.device.buffer_type
 
     def supports_op(self, op: Tensor) -> bool:
-        """Whether the device can run a node."""
+        """Return whether the device can run a node."""
         return self.device.supports_op(op)
 
     def supports_buft(self, buft: BufferType) -> bool:
-        """Whether the device's kernels can use such memory."""
+        """Return whether the device's kernels can use this kind of memory."""
         return self.device.supports_buft(buft)
 
     def offload_op(self, op: Tensor) -> bool:
-        """Whether the device wants a node whose weights lie in host memory."""
+        """Return whether the device should run ``op`` although its weights are in host memory."""
         return self.device.offload_op(op)
 
     def close(self) -> None:
-        """Stop threads and free what the stream holds; by default nothing."""
+        """Stop threads and free the stream's resources; by default nothing."""
         return
 
     def __repr__(self) -> str:
@@ -234,7 +234,7 @@ class Backend(ABC):
 
 
 def tensor_copy_async(backend_src: Backend, backend_dst: Backend, src: Tensor, dst: Tensor) -> None:
-    """Copy a tensor between backends, in stream order where the receiving one can.
+    """Copy a tensor between backends, in stream order if the receiving backend supports it.
 
     Notes
     -----
@@ -251,7 +251,7 @@ def tensor_copy_async(backend_src: Backend, backend_dst: Backend, src: Tensor, d
 def unsupported_op(
     node: Tensor, backends: Sequence[Backend], *, reason: str = "", hint: str = ""
 ) -> UnsupportedOpError:
-    """Return the error for a node that none of the backends can run; the reason always holds the types."""
+    """Return the error for a node that none of the backends can run; the reason contains the types."""
     sources = ", ".join("nothing" if s is None else s.type.ggml_name for s in node.src) or "nothing"
     types = f"{node.type.ggml_name} from {sources}"
     return UnsupportedOpError(
@@ -264,7 +264,7 @@ def unsupported_op(
 
 
 def op_batch_size(op: Tensor) -> int:
-    """Return how many rows an op works on at once: what devices go by when they offer to take an op of host weights.
+    """Return how many rows an op works on. Devices compare this with a minimum when they offer to run ops with host weights.
 
     Notes
     -----
@@ -280,7 +280,7 @@ def op_batch_size(op: Tensor) -> int:
 
 
 def split_devices(text: str, kinds: list[str]) -> list[str]:
-    """Cut a list of devices at commas, before kinds of devices and cards; those inside ``sim:custom:...`` stay.
+    """Split a list of devices at commas, except those inside ``sim:custom:...``.
 
     Examples
     --------
@@ -300,28 +300,28 @@ def split_devices(text: str, kinds: list[str]) -> list[str]:
 
 
 class DeviceModule(Protocol):
-    """What a module in ``pyggml.backends`` offers to the registry."""
+    """The functions of a module in ``pyggml.backends`` that the registry calls."""
 
     def devices(self) -> list[Device]:
-        """Return the devices found on this machine; none where there are none, with no error."""
+        """Return the devices of this machine; an empty list, not an error, if there are none."""
 
     def open_device(self, spec: str, *, index: int = 0, data: bool = True) -> Device:
-        """Return the device that the part of a name after ``kind:`` stands for.
+        """Return the device for the part of a name after ``kind:``.
 
         Parameters
         ----------
         index : int
-            How many devices of the kind were opened for the same list before; simulated ones are numbered by it.
+            The number of devices of this kind before it in the list; simulated devices are numbered by it.
         data : bool
-            False: it is for plans only and needs no memory.
+            False: for plans, without memory.
         """
 
     def why_missing(self) -> str:
-        """Say in one line why `devices` is empty; empty text if it is not."""
+        """Return one line that says why `devices` is empty; an empty text if it is not."""
 
 
 class Registry:
-    """Kinds of devices by name, each a module that is imported only when asked for.
+    """Kinds of devices by name; the module of a kind is imported when it is first used.
 
     Examples
     --------
@@ -338,7 +338,7 @@ class Registry:
         Raises
         ------
         DeviceUnavailableError
-            There is no such kind.
+            The kind does not exist.
         """
         if kind not in self.modules:
             from .hardware.cards import CARDS
@@ -347,7 +347,7 @@ class Registry:
             there = (
                 f"did you mean {', '.join(near)}?"
                 if near
-                else f"there are {', '.join(self.modules)}, and cards by name;"
+                else f"kinds are {', '.join(self.modules)}, and cards by name;"
             )
             raise DeviceUnavailableError(kind, "no such kind of device", hint=f"{there} see `pyggml devices`")
         module: DeviceModule = importlib.import_module(self.modules[kind])
@@ -359,7 +359,7 @@ class Registry:
         Raises
         ------
         DeviceUnavailableError
-            There is none of that name; the text says why.
+            There is no device of this name; the text says why.
         """
         return self.open_all([name])[0]
 
@@ -369,12 +369,12 @@ class Registry:
         Parameters
         ----------
         data : bool
-            False: they are for plans only and need no memory.
+            False: for plans, without memory.
 
         Raises
         ------
         DeviceUnavailableError
-            One is not there.
+            A device does not exist.
         """
         opened: list[Device] = []
         counts: dict[str, int] = {}
@@ -388,7 +388,7 @@ class Registry:
         return opened
 
     def kinds(self) -> list[str]:
-        """Names of the kinds of devices, in the order of preference."""
+        """Return the names of the kinds of devices, in order of preference."""
         return list(self.modules)
 
 

@@ -1,8 +1,8 @@
-"""`BufferType` and `Buffer`: memory of a device, and the only way to its bytes.
+"""`BufferType` and `Buffer`: memory of a device, and the only access to its bytes.
 
-Addresses: every buffer has a ``base``, and a tensor in it a ``data``, in the buffer's own address space. For host memory
-that is the process's; for other devices a number that only the buffer understands. What is copied in or out is given as
-a host address and a size, as upstream's ``void *``.
+Every buffer has an address ``base`` and every tensor in it an address ``data``, in the buffer's own address space. For
+host memory these are addresses of the process; for other devices only the buffer can use them. Data to copy in or out
+is given as a host address and a size, like upstream's ``void *``.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ __all__ = [
 
 
 class BufferType(ABC):
-    """A kind of memory.
+    """One kind of memory.
 
     Parameters
     ----------
     name : str
-        As it shows in reports and in ``-ot``.
+        The name in reports and in ``-ot``.
     alignment : int
-        Tensors start at multiples of it; a power of 2.
+        Tensors start at multiples of this; a power of 2.
     max_size : int
-        Bytes of the largest buffer.
+        Size of the largest possible buffer, in bytes.
     is_host : bool
         Whether the CPU can use its addresses.
 
     Notes
     -----
-    Mirrors `ggml_backend_buffer_type_i`. Compared by identity, as upstream compares pointers.
+    Mirrors `ggml_backend_buffer_type_i`. Buffer types are compared by identity, as upstream compares pointers.
     """
 
     __slots__ = ("alignment", "device", "is_host", "max_size", "name")
@@ -72,16 +72,16 @@ class BufferType(ABC):
         Raises
         ------
         OutOfMemoryError
-            The device has not so much.
+            The device has too little memory.
 
         Notes
         -----
-        Mirrors `ggml_backend_buft_alloc_buffer`: no bytes give a dummy that the device never sees.
+        Mirrors `ggml_backend_buft_alloc_buffer`: a size of 0 gives a dummy buffer without device memory.
         """
         return self._alloc(size) if size > 0 else EmptyBuffer(self, 0)
 
     def alloc_size(self, tensor: Tensor) -> int:
-        """Bytes that a tensor takes here: its ``nbytes``, or more where kernels read past the end."""
+        """Return the bytes that a tensor takes: ``nbytes``, or more if kernels read past the end."""
         return tensor.nbytes
 
     def __repr__(self) -> str:
@@ -89,37 +89,37 @@ class BufferType(ABC):
 
 
 class Tenants(Protocol):
-    """Who has which bytes of a compute buffer; the scheduler's `Tenancy`."""
+    """Which tensor owns which bytes of a compute buffer; see the scheduler's `Tenancy`."""
 
     def check_read(self, tensor: Tensor) -> None:
-        """Raise `GraphError` if the tensor's memory holds something else."""
+        """Raise `GraphError` if the tensor's memory now holds another tensor."""
 
     def note_write(self, tensor: Tensor) -> None:
-        """Note that the tensor was written by hand."""
+        """Record that the user wrote the tensor."""
 
 
 class Buffer(ABC):
-    """A piece of memory of one kind.
+    """One allocation of memory.
 
     Attributes
     ----------
     buft : BufferType
-        What kind.
+        The kind of memory.
     size : int
-        Bytes.
+        The size in bytes.
     base : int
-        Address of the first byte, in the buffer's own address space.
+        The address of the first byte, in the buffer's own address space.
     usage : BufferUsage
-        What it holds; WEIGHTS is what offloading and the used-expert copy look for.
+        What it holds. Offloading and used-expert copies apply to WEIGHTS.
     is_writable : bool
-        Whether its memory may be written; a mapped file's may not.
+        Whether its memory can be written; False for a mapped file.
     tenancy : Tenants or None
-        Of a scheduler's compute buffer: what it holds after a graph was computed.
+        For a scheduler's compute buffer: which tensors it holds after a compute.
 
     Notes
     -----
-    Mirrors `ggml_backend_buffer_i`. Frees itself when nothing refers to it; `close` does so at once.
-    Callers use `tensor_set` and its siblings, which check bounds.
+    Mirrors `ggml_backend_buffer_i`. The memory is freed when nothing refers to the buffer, or by `close`.
+    Callers use `tensor_set` and similar functions, which check bounds.
     """
 
     __slots__ = ("__weakref__", "base", "buft", "is_writable", "size", "tenancy", "usage")
@@ -149,44 +149,44 @@ class Buffer(ABC):
         """Set all bytes to a value."""
 
     def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
-        """Copy a tensor of another buffer into one of this; False if it cannot (then it goes through the host)."""
+        """Copy a tensor of another buffer into a tensor of this one; return False if the copy must go through the host."""
         return False
 
     def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
-        """Return bytes of the tensor for a check to look at, without the device taking notice; None if it cannot be.
+        """Return bytes of the tensor for a check, without a call of the device; None if they are not available.
 
-        What is given is the memory itself, or a copy of it. It may be None at any time, as where work is done late.
+        Returns the memory itself or a copy of it. The result can be None at any time, for example while work is queued.
         """
         return None
 
     def set_tensor_2d(
         self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
     ) -> None:
-        """Copy ``n_copies`` pieces of ``size`` bytes, strides apart; by default one by one."""
+        """Copy ``n_copies`` pieces of ``size`` bytes with strides; by default one by one."""
         for i in range(n_copies):
             self.set_tensor(tensor, address + i * stride_data, offset + i * stride_tensor, size)
 
     def get_tensor_2d(
         self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
     ) -> None:
-        """Copy ``n_copies`` pieces of ``size`` bytes out, strides apart; by default one by one."""
+        """Copy ``n_copies`` pieces of ``size`` bytes with strides to host memory; by default one by one."""
         for i in range(n_copies):
             self.get_tensor(tensor, address + i * stride_data, offset + i * stride_tensor, size)
 
     def init_tensor(self, tensor: Tensor) -> None:
-        """Prepare a tensor that was just placed here; by default nothing."""
+        """Prepare a tensor that was just placed in this buffer; by default nothing."""
         return
 
     def reset(self) -> None:
-        """Forget what `init_tensor` made; by default nothing."""
+        """Discard what `init_tensor` made; by default nothing."""
         return
 
     def set_usage(self, usage: BufferUsage) -> None:
-        """Say what the buffer holds."""
+        """Set the usage: what the buffer holds."""
         self.usage = usage
 
     def close(self) -> None:
-        """Give the memory back now; tensors in it must not be used any more."""
+        """Free the memory now; tensors in it must no longer be used."""
         return
 
     @property
@@ -196,16 +196,16 @@ class Buffer(ABC):
 
     @property
     def is_closed(self) -> bool:
-        """Whether the memory was given back; False of buffers that `close` leaves as they are."""
+        """Whether the memory was freed; always False for buffers on which `close` has no effect."""
         return False
 
     def check_open(self, tensor: Tensor) -> None:
-        """Raise `BackendError` if the buffer, in which a tensor lies, was closed."""
+        """Raise `BackendError` if the buffer of the tensor was closed."""
         if self.is_closed:
             raise BackendError(
                 self.buft.name,
-                f"'{tensor.name}' lies in a buffer that was closed",
-                hint="keep buffers open for as long as their tensors are used",
+                f"'{tensor.name}' is in a buffer that was closed",
+                hint="keep buffers open while their tensors are used",
             )
 
     def __repr__(self) -> str:
@@ -213,30 +213,30 @@ class Buffer(ABC):
 
 
 class EmptyBuffer(Buffer):
-    """A buffer of no bytes, for any buffer type."""
+    """A buffer without bytes, for any buffer type."""
 
     __slots__ = ()
 
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
-        """Refuse: there is nothing to write to."""
-        raise AllocError(f"'{tensor.name}' lies in an empty buffer of {self.buft.name}")
+        """Refuse: the buffer has no bytes."""
+        raise AllocError(f"'{tensor.name}' is in an empty buffer of {self.buft.name}")
 
     get_tensor = set_tensor
 
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
-        """Refuse: there is nothing to write to."""
-        raise AllocError(f"'{tensor.name}' lies in an empty buffer of {self.buft.name}")
+        """Refuse: the buffer has no bytes."""
+        raise AllocError(f"'{tensor.name}' is in an empty buffer of {self.buft.name}")
 
     def clear(self, value: int) -> None:
         """Do nothing."""
 
 
 class MultiBuffer(Buffer):
-    """Several buffers that were allocated together, to be kept, flagged and freed together.
+    """Several buffers that are allocated, flagged and freed together.
 
     Notes
     -----
-    Mirrors `ggml_backend_multi_buffer_alloc_buffer`. Tensors lie in the parts, never in this.
+    Mirrors `ggml_backend_multi_buffer_alloc_buffer`. Tensors are in the parts, never in the multi-buffer itself.
     """
 
     __slots__ = ("buffers",)
@@ -246,14 +246,14 @@ class MultiBuffer(Buffer):
         self.buffers = tuple(buffers)
 
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
-        """Refuse: tensors lie in the parts."""
-        raise AllocError(f"'{tensor.name}' cannot lie in a multi-buffer, only in one of its parts")
+        """Refuse: tensors are in the parts."""
+        raise AllocError(f"'{tensor.name}' cannot be in a multi-buffer, only in one of its parts")
 
     get_tensor = set_tensor
 
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
-        """Refuse: tensors lie in the parts."""
-        raise AllocError(f"'{tensor.name}' cannot lie in a multi-buffer, only in one of its parts")
+        """Refuse: tensors are in the parts."""
+        raise AllocError(f"'{tensor.name}' cannot be in a multi-buffer, only in one of its parts")
 
     def clear(self, value: int) -> None:
         """Set all bytes of all parts."""
@@ -261,13 +261,13 @@ class MultiBuffer(Buffer):
             b.clear(value)
 
     def set_usage(self, usage: BufferUsage) -> None:
-        """Say what all parts hold."""
+        """Set the usage of all parts."""
         self.usage = usage
         for b in self.buffers:
             b.set_usage(usage)
 
     def close(self) -> None:
-        """Give back the memory of all parts."""
+        """Free the memory of all parts."""
         for b in self.buffers:
             b.close()
 
@@ -281,14 +281,14 @@ def tensor_alloc(buffer: Buffer, tensor: Tensor, address: int) -> None:
     Raises
     ------
     AllocError
-        The tensor has memory already, is a view, or does not fit.
+        The tensor already has memory, is a view, or does not fit.
 
     Notes
     -----
     Mirrors `ggml_backend_tensor_alloc`.
     """
     if tensor.buffer is not None or tensor.data is not None or tensor.view_src is not None:
-        state = "is a view" if tensor.view_src is not None else "has memory already"
+        state = "is a view" if tensor.view_src is not None else "already has memory"
         raise AllocError(f"'{tensor.name}' cannot be placed in {buffer.buft.name}: it {state}")
     size = buffer.buft.alloc_size(tensor)
     if not buffer.base <= address or address + size > buffer.base + buffer.size:
@@ -303,7 +303,7 @@ def tensor_alloc(buffer: Buffer, tensor: Tensor, address: int) -> None:
 
 
 def view_init(tensor: Tensor) -> None:
-    """Give a view the memory of the tensor that it views.
+    """Give a view the memory of the tensor that it shows.
 
     Notes
     -----
@@ -311,7 +311,7 @@ def view_init(tensor: Tensor) -> None:
     """
     root = tensor.view_src
     if root is None or root.buffer is None or root.data is None or tensor.buffer is not None:
-        raise AllocError(f"the view '{tensor.name}' cannot be initialised: what it views has no memory")
+        raise AllocError(f"the view '{tensor.name}' cannot be initialised: the tensor that it shows has no memory")
     tensor.buffer = root.buffer
     tensor.data = root.data + tensor.view_offs
     tensor.buffer.init_tensor(tensor)
@@ -347,12 +347,12 @@ def tensor_set(tensor: Tensor, address: int, offset: int, size: int) -> None:
     address : int
         Host address of the first byte.
     offset, size : int
-        Bytes; the range lies in the tensor.
+        Bytes; the range must be inside the tensor.
 
     Raises
     ------
     GraphError
-        No memory, or out of its bounds.
+        The tensor has no memory, or the range is outside its bounds.
 
     Notes
     -----
@@ -376,7 +376,7 @@ def tensor_get(tensor: Tensor, address: int, offset: int, size: int) -> None:
 def tensor_set_2d(
     tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
 ) -> None:
-    """Copy ``n_copies`` pieces of host memory, ``stride_data`` apart, into a tensor, ``stride_tensor`` apart.
+    """Copy ``n_copies`` pieces of host memory (stride ``stride_data``) into a tensor (stride ``stride_tensor``).
 
     Notes
     -----
@@ -390,7 +390,7 @@ def tensor_set_2d(
 def tensor_get_2d(
     tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
 ) -> None:
-    """Copy ``n_copies`` pieces of a tensor out; see `tensor_set_2d`.
+    """Copy ``n_copies`` pieces of a tensor to host memory; see `tensor_set_2d`.
 
     Notes
     -----
@@ -413,7 +413,7 @@ def tensor_memset(tensor: Tensor, value: int, offset: int, size: int) -> None:
 
 
 def tensor_copy(src: Tensor, dst: Tensor) -> None:
-    """Copy a whole tensor, by the shortest way that its buffers have.
+    """Copy a whole tensor in the most direct way that the buffers support.
 
     Raises
     ------
@@ -422,8 +422,8 @@ def tensor_copy(src: Tensor, dst: Tensor) -> None:
 
     Notes
     -----
-    Mirrors `ggml_backend_tensor_copy`: from host memory one write, to host memory one read, else device to device, and
-    through the host where that is not possible.
+    Mirrors `ggml_backend_tensor_copy`: one write from host memory, one read to host memory, otherwise device to device;
+    if that is not possible, through the host.
     """
     if not are_same_layout(src, dst):
         raise GraphError(f"'{src.name}' cannot be copied to '{dst.name}': their layouts differ")

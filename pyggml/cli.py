@@ -1,8 +1,8 @@
-"""The program `pyggml`: one group of the commands in `pyggml.commands`, and what becomes of their errors.
+"""The program `pyggml`: the group of all commands, and how their errors are printed.
 
-A command is a module of `pyggml.commands` that holds a ``command``. The first line of the module's docstring,
-"`pyggml NAME`: what it does.", is the command's line in the help. Modules are imported when their command runs, so that
-help takes no time.
+A command is a module of `pyggml.commands` that defines ``command``. The first line of the module's docstring,
+"`pyggml NAME`: what it does.", is the command's line in the help. A module is imported only when its command runs, so
+that help is fast.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from .errors import PyggmlError
 
 __all__ = ["QUESTIONS", "CommandGroup", "group", "main", "run"]
 
-#: Columns of help at most, on a terminal that has them.
+#: The largest width of help, in columns.
 HELP_WIDTH = 110
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-#: Which command answers which question, as the help and the README say it.
+#: Which command answers which question; the help and the README show this table.
 QUESTIONS = (
     ("Which flags, how fast, how much memory?", "pyggml plan gpt-oss-120b --device rtx3090"),
     ("What will these flags do, and how fast?", "pyggml splits gpt-oss-120b -ncmoe 28"),
     ("Why is a node on that device?", "pyggml splits MODEL --html plan.html"),
-    ("Is the plan what llama.cpp does?", "pyggml verify MODEL"),
+    ("Does llama.cpp decide the same?", "pyggml verify MODEL"),
     ("Does it run? What is copied?", "pyggml run MODEL -p TEXT -n 32"),
+    ("What does the real llama.cpp copy?", "pyggml run MODEL -p TEXT -n 32 --engine llama"),
+    ("What does the real llama.cpp copy?", "pyggml run MODEL -p TEXT -n 32 --engine llama"),
     ("What do used-expert copies save?", "pyggml savings MODEL"),
-    ("What would an expert cache bring?", "pyggml experts compare TRACE"),
+    ("Would an expert cache help?", "pyggml experts compare TRACE"),
     ("Which models need no file?", "pyggml models"),
     ("Which devices can I name?", "pyggml devices"),
     ("How do two runs differ?", "pyggml viz a.json b.json"),
@@ -43,8 +45,8 @@ QUESTIONS = (
     ("Where do I get a small model?", "pyggml make-moe moe.gguf"),
 )
 _COMPLETION = (
-    "Completion of commands, options, devices and files: "
-    'eval "$(_PYGGML_COMPLETE=bash_source pyggml)" in ~/.bashrc; zsh_source and fish_source likewise.'
+    "To complete commands, options, devices and files in your shell, put this into ~/.bashrc: "
+    'eval "$(_PYGGML_COMPLETE=bash_source pyggml)" (zsh_source and fish_source for other shells).'
 )
 
 
@@ -66,19 +68,19 @@ class Interrupted(click.ClickException):
     exit_code = EXIT_INTERRUPTED
 
     def show(self, file: Any = None) -> None:  # as click types it
-        """Print the word alone: it is not an error."""
+        """Print the message without "Error:"."""
         click.echo(self.message, file, err=True)
 
 
 class CommandGroup(cloup.Group):
-    """The commands in a package, each imported when it is asked for.
+    """The commands in a package, each imported when it is first used.
 
     Parameters
     ----------
     folder : Path
-        Of the package.
+        The package's folder.
     package : str
-        Its name.
+        The package's name.
     """
 
     def __init__(self, name: str, folder: Path, package: str, *, help: str) -> None:
@@ -90,7 +92,7 @@ class CommandGroup(cloup.Group):
         self.package = package
 
     def _modules(self) -> dict[str, str]:
-        """Return the modules of the commands, by the commands' names."""
+        """Return the module of each command."""
         stems = sorted(path.stem for path in self.folder.glob("*.py"))
         return {stem.replace("_", "-"): stem for stem in stems if not stem.startswith("_")}
 
@@ -99,7 +101,7 @@ class CommandGroup(cloup.Group):
         return list(self._modules())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return a command, imported."""
+        """Import and return a command."""
         stem = self._modules().get(cmd_name)
         if stem is None:
             return None
@@ -114,7 +116,7 @@ class CommandGroup(cloup.Group):
         return click.NoSuchCommand(bad_name, possibilities=list(self._modules()), ctx=error.ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands without importing them, then which of them answers which question."""
+        """Write the list of commands without importing them, then the table of questions."""
         assert isinstance(formatter, cloup.HelpFormatter)
         rows = [(name, self._summary(stem)) for name, stem in self._modules().items()]
         formatter.write_section(cloup.HelpSection("Commands", rows))
@@ -123,14 +125,14 @@ class CommandGroup(cloup.Group):
         formatter.write_text(_COMPLETION)
 
     def _summary(self, stem: str) -> str:
-        """Return what a command does: the first line of its module, after the command's name."""
+        """Return what a command does: the first line of its module's docstring, after the command's name."""
         source = (self.folder / f"{stem}.py").read_text(encoding="utf-8")
         text = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
         text = text.partition(": ")[2] or text
         return text[:1].upper() + text[1:]
 
     def invoke(self, ctx: click.Context) -> Any:  # of what a command returns
-        """Run a command; what it raises becomes one line and an exit status, which click's `main` prints and returns."""
+        """Run a command. An exception becomes one line and an exit status, which click's `main` prints and returns."""
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
@@ -147,7 +149,7 @@ group = CommandGroup(
     "pyggml",
     Path(commands.__file__).parent,
     commands.__name__,
-    help="ggml's backend scheduler in Python: run, plan and explain models over several devices.",
+    help="ggml's backend scheduler in Python: plan, run and explain models on several devices.",
 )
 
 
@@ -162,12 +164,17 @@ class _LogsAsWarnings(logging.Handler):
 
 
 def run(args: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 failed, 2 usage, 3 does not fit, 130 interrupted.
+    """Run one command and return its exit status.
 
     Parameters
     ----------
     args : sequence of str, optional
-        The words after the program's name; those of this process if not given.
+        The words after the program's name; by default those of this process.
+
+    Returns
+    -------
+    int
+        0: success; 1: the command failed; 2: wrong usage; 3: the plan does not fit; 130: interrupted.
     """
     before, logging.lastResort = logging.lastResort, _LogsAsWarnings(logging.WARNING)
     try:
@@ -179,7 +186,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def _line(error: Exception) -> str:
-    """Return one line that tells a user what went wrong."""
+    """Return one line that tells the user what went wrong."""
     if isinstance(error, PyggmlError):
         text = str(error)
     elif isinstance(error, OSError):
@@ -189,12 +196,12 @@ def _line(error: Exception) -> str:
         text = f"out of memory{f': {error}' if str(error) else ''} (try a smaller model or context)"
     else:
         text = (
-            f"{type(error).__name__}: {error} (this is a mistake in pyggml, not yours; "
-            "PYGGML_TRACEBACK=1 shows where it is)"
+            f"{type(error).__name__}: {error} (this is an error in pyggml; please report it with the traceback that "
+            "PYGGML_TRACEBACK=1 shows)"
         )
     return " ".join(text.split())
 
 
 def main() -> None:
-    """Run the command that this process was started with, and exit."""
+    """Run the command of this process, and exit with its status."""
     sys.exit(run())

@@ -1,7 +1,7 @@
 """Every environment variable that pyggml reads, parsed in one place.
 
-The functions read the environment when called, so that a program, or a test, may set a variable at any time.
-``docs/env_vars.md`` is the page for people; a test keeps it equal to `VARIABLES`.
+The functions read the environment when they are called, so a program or a test can set a variable at any time. A test
+keeps ``docs/env_vars.md`` equal to `VARIABLES`.
 """
 
 from __future__ import annotations
@@ -41,58 +41,58 @@ VARIABLES = (
         "GGML_OP_OFFLOAD_MIN_BATCH",
         "integer",
         "32",
-        "Rows from which on a device offers to run an op whose weights lie in host memory; read when a device is made.",
+        "A device offers to run an op with weights in host memory from this many rows on; read when a device is made.",
     ),
     Variable(
         "GGML_SCHED_DEBUG",
         "integer",
         "0",
-        "1 prints the splits of each graph to stderr, 2 its nodes too, both exactly as upstream does; "
+        "1 prints the splits of each graph to stderr, 2 also its nodes, both exactly as upstream does; "
         "3 adds why each node is where it is.",
     ),
     Variable(
         "PYGGML_CACHE_DIR",
         "path",
-        "the platform's cache folder, below it pyggml",
-        "Where models that pyggml makes or fetches are kept.",
+        "pyggml in the platform's cache folder",
+        "The folder for models that pyggml makes or downloads.",
     ),
     Variable(
         "PYGGML_CHECK",
         "integer",
         "0",
-        "1 verifies the scheduler's and the allocator's invariants after each step, and that each copy holds what is "
-        "read of it; 2 also computes splits with partly copied experts again with whole copies; slow.",
+        "1 verifies the scheduler's and the allocator's invariants after each step, and that each copy holds all bytes "
+        "that are read; 2 also computes each split with used-expert copies a second time with full copies; slow.",
     ),
     Variable(
         "PYGGML_LIBGGML",
         "path",
         "the installed package libggml-python",
-        "The real ggml that `libggml:NAME` devices use: a shared object such as libggml.so, or the folder of a build.",
+        "The ggml library for `libggml:NAME` devices: a shared object such as libggml.so, or the folder of a build.",
     ),
     Variable(
         "PYGGML_LIBLLAMA",
         "path",
         "the installed package xllamacpp",
-        "The real llama.cpp that graphs of other families are captured from, and that `pyggml verify` compares with: a "
-        "shared object such as libllama.so, or the folder of a build.",
+        "The llama.cpp library from which graphs of other families are captured, and with which `pyggml verify` "
+        "compares: a shared object such as libllama.so, or the folder of a build.",
     ),
     Variable(
         "PYGGML_RPC_TIMEOUT",
         "integer",
         "120",
-        "Seconds after which an `rpc:HOST:PORT` device that does not answer is given up; longer than its longest split.",
+        "Seconds to wait for the answer of an `rpc:HOST:PORT` device; must be longer than its longest split.",
     ),
     Variable(
         "PYGGML_TRACEBACK",
         "switch",
         "0",
-        "Let a failing command show where in the code it failed, not only one line.",
+        "A failing command prints a traceback instead of one line.",
     ),
     Variable(
         "NUMBA_CACHE_DIR",
         "path",
-        "the platform's cache folder, below it pyggml/kernels",
-        "Where compiled kernels are kept, in a folder named after a hash of their sources.",
+        "pyggml/kernels in the platform's cache folder",
+        "The folder for compiled kernels; each version of the sources has a subfolder named by its hash.",
     ),
 )
 
@@ -121,7 +121,7 @@ def op_offload_min_batch() -> int:
 
 
 def check() -> int:
-    """Return the level of ``PYGGML_CHECK``: 0 is off; anything that is no number is 1."""
+    """Return the level of ``PYGGML_CHECK``: 0 is off; text that is not a number counts as 1."""
     text = os.environ.get("PYGGML_CHECK", "")
     return _integer("PYGGML_CHECK", 0) if text.strip().isdigit() else int(_switch("PYGGML_CHECK"))
 
@@ -142,12 +142,12 @@ def rpc_timeout_s() -> int:
 
 
 def traceback() -> bool:
-    """Return whether ``PYGGML_TRACEBACK`` asks for tracebacks."""
+    """Return whether ``PYGGML_TRACEBACK`` is on."""
     return _switch("PYGGML_TRACEBACK")
 
 
 def cache_dir() -> Path:
-    """Return the folder for what can be made or fetched again; it may not exist yet.
+    """Return the folder for files that can be made or downloaded again; it may not exist yet.
 
     Raises
     ------
@@ -166,7 +166,7 @@ def cache_dir() -> Path:
 
 
 def install_hint(extra: str) -> str:
-    """Return the command that installs the packages of an extra; pyggml itself is on no index.
+    """Return the command that installs the packages of an extra. pyggml itself is not on an index.
 
     Examples
     --------

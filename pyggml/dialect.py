@@ -1,6 +1,6 @@
-"""What changed between versions of ggml (`Dialect`), and what pyggml mends (`Repairs`).
+"""What changed between versions of ggml (`Dialect`), and what pyggml corrects (`Repairs`).
 
-Code asks for a field, never for a version. ``docs/upstream.md`` tells what each rule means to a user.
+Code tests a field, never a version. ``docs/upstream.md`` explains the effect of each rule.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ class Dialect:
     """The rules of one version of ggml's scheduler and allocator; the defaults are 0.27's."""
 
     version: str = "0.27"
-    #: compute: before a split without inputs the host waits for the previous split of another backend
+    #: compute: before a split without inputs, the host waits for the previous split of another backend
     wait_previous_split: bool = True
-    #: compute: the split's event is recorded after every split, else only after splits with inputs
+    #: compute: an event is recorded after every split, otherwise only after splits with inputs
     record_every_split: bool = True
-    #: pass 5: a split is cut when its record of inputs is full; the record of a split that was pushed over doubles for good
+    #: pass 5: a split is cut when its list of inputs is full; the list of a split that overflowed stays twice as large
     cut_at_input_capacity: bool = False
     #: which tensors get pipeline copies: input leafs, or flagged sources of computed nodes as they are met
     graph_inputs_from: Literal["leafs", "sources"] = "leafs"
-    #: graph copy: a backend may ask that a tensor stay allocated until a node of the split
+    #: graph copy: a backend can keep a tensor allocated until a node of the split
     alloc_deps: bool = True
-    #: allocator: CLAMP may take over the memory of a source
+    #: allocator: CLAMP can write over its source
     clamp_inplace: bool = True
     #: used-expert copy: ids without elements copy nothing and wait for nothing
     skip_empty_ids: bool = True
     #: alloc_graph: a reserve that fails inside is "returned" to the caller, or "ignored"
     reserve_failure: Literal["returned", "ignored"] = "returned"
-    #: allocator: a buffer type may ask for more than `nbytes` only for some ops and types
+    #: allocator: a buffer type may request more than `nbytes` only for some ops and types
     alloc_size_check: bool = True
-    #: compute: who copies used experts: ggml's "scheduler", or a "callback" that llama.cpp sets and others do not
+    #: compute: used experts are copied by ggml's "scheduler", or by a "callback" that llama.cpp sets and others do not
     expert_copy: Literal["callback", "scheduler"] = "callback"
-    #: compute: inputs of a split that are weights in host memory are copied after all its others
+    #: compute: host weights are copied after all other inputs of a split
     host_weights_last: bool = True
     #: used-expert copy: the backend of the weight is synchronized first
     wait_weight_backend: bool = False
-    #: used-expert copy: ids are read from their "copy" on the split's backend, or from the "original" where that is
+    #: used-expert copy: ids are read from their "copy" on the split's backend, or from the "original" if that is
     #: copied later
     ids_from: Literal["copy", "original"] = "copy"
-    #: used-expert copy: ids are read again for a weight of another number of experts
+    #: used-expert copy: ids are read again for a weight with another number of experts
     ids_by_n_expert: bool = True
-    #: alloc_graph: a callback is told of every reserve that becomes necessary
+    #: alloc_graph: a callback is called for every reserve that becomes necessary
     realloc_callback: bool = True
 
 
@@ -84,33 +84,33 @@ DIALECTS: dict[str, Dialect] = {d.version: d for d in (_V0_20, _V0_21, _V0_26, D
 
 @dataclass(frozen=True, slots=True)
 class Repairs:
-    """Where upstream computes wrongly and pyggml does not; all on by default, all off is `Repairs.strict()`.
+    """Corrections of what upstream computes wrongly; all are on by default, `Repairs.strict()` has all off.
 
-    What aborts or crashes upstream is never replayed and has no field here.
+    Aborts and crashes of upstream are never repeated and have no field here.
     """
 
-    #: a graph without computed nodes does not run on the backend that an earlier graph left behind
+    #: a graph without computed nodes does not run on the backend of an earlier graph
     empty_split: bool = True
-    #: a host weight pinned to a device is copied there as any other input
+    #: a host weight pinned to a device is copied there like any other input
     pinned_weight: bool = True
-    #: ids that a node rewrote since they were read are read again
+    #: ids that a node rewrote after they were read are read again
     stale_ids: bool = True
-    #: ids that are themselves a weight in host memory, and not copied yet, are read where they lie (`ids_from`)
+    #: ids that are a weight in host memory and not copied yet are read from host memory (`ids_from`)
     host_weight_ids: bool = True
-    #: a host weight that a node of the graph writes is waited for before its experts are copied (`wait_weight_backend`)
+    #: before experts of a host weight that a node writes are copied, the host waits for that node (`wait_weight_backend`)
     written_weights: bool = True
-    #: experts of a shared copy that a later user needs are added
+    #: experts that a later user of a shared input copy needs are copied too
     shared_experts: bool = True
-    #: a copy whose source a node of another backend wrote since is made again for its later users
+    #: if a node of another backend writes the source of an input copy, the copy is made again for later users
     stale_copies: bool = True
-    #: computing another graph than the allocated one, or one that was changed since, is an error; so are nodes out of order
+    #: computing a graph other than the allocated one, a changed graph, or nodes out of order is an error
     other_graph: bool = True
-    #: a node on a backend that cannot run it, or cannot write its memory, is moved to one that can, or is an error
+    #: a node on a backend that cannot run it, or cannot write its memory, is moved to one that can, or else is an error
     unsupported_ops: bool = True
-    #: reading, or computing again from, memory that was given to something else is an error
+    #: reading memory that was given to another tensor is an error
     reused_memory: bool = True
 
     @classmethod
     def strict(cls) -> Repairs:
-        """Return the value that replays upstream exactly."""
+        """Return the value with all corrections off, which repeats upstream exactly."""
         return cls(**{f.name: False for f in fields(cls)})

@@ -1,7 +1,7 @@
-"""`EDITS`: a number that changes with every change of a tensor by hand, so that nobody must look at all nodes to see one.
+"""`EDITS`: a number that changes whenever user code changes a tensor, so that changes are found without comparing all nodes.
 
-Sources replaced in place, parameters, flags of inputs and outputs, and memory that a context gives or takes back are
-counted. What builders and passes do to tensors that they make is not.
+It counts sources replaced in place, parameters, flags of inputs and outputs, and memory that a context allocates or
+frees. It does not count what builders and passes do to tensors that they make.
 """
 
 from __future__ import annotations

@@ -3,22 +3,22 @@
 ::
 
     PyggmlError
-    ├── GraphError (ValueError)            a graph or tensor that cannot be
-    │   ├── ShapeError                     sources whose shapes, types or strides do not fit
+    ├── GraphError (ValueError)            an invalid graph or tensor
+    │   ├── ShapeError                     shapes, types or strides of sources do not fit
     │   └── UnsupportedOpError             no backend can run the node
-    ├── AllocError                         memory that cannot be laid out as asked
-    │   └── OutOfMemoryError (MemoryError) a device has not enough of it
-    ├── SchedError (RuntimeError)          the scheduler used in a way that cannot work
+    ├── AllocError                         memory cannot be laid out as requested
+    │   └── OutOfMemoryError (MemoryError) a device has too little memory
+    ├── SchedError (RuntimeError)          wrong use of the scheduler
     │   └── ExpertIdError                  a routing id outside 0 .. n_expert - 1
     ├── BackendError (RuntimeError)        a device failed
-    │   ├── DeviceUnavailableError         it is not there, or lost
-    │   ├── ComputeError                   it could not compute a split
-    │   └── RPCError                       a remote device is gone, late, or answers what it must not
+    │   ├── DeviceUnavailableError         the device does not exist, or was lost
+    │   ├── ComputeError                   the device could not compute a split
+    │   └── RPCError                       a remote device is gone or late, or answers wrongly
     ├── ModelError (RuntimeError)          llama.cpp refuses a model or fails on it
-    └── FormatError (ValueError)           a file that is not what it says
+    └── FormatError (ValueError)           a damaged or unexpected file
 
-Each carries the facts in fields and builds its text from them, so that a program can act on the fields and a person can
-act on the text. All survive pickling: the arguments of the constructor are kept as given.
+Each error has the facts in fields and builds its text from them: programs use the fields, people read the text. All can
+be pickled.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 
 
 def visible(text: str) -> str:
-    r"""Return a text whose control characters are spelled out, so that none reaches a terminal; tabs and line ends stay.
+    r"""Return a text with control characters spelled out, so that none reaches a terminal; tabs and line ends are kept.
 
     Examples
     --------
@@ -62,7 +62,15 @@ def _spell(char: str) -> str:
 
 
 class PyggmlError(Exception):
-    """Root of the tree. ``hint`` says what to try; it is part of the text."""
+    """Root of the tree.
+
+    Attributes
+    ----------
+    message : str
+        What is wrong.
+    hint : str
+        What to try; part of the text. Empty if there is no advice.
+    """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -70,7 +78,7 @@ class PyggmlError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        """Return the text; control characters of names that a file brought are made visible."""
+        """Return the text; control characters in names from files are made visible."""
         return visible(f"{self.message} ({self.hint})" if self.hint else self.message)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -78,24 +86,24 @@ class PyggmlError(Exception):
 
 
 def _rebuild(cls: type[PyggmlError], args: tuple[Any, ...], state: dict[str, Any]) -> PyggmlError:
-    """Make an unpickled error without running its constructor again."""
-    error: PyggmlError = BaseException.__new__(cls, *args)  # of MemoryError, the one of a class is refused
+    """Create an unpickled error without calling its constructor."""
+    error: PyggmlError = BaseException.__new__(cls, *args)  # MemoryError's own __new__ refuses this class
     error.args = args
     error.__dict__.update(state)
     return error
 
 
 class GraphError(PyggmlError, ValueError):
-    """A graph or tensor that cannot be."""
+    """An invalid graph or tensor."""
 
 
 class ShapeError(GraphError):
-    """Sources of an op whose shapes, types or strides do not fit.
+    """Shapes, types or strides of an op's sources do not fit.
 
     Attributes
     ----------
     op : str
-        The builder that refused.
+        The builder that raised the error.
     """
 
     def __init__(self, op: str, message: str, *, hint: str = "") -> None:
@@ -104,16 +112,16 @@ class ShapeError(GraphError):
 
 
 class UnsupportedOpError(GraphError):
-    """No backend of the scheduler can run a node, or the one that it is on cannot.
+    """No backend of the scheduler can run a node, or the node's own backend cannot.
 
     Attributes
     ----------
     tensor, op : str
         The node and its op.
     backends : tuple of str
-        The backends that were asked.
+        The backends that cannot run it.
     reason : str
-        Types, layout or memory that do not fit.
+        The types, layout or memory that do not fit.
     """
 
     def __init__(self, tensor: str, op: str, backends: tuple[str, ...], *, reason: str = "", hint: str = "") -> None:
@@ -124,29 +132,29 @@ class UnsupportedOpError(GraphError):
 
 
 class AllocError(PyggmlError):
-    """Memory that cannot be laid out as asked."""
+    """Memory cannot be laid out as requested."""
 
 
 class OutOfMemoryError(AllocError, MemoryError):
-    """A device has not enough memory.
+    """A device has too little memory.
 
     Attributes
     ----------
     buft : str
-        The buffer type, or the device, that was asked.
+        The buffer type or the device.
     requested_bytes : int
-        What was asked for.
+        The size of the request.
     available_bytes : int or None
-        What was free; None if the device does not tell.
+        The free memory; None if the device does not report it.
     purpose : str
-        What the memory was for.
+        The use of the memory.
     """
 
     def __init__(
         self, buft: str, requested_bytes: int, available_bytes: int | None, purpose: str, *, hint: str = ""
     ) -> None:
         left = "" if available_bytes is None else f", {_mib(available_bytes)} available"
-        super().__init__(f"{buft}: out of memory: {_mib(requested_bytes)} asked for {purpose}{left}", hint=hint)
+        super().__init__(f"{buft}: out of memory: {_mib(requested_bytes)} needed for {purpose}{left}", hint=hint)
         self.buft, self.requested_bytes, self.available_bytes, self.purpose = (
             buft,
             requested_bytes,
@@ -160,12 +168,12 @@ def _mib(n_bytes: int) -> str:
 
 
 class SchedError(PyggmlError, RuntimeError):
-    """The scheduler used in a way that cannot work.
+    """Wrong use of the scheduler.
 
     Attributes
     ----------
     causes : tuple of str
-        How the node in question came to its backend, oldest first; empty if no node is in question.
+        Why the node is on its backend, oldest cause first; empty if the error is not about a node.
     """
 
     def __init__(self, message: str, *, causes: tuple[str, ...] = (), hint: str = "") -> None:
@@ -181,15 +189,15 @@ class ExpertIdError(SchedError):
     tensor : str
         The expert weight that the ids choose from.
     layer : int or None
-        Its layer, if the name tells.
+        Its layer, if the name contains it.
     ids : str
         The tensor that holds the id.
     backend : str
-        Where the ids were read.
+        The backend from which the ids were read.
     token, slot : int
-        Where in the ids the bad one stands.
+        The position of the wrong id.
     id, n_expert : int
-        The id, and how many experts there are.
+        The id, and the number of experts.
     """
 
     def __init__(
@@ -223,7 +231,7 @@ class BackendError(PyggmlError, RuntimeError):
     Attributes
     ----------
     backend : str
-        Which one.
+        The name of the backend.
     """
 
     def __init__(self, backend: str, message: str, *, hint: str = "") -> None:
@@ -232,7 +240,7 @@ class BackendError(PyggmlError, RuntimeError):
 
 
 class DeviceUnavailableError(BackendError):
-    """A device is not there, or was lost."""
+    """A device does not exist, or was lost."""
 
 
 class ComputeError(BackendError):
@@ -243,7 +251,7 @@ class ComputeError(BackendError):
     status : int
         Upstream's `ggml_status`: -1 failed, -2 allocation failed, 1 aborted.
     node : str
-        The node in question, or the first of the split; empty if unknown.
+        The node that failed, or the first node of the split; empty if unknown.
     """
 
     def __init__(self, backend: str, message: str, *, status: int = -1, node: str = "", hint: str = "") -> None:
@@ -253,18 +261,18 @@ class ComputeError(BackendError):
 
 
 class RPCError(BackendError):
-    """A remote device is gone, late, or answers what it must not.
+    """A remote device is gone or late, or its answer is invalid.
 
-    The connection is closed with it: memory on the remote side is lost. Open the device again to connect anew.
+    The connection is closed and memory on the server is lost. Open the device again to make a new connection.
 
     Attributes
     ----------
     host, port : str, int
-        Where the server is, or was.
+        The address of the server.
     command : str
         The command that failed, such as ``GET_TENSOR``.
     unanswered : tuple of str
-        Commands before it that have no answer of their own: one of them may be what the server failed at.
+        Earlier commands without an answer: the server may have failed at one of them.
     """
 
     def __init__(
@@ -276,14 +284,14 @@ class RPCError(BackendError):
 
 
 class FormatError(PyggmlError, ValueError):
-    """A file that is not what it says.
+    """A file is damaged or is not of the expected kind.
 
     Attributes
     ----------
     path : str
         The file.
     offset : int or None
-        Byte at which reading failed.
+        The byte at which reading failed.
     """
 
     def __init__(self, path: str, message: str, *, offset: int | None = None, hint: str = "") -> None:
@@ -300,7 +308,7 @@ class ModelError(PyggmlError, RuntimeError):
     path : str
         The model's file.
     words : str
-        What llama.cpp said last; empty if it said nothing.
+        The last messages of llama.cpp; may be empty.
     """
 
     def __init__(self, path: str, message: str, *, words: str = "", hint: str = "") -> None:

@@ -1,4 +1,4 @@
-"""`Generator`: tokens one after the other, for whatever gives logits of the next tokens."""
+"""`Generator`: generates tokens one by one with anything that returns logits."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Generator"]
 
 
 class Generator(ABC):
-    """Something that evaluates tokens and keeps what it has seen, as a `Session` does, and llama.cpp."""
+    """An object that evaluates tokens and keeps them in a cache, such as `Session` and `LlamaModel`."""
 
     @abstractmethod
     def decode(self, tokens: Sequence[int], *, outputs: Outputs = "last", seq: int = 0) -> npt.NDArray[np.float32]:
-        """Evaluate the next tokens of a sequence; returns logits, float32 ``(n_outputs, n_vocab)``."""
+        """Evaluate the next tokens of a sequence and return logits, float32 ``(n_outputs, n_vocab)``."""
 
     def generate(
         self,
@@ -39,13 +39,13 @@ class Generator(ABC):
         Parameters
         ----------
         prompt : sequence of int
-            Ids, which follow what the cache holds.
+            Ids that follow the tokens in the cache.
         n_predict : int
-            At most so many are yielded.
+            The maximum number of yielded tokens.
         sampler : callable
-            From logits, float32 ``(n_vocab,)``, to an id.
+            Takes logits, float32 ``(n_vocab,)``, and returns an id.
         stop : collection of int
-            Ids that end it, such as ``Tokenizer.eog_ids``; they are not yielded.
+            Ids that end the generation, such as ``Tokenizer.eog_ids``; they are not yielded.
 
         Yields
         ------
@@ -74,7 +74,7 @@ class Generator(ABC):
         Parameters
         ----------
         logits : float32, (n_vocab,)
-            Of the last token that was decoded.
+            The logits of the last decoded token.
         """
         for i in range(n_predict):
             token = sampler(logits)

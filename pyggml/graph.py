@@ -1,7 +1,7 @@
 """`Graph`: the order in which tensors are computed.
 
-Ops make tensors that know their sources; a graph puts those that a result needs into an order. Node order, leaf order
-and names of unnamed tensors are upstream's, as splits are ranges of nodes and traces name tensors.
+Ops make tensors with sources. A graph puts the tensors that a result needs into an order. The order of nodes and leafs and
+the names of unnamed tensors are upstream's, because splits are ranges of nodes and traces contain names.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ _uids = itertools.count(1)
 
 
 class Graph:
-    """Nodes to compute, in order, and the leafs they start from.
+    """The nodes to compute, in order, and the leafs that they start from.
 
     Parameters
     ----------
     size : int, optional
-        Most nodes, and most leafs, that it may hold; without limit if not given.
+        The maximum number of nodes, and of leafs; no limit by default.
 
     Attributes
     ----------
     nodes : list of Tensor
         Results of ops, each after all its sources.
     leafs : list of Tensor
-        Weights and inputs, in the order met.
+        Weights and inputs, in the order in which they were found.
     use_counts : dict of Tensor to int
-        How often a tensor is a source of a node.
+        How often each tensor is a source of a node.
     version : int
-        Grows with every change; what was planned for another version is stale.
+        Grows with every change; a plan of another version is invalid.
 
     Notes
     -----
-    Mirrors `struct ggml_cgraph`. Differs: no limit of size unless asked for.
+    Mirrors `struct ggml_cgraph`. Differs: the size has no limit by default.
 
     Examples
     --------
@@ -84,7 +84,7 @@ class Graph:
     # -- building ------------------------------------------------------------
 
     def expand(self, *tensors: Tensor) -> None:
-        """Append what the tensors need and do not yet have here, then the tensors.
+        """Append the tensors, and before them everything that they need and the graph does not contain yet.
 
         Raises
         ------
@@ -100,17 +100,17 @@ class Graph:
         self.version += 1
 
     def select(self, tensors: Sequence[Tensor], chosen: int) -> Tensor:
-        """Append all of the tensors, but flag only the chosen one and what it needs to be computed.
+        """Append all of the tensors, but flag only the chosen one, and what it needs, to be computed.
 
         Returns
         -------
         Tensor
-            The chosen one.
+            The chosen tensor.
 
         Notes
         -----
-        Mirrors `ggml_build_forward_select`: the graph has the same nodes whichever is chosen; backends skip nodes
-        without the COMPUTE flag.
+        Mirrors `ggml_build_forward_select`: the graph has the same nodes for any choice; backends skip nodes without
+        the COMPUTE flag.
         """
         for i, tensor in enumerate(tensors):
             self._visit(tensor, compute=i == chosen)
@@ -143,7 +143,7 @@ class Graph:
             self._token = None
 
     def _visit(self, root: Tensor, *, compute: bool) -> None:
-        """Visit depth first with a stack of our own: graphs are deeper than Python's recursion."""
+        """Visit depth first with an explicit stack, because graphs are deeper than Python's recursion limit."""
         counts = self.use_counts
         if root in counts:
             if compute:
@@ -178,7 +178,7 @@ class Graph:
                 self._append(tensor)
 
     def _flag_compute(self, tensor: Tensor) -> None:
-        """Flag a tensor met before, and what it needs, to be computed."""
+        """Flag a tensor that the graph already contains, and what it needs, to be computed."""
         compute = int(TensorFlag.COMPUTE)
         if tensor.op is not Op.NONE:
             tensor.flags |= compute
@@ -195,10 +195,10 @@ class Graph:
         if self.size is not None and len(into) >= self.size:
             raise GraphError(
                 f"the graph is full: '{tensor.name}' would be {kind} {len(into)} of at most {self.size}",
-                hint="give Graph a larger size, or none",
+                hint="create Graph with a larger size, or without one",
             )
         if len(tensor.src) > MAX_SRC:
-            raise GraphError(f"'{tensor.name}' has {len(tensor.src)} sources; {MAX_SRC} are possible")
+            raise GraphError(f"'{tensor.name}' has {len(tensor.src)} sources; the maximum is {MAX_SRC}")
         if not tensor.name:
             tensor.name = f"{kind}_{len(into)}"
         into.append(tensor)
@@ -206,18 +206,18 @@ class Graph:
     # -- reading -------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the first tensor of that name: node, leaf, or made in this graph's context."""
+        """Return the first tensor of this name: a node, a leaf, or a tensor made in this graph's context."""
         for tensor in itertools.chain(self.nodes, self.leafs, self.made):
             if tensor.name == name:
                 return tensor
         raise KeyError(name)
 
     def view(self, i_start: int, i_end: int) -> GraphView:
-        """Return the nodes ``i_start .. i_end - 1`` as a graph that a backend can compute."""
+        """Return the nodes ``i_start .. i_end - 1`` as a range that a backend can compute."""
         return GraphView(self, i_start, i_end)
 
     def check(self) -> None:
-        """Verify that every source stands before its node.
+        """Verify that every source comes before its node.
 
         Raises
         ------
@@ -232,19 +232,19 @@ class Graph:
                 raise GraphError(f"node {i} '{node.name}' comes before its source {j} '{src.name}', or lacks it")
 
     def show(self, path: str | os.PathLike[str] | None = None) -> Page:
-        """Open a page of the nodes, their shapes and sources in the browser; a notebook shows it where it stands.
+        """Open a page of the nodes, their shapes and sources in the browser; in a notebook it appears below the cell.
 
         Parameters
         ----------
         path : path-like, optional
-            Where to write it; into the system's folder of temporary files if not given.
+            The file to write; by default a temporary file.
 
         Returns
         -------
         Page
-            Whose ``path`` says where it lies.
+            Its ``path`` is the file.
         """
-        from .viz.objects import view_of_graph  # what draws knows graphs, so graphs ask for it only here
+        from .viz.objects import view_of_graph  # pyggml.viz imports this module
         from .viz.show import show_page
 
         return show_page(view_of_graph(self), path=path)
@@ -253,7 +253,7 @@ class Graph:
         return f"<Graph of {len(self.nodes)} nodes, {len(self.leafs)} leafs>"
 
     def _repr_html_(self) -> str:
-        """Return the nodes in order as a table, for notebooks."""
+        """Return the nodes as a table, for notebooks."""
         return _nodes_table(f"Graph of {len(self.nodes)} nodes, {len(self.leafs)} leafs", self.nodes, 0)
 
 
@@ -261,7 +261,7 @@ _Facts = tuple[list[Tensor | None], list[int], list[tuple[int, ...]], list[int]]
 
 
 class Snapshot:
-    """What a plan of nodes rests on: the nodes, their sources, parameters and flags, and where all of them are in memory.
+    """The state on which a plan of nodes depends: the nodes, their sources, parameters and flags, and all addresses.
 
     Parameters
     ----------
@@ -277,7 +277,7 @@ class Snapshot:
     nodes: list[Tensor]
     tensors: list[Tensor]  #: nodes and sources, each once
     places: list[int | None]  #: addresses of `tensors`
-    edits: int  #: number of the latest change when this was taken or last compared
+    edits: int  #: number of the latest change when this was taken or last compared (`EDITS`)
 
     def __init__(
         self, nodes: Sequence[Tensor], tensors: list[Tensor] | None = None, facts: Callable[[], _Facts] | None = None
@@ -303,7 +303,7 @@ class Snapshot:
         return self._facts
 
     def still_holds(self, nodes: Sequence[Tensor]) -> bool:
-        """Whether the nodes are the same, and nothing about them changed; compares all only if anything was changed since."""
+        """Return whether nothing changed. Compares everything only if `EDITS` counted a change since."""
         now = EDITS.latest
         if self.edits == now:
             return self.nodes == nodes
@@ -313,7 +313,7 @@ class Snapshot:
         return True
 
     def holds(self, nodes: Sequence[Tensor]) -> bool:
-        """Whether the nodes are the same, and nothing about them changed."""
+        """Return whether the nodes are the same and nothing about them changed."""
         if self.nodes != nodes or self.places != list(map(_place_of, self.tensors)):
             return False
         sources, _, params, flags = self.facts
@@ -324,9 +324,9 @@ class Snapshot:
         )
 
     def serves(self, view: GraphView) -> bool:
-        """Whether a plan of these nodes is still the plan of a range; of a verified one only addresses are compared.
+        """Return whether a plan of these nodes is still valid for a range.
 
-        And these only if anything was changed since.
+        For a verified range only addresses are compared, and only if `EDITS` counted a change since.
         """
         now = EDITS.latest
         if not view.is_verified:
@@ -338,7 +338,7 @@ class Snapshot:
         return True
 
     def first_change(self, nodes: Sequence[Tensor]) -> str:
-        """Return what changed, for an error; empty text if nothing did."""
+        """Return what changed, for an error; an empty text if nothing did."""
         sources, n_sources, params, flags = self.facts
         rest = iter(sources)
         for i, (was, node) in enumerate(itertools.zip_longest(self.nodes, nodes)):
@@ -361,22 +361,22 @@ _params_of, _flags_of, _place_of, _sources_of = map(attrgetter, ("_op_params", "
 
 
 class GraphView:
-    """A range of a graph's nodes: what a backend is given to compute.
+    """A range of a graph's nodes, which a backend computes.
 
     Attributes
     ----------
     graph : Graph
-        Whose nodes these are. A backend's `graph_optimize` may change their order in place.
+        The graph of the nodes. A backend's `graph_optimize` may change their order in place.
     i_start, i_end : int
-        The range, end excluded.
+        The range, without ``i_end``.
     uid : int
-        Unique in the process; a backend keys its plans by it.
+        Unique in the process; the key of a backend's plans.
     plan : object
-        A backend's plan for these nodes, kept here so that it lives as long as the view.
+        A backend's plan for these nodes, which lives as long as the view.
     is_verified : bool
-        Whether who gives the range to a backend has made sure that its nodes, sources and parameters are those of the plan.
+        Whether the caller of the backend has verified that nodes, sources and parameters are those of the plan.
     memo : dict
-        What an observer worked out of these nodes once, by a key of its own.
+        Values that observers computed once from these nodes, by observer.
 
     Notes
     -----
@@ -392,7 +392,7 @@ class GraphView:
         self.uid = next(_uids)
         self.plan: object = None
         self.is_verified = False
-        self.memo: dict[str, Any] = {}  # the type of a value is its owner's
+        self.memo: dict[str, Any] = {}  # values have the types of their observers
 
     @property
     def nodes(self) -> list[Tensor]:
@@ -409,15 +409,15 @@ class GraphView:
         return part
 
     def reorder(self, nodes: Sequence[Tensor]) -> None:
-        """Put the same nodes into another order, in the graph itself.
+        """Put the same nodes in another order, in the graph itself.
 
         Raises
         ------
         GraphError
-            They are not the same nodes.
+            The nodes are not the same.
         """
         if set(nodes) != set(self.nodes) or len(nodes) != len(self):
-            raise GraphError("a range can be reordered, not changed")
+            raise GraphError("a range can be reordered, but its nodes cannot be changed")
         self.graph.nodes[self.i_start : self.i_end] = nodes
         self.graph.version += 1
 
@@ -425,7 +425,7 @@ class GraphView:
         return f"<GraphView of nodes {self.i_start}..{self.i_end - 1} of {self.graph!r}>"
 
     def _repr_html_(self) -> str:
-        """Return the nodes in order as a table, for notebooks; their numbers are those of the whole graph."""
+        """Return the nodes as a table, for notebooks; numbers are those in the whole graph."""
         title = f"Nodes {self.i_start}..{self.i_end - 1} of a graph of {len(self.graph.nodes)}"
         return _nodes_table(title, self.nodes, self.i_start)
 

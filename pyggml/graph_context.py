@@ -1,6 +1,6 @@
-"""Who collects the tensors that ops make: the graph whose ``with`` block is running, if any.
+"""The graph that collects the tensors that ops make: the one whose ``with`` block is active, if any.
 
-Builders need no graph; a graph that wants to see what they make sets itself here for the length of its block.
+Builders need no graph. During its ``with`` block a graph is the collector of all new tensors.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ __all__ = ["Collector", "current"]
 
 
 class Collector(Protocol):
-    """Something that is told of each new tensor."""
+    """An object that receives each new tensor."""
 
     def add(self, tensor: Tensor) -> None:
-        """Take note of a tensor that an op has just made."""
+        """Receive a tensor that an op has just made."""
 
 
 #: The collector of this thread or task; None outside every block.

@@ -1,7 +1,7 @@
-"""Small tables in HTML, as notebooks show an object that has a ``_repr_html_``.
+"""Small HTML tables for ``_repr_html_``, which notebooks show.
 
-Styles stand at their elements: viewers of notebooks drop style sheets, and one table must not change another. Ink and
-ground are left to the notebook, so that tables suit its light and its dark theme.
+Styles are attributes of the elements, because viewers of notebooks drop style sheets and one table must not change
+another. The notebook sets text and background colours, so that tables fit its light and dark themes.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from itertools import islice
 
 __all__ = ["MAX_ROWS", "Bar", "html_table"]
 
-#: More rows than these are counted, not shown.
+#: Further rows are counted, not shown.
 MAX_ROWS = 50
 
 _TABLE = "width:auto;margin:.5em 0;border-collapse:collapse;font-variant-numeric:tabular-nums"
 _CAPTION = "caption-side:top;text-align:left;font-weight:bold;padding:.3em 0;color:inherit;white-space:nowrap"
 _CELL = "text-align:{};vertical-align:top;padding:.2em 1.2em .2em 0"
-# both greys and the blue can be seen on white and on black
+# both greys and the blue are visible on white and on black
 _TRACK = "display:inline-block;width:8em;height:.7em;background:rgba(128,128,128,.25)"
 _FILL = "display:block;width:{:.1f}%;height:100%;background:#4c8ed9"
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A cell that shows a share of 1 as a bar, with its per cent.
+    """A cell that shows a share of 1 as a bar and in per cent.
 
     Examples
     --------
@@ -58,15 +58,15 @@ def html_table(
     Parameters
     ----------
     title : str
-        Shown above it.
+        The caption.
     columns : sequence of str
-        Headings; if all are empty, none are shown.
+        Headings; not shown if all are empty.
     rows : iterable of sequences
-        Cells, shown as ``str`` gives them, or as a `Bar`; no more than `MAX_ROWS` are taken.
+        Cells, shown with ``str`` or as a `Bar`; at most `MAX_ROWS` rows are used.
     n_rows : int
-        How many there are in all.
+        The total number of rows.
     right : collection of str
-        The columns that hold numbers.
+        The columns with numbers, which are right-aligned.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What a plan says before anything is loaded: splits, the bytes each must copy, memory, causes."""
+"""The contents of a plan as data: splits, the bytes that each copies, memory, causes."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class MemoryFit:
-    """What a model needs of one buffer type, beside what its device has."""
+    """The memory that a model needs of one buffer type, and the size of its device."""
 
-    backend: str  #: the backend whose own memory it is; empty for any other buffer type
+    backend: str  #: the backend to which the memory belongs; empty for other buffer types
     memory: Memory
-    total_bytes: int | None  #: of the device; None if it is not known
+    total_bytes: int | None  #: size of the device; None if unknown
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes that the device lacks; 0 if all fits or its size is not known."""
+        """Bytes that the device lacks; 0 if everything fits or the size is unknown."""
         return 0 if self.total_bytes is None else max(self.memory.total - self.total_bytes, 0)
 
     @property
     def fits(self) -> bool | None:
-        """Whether the device is large enough; None if its size is not known."""
+        """Whether the device is large enough; None if its size is unknown."""
         return None if self.total_bytes is None else not self.missing_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON; ``device_bytes`` and ``fits`` are null where the size is not known."""
+        """Return values for JSON; ``device_bytes`` and ``fits`` are null if the size is unknown."""
         m = self.memory
         return {
             **asdict(m), "total": m.total, "backend": self.backend, "device_bytes": self.total_bytes,
@@ -63,16 +63,16 @@ class MemoryFit:
 def memory_fits(
     memory: Sequence[Memory], backends: Sequence[Backend], *, host_bytes: int | None = None
 ) -> list[MemoryFit]:
-    """Return whether what a session or a plan holds fits into its devices.
+    """Return for each buffer type whether the memory of a session or plan fits in its device.
 
     Parameters
     ----------
     memory : sequence of Memory
-        Of `Planner.memory` or `Session.memory`.
+        From `Planner.memory` or `Session.memory`.
     backends : sequence of Backend
-        The devices', then the CPU's.
+        The backends of the devices, then that of the CPU.
     host_bytes : int, optional
-        Size of the host's memory, where it was stated: that of this machine says nothing of the one that is planned.
+        The size of the planned host's memory, if stated. The size of this machine's memory is not used.
     """
     sizes: dict[str, tuple[str, int | None]] = {}
     for backend in backends:
@@ -92,9 +92,9 @@ class InputPlan:
 
     name: str
     kind: CopyReason
-    bytes_max: int  #: of a whole copy
-    bytes_expected: int  #: with the routing that was assumed
-    experts_expected: float | None  #: used experts, for kind "experts"
+    bytes_max: int  #: if copied whole
+    bytes_expected: int  #: with the assumed routing
+    experts_expected: float | None  #: number of used experts, for kind "experts"
     n_expert: int | None
 
 
@@ -106,11 +106,11 @@ class SplitPlan:
     backend: str
     i_start: int
     i_end: int
-    first_node: str  #: the first that is computed
+    first_node: str  #: name of the first computed node
     first_op: str
-    cause: str  #: why it is on this backend, a phrase
-    note: str  #: the same as upstream notes it
-    causes: dict[str, int]  #: of all its computed nodes, by upstream's note
+    cause: str  #: why that node is on this backend, as a phrase
+    note: str  #: the same as upstream's note
+    causes: dict[str, int]  #: number of computed nodes by upstream's note
     inputs: list[InputPlan]
 
 
@@ -125,12 +125,12 @@ class GraphPlan:
 
     @property
     def bytes_max(self) -> int:
-        """Bytes that its splits copy at most."""
+        """Bytes that its splits copy if all inputs are copied whole."""
         return sum(i.bytes_max for s in self.splits for i in s.inputs)
 
     @property
     def bytes_expected(self) -> int:
-        """Bytes that its splits copy with the routing that was assumed."""
+        """Bytes that its splits copy with the assumed routing."""
         return sum(i.bytes_expected for s in self.splits for i in s.inputs)
 
 
@@ -140,7 +140,7 @@ class BatchPlan:
 
     n_tokens: int
     graphs: list[GraphPlan]
-    simulated: SimulatedBatch | None = None  #: carried out without data; only of a planner without data
+    simulated: SimulatedBatch | None = None  #: the batch computed without data; only for a planner without data
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan for JSON."""
@@ -159,10 +159,10 @@ class BatchPlan:
 
 
 class BatchPlans(list[BatchPlan]):
-    """Plans of several batch sizes; a notebook shows them as a table."""
+    """Plans of several batch sizes; notebooks show a table."""
 
     def _repr_html_(self) -> str:
-        """Return a row for each micro-batch, for notebooks."""
+        """Return a table with a row for each micro-batch, for notebooks."""
         columns = (
             "batch",
             "micro-batch",
@@ -188,7 +188,7 @@ class BatchPlans(list[BatchPlan]):
 def plan_batches(
     planner: Planner, sizes: Sequence[int], *, outputs: Literal["last", "all"] = "last", routing: Routing
 ) -> BatchPlans:
-    """Return what decodes of some sizes would do, each from an empty cache.
+    """Return the plan of a decode of each size, from an empty cache.
 
     Raises
     ------
@@ -243,7 +243,7 @@ def _range(simulated: SimulatedBatch) -> dict[str, float | None]:
 
 
 def ggml_text(planner: Planner, planned: PlannedGraph) -> str:
-    """Return what ``GGML_SCHED_DEBUG=2`` prints upstream for a planned graph."""
+    """Return the text that upstream prints for a planned graph with ``GGML_SCHED_DEBUG=2``."""
     return assignments_text(
         planned.graph.graph, planned.plan.splits, planned.plan.assignment, planner.sched.machine, level=2
     )

@@ -1,7 +1,7 @@
-"""`Planner`: a model over devices, decided: placement, KV cache, scheduler, reserved memory, and what a decode would do.
+"""`Planner`: a model placed on devices: placement, KV cache, scheduler, reserved memory, and what a decode would do.
 
-`Session` adds data and decoding. With ``data=False`` no weight is read and nothing is allocated, so that a plan of a
-model larger than the machine costs milliseconds; its graphs, splits and sizes are those of a run.
+`Session` adds data and decoding. With ``data=False`` no weight is read and nothing is allocated, so that planning a
+model larger than the machine takes milliseconds. The graphs, splits and sizes are those of a run.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from .sched.scheduler import Scheduler
 __all__ = ["GraphChoice", "Memory", "MemoryRows", "PlannedGraph", "Planner", "SchedOptions", "virtual_clock"]
 
 
-#: Who makes the graphs: pyggml, llama.cpp, or pyggml where it knows the architecture.
+#: Who builds the graphs: pyggml, llama.cpp, or pyggml if it knows the architecture.
 GraphChoice = Literal["auto", "built", "llama"]
 
 
 @dataclass(frozen=True, slots=True)
 class SchedOptions:
-    """What a session passes on to its `Scheduler`."""
+    """Options that a session passes to its `Scheduler`."""
 
     strict: bool = False
     dialect: Dialect = DEFAULT_DIALECT
@@ -56,18 +56,18 @@ class SchedOptions:
 
 @dataclass(frozen=True, slots=True)
 class PlannedGraph:
-    """What one micro-batch would come to.
+    """The graph and plan of one micro-batch.
 
     Attributes
     ----------
     graph : PlannableGraph
-        Its nodes' sources are rewritten to copies, as upstream prints them.
+        Sources of its nodes are replaced by input copies, as upstream prints them.
     part : MicroBatch
-        The tokens that it is for.
+        The tokens of the micro-batch.
     plan : Plan
-        Where each tensor would be and why, the splits, and a transfer for each input of theirs.
+        The backend of each tensor and its cause, the splits, and a transfer for each of their inputs.
     compute_bytes : list of int
-        Compute buffer that each backend would need for it.
+        Bytes of the compute buffer that each backend would need.
     """
 
     graph: PlannableGraph
@@ -78,22 +78,22 @@ class PlannedGraph:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that a session takes of one buffer type, or would take."""
+    """The bytes that a session uses, or a plan would use, of one buffer type."""
 
     buft: str
     weights: int
     cache: int
     compute: int
-    policy: int = 0  #: of a copy policy's own
+    policy: int = 0  #: memory of the copy policy
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum, in bytes."""
         return self.weights + self.cache + self.compute + self.policy
 
 
 class MemoryRows(list[Memory]):
-    """What a session or a plan holds, a row for each buffer type; a notebook shows it as a table."""
+    """The memory of a session or plan, one row for each buffer type; notebooks show a table."""
 
     def _repr_html_(self) -> str:
         """Return the rows as a table, for notebooks."""
@@ -105,24 +105,24 @@ class MemoryRows(list[Memory]):
 
 
 class Planner:
-    """A model over devices, ready to plan; see `Session.open` for the arguments.
+    """A model placed on devices, ready to plan. Made by `Planner.open`.
 
     Attributes
     ----------
     file : GGUFFile
-        The model's file.
+        The file of the model.
     source : GraphSource
-        Where its graphs come from.
+        Builds or captures its graphs.
     hparams, params, placement
-        Of the model, of the context, of its weights.
+        The sizes of the model, the parameters of the context, the places of the weights.
     backends : tuple of Backend
-        The devices', then the CPU's.
+        The backends of the devices, then that of the CPU.
     sched : Scheduler
-        Over ``backends``.
+        The scheduler with these backends.
     """
 
     source: GraphSource
-    _is_built_only: ClassVar[bool] = False  #: graphs that llama.cpp builds are not enough
+    _is_built_only: ClassVar[bool] = False  #: whether captured graphs cannot be used
 
     def __init__(
         self,
@@ -177,10 +177,10 @@ class Planner:
         Parameters
         ----------
         model : path or GGUFFile
-            A file that is opened here stays mapped until its last user is gone. With ``data=False`` also a name of
-            `pyggml.catalog.MODELS`, as in ``gpt-oss-120b`` or ``qwen3-30b-a3b:Q6_K``.
+            A file given by its path stays mapped until its last user is gone. With ``data=False`` also a name from
+            `pyggml.catalog.MODELS`, such as ``gpt-oss-120b`` or ``qwen3-30b-a3b:Q6_K``.
         devices : str, or sequence of str, Device or Backend
-            Beside the CPU, in order: names such as ``sim:rtx4090-pcie4``, or opened ones.
+            The devices besides the CPU, in order: names such as ``sim:rtx4090-pcie4``, or opened devices.
         cpu : str, Device or Backend
             The last backend; ``CPU(threads=2)`` sets its threads.
         placement : PlacementFlags, optional
@@ -188,25 +188,25 @@ class Planner:
         context : ContextFlags, optional
             ``-c``, ``-b``, ``-ub``, ``-fa``, ``-ctk``, ``--no-kv-offload``, ...
         graph : str
-            Who makes the graphs: ``"built"`` takes pyggml's own, ``"llama"`` those of an installed llama.cpp, ``"auto"``
-            its own where pyggml knows the architecture. llama.cpp's are for plans only.
+            Who builds the graphs: ``"built"``: pyggml; ``"llama"``: an installed llama.cpp, for plans only; ``"auto"``:
+            pyggml if it knows the architecture, otherwise llama.cpp.
         data : bool
-            False plans only: no weight is read, nothing is allocated, nothing can be decoded.
+            False for plans: no weight is read, nothing is allocated, and nothing can be decoded.
         progress : callable, optional
-            Told ``(done_bytes, total_bytes)`` while weights are copied.
+            Called with ``(done_bytes, total_bytes)`` while weights are copied.
         strict, dialect, policy, offload_rule, recorder, clock, debug
-            Of the `Scheduler`.
+            Options of the `Scheduler`.
 
         Raises
         ------
         FormatError
             The file is damaged, incomplete, or of an architecture that is not supported.
         GraphError
-            A flag cannot be.
+            A flag is invalid.
         DeviceUnavailableError
-            There is no such device.
+            A device does not exist.
         OutOfMemoryError
-            A device has not enough memory.
+            A device has too little memory.
         ModelError
             llama.cpp refuses the model, or fails on it.
         """
@@ -214,7 +214,7 @@ class Planner:
             devices = [devices]
         if "cpu" in devices:
             raise DeviceUnavailableError(
-                "cpu", "it is there without being asked for", hint="leave it out of the devices"
+                "cpu", "the CPU is always the last device", hint='remove "cpu" from the devices'
             )
         if not data and not isinstance(model, GGUFFile) and not os.path.lexists(model):
             model = header_path(os.fspath(model))
@@ -240,17 +240,17 @@ class Planner:
 
     @property
     def hparams(self) -> ModelFacts:
-        """Of the model."""
+        """The sizes and constants of the model."""
         return self.source.hparams
 
     @property
     def params(self) -> ContextParams:
-        """Of the context."""
+        """The parameters of the context."""
         return self.source.params
 
     @property
     def placement(self) -> Placement:
-        """Where weights and layers are."""
+        """The places of weights and layers."""
         return self.source.placement
 
     # -- memory --------------------------------------------------------------
@@ -258,7 +258,7 @@ class Planner:
     def _new_sched(self, *, parallel: bool) -> Scheduler:
         options = self.options
         bufts = [b.buffer_type for b in self.backends]
-        if len(self.backends) > 1:  # results on the CPU go to the first device's pinned memory, as upstream has it
+        if len(self.backends) > 1:  # results on the CPU go to the first device's pinned memory, as upstream does
             bufts[-1] = self.backends[0].device.host_buffer_type or bufts[-1]
         return Scheduler(
             self.backends,
@@ -281,7 +281,7 @@ class Planner:
         log.holds("kv_cache", self._where(self._cache_bytes), start_s)
 
     def _where(self, sizes: Mapping[BufferType, int]) -> Iterator[tuple[int, BufferType, int]]:
-        """Yield the backend whose memory each buffer type is; host memory is the last one's."""
+        """Yield the backend to which each buffer type belongs; host memory belongs to the last backend."""
         own = {b.device: i for i, b in enumerate(self.backends)}
         cpu = len(self.backends) - 1
         for buft, size in sizes.items():
@@ -299,12 +299,12 @@ class Planner:
         )
 
     def _reserve(self) -> None:
-        """Settle flash attention and reserve compute buffers for the largest graphs.
+        """Decide on flash attention and reserve compute buffers for the largest graphs.
 
         Notes
         -----
-        Mirrors `llama_context::sched_reserve` and `resolve_fused_ops`. Differs: ops of architectures that are not
-        supported here are not probed; a plan is sized by the largest graph alone, as upstream's ``no_alloc``.
+        Mirrors `llama_context::sched_reserve` and `resolve_fused_ops`. Differs: ops of architectures that pyggml does not
+        support are not probed; a plan is sized by the largest graph alone, as with upstream's ``no_alloc``.
         """
         parallel = self._can_pipeline()
         if parallel:
@@ -326,7 +326,7 @@ class Planner:
             self._reserve_graph(n_tokens, n_seqs, n_outputs)
 
     def _settle_flash_attention(self, n_seqs: int) -> None:
-        """Keep flash attention if every FLASH_ATTN_EXT lands on its layer's device."""
+        """Keep flash attention if every FLASH_ATTN_EXT runs on its layer's device."""
         graph = self._adopt(lambda: self.source.reserved(n_seqs, n_seqs, n_seqs))
         self.sched.split_graph(graph.graph)
         on = True
@@ -336,9 +336,9 @@ class Planner:
         self.source.settle_flash_attention(on)
 
     def reserve(self) -> None:
-        """Hold the compute buffers of the largest graphs, as a session does; a device too small for them holds none.
+        """Reserve compute buffers for the largest graph of a plan, as `Session` does; a device that is too small reserves none.
 
-        Of a plan, whose memory has no bytes, and once: what is carried out then holds what `memory` tells.
+        The memory has no bytes. Simulated batches then use the memory that `memory` returns. Further calls do nothing.
         """
         if self.data or self._holds_largest:
             return
@@ -359,14 +359,14 @@ class Planner:
         self._planned_compute = self._size_of_split()
 
     def _size_of_split(self) -> list[int]:
-        """Return the compute buffers that the graph just split would need."""
+        """Return the sizes of the compute buffers that the last split graph needs."""
         copy = self.sched.sched_graph
         return self.sched.galloc.reserve_n_size(
             copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.sched.machine.cpu)
         )
 
     def memory(self) -> MemoryRows:
-        """Return what the session takes of each buffer type, or would take; the scheduler's types first."""
+        """Return the memory of each buffer type; the scheduler's buffer types first."""
         bufts = self.sched.bufts
         sizes = [self.sched.buffer_size(b) for b in self.backends] if self.data else self._planned_compute
         compute: dict[BufferType, int] = {}
@@ -382,7 +382,7 @@ class Planner:
     # -- graphs --------------------------------------------------------------
 
     def _adopt(self, build: Callable[[], PlannableGraph]) -> PlannableGraph:
-        """Reset the scheduler, make a graph, and pin what is pinned."""
+        """Reset the scheduler, make a graph, and apply its pins."""
         self._current = None
         self.sched.reset()
         graph = build()
@@ -395,23 +395,23 @@ class Planner:
         return graph
 
     def plan_batch(self, n_tokens: int, *, outputs: Outputs = "last") -> list[PlannedGraph]:
-        """Return the graphs that a decode of so many tokens of one sequence would make, from an empty cache.
+        """Return the graphs and plans of a decode of ``n_tokens`` tokens of one sequence, from an empty cache.
 
         Parameters
         ----------
         n_tokens : int
-            Cut by ``n_batch``, then into micro-batches.
+            Divided into batches of ``n_batch``, then into micro-batches.
         outputs : str
-            Whose logits are wanted: ``"last"`` or ``"all"``.
+            The tokens whose logits are computed: ``"last"`` or ``"all"``.
 
         Raises
         ------
         CacheFullError
-            So many tokens do not fit into the context.
+            The tokens do not fit in the context.
 
         Notes
         -----
-        A micro-batch that would use the graph before again makes none. The cache is empty afterwards.
+        A micro-batch that uses the previous graph again has no entry. The cache is empty afterwards.
         """
         planned: list[PlannedGraph] = []
         for part, graph in self.micro_batches(n_tokens, outputs=outputs):
@@ -422,16 +422,16 @@ class Planner:
         return planned
 
     def plan_reserved(self, n_tokens: int, n_seqs: int, n_outputs: int) -> PlannedGraph:
-        """Return the graph of one micro-batch over the whole cache, as memory is reserved with it."""
+        """Return the plan of one micro-batch with a full cache, for which memory is reserved."""
         graph = self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_outputs))
         self.sched.split_graph(graph.graph)
         part = MicroBatch.reserve(n_tokens, n_seqs, n_outputs)
         return PlannedGraph(graph, part, self.sched.plan, self._size_of_split())
 
     def micro_batches(self, n_tokens: int, *, outputs: Outputs = "last") -> Iterator[tuple[MicroBatch, PlannableGraph]]:
-        """Yield each micro-batch of a decode of so many tokens of one sequence, from an empty cache, with its graph.
+        """Yield each micro-batch of a decode of ``n_tokens`` tokens of one sequence, from an empty cache, with its graph.
 
-        The scheduler is reset, and its pins are set, where the graph is a new one; the cache is empty afterwards.
+        For a new graph the scheduler is reset and the pins are set. The cache is empty afterwards.
         """
         graph: PlannableGraph | None = None
         for part, build in self.source.parts(n_tokens, outputs):
@@ -443,10 +443,10 @@ class Planner:
     # -- the end -------------------------------------------------------------
 
     def close(self) -> None:
-        """Give all memory back now. The backends stay as they are."""
+        """Free all memory now. The backends stay open."""
         if self.is_closed:
             return
-        self.sched.close()  # refuses while another thread computes
+        self.sched.close()  # raises an error while another thread computes
         self.is_closed = True
         self._current = None
         self.source.close()
@@ -467,7 +467,7 @@ class Planner:
         return f"<{type(self).__name__} of {self.hparams.arch} '{self.hparams.name}' on {names}>"
 
     def _repr_html_(self) -> str:
-        """Return what each buffer type holds and what part of its device that is, for notebooks."""
+        """Return a table of the memory of each buffer type and its share of the device, for notebooks."""
         from .plan_report import memory_fits
 
         fits = memory_fits(self.memory(), self.backends)
@@ -486,7 +486,7 @@ class Planner:
 
 
 def _open_backends(what: Sequence[str | Device | Backend], *, data: bool) -> list[Backend]:
-    """Return a backend for each; names are opened together, so that devices of one kind are numbered."""
+    """Return a backend for each device; names are opened together, so that devices of one kind are numbered."""
     opened = iter(REGISTRY.open_all([name for name in what if isinstance(name, str)], data=data))
     devices = [next(opened) if isinstance(w, str) else w for w in what]
     return [d if isinstance(d, Backend) else d.backend() for d in devices]
@@ -501,7 +501,7 @@ def _open_source(
     *,
     data: bool,
 ) -> GraphSource:
-    """Return the source of a model's graphs; a session runs built ones only."""
+    """Return the source of a model's graphs; a session can run only built ones."""
     require_model(file)
     devices = [b.device for b in backends]
     is_known = file.metadata.get("general.architecture") in ARCHITECTURES
@@ -513,14 +513,14 @@ def _open_source(
 
 
 def virtual_clock(backends: Sequence[Backend], host: DeviceProfile = CPU_PROFILE) -> VirtualClock | None:
-    """Return a clock for backends of which all but the last are simulated; None for any other.
+    """Return a virtual clock if all backends except the last are simulated, otherwise None.
 
     Parameters
     ----------
     backends : sequence of Backend
-        In the order of a scheduler; the last is the host.
+        In the scheduler's order; the last is the host.
     host : DeviceProfile
-        What the last backend's profile is taken to be.
+        The profile of the last backend.
     """
     profiles = [b.device.profile for b in backends[:-1]]
     known = [p for p in profiles if p is not None]

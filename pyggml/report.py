@@ -1,4 +1,4 @@
-"""What a run did, in numbers: made from records, returned as data, never printed here."""
+"""Sums of a run's records, returned as data."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ Phase = Literal["prompt", "generate"]
 
 @dataclass(slots=True)
 class LayerCopies:
-    """Expert weights of one layer that went to a device."""
+    """The expert weights of one layer that were copied."""
 
-    layer: int | None  #: None: the weight's name tells none
+    layer: int | None  #: None if the weight's name contains no layer
     n_expert: int = 0
-    n_reads: int = 0  #: how often used experts were copied, one for each weight and batch
-    n_used: int = 0  #: sum of the experts used over the reads
+    n_reads: int = 0  #: number of used-expert copies: one for each weight and micro-batch
+    n_used: int = 0  #: sum of the used experts of all these copies
     bytes_copied: int = 0
-    bytes_full: int = 0  #: what whole copies would have moved
+    bytes_full: int = 0  #: if every input had been copied whole
 
     @property
     def used_mean(self) -> float:
-        """Experts used on average."""
+        """The average number of used experts."""
         return self.n_used / self.n_reads if self.n_reads else 0.0
 
     @property
     def ratio(self) -> float:
-        """Bytes copied over bytes of whole copies; 1 if there were none."""
+        """Bytes copied, divided by bytes of full copies; 1 if there were no copies."""
         return self.bytes_copied / self.bytes_full if self.bytes_full else 1.0
 
     def add(self, other: LayerCopies) -> None:
-        """Add another's counts."""
+        """Add the counts of another object."""
         self.n_expert = max(self.n_expert, other.n_expert)
         self.n_reads += other.n_reads
         self.n_used += other.n_used
@@ -44,18 +44,18 @@ class LayerCopies:
         self.bytes_full += other.bytes_full
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the counts and what follows from them, for JSON."""
+        """Return the counts, mean and ratio for JSON."""
         return {**asdict(self), "used_mean": self.used_mean, "ratio": self.ratio}
 
 
 @dataclass(slots=True)
 class CopyAccount:
-    """A recorder that keeps sums, not records: a long run needs no more memory than a short one.
+    """A recorder that keeps sums instead of records, so that its memory does not grow during a run.
 
     Attributes
     ----------
     phase : str
-        What the records that come now belong to; the driver sets it.
+        The phase of the records that follow, such as "prompt"; set by the caller.
     """
 
     phase: Phase = "prompt"
@@ -63,7 +63,7 @@ class CopyAccount:
     _bytes: dict[tuple[Phase, str, str], int] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Forget all sums."""
+        """Set all sums to zero."""
         self._layers.clear()
         self._bytes.clear()
 
@@ -75,7 +75,7 @@ class CopyAccount:
             row.n_reads += 1
             row.n_used += len(record.used)
             row.bytes_full += record.tensor_bytes
-        elif isinstance(record, CopyRecord) and record.src != record.dst:  # not within a device
+        elif isinstance(record, CopyRecord) and record.src != record.dst:  # copies within a device do not count
             if record.reason in ("experts", "weight"):
                 row = self._row(record.tensor)
                 row.bytes_copied += record.size_bytes
@@ -89,7 +89,7 @@ class CopyAccount:
         return self._layers.setdefault((self.phase, layer), LayerCopies(layer))
 
     def layers(self, phase: Phase | None = None) -> list[LayerCopies]:
-        """Return the sums of each layer, of one phase or of all, in the order of layers."""
+        """Return the sums of each layer in order, for one phase or for all."""
         rows: dict[int | None, LayerCopies] = {}
         for (p, layer), row in self._layers.items():
             if phase in (None, p):
@@ -101,7 +101,7 @@ class CopyAccount:
         return f"<CopyAccount: {total.bytes_copied:,} bytes of weights, {total.bytes_full:,} if whole>"
 
     def _repr_html_(self) -> str:
-        """Return the sums of each layer, and of all, as a table, for notebooks."""
+        """Return a table of the sums of each layer and of all, for notebooks."""
         layers = [("-" if row.layer is None else str(row.layer), row) for row in self.layers()]
         rows = [
             (

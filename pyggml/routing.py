@@ -1,4 +1,4 @@
-"""Which experts a batch uses, when no batch was run: a recording, or a stated assumption.
+"""Which experts a batch uses when no batch was computed: a recording, or a stated assumption.
 
 Real routers are skewed: 512 tokens of code used 72 to 95 of 128 experts in eight layers of gpt-oss-120b, which takes 4
 for each token (llama.cpp, pull request 15346); a uniform router would use all. Its router has a bias; published speeds of models without one agree
@@ -37,22 +37,22 @@ __all__ = [
 
 
 class Routing(Protocol):
-    """Says which experts tokens choose. ``str`` of it names the assumption in reports."""
+    """Which experts tokens choose. ``str(routing)`` names the assumption in reports."""
 
     def used(self, n_expert: int, n_used: int, n_token: int) -> float:
-        """Return the expected number of distinct experts of a batch in a layer."""
+        """Return the expected number of distinct experts that a batch uses in a layer."""
 
     def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
-        """Return the experts of one layer that tokens choose, which are given by their positions."""
+        """Return the experts of one layer that the tokens at these positions choose."""
 
 
 class _Popularity(ABC):
-    """Tokens that choose independently of each other, in proportion to a popularity that a layer's experts have."""
+    """Tokens that choose independently of each other, in proportion to the popularity of a layer's experts."""
 
     __slots__ = ()
 
     seed: int
-    _drawn: dict[tuple[int, int, int], npt.NDArray[np.int64]]  #: choices of tokens, by layer and numbers of experts
+    _drawn: dict[tuple[int, int, int], npt.NDArray[np.int64]]  #: choices of tokens, by layer and number of experts
 
     @abstractmethod
     def _typical(self, n_expert: int) -> tuple[float, ...]:
@@ -63,25 +63,25 @@ class _Popularity(ABC):
         """Draw the popularity of the experts of one layer."""
 
     def used(self, n_expert: int, n_used: int, n_token: int) -> float:
-        """Return the expected number of distinct experts of a batch.
+        """Return the expected number of distinct experts that a batch uses.
 
         Parameters
         ----------
         n_expert, n_used : int
-            Experts, and how many of them a token takes; they are distinct.
+            The number of experts, and how many distinct ones each token uses.
         n_token : int
-            Tokens of the batch.
+            The number of tokens in the batch.
         """
         if n_token == 0 or n_used == 0:
             return 0.0
         if n_used >= n_expert:
             return float(n_expert)
         if n_token == 1:
-            return float(n_used)  # the formula below comes a last bit beside it
+            return float(n_used)  # the formula below would differ in the last bit
         return _expected(self._typical(n_expert), n_used, n_token)
 
     def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
-        """Return the experts that tokens choose, the same at every call."""
+        """Return the experts that tokens choose, the same in every call."""
         if not len(tokens) or n_used == 0:
             return set()
         if n_used >= n_expert:
@@ -93,7 +93,7 @@ class _Popularity(ABC):
         return set(chosen[list(tokens)].ravel().tolist())
 
     def _draw(self, layer: int, n_token: int, n_expert: int, n_used: int) -> npt.NDArray[np.int64]:
-        """Return the choices of the first tokens: experts race, and the first to arrive are taken."""
+        """Return the choices of the first tokens: experts race, and the first to arrive are chosen."""
         import numpy as np
 
         rng = np.random.default_rng([self.seed, layer])
@@ -104,18 +104,18 @@ class _Popularity(ABC):
 
 @dataclass(frozen=True, slots=True)
 class LogNormal(_Popularity):
-    """A text likes each expert of a layer more or less: the logarithm of the liking is normal, and stays for the text.
+    """A text prefers some experts of a layer: the logarithm of the preference is normally distributed and constant for the text.
 
-    In other words: to a router's logit the text adds a normal number, drawn once for each layer and expert, and each token
-    Gumbel noise of its own; the largest are taken. Some experts are then hardly ever chosen, as real texts leave some out, and
-    layers differ in how many they use.
+    The text adds a normally distributed number to the router's logits, drawn once for each layer and expert. Each token
+    adds its own Gumbel noise and chooses the largest values. So some experts are hardly ever chosen, as in real texts, and
+    layers differ in how many experts they use.
 
     Parameters
     ----------
     spread : float
-        Standard deviation of the logarithm; 0 is uniform.
+        The standard deviation of the logarithm; 0 is uniform.
     seed : int
-        Of what `experts` draws: another seed is another text.
+        The seed of `experts`: another seed is another text.
 
     Examples
     --------
@@ -149,9 +149,9 @@ class Zipf(_Popularity):
     Parameters
     ----------
     skew : float
-        How much the first experts are preferred.
+        How strongly the first experts are preferred.
     seed : int
-        Of what `experts` draws. Each layer ranks its experts in another order.
+        The seed of `experts`. Each layer ranks its experts in another order.
 
     Examples
     --------
@@ -183,14 +183,14 @@ def _named(law: str, seed: int) -> str:
 
 
 class RecordedRouting:
-    """Choices that a run recorded: ``pyggml run --record-routing``.
+    """Choices recorded by ``pyggml run --record-routing``.
 
     Parameters
     ----------
     ids : int32, (n_layer, n_token, n_used)
         The experts that each token chose in each layer.
     name : str
-        For reports.
+        The name in reports.
     """
 
     def __init__(self, ids: npt.NDArray[np.int32], name: str) -> None:
@@ -199,12 +199,12 @@ class RecordedRouting:
 
     @classmethod
     def open(cls, path: Path) -> RecordedRouting:
-        """Return the recording of a file.
+        """Open a recording.
 
         Raises
         ------
         FormatError
-            The file is not there, or no recording.
+            The file does not exist or is not a recording.
         """
         import zipfile
 
@@ -217,17 +217,19 @@ class RecordedRouting:
             raise FormatError(str(path), "no such file", hint="make one by `run --record-routing`") from None
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise FormatError(
-                str(path), "this is no recorded routing", hint="make one by `run --record-routing`"
+                str(path), "this is not a recorded routing", hint="make one by `run --record-routing`"
             ) from error
         if ids.ndim != 3 or ids.dtype.kind != "i" or not ids.size:
-            raise FormatError(str(path), f"no recorded routing: ids of shape {ids.shape}", hint="is the model a MoE?")
+            raise FormatError(
+                str(path), f"not a recorded routing: ids have shape {ids.shape}", hint="does the model have experts?"
+            )
         return cls(ids, f"recorded ({path.name}, {ids.shape[1]} tokens)")
 
     def __str__(self) -> str:
         return self.name
 
     def used(self, n_expert: int, n_used: int, n_token: int) -> float:
-        """Return the number of distinct experts of the first tokens, the mean over layers."""
+        """Return the mean over layers of the number of distinct experts that the first tokens use."""
         n_layer = self.ids.shape[0]
         return float(sum(len(self.experts(i, range(n_token), n_expert, n_used)) for i in range(n_layer)) / n_layer)
 
@@ -237,14 +239,14 @@ class RecordedRouting:
         Raises
         ------
         GraphError
-            The recording has no such layer, token or expert: it is another model's, or too short.
+            The recording lacks the layer, token or expert: it is of another model, or too short.
         """
         if not len(tokens):
             return set()
         n_layer, n_token, n_slot = self.ids.shape
         if layer >= n_layer or n_slot != n_used:
             raise GraphError(
-                f"{self} has {n_layer} layers of {n_slot} experts used, the model uses {n_used} in layer {layer}",
+                f"{self} has {n_layer} layers with {n_slot} used experts, but the model uses {n_used} in layer {layer}",
                 hint="record the routing of this model",
             )
         if max(tokens) >= n_token:
@@ -254,21 +256,21 @@ class RecordedRouting:
         rows = self.ids[layer, list(tokens)]
         if rows.min() < 0 or rows.max() >= n_expert:
             raise GraphError(
-                f"{self} has ids from {rows.min()} to {rows.max()} in layer {layer}, the model has {n_expert} experts",
-                hint="-1 is a token that the layer did not compute: record with all outputs",
+                f"{self} has ids from {rows.min()} to {rows.max()} in layer {layer}, but the model has {n_expert} experts",
+                hint="-1 means that the layer did not compute the token: record with all outputs",
             )
         return set(rows.ravel().tolist())
 
 
 @dataclass(frozen=True, slots=True)
 class UsedCounts:
-    """So many experts of each layer are used by any micro-batch; which ones is drawn once.
+    """A stated number of experts per layer, the same for every micro-batch; which experts is drawn once.
 
     Parameters
     ----------
     counts : sequence of int
-        Distinct experts used, by layer; a single one holds for all layers. A micro-batch too small to use so many uses
-        as many as it can.
+        The number of distinct experts used, by layer; a single number holds for all layers. A micro-batch that is too small
+        for the number uses as many experts as it can.
     name : str
         For reports.
 
@@ -284,14 +286,14 @@ class UsedCounts:
 
     @classmethod
     def parse(cls, text: str) -> UsedCounts:
-        """Return the counts that a text lists, or a JSON file that holds a list.
+        """Return the counts in a text, or in a JSON file with a list.
 
         Raises
         ------
         FormatError
-            The file is not there, or no list of counts.
+            The file does not exist or is not a list of counts.
         ValueError
-            The text is no list of counts.
+            The text is not a list of counts.
         """
         if not text.endswith(".json"):
             return cls(_positive(int(n) for n in text.split(",")), f"counts:{text}")
@@ -302,23 +304,25 @@ class UsedCounts:
                 raise ValueError("not a list of whole numbers")
             counts = _positive(found)
         except (OSError, ValueError) as error:
-            raise FormatError(text, f"no counts of used experts ({error})", hint="a list, one for each layer") from None
+            raise FormatError(
+                text, f"no counts of used experts ({error})", hint="a list with one count for each layer"
+            ) from None
         return cls(counts, f"counts ({path.name}, {len(counts)} layers)")
 
     def __str__(self) -> str:
         return self.name
 
     def used(self, n_expert: int, n_used: int, n_token: int) -> float:
-        """Return the number of distinct experts of a micro-batch, the mean over layers."""
+        """Return the mean over layers of the number of distinct experts that a micro-batch uses."""
         return sum(self._n(i, n_expert, n_used, n_token) for i in range(len(self.counts))) / len(self.counts)
 
     def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
-        """Return experts of a layer, as many as stated: the same at every call.
+        """Return the stated number of experts of a layer, the same experts in every call.
 
         Raises
         ------
         GraphError
-            There is no count for the layer, or the model cannot use so few or so many.
+            There is no count for the layer, or the model cannot use this number.
         """
         import numpy as np
 
@@ -330,7 +334,7 @@ class UsedCounts:
             raise GraphError(f"{self} has no layer {layer}", hint="state one count for each layer, or one for all")
         count = self.counts[layer if len(self.counts) > 1 else 0]
         if not n_used <= count <= n_expert:
-            raise GraphError(f"{self} has {count} experts in layer {layer}, the model uses {n_used} to {n_expert}")
+            raise GraphError(f"{self} has {count} experts in layer {layer}, but the model uses {n_used} to {n_expert}")
         return min(count, n_token * n_used)
 
 
@@ -341,7 +345,7 @@ def _positive(counts: Iterable[int]) -> tuple[int, ...]:
     return kept
 
 
-# -- laws of popularity, and what follows from them --------------------------
+# -- laws of popularity, and expected counts -----------------------------------
 
 
 @lru_cache
@@ -351,24 +355,24 @@ def _zipf_law(skew: float, n: int) -> tuple[float, ...]:
 
 @lru_cache
 def _lognormal_law(spread: float, n: int) -> tuple[float, ...]:
-    """Return a log-normal law's middle quantiles; what follows is within 3 % of the mean over layers, of 8 experts within 12 %."""
-    from statistics import NormalDist  # not needed by a run that copies all the experts it reads
+    """Return the middle quantiles of a log-normal law; expected counts are within 3 % of the mean over layers (8 experts: 12 %)."""
+    from statistics import NormalDist  # imported late: most runs do not use it
 
     return tuple(math.exp(spread * NormalDist().inv_cdf((i + 0.5) / n)) for i in range(n))
 
 
 @lru_cache
 def _expected(popularity: tuple[float, ...], k: int, n_token: int) -> float:
-    """Return how many distinct items are expected of so many choices of k each."""
+    """Return the expected number of distinct items in ``n_token`` choices of ``k`` each."""
     return sum(1 - (1 - p) ** n_token for p in _inclusion(popularity, k))
 
 
 @lru_cache
 def _inclusion(popularity: tuple[float, ...], k: int) -> tuple[float, ...]:
-    """Return each item's chance to be among k distinct ones that are drawn in proportion to their popularity.
+    """Return each item's probability to be among k distinct ones that are drawn in proportion to their popularity.
 
-    Items race: each arrives at an exponential time with its popularity as rate, and the first k are taken; the chance is
-    that of arriving before the time at which k are expected.
+    Items race: each arrives at an exponential time with its popularity as rate, and the first k are chosen. The result is
+    the probability to arrive before the time at which k arrivals are expected.
     """
 
     def arrived(t: float) -> float:
@@ -396,7 +400,7 @@ def routing_of(tensors: Iterable[str]) -> LogNormal:
 
 
 def parse_routing(text: str) -> Routing:
-    """Return a routing by its name.
+    """Return the routing that a text describes.
 
     Parameters
     ----------
@@ -406,9 +410,9 @@ def parse_routing(text: str) -> Routing:
     Raises
     ------
     GraphError
-        It is none of these.
+        The text has none of these forms.
     FormatError
-        The file is no recording, or no list of counts.
+        The file is not a recording or a list of counts.
     """
     kind, _, rest = text.partition(":")
     try:

@@ -1,6 +1,6 @@
-"""From logits to the next token: greedy, or by temperature, top-k, top-p and min-p with a seed.
+"""Choosing the next token from logits: greedy, or with temperature, top-k, top-p, min-p and a seed.
 
-A sampler is any callable from logits, float32 ``(n_vocab,)``, to a token id.
+A sampler is a callable that takes logits, float32 ``(n_vocab,)``, and returns a token id.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ Sampler = Callable[[npt.NDArray[np.float32]], int]
 
 
 def greedy(logits: npt.NDArray[np.float32]) -> int:
-    """Return the most likely token; the first of equals.
+    """Return the most likely token, or the first of several.
 
     Raises
     ------
     GraphError
         A logit is NaN.
     """
-    token = int(logits.argmax())  # of NaN, if there is one
+    token = int(logits.argmax())  # the index of NaN, if there is one
     if np.isnan(logits[token]):
-        raise GraphError("no token can be chosen: the logits hold NaN")
+        raise GraphError("no token can be chosen: the logits contain NaN")
     return token
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerFlags:
-    """How to choose among likely tokens.
+    """How tokens are sampled.
 
     Notes
     -----
@@ -42,26 +42,26 @@ class SamplerFlags:
     """
 
     temperature: float = 0.0
-    top_k: int = 40  #: only the k most likely; 0: all
-    top_p: float = 0.95  #: only the most likely that together reach p; 1: all
-    min_p: float = 0.05  #: only those at least p times as likely as the most likely; 0: all
-    seed: int | None = None  #: None: another result each time
+    top_k: int = 40  #: sample only from the k most likely; 0: all
+    top_p: float = 0.95  #: sample only from the most likely whose probabilities sum to p; 1: all
+    min_p: float = 0.05  #: sample only from those at least p times as likely as the most likely; 0: all
+    seed: int | None = None  #: None: a different result each time
 
     def check(self) -> None:
-        """Verify the numbers.
+        """Check that the numbers are in range.
 
         Raises
         ------
         GraphError
-            One is out of bounds.
+            A number is out of range.
         """
         if not self.temperature >= 0.0:
-            raise GraphError(f"the temperature is {self.temperature}, at least 0 is needed")
+            raise GraphError(f"the temperature is {self.temperature}; it must be at least 0")
         if self.top_k < 0:
-            raise GraphError(f"top-k is {self.top_k}, at least 0 is needed", hint="0 takes all tokens")
+            raise GraphError(f"top-k is {self.top_k}; it must be at least 0", hint="0 means all tokens")
         for name, p in (("top-p", self.top_p), ("min-p", self.min_p)):
             if not 0.0 <= p <= 1.0:
-                raise GraphError(f"{name} is {p}, a number from 0 to 1 is needed")
+                raise GraphError(f"{name} is {p}; it must be from 0 to 1")
 
 
 def make_sampler(flags: SamplerFlags) -> Sampler:
@@ -70,14 +70,14 @@ def make_sampler(flags: SamplerFlags) -> Sampler:
     Raises
     ------
     GraphError
-        A flag is out of bounds.
+        A flag is out of range.
     """
     flags.check()
     return greedy if flags.temperature == 0.0 else _Random(flags)
 
 
 class _Random:
-    """Draws a token.
+    """Draws a token at random.
 
     Notes
     -----
@@ -97,7 +97,7 @@ class _Random:
         return int(order[np.searchsorted(np.cumsum(scaled), self.rng.random(), side="right").clip(max=len(order) - 1)])
 
     def _candidates(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-        """Return the ids of likely tokens, most likely first; equals by id."""
+        """Return the ids of likely tokens, most likely first, then by id."""
         flags, n = self.flags, len(logits)
         if 0 < flags.top_k < n:
             part = np.argpartition(-logits, flags.top_k - 1)[: flags.top_k]

@@ -1,15 +1,15 @@
-"""`Session`: a model, its KV cache and a scheduler over devices; what runs and users drive.
+"""`Session`: a model, its KV cache and a scheduler on devices: the way to run a model.
 
 ::
 
     with Session.open("model.gguf", devices=["sim:rtx4090-pcie4"], placement=PlacementFlags(cpu_moe=True)) as session:
         logits = session.decode([1, 15043])                    # float32, (1, n_vocab): of the last token
-        for id in session.generate([3186], 20):                # goes on where the cache ends
+        for id in session.generate([3186], 20):                # continues where the cache ends
             ...
 
-A decode cuts its tokens into micro-batches, finds cells for all of them, and for each builds a graph, or uses the last
-one again where nothing but the inputs' values differs: then a token costs filling a few small arrays and one call.
-`Session.open(..., data=False)` plans without reading a weight: see `Planner.plan_batch`.
+A decode divides its tokens into micro-batches and finds cells for all of them. For each it builds a graph, or uses the last
+graph again if only the values of the inputs differ; then a token costs filling a few small arrays and one call.
+`Planner.open(..., data=False)` plans without reading weights: see `Planner.plan_batch`.
 """
 
 from __future__ import annotations
@@ -46,40 +46,40 @@ __all__ = ["BatchRecord", "ContextFlags", "Memory", "PlacementFlags", "PlannedGr
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
-    """What one micro-batch came to."""
+    """The result of one micro-batch."""
 
     n_tokens: int
     n_outputs: int
     n_past: int  #: tokens in the cache before it
     n_splits: int
     n_nodes: int
-    is_reused: bool  #: the graph before was used again
-    seconds: float  #: of building, allocating, copying and computing, until the results were there
+    is_reused: bool  #: the previous graph was used again
+    seconds: float  #: for building, allocating, copying and computing, until the results were available
     bytes_copied: int  #: between backends
-    bytes_full: int  #: that copying every weight whole would have moved
-    virtual_s: float | None = None  #: what it took on the scheduler's clock, if there is one
+    bytes_full: int  #: if every weight had been copied whole
+    virtual_s: float | None = None  #: duration on the scheduler's virtual clock, if there is one
 
 
 class Watcher(Protocol):
-    """Looks at tensors while a micro-batch is computed."""
+    """Reads tensors while a micro-batch is computed."""
 
     def watch(self, graph: ModelGraph, part: MicroBatch) -> Callable[[Tensor, bool], bool]:
         """Return the eval callback of one micro-batch; see `Scheduler.set_eval_callback`."""
 
 
 class Session(Planner, Generator):
-    """A model in use: see the module's text. Made by `Session.open`.
+    """A model that can decode. Made by `Session.open`.
 
     Attributes
     ----------
     n_reused : int
         How often a graph was used again.
     abort : callable or None
-        Asked before each micro-batch; True raises `ComputeError` with status 1.
+        Called before each micro-batch; if it returns True, `ComputeError` is raised with status 1.
     watcher : Watcher or None
-        Gives the eval callback of each micro-batch, as `TopK` does.
+        Provides the eval callback of each micro-batch; `TopK` is an example.
     on_batch : callable or None
-        Told of each micro-batch, as a `BatchRecord`, once its results are there.
+        Called with a `BatchRecord` after each micro-batch, when its results are available.
     """
 
     n_reused: int = 0
@@ -93,12 +93,12 @@ class Session(Planner, Generator):
 
     @property
     def hparams(self) -> HParams:
-        """Sizes and constants of the model."""
+        """The sizes and constants of the model."""
         return self.source.hparams
 
     @property
     def cache(self) -> KVCache:
-        """The book of tokens seen."""
+        """The KV cache."""
         return self.source.cache
 
     @property
@@ -110,7 +110,7 @@ class Session(Planner, Generator):
 
     @property
     def n_past(self) -> int:
-        """Tokens of sequence 0 in the cache."""
+        """The number of tokens of sequence 0 in the cache."""
         return self.cache.seq_pos_max(0) + 1
 
     def decode(
@@ -121,11 +121,11 @@ class Session(Planner, Generator):
         Parameters
         ----------
         tokens : sequence of int
-            Ids, which follow what the cache holds of the sequence.
+            Ids that follow the sequence's tokens in the cache.
         outputs : str
-            Whose logits are wanted: ``"last"``, ``"all"`` or ``"none"``.
+            The tokens whose logits are returned: ``"last"``, ``"all"`` or ``"none"``.
         topk : TopK, optional
-            Takes the experts that each MoE layer chose for each of the tokens.
+            Receives the experts that each MoE layer chose for each token.
 
         Returns
         -------
@@ -136,11 +136,11 @@ class Session(Planner, Generator):
         GraphError
             An id or the sequence is out of bounds; nothing was computed.
         CacheFullError
-            The tokens do not fit into the context; nothing was computed.
+            The tokens do not fit in the context; nothing was computed.
         ComputeError
-            The logits are NaN; the text names the first node that made some.
+            The logits contain NaN; the text names the first node that produced NaN.
         ComputeError, ExpertIdError, OutOfMemoryError
-            Of the scheduler. The tokens of the failed micro-batch and after are not in the cache; the session can go on.
+            Raised by the scheduler. The failed micro-batch and later ones are not in the cache; the session stays usable.
         """
         self._check_open()
         batches = self.source.batches(tokens, seq, outputs)
@@ -148,7 +148,7 @@ class Session(Planner, Generator):
         return out[0] if len(out) == 1 else np.concatenate(out)
 
     def decode_batch(self, batch: Batch, *, topk: TopK | None = None) -> npt.NDArray[np.float32]:
-        """Evaluate a batch of any sequences and positions; its logits come in the batch's order. See `decode`.
+        """Evaluate a batch with any sequences and positions; the logits are in the batch's order. See `decode`.
 
         Notes
         -----
@@ -159,9 +159,9 @@ class Session(Planner, Generator):
         return self._decode(batch, topk)
 
     def _decode(self, batch: Batch, topk: TopK | None) -> npt.NDArray[np.float32]:
-        """Evaluate a batch that was checked."""
+        """Evaluate a checked batch."""
         parts = self.cache.prepare(batch, self.params.n_ubatch)
-        rows = np.cumsum(batch.outputs) - 1  # of each token whose logits are wanted, its row
+        rows = np.cumsum(batch.outputs) - 1  # the row of each token whose logits are returned
         logits = np.empty((int(np.count_nonzero(batch.outputs)), self.hparams.n_vocab), np.float32)
         if topk is not None:
             topk.start(self.hparams, batch.n_tokens)
@@ -179,7 +179,7 @@ class Session(Planner, Generator):
         return logits
 
     def _run(self, part: MicroBatch, slot: Slot, into: npt.NDArray[np.float32], topk: TopK | None) -> None:
-        """Evaluate one micro-batch; on any failure the cache forgets it.
+        """Evaluate one micro-batch; after a failure it is removed from the cache.
 
         Notes
         -----
@@ -232,7 +232,7 @@ class Session(Planner, Generator):
             )
 
     def _nan_error(self, graph: ModelGraph, part: MicroBatch, slot: Slot) -> ComputeError:
-        """Compute a micro-batch once more, node by node, and return the error that names the first with NaN."""
+        """Compute a micro-batch again, node by node, and return an error that names the first node with NaN."""
         found: list[Tensor] = []
 
         def look(node: Tensor, ask: bool) -> bool:
@@ -250,9 +250,9 @@ class Session(Planner, Generator):
             where = self.sched.tensor_backend(graph.logits) or self.backends[-1]
             return ComputeError(
                 where.name,
-                "the logits are not numbers, and were when the batch was computed again: memory was read that was not written",
+                "the logits contained NaN, but not when the batch was computed again: unwritten memory was read",
                 node=graph.logits.name,
-                hint="PYGGML_CHECK=1 finds copies that lack something",
+                hint="PYGGML_CHECK=1 finds incomplete copies",
             )
         node = found[0]
         weights = [
@@ -260,21 +260,21 @@ class Session(Planner, Generator):
         ]
         bad = [w.name for w in weights if np.isnan(w.numpy()).any()]
         where = self.sched.tensor_backend(node) or self.backends[-1]
-        because = f": its weight '{bad[0]}' holds some" if bad else ""
+        because = f": its weight '{bad[0]}' contains NaN" if bad else ""
         return ComputeError(
             where.name,
-            f"the logits are not numbers: {node.op_desc} makes the first NaN{because}",
+            f"the logits contain NaN: {node.op_desc} produces the first{because}",
             node=node.name,
             hint="the file is damaged, or a number in it is too large" if bad else "",
         )
 
     def _graph_for(self, part: MicroBatch, slot: Slot) -> tuple[ModelGraph, bool]:
-        """Return an allocated graph for a micro-batch, the last one if it fits."""
+        """Return an allocated graph for a micro-batch: the last one if it fits."""
         p = GraphParams(self.hparams, self.params, part, part.n_outputs, self.cache.view(slot))
         if self._current is not None and self._current.key == p.key:
             self.n_reused += 1
             if self.sched.n_copies > 1:
-                self.sched.synchronize()  # inputs that are still read must not change
+                self.sched.synchronize()  # inputs must not change while they are read
             return self._current, True
         graph = self._adopt(lambda: self.source.build(p))
         assert isinstance(graph, ModelGraph)
@@ -284,7 +284,7 @@ class Session(Planner, Generator):
         return graph, False
 
     def _forget(self, part: MicroBatch) -> None:
-        """Take the tokens of a failed micro-batch out of the cache."""
+        """Remove the tokens of a failed micro-batch from the cache."""
         self._current = None
         for seq in part.seqs_unq:
             self.cache.seq_rm(seq, int(part.pos[part.seqs == seq].min()))
@@ -296,7 +296,7 @@ class Session(Planner, Generator):
         return self.sched.clock
 
     def count_splits(self) -> tuple[dict[str, int], int]:
-        """Return how many splits of the latest graph each backend has, and how many inputs all have."""
+        """Return the number of splits of the latest graph by backend, and the number of their inputs."""
         by_name: dict[str, int] = {}
         for split in self.sched.splits:
             name = self.backends[split.backend_id].name
@@ -304,27 +304,27 @@ class Session(Planner, Generator):
         return by_name, sum(len(s.inputs) for s in self.sched.splits)
 
     def rewind(self, n_past: int, *, seq: int = 0) -> None:
-        """Forget a sequence's tokens from position ``n_past`` on, so that decoding goes on there.
+        """Remove a sequence's tokens from position ``n_past`` on, so that decoding continues there.
 
         Raises
         ------
         AllocError
-            Tokens that the next one would see are given up already, by layers with a sliding window; nothing was
-            forgotten. See `can_rewind`.
+            Layers with a sliding window no longer have tokens that the next token needs; nothing was removed. See
+            `can_rewind`.
         """
         if not self.can_rewind(n_past, seq=seq):
             raise AllocError(
-                f"the cache cannot go back to {n_past} tokens: layers with a sliding window kept the last ones alone",
-                hint="rewind to 0 and decode all again, or open the session with swa_full",
+                f"the cache cannot go back to {n_past} tokens: layers with a sliding window keep only the last tokens",
+                hint="rewind to 0 and decode all tokens again, or open the session with swa_full",
             )
         self.cache.seq_rm(seq, n_past)
 
     def can_rewind(self, n_past: int, *, seq: int = 0) -> bool:
-        """Whether decoding can go on from position ``n_past`` of a sequence."""
+        """Return whether decoding can continue from position ``n_past`` of a sequence."""
         return n_past == 0 or n_past >= self.cache.reaches_back_to(seq)
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens from the cache."""
         self.cache.clear()
 
     def _check_open(self) -> None:
@@ -335,7 +335,7 @@ class Session(Planner, Generator):
 
 
 def _all_look(looks: list[Callable[[Tensor, bool], bool]]) -> Callable[[Tensor, bool], bool]:
-    """Return one eval callback of several: a tensor is shown if one wants it, and computing goes on if all say so."""
+    """Combine eval callbacks: a tensor is shown if one of them requests it, and computing continues if all agree."""
 
     def see(tensor: Tensor, ask: bool) -> bool:
         said = [look(tensor, ask) for look in looks]

@@ -1,6 +1,6 @@
-"""A plan carried out without data: what a decode would copy, and how long it would take on a simulated machine.
+"""Computing a plan without data: what a decode would copy, and how long it would take on a simulated machine.
 
-Everything passes the scheduler's own `compute_splits`; only what experts the tokens choose comes from a `Routing`.
+It uses the scheduler's own `compute_splits`; only the experts that tokens choose come from a `Routing`.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ __all__ = ["RoutedIds", "SimulatedBatch", "can_simulate", "simulate_batch"]
 
 @dataclass(slots=True)
 class SimulatedBatch:
-    """What a decode of so many tokens from an empty cache came to, without data.
+    """The result of a simulated decode from an empty cache.
 
     Attributes
     ----------
     seconds : float or None
-        Virtual; None without a clock.
+        Virtual time; None without a clock.
     compute_s : dict
-        How long each backend computed, of ``seconds``.
+        The part of ``seconds`` in which each backend computed.
     copy_to_s, copy_from_s : dict
-        How long the link of each device carried something, each way.
+        The part of ``seconds`` in which the link of each device was busy, by direction.
     bytes_copied, bytes_full : int
-        Between backends; and what whole copies would have moved.
+        Copied between backends, and bytes if every input had been copied whole.
     bytes_by_reason : dict
-        Of ``bytes_copied``.
+        ``bytes_copied`` by reason.
     range_factor : float
         How far the speed may be off, up or down, in four cases of five.
     """
@@ -63,7 +63,7 @@ class SimulatedBatch:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens a virtual second."""
+        """Tokens per second of virtual time."""
         return self.n_tokens / self.seconds if self.seconds else None
 
     @property
@@ -73,22 +73,22 @@ class SimulatedBatch:
 
 
 class RoutedIds(IdsSource):
-    """Tells which experts a batch uses by a stated routing, where there are no ids to be read.
+    """The experts that a batch uses by a stated routing, if there are no ids to read.
 
-    Reading takes the virtual time that it takes with data; the user's policy is asked as in a run.
+    Reading takes the same virtual time as with data, and the copy policy is called as in a run.
 
     Parameters
     ----------
     routing : Routing
-        Who tells.
+        Which experts tokens choose.
     n_lead : int
-        Layers before the first with experts, which a routing does not count.
+        The number of layers before the first with experts; a routing does not count them.
 
     Attributes
     ----------
     tokens, outputs : sequence of int
-        Positions of the tokens of the micro-batch that comes next, and of those whose logits are wanted: the last
-        layer computes no others.
+        Positions of the tokens of the next micro-batch, and of those whose logits are computed: the last
+        layer computes only these.
     """
 
     def __init__(self, routing: Routing, *, n_lead: int = 0) -> None:
@@ -100,15 +100,15 @@ class RoutedIds(IdsSource):
         self._latest: tuple[Tensor, int | None, set[int]] | None = None
 
     def begin(self) -> None:
-        """Forget the ids that were asked for: a computing starts."""
+        """Start a compute: discard the ids that were read."""
         super().begin()
         self._latest = None
 
     def forget(self, roots: set[Tensor]) -> None:
-        """Keep what was chosen: no ids are rewritten where there is no data."""
+        """Do nothing: without data no ids are rewritten."""
 
     def used(self, run: SplitRun, i_split: int, ids: Tensor, backend_id: int, weight: Tensor) -> set[int]:
-        """Return the experts that the routing names; reading ids takes the time that it takes with data."""
+        """Return the experts of the routing; reading ids takes the same virtual time as with data."""
         n_expert = weight.ne[2] if run.machine.dialect.ids_by_n_expert else None
         if self._latest is None or self._latest[:2] != (ids, n_expert):
             run.read(i_split, ids, backend_id, None)
@@ -116,7 +116,7 @@ class RoutedIds(IdsSource):
         return self._latest[2]
 
     def count(self, node: Tensor) -> float:
-        """Return how many experts a MUL_MAT_ID reads, also of weights that are not copied."""
+        """Return how many experts a MUL_MAT_ID reads, also if its weight is not copied."""
         weight, ids = node.src[0], node.src[2]
         assert ids is not None
         assert weight is not None
@@ -126,28 +126,28 @@ class RoutedIds(IdsSource):
         return known
 
     def choose(self, ids: Tensor, weight: Tensor) -> set[int]:
-        """Return the experts of a weight that ids of its layer name."""
+        """Return the experts of a weight that its layer's tokens choose."""
         layer = layer_of(weight.name)
         tokens = self.tokens if ids.ne[1] == len(self.tokens) else self.outputs
         return self.routing.experts(0 if layer is None else layer - self._n_lead, tokens, weight.ne[2], ids.ne[0])
 
 
 def can_simulate(planner: Planner) -> bool:
-    """Whether neither the planner nor any of its devices has data."""
+    """Return whether neither the planner nor any of its devices has data."""
     return not planner.data and not any(b.device.has_data for b in planner.backends)
 
 
 def simulate_batch(
     planner: Planner, n_tokens: int, *, outputs: Outputs = "last", routing: Routing | None = None
 ) -> SimulatedBatch:
-    """Return what a decode of so many tokens would do, from an empty cache.
+    """Simulate a decode of ``n_tokens`` tokens from an empty cache.
 
     Parameters
     ----------
     planner : Planner
-        Opened without data.
+        A planner without data.
     outputs : str
-        Whose logits are wanted: ``"last"`` or ``"all"``.
+        The tokens whose logits are computed: ``"last"`` or ``"all"``.
     routing : Routing, optional
         Which experts the tokens choose, where the scheduler would read ids; `routing_of` the model, if not given.
 
@@ -156,14 +156,14 @@ def simulate_batch(
     SchedError
         The planner, or one of its devices, has data.
     CacheFullError
-        So many tokens do not fit into the context.
+        The tokens do not fit in the context.
     OutOfMemoryError
-        A device has not enough memory for the compute buffers alone.
+        A device has too little memory for the compute buffers.
     """
     if not can_simulate(planner):
         raise SchedError(
-            f"{planner!r} has data, so it cannot be carried out without",
-            hint="open it with data=False, and devices by name: the CPU too",
+            f"{planner!r} has data and cannot be simulated without",
+            hint="open it with data=False and name all devices, including the CPU",
         )
     sched = planner.sched
     clock = sched.clock
@@ -219,7 +219,7 @@ def _outputs(part: MicroBatch) -> list[int]:
 
 
 def _read_logits(planner: Planner, logits: Tensor) -> None:
-    """Let time pass as a session that reads the logits."""
+    """Advance the clock as a session that reads the logits."""
     sched = planner.sched
     backend = sched.tensor_backend(logits)
     assert backend is not None

@@ -1,8 +1,8 @@
-"""Records as a timeline that Perfetto and Chrome open: lanes for the host, each link and each backend.
+"""Writes records as a timeline for Perfetto and Chrome: lanes for the host, each link and each backend.
 
-The first process shows this machine's own times, where work that a backend does after its call returned shows as the
-call. If the records carry virtual times, a second process shows the simulated machine: links each way, work when it
-would be done, and arrows from each copy to the split that reads it.
+The first process of the timeline shows this machine's times; if a backend works on after a call returned, it shows only
+the call. If the records have virtual times, a second process shows the simulated machine: links in both directions, work
+when it would be done, and arrows from each copy to the split that reads it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .viz.store import pack_records, unpack_records
 
 __all__ = ["read_timeline", "trace_events", "write_timeline"]
 
-Event = dict[str, Any]  # of JSON's values
+Event = dict[str, Any]  # values of JSON
 _Timed = CopyRecord | ComputeRecord | WaitRecord | ReadRecord | EventRecord | CallbackRecord
-#: Kinds that are shown as moments.
+#: Kinds of records that are shown as moments.
 _MOMENTS = ("callback", "event")
 _PURPOSES: tuple[str, ...] = get_args(AllocPurpose)
 _Used = dict[tuple[int, str], UsedExpertsRecord]
 
-#: Where the file holds the records; viewers of traces pass over keys that they do not know.
+#: The key of the records in the file; Perfetto ignores unknown keys.
 _RECORDS_KEY = "pyggml"
 
-#: Process ids of the trace.
+#: Process ids in the timeline.
 _WALL, _VIRTUAL = 1, 2
 
 
@@ -52,7 +52,7 @@ class _Slice(NamedTuple):
 
 
 def trace_events(records: Iterable[Record]) -> list[Event]:
-    """Return events of the Trace Event Format, times in microseconds from the first.
+    """Return events in the Trace Event Format; times are microseconds from the first.
 
     Examples
     --------
@@ -81,7 +81,7 @@ def trace_events(records: Iterable[Record]) -> list[Event]:
 
 
 def _memory(pid: int, allocs: Sequence[tuple[AllocRecord, float]]) -> list[Event]:
-    """Return counters of the memory that each backend's device holds, by purpose."""
+    """Return counters of the memory on each backend's device, by purpose."""
     held: dict[str, dict[tuple[str, str], int]] = {}
     events: list[Event] = []
     for record, when_s in allocs:
@@ -102,7 +102,7 @@ def _wall(timed: Sequence[tuple[_Timed, _Slice]], zero_s: float) -> list[_Placed
 
 
 def _virtual(timed: Sequence[tuple[_Timed, _Slice]]) -> list[_Placed]:
-    """Return slices of virtual time, a copy's also on the lanes of its copy engines; a wait for what was over shows nothing."""
+    """Return slices of virtual time. Copies are also on the lanes of their copy engines; waits of no duration are left out."""
     placed: list[_Placed] = []
     for record, shown in timed:
         span = record.virtual
@@ -117,13 +117,13 @@ def _virtual(timed: Sequence[tuple[_Timed, _Slice]]) -> list[_Placed]:
 
 
 def _process(pid: int, name: str, placed: Sequence[_Placed]) -> list[Event]:
-    """Return the slices of one process, after the names of its lanes."""
+    """Return the names of a process's lanes, then its slices."""
     lanes: dict[str, int] = {}
     slices: list[Event] = []
     for s, start_s, duration_s in placed:
         tid = lanes.setdefault(s.lane, len(lanes) + 1)
         event: Event = {"name": s.name, "cat": s.kind, "ts": _us(start_s), "pid": pid, "tid": tid, "args": s.args}
-        # a moment is shown on its lane alone, "t"
+        # "t": shown only on its own lane
         slices.append(event | ({"ph": "i", "s": "t"} if s.kind in _MOMENTS else {"ph": "X", "dur": _us(duration_s)}))
     names: list[Event] = [{"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": name}}]
     names += [
@@ -147,7 +147,7 @@ def _arrows(timed: Sequence[tuple[_Timed, _Slice]], events: Sequence[Event]) -> 
                     continue
                 n_arrows += 1
                 flow = {"name": copy.tensor, "cat": "flow", "id": n_arrows, "pid": _VIRTUAL}
-                # the arrow starts inside the copy's slice: viewers bind it to the slice around its time
+                # the arrow starts inside the copy's slice, because viewers attach it to the slice at its time
                 middle_s = (copy.virtual.start_s + copy.virtual.end_s) / 2
                 arrows.append({**flow, "ph": "s", "ts": _us(middle_s), "tid": tids[shown.lane]})
                 start = _us(record.virtual.start_s)
@@ -161,7 +161,7 @@ def _us(seconds: float) -> float:
 
 
 def _describe(record: _Timed, used: _Used) -> _Slice:
-    """Return lane, name, category and details of one record."""
+    """Return the lane, name, category and details of one record."""
     if isinstance(record, CopyRecord):
         args: dict[str, Any] = {
             "split": record.split,
@@ -190,7 +190,7 @@ def _describe(record: _Timed, used: _Used) -> _Slice:
 
 
 def write_timeline(path: Path, records: Iterable[Record], *, about: Mapping[str, Any] | None = None) -> None:
-    """Write records as one JSON file: the events for Perfetto, and beside them the records themselves.
+    """Write records as one JSON file that contains the events for Perfetto and the records themselves.
 
     Parameters
     ----------
@@ -199,7 +199,7 @@ def write_timeline(path: Path, records: Iterable[Record], *, about: Mapping[str,
     records : iterable of Record
         In the order in which things happened.
     about : mapping, optional
-        What they do not say, of JSON's values: the model, the devices, the options.
+        Facts that are not in the records, as JSON values: the model, the devices, the options.
 
     Raises
     ------
@@ -219,26 +219,26 @@ def write_timeline(path: Path, records: Iterable[Record], *, about: Mapping[str,
 
 
 def read_timeline(path: Path) -> tuple[list[Record], dict[str, Any]]:
-    """Return the records of a file that `write_timeline` wrote, and what it says about them.
+    """Return the records in a file of `write_timeline`, and the facts about them.
 
     Raises
     ------
     OSError
         The file cannot be read.
     FormatError
-        It is no such file, or of a version that held no records.
+        The file is not such a timeline, or has no records.
     """
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(str(path), f"it is no JSON: {error}", hint="give a file that --timeline wrote") from error
+        raise FormatError(str(path), f"it is not JSON: {error}", hint="give a file that --timeline wrote") from error
     if not isinstance(whole, dict) or "traceEvents" not in whole:
-        raise FormatError(str(path), "it is no timeline", hint="give a file that --timeline wrote")
+        raise FormatError(str(path), "it is not a timeline", hint="give a file that --timeline wrote")
     kept = whole.get(_RECORDS_KEY)
     if not isinstance(kept, dict) or not isinstance(kept.get("records"), dict):
         raise FormatError(
             str(path),
-            "it has events for Perfetto, but not the records that they were made of",
+            "it has events for Perfetto, but no records",
             hint="another program or an older pyggml wrote it: record it again with --timeline",
         )
     about = kept.get("about")

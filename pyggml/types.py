@@ -1,7 +1,7 @@
-"""The vocabulary of ggml: element types, ops, flags, usages, and the few limits that change decisions.
+"""ggml's element types, ops, flags and usages, and the few limits that influence decisions.
 
-Values of `Type`, `TensorFlag`, `BufferUsage`, `UnaryOp` and `GluOp` equal upstream's, as they stand in files and in
-``op_params``. Values of `Op` are ours.
+Values of `Type`, `TensorFlag`, `BufferUsage`, `UnaryOp` and `GluOp` equal upstream's, because files and ``op_params``
+contain them. Values of `Op` are ours.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from .errors import GraphError
 MAX_DIMS = 4
 #: Bytes of one tensor; sizes and strides are 64-bit integers.
 MAX_BYTES = 2**63 - 1
-#: Sources of one op; a backend's kept tensors are packed by as many (`ggml_backend_sched_split_graph`).
+#: Maximum number of sources of an op; also the group size of tensors that a backend keeps alive.
 MAX_SRC = 10
-#: Bytes of a name in a trace, one less than upstream's array; names are longer here.
+#: Bytes of a name in a trace, one less than upstream's array. Names in pyggml have no limit.
 MAX_NAME = 63
-#: Inputs after which a split was cut before ggml 0.26, and by which its record grew.
+#: Number of inputs at which a split was cut before ggml 0.26, and by which its list grew.
 SCHED_MAX_SPLIT_INPUTS = 30
-#: Pipeline copies of a parallel scheduler.
+#: Pipeline copies of a scheduler with ``parallel=True``.
 SCHED_MAX_COPIES = 4
 SIZE_MAX = 2**64 - 1
 
 
 class TypeTraits(NamedTuple):
-    """How elements of a type lie in memory."""
+    """The memory layout of an element type."""
 
-    block_size: int  #: elements of a block
-    type_size: int  #: bytes of a block
+    block_size: int  #: elements per block
+    type_size: int  #: bytes per block
     is_quantized: bool
 
 
@@ -79,13 +79,13 @@ class Type(IntEnum):
 
     @property
     def ggml_name(self) -> str:
-        """Upstream's name: lower case, but the K of K-quants."""
+        """Upstream's name: lower case, except the K of K-quants."""
         name = self.name.lower()
         return name[:-1] + "K" if name.endswith("_k") else name
 
     @classmethod
     def of(cls, name: str | Type) -> Type:
-        """Return the type of a name in any case (``"q4_K"``), or the type itself.
+        """Return the type with a name in any case (``"q4_K"``), or the type itself.
 
         Raises
         ------
@@ -101,7 +101,7 @@ class Type(IntEnum):
             raise GraphError(f"no type is called {name!r}", hint=f"there are {known}") from None
 
     def row_size(self, n: int) -> int:
-        """Bytes of n elements in a row; n is a multiple of the block size."""
+        """Return the bytes of a row of ``n`` elements; ``n`` must be a multiple of the block size."""
         return self.type_size * n // self.block_size
 
 
@@ -147,7 +147,7 @@ for _type in Type:
 
 
 class Op(IntEnum):
-    """The ops of ggml 0.26. ``is_view``: the result is another look at a source, nothing is computed."""
+    """The ops of ggml 0.26. If ``is_view``, the result is a view of a source and nothing is computed."""
 
     NONE = 0
     DUP = 1
@@ -254,12 +254,12 @@ class Op(IntEnum):
     # instance attributes, filled below
     is_view: bool
     is_empty: bool  #: nothing is computed: a view op or NONE
-    can_inplace: bool  #: the allocator may give the result a source's memory
-    may_expand: bool  #: a buffer type may ask for more than `nbytes` (ggml 0.26)
+    can_inplace: bool  #: the allocator may put the result in a source's memory
+    may_expand: bool  #: a buffer type may request more than `nbytes` (ggml 0.26)
 
 
 _VIEWS = {Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE}
-#: Mirrors `ggml_op_can_inplace`; CLAMP is in it since 0.26 (`Dialect.clamp_inplace`).
+#: Mirrors `ggml_op_can_inplace`; contains CLAMP since 0.26 (`Dialect.clamp_inplace`).
 _INPLACE = {
     Op.FILL, Op.SCALE, Op.DIAG_MASK_ZERO, Op.DIAG_MASK_INF, Op.ADD, Op.ADD_ID, Op.ADD1, Op.SUB, Op.MUL, Op.DIV, Op.SQR,
     Op.SQRT, Op.LOG, Op.UNARY, Op.ROPE, Op.ROPE_BACK, Op.SILU_BACK, Op.RMS_NORM, Op.RMS_NORM_BACK, Op.CLAMP,
@@ -314,7 +314,7 @@ class GluOp(IntEnum):
 
 
 class TensorFlag(IntEnum):
-    """What a tensor is to its graph: bits of ``Tensor.flags``, which is a plain int as it is tested so often."""
+    """The role of a tensor in its graph: bits of ``Tensor.flags``, a plain int because it is tested often."""
 
     NONE = 0
     INPUT = 1
@@ -325,7 +325,7 @@ class TensorFlag(IntEnum):
 
 
 class BufferUsage(IntEnum):
-    """What a buffer holds; WEIGHTS is what offloading and the used-expert copy look for."""
+    """What a buffer holds. Offloading and used-expert copies apply to WEIGHTS."""
 
     ANY = 0
     WEIGHTS = 1
@@ -333,7 +333,7 @@ class BufferUsage(IntEnum):
 
     @classmethod
     def of(cls, name: str | BufferUsage) -> BufferUsage:
-        """Return the usage of a name in any case (``"weights"``), or the usage itself.
+        """Return the usage with a name in any case (``"weights"``), or the usage itself.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""What another version of ggml changes for a model and its flags: the same decode planned under the rules of each."""
+"""What another version of ggml changes for a model and its flags: one decode, planned with the rules of each version."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from .simulation import simulate_batch
 
 __all__ = ["MEASURES", "DialectCost", "RuleEffect", "Upgrade", "compare_dialects"]
 
-#: What is compared of a decode.
+#: The measures of a decode that are compared.
 MEASURES = ("splits", "copies", "bytes", "waits", "seconds", "compute_buffer_bytes")
 
 
 @dataclass(frozen=True, slots=True)
 class DialectCost:
-    """What one decode takes under the rules of one version.
+    """The cost of one decode with the rules of one version.
 
     Attributes
     ----------
     splits : int
-        That are launched, over all micro-batches.
+        Launched splits of all micro-batches.
     copies, bytes : int
-        Copies between backends, and what they carry.
+        Copies between backends, and their bytes.
     waits : int
-        Waits of the host or a backend, and reads of ids or results, which wait, too.
+        Waits of the host or a backend, and reads of ids or results, which also wait.
     seconds : float or None
-        Virtual time; None where a device has no profile.
+        Virtual time; None if a device has no profile.
     compute_buffer_bytes : int
-        Of all devices.
+        The sum over all devices.
     """
 
     splits: int
@@ -46,11 +46,11 @@ class DialectCost:
     compute_buffer_bytes: int
 
     def differs(self, other: DialectCost) -> bool:
-        """Whether anything is another; virtual times that differ by rounding alone do not."""
+        """Return whether any measure differs; rounding differences of virtual time do not count."""
         return any(self.change(other, name) for name in MEASURES)
 
     def change(self, other: DialectCost, name: str) -> float:
-        """Return how much one measure changes from another decode to this one; 0 if it is not known."""
+        """Return how much one measure changes from another decode to this one; 0 if unknown."""
         before, after = getattr(other, name), getattr(self, name)
         if before is None or after is None:
             return 0
@@ -60,7 +60,7 @@ class DialectCost:
 
 @dataclass(frozen=True, slots=True)
 class RuleEffect:
-    """What a single rule does: the new version, against the new version with the old value of this rule.
+    """The effect of one rule: the new version compared with the new version with the old value of this rule.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ class RuleEffect:
     before, after
         Its values.
     without : DialectCost
-        The new version's decode, but for this rule.
+        The decode with the new version except for this rule.
     """
 
     rule: str
@@ -80,18 +80,18 @@ class RuleEffect:
 
 @dataclass(frozen=True, slots=True)
 class Upgrade:
-    """One batch size, under two versions.
+    """One batch size with two versions.
 
     Attributes
     ----------
     n_tokens : int
     old, new : str
-        Versions.
+        The versions.
     before, after : DialectCost
     effects : list of RuleEffect
-        Rules that change something here; what other rules change does not show in this model with these flags.
+        Rules that change something for this model and these flags.
     silent : list of str
-        Rules that differ and change nothing here.
+        Rules that differ between the versions but change nothing here.
     """
 
     n_tokens: int
@@ -108,13 +108,13 @@ class Upgrade:
 
 
 class _Tally:
-    """A recorder that only counts."""
+    """A recorder that counts."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Set the counts to zero."""
         self.splits = self.copies = self.bytes = self.waits = 0
 
     def record(self, record: Record) -> None:
@@ -128,7 +128,7 @@ class _Tally:
             self.waits += 1
 
 
-#: Opens a planner without data, for a dialect and with a recorder.
+#: Opens a planner without data for a dialect, with a recorder.
 OpenPlanner = Callable[[Dialect, _Tally], Planner]
 
 
@@ -140,12 +140,12 @@ def compare_dialects(
     outputs: Outputs = "last",
     routing: Routing | None = None,
 ) -> Iterator[Upgrade]:
-    """Yield what each step from one version to the next changes, for each batch size.
+    """Yield what changes from each version to the next, for each batch size.
 
     Parameters
     ----------
     open_planner : callable
-        ``(dialect, recorder) -> Planner``, without data; each is closed here.
+        ``(dialect, recorder) -> Planner``, without data; this function closes the planners.
     sizes : sequence of int
         Tokens of each decode, from an empty cache.
     dialects : sequence of Dialect
@@ -180,7 +180,7 @@ def _cost(
     tally = _Tally()
     with closing(open_planner(dialect, tally)) as planner:
         planner.reserve()
-        tally.clear()  # what opening and reserving did is no part of a decode
+        tally.clear()  # opening and reserving are not part of a decode
         seconds = simulate_batch(planner, n, outputs=outputs, routing=routing).seconds
         buffers = sum(m.compute for m in planner.memory())
     return DialectCost(tally.splits, tally.copies, tally.bytes, tally.waits, seconds, buffers)

@@ -1,4 +1,4 @@
-"""Arrays as the bytes of a tensor, and back: converted to its type, quantised, or read out of its blocks."""
+"""Arrays to the bytes of a tensor and back: converted, quantised, or read from blocks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _INTEGERS = frozenset({Type.I8, Type.I16, Type.I32, Type.I64})
 
 
 def _check_integers(tensor: Tensor, values: npt.NDArray[Any]) -> None:
-    """Refuse numbers that a tensor of integers cannot hold, rather than cut them or wrap around."""
+    """Refuse numbers that a tensor of integers cannot hold."""
     import numpy as np
 
     limits = np.iinfo(_NUMPY_TYPE[tensor.type])
@@ -44,17 +44,17 @@ def _check_integers(tensor: Tensor, values: npt.NDArray[Any]) -> None:
         at = int(np.flatnonzero(~held.reshape(-1))[0])
         raise GraphError(
             f"'{tensor.name}' is {tensor.type.ggml_name} and cannot hold {values.reshape(-1)[at]} (element {at})",
-            hint="round, or clip, what is to be written",
+            hint="round or clip the values",
         )
 
 
 def encode_array(tensor: Tensor, array: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-    """Return the bytes that ``tensor`` would hold for ``array``.
+    """Return ``array`` as the bytes of ``tensor``.
 
     Raises
     ------
     ShapeError
-        The shape is another, the tensor has gaps, or its type cannot be quantised to.
+        The shapes differ, the tensor has gaps, or values cannot be quantised to its type.
     """
     import numpy as np
 
@@ -64,7 +64,9 @@ def encode_array(tensor: Tensor, array: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     ):
         raise ShapeError("set_array", f"'{tensor.name}' has shape {tensor.shape}, the array {values.shape}")
     if not tensor.is_contiguous():
-        raise ShapeError("set_array", f"'{tensor.name}' has gaps (nb {tensor.nb})", hint="write the tensor it views")
+        raise ShapeError(
+            "set_array", f"'{tensor.name}' has gaps (nb {tensor.nb})", hint="write the tensor that it views"
+        )
     if tensor.numel == 0:
         return np.empty(0, np.uint8)
     if tensor.type in _INTEGERS:
@@ -89,7 +91,7 @@ def _quantize(tensor: Tensor, values: npt.NDArray[np.float32]) -> npt.NDArray[np
     except NotImplementedError:
         raise ShapeError(
             "set_array",
-            f"numbers cannot be quantised to {tensor.type.ggml_name}",
+            f"values cannot be quantised to {tensor.type.ggml_name}",
             hint="quantise with llama.cpp, or use q4_0, q4_1, q5_0, q5_1, q8_0, mxfp4, f16 or bf16",
         ) from None
     return np_contiguous(rows)
@@ -103,7 +105,7 @@ def np_contiguous(a: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def decode_array(tensor: Tensor, raw: bytes) -> npt.NDArray[Any]:
-    """Return the values in the bytes of ``tensor``, gaps left out."""
+    """Return the values in the bytes of ``tensor``, without gaps."""
     import numpy as np
 
     if tensor.numel == 0:
@@ -117,7 +119,7 @@ def decode_array(tensor: Tensor, raw: bytes) -> npt.NDArray[Any]:
         return values.astype(np.float32) if type is Type.F16 else values.copy()
     if ne[0] % type.block_size:
         raise GraphError(
-            f"'{tensor.name}' cannot be read: rows of {ne[0]} elements are no whole blocks of {type.ggml_name}"
+            f"'{tensor.name}' cannot be read: a row of {ne[0]} elements does not consist of whole blocks of {type.ggml_name}"
         )
     blocks = ne[0] // type.block_size
     packed = np.ndarray(
@@ -131,7 +133,7 @@ def decode_array(tensor: Tensor, raw: bytes) -> npt.NDArray[Any]:
 
 
 def _few_bits(type: Type, packed: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the values of blocks that gguf does not read: a half, then 16 bytes of -1 and 1, or of -1 .. 2."""
+    """Return the values of blocks that the gguf package cannot read: a half, then 16 bytes of -1 and 1, or of -1 .. 2."""
     import numpy as np
 
     n = 2 if type is Type.Q2_0 else 1

@@ -14,7 +14,7 @@ from .types import Op, Type
 
 __all__ = ["RULES", "UsedExperts", "node_work"]
 
-#: From MUL_MAT_ID to the number of distinct experts that its ids name.
+#: Returns the number of distinct experts that the ids of a MUL_MAT_ID name.
 UsedExperts = Callable[[Tensor], float]
 Rule = Callable[[Tensor, UsedExperts], Work]
 
@@ -27,18 +27,18 @@ _NOTHING = Work(n_kernels=0)
 
 
 def node_work(node: Tensor, used_experts: UsedExperts) -> Work:
-    """Return what computing a node takes.
+    """Return the work of computing a node.
 
     Parameters
     ----------
     node : Tensor
         With its sources; views, nodes without elements and what another node's kernel does take nothing.
     used_experts : callable
-        Asked for MUL_MAT_ID, of whose weight only these experts are read.
+        Called for MUL_MAT_ID; only these experts of its weight are read.
 
     Notes
     -----
-    Weights count once a node, however often a kernel reads them from its caches.
+    Weights count once per node, however often a kernel reads them from its caches.
     """
     if node.op.is_empty or node.is_empty or _is_fused(node):
         return _NOTHING
@@ -122,7 +122,7 @@ def _product(node: Tensor, used_experts: UsedExperts) -> Work:
 
 
 def _outer_product(node: Tensor, used_experts: UsedExperts) -> Work:
-    """Rows of a times rows of b, summed over what they share."""
+    """Rows of a times rows of b, summed over the common dimension."""
     flops = 2.0 * _src(node, 0).ne[1] * node.numel
     return Work(Kind.PRODUCT, flops, _moved(node), type=Type.F32, columns=node.ne[1], n_tokens=node.ne[1])
 
@@ -166,7 +166,7 @@ def _lightning_indexer(node: Tensor, used_experts: UsedExperts) -> Work:
 
 
 _PRODUCTS = {Op.MUL_MAT, Op.MUL_MAT_ID}
-#: What an op takes, where that is more than passing over its sources and its result.
+#: The operations of ops that do more than pass over their sources and result.
 RULES: dict[Op, Rule] = {
     Op.MUL_MAT: _product,
     Op.MUL_MAT_ID: _product,
@@ -206,7 +206,7 @@ def _moved(node: Tensor) -> float:
 
 
 def _touched(src: Tensor, node: Tensor) -> int:
-    """Return the bytes of a source that are read: rows that are picked, not the table they are picked from."""
+    """Return the bytes of a source that are read: only the selected rows of a table."""
     if node.op is Op.GET_ROWS and src is node.src[0]:
         return src.row_size * node.nrows
     if node.op is Op.SET_ROWS and src is not node.src[0]:

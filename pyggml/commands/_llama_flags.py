@@ -1,8 +1,8 @@
-"""llama.cpp's flags in our words, so that a command line of llama-cli, llama-server or llama-bench can be pasted.
+"""Translation of llama.cpp's flags, so that users can paste command lines of llama-cli, llama-server and llama-bench.
 
-Each flag of llama.cpp is one of four: an option of the command under the same name, which `translate` leaves alone; an
-option under another name, or with other values; one without effect on splits, copies, memory and time, which is named in
-a warning; one that changes what is computed and is not supported, which is refused.
+There are four kinds of flags: options of the command with the same name, which `translate` does not change; options with
+another name or other values; flags without effect on splits, copies, memory and time, which are named in a warning; and
+flags that change the result and are not supported, which are refused.
 """
 
 from __future__ import annotations
@@ -89,15 +89,17 @@ _REFUSED = _each(
     --yarn-beta-slow --yarn-beta-fast --override-kv --lora --lora-scaled --control-vector --control-vector-scaled
     --control-vector-layer-range --pooling --attention -gan --grp-attn-n -gaw --grp-attn-w
     """,
-    "it changes what is computed, which is not supported",
+    "it changes the result and is not supported",
 ) | {
     "--rpc": "name the servers as devices: --device rpc:HOST:PORT,cpu",
     **dict.fromkeys(
         ("-mu", "--model-url", "-dr", "--docker-repo"),
-        "nothing is downloaded: give a file, or a name of `pyggml models`",
+        "pyggml does not download models: give a file, or a name from `pyggml models`",
     ),
-    **dict.fromkeys(("-hff", "--hf-file"), "nothing is downloaded: give the quantisation as -hf USER/MODEL:QUANT"),
-    **dict.fromkeys(("-f", "--file"), "give the text itself as --prompt"),
+    **dict.fromkeys(
+        ("-hff", "--hf-file"), "pyggml does not download models: give the quantisation as -hf USER/MODEL:QUANT"
+    ),
+    **dict.fromkeys(("-f", "--file"), "give the text with --prompt"),
 }
 #: Our word for theirs; a word of the command itself comes first.
 _SAME = {
@@ -111,18 +113,18 @@ _LOAD_MODES = {"auto": "--mmap", "mmap": "--mmap", "mmap+mlock": "--mmap"} | dic
 
 
 class Translated:
-    """What a command line comes to.
+    """A translated command line.
 
     Attributes
     ----------
     words : list of str
-        For the command itself.
+        The words for the command.
     ignored : list of str
         Flags without effect, with their values.
     models : list of str
-        Of ``-m`` and ``-hf``.
+        The values of ``-m`` and ``-hf``.
     sizes : list of str
-        Batch sizes of llama-bench's ``-p`` and ``-n``.
+        The batch sizes of llama-bench's ``-p`` and ``-n``.
     """
 
     def __init__(self) -> None:
@@ -133,19 +135,19 @@ class Translated:
 
 
 def translate(args: Collection[str], own: Mapping[str, bool]) -> Translated:
-    """Return a command line in the command's own words.
+    """Translate llama.cpp's flags into the command's options.
 
     Parameters
     ----------
     args : sequence of str
-        As the user typed them.
+        The words that the user typed.
     own : mapping of str to bool
-        The command's options, and whether a value follows.
+        The command's options, and whether each takes a value.
 
     Raises
     ------
     click.UsageError
-        A flag is refused, unknown, or lacks its value.
+        A flag is refused or unknown, or its value is missing.
     """
     found, rest = Translated(), list(args)
     while rest:
@@ -206,9 +208,9 @@ def translate(args: Collection[str], own: Mapping[str, bool]) -> Translated:
 
 
 def _value(flag: str, given: str | None, rest: list[str]) -> str:
-    """Return the value behind the equals sign; else the next word, which is taken out of the rest."""
+    """Return the value after the equals sign, or else take the next word from the rest."""
     if given is not None:
         return given
     if not rest:
-        raise click.UsageError(f"{flag}: a value must follow")
+        raise click.UsageError(f"{flag}: its value is missing")
     return rest.pop(0)

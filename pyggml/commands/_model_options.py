@@ -1,4 +1,4 @@
-"""Options that `run` and `splits` share: llama.cpp's names and meaning."""
+"""Options that several commands share, with llama.cpp's names and meaning."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _PLACING = ("override_tensor", "cpu_moe", "n_cpu_moe", "n_cpu_ffn")
 
 
 class LayerCount(click.ParamType[int]):
-    """A number of layers, ``all``, or ``auto``, which is all, too, as nothing is lowered until it fits."""
+    """A number of layers, ``all`` or ``auto``. Here ``auto`` means all: pyggml does not lower the number until the model fits."""
 
     name = "N|all|auto"
 
@@ -57,15 +57,15 @@ class LayerCount(click.ParamType[int]):
         try:
             return int(value)
         except ValueError:
-            self.fail(f"{value!r} is no number of layers", param, ctx)
+            self.fail(f"{value!r} is not a number of layers", param, ctx)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFlags:
-    """The shared options as given."""
+    """The values of the shared options."""
 
     n_gpu_layers: int
-    overrides: tuple[str, ...]  #: of -ot, --cpu-moe and the like, in their order
+    overrides: tuple[str, ...]  #: -ot, --cpu-moe and the like, in their order
     n_ctx: int
     n_batch: int
     n_ubatch: int
@@ -86,13 +86,13 @@ class ModelFlags:
     expert_copy: str
 
     def placement(self) -> PlacementFlags:
-        """Return where weights are to go."""
+        """Return the flags that place weights."""
         from ..models.placement import PlacementFlags
 
         try:
             shares = tuple(float(s) for s in self.tensor_split.split(",") if s)
         except ValueError:
-            raise click.UsageError(f"-ts {self.tensor_split}: shares are numbers, as in 3,1") from None
+            raise click.UsageError(f"-ts {self.tensor_split}: shares are numbers, such as 3,1") from None
         return PlacementFlags(
             n_gpu_layers=self.n_gpu_layers,
             overrides=self.overrides,
@@ -101,7 +101,7 @@ class ModelFlags:
         )
 
     def context(self, *, n_ctx: int | None = None) -> ContextFlags:
-        """Return what the context is to be; ``n_ctx`` holds if none was given."""
+        """Return the flags of the context; ``n_ctx`` is used if -c was not given."""
         from ..models.context import ContextFlags
         from ..types import Type
 
@@ -123,7 +123,7 @@ class ModelFlags:
         )
 
     def policy(self) -> CopyPolicy | Literal["used"]:
-        """Return what copies split inputs; "used" is the scheduler's default."""
+        """Return the copy policy; "used" is the scheduler's default."""
         from ..sched.policies import FullCopier, UpstreamCopier
 
         if self.expert_copy == "used":
@@ -132,34 +132,34 @@ class ModelFlags:
 
 
 _PLACEMENT = cloup.option_group(
-    "Where weights go, as in llama.cpp",
+    "Placement, as in llama.cpp",
     cloup.option("-dev", "--device", type=DeviceList(), default=DEFAULT_DEVICES, show_default=True,
-                 help="Devices, the CPU last; `pyggml devices` lists them."),
+                 help="Devices, separated by commas, the CPU last; `pyggml devices` lists them."),
     cloup.option("-ngl", "--gpu-layers", "--n-gpu-layers", "n_gpu_layers", type=LayerCount(), default=-1,
-                 help="Layers on devices, from the last. [all]"),
+                 help="Layers on devices, counted from the last. [all]"),
     cloup.option("-cmoe", "--cpu-moe", is_flag=True, help="Keep all experts in host memory."),
     cloup.option("-ncmoe", "--n-cpu-moe", type=click.IntRange(0), multiple=True, metavar="N",
                  help="Keep the experts of the first N layers in host memory."),
     cloup.option("-ncffn", "--n-cpu-ffn", type=click.IntRange(0), multiple=True, metavar="N",
-                 help="Keep the dense feed-forward weights of the first N layers there."),
+                 help="Keep the dense feed-forward weights of the first N layers in host memory."),
     cloup.option("-ot", "--override-tensor", multiple=True, metavar="REGEX=BUFT",
-                 help="Put matching weights into a buffer type. Of these four, the first that matches holds."),
-    cloup.option("-ts", "--tensor-split", default="", metavar="N,N", help="Shares of the devices. [by free memory]"),
+                 help="Put matching weights in a buffer type. Of -ot, -cmoe, -ncmoe and -ncffn, the first match counts."),
+    cloup.option("-ts", "--tensor-split", default="", metavar="N,N", help="Share of each device. [by free memory]"),
     cloup.option("-sm", "--split-mode", type=click.Choice(["layer", "none", "row", "tensor"]), default="layer",
-                 show_default=True, help="none: one device only, that of -mg. row and tensor are refused."),
+                 show_default=True, help="none: use only the device of -mg. row and tensor are not supported."),
     cloup.option("-mg", "--main-gpu", type=click.IntRange(0), default=0, show_default=True, metavar="N",
-                 help="With -sm none: which device, from 0."),
+                 help="With -sm none: the device to use, from 0."),
     cloup.option("--mmap/--no-mmap", "use_mmap", default=True,
-                 help="Use weights in host memory where the file is mapped. [on]"),
+                 help="Map the file and use host weights in place. [on]"),
 )  # fmt: skip
 _CONTEXT = cloup.option_group(
     "Context and KV cache, as in llama.cpp",
     cloup.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, metavar="N",
-                 help="Tokens of context. [what is needed, or trained]"),
+                 help="Tokens of context. [as needed, or as trained]"),
     cloup.option("-b", "--batch-size", "n_batch", type=click.IntRange(1), default=2048, show_default=True, metavar="N",
-                 help="Tokens of a batch at most."),
+                 help="Maximum tokens per batch."),
     cloup.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(1), default=512, show_default=True, metavar="N",
-                 help="Tokens of a micro-batch, that is of one graph, at most."),
+                 help="Maximum tokens per micro-batch (one graph)."),
     cloup.option("-fa", "--flash-attn", type=click.Choice(["on", "off", "auto"]), default="auto", show_default=True,
                  help="Flash attention."),
     cloup.option("-ctk", "--cache-type-k", "type_k", type=_CACHE_TYPE, metavar="TYPE", default="f16", show_default=True,
@@ -168,25 +168,25 @@ _CONTEXT = cloup.option_group(
                  help="Type of V."),
     cloup.option("--kv-offload/--no-kv-offload", default=True, help="Keep the KV cache on the device. [on]"),
     cloup.option("-np", "--parallel", "n_seq_max", type=click.IntRange(-1), default=None, metavar="N",
-                 help="Sequences that share the context; for splits the slots of llama-server. -1: 4, one cache. [1]"),
-    cloup.option("-kvu", "--kv-unified/--no-kv-unified", default=False, help="One KV cache for all sequences. [off]"),
-    cloup.option("--swa-full", is_flag=True, help="Full-size cache for layers with a sliding window."),
+                 help="Sequences in the context; for splits: slots of llama-server. -1: 4 with a shared cache. [1]"),
+    cloup.option("-kvu", "--kv-unified/--no-kv-unified", default=False, help="Use one KV cache for all sequences. [off]"),
+    cloup.option("--swa-full", is_flag=True, help="Use a full-size cache for layers with a sliding window."),
 )  # fmt: skip
 _COMPUTING = cloup.option_group(
     "Computing",
     cloup.option("-t", "--threads", type=click.IntRange(1), default=None, metavar="N",
-                 help="Threads of the CPU's kernels. [cores]"),
-    cloup.option("--op-offload/--no-op-offload", default=True, help="Let devices take ops with host weights. [on]"),
+                 help="CPU threads. [cores]"),
+    cloup.option("--op-offload/--no-op-offload", default=True, help="Let devices run ops with host weights. [on]"),
     cloup.option("--expert-copy", type=click.Choice(EXPERT_COPIES), default="used", show_default=True,
-                 help="What is copied of an expert weight."),
+                 help="Copy used experts, used experts as upstream does, or whole weights."),
 )  # fmt: skip
 
 
 class ModelCommand(cloup.Command):
-    """A command with `model_options`: it takes llama.cpp's flags, and keeps the order of options in which the first holds."""
+    """A command with `model_options`. It accepts llama.cpp's flags and keeps the order of placing options."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, and note placing options as they came."""
+        """Parse, and keep the order of placing options."""
         if not ctx.resilient_parsing:
             args = self.translate(ctx, args)
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
@@ -202,7 +202,7 @@ class ModelCommand(cloup.Command):
         return super().parse_args(ctx, args)
 
     def translate(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Return a pasted command line in this command's words; what has no effect is named in one line."""
+        """Return a llama.cpp command line as this command's options; warn of flags without effect."""
         options = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]
         own = {name: not (o.is_flag or o.count) for o in options for name in (*o.opts, *o.secondary_opts)}
         try:
@@ -211,28 +211,28 @@ class ModelCommand(cloup.Command):
             error.ctx = ctx
             raise
         if found.ignored:
-            warn(f"without effect here: {', '.join(found.ignored)}")
+            warn(f"no effect in pyggml: {', '.join(found.ignored)}")
         return found.words
 
 
 def is_model_option(name: str) -> bool:
-    """Return whether a parameter of a command is one of `model_options`, those of `placing_words` aside."""
+    """Return whether a parameter is one of `model_options`, except those of `placing_words`."""
     return name in ModelFlags.__slots__
 
 
 def placing_words(ctx: click.Context) -> list[str]:
-    """Return the options that place weights by name as they were given, in their order."""
+    """Return the options that place weights by name, in the order of the command line."""
     return [w if w.startswith("--") else f"--override-tensor {w}" for w in ctx.meta.get(__name__, ())]
 
 
 def flags_of(ctx: click.Context) -> ModelFlags:
-    """Return the shared options of a command that was parsed."""
+    """Return the shared options of a parsed command."""
     own = {f: ctx.params[f] for f in ModelFlags.__slots__ if f != "overrides"}
     return ModelFlags(overrides=tuple(ctx.meta[__name__]), **own)
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command of `ModelCommand` the shared options; it gets them as ``flags: ModelFlags``."""
+    """Add the shared options to a `ModelCommand`; the function gets them as ``flags: ModelFlags``."""
 
     @functools.wraps(function)
     def call(**given: Any) -> Any:
@@ -250,17 +250,17 @@ def parse_sizes(text: str) -> list[int]:
     except ValueError:
         sizes = []
     if not sizes or min(sizes) < 1:
-        raise click.UsageError(f"--batches {text}: sizes are numbers above 0 with commas between")
+        raise click.UsageError(f"--batches {text}: give numbers above 0, separated by commas")
     return sizes
 
 
 def device_names(flags: ModelFlags) -> list[str]:
-    """Return the names of the devices asked for, without the CPU.
+    """Return the names of the requested devices, without the CPU.
 
     Raises
     ------
     DeviceUnavailableError
-        The CPU is not the last.
+        The CPU is not the last device.
     """
     from ..backend import REGISTRY, split_devices
 
@@ -268,25 +268,29 @@ def device_names(flags: ModelFlags) -> list[str]:
     if names and names[-1] == "cpu":
         names.pop()
     if "cpu" in names:
-        raise DeviceUnavailableError("cpu", "the CPU comes last in a list of devices", hint=f"not {flags.device}")
+        raise DeviceUnavailableError("cpu", "the CPU must be the last device in the list", hint=f"got {flags.device}")
     if names == ["none"]:
         names = []
     if flags.split_mode in ("row", "tensor"):
-        raise click.UsageError(f"-sm {flags.split_mode}: weights are split by layers only here (-sm layer)")
+        raise click.UsageError(
+            f"-sm {flags.split_mode}: not supported; pyggml splits weights by layers only (-sm layer)"
+        )
     if flags.split_mode == "none" and names:
         if flags.main_gpu >= len(names):
-            raise click.UsageError(f"-mg {flags.main_gpu}: there are {len(names)} devices beside the CPU, from 0")
+            raise click.UsageError(
+                f"-mg {flags.main_gpu}: there are {len(names)} devices besides the CPU, numbered from 0"
+            )
         names = [names[flags.main_gpu]]
     return names
 
 
 def open_backends(flags: ModelFlags, *, data: bool = True) -> tuple[list[Backend], Backend]:
-    """Return the backends of the devices asked for, and the CPU's.
+    """Return the backends of the requested devices, and the CPU's.
 
     Raises
     ------
     DeviceUnavailableError
-        One is not there.
+        A device does not exist.
     """
     from ..backend import REGISTRY
     from ..backends.host import CPU

@@ -1,4 +1,4 @@
-"""Timelines and pages of what a command did, as `run` and `splits` write them, and what these say of a model."""
+"""Writes the timelines and pages of `run` and `splits`, and describes models and devices in them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["about_devices", "about_model", "check_outputs", "given_options", "wr
 
 
 def check_outputs(model: Path | None, *paths: Path | None) -> None:
-    """Refuse files to write whose folder does not exist, that are the model, or that are one file, before anything is computed.
+    """Refuse outputs whose folder does not exist, that are the model, or that are the same file, before anything is computed.
 
     Raises
     ------
     click.UsageError
-        There is such a file.
+        An output is refused.
     """
     written: list[Path] = []
     for path in paths:
@@ -38,11 +38,9 @@ def check_outputs(model: Path | None, *paths: Path | None) -> None:
         if not path.absolute().parent.is_dir():
             raise click.UsageError(f"{path}: its folder does not exist")
         if model is not None and _is_part(path, model):
-            raise click.UsageError(f"{path} is the model, which would be overwritten: write to another file")
+            raise click.UsageError(f"{path} is the model and would be overwritten: choose another file")
         if any(_same(path, other) for other in written):
-            raise click.UsageError(
-                f"{path} is given for two outputs, of which one would be lost: give each its own file"
-            )
+            raise click.UsageError(f"{path} is given for two outputs: choose a different file for each")
         written.append(path)
 
 
@@ -53,7 +51,7 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def _is_part(path: Path, model: Path) -> bool:
-    """Return whether a file is the model, or one of the parts that are beside it."""
+    """Return whether a file is the model, or one of the other files of a split model."""
     if not path.exists() or not model.exists():
         return False
     a, b = (re.sub(r"-\d{5}-of-", "-N-of-", str(p.resolve())) for p in (path, model))
@@ -61,7 +59,7 @@ def _is_part(path: Path, model: Path) -> bool:
 
 
 def about_model(file: GGUFFile, hparams: ModelFacts) -> dict[str, Any]:
-    """Return what pages and JSON say of a model."""
+    """Return the facts about a model for pages and JSON."""
     return {
         "path": str(file.path),
         "name": hparams.name,
@@ -73,7 +71,7 @@ def about_model(file: GGUFFile, hparams: ModelFacts) -> dict[str, Any]:
 
 
 def about_devices(backends: Sequence[Backend], clock: VirtualClock | None = None) -> list[dict[str, Any]]:
-    """Return what pages and JSON say of devices: with a clock, what it assumes of each, and the size of their memory."""
+    """Return the facts about devices for pages and JSON: memory sizes and, with a clock, its assumptions."""
     described = [b.device.description for b in backends]
     if clock is not None:
         described = [p.description for p in clock.profiles]
@@ -88,7 +86,7 @@ def about_devices(backends: Sequence[Backend], clock: VirtualClock | None = None
 
 
 def given_options() -> str:
-    """Return the shared options of the command that runs, as they were given."""
+    """Return the shared options of the running command, as given."""
     ctx = click.get_current_context(silent=True)
     if ctx is None:
         return ""
@@ -109,14 +107,14 @@ def given_options() -> str:
 def write_records(
     records: Iterable[Record], about: dict[str, Any], *, timeline: Path | None, html: Path | None, name: str
 ) -> None:
-    """Write what was recorded as a timeline, as a page, or as both.
+    """Write records as a timeline, as a page, or as both.
 
     Parameters
     ----------
     records : iterable of Record
         In the order in which things happened.
     about : dict
-        What they do not say; see `view_of_records`.
+        Facts that are not in the records; see `view_of_records`.
     timeline, html : Path or None
         Where to.
     name : str

@@ -1,4 +1,4 @@
-"""What `run` does once its options are read: devices and model opened, prompt and answer, results written, report."""
+"""The work of `pyggml run`: open devices and model, evaluate, generate, write results, report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..sampling import make_sampler
 from ..session import Session, TopK
 from ..tokenizer import StreamDecoder, Tokenizer
 from ._console import print_json, progress, report, warn
-from ._conversation import Conversation
+from ._conversation import Conversation, LineError, help_text, parse_line
 from ._kernels import warm_up
 from ._model_options import ModelFlags, device_names, open_backends
 from ._page import about_devices, about_model, given_options, write_records
@@ -49,7 +49,7 @@ __all__ = ["Output", "converse", "evaluate"]
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where results go."""
+    """The files and formats of the results."""
 
     as_json: bool
     timeline: Path | None
@@ -62,7 +62,7 @@ class Output:
 
 @dataclass(slots=True)
 class _Run:
-    """A session, and what is told of it."""
+    """A session and its report."""
 
     session: Session | LlamaModel
     tokenizer: Tokenizer
@@ -72,9 +72,9 @@ class _Run:
     routing: RoutingRecorder | None = None
 
     def finish(self) -> None:
-        """Write what was recorded and print the report, complete or not."""
+        """Write the records and print the report, also after an error."""
         if not self.report.is_complete and not self.report.shapes:
-            return  # nothing happened that is worth a report
+            return  # nothing to report
         try:
             self._write()
         finally:
@@ -117,7 +117,7 @@ class _Run:
             self.report.print(report())
 
     def emit(self, text: str) -> None:
-        """Take a piece of the answer."""
+        """Receive a piece of the answer."""
         self.report.text += text
         if not self.output.as_json and text:
             echo_piece(text)
@@ -136,7 +136,7 @@ def evaluate(
     system: str,
     ignore_eos: bool,
 ) -> None:
-    """Evaluate a prompt, or the ids given instead, generate, and report however it ends."""
+    """Evaluate a prompt or ids, generate, and report, also after an error."""
     start_s = time.perf_counter()
     with GGUFFile.open(model) as file:
         require_model(file)
@@ -162,7 +162,7 @@ def converse(
     *,
     system: str,
 ) -> None:
-    """Take turns until the input ends, then report."""
+    """Answer each message until the input ends or ``/exit``, then report."""
     start_s = time.perf_counter()
     with GGUFFile.open(model) as file:
         require_model(file)
@@ -171,14 +171,16 @@ def converse(
             talk = Conversation(run.session, tokenizer, make_sampler(sampler))
             if system:
                 talk.messages.append({"role": "system", "content": system})
-            for text in _lines(prompt):
+            if sys.stdin.isatty():
+                click.echo("Type a message. /help lists commands, Ctrl-D ends.", err=True)
+            for text in _messages(talk, prompt):
                 with run.report.timed("turns"):
                     talk.turn(text, n_predict, echo_piece)
                 click.echo()
 
 
 def echo_piece(text: str) -> None:
-    """Print a piece of a model's text as it is; on a terminal, control characters are made visible."""
+    """Print a piece of a model's text. On a terminal, control characters are made visible."""
     click.echo(visible(text) if sys.stdout.isatty() else text, nl=False)
 
 
@@ -186,12 +188,12 @@ def echo_piece(text: str) -> None:
 def _open(
     flags: ModelFlags, file: GGUFFile, tokenizer: Tokenizer, output: Output, start_s: float, *, n_tokens: int | None
 ) -> Iterator[_Run]:
-    """Open devices and the model for the block; when it ends, write and report.
+    """Open devices and the model for the block. When the block ends, write the records and the report.
 
     Parameters
     ----------
     start_s : float
-        When the command began, of ``time.perf_counter``.
+        Start of the command, from ``time.perf_counter``.
     n_tokens : int or None
         Tokens that the context must hold; None for a conversation.
     """
@@ -234,7 +236,7 @@ def _open(
 
 
 class _Opening:
-    """What a run needs before the model is there; `open` then opens it in pyggml or in llama.cpp."""
+    """The facts about a run before the model is open; `open` opens it in pyggml or in llama.cpp."""
 
     def __init__(self, flags: ModelFlags, file: GGUFFile, output: Output, n_tokens: int | None) -> None:
         self.flags, self.file, self.output = flags, file, output
@@ -252,7 +254,7 @@ class _Opening:
         self.kernels_s = self.load_s = 0.0
 
     def open(self, recorder: Recorder, progress: Progress) -> tuple[Session | LlamaModel, list[Backend]]:
-        """Return the model, ready, and the backends that it has, the CPU's last."""
+        """Open and return the model, and its backends with the CPU's last."""
         start_s = time.perf_counter()
         is_llama = self.output.engine == "llama"
         backends, cpu = open_backends(self.flags, data=not is_llama)
@@ -290,23 +292,23 @@ class _Opening:
 
 
 def _check_room(flags: ModelFlags, hparams: ModelFacts, n_tokens: int) -> None:
-    """Refuse a context that is too small before anything is loaded; warn of one that the model never saw."""
+    """Refuse a context that is too small before loading; warn if it is longer than the trained one."""
     if flags.n_ctx and n_tokens > flags.n_ctx:
         raise GraphError(
-            f"the prompt and -n need {n_tokens} tokens, -c gives {flags.n_ctx}",
+            f"the prompt and -n need {n_tokens} tokens, but -c is {flags.n_ctx}",
             hint=f"use -c {n_tokens} or more, or a shorter prompt",
         )
     if n_tokens > hparams.n_ctx_train:
         if not flags.n_ctx:
             raise GraphError(
-                f"the prompt and -n need {n_tokens} tokens, the model was trained with {hparams.n_ctx_train}",
-                hint="use a shorter prompt, or -c to go beyond",
+                f"the prompt and -n need {n_tokens} tokens, but the model was trained with {hparams.n_ctx_train}",
+                hint="use a shorter prompt, or set -c to use a longer context",
             )
         warn(f"the context is longer than the {hparams.n_ctx_train} tokens that the model was trained with")
 
 
 def _evaluate_prompt(run: _Run, ids: list[int]) -> npt.NDArray[np.float32]:
-    """Evaluate the prompt; write all its logits, or what experts it used, if that was asked for."""
+    """Evaluate the prompt, and write its logits and chosen experts if requested."""
     last: npt.NDArray[np.float32]
     if run.output.logits is None and run.output.routing is None:
         last = run.session.decode(ids, outputs="last")[-1]
@@ -322,7 +324,7 @@ def _evaluate_prompt(run: _Run, ids: list[int]) -> npt.NDArray[np.float32]:
 
 
 def _save(path: Path, **arrays: npt.NDArray[np.generic]) -> None:
-    """Write arrays to a file of exactly that name, or of that name with `.npz`, as numpy names them."""
+    """Write arrays to a file; `.npz` is appended as numpy does, unless the file exists."""
     with (
         aside(path if path.suffix == ".npz" or path.exists() else path.with_name(f"{path.name}.npz")) as part,
         part.open("wb") as file,
@@ -334,7 +336,7 @@ def _save(path: Path, **arrays: npt.NDArray[np.generic]) -> None:
 def _generate(
     run: _Run, logits: npt.NDArray[np.float32], n_predict: int, flags: SamplerFlags, *, ignore_eos: bool
 ) -> None:
-    """Draw tokens until there are ``n_predict`` or the text ends."""
+    """Generate ``n_predict`` tokens, or until the text ends."""
     told = run.report
     told.account.phase = "generate"
     if run.routing is not None:
@@ -365,10 +367,25 @@ def _encode(tokenizer: Tokenizer, prompt: str | None, *, chat: bool, system: str
     return ids
 
 
-def _lines(first: str | None) -> Iterator[str]:
-    """Yield what the user says: the prompt, then lines until the input ends."""
+def _messages(talk: Conversation, first: str | None) -> Iterator[str]:
+    """Yield the messages to the model: the prompt, then lines; execute lines that are commands."""
     if first is not None:
         yield first
+    for line in _lines():
+        try:
+            command, argument = parse_line(line)
+            if command == "/exit":
+                return
+            if command == "/help":
+                click.echo(help_text(), err=True)
+            elif (message := talk.execute(command, argument)) is not None:
+                yield message
+        except LineError as error:
+            warn(str(error))
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines of the input that are not empty."""
     while True:
         try:
             line = (
@@ -381,12 +398,12 @@ def _lines(first: str | None) -> Iterator[str]:
 
 
 class _Tee:
-    """Gives each record to several recorders."""
+    """Passes each record to several recorders."""
 
     def __init__(self, first: Recorder, second: Recording | None) -> None:
         self.recorders: list[Recorder] = [first] if second is None else [first, second]
 
     def record(self, record: Record) -> None:
-        """Give a record to each."""
+        """Pass a record to each recorder."""
         for recorder in self.recorders:
             recorder.record(record)

@@ -27,7 +27,7 @@ __all__ = ["BatchShape", "RunReport"]
 
 @dataclass(slots=True)
 class BatchShape:
-    """Micro-batches of one size: they share a plan."""
+    """Micro-batches of one size, which share a plan."""
 
     n_tokens: int
     n_splits: int
@@ -43,7 +43,7 @@ class BatchShape:
 
 @dataclass(slots=True)
 class RunReport:
-    """Everything that `run` tells of itself; filled while it goes on, so that a part of it can be shown at any time."""
+    """The report of `run`. It is filled during the run, so that it can be printed at any time."""
 
     model: dict[str, Any]
     devices: list[dict[str, Any]]
@@ -63,7 +63,7 @@ class RunReport:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the time of the block to a phase: that of this machine, and that of the simulated one."""
+        """Add the time of the block to a phase, on this machine and on the simulated one."""
         start_s = time.perf_counter()
         try:
             with nullcontext() if self.virtual is None else self.virtual.timed(phase):
@@ -72,7 +72,7 @@ class RunReport:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start_s
 
     def watch(self, session: Session | LlamaModel, backends: Sequence[Backend]) -> None:
-        """Take note of the session's memory, and of every micro-batch from now on."""
+        """Record the session's memory, and every micro-batch from now on."""
         self.memory = memory_fits([m for m in session.memory() if m.total], backends)
 
         def on_batch(batch: BatchRecord) -> None:
@@ -118,7 +118,7 @@ class RunReport:
         }
 
     def _counts(self) -> dict[str, int]:
-        """Return the tokens evaluated in each phase; the first generated one comes with the prompt."""
+        """Return the tokens evaluated in each phase; the first generated token counts for the prompt."""
         n_evaluated = sum(s.n_tokens * s.n_batches for s in self.shapes.values())
         return {"prompt": self.n_prompt, "generate": max(self.n_generated - 1, 0), "turns": n_evaluated}
 
@@ -133,7 +133,7 @@ class RunReport:
     # -- as tables -----------------------------------------------------------
 
     def print(self, console: Console) -> None:
-        """Print the report for people."""
+        """Print the report as tables."""
         for i, part in enumerate(self._parts()):
             if i:
                 console.print()
@@ -150,8 +150,8 @@ class RunReport:
         return parts
 
     def _splits_table(self) -> RenderableType:
-        right = ("tokens", "batches", "splits", "inputs", "nodes", "copied", "if whole")
-        made = table("Splits by batch size", "tokens", "batches", "splits", "on", "inputs", "nodes", "copied",
+        right = ("tokens", "micro-batches", "splits", "inputs", "nodes", "copied", "if whole")
+        made = table("Splits by micro-batch size", "tokens", "micro-batches", "splits", "on", "inputs", "nodes", "copied",
                      "if whole", right=right, free=("on",))  # fmt: skip
         for s in self.shapes.values():
             where = ", ".join(f"{n} × {name}" for name, n in s.splits_by_backend.items())
@@ -183,7 +183,7 @@ class RunReport:
         total = self.account.total()
         saved = total.bytes_full - total.bytes_copied
         text = (
-            f"Copied {n_bytes(total.bytes_copied)} of expert weights; whole copies would have moved "
+            f"Copied {n_bytes(total.bytes_copied)} of expert weights; full copies would have copied "
             f"{n_bytes(total.bytes_full)}: {total.ratio:.0%}, {n_bytes(saved)} saved."
         )
         if self.link is not None:
@@ -202,7 +202,7 @@ class RunReport:
         counts = self._counts()
         phases = {phase: s for phase, s in self.seconds.items() if phase != "total"}
         total_s = self.seconds.get("total", sum(phases.values()))
-        for phase, seconds in {**phases, "rest": max(total_s - sum(phases.values()), 0.0), "total": total_s}.items():
+        for phase, seconds in {**phases, "other": max(total_s - sum(phases.values()), 0.0), "total": total_s}.items():
             rate = rates.get(phase)
             made.add_row(phase, f"{seconds:.3f}", str(counts.get(phase, "")), "" if rate is None else f"{rate:,.1f}")
         return made

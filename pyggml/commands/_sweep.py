@@ -1,4 +1,4 @@
-"""Lists in options, as llama-bench has them: each combination planned, one table with rows such as pp2048 and tg128."""
+"""Lists in options, like llama-bench's: plans each combination, and prints one table with rows such as pp2048 and tg128."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _KEY = __name__
 
 
 class SweepCommand(ModelCommand):
-    """A command whose options of `LISTS` may be lists; it is parsed with the first value of each."""
+    """A command whose options in `LISTS` accept lists; it is parsed with the first value of each."""
 
     def translate(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Return the words of the first combination; all are kept for `combinations`."""
+        """Return the words of the first combination; `combinations` has all."""
         words = super().translate(ctx, args)
         names = {o: p.name for p in self.get_params(ctx) for o in p.opts}
         choices = [
@@ -48,7 +48,7 @@ class SweepCommand(ModelCommand):
 
 
 def combinations(ctx: click.Context) -> list[tuple[dict[str, str], ModelFlags]]:
-    """Return each combination of a command's lists: what varies, and all flags; one without labels if there is no list."""
+    """Return each combination of a command's lists: labels of what varies, and all flags. Without a list there is one, without labels."""
     if _KEY not in ctx.meta:
         return [({}, flags_of(ctx))]
     return [(labels, flags_of(ctx.command.make_context("splits", list(words)))) for labels, words in ctx.meta[_KEY]]
@@ -68,7 +68,7 @@ def sweep_rows(
 
     Notes
     -----
-    A batch of one token is called tg128: each of 128 tokens takes the graph of the first, as a cache of up to 256 tokens
+    A batch of one token is called tg128: all 128 tokens use the graph of the first, because a cache of up to 256 tokens
     is read as one of 256.
     """
     from ..cost import host_profile
@@ -103,7 +103,7 @@ def sweep_rows(
 
 
 def print_sweep(rows: Sequence[dict[str, Any]], form: str | None) -> None:
-    """Print rows as llama-bench's formats, or as a table for people."""
+    """Print rows in one of llama-bench's formats, or as a table."""
     if form == "json":
         click.echo(json.dumps(rows, indent=2))
     elif form == "jsonl":

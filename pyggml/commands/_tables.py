@@ -16,7 +16,7 @@ __all__ = ["memory_table", "too_large"]
 
 
 def memory_table(fits: Sequence[MemoryFit]) -> Table:
-    """Return what is held of each buffer type, and what part that is of the device's memory."""
+    """Return the memory of each buffer type, and its share of the device's memory."""
     has_sizes = any(f.total_bytes for f in fits)
     own = ("copy policy",) if any(fit.memory.policy for fit in fits) else ()
     columns = ("buffer type", "weights", "KV cache", "compute", *own, "total", "of device")
@@ -33,9 +33,9 @@ def memory_table(fits: Sequence[MemoryFit]) -> Table:
 
 
 def too_large(fits: Sequence[MemoryFit]) -> list[str]:
-    """Return a sentence for each device that has too little memory."""
+    """Return a sentence for each device with too little memory."""
     return [
-        f"Does not fit: {f.memory.buft} has {n_bytes(f.total_bytes)}, {n_bytes(f.memory.total)} are needed, "
+        f"Does not fit: {f.memory.buft} has {n_bytes(f.total_bytes)}, the plan needs {n_bytes(f.memory.total)}: "
         f"{n_bytes(f.missing_bytes)} are missing."
         for f in fits
         if f.missing_bytes and f.total_bytes is not None

@@ -27,7 +27,7 @@ def print_upgrades(
     routing: Routing,
     as_json: bool,
 ) -> None:
-    """Print what each step from version to version changes."""
+    """Print what changes from each version to the next."""
     from ..upgrade import compare_dialects
 
     upgrades = list(compare_dialects(open_planner, sizes, dialects, outputs=outputs, routing=routing))
@@ -51,12 +51,10 @@ def print_upgrades(
             silent.pop(effect.rule, None)
     console = report()
     console.print(made)
-    console.print(
-        "A rule's line is the new version against the new version without that rule; rules may act on each other."
-    )
+    console.print("A rule's line compares the new version with and without that rule. Rules can influence each other.")
     if silent:
-        console.print(f"No effect on this plan: {', '.join(silent)}.")
-    console.print(f"Virtual time and bytes of experts assume the routing {routing}.")
+        console.print(f"Rules without effect on this plan: {', '.join(silent)}.")
+    console.print(f"Virtual time and bytes of experts assume routing {routing}.")
 
 
 def _word(value: object) -> str:
@@ -72,7 +70,7 @@ def _cells(cost: DialectCost) -> list[str]:
 
 
 def _changes(before: DialectCost, after: DialectCost) -> list[str]:
-    """Return the changes of each measure, with signs; empty where there is none."""
+    """Return the signed change of each measure; empty if it does not change."""
     cells = []
     for name in ("splits", "copies", "bytes", "waits", "seconds", "compute_buffer_bytes"):
         change = after.change(before, name)

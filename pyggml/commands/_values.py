@@ -1,4 +1,4 @@
-"""Values of options that a shell can complete: model files and lists of devices."""
+"""Option values that a shell can complete: model files and lists of devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["DeviceList", "ModelPath"]
 
 
 class ModelPath(click.Path):
-    """A GGUF file, or a name of `pyggml models`; a shell completes it with these and with folders."""
+    """A GGUF file, or a name from `pyggml models`. A shell completes names, files and folders."""
 
     name = "model"
 
@@ -19,7 +19,7 @@ class ModelPath(click.Path):
         super().__init__(path_type=Path)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Return the GGUF files, folders and names of models that begin like this."""
+        """Return the GGUF files, folders and model names that begin with this text."""
         from ..catalog import MODELS
 
         named = [CompletionItem(name) for name in MODELS if name.startswith(incomplete)]
@@ -36,12 +36,12 @@ class ModelPath(click.Path):
 
 
 class DeviceList(click.ParamType[str]):
-    """Names of devices with commas between; a shell completes the last one."""
+    """Names of devices, separated by commas. A shell completes the last one."""
 
     name = "LIST"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Return the devices whose names begin like the last one of the list."""
+        """Return the devices whose names begin with the last name of the list."""
         from ..backend import REGISTRY
         from ..cost import PROFILES
         from ..hardware.cards import CARDS

@@ -1,4 +1,4 @@
-"""What a run would have taken on the simulated machine, by phase: for JSON and as tables."""
+"""The time of a run on the simulated machine, by phase, for JSON and as tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class VirtualReport:
     clock : VirtualClock
         The scheduler's.
     names : sequence of str
-        Of the scheduler's backends.
+        The names of the scheduler's backends.
     """
 
     def __init__(self, clock: VirtualClock, names: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ class VirtualReport:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add what the clock advances within the block to a phase."""
+        """Add the virtual time that passes in the block to a phase."""
         before = self.clock.reading()
         try:
             yield
@@ -73,7 +73,7 @@ class VirtualReport:
         }  # fmt: skip
 
     def table(self, n_tokens: dict[str, int]) -> RenderableType:
-        """Return the times for people."""
+        """Return the times as a table."""
         devices = list(enumerate(self.names))[:-1]
         space = " " if len(self.names) < 3 else "\n"
         columns = ["seconds", "tokens/s", *(f"{name}{space}computes" for name in self.names)]
@@ -88,23 +88,25 @@ class VirtualReport:
         return made
 
     def assumed(self) -> str:
-        """Return what the times rest on, in a line."""
+        """Return the assumptions of the times in one line."""
         return assumed_text(self.clock, self.names)
 
 
 def assumptions(clock: VirtualClock, names: Sequence[str], routing: Routing | None = None) -> dict[str, Any]:
-    """Return what virtual times rest on."""
+    """Return the assumptions of virtual times."""
     return {
         "backends": {
             name: {"profile": p.name, "description": p.description, "source": p.source}
             for name, p in zip(names, clock.profiles, strict=True)
         },
         "rates": "pyggml/hardware/rates.py, fitted to published runs",
-        "routing": str(routing) if routing is not None else f"as read where experts are copied, else {DEFAULT_ROUTING}",
+        "routing": str(routing)
+        if routing is not None
+        else f"as read where experts are copied, otherwise {DEFAULT_ROUTING}",
     }
 
 
 def assumed_text(clock: VirtualClock, names: Sequence[str]) -> str:
-    """Return what virtual times rest on, in a line."""
+    """Return the assumptions of virtual times in one line."""
     machines = "; ".join(f"{name}: {p.description}" for name, p in zip(names, clock.profiles, strict=True))
     return f"Assumed: {machines}; {n_fitted()} rates fitted to published runs"

@@ -1,4 +1,4 @@
-"""`pyggml demo`: what `make run` does: generate text from a mixture of experts over a device and host memory."""
+"""`pyggml demo`: run an example, as `make run` does: experts in host memory, the rest on a simulated device."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ Examples:
 
 @cloup.command("demo", epilog=EXAMPLES, context_settings={"ignore_unknown_options": True})
 @click.option("--model", type=click.Path(dir_okay=False, path_type=Path), help="Your own GGUF file.  [an example]")
-@click.option("--prompt", default=PROMPT, help="What to answer.  [an example]")
+@click.option("--prompt", default=PROMPT, help="The prompt.  [an example]")
 @click.option("-n", "n_predict", type=click.IntRange(0), default=160, show_default=True, help="Tokens to generate.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def command(ctx: click.Context, model: Path | None, prompt: str, n_predict: int, more: tuple[str, ...]) -> None:
     """Generate text with the experts in host memory and the rest on a simulated device, and report what was copied.
 
-    Without --model an example is made of SmolLM2-135M-Instruct, once: 93 MB are downloaded, 660 MB written to the
-    user's cache folder. Further options are those of `pyggml run`, and win.
+    Without --model, an example is made once from SmolLM2-135M-Instruct: this downloads 93 MB and writes 660 MB to your
+    cache folder. You can add options of `pyggml run`; they take precedence.
     """
     path = _example() if model is None else model
     words = [str(path), "--prompt", prompt, "-n", str(n_predict), "--device", DEVICES, "--cpu-moe"]

@@ -1,4 +1,4 @@
-"""`pyggml devices`: devices found, their memory, what they can run, and why one is missing."""
+"""`pyggml devices`: list devices with their memory, what they can run, and why one is missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROW = 256
 
 @dataclass(frozen=True, slots=True)
 class BufferTypeFacts:
-    """A kind of memory of a device."""
+    """One kind of memory of a device."""
 
     name: str  #: as ``-ot`` calls it
     alignment_bytes: int
@@ -34,7 +34,7 @@ class BufferTypeFacts:
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """What is told of one device."""
+    """The facts about one device."""
 
     kind: str  #: what ``-dev`` calls it, up to the colon
     name: str
@@ -49,12 +49,12 @@ class DeviceFacts:
 
 
 def weight_types(device: Device, *, experts: bool = False) -> tuple[str, ...]:
-    """Return the types of weights that a device says it can multiply with.
+    """Return the weight types for which a device supports products.
 
     Parameters
     ----------
     experts : bool
-        Ask for MUL_MAT_ID instead of MUL_MAT.
+        For MUL_MAT_ID instead of MUL_MAT.
     """
     from ..ops import mul_mat, mul_mat_id
     from ..tensor import Tensor
@@ -93,7 +93,7 @@ def _facts(kind: str, device: Device) -> DeviceFacts:
 
 
 def find_devices() -> tuple[list[DeviceFacts], dict[str, str]]:
-    """Return what is known of the devices found, and for each kind without any, why."""
+    """Return the facts about each device, and why a kind has no device."""
     found: list[DeviceFacts] = []
     missing: dict[str, str] = {}
     for kind in REGISTRY.kinds():
@@ -110,13 +110,16 @@ def find_devices() -> tuple[list[DeviceFacts], dict[str, str]]:
 
 
 @cloup.command("devices", short_help="Show devices, their memory, and what they can run.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the devices as JSON.")
 @click.option(
     "--measure", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="Measure what this machine's cores read of memory, and write FILE, which `splits --host FILE` takes.",
+    help="Measure the memory speed of this machine, and write FILE for `splits --host FILE`.",
 )  # fmt: skip
 def command(as_json: bool, measure: Path | None) -> None:
-    """Show the devices of this machine, their buffer types and memory, what they can run, and why others are missing."""
+    """List the devices of this machine, their buffer types and memory, what they can run, and why others are missing.
+
+    Also lists the simulated cards that --device takes by name.
+    """
     if measure is not None:
         _measure(measure, as_json=as_json)
         return
@@ -130,7 +133,7 @@ def command(as_json: bool, measure: Path | None) -> None:
 
 
 def _measure(path: Path, *, as_json: bool) -> None:
-    """Measure this machine's memory, and write the profile of the host."""
+    """Measure this machine's memory, and write its profile."""
     from ..hardware.hosts import write_host
     from ..hardware.measure import measure_host
     from . import _console
@@ -144,7 +147,7 @@ def _measure(path: Path, *, as_json: bool) -> None:
     _console.report().print(
         f"{host.description}: {host.n_cores} cores ({host.isa}) read {host.read_bytes_per_s / 1e9:.1f} GB/s{size}"
     )
-    _console.report().print(f"Written to {path}: use it as --host {path}")
+    _console.report().print(f"Written to {path}: use it with --host {path}")
 
 
 def _as_json(found: list[DeviceFacts], missing: dict[str, str]) -> dict[str, Any]:  # of JSON's values
@@ -186,9 +189,9 @@ def _print(found: list[DeviceFacts], missing: dict[str, str]) -> None:
     for d in found:
         console.print(f"{d.name} multiplies with weights of {_words(d.weight_types)}")
         experts = "the same" if d.expert_weight_types == d.weight_types else _words(d.expert_weight_types)
-        console.print(f"{' ' * len(d.name)} and expert by expert with {experts}")
+        console.print(f"{' ' * len(d.name)} and, with experts, of {experts}")
     simulated = _console.table(
-        "Simulated devices, made when named", "device", "memory", "bandwidth", "link", "",
+        "Simulated devices (use the name with --device)", "device", "memory", "bandwidth", "link", "",
         right=("memory", "bandwidth", "link"),
     )  # fmt: skip
     for p, card in _cards():
@@ -209,7 +212,7 @@ def _print(found: list[DeviceFacts], missing: dict[str, str]) -> None:
             none.add_row(kind, why)
         console.print(none)
     if not any(d.type != DeviceType.CPU.value for d in found):
-        console.print("\nNo accelerator was found: `pyggml run` computes on the CPU and a simulated device.")
+        console.print("\nNo accelerator was found. `pyggml run` computes on the CPU and on a simulated device.")
 
 
 def _cards() -> Iterator[tuple[DeviceProfile, Card]]:

@@ -1,4 +1,4 @@
-"""`pyggml make-moe`: write a small mixture-of-experts model, random or made of a dense one."""
+"""`pyggml make-moe`: write a small mixture-of-experts model, random or from a dense model."""
 
 from __future__ import annotations
 
@@ -54,33 +54,35 @@ _N = click.IntRange(min=1)
 @cloup.command("make-moe", short_help="Write a small mixture-of-experts model.", epilog=EXAMPLES)
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @cloup.option_group(
-    "What it is made of",
+    "Source",
     cloup.option(
         "--from",
         "dense",
         type=click.Path(dir_okay=False, path_type=Path),
         metavar="MODEL",
-        help="Dense llama to make it of.",
+        help="Make it from this dense llama model.",
     ),
-    cloup.option("--preset", type=click.Choice(["fine-grained"]), help="32 small experts, 4 used, unevenly."),
+    cloup.option("--preset", type=click.Choice(["fine-grained"]), help="32 small experts, 4 used per token, unevenly."),
     cloup.option(
         "--arch",
         type=click.Choice(_ARCHS),
         metavar="NAME",
         help=f"Architecture of a random model: {', '.join(_ARCHS)}. [default: llama]",
     ),
-    cloup.option("--tokenizer", type=click.Choice(["bytes", "none"]), help="Of a random model. [default: bytes]"),
+    cloup.option(
+        "--tokenizer", type=click.Choice(["bytes", "none"]), help="Tokenizer of a random model. [default: bytes]"
+    ),
 )
 @cloup.option_group(
     "Experts and weights",
-    cloup.option("--experts", type=_N, metavar="N", help="Experts of a layer. [default: 8]"),
-    cloup.option("--used", type=_N, metavar="N", help="Experts that a token goes through. [default: 2]"),
-    cloup.option("--skew", type=click.FloatRange(min=0), metavar="X", help="How much routers prefer some experts."),
+    cloup.option("--experts", type=_N, metavar="N", help="Experts per layer. [default: 8]"),
+    cloup.option("--used", type=_N, metavar="N", help="Experts used per token. [default: 2]"),
+    cloup.option("--skew", type=click.FloatRange(min=0), metavar="X", help="How strongly routers prefer some experts."),
     cloup.option(
         "--noise",
         type=click.FloatRange(min=0),
         metavar="X",
-        help="With --from: how much experts differ. [default: 0.05]",
+        help="With --from: how much the experts differ. [default: 0.05]",
     ),
     cloup.option(
         "--type",
@@ -90,7 +92,7 @@ _N = click.IntRange(min=1)
         help=f"Type of the weights; with --from, of the experts: {', '.join(_TYPES)}.",
     ),
     cloup.option("--dense-type", type=_TYPE, metavar="TYPE", help="Type of all other weights."),
-    cloup.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of all noise. [default: 1]"),
+    cloup.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of all random numbers. [default: 1]"),
 )
 @cloup.option_group(
     "Sizes of a random model",
@@ -101,10 +103,10 @@ _N = click.IntRange(min=1)
     cloup.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
 )  # fmt: skip
 def command(out: Path, dense: Path | None, as_json: bool, **given: Any) -> None:
-    """Write a small, well-formed mixture-of-experts model to OUT: the same arguments give the same bytes.
+    """Write a small mixture-of-experts model to OUT. The same arguments give the same bytes.
 
-    Without --from its weights are random: for tests and examples. With it, each expert is a slightly different copy of
-    the dense model's feed-forward network, and text remains as sensible as the dense model's.
+    Without --from, the weights are random: for tests and examples. With --from, each expert is a slightly different
+    copy of the dense model's feed-forward network, and the model writes text as sensible as the dense model's.
     """
     from . import _console
 
@@ -113,7 +115,7 @@ def command(out: Path, dense: Path | None, as_json: bool, **given: Any) -> None:
         if name in given:
             given[name] = Type.of(given[name])
     if dense is None and "noise" in given:
-        raise click.UsageError("--noise wants --from: random experts differ as it is")
+        raise click.UsageError("--noise needs --from: random experts already differ")
     with _console.progress() as bar:
         task = bar.add_task("Writing (MB)", total=None)
         tell: Progress = lambda done, total: bar.update(task, completed=done // _MB, total=-(-total // _MB))
@@ -151,9 +153,7 @@ def _upcycle(out: Path, dense: Path, given: dict[str, Any], tell: Progress) -> d
     if given.get("arch") == "llama":
         unfit.remove("arch")
     if unfit:
-        raise click.UsageError(
-            f"--{unfit[0].replace('_', '-')} does not go with --from: that is the dense model's to say"
-        )
+        raise click.UsageError(f"--{unfit[0].replace('_', '-')} does not work with --from: the dense model decides it")
     if out.exists() and dense.exists() and out.samefile(dense):
         raise click.UsageError("OUT and --from are the same file")
     from ..gguf import GGUFFile

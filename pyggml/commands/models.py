@@ -13,7 +13,7 @@ __all__ = ["ModelRow", "command", "model_rows"]
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """A model of the table."""
+    """A row of the table."""
 
     name: str
     arch: str
@@ -28,7 +28,7 @@ class ModelRow:
 
 
 def model_rows(pattern: str = "") -> list[ModelRow]:
-    """Return the models whose name or architecture contains a text."""
+    """Return the models whose name or architecture contains the text."""
     from ..catalog import MODELS, shapes, type_tensors
 
     rows = []
@@ -63,7 +63,10 @@ def model_rows(pattern: str = "") -> list[ModelRow]:
 @click.argument("pattern", default="")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def command(pattern: str, as_json: bool) -> None:
-    """List models that commands take by NAME[:QUANT] in place of a file, with their default quantisation."""
+    """List the models that commands accept as NAME[:QUANT] instead of a file, with their default quantisation.
+
+    PATTERN shows only models whose name or architecture contains it.
+    """
     from dataclasses import asdict
 
     rows = model_rows(pattern)
@@ -79,4 +82,4 @@ def command(pattern: str, as_json: bool) -> None:
             str(r.n_ctx), r.quant, f"{r.file_bytes / 1024**3:.1f}",
         )  # fmt: skip
     report().print(out)
-    report().print("Any other quantisation: NAME:QUANT, as in qwen3-30b-a3b:Q6_K or qwen3-30b-a3b:UD-Q4_K_XL.")
+    report().print("For another quantisation use NAME:QUANT, such as qwen3-30b-a3b:Q6_K or qwen3-30b-a3b:UD-Q4_K_XL.")

@@ -44,13 +44,13 @@ Examples:
         type=DeviceList(),
         default="rtx4090",
         show_default=True,
-        help="Cards by name, with commas; cpu alone for none. `pyggml devices` lists them.",
+        help="Cards, separated by commas; cpu for no card. `pyggml devices` lists names.",
     ),
     cloup.option(
         "--host",
         default="",
         metavar="SPEC",
-        help="RAM and channels, cores, size: ddr4-3200x2,cores=8,64GiB; read=60GB/s; a processor's name.",
+        help="RAM type x channels, cores, size: ddr4-3200x2,cores=8,64GiB. Or read=60GB/s, or a processor's name.",
     ),
     cloup.option(
         "--margin",
@@ -58,16 +58,16 @@ Examples:
         show_default=True,
         metavar="GiB",
         type=click.FloatRange(0),
-        help="Memory to leave free of each device and of the host.",
+        help="Memory to keep free on each device and on the host.",
     ),
 )
 @cloup.option_group(
     "Your work",
     cloup.option(
-        "--prompt", default=2048, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens of a prompt."
+        "--prompt", default=2048, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens per prompt."
     ),
     cloup.option(
-        "--generate", default=256, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens of an answer."
+        "--generate", default=256, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens per answer."
     ),
     cloup.option(
         "-c",
@@ -77,23 +77,23 @@ Examples:
         show_default=True,
         type=click.IntRange(1),
         metavar="N",
-        help="Tokens that the KV cache holds.",
+        help="Context: tokens in the KV cache.",
     ),
     cloup.option(
         "--kv-types",
         default="f16,q8_0",
         show_default=True,
         metavar="T,T",
-        help="Types of the KV cache that are allowed; the first is preferred.",
+        help="Allowed types of the KV cache; the first is preferred.",
     ),
 )
 @cloup.option_group(
-    "The answer",
-    cloup.option("--plans", default=4, show_default=True, type=click.IntRange(1, 20), metavar="N", help="Plans at most."),
-    cloup.option("--compare", multiple=True, metavar="FLAGS", help="Your own flags beside, as in \"-ngl 99 -ncmoe 30\"; repeatable."),
-    cloup.option("--explain", metavar="FLAG", help="Say what a flag does, and leave out the plan."),
-    cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page: memory against speed, each point a setting."),
-    cloup.option("--json", "as_json", is_flag=True, help="Print the answer as JSON."),
+    "Output",
+    cloup.option("--plans", default=4, show_default=True, type=click.IntRange(1, 20), metavar="N", help="Maximum number of recommendations."),
+    cloup.option("--compare", multiple=True, metavar="FLAGS", help="Add a row for your own flags, such as \"-ngl 99 -ncmoe 30\"; repeatable."),
+    cloup.option("--explain", metavar="FLAG", help="Explain a flag and exit."),
+    cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page that plots memory against speed for all settings."),
+    cloup.option("--json", "as_json", is_flag=True, help="Print the recommendations as JSON."),
 )  # fmt: skip
 def command(
     model: Path | None,
@@ -110,10 +110,10 @@ def command(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Choose -ngl, -ncmoe, -ub, the load mode and the KV types for a model on a machine, before the download.
+    """Recommend -ngl, -ncmoe, -ub, load mode and KV types for a model on a machine, before you download it.
 
-    MODEL is a GGUF file, of which only the header is read, or NAME[:QUANT] of `pyggml models`. Each plan is a whole
-    command line with its speed, the range that holds in four cases of five, and its memory by the scheduler's own reserve.
+    MODEL is a GGUF file (only its header is read) or NAME[:QUANT] from `pyggml models`. Each recommendation is a
+    complete llama-server command line with its speed, the range that holds in four cases of five, and its memory.
     Exit status 3: nothing fits.
     """
     from ..advisor import plan
@@ -122,7 +122,7 @@ def command(
         click.echo(_explained(explain))
         return
     if model is None:
-        raise click.UsageError("Missing argument 'MODEL': a GGUF file, or a name of `pyggml models`.")
+        raise click.UsageError("Missing argument 'MODEL': a GGUF file, or a name from `pyggml models`.")
     own = [_setting(text) for text in compare]
     with progress() as bar:
         task = bar.add_task("starting", total=None)
@@ -151,12 +151,12 @@ def _explained(flag: str) -> str:
              "--flash-attn": "-fa", "--threads": "-t", "--ctx-size": "-c", "--cpu-moe": "-ncmoe"}  # fmt: skip
     name = names.get(flag, flag if flag.startswith("-") else f"-{flag}")
     if name not in EXPLAIN:
-        raise click.UsageError(f"a plan does not choose {flag}; it chooses {', '.join(EXPLAIN)}")
+        raise click.UsageError(f"`pyggml plan` does not choose {flag}; it chooses {', '.join(EXPLAIN)}")
     return f"{name}: {EXPLAIN[name]}"
 
 
 def _setting(text: str) -> Setting:
-    """Return the setting that a user's own flags say."""
+    """Return the setting that a user's flags describe."""
     import shlex
 
     from ..foresight import Setting
@@ -186,7 +186,7 @@ def _setting(text: str) -> Setting:
         elif name == "--n-cpu-moe":
             n_cpu_moe = max(n_cpu_moe, int(value))
         else:
-            raise click.UsageError(f"--compare {text!r}: {word} is not compared here; `pyggml splits` plans it")
+            raise click.UsageError(f"--compare {text!r}: cannot compare {word}; `pyggml splits` plans it")
     return Setting(
         n_gpu_layers=placement.n_gpu_layers, n_cpu_moe=n_cpu_moe, n_ubatch=made.n_ubatch, n_batch=made.n_batch, threads=flags.threads or 0, type_k=Type.of(made.type_k),
         type_v=Type.of(made.type_v), is_pinned=not placement.use_mmap, kv_offload=made.offload_kqv,
@@ -221,7 +221,7 @@ def _plan_dict(plan: Recommendation) -> dict[str, Any]:
 
 
 def as_dict(advice: Advice) -> dict[str, Any]:
-    """Return the answer as values of JSON."""
+    """Return the recommendations as JSON values."""
     return {
         "model": advice.model,
         "machine": advice.machine,
@@ -268,12 +268,14 @@ def _print(advice: Advice) -> None:
         out.print()
         if advice.pays_from is not None:
             less = "llama.cpp copies from 32 tokens on (GGML_OP_OFFLOAD_MIN_BATCH changes that)"
-            out.print(f"Copying host weights to the device pays from {advice.pays_from} tokens a micro-batch; {less}.")
+            out.print(
+                f"Copying host weights to the device pays from {advice.pays_from} tokens per micro-batch; {less}."
+            )
         for help in advice.helps:
             if help.speedup > 1.01:
                 out.print(f"{help.change[0].upper()}{help.change[1:]}: {help.speedup:.2f} times as fast.")
         out.print(
-            f"{advice.tried} settings timed, {advice.n_planned} planned by the scheduler, {advice.seconds:.1f} s",
+            f"{advice.tried} settings predicted, {advice.n_planned} planned by the scheduler, {advice.seconds:.1f} s",
             style="dim",
         )
 

@@ -1,4 +1,4 @@
-"""`pyggml replay`: scheduler cases through the real scheduler, traces written."""
+"""`pyggml replay`: run recorded scheduler cases and write what the scheduler did."""
 
 from __future__ import annotations
 
@@ -40,10 +40,15 @@ _MANY = 8  #: cases from which on progress is shown: fewer take less than a seco
 @click.command("replay", short_help="Run scheduler cases and write their traces.")
 @click.argument("case", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "--trace", type=click.Path(dir_okay=False, path_type=Path), help="Trace to write; gzip if it ends in .gz."
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the trace to FILE; compressed if it ends in .gz.",
 )
 @click.option(
-    "--all", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Run every case here."
+    "--all",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Run every case in this folder.",
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the traces of --all.")
 @click.option(
@@ -57,24 +62,24 @@ _MANY = 8  #: cases from which on progress is shown: fewer take less than a seco
 def command(
     case: Path | None, trace: Path | None, folder: Path | None, out: Path | None, dialect: str, as_json: bool
 ) -> None:
-    """Run scheduler cases through the scheduler over mock backends and write what it did.
+    """Run recorded scheduler cases with mock backends and write what the scheduler did.
 
-    One CASE with --trace, or --all of a folder with --out.
+    Give one CASE with --trace, or a folder with --all and --out.
     """
     if (case is None) == (folder is None):
-        raise click.UsageError("give either a CASE or --all DIR")
+        raise click.UsageError("give a CASE or --all DIR")
     rules = DIALECTS[_VERSIONS[dialect]]
     if case is not None:
         if trace is None:
-            raise click.UsageError("--trace OUT is missing: where to write the trace")
+            raise click.UsageError("--trace OUT is missing: the file to write the trace to")
         todo = [(case, trace)]
     else:
         assert folder is not None
         if out is None:
-            raise click.UsageError("--out DIR is missing: where to write the traces")
+            raise click.UsageError("--out DIR is missing: the folder to write the traces to")
         todo = [(path, out / trace_name(path, rules)) for path in _cases_in(folder)]
         if not todo:
-            raise click.ClickException(f"{folder}: no case here: files that end in .case.json or .case.json.gz")
+            raise click.ClickException(f"{folder}: no case found (files that end in .case.json or .case.json.gz)")
         out.mkdir(parents=True, exist_ok=True)
     rows = list(_replay_each(todo, rules))
     failed = [row for row in rows if "error" in row]
@@ -94,7 +99,7 @@ def command(
 
 
 def _tell_all(rows: list[dict[str, Any]], rules: Dialect, out: Path | None) -> None:
-    """Print what became of the cases of a folder."""
+    """Print the results of a folder's cases."""
     done = [row for row in rows if "error" not in row]
     aborts = sum("abort" in row for row in done)
     seconds = sum(row["seconds"] for row in rows)
@@ -123,7 +128,7 @@ def _cases_in(folder: Path) -> list[Path]:
 
 
 def _replay_each(todo: list[tuple[Path, Path]], dialect: Dialect) -> Iterator[dict[str, Any]]:
-    """Run cases one after the other; one that fails does not keep the others from running."""
+    """Run cases one after another, also after a failure."""
     for path, trace in _with_progress(todo):
         start_s = time.perf_counter()
         row: dict[str, Any] = {  # of JSON values

@@ -1,4 +1,4 @@
-"""`pyggml run`: evaluate a prompt, generate text, report what was copied and what was saved."""
+"""`pyggml run`: run a model: evaluate a prompt, generate text, report copies, memory and time."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ Examples:
 @click.argument("model", type=ModelPath())
 @cloup.option_group(
     "Prompt and answer",
-    cloup.option("-p", "--prompt", metavar="TEXT", help="Text to go on from."),
-    cloup.option("--tokens", metavar="1,2,3", help="The prompt as token ids instead."),
+    cloup.option("-p", "--prompt", metavar="TEXT", help="The prompt."),
+    cloup.option("--tokens", metavar="1,2,3", help="The prompt as token ids."),
     cloup.option(
         "-n",
         "--n-predict",
@@ -43,12 +43,15 @@ Examples:
         metavar="N",
         help="Tokens to generate.",
     ),
-    cloup.option("--chat", is_flag=True, help="Put the prompt into the model's own chat template."),
+    cloup.option("--chat", is_flag=True, help="Format the prompt with the model's chat template."),
     cloup.option(
-        "-i", "--interactive", is_flag=True, help="Take turns: a line is a prompt, the cache stays between them."
+        "-i",
+        "--interactive",
+        is_flag=True,
+        help="Chat: each line is a prompt, and the KV cache is kept. /help lists commands.",
     ),
-    cloup.option("--system", default="", metavar="TEXT", help="With --chat or -i: what the system says first."),
-    cloup.option("--ignore-eos", is_flag=True, help="Go on after the end of the text."),
+    cloup.option("--system", default="", metavar="TEXT", help="System message for --chat or -i."),
+    cloup.option("--ignore-eos", is_flag=True, help="Continue after the end-of-text token."),
 )
 @cloup.option_group(
     "Sampling",
@@ -58,7 +61,7 @@ Examples:
         default=0.0,
         show_default=True,
         metavar="T",
-        help="Temperature; 0 is greedy.",
+        help="Temperature; 0: always the most likely token.",
     ),
     cloup.option(
         "--top-k",
@@ -66,7 +69,7 @@ Examples:
         default=40,
         show_default=True,
         metavar="K",
-        help="Draw from the K likeliest tokens; 0 is all.",
+        help="Sample from the K most likely tokens; 0: all.",
     ),
     cloup.option(
         "--top-p",
@@ -74,7 +77,7 @@ Examples:
         default=0.95,
         show_default=True,
         metavar="P",
-        help="Draw from the likeliest tokens that sum to P.",
+        help="Sample from the most likely tokens with total probability P.",
     ),
     cloup.option(
         "--min-p",
@@ -82,10 +85,10 @@ Examples:
         default=0.05,
         show_default=True,
         metavar="P",
-        help="Draw from tokens at least P times as likely as the likeliest.",
+        help="Sample from tokens at least P times as likely as the most likely one.",
     ),
     cloup.option(
-        "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Seed of what is drawn."
+        "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Seed of the sampling."
     ),
 )
 @model_options
@@ -96,7 +99,7 @@ Examples:
         type=click.Choice(["pyggml", "llama"]),
         default="pyggml",
         show_default=True,
-        help="llama: the real llama.cpp schedules, pyggml's devices compute; runs every model that it knows.",
+        help="llama: the real llama.cpp schedules and pyggml's devices compute; runs every model that llama.cpp supports.",
     ),
 )
 @cloup.option_group(
@@ -106,11 +109,11 @@ Examples:
     cloup.option("--timeline", type=click.Path(path_type=Path), metavar="FILE",
                  help="Write a timeline for Perfetto and `pyggml viz`."),
     cloup.option("--dump-logits", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Write logits and chosen experts of the prompt."),
+                 help="Write the prompt's logits and chosen experts to an NPZ file."),
     cloup.option("--record-routing", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Write the experts that the prompt's tokens choose, for `splits --routing trace:FILE`."),
-    cloup.option("--quiet", is_flag=True, help="Print the text only, no report."),
-    cloup.option("--json", "as_json", is_flag=True, help="Print everything as one JSON document."),
+                 help="Write the experts that tokens choose (.npz or .jsonl), for `splits --routing trace:FILE` and `experts`."),
+    cloup.option("--quiet", is_flag=True, help="Print only the text, no report."),
+    cloup.option("--json", "as_json", is_flag=True, help="Print text and report as one JSON document."),
 )  # fmt: skip
 def command(
     flags: ModelFlags,
@@ -135,23 +138,21 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Evaluate a prompt with a GGUF model over several devices, generate, and report.
+    """Run a GGUF model on several devices: evaluate a prompt, generate text, and report what was copied.
 
-    Without --prompt or --tokens the model begins by itself.
+    Without --prompt or --tokens the model starts from its first token.
     """
     if prompt is not None and tokens is not None:
-        raise click.UsageError("give either --prompt or --tokens")
+        raise click.UsageError("give --prompt or --tokens, not both")
     if chat and prompt is None:
         raise click.UsageError("--chat needs a --prompt")
     if system and not (chat or interactive):
-        raise click.UsageError("--system goes with --chat or --interactive")
+        raise click.UsageError("--system needs --chat or --interactive")
     if interactive and (as_json or tokens is not None or dump_logits is not None or record_routing is not None):
-        raise click.UsageError(
-            "--interactive goes with text only, not with --json, --tokens, --dump-logits or --record-routing"
-        )
+        raise click.UsageError("--interactive does not work with --json, --tokens, --dump-logits or --record-routing")
     check_outputs(model, timeline, html, dump_logits, record_routing)
     if engine == "llama" and flags.expert_copy != "used":
-        raise click.UsageError("--expert-copy is of pyggml's scheduler: llama.cpp copies as it does")
+        raise click.UsageError("--expert-copy does not work with --engine llama: llama.cpp decides what is copied")
     from ..sampling import SamplerFlags
     from ._run import Output, converse, evaluate
 
@@ -169,4 +170,4 @@ def _parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise click.UsageError(f"--tokens {text}: ids are numbers with commas between") from None
+        raise click.UsageError(f"--tokens {text}: give numbers, separated by commas") from None

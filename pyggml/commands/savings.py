@@ -1,4 +1,4 @@
-"""`pyggml savings`: how much copying only the used experts saves, by batch size."""
+"""`pyggml savings`: show how much copying only the used experts saves, by batch size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEXT = (
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """Expert weights that one batch moved."""
+    """Expert weights that were copied for one batch."""
 
     n_tokens: int
     used_mean: float  #: distinct experts of a layer, on average
@@ -48,7 +48,7 @@ class Saving:
 
     @property
     def ratio(self) -> float:
-        """Bytes copied over bytes of whole copies."""
+        """Bytes copied, divided by the bytes of full copies."""
         return self.bytes_copied / self.bytes_full
 
 
@@ -63,20 +63,18 @@ Examples:
 @cloup.command("savings", cls=ModelCommand, epilog=EXAMPLES)
 @click.argument("model", type=ModelPath(), required=False)
 @cloup.option_group(
-    "What is measured",
+    "Batches",
     cloup.option("--batches", default="1,2,4,8,16,32,64", show_default=True, metavar="N,N", help="Batch sizes."),
-    cloup.option(
-        "-p", "--prompt", default=TEXT, metavar="TEXT", help="Text that the batches are cut from. [a paragraph]"
-    ),
+    cloup.option("-p", "--prompt", default=TEXT, metavar="TEXT", help="Text that is cut into batches. [a paragraph]"),
     cloup.option("--json", "as_json", is_flag=True, help="Print the rows as JSON."),
 )
 @model_options
 def command(flags: ModelFlags, model: Path | None, batches: str, prompt: str, as_json: bool) -> None:
-    """Evaluate batches of several sizes with all experts in host memory and the device computing every one of them.
+    """Compare used-expert copies with full copies, for batches of several sizes with all experts in host memory.
 
-    A MODEL that is a name of `pyggml models` is not computed: the default law says which experts the tokens choose.
-    Without MODEL: a fine-grained example of random weights, 32 experts of which a token uses 4. A device usually takes
-    such batches from 32 tokens on; here it takes all, so that small ones can be compared.
+    If MODEL is a name from `pyggml models`, nothing is computed and tokens choose experts by the default law. Without
+    MODEL, an example with random weights is used: 32 experts, 4 per token. Here the device computes the experts of
+    every batch, so that you can compare small ones; otherwise it does so from 32 tokens on.
     """
     path = fine_grained() if model is None else model
     sizes = parse_sizes(batches)
@@ -84,11 +82,11 @@ def command(flags: ModelFlags, model: Path | None, batches: str, prompt: str, as
     if as_json:
         print_json([{**asdict(row), "ratio": row.ratio} for row in rows])
     else:
-        report().print(savings_table(rows, f"Used experts against whole copies: {path.name}"))
+        report().print(savings_table(rows, f"Used-expert copies and full copies: {path.name}"))
 
 
 def fine_grained() -> Path:
-    """Return the fine-grained example, made once."""
+    """Return the fine-grained example; it is made once."""
     from ._fetch import cache_folder, fine_grained_model
 
     with progress() as bar:
@@ -99,7 +97,7 @@ def fine_grained() -> Path:
 
 
 def measure(flags: ModelFlags, path: Path, sizes: list[int], prompt: str) -> list[Saving]:
-    """Return what batches of some sizes move.
+    """Compute batches and return the copied expert weights.
 
     Raises
     ------
@@ -115,11 +113,11 @@ def measure(flags: ModelFlags, path: Path, sizes: list[int], prompt: str) -> lis
 
     with GGUFFile.open(path) as file:
         if not read_hparams(file).n_expert:
-            raise GraphError(f"{path}: the model has no experts", hint="`pyggml make-moe` makes models that have")
+            raise GraphError(f"{path}: the model has no experts", hint="`pyggml make-moe` makes models with experts")
         ids = Tokenizer.from_gguf(file).encode(prompt)
         if len(ids) < max(sizes):
             raise GraphError(
-                f"a batch of {max(sizes)} tokens needs a longer text: this one has {len(ids)}",
+                f"a batch of {max(sizes)} tokens needs a longer text: this one has {len(ids)} tokens",
                 hint="give a longer --prompt, or smaller --batches",
             )
         backends, cpu = open_backends(flags)
@@ -139,14 +137,14 @@ def measure(flags: ModelFlags, path: Path, sizes: list[int], prompt: str) -> lis
 
 
 def planned_savings(flags: ModelFlags, name: Path, sizes: list[int]) -> list[Saving]:
-    """Return what batches of some sizes would move of a model of the table, which has no data.
+    """Return the expert weights that batches would copy, for a model of the table without data.
 
     Raises
     ------
     FormatError
         There is no such model.
     GraphError
-        The model has no experts, or there is no device beside the CPU.
+        The model has no experts, or there is no device besides the CPU.
     """
     from ..models.placement import PlacementFlags
     from ..planning import Planner
@@ -159,7 +157,9 @@ def planned_savings(flags: ModelFlags, name: Path, sizes: list[int]) -> list[Sav
         policy=flags.policy(), recorder=(account := CopyAccount()), offload_rule=_every_product, data=False,
     ) as planner:  # fmt: skip
         if not planner.hparams.n_expert:
-            raise GraphError(f"{name}: the model has no experts", hint="`pyggml models` tells which have")
+            raise GraphError(
+                f"{name}: the model has no experts", hint="`pyggml models` shows which models have experts"
+            )
         rows = []
         for n in sizes:
             account.clear()
@@ -171,12 +171,14 @@ def planned_savings(flags: ModelFlags, name: Path, sizes: list[int]) -> list[Sav
 def _row(n: int, account: CopyAccount, backends: list[Backend]) -> Saving:
     total = account.total()
     if not total.bytes_full:
-        raise GraphError("nothing was copied: no device beside the CPU", hint="use --device sim:rtx4090-pcie4,cpu")
+        raise GraphError(
+            "nothing was copied: there is no device besides the CPU", hint="use --device sim:rtx4090-pcie4,cpu"
+        )
     return _saving(n, total.used_mean, total.n_expert, total.bytes_copied, total.bytes_full, backends)
 
 
 def _every_product(backend: Backend, op: Tensor) -> bool:
-    """Offload every product with expert weights, whatever the batch."""
+    """Offload every product with expert weights, for any batch size."""
     from ..types import Op
 
     return op.op is Op.MUL_MAT_ID

@@ -21,14 +21,14 @@ __all__ = ["command"]
 
 @click.command("selftest", short_help="Test a device: results, copies, races, then speed.")
 @click.option("-dev", "--device", default="cuda:0", show_default=True, metavar="DEVICE",
-              help="What to test: cuda:0, libggml:CUDA0, libggml:CPU, sim:NAME, cpu, or emulator: our CUDA kernels, emulated.")  # fmt: skip
+              help="Device to test: cuda:0, libggml:CUDA0, libggml:CPU, sim:NAME, cpu, or emulator (our CUDA kernels, emulated).")  # fmt: skip
 @click.option("--beside", metavar="DEVICE", help="Time this device, too. By default ggml's own for the same card or CPU, "
               "if its library is there; 'none' for none.")  # fmt: skip
 @click.option("--stages", default=",".join(STAGES), show_default=True, metavar="S,S", help="Stages to run, in order.")
 @click.option("--budget", default=180, show_default=True, type=click.IntRange(1), metavar="SECONDS",
-              help="Begin no kernel case after this time; the other stages take about a minute.")  # fmt: skip
+              help="Start no kernel case after this time; the other stages take about a minute.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.json",
-              help="Where to write the report, with a page of the same name beside it.  [selftest-DEVICE.json]")  # fmt: skip
+              help="Write the report to this file, and a page of the same name.  [selftest-DEVICE.json]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON and write no files.")
 @click.pass_context
 def command(
@@ -42,15 +42,16 @@ def command(
 ) -> None:
     """Test a device in under five minutes.
 
-    Every kernel is held to its definition, whole small models to the CPU, used-expert copies to whole ones, and repeated
-    runs to each other; then its speed is measured. Ctrl-C keeps what was done. Exit status: 0 all right, 1 a wrong result, 4 no such device, 5 right but slow.
+    Compares every kernel with its definition, small models with the CPU, used-expert copies with full copies, and
+    repeated runs with each other; then measures the speed. Ctrl-C keeps the results so far. Exit status: 0 correct,
+    1 a wrong result, 4 no such device, 5 correct but slow.
 
-    Please post the page or the JSON file of a real card: nobody who wrote these kernels had one.
+    Please post the page or the JSON file if you test a GPU: the kernels were written without one.
     """
     chosen = tuple(name.strip() for name in stages.split(","))
     unknown = [name for name in chosen if name not in STAGES]
     if unknown:
-        raise click.UsageError(f"there is no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
+        raise click.UsageError(f"there is no stage {unknown[0]!r}; the stages are {', '.join(STAGES)}")
     warm_up()
     with progress() as bar:
         task = bar.add_task("starting", total=None)
@@ -104,7 +105,7 @@ def _print(found: Report) -> None:
 
 
 def _outcomes(found: Report) -> Table:
-    """Return what is not passed line by line, and what is passed as a count for each stage."""
+    """Return a row for each case that did not pass, and the number of passed cases for each stage."""
     made = table("", "stage", "check", "result", "found", right=(), free=("found",))
     for stage in STAGES:
         outcomes = [o for o in found.outcomes if o.stage == stage]

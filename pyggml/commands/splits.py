@@ -1,4 +1,4 @@
-"""`pyggml splits`: show what flags will do to a model, from its header alone."""
+"""`pyggml splits`: show what flags do to a model, from its header alone: splits, copies, memory, speed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,11 @@ Examples:
 @cloup.option_group(
     "What is planned",
     cloup.option(
-        "--batches", default="512,1", show_default=True, metavar="N,N", help="Batch sizes, each from an empty cache."
+        "--batches",
+        default="512,1",
+        show_default=True,
+        metavar="N,N",
+        help="Batch sizes; each starts with an empty cache.",
     ),
     cloup.option(
         "--outputs",
@@ -69,21 +73,21 @@ Examples:
         type=click.Choice(["auto", "built", "llama"]),
         default="auto",
         show_default=True,
-        help="Whose graph: pyggml's or llama.cpp's. auto: pyggml's where it knows the architecture.",
+        help="Plan the graph that pyggml builds, or the one captured from llama.cpp. auto: built if pyggml knows the architecture.",
     ),
     cloup.option(
         "--moe-cache-mib",
         type=click.IntRange(0),
         default=0,
         metavar="N",
-        help="Size of llama.cpp's cache of host experts on devices: slots, memory, and hits by the routing. [0: off]",
+        help="Size of llama.cpp's expert cache; shows slots, memory and hits for the routing. [0: off]",
     ),
     cloup.option(
         "--moe-cache-eviction",
         type=click.Choice(["lru", "slru"]),
         default="slru",
         show_default=True,
-        help="Rule of that cache: lru is llama.cpp b11549 and 0.7.0, slru b11739.",
+        help="Eviction of that cache: lru as in llama.cpp b11549 and 0.7.0, slru as in b11739.",
     ),
     cloup.option(
         "--dialect",
@@ -91,7 +95,7 @@ Examples:
         default=DEFAULT_DIALECT.version,
         show_default=True,
         metavar="V[,V]",
-        help="Version of ggml: 0.20, 0.21, 0.26, 0.27. Of several: a table of what each upgrade changes, and by which rule.",
+        help="Version of ggml: 0.20, 0.21, 0.26, 0.27. Several: a table of what each upgrade changes, and by which rule.",
     ),
     cloup.option(
         "--routing",
@@ -104,7 +108,7 @@ Examples:
         "--host",
         default="",
         metavar="SPEC",
-        help="The machine around simulated devices: ddr4-3200x2,cores=8,64GiB, or FILE.json of devices --measure.",
+        help="The host of simulated devices: ddr4-3200x2,cores=8,64GiB, or FILE.json from devices --measure.",
     ),
 )
 @model_options
@@ -114,12 +118,12 @@ Examples:
                  help="Write a page that shows what would happen and why."),
     cloup.option("--timeline", type=click.Path(path_type=Path), metavar="FILE",
                  help="Write a timeline for Perfetto and `pyggml viz`."),
-    cloup.option("--all-splits", is_flag=True, help="List every split, also those that repeat by layer."),
+    cloup.option("--all-splits", is_flag=True, help="List every split, also those that repeat in each layer."),
     cloup.option("--format", "form", type=click.Choice(["table", "ggml"]), default="table", show_default=True,
-                 help="ggml: what GGML_SCHED_DEBUG=2 prints."),
+                 help="ggml: the text of GGML_SCHED_DEBUG=2."),
     cloup.option("--json", "as_json", is_flag=True, help="Print the plan as JSON."),
     cloup.option("-o", "--output", "bench", type=click.Choice(FORMATS),
-                 help="Print only a row for each batch, as llama-bench. Lists, as in -ncmoe 20,24 -ub 512,2048, do so, too."),
+                 help="Print one row per batch, like llama-bench. Lists such as -ncmoe 20,24 -ub 512,2048 also do this."),
 )  # fmt: skip
 def command(
     flags: ModelFlags,
@@ -154,19 +158,19 @@ def command(
     around = parse_host(host) if host else DEFAULT_HOST
     machine = host_profile(around)
     if len(dialects) > 1 and (form == "ggml" or timeline or html):
-        raise click.UsageError("a comparison of versions is a table or JSON: leave out --format, --timeline and --html")
+        raise click.UsageError("several versions give a table or JSON: remove --format, --timeline and --html")
     if moe_cache_mib and (len(dialects) > 1 or form == "ggml" or timeline or html):
-        raise click.UsageError("--moe-cache-mib is for the table or JSON of one version")
+        raise click.UsageError("--moe-cache-mib works with the table or JSON of one version")
     if form == "ggml" and (as_json or timeline or html):
-        raise click.UsageError("--format ggml prints that text alone: leave out --json, --timeline and --html")
+        raise click.UsageError("--format ggml prints only that text: remove --json, --timeline and --html")
     check_outputs(model, timeline, html)
     assumed = stated_routing or _routing_of(model)
     ctx = click.get_current_context()
     if bench is not None or len(combinations(ctx)) > 1:
         if timeline or html or form == "ggml":
-            raise click.UsageError("lists and -o print rows alone: leave out --html, --timeline and --format ggml")
+            raise click.UsageError("lists and -o print only rows: remove --html, --timeline and --format ggml")
         if len(dialects) > 1 or moe_cache_mib:
-            raise click.UsageError("lists and -o go with one --dialect, and without --moe-cache-mib")
+            raise click.UsageError("lists and -o work with one --dialect and without --moe-cache-mib")
         stated = around if host else None
         rows = [*sweep_rows(ctx, model, batches, assumed, outputs, graph, dialects[0], stated)]
         print_sweep(rows, "json" if as_json else bench)
@@ -228,16 +232,16 @@ def command(
 
 
 def _context(flags: ModelFlags) -> ContextFlags:
-    """Return the context asked for: of one sequence, or of a server's slots.
+    """Return the context of one sequence, or of a server's slots.
 
     Notes
     -----
-    Mirrors how llama-server sets its context: as many sequences as slots, logits for one token of each.
+    Mirrors how llama-server sets its context: one sequence per slot, logits for one token of each.
     """
     context = flags.context()
     if flags.n_seq_max is None:
         if flags.kv_unified:
-            raise click.UsageError("-kvu goes with -np: one sequence has its cache for itself")
+            raise click.UsageError("-kvu needs -np: a single sequence does not share its cache")
         return context
     return replace(context, n_outputs_max=context.n_seq_max)
 
@@ -257,14 +261,14 @@ def _parse_dialects(text: str) -> list[Dialect]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in DIALECTS:
-            raise click.BadParameter(f"{name!r} is none of {', '.join(DIALECTS)}", param_hint="'--dialect'")
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(DIALECTS)}", param_hint="'--dialect'")
     if len(set(names)) < len(names):
-        raise click.BadParameter("a version stands there twice", param_hint="'--dialect'")
+        raise click.BadParameter("a version occurs twice", param_hint="'--dialect'")
     return [DIALECTS[name] for name in names]
 
 
 def _about(planner: Planner, routing: Routing, fits: list[MemoryFit]) -> dict[str, Any]:
-    """Return what the records do not say of a plan."""
+    """Return the facts about a plan that are not in its records."""
     from ._virtual import assumed_text
 
     clock = planner.sched.clock
@@ -331,9 +335,7 @@ def _print(
         console.print()
         console.print(_splits_table(same, all_splits=all_splits, has_bars=has_bars))
     console.print()
-    console.print(
-        f"(×N): N splits that differ by their layer only{'; bars: of all that is copied' if has_bars else ''}"
-    )
+    console.print(f"(×N): N splits that differ only by layer{'; bars: share of all copied bytes' if has_bars else ''}")
     for note in sorted({split.note for plan in plans for graph in plan.graphs for split in graph.splits} - {""}):
         console.print(f"{note:<7} {Cause(note).text}")
 
@@ -380,7 +382,7 @@ def _virtual_table(planner: Planner, plans: list[BatchPlan]) -> Table:
 
 
 def _same_splits(plans: Iterable[BatchPlan]) -> list[list[GraphPlan]]:
-    """Put together the micro-batches of one size that have the same splits with the same inputs."""
+    """Group the micro-batches of one size that have the same splits with the same inputs."""
 
     def pattern(graph: GraphPlan) -> tuple[Any, ...]:
         splits = ((s.backend, s.first_node, s.note, *(i.name for i in s.inputs)) for s in graph.splits)
@@ -396,7 +398,7 @@ def _same_splits(plans: Iterable[BatchPlan]) -> list[list[GraphPlan]]:
 def _splits_table(same: list[GraphPlan], *, all_splits: bool, has_bars: bool) -> Table:
     graph = max(same, key=lambda g: g.bytes_expected)
     tokens = "1 token" if graph.n_tokens == 1 else f"{graph.n_tokens} tokens"
-    several = "" if len(same) == 1 else f" ({len(same)} have the same; copies of the largest)"
+    several = "" if len(same) == 1 else f" ({len(same)} micro-batches; copies of the one with most bytes)"
     made = table(
         f"Splits of a micro-batch of {tokens}{several}", "split", "on", "why", "first node ← inputs", "copied", "if whole",
         *([""] if has_bars else []), right=("copied", "if whole"), free=("first node ← inputs", ""),
@@ -415,7 +417,7 @@ def _splits_table(same: list[GraphPlan], *, all_splits: bool, has_bars: bool) ->
 
 
 def _story(split: SplitPlan, *, is_one: bool) -> Text:
-    """Return the first node, and below it what is copied; of splits that differ by layer, without the layer."""
+    """Return the first node and, below it, the inputs; for splits that differ by layer, without the layer's number."""
     name: Callable[[str], str] = str if is_one else _without_layer
     told = Text(f"{split.first_op} {name(split.first_node)}")
     if split.inputs:
@@ -424,7 +426,7 @@ def _story(split: SplitPlan, *, is_one: bool) -> Text:
 
 
 def _alike(splits: list[SplitPlan], *, all_splits: bool) -> list[list[SplitPlan]]:
-    """Put together the splits that differ only by their layer."""
+    """Group the splits that differ only by their layer."""
     if all_splits:
         return [[s] for s in splits]
 

@@ -34,9 +34,9 @@ Examples:
 @cloup.command("verify", cls=ModelCommand, epilog=EXAMPLES)
 @click.argument("model", type=ModelPath())
 @cloup.option_group(
-    "What is compared",
+    "Batches",
     cloup.option(
-        "--batches", default="512,1", show_default=True, metavar="N,N", help="Batch sizes, over a full cache."
+        "--batches", default="512,1", show_default=True, metavar="N,N", help="Batch sizes; each with a full cache."
     ),
     cloup.option("--outputs", type=click.Choice(["last", "all"]), default="last", show_default=True,
                  help="Tokens whose logits are computed."),
@@ -52,10 +52,10 @@ def command(
     outputs: Literal["last", "all"],
     as_json: bool,
 ) -> None:
-    """Plan a GGUF model by pyggml and by llama.cpp's own scheduler, and compare splits, inputs, sizes and nodes.
+    """Plan a GGUF model with pyggml and with llama.cpp's own scheduler, and compare splits, inputs, sizes and nodes.
 
-    Both take the graph that llama.cpp builds; no weight is read. Without --device: one device that runs every op and takes
-    batches from 32 tokens on, and the CPU. The exit status is 1 if anything differs. Needs the packages of the `llama` extra.
+    Both use the graph that llama.cpp builds; no weight is read. Without --device there is the CPU and one device that runs
+    every op and offloads from 32 tokens on. Exit status 1: something differs. Needs the packages of the `llama` extra.
     """
     from ..llama.verify import DEVICE, verify
 
@@ -74,7 +74,7 @@ def command(
 
 
 def _warn_of_flags(model: Path, flags: ModelFlags) -> None:
-    """Warn of flags about experts that a model does not have."""
+    """Warn if flags are about experts but the model has none."""
     from ..gguf import GGUFFile
 
     about_experts = [text for text in flags.overrides if text.startswith("--")]
@@ -82,7 +82,7 @@ def _warn_of_flags(model: Path, flags: ModelFlags) -> None:
         return
     with GGUFFile.open(model) as file:
         if not any("_exps" in name or "_chexps" in name for name in file.tensors):
-            warn(f"{model.name} has no experts: {', '.join(about_experts)} changes nothing")
+            warn(f"{model.name} has no experts: {', '.join(about_experts)} has no effect")
 
 
 def _print(found: Verification) -> None:
@@ -101,7 +101,7 @@ def _print(found: Verification) -> None:
 
 def _table(found: Verification) -> Table:
     columns = ("batch", "micro-batch", "splits", "lines")
-    made = table("Splits by pyggml and by llama.cpp", *columns, "", right=columns)
+    made = table("Splits of pyggml and llama.cpp", *columns, "", right=columns)
     for plan in found.plans:
         made.add_row(
             str(plan.batch), str(plan.n_tokens), str(plan.n_splits), f"{plan.n_lines:,}",

@@ -1,4 +1,4 @@
-"""`pyggml viz`: make a page of one timeline, or of two side by side."""
+"""`pyggml viz`: write a page of one timeline, or of two side by side."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ EXAMPLES = """
 \b
 Examples:
   pyggml viz run.json
-  pyggml viz used.json full.json -o both.html --name "used experts" --name "whole copies"
+  pyggml viz used.json full.json -o both.html --name "used experts" --name "full copies"
 """
 
 
 @cloup.command("viz", epilog=EXAMPLES)
 @click.argument("timeline", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path), required=False)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Where to write the page. [TIMELINE.html]")
-@click.option("--title", default="", help="Of the page. [the files' names]")
-@click.option("--name", "names", multiple=True, help="Of a timeline; give it for each. [the file's name]")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the page to this file. [TIMELINE.html]")
+@click.option("--title", default="", help="Title of the page. [the files' names]")
+@click.option("--name", "names", multiple=True, help="Name of a timeline; repeat it for the second. [the file's name]")
 def command(timeline: Path, other: Path | None, out: Path | None, title: str, names: tuple[str, ...]) -> None:
-    """Make one HTML page of a TIMELINE that `run --timeline` or `splits --timeline` wrote; with an OTHER, side by side.
+    """Write an HTML page of a TIMELINE from `run --timeline` or `splits --timeline`, or of two side by side.
 
-    The page needs no network: timeline with search, splits with causes, experts, bytes and memory.
+    The page has a timeline with search, splits with their reasons, experts, bytes and memory. It needs no network.
     """
     from ..timeline import read_timeline
     from ..viz import view_of_records, write_page

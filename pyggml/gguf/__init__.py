@@ -1,4 +1,4 @@
-"""GGUF, the file: a lazy, bounds-checked header and tensors mapped into memory. Nothing here knows a model."""
+"""GGUF files without knowledge of models: a lazy, bounds-checked header, and tensors mapped into memory."""
 
 from .file import GGUFFile
 from .header import DEFAULT_ALIGNMENT, MAGIC, Entry, Metadata, TensorInfo, ValueType

@@ -1,14 +1,14 @@
-"""A model's file, or its files: what the headers say, and tensors mapped into memory.
+"""A model's file or files: headers, and tensors mapped into memory.
 
 ::
 
     with GGUFFile.open("model.gguf") as file:
-        file.metadata["llama.block_count"]          # decoded when asked for
+        file.metadata["llama.block_count"]          # decoded on access
         file.tensors["token_embd.weight"].ne        # ggml order
         file.data("token_embd.weight")              # read-only bytes, in place
-        file.address("token_embd.weight")           # the same as an integer, for a buffer over existing memory
+        file.address("token_embd.weight")           # their address, for a buffer over existing memory
 
-A model that was cut into parts (``NAME-00001-of-00003.gguf``) is opened by its first part.
+To open a split model (``NAME-00001-of-00003.gguf``), open its first file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["GGUFFile"]
 
 _T = TypeVar("_T", int, float, bool, str)
-_MISSING: Any = object()  # a default that no caller can mean
+_MISSING: Any = object()  # no default was given
 
 _COUNT, _NUMBER, _N_TENSORS = "split.count", "split.no", "split.tensors.count"
 _PART_NAME = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -65,28 +65,28 @@ class _Mapped:
     def close(self) -> None:
         self._bytes = None
         if self.map is not None:
-            with contextlib.suppress(BufferError):  # a view is alive and keeps the memory
+            with contextlib.suppress(BufferError):  # a view still uses the memory
                 self.map.close()
             self.map = None
 
 
 class GGUFFile:
-    """An opened model, mapped read-only. Use as a context manager, or `close` it, or let it go.
+    """An open model, mapped read-only. It is closed by `close`, at the end of a ``with`` block, or when nothing refers to it.
 
     Attributes
     ----------
     path : str
-        As it was opened; of several parts, the first.
+        The path that was opened; for a split model, the first file.
     paths : tuple of str
-        Of all parts, in their order.
+        The paths of all files, in order.
     size : int
-        Bytes of all parts.
+        The size of all files in bytes.
     version, alignment, data_offset : int
-        Of the first part: of the format; of tensor data, in bytes; where tensor data begins.
+        For the first file: the version of the format, the alignment of tensor data in bytes, the start of tensor data.
     metadata : Metadata
-        The keys and values of the first part, which has those of the model.
+        The keys and values of the first file, which describes the model.
     tensors : Mapping[str, TensorInfo]
-        In the parts' order, of each in the file's.
+        All tensors, in the order of the files.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -105,13 +105,13 @@ class GGUFFile:
         Parameters
         ----------
         path : str or os.PathLike
-            A GGUF file of version 2 or 3, little-endian: the only one of a model, or the first of its parts, beside the
-            others.
+            A little-endian GGUF file of version 2 or 3: a whole model, or the first file of a split model in the
+            same folder as the others.
 
         Raises
         ------
         FormatError
-            A file is missing, unreadable, damaged, of a kind that is not supported, or not the part that it should be.
+            A file is missing, unreadable, damaged, of an unsupported kind, or not the expected file of a split model.
 
         Notes
         -----
@@ -136,22 +136,22 @@ class GGUFFile:
         return self._parts[0].map is None
 
     def close(self) -> None:
-        """Let the mapping go: at once, or with the last view of `data` and this object."""
+        """Unmap the file now, or when the last view from `data` is gone."""
         for part in self._parts:
             part.close()
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
-        """Return a tensor's bytes in place: uint8, ``(nbytes,)``, read-only. The view keeps the mapping alive."""
+        """Return a read-only view of a tensor's bytes, uint8, ``(nbytes,)``; it keeps the file mapped."""
         info = self.tensor(name)
         return self._parts[info.part].whole()[info.offset : info.offset + info.nbytes]
 
     def address(self, name: str) -> int:
-        """Return the address of a tensor's first byte; valid while this file is open or a view of `data` lives."""
+        """Return the address of a tensor's first byte; valid while the file is open or a view from `data` exists."""
         info = self.tensor(name)
         return int(self._parts[info.part].whole().ctypes.data) + info.offset
 
     def tensor(self, name: str) -> TensorInfo:
-        """Return a tensor's place.
+        """Return the description of a tensor: its type, shape and place.
 
         Raises
         ------
@@ -164,8 +164,8 @@ class GGUFFile:
             import difflib
 
             near = difflib.get_close_matches(name, self.tensors, 3)
-            hint = f"it has {', '.join(near)}" if near else "the model is incomplete: convert or fetch it again"
-            raise FormatError(self.path, f"no tensor is called '{name}'", hint=hint) from None
+            hint = f"did you mean {', '.join(near)}?" if near else "the model is incomplete: convert or fetch it again"
+            raise FormatError(self.path, f"there is no tensor '{name}'", hint=hint) from None
 
     @overload
     def require(self, key: str, kind: type[_T]) -> _T: ...
@@ -174,7 +174,7 @@ class GGUFFile:
     @overload
     def require(self, key: str, kind: type[_T], default: None) -> _T | None: ...
     def require(self, key: str, kind: type[_T], default: _T | None = _MISSING) -> _T | None:
-        """Return a single value of one kind, or the default where the key is missing.
+        """Return a single value of one kind, or the default if the key is missing.
 
         Raises
         ------
@@ -214,7 +214,7 @@ class GGUFFile:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
 
     def _add_part(self, path: str, i: int, tensors: dict[str, TensorInfo]) -> None:
-        """Map one more part and take its tensors in."""
+        """Map one more file and add its tensors."""
         if not os.path.exists(path):
             raise FormatError(self.path, f"its part {path} is missing", hint="put all parts into one folder")
         part = _Mapped(path)
@@ -226,22 +226,24 @@ class GGUFFile:
         for name, info in header.tensors.items():
             if name in tensors:
                 other = self._parts[tensors[name].part].path
-                raise FormatError(path, f"tensor '{name}' is in {other}, too", hint=AGAIN)
+                raise FormatError(path, f"tensor '{name}' is also in {other}", hint=AGAIN)
             tensors[name] = info
 
     def _check_count(self, header: Header, n: int) -> None:
         expected = self._number(header, _N_TENSORS, None)
         if n != expected:
             raise FormatError(
-                self.path, f"its parts hold {n:,} tensors, not {expected:,}", hint="fetch all parts again, of one model"
+                self.path,
+                f"its files contain {n:,} tensors instead of {expected:,}",
+                hint="download all files again, from one model",
             )
 
     def _number(self, header: Header, key: str, default: int | None, path: str | None = None) -> int:
-        """Return a count of the parts' keys, which are unsigned or signed numbers of some size."""
+        """Return a count from a key of a split model, which may be signed or unsigned and of any size."""
         path = path or self.path
         if key not in header.metadata:
             if default is None:
-                raise FormatError(path, f"is one of several parts and has no key '{key}'", hint=AGAIN)
+                raise FormatError(path, f"is a file of a split model but has no key '{key}'", hint=AGAIN)
             return default
         entry, value = header.metadata.entry(key), header.metadata[key]
         if entry.length is not None or entry.type in (ValueType.BOOL, ValueType.STRING) or not isinstance(value, int):
@@ -250,7 +252,7 @@ class GGUFFile:
 
 
 def _part_paths(path: str, count: int, number: int) -> list[str]:
-    """Return the paths of a model's parts, given the first.
+    """Return the paths of a split model's files, given the first.
 
     Notes
     -----
@@ -265,7 +267,9 @@ def _part_paths(path: str, count: int, number: int) -> list[str]:
             if match
             else f"the one that ends in -{1:05d}-of-{count:05d}.gguf"
         )
-        raise FormatError(path, f"this is part {number + 1} of a model's {count}", hint=f"open the first: {name}")
+        raise FormatError(
+            path, f"this is file {number + 1} of {count} of a split model", hint=f"open the first file: {name}"
+        )
     if match is None or int(match["number"]) != 1 or int(match["count"]) != count:
         hint = f"name it as it was, NAME-{1:05d}-of-{count:05d}.gguf: the other parts are found by that"
         raise FormatError(
@@ -275,13 +279,15 @@ def _part_paths(path: str, count: int, number: int) -> list[str]:
 
 
 def _map(path: str) -> mmap.mmap:
-    """Map a file read-only; what cannot be mapped is told apart without opening it (a pipe would block)."""
+    """Map a file read-only. A file that cannot be mapped is refused without opening it, because a pipe would block."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             raise FormatError(path, "this is a folder", hint="name the .gguf file in it")
         if not stat.S_ISREG(mode):
-            raise FormatError(path, "this is not a regular file", hint="copy it to a file first: it has to be mapped")
+            raise FormatError(
+                path, "this is not a regular file", hint="copy it to a regular file: pyggml maps it into memory"
+            )
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise FormatError(path, "the file is empty", offset=0, hint=AGAIN)

@@ -1,7 +1,7 @@
-"""The header of one GGUF file: walked once, within its bounds.
+"""The header of one GGUF file, read once with bounds checks.
 
-Nothing is decoded but keys, tensor names and lengths, so that a vocabulary of 150,000 strings costs milliseconds until
-somebody reads it. Whatever is wrong is a `FormatError` that names the file, the thing, the byte and what to try.
+Only keys, tensor names and lengths are decoded, so that a vocabulary of 150,000 strings costs milliseconds until it is
+read. Every error is a `FormatError` that names the file, the item, the byte and what to try.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
-#: What to try with a file that is not whole.
-AGAIN = "the file is damaged or its download was cut short: fetch it again"
+#: What to try if a file is incomplete.
+AGAIN = "the file is damaged or its download is incomplete: download it again"
 _INT64_MAX = 2**63 - 1
 _HEADER_BYTES = 24  # magic, version, tensor count, key count
 
-#: First bytes of what people hand over by mistake, and what to tell them.
+#: First bytes of files that are often given by mistake, and the message for each.
 _MISTAKEN = {
     b"vers": "this looks like a Git LFS pointer: run `git lfs pull`, or download the file itself",
     b"PK\x03\x04": "this is a zip archive (a wheel, a PyTorch checkpoint): extract or convert it first",
@@ -90,39 +90,39 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a metadata value lies."""
+    """The place of a metadata value."""
 
     type: ValueType  #: of the value, or of an array's elements
     length: int | None  #: elements of an array; None for a single value
-    offset: int  #: in the file, of the value's or the array's first byte
-    end: int  #: in the file, of the first byte after it
+    offset: int  #: offset in the file of the first byte of the value or array
+    end: int  #: offset in the file of the first byte after it
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies."""
+    """The description of a tensor in a file."""
 
     name: str
     type: Type
-    ne: tuple[int, int, int, int]  #: elements by dimension, ggml order
-    offset: int  #: bytes, in the file
+    ne: tuple[int, int, int, int]  #: elements per dimension, in ggml's order
+    offset: int  #: offset in the file, in bytes
     nbytes: int
-    part: int = 0  #: which of a model's files it lies in, from 0
+    part: int = 0  #: index of the file of a split model, from 0
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file says of itself."""
+    """The contents of one header."""
 
-    version: int  #: of the format
+    version: int  #: version of the format
     metadata: Metadata
-    alignment: int  #: of tensor data, in bytes
-    data_offset: int  #: in the file, of tensor data
-    tensors: dict[str, TensorInfo]  #: in the file's order
+    alignment: int  #: alignment of tensor data, in bytes
+    data_offset: int  #: offset in the file of tensor data
+    tensors: dict[str, TensorInfo]  #: in the order of the file
 
 
 class _Walk:
-    """A position in the header that cannot leave it."""
+    """A position in the header that cannot move past its end."""
 
     __slots__ = ("at", "end", "map", "path")
 
@@ -135,7 +135,7 @@ class _Walk:
     def need(self, n_bytes: int, what: str) -> None:
         if n_bytes > self.end - self.at:
             left = self.end - self.at
-            raise self.error(f"{what} wants {n_bytes:,} bytes, the file has {left:,} left")
+            raise self.error(f"{what} needs {n_bytes:,} bytes, but the file has only {left:,} left")
 
     def number(self, form: struct.Struct, what: str) -> int:
         self.need(form.size, what)
@@ -148,10 +148,10 @@ class _Walk:
         self.need(length, what)
         raw = self.map[self.at : self.at + length]
         self.at += length
-        return raw.decode("utf-8", "surrogateescape")  # names are bytes to llama.cpp; none is lost
+        return raw.decode("utf-8", "surrogateescape")  # for llama.cpp names are bytes; this keeps all of them
 
     def skip_strings(self, n: int, what: str) -> None:
-        """Step over n strings; the one loop whose length a vocabulary sets."""
+        """Skip n strings. This is the only loop whose length depends on the vocabulary."""
         at, last, mapped, unpack = self.at, self.end - 8, self.map, _U64.unpack_from
         for _ in range(n):
             if at > last:
@@ -164,8 +164,8 @@ class _Walk:
         raise self.error(f"{what} runs past the end of the file", offset=self.end)
 
 
-class Metadata(Mapping[str, Any]):  # Any: a value's type is the file's to say; `require` checks it
-    """The keys and values of a file, decoded when asked for.
+class Metadata(Mapping[str, Any]):  # Any: the type of a value depends on the file; `require` checks it
+    """The keys and values of a file, decoded on access.
 
     A value is an int, float, bool or str; an array is a read-only numpy array, or a list of str.
     """
@@ -193,11 +193,11 @@ class Metadata(Mapping[str, Any]):  # Any: a value's type is the file's to say; 
         return key in self._entries
 
     def entry(self, key: str) -> Entry:
-        """Return where a value lies: its type, and an array's length, without decoding it."""
+        """Return the place and type of a value, and the length of an array, without decoding it."""
         return self._entries[key]
 
     def raw(self, key: str) -> bytes:
-        """Return a value as it stands in the file, after its type (and an array's length)."""
+        """Return the bytes of a value, without its type and an array's length."""
         entry = self._entries[key]
         return self._map[entry.offset : entry.end]
 
@@ -216,7 +216,7 @@ class Metadata(Mapping[str, Any]):  # Any: a value's type is the file's to say; 
         return values
 
     def _strings(self, key: str, entry: Entry, n: int) -> list[str]:
-        """Decode an array of strings, whose lengths were checked when the file was opened."""
+        """Decode an array of strings. Their lengths were checked when the file was opened."""
         raw, at, unpack = self.raw(key), 0, _U64.unpack_from
         strings: list[str] = []
         for _ in range(n):
@@ -227,21 +227,21 @@ class Metadata(Mapping[str, Any]):  # Any: a value's type is the file's to say; 
 
 
 def read_header(path: str, mapped: mmap.mmap, part: int = 0) -> Header:
-    """Walk a mapped file's header and check that all it speaks of is there.
+    """Read a mapped file's header and check that everything it refers to is in the file.
 
     Parameters
     ----------
     path : str
-        For errors.
+        The path in errors.
     mapped : mmap.mmap
         The whole file.
     part : int
-        Which of a model's files this is.
+        The index of this file of a split model.
 
     Raises
     ------
     FormatError
-        The file is damaged, or of a kind that is not supported.
+        The file is damaged or of an unsupported kind.
     """
     walk = _Walk(path, mapped)
     version, n_tensors, n_keys = _read_counts(walk)
@@ -259,7 +259,7 @@ def _read_counts(walk: _Walk) -> tuple[int, int, int]:
     magic = walk.map[:4]
     if magic != MAGIC:
         hint = _MISTAKEN.get(bytes(magic), "this is not a GGUF file: convert the model with llama.cpp's converters")
-        raise walk.error(f"starts with {bytes(magic)!r}, not {MAGIC!r}", hint=hint)
+        raise walk.error(f"starts with {bytes(magic)!r} instead of {MAGIC!r}", hint=hint)
     walk.need(_HEADER_BYTES, "the header")
     walk.at = 4
     version = walk.number(_U32, "the version")
@@ -270,7 +270,7 @@ def _read_counts(walk: _Walk) -> tuple[int, int, int]:
         hint = "convert the model again" if version < 2 else "a newer pyggml may read it"
         raise walk.error(f"GGUF version {version} is not supported, only {' and '.join(map(str, VERSIONS))}", hint=hint)
     n_tensors, n_keys = walk.number(_U64, "the tensor count"), walk.number(_U64, "the key count")
-    # the least a key and a tensor can take: name length, type, value; name length, dimensions, type, offset
+    # minimum size of a key (name length, type, value) and of a tensor (name length, dimensions, type, offset)
     for n, least, what, at in ((n_tensors, 24, "tensors", 8), (n_keys, 13, "keys", 16)):
         if n * least > walk.end - walk.at:
             raise walk.error(f"{n:,} {what} cannot be in a file of {walk.end:,} bytes", offset=at)
@@ -278,7 +278,7 @@ def _read_counts(walk: _Walk) -> tuple[int, int, int]:
 
 
 def _read_keys(walk: _Walk, n: int) -> dict[str, Entry]:
-    """Find every value, decode none."""
+    """Find all values without decoding them."""
     entries: dict[str, Entry] = {}
     for i in range(n):
         start = walk.at
@@ -348,7 +348,7 @@ def _read_infos(walk: _Walk, n: int) -> list[tuple[TensorInfo, int]]:
         kind = _tensor_type(walk, name)
         if ne[0] % kind.block_size:
             raise walk.error(
-                f"tensor '{name}': rows of {ne[0]:,} elements are no multiple of {kind.ggml_name}'s {kind.block_size}",
+                f"tensor '{name}': a row of {ne[0]:,} elements is not a multiple of {kind.ggml_name}'s block of {kind.block_size}",
                 offset=at,
             )
         nbytes = kind.row_size(ne[0]) * ne[1] * ne[2] * ne[3]
@@ -372,10 +372,10 @@ def _align(n_bytes: int, alignment: int) -> int:
 
 
 def _place(walk: _Walk, info: TensorInfo, record_at: int, data_offset: int, alignment: int, part: int) -> TensorInfo:
-    """Turn an offset in the data into one in the file, and check that it is there."""
+    """Convert an offset in the data to one in the file, and check that the tensor is in the file."""
     if info.offset % alignment:
         raise walk.error(
-            f"tensor '{info.name}' lies at {info.offset:,} of the data, which is not aligned to {alignment}",
+            f"tensor '{info.name}' is at offset {info.offset:,} of the data, which is not aligned to {alignment}",
             offset=record_at,
         )
     offset = data_offset + info.offset
@@ -390,7 +390,7 @@ def _place(walk: _Walk, info: TensorInfo, record_at: int, data_offset: int, alig
 
 
 def _check_order(walk: _Walk, tensors: Mapping[str, TensorInfo], data_offset: int, alignment: int) -> None:
-    """Refuse tensors that do not follow one another: a type or shape that was damaged leaves a gap or an overlap.
+    """Refuse gaps and overlaps between tensors, which a damaged type, shape or offset causes.
 
     Notes
     -----
@@ -401,8 +401,8 @@ def _check_order(walk: _Walk, tensors: Mapping[str, TensorInfo], data_offset: in
         if info.offset != at:
             how = "overlaps the tensor before it" if info.offset < at else "leaves a gap"
             raise walk.error(
-                f"tensor '{info.name}' is at {info.offset - data_offset:,} of the data, not at {at - data_offset:,}: it {how}, "
-                "so that a type, a shape or an offset is wrong",
+                f"tensor '{info.name}' is at offset {info.offset - data_offset:,} of the data instead of {at - data_offset:,}: it {how}, "
+                "so a type, a shape or an offset is wrong",
                 offset=info.offset,
             )
         at += _align(info.nbytes, alignment)

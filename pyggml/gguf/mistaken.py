@@ -1,4 +1,4 @@
-"""What GGUF files hold that are no language models, so that one given by mistake is called what it is."""
+"""GGUF files that are not language models, so that errors can say what a file is."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from .file import GGUFFile
 
 __all__ = ["require_model"]
 
-#: ``general.type`` or the architecture: what such a file is, and what to do.
+#: By ``general.type`` or architecture: what the file is, and what to do.
 _KINDS = {
     "mmproj": ("the projector of a model that sees or hears (mmproj)", "give the language model that it belongs to"),
     "clip": ("the projector of a model that sees or hears (mmproj)", "give the language model that it belongs to"),
-    "adapter": ("a LoRA adapter", "give the base model; adapters are not applied"),
-    "imatrix": ("an importance matrix for quantising", "give the model that it was made of"),
+    "adapter": ("a LoRA adapter", "give the base model; pyggml does not apply adapters"),
+    "imatrix": ("an importance matrix for quantising", "give the model that it was made from"),
     "controlvector": ("a control vector", "give the model that it was made for"),
     "vocab": ("a vocabulary without weights", "give the whole model"),
     **dict.fromkeys(
@@ -23,12 +23,12 @@ _KINDS = {
 
 
 def require_model(file: GGUFFile) -> None:
-    """Refuse a file that holds something else than a model's weights.
+    """Refuse a file that does not contain a model's weights.
 
     Raises
     ------
     FormatError
-        By ``general.type``, its architecture, its keys or its tensors it is another kind of file; the text says which.
+        The file is of another kind, by ``general.type``, architecture, keys or tensors; the text says which.
     """
     metadata, tensors = file.metadata, file.tensors
     kinds = [metadata.get("general.type"), metadata.get("general.architecture")]

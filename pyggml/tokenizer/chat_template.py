@@ -1,4 +1,4 @@
-"""Chat templates: the Jinja text in a model's file, rendered in a sandbox with what such templates expect to find."""
+"""Chat templates: the Jinja text in a model's file, rendered in a sandbox with the names that such templates expect."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class _RefusedError(Exception):
 
 
 class ChatTemplate:
-    """A template that was parsed.
+    """A parsed template.
 
     Parameters
     ----------
     source : str
-        Its Jinja text.
+        The Jinja text.
     path : str
-        The file it came from, for errors.
+        The file that contains it, for errors.
 
     Raises
     ------
     FormatError
-        It is no Jinja template, or longer than 1 MiB.
+        It is not a Jinja template, or it is longer than 1 MiB.
     """
 
     def __init__(self, source: str, path: str) -> None:
@@ -46,18 +46,18 @@ class ChatTemplate:
         except Exception as error:  # noqa: BLE001  # parsers and Python's compiler: nested too deep, `break` in no loop
             line = getattr(error, "lineno", None)
             says = str(error).partition("\n")[0] or type(error).__name__
-            raise self._error(f"is no Jinja template: {says}{f' (line {line})' if line else ''}") from None
+            raise self._error(f"is not a Jinja template: {says}{f' (line {line})' if line else ''}") from None
 
     def render(self, **values: Any) -> str:
-        """Return the text for a conversation; ``values`` are the names that the template sees.
+        """Return the text for a conversation; ``values`` are the names that the template can use.
 
-        ``tools`` and ``documents`` are None unless given, as in transformers; to put what is missing behind a text adds
-        nothing, and a loop over it has no turn, as in llama.cpp.
+        ``tools`` and ``documents`` are None unless given, as in transformers. A missing value adds nothing to a text, and
+        a loop over it does nothing, as in llama.cpp.
 
         Raises
         ------
         FormatError
-            The template refuses the conversation, fails, or takes too long or makes too much (`template_bounds`).
+            The template refuses the conversation, fails, runs too long or writes too much (`template_bounds`).
         """
         from .template_bounds import Budget, TooMuchError
 
@@ -66,14 +66,14 @@ class ChatTemplate:
             return self._template.render({"tools": None, "documents": None} | values)
         except _RefusedError as refusal:
             raise self._error(
-                f"refuses the conversation: {refusal}", hint="change roles or order of the messages"
+                f"refuses the conversation: {refusal}", hint="change the roles or the order of the messages"
             ) from None
         except TooMuchError as error:
-            raise self._error(f"does not end within its bounds: {error}") from None
+            raise self._error(f"exceeds its limits: {error}") from None
         except Exception as error:  # noqa: BLE001  # a template is a program: whatever it does wrong is the file's fault
             raise self._error(f"fails: {type(error).__name__}: {error}") from None
 
-    def _error(self, what: str, *, hint: str = "give the prompt as it is, without the template") -> FormatError:
+    def _error(self, what: str, *, hint: str = "give the prompt without the template") -> FormatError:
         return FormatError(self._path, f"the chat template {what}", hint=hint)
 
 
@@ -92,5 +92,5 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Write JSON as Python does; Jinja's own escapes for HTML."""
+    """Write JSON as Python does; Jinja's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,7 +1,7 @@
-"""How a byte-pair vocabulary cuts text into words before it merges, by the name in ``tokenizer.ggml.pre``.
+"""How a byte-pair vocabulary splits text into words before it merges, by the name in ``tokenizer.ggml.pre``.
 
-A file names its rule and does not hold it, so that every reader needs this table. The patterns are those of llama.cpp,
-which stand for case-insensitive groups and letter cases where its own engine has none.
+A file contains only the name of its rule, so every reader needs this table. The patterns are llama.cpp's, with
+case-insensitive groups and letter classes that its own engine lacks.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ __all__ = ["PRETOKENIZERS", "Pretokenizer"]
 
 @dataclass(frozen=True, slots=True)
 class Pretokenizer:
-    """One rule: patterns applied one after the other to the pieces that the one before left."""
+    """One rule: patterns, each applied to the pieces of the pattern before."""
 
     patterns: tuple[str, ...]
-    ignore_merges: bool = False  #: a word that is a token is taken whole
-    add_bos: bool = False  #: unless the file says otherwise
+    ignore_merges: bool = False  #: a word that is a token is not split
+    add_bos: bool = False  #: default, if the file does not say
 
 
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -27,17 +27,17 @@ _NEWLINES = r"\s*[\r\n]+|" + _TAIL
 
 
 def _words(digits: str, *, letters: str = r"\p{L}", contractions: str = _CONTRACTIONS + "|") -> str:
-    """Make the pattern that most models since 2023 share."""
+    """Return the pattern that most models since 2023 share."""
     others = letters + r"\p{N}"
     return contractions + rf"[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|{digits}| ?[^\s{others}]+[\r\n]*|" + _NEWLINES
 
 
-# a letter that is no small ASCII letter, and one that is no capital
+# a letter except small ASCII letters, and a letter except capital ASCII letters
 _BIG, _SMALL = r"((?=[\p{L}])([^a-z]))", r"((?=[\p{L}])([^A-Z]))"
 
 
 def _cased(digits: str, *, contractions: str = "") -> str:
-    """Make the pattern that also cuts before a capital."""
+    """Return the pattern that also splits before a capital letter."""
     word = r"[^\r\n\p{L}\p{N}]?"
     return (
         f"{word}{_BIG}*{_SMALL}+{contractions}|{word}{_BIG}+{_SMALL}*{contractions}|{digits}"
@@ -45,7 +45,7 @@ def _cased(digits: str, *, contractions: str = "") -> str:
     )
 
 
-#: Letters that have cases, as DeepSeek's first tokenizer lists them.
+#: Letters with upper and lower case, as DeepSeek's first tokenizer lists them.
 _CASED_LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376"
     "\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-"
@@ -96,5 +96,5 @@ _BY_RULE = {
     ("falcon",): Pretokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
 }  # fmt: skip
 
-#: Rules by every name that means them.
+#: Rules by name; several names can mean the same rule.
 PRETOKENIZERS = {name: rule for names, rule in _BY_RULE.items() for name in names}

@@ -1,4 +1,4 @@
-"""Tokens with a meaning: found as the file names them, and by their texts where it does not."""
+"""Special tokens: those that the file names, and otherwise those with known texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 class TokenKind(IntEnum):
-    """What a token is for; the numbers are the files'."""
+    """The kind of a token; the numbers are those in files."""
 
     UNDEFINED = 0
     NORMAL = 1
@@ -25,13 +25,13 @@ class TokenKind(IntEnum):
     BYTE = 6
 
 
-#: Names of tokens that end a turn, a message or a text, whatever else the file says.
+#: Names of tokens that always end a turn, a message or a text.
 _END_OF_GENERATION = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
     "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
 )  # fmt: skip
-#: Tokens that a file may name by key, and the texts by which they are found where it does not.
+#: Tokens that a file can name with a key, and their texts if it does not.
 _NAMED: dict[str, tuple[str, ...]] = {
     "eot": (
         "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>",
@@ -54,20 +54,20 @@ _NAMED: dict[str, tuple[str, ...]] = {
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }  # fmt: skip
-#: Ends of which some end a message only, where others of them are in the vocabulary too.
+#: End tokens of which some end only a message if the vocabulary also has the others.
 _MARKERS = ("<|call|>", "<|calls|>", "<|end|>", "<|return|>", "<|flush|>", "</s>", "<|tool_response>")
-#: Tokens of the harmony format that are part of what a reader sees.
+#: Tokens of the harmony format that readers see.
 _ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Ids of tokens with a meaning; None for what a vocabulary lacks.
+    """Ids of special tokens; None if a vocabulary lacks the token.
 
     Attributes
     ----------
     bos, eos, eot, unknown : int or None
-        The tokens that begin and end a text, end a turn, and stand for what the vocabulary lacks.
+        The tokens that begin a text, end a text, end a turn, and replace text outside the vocabulary.
     ends : frozenset of int
         All tokens after which generation stops.
     """
@@ -80,7 +80,7 @@ class SpecialTokens:
 
 
 def find_special(file: GGUFFile, model: str, ids: dict[str, int], kinds: list[int], n_vocab: int) -> SpecialTokens:
-    """Find the special tokens of a vocabulary, and correct the kinds of those that files are known to give wrongly.
+    """Find the special tokens of a vocabulary, and correct kinds that files are known to have wrong.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def find_special(file: GGUFFile, model: str, ids: dict[str, int], kinds: list[in
     kinds : list of int
         `TokenKind` of each token; changed in place.
     n_vocab : int
-        How many tokens there are, with or without texts.
+        The number of tokens, with or without texts.
 
     Notes
     -----
@@ -130,11 +130,11 @@ class _Finder:
         if found is not None and 0 <= found < self.n_vocab:
             return found
         if found is not None:
-            _log.warning("%s: '%s' is %d, which is no token", self.file.path, key, found)
+            _log.warning("%s: '%s' is %d, which is not a token", self.file.path, key, found)
         return default if default is not None and default < len(self.ids) else None
 
     def by_role(self, role: str, texts: tuple[str, ...]) -> int | None:
-        """Return the id that the file names, or that of the first known text; that becomes a control token."""
+        """Return the id that the file names, or else that of the first known text, which becomes a control token."""
         id = self.named(f"{role}_token_id", None)
         if id is None:
             id = next((self.ids[text] for text in texts if text in self.ids), None)
@@ -143,7 +143,7 @@ class _Finder:
         return id
 
     def without_markers(self, ends: set[int]) -> set[int]:
-        """Drop what ends a message but not the answer: of harmony's and solar's formats, and a plain ``</s>``."""
+        """Remove tokens that end a message but not the answer: those of harmony's and solar's formats, and a plain ``</s>``."""
         texts = {text for text in _MARKERS if self.ids.get(text) in ends}
         calls = "<|call|>" in texts or "<|calls|>" in texts
         if "<|end|>" in texts and calls and ("<|return|>" in texts or "<|flush|>" in texts):

@@ -1,7 +1,7 @@
-"""A Jinja environment for templates of strangers: no attribute of Python's leaks, and rendering is bounded.
+"""A Jinja environment for untrusted templates: no access to Python's attributes, and limited time and output.
 
-A template is a program. What it makes and how often it loops or calls is counted against a `Budget`; a step that would
-make too much at once (a width of a billion, a power, a product of texts) is refused before it is taken.
+A template is a program. Its output, loops and calls are counted against a `Budget`. A single step that would make too
+much (a width of a billion, a power, a product of texts) is refused before it runs.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 __all__ = ["Budget", "TooMuchError", "bounded_environment"]
 
-#: Characters of a template at most; the longest of llama.cpp's folder has 28,000.
+#: Maximum length of a template in characters; the longest in llama.cpp's folder has 28,000.
 MAX_SOURCE = 1 << 20
-#: Seconds, turns of loops and calls, characters and elements that a rendering may take.
+#: Limits of one rendering: seconds, loop turns and calls, characters and elements.
 MAX_SECONDS, MAX_STEPS, MAX_MADE = 5.0, 200_000, 1 << 24
-#: Largest number that a filter, method or operator is given: widths, counts, exponents.
+#: Largest number that filters, methods and operators accept: widths, counts, exponents.
 MAX_ARGUMENT = 100_000
 _WIDTH = re.compile(r"\d{6,}")
 
 
 class TooMuchError(Exception):
-    """A template took more than its budget."""
+    """A template exceeded its budget."""
 
 
 class Budget:
-    """What is left of time, steps, and characters and elements to be made.
+    """The remaining time, steps, and characters and elements of a rendering.
 
     Parameters
     ----------
     n_given : int
-        Characters of the conversation: a template may write it several times.
+        The length of the conversation in characters; a template may write it several times.
     """
 
     def __init__(self, n_given: int = 0) -> None:
@@ -47,7 +47,7 @@ class Budget:
         self.n_steps, self.n_made = MAX_STEPS + n_given, MAX_MADE + 32 * n_given
 
     def step(self) -> None:
-        """Count one turn of a loop, or one call."""
+        """Count one loop turn or one call."""
         self.n_steps -= 1
         if self.n_steps < 0:
             raise TooMuchError("it takes too many steps")
@@ -58,11 +58,11 @@ class Budget:
         """Count characters or elements before they are made."""
         self.n_made -= n
         if self.n_made < 0:
-            raise TooMuchError("it makes too much text or too long lists")
+            raise TooMuchError("it makes too much text or lists that are too long")
 
 
 class _Empty(Undefined):
-    """What is not there: nothing in a text, as llama.cpp and transformers' users expect of ``text + tools``."""
+    """A missing value: an empty text, as in llama.cpp and as users of transformers expect from ``text + tools``."""
 
     def __add__(self, other: Any) -> Any:  # of a template's values
         return other if isinstance(other, str) else self._fail_with_undefined_error()
@@ -71,7 +71,7 @@ class _Empty(Undefined):
 
 
 class _Generation(Extension):
-    """``{% generation %}``, by which transformers marks what a model wrote: the body, and nothing else."""
+    """``{% generation %}``, which marks the model's text in transformers; it renders as its body."""
 
     tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
 
@@ -91,7 +91,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             extensions=["jinja2.ext.loopcontrols", _Generation],
             undefined=_Empty,
-            optimized=False,  # constants are folded while compiling, outside of any budget
+            optimized=False,  # constants are folded while compiling, without a budget
         )
         self.budget = Budget()
         del self.globals["lipsum"]
@@ -99,7 +99,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters |= {"_turns": self._turns, "_written": self._written, "_joined": self._joined}
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
-        """Add a filter that is counted as the others."""
+        """Add a filter with a budget, like all others."""
         self.filters[name] = self._bounded(name, function)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -122,7 +122,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _turns(self, items: Iterable[Any] | None) -> Iterable[Any]:
         if items is None or isinstance(items, Undefined):
-            return ()  # as llama.cpp has it, where no tools are given
+            return ()  # as in llama.cpp if no tools are given
         made = list(items)
         self.budget.make(len(made))
         return _Counted(made, self.budget)
@@ -164,27 +164,27 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.budget.step()
         values = (*args, *named.values())
         if any(isinstance(v, int | float) and abs(v) > MAX_ARGUMENT for v in values[1:]):
-            raise TooMuchError(f"{name} is given a number above {MAX_ARGUMENT:,}")
+            raise TooMuchError(f"{name} gets a number above {MAX_ARGUMENT:,}")
         texts = [v for v in values if isinstance(v, str)]
         if name in ("format", "format_map") and texts and _WIDTH.search(texts[0]):
             raise TooMuchError("it formats with a width above 99,999")
         if name == "replace" and len(texts) > 2:
             self.budget.make(texts[0].count(texts[1]) * len(texts[2]))
         elif name in ("join", "indent", "expandtabs") and len(values) > 1:
-            # whatever of them repeats the other: parts and what joins them, lines and their indentation
+            # one may repeat the other: parts and their separator, lines and their indentation
             sizes = sorted(v if isinstance(v, int) else _size(v) for v in values[:2])
             self.budget.make(sizes[0] * sizes[1])
         elif name in ("string", "tojson", "pprint", "wordwrap"):
             self.budget.make(2 * _size(values[0]))
         elif name == "sum" and any(isinstance(v, list | tuple) for v in values[1:]):
-            self.budget.make(_length(values[0]) * _size(values[0]))  # lists are put together one by one
+            self.budget.make(_length(values[0]) * _size(values[0]))  # lists are concatenated one by one
 
     def _count(self, made: Any) -> Any:
         self.budget.make(_length(made))
         return made
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute an operator whose result may be far longer than its operands."""
+        """Compute an operator whose result can be much longer than its operands."""
         if operator in ("*", "**"):
             for count, other in ((left, right), (right, left)):
                 if isinstance(count, int) and not isinstance(other, int | float):
@@ -217,7 +217,7 @@ class _Counted:
 
 
 def _size(value: Any) -> int:
-    """Return how many elements a value holds, those of its elements included; up to more than any budget has."""
+    """Return the number of elements of a value, including nested ones; stops above any budget."""
     n, left = 0, [value]
     while left and n <= 2 * MAX_MADE:
         value = left.pop()
@@ -232,7 +232,7 @@ def _size(value: Any) -> int:
 
 
 def _length(value: Any) -> int:
-    """Return how many characters or elements a value holds."""
+    """Return the number of characters or elements of a value."""
     return len(value) if isinstance(value, str | bytes | list | tuple | dict | set) else 0
 
 
@@ -241,5 +241,5 @@ def _filtered(name: str, node: nodes.Expr) -> nodes.Filter:
 
 
 def bounded_environment() -> _Environment:
-    """Return an environment whose `budget` is to be set before each rendering."""
+    """Return an environment; its `budget` must be set before each rendering."""
     return _Environment()

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the vocabulary of the model's own file.
+"""Text to token ids and back, with the vocabulary in the model's file.
 
 ::
 
@@ -8,14 +8,14 @@
     for id in generated:
         print(stream.feed(id), end="")
 
-Vocabularies of three kinds: ``gpt2`` (byte pairs, merged by rank: the `tokenizers` library does it), ``llama`` (pieces
-with scores, merged by score: nothing in the library does that, so the loop is here), and ``none``.
+There are three kinds of vocabularies: ``gpt2`` (byte pairs, merged by rank, with the `tokenizers` library), ``llama``
+(pieces with scores, merged by score; the library lacks this, so the loop is here), and ``none``.
 
-Who owns which special token: `encode` puts BOS before a text and EOS behind it, where the file wants them (`add_bos`,
-`add_eos`), and for ``llama`` a space before each piece of text that begins or follows a special token
-(``add_space_prefix``). A chat template may write them, too: `apply_chat_template` takes away a BOS that its text begins
-with and an EOS that it ends with where `encode` adds them, so that each is there once when the text is encoded.
-`encode_chat` does both; nothing else evaluates a conversation.
+Special tokens: `encode` adds BOS before a text and EOS after it if the file requests them (`add_bos`, `add_eos`), and for
+``llama`` a space before each piece of text that begins the text or follows a special token (``add_space_prefix``). A chat
+template may also write BOS and EOS. `apply_chat_template` removes a BOS at the start and an EOS at the end of its text if
+`encode` adds them, so that the encoded text has each once. `encode_chat` does both, and is the only way to evaluate a
+conversation.
 """
 
 from __future__ import annotations
@@ -48,27 +48,27 @@ class Tokenizer:
     model : str
         ``"gpt2"``, ``"llama"`` or ``"none"``.
     pre : str
-        The rule by which a ``gpt2`` vocabulary cuts words; empty for others.
+        The rule by which a ``gpt2`` vocabulary splits words; empty for others.
     bos_id, eos_id, eot_id, unk_id : int or None
-        The tokens that begin and end a text, end a turn, and stand for what the vocabulary lacks.
+        The tokens that begin a text, end a text, end a turn, and replace text outside the vocabulary.
     eog_ids : frozenset of int
         All tokens after which generation stops.
     add_bos, add_eos : bool
-        Whether `encode` puts them around a text.
+        Whether `encode` adds BOS before and EOS after a text.
     """
 
     def __init__(self, file: GGUFFile) -> None:
         self.path = file.path
         self.model = file.require(_KEY + "model", str)
         self.pre = ""
-        #: Why no text can be encoded; ids can be evaluated all the same.
+        #: Why no text can be encoded; ids can still be evaluated.
         self._unreadable: FormatError | None = None
         if self.model not in ("gpt2", "llama", "none", "no_vocab"):
             self._unreadable = FormatError(
                 file.path,
                 f"the tokenizer '{self.model}' is not supported",
                 offset=file.metadata.entry(_KEY + "model").offset,
-                hint="pyggml knows gpt2, llama and none; `--tokens 1,2,3` does without",
+                hint="pyggml supports gpt2, llama and none; `--tokens 1,2,3` needs no tokenizer",
             )
         self._has_vocabulary = self.model in ("gpt2", "llama")
         self._texts = _strings(file, _KEY + "tokens") if self._has_vocabulary else []
@@ -94,12 +94,12 @@ class Tokenizer:
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
         """Read a file's vocabulary.
 
-        A vocabulary that cannot encode text, as its kind or its pre-tokenizer is not supported, is read all the same.
+        A vocabulary of an unsupported kind or pre-tokenizer is also read, but cannot encode text.
 
         Raises
         ------
         FormatError
-            It is damaged.
+            The vocabulary is damaged.
 
         Notes
         -----
@@ -112,12 +112,12 @@ class Tokenizer:
 
     @property
     def n_vocab(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         return self._n_vocab
 
     @property
     def has_vocabulary(self) -> bool:
-        """Whether there is text at all; without, only ids can be evaluated."""
+        """Whether tokens have texts; without texts, only ids can be evaluated."""
         return self._has_vocabulary
 
     # text to ids
@@ -129,15 +129,14 @@ class Tokenizer:
         ----------
         text : str
         add_special : bool
-            Put the tokens that begin and end a text around it, if the file wants them.
+            Add BOS and EOS if the file requests them.
         parse_special : bool
-            Read the names of control tokens in the text as those tokens. Text that strangers wrote must not be
-            read so.
+            Encode names of control tokens in the text as these tokens. Do not use this for untrusted text.
 
         Raises
         ------
         PyggmlError
-            The file has no vocabulary, or one of a kind that is not supported.
+            The file has no vocabulary, or one of an unsupported kind.
 
         Notes
         -----
@@ -147,7 +146,7 @@ class Tokenizer:
             raise self._unreadable
         if not self._has_vocabulary:
             raise PyggmlError(f"{self.path}: the file has no vocabulary", hint="give token ids: `--tokens 1,2,3`")
-        text = text.encode("utf-8", "replace").decode()  # lone surrogates, as a terminal may hand over
+        text = text.encode("utf-8", "replace").decode()  # lone surrogates, which a terminal may send
         ids: list[int] = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
         after_special = True
         for part in self._partition(text, parse_special):
@@ -164,7 +163,7 @@ class Tokenizer:
         return ids
 
     def _partition(self, text: str, parse_special: bool) -> list[str | int]:
-        """Cut special tokens out of a text, the longest name first wherever it stands."""
+        """Split a text at special tokens, longest names first."""
         parts: list[str | int] = [text] if text else []
         for name, id in self._special:
             if name not in text or not (parse_special or self._kinds[id] == TokenKind.USER_DEFINED):
@@ -182,7 +181,7 @@ class Tokenizer:
     # ids to text
 
     def token_text(self, id: int) -> str:
-        """Return a token as the vocabulary spells it.
+        """Return the text of a token in the vocabulary.
 
         Raises
         ------
@@ -193,11 +192,11 @@ class Tokenizer:
         return self._texts[id] if self._has_vocabulary else f"[{id}]"
 
     def token_bytes(self, id: int, *, skip_special: bool = False) -> bytes:
-        """Return what a token adds to a text: bytes, as a character may be spread over several tokens.
+        """Return the bytes that a token adds to a text; a character can consist of several tokens.
 
         Notes
         -----
-        Mirrors `llama_vocab::impl::token_to_piece`. Differs: a character that no byte is spelled by stands for itself.
+        Mirrors `llama_vocab::impl::token_to_piece`. Differs: a character that spells no byte is kept.
         """
         self._check(id)
         if not self._has_vocabulary:
@@ -216,9 +215,9 @@ class Tokenizer:
         return bytes_of(text)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Return the text of ids; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of ids; bytes that are not UTF-8 become U+FFFD.
 
-        A space that `encode` put before the text is left out again.
+        A space that `encode` added before the text is removed.
         """
         hidden = (TokenKind.CONTROL, TokenKind.UNKNOWN) if skip_special and self._has_vocabulary else ()
         ids = [id for id in ids if not (hidden and 0 <= id < self._n_vocab and self._kinds[id] in hidden)]
@@ -240,16 +239,16 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **values: Any
     ) -> str:
-        """Write a conversation as the model was trained to read it, without what `encode` adds; see `encode_chat`.
+        """Return a conversation in the model's format, without the tokens that `encode` adds; see `encode_chat`.
 
         Parameters
         ----------
         messages : sequence of mappings
             ``{"role": "user", "content": "..."}`` and so on.
         add_generation_prompt : bool
-            End with what begins the model's turn.
+            End with the beginning of the model's turn.
         **values
-            More names for the template to see.
+            More names that the template can use.
 
         Raises
         ------
@@ -257,7 +256,7 @@ class Tokenizer:
             The file has no template, or it cannot be rendered.
         """
         if self._template is None:
-            raise FormatError(self.path, "the file has no chat template", hint="give the prompt as it is")
+            raise FormatError(self.path, "the file has no chat template", hint="give the prompt without --chat")
         bos, eos = (self._texts[id] if id is not None and self._texts else "" for id in (self.bos_id, self.eos_id))
         text = self._template.render(
             messages=list(messages),
@@ -273,7 +272,7 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **values: Any
     ) -> list[int]:
-        """Return the ids of a conversation, with BOS and EOS as the file wants them, each once.
+        """Return the ids of a conversation, with BOS and EOS once each if the file requests them.
 
         Parameters and errors are those of `apply_chat_template`.
 
@@ -290,7 +289,7 @@ class Tokenizer:
     # reading the file
 
     def _numbers(self, file: GGUFFile, name: str, missing: float) -> list[Any]:
-        """Return an array of a number for each token."""
+        """Return an array with a number for each token."""
         key = _KEY + name
         if key not in file.metadata:
             return [missing] * len(self._texts)
@@ -298,7 +297,7 @@ class Tokenizer:
         if entry.length is None or entry.type is ValueType.STRING or entry.length < len(self._texts):
             raise FormatError(
                 file.path,
-                f"'{key}' has not a number for each of {len(self._texts):,} tokens",
+                f"'{key}' does not have a number for each of {len(self._texts):,} tokens",
                 offset=entry.offset,
                 hint="convert the model again",
             )
@@ -310,14 +309,16 @@ class Tokenizer:
         if self.model == "gpt2":
             self.pre = file.require(_KEY + "pre", str, "")
             if not self.pre:
-                _log.warning("%s: no pre-tokenizer is named, 'default' is taken: text may be cut wrongly", file.path)
+                _log.warning(
+                    "%s: the file names no pre-tokenizer; 'default' is used and may split text wrongly", file.path
+                )
             rule = self.pre or "default"
             if rule not in PRETOKENIZERS:
                 self._unreadable = FormatError(
                     file.path,
                     f"the pre-tokenizer '{self.pre}' is not supported",
                     offset=file.metadata.entry(_KEY + "pre").offset,
-                    hint=f"pyggml knows {', '.join(sorted(PRETOKENIZERS))}; `--tokens 1,2,3` does without",
+                    hint=f"pyggml supports {', '.join(sorted(PRETOKENIZERS))}; `--tokens 1,2,3` needs no tokenizer",
                 )
                 rule = "default"
             self.add_bos = PRETOKENIZERS[rule].add_bos
@@ -332,7 +333,7 @@ class Tokenizer:
         return words
 
     def _names_to_parse(self) -> list[tuple[str, int]]:
-        """Return names that are tokens wherever they stand in a text, the longest first."""
+        """Return the names that are tokens anywhere in a text, the longest first."""
         parsed = (TokenKind.CONTROL, TokenKind.USER_DEFINED, TokenKind.UNKNOWN)
         kinds = zip(self._texts, self._kinds, strict=True)
         return sorted(
@@ -342,13 +343,13 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text from ids as they come, never cut within a character.
+    """Text from ids one by one, never split within a character.
 
     Parameters
     ----------
     tokenizer : Tokenizer
     skip_special : bool
-        Leave control tokens out.
+        Omit control tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
@@ -356,11 +357,11 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, id: int) -> str:
-        """Return the text that a token completes; empty while a character is still in parts."""
+        """Return the text that a token completes; empty while a character is incomplete."""
         return self._decoder.decode(self._tokenizer.token_bytes(id, skip_special=self._skip_special))
 
     def flush(self) -> str:
-        """Return what is left: U+FFFD for a character that was never completed."""
+        """Return the rest: U+FFFD for an incomplete character."""
         return self._decoder.decode(b"", True)
 
 
@@ -369,12 +370,14 @@ def _strings(file: GGUFFile, key: str) -> list[str]:
         raise FormatError(file.path, f"no key '{key}'", hint="the file has no vocabulary: convert the model again")
     entry = file.metadata.entry(key)
     if entry.type is not ValueType.STRING or entry.length is None:
-        raise FormatError(file.path, f"'{key}' is no array of strings", offset=entry.offset, hint="convert it again")
+        raise FormatError(
+            file.path, f"'{key}' is not an array of strings", offset=entry.offset, hint="convert it again"
+        )
     return list(file.metadata[key])
 
 
 def _vocab_size(file: GGUFFile) -> int:
-    """Return the number of tokens where no vocabulary tells."""
+    """Return the number of tokens of a file without a vocabulary."""
     arch = file.require("general.architecture", str, "")
     size = file.require(f"{arch}.vocab_size", int, None)
     if size is None:

@@ -15,33 +15,33 @@ SPACE = "\u2581"  #: how a piece with a score spells a space
 
 
 class Words(Protocol):
-    """What turns a piece of text without special tokens into ids."""
+    """Encodes a piece of text without special tokens."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a piece of text."""
 
 
 class BytePairs:
-    """Words merged by rank; the `tokenizers` library, made when first needed.
+    """Words merged by rank, with the `tokenizers` library, which is set up on first use.
 
     Parameters
     ----------
     ids : dict of str to int
     merges : list of str
-        Pairs of tokens, the first to be merged first, a space between.
+        Pairs of tokens separated by a space, in the order of merging.
     pre : str
-        The rule by which words are cut.
+        The rule by which text is split into words.
 
     Notes
     -----
-    Mirrors `llm_tokenizer_bpe_session`: merges need not make tokens, as in vocabularies that were pruned. A piece that
-    is no token in the end is spelled by its ASCII characters, each of which may be a token. Differs: where words that
-    are tokens are taken whole (`ignore_merges`), so are words that merges name and that are none.
+    Mirrors `llm_tokenizer_bpe_session`: the result of a merge need not be a token, as in pruned vocabularies. A final
+    piece that is not a token is spelled by its ASCII characters, each of which may be a token. Differs: with
+    `ignore_merges`, results of merges that are not tokens are also kept whole, like words that are tokens.
     """
 
     def __init__(self, ids: dict[str, int], merges: list[str], pre: str) -> None:
         self._ids, self._merges, self._rule = ids, merges, PRETOKENIZERS[pre]
-        self._spelled: dict[int, list[int]] = {}  # pieces that are no tokens
+        self._spelled: dict[int, list[int]] = {}  # pieces that are not tokens
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a piece of text."""
@@ -55,7 +55,7 @@ class BytePairs:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
         merges: dict[tuple[str, str], None] = {}
-        # no text holds what is not UTF-8, and the library takes no such pieces
+        # text is UTF-8, and the library accepts no other pieces
         pieces = {text: id for text, id in self._ids.items() if text.isascii() or _is_utf8(text)}
         n_tokens = max(self._ids.values(), default=-1) + 1
         for merge in self._merges:
@@ -76,12 +76,12 @@ class BytePairs:
 
 
 class ScoredPieces:
-    """Neighbours merged, the best score first, as long as a token comes of it; bytes for what is left.
+    """Merges neighbours with the best score first while the result is a token; the rest is encoded as bytes.
 
     Notes
     -----
-    Mirrors `llm_tokenizer_spm_session`. Differs: a byte without a token is left out, or becomes the unknown token;
-    upstream raises out of its reader.
+    Mirrors `llm_tokenizer_spm_session`. Differs: a byte without a token is omitted, or becomes the unknown token;
+    upstream throws an exception.
     """
 
     def __init__(self, ids: dict[str, int], scores: Sequence[float]) -> None:
@@ -100,7 +100,7 @@ class ScoredPieces:
         return ids
 
     def _merge(self, text: str) -> list[str]:
-        pieces = list(text)  # an absorbed piece becomes empty
+        pieces = list(text)  # a merged piece becomes empty
         last = len(pieces)
         following, before = list(range(1, last + 1)), list(range(-1, last - 1))
         queue: list[tuple[float, int, int, int]] = []
@@ -117,7 +117,7 @@ class ScoredPieces:
         while queue:
             _, left, right, length = heapq.heappop(queue)
             if not pieces[left] or not pieces[right] or len(pieces[left]) + len(pieces[right]) != length:
-                continue  # one of them has been merged since
+                continue  # one of them was merged in the meantime
             pieces[left] += pieces[right]
             pieces[right] = ""
             following[left] = following[right]
@@ -133,12 +133,12 @@ def _is_utf8(text: str) -> bool:
 
 
 def as_bytes(text: str) -> bytes:
-    """Return the bytes of a token as the file has them, be they UTF-8 or not."""
+    """Return the bytes of a token in the file, which may not be UTF-8."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def byte_of(text: str) -> bytes:
-    """Return the byte that ``<0x0A>`` spells; the text itself if it spells none."""
+    """Return the byte that a text such as ``<0x0A>`` spells, or else the text."""
     if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
         try:
             return bytes([int(text[3:5], 16)])
@@ -148,9 +148,9 @@ def byte_of(text: str) -> bytes:
 
 
 def _spell_bytes() -> dict[str, int]:
-    """Return which byte each character of a byte-pair vocabulary stands for.
+    """Return the byte of each character in a byte-pair vocabulary.
 
-    Printable bytes stand for themselves; the others were given, in order, the characters from U+0100 on.
+    Printable bytes are their own characters; the others have, in order, the characters from U+0100 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -161,5 +161,5 @@ _BYTES = _spell_bytes()
 
 
 def bytes_of(text: str) -> bytes:
-    """Return the bytes that a token of a byte-pair vocabulary spells; a character that spells none stands for itself."""
+    """Return the bytes of a token in a byte-pair vocabulary; a character that spells no byte is kept."""
     return b"".join(bytes([byte]) if (byte := _BYTES.get(char)) is not None else as_bytes(char) for char in text)

@@ -1,4 +1,4 @@
-"""`docs/ops.md`, the table of what there is for each op and type, says what the code does.
+"""`docs/ops.md`, the table of the support for each op and type, says what the code does.
 
 ``python tests/conformance/test_op_table.py --update`` writes it.
 """
@@ -21,21 +21,21 @@ PAGE = Path(__file__).parents[2] / "docs" / "ops.md"
 FOLDER = Path(ops.__file__).parent
 #: Builders that set a parameter or look at one, and make no node.
 SETTERS = re.compile(r"_set_|_add_sinks|_get_|^(prec_|dup_tensor|view_tensor)")
-#: Why an op is not there, for those that are not.
+#: Why an op is missing.
 WHY = {
     "training": {
         "REPEAT_BACK", "SILU_BACK", "RMS_NORM_BACK", "GET_ROWS_BACK", "SOFT_MAX_BACK", "IM2COL_BACK", "POOL_2D_BACK",
         "FLASH_ATTN_BACK", "CROSS_ENTROPY_LOSS", "CROSS_ENTROPY_LOSS_BACK", "OPT_STEP_ADAMW", "OPT_STEP_SGD",
     },
-    "images and sound": {
+    "images and audio": {
         "CONV_TRANSPOSE_1D", "IM2COL", "IM2COL_3D", "COL2IM_1D", "CONV_2D", "CONV_3D", "CONV_2D_DW",
         "CONV_TRANSPOSE_2D", "POOL_1D", "POOL_2D", "UPSCALE", "PAD_REFLECT_1D", "TIMESTEP_EMBEDDING", "WIN_PART",
         "WIN_UNPART", "GET_REL_POS", "ADD_REL_POS",
     },
-    "models that are not there (RWKV, DeepSeek 4)": {
+    "models that are not supported (RWKV, DeepSeek 4)": {
         "RWKV_WKV6", "RWKV_WKV7", "GATED_LINEAR_ATTN", "DSV4_HC_COMB", "DSV4_HC_PRE", "DSV4_HC_POST",
     },
-    "a function of the caller's, in C": {"MAP_CUSTOM1", "MAP_CUSTOM2", "MAP_CUSTOM3", "CUSTOM"},
+    "a C function of the caller": {"MAP_CUSTOM1", "MAP_CUSTOM2", "MAP_CUSTOM3", "CUSTOM"},
 }  # fmt: skip
 
 
@@ -135,11 +135,11 @@ def page() -> str:
     lines = [
         "# Ops and types",
         "",
-        "What there is for each op of ggml 0.26. *Kernel*: the CPU backend computes it; simulated devices use the same",
-        "kernels. *Definition*: numpy code in `pyggml.testing.ref`. *Checked*: random cases of shapes, views, broadcasts and",
-        "types, where kernel and definition are held to what libggml computes (`tests/conformance/test_cpu_ops.py`,",
-        "`test_ref.py`). What the CUDA backend runs stands in [cuda.md](cuda.md). The tables are made by",
-        "`python tests/conformance/test_op_table.py --update`, and a test compares them with the code.",
+        "The support for each op of ggml 0.26. *Kernel*: the CPU backend computes it; simulated devices use the same",
+        "kernels. *Definition*: numpy code in `pyggml.testing.ref`. *Checked*: tests compare kernel and definition with",
+        "libggml in random cases of shapes, views, broadcasts and types (`tests/conformance/test_cpu_ops.py`,",
+        "`test_ref.py`). [cuda.md](cuda.md) lists what the CUDA backend runs.",
+        "`python tests/conformance/test_op_table.py --update` writes the tables; a test compares them with the code.",
         "",
         "| op | builders | kernel | definition | checked |",
         "| --- | --- | --- | --- | --- |",
@@ -147,17 +147,17 @@ def page() -> str:
         "",
         "## Types",
         "",
-        "Rows of quantised types are written byte for byte as ggml's CPU backend does on x86-64",
+        "Rows of quantised types are equal byte for byte to those of ggml's CPU backend on x86-64",
         "(`tests/unit/kernels/test_quantise.py`). Row ids are I32 or I64. Other ops take F32, with these exceptions:",
-        "ROPE takes F16, too; masks are F16 or F32; CPY, CONT, DUP, REPEAT, CONCAT and GET_ROWS move I32; float weights",
-        "take activations of F32, F16 and BF16; what only moves bytes (REPEAT, CONCAT, copies to the same type) takes any",
-        "type that is not quantised.",
+        "ROPE also takes F16; masks are F16 or F32; CPY, CONT, DUP, REPEAT, CONCAT and GET_ROWS also move I32; products",
+        "with float weights take activations of F32, F16 and BF16; ops that only move bytes (REPEAT, CONCAT, copies to the",
+        "same type) take any type that is not quantised.",
         "",
         *_type_rows(),
         "",
-        "Of types that are read and never written (no SET_ROWS, no CPY to) the floats are libggml's to the last bit",
-        "(`tests/unit/kernels/test_coded.py`). Their kernels are compiled when a model first needs them, and kept. How fast",
-        "they are stands in [perf.md](perf.md).",
+        "Types without SET_ROWS and CPY to can only be read. Their floats are bit-equal to libggml's",
+        "(`tests/unit/kernels/test_coded.py`). Their kernels are compiled and cached when a model first needs them.",
+        "[perf.md](perf.md) has their speed.",
         "",
     ]
     return "\n".join(lines)

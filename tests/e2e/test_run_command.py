@@ -98,7 +98,7 @@ def test_text_streams_and_report_follows(moe, capsys):
     assert cli.run([*words, "--quiet"]) == 0
     text = capsys.readouterr().out
     assert full.startswith(text.rstrip("\n"))
-    assert "Splits by batch size" in full
+    assert "Splits by micro-batch size" in full
     assert "Splits" not in text
 
 
@@ -109,27 +109,68 @@ def test_sampling_is_seeded(moe, capsys):
     assert first == again != other
 
 
-def test_interactive_keeps_the_cache_between_turns(moe, capsys, monkeypatch):
-    """Each line of the input is a turn; what both turns begin with is not evaluated again."""
+@pytest.fixture
+def converse(moe, monkeypatch):
+    """Run a conversation with a simple chat template; return each turn's message and reused tokens."""
     from pyggml.commands import _conversation
     from pyggml.tokenizer import Tokenizer
 
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda self, messages, **_: _render(template, messages))
-    seen: list[int] = []
+    seen: list[tuple[str, int]] = []
     turn = _conversation.Conversation.turn
 
     def spy(self, text, n_predict, emit):
         answer = turn(self, text, n_predict, emit)
-        seen.append(self.n_reused)
+        seen.append((text, self.n_reused))
         return answer
 
     monkeypatch.setattr(_conversation.Conversation, "turn", spy)
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
-    assert cli.run(["run", moe, "--interactive", "-n", "2", "--device", "cpu", "-c", "256", "--quiet"]) == 0
-    assert seen[0] == 0
-    assert seen[1] >= len("<user>one<assistant>")
+
+    def run(lines: str, *words: str) -> list[tuple[str, int]]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        assert cli.run(["run", moe, "-i", "-n", "2", "--device", "cpu", "-c", "256", "--quiet", *words]) == 0
+        return seen
+
+    return run
+
+
+def test_interactive_keeps_the_cache_between_turns(converse, capsys):
+    """Each line of the input is a turn; the common beginning of two turns is not evaluated again."""
+    (_, first), (_, second) = converse("one\ntwo\n")
+    assert first == 0
+    assert second >= len("<user>one<assistant>")
     capsys.readouterr()
+
+
+def test_slash_words_of_a_conversation(converse, tmp_path, capsys):
+    """/clear and /regen change the messages, /read sends a file, two slashes send one, /exit ends."""
+    note = tmp_path / "note.txt"
+    note.write_text("from a file")
+    turns = converse(f"one\n/regen\n/clear\n/read {note}\n//etc\n/exit\nnot read\n", "--system", "short")
+    assert [text for text, _ in turns] == ["one", "one", "from a file", "/etc"]
+    same, kept = turns[1][1], turns[2][1]
+    assert same >= len("<system>short<user>one<assistant>") - 1
+    assert len("<system>short<user>") <= kept < same
+    assert capsys.readouterr().err.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/help", "//TEXT"),
+        ("/hlep", "did you mean /help? /help lists commands, //hlep sends the line"),
+        ("/home/me is a folder", "there is no command /home/me (/help lists commands, //home/me is a folder sends"),
+        ("/read", "/read needs an argument: /read FILE"),
+        ("/read no-such-file", "/read no-such-file: No such file or directory"),
+        ("/regen", "there is no answer to generate again"),
+    ],
+    ids=lambda text: text.split()[0],
+)
+def test_a_slash_word_that_is_not_a_message_goes_on(converse, line, says, capsys):
+    """The user sees what can be typed, nothing is sent, and the conversation goes on."""
+    assert [text for text, _ in converse(f"{line}\nhello\n")] == ["hello"]
+    assert says in " ".join(capsys.readouterr().err.split())
 
 
 def _render(template: str, messages: list[dict[str, str]]) -> str:
@@ -143,7 +184,7 @@ def _render(template: str, messages: list[dict[str, str]]) -> str:
     [
         (["MODEL", "--tokens", "1,2,320"], 1, "320"),
         (["MODEL", "--tokens", "1,x"], 2, "--tokens"),
-        (["MODEL", "--tokens", "1", "--prompt", "a"], 2, "either"),
+        (["MODEL", "--tokens", "1", "--prompt", "a"], 2, "not both"),
         (["MODEL", "--prompt", "abc", "-c", "2"], 1, "-c"),
         (["MODEL", "--prompt", "abc", "-n", "300"], 1, "256"),
         (["MODEL", "--prompt", "abc", "-ot", "blk"], 1, "-ot"),

@@ -87,7 +87,7 @@ class _Forgetful(UsedExpertCopier):
 def test_an_expert_that_was_not_copied_shows(llama, monkeypatch):
     """Without one used expert of one layer the logits are NaN, as fresh device memory is, and an error. PYGGML_CHECK=1 names the expert before."""
     monkeypatch.setenv("PYGGML_CHECK", "0")
-    with session(llama, policy=_Forgetful()) as s, pytest.raises(ComputeError, match="the logits are not numbers"):
+    with session(llama, policy=_Forgetful()) as s, pytest.raises(ComputeError, match="the logits contain"):
         s.decode(TOKENS[:1])
     monkeypatch.setenv("PYGGML_CHECK", "1")
     with session(llama, policy=_Forgetful()) as s, pytest.raises(SchedError, match=r"\(layer 0\) .* lacks expert \d+ "):

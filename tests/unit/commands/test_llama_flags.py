@@ -54,10 +54,10 @@ def test_flags_without_effect_are_named_with_their_values() -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--lora", "x"], "it changes what is computed"),
+        (["--lora", "x"], "it changes the result"),
         (["--rpc", "a:1"], "name the servers as devices"),
         (["-ngll", "1"], "Did you mean"),
-        (["-ngl"], "a value must follow"),
+        (["-ngl"], "its value is missing"),
         (["-lm", "fast"], "the modes are"),
     ],
 )
@@ -74,7 +74,7 @@ def test_a_server_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(line.split()) == 0
     seen = capsys.readouterr()
     assert json.loads(seen.out)["context"]["n_ctx"] == 512
-    assert " ".join(seen.err.split()) == "Warning: without effect here: --host 0.0.0.0, --jinja"
+    assert " ".join(seen.err.split()) == "Warning: no effect in pyggml: --host 0.0.0.0, --jinja"
 
 
 def test_a_stated_host_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,9 +53,9 @@ def test_preset_gives_way(tmp_path: Path) -> None:
     ("words", "status", "message"),
     [
         (["--from", "absent.gguf"], 1, "no such file"),
-        (["--from", "absent.gguf", "--layers", "2"], 2, "--layers does not go with --from"),
-        (["--from", "absent.gguf", "--arch", "olmoe"], 2, "--arch does not go with --from"),
-        (["--noise", "0.1"], 2, "--noise wants --from"),
+        (["--from", "absent.gguf", "--layers", "2"], 2, "--layers does not work with --from"),
+        (["--from", "absent.gguf", "--arch", "olmoe"], 2, "--arch does not work with --from"),
+        (["--noise", "0.1"], 2, "--noise needs --from"),
         (["--arch", "gpt-5"], 2, "'gpt-5' is not one of"),
         (["--experts", "0"], 2, "0 is not in the range"),
         (["--used", "9"], 1, "9 of 8 experts"),

@@ -62,7 +62,7 @@ def test_slots_may_share_one_cache(model, capsys):
     assert auto["memory"] != plan(model, capsys, "-c", "4096")["memory"]
 
 
-@pytest.mark.parametrize(("words", "says"), [(["-np", "0"], "at least one slot"), (["-kvu"], "goes with -np")])
+@pytest.mark.parametrize(("words", "says"), [(["-np", "0"], "at least one slot"), (["-kvu"], "needs -np")])
 def test_servers_that_cannot_be(words, says, model, capsys):
     """A server without slots, and one cache for a single sequence, are refused."""
     assert cli.run(["splits", str(model), *words]) == 2

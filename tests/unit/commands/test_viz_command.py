@@ -112,7 +112,7 @@ def test_micro_batches_with_the_same_splits_are_one_table(model: Path, capsys: p
     assert cli.run(["splits", str(model), *WORDS, "--batches", "96", "-ub", "32"]) == 0
     out = capsys.readouterr().out
     assert out.count("Splits of a micro-batch") == 1
-    assert re.search(r"\([23] have the same; copies of the largest\)", out)
+    assert re.search(r"\([23] micro-batches; copies of the one with most bytes\)", out)
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
