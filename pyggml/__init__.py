@@ -1,7 +1,8 @@
-"""ggml's backend scheduler in Python: the same decisions, explained, tested and extendable.
+"""ggml's backend scheduler in Python: the same decisions, with reasons, and with policies that you can replace.
 
-The names in ``__all__`` are the public API. Ops have upstream's names without the prefix, here and in `pyggml.ops`; `CPU` and `Sim` open
-devices; `Scheduler` runs graphs over them; `Session` runs models.
+The names in ``__all__`` are the public API. Ops have upstream's names without the prefix, here and in `pyggml.ops`. `CPU`
+and `Sim` open devices, `Scheduler` runs graphs on them, `Planner` plans models, `Session` runs them, and `plan`
+recommends llama.cpp's flags.
 """
 
 from __future__ import annotations

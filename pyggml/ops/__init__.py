@@ -1,8 +1,8 @@
-"""Builders of graph nodes: ``mul_mat_id(as_, b, ids)`` makes a tensor that knows its op, sources and shape.
+"""Builders of graph nodes: ``mul_mat_id(as_, b, ids)`` makes a tensor with its op, sources and shape.
 
-Functions have upstream's names without the prefix, its shapes, strides, parameters, names and refusals. None touches
-data. Sources keep upstream's slots, None where one is absent: SOFT_MAX has (a, mask, sinks), ROPE (a, positions,
-factors), GLU (a, b), FLASH_ATTN_EXT (q, k, v, mask, sinks). Inside ``with graph:`` the graph collects what is made.
+Functions have upstream's names without the prefix, and its shapes, strides, parameters and checks. None touches data.
+Sources have upstream's slots, with None for an absent one: SOFT_MAX has (a, mask, sinks), ROPE (a, positions, factors),
+GLU (a, b), FLASH_ATTN_EXT (q, k, v, mask, sinks). Inside ``with graph:`` the graph collects all new tensors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The one way by which builders make tensors, and the conditions they refuse by.
+"""How builders make tensors, and the conditions that they check.
 
-Every builder ends in `new`, `like` or `view_of`; these tell the graph whose block is running. Nothing here or in the
-builders touches data: a graph of a thousand nodes is built anew for each new shape, so a builder costs microseconds.
+Every builder ends in `new`, `like` or `view_of`, which pass the tensor to the graph whose ``with`` block is active. Builders
+touch no data and cost microseconds, because a graph of a thousand nodes is built again for each new shape.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Params = tuple[int, ...]
 
 
 def f32(value: float) -> int:
-    """Return the bits of a number as a float32, read as an int32; too large a number becomes infinite."""
+    """Return the bits of a number as a float32, read as an int32; a number that is too large becomes infinite."""
     try:
         raw = _FLOAT.pack(value)
     except OverflowError:
@@ -51,7 +51,7 @@ def i32(value: int) -> int:
 
 
 def set_param(tensor: Tensor, i: int, word: int) -> None:
-    """Set parameter word i of a tensor, words before it that were never set becoming 0."""
+    """Set parameter word i of a tensor; earlier words that were never set become 0."""
     words = list(tensor.op_params)
     words.extend([0] * (i + 1 - len(words)))
     words[i] = word
@@ -62,7 +62,7 @@ def set_param(tensor: Tensor, i: int, word: int) -> None:
 
 
 def new(op: Op, type: Type, ne: Sequence[int], src: Sources, params: Params = (), name: str = "") -> Tensor:
-    """Return a new contiguous tensor that ``op`` makes of ``src``.
+    """Return a new contiguous tensor, the result of ``op`` with sources ``src``.
 
     Raises
     ------
@@ -71,12 +71,12 @@ def new(op: Op, type: Type, ne: Sequence[int], src: Sources, params: Params = ()
 
     Notes
     -----
-    Mirrors `ggml_new_tensor_impl`. Differs: refuses rows with a broken block, as only debug builds of ggml do.
+    Mirrors `ggml_new_tensor_impl`. Differs: refuses rows with an incomplete block; ggml does so only in debug builds.
     """
     if type.block_size != 1 and ne[0] % type.block_size:
         raise ShapeError(
             op.name.lower(),
-            f"a row of {ne[0]} elements is no whole number of {type.ggml_name} blocks ({type.block_size})",
+            f"a row of {ne[0]} elements does not consist of whole {type.ggml_name} blocks of {type.block_size}",
         )
     tensor = Tensor(type, ne, name=name, op=op, src=src, op_params=params)
     collector = current.get()
@@ -96,12 +96,12 @@ def view_of(
     name: str,
     offset: int = 0,
 ) -> Tensor:
-    """Return a tensor on the memory of ``a``, ``offset`` bytes into it, that ``op`` makes.
+    """Return the result of ``op`` as a view of ``a`` from byte ``offset`` on.
 
     Raises
     ------
     ShapeError
-        It would start before or end past the tensor that owns the memory; see `Tensor`.
+        The view would start before or end past the tensor that owns the memory; see `Tensor`.
 
     Notes
     -----
@@ -115,7 +115,7 @@ def view_of(
 
 
 def like(op: Op, a: Tensor, src: Sources, params: Params = (), inplace: bool = False) -> Tensor:
-    """Return a contiguous tensor of the type and shape of ``a``, or a view of ``a`` if in place.
+    """Return a contiguous tensor with the type and shape of ``a``, or a view of ``a`` if in place.
 
     Notes
     -----
@@ -130,7 +130,7 @@ def like(op: Op, a: Tensor, src: Sources, params: Params = (), inplace: bool = F
 
 
 def refuse(op: str, why: str, **tensors: Tensor | None) -> NoReturn:
-    """Raise the error of a builder that cannot: what is wrong, then each tensor with its type and layout."""
+    """Raise a builder's error: what is wrong, then each tensor with its type and layout."""
     shown = "; ".join(f"{key} is {_describe(t)}" for key, t in tensors.items())
     raise ShapeError(op, f"{why}: {shown}" if shown else why)
 
@@ -143,24 +143,24 @@ def _describe(t: Tensor | None) -> str:
 
 
 def member(kinds: type[_Kind], number: int) -> _Kind:
-    """Return the member of an enum that a builder was given, or refuse a number that is none."""
+    """Return the enum member of a value; refuse a value that has none."""
     try:
         return kinds(number)
     except ValueError:
-        refuse(kinds.__name__, f"there is no {number!r}; there are {', '.join(f'{k.value} ({k.name})' for k in kinds)}")
+        refuse(kinds.__name__, f"there is no {number!r}; the values are {', '.join(f'{k.value} ({k.name})' for k in kinds)}")
 
 
 def require_sizes(op: str, *ne: int) -> None:
-    """Refuse dimensions below 0, which the arithmetic of strides cannot mean."""
+    """Refuse negative dimensions."""
     if min(ne) < 0:
-        refuse(op, f"no dimension can have {min(ne)} elements (asked for {list(ne)})")
+        refuse(op, f"a dimension cannot have {min(ne)} elements (got {list(ne)})")
 
 
 # -- conditions ------------------------------------------------------------------
 
 
 def divides(n: int, whole: int) -> bool:
-    """Whether ``whole`` is a multiple of n; nothing is one of 0."""
+    """Whether ``whole`` is a multiple of n; False if n is 0."""
     return n != 0 and whole % n == 0
 
 
@@ -181,7 +181,7 @@ def can_repeat(a: Tensor, b: Tensor) -> bool:
 
 
 def can_mul_mat(a: Tensor, b: Tensor) -> bool:
-    """Whether rows have one length and the matrices of ``a`` broadcast to those of ``b``.
+    """Whether rows have the same length and the matrices of ``a`` broadcast to those of ``b``.
 
     Notes
     -----
@@ -191,7 +191,7 @@ def can_mul_mat(a: Tensor, b: Tensor) -> bool:
 
 
 def is_padded_1d(a: Tensor) -> bool:
-    """Whether elements are dense in a row and rows lie at one distance.
+    """Whether elements are dense in a row and all rows have the same distance.
 
     Notes
     -----

@@ -1,4 +1,4 @@
-"""Activations: the UNARY family, and the GLU family, where one half gates the other."""
+"""Activations: the UNARY family, and the GLU family, in which one half gates the other."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def unary(a: Tensor, op: UnaryOp | int) -> Tensor:
 
 
 def unary_inplace(a: Tensor, op: UnaryOp | int) -> Tensor:
-    """`unary` on a's own memory."""
+    """`unary` in place: the result is a view of ``a``."""
     return _unary(a, member(UnaryOp, op), True)
 
 
@@ -57,7 +57,7 @@ def _unary_pair(op: UnaryOp, what: str) -> tuple[UnaryBuilder, UnaryBuilder]:
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"Return {what} for each element x. Mirrors `ggml_{name}`; refuses as `unary`."
     build_inplace.__name__ = build_inplace.__qualname__ = f"{name}_inplace"
-    build_inplace.__doc__ = f"`{name}` on a's own memory."
+    build_inplace.__doc__ = f"`{name}` in place: the result is a view of ``a``."
     return build, build_inplace
 
 
@@ -96,7 +96,7 @@ def xielu(a: Tensor, alpha_n: float, alpha_p: float, beta: float, eps: float) ->
 
     Notes
     -----
-    Mirrors `ggml_xielu`: the parameters are kept as they are used, softplus applied.
+    Mirrors `ggml_xielu`: softplus is applied to the parameters when the node is made.
     """
     beta = round_f32(beta)
     params = (
@@ -127,7 +127,7 @@ def _glu(a: Tensor, b: Tensor | None, op: GluOp, swapped: bool, extra: tuple[int
 
 
 def glu(a: Tensor, op: GluOp | int, swapped: bool) -> Tensor:
-    """Gate the second half of each row by a function of the first; with ``swapped``, the first by the second.
+    """Gate the second half of each row by a function of the first, or with ``swapped`` the first by the second.
 
     Returns
     -------
@@ -205,6 +205,6 @@ def swiglu_clamp(a: Tensor, b: Tensor, limit: float) -> Tensor:
 
     Notes
     -----
-    Mirrors `ggml_swiglu_clamp`, new in ggml 0.26: its parameter is word 3, word 2 is 0.
+    Mirrors `ggml_swiglu_clamp` (since ggml 0.26): its parameter is word 3, word 2 is 0.
     """
     return _glu(a, b, GluOp.SWIGLU_CLAMP, False, (0, f32(limit)))

@@ -1,7 +1,7 @@
-"""Arithmetic by element.
+"""Element-wise arithmetic.
 
-The second source of ADD, SUB, MUL and DIV repeats to the shape of the first. ``*_inplace`` puts the result into the
-memory of the first source, as a view of it.
+The second source of ADD, SUB, MUL and DIV repeats to the shape of the first. The result of ``*_inplace`` is a view of the
+first source and uses its memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def dup(a: Tensor) -> Tensor:
 
 
 def dup_inplace(a: Tensor) -> Tensor:
-    """Return a view of ``a`` that DUP makes. Mirrors `ggml_dup_inplace`."""
+    """DUP in place: the result is a view of ``a``. Mirrors `ggml_dup_inplace`."""
     return like(Op.DUP, a, (a,), (), True)
 
 
@@ -55,7 +55,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_inplace(a: Tensor, b: Tensor) -> Tensor:
-    """`add` on a's own memory."""
+    """`add` in place: the result is a view of ``a``."""
     return _binary(Op.ADD, a, b, True)
 
 
@@ -79,7 +79,7 @@ def add_cast(a: Tensor, b: Tensor, type: Type | str) -> Tensor:
 
 
 def add_id(a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
-    """Add to each row of ``a`` the row of ``b`` that its id chooses.
+    """Add to each row of ``a`` the row of ``b`` that its id names.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def add_id(a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
 
 def _add1(a: Tensor, b: Tensor, inplace: bool) -> Tensor:
     if b.ne != (1, 1, 1, 1):
-        refuse("add1", "b is no scalar", a=a, b=b)
+        refuse("add1", "b is not a scalar", a=a, b=b)
     if not is_padded_1d(a):
         refuse("add1", "a's rows do not lie at one distance", a=a)
     return like(Op.ADD1, a, (a, b), (), inplace)
@@ -129,7 +129,7 @@ def add1(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add1_inplace(a: Tensor, b: Tensor) -> Tensor:
-    """`add1` on a's own memory."""
+    """`add1` in place: the result is a view of ``a``."""
     return _add1(a, b, True)
 
 
@@ -139,7 +139,7 @@ def sub(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sub_inplace(a: Tensor, b: Tensor) -> Tensor:
-    """`sub` on a's own memory."""
+    """`sub` in place: the result is a view of ``a``."""
     return _binary(Op.SUB, a, b, True)
 
 
@@ -149,7 +149,7 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mul_inplace(a: Tensor, b: Tensor) -> Tensor:
-    """`mul` on a's own memory."""
+    """`mul` in place: the result is a view of ``a``."""
     return _binary(Op.MUL, a, b, True)
 
 
@@ -159,7 +159,7 @@ def div(a: Tensor, b: Tensor) -> Tensor:
 
 
 def div_inplace(a: Tensor, b: Tensor) -> Tensor:
-    """`div` on a's own memory."""
+    """`div` in place: the result is a view of ``a``."""
     return _binary(Op.DIV, a, b, True)
 
 
@@ -200,7 +200,7 @@ def acc(a: Tensor, b: Tensor, nb1: int, nb2: int, nb3: int, offset: int) -> Tens
 
 
 def acc_inplace(a: Tensor, b: Tensor, nb1: int, nb2: int, nb3: int, offset: int) -> Tensor:
-    """`acc` on a's own memory."""
+    """`acc` in place: the result is a view of ``a``."""
     return _acc(a, b, (nb1, nb2, nb3), offset, True)
 
 
@@ -228,7 +228,7 @@ def set(a: Tensor, b: Tensor, nb1: int, nb2: int, nb3: int, offset: int) -> Tens
 
 
 def set_inplace(a: Tensor, b: Tensor, nb1: int, nb2: int, nb3: int, offset: int) -> Tensor:
-    """`set` on a's own memory."""
+    """`set` in place: the result is a view of ``a``."""
     return _set(a, b, (nb1, nb2, nb3), offset, True)
 
 
@@ -238,7 +238,7 @@ def set_1d(a: Tensor, b: Tensor, offset: int) -> Tensor:
 
 
 def set_1d_inplace(a: Tensor, b: Tensor, offset: int) -> Tensor:
-    """`set_1d` on a's own memory."""
+    """`set_1d` in place: the result is a view of ``a``."""
     return _set(a, b, a.nb[1:], offset, True)
 
 
@@ -248,7 +248,7 @@ def set_2d(a: Tensor, b: Tensor, nb1: int, offset: int) -> Tensor:
 
 
 def set_2d_inplace(a: Tensor, b: Tensor, nb1: int, offset: int) -> Tensor:
-    """`set_2d` on a's own memory."""
+    """`set_2d` in place: the result is a view of ``a``."""
     return _set(a, b, (nb1, a.nb[2], a.nb[3]), offset, True)
 
 
@@ -261,7 +261,7 @@ def sqr(a: Tensor) -> Tensor:
 
 
 def sqr_inplace(a: Tensor) -> Tensor:
-    """`sqr` on a's own memory."""
+    """`sqr` in place: the result is a view of ``a``."""
     return like(Op.SQR, a, (a,), (), True)
 
 
@@ -271,7 +271,7 @@ def sqrt(a: Tensor) -> Tensor:
 
 
 def sqrt_inplace(a: Tensor) -> Tensor:
-    """`sqrt` on a's own memory."""
+    """`sqrt` in place: the result is a view of ``a``."""
     return like(Op.SQRT, a, (a,), (), True)
 
 
@@ -281,7 +281,7 @@ def log(a: Tensor) -> Tensor:
 
 
 def log_inplace(a: Tensor) -> Tensor:
-    """`log` on a's own memory."""
+    """`log` in place: the result is a view of ``a``."""
     return like(Op.LOG, a, (a,), (), True)
 
 
@@ -291,7 +291,7 @@ def sin(a: Tensor) -> Tensor:
 
 
 def sin_inplace(a: Tensor) -> Tensor:
-    """`sin` on a's own memory."""
+    """`sin` in place: the result is a view of ``a``."""
     return like(Op.SIN, a, (a,), (), True)
 
 
@@ -301,7 +301,7 @@ def cos(a: Tensor) -> Tensor:
 
 
 def cos_inplace(a: Tensor) -> Tensor:
-    """`cos` on a's own memory."""
+    """`cos` in place: the result is a view of ``a``."""
     return like(Op.COS, a, (a,), (), True)
 
 
@@ -327,7 +327,7 @@ def scale(a: Tensor, s: float) -> Tensor:
 
 
 def scale_inplace(a: Tensor, s: float) -> Tensor:
-    """`scale` on a's own memory."""
+    """`scale` in place: the result is a view of ``a``."""
     return _scale(a, s, 0.0, True)
 
 
@@ -337,7 +337,7 @@ def scale_bias(a: Tensor, s: float, b: float) -> Tensor:
 
 
 def scale_bias_inplace(a: Tensor, s: float, b: float) -> Tensor:
-    """`scale_bias` on a's own memory."""
+    """`scale_bias` in place: the result is a view of ``a``."""
     return _scale(a, s, b, True)
 
 
@@ -346,13 +346,13 @@ def clamp(a: Tensor, min: float, max: float) -> Tensor:
 
     Notes
     -----
-    Mirrors `ggml_clamp` since ggml 0.26; before, it was what `clamp_inplace` is.
+    Mirrors `ggml_clamp` since ggml 0.26; earlier, upstream's was in place, as `clamp_inplace` is.
     """
     return like(Op.CLAMP, a, (a,), (f32(min), f32(max)))
 
 
 def clamp_inplace(a: Tensor, min: float, max: float) -> Tensor:
-    """`clamp` on a's own memory."""
+    """`clamp` in place: the result is a view of ``a``."""
     return like(Op.CLAMP, a, (a,), (f32(min), f32(max)), True)
 
 
@@ -368,7 +368,7 @@ def _fill(a: Tensor, c: float, inplace: bool) -> Tensor:
 
 
 def fill(a: Tensor, c: float) -> Tensor:
-    """Return a tensor like ``a`` that is ``c`` everywhere.
+    """Return a tensor of the shape of ``a`` filled with ``c``.
 
     Raises
     ------
@@ -383,7 +383,7 @@ def fill(a: Tensor, c: float) -> Tensor:
 
 
 def fill_inplace(a: Tensor, c: float) -> Tensor:
-    """`fill` on a's own memory."""
+    """`fill` in place: the result is a view of ``a``."""
     return _fill(a, c, True)
 
 

@@ -1,4 +1,4 @@
-"""What attention is made of: masks, softmax, and the fused FLASH_ATTN_EXT."""
+"""Ops of attention: masks, softmax, and the fused FLASH_ATTN_EXT."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from .modes import Prec
 
 
 def diag_mask_inf(a: Tensor, n_past: int) -> Tensor:
-    """Set what lies right of the diagonal, shifted by ``n_past``, to minus infinity. Mirrors `ggml_diag_mask_inf`."""
+    """Set elements right of the diagonal, shifted by ``n_past``, to minus infinity. Mirrors `ggml_diag_mask_inf`."""
     return like(Op.DIAG_MASK_INF, a, (a,), (int(n_past),))
 
 
 def diag_mask_inf_inplace(a: Tensor, n_past: int) -> Tensor:
-    """`diag_mask_inf` on a's own memory."""
+    """`diag_mask_inf` in place: the result is a view of ``a``."""
     return like(Op.DIAG_MASK_INF, a, (a,), (int(n_past),), True)
 
 
 def diag_mask_zero(a: Tensor, n_past: int) -> Tensor:
-    """Set what lies right of the diagonal, shifted by ``n_past``, to zero. Mirrors `ggml_diag_mask_zero`."""
+    """Set elements right of the diagonal, shifted by ``n_past``, to zero. Mirrors `ggml_diag_mask_zero`."""
     return like(Op.DIAG_MASK_ZERO, a, (a,), (int(n_past),))
 
 
 def diag_mask_zero_inplace(a: Tensor, n_past: int) -> Tensor:
-    """`diag_mask_zero` on a's own memory."""
+    """`diag_mask_zero` in place: the result is a view of ``a``."""
     return like(Op.DIAG_MASK_ZERO, a, (a,), (int(n_past),), True)
 
 
@@ -58,13 +58,13 @@ def soft_max(a: Tensor) -> Tensor:
 
     Notes
     -----
-    Mirrors `ggml_soft_max`. The slots of mask and sinks are there, with None.
+    Mirrors `ggml_soft_max`. The slots of mask and sinks are None.
     """
     return _soft_max(a, None, 1.0, 0.0, False)
 
 
 def soft_max_inplace(a: Tensor) -> Tensor:
-    """`soft_max` on a's own memory."""
+    """`soft_max` in place: the result is a view of ``a``."""
     return _soft_max(a, None, 1.0, 0.0, True)
 
 
@@ -91,7 +91,7 @@ def soft_max_ext(a: Tensor, mask: Tensor | None, scale: float, max_bias: float) 
 
 
 def soft_max_ext_inplace(a: Tensor, mask: Tensor | None, scale: float, max_bias: float) -> Tensor:
-    """`soft_max_ext` on a's own memory."""
+    """`soft_max_ext` in place: the result is a view of ``a``."""
     return _soft_max(a, mask, scale, max_bias, True)
 
 
@@ -104,7 +104,7 @@ def _add_sinks(builder: str, op: Op, slot: int, a: Tensor, sinks: Tensor | None)
         refuse(builder, f"a is made by {a.op.name}, not {op.name}", a=a)
     a.src.extend([None] * (slot + 1 - len(a.src)))
     if a.src[slot] is not None:
-        refuse(builder, "a has sinks already", a=a, sinks=a.src[slot])
+        refuse(builder, "a already has sinks", a=a, sinks=a.src[slot])
     scores = a.src[0]
     assert scores is not None
     if scores.ne[2] != sinks.ne[0]:
@@ -115,14 +115,14 @@ def _add_sinks(builder: str, op: Op, slot: int, a: Tensor, sinks: Tensor | None)
 
 
 def soft_max_add_sinks(a: Tensor, sinks: Tensor | None) -> None:
-    """Give each head of a SOFT_MAX a sink: one more score, which takes part in the sum alone.
+    """Give each head of a SOFT_MAX a sink: one more score that counts only in the sum.
 
     Parameters
     ----------
     a : Tensor
         Made by `soft_max` or `soft_max_ext`; changed in place.
     sinks : Tensor or None, f32, [n_head]
-        None takes sinks away.
+        None removes the sinks.
 
     Raises
     ------
@@ -166,7 +166,7 @@ def flash_attn_ext(
 
     Notes
     -----
-    Mirrors `ggml_flash_attn_ext`. The slot of the sinks is there, with None.
+    Mirrors `ggml_flash_attn_ext`. The slot of the sinks is None.
     """
     if not can_mul_mat(k, q):
         refuse("flash_attn_ext", "the rows of q and k differ, or k's heads do not broadcast to q's", q=q, k=k)
@@ -190,13 +190,13 @@ def _require_flash(builder: str, a: Tensor) -> None:
 
 
 def flash_attn_ext_set_prec(a: Tensor, prec: Prec | int) -> None:
-    """Set the least precision in which it adds up. Mirrors `ggml_flash_attn_ext_set_prec`; ShapeError on another op."""
+    """Set the minimum precision of its sums. Mirrors `ggml_flash_attn_ext_set_prec`; ShapeError for another op."""
     _require_flash("flash_attn_ext_set_prec", a)
     set_param(a, 3, int(prec))
 
 
 def flash_attn_ext_get_prec(a: Tensor) -> Prec:
-    """Return what `flash_attn_ext_set_prec` has set. Mirrors `ggml_flash_attn_ext_get_prec`."""
+    """Return the precision set by `flash_attn_ext_set_prec`. Mirrors `ggml_flash_attn_ext_get_prec`."""
     _require_flash("flash_attn_ext_get_prec", a)
     return Prec(a.param_i32(3))
 

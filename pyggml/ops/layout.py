@@ -1,6 +1,6 @@
-"""Copies and views: ops that move elements or look at them in another shape, and rows by index.
+"""Copies and views: ops that move elements or show them in another shape, and rows by index.
 
-Names follow upstream, as logs and traces show them: a view is named after its source's name at that moment.
+Names are upstream's, because logs and traces contain them: a view is named after its source's name at that moment.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ._make import divides, i32, is_contiguous_rows, new, refuse, require_sizes,
 
 
 def dup_tensor(src: Tensor) -> Tensor:
-    """Return a new contiguous tensor of the same type and shape that no op makes.
+    """Return a new contiguous leaf of the same type and shape.
 
     Notes
     -----
@@ -21,11 +21,11 @@ def dup_tensor(src: Tensor) -> Tensor:
 
 
 def view_tensor(src: Tensor) -> Tensor:
-    """Return a view of the whole tensor that no op makes.
+    """Return a view of the whole tensor, as a leaf.
 
     Notes
     -----
-    Mirrors `ggml_view_tensor`. `pyggml.tensor.view_tensor` is the same, but untold to a running graph block.
+    Mirrors `ggml_view_tensor`. `pyggml.tensor.view_tensor` is the same, but the active graph does not collect it.
     """
     return view_of(Op.NONE, src, src.ne, src.nb, (), name=src.name + " (view)")
 
@@ -52,11 +52,11 @@ def cpy(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cast(a: Tensor, type: Type | str) -> Tensor:
-    """Convert to another type, into new memory.
+    """Convert to another type, in new memory.
 
     Notes
     -----
-    Mirrors `ggml_cast`: the result is its own second source, as backends expect a destination there.
+    Mirrors `ggml_cast`: the result is its own second source, because backends expect a destination there.
     """
     result = new(Op.CPY, Type.of(type), a.ne, (a,), name=a.name + " (copy)")
     result.src.append(result)
@@ -122,7 +122,7 @@ def _reshape(a: Tensor, ne: tuple[int, ...]) -> Tensor:
 
 
 def reshape(a: Tensor, b: Tensor) -> Tensor:
-    """Look at contiguous elements in the shape of ``b``.
+    """Return a view of contiguous elements in the shape of ``b``.
 
     Raises
     ------
@@ -166,7 +166,7 @@ def _view(a: Tensor, ne: tuple[int, ...], nb: tuple[int, int, int, int] | None, 
 
 
 def view_1d(a: Tensor, ne0: int, offset: int) -> Tensor:
-    """Look at ``ne0`` elements, ``offset`` bytes into ``a``.
+    """Return a view of ``ne0`` elements from byte ``offset`` of ``a`` on.
 
     Raises
     ------
@@ -175,29 +175,29 @@ def view_1d(a: Tensor, ne0: int, offset: int) -> Tensor:
 
     Notes
     -----
-    Mirrors `ggml_view_1d`: the offset alone is a parameter of the op, as a size in two words.
+    Mirrors `ggml_view_1d`: the offset is the only parameter of the op, as a size in two words.
     """
     return _view(a, (ne0,), None, offset)
 
 
 def view_2d(a: Tensor, ne0: int, ne1: int, nb1: int, offset: int) -> Tensor:
-    """Look at ``ne1`` rows, ``nb1`` bytes apart; see `view_1d`. Mirrors `ggml_view_2d`."""
+    """Return a view of ``ne1`` rows with stride ``nb1`` bytes; see `view_1d`. Mirrors `ggml_view_2d`."""
     nb2 = nb1 * ne1
     return _view(a, (ne0, ne1), (a.type.type_size, nb1, nb2, nb2), offset)
 
 
 def view_3d(a: Tensor, ne0: int, ne1: int, ne2: int, nb1: int, nb2: int, offset: int) -> Tensor:
-    """Look at ``ne2`` matrices, ``nb2`` bytes apart; see `view_1d`. Mirrors `ggml_view_3d`."""
+    """Return a view of ``ne2`` matrices with stride ``nb2`` bytes; see `view_1d`. Mirrors `ggml_view_3d`."""
     return _view(a, (ne0, ne1, ne2), (a.type.type_size, nb1, nb2, nb2 * ne2), offset)
 
 
 def view_4d(a: Tensor, ne0: int, ne1: int, ne2: int, ne3: int, nb1: int, nb2: int, nb3: int, offset: int) -> Tensor:
-    """Look at elements with all strides but the first given; see `view_1d`. Mirrors `ggml_view_4d`."""
+    """Return a view with all strides given except the first; see `view_1d`. Mirrors `ggml_view_4d`."""
     return _view(a, (ne0, ne1, ne2, ne3), (a.type.type_size, nb1, nb2, nb3), offset)
 
 
 def permute(a: Tensor, axis0: int, axis1: int, axis2: int, axis3: int) -> Tensor:
-    """Look at the dimensions in another order: dimension i of ``a`` goes where axis i says.
+    """Return a view with dimensions in another order: dimension i of ``a`` becomes dimension ``axis i``.
 
     Raises
     ------
@@ -219,7 +219,7 @@ def permute(a: Tensor, axis0: int, axis1: int, axis2: int, axis3: int) -> Tensor
 
 
 def transpose(a: Tensor) -> Tensor:
-    """Look at the matrix with rows as columns: `permute` with 1, 0, 2, 3, but without parameters.
+    """Return a view with rows as columns: `permute` with 1, 0, 2, 3, but without parameters.
 
     Notes
     -----
@@ -233,7 +233,7 @@ def transpose(a: Tensor) -> Tensor:
 
 
 def get_rows(a: Tensor, b: Tensor) -> Tensor:
-    """Take the rows of ``a`` that ``b`` names.
+    """Return the rows of ``a`` that ``b`` names.
 
     Parameters
     ----------

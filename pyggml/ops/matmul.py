@@ -1,4 +1,4 @@
-"""Matrix multiplication: MUL_MAT, MUL_MAT_ID, OUT_PROD, and the precision they keep."""
+"""Matrix multiplication: MUL_MAT, MUL_MAT_ID, OUT_PROD, and their precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .modes import OpHint, Prec
 
 
 def mul_mat(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply each row of ``b`` by the matrix ``a``: row i of the result holds the dot products with b's row i.
+    """Multiply each row of ``b`` by the matrix ``a``: row i of the result has the dot products with b's row i.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def mul_mat(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mul_mat_id(as_: Tensor, b: Tensor, ids: Tensor) -> Tensor:
-    """Multiply each token's rows of ``b`` by the matrices of the experts that its ids choose.
+    """Multiply each token's rows of ``b`` by the matrices of the experts that its ids name.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def mul_mat_id(as_: Tensor, b: Tensor, ids: Tensor) -> Tensor:
     if ne_a[0] != ne_b[0]:
         refuse("mul_mat_id", "the rows of as and b differ in length", **{"as": as_}, b=b)
     if not divides(ne_b[1], ne_i[0]):
-        refuse("mul_mat_id", f"{ne_b[1]} rows a token do not broadcast to {ne_i[0]} ids", b=b, ids=ids)
+        refuse("mul_mat_id", f"{ne_b[1]} rows per token do not broadcast to {ne_i[0]} ids", b=b, ids=ids)
     return new(Op.MUL_MAT_ID, Type.F32, (ne_a[1], ne_i[0], ne_b[2], 1), (as_, b, ids))
 
 
@@ -109,7 +109,7 @@ def out_prod(a: Tensor, b: Tensor) -> Tensor:
 
 
 def prec_set_acc(a: Tensor, prec: Prec | int) -> bool:
-    """Set the least precision in which a MUL_MAT, MUL_MAT_ID or FLASH_ATTN_EXT adds up; False for another op.
+    """Set the minimum precision of the sums of a MUL_MAT, MUL_MAT_ID or FLASH_ATTN_EXT; return False for another op.
 
     Notes
     -----
@@ -125,7 +125,7 @@ def prec_set_acc(a: Tensor, prec: Prec | int) -> bool:
 
 
 def prec_set_src(a: Tensor, prec: Prec | int, idx: int) -> bool:
-    """Set the least precision to which source ``idx`` of a multiplication may be converted; False if it has none.
+    """Set the minimum precision to which source ``idx`` of a product is converted; return False if that is not possible.
 
     Raises
     ------
@@ -145,7 +145,7 @@ def prec_set_src(a: Tensor, prec: Prec | int, idx: int) -> bool:
 
 
 def mul_mat_set_prec(a: Tensor, prec: Prec | int) -> None:
-    """Set the least precision in which a MUL_MAT adds up.
+    """Set the minimum precision of a MUL_MAT's sums.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def mul_mat_set_prec(a: Tensor, prec: Prec | int) -> None:
 
 
 def mul_mat_set_hint(a: Tensor, hint: OpHint | int) -> None:
-    """Tell a MUL_MAT what it may presume of its first source.
+    """Set what a MUL_MAT may assume about its first source.
 
     Raises
     ------

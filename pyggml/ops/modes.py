@@ -1,4 +1,4 @@
-"""Parameters of ops that are one of a few; the values stand in ``op_params`` as upstream's."""
+"""Enumerated parameters of ops, with upstream's values in ``op_params``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Prec(IntEnum):
-    """Least precision of accumulation, or of a converted source."""
+    """Minimum precision of sums, or of a converted source."""
 
     DEFAULT = 0
     F32 = 10
@@ -17,14 +17,14 @@ class Prec(IntEnum):
 
 
 class OpHint(IntEnum):
-    """What a matrix multiplication may presume of its first source."""
+    """What a matrix multiplication may assume about its first source."""
 
     NONE = 0
     SRC0_IS_HADAMARD = 1
 
 
 class RopeType(IntEnum):
-    """Which elements of a row rotate together, and by how many positions a token has."""
+    """Which elements of a row rotate together, and how many positions a token has."""
 
     NORMAL = 0
     NEOX = 2
@@ -34,14 +34,14 @@ class RopeType(IntEnum):
 
 
 class SortOrder(IntEnum):
-    """Order of ARGSORT."""
+    """The order of ARGSORT."""
 
     ASC = 0
     DESC = 1
 
 
 class TriType(IntEnum):
-    """Which triangle TRI keeps; with DIAG, its diagonal too."""
+    """The triangle that TRI keeps; with DIAG, including its diagonal."""
 
     UPPER_DIAG = 0
     UPPER = 1

@@ -1,4 +1,4 @@
-"""Layers that carry a state from token to token: SSM_CONV, SSM_SCAN, GATED_DELTA_NET, and SOLVE_TRI, which some use."""
+"""Ops of layers with a state from token to token: SSM_CONV, SSM_SCAN, GATED_DELTA_NET, and SOLVE_TRI, which some use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def ssm_conv(sx: Tensor, c: Tensor) -> Tensor:
     Parameters
     ----------
     sx : Tensor, [n_tap - 1 + n_token, n_channel, n_seq]
-        What came before, then the tokens.
+        Earlier tokens, then the tokens of the batch.
     c : Tensor, [n_tap, n_channel]
 
     Returns
@@ -49,12 +49,12 @@ def ssm_scan(
     ids: Tensor,
     K: int,
 ) -> Tensor:
-    """Scan tokens with a state for each head: Mamba-1 where rows of ``A`` have ``d_state`` elements, else Mamba-2.
+    """Scan tokens with a state for each head: Mamba-1 if rows of ``A`` have ``d_state`` elements, otherwise Mamba-2.
 
     Parameters
     ----------
     s : Tensor, [d_state, head_dim, n_head, n_slot]
-        States; ``ids`` says which a sequence starts from.
+        States; ``ids`` names the one from which a sequence starts.
     x : Tensor, [head_dim, n_head, n_token, n_seq]
     dt : Tensor, [n_head, n_token, n_seq]
     A : Tensor, [1 or d_state, n_head]
@@ -78,7 +78,7 @@ def ssm_scan(
     Mirrors `ggml_ssm_scan`.
     """
     if not 1 <= K <= INT32_MAX:
-        refuse("ssm_scan", f"{K} states cannot be kept", s=s)
+        refuse("ssm_scan", f"cannot return {K} states", s=s)
     for name, t in (("s", s), ("dt", dt), ("A", A)):
         if not t.is_contiguous():
             refuse("ssm_scan", f"{name} is not contiguous", **{name: t})
@@ -111,7 +111,7 @@ def gated_delta_net(
     state: Tensor,
     K: int,
 ) -> Tensor:
-    """Read with q a state that forgets by g and learns v at k by beta, token by token.
+    """Update a state token by token: forget by g, learn v at k by beta, read with q.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def gated_delta_net(
         Heads repeat to those of v.
     v : Tensor, f32, [n, n_head, n_token, n_seq]
     g : Tensor, f32, [1 or n, n_head, n_token, n_seq]
-        Logarithms of what is kept, of a head or of each element.
+        Logarithms of the kept share, for a head or for each element.
     beta : Tensor, f32, [1, n_head, n_token, n_seq]
     state : Tensor, f32, [n, n, n_head, n_seq]
     K : int
@@ -148,7 +148,7 @@ def gated_delta_net(
     if g.ne[0] not in (1, n) or beta.ne[0] != 1:
         refuse("gated_delta_net", f"g is not one or {n} for each head, or beta not one", g=g, beta=beta)
     if state.ne != (n, n, n_head, n_seq) or K < 1:
-        refuse("gated_delta_net", f"the state does not fit v, or {K} states cannot be kept", state=state, v=v)
+        refuse("gated_delta_net", f"the state does not fit v, or {K} states cannot be returned", state=state, v=v)
     ne = (n * n_head, n_token * n_seq + K * n * n_seq)
     return new(Op.GATED_DELTA_NET, Type.F32, ne, (q, k, v, g, beta, state), (int(K),))
 
@@ -161,7 +161,7 @@ def solve_tri(a: Tensor, b: Tensor, left: bool, lower: bool, uni: bool) -> Tenso
     a : Tensor, f32, [n, n, ne2, ne3]
     b : Tensor, f32, [m, n, ne2, ne3]
     left, lower, uni : bool
-        True, True, False: no other kind is there yet.
+        Only True, True, False is supported.
 
     Returns
     -------
@@ -171,7 +171,7 @@ def solve_tri(a: Tensor, b: Tensor, left: bool, lower: bool, uni: bool) -> Tenso
     Raises
     ------
     ShapeError
-        Shapes or types do not fit, there are gaps, or another kind is asked for.
+        Shapes or types do not fit, there are gaps, or another kind is requested.
 
     Notes
     -----

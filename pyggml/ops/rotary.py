@@ -1,4 +1,4 @@
-"""Rotary positions: ROPE in all its kinds, by one position of a token or by four."""
+"""Rotary positions: all kinds of ROPE, with one or four positions per token."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def rope(a: Tensor, b: Tensor, n_dims: int, mode: int) -> Tensor:
     ----------
     a : Tensor, [n_embd_head, n_head, n_token, ne3]
     b : Tensor, i32, [n_token]
-        Positions; four a token with ``RopeType.MROPE``.
+        Positions; four per token with ``RopeType.MROPE``.
     n_dims : int
         Elements of a row that rotate.
     mode : int
-        Of `RopeType`.
+        A `RopeType`.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def rope(a: Tensor, b: Tensor, n_dims: int, mode: int) -> Tensor:
 
 
 def rope_inplace(a: Tensor, b: Tensor, n_dims: int, mode: int) -> Tensor:
-    """`rope` on a's own memory."""
+    """`rope` in place: the result is a view of ``a``."""
     return _rope(a, b, None, n_dims, None, mode, 0, 10000.0, 1.0, 0.0, 1.0, 0.0, 0.0, True)
 
 
@@ -104,7 +104,7 @@ def rope_ext(
     Parameters
     ----------
     a, b, n_dims, mode
-        As of `rope`.
+        As in `rope`.
     c : Tensor or None, f32, [at least n_dims / 2]
         Factors by which frequencies are divided.
     n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
@@ -139,7 +139,7 @@ def rope_ext_inplace(
     beta_fast: float,
     beta_slow: float,
 ) -> Tensor:
-    """`rope_ext` on a's own memory."""
+    """`rope_ext` in place: the result is a view of ``a``."""
     return _rope(
         a, b, c, n_dims, None, mode, n_ctx_orig,
         freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, True,
@@ -161,7 +161,7 @@ def rope_multi(
     beta_fast: float,
     beta_slow: float,
 ) -> Tensor:
-    """Rotate pairs by one of four positions of a token: ``sections`` tells how many pairs each governs.
+    """Rotate pairs by one of a token's four positions; ``sections`` has the number of pairs for each.
 
     Raises
     ------
@@ -193,7 +193,7 @@ def rope_multi_inplace(
     beta_fast: float,
     beta_slow: float,
 ) -> Tensor:
-    """`rope_multi` on a's own memory."""
+    """`rope_multi` in place: the result is a view of ``a``."""
     return _rope(
         a, b, c, n_dims, sections, mode, n_ctx_orig,
         freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, True,
@@ -214,7 +214,7 @@ def rope_ext_back(
     beta_fast: float,
     beta_slow: float,
 ) -> Tensor:
-    """Turn pairs back: `rope_ext` with angles of the other sign. Mirrors `ggml_rope_ext_back`."""
+    """Rotate pairs back: `rope_ext` with negated angles. Mirrors `ggml_rope_ext_back`."""
     result = rope_ext(
         a, b, c, n_dims, mode, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
     )
@@ -237,7 +237,7 @@ def rope_multi_back(
     beta_fast: float,
     beta_slow: float,
 ) -> Tensor:
-    """Turn pairs back: `rope_multi` with angles of the other sign. Mirrors `ggml_rope_multi_back`."""
+    """Rotate pairs back: `rope_multi` with negated angles. Mirrors `ggml_rope_multi_back`."""
     result = rope_multi(
         a,
         b,
@@ -258,7 +258,7 @@ def rope_multi_back(
 
 
 def rope_set_offset(a: Tensor, n_offs: int) -> Tensor:
-    """Let a ROPE begin at element ``n_offs`` of each row; return it.
+    """Make a ROPE start at element ``n_offs`` of each row, and return it.
 
     Raises
     ------
@@ -267,11 +267,11 @@ def rope_set_offset(a: Tensor, n_offs: int) -> Tensor:
 
     Notes
     -----
-    Mirrors `ggml_rope_set_offset`, new in ggml 0.26.
+    Mirrors `ggml_rope_set_offset` (since ggml 0.26).
     """
     if a.op is not Op.ROPE and a.op is not Op.ROPE_BACK:
         refuse("rope_set_offset", f"a is made by {a.op.name}, not ROPE", a=a)
     if n_offs < 0 or a.param_i32(2) == RopeType.VISION:
-        refuse("rope_set_offset", f"offset {n_offs} cannot be, or the mode is VISION", a=a)
+        refuse("rope_set_offset", f"offset {n_offs} is invalid, or the mode is VISION", a=a)
     set_param(a, 15, int(n_offs))
     return a

@@ -1,4 +1,4 @@
-"""What reduces, sorts, extends, repeats and normalises: ops in which elements of a row or dimension meet."""
+"""Ops that combine elements of a row or dimension: reduce, sort, extend, repeat, normalise."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def cumsum(a: Tensor) -> Tensor:
 
 
 def argmax(a: Tensor) -> Tensor:
-    """Return where the largest element of each row stands: i32, [ne1].
+    """Return the index of the largest element of each row: i32, [ne1].
 
     Raises
     ------
     ShapeError
-        ``a`` is no matrix.
+        ``a`` is not a matrix.
 
     Notes
     -----
@@ -85,7 +85,7 @@ def count_equal(a: Tensor, b: Tensor) -> Tensor:
 def argsort(a: Tensor, order: SortOrder | int) -> Tensor:
     """Return the indices that sort each row: i32, the shape of ``a``. Mirrors `ggml_argsort`."""
     if a.ne[0] > INT32_MAX:
-        refuse("argsort", "indices would not fit i32", a=a)
+        refuse("argsort", "indices do not fit in i32", a=a)
     return new(Op.ARGSORT, Type.I32, a.ne, (a,), (int(order),))
 
 
@@ -132,7 +132,7 @@ def arange(start: float, stop: float, step: float) -> Tensor:
     Raises
     ------
     ShapeError
-        There would be no element, or 2^31 and more.
+        There would be no element, or at least 2^31.
 
     Notes
     -----
@@ -140,9 +140,9 @@ def arange(start: float, stop: float, step: float) -> Tensor:
     """
     start, stop, step = round_f32(start), round_f32(stop), round_f32(step)
     if not stop > start or not step > 0:
-        refuse("arange", f"from {start} to {stop} by {step} there is no element")
+        refuse("arange", f"there is no element from {start} to {stop} with step {step}")
     if not isfinite(stop - start) or (stop - start) / step >= 1 << 31:
-        refuse("arange", f"from {start} to {stop} by {step} there are too many elements")
+        refuse("arange", f"there are too many elements from {start} to {stop} with step {step}")
     n_step = ceil(round_f32(round_f32(stop - start) / step))
     return new(Op.ARANGE, Type.F32, (n_step,), (), (f32(start), f32(stop), f32(step)))
 
@@ -156,11 +156,11 @@ def repeat(a: Tensor, b: Tensor) -> Tensor:
     Raises
     ------
     ShapeError
-        The shape of ``b`` is no multiple of that of ``a``.
+        The shape of ``b`` is not a multiple of that of ``a``.
 
     Notes
     -----
-    Mirrors `ggml_repeat`: ``b`` gives its shape and is no source.
+    Mirrors `ggml_repeat`: only the shape of ``b`` is used; ``b`` is not a source.
     """
     if not can_repeat(a, b):
         refuse("repeat", "a does not repeat to the shape of b", a=a, b=b)
@@ -177,7 +177,7 @@ def repeat_4d(a: Tensor, ne0: int, ne1: int, ne2: int, ne3: int) -> Tensor:
 
 
 def concat(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Put ``b`` behind ``a`` along dimension ``dim``.
+    """Append ``b`` to ``a`` along dimension ``dim``.
 
     Raises
     ------
@@ -238,19 +238,19 @@ def pad(a: Tensor, p0: int, p1: int, p2: int, p3: int) -> Tensor:
 def pad_ext_circular(
     a: Tensor, lp0: int, rp0: int, lp1: int, rp1: int, lp2: int, rp2: int, lp3: int, rp3: int
 ) -> Tensor:
-    """`pad_ext` with elements from the other end in place of zeros. Mirrors `ggml_pad_ext_circular`."""
+    """`pad_ext` with elements from the other end instead of zeros. Mirrors `ggml_pad_ext_circular`."""
     result = pad_ext(a, lp0, rp0, lp1, rp1, lp2, rp2, lp3, rp3)
     set_param(result, 8, 1)
     return result
 
 
 def pad_circular(a: Tensor, p0: int, p1: int, p2: int, p3: int) -> Tensor:
-    """`pad` with elements from the other end in place of zeros. Mirrors `ggml_pad_circular`."""
+    """`pad` with elements from the other end instead of zeros. Mirrors `ggml_pad_circular`."""
     return pad_ext_circular(a, 0, p0, 0, p1, 0, p2, 0, p3)
 
 
 def roll(a: Tensor, shift0: int, shift1: int, shift2: int, shift3: int) -> Tensor:
-    """Shift each dimension, what falls off one end coming in at the other.
+    """Shift each dimension cyclically.
 
     Raises
     ------
@@ -273,12 +273,12 @@ def roll(a: Tensor, shift0: int, shift1: int, shift2: int, shift3: int) -> Tenso
 
 
 def norm(a: Tensor, eps: float) -> Tensor:
-    """Bring each row to mean 0 and variance 1. Mirrors `ggml_norm`."""
+    """Normalise each row to mean 0 and variance 1. Mirrors `ggml_norm`."""
     return like(Op.NORM, a, (a,), (f32(eps),))
 
 
 def norm_inplace(a: Tensor, eps: float) -> Tensor:
-    """`norm` on a's own memory."""
+    """`norm` in place: the result is a view of ``a``."""
     return like(Op.NORM, a, (a,), (f32(eps),), True)
 
 
@@ -288,25 +288,25 @@ def rms_norm(a: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_inplace(a: Tensor, eps: float) -> Tensor:
-    """`rms_norm` on a's own memory."""
+    """`rms_norm` in place: the result is a view of ``a``."""
     return like(Op.RMS_NORM, a, (a,), (f32(eps),), True)
 
 
 def l2_norm(a: Tensor, eps: float) -> Tensor:
-    """Divide each row by its length, or by ``eps`` if that is more. Mirrors `ggml_l2_norm`."""
+    """Divide each row by its length, or by ``eps`` if that is larger. Mirrors `ggml_l2_norm`."""
     return like(Op.L2_NORM, a, (a,), (f32(eps),))
 
 
 def l2_norm_inplace(a: Tensor, eps: float) -> Tensor:
-    """`l2_norm` on a's own memory."""
+    """`l2_norm` in place: the result is a view of ``a``."""
     return like(Op.L2_NORM, a, (a,), (f32(eps),), True)
 
 
 def group_norm(a: Tensor, n_groups: int, eps: float) -> Tensor:
-    """Bring each of ``n_groups`` groups of channels (dimension 2) to mean 0, variance 1. Mirrors `ggml_group_norm`."""
+    """Normalise each of ``n_groups`` groups of channels (dimension 2) to mean 0 and variance 1. Mirrors `ggml_group_norm`."""
     return like(Op.GROUP_NORM, a, (a,), (int(n_groups), f32(eps)))
 
 
 def group_norm_inplace(a: Tensor, n_groups: int, eps: float) -> Tensor:
-    """`group_norm` on a's own memory."""
+    """`group_norm` in place: the result is a view of ``a``."""
     return like(Op.GROUP_NORM, a, (a,), (int(n_groups), f32(eps)), True)

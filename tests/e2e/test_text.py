@@ -186,6 +186,6 @@ def test_ids_do_without_a_tokenizer(keys, tmp_path, capsys):
     assert cli.run(["splits", str(path), "--device", "none", "--batches", "4"]) == 0
     capsys.readouterr()
     assert cli.run(["run", str(path), "-p", "hi", *common]) == 1
-    assert "`--tokens 1,2,3` does without" in capsys.readouterr().err
+    assert "`--tokens 1,2,3` needs no tokenizer" in capsys.readouterr().err
     with pytest.raises(FormatError):
         tokenizer_of(path).encode("hi")

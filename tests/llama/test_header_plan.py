@@ -39,7 +39,7 @@ def test_splits_without_llama_tells_of_the_header(no_llama: None, tmp_path: Path
     assert config.install_hint("llama") in told["install"]
     assert run(["splits", str(path), "-c", "512"]) == 1
     out, err = capfd.readouterr()
-    assert "KV cache at most" in out
+    assert "KV cache (max.)" in out
     assert "llama.cpp is not installed" in err
 
 

@@ -78,7 +78,7 @@ def test_a_model_in_one_part_has_no_others(tmp_path: Path) -> None:
 def test_another_part_names_the_first(first: Path) -> None:
     """Opening the third part is refused with the name of the first."""
     error = refused(part(first, 3))
-    assert "part 3 of a model's 4" in str(error)
+    assert "file 3 of 4 of a split model" in str(error)
     assert str(first) in str(error)
 
 
@@ -125,9 +125,9 @@ def _unnumbered(first: Path) -> None:
 
 MIXED: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "swapped": (_swapped, 2, "says that it is part 3, not 2"),
-    "doubled": (_doubled, 2, "tensor 'blk.1.weight' is in"),
+    "doubled": (_doubled, 2, "tensor 'blk.1.weight' is also in"),
     "cut": (_cut, 4, "past the end of the file"),
-    "other count": (_other_count, 1, "its parts hold 7 tensors, not 9"),
+    "other count": (_other_count, 1, "its files contain 7 tensors instead of 9"),
     "unnumbered": (_unnumbered, 3, "no key 'split.no'"),
 }
 

@@ -170,9 +170,9 @@ BAD = {
     "model": ({"tokenizer.ggml.model": "bert"}, "'bert' is not supported"),
     "no model": ({"tokenizer.ggml.model": None}, "no key 'tokenizer.ggml.model'"),
     "no tokens": ({"tokenizer.ggml.tokens": None}, "no key 'tokenizer.ggml.tokens'"),
-    "tokens are numbers": ({"tokenizer.ggml.tokens": [1, 2]}, "no array of strings"),
-    "few scores": ({"tokenizer.ggml.scores": [0.5]}, "has not a number for each of 10 tokens"),
-    "scores are strings": ({"tokenizer.ggml.scores": ["a"] * 10}, "has not a number"),
+    "tokens are numbers": ({"tokenizer.ggml.tokens": [1, 2]}, "not an array of strings"),
+    "few scores": ({"tokenizer.ggml.scores": [0.5]}, "does not have a number for each of 10 tokens"),
+    "scores are strings": ({"tokenizer.ggml.scores": ["a"] * 10}, "does not have a number"),
     "twice": ({"tokenizer.ggml.tokens": ["a"] * 10}, "'a' is in the vocabulary twice"),
     "pre": ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "new", "tokenizer.ggml.merges": ["a b"]}, "'new'"),
     "no merges": ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}, "no key 'tokenizer.ggml.merges'"),
@@ -198,7 +198,7 @@ def test_ids_out_of_range_are_ignored(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 TEMPLATES = {
-    "syntax": ("{% if %}", "is no Jinja template"),
+    "syntax": ("{% if %}", "is not a Jinja template"),
     "undefined": ("{{ messages[0].nothing.at_all }}", "fails: UndefinedError"),
     "refusal": ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
     "escape": ("{{ ''.__class__.__mro__ }}", "fails: SecurityError"),

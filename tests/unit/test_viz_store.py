@@ -114,11 +114,11 @@ def test_columns_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "no JSON"),
-        ("[]", "no timeline"),
-        ("{}", "no timeline"),
-        ('{"traceEvents": []}', "not the records"),
-        ('{"traceEvents": [], "pyggml": {"records": 3}}', "not the records"),
+        ("{", "not JSON"),
+        ("[]", "not a timeline"),
+        ("{}", "not a timeline"),
+        ('{"traceEvents": []}', "no records"),
+        ('{"traceEvents": [], "pyggml": {"records": 3}}', "no records"),
     ],
 )
 def test_files_of_others(tmp_path: Path, text: str, said: str) -> None:

@@ -23,7 +23,7 @@ MISTAKES = {
     "regex": ("splits MODEL -ot blk.(=CPU", 1, "-ot: 'blk.('", "escape dots and brackets"),
     "list": ("splits MODEL --batches 1,x", 2, "--batches 1,x", "give numbers above 0, separated by commas"),
     "port": ("run MODEL -p a -dev rpc:127.0.0.1:1,cpu", 1, "cannot connect", "is rpc-server running there?"),
-    "damaged": ("splits DAMAGED", 1, "at byte", "fetch it again"),
+    "damaged": ("splits DAMAGED", 1, "at byte", "download it again"),
     "extra": ("splits MODEL -dev libggml:CPU,cpu", 1, "no ggml library is installed", "pip install 'libggml-python"),
 }
 
