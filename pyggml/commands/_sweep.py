@@ -124,7 +124,7 @@ def print_sweep(rows: Sequence[dict[str, Any]], form: str | None) -> None:
                 click.echo(f"| {' | '.join(line)} |")
             return
         made = table(
-            "Plans: tokens/s to expect, from low to high in four cases of five",
+            "Expected tokens/s with their range (four cases of five)",
             *names,
             right=tuple(n for n in names if n not in ("model", "test", "fits")),
         )

@@ -147,7 +147,10 @@ def member(kinds: type[_Kind], number: int) -> _Kind:
     try:
         return kinds(number)
     except ValueError:
-        refuse(kinds.__name__, f"there is no {number!r}; the values are {', '.join(f'{k.value} ({k.name})' for k in kinds)}")
+        refuse(
+            kinds.__name__,
+            f"there is no {number!r}; the values are {', '.join(f'{k.value} ({k.name})' for k in kinds)}",
+        )
 
 
 def require_sizes(op: str, *ne: int) -> None:

@@ -235,10 +235,22 @@ DAMAGES: dict[str, tuple[dict[str, object], str]] = {
     "half a block": ({"infos": [info("a", (33,), 8, 0)]}, "not a multiple of q8_0's block of 32"),
     "misaligned": ({"infos": [info("a", (32,), 0, 4)]}, "not aligned to 32"),
     "outside": ({"infos": [info("a", (32,), 0, 2**62)]}, "past the end"),
-    "overlap": ({"infos": [info("a", (32,), 0, 0), info("b", (32,), 0, 64)]}, "'b' is at offset 64 of the data instead of 128"),
-    "gap": ({"infos": [info("a", (32,), 0, 0), info("b", (32,), 0, 160)]}, "'b' is at offset 160 of the data instead of 128"),
-    "late start": ({"infos": [info("a", (32,), 0, 32)]}, "'a' is at offset 32 of the data instead of 0: it leaves a gap"),
-    "order": ({"infos": [info("a", (8,), 0, 32), info("b", (8,), 0, 0)]}, "'a' is at offset 32 of the data instead of 0"),
+    "overlap": (
+        {"infos": [info("a", (32,), 0, 0), info("b", (32,), 0, 64)]},
+        "'b' is at offset 64 of the data instead of 128",
+    ),
+    "gap": (
+        {"infos": [info("a", (32,), 0, 0), info("b", (32,), 0, 160)]},
+        "'b' is at offset 160 of the data instead of 128",
+    ),
+    "late start": (
+        {"infos": [info("a", (32,), 0, 32)]},
+        "'a' is at offset 32 of the data instead of 0: it leaves a gap",
+    ),
+    "order": (
+        {"infos": [info("a", (8,), 0, 32), info("b", (8,), 0, 0)]},
+        "'a' is at offset 32 of the data instead of 0",
+    ),
     "smaller type": (
         {"infos": [info("a", (64,), 2, 0), info("b", (32,), 0, 256)]},
         "'b' is at offset 256 of the data instead of 64",
