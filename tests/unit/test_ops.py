@@ -146,7 +146,7 @@ def test_sinks_enter_their_slot(a: Tensor) -> None:
     made, sinks = ops.soft_max_ext(a, None, 1.0, 0.0), Tensor("f32", (4,), name="sinks")
     ops.soft_max_add_sinks(made, sinks)
     assert made.src[2] is sinks
-    with pytest.raises(ShapeError, match="sinks already"):
+    with pytest.raises(ShapeError, match="already has sinks"):
         ops.soft_max_add_sinks(made, sinks)
     ops.soft_max_add_sinks(made, None)
     assert made.src[2] is None
@@ -229,13 +229,13 @@ def test_a_view_past_the_end_is_refused(a: Tensor) -> None:
 @pytest.mark.parametrize("call", ["reshape_2d(a, -8, -48)", "view_1d(a, -1, 0)", "view_1d(a, 1, -4)", "top_k(a, -1)"])
 def test_negative_sizes_are_refused(a: Tensor, call: str) -> None:
     """Sizes and offsets below 0 are refused even where their product fits."""
-    with pytest.raises(ShapeError, match="no dimension"):
+    with pytest.raises(ShapeError, match="a dimension cannot"):
         eval(f"ops.{call}", {"ops": ops, "a": a})
 
 
 def test_a_row_of_broken_blocks_is_refused(a: Tensor) -> None:
     """A new quantised tensor has rows of whole blocks; upstream's release builds make one that reads out of bounds."""
-    with pytest.raises(ShapeError, match="no whole number of q8_0 blocks"):
+    with pytest.raises(ShapeError, match="whole q8_0 blocks"):
         ops.cast(a, "q8_0")
 
 

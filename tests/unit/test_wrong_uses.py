@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[ggml.PyggmlError], str]] = {
     "no backend": (lambda: ggml.Scheduler([]), ggml.SchedError, "needs at least one backend"),
     "a device that is none": (lambda: ggml.Sim("rtx9999"), ggml.DeviceUnavailableError, "no such profile"),
     "no thread": (lambda: ggml.CPU(threads=0), ggml.DeviceUnavailableError, "0 threads cannot compute"),
-    "a function that is none": (lambda: ggml.unary(_X, -1), ggml.ShapeError, r"UnaryOp: there is no -1; there are 0 \(ABS\)"),
+    "a function that is none": (lambda: ggml.unary(_X, -1), ggml.ShapeError, r"UnaryOp: there is no -1; the values are 0 \(ABS\)"),
     "a gate that is none": (lambda: ggml.glu(_X, 1000, False), ggml.ShapeError, "GluOp: there is no 1000"),
     "a triangle that is none": (lambda: ggml.tri(ggml.Tensor("f32", (4, 4)), 16), ggml.ShapeError, "TriType: there is no 16"),
     "a range without end": (lambda: ggml.arange(0.0, float("inf"), 1.0), ggml.ShapeError, "too many elements"),
