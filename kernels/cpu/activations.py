@@ -1,6 +1,6 @@
 """What a matrix product does to its right-hand side first: rows of floats become blocks of 32 signed bytes.
 
-A quantised row of K elements is K bytes, then four arrays of K/32: the scale d (f32), ``-offset * sum`` (i32), the same
+A quantised row of K elements begins a line of the cache: K bytes, then four arrays of K/32: the scale d (f32), ``-offset * sum`` (i32), the same
 divided by 8 (i32, for kernels that spread it over 8 lanes), and ``d * sum`` (f32, for types with a minimum). Weights
 are unsigned bytes less an offset; the offset is paid here, in the start value of each dot product.
 """
@@ -20,7 +20,7 @@ MODE_BYTES, MODE_F32 = 0, 1
 
 def quantised_row_bytes(k: int) -> int:
     """Bytes of a quantised row of k elements."""
-    return k + k // 32 * 16
+    return -(-(k + k // 32 * 16) // 64) * 64
 
 
 #: Below this largest magnitude of a block its inverse is infinite; the block counts as zeros.
@@ -106,13 +106,14 @@ def _rows(d, ctl, first, last):
     k, ne1, ne2 = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
     nb1, nb2, nb3 = ld_i64(d + 8 * (SRC0 + NB1)), ld_i64(d + 8 * (SRC0 + NB2)), ld_i64(d + 8 * (SRC0 + NB3))
     x, out = ld_i64(d + 8 * (SRC0 + ADDRESS)), ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
+    row_bytes = (k + k // 32 * 16 + 63) // 64 * 64
     mode, offset, quantise = ld_i64(d + 8 * MODE), ld_i64(d + 8 * OFFSET), ld_i64(d + 8 * QUANTISE_ROW)
     for r in range(first, last):
         i1 = r % ne1
         i2 = r // ne1 % ne2
         at = x + i1 * nb1 + i2 * nb2 + r // (ne1 * ne2) * nb3
         if mode == MODE_BYTES:
-            call4(quantise, at, out + r * (k + k // 32 * 16), k // 32, offset)
+            call4(quantise, at, out + r * row_bytes, k // 32, offset)
         else:
             row_to_f32(ld_i64(d + 8 * (SRC0 + TYPE)), at, out + r * 4 * k, k, 0)
 

@@ -4,14 +4,12 @@ Every type is "unsigned byte less an offset, times a scale", plus a minimum for 
 value of the dot product (`activations`), so it costs nothing. For each type there are two kernels:
 
 ``rows_TYPE(w, stride, n_rows, n_blocks, n_tokens, xs, outs, out_offset)``
-    Few tokens: rows are read as they lie in the file, one after another, against one or two tokens.
+    Few tokens: rows are read as they lie in the file (`rowwise`).
 ``unpack_TYPE(w, stride, n_blocks, panel)``
     Many: 16 rows go into half a panel.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from .dequantise import IQ4_NL_VALUES, MXFP4_DOUBLED
 from .emit import (
@@ -25,10 +23,11 @@ from .emit import (
     Emit,
     F16x16,
     F32x4,
-    F32x16,
+    F32x8,
     I16x16,
+    I32x8,
     I32x16,
-    I64x8,
+    I64x4,
     U8x16,
     U8x32,
     U8x64,
@@ -37,6 +36,7 @@ from .emit import (
 )
 from .kernel import Kernel, micro_kernel
 from .panel import PANEL_BLOCK, put_columns, put_scales, row_addresses
+from .rowwise import fetch, make_rows_kernel
 from .words import IQ4_NL, MXFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 
 NAMES = {Q8_0: "q8_0", Q4_0: "q4_0", Q4_1: "q4_1", Q5_0: "q5_0", Q5_1: "q5_1", MXFP4: "mxfp4", IQ4_NL: "iq4_nl"}
@@ -61,129 +61,93 @@ def e8m0(e: Emit, exponent: ir.Value) -> ir.Value:
     return b.bitcast(b.select(is_small, small, normal), vec(F32, type.count))
 
 
-def _two_blocks_of_nibbles(e: Emit, first: ir.Value, second: ir.Value) -> ir.Value:
-    """16 packed bytes each -> 64 bytes: low nibbles, high nibbles of the first block, then of the second."""
-    v = e.cast(e.cat(e.cat(first, first), e.cat(second, second)), I64x8)
-    v = e.cast(e.b.lshr(v, ir.Constant(I64x8, [0, 0, 4, 4] * 2)), U8x64)
-    return e.b.and_(v, e.const(U8x64, 15))
+def _codes(e: Emit, typ: int, block: ir.Value) -> ir.Value:
+    """Load the 32 bytes of a block: low nibbles first, then high ones."""
+    b = e.b
+    if typ == Q8_0:
+        return b.xor(e.load(U8x32, block, HEAD[typ]), e.const(U8x32, 128))
+    packed = e.load(U8x16, block, HEAD[typ])
+    twice = e.cast(e.cat(packed, packed), I64x4)
+    u = b.and_(e.cast(b.lshr(twice, ir.Constant(I64x4, [0, 0, 4, 4])), U8x32), e.const(U8x32, 15))
+    if typ in FIFTH_BITS:
+        fifth = e.cast(e.load(I32, block, FIFTH_BITS[typ]), vec(I1, 32))
+        u = b.or_(u, b.select(fifth, e.const(U8x32, 16), e.const(U8x32, 0)))
+    return e.lookup(BYTES[typ], u) if typ in BYTES else u
 
 
-def _bits_to_bytes(e: Emit, bits: ir.Value, value: int) -> ir.Value:
-    """64 bits -> 64 bytes: value or 0."""
-    mask = e.cast(bits, vec(I1, 64))
-    return e.b.select(mask, e.const(U8x64, value), e.const(U8x64, 0))
-
-
-def _load_blocks(e: Emit, typ: int, w: ir.Value, n: int) -> tuple[list[ir.Value], ir.Value, ir.Value | None]:
-    """Load n (4, 2 or 1) blocks: their bytes, two blocks a vector, their scales, and their minima if there are any.
-
-    A lone block stands twice in its vector; the caller gives its twin the scale 0.
-    """
-    b, size, head = e.b, SIZE[typ], HEAD[typ]
+def _scales(e: Emit, typ: int, block: ir.Value, n: int) -> tuple[ir.Value, ir.Value | None]:
+    """Load the scales of n blocks, and their minima if there are any."""
 
     def halves(off: int) -> ir.Value:
-        return e.to_f32(e.cast(e.scalars(e.add(w, off), size, n, 16), vec(F16, n)))
+        return e.to_f32(e.cast(e.scalars(e.add(block, off), SIZE[typ], n, 16), vec(F16, n)))
 
-    bytes_ = []
-    for i in range(0, n, 2):
-        starts = [size * i, size * (i + 1) if n > 1 else size * i]
-        if typ == Q8_0:
-            u = b.xor(e.cat(*[e.load(U8x32, w, s + head) for s in starts]), e.const(U8x64, 128))
-        else:
-            u = _two_blocks_of_nibbles(e, *[e.load(U8x16, w, s + head) for s in starts])
-        if typ in FIFTH_BITS:
-            low, high = (b.zext(e.load(I32, w, s + FIFTH_BITS[typ]), I64) for s in starts)
-            u = b.or_(u, _bits_to_bytes(e, b.or_(low, b.shl(high, I64(32))), 16))
-        bytes_.append(e.lookup(BYTES[typ], u) if typ in BYTES else u)
-    if typ == MXFP4:
-        return bytes_, e8m0(e, b.zext(e.scalars(w, size, n, 8), vec(I32, n))), None
-    return bytes_, halves(0), halves(2) if typ in HAS_MINIMUM else None
+    return halves(0), halves(2) if typ in HAS_MINIMUM else None
 
 
-def _row_times_tokens(e: Emit, typ: int, w: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]) -> list[ir.Value]:
-    """Return the products of one row with one or two tokens: 128 columns a step, two accumulators a token."""
+def _product(
+    e: Emit, typ: int, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
+) -> list[list[ir.Value]]:
+    """Return the products of rows with tokens: four blocks a step, each with sums of its own."""
     b, n4 = e.b, e.mul(n_blocks, 4)
-    acc = [[e.zeros(F32x16) for _ in range(2)] for _ in xs]
-    minimum_acc = [e.zeros(F32x4) for _ in xs]
+    acc = [[[e.zeros(F32x8) for _ in range(4)] for _ in xs] for _ in rows]
+    minimum_acc = [[e.zeros(F32x4) for _ in xs] for _ in rows]
     scales = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
     starts8 = [e.add(s, e.mul(n4, 2)) for s in scales]
     sums = [e.add(s, e.mul(n4, 3)) for s in scales]
+    powers = e.table("e8m0", F32, [2.0 ** (exponent - 128) for exponent in range(256)]) if typ == MXFP4 else None
 
-    def step(i: ir.Value, n: int) -> None:
-        at, i4 = e.add(w, e.mul(i, SIZE[typ])), e.mul(i, 4)
-        bytes_, dw, minima = _load_blocks(e, typ, at, n)
-        if n == 4:
-            e.prefetch(at, 2048)
-            e.prefetch(at, 2112)
-        zero = e.const(vec(F32, n), 0.0)
-        for t, x in enumerate(xs):
-            factors = b.fmul(dw, e.load(vec(F32, n), e.add(scales[t], i4)))
-            start = e.load(vec(I32, n), e.add(starts8[t], i4)) if OFFSET[typ] else None
-            at_x = e.add(x, e.mul(i, 32))
-            for pair, u in enumerate(bytes_):
-                lanes = [2 * pair] * 8 + [2 * pair + 1] * 8
-                ints = e.const(I32x16, 0)
-                if start is not None:
-                    ints = e.shuffle(start, start, lanes if n > 1 else [0] * 16)
-                v = e.load(U8x64, at_x, 64 * pair) if n > 1 else e.cat(*[e.load(U8x32, at_x)] * 2)
-                products = e.to_f32(e.dpbusd(ints, u, v))
-                p = acc[t][pair]
-                b.store(e.fma(products, e.shuffle(factors, zero, lanes), b.load(p)), p)
-            if minima is not None:
-                m = b.fmul(minima, e.load(vec(F32, n), e.add(sums[t], i4)))
-                m = m if n == 4 else e.shuffle(m, zero, [*range(n), n, n, n][:4])  # lane n is 0
-                b.store(b.fadd(m, b.load(minimum_acc[t])), minimum_acc[t])
+    def take_minima(r: int, minima: ir.Value, i4: ir.Value, n: int, first: int) -> None:
+        for t, s in enumerate(sums):
+            m = b.fmul(minima, e.load(vec(F32, n), e.add(s, i4)))
+            if n == 1:
+                m = e.shuffle(m, e.const(m.type, 0.0), [int(lane != first) for lane in range(4)])
+            b.store(b.fadd(m, b.load(minimum_acc[r][t])), minimum_acc[r][t])
+
+    def step(i: ir.Value, n: int, first: int) -> None:
+        """Take n blocks from i on into the sums from the first on."""
+        i4, at_w = e.mul(i, 4), e.mul(i, SIZE[typ])
+        at = [e.add(row, at_w) for row in rows]
+        factors: list[list[ir.Value]] = []
+        fetch(e, ahead, at_w, len(rows), n * SIZE[typ])
+        for r, block in enumerate(at):
+            if powers is None:
+                dw, minima = _scales(e, typ, block, n)
+                factors.append([b.fmul(dw, e.load(vec(F32, n), e.add(s, i4))) for s in scales])
+                if minima is not None:
+                    take_minima(r, minima, i4, n, first)
+        for j in range(n):
+            ints = [e.const(I32x8, 0)] * len(xs)
+            if OFFSET[typ]:
+                ints = [e.splat(e.load(I32, e.add(s, i4), 4 * j), 8) for s in starts8]
+            v = [e.load(U8x32, e.add(x, e.mul(i, 32)), 32 * j) for x in xs]
+            dx = [e.splat(e.load(F32, e.add(s, i4), 4 * j), 8) for s in scales]
+            for r, block in enumerate(at):
+                u = _codes(e, typ, e.add(block, SIZE[typ] * j))
+                if powers is None:
+                    own = [e.shuffle(f, f, [j] * 8) for f in factors[r]]
+                else:  # cheaper than spreading what was computed
+                    exponent = b.zext(e.load(I8, block, SIZE[typ] * j), I64)
+                    dw = e.splat(e.load(F32, e.add(powers, e.mul(exponent, 4))), 8)
+                    own = [b.fmul(dw, d) for d in dx]
+                for t, factor in enumerate(own):
+                    p = acc[r][t][first + j]
+                    b.store(e.fma(e.to_f32(e.dpbusd(ints[t], u, v[t])), factor, b.load(p)), p)
 
     fours, twos = b.and_(n_blocks, I64(-4)), b.and_(n_blocks, I64(-2))
     with e.loop(fours, 4) as (i, _):
-        step(i, 4)
-    with e.when(b.icmp_signed("<", fours, twos)):
-        step(fours, 2)
+        step(i, 4, 0)
+    with e.loop(twos, 2, fours) as (i, _):
+        step(i, 1, 0)
+        step(e.add(i, 1), 1, 1)
     with e.when(b.icmp_signed("<", twos, n_blocks)):
-        step(twos, 1)
-    out = [e.sum(b.fadd(b.load(a[0]), b.load(a[1]))) for a in acc]
-    if typ in HAS_MINIMUM:
-        out = [b.fadd(v, e.sum(b.load(m))) for v, m in zip(out, minimum_acc, strict=True)]
-    return out
+        step(twos, 1, 0)
 
+    def total(r: int, t: int) -> ir.Value:
+        a, b_, c, d = (b.load(p) for p in acc[r][t])
+        value = e.sum(b.fadd(b.fadd(a, c), b.fadd(b_, d)))
+        return b.fadd(value, e.sum(b.load(minimum_acc[r][t]))) if typ in HAS_MINIMUM else value
 
-RowTimesTokens = Callable[[Emit, ir.Value, ir.Value, list[ir.Value]], list[ir.Value]]
-
-
-def make_rows_kernel(name: str, product: RowTimesTokens, *, rare: bool = False) -> Kernel:
-    """Return the kernel that takes rows one by one, and for each row tokens two by two.
-
-    Parameters
-    ----------
-    name : str
-        Name of the kernel.
-    product : callable
-        ``product(e, w, n_blocks, xs)``: the products of a row with one or two tokens.
-    rare : bool
-        See `Kernel`.
-    """
-
-    def rows(e, w, stride, n_rows, n_blocks, n_tokens, xs, outs, out_offset):
-        b = e.b
-
-        def tokens(row: ir.Value, first: ir.Value, n: int) -> None:
-            at = e.mul(first, 8)
-            x = [e.load(I64, e.add(xs, at), 8 * t) for t in range(n)]
-            values = product(e, e.add(w, e.mul(row, stride)), n_blocks, x)
-            for t, value in enumerate(values):
-                out = e.load(I64, e.add(outs, at), 8 * t)
-                e.store(value, e.add(e.add(out, out_offset), e.mul(row, 4)))
-
-        pairs = b.and_(n_tokens, I64(-2))
-        with e.loop(n_rows) as (row, _):
-            with e.loop(pairs, 2) as (first, _):
-                tokens(row, first, 2)
-            with e.when(b.icmp_signed("<", pairs, n_tokens)):
-                tokens(row, pairs, 1)
-
-    rows.__name__ = name
-    rows.__doc__ = "Rows as they lie times tokens, two by two; see the module."
-    return micro_kernel(8, rare=rare)(rows)
+    return [[total(r, t) for t in range(len(xs))] for r in range(len(rows))]
 
 
 def split_nibbles(e: Emit, vectors: list[ir.Value]) -> list[ir.Value]:
@@ -242,7 +206,7 @@ def _make_unpack(typ: int) -> Kernel:
 
 
 def _make_rows(typ: int) -> Kernel:
-    return make_rows_kernel(f"rows_{NAMES[typ]}", lambda e, w, n_blocks, xs: _row_times_tokens(e, typ, w, n_blocks, xs))
+    return make_rows_kernel(f"rows_{NAMES[typ]}", lambda e, *args: _product(e, typ, *args))
 
 
 #: Kernels by type.

@@ -9,47 +9,53 @@ from __future__ import annotations
 
 from functools import cache
 
-from .blocks32 import make_rows_kernel
 from .codes import CODES, OFFSET, Codes
 from .emit import F32, I8, I32, I64, Emit, F32x16, I32x16, U8x16, U8x64, cgutils, ir, vec
 from .kernel import Kernel, micro_kernel
 from .panel import PANEL_BLOCK, put_columns, put_scales
+from .rowwise import fetch, make_rows_kernel
 
 __all__ = ["CODES", "OFFSET", "TYPES", "dequantise_kernel", "rows_kernel", "unpack_kernel"]
 
 TYPES = frozenset(CODES)
 
 
-def _row(e: Emit, kind: Codes, w: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]) -> list[ir.Value]:
-    """Return the products of one row with one or two tokens, a unit at a time."""
+def _product(
+    e: Emit, kind: Codes, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
+) -> list[list[ir.Value]]:
+    """Return the products of rows with tokens, a unit at a time."""
     b, n = e.b, kind.unit // 32
-    acc = [e.zeros(F32x16) for _ in xs]
+    acc = [[e.zeros(F32x16) for _ in xs] for _ in rows]
     scales_at = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
     starts_at = [e.add(s, e.mul(n_blocks, 4)) for s in scales_at]
     with e.loop(n_blocks, n) as (i, _):
-        at = e.add(w, e.mul(b.udiv(i, I64(n)), kind.size))
-        for line in range(-(-kind.size // 64)):
-            e.prefetch(at, 1024 + 64 * line)
-        scales = kind.scales(e, at)
+        at_w = e.mul(b.udiv(i, I64(n)), kind.size)
+        at = [e.add(row, at_w) for row in rows]
         dx = [e.load(vec(F32, n), e.add(s, e.mul(i, 4))) for s in scales_at]
+        dx = [e.shuffle(d, d, [lane // 2 for lane in range(2 * n)]) for d in dx]
         starts = [e.load(vec(I32, 2 * n), e.add(s, e.mul(i, 8))) for s in starts_at]
+        fetch(e, ahead, at_w, len(rows), kind.size)
+        factors: list[list[ir.Value]] = []
+        for block in at:
+            scales = kind.scales(e, block)
+            factors.append([b.fmul(scales, d) for d in dx])
         for j in range(kind.unit // 64):
-            codes = kind.codes(e, at, j)
             fours = [4 * j + lane // 4 for lane in range(16)]
-            factors = e.shuffle(scales, scales, fours)
-            for t, x in enumerate(xs):
-                start = e.shuffle(starts[t], starts[t], fours)
-                ints = e.dpbusd(start, codes, e.load(U8x64, e.add(x, e.mul(i, 32)), 64 * j))
-                both = b.fmul(factors, e.shuffle(dx[t], dx[t], [2 * j] * 8 + [2 * j + 1] * 8))
-                b.store(e.fma(e.to_f32(ints), both, b.load(acc[t])), acc[t])
-    return [e.sum(b.load(a)) for a in acc]
+            first = [e.shuffle(s, s, fours) for s in starts]
+            v = [e.load(U8x64, e.add(x, e.mul(i, 32)), 64 * j) for x in xs]
+            for r, block in enumerate(at):
+                codes = kind.codes(e, block, j)
+                for t, p in enumerate(acc[r]):
+                    ints = e.to_f32(e.dpbusd(first[t], codes, v[t]))
+                    b.store(e.fma(ints, e.shuffle(factors[r][t], factors[r][t], fours), b.load(p)), p)
+    return [[e.sum(b.load(p)) for p in of_row] for of_row in acc]
 
 
 @cache
 def rows_kernel(typ: int) -> Kernel:
     """Return the kernel of rows as they lie; see `blocks32`."""
     kind = CODES[typ]
-    return make_rows_kernel(f"rows_{kind.name}", lambda e, w, n, xs: _row(e, kind, w, n, xs), rare=True)
+    return make_rows_kernel(f"rows_{kind.name}", lambda e, *args: _product(e, kind, *args), rare=True)
 
 
 def _on_stack(e: Emit, n: int) -> ir.Value:

@@ -124,16 +124,9 @@ def _from_book(e: Emit, book: tuple[str, float], indices: list[ir.Value]) -> ir.
     book : (str, float)
         The type whose codebook it is, and what its numbers are multiplied with.
     """
-    b, bytes_ = e.b, 64 // len(indices)
+    bytes_ = 64 // len(indices)
     type = ir.IntType(8 * bytes_)
-    name = f"codebook.{book[0]}"
-    table = e.b.module.globals.get(name)
-    if table is None:
-        words = [ir.Constant(type, word) for word in _book(*book, bytes_)]
-        table = ir.GlobalVariable(b.module, ir.ArrayType(type, len(words)), name)
-        table.linkage, table.global_constant = "internal", True
-        table.initializer = ir.Constant(table.type.pointee, words)
-    first = b.ptrtoint(table, I64)
+    first = e.table(f"codebook.{book[0]}", type, _book(*book, bytes_))
     return e.cast(e.gather(type, [e.add(first, e.mul(i, bytes_)) for i in indices]), U8x64)
 
 

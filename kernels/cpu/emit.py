@@ -32,7 +32,7 @@ def vec(type: ir.Type, n: int) -> ir.VectorType:
 
 
 U8x16, U8x32, U8x64 = vec(I8, 16), vec(I8, 32), vec(I8, 64)
-I16x16, I32x16, I64x8 = vec(I16, 16), vec(I32, 16), vec(I64, 8)
+I16x16, I32x8, I32x16, I64x4, I64x8 = vec(I16, 16), vec(I32, 8), vec(I32, 16), vec(I64, 4), vec(I64, 8)
 F16x16, F32x4, F32x8, F32x16 = vec(F16, 16), vec(F32, 4), vec(F32, 8), vec(F32, 16)
 LANES = 16
 #: One rounding for a product and a sum where the CPU has it.
@@ -143,6 +143,28 @@ class Emit:
             v = self.b.insert_element(v, self.load(type, addr, off), I32(i))
         return v
 
+    def opaque(self, v: ir.Value) -> ir.Value:
+        """Return an integer of a general register, so that LLVM does not see how it was made."""
+        return self.b.call(ir.InlineAsm(ir.FunctionType(v.type, [v.type]), "", "=r,0"), [v])
+
+    def put_aside(self, v: ir.Value) -> ir.Value:
+        """Store a vector on the stack and return its address: an element that is loaded from there is spread for nothing."""
+        at = self.b.ptrtoint(cgutils.alloca_once(self.b, v.type), I64)
+        self.store(v, at)
+        hide = ir.InlineAsm(ir.FunctionType(ir.VoidType(), [I64]), "", "r,~{memory}", side_effect=True)
+        self.b.call(hide, [at])  # else LLVM would not load what it has in a register
+        return at
+
+    def table(self, name: str, type: ir.Type, values: Iterable[Any]) -> ir.Value:
+        """Return the address of constants in the module, put there once under a name."""
+        table = self.b.module.globals.get(name)
+        if table is None:
+            entries = [ir.Constant(type, v) for v in values]
+            table = ir.GlobalVariable(self.b.module, ir.ArrayType(type, len(entries)), name)
+            table.linkage, table.global_constant = "internal", True
+            table.initializer = ir.Constant(table.type.pointee, entries)
+        return self.b.ptrtoint(table, I64)
+
     def scalars(self, addr: ir.Value, stride: int, n: int, bits: int) -> ir.Value:
         """Return n small integers, ``stride`` bytes apart, as a vector joined in a general register."""
         b, type = self.b, ir.IntType(bits)
@@ -152,7 +174,7 @@ class Emit:
         v = b.zext(self.load(type, addr), word)
         for i in range(1, n):
             v = b.or_(v, b.shl(b.zext(self.load(type, addr, stride * i), word), word(bits * i)))
-        return self.cast(v, vec(type, n))
+        return self.cast(self.opaque(v), vec(type, n))
 
     # -- floats ------------------------------------------------------------------
 
@@ -259,50 +281,47 @@ class Emit:
     # -- bytes ---------------------------------------------------------------------
 
     def lookup(self, table: Iterable[int], v: ir.Value) -> ir.Value:
-        """Return the entries of a table of sixteen bytes at the indices in 64 lanes."""
-        entries = [x & 255 for x in table]
-        if self.has("avx512bw"):
+        """Return the entries of a table of sixteen bytes at the indices in 32 or 64 lanes."""
+        entries, n = [x & 255 for x in table], v.type.count
+        if self.has("avx512bw") and n == 64:
             f = self.fn("llvm.x86.avx512.pshuf.b.512", U8x64, U8x64, U8x64)
             return self.b.call(f, [ir.Constant(U8x64, entries * 4), v])
+        if self.has("avx2") and n == 32:
+            f = self.fn("llvm.x86.avx2.pshuf.b", U8x32, U8x32, U8x32)
+            return self.b.call(f, [ir.Constant(U8x32, entries * 2), v])
         if self.has("avx2"):
-            f, twice = self.fn("llvm.x86.avx2.pshuf.b", U8x32, U8x32, U8x32), ir.Constant(U8x32, entries * 2)
-            return self.cat(*[self.b.call(f, [twice, half]) for half in self.halves(v)])
-        out = ir.Constant(U8x64, [0] * 64)  # plain: one select for each entry
+            return self.cat(*[self.lookup(entries, half) for half in self.halves(v)])
+        out = ir.Constant(v.type, [0] * n)  # plain: one select for each entry
         for i, x in enumerate(entries):
             if x:
-                out = self.b.select(self.b.icmp_unsigned("==", v, self.const(U8x64, i)), self.const(U8x64, x), out)
+                out = self.b.select(self.b.icmp_unsigned("==", v, self.const(v.type, i)), self.const(v.type, x), out)
         return out
 
     def dpbusd(self, acc: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
-        """Return 16 int32 lanes plus four products each of 64 unsigned bytes u and signed bytes s, exactly."""
-        b = self.b
-        if self.has("avx512vnni"):
+        """Return int32 lanes plus four products each of unsigned bytes u and signed bytes s, exactly; 8 or 16 lanes."""
+        b, n = self.b, acc.type.count
+        if n == LANES and self.has("avx512vnni"):
             return b.call(self.fn("llvm.x86.avx512.vpdpbusd.512", I32x16, I32x16, U8x64, U8x64), [acc, u, s])
-        if self.has("avxvnni"):
-            eight = vec(I32, 8)
-            f = self.fn("llvm.x86.avx512.vpdpbusd.256", eight, eight, U8x32, U8x32)
+        if n == LANES // 2 and (self.has("avxvnni") or self.has("avx512vnni", "avx512vl")):
+            return b.call(self.fn("llvm.x86.avx512.vpdpbusd.256", I32x8, I32x8, U8x32, U8x32), [acc, u, s])
+        if n == LANES and self.has("avx2"):
             parts = zip(self.halves(acc), self.halves(u), self.halves(s), strict=True)
-            return self.cat(*[b.call(f, list(part)) for part in parts])
+            return self.cat(*[self.dpbusd(*part) for part in parts])
         if self.has("avx2"):
             return b.add(acc, self._dot4_by_i16(u, s))
         for j in range(4):
-            x, y = (self.shuffle(v, v, list(range(j, 64, 4))) for v in (u, s))
-            acc = b.add(acc, b.mul(b.zext(x, I32x16), b.sext(y, I32x16)))
+            x, y = (self.shuffle(v, v, list(range(j, 4 * n, 4))) for v in (u, s))
+            acc = b.add(acc, b.mul(b.zext(x, acc.type), b.sext(y, acc.type)))
         return acc
 
     def _dot4_by_i16(self, u: ir.Value, s: ir.Value) -> ir.Value:
         """Widen to i16 first: pmaddubsw would saturate at 2 * 255 * 127."""
-        b, wide, eight = self.b, vec(I16, 16), vec(I32, 8)
-        f = self.fn("llvm.x86.avx2.pmadd.wd", eight, wide, wide)
-        us = [x for half in self.halves(u) for x in self.halves(half)]
-        ss = [x for half in self.halves(s) for x in self.halves(half)]
-        pairs = [b.call(f, [b.zext(x, wide), b.sext(y, wide)]) for x, y in zip(us, ss, strict=True)]
-        out = []
-        for low, high in (pairs[:2], pairs[2:]):
-            both = self.cat(low, high)
-            even, odd = (self.shuffle(both, both, list(range(i, 16, 2))) for i in (0, 1))
-            out.append(b.add(even, odd))
-        return self.cat(*out)
+        b, wide = self.b, vec(I16, 16)
+        f = self.fn("llvm.x86.avx2.pmadd.wd", I32x8, wide, wide)
+        pairs = zip(self.halves(u), self.halves(s), strict=True)
+        both = self.cat(*[b.call(f, [b.zext(x, wide), b.sext(y, wide)]) for x, y in pairs])
+        even, odd = (self.shuffle(both, both, list(range(i, 16, 2))) for i in (0, 1))
+        return b.add(even, odd)
 
     def transpose(self, rows: list[ir.Value]) -> list[ir.Value]:
         """Load 16 bytes at each of 16 addresses; return four vectors: bytes 0-3, 4-7, 8-11, 12-15 of all rows."""

@@ -7,9 +7,10 @@ A panel has no room for Q2_K's minima: its rows are taken as they lie, however m
 
 from __future__ import annotations
 
-from .blocks32 import make_rows_kernel, split_nibbles
+from .blocks32 import split_nibbles
 from .emit import (
     F16,
+    F32,
     I8,
     I16,
     I32,
@@ -19,6 +20,7 @@ from .emit import (
     F32x8,
     F32x16,
     I16x16,
+    I32x8,
     I32x16,
     U8x16,
     U8x32,
@@ -28,6 +30,7 @@ from .emit import (
 )
 from .kernel import Kernel, micro_kernel
 from .panel import PANEL_BLOCK, put_columns, put_scales, row_addresses
+from .rowwise import fetch, make_rows_kernel
 from .words import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 
 NAMES = {Q4_K: "q4_k", Q5_K: "q5_k", Q6_K: "q6_k", Q3_K: "q3_k", Q2_K: "q2_k"}
@@ -78,34 +81,47 @@ def _scales_and_minima(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value]:
     return widen(*scales), widen(*minima)
 
 
-def _row_q4_q5(e: Emit, typ: int, w: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]) -> list[ir.Value]:
+def _product_q4_q5(
+    e: Emit, typ: int, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
+) -> list[list[ir.Value]]:
     b, n4 = e.b, e.mul(n_blocks, 4)
-    acc, minimum_acc = [e.zeros(F32x16) for _ in xs], [e.zeros(F32x8) for _ in xs]
+    acc = [[[e.zeros(F32x8) for _ in range(2)] for _ in xs] for _ in rows]  # of even and of odd blocks
+    minimum_acc = [[e.zeros(F32x8) for _ in xs] for _ in rows]
     scales_at = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
     sums_at = [e.add(s, e.mul(n4, 3)) for s in scales_at]
     with _super_blocks(e, n_blocks) as (i, _):
-        at, i4 = e.add(w, e.mul(b.lshr(i, I64(3)), SIZE[typ])), e.mul(i, 4)
-        for line in range(3):
-            e.prefetch(at, 2048 + 64 * line)
-        scales, minima = _scales_and_minima(e, at)
-        scales = b.fmul(scales, e.splat(e.to_f32(e.load(F16, at)), 8))
-        minima = b.fmul(minima, e.splat(e.to_f32(e.load(F16, at, 2)), 8))
-        factors = [b.fmul(scales, e.load(F32x8, e.add(s, i4))) for s in scales_at]
-        for t, s in enumerate(sums_at):
-            b.store(e.fma(minima, e.load(F32x8, e.add(s, i4)), b.load(minimum_acc[t])), minimum_acc[t])
-        fifth = e.load(U8x32, at, FIFTH_BITS_AT) if typ == Q5_K else None
+        i4, at_w = e.mul(i, 4), e.mul(b.lshr(i, I64(3)), SIZE[typ])
+        at = [e.add(row, at_w) for row in rows]
+        fetch(e, ahead, at_w, len(rows), SIZE[typ])
+        factors: list[list[ir.Value]] = []
+        for r, block in enumerate(at):
+            scales, minima = _scales_and_minima(e, block)
+            scales = b.fmul(scales, e.splat(e.to_f32(e.load(F16, block)), 8))
+            minima = b.fmul(minima, e.splat(e.to_f32(e.load(F16, block, 2)), 8))
+            factors.append([e.put_aside(b.fmul(scales, e.load(F32x8, e.add(s, i4)))) for s in scales_at])
+            for t, s in enumerate(sums_at):
+                m = minimum_acc[r][t]
+                b.store(e.fma(minima, e.load(F32x8, e.add(s, i4)), b.load(m)), m)
         for j in range(4):  # 32 bytes: low nibbles are block 2j, high ones 2j + 1
-            q = e.load(U8x32, at, NIBBLES_AT[typ] + 32 * j)
-            u = e.cat(_shift_bytes(e, q, 0, 15), _shift_bytes(e, q, 4, 15))
-            if fifth is not None:
-                bits = e.cat(_shift_bytes(e, fifth, 2 * j, 1), _shift_bytes(e, fifth, 2 * j + 1, 1))
-                u = b.or_(u, b.shl(bits, e.const(U8x64, 4)))
-            lanes = [2 * j] * 8 + [2 * j + 1] * 8
-            for t, x in enumerate(xs):
-                ints = e.dpbusd(e.const(I32x16, 0), u, e.load(U8x64, e.add(x, e.mul(i, 32)), 64 * j))
-                f = e.fma(e.to_f32(ints), e.shuffle(factors[t], factors[t], lanes), b.load(acc[t]))
-                b.store(f, acc[t])
-    return [b.fsub(e.sum(b.load(a)), e.sum(b.load(m))) for a, m in zip(acc, minimum_acc, strict=True)]
+            v = [[e.load(U8x32, e.add(x, e.mul(i, 32)), 64 * j + 32 * odd) for odd in range(2)] for x in xs]
+            for r, block in enumerate(at):
+                q = e.load(U8x32, block, NIBBLES_AT[typ] + 32 * j)
+                for odd in range(2):
+                    u = _shift_bytes(e, q, 4 * odd, 15)
+                    if typ == Q5_K:
+                        fifth = _shift_bytes(e, e.load(U8x32, block, FIFTH_BITS_AT), 2 * j + odd, 1)
+                        u = b.or_(u, b.shl(fifth, e.const(U8x32, 4)))
+                    for t in range(len(xs)):
+                        p = acc[r][t][odd]
+                        factor = e.splat(e.load(F32, factors[r][t], 4 * (2 * j + odd)), 8)
+                        ints = e.dpbusd(e.const(I32x8, 0), u, v[t][odd])
+                        b.store(e.fma(e.to_f32(ints), factor, b.load(p)), p)
+
+    def total(r: int, t: int) -> ir.Value:
+        even, odd = (b.load(p) for p in acc[r][t])
+        return b.fsub(e.sum(b.fadd(even, odd)), e.sum(b.load(minimum_acc[r][t])))
+
+    return [[total(r, t) for t in range(len(xs))] for r in range(len(rows))]
 
 
 def _scales_q6(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value | None]:
@@ -159,33 +175,38 @@ def _codes_q2(e: Emit, at: ir.Value, j: int) -> ir.Value:
 _HALVES = {Q6_K: (_scales_q6, _codes_q6), Q3_K: (_scales_q3, _codes_q3), Q2_K: (_scales_q2, _codes_q2)}
 
 
-def _row_of_halves(e: Emit, typ: int, w: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]) -> list[ir.Value]:
+def _product_of_halves(
+    e: Emit, typ: int, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
+) -> list[list[ir.Value]]:
     b, (scales_of, codes_of) = e.b, _HALVES[typ]
-    acc = [e.zeros(F32x16) for _ in xs]
+    acc = [[e.zeros(F32x16) for _ in xs] for _ in rows]
     scales_at = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
     starts_at = [e.add(s, e.mul(n_blocks, 4)) for s in scales_at]
     with _super_blocks(e, n_blocks) as (i, _):
-        at, i4 = e.add(w, e.mul(b.lshr(i, I64(3)), SIZE[typ])), e.mul(i, 4)
-        for line in range(-(-SIZE[typ] // 64)):
-            e.prefetch(at, 2048 + 64 * line)
-        scales, minima = scales_of(e, at)
+        i4, at_w = e.mul(i, 4), e.mul(b.lshr(i, I64(3)), SIZE[typ])
+        at = [e.add(row, at_w) for row in rows]
         dx = [e.load(F32x8, e.add(s, i4)) for s in scales_at]
+        dx = [e.shuffle(d, d, [lane // 2 for lane in range(16)]) for d in dx]
         starts = [e.load(I32x16, e.add(s, e.mul(i, 8))) for s in starts_at]
-        if minima is not None:
-            for t, start in enumerate(starts):  # less than 0, so what is added takes off
-                spread = e.shuffle(dx[t], dx[t], [lane // 2 for lane in range(16)])
-                b.store(e.fma(e.to_f32(start), b.fmul(minima, spread), b.load(acc[t])), acc[t])
+        fetch(e, ahead, at_w, len(rows), SIZE[typ])
+        factors: list[list[ir.Value]] = []
+        for r, block in enumerate(at):
+            scales, minima = scales_of(e, block)
+            factors.append([b.fmul(scales, d) for d in dx])
+            for t, start in enumerate(starts if minima is not None else []):  # less than 0, so what is added takes off
+                p = acc[r][t]
+                b.store(e.fma(e.to_f32(start), b.fmul(minima, dx[t]), b.load(p)), p)
+            no_minima = minima is None
         for j in range(4):  # 64 columns: blocks 2j and 2j + 1
-            u = codes_of(e, at, j)
             fours = [4 * j + lane // 4 for lane in range(16)]
-            for t, x in enumerate(xs):
-                start = e.shuffle(starts[t], starts[t], fours) if minima is None else e.const(I32x16, 0)
-                ints = e.dpbusd(start, u, e.load(U8x64, e.add(x, e.mul(i, 32)), 64 * j))
-                factors = b.fmul(
-                    e.shuffle(scales, scales, fours), e.shuffle(dx[t], dx[t], [2 * j] * 8 + [2 * j + 1] * 8)
-                )
-                b.store(e.fma(e.to_f32(ints), factors, b.load(acc[t])), acc[t])
-    return [e.sum(b.load(a)) for a in acc]
+            first = [e.shuffle(s, s, fours) if no_minima else e.const(I32x16, 0) for s in starts]
+            v = [e.load(U8x64, e.add(x, e.mul(i, 32)), 64 * j) for x in xs]
+            for r, block in enumerate(at):
+                u = codes_of(e, block, j)
+                for t, p in enumerate(acc[r]):
+                    ints = e.to_f32(e.dpbusd(first[t], u, v[t]))
+                    b.store(e.fma(ints, e.shuffle(factors[r][t], factors[r][t], fours), b.load(p)), p)
+    return [[e.sum(b.load(p)) for p in of_row] for of_row in acc]
 
 
 def _byte(e: Emit, words: ir.Value, i: int, bits: int, shift: int = 0) -> ir.Value:
@@ -308,11 +329,11 @@ def unpack_q3_k(e, w, stride, n_blocks, panel):
 
 #: Kernels by type.
 ROWS = {
-    Q4_K: make_rows_kernel("rows_q4_k", lambda e, w, n, xs: _row_q4_q5(e, Q4_K, w, n, xs)),
-    Q5_K: make_rows_kernel("rows_q5_k", lambda e, w, n, xs: _row_q4_q5(e, Q5_K, w, n, xs)),
-    Q6_K: make_rows_kernel("rows_q6_k", lambda e, w, n, xs: _row_of_halves(e, Q6_K, w, n, xs)),
-    Q3_K: make_rows_kernel("rows_q3_k", lambda e, w, n, xs: _row_of_halves(e, Q3_K, w, n, xs)),
-    Q2_K: make_rows_kernel("rows_q2_k", lambda e, w, n, xs: _row_of_halves(e, Q2_K, w, n, xs)),
+    Q4_K: make_rows_kernel("rows_q4_k", lambda e, *args: _product_q4_q5(e, Q4_K, *args)),
+    Q5_K: make_rows_kernel("rows_q5_k", lambda e, *args: _product_q4_q5(e, Q5_K, *args)),
+    Q6_K: make_rows_kernel("rows_q6_k", lambda e, *args: _product_of_halves(e, Q6_K, *args)),
+    Q3_K: make_rows_kernel("rows_q3_k", lambda e, *args: _product_of_halves(e, Q3_K, *args)),
+    Q2_K: make_rows_kernel("rows_q2_k", lambda e, *args: _product_of_halves(e, Q2_K, *args)),
 }
 #: Those that have panels.
 UNPACK = {Q4_K: _make_unpack_q4_q5(Q4_K), Q5_K: _make_unpack_q4_q5(Q5_K), Q6_K: unpack_q6_k, Q3_K: unpack_q3_k}
