@@ -1,4 +1,4 @@
-"""The tutorials, the README and other pages say what is true: their code runs, and what they show is what it printed.
+"""The tutorials, the README and other pages are true: their code runs, and the outputs that they show are what it printed.
 
 A page's Python blocks run in order in one namespace. A ``text`` block that follows one shows what it printed; a block
 without one prints nothing. ``python tests/test_tutorials.py --update`` writes what was printed into the pages.
@@ -6,6 +6,7 @@ without one prints nothing. ``python tests/test_tutorials.py --update`` writes w
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import re
@@ -163,30 +164,25 @@ def shell_pages() -> list[Path]:
 RUNNING = ("README", "viz", "07-a-model-over-two-devices")
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in RUNNING else []) for p in shell_pages()],
-)
-def test_shown_commands_run(path: Path, tmp_path: Path) -> None:
-    """A page's commands run as printed, in order, in a folder of their own; what a page shows of them is printed."""
-    program = tmp_path / "bin" / "pyggml"
+def run_commands(path: Path, folder: Path, blocks: list[tuple[Block, Block | None]]) -> None:
+    """Run blocks of commands as printed, and check the text blocks that follow them."""
+    program = folder / "bin" / "pyggml"
     program.parent.mkdir()
     for name, words in (("pyggml", "-m pyggml"), ("python", "")):
         program.with_name(name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
         program.with_name(name).chmod(0o755)
     env = {**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    env.pop("PYGGML_CHECK", None)  # so long that a page would say so
+    env.pop("PYGGML_CHECK", None)  # so slow that a page would mention it
     if "moe.gguf" in path.read_text() and "make-moe moe.gguf" not in path.read_text():
-        make = [str(program), "make-moe", "moe.gguf", "--preset", "fine-grained"]  # a page before has made it
-        subprocess.run(make, cwd=tmp_path, env=env, check=True, capture_output=True)
-    blocks = blocks_of(path.read_text(encoding="utf-8"))
-    for block, following in zip(blocks, [*blocks[1:], None], strict=False):
+        make = [str(program), "make-moe", "moe.gguf", "--preset", "fine-grained"]  # an earlier page has made it
+        subprocess.run(make, cwd=folder, env=env, check=True, capture_output=True)
+    for block, following in blocks:
         lines = [line for line in block.text.replace("\\\n", " ").splitlines() if not NOT_RUN.match(line.strip())]
         if block.language != "sh" or not lines:
             continue
         done = subprocess.run(
             ["sh", "-eu", "-c", "\n".join(lines)],
-            cwd=tmp_path,
+            cwd=folder,
             env=env,
             capture_output=True,
             text=True,
@@ -197,6 +193,91 @@ def test_shown_commands_run(path: Path, tmp_path: Path) -> None:
         if following is not None and following.language == "text":
             missing = [line for line in following.text.splitlines() if line.rstrip() not in done.stdout]
             assert not missing, f"{path.name}:{following.line}: not printed: {missing}"
+
+
+def with_following(path: Path) -> list[tuple[Block, Block | None]]:
+    """Return the blocks of a page, each with the next one."""
+    blocks = blocks_of(path.read_text(encoding="utf-8"))
+    return list(zip(blocks, [*blocks[1:], None], strict=True))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in RUNNING else []) for p in shell_pages()],
+)
+def test_shown_commands_run(path: Path, tmp_path: Path) -> None:
+    """A page's commands run as printed, in order, in a folder of their own; what a page shows of them is printed."""
+    run_commands(path, tmp_path, with_following(path))
+
+
+def test_the_readme_shows_what_its_plan_prints(tmp_path: Path) -> None:
+    """The table of expected speeds in the README is what its command prints."""
+    readme = ROOT / "README.md"
+    shown = [
+        pair for pair in with_following(readme) if pair[0].language == "sh" and (pair[1] or pair[0]).language == "text"
+    ]
+    assert [block.text.split()[:2] for block, _ in shown] == [["pyggml", "splits"]]
+    run_commands(readme, tmp_path, shown)
+
+
+# -- links, and what error texts name ----------------------------------------------
+
+
+def anchors_of(path: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    text = _FENCE.sub("", path.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links() -> list[tuple[Path, str]]:
+    """Return the links of all pages to files of the project, each with its page."""
+    pages = [*PAGES, *OTHERS, ROOT / "CHANGELOG.md"]
+    found = [
+        (p, t) for p in pages for t in re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", p.read_text(encoding="utf-8")))
+    ]
+    return [(page, target) for page, target in found if "://" not in target]
+
+
+def test_links_of_pages_lead_somewhere() -> None:
+    """Each link between pages names a file and, if it has an anchor, a heading of that file."""
+    broken = []
+    for page, target in links():
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        if not path.exists() or (anchor and anchor not in anchors_of(path)):
+            broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not broken
+
+
+def texts_of_sources() -> list[tuple[str, str]]:
+    """Return every text in pyggml's code, docstrings included, with its place."""
+    found = []
+    for path in sorted((ROOT / "pyggml").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append((f"{path.relative_to(ROOT)}:{node.lineno}", node.value))
+    return found
+
+
+def test_hints_name_what_exists() -> None:
+    """Commands with their options, pages and make targets that texts of the code name exist, hints of errors included."""
+    from pyggml.cli import group
+
+    context = group.make_context("pyggml", ["--help"], resilient_parsing=True)
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    wrong = []
+    for place, text in texts_of_sources():
+        for name, rest in re.findall(r"`pyggml ([a-z][a-z-]*)((?: [^`]*)?)`", text):
+            command = group.get_command(context, name)
+            known = {o for p in (command.params if command else ()) for o in (*p.opts, *p.secondary_opts)}
+            if command is None or not {w for w in rest.split() if w.startswith("--")} <= known:
+                wrong.append(f"{place}: pyggml {name}{rest}")
+        wrong += [
+            f"{place}: {page}" for page in re.findall(r"\bdocs/[\w/.-]+\.md\b", text) if not (ROOT / page).exists()
+        ]
+        wrong += [f"{place}: make {target}" for target in re.findall(r"`make ([a-z]+)`", text) if target not in targets]
+    assert not wrong
 
 
 def test_blocks_of_the_readme_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
