@@ -27,6 +27,7 @@ from .models.context import ContextFlags, ContextParams
 from .models.loading import Progress
 from .models.placement import Placement, PlacementFlags, norm_pins
 from .models.source import BuiltSource, GraphSource, ModelFacts, PlannableGraph
+from .moe_cache import CacheRule, MoeCache, MoeCachePolicy
 from .notebook import Bar, html_table
 from .record import Recorder
 from .sched.assign import OffloadOp
@@ -52,6 +53,7 @@ class SchedOptions:
     recorder: Recorder | None = None
     clock: VirtualClock | None = None
     debug: int | None = None
+    expert_cache: CacheRule | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,8 @@ class Planner:
         The backends of the devices, then that of the CPU.
     sched : Scheduler
         The scheduler with these backends.
+    expert_cache : MoeCache or None
+        The expert cache, with option ``expert_cache``.
     """
 
     source: GraphSource
@@ -140,6 +144,7 @@ class Planner:
         self._current: PlannableGraph | None = None
         self._cache_bytes: Mapping[BufferType, int] = {}
         self._planned_compute: list[int] = [0] * len(self.backends)
+        self.expert_cache: MoeCache | None = None
         self.sched = self._new_sched(parallel=False)
         log = self.sched.new_log()
         start_s = log.now()
@@ -147,6 +152,7 @@ class Planner:
         log.holds("weights", self._where(self.placement.weight_bytes()), start_s)
         try:
             self._make_cache()
+            self._make_expert_cache()
             self._reserve()
         except BaseException:
             self.close()
@@ -171,6 +177,7 @@ class Planner:
         recorder: Recorder | None = None,
         clock: VirtualClock | None = None,
         debug: int | None = None,
+        expert_cache: CacheRule | None = None,
     ) -> Self:
         """Place a model, load it, and reserve the memory that it needs.
 
@@ -196,6 +203,9 @@ class Planner:
             Called with ``(done_bytes, total_bytes)`` while weights are copied.
         strict, dialect, policy, offload_rule, recorder, clock, debug
             Options of the `Scheduler`.
+        expert_cache : CacheRule, optional
+            Keep experts of layers with host weights in device memory. `pyggml.moe_cache.LlamaCache` is llama.cpp's
+            ``--moe-cache-mib``. Its copy policy calls ``policy`` for all other inputs. Switches pipeline parallelism off.
 
         Raises
         ------
@@ -233,7 +243,7 @@ class Planner:
                 context or ContextFlags(),
                 data=data or cls._is_built_only,
             ),
-            options=SchedOptions(strict, dialect, policy, offload_rule, recorder, clock, debug),
+            options=SchedOptions(strict, dialect, policy, offload_rule, recorder, clock, debug, expert_cache),
             data=data,
             progress=progress,
         )
@@ -280,6 +290,38 @@ class Planner:
         self._cache_bytes = self.source.make_cache(data=self.data)
         log.holds("kv_cache", self._where(self._cache_bytes), start_s)
 
+    def _make_expert_cache(self) -> None:
+        """Make the expert cache that was asked for, and let its policy copy.
+
+        Notes
+        -----
+        Mirrors the constructor of `llama_context`, which makes it once weights and KV cache have their memory.
+        """
+        rule, placement = self.options.expert_cache, self.placement
+        if rule is None:
+            return
+        log = self.sched.new_log()
+        start_s = log.now()
+        home = {b.device: b for b in self.backends}
+        layers = self.source.expert_weights() if self.hparams.n_expert else {}
+        shares = dict(zip(placement.devices, self.source.tensor_split, strict=False))
+        if not any(shares.values()):
+            shares = {d: float(self._free_bytes(d)) for d in placement.devices}
+        cache = self.expert_cache = MoeCache(
+            layers, {il: home[d] for il, d in enumerate(placement.layers)}, self.backends, rule,
+            n_used=self.hparams.n_expert_used, weights={home[d]: n for d, n in shares.items()}, has_data=self.data,
+        )  # fmt: skip
+        self.source.banks = cache
+        self.sched.policy = MoeCachePolicy(cache, self.sched.policy)
+        log.holds("policy", self._where(cache.sizes()), start_s)
+
+    def _free_bytes(self, device: Device) -> int:
+        """Return what is free on a device once weights and KV cache lie there."""
+        free, buft = device.memory()[0], device.buffer_type
+        if self.data:
+            return free
+        return max(free - self.placement.weight_bytes().get(buft, 0) - self._cache_bytes.get(buft, 0), 0)
+
     def _where(self, sizes: Mapping[BufferType, int]) -> Iterator[tuple[int, BufferType, int]]:
         """Yield the backend to which each buffer type belongs; host memory belongs to the last backend."""
         own = {b.device: i for i, b in enumerate(self.backends)}
@@ -292,6 +334,7 @@ class Planner:
         devices = self.placement.devices
         return (
             len(devices) > 1
+            and self.options.expert_cache is None
             and self.placement.is_full_offload
             and self.params.offload_kqv
             and not self.placement.has_overrides
@@ -374,6 +417,8 @@ class Planner:
             compute[buft] = compute.get(buft, 0) + size
         weights, cache = self.placement.weight_bytes(), self._cache_bytes
         policy = self.sched.resources.sizes()
+        for buft, size in ({} if self.expert_cache is None else self.expert_cache.sizes()).items():
+            policy[buft] = policy.get(buft, 0) + size
         return MemoryRows(
             Memory(buft.name, weights.get(buft, 0), cache.get(buft, 0), compute.get(buft, 0), policy.get(buft, 0))
             for buft in dict.fromkeys([*bufts, *weights, *cache, *policy])
@@ -389,6 +434,8 @@ class Planner:
         backends = {b.device: b for b in self.backends}
         for tensor, device in norm_pins(graph.norms, graph.n_tokens, self.placement):
             self.sched.set_tensor_backend(tensor, backends[device])
+        for tensor, backend in graph.pins:
+            self.sched.set_tensor_backend(tensor, backend)
         if not self.params.offload_kqv:
             for tensor in graph.attn_outputs:
                 self.sched.set_tensor_backend(tensor, self.backends[-1])
@@ -428,13 +475,16 @@ class Planner:
         part = MicroBatch.reserve(n_tokens, n_seqs, n_outputs)
         return PlannedGraph(graph, part, self.sched.plan, self._size_of_split())
 
-    def micro_batches(self, n_tokens: int, *, outputs: Outputs = "last") -> Iterator[tuple[MicroBatch, PlannableGraph]]:
+    def micro_batches(
+        self, n_tokens: int, *, outputs: Outputs = "last", is_generated: bool = False
+    ) -> Iterator[tuple[MicroBatch, PlannableGraph]]:
         """Yield each micro-batch of a decode of ``n_tokens`` tokens of one sequence, from an empty cache, with its graph.
 
-        For a new graph the scheduler is reset and the pins are set. The cache is empty afterwards.
+        With ``is_generated`` each micro-batch has one token. For a new graph the scheduler is reset and the pins are set.
+        The cache is empty afterwards.
         """
         graph: PlannableGraph | None = None
-        for part, build in self.source.parts(n_tokens, outputs):
+        for part, build in self.source.parts(n_tokens, outputs, is_generated=is_generated):
             if build is not None:
                 graph = self._adopt(build)
             assert graph is not None
@@ -451,6 +501,9 @@ class Planner:
         self._current = None
         self.source.close()
         log = self.sched.new_log()
+        if self.expert_cache is not None:
+            log.holds("policy", self._where(dict.fromkeys(self.expert_cache.sizes(), 0)), log.now())
+            self.expert_cache.close()
         log.holds("kv_cache", self._where(dict.fromkeys(self._cache_bytes, 0)), log.now())
         log.holds("weights", self._where(dict.fromkeys(self.placement.weight_bytes(), 0)), log.now())
 

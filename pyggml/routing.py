@@ -39,11 +39,18 @@ __all__ = [
 class Routing(Protocol):
     """Which experts tokens choose. ``str(routing)`` names the assumption in reports."""
 
+    @property
+    def n_tokens(self) -> int | None:
+        """Tokens that it knows of; None: any number."""
+
     def used(self, n_expert: int, n_used: int, n_token: int) -> float:
         """Return the expected number of distinct experts that a batch uses in a layer."""
 
     def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
         """Return the experts of one layer that the tokens at these positions choose."""
+
+    def rows(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> list[list[int]]:
+        """Return what each token chooses, in slot order; together they are `experts`."""
 
 
 class _Popularity(ABC):
@@ -53,6 +60,11 @@ class _Popularity(ABC):
 
     seed: int
     _drawn: dict[tuple[int, int, int], npt.NDArray[np.int64]]  #: choices of tokens, by layer and number of experts
+
+    @property
+    def n_tokens(self) -> None:
+        """Any number."""
+        return
 
     @abstractmethod
     def _typical(self, n_expert: int) -> tuple[float, ...]:
@@ -82,15 +94,20 @@ class _Popularity(ABC):
 
     def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
         """Return the experts that tokens choose, the same in every call."""
+        return {expert for row in self.rows(layer, tokens, n_expert, n_used) for expert in row}
+
+    def rows(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> list[list[int]]:
+        """Return what each token chooses, the same in every call."""
         if not len(tokens) or n_used == 0:
-            return set()
+            return [[] for _ in tokens]
         if n_used >= n_expert:
-            return set(range(n_expert))
+            return [list(range(n_expert)) for _ in tokens]
         key = (layer, n_expert, n_used)
         chosen = self._drawn.get(key)
         if chosen is None or len(chosen) <= max(tokens):
             chosen = self._drawn[key] = self._draw(layer, max(tokens) + 1, n_expert, n_used)
-        return set(chosen[list(tokens)].ravel().tolist())
+        found: list[list[int]] = chosen[list(tokens)].tolist()
+        return found
 
     def _draw(self, layer: int, n_token: int, n_expert: int, n_used: int) -> npt.NDArray[np.int64]:
         """Return the choices of the first tokens: experts race, and the first to arrive are chosen."""
@@ -228,13 +245,22 @@ class RecordedRouting:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the recording."""
+        return int(self.ids.shape[1])
+
     def used(self, n_expert: int, n_used: int, n_token: int) -> float:
         """Return the mean over layers of the number of distinct experts that the first tokens use."""
         n_layer = self.ids.shape[0]
         return float(sum(len(self.experts(i, range(n_token), n_expert, n_used)) for i in range(n_layer)) / n_layer)
 
     def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
-        """Return the experts that tokens chose.
+        """Return the experts that tokens chose; see `rows`."""
+        return {expert for row in self.rows(layer, tokens, n_expert, n_used) for expert in row}
+
+    def rows(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> list[list[int]]:
+        """Return what each token chose.
 
         Raises
         ------
@@ -242,7 +268,7 @@ class RecordedRouting:
             The recording lacks the layer, token or expert: it is of another model, or too short.
         """
         if not len(tokens):
-            return set()
+            return []
         n_layer, n_token, n_slot = self.ids.shape
         if layer >= n_layer or n_slot != n_used:
             raise GraphError(
@@ -259,7 +285,8 @@ class RecordedRouting:
                 f"{self} has ids from {rows.min()} to {rows.max()} in layer {layer}, but the model has {n_expert} experts",
                 hint="-1 means that the layer did not compute the token: record with all outputs",
             )
-        return set(rows.ravel().tolist())
+        chosen: list[list[int]] = rows.tolist()
+        return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +310,11 @@ class UsedCounts:
 
     counts: tuple[int, ...]
     name: str
+
+    @property
+    def n_tokens(self) -> None:
+        """Any number."""
+        return
 
     @classmethod
     def parse(cls, text: str) -> UsedCounts:
@@ -328,6 +360,13 @@ class UsedCounts:
 
         order = np.random.default_rng([len(self.counts), layer]).permutation(n_expert)
         return set(order[: self._n(layer, n_expert, n_used, len(tokens))].tolist())
+
+    def rows(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> list[list[int]]:
+        """Return experts for each token, which go round through those of the layer."""
+        if not len(tokens) or n_used == 0:
+            return [[] for _ in tokens]
+        pool = sorted(self.experts(layer, tokens, n_expert, n_used))
+        return [[pool[(i * n_used + j) % len(pool)] for j in range(n_used)] for i in range(len(tokens))]
 
     def _n(self, layer: int, n_expert: int, n_used: int, n_token: int) -> int:
         if 1 < len(self.counts) <= layer:

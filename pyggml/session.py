@@ -270,7 +270,7 @@ class Session(Planner, Generator):
 
     def _graph_for(self, part: MicroBatch, slot: Slot) -> tuple[ModelGraph, bool]:
         """Return an allocated graph for a micro-batch: the last one if it fits."""
-        p = GraphParams(self.hparams, self.params, part, part.n_outputs, self.cache.view(slot))
+        p = GraphParams(self.hparams, self.params, part, part.n_outputs, self.cache.view(slot), self.source.banks)
         if self._current is not None and self._current.key == p.key:
             self.n_reused += 1
             if self.sched.n_copies > 1:

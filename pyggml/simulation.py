@@ -5,12 +5,15 @@ It uses the scheduler's own `compute_splits`; only the experts that tokens choos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .buffer import tensor_memset
 from .clock import Reading
 from .errors import SchedError
+from .graph import Graph
 from .hardware.cards import Card
 from .hardware.ranges import Speed, spread_of
 from .models.batch import Outputs
@@ -19,6 +22,7 @@ from .routing import Routing, routing_of
 from .sched.experts import layer_of
 from .sched.ids import IdsSource
 from .tensor import Tensor
+from .types import TensorFlag
 
 if TYPE_CHECKING:
     from .clock import VirtualClock
@@ -115,12 +119,21 @@ class RoutedIds(IdsSource):
             self._latest = (ids, n_expert, self.choose(ids, weight))
         return self._latest[2]
 
+    def rows(self, run: SplitRun, i_split: int, ids: Tensor, backend_id: int, weight: Tensor, n_used: int) -> list[int]:
+        """Return the ids that the routing names, token by token; reading them takes the time that it takes with data."""
+        run.read(i_split, ids, backend_id, None)
+        n_token = math.prod(ids.ne) // n_used
+        tokens = self.tokens if n_token == len(self.tokens) else self.outputs
+        layer = layer_of(weight.name)
+        chosen = self.routing.rows(0 if layer is None else layer - self._n_lead, tokens, weight.ne[2], n_used)
+        return [expert for row in chosen for expert in row]
+
     def count(self, node: Tensor) -> float:
         """Return how many experts a MUL_MAT_ID reads, also if its weight is not copied."""
         weight, ids = node.src[0], node.src[2]
         assert ids is not None
         assert weight is not None
-        known = self._counts.get(ids)
+        known = self._known(ids)
         if known is None:
             known = self._counts[ids] = len(self.choose(ids, weight))
         return known
@@ -138,9 +151,14 @@ def can_simulate(planner: Planner) -> bool:
 
 
 def simulate_batch(
-    planner: Planner, n_tokens: int, *, outputs: Outputs = "last", routing: Routing | None = None
+    planner: Planner,
+    n_tokens: int,
+    *,
+    outputs: Outputs = "last",
+    routing: Routing | None = None,
+    is_generated: bool = False,
 ) -> SimulatedBatch:
-    """Simulate a decode of ``n_tokens`` tokens from an empty cache.
+    """Simulate a decode of ``n_tokens`` tokens from an empty cache; an expert cache is emptied first.
 
     Parameters
     ----------
@@ -150,6 +168,8 @@ def simulate_batch(
         The tokens whose logits are computed: ``"last"`` or ``"all"``.
     routing : Routing, optional
         Which experts the tokens choose, where the scheduler would read ids; `routing_of` the model, if not given.
+    is_generated : bool
+        One token per step, with logits for each.
 
     Raises
     ------
@@ -173,17 +193,21 @@ def simulate_batch(
         routing or routing_of(planner.file.tensors), n_lead=planner.hparams.n_layer_dense_lead
     )
     planner.reserve()
+    if planner.expert_cache is not None:
+        planner.expert_cache.clear(counters=True)
     began = None if clock is None else clock.reading()
     before = (sched.stats.bytes_copied, sched.stats.bytes_full, dict(sched.stats.bytes_by_reason))
     n_before, allocated = 0, None
     try:
-        for part, graph in planner.micro_batches(n_tokens, outputs=outputs):
+        for part, graph in planner.micro_batches(n_tokens, outputs=outputs, is_generated=is_generated):
             routed.tokens = range(n_before, n_before + part.n_tokens)
             routed.outputs = [n_before + i for i in _outputs(part)]
             sched.record(MicroBatchRecord(part.n_tokens, n_before, part.n_outputs))
             if graph is not allocated:
                 sched.alloc_graph(graph.graph)
                 allocated = graph
+            else:
+                _set_inputs(graph.graph)
             sched.compute_async(graph.graph)
             if part.n_outputs:
                 _read_logits(planner, graph.logits)
@@ -212,6 +236,13 @@ def _range_factor(planner: Planner, clock: VirtualClock, n_tokens: int) -> float
     cards = [p.sheet for p in clock.profiles if isinstance(p.sheet, Card)]
     has_host_weights = any(w.buft.is_host and w.info.name.startswith("blk.") for w in planner.placement.weights)
     return spread_of(cards, is_prompt=n_tokens > 1, has_host_weights=has_host_weights)
+
+
+def _set_inputs(graph: Graph) -> None:
+    """Write the inputs of a graph that is computed again, as a session does. There are no bytes."""
+    for leaf in graph.leafs:
+        if leaf.flags & TensorFlag.INPUT and leaf.storage is not None:
+            tensor_memset(leaf, 0, 0, leaf.nbytes)
 
 
 def _outputs(part: MicroBatch) -> list[int]:

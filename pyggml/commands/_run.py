@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from ..backend import Backend
     from ..llama import LlamaModel
+    from ..moe_cache import CacheRule
     from ..record import Record, Recorder
     from ..sampling import SamplerFlags
 
@@ -58,6 +59,7 @@ class Output:
     routing: Path | None
     is_quiet: bool
     engine: Literal["pyggml", "llama"] = "pyggml"  #: who schedules
+    expert_cache: CacheRule | None = None
 
 
 @dataclass(slots=True)
@@ -219,6 +221,8 @@ def _open(
     with session:
         told.seconds["kernels"], told.seconds["load"] = opened.kernels_s, opened.load_s
         told.watch(session, backends)
+        for text in () if told.expert_cache is None else told.expert_cache.warnings():
+            warn(text)
         routing = None if output.routing is None else RoutingRecorder(str(output.routing), opened.facts, file)
         run = _Run(session, tokenizer, output, told, recording, routing)
         try:
@@ -274,6 +278,7 @@ class _Opening:
             policy=self.flags.policy(),
             recorder=recorder,
             clock=virtual_clock([*backends, cpu]),
+            expert_cache=self.output.expert_cache,
             progress=progress,
         )
 

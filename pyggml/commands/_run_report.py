@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 
 from ..plan_report import MemoryFit, memory_fits
 from ..report import CopyAccount, LayerCopies, Phase
+from ._cache_options import cache_table
 from ._console import Bar, n_bytes, n_seconds, table
 from ._tables import memory_table
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..backend import Backend
     from ..cost import LinkProfile
     from ..llama import LlamaModel
+    from ..moe_cache import MoeCache
     from ..session import BatchRecord, Session
     from ._virtual import VirtualReport
 
@@ -60,6 +62,7 @@ class RunReport:
     link: LinkProfile | None = None  #: of the first device, if it is simulated
     stopped: str = ""
     virtual: VirtualReport | None = None
+    expert_cache: MoeCache | None = None
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -74,6 +77,7 @@ class RunReport:
     def watch(self, session: Session | LlamaModel, backends: Sequence[Backend]) -> None:
         """Record the session's memory, and every micro-batch from now on."""
         self.memory = memory_fits([m for m in session.memory() if m.total], backends)
+        self.expert_cache = getattr(session, "expert_cache", None)  # llama.cpp's is its own
 
         def on_batch(batch: BatchRecord) -> None:
             key = (batch.n_tokens, batch.n_splits)
@@ -115,7 +119,12 @@ class RunReport:
             "tokens_per_s": {k: v and round(v, 2) for k, v in self._rates().items()},
             "memory": [f.as_dict() for f in self.memory],
             "virtual": None if self.virtual is None else self.virtual.as_dict(self._counts()),
+            "expert_cache": self._cache_dict(),
         }
+
+    def _cache_dict(self) -> dict[str, Any] | None:
+        cache = self.expert_cache
+        return None if cache is None else {**cache.as_dict(), "log": [*cache.start_lines(), *cache.counters.lines()]}
 
     def _counts(self) -> dict[str, int]:
         """Return the tokens evaluated in each phase; the first generated token counts for the prompt."""
@@ -143,6 +152,9 @@ class RunReport:
         parts: list[RenderableType] = [self._splits_table()] if self.shapes else []
         if any(row.bytes_full for row in self.account.layers()):
             parts += [self._layers_table(), self._saved_text()]
+        if self.expert_cache is not None:
+            parts.append(cache_table(self.expert_cache))
+            parts += ["\n".join(lines)] if (lines := self.expert_cache.counters.lines()) else []
         parts += [memory_table(self.memory), self._time_table()]
         if self.virtual is not None and self.virtual.phases:
             parts.append(self.virtual.table(self._counts()))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 import cloup
 
+from ._cache_options import cache_options
 from ._model_options import ModelCommand, ModelFlags, model_options
 from ._page import check_outputs
 from ._values import ModelPath
+
+if TYPE_CHECKING:
+    from ..moe_cache import CacheRule
 
 __all__ = ["command"]
 
@@ -92,6 +96,7 @@ Examples:
     ),
 )
 @model_options
+@cache_options
 @cloup.option_group(
     "Engine",
     cloup.option(
@@ -117,6 +122,7 @@ Examples:
 )  # fmt: skip
 def command(
     flags: ModelFlags,
+    expert_cache: CacheRule | None,
     model: Path,
     prompt: str | None,
     tokens: str | None,
@@ -151,6 +157,8 @@ def command(
     if interactive and (as_json or tokens is not None or dump_logits is not None or record_routing is not None):
         raise click.UsageError("--interactive does not work with --json, --tokens, --dump-logits or --record-routing")
     check_outputs(model, timeline, html, dump_logits, record_routing)
+    if engine == "llama" and expert_cache is not None:
+        raise click.UsageError("an expert cache of pyggml does not work with --engine llama")
     if engine == "llama" and flags.expert_copy != "used":
         raise click.UsageError("--expert-copy does not work with --engine llama: llama.cpp decides what is copied")
     from ..sampling import SamplerFlags
@@ -158,7 +166,7 @@ def command(
 
     sampler = SamplerFlags(temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     sampler.check()
-    output = Output(as_json, timeline, html, dump_logits, record_routing, quiet, engine)
+    output = Output(as_json, timeline, html, dump_logits, record_routing, quiet, engine, expert_cache)
     if interactive:
         converse(flags, model, output, prompt, n_predict or DEFAULT_ANSWER, sampler, system=system)
         return

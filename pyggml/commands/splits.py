@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect
 from ..sched.state import Cause
-from ._cache_table import print_cache
+from ._cache_options import N_FORECAST, cache_options, print_forecast
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table, warn
 from ._header import print_header, why_not_captured
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..models.context import ContextFlags
+    from ..moe_cache import CacheRule
     from ..plan_report import BatchPlan, GraphPlan, MemoryFit, SplitPlan
     from ..planning import GraphChoice, Planner
     from ..record import Recorder
     from ..routing import Routing
+    from ..simulation import SimulatedBatch
 
 __all__ = ["command"]
 
@@ -76,20 +78,6 @@ Examples:
         help="Plan the graph that pyggml builds, or the one captured from llama.cpp. auto: built if pyggml knows the architecture.",
     ),
     cloup.option(
-        "--moe-cache-mib",
-        type=click.IntRange(0),
-        default=0,
-        metavar="N",
-        help="Size of llama.cpp's expert cache; shows slots, memory and hits for the routing. [0: off]",
-    ),
-    cloup.option(
-        "--moe-cache-eviction",
-        type=click.Choice(["lru", "slru"]),
-        default="slru",
-        show_default=True,
-        help="Eviction of that cache: lru as in llama.cpp b11549 and 0.7.0, slru as in b11739.",
-    ),
-    cloup.option(
         "--dialect",
         "versions",
         default=DEFAULT_DIALECT.version,
@@ -112,6 +100,7 @@ Examples:
     ),
 )
 @model_options
+@cache_options
 @cloup.option_group(
     "Output",
     cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE",
@@ -132,8 +121,7 @@ def command(
     outputs: Literal["last", "all"],
     form: str,
     graph: GraphChoice,
-    moe_cache_mib: int,
-    moe_cache_eviction: str,
+    expert_cache: CacheRule | None,
     versions: str,
     routing: str,
     host: str,
@@ -147,7 +135,7 @@ def command(
     from ..cost import host_profile
     from ..hardware.hosts import DEFAULT_HOST, parse_host
     from ..plan_report import ggml_text, memory_fits, plan_batches
-    from ..planning import MemoryRows, Planner, virtual_clock
+    from ..planning import Planner, virtual_clock
     from ..record import Recording
     from ..routing import parse_routing
 
@@ -159,8 +147,8 @@ def command(
     machine = host_profile(around)
     if len(dialects) > 1 and (form == "ggml" or timeline or html):
         raise click.UsageError("several versions give a table or JSON: remove --format, --timeline and --html")
-    if moe_cache_mib and (len(dialects) > 1 or form == "ggml" or timeline or html):
-        raise click.UsageError("--moe-cache-mib works with the table or JSON of one version")
+    if expert_cache is not None and len(dialects) > 1:
+        raise click.UsageError("an expert cache works with one --dialect")
     if form == "ggml" and (as_json or timeline or html):
         raise click.UsageError("--format ggml prints only that text: remove --json, --timeline and --html")
     check_outputs(model, timeline, html)
@@ -169,8 +157,8 @@ def command(
     if bench is not None or len(combinations(ctx)) > 1:
         if timeline or html or form == "ggml":
             raise click.UsageError("lists and -o print only rows: remove --html, --timeline and --format ggml")
-        if len(dialects) > 1 or moe_cache_mib:
-            raise click.UsageError("lists and -o work with one --dialect and without --moe-cache-mib")
+        if len(dialects) > 1 or expert_cache is not None:
+            raise click.UsageError("lists and -o work with one --dialect and without an expert cache")
         stated = around if host else None
         rows = [*sweep_rows(ctx, model, batches, assumed, outputs, graph, dialects[0], stated)]
         print_sweep(rows, "json" if as_json else bench)
@@ -180,23 +168,24 @@ def command(
     if graph != "built" and (missing := why_not_captured(model, graph)) is not None:
         print_header(flags, model, [*backends, cpu], missing, as_json=as_json)
         raise missing
+
+    def open_planner(dialect: Dialect, recorder: Recorder | None, rule: CacheRule | None = None) -> Planner:
+        return Planner.open(
+            model, devices=backends, cpu=cpu, placement=flags.placement(), context=context, data=False,
+            graph=graph, strict=True, dialect=dialect, policy=flags.policy(), clock=virtual_clock([*backends, cpu], machine),
+            recorder=recorder, expert_cache=rule,
+        )  # fmt: skip
+
     if len(dialects) > 1:
         from ._upgrade import print_upgrades
 
-        def open_planner(dialect: Dialect, recorder: Recorder) -> Planner:
-            return Planner.open(
-                model, devices=backends, cpu=cpu, placement=flags.placement(), context=context, data=False,
-                graph=graph, strict=True, dialect=dialect, policy=flags.policy(), clock=virtual_clock([*backends, cpu], machine),
-                recorder=recorder,
-            )  # fmt: skip
-
         print_upgrades(open_planner, sizes, dialects, outputs=outputs, routing=assumed, as_json=as_json)
         return
-    with Planner.open(
-        model, devices=backends, cpu=cpu, placement=flags.placement(), context=context, data=False,
-        graph=graph, strict=True, dialect=dialects[0], policy=flags.policy(), clock=virtual_clock([*backends, cpu], machine),
-        recorder=recording,
-    ) as planner:  # fmt: skip
+    without = None
+    if expert_cache is not None and form != "ggml":
+        with open_planner(dialects[0], None) as planner:
+            without = _generate(planner, assumed)
+    with open_planner(dialects[0], recording, expert_cache) as planner:
         if form == "ggml":
             for n in sizes:
                 click.echo(f"# batch {n}")
@@ -204,31 +193,43 @@ def command(
                     click.echo(ggml_text(planner, planned), nl=False)
             return
         plans = plan_batches(planner, sizes, outputs=outputs, routing=assumed)
-        memory, cached = planner.memory(), None
-        if moe_cache_mib:
-            from ..cache_plan import plan_expert_cache
-
-            cached = plan_expert_cache(
-                planner, moe_cache_mib << 20, routing=assumed, eviction=moe_cache_eviction,
-                tensor_split=flags.placement().tensor_split,
-            )  # fmt: skip
-            memory = MemoryRows(cached.memory(memory))
+        cached, generated = planner.expert_cache, None
+        if cached is not None:
             for text in cached.warnings():
                 warn(text)
-        fits = memory_fits(memory, planner.backends, host_bytes=around.memory_bytes if host else None)
+            generated = _generate(planner, assumed)
+        fits = memory_fits(planner.memory(), planner.backends, host_bytes=around.memory_bytes if host else None)
         if recording is not None:
             write_records(
                 recording.records, _about(planner, assumed, fits), timeline=timeline, html=html, name=model.stem
             )
         if as_json:
             found = _as_dict(planner, plans, assumed, fits)
-            print_json(found if cached is None else {**found, "moe_cache": cached.as_dict()})
+            if cached is not None:
+                found["expert_cache"] = {
+                    **cached.as_dict(), "generated": _generated_dict(generated), "generated_without": _generated_dict(without)
+                }  # fmt: skip
+            print_json(found)
         else:
             _print(planner, plans, assumed, fits, all_splits=all_splits)
             if cached is not None:
-                print_cache(cached)
+                print_forecast(cached, generated, without)
         if any(f.missing_bytes for f in fits):
             click.get_current_context().exit(EXIT_DOES_NOT_FIT)
+
+
+def _generate(planner: Planner, routing: Routing) -> SimulatedBatch | None:
+    """Simulate a generation from an empty cache; None if a device has data."""
+    from ..simulation import can_simulate, simulate_batch
+
+    if not can_simulate(planner):
+        return None
+    n = min(N_FORECAST, planner.params.n_ctx, routing.n_tokens or N_FORECAST)
+    return simulate_batch(planner, n, routing=routing, is_generated=True)
+
+
+def _generated_dict(made: SimulatedBatch | None) -> dict[str, Any] | None:
+    return None if made is None else {**asdict(made), "tokens_per_s": made.tokens_per_s}
 
 
 def _context(flags: ModelFlags) -> ContextFlags:

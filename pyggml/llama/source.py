@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..backend import Device
+from ..backend import Backend, Device
 from ..buffer import Buffer, BufferType
 from ..config import op_offload_min_batch
-from ..errors import GraphError, ModelError
+from ..errors import GraphError, ModelError, SchedError
 from ..gguf import GGUFFile
 from ..graph import Graph
 from ..models.batch import Batch, MicroBatch, Outputs
@@ -99,6 +99,7 @@ class CapturedGraph:
     norms: list[tuple[Tensor, int]]
     attn_outputs: list[Tensor]
     flash_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty: llama.cpp has settled it
+    pins: list[tuple[Tensor, Backend]] = field(default_factory=list)  #: empty: there is no expert cache
 
     def __repr__(self) -> str:
         return f"<CapturedGraph of {self.n_tokens} tokens: {self.graph!r}>"
@@ -180,7 +181,7 @@ class CapturedSource(GraphSource):
         placement: PlacementFlags,
         context: ContextFlags,
     ) -> None:
-        self.file, self.cpu = file, cpu
+        self.file, self.cpu, self.tensor_split = file, cpu, placement.tensor_split
         if context.n_seq_max < 1 or context.n_batch < 1:
             raise GraphError(f"n_seq_max is {context.n_seq_max}, n_batch {context.n_batch}: at least 1 is needed")
         overrides = parse_overrides(placement, devices, cpu)
@@ -278,6 +279,13 @@ class CapturedSource(GraphSource):
         """Put weights into buffers of no bytes."""
         assert not data, "captured graphs are for plans"
 
+    def expert_weights(self) -> dict[int, list[Tensor]]:
+        """Refuse: llama.cpp has built the graphs, and they read the weights."""
+        raise SchedError(
+            f"graphs of {self.hparams.arch} come from llama.cpp, and are planned without an expert cache",
+            hint="leave the cache out, or replay a trace: `pyggml experts compare --scope group`",
+        )
+
     def make_cache(self, *, data: bool) -> Mapping[BufferType, int]:
         """Return what caches would take, those of recurrent layers included."""
         sizes: dict[BufferType, int] = {}
@@ -318,10 +326,17 @@ class CapturedSource(GraphSource):
             return self._graph(self._largest, n_tokens)
         return self._graph(self.captures.ask("reserve", size=[n_tokens, n_seqs, n_outputs]), n_tokens)
 
-    def parts(self, n_tokens: int, outputs: Outputs) -> Iterator[tuple[MicroBatch, Build]]:
-        """Yield the micro-batches of a decode."""
+    def parts(
+        self, n_tokens: int, outputs: Outputs, *, is_generated: bool = False
+    ) -> Iterator[tuple[MicroBatch, Build]]:
+        """Yield the micro-batches of a decode; of a generation, all with the graph of the first."""
         if n_tokens > self.params.n_ctx_seq:
             raise CacheFullError(n_tokens, 0, self.params.n_ctx_seq)
+        if is_generated:
+            about = self._decode(1, "last")["graphs"][0]
+            for i in range(n_tokens):
+                yield _micro_batch(1, i, 1), None if i else partial(self._graph, about, 1)
+            return
         decoded = self._decode(n_tokens, outputs)
         graphs, first, last = decoded["graphs"], 0, None
         for about in decoded["parts"]:

@@ -10,6 +10,7 @@ import math
 from typing import Literal
 
 from .. import ops
+from ..backend import Backend
 from ..graph import Graph
 from ..ops import OpHint, Prec
 from ..tensor import Tensor
@@ -48,7 +49,7 @@ class Builder:
     def __init__(self, p: GraphParams, weights: Weights, *, has_exact_sums: bool = False) -> None:
         self.hp, self.cp, self.part, self.view = p.hparams, p.params, p.part, p.view
         self.n_tokens, self.n_outputs, self.key = p.part.n_tokens, p.n_outputs, p.key
-        self.weights = weights
+        self.weights, self.banks = weights, p.banks
         self.has_exact_sums = has_exact_sums
         self.is_cropped = False
         self.graph = Graph()
@@ -56,6 +57,7 @@ class Builder:
         self.norms: list[tuple[Tensor, int]] = []
         self.attn_outputs: list[Tensor] = []
         self.flash_nodes: list[tuple[Tensor, int]] = []
+        self.pins: list[tuple[Tensor, Backend]] = []
 
     def name(self, tensor: Tensor, name: str, layer: int = -1) -> Tensor:
         """Name a node after its layer, and note it if it is a norm.
@@ -75,8 +77,9 @@ class Builder:
         logits.set_output()
         embd.set_output()
         return ModelGraph(
-            self.graph, self.key, self.inputs, logits, embd, self.topk, self.norms, self.attn_outputs, self.flash_nodes
-        )
+            self.graph, self.key, self.inputs, logits, embd, self.topk, self.norms, self.attn_outputs, self.flash_nodes,
+            self.pins,
+        )  # fmt: skip
 
     # -- inputs --------------------------------------------------------------
 

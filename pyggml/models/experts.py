@@ -71,7 +71,8 @@ def moe_ffn(
     if weights_scale not in (0.0, 1.0):
         weights = b.name(ops.scale(weights, weights_scale), "ffn_moe_weights_scaled", il)
     b.graph.expand(weights)
-    experts = _experts(b, w, ops.reshape_3d(cur, n_embd, 1, n_tokens), chosen, activation)
+    slots = _slots(b, w, chosen)
+    experts = _experts(b, w, ops.reshape_3d(cur, n_embd, 1, n_tokens), chosen, slots, activation)
     experts = b.name(ops.mul(experts, weights), "ffn_moe_weighted", il)
     b.graph.expand(experts)
     views = [ops.view_2d(experts, n_embd, n_tokens, experts.nb[2], i * experts.nb[1]) for i in range(n_used)]
@@ -153,29 +154,48 @@ def _weigh(b: Builder, probs: Tensor, chosen: Tensor, il: int, *, is_softmax: bo
 
 # -- the experts ---------------------------------------------------------------
 
+_KINDS = tuple(f"ffn_{which}_exps.weight" for which in ("up", "gate", "down", "gate_up"))
 
-def _experts(b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor, activation: Activation) -> Tensor:
+
+def _slots(b: Builder, w: LayerWeights, chosen: Tensor) -> Tensor | None:
+    """Return where an expert cache has the chosen experts; None: the products read the weights."""
+    if b.banks is None:
+        return None
+    found = b.banks.slots(w.layer, chosen, [t for kind in _KINDS if (t := w.get(kind)) is not None])
+    if found is None:
+        return None
+    slots, lookup = found
+    b.name(lookup, "ffn_moe_slots", w.layer)
+    b.pins.append((lookup, b.banks.backend(w.layer)))
+    return slots
+
+
+def _experts(
+    b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor, slots: Tensor | None, activation: Activation
+) -> Tensor:
     """Return what each chosen expert makes of each token: [n_embd, n_used, n_token]."""
     il = w.layer
     if w.get("ffn_gate_up_exps.weight") is not None:
-        gate, up = _fused_gate_up(b, w, cur, chosen)
+        gate, up = _fused_gate_up(b, w, cur, chosen, slots)
         gated = True
     else:
-        up = _expert_mul(b, w, "up", cur, chosen)
+        up = _expert_mul(b, w, "up", cur, chosen, slots)
         gated = w.get("ffn_gate_exps.weight") is not None
-        gate = _expert_mul(b, w, "gate", cur, chosen) if gated else up
+        gate = _expert_mul(b, w, "gate", cur, chosen, slots) if gated else up
     if activation == "swiglu_oai":
         cur = b.name(ops.swiglu_oai(gate, up, 1.702, 7.0), "ffn_moe_swiglu_oai", il)
     elif gated:
         cur = b.name(ops.swiglu_split(gate, up), "ffn_moe_swiglu", il)
     else:
         cur = b.name(ops.silu(gate), "ffn_moe_silu", il)
-    return _expert_mul(b, w, "down", cur, chosen)
+    return _expert_mul(b, w, "down", cur, chosen, slots)
 
 
-def _fused_gate_up(b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _fused_gate_up(
+    b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor, slots: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return gate and up as the two halves of one product."""
-    both = _expert_mul(b, w, "gate_up", cur, chosen)
+    both = _expert_mul(b, w, "gate_up", cur, chosen, slots)
     n_ff = both.ne[0] // 2
     gate, up = (
         ops.view_3d(both, n_ff, both.ne[1], both.ne[2], both.nb[1], both.nb[2], i * n_ff * both.nb[0]) for i in (0, 1)
@@ -183,10 +203,15 @@ def _fused_gate_up(b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor) -> 
     return b.name(gate, "ffn_moe_gate", w.layer), b.name(up, "ffn_moe_up", w.layer)
 
 
-def _expert_mul(b: Builder, w: LayerWeights, which: str, cur: Tensor, chosen: Tensor) -> Tensor:
+def _expert_mul(b: Builder, w: LayerWeights, which: str, cur: Tensor, chosen: Tensor, slots: Tensor | None) -> Tensor:
+    """Return the product with one weight of the chosen experts, out of the cache if there are slots."""
     il = w.layer
     n_tokens = cur.ne[2]
-    cur = ops.mul_mat_id(w[f"ffn_{which}_exps.weight"], cur, chosen)
+    weight = w[f"ffn_{which}_exps.weight"]
+    if slots is None or b.banks is None:
+        cur = ops.mul_mat_id(weight, cur, chosen)
+    else:
+        cur = ops.mul_mat_id(b.banks.bank(weight), cur, slots)
     factors = w.get(f"ffn_{which}_exps.scale")
     if factors is not None:  # of each expert; mirrors `build_lora_mm_id`
         by_token = ops.repeat_4d(ops.reshape_3d(factors, 1, factors.ne[0], 1), 1, factors.ne[0], n_tokens, 1)

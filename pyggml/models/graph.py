@@ -6,8 +6,11 @@ builders know no scheduler.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from ..backend import Backend
 from ..graph import Graph
 from ..tensor import Tensor
 from .batch import MicroBatch
@@ -15,7 +18,20 @@ from .cache_view import CacheView
 from .context import ContextParams
 from .hparams import HParams
 
-__all__ = ["AttnInputs", "GraphInputs", "GraphKey", "GraphParams", "ModelGraph"]
+__all__ = ["AttnInputs", "ExpertBanks", "GraphInputs", "GraphKey", "GraphParams", "ModelGraph"]
+
+
+class ExpertBanks(Protocol):
+    """What a graph reads in place of expert weights, where a cache keeps some on the device; `moe_cache.MoeCache` is one."""
+
+    def slots(self, layer: int, ids: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Return the slots in place of ids, and the node to be pinned; None if the layer reads its weights."""
+
+    def bank(self, weight: Tensor) -> Tensor:
+        """Return what a product reads in place of a weight."""
+
+    def backend(self, layer: int) -> Backend:
+        """Return the backend that computes a cached layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +48,7 @@ class GraphParams:
     part: MicroBatch
     n_outputs: int
     view: CacheView
+    banks: ExpertBanks | None = None
 
     @property
     def key(self) -> GraphKey:
@@ -115,6 +132,8 @@ class ModelGraph:
         Results of attention without FLASH_ATTN_EXT: they stay with a KV cache that is kept on the CPU.
     flash_nodes : list of (Tensor, int)
         FLASH_ATTN_EXT nodes with their layers, for the probe whether it can stay on.
+    pins : list of (Tensor, Backend)
+        Nodes that must run on a backend: lookups of an expert cache.
 
     Notes
     -----
@@ -130,6 +149,7 @@ class ModelGraph:
     norms: list[tuple[Tensor, int]] = field(default_factory=list)
     attn_outputs: list[Tensor] = field(default_factory=list)
     flash_nodes: list[tuple[Tensor, int]] = field(default_factory=list)
+    pins: list[tuple[Tensor, Backend]] = field(default_factory=list)
 
     @property
     def n_tokens(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from ..backend import Device
+from ..backend import Backend, Device
 from ..buffer import Buffer, BufferType
 from ..gguf import GGUFFile
 from ..graph import Graph
@@ -19,7 +19,7 @@ from ..tensor import Tensor
 from .architectures import build_graph, read_hparams, weight_specs
 from .batch import Batch, MicroBatch, Outputs
 from .context import ContextFlags, ContextParams
-from .graph import GraphKey, GraphParams, ModelGraph
+from .graph import ExpertBanks, GraphKey, GraphParams, ModelGraph
 from .hparams import HParams
 from .kv_cache import CacheFullError, KVCache
 from .kv_cache_iswa import make_cache
@@ -93,6 +93,10 @@ class PlannableGraph(Protocol):
     def flash_nodes(self) -> list[tuple[Tensor, int]]:
         """FLASH_ATTN_EXT nodes with their layers, while it is not settled whether it stays on."""
 
+    @property
+    def pins(self) -> list[tuple[Tensor, Backend]]:
+        """Nodes that must run on a backend."""
+
 
 #: Makes a graph, when the scheduler has been reset; None: the graph before can be used again.
 Build = Callable[[], PlannableGraph] | None
@@ -114,6 +118,18 @@ class GraphSource(ABC):
     hparams: ModelFacts
     params: ContextParams
     placement: Placement
+    tensor_split: tuple[float, ...] = ()  #: the user's shares of the devices, if any
+    banks: ExpertBanks | None = None  #: what the graphs read in place of expert weights
+
+    @abstractmethod
+    def expert_weights(self) -> dict[int, list[Tensor]]:
+        """Return the expert weights of each layer: gate and up in one, or gate, up; and down.
+
+        Raises
+        ------
+        SchedError
+            The graphs cannot read anything in their place.
+        """
 
     @abstractmethod
     def load(self, *, data: bool, progress: Progress | None) -> None:
@@ -128,8 +144,16 @@ class GraphSource(ABC):
         """Return the graph of so many tokens over the whole cache, with which memory is reserved."""
 
     @abstractmethod
-    def parts(self, n_tokens: int, outputs: Outputs) -> Iterator[tuple[MicroBatch, Build]]:
-        """Yield the micro-batches of a decode of so many tokens of one sequence, from an empty cache."""
+    def parts(
+        self, n_tokens: int, outputs: Outputs, *, is_generated: bool = False
+    ) -> Iterator[tuple[MicroBatch, Build]]:
+        """Yield the micro-batches of a decode of so many tokens of one sequence, from an empty cache.
+
+        Parameters
+        ----------
+        is_generated : bool
+            One token a step.
+        """
 
     def settle_flash_attention(self, on: bool) -> None:
         """Note what the probe of flash attention decided."""
@@ -170,7 +194,7 @@ class BuiltSource(GraphSource):
         placement: PlacementFlags,
         context: ContextFlags,
     ) -> None:
-        self.file = file
+        self.file, self.tensor_split = file, placement.tensor_split
         self.hparams = hp = read_hparams(file)
         self.params = ContextParams.resolve(context, hp)
         specs = resolve_specs(weight_specs(hp, file.tensors), file.tensors, file.path)
@@ -199,20 +223,29 @@ class BuiltSource(GraphSource):
         """Return the graph of a micro-batch."""
         return build_graph(p, self.loaded.weights)
 
+    def expert_weights(self) -> dict[int, list[Tensor]]:
+        """Return the expert weights of each layer."""
+        kinds = [f"ffn_{kind}_exps.weight" for kind in ("gate_up", "gate", "up", "down")]
+        layers = enumerate(self.loaded.weights.layers)
+        return {il: [t for kind in kinds if (t := layer.get(kind)) is not None] for il, layer in layers}
+
     def reserved(self, n_tokens: int, n_seqs: int, n_outputs: int) -> ModelGraph:
         """Return the graph of so many tokens over the whole cache."""
         part = MicroBatch.reserve(n_tokens, n_seqs, n_outputs)
-        return self.build(GraphParams(self.hparams, self.params, part, n_outputs, self.cache.full_view()))
+        return self.build(GraphParams(self.hparams, self.params, part, n_outputs, self.cache.full_view(), self.banks))
 
-    def parts(self, n_tokens: int, outputs: Outputs) -> Iterator[tuple[MicroBatch, Build]]:
+    def parts(
+        self, n_tokens: int, outputs: Outputs, *, is_generated: bool = False
+    ) -> Iterator[tuple[MicroBatch, Build]]:
         """Yield the micro-batches of a decode; the cache is empty afterwards."""
+        n_ubatch = 1 if is_generated else self.params.n_ubatch
         self.cache.clear()
         key: GraphKey | None = None
         try:
-            for batch in self.batches([0] * n_tokens, 0, outputs):
-                for part, slot in self.cache.prepare(batch, self.params.n_ubatch):
+            for batch in self.batches([0] * n_tokens, 0, "all" if is_generated else outputs):
+                for part, slot in self.cache.prepare(batch, n_ubatch):
                     self.cache.apply(part, slot)
-                    p = GraphParams(self.hparams, self.params, part, part.n_outputs, self.cache.view(slot))
+                    p = GraphParams(self.hparams, self.params, part, part.n_outputs, self.cache.view(slot), self.banks)
                     yield part, None if key == p.key else partial(self.build, p)
                     key = p.key
         finally:

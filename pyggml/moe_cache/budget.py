@@ -66,6 +66,8 @@ class CacheGroup:
         Bytes of all experts of its layers.
     n_slots : int
         0: the budget is too small, and the layers are not cached.
+    n_transit : int
+        Slots beside these, for experts that pass through; llama.cpp has none.
     """
 
     device: int
@@ -73,6 +75,7 @@ class CacheGroup:
     layers: list[int] = field(default_factory=list)
     host_bytes: int = 0
     n_slots: int = 0
+    n_transit: int = 0
 
     @property
     def n_expert(self) -> int:

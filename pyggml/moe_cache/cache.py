@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..sched.experts import EXPERT_PAD_BYTES
-from .policies import EvictionPolicy, Lookup, Upload
+from .policies import Lookup, SlotTable, Upload
 
 __all__ = ["MAX_CACHED_TOKENS", "Counters", "ExpertCache", "PartialCopy", "Transfer", "merge_uploads"]
 
@@ -62,7 +62,7 @@ class _Count:
 
 @dataclass(slots=True)
 class Counters:
-    """What a cache did, over all its groups.
+    """What a cache did, in one group or in all.
 
     Attributes
     ----------
@@ -99,6 +99,28 @@ class Counters:
         total = self.hits + self.misses
         return self.hits / total if total else None
 
+    @classmethod
+    def sum(cls, parts: Iterable[Counters]) -> Counters:
+        """Return the sum of several."""
+        total = cls()
+        for part in parts:
+            for own, more in ((total.small, part.small), (total.large, part.large)):
+                own.hits, own.misses, own.n_bytes = (
+                    own.hits + more.hits,
+                    own.misses + more.misses,
+                    own.n_bytes + more.n_bytes,
+                )
+            total.copied += part.copied
+            total.copied_bytes += part.copied_bytes
+        return total
+
+    def as_dict(self) -> dict[str, int | float | None]:
+        """Return them for JSON."""
+        return {
+            "hits": self.hits, "misses": self.misses, "hit_rate": self.hit_rate, "uploaded_bytes": self.uploaded_bytes,
+            "copied_experts": self.copied, "copied_bytes": self.copied_bytes,
+        }  # fmt: skip
+
     def lines(self) -> list[str]:
         """Return what llama.cpp prints when it frees the cache; a line that would tell of nothing is left out."""
         named = (("ubatch <= 8", self.small), ("ubatch  > 8", self.large))
@@ -115,7 +137,7 @@ class ExpertCache:
 
     Parameters
     ----------
-    policy : EvictionPolicy
+    policy : SlotTable
         Who stays.
     expert_bytes : sequence of int
         Bytes of one expert in each of a layer's tensors.
@@ -127,7 +149,7 @@ class ExpertCache:
 
     def __init__(
         self,
-        policy: EvictionPolicy,
+        policy: SlotTable,
         expert_bytes: Sequence[int],
         *,
         n_used: int,
@@ -146,7 +168,7 @@ class ExpertCache:
         Mirrors `llama_moe_cache::get_slot_map`.
         """
         policy = self.policy
-        return 0 < n_tokens <= MAX_CACHED_TOKENS and min(n_tokens * n_used, policy.n_expert) <= policy.n_slots
+        return 0 < n_tokens <= MAX_CACHED_TOKENS and min(n_tokens * n_used, policy.n_expert) <= policy.most
 
     def update(self, layer: int, ids: Sequence[int]) -> tuple[Lookup, list[Transfer]]:
         """Make room for the experts that a layer chose.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..errors import SchedError
 
-__all__ = ["EVICTIONS", "LRU", "SLRU", "EvictionPolicy", "Lookup", "Upload", "slots_without_hits"]
+__all__ = ["EVICTIONS", "LRU", "SLRU", "EvictionPolicy", "Lookup", "SlotTable", "Upload", "slots_without_hits"]
 
 
 class Upload(NamedTuple):
@@ -49,7 +49,42 @@ class Lookup:
     evicted: tuple[tuple[int, int], ...]
 
 
-class EvictionPolicy(ABC):
+class SlotTable(ABC):
+    """Which expert is in which slot, for a group of layers that share a bank.
+
+    Attributes
+    ----------
+    n_slots : int
+        Slots that keep experts.
+    n_expert : int
+        Experts of each layer.
+    n_transit : int
+        Slots behind these for experts that are not kept: of each layer for itself, until the next layer needs them.
+    """
+
+    n_slots: int
+    n_expert: int
+    n_transit: int = 0
+
+    @property
+    def most(self) -> int:
+        """Distinct experts that one lookup may ask for."""
+        return self.n_slots
+
+    @abstractmethod
+    def lookup(self, layer: int, ids: Iterable[int]) -> Lookup:
+        """Give every chosen expert of a layer a slot, for now at least."""
+
+    @abstractmethod
+    def slot_of(self, layer: int, expert: int) -> int | None:
+        """Return where an expert is kept; None if it is not in the cache."""
+
+    def begin(self) -> None:
+        """Take note that a computing starts."""
+        return
+
+
+class EvictionPolicy(SlotTable):
     """Slots for the experts of a group of layers.
 
     Parameters

@@ -18,7 +18,7 @@ from .policies import CopyPolicy
 from .ranges import Ranges
 from .resources import CopyQueue, Mark, Resources
 from .state import Assignment, Machine
-from .transfer import Transfer
+from .transfer import Feed, Transfer
 
 __all__ = ["EvalCallback", "SplitRun", "compute_splits"]
 
@@ -154,11 +154,11 @@ class SplitRun:
         self.log.copied(transfer, i_split, transfer.source_id, reason, start_s, 0, n, n, is_async=is_async)
 
     def report(
-        self, transfer: Transfer, i_split: int, src: int, reason: CopyReason, start_s: float, offset: int, size: int,
+        self, transfer: Feed, i_split: int, src: int, reason: CopyReason, start_s: float, offset: int, size: int,
         tensor_bytes: int, *, is_async: bool, queue: CopyQueue | None, is_own: bool,
     ) -> None:  # fmt: skip
         """Report that bytes of a transfer were sent, to the copy or to memory of the policy's own."""
-        if transfer.has_later_readers and not is_own:
+        if not is_own and isinstance(transfer, Transfer) and transfer.has_later_readers:
             self._note(transfer, offset, size)
         self.log.copied(
             transfer, i_split, src, reason, start_s, offset, size, tensor_bytes,
@@ -187,7 +187,7 @@ class SplitRun:
     # -- queues and memory of the policy's own -------------------------------
 
     def before_send(
-        self, transfer: Transfer, other: Tensor | None, queue: CopyQueue | None, *, is_read: bool = False
+        self, transfer: Feed, other: Tensor | None, queue: CopyQueue | None, *, is_read: bool = False
     ) -> Backend:
         """Return the stream to send with, after the waits that its target and source need."""
         if other is None and queue is None:
@@ -203,17 +203,22 @@ class SplitRun:
             own = self.resources.owned.get(other)
             if own is None:
                 raise SchedError(f"'{other.name}' is not memory of the policy's own", hint="ask for it: Plan.memory")
-            self.mark_wait(b, queue, own.written, "own_written")
-            if not is_read:
-                self.mark_wait(b, queue, own.read, "own_read")
+            if own.has_queues:
+                self.mark_wait(b, queue, own.written, "own_written")
+                if not is_read:
+                    self.mark_wait(b, queue, own.read, "own_read")
+            elif queue is not None:
+                raise SchedError(f"'{other.name}' was lent without queues, and {queue!r} is to use it")
         return self._stream(b, queue)
 
     def after_send(
-        self, transfer: Transfer, other: Tensor | None, queue: CopyQueue | None, *, is_read: bool = False
+        self, transfer: Feed, other: Tensor | None, queue: CopyQueue | None, *, is_read: bool = False
     ) -> None:
         """Mark what a send used, for those who use it next."""
         if other is not None:
             own = self.resources.owned[other]
+            if not own.has_queues:
+                return
             mark = own.read if is_read else own.written
             self.mark_wait(transfer.backend_id, queue, mark, "own_order")  # one mark stands for all before it
             self._record(transfer.backend_id, queue, mark)

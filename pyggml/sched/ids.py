@@ -63,17 +63,34 @@ class IdsSource:
             raise self._error(run, weight)
         return self._used
 
+    def rows(self, run: SplitRun, i_split: int, ids: Tensor, backend_id: int, weight: Tensor, n_used: int) -> list[int]:
+        """Return dense ids as they stand, read now from a backend.
+
+        Raises
+        ------
+        ExpertIdError
+            An id is no expert of the weight.
+        """
+        self._tensor = None
+        self._read(run, i_split, ids, backend_id)
+        self._tensor, self._n_expert, self._backend_id = ids, weight.ne[2], backend_id
+        if self._used and (min(self._used) < 0 or max(self._used) >= weight.ne[2]):
+            raise self._error(run, weight, n_used)
+        return list(self._words)
+
     def _read(self, run: SplitRun, i_split: int, ids: Tensor, backend_id: int) -> None:
         words = self._words = array("i", bytes(ids.nbytes))
         run.read(i_split, ids, backend_id, words.buffer_info()[0])
         ne, nb = ids.ne, ids.nb
         self._used = used_experts(words, n_used=ne[0], n_token=ne[1], strides=(nb[0] // 4, nb[1] // 4))
 
-    def _error(self, run: SplitRun, weight: Tensor) -> ExpertIdError:
+    def _error(self, run: SplitRun, weight: Tensor, n_used: int = 0) -> ExpertIdError:
         read = self._tensor
         assert read is not None
         ne, nb = read.ne, read.nb
         strides = (nb[0] // 4, nb[1] // 4)
+        if n_used:  # ids in one row
+            ne, strides = (n_used, len(self._words) // n_used, 1, 1), (1, n_used)
         bad = find_bad_id(self._words, n_used=ne[0], n_token=ne[1], strides=strides, n_expert=weight.ne[2])
         assert bad is not None
         ids = run.original_of(read)
@@ -89,10 +106,15 @@ class IdsSource:
         """Keep how many experts a node's ids name, for what the node costs."""
         self._counts[ids] = n_used
 
+    def _known(self, ids: Tensor) -> int | None:
+        """Return what was noted of ids, or of the tensor that they view."""
+        known = self._counts.get(ids)
+        return self._counts.get(ids.view_src) if known is None and ids.view_src is not None else known
+
     def count(self, node: Tensor) -> float:
         """Return how many experts a MUL_MAT_ID reads: as copied, else as the default routing has it."""
         weight, ids = node.src[0], node.src[2]
         assert ids is not None
         assert weight is not None
-        known = self._counts.get(ids)
+        known = self._known(ids)
         return DEFAULT_ROUTING.used(weight.ne[2], ids.ne[0], ids.ne[1]) if known is None else known

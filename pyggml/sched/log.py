@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from ..clock import Span, VirtualClock
 from ..graph import GraphView
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .ids import IdsSource
     from .resources import CopyQueue, Mark
     from .state import Assignment, Machine
-    from .transfer import Transfer
+    from .transfer import Feed, Transfer
 
 __all__ = ["RunLog"]
 
@@ -112,7 +112,7 @@ class RunLog:
 
     def copied(
         self,
-        transfer: Transfer,
+        transfer: Feed,
         i_split: int,
         src: int,
         reason: CopyReason,
@@ -139,7 +139,7 @@ class RunLog:
         dst = transfer.backend_id
         if self._on_sent and not is_own:
             for tell in self._on_sent:
-                tell(transfer, offset, n_bytes)
+                tell(cast("Transfer", transfer), offset, n_bytes)  # what is not sent to own memory is one
         if src == dst:
             self.stats.count_in_device(n_bytes, tensor_bytes, reason)
         else:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from ..backend import Backend
 from ..errors import SchedError
 from ..graph import Graph
+from ..record import CopyReason
 from ..tensor import Tensor
 from ..types import Op
 from .resources import CopyQueue, Resources
 from .split import Cutter, overwritten_sources
 from .state import Assignment, Machine, Split
-from .transfer import RunSlot, Transfer, input_kind, is_host_weight
+from .transfer import Feed, RunSlot, Transfer, input_kind, is_host_weight
 
 if TYPE_CHECKING:
     from ..dialect import Repairs
@@ -84,6 +85,23 @@ class Plan:
         """
         assert self.resources is not None
         return self.resources.memory(self._index(backend), n_bytes, name)
+
+    def lend(self, backend: Backend, tensor: Tensor, *, has_queues: bool = False) -> None:
+        """Let the run send to memory that the policy has allocated itself: a tensor on the backend's device.
+
+        Parameters
+        ----------
+        has_queues : bool
+            Whether queues use it, too; else all of its uses are in the order of the backend's stream, and no mark is made.
+        """
+        assert self.resources is not None
+        self.resources.lend(self._index(backend), tensor, has_queues=has_queues)
+
+    def feed(self, source: Tensor, backend: Backend, *, kind: CopyReason = "experts") -> Feed:
+        """Return what sends a tensor in host memory to memory of the policy's own, though it is no input of a split."""
+        return Feed(
+            self.slot, self.machine, source, source_id=self.machine.cpu, backend_id=self._index(backend), kind=kind
+        )
 
     def queue(self, backend: Backend, number: int = 1) -> CopyQueue:
         """Return a second stream of a backend's device, for copies beside its work; the same for a number from plan to plan."""

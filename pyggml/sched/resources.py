@@ -49,11 +49,12 @@ class Mark:
 class OwnMemory:
     """Device memory of a policy, and who used it last."""
 
-    context: Context
+    context: Context | None  #: None: the policy allocated it, and frees it
     tensor: Tensor
     backend_id: int
     written: Mark
     read: Mark
+    has_queues: bool = True  #: else its users are in the order of one stream
 
 
 class Resources:
@@ -95,6 +96,13 @@ class Resources:
         self._changed()
         return tensor
 
+    def lend(self, backend_id: int, tensor: Tensor, *, has_queues: bool) -> None:
+        """Take note of memory that a policy allocated itself."""
+        if tensor not in self.owned:
+            device = self._backends[backend_id].device
+            marks = (Mark(device.event_new()), Mark(device.event_new())) if has_queues else (Mark(None), Mark(None))
+            self.owned[tensor] = OwnMemory(None, tensor, backend_id, *marks, has_queues)
+
     def queue(self, backend_id: int, number: int = 1) -> CopyQueue:
         """Return a queue of a backend's device; made when first asked for."""
         made = self.queues.get((backend_id, number))
@@ -115,7 +123,7 @@ class Resources:
         held: dict[BufferType, int] = {}
         for own in self.owned.values():
             storage = own.tensor.storage
-            if storage is not None:
+            if storage is not None and own.context is not None:
                 held[storage.buft] = held.get(storage.buft, 0) + storage.size
         return held
 
@@ -128,7 +136,8 @@ class Resources:
             queue.backend.synchronize()
         del self.owned[own.tensor]
         self._by_name = {key: kept for key, kept in self._by_name.items() if kept is not own}
-        own.context.close()
+        if own.context is not None:
+            own.context.close()
 
     def close(self) -> None:
         """Wait for the queues, and give all back."""

@@ -1,7 +1,8 @@
 """`Transfer`: one input of a split that goes to the split's backend. What it sends, it reports.
 
 A policy (`CopyPolicy`) says how a transfer is made. The transfer makes the copy and reports each part of it to
-statistics, observers and the virtual clock, so a policy keeps no accounts.
+statistics, observers and the virtual clock, so a policy keeps no accounts. A `Feed` does the same for a tensor in host
+memory that is no input of a split: a policy sends it to memory of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .compute import SplitRun
     from .state import Machine
 
-__all__ = ["RunSlot", "Transfer", "input_kind", "is_host_weight"]
+__all__ = ["Feed", "RunSlot", "Transfer", "input_kind", "is_host_weight"]
 
 
 def is_host_weight(tensor: Tensor) -> bool:
@@ -70,7 +71,105 @@ class RunSlot:
         self.run: SplitRun | None = None
 
 
-class Transfer:
+class Feed:
+    """A tensor in host memory that a policy may send to memory of its own on a backend; made by `Plan.feed`.
+
+    Attributes
+    ----------
+    source : Tensor
+        What is sent, where it is.
+    source_backend, backend : Backend
+        Of source and target.
+    backend_id : int
+        Index of ``backend`` among the scheduler's.
+    kind : str
+        What the bytes count as: ``"experts"`` or ``"weight"``.
+    """
+
+    __slots__ = ("_slot", "_source_id", "backend", "backend_id", "kind", "source", "source_backend")
+
+    def __init__(
+        self, slot: RunSlot, machine: Machine, source: Tensor, *, source_id: int, backend_id: int, kind: CopyReason
+    ) -> None:
+        self.source = source
+        self.source_backend: Backend = machine.backends[source_id]
+        self.backend: Backend = machine.backends[backend_id]
+        self.backend_id, self.kind = backend_id, kind
+        self._slot, self._source_id = slot, source_id
+
+    def __repr__(self) -> str:
+        return f"<Feed of '{self.source.name}' from {self.source_backend.name} to {self.backend.name}>"
+
+    @property
+    def source_id(self) -> int:
+        """Index of the source's backend among the scheduler's."""
+        return self._source_id
+
+    @property
+    def n_expert(self) -> int:
+        """Experts of an expert weight."""
+        return self.source.ne[2]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes from one expert to the next."""
+        return self.source.nb[2]
+
+    def now(self) -> float:
+        """Return the host's time in seconds; 0 if nobody observes."""
+        return self._running("ask").log.now()
+
+    def synchronize(self) -> None:
+        """Let the host wait for all work of the backend."""
+        run = self._running("wait for")
+        run.synchronize(run.i_split, self.backend_id, "policy")
+
+    def announce(self, ids: Tensor, experts: set[int]) -> None:
+        """Report which experts of the source a split needs, whether they are sent or there already."""
+        run = self._running("report")
+        run.log.experts(run.i_split, self.source, ids, experts, is_added=False)
+
+    def send(
+        self, offset: int = 0, size: int | None = None, *, into: Tensor, at: int = 0, queue: CopyQueue | None = None
+    ) -> None:
+        """Send bytes of the source to memory of the policy's own; see `Transfer.send`."""
+        n = self.source.nbytes - offset if size is None else size
+        self._send(self._running("send"), offset, n, into, at, into, queue)
+
+    def _send(
+        self, run: SplitRun, offset: int, n: int, target: Tensor, at: int, own: Tensor | None, queue: CopyQueue | None
+    ) -> None:
+        storage = self.source.storage
+        if storage is None or not storage.is_host or self.source.data is None:
+            raise SchedError(f"{self!r} cannot be sent in parts: the source is not in host memory", hint="send_all()")
+        if offset < 0 or n < 0 or offset + n > self.source.nbytes:
+            raise SchedError(f"{self!r}: {offset:,}..{offset + n - 1:,} are no bytes of {self.source.nbytes:,}")
+        if own is None:
+            self._announce(run)
+        stream = run.before_send(self, own, queue)
+        start_s = run.log.now()
+        stream.set_tensor_async(target, self.source.data + offset, at, n)
+        self._report(run, offset, n, start_s, self._source_id, queue, is_own=own is not None)
+        run.after_send(self, own, queue)
+
+    def _announce(self, run: SplitRun) -> None:
+        """Report which experts are about to be sent to a copy."""
+
+    def _report(
+        self, run: SplitRun, offset: int, size: int, start_s: float, src: int, queue: CopyQueue | None,
+        *, is_async: bool = True, is_own: bool = False,
+    ) -> None:  # fmt: skip
+        run.report(self, run.i_split, src, self.kind, start_s, offset, size, 0,
+                   is_async=is_async, queue=queue, is_own=is_own)  # fmt: skip
+
+    def _running(self, what: str) -> SplitRun:
+        run = self._slot.run
+        if run is None:
+            raise SchedError(f"{self!r}: nothing is computed now, so there is nothing to {what}")
+        return run
+
+
+class Transfer(Feed):
     """One input of a split, to be copied to the split's backend; made once for a plan.
 
     Attributes
@@ -100,9 +199,8 @@ class Transfer:
     """
 
     __slots__ = (
-        "_announced", "_is_offered", "_missing", "_n_sent", "_position", "_reader", "_slot", "_source_id", "_used",
-        "backend", "backend_id", "copy", "has_later_readers", "ids_tensor", "is_further", "is_host_weight", "is_written",
-        "kind", "node", "source", "source_backend", "split",
+        "_announced", "_is_offered", "_missing", "_n_sent", "_position", "_reader", "_used", "copy", "has_later_readers",
+        "ids_tensor", "is_further", "is_host_weight", "is_written", "node", "split",
     )  # fmt: skip
 
     def __init__(
@@ -121,16 +219,14 @@ class Transfer:
         is_further: bool = False,
         ids_tensor: Tensor | None = None,
     ) -> None:
-        self.source, self.copy = source, copy
-        self.source_backend: Backend = machine.backends[source_id]
-        self.backend: Backend = machine.backends[backend_id]
-        self.backend_id, self.split, self.node, self.kind = backend_id, split, node, kind
+        super().__init__(slot, machine, source, source_id=source_id, backend_id=backend_id, kind=kind)
+        self.copy, self.split, self.node = copy, split, node
         self.is_further = is_further
         self.is_host_weight = is_host_weight(source)
         self.ids_tensor = ids_tensor  #: what names the experts that the node reads
         self.is_written = False  #: whether a node of the graph writes the source
         self.has_later_readers = False  #: whether other nodes than ``node`` read the copy of an expert weight
-        self._slot, self._source_id, self._position = slot, source_id, position
+        self._position = position
         self._missing: set[int] | None = None
         self._used: set[int] | None = None
         self._reader: Tensor | None = None
@@ -145,16 +241,6 @@ class Transfer:
 
     # -- questions -----------------------------------------------------------
 
-    @property
-    def n_expert(self) -> int:
-        """Experts of an expert weight."""
-        return self.source.ne[2]
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes from one expert to the next."""
-        return self.source.nb[2]
-
     def expert_range(self, expert: int) -> tuple[int, int]:
         """Return the first byte of an expert, and how many bytes to send with it: its own, and padding that kernels read."""
         (r,) = expert_copy_ranges((expert,), self.n_expert, self.expert_bytes, tensor_bytes=self.source.nbytes)
@@ -164,10 +250,6 @@ class Transfer:
     def graph(self) -> GraphView:
         """The nodes of the split."""
         return self._running("ask").plan.splits[self.split].graph
-
-    def now(self) -> float:
-        """Return the host's time in seconds; 0 if nobody observes."""
-        return self._running("ask").log.now()
 
     def ids(self) -> set[int]:
         """Return the experts that are needed: those that the ids name, or of a further transfer those that are missing.
@@ -191,29 +273,57 @@ class Transfer:
             self._used = self._read_ids(run, self.ids_tensor)
         return self._used
 
+    def read_ids(self, ids: Tensor, weight: Tensor, n_used: int) -> list[int]:
+        """Read ids that a node of the split takes, as they stand: row by row, repeats included.
+
+        The backend's work up to here is over afterwards.
+
+        Parameters
+        ----------
+        ids : Tensor
+            Dense; of any shape.
+        weight : Tensor
+            Whose experts they name.
+        n_used : int
+            Ids of a row.
+
+        Raises
+        ------
+        ExpertIdError
+            An id is no expert of the weight.
+        """
+        run = self._offered("read the ids of")
+        original, there = self._original(run, ids)
+        if there != self.backend_id:
+            run.synchronize(self.split, self.backend_id, "policy")
+        return run.ids.rows(run, self.split, original, there, weight, n_used)
+
+    def note_count(self, ids: Tensor, n_experts: int) -> None:
+        """Tell the clock how many experts the products with these ids read."""
+        self._running("tell").ids.note_count(ids, n_experts)
+
+    def _original(self, run: SplitRun, ids: Tensor) -> tuple[Tensor, int]:
+        """Return where ids are to be read, and the backend: at their source, if their copy is still to come."""
+        if run.machine.dialect.ids_from == "original" or run.repairs.host_weight_ids:
+            root = ids.view_src or ids
+            for later in run.plan.transfers[self.split][self._position + 1 :]:
+                if later.copy is ids or (later.copy is root and ids.nbytes == root.nbytes):
+                    return later.source, later._source_id
+        return ids, self.backend_id
+
     def _read_ids(self, run: SplitRun, ids: Tensor) -> set[int]:
         dialect = run.machine.dialect
         if dialect.wait_weight_backend or (self.is_written and run.repairs.written_weights):
             run.synchronize(self.split, self._source_id, "weight")
         if ids.is_empty and dialect.skip_empty_ids:
             return set()
-        original, there = ids, self.backend_id
-        if dialect.ids_from == "original" or run.repairs.host_weight_ids:
-            for later in run.plan.transfers[self.split][self._position + 1 :]:
-                if later.copy is ids:  # the original is what will be there
-                    original, there = later.source, later._source_id
-                    break
+        original, there = self._original(run, ids)
         used = run.ids.used(run, self.split, original, there, self.source)
         run.ids.note_count(ids, len(used))
         self._reader = original
         return used
 
     # -- effects -------------------------------------------------------------
-
-    def synchronize(self) -> None:
-        """Let the host wait for all work of the backend."""
-        run = self._running("wait for")
-        run.synchronize(run.i_split, self.backend_id, "policy")
 
     def send(
         self,
@@ -242,20 +352,10 @@ class Transfer:
             The source is not in host memory, the bytes are not its own, or the transfer is not offered now.
         """
         n = self.source.nbytes - offset if size is None else size
-        run = self._offered("send into the copy of") if into is None else self._running("send")
-        storage = self.source.storage
-        if storage is None or not storage.is_host or self.source.data is None:
-            raise SchedError(f"{self!r} cannot be sent in parts: the source is not in host memory", hint="send_all()")
-        if offset < 0 or n < 0 or offset + n > self.source.nbytes:
-            raise SchedError(f"{self!r}: {offset:,}..{offset + n - 1:,} are no bytes of {self.source.nbytes:,}")
-        target, target_at = (self.copy, offset) if into is None else (into, at)
         if into is None:
-            self._announce(run)
-        stream = run.before_send(self, into, queue)
-        start_s = run.log.now()
-        stream.set_tensor_async(target, self.source.data + offset, target_at, n)
-        self._report(run, offset, n, start_s, self._source_id, queue, is_own=into is not None)
-        run.after_send(self, into, queue)
+            self._send(self._offered("send into the copy of"), offset, n, self.copy, offset, None, queue)
+        else:
+            self._send(self._running("send"), offset, n, into, at, into, queue)
 
     def send_experts(self, experts: Iterable[int], *, queue: CopyQueue | None = None) -> None:
         """Send experts of the source, one call for each run of neighbours, with the padding that kernels may read.
@@ -340,11 +440,6 @@ class Transfer:
 
     # -- for the run ---------------------------------------------------------
 
-    @property
-    def source_id(self) -> int:
-        """Index of the source's backend among the scheduler's."""
-        return self._source_id
-
     def offer(self, policy_copies: Callable[[Transfer], bool], missing: set[int] | None = None) -> None:
         """Ask a policy's ``copy`` to make the transfer, and make it whole if it does not."""
         self._used = self._reader = None
@@ -363,12 +458,6 @@ class Transfer:
         run = self._offered("report on")
         self._announce(run)
         self._report(run, offset, size, start_s, self._source_id, None)
-
-    def _running(self, what: str) -> SplitRun:
-        run = self._slot.run
-        if run is None:
-            raise SchedError(f"{self!r}: nothing is computed now, so there is nothing to {what}")
-        return run
 
     def _offered(self, what: str) -> SplitRun:
         run = self._slot.run

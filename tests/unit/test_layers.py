@@ -21,7 +21,7 @@ _ROOMS = {
     "alloc": 4, "backend": 4,
     "sched": 5, "moe_cache": 5,
     "backends": 6, "models": 6, "makers": 6, "tokenizer": 6, "sampling": 6,
-    "llama": 7, "session": 7, "generation": 7, "planning": 7, "catalog": 7, "foresight": 7, "simulation": 7, "plan_report": 7, "report": 7, "timeline": 7, "upgrade": 7, "cache_plan": 7, "viz": 7,
+    "llama": 7, "session": 7, "generation": 7, "planning": 7, "catalog": 7, "foresight": 7, "simulation": 7, "plan_report": 7, "report": 7, "timeline": 7, "upgrade": 7, "viz": 7,
     "advisor": 8, "testing": 8, "selftest": 9, "replay": 8, "lab": 8,
     "commands": 9, "cli": 9, "__main__": 9, "": 9,
 }  # fmt: skip
@@ -55,7 +55,6 @@ _SIDEWAYS = {
     ("llama", "generation"): "tokens follow a decode one by one, whoever decodes",
     ("llama", "session"): "a micro-batch of llama.cpp is told of as one of a session",
     ("timeline", "viz"): "a timeline's file holds the records as the page packs them",
-    ("cache_plan", "planning"): "a cache is planned beside a planner's weights",
     ("upgrade", "planning"): "plans in two dialects are compared",
     ("upgrade", "simulation"): "plans in two dialects are compared",
     ("cli", "commands"): "the program's commands",

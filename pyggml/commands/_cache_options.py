@@ -1,0 +1,96 @@
+"""The options of `run` and `splits` for an expert cache, and what is told of one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+import cloup
+
+from ._console import n_bytes, report, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..moe_cache import CacheRule, MoeCache
+    from ..simulation import SimulatedBatch
+
+__all__ = ["N_FORECAST", "cache_options", "cache_table", "print_forecast"]
+
+#: Tokens of generation that `splits` carries out, from an empty cache on.
+N_FORECAST = 64
+
+_OPTIONS = cloup.option_group(
+    "Expert cache",
+    cloup.option("--moe-cache-mib", type=click.IntRange(0), default=0, metavar="N",
+                 help="Size of llama.cpp's cache on devices of experts that lie in host memory. [0: off]"),
+    cloup.option("--moe-cache-eviction", type=click.Choice(["lru", "slru"]), default="slru", show_default=True,
+                 help="Its rule: lru is llama.cpp b11549 and 0.7.0, slru b11739."),
+)  # fmt: skip
+_NAMES = ("moe_cache_mib", "moe_cache_eviction")
+
+
+def cache_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of an expert cache; it gets what they come to as ``expert_cache: CacheRule | None``."""
+
+    @functools.wraps(function)
+    def call(**given: Any) -> Any:
+        rest = {name: value for name, value in given.items() if name not in _NAMES}
+        return function(expert_cache=_rule(**{name: given[name] for name in _NAMES}), **rest)
+
+    made: Callable[..., Any] = _OPTIONS(call)
+    return made
+
+
+def _rule(moe_cache_mib: int, moe_cache_eviction: str) -> CacheRule | None:
+    from ..moe_cache import LlamaCache
+
+    return LlamaCache(moe_cache_mib << 20, moe_cache_eviction) if moe_cache_mib else None
+
+
+def cache_table(cache: MoeCache, n_tokens: int = 0) -> Table:
+    """Return a row for each group of layers: slots, memory, what was found and uploaded in all, or for each of some tokens."""
+    columns = (
+        "layers",
+        "slots",
+        "of experts",
+        "memory",
+        "hits",
+        "misses",
+        "hit rate",
+        "uploaded/token" if n_tokens else "uploaded",
+    )
+    told = cache.as_dict()
+    made = table(f"Expert cache, {told['rule']}", "device", "type", *columns, right=columns)
+    for g in told["groups"]:
+        rate = g["hit_rate"]
+        made.add_row(
+            g["device"], g["type"], str(len(g["layers"])), f"{g['n_slots']:,}", f"{g['share']:.1%}", n_bytes(g["bank_bytes"]),
+            f"{g['hits']:,}", f"{g['misses']:,}", "-" if rate is None else f"{rate:.1%}",
+            n_bytes(g["uploaded_bytes"] // (n_tokens or 1)),
+        )  # fmt: skip
+    return made
+
+
+def _forecast_table(runs: dict[str, SimulatedBatch]) -> Table:
+    """Return bytes and virtual time of a token of each generation."""
+    columns = ("copied/token", "ms/token", "tokens/s")
+    n_tokens = next(iter(runs.values())).n_tokens
+    made = table(f"Generation of {n_tokens} tokens, one a step (virtual)", "", *columns, right=columns)
+    for name, s in runs.items():
+        times = (f"{1e3 * s.seconds / n_tokens:.3f}", f"{s.tokens_per_s:,.1f}") if s.seconds else ("-", "-")
+        made.add_row(name, n_bytes(s.bytes_copied // n_tokens), *times)
+    return made
+
+
+def print_forecast(cache: MoeCache, generated: SimulatedBatch | None, without: SimulatedBatch | None) -> None:
+    """Print what a cache holds and, of plans that can be carried out, what it does for a generation."""
+    console = report()
+    console.print()
+    console.print(cache_table(cache, 0 if generated is None else generated.n_tokens))
+    runs = {name: s for name, s in (("with the cache", generated), ("without", without)) if s is not None}
+    if runs:
+        console.print()
+        console.print(_forecast_table(runs))

@@ -1,0 +1,473 @@
+"""`MoeCache`: the banks and slot maps of an expert cache, and what a graph reads in place of the weights.
+
+A layer whose experts are cached multiplies by a bank instead of its weights, and by slots instead of ids: the slots are looked
+up on the device, in a table of the layer (its slot map) that is copied there once the missing experts are in the bank. Who
+brings them is `MoeCachePolicy`; which stay is a `SlotTable`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .. import ops
+from ..alloc import Context
+from ..backend import Backend
+from ..buffer import Buffer, BufferType, tensor_set
+from ..errors import OutOfMemoryError, SchedError
+from ..tensor import Tensor
+from ..types import BufferUsage, DeviceType, Type
+from .budget import CacheGroup, ExpertTensor, HostLayer, plan_cache
+from .cache import Counters, ExpertCache
+from .policies import EVICTIONS, SlotTable, slots_without_hits
+
+__all__ = ["CacheRule", "LlamaCache", "MoeCache"]
+
+#: Address of the first tensor of each buffer of no bytes; no process has memory there.
+_NOWHERE = 1 << 60
+_MIB = 1024 * 1024
+
+
+class CacheRule(Protocol):
+    """How large a cache is, who shares it, and who stays."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+
+    def groups(
+        self, layers: Sequence[HostLayer], *, n_used: int, alignments: Sequence[int], weights: Sequence[float]
+    ) -> list[CacheGroup]:
+        """Return the groups of layers that share a bank, with their slots; see `plan_cache`."""
+
+    def table(self, group: CacheGroup) -> SlotTable:
+        """Return the slots of a group, empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaCache:
+    """llama.cpp's own cache: ``--moe-cache-mib``.
+
+    Attributes
+    ----------
+    size_bytes : int
+        Over all devices.
+    eviction : str
+        ``"lru"`` (b11549, release 0.7.0) or ``"slru"`` (b11739).
+    """
+
+    size_bytes: int
+    eviction: str = "slru"
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.eviction
+
+    def groups(
+        self, layers: Sequence[HostLayer], *, n_used: int, alignments: Sequence[int], weights: Sequence[float]
+    ) -> list[CacheGroup]:
+        """Return llama.cpp's groups and their slots."""
+        return plan_cache(layers, self.size_bytes, n_used=n_used, alignments=alignments, weights=weights)
+
+    def table(self, group: CacheGroup) -> SlotTable:
+        """Return the slots of a group, empty."""
+        return EVICTIONS[self.eviction](group.n_slots, group.n_expert)
+
+
+@dataclass(eq=False, slots=True)
+class _Group:
+    """A group with its memory."""
+
+    plan: CacheGroup
+    backend: Backend
+    cache: ExpertCache
+    banks: list[Tensor] = field(default_factory=list)  #: one for each expert tensor of a layer
+    transient: list[tuple[int, int]] = field(default_factory=list)  #: layer and expert in slots of passage
+
+
+class MoeCache:
+    """Device memory that keeps experts of layers whose weights lie on the host.
+
+    Parameters
+    ----------
+    layers : mapping of int to sequence of Tensor
+        By layer, its expert weights: gate and up in one, or gate, up; then down; those that there are.
+    homes : mapping of int to Backend
+        By layer, the backend that computes it.
+    backends : sequence of Backend
+        The scheduler's; the last is a CPU.
+    rule : CacheRule
+        `LlamaCache`, or one of one's own.
+    n_used : int
+        Experts that a token uses, at most over the layers.
+    weights : mapping of Backend to float, optional
+        What each device gets of the budget, relative to each other; its free memory if not given.
+    has_data : bool
+        False: banks and maps take no memory, for plans.
+
+    Attributes
+    ----------
+    groups : list of CacheGroup
+        Also those that the budget is too small for, which have no slots; empty if no layer has all experts on the host.
+
+    Raises
+    ------
+    SchedError
+        No backend is a GPU's, the model has no experts, or no group holds the experts of one token.
+    OutOfMemoryError
+        A device has too little memory.
+
+    Notes
+    -----
+    Mirrors `llama_moe_cache`. The weights must not change while they are cached; `clear` forgets them.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, Sequence[Tensor]],
+        homes: Mapping[int, Backend],
+        backends: Sequence[Backend],
+        rule: CacheRule,
+        *,
+        n_used: int,
+        weights: Mapping[Backend, float] | None = None,
+        has_data: bool = True,
+    ) -> None:
+        self.rule, self.n_used, self._has_data = rule, n_used, has_data
+        self._gpus = [b for b in backends if b.device.type in (DeviceType.GPU, DeviceType.IGPU)]
+        self._cpu = backends[-1]
+        if not self._gpus:
+            raise SchedError("the expert cache needs a GPU", hint="leave out --moe-cache-mib, or give a device")
+        if not any(layers.values()) or not n_used:
+            raise SchedError("the expert cache needs a model with experts", hint="leave out --moe-cache-mib")
+        self.groups: list[CacheGroup] = []
+        self._held: list[_Group] = []
+        self._group_of: dict[int, _Group] = {}
+        self._experts: dict[int, Sequence[Tensor]] = {}
+        self._banks: dict[Tensor, Tensor] = {}  # weight -> its bank
+        self._views: dict[Tensor, Tensor] = {}  # weight -> what a graph reads
+        self._maps: dict[int, Tensor] = {}
+        self._words: dict[int, ctypes.Array[ctypes.c_int32]] = {}  # what the maps hold; none in a plan
+        self.layer_of: dict[Tensor, int] = {}  #: layer of each slot map
+        self._buffers: list[Buffer] = []
+        self._sizes: dict[BufferType, int] = {}
+        self._lookups: dict[tuple[int, int], bool] = {}
+        self._host_layers = [
+            HostLayer(il, self._gpus.index(homes[il]), tuple(map(_about, experts)))
+            for il, experts in sorted(layers.items())
+            if experts and homes[il] in self._gpus and all(map(_is_host_weight, experts))
+        ]
+        if not self._host_layers:
+            return
+        shares = [float(b.device.memory()[0] if weights is None else weights.get(b, 0.0)) for b in self._gpus]
+        self._budget = [b.buffer_type.alignment for b in self._gpus], shares
+        self.groups = rule.groups(self._host_layers, n_used=n_used, alignments=self._budget[0], weights=shares)
+        try:
+            self._allocate(layers)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- memory --------------------------------------------------------------
+
+    def _allocate(self, layers: Mapping[int, Sequence[Tensor]]) -> None:
+        of_device: dict[Backend, list[Tensor]] = {}
+        maps: list[Tensor] = []
+        for i, plan in enumerate(self.groups):
+            if not plan.n_slots:
+                continue
+            cache = self._new_cache(plan, Counters())
+            group = _Group(plan, self._gpus[plan.device], cache)
+            self._held.append(group)
+            n = plan.n_slots + cache.policy.n_transit
+            for weight in layers[plan.layers[0]]:
+                bank = Tensor(weight.type, (*weight.ne[:2], n + 1), name=f"moe_cache.{i}.{weight.name}")
+                group.banks.append(bank)
+                of_device.setdefault(group.backend, []).append(bank)
+            for il in plan.layers:
+                self._group_of[il] = group
+                self._experts[il] = layers[il]
+                self._banks.update(zip(layers[il], group.banks, strict=True))
+                made = Tensor(Type.I32, (1, plan.n_expert), name=f"moe_cache.slot_map-{il}")
+                self._maps[il] = made
+                self.layer_of[made] = il
+                maps.append(made)
+        for backend, banks in of_device.items():
+            self._place(banks, backend, 0)
+        for weight, bank in self._banks.items():
+            view = ops.view_3d(bank, *bank.ne[:2], bank.ne[2] - 1, bank.nb[1], bank.nb[2], 0)
+            view.name = f"moe_cache.{weight.name}"
+            view.buffer, view.data = bank.buffer, bank.data
+            self._views[weight] = view
+        if maps:
+            self._place(maps, self._cpu, 0xFF)
+        if self._has_data and self._cpu.device.has_data:
+            for il, made in self._maps.items():
+                self._words[il] = (ctypes.c_int32 * made.ne[1])(*[-1] * made.ne[1])
+
+    def _place(self, tensors: list[Tensor], backend: Backend, value: int) -> None:
+        """Allocate tensors and set all their bytes; in a plan, give them addresses that no process has."""
+        buft = backend.buffer_type
+        size = sum(_padded(t, buft) for t in tensors)
+        self._sizes[buft] = self._sizes.get(buft, 0) + size
+        if not self._has_data and backend.device.has_data:
+            buffer, at = buft.alloc_buffer(0), _NOWHERE
+            for tensor in tensors:
+                tensor.buffer, tensor.data = buffer, at
+                at += _padded(tensor, buft)
+        else:
+            context = Context()
+            context.tensors = tensors
+            try:
+                made = context.alloc(backend, usage=BufferUsage.WEIGHTS)
+            except OutOfMemoryError as error:
+                raise OutOfMemoryError(
+                    error.buft, error.requested_bytes, error.available_bytes, "the expert cache",
+                    hint="a smaller cache, or fewer layers on the device (-ngl)",
+                ) from error  # fmt: skip
+            assert made is not None
+            buffer = made
+            buffer.clear(value)
+        buffer.set_usage(BufferUsage.WEIGHTS)
+        self._buffers.append(buffer)
+
+    def sizes(self) -> dict[BufferType, int]:
+        """Return the bytes that banks and slot maps take of each buffer type, or would take."""
+        return dict(self._sizes)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._words.clear()
+        for tensor in (*self._banks.values(), *self._views.values(), *self._maps.values()):
+            tensor.buffer = tensor.data = None
+        for buffer in self._buffers:
+            buffer.close()
+        self._buffers.clear()
+        self._held.clear()
+
+    def _new_cache(self, plan: CacheGroup, counters: Counters) -> ExpertCache:
+        sizes = [t.expert_bytes for t in plan.experts]
+        return ExpertCache(self.rule.table(plan), sizes, n_used=self.n_used, counters=counters)
+
+    def clear(self, *, counters: bool = False) -> None:
+        """Forget what the slots hold; counters go on, if they are not to be cleared, too."""
+        for group in self._held:
+            group.cache = self._new_cache(group.plan, Counters() if counters else group.cache.counters)
+            group.transient.clear()
+        for il, words in self._words.items():
+            ctypes.memset(words, 0xFF, ctypes.sizeof(words))
+            self._write(il)
+
+    # -- what a graph reads --------------------------------------------------
+
+    def slots(self, layer: int, ids: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Make the nodes that turn the ids that a layer chose into slots; None if the layer reads its weights.
+
+        Parameters
+        ----------
+        ids : Tensor
+            i32, [n_used, n_token]
+        weights : sequence of Tensor
+            Those that the layer's products take.
+
+        Returns
+        -------
+        Tensor, Tensor
+            The slots, in the place of the ids: i32, [n_used, n_token]. And the node that looks them up, which must be pinned
+            to the layer's device.
+
+        Notes
+        -----
+        Mirrors `llm_graph_context::build_moe_cache_slots`.
+        """
+        group = self._group_of.get(layer)
+        if group is None or not all(w in self._banks for w in weights):
+            return None
+        n_used, n_token = ids.ne[:2]
+        if not group.cache.serves(n_token, n_used):
+            return None
+        dense = ids if ids.is_contiguous() else ops.cont(ids)
+        found = ops.get_rows(self._maps[layer], ops.reshape_1d(dense, n_used * n_token))
+        if not group.backend.device.supports_op(found):
+            return None
+        return ops.reshape_2d(found, n_used, n_token), found
+
+    def bank(self, weight: Tensor) -> Tensor:
+        """Return what a product reads in place of a weight: a view of its bank, without the spare slot."""
+        return self._views[weight]
+
+    def backend(self, layer: int) -> Backend:
+        """Return the backend that computes a cached layer."""
+        return self._group_of[layer].backend
+
+    # -- what the policy asks ------------------------------------------------
+
+    @property
+    def banks(self) -> list[tuple[Backend, Tensor]]:
+        """All banks, with their devices."""
+        return [(group.backend, bank) for group in self._held for bank in group.banks]
+
+    def experts(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the expert weights of a cached layer with their banks."""
+        return [(w, self._banks[w]) for w in self._experts[layer]]
+
+    def cache(self, layer: int) -> ExpertCache:
+        """Return the slots of a cached layer's group."""
+        return self._group_of[layer].cache
+
+    def place_of(self, weight: Tensor, backend: Backend) -> tuple[int, int, Tensor] | None:
+        """Return layer, position among the layer's tensors and bank of a weight that is cached on a backend."""
+        bank = self._banks.get(weight)
+        if bank is None:
+            return None
+        layer = next(il for il, experts in self._experts.items() if weight in experts)
+        if self._group_of[layer].backend is not backend:
+            return None
+        return layer, list(self._experts[layer]).index(weight), bank
+
+    def begin(self) -> None:
+        """Take note that a computing starts."""
+        for group in self._held:
+            group.cache.policy.begin()
+
+    def note(self, layer: int, slots: Mapping[int, int], evicted: Sequence[tuple[int, int]]) -> None:
+        """Write into the slot maps where a layer's chosen experts are now, and that others have lost their slots."""
+        group = self._group_of[layer]
+        if not self._words:
+            return
+        for il, expert in (*evicted, *group.transient):
+            self._words[il][expert] = -1
+        words = self._words[layer]
+        for expert, slot in slots.items():
+            words[expert] = slot
+        for il in {layer, *(il for il, _ in evicted), *(il for il, _ in group.transient)}:
+            self._write(il)
+        n = group.plan.n_slots
+        group.transient = [(layer, expert) for expert, slot in slots.items() if slot >= n]
+
+    def _write(self, layer: int) -> None:
+        """Write a slot map, which no device may read any more."""
+        made = self._maps[layer]
+        tensor_set(made, ctypes.addressof(self._words[layer]), 0, made.nbytes)
+
+    # -- what reports say ----------------------------------------------------
+
+    def hopeless_up_to(self, group: CacheGroup) -> int:
+        """Return up to how many slots of a group one token a step never hits, with llama.cpp's rules."""
+        return slots_without_hits(len(group.layers), self.n_used)
+
+    def mib_for_hits(self, group: CacheGroup) -> int:
+        """Return the least size of llama.cpp's whole cache, in MiB, with which a group hits; 0 if none does."""
+        i, bound = self.groups.index(group), self.hopeless_up_to(group)
+
+        def is_enough(mib: int) -> bool:
+            try:
+                alignments, weights = self._budget
+                found = plan_cache(
+                    self._host_layers, mib * _MIB, n_used=self.n_used, alignments=alignments, weights=weights
+                )
+            except SchedError:
+                return False
+            return found[i].n_slots > bound
+
+        return _least(is_enough, 1 << 24)
+
+    def warnings(self) -> list[str]:
+        """Return what a user must know; llama.cpp says the first two itself."""
+        if not self.groups:
+            return ["no layer has all of its experts in host memory: the expert cache is off"]
+        told = []
+        for group in self.groups:
+            n, name = len(group.layers), self._gpus[group.device].buffer_type.name
+            bound = self.hopeless_up_to(group)
+            if not group.n_slots:
+                told.append(f"the expert cache is too small for {n} layers on {name}: they are not cached")
+            elif isinstance(self.rule, LlamaCache) and group.n_slots <= bound:
+                mib = self.mib_for_hits(group)
+                hint = f"hits begin at --moe-cache-mib {mib}" if mib else "no size is enough"
+                told.append(
+                    f"{group.n_slots} slots for {n} layers on {name} never hit (0 %) with one token a step: up to (layers - 1) * used "
+                    f"= {n - 1} * {self.n_used} = {bound} slots each expert is gone before its layer's next turn; {hint}. With u distinct "
+                    f"experts a layer and step it is {n - 1} * u"
+                )
+        return told
+
+    @property
+    def counters(self) -> Counters:
+        """What was found and uploaded, over all groups."""
+        return Counters.sum(group.cache.counters for group in self._held)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return groups, memory and counts for JSON."""
+        held = {id(group.plan): group for group in self._held}
+        groups = []
+        for plan in self.groups:
+            group = held.get(id(plan))
+            backend = self._gpus[plan.device]
+            counters = Counters() if group is None else group.cache.counters
+            groups.append({
+                "device": backend.buffer_type.name, "layers": plan.layers, "type": self._type(plan), "n_slots": plan.n_slots,
+                "n_transit": plan.n_transit, "share": plan.share, "bank_bytes": self._bank_bytes(group),
+                "host_bytes": plan.host_bytes, **counters.as_dict(), "never_hits_up_to_slots": self.hopeless_up_to(plan),
+                "hits_from_mib": self.mib_for_hits(plan) or None,
+            })  # fmt: skip
+        return {
+            "rule": self.rule.name, "n_used": self.n_used, "map_bytes": self._map_bytes(), **self.counters.as_dict(),
+            "groups": groups, "warnings": self.warnings(),
+        }  # fmt: skip
+
+    def _bank_bytes(self, group: _Group | None) -> int:
+        if group is None:
+            return 0
+        return sum(_padded(bank, group.backend.buffer_type) for bank in group.banks)
+
+    def _map_bytes(self) -> int:
+        return sum(_padded(made, self._cpu.buffer_type) for made in self._maps.values())
+
+    def start_lines(self) -> list[str]:
+        """Return what llama.cpp logs of the cache when a context is made."""
+        lines = []
+        for i, backend in enumerate(self._gpus):
+            own = [group for group in self.groups if group.device == i]
+            if not own:
+                continue
+            size = self._sizes.get(backend.buffer_type, 0)
+            host = sum(group.host_bytes for group in own)
+            lines.append(
+                f"{backend.buffer_type.name:>10} MoE cache size = {size / _MIB:8.2f} MiB for {host / _MIB:.2f} MiB of host experts"
+            )
+            lines += [
+                f"{len(g.layers):2} layers, {self._type(g)}: {g.n_slots:5} slots ({100 * g.share:.1f}%)" for g in own
+            ]
+        return [f"llama_moe_cache: {line}" for line in lines]
+
+    def _type(self, group: CacheGroup) -> str:
+        return str(group.experts[-1].layout[0])
+
+
+def _padded(tensor: Tensor, buft: BufferType) -> int:
+    """Return the bytes that a tensor takes in a buffer."""
+    return -(-buft.alloc_size(tensor) // buft.alignment) * buft.alignment
+
+
+def _least(is_enough: Callable[[int], bool], most: int) -> int:
+    """Return the least number that is enough; 0 if ``most`` is not."""
+    low, high = 0, most
+    if not is_enough(high):
+        return 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
+
+
+def _about(weight: Tensor) -> ExpertTensor:
+    return ExpertTensor(weight.name, (weight.type.ggml_name, *weight.ne), weight.ne[2], weight.nb[2])
+
+
+def _is_host_weight(weight: Tensor) -> bool:
+    buffer = weight.storage
+    return buffer is not None and buffer.usage is BufferUsage.WEIGHTS and buffer.is_host
