@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ..backend import Backend
+from ..notebook import html_table
 from ..record import SplitInput, SplitRecord
 from ..tensor import Tensor
 from .split import Cutter
-from .state import Split, is_computed
+from .state import Assignment, Split, is_computed
 from .transfer import input_kind
 
-__all__ = ["split_records"]
+__all__ = ["split_records", "splits_table"]
 
 
 def split_records(cutter: Cutter) -> list[SplitRecord]:
@@ -63,3 +67,24 @@ def split_records(cutter: Cutter) -> list[SplitRecord]:
             )
         )
     return records
+
+
+def splits_table(title: str, splits: Sequence[Split], asg: Assignment, backends: Sequence[Backend]) -> str:
+    """Return splits as HTML: where, why, and what copies of their inputs would move."""
+    columns = ("split", "backend", "nodes", "first", "because", "inputs", "bytes if whole")
+    rows = (_split_row(i, split, asg, backends) for i, split in enumerate(splits))
+    return html_table(title, columns, rows, n_rows=len(splits), right=("split", "nodes", "bytes if whole"))
+
+
+def _split_row(i: int, split: Split, asg: Assignment, backends: Sequence[Backend]) -> tuple[str, ...]:
+    first = next((n for n in split.graph.nodes if not n.op.is_view), None)
+    cause = None if first is None else asg.cause(first)
+    return (
+        str(i),
+        backends[split.backend_id].name,
+        f"{split.i_start}..{split.i_end - 1}",
+        "-" if first is None else f"{first.op_desc} {first.name}",
+        "-" if cause is None else cause.text,
+        ", ".join(t.name for t in split.inputs) or "-",
+        f"{sum(t.nbytes for t in split.inputs):,}",
+    )

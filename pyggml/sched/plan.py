@@ -84,7 +84,7 @@ class Plan:
             The device has too little memory left.
         """
         assert self.resources is not None
-        return self.resources.memory(self._index(backend), n_bytes, name)
+        return self.resources.memory(self.machine.index(backend), n_bytes, name)
 
     def lend(self, backend: Backend, tensor: Tensor, *, has_queues: bool = False) -> None:
         """Let the run send to memory that the policy has allocated itself: a tensor on the backend's device.
@@ -106,13 +106,7 @@ class Plan:
     def queue(self, backend: Backend, number: int = 1) -> CopyQueue:
         """Return a second stream of a backend's device, for copies beside its work; the same for a number from plan to plan."""
         assert self.resources is not None
-        return self.resources.queue(self._index(backend), number)
-
-    def _index(self, backend: Backend) -> int:
-        for i, own in enumerate(self.machine.backends):
-            if own is backend:
-                return i
-        raise SchedError(f"{backend!r} is not a backend of this scheduler")
+        return self.resources.queue(self.machine.index(backend), number)
 
 
 def make_plan(graph: Graph, cutter: Cutter, resources: Resources, repairs: Repairs) -> Plan:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..backend import Backend
 from ..dialect import Dialect, Repairs
+from ..errors import SchedError
 from ..graph import GraphView
 from ..tensor import Tensor
 from .transfer import Transfer, is_host_weight
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 __all__ = [
-    "CallbackCopier", "CopyCallback", "CopyPolicy", "FullCopier", "UpstreamCopier", "UsedExpertCopier", "default_offload",
+    "CallbackCopier", "CopyCallback", "CopyPolicy", "FullCopier", "UpstreamCopier", "UsedExpertCopier", "choose_policy",
+    "default_offload",
     "is_host_weight", "plain_policy",
 ]  # fmt: skip
 
@@ -128,6 +130,32 @@ class UpstreamCopier(UsedExpertCopier):
 
     def __init__(self) -> None:
         super().__init__(Repairs.strict())
+
+
+def choose_policy(
+    policy: CopyPolicy | Literal["used"] | None,
+    callback: CopyCallback | None,
+    dialect: Dialect,
+    repairs: Repairs,
+    *,
+    strict: bool,
+) -> CopyPolicy:
+    """Return the policy that a scheduler's arguments mean.
+
+    Raises
+    ------
+    SchedError
+        A policy and a copy callback are given.
+    """
+    if callback is not None:
+        if policy != "used":
+            raise SchedError("a policy and a copy callback are given", hint="a copy callback is a policy: give one")
+        return CallbackCopier(callback)
+    if policy is None:
+        return plain_policy(dialect)
+    if policy == "used":
+        return UpstreamCopier() if strict else UsedExpertCopier(repairs)
+    return policy
 
 
 def plain_policy(dialect: Dialect) -> CopyPolicy:

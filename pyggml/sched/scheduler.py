@@ -30,13 +30,12 @@ The way of a graph: `assign` (which backend), `split` (where to cut, what to cop
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from .. import config
 from ..alloc import Gallocr
@@ -46,33 +45,21 @@ from ..clock import VirtualClock
 from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect, Repairs
 from ..errors import SchedError
 from ..graph import Graph, Snapshot
-from ..notebook import html_table
-from ..record import Observer, Observers, Record, Recorder, SplitRecord, Statistics
+from ..record import Observer, Recorder, SplitRecord
 from ..tensor import Tensor
-from ..types import SCHED_MAX_COPIES, BufferUsage, DeviceType
+from ..types import SCHED_MAX_COPIES
 from .assign import OffloadOp
-from .check import check_allocation, check_assignment, check_splits
-from .check_copies import CopyCheck
+from .check import check_allocation
 from .compute import EvalCallback, SplitRun, compute_splits
-from .debug import assignments_text
-from .describe import split_records
-from .ids import IdsSource
-from .kept import IdTable, KeptAlloc
-from .log import RunLog
+from .describe import split_records, splits_table
+from .kept import KeptAlloc
+from .observed import Observed
+from .passes import Passes
 from .plan import Plan, make_plan
-from .policies import (
-    CallbackCopier,
-    CopyCallback,
-    CopyPolicy,
-    UpstreamCopier,
-    UsedExpertCopier,
-    default_offload,
-    plain_policy,
-)
-from .precedent import Precedent, Precedents
+from .policies import CopyCallback, CopyPolicy, choose_policy, default_offload
 from .resources import Resources
-from .split import CutMemory, Cutter, graph_size, make_sched_graph, optimize_splits
-from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
+from .split import Cutter
+from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split, check_backends, check_bufts
 from .tenancy import Tenancy
 
 if TYPE_CHECKING:
@@ -87,7 +74,7 @@ __all__ = ["ReallocCallback", "Scheduler"]
 ReallocCallback = Callable[["Scheduler", SchedGraph, bool, bool], None]
 
 
-class Scheduler:
+class Scheduler(Observed):
     """Runs graphs over several backends.
 
     Parameters
@@ -160,46 +147,29 @@ class Scheduler:
         debug: int | None = None,
     ) -> None:
         self.backends = tuple(backends)
-        _check_backends(self.backends)
+        check_backends(self.backends)
         self.bufts = tuple(b.buffer_type for b in self.backends) if bufts is None else tuple(bufts)
-        _check_bufts(self.backends, self.bufts)
+        check_bufts(self.backends, self.bufts)
         if not isinstance(dialect, Dialect):
             raise SchedError(f"{dialect!r} is not a dialect", hint=f"pyggml.DIALECTS has {', '.join(DIALECTS)}")
         self.dialect = dialect
         self.repairs = (Repairs.strict() if strict else Repairs()) if repairs is None else repairs
-        self.machine = Machine(self.backends, self.bufts, dialect, self.repairs)
+        machine = Machine(self.backends, self.bufts, dialect, self.repairs)
+        super().__init__(machine, observers=observers, recorder=recorder, clock=clock)
         self.n_copies = SCHED_MAX_COPIES if parallel else 1
         self.cur_copy = self.next_copy = 0
         self.op_offload = op_offload
         self.offload_rule: OffloadOp = default_offload if offload_rule is None else offload_rule
-        if copy_callback is not None:
-            if policy != "used":
-                raise SchedError("a policy and a copy callback are given", hint="a copy callback is a policy: give one")
-            policy = CallbackCopier(copy_callback)
-        if policy is None:
-            policy = plain_policy(dialect)
-        elif policy == "used":
-            policy = UpstreamCopier() if strict else UsedExpertCopier(self.repairs)
-        self.policy: CopyPolicy = policy
+        self.policy = choose_policy(policy, copy_callback, dialect, self.repairs, strict=strict)
         if realloc_callback is not None and not dialect.realloc_callback:
             raise SchedError(f"ggml {dialect.version} has no realloc callback", hint="dialect 0.27 has one")
         self.realloc_callback = realloc_callback
         self.eval_callback = eval_callback
         self.debug = config.sched_debug() if debug is None else debug
-        #: counts of all that was copied and computed since the scheduler was made, or since ``stats.clear()``
-        self.stats = Statistics()
-        self._recorder = recorder
-        self._observers = tuple(observers)
-        self._told: Observers | None = None
-        self._rebuild_observers()
-        self.clock = clock
-        #: tells runs which experts a batch uses; a plan without data puts its own in place
-        self.ids_source = IdsSource()
         #: what `compute` makes; a test may put one in place that leaves a wait out
         self.run_type: type[SplitRun] = SplitRun
         #: device memory and queues of the copy policy
-        self.resources = Resources(self.backends, self._note_resources)
-        self._noted_resources: set[BufferType] = set()
+        self.resources = Resources(self.backends, lambda: self._note_resources(self.resources))
 
         self.assignment = Assignment()
         self.splits: list[Split] = []
@@ -210,28 +180,16 @@ class Scheduler:
             [b.device.event_new() if parallel else None for _ in range(self.n_copies)] for b in self.backends
         ]
         self.galloc = Gallocr(self.bufts, dialect=dialect, keeps_outputs=self.repairs.reused_memory)
-        self._noted_sizes = [0] * len(self.bufts)  # of compute buffers, as last recorded
-        self.is_reset = True
-        self.is_alloc = False
-        self._memory = CutMemory()
-        self._precedents = Precedents(self.machine)
-        self._node_ids, self._prev_node_ids = IdTable(), IdTable()
-        self._leaf_ids, self._prev_leaf_ids = IdTable(), IdTable()
-        self._graph_size = self._prev_graph_size = 0  # of the latest cut and the one before, as upstream counts
+        self.is_reset, self.is_alloc = True, False
+        self._passes = Passes(self.machine)
         self._cutter: Cutter | None = None
         self._cut_graph: ref[Graph] | None = None
         self._plan: Plan | None = None  # of the latest cut, once asked for
         self._reserved_by: CopyPolicy | None = None  # who has seen the plan
-        self._checked: tuple[CopyCheck, Observers] | None = None  # of the latest cut, once asked for
         self._allocated: ref[Graph] | None = None
         self._snapshot = Snapshot(())  # of the allocated graph
         self._tenancy = Tenancy(self.sched_graph, ())  # in the compute buffers
-        #: by graph: which sources became copies, and the copies
-        self._replaced_sources: WeakKeyDictionary[Graph, tuple[list[tuple[Tensor, int, Tensor]], Copies]] = (
-            WeakKeyDictionary()
-        )
         self._kept: KeptAlloc | None = None
-        self._laid_out_as: Precedent | None = None  # the latest graph
         self._thread = threading.RLock()
 
     # -- questions -----------------------------------------------------------
@@ -262,36 +220,6 @@ class Scheduler:
             self._plan = make_plan(graph, self._cutter, self.resources, self.repairs)
         return self._plan
 
-    @property
-    def observers(self) -> tuple[Observer | Recorder, ...]:
-        """Who is told of everything that happens, beside the recorder; may be set between two calls."""
-        return self._observers
-
-    @observers.setter
-    def observers(self, observers: Iterable[Observer | Recorder]) -> None:
-        self._observers = tuple(observers)
-        self._rebuild_observers()
-
-    @property
-    def recorder(self) -> Recorder | None:
-        """Who takes a record of everything; may be set between two calls."""
-        return self._recorder
-
-    @recorder.setter
-    def recorder(self, recorder: Recorder | None) -> None:
-        self._recorder = recorder
-        self._rebuild_observers()
-
-    def _rebuild_observers(self) -> None:
-        every = [*self._observers, *([] if self._recorder is None else [self._recorder])]
-        self._told = Observers(every) if every else None
-        self._checked = None
-
-    def record(self, record: Record) -> None:
-        """Hand a record to all observers that take its kind."""
-        if self._told is not None:
-            self._told.record(record)
-
     def tensor_backend(self, tensor: Tensor) -> Backend | None:
         """Return the backend that a tensor is assigned to."""
         backend_id = self.assignment.get(tensor)
@@ -308,17 +236,11 @@ class Scheduler:
         -----
         Mirrors `ggml_backend_sched_get_buffer_size`.
         """
-        return self.galloc.buffer_size(self._backend_id(backend))
+        return self.galloc.buffer_size(self.machine.index(backend))
 
     def chunk_sizes(self, backend: Backend) -> list[int]:
         """Bytes of each chunk of a backend's compute buffer."""
-        return [b.size for b in self.galloc.chunks(self._backend_id(backend))]
-
-    def _backend_id(self, backend: Backend) -> int:
-        for i, b in enumerate(self.backends):
-            if b is backend:
-                return i
-        raise SchedError(f"{backend.name} is no backend of this scheduler")
+        return [b.size for b in self.galloc.chunks(self.machine.index(backend))]
 
     # -- user's choices ------------------------------------------------------
 
@@ -331,7 +253,7 @@ class Scheduler:
         an error, and a view stays with the tensor that it views (`Repairs.unsupported_ops`).
         """
         with self._one_thread():
-            self.assignment.set(tensor, self._backend_id(backend), Cause.USER)
+            self.assignment.set(tensor, self.machine.index(backend), Cause.USER)
             self.is_reset = False
 
     def set_eval_callback(self, callback: EvalCallback | None) -> None:
@@ -356,52 +278,19 @@ class Scheduler:
             return self._split(graph)
 
     def _split(self, graph: Graph) -> list[Split]:
-        self._restore(graph)
+        self._passes.restore(graph)
         self.is_reset = False
         self._cutter = self._plan = self._checked = self._kept = self._reserved_by = None
-        asg, log = self.assignment, self.new_log()
-        start_s = log.now()
-        cutter = Cutter(asg, self.machine, self._memory, n_copies=self.n_copies, cur_copy=self.cur_copy)
-        self._replaced_sources[graph] = cutter.replaced_sources, cutter.copies
-        precedent = self._precedents.decide(graph, cutter, self.offload_rule if self.op_offload else None)
-        if self.debug:
-            sys.stderr.write(assignments_text(graph, cutter.splits, asg, self.machine, level=self.debug))
-        asg.forget_counts()
-        log.assigned(graph, asg, start_s)
-        cutter.copy_graph_inputs(graph)
-        self._node_ids, self._prev_node_ids = self._prev_node_ids, self._node_ids
-        self._leaf_ids, self._prev_leaf_ids = self._prev_leaf_ids, self._leaf_ids
-        version = graph.version
-        deps = optimize_splits(graph, cutter.splits, self.machine)
-        self._laid_out_as = precedent if not deps and graph.version == version else None
-        self.sched_graph = make_sched_graph(graph, cutter, deps)
-        self._node_ids.write(self.sched_graph.node_backend_ids)
-        self._leaf_ids.write(self.sched_graph.leaf_backend_ids)
+        cutter, self.sched_graph = self._passes.cut(
+            graph, self.assignment, self.offload_rule if self.op_offload else None, self.new_log(),
+            n_copies=self.n_copies, cur_copy=self.cur_copy, debug=self.debug,
+        )  # fmt: skip
         self.splits, self.copies, self.graph_inputs = cutter.splits, cutter.copies, cutter.graph_inputs
         self._cutter, self._cut_graph = cutter, ref(graph)
-        self._prev_graph_size, self._graph_size = self._graph_size, graph_size(graph, cutter, self.sched_graph)
         if self._told is not None and self._told.takes(SplitRecord):
             for described in split_records(cutter):
                 self._told.record(described)
-        if config.check():
-            check_assignment(graph, asg, self.machine)
-            check_splits(graph, cutter)
         return self.splits
-
-    def _restore(self, graph: Graph) -> None:
-        """Undo what an earlier splitting and allocation of the same graph did to its tensors."""
-        undo = self._replaced_sources.pop(graph, None)
-        if undo is None:
-            return
-        replaced, copies = undo
-        for node, j, src in replaced:
-            made = copies.get(src, {}).values()
-            if j < len(node.src) and any(node.src[j] in c for c in made):  # else somebody replaced it since
-                node.src[j] = src
-        for tensor in (*graph.leafs, *graph.nodes):
-            storage = tensor.storage
-            if storage is not None and storage.usage is BufferUsage.COMPUTE:
-                tensor.buffer = tensor.data = None
 
     def reserve(self, graph: Graph) -> None:
         """Allocate compute buffers that a graph needs, and forget the graph.
@@ -435,12 +324,12 @@ class Scheduler:
             self._split(graph)
             self.reserve_policy()
             copy = self.sched_graph
-            with self._noting_buffers():
+            with self._noting_buffers(self.galloc, self.sched_graph):
                 return self.galloc.reserve_n_size(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
 
     def _reserve_sched_graph(self) -> None:
         copy = self.sched_graph
-        with self._noting_buffers():
+        with self._noting_buffers(self.galloc, self.sched_graph):
             self.galloc.reserve_n(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
 
     def reserve_policy(self) -> None:
@@ -449,34 +338,6 @@ class Scheduler:
             if self.policy.overrides("reserve"):
                 self.policy.reserve(self.plan)
             self._reserved_by = self.policy
-
-    def _note_resources(self) -> None:
-        """Record what the policy holds."""
-        if self._told is None:
-            return
-        log, held, at = self.new_log(), self.resources.sizes(), self.resources.backend_of()
-        log.holds("policy", [(at[buft], buft, size) for buft, size in held.items()], log.now())
-        gone = self._noted_resources - held.keys()
-        owners = {b.buffer_type: i for i, b in enumerate(self.backends)}
-        log.holds("policy", [(owners.get(buft, self.machine.cpu), buft, 0) for buft in gone], log.now())
-        self._noted_resources = set(held)
-
-    @contextmanager
-    def _noting_buffers(self) -> Iterator[None]:
-        """Record which compute buffers changed within the block, also if it fails."""
-        if self._told is None:
-            yield
-            return
-        log = self.new_log()
-        start_s = log.now()
-        try:
-            yield
-        finally:
-            nodes = self.sched_graph.nodes
-            sizes = [self.galloc.buffer_size(i) for i in range(len(self.bufts))]
-            changed = [(i, self.bufts[i], n) for i, n in enumerate(sizes) if n != self._noted_sizes[i]]
-            log.holds("compute", changed, start_s, graph=nodes[-1].name if nodes else "")
-            self._noted_sizes = sizes
 
     def alloc_graph(self, graph: Graph) -> None:
         """Assign, cut and allocate a graph, so that its inputs can be set.
@@ -513,7 +374,7 @@ class Scheduler:
             self._alloc_splits()
             self.reserve_policy()
             self._kept = KeptAlloc(graph, self.assignment, self.copies, self._rules)
-            like, cutter = self._laid_out_as, self._cutter
+            like, cutter = self._passes.precedent, self._cutter
             self._snapshot = Snapshot(graph.nodes) if like is None or cutter is None else like.snapshot(graph, cutter)
             chunks = [c for i in range(len(self.bufts)) for c in self.galloc.chunks(i)]
             self._tenancy = Tenancy(self.sched_graph, chunks if self.repairs.reused_memory else ())
@@ -555,20 +416,17 @@ class Scheduler:
         -----
         Mirrors `ggml_backend_sched_alloc_splits`.
         """
-        bufts = self.bufts
-        moved = self._node_ids.moved(self._prev_node_ids, len(self.sched_graph.nodes), bufts) or self._leaf_ids.moved(
-            self._prev_leaf_ids, len(self.sched_graph.leafs), bufts
-        )
-        with self._noting_buffers():  # with one buffer type the allocator reserves by itself
-            is_placed = not moved and self.galloc.alloc_graph(self.sched_graph, self._laid_out_as)
+        moved = self._passes.moved(self.sched_graph, self.bufts)
+        # with one buffer type the allocator reserves by itself
+        with self._noting_buffers(self.galloc, self.sched_graph):
+            is_placed = not moved and self.galloc.alloc_graph(self.sched_graph, self._passes.precedent)
         if not is_placed:
             if self.realloc_callback is not None:
-                is_resized = self._graph_size != self._prev_graph_size
-                self.realloc_callback(self, self.sched_graph, moved, is_resized)
+                self.realloc_callback(self, self.sched_graph, moved, self._passes.is_resized)
             # inputs may move in memory; next_copy must not change, so this is no `synchronize`
             self._wait()
             self._reserve_sched_graph()
-            self.galloc.alloc_graph(self.sched_graph, self._laid_out_as)
+            self.galloc.alloc_graph(self.sched_graph, self._passes.precedent)
         if config.check():
             check_allocation(self.sched_graph, self.galloc)
 
@@ -623,29 +481,18 @@ class Scheduler:
                     hint="call reset() and alloc_graph(), then set the inputs again",
                 )
         self.reserve_policy()  # the policy may be another one by now
-        policy = self.policy
+        policy, cutter = self.policy, self._cutter
+        assert cutter is not None
         self._tenancy.begin()
         compute_splits(
             self.run_type(
                 self.plan, cur_copy=self.cur_copy, events=self.events, policy=policy,
                 repairs=self.repairs if policy.repairs is None else policy.repairs, ids=self.ids_source,
                 eval_callback=self.eval_callback, resources=self.resources,
-                log=self.new_log(self._checking_observers()),
+                log=self.new_log(self._checking_observers(cutter)),
             )
         )  # fmt: skip
         self._tenancy.end()
-
-    def _checking_observers(self) -> Observers | None:
-        """Return the observers; with ``PYGGML_CHECK`` one more that verifies copies, unless mistakes are replayed."""
-        mended = self.repairs
-        if not config.check() or not (mended.shared_experts and mended.stale_ids and mended.stale_copies):
-            return self._told
-        if self._checked is None:
-            assert self._cutter is not None
-            check = CopyCheck(self._cutter)
-            every = [check, *self._observers, *([] if self._recorder is None else [self._recorder])]
-            self._checked = check, Observers(every)
-        return self._checked[1]
 
     def synchronize(self) -> None:
         """Wait for all work of all backends.
@@ -672,10 +519,6 @@ class Scheduler:
         for queue in self.resources.queues.values():
             queue.backend.synchronize()
 
-    def new_log(self, observers: Observers | None = None) -> RunLog:
-        """Return what makes events of copies, waits and launches: it counts in `stats`, tells observers, moves the clock."""
-        return RunLog(self.machine, self.stats, observers or self._told, self.clock, self.ids_source)
-
     def reset(self) -> None:
         """Forget graph, assignments and pins; compute buffers stay.
 
@@ -699,13 +542,12 @@ class Scheduler:
         with self._one_thread():
             self._synchronize()
             self._reset()
-            for graph in list(self._replaced_sources):
-                self._restore(graph)
+            self._passes.restore_all()
             self._kept = self._plan = self._checked = None
             self.resources.close()
             self.splits = []
             self.sched_graph = SchedGraph()
-            with self._noting_buffers():
+            with self._noting_buffers(self.galloc, self.sched_graph):
                 self.galloc.close()
 
     def __enter__(self) -> Self:
@@ -754,41 +596,5 @@ class Scheduler:
 
     def _repr_html_(self) -> str:
         """Return the splits as a table, for notebooks: where, why, and what copies of their inputs would move."""
-        columns = ("split", "backend", "nodes", "first", "because", "inputs", "bytes if whole")
         title = f"Scheduler over {', '.join(b.name for b in self.backends)}: {self.n_splits} splits"
-        right = ("split", "nodes", "bytes if whole")
-        rows = (self._split_row(i, split) for i, split in enumerate(self.splits))
-        return html_table(title, columns, rows, n_rows=self.n_splits, right=right)
-
-    def _split_row(self, i: int, split: Split) -> tuple[str, ...]:
-        first = next((n for n in split.graph.nodes if not n.op.is_view), None)
-        cause = None if first is None else self.cause(first)
-        return (
-            str(i),
-            self.backends[split.backend_id].name,
-            f"{split.i_start}..{split.i_end - 1}",
-            "-" if first is None else f"{first.op_desc} {first.name}",
-            "-" if cause is None else cause.text,
-            ", ".join(t.name for t in split.inputs) or "-",
-            f"{sum(t.nbytes for t in split.inputs):,}",
-        )
-
-
-def _check_backends(backends: Sequence[Backend]) -> None:
-    if not backends:
-        raise SchedError("a scheduler needs at least one backend", hint="the last one must be a CPU")
-    for backend in backends:
-        if not isinstance(backend, Backend):
-            raise SchedError(f"{backend!r} is no backend", hint="pyggml.CPU() and pyggml.Sim() make some")
-    if backends[-1].device.type is not DeviceType.CPU:
-        raise SchedError(
-            f"the last backend must be a CPU, not {backends[-1].name}", hint="append pyggml.CPU() to the backends"
-        )
-
-
-def _check_bufts(backends: Sequence[Backend], bufts: Sequence[BufferType]) -> None:
-    if len(bufts) != len(backends):
-        raise SchedError(f"{len(backends)} backends need as many buffer types, not {len(bufts)}")
-    for backend, buft in zip(backends, bufts, strict=True):
-        if not backend.supports_buft(buft):
-            raise SchedError(f"{backend.name} cannot use memory of type {buft.name}")
+        return splits_table(title, self.splits, self.assignment, self.backends)

@@ -10,10 +10,11 @@ from enum import Enum
 from ..backend import Backend
 from ..buffer import BufferType
 from ..dialect import Dialect, Repairs
+from ..errors import SchedError
 from ..graph import GraphView
 from ..notebook import html_table
 from ..tensor import Tensor
-from ..types import TensorFlag
+from ..types import DeviceType, TensorFlag
 
 __all__ = [
     "CAUSES_OF_WEIGHTS",
@@ -24,6 +25,8 @@ __all__ = [
     "Machine",
     "SchedGraph",
     "Split",
+    "check_backends",
+    "check_bufts",
     "is_computed",
 ]
 
@@ -174,6 +177,40 @@ class BufferUsers(dict[BufferType, tuple[int, ...]]):
         return users
 
 
+def check_backends(backends: Sequence[Backend]) -> None:
+    """Refuse backends that no scheduler can have.
+
+    Raises
+    ------
+    SchedError
+        There is none, one is not a backend, or the last is not a CPU.
+    """
+    if not backends:
+        raise SchedError("a scheduler needs at least one backend", hint="the last one must be a CPU")
+    for backend in backends:
+        if not isinstance(backend, Backend):
+            raise SchedError(f"{backend!r} is no backend", hint="pyggml.CPU() and pyggml.Sim() make some")
+    if backends[-1].device.type is not DeviceType.CPU:
+        raise SchedError(
+            f"the last backend must be a CPU, not {backends[-1].name}", hint="append pyggml.CPU() to the backends"
+        )
+
+
+def check_bufts(backends: Sequence[Backend], bufts: Sequence[BufferType]) -> None:
+    """Refuse buffer types that their backends cannot use.
+
+    Raises
+    ------
+    SchedError
+        There are more or fewer than backends, or one cannot be used.
+    """
+    if len(bufts) != len(backends):
+        raise SchedError(f"{len(backends)} backends need as many buffer types, not {len(bufts)}")
+    for backend, buft in zip(backends, bufts, strict=True):
+        if not backend.supports_buft(buft):
+            raise SchedError(f"{backend.name} cannot use memory of type {buft.name}")
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What the passes ask: the backends in order of priority, the last a CPU, and the rules."""
@@ -189,6 +226,19 @@ class Machine:
     def __post_init__(self) -> None:
         object.__setattr__(self, "users", BufferUsers(self.backends))
         object.__setattr__(self, "cpu", len(self.backends) - 1)
+
+    def index(self, backend: Backend) -> int:
+        """Return the index of a backend.
+
+        Raises
+        ------
+        SchedError
+            It is not one of these.
+        """
+        for i, own in enumerate(self.backends):
+            if own is backend:
+                return i
+        raise SchedError(f"{backend!r} is not a backend of this scheduler")
 
     @property
     def op_checks(self) -> list[Callable[[Tensor], bool]]:

@@ -178,3 +178,11 @@ def test_the_page_tells_the_same_rooms() -> None:
     assert {name: _ROOMS.get(name) for name in own if name not in ("__init__", "__main__")} == {
         name: number for name, number in told.items() if name != "__init__"
     } | {"sched": 5}
+
+
+def test_no_file_is_long() -> None:
+    """No file of the package, the kernels or the tests has more than 600 lines: a longer one has a seam to cut along."""
+    kinds = {".py", ".c", ".h", ".js", ".css", ".html"}
+    files = [p for top in ("pyggml", "kernels", "tests") for p in (ROOT / top).rglob("*") if p.suffix in kinds]
+    long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text(encoding="utf-8").splitlines())) > 600}
+    assert not long

@@ -18,7 +18,7 @@ from pyggml.backends.mock import (
 )
 from pyggml.errors import SchedError
 from pyggml.graph import Graph
-from pyggml.sched import scheduler
+from pyggml.sched import passes, scheduler
 from pyggml.sched.check import check_allocation, check_assignment, check_splits
 from pyggml.sched.scheduler import Scheduler
 from pyggml.sched.state import Cause
@@ -71,7 +71,7 @@ def test_right_decisions_pass(monkeypatch: pytest.MonkeyPatch) -> None:
             called.append(check.__name__)
             check(*args)
 
-        monkeypatch.setattr(scheduler, check.__name__, noted)
+        monkeypatch.setattr(scheduler if check is check_allocation else passes, check.__name__, noted)
     _decided()
     assert called == ["check_assignment", "check_splits", "check_allocation"]
 
@@ -79,7 +79,7 @@ def test_right_decisions_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_variable_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without PYGGML_CHECK no check runs."""
     monkeypatch.delenv("PYGGML_CHECK", raising=False)
-    monkeypatch.setattr(scheduler, "check_assignment", lambda *_: pytest.fail("checked"))
+    monkeypatch.setattr(passes, "check_assignment", lambda *_: pytest.fail("checked"))
     _decided()
 
 

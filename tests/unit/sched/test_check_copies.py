@@ -20,7 +20,7 @@ from pyggml.backends.mock import (
 from pyggml.backends.sim import SimBackend
 from pyggml.dialect import Repairs
 from pyggml.graph import GraphView
-from pyggml.sched import plan, scheduler
+from pyggml.sched import observed, plan
 from pyggml.sched.ranges import Ranges
 
 D, F, E, N_TOKEN = 32, 16, 8, 40
@@ -143,7 +143,7 @@ def test_right_copies_pass_unnoticed(
 def test_nothing_is_followed_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without PYGGML_CHECK no copy is followed."""
     monkeypatch.delenv("PYGGML_CHECK")
-    monkeypatch.setattr(scheduler, "CopyCheck", lambda *_: pytest.fail("followed"))
+    monkeypatch.setattr(observed, "CopyCheck", lambda *_: pytest.fail("followed"))
     world = _World()
     world.run(*_two_users(world))
 

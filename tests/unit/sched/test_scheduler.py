@@ -180,7 +180,7 @@ def test_backends_are_checked():
     with pytest.raises(ggml.SchedError, match="cannot use memory"):
         ggml.Scheduler([gpu, cpu], bufts=[cpu.buffer_type, cpu.buffer_type])
     stranger, _, _ = machine()
-    with pytest.raises(ggml.SchedError, match="no backend of this scheduler"):
+    with pytest.raises(ggml.SchedError, match="not a backend of this scheduler"):
         ggml.Scheduler([gpu, cpu]).buffer_size(stranger)
 
 

@@ -1,0 +1,133 @@
+"""What a scheduler tells of itself: counts, records for observers, and virtual times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .. import config
+from ..clock import VirtualClock
+from ..record import Observer, Observers, Record, Recorder, Statistics
+from .check_copies import CopyCheck
+from .ids import IdsSource
+from .log import RunLog
+from .state import Machine, SchedGraph
+
+if TYPE_CHECKING:
+    from ..alloc import Gallocr
+    from ..buffer import BufferType
+    from .resources import Resources
+    from .split import Cutter
+
+__all__ = ["Observed"]
+
+
+class Observed:
+    """The side of a scheduler that others watch.
+
+    Attributes
+    ----------
+    stats : Statistics
+        Counts of all that was copied and computed since the scheduler was made, or since ``stats.clear()``.
+    clock : VirtualClock or None
+        Keeps the times that everything would take on other machines.
+    ids_source : IdsSource
+        Tells runs which experts a batch uses; a plan without data puts its own in place.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        observers: Iterable[Observer | Recorder],
+        recorder: Recorder | None,
+        clock: VirtualClock | None,
+    ) -> None:
+        self.machine = machine
+        self.stats = Statistics()
+        self.clock = clock
+        self.ids_source = IdsSource()
+        self._recorder = recorder
+        self._observers = tuple(observers)
+        self._told: Observers | None = None
+        self._checked: tuple[CopyCheck, Observers] | None = None  # of the latest cut, once asked for
+        self._noted_resources: set[BufferType] = set()
+        self._noted_sizes = [0] * len(machine.bufts)  # of compute buffers, as last recorded
+        self._rebuild_observers()
+
+    @property
+    def observers(self) -> tuple[Observer | Recorder, ...]:
+        """Who is told of everything that happens, beside the recorder; may be set between two calls."""
+        return self._observers
+
+    @observers.setter
+    def observers(self, observers: Iterable[Observer | Recorder]) -> None:
+        self._observers = tuple(observers)
+        self._rebuild_observers()
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """Who takes a record of everything; may be set between two calls."""
+        return self._recorder
+
+    @recorder.setter
+    def recorder(self, recorder: Recorder | None) -> None:
+        self._recorder = recorder
+        self._rebuild_observers()
+
+    @property
+    def _every_observer(self) -> list[Observer | Recorder]:
+        return [*self._observers, *([] if self._recorder is None else [self._recorder])]
+
+    def _rebuild_observers(self) -> None:
+        every = self._every_observer
+        self._told = Observers(every) if every else None
+        self._checked = None
+
+    def record(self, record: Record) -> None:
+        """Hand a record to all observers that take its kind."""
+        if self._told is not None:
+            self._told.record(record)
+
+    def new_log(self, observers: Observers | None = None) -> RunLog:
+        """Return what makes events of copies, waits and launches: it counts in `stats`, tells observers, moves the clock."""
+        return RunLog(self.machine, self.stats, observers or self._told, self.clock, self.ids_source)
+
+    def _checking_observers(self, cutter: Cutter) -> Observers | None:
+        """Return the observers; with ``PYGGML_CHECK`` one more that verifies copies, unless mistakes are replayed."""
+        mended = self.machine.repairs
+        if not config.check() or not (mended.shared_experts and mended.stale_ids and mended.stale_copies):
+            return self._told
+        if self._checked is None:
+            check = CopyCheck(cutter)
+            self._checked = check, Observers([check, *self._every_observer])
+        return self._checked[1]
+
+    def _note_resources(self, resources: Resources) -> None:
+        """Record what the policy holds."""
+        if self._told is None:
+            return
+        log, held, at = self.new_log(), resources.sizes(), resources.backend_of()
+        log.holds("policy", [(at[buft], buft, size) for buft, size in held.items()], log.now())
+        gone = self._noted_resources - held.keys()
+        owners = {b.buffer_type: i for i, b in enumerate(self.machine.backends)}
+        log.holds("policy", [(owners.get(buft, self.machine.cpu), buft, 0) for buft in gone], log.now())
+        self._noted_resources = set(held)
+
+    @contextmanager
+    def _noting_buffers(self, galloc: Gallocr, graph: SchedGraph) -> Iterator[None]:
+        """Record which compute buffers changed within the block, also if it fails."""
+        if self._told is None:
+            yield
+            return
+        log = self.new_log()
+        start_s = log.now()
+        try:
+            yield
+        finally:
+            nodes = graph.nodes
+            sizes = [galloc.buffer_size(i) for i in range(len(self.machine.bufts))]
+            changed = [(i, self.machine.bufts[i], n) for i, n in enumerate(sizes) if n != self._noted_sizes[i]]
+            log.holds("compute", changed, start_s, graph=nodes[-1].name if nodes else "")
+            self._noted_sizes = sizes

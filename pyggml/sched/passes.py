@@ -1,0 +1,131 @@
+"""`Passes`: takes one graph after the other through the six passes, and keeps what upstream keeps from one to the next."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+from .. import config
+from ..buffer import BufferType
+from ..graph import Graph
+from ..tensor import Tensor
+from ..types import BufferUsage
+from .assign import OffloadOp
+from .check import check_assignment, check_splits
+from .debug import assignments_text
+from .kept import IdTable
+from .log import RunLog
+from .precedent import Precedent, Precedents
+from .split import CutMemory, Cutter, graph_size, make_sched_graph, optimize_splits
+from .state import Assignment, Copies, Machine, SchedGraph
+
+__all__ = ["Passes"]
+
+
+class Passes:
+    """The passes over a machine's backends."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._memory = CutMemory()
+        self._precedents = Precedents(machine)
+        self.precedent: Precedent | None = None  #: what the latest graph is laid out as
+        self._node_ids, self._prev_node_ids = IdTable(), IdTable()
+        self._leaf_ids, self._prev_leaf_ids = IdTable(), IdTable()
+        self._graph_size = self._prev_graph_size = 0  # of the latest cut and the one before, as upstream counts
+        #: by graph: which sources became copies, and the copies
+        self._replaced_sources: WeakKeyDictionary[Graph, tuple[list[tuple[Tensor, int, Tensor]], Copies]] = (
+            WeakKeyDictionary()
+        )
+
+    def cut(
+        self,
+        graph: Graph,
+        asg: Assignment,
+        offload_rule: OffloadOp | None,
+        log: RunLog,
+        *,
+        n_copies: int,
+        cur_copy: int,
+        debug: int,
+    ) -> tuple[Cutter, SchedGraph]:
+        """Assign and cut a graph.
+
+        Parameters
+        ----------
+        asg : Assignment
+            Has what the user pinned; is filled.
+        offload_rule : callable or None
+            None: nothing is offloaded.
+        debug : int
+            Level of the text on stderr; 0: none.
+
+        Returns
+        -------
+        Cutter, SchedGraph
+            The cut, and the graph for the allocator.
+
+        Raises
+        ------
+        UnsupportedOpError
+            No backend can run a node, or not the one that it is pinned to.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_split_graph`.
+        """
+        start_s = log.now()
+        machine = self._machine
+        cutter = Cutter(asg, machine, self._memory, n_copies=n_copies, cur_copy=cur_copy)
+        self._replaced_sources[graph] = cutter.replaced_sources, cutter.copies
+        precedent = self._precedents.decide(graph, cutter, offload_rule)
+        if debug:
+            sys.stderr.write(assignments_text(graph, cutter.splits, asg, machine, level=debug))
+        asg.forget_counts()
+        log.assigned(graph, asg, start_s)
+        cutter.copy_graph_inputs(graph)
+        self._node_ids, self._prev_node_ids = self._prev_node_ids, self._node_ids
+        self._leaf_ids, self._prev_leaf_ids = self._prev_leaf_ids, self._leaf_ids
+        version = graph.version
+        deps = optimize_splits(graph, cutter.splits, machine)
+        self.precedent = precedent if not deps and graph.version == version else None
+        sched_graph = make_sched_graph(graph, cutter, deps)
+        self._node_ids.write(sched_graph.node_backend_ids)
+        self._leaf_ids.write(sched_graph.leaf_backend_ids)
+        self._prev_graph_size, self._graph_size = self._graph_size, graph_size(graph, cutter, sched_graph)
+        if config.check():
+            check_assignment(graph, asg, machine)
+            check_splits(graph, cutter)
+        return cutter, sched_graph
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether the latest graph has another size than the one before, as upstream counts."""
+        return self._graph_size != self._prev_graph_size
+
+    def moved(self, graph: SchedGraph, bufts: Sequence[BufferType]) -> bool:
+        """Whether a tensor of the latest graph is in another buffer type than what stood at its position before."""
+        return self._node_ids.moved(self._prev_node_ids, len(graph.nodes), bufts) or self._leaf_ids.moved(
+            self._prev_leaf_ids, len(graph.leafs), bufts
+        )
+
+    def restore(self, graph: Graph) -> None:
+        """Undo what an earlier splitting and allocation of the same graph did to its tensors."""
+        undo = self._replaced_sources.pop(graph, None)
+        if undo is None:
+            return
+        replaced, copies = undo
+        for node, j, src in replaced:
+            made = copies.get(src, {}).values()
+            if j < len(node.src) and any(node.src[j] in c for c in made):  # else somebody replaced it since
+                node.src[j] = src
+        for tensor in (*graph.leafs, *graph.nodes):
+            storage = tensor.storage
+            if storage is not None and storage.usage is BufferUsage.COMPUTE:
+                tensor.buffer = tensor.data = None
+
+    def restore_all(self) -> None:
+        """Undo it for every graph that is still there."""
+        for graph in list(self._replaced_sources):
+            self.restore(graph)
