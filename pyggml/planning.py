@@ -354,7 +354,9 @@ class Planner:
             self.sched = self._new_sched(parallel=True)
         n_seqs, n_tokens = self.params.n_seq_max, min(self.params.n_ctx, self.params.n_ubatch)
         if self.params.auto_flash_attn:
-            self._settle_flash_attention(n_seqs)
+            self.source.settle_flash_attention(self._is_on_its_layers(n_seqs, n_seqs, "flash_nodes"))
+        for n_each in self.source.delta_probes:
+            self.source.settle_delta_net(n_each, self._is_on_its_layers(n_each * n_seqs, n_seqs, "delta_nodes"))
         n_outputs = min(n_tokens, self.params.n_outputs_max or self.params.n_batch)
         try:
             self._reserve_graph(n_tokens, n_seqs, n_outputs)
@@ -368,15 +370,12 @@ class Planner:
             self._reserve_graph(n_seqs, n_seqs, n_seqs)
             self._reserve_graph(n_tokens, n_seqs, n_outputs)
 
-    def _settle_flash_attention(self, n_seqs: int) -> None:
-        """Keep flash attention if every FLASH_ATTN_EXT runs on its layer's device."""
-        graph = self._adopt(lambda: self.source.reserved(n_seqs, n_seqs, n_seqs))
+    def _is_on_its_layers(self, n_tokens: int, n_seqs: int, nodes: Literal["flash_nodes", "delta_nodes"]) -> bool:
+        """Return whether each of some nodes of a graph runs on its layer's device."""
+        graph = self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_tokens))
         self.sched.split_graph(graph.graph)
-        on = True
-        for node, layer in graph.flash_nodes:
-            backend = self.sched.tensor_backend(node)
-            on = on and backend is not None and backend.device is self.placement.layers[layer]
-        self.source.settle_flash_attention(on)
+        found = ((self.sched.tensor_backend(node), layer) for node, layer in getattr(graph, nodes))
+        return all(b is not None and b.device is self.placement.layers[layer] for b, layer in found)
 
     def reserve(self) -> None:
         """Reserve compute buffers for the largest graph of a plan, as `Session` does; a device that is too small reserves none.

@@ -141,6 +141,7 @@ class Session(Planner, Generator):
             The logits contain NaN; the text names the first node that produced NaN.
         ComputeError, ExpertIdError, OutOfMemoryError
             Raised by the scheduler. The failed micro-batch and later ones are not in the cache; the session stays usable.
+            For a model with recurrent layers, all tokens of its sequences are removed.
         """
         self._check_open()
         batches = self.source.batches(tokens, seq, outputs)
@@ -286,8 +287,8 @@ class Session(Planner, Generator):
     def _forget(self, part: MicroBatch) -> None:
         """Remove the tokens of a failed micro-batch from the cache."""
         self._current = None
-        for seq in part.seqs_unq:
-            self.cache.seq_rm(seq, int(part.pos[part.seqs == seq].min()))
+        self.sched.synchronize()
+        self.cache.forget(part)
         self.sched.set_eval_callback(None)
 
     @property
@@ -309,13 +310,17 @@ class Session(Planner, Generator):
         Raises
         ------
         AllocError
-            Layers with a sliding window no longer have tokens that the next token needs; nothing was removed. See
-            `can_rewind`.
+            Layers with a sliding window no longer have tokens that the next token needs, or layers without attention
+            have one state for all tokens; nothing was removed. See `can_rewind`.
         """
         if not self.can_rewind(n_past, seq=seq):
+            is_state = self.cache.states is not None
+            why = "without attention have one state for all tokens"
             raise AllocError(
-                f"the cache cannot go back to {n_past} tokens: layers with a sliding window keep only the last tokens",
-                hint="rewind to 0 and decode all tokens again, or open the session with swa_full",
+                f"the cache cannot go back to {n_past} tokens: layers "
+                + (why if is_state else "with a sliding window keep only the last tokens"),
+                hint="rewind to 0 and decode all tokens again"
+                + ("" if is_state else ", or open the session with swa_full"),
             )
         self.cache.seq_rm(seq, n_past)
 

@@ -21,7 +21,19 @@ _TYPES = [
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
     "TQ1_0", "TQ2_0", "MXFP4",
 ]  # fmt: skip
-_ARCHS = ["llama", "qwen3moe", "gpt-oss", "olmoe", "granitemoe", "qwen2moe", "glm4moe", "deepseek2", "llama-dense"]
+_ARCHS = [
+    "llama",
+    "qwen3moe",
+    "gpt-oss",
+    "olmoe",
+    "granitemoe",
+    "qwen2moe",
+    "glm4moe",
+    "deepseek2",
+    "qwen3next",
+    "qwen35moe",
+    "llama-dense",
+]
 #: What only random models have; an upcycled one takes these from its dense model.
 _RANDOM_ONLY = (
     "arch", "preset", "dense_type", "tokenizer", "layers", "embd", "heads", "kv_heads", "head_dim", "ff", "ff_exp", "ctx",

@@ -98,6 +98,7 @@ class CapturedGraph:
     logits: Tensor
     norms: list[tuple[Tensor, int]]
     attn_outputs: list[Tensor]
+    delta_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty, likewise
     flash_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty: llama.cpp has settled it
     pins: list[tuple[Tensor, Backend]] = field(default_factory=list)  #: empty: there is no expert cache
 

@@ -386,6 +386,75 @@ def _deepseek2(model: RandomModel) -> None:
         model.routed(i, block, lead)
 
 
+def _gated_attention(model: RandomModel, block: str) -> None:
+    """Give Q a gate of its size, and norm queries and keys head by head."""
+    sizes = model.sizes
+    model.matrix(f"{block}.attn_q", 2 * sizes.heads * sizes.head_dim, sizes.embd)
+    for which in "kv":
+        model.matrix(f"{block}.attn_{which}", sizes.kv_heads * sizes.head_dim, sizes.embd)
+    model.matrix(f"{block}.attn_output", sizes.embd, sizes.heads * sizes.head_dim)
+    model.qk_norms(block, sizes.head_dim, sizes.head_dim)
+
+
+def _n_key_heads(n_head: int) -> int:
+    """Return how many heads of Q and K a delta net has: half as many as of V, if that can be."""
+    return n_head if n_head % 2 else n_head // 2
+
+
+def _delta_net(model: RandomModel, block: str, *, is_joint: bool) -> None:
+    """Keep a state by a gated delta net: heads as wide as attention's."""
+    sizes = model.sizes
+    n_head, state = sizes.heads, sizes.head_dim
+    inner, channels = n_head * state, n_head * state + 2 * _n_key_heads(sizes.heads) * state
+    model.matrix(f"{block}.attn_qkv", channels, sizes.embd)
+    model.matrix(f"{block}.attn_gate", inner, sizes.embd)
+    model.vector(f"{block}.ssm_conv1d", channels, 4, std=0.5, suffix=".weight")
+    model.vector(f"{block}.ssm_dt", n_head)
+    model.vector(f"{block}.ssm_a", n_head, mean=-0.5, suffix="")
+    if is_joint:
+        model.matrix(f"{block}.ssm_ba", 2 * n_head, sizes.embd)
+    else:
+        model.matrix(f"{block}.ssm_beta", n_head, sizes.embd)
+        model.matrix(f"{block}.ssm_alpha", n_head, sizes.embd)
+    model.norm(f"{block}.ssm_norm", state)
+    model.matrix(f"{block}.ssm_out", sizes.embd, inner)
+
+
+def _hybrid(model: RandomModel, *, is_joint: bool) -> None:
+    """Attend in every second layer, and keep a state in the others; a shared expert is behind a sigmoid gate."""
+    sizes = model.sizes
+    model.count("expert_feed_forward_length", sizes.ff_exp)
+    model.count("expert_shared_feed_forward_length", sizes.ff)
+    model.count("ssm.conv_kernel", 4)
+    model.count("ssm.state_size", sizes.head_dim)
+    model.count("ssm.inner_size", sizes.heads * sizes.head_dim)
+    model.count("ssm.time_step_rank", sizes.heads)
+    model.count("ssm.group_count", _n_key_heads(sizes.heads))
+    model.count("full_attention_interval", 2)
+    for i, block in model.layers():
+        model.norm(f"{block}.post_attention_norm", sizes.embd)
+        if i % 2:
+            _gated_attention(model, block)
+        else:
+            _delta_net(model, block, is_joint=is_joint)
+        model.experts(block)
+        std = float(np.float32(1) / np.sqrt(np.float32(sizes.embd)))
+        model.vector(f"{block}.ffn_gate_inp_shexp", sizes.embd, std=std, suffix=".weight", own=False)
+        model.dense(block, "_shexp")
+
+
+def _qwen3next(model: RandomModel) -> None:
+    _hybrid(model, is_joint=True)
+
+
+def _qwen35moe(model: RandomModel) -> None:
+    """Rotate by three positions, which are the same for text."""
+    third = model.sizes.head_dim // 2 // 3
+    sections = [model.sizes.head_dim // 2 - 2 * third, third, third, 0]
+    model.keys.append((f"{model.arch}.rope.dimension_sections", ValueType.INT32, sections))
+    _hybrid(model, is_joint=False)
+
+
 #: Architectures by llama.cpp's names; ``llama-dense`` is llama without experts.
 ARCHS: dict[str, Callable[[RandomModel], None]] = {
     "llama": _llama,
@@ -396,5 +465,7 @@ ARCHS: dict[str, Callable[[RandomModel], None]] = {
     "qwen2moe": _qwen2moe,
     "glm4moe": _glm4moe,
     "deepseek2": _deepseek2,
+    "qwen3next": _qwen3next,
+    "qwen35moe": _qwen35moe,
     "llama-dense": _llama_dense,
 }

@@ -197,20 +197,25 @@ def split_simple(batch: Batch, n_ubatch: int) -> list[MicroBatch]:
     return [batch.take(part, len(part), equal_seqs=False) for part in parts]
 
 
-def split_equal(batch: Batch, n_ubatch: int) -> list[MicroBatch]:
+def split_equal(batch: Batch, n_ubatch: int, *, is_sequential: bool = True) -> list[MicroBatch]:
     """Cut a batch into micro-batches that hold equally many tokens of each of their sequences.
+
+    Parameters
+    ----------
+    is_sequential : bool
+        A micro-batch takes sequences of consecutive ids only, as caches with a stream for each need them.
 
     Notes
     -----
-    Mirrors `llama_batch_allocr::split_equal` with ``sequential``: a micro-batch takes sequences of consecutive ids, in
-    the order in which they come in the batch, and as many tokens of each as the shortest has left.
+    Mirrors `llama_batch_allocr::split_equal`: a micro-batch takes sequences in the order in which they come in the
+    batch, and as many tokens of each as the shortest has left.
     """
     waiting: dict[int, list[int]] = {int(s): np.flatnonzero(batch.seqs == s).tolist() for s in np.unique(batch.seqs)}
     out: list[MicroBatch] = []
     while any(waiting.values()):
         chosen: list[int] = []
         for _, s in sorted((place, s) for s, places in waiting.items() for place in places):
-            if s not in chosen and (not chosen or s == chosen[-1] + 1):
+            if s not in chosen and (not is_sequential or not chosen or s == chosen[-1] + 1):
                 chosen.append(s)
                 if len(chosen) > n_ubatch:
                     break

@@ -58,6 +58,7 @@ class Builder:
         self.attn_outputs: list[Tensor] = []
         self.flash_nodes: list[tuple[Tensor, int]] = []
         self.pins: list[tuple[Tensor, Backend]] = []
+        self.delta_nodes: list[tuple[Tensor, int]] = []
 
     def name(self, tensor: Tensor, name: str, layer: int = -1) -> Tensor:
         """Name a node after its layer, and note it if it is a norm.
@@ -79,6 +80,7 @@ class Builder:
         return ModelGraph(
             self.graph, self.key, self.inputs, logits, embd, self.topk, self.norms, self.attn_outputs, self.flash_nodes,
             self.pins,
+            self.delta_nodes,
         )  # fmt: skip
 
     # -- inputs --------------------------------------------------------------
@@ -118,15 +120,16 @@ class Builder:
 
         Notes
         -----
-        Mirrors `build_inp_pos`, `build_attn_inp_kv` or `build_attn_inp_kv_iswa`, and `build_inp_out_ids`.
+        Mirrors `build_inp_pos`, `build_inp_mem_hybrid`, `build_attn_inp_kv` or `build_attn_inp_kv_iswa`, and `build_inp_out_ids`.
         """
-        swa = self.view.swa
+        swa, states = self.view.swa, self.view.states
         self.inputs = GraphInputs(
             self.inp_tokens,
-            self._input(Type.I32, (self.n_tokens,), "inp_pos"),
+            self._input(Type.I32, (self.n_tokens * self.hp.n_pos_per_token,), "inp_pos"),
             self._attn_inputs(self.view),
             None if swa is None else self._attn_inputs(swa),
             self._input(Type.I32, (self.n_outputs,), "out_ids"),
+            None if states is None else self._input(Type.I32, (states.n,), "rs_s_copy"),
             self.token_scale,
         )
 
@@ -200,8 +203,13 @@ class Builder:
         q, k, v = parts
         return q, k, v
 
-    def qkv_rows(self, w: LayerWeights, cur: Tensor) -> list[Tensor]:
+    def qkv_rows(self, w: LayerWeights, cur: Tensor, *, n_q_each: int = 1) -> list[Tensor]:
         """Return Q, K and V without names and with the heads of a token in one row: [n_embd, n_token].
+
+        Parameters
+        ----------
+        n_q_each : int
+            Q has so many times the elements that its heads need.
 
         Notes
         -----
@@ -210,7 +218,7 @@ class Builder:
         hp = self.hp
         if w.get("attn_qkv.weight") is not None:
             qkv = self._fused_qkv(w, cur)
-            sizes = (hp.n_embd_head_k * hp.n_head, hp.n_embd_k_gqa, hp.n_embd_v_gqa)
+            sizes = (n_q_each * hp.n_embd_head_k * hp.n_head, hp.n_embd_k_gqa, hp.n_embd_v_gqa)
             starts = (0, sizes[0], sizes[0] + sizes[1])
             row = qkv.type.row_size
             views = [
@@ -266,6 +274,11 @@ class Builder:
         """
         hp, cp = self.hp, self.cp
         base, scale = cp.freq_base, cp.freq_scale
+        if hp.n_pos_per_token > 1:
+            return ops.rope_multi(
+                cur, self.inputs.pos, factors, hp.n_rot, hp.rope_sections, int(hp.rope_type), cp.n_ctx_orig,
+                base, scale, cp.ext_factor, cp.attn_factor, cp.beta_fast, cp.beta_slow,
+            )  # fmt: skip
         if layer in hp.swa_layers:
             base, scale = hp.rope_freq_base_swa, hp.rope_freq_scale_swa
         return ops.rope_ext(
@@ -281,9 +294,22 @@ class Builder:
         return kq_scale(self.hp.n_embd_head_v)
 
     def attention(
-        self, w: LayerWeights, q: Tensor, k: Tensor, v: Tensor, scale: float, *, sinks: Tensor | None = None
+        self,
+        w: LayerWeights,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        sinks: Tensor | None = None,
+        is_projected: bool = True,
     ) -> Tensor:
         """Store K and V of new tokens and return what attention makes of the cache, through ``attn_output``.
+
+        Parameters
+        ----------
+        is_projected : bool
+            Without, the result does not go through ``attn_output``.
 
         Notes
         -----
@@ -306,6 +332,8 @@ class Builder:
         self.name(cur, "kqv_out", il)
         if inputs.v_rot is not None:
             cur = _rotate(cur, inputs.v_rot)
+        if not is_projected:
+            return cur
         cur = self.project(w, "attn_output", cur)
         bias = w.get("attn_output.bias")
         return cur if bias is None else ops.add(cur, bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,30 @@ from ..tensor import Tensor
 if TYPE_CHECKING:
     from .kv_cache import KVCache
 
-__all__ = ["CacheView"]
+__all__ = ["CacheView", "StatesView"]
+
+
+@dataclass(frozen=True, slots=True)
+class StatesView:
+    """The cells of recurrent states that one graph reads and writes: ``n`` from ``head`` on.
+
+    Attributes
+    ----------
+    r, s : mapping of int to Tensor
+        By layer; see `RecurrentStates`.
+    zero : int
+        The cell whose rows are made zeros first; -1: none.
+
+    Notes
+    -----
+    Mirrors what `llama_memory_recurrent_context` hands to graph builders.
+    """
+
+    r: Mapping[int, Tensor]
+    s: Mapping[int, Tensor]
+    n: int
+    head: int
+    zero: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +52,7 @@ class CacheView:
     s0: int
     n_stream: int
     swa: CacheView | None = None  #: of the cache of layers with a sliding window, where there is one
+    states: StatesView | None = None  #: of layers without attention, where there are such
 
     def of_layer(self, layer: int) -> CacheView:
         """Return the view that a layer reads."""

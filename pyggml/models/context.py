@@ -72,6 +72,8 @@ class ContextParams:
     op_offload: bool
     swa_full: bool
     n_outputs_max: int = 0  #: most tokens of a batch whose logits are wanted; 0: `n_batch`
+    fused_delta_one: bool = True  #: GATED_DELTA_NET for one token of each sequence; a probe decides whether it stays on
+    fused_delta_many: bool = True  #: the same for several
     # of graphs that are built here; whoever builds them elsewhere has rotary constants of its own
     n_ctx_orig: int = 0
     freq_base: float = 0.0

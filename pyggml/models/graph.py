@@ -53,7 +53,7 @@ class GraphParams:
     @property
     def key(self) -> GraphKey:
         """What must agree for a graph to be used again."""
-        part = self.part
+        part, states = self.part, self.view.states
         return GraphKey(
             part.n_tokens,
             part.n_seq_tokens,
@@ -64,6 +64,7 @@ class GraphParams:
             self.n_outputs,
             self.view.n_kv,
             0 if self.view.swa is None else self.view.swa.n_kv,
+            () if states is None else (states.n, states.head, states.zero),
         )
 
 
@@ -85,6 +86,7 @@ class GraphKey:
     n_outputs: int
     n_kv: int
     n_kv_swa: int  #: of layers with a sliding window; 0 where there are none
+    states: tuple[int, ...] = ()  #: cells of recurrent states, the first, and the one that is cleared
 
 
 @dataclass(eq=False, slots=True)
@@ -107,6 +109,7 @@ class GraphInputs:
     attn: AttnInputs
     attn_swa: AttnInputs | None  #: of layers with a sliding window, where there are such
     out_ids: Tensor
+    state_sources: Tensor | None = None  #: from which cell each recurrent state comes, where there are such
     token_scale: Tensor | None = None  #: by which embeddings of tokens are multiplied, where the model does so
 
 
@@ -134,6 +137,8 @@ class ModelGraph:
         FLASH_ATTN_EXT nodes with their layers, for the probe whether it can stay on.
     pins : list of (Tensor, Backend)
         Nodes that must run on a backend: lookups of an expert cache.
+    delta_nodes : list of (Tensor, int)
+        GATED_DELTA_NET nodes with their layers, likewise.
 
     Notes
     -----
@@ -150,6 +155,7 @@ class ModelGraph:
     attn_outputs: list[Tensor] = field(default_factory=list)
     flash_nodes: list[tuple[Tensor, int]] = field(default_factory=list)
     pins: list[tuple[Tensor, Backend]] = field(default_factory=list)
+    delta_nodes: list[tuple[Tensor, int]] = field(default_factory=list)
 
     @property
     def n_tokens(self) -> int:

@@ -93,6 +93,13 @@ class HParams:
     attention_scale: float = 0.0  #: of Q times K; 0 takes one over the root of the heads' size
     logit_scale: float = 0.0  #: by which logits are divided, where the architecture does so
     logit_softcap: float = 0.0  #: logits are bent so that none is larger; 0 leaves them
+    rope_sections: tuple[int, ...] = ()  #: pairs that rotate by each of a token's positions, where it has several
+    recurrent_layers: frozenset[int] = frozenset()  #: layers without attention, which keep a state
+    n_ssm_kernel: int = 0  #: tokens that a recurrent layer's convolution sees
+    n_ssm_inner: int = 0  #: elements of all V heads of a recurrent layer
+    n_ssm_state: int = 0  #: of one of its Q and K heads; 0: no layer is recurrent
+    n_ssm_head: int = 0  #: its V heads
+    n_ssm_group: int = 0  #: its Q and K heads
 
     @property
     def n_embd_k_gqa(self) -> int:
@@ -103,6 +110,31 @@ class HParams:
     def n_embd_v_gqa(self) -> int:
         """Elements of all V heads of a token."""
         return self.n_embd_head_v * self.n_head_kv
+
+    @property
+    def n_pos_per_token(self) -> int:
+        """Positions of a token."""
+        return 4 if self.rope_type in (RopeType.MROPE, RopeType.IMROPE) else 1
+
+    @property
+    def n_ssm_head_v(self) -> int:
+        """Elements of a V head of a recurrent layer."""
+        return self.n_ssm_inner // self.n_ssm_head
+
+    @property
+    def n_conv_channels(self) -> int:
+        """Elements of a token that a recurrent layer's convolution sees: its Q, K and V."""
+        return self.n_ssm_inner + 2 * self.n_ssm_group * self.n_ssm_state
+
+    @property
+    def n_embd_r(self) -> int:
+        """Elements that a recurrent layer keeps of the last tokens of a sequence."""
+        return (self.n_ssm_kernel - 1) * self.n_conv_channels
+
+    @property
+    def n_embd_s(self) -> int:
+        """Elements of the state that a recurrent layer keeps of a sequence."""
+        return self.n_ssm_state * self.n_ssm_inner
 
     @property
     def n_layer_all(self) -> int:
@@ -321,6 +353,46 @@ class KeyReader:
             "expert_weights_norm": self.file.require(f"{self.arch}.expert_weights_norm", bool, False),
             "expert_weights_scale": round_f32(self.number("expert_weights_scale", 0.0)),
         }
+
+    def recurrent(self, hp: HParams) -> dict[str, Any]:
+        """Return what concerns layers with a gated delta net instead of attention.
+
+        Notes
+        -----
+        Mirrors `load_arch_hparams` of `llama_model_qwen3next` and the like: a file may name each layer, or say which of how
+        many has attention. Differs: sizes that do not go together are refused; upstream ends the process at them.
+        """
+        out: dict[str, Any] = {
+            name: self.integer(f"ssm.{key}")
+            for name, key in (
+                ("n_ssm_kernel", "conv_kernel"), ("n_ssm_inner", "inner_size"), ("n_ssm_state", "state_size"),
+                ("n_ssm_head", "time_step_rank"), ("n_ssm_group", "group_count"),
+            )
+        }  # fmt: skip
+        state, n_head, n_group = out["n_ssm_state"], out["n_ssm_head"], out["n_ssm_group"]
+        if out["n_ssm_inner"] != state * n_head:
+            raise self.error("ssm.inner_size", f"is {out['n_ssm_inner']}, with {n_head} heads of {state}")
+        if n_head % n_group:
+            raise self.error("ssm.time_step_rank", f"is {n_head} heads, no multiple of {n_group} groups")
+        if out["n_ssm_kernel"] < 2:
+            raise self.error("ssm.conv_kernel", f"is {out['n_ssm_kernel']}, at least 2 is needed")
+        if f"{self.arch}.attention.recurrent_layers" in self.metadata:
+            flags = self.flags("attention.recurrent_layers", hp.n_layer_all)
+            layers = frozenset(i for i in range(hp.n_layer) if flags[i])
+        else:
+            interval = self.integer("full_attention_interval", 4)
+            layers = frozenset(i for i in range(hp.n_layer) if (i + 1) % interval)
+        return out | {"recurrent_layers": layers}
+
+    def flags(self, key: str, n_layer: int) -> list[bool]:
+        """Return a flag for each layer, of an array or one value for all."""
+        given = self.metadata[f"{self.arch}.{key}"]
+        if isinstance(given, bool | int):
+            return [bool(given)] * n_layer
+        values = self.whole_numbers(key)
+        if len(values) < n_layer:
+            raise self.error(key, f"has {len(values)} values for {n_layer} layers")
+        return [v > 0 for v in values]
 
     def sliding_window(self, hp: HParams, *, period: int, is_own: bool = False) -> dict[str, Any]:
         """Return what concerns layers with a sliding window.

@@ -30,7 +30,8 @@ class InputFiller:
 
     def __init__(self, inputs: GraphInputs, cache: KVCache) -> None:
         self.inputs = inputs
-        self._token_scale = cache.hparams.token_scale
+        self._token_scale, self._n_pos = cache.hparams.token_scale, cache.hparams.n_pos_per_token
+        self._states = cache.states
         self._attn = _AttnFiller(inputs.attn, cache)
         self._attn_swa: _AttnFiller | None = None
         if inputs.attn_swa is not None:
@@ -41,7 +42,10 @@ class InputFiller:
         """Write the inputs for a micro-batch whose cells are taken."""
         inputs = self.inputs
         _write(inputs.tokens, part.tokens)
-        _write(inputs.pos, part.pos)
+        _write(inputs.pos, part.pos if self._n_pos == 1 else np.concatenate([*[part.pos] * 3, np.zeros_like(part.pos)]))
+        if inputs.state_sources is not None and inputs.state_sources.buffer is not None:
+            assert self._states is not None
+            _write(inputs.state_sources, self._states.sources())
         if inputs.token_scale is not None:
             _write(inputs.token_scale, np.full(part.n_tokens, self._token_scale, np.float32))
         if inputs.out_ids.ne[0]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from .cache_view import CacheView
 from .context import ContextParams
 from .hparams import HParams
 from .kv_cells import Cells, sequence_bit
+
+if TYPE_CHECKING:
+    from .recurrent import RecurrentStates
 
 __all__ = ["CacheFullError", "KVCache", "Slot", "hadamard"]
 
@@ -81,6 +85,8 @@ class KVCache:
         no V where it is a part of K (MLA).
     swa : KVCache or None
         The cache of layers with a sliding window; see `SlidingKVCache`.
+    states : RecurrentStates or None
+        What layers without attention keep; see `HybridCache`.
     n_rot_k, n_rot_v : int
         Size of the rotation that spreads outliers before quantisation; 0 without.
 
@@ -90,6 +96,7 @@ class KVCache:
     """
 
     swa: KVCache | None = None
+    states: RecurrentStates | None = None
 
     def __init__(
         self,
@@ -146,6 +153,11 @@ class KVCache:
         if len(freed):
             cells.pos[freed] = -1
             cells.head = min(cells.head, int(freed[0]))
+
+    def forget(self, part: MicroBatch) -> None:
+        """Forget the tokens of a micro-batch that failed, and those after."""
+        for seq in part.seqs_unq:
+            self.seq_rm(seq, int(part.pos[part.seqs == seq].min()))
 
     def seq_cp(self, src: int, dst: int, p0: int = 0, p1: int | None = None) -> None:
         """Let a sequence share another's tokens at positions ``p0 .. p1 - 1``.

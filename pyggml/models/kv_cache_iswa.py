@@ -11,7 +11,7 @@ from .context import ContextParams
 from .hparams import HParams
 from .kv_cache import KVCache, Slot
 
-__all__ = ["SlidingKVCache", "make_cache"]
+__all__ = ["SlidingKVCache"]
 
 #: The cells of layers with a window come in steps of so many.
 _STEP = 256
@@ -95,13 +95,3 @@ class SlidingKVCache(KVCache):
     def full_view(self) -> CacheView:
         """Return the view of both whole, with which memory is reserved."""
         return replace(super().full_view(), swa=self.swa.full_view())
-
-
-def make_cache(hparams: HParams, params: ContextParams, *, v_trans: bool) -> KVCache:
-    """Return the cache that a model needs.
-
-    Notes
-    -----
-    Mirrors `llama_model::create_memory`.
-    """
-    return (SlidingKVCache if hparams.n_swa else KVCache)(hparams, params, v_trans=v_trans)

@@ -339,6 +339,8 @@ class _Support:
             return ops.mul(Tensor(Type.F32, w.ne), w)
         if op is Op.SCALE:
             return ops.scale(w, 1.0)
+        if op is Op.SSM_CONV:
+            return ops.ssm_conv(Tensor(Type.F32, (w.ne[0] - 1 + _N_PROBE, w.ne[1], 3)), w)
         assert op is Op.ROPE, op
         rows = Tensor(Type.F32, (hp.n_embd_head_v, hp.n_head, _N_PROBE))
         positions = Tensor(Type.I32, (_N_PROBE,))

@@ -18,11 +18,11 @@ from ..graph import Graph
 from ..tensor import Tensor
 from .architectures import build_graph, read_hparams, weight_specs
 from .batch import Batch, MicroBatch, Outputs
+from .caches import make_cache
 from .context import ContextFlags, ContextParams
 from .graph import ExpertBanks, GraphKey, GraphParams, ModelGraph
 from .hparams import HParams
 from .kv_cache import CacheFullError, KVCache
-from .kv_cache_iswa import make_cache
 from .loading import LoadedWeights, Progress, allocate_cache, load_weights, plan_cache, plan_weights
 from .placement import Placement, PlacementFlags, place
 from .weights import resolve_specs
@@ -88,6 +88,10 @@ class PlannableGraph(Protocol):
     @property
     def attn_outputs(self) -> list[Tensor]:
         """Nodes that stay with a KV cache on the CPU."""
+
+    @property
+    def delta_nodes(self) -> list[tuple[Tensor, int]]:
+        """GATED_DELTA_NET nodes with their layers, while it is not settled whether it stays on."""
 
     @property
     def flash_nodes(self) -> list[tuple[Tensor, int]]:
@@ -159,6 +163,16 @@ class GraphSource(ABC):
         """Note what the probe of flash attention decided."""
         self.params = replace(self.params, flash_attn=on, auto_flash_attn=False)
 
+    #: Tokens of each sequence of the graphs with which it is settled whether GATED_DELTA_NET stays on.
+    delta_probes: tuple[int, ...] = ()
+
+    def settle_delta_net(self, n_each: int, on: bool) -> None:
+        """Note what the probe of GATED_DELTA_NET for so many tokens of each sequence decided."""
+        if n_each == 1:
+            self.params = replace(self.params, fused_delta_one=on)
+        else:
+            self.params = replace(self.params, fused_delta_many=on)
+
     @abstractmethod
     def close(self) -> None:
         """Give all memory back."""
@@ -201,6 +215,7 @@ class BuiltSource(GraphSource):
         self.placement = place(hp, specs, file.tensors, devices, cpu, placement)
         self.cache: KVCache = make_cache(hp, self.params, v_trans=not self.params.flash_attn)
         self._cache_buffers: list[Buffer] = []
+        self.delta_probes = (1, 16) if hp.n_ssm_state else ()
 
     def load(self, *, data: bool, progress: Progress | None) -> None:
         """Bring weights to their places."""

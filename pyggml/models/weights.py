@@ -23,6 +23,7 @@ __all__ = [
     "Weights",
     "dense_rows",
     "expert_rows",
+    "gate_up_rows",
     "layer_specs",
     "nextn_rows",
     "qkv_specs",
@@ -115,6 +116,19 @@ def expert_rows(
     ]
 
 
+def gate_up_rows(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
+    """Return the rows of the experts' gates and ups, in one tensor if the file has them so.
+
+    Notes
+    -----
+    Mirrors `llama_model_base::create_tensor_gate_up_exps`.
+    """
+    n_embd, n_ff, n_expert = hp.n_embd, hp.n_ff_expert, hp.n_expert
+    if f"blk.{layer}.ffn_gate_up_exps.weight" in present:
+        return [("ffn_gate_up_exps.weight", (n_embd, 2 * n_ff, n_expert), Op.MUL_MAT_ID, False)]
+    return [(f"ffn_{which}_exps.weight", (n_embd, n_ff, n_expert), Op.MUL_MAT_ID, False) for which in ("gate", "up")]
+
+
 def shared_rows(hp: HParams, n_ff: int) -> list[SpecRow]:
     """Return the rows of an expert that every token goes through."""
     return [
@@ -155,14 +169,19 @@ def trunk_specs(hp: HParams, present: Mapping[str, TensorInfo], *, tied_head: bo
     return out
 
 
-def qkv_specs(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def qkv_specs(hp: HParams, layer: int, present: Mapping[str, TensorInfo], *, n_q_each: int = 1) -> list[WeightSpec]:
     """Return the specs of one layer's projections to Q, K and V, fused if the file has them so.
+
+    Parameters
+    ----------
+    n_q_each : int
+        Q has so many times the elements that its heads need.
 
     Notes
     -----
     Mirrors `llama_model_base::create_tensor_qkv`.
     """
-    q, k, v = hp.n_embd_head_k * hp.n_head, hp.n_embd_k_gqa, hp.n_embd_v_gqa
+    q, k, v = n_q_each * hp.n_embd_head_k * hp.n_head, hp.n_embd_k_gqa, hp.n_embd_v_gqa
     biases = [
         ("attn_q.bias", (q,), Op.ADD, True),
         ("attn_k.bias", (k,), Op.ADD, True),

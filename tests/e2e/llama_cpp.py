@@ -63,6 +63,8 @@ void llama_batch_free(llama_batch batch);
 int32_t llama_decode(void * ctx, llama_batch batch);
 void * llama_get_memory(void * ctx);
 void llama_memory_clear(void * memory, bool data);
+bool llama_memory_seq_rm(void * memory, int32_t seq, int32_t p0, int32_t p1);
+void llama_memory_seq_cp(void * memory, int32_t src, int32_t dst, int32_t p0, int32_t p1);
 float * llama_get_logits_ith(void * ctx, int32_t i);
 """
 TYPES = {
@@ -96,6 +98,10 @@ class Job:
     flash: bool = False
     text: str | None = None  #: to be turned into tokens, instead of decoding: its ids are what comes back
     special: bool = False  #: with `text`: special tokens are added and their names are read
+    steps: list[dict[str, Any]] | None = None  #: of several sequences, instead of `tokens`; see `Llama.step`
+    ubatch: int = 0  #: most tokens of one graph; as many as a batch by default
+    n_seqs: int = 1
+    unified: bool = False
     pattern: str | None = None  #: of -ot, instead of decoding: the names that it matches are what comes back
 
 
@@ -171,6 +177,9 @@ class Llama:
         threads: int = 1,
         repack: bool = False,
         pattern: str | None = None,
+        n_ubatch: int = 0,
+        n_seqs: int = 1,
+        unified: bool = False,
     ) -> None:
         self.ffi, self.lib = bind()
         ffi = self.ffi
@@ -193,7 +202,8 @@ class Llama:
             mp.tensor_buft_overrides = overrides
         self.context = ffi.NULL
         self.model = model = self.lib.llama_model_load_from_file(path.encode(), mp)
-        cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_threads, cp.n_threads_batch = n_ctx, n_batch, n_batch, threads, threads
+        cp.n_ctx, cp.n_batch, cp.n_ubatch = n_ctx, n_batch, n_ubatch or n_batch
+        cp.n_threads, cp.n_threads_batch, cp.n_seq_max, cp.kv_unified = threads, threads, n_seqs, unified
         cp.flash_attn_type, cp.type_k, cp.type_v = int(flash), TYPES[kv], TYPES[kv]
         if model == ffi.NULL:
             raise SystemExit(f"llama.cpp does not load {path}")
@@ -208,14 +218,33 @@ class Llama:
         n = self.lib.llama_tokenize(self.vocab, raw, len(raw), ids, len(raw) + 8, special, special)
         return np.array(list(ids[0:n]), np.int32)
 
-    def decode(self, tokens: npt.NDArray[np.int32], pos: int, *, only_last: bool = False) -> npt.NDArray[np.float32]:
-        """Return the logits of each token of a batch, or of the last."""
+    def step(self, step: dict[str, Any]) -> npt.NDArray[np.float32]:
+        """Decode ``tokens`` at ``pos`` of ``seqs``, or forget (``rm``) or share (``cp``) a sequence, which gives no logits."""
+        memory = self.lib.llama_get_memory(self.context)
+        if "rm" in step and not self.lib.llama_memory_seq_rm(memory, step["rm"], -1, -1):
+            raise SystemExit(f"llama_memory_seq_rm refuses {step['rm']}")
+        if "cp" in step:
+            self.lib.llama_memory_seq_cp(memory, *step["cp"], -1, -1)
+        if "tokens" not in step:
+            return np.empty((0, self.n_vocab), np.float32)
+        return self.decode(np.asarray(step["tokens"], np.int32), step["pos"], seqs=step["seqs"])
+
+    def decode(
+        self,
+        tokens: npt.NDArray[np.int32],
+        pos: int | list[int],
+        *,
+        only_last: bool = False,
+        seqs: list[int] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Return the logits of each token of a batch, or of the last; positions follow the first, or are given."""
         n = len(tokens)
+        places = [pos + i for i in range(n)] if isinstance(pos, int) else pos
         batch = self.lib.llama_batch_init(n, 0, 1)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = int(token), pos + i, 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = int(token), places[i], 1
             batch.logits[i] = not only_last or i == n - 1
-            batch.seq_id[i][0] = 0
+            batch.seq_id[i][0] = 0 if seqs is None else seqs[i]
         batch.n_tokens = n
         status = self.lib.llama_decode(self.context, batch)
         self.lib.llama_batch_free(batch)
@@ -243,7 +272,10 @@ class Llama:
 def open_job(job: Job) -> Llama:
     """Return the model of a job with a context that holds its tokens."""
     n_ctx = -(-max(len(job.tokens), 256) // 256) * 256
-    return Llama(job.model, n_ctx, min(n_ctx, max(job.batch, 64)), job.kv, job.flash, pattern=job.pattern)
+    return Llama(
+        job.model, n_ctx * job.n_seqs, min(n_ctx, max(job.batch, 64)), job.kv, job.flash, pattern=job.pattern,
+        n_ubatch=job.ubatch, n_seqs=job.n_seqs, unified=job.unified,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -266,6 +298,9 @@ def save_all(jobs: Sequence[Job], out_file: str) -> None:
             out[str(i)], out[f"log{i}"] = llama.tokenize(job.text), np.array("")
             continue
         llama.log.clear()
+        if job.steps is not None:
+            out[str(i)], out[f"log{i}"] = np.concatenate([llama.step(step) for step in job.steps]), np.array("")
+            continue
         parts = [llama.decode(tokens[: job.batch], 0)]
         out[f"log{i}"] = np.array(b"".join(llama.log).decode())
         parts += [llama.decode(tokens[k : k + job.batch], k) for k in range(job.batch, len(tokens), job.batch)]

@@ -18,6 +18,7 @@ _ROUTED = ("glm4moe", "deepseek2", "dots1")
 _NO_WINDOW = tuple(family for family in EVERY if family not in ("gpt-oss", "gemma3"))
 _EXPERTS = tuple(f for f in EVERY if ARCHITECTURES[f].may_have_experts or f in ARCHITECTURES[f].moe_names)
 _DENSE = tuple(family for family in EVERY if family not in _EXPERTS)
+_HYBRID = ("qwen3next", "qwen35moe")
 _YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
 Values = dict[str, Any]
 
@@ -93,7 +94,7 @@ READ_KEYS: list[ReadKey] = [
     _nothing("attention.value_length_swa", _NO_WINDOW, 8),
     _nothing("rope.dimension_count_swa", _NO_WINDOW, 8),
     _size("expert_feed_forward_length", tuple(f for f in _EXPERTS if f not in ("llama", "olmoe", "granitemoe")), None, 16),
-    _size("expert_shared_feed_forward_length", ("qwen2moe", "granitemoe", "ernie4_5-moe"), None, 16),
+    _size("expert_shared_feed_forward_length", ("qwen2moe", "granitemoe", "ernie4_5-moe", *_HYBRID), None, 16),
     _size("expert_shared_count", _ROUTED, 2),
     _size("leading_dense_block_count", (*_ROUTED, "ernie4_5-moe"), None, 2),
     _key("expert_weights_scale", _ROUTED, "honoured", None, 0.0, 3.0),
@@ -107,6 +108,14 @@ READ_KEYS: list[ReadKey] = [
     _key("attention.value_length_swa", ("gpt-oss", "gemma3"), "refused", 8, counts=False),
     _key("rope.dimension_count_swa", ("gpt-oss", "gemma3"), "refused", 8, counts=False),
     _key("rope.dimension_sections", ("glm4moe",), "refused", [0, 0, 0, 0], [4, 2, 2, 0], 2, counts=False),
+    _key("rope.dimension_sections", ("qwen35moe",), "honoured", [8, 0, 0, 0], [2, 2, 2, 2]),
+    _size("ssm.conv_kernel", _HYBRID, None, 3),
+    _size("ssm.inner_size", _HYBRID, None, 32),
+    _size("ssm.state_size", _HYBRID, None, 8),
+    _size("ssm.time_step_rank", _HYBRID, None, 2),
+    _size("ssm.group_count", _HYBRID, None, 1),
+    _size("full_attention_interval", _HYBRID, 2, 3),
+    _size("attention.recurrent_layers", _HYBRID, [True, False, True], [True, True, True]),
     _nothing("rope.dimension_sections", ("ernie4_5-moe",), [4, 2, 2, 0]),
     _key("final_logit_softcapping", ("gemma3",), "honoured", 0.0, 2.0),
     _key("logit_scale", ("granitemoe",), "honoured", 2.0),

@@ -83,6 +83,12 @@ _GEMMA3 = {
 }
 _GEMMA3_KEYS = {"expert_count": None, "expert_used_count": None, "feed_forward_length": 96}
 
+#: Weights of a recurrent layer of qwen35moe.
+_HYBRID_LAYER = (
+    *("attn_norm.weight", "post_attention_norm.weight", "attn_qkv.weight", "attn_gate.weight", "ssm_conv1d.weight"),
+    *("ssm_dt.bias", "ssm_a", "ssm_beta.weight", "ssm_alpha.weight", "ssm_norm.weight", "ssm_out.weight"),
+    *_EXPERT_WEIGHTS,
+)
 #: Name: architecture, and how its file differs.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -301,6 +307,42 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3moe",
         {**_GEMMA3, "keys": {**_GEMMA3_KEYS, "final_logit_softcapping": 3.0}},
     ),
+    "qwen3next": ("qwen3next", {}),
+    "qwen3next, projections in one by groups, tied": (
+        "qwen3next",
+        {
+            "without": ("output.weight", "blk.0.attn_qkv.weight", "blk.0.attn_gate.weight"),
+            "tensors": {"blk.0.ssm_in.weight": (192, 64)},
+        },
+    ),
+    "qwen3next, as many heads of q and k": (
+        "qwen3next",
+        {
+            "keys": {"ssm.group_count": 4, "attention.recurrent_layers": [True, False, True]},
+            "without": ("blk.0.attn_qkv.weight", "blk.2.attn_qkv.weight", "ssm_conv1d.weight"),
+            "tensors": {
+                f"blk.{i}.{name}": shape
+                for i in (0, 2)
+                for name, shape in (("attn_qkv.weight", (192, 64)), ("ssm_conv1d.weight", (192, 4)))
+            },
+        },
+    ),
+    "qwen35moe": ("qwen35moe", {}),
+    "qwen35moe, half of each head rotates, gates and ups in one": (
+        "qwen35moe",
+        {
+            "keys": {"rope.dimension_count": 8, "rope.dimension_sections": [2, 1, 1, 0]},
+            "without": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+            "tensors": {f"blk.{i}.ffn_gate_up_exps.weight": (8, 64, 64) for i in range(3)},
+        },
+    ),
+    "qwen35moe, attention last": (
+        "qwen35moe",
+        {
+            "keys": {"block_count": 2},
+            "without": tuple(f"blk.2.{name}" for name in _HYBRID_LAYER),
+        },
+    ),
     "gpt-oss, another base in its windows": ("gpt-oss", {"keys": {"rope.freq_base_swa": 150000.0}}),
 }
 
@@ -378,7 +420,7 @@ def test_placement_changes_no_bit(name, placement, expected):
     np.testing.assert_array_equal(found, decode(path, Type.F16, "on"))
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "deepseek2"])
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek2", "qwen35moe"])
 @pytest.mark.parametrize("flash", ["off", "on"])
 @pytest.mark.parametrize("devices", [["sim"], ["sim", "sim"]], ids=["one device", "two devices"])
 def test_caches_of_other_kinds_may_stay_on_the_host(name, flash, devices, expected):

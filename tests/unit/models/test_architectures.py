@@ -105,8 +105,7 @@ def test_no_code_asks_for_the_name_of_an_architecture():
     asked: list[str] = []
     for path in (PACKAGE / "models").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Compare) and any(
-                isinstance(n, ast.Attribute) and n.attr == "arch" for n in ast.walk(node)
-            ):
+            sides = (node.left, *node.comparators) if isinstance(node, ast.Compare) else ()
+            if any(isinstance(side, ast.Attribute) and side.attr == "arch" for side in sides):
                 asked.append(path.name)
     assert asked == ["architecture.py"]  # whether it is one of `moe_names`

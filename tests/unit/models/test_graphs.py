@@ -11,9 +11,9 @@ import tiny
 
 from pyggml.models.architectures import build_graph
 from pyggml.models.batch import Batch
+from pyggml.models.caches import make_cache
 from pyggml.models.context import ContextFlags, ContextParams
 from pyggml.models.graph import GraphParams, ModelGraph
-from pyggml.models.kv_cache_iswa import make_cache
 from pyggml.tensor import Tensor
 from pyggml.types import Type
 
