@@ -7,9 +7,10 @@ import pytest
 import tiny
 
 from pyggml.models.batch import Batch, split_equal, split_simple
+from pyggml.models.caches import make_cache
 from pyggml.models.context import ContextFlags, ContextParams
 from pyggml.models.kv_cache import CacheFullError, KVCache, hadamard
-from pyggml.models.kv_cache_iswa import SlidingKVCache, make_cache
+from pyggml.models.kv_cache_iswa import SlidingKVCache
 
 
 def cache(n_ctx: int = 512, **flags: object) -> KVCache:
