@@ -95,12 +95,17 @@ class Plan:
             Whether queues use it, too; else all of its uses are in the order of the backend's stream, and no mark is made.
         """
         assert self.resources is not None
-        self.resources.lend(self._index(backend), tensor, has_queues=has_queues)
+        self.resources.lend(self.machine.index(backend), tensor, has_queues=has_queues)
 
     def feed(self, source: Tensor, backend: Backend, *, kind: CopyReason = "experts") -> Feed:
         """Return what sends a tensor in host memory to memory of the policy's own, though it is no input of a split."""
         return Feed(
-            self.slot, self.machine, source, source_id=self.machine.cpu, backend_id=self._index(backend), kind=kind
+            self.slot,
+            self.machine,
+            source,
+            source_id=self.machine.cpu,
+            backend_id=self.machine.index(backend),
+            kind=kind,
         )
 
     def queue(self, backend: Backend, number: int = 1) -> CopyQueue:
