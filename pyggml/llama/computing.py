@@ -112,6 +112,8 @@ class Machine:
     devices : list of ComputingDevice
     error : BaseException or None
         The first exception that ended a call of llama.cpp's since it was last taken.
+    dropped : set of str
+        Waits that devices do not make although they are asked to, by slot: an experiment.
     """
 
     def __init__(self, library: LlamaLibrary, cpu: Device) -> None:
@@ -124,6 +126,7 @@ class Machine:
         self.streams: dict[int, tuple[int, Backend]] = {}
         self.events: dict[int, tuple[int, int, Event]] = {}
         self.error: BaseException | None = None
+        self.dropped: set[str] = set()
         self.ledger: Ledger
 
     def buffer_of(self, address: int) -> Buffer:
@@ -315,6 +318,8 @@ class ComputingDevice(PythonDevice):
         stream.close()
 
     def _synchronize(self, stream: int) -> None:
+        if "synchronize" in self.machine.dropped:
+            return
         start_s = self.machine.ledger.now()
         self.machine.streams[stream][1].synchronize()
         self.machine.ledger.waited("synchronize", self.index, None, start_s)
@@ -347,18 +352,24 @@ class ComputingDevice(PythonDevice):
         self._events.pop(address, None)
 
     def _event_record(self, stream: int, address: int) -> None:
+        if "event_record" in self.machine.dropped:
+            return
         _, copy, event = self.machine.events[address]
         start_s = self.machine.ledger.now()
         self.machine.streams[stream][1].event_record(event)
         self.machine.ledger.recorded_event(self.index, copy, start_s)
 
     def _event_wait(self, stream: int, address: int) -> None:
+        if "event_wait" in self.machine.dropped:
+            return
         _, copy, event = self.machine.events[address]
         start_s = self.machine.ledger.now()
         self.machine.streams[stream][1].event_wait(event)
         self.machine.ledger.waited("event_wait", self.index, copy, start_s)
 
     def _event_synchronize(self, _: Handle, address: int) -> None:
+        if "event_synchronize" in self.machine.dropped:
+            return
         of, copy, event = self.machine.events[address]
         start_s = self.machine.ledger.now()
         event.synchronize()

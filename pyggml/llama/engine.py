@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from ..backend import REGISTRY, Device
 from ..backends.host.machine import available_cores
+from ..backends.host.race_watch import Hazard
 from ..backends.sim.device import SimDevice
 from ..clock import VirtualClock
 from ..cost import DeviceProfile, parse_profile
@@ -25,7 +27,7 @@ from .ledger import Ledger
 from .library import LlamaLibrary
 from .params import context_params, model_params
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "FoundHazard", "LateRun"]
 
 Message = dict[str, Any]  # what a request or an answer holds
 Outputs = Literal["last", "all", "none"]
@@ -43,6 +45,51 @@ _STATUS = {
     -2: "could not allocate its graph",
     -3: "could not compute its graph",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class FoundHazard:
+    """A hazard, and where llama.cpp's scheduler was when it came about."""
+
+    device: str
+    micro_batch: int  #: of the decode
+    split: int  #: which was made ready or launched
+    hazard: Hazard
+
+
+@dataclass(frozen=True, slots=True)
+class LateRun:
+    """What a decode over late devices came to.
+
+    Attributes
+    ----------
+    logits : float32, (n_vocab,), or None
+        Of the last token; None if it failed.
+    hazards : list of FoundHazard
+        Uses of memory that no wait orders, in the order in which they were found.
+    error : PyggmlError or None
+        What it failed with.
+    splits : dict of str to int
+        Of the last micro-batch, by backend.
+    """
+
+    logits: npt.NDArray[np.float32] | None
+    hazards: list[FoundHazard]
+    error: BaseException | None
+    splits: dict[str, int]
+
+
+class _Noted(list[Hazard]):
+    """Takes hazards for a device's watch, and notes where the scheduler is."""
+
+    def __init__(self, device: str, ledger: Ledger, into: list[FoundHazard]) -> None:
+        super().__init__()
+        self.device, self.ledger, self.into = device, ledger, into
+
+    def append(self, hazard: Hazard) -> None:
+        """Take a hazard that is found now."""
+        super().append(hazard)
+        self.into.append(FoundHazard(self.device, *self.ledger.place(), hazard))
 
 
 class Engine:
@@ -87,7 +134,7 @@ class Engine:
             raise SchedError("no model is open in the child")
         methods: dict[str, Callable[..., Any]] = {
             "decode": self.decode, "keep": self.keep, "tokenize": self.tokenize, "pieces": self.pieces,
-            "device": self.device, "state": self.state,
+            "device": self.device, "state": self.state, "late": self.late,
         }  # fmt: skip
         arguments = {k: v for k, v in request.items() if k not in ("do", "model", "timeout_s")}
         return methods[do](**arguments)
@@ -260,17 +307,10 @@ class Engine:
 
     def _decode(self, tokens: list[int], start: int, n_out: int, seq: int) -> npt.NDArray[np.float32]:
         lib = self.lib
-        batch = lib.llama_batch_init(len(tokens), 0, 1)
-        try:
-            for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
-                batch.seq_id[i][0] = seq
-                batch.logits[i] = i >= len(tokens) - n_out
-            batch.n_tokens = len(tokens)
-            status = lib.llama_decode(self._ctx, batch)
-            lib.llama_synchronize(self._ctx)
-        finally:
-            lib.llama_batch_free(batch)
+        batch = self._batch(tokens, start, n_out, seq)
+        status = lib.llama_decode(self._ctx, batch)
+        lib.llama_synchronize(self._ctx)
+        lib.llama_batch_free(batch)
         error = self.machine.take_error()
         if error is not None or status:
             for device in self.devices:
@@ -282,8 +322,22 @@ class Engine:
             raise error or ComputeError(
                 "llama", f"llama_decode {_STATUS.get(status, f'returned {status}')}", status=status
             )
+        return self._logits(n_out)
+
+    def _batch(self, tokens: list[int], start: int, n_out: int, seq: int) -> Any:
+        """Return a batch of a sequence's next tokens, to be freed; the last ``n_out`` have logits."""
+        batch = self.lib.llama_batch_init(len(tokens), 0, 1)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
+            batch.seq_id[i][0] = seq
+            batch.logits[i] = i >= len(tokens) - n_out
+        batch.n_tokens = len(tokens)
+        return batch
+
+    def _logits(self, n_out: int) -> npt.NDArray[np.float32]:
         if not n_out:
             return np.empty((0, self.n_vocab), np.float32)
+        lib = self.lib
         bytes_ = self.ffi.buffer(lib.llama_get_logits(self._ctx), 4 * n_out * self.n_vocab)
         return np.frombuffer(bytes_, np.float32).reshape(n_out, self.n_vocab).copy()
 
@@ -310,6 +364,49 @@ class Engine:
             "clock": ledger.clock,
             "records": ledger.take_records(),
         }
+
+    # -- races ---------------------------------------------------------------
+
+    def late(self, seed: int | None, chunks: list[list[int]], dropped: list[str]) -> LateRun:
+        """Evaluate chunks of a new sequence one after the other, and wait at the end alone; as a server does with a prompt.
+
+        Parameters
+        ----------
+        seed : int or None
+            Of the devices; None: they work at once.
+        dropped : list of str
+            Waits that devices leave out.
+        """
+        lib, found = self.lib, list[FoundHazard]()
+        self.keep(0, 0)
+        sims = [d for d in self.devices if isinstance(d, SimDevice)]
+        for device in sims:
+            device.reseed(seed)
+            if device.watch is not None:
+                device.watch.hazards = _Noted(device.name, self.machine.ledger, found)
+        self.machine.take_error()
+        self.machine.dropped = set(dropped)
+        starts = [sum(map(len, chunks[:i])) for i in range(len(chunks))]
+        n_outs = [1] * len(chunks)
+        self.machine.ledger.begin([(len(c), s, n) for c, s, n in zip(chunks, starts, n_outs, strict=True)])
+        status = 0
+        try:
+            for chunk, start, n_out in zip(chunks, starts, n_outs, strict=True):
+                batch = self._batch(chunk, start, n_out, 0)
+                status = status or lib.llama_decode(self._ctx, batch)
+                lib.llama_batch_free(batch)
+            lib.llama_synchronize(self._ctx)
+        finally:
+            self.machine.dropped = set()
+            for device in sims:  # what nobody waited for must not come later
+                device.finish()
+            self.machine.ledger.end()
+            self.machine.ledger.take_records()
+        error = self.machine.take_error()
+        if error is None and status:
+            error = ComputeError("llama", f"llama_decode {_STATUS.get(status, f'returned {status}')}", status=status)
+        logits = self._logits(1)[0] if error is None else None
+        return LateRun(logits, found, error, self.machine.ledger.count_splits()[0])
 
     # -- text ----------------------------------------------------------------
 

@@ -183,7 +183,7 @@ class Ledger:
         self._next_nodes = 0  # where the nodes of the next split of this graph begin
         self._first: tuple[int, int] = (0, 0)
         self._is_reused = False
-        self._is_computing = self._looks_away = False
+        self._is_computing = self._looks_away = self._is_over = False
         self._experts: tuple[str, int] | None = None  # weight that is being sent in parts, and its split
         self._ids_read: tuple[Tensor, int] | None = None
         self._used: set[int] = set()
@@ -217,6 +217,12 @@ class Ledger:
         records, self.records = self.records + self._pending, []
         self._pending.clear()
         return records
+
+    def place(self) -> tuple[int, int]:
+        """Return the number of the micro-batch in its decode, and of the split that is made ready or launched."""
+        if self._is_computing and not self._is_over:
+            return len(self.batches), len(self._splits)
+        return len(self.batches) + int(self._is_computing), 0
 
     def count_splits(self) -> tuple[dict[str, int], int]:
         """Return how many splits of the latest graph each backend has, and how many inputs all have."""
@@ -277,6 +283,8 @@ class Ledger:
             return
         if src.type is Type.I32:
             self._ids_read, self._experts = (src, address), None
+        else:
+            self._is_over = True  # these are the results
         self._log_read(index, src, start_s)
 
     def _log_read(self, index: int, src: Tensor, start_s: float) -> None:
@@ -377,7 +385,7 @@ class Ledger:
     def _begin(self, nodes: int, uid: int) -> None:
         self._is_reused = uid != 0 and (nodes, uid) == self._first
         self._first = nodes, uid
-        self._is_computing = True
+        self._is_computing, self._is_over = True, False
         self._splits, self._made, self._body = [], [], []
         self._ids.n_used.clear()
         self._start = self._mark

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ..backends.sim.faults import Moment
+    from .engine import LateRun
 
 __all__ = ["LlamaModel", "RoutingTaker"]
 
@@ -361,6 +362,24 @@ class LlamaModel(Generator):
     def hazards(self, index: int = 0) -> list[Hazard]:
         """Return uses of a simulated device's memory, or by it of the host's, that no wait orders; with a seed only."""
         found: list[Hazard] = self._device(index, "hazards")
+        return found
+
+    def decode_late(
+        self, chunks: Sequence[Sequence[int]], *, seed: int | None, dropped: Collection[str] = ()
+    ) -> LateRun:
+        """Evaluate chunks of a new sequence, each a decode, and wait after the last alone; simulated devices work late.
+
+        Parameters
+        ----------
+        seed : int or None
+            Of the order in which devices do their work; None: at once.
+        dropped : collection of str
+            Waits that devices leave out although llama.cpp asks for them: ``synchronize``, ``event_record``, ``event_wait``,
+            ``event_synchronize``.
+        """
+        found: LateRun = self._ask(
+            "late", seed=seed, chunks=[[int(t) for t in c] for c in chunks], dropped=sorted(dropped)
+        )
         return found
 
     def traffic(self, index: int = 0) -> Traffic:

@@ -8,9 +8,11 @@ watches the host's, which streams read and write behind the host's back, and tel
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -46,6 +48,25 @@ class Access(NamedTuple):
         """Return who does what, for people."""
         verb = "writes" if self.is_write else "reads"
         return f"{who} {verb} {self.what}" + (f" in {self.by}" if self.by else "")
+
+
+class _Sorted:
+    """Accesses by where they begin, so that those which meet another are found at once."""
+
+    __slots__ = ("accesses", "ends", "starts")
+
+    def __init__(self, accesses: Iterable[Access]) -> None:
+        self.accesses = sorted(accesses, key=lambda access: access.start)
+        self.starts = [access.start for access in self.accesses]
+        self.ends = list(accumulate((access.end for access in self.accesses), max))  # the largest so far
+
+    def meeting(self, other: Access) -> Iterator[Access]:
+        """Yield those that share a byte with another."""
+        i = bisect_left(self.starts, other.end) - 1
+        while i >= 0 and self.ends[i] > other.start:
+            if self.accesses[i].end > other.start:
+                yield self.accesses[i]
+            i -= 1
 
 
 class Stream:
@@ -114,6 +135,7 @@ class HazardWatch:
 
     def _check(self, accesses: Sequence[Access], before: dict[Stream, int], stream: Stream | None) -> None:
         who = "the host" if stream is None else stream.name
+        ranges: _Sorted | None = None
         for other, pending in list(self._pending.items()):
             while pending and pending[0][0] <= other.n_host:
                 pending.popleft()
@@ -122,11 +144,13 @@ class HazardWatch:
             if other is stream:
                 continue
             reached = before.get(other, 0)
+            if ranges is None:
+                ranges = _Sorted(accesses)
             for n, first in pending:
                 if n <= reached:
                     continue
-                for then in accesses:
-                    if (first.is_write or then.is_write) and first.start < then.end and then.start < first.end:
+                for then in ranges.meeting(first):
+                    if first.is_write or then.is_write:
                         missing = f"{who} does not wait for {other.name}"
                         self._found(Hazard(first.text(other.name), then.text(who), missing), other, stream)
 

@@ -184,6 +184,17 @@ class SimDevice(Device):
         n = len(self._backends)
         return Stream(self.name if n == 0 else f"{self.name} (stream {n})", self.watch)
 
+    def reseed(self, seed: int | None) -> None:
+        """Do the work of all streams late, in an order drawn anew, or at once (None); hazards found so far are forgotten."""
+        self.finish()
+        self.seed = seed
+        self.watch = None if seed is None else HazardWatch()
+        for i, known in enumerate(self._backends):
+            backend = known()
+            if backend is not None:
+                backend.stream.watch = self.watch
+                backend._random = None if seed is None else random.Random(f"{seed}/{self._index}/{i}")
+
     @property
     def hazards(self) -> list[Hazard]:
         """Uses of its memory, or by it of the host's, that no wait orders, found so far; always empty without a seed."""

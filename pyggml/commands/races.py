@@ -1,0 +1,104 @@
+"""`pyggml races`: run llama.cpp's scheduler over devices that work late, and name what no wait orders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import cloup
+
+from ._console import print_json, progress, report, table
+from ._values import ModelPath
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..llama.races import RaceReport
+
+__all__ = ["command"]
+
+#: As `pyggml.llama.races.WAITS`, for the text of help, which imports no model.
+WAITS = ("synchronize", "event_record", "event_wait", "event_synchronize")
+#: Hazards of a world that are printed; JSON has all.
+_MOST_SHOWN = 8
+
+EXAMPLES = """
+\b
+Examples:
+  pyggml races moe.gguf
+  pyggml races moe.gguf --seeds 200 --json | jq .hazards
+  pyggml races moe.gguf --drop event_synchronize       # would the loss of a wait be noticed?
+"""
+
+
+@cloup.command("races", epilog=EXAMPLES)
+@click.argument("model", type=ModelPath())
+@cloup.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Runs of each world, each with an order of work of its own.",
+)
+@cloup.option(
+    "--drop",
+    type=click.Choice(WAITS),
+    multiple=True,
+    help="Let devices leave out such waits, to see that it is noticed.",
+)
+@cloup.option(
+    "-t", "--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Threads of the kernels."
+)
+@cloup.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.pass_context
+def command(ctx: click.Context, model: Path, seeds: int, drop: tuple[str, ...], threads: int, as_json: bool) -> None:
+    """Run a GGUF model in the real llama.cpp over simulated devices that work late, and list hazards.
+
+    Worlds: one device and two, with pipeline copies and copies of used experts. A hazard is memory that two pieces of work use,
+    at least one writing, in no order that a wait gives. Exit status 1: there are hazards, or wrong results. Needs the packages of
+    the `llama` extra.
+    """
+    from ..llama.races import find_races
+
+    with progress() as bar:
+        task = bar.add_task("", total=None)
+
+        def told(world: str, done: int, total: int) -> None:
+            bar.update(task, description=world, completed=done, total=total)
+
+        found = find_races(model, seeds=range(1, seeds + 1), dropped=drop, threads=threads, progress=told)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _print(found)
+    if found.n_hazards or any(w.n_wrong or w.n_failed for w in found.worlds):
+        ctx.exit(1)
+
+
+def _print(found: RaceReport) -> None:
+    console = report()
+    without = f", without {', '.join(found.dropped)}" if found.dropped else ""
+    console.print(f"{Path(found.model).name}: llama.cpp {found.build}{without}")
+    console.print(_table(found))
+    for world in found.worlds:
+        if world.hazards or world.error:
+            console.print(f"\n{world.world.name}:")
+        for hazard in world.hazards[:_MOST_SHOWN]:
+            console.print(f"  {hazard} (in {hazard.n_runs} of {world.n_runs} runs)", markup=False, highlight=False)
+        if len(world.hazards) > _MOST_SHOWN:
+            console.print(f"  and {len(world.hazards) - _MOST_SHOWN} more; --json has all")
+        if world.error:
+            console.print(f"  {world.n_failed} runs failed; the first: {world.error}", markup=False, highlight=False)
+
+
+def _table(found: RaceReport) -> Table:
+    columns = ("runs", "hazards", "wrong", "failed")
+    made = table(
+        "llama.cpp's scheduler over late devices", "world", *columns, "splits", right=columns, free=("splits",)
+    )
+    for w in found.worlds:
+        splits = ", ".join(f"{n} × {name}" for name, n in w.splits.items())
+        made.add_row(w.world.name, str(w.n_runs), str(len(w.hazards)), str(w.n_wrong), str(w.n_failed), splits)
+    return made
