@@ -291,12 +291,17 @@ def split_devices(text: str, kinds: list[str]) -> list[str]:
     """
     names: list[str] = []
     for part in text.split(","):
-        starts = part.strip().partition(":")[0] in (*kinds, "none") or find_card(part.split("-pcie")[0]) is not None
+        starts = part.strip().partition(":")[0] in (*kinds, "none") or _is_simulated(part)
         if names and not starts:
             names[-1] += f",{part}"
         else:
             names.append(part)
     return [n.strip() for n in names if n.strip()]
+
+
+def _is_simulated(name: str) -> bool:
+    """Whether a name without a kind is a card of the table, or the file of a profile."""
+    return name.strip().endswith(".json") or find_card(name.split("-pcie")[0]) is not None
 
 
 class DeviceModule(Protocol):
@@ -380,8 +385,8 @@ class Registry:
         counts: dict[str, int] = {}
         for name in names:
             kind, _, spec = name.partition(":")
-            if kind not in self.modules and "sim" in self.modules and not spec and find_card(kind.split("-pcie")[0]):
-                kind, spec = "sim", name  # a card by name alone
+            if kind not in self.modules and "sim" in self.modules and not spec and _is_simulated(name):
+                kind, spec = "sim", name  # a card by name alone, or a measured profile
             index = counts.get(kind, 0)
             opened.append(self.load(kind).open_device(spec, index=index, data=data))
             counts[kind] = index + 1

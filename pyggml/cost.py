@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import DeviceUnavailableError
 from .hardware.cards import GENERATIONS, Card, find_card
+from .hardware.files import read_profile
 from .hardware.formulas import Work, backend_family, card_s, family_of, host_read, host_s
 from .hardware.hosts import DEFAULT_HOST, Host
 from .hardware.rates import RATES, Rates
@@ -134,7 +136,8 @@ _CUSTOM = re.compile(
 def parse_profile(text: str) -> DeviceProfile:
     """Return the profile of a name, or of ``custom:MEMORY,BANDWIDTH,LINK[,latency=US][,engines=N][,pinned][,gen=NAME][,f32=NT][,f16=NT][,int8=NT]``.
 
-    A name is a card of `pyggml.hardware.cards` at its own link (``rtx3060``) or another (``rtx3060-pcie3``). Of a custom device,
+    A name is a card of `pyggml.hardware.cards` at its own link (``rtx3060``) or another (``rtx3060-pcie3``, ``rtx3060-pcie4x8``),
+    or a file of `pyggml devices --measure`, `pyggml calibrate` or `pyggml selftest`. Of a custom device,
     ``gen`` is the generation whose kernels it runs (ada if not given), and ``f32``, ``f16`` and ``int8`` are its TFLOP/s and TOP/s; what is
     not given is in proportion to memory. A link of ``25/20GB/s`` is slower from the device than to it.
 
@@ -148,10 +151,13 @@ def parse_profile(text: str) -> DeviceProfile:
     >>> parse_profile("custom:8GiB,448GB/s,12GB/s").memory_bytes
     8589934592
     """
+    if text.endswith(".json"):
+        return _of_file(text)
     named, _, pcie = text.partition("-pcie")
     card = find_card(named) if ":" not in text else None
-    if card is not None and (not pcie or pcie in "345"):
-        return _of_card(text, card, int(pcie or card.pcie))
+    slot = re.fullmatch(r"([1-6])(?:x(\d+))?", pcie) if pcie else None
+    if card is not None and (not pcie or slot):
+        return _of_card(text, card, int(slot[1]) if slot else card.pcie, int(slot[2] or 0) if slot else 0)
     kind, _, numbers = text.partition(":")
     found = _CUSTOM.fullmatch(numbers) if kind == "custom" else None
     if found is None:
@@ -190,13 +196,29 @@ def parse_profile(text: str) -> DeviceProfile:
     )
 
 
-def _of_card(text: str, card: Card, pcie: int) -> DeviceProfile:
-    """Return the profile of a card of the table."""
-    pcie = min(pcie, card.pcie)
-    where = f"PCIe {pcie}.0 x{card.lanes}" if card.lanes else "shared memory"
+def _of_card(text: str, card: Card, pcie: int, lanes: int = 0) -> DeviceProfile:
+    """Return the profile of a card of the table, in a slot of its own width or another."""
+    pcie, lanes = min(pcie, card.pcie), min(lanes or card.lanes, card.lanes)
+    where = f"PCIe {pcie}.0 x{lanes}" if lanes else "shared memory"
     return DeviceProfile(
-        text, f"{card.name}, {card.generation}, {where}", card, link_of(card, f"{pcie}.0 x{card.lanes}"),
+        text, f"{card.name}, {card.generation}, {where}", card, link_of(card, f"{pcie}.0 x{lanes}"),
         "the maker's data sheet", is_pinned=card.lanes > 0, copy_engines=1 if card.name in _SINGLE_ENGINE else 2,
+    )  # fmt: skip
+
+
+def _of_file(text: str) -> DeviceProfile:
+    """Return the profile that a file has of a device."""
+    found = read_profile(Path(text))
+    if found.simulated:
+        return parse_profile(found.simulated)
+    if found.card is None:
+        raise DeviceUnavailableError(f"sim:{text}", "is of a host, not of a device", hint=f"use it as --host {text}")
+    card, link = found.card, link_of(found.card)
+    there = LinkProfile(found.link_bytes_per_s or link.bytes_per_s)
+    back = LinkProfile(found.link_back_bytes_per_s) if found.link_back_bytes_per_s else None
+    return DeviceProfile(
+        text, f"{card.name}, {card.generation}, as measured", card, there, f"measured, {text}",
+        is_pinned=card.lanes > 0, copy_engines=1 if card.name in _SINGLE_ENGINE else 2, link_back=back,
     )  # fmt: skip
 
 

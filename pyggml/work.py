@@ -133,7 +133,8 @@ def _flash_attention(node: Tensor, used_experts: UsedExperts) -> Work:
     seen = 1.0 - 0.5 * min(q.ne[1], k.ne[1]) / k.ne[1] if node.src[3] is not None else 1.0
     flops = 2.0 * seen * q.ne[1] * q.ne[2] * q.ne[3] * k.ne[1] * (k.ne[0] + v.ne[0])
     read = _rows_bytes(k) + (0 if _is_part_of(v, k) else _rows_bytes(v))
-    return Work(Kind.ATTENTION, flops, seen * read, n_tokens=q.ne[1])
+    heads = seen * read * q.ne[2] / k.ne[2] if k.type.is_quantized and not _is_part_of(v, k) else 0.0
+    return Work(Kind.ATTENTION, flops, seen * read, n_tokens=q.ne[1], heads_bytes=heads)
 
 
 def _gated_delta_net(node: Tensor, used_experts: UsedExperts) -> Work:

@@ -14,6 +14,7 @@ from ..backend import REGISTRY, Device
 from ..cost import PROFILES, DeviceProfile
 from ..errors import PyggmlError
 from ..hardware.cards import Card
+from ..hardware.pci import found_cards
 from ..types import DeviceType, Type
 
 __all__ = ["DeviceFacts", "command", "find_devices", "weight_types"]
@@ -113,16 +114,22 @@ def find_devices() -> tuple[list[DeviceFacts], dict[str, str]]:
 @click.option("--json", "as_json", is_flag=True, help="Print the devices as JSON.")
 @click.option(
     "--measure", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="Measure the memory speed of this machine, and write FILE for `splits --host FILE`.",
+    help="Measure memory, link and kernels here in under a minute, and write FILE, which --host and --device take.",
 )  # fmt: skip
-def command(as_json: bool, measure: Path | None) -> None:
+@click.option(
+    "-dev", "--device", default="", metavar="DEVICE",
+    help="With --measure: what to measure beside the CPU. [default: the first accelerator found]",
+)  # fmt: skip
+def command(as_json: bool, measure: Path | None, device: str) -> None:
     """List the devices of this machine, their buffer types and memory, what they can run, and why others are missing.
 
     Also lists the simulated cards that --device takes by name.
     """
     if measure is not None:
-        _measure(measure, as_json=as_json)
+        _measure(measure, device, as_json=as_json)
         return
+    if device:
+        raise click.UsageError("--device goes with --measure FILE")
     found, missing = find_devices()
     from . import _console
 
@@ -132,27 +139,53 @@ def command(as_json: bool, measure: Path | None) -> None:
         _print(found, missing)
 
 
-def _measure(path: Path, *, as_json: bool) -> None:
-    """Measure this machine's memory, and write its profile."""
-    from ..hardware.hosts import write_host
-    from ..hardware.measure import measure_host
+def _measure(path: Path, device: str, *, as_json: bool) -> None:
+    """Measure this machine and a device, and write the profile."""
     from . import _console
+    from ._measure import measure_here
 
-    host = measure_host()
-    write_host(host, path)
+    profile, measured = measure_here(path, device, lambda what: click.echo(f"{what} ...", err=True))
+    host, card = profile.host, profile.card
+    assert host is not None
     if as_json:
-        _console.print_json(asdict(host))
+        _console.print_json(
+            {
+                "host": asdict(host),
+                "device": None if card is None else asdict(card),
+                "measured": measured,
+                "file": str(path),
+            }
+        )
         return
+    console = _console.report()
     size = f", {host.memory_bytes / 2**30:.0f} GiB" if host.memory_bytes else ""
-    _console.report().print(
-        f"{host.description}: {host.n_cores} cores ({host.isa}) read {host.read_bytes_per_s / 1e9:.1f} GB/s{size}"
+    console.print(
+        f"{host.description}: {host.n_cores} cores ({host.isa}) read {host.read_bytes_per_s / 1e9:.1f} GB/s, "
+        f"quantised products {host.product_per_s / 1e9:,.0f} GFLOP/s{size}"
     )
-    _console.report().print(f"Written to {path}: use it with --host {path}")
+    uses = f"--host {path}"
+    if card is not None:
+        console.print(
+            f"{card.name}: link {profile.link_bytes_per_s / 1e9:.1f} GB/s there, {profile.link_back_bytes_per_s / 1e9:.1f} back"
+        )
+        uses += f" and --device {path}"
+    console.print(f"Written to {path}: use it as {uses}")
 
 
 def _as_json(found: list[DeviceFacts], missing: dict[str, str]) -> dict[str, Any]:  # of JSON's values
     return {
         "devices": [asdict(facts) for facts in found],
+        "slots": [
+            {
+                "address": c.address,
+                "title": c.title,
+                "card": c.card.name if c.card else None,
+                "pcie": c.pcie,
+                "lanes": c.lanes,
+                "device": c.profile or None,
+            }
+            for c in found_cards()
+        ],
         "missing": [{"kind": kind, "why": why} for kind, why in missing.items()],
         "profiles": [
             {
@@ -204,6 +237,14 @@ def _print(found: list[DeviceFacts], missing: dict[str, str]) -> None:
         )
     console.print()
     console.print(simulated)
+    if cards := found_cards():
+        console.print()
+        slots = _console.table("Cards in this machine's slots", "address", "name", "link", "plan with", free=("name",))
+        for c in cards:
+            slots.add_row(
+                c.address, c.title, f"PCIe {c.pcie}.0 x{c.lanes}" if c.pcie else "", c.profile or "not in the table"
+            )
+        console.print(slots)
     others = {kind: why for kind, why in missing.items() if kind != "sim"}
     if others:
         console.print()

@@ -34,7 +34,9 @@ def attention_work(a: Attention, m: int, n_kv: float, kv_bytes: float) -> Work:
     """Return the work of attention of ``m`` tokens over ``n_kv`` positions, whose K and V take ``kv_bytes`` an element."""
     n = min(n_kv, a.window + m) if a.window else n_kv
     flops = 2.0 * m * n * a.n_head * (a.head_k + a.head_v)
-    return Work(Kind.ATTENTION, flops, n * a.n_cached * kv_bytes, n_kernels=0, n_tokens=m)
+    read = n * a.n_cached * kv_bytes
+    heads = read * a.n_head / a.n_head_kv if kv_bytes < 2 and not a.is_latent else 0.0
+    return Work(Kind.ATTENTION, flops, read, n_kernels=0, n_tokens=m, heads_bytes=heads)
 
 
 def scores_bytes(a: Attention, m: int, n_kv: float) -> float:

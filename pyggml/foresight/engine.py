@@ -21,6 +21,11 @@ class Clock:
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
 
+    def dense_s(self, layer: Layer, m: int, model: ModelShape, card: Card, backend: str = "") -> float:
+        """Return the time of a layer's products with dense weights on a card, without what is around them."""
+        works = (product_work(p, m, model.n_used, 0.0) for p in layer.products if not p.is_expert)
+        return sum(card_s(replace(w, moved_bytes=0.0), card, self.rates, backend=backend) for w in works)
+
     def output_s(self, model: ModelShape, card: Card, backend: str = "") -> float:
         """Return the time of one token's logits on a card, without what is around the product."""
         work = replace(product_work(model.output, 1, 1, 0.0), moved_bytes=0.0)

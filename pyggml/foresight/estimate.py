@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..cost import DeviceProfile, LinkProfile
 from ..hardware.cards import Card
-from ..hardware.formulas import pageable_rate
+from ..hardware.formulas import backend_family, pageable_rate
 from ..hardware.hosts import DEFAULT_HOST, Host
 from ..hardware.rates import RATES, Rates
 from ..types import Type
@@ -43,6 +43,8 @@ class Setting:
         Patterns of ``-ot`` in order, and whether they mean host memory.
     is_pinned : bool
         Whether weights in host memory are (``--no-mmap``, ``--mlock``, ``-lm none``).
+    split_mode : str
+        What several cards share: ``"layer"``, ``"row"`` (products with dense weights) or ``"tensor"`` (all of a layer).
     """
 
     n_gpu_layers: int = -1
@@ -59,6 +61,7 @@ class Setting:
     op_offload: bool = True
     no_gpu: bool = False
     backend: str = ""
+    split_mode: str = "layer"
 
 
 @dataclass(slots=True)
@@ -169,7 +172,7 @@ def predict(
 def _pipeline(m: Machine, s: Setting, placed: list[Placed], n: int) -> float:
     """Return the part of the time that is left when several cards work on micro-batches at a time."""
     k = len(m.cards)
-    if k < 2 or n < 2 or any(p.device < 0 or p.experts_on_host for p in placed) or s.overrides:
+    if k < 2 or n < 2 or _shares_layers(m, s) or any(p.device < 0 or p.experts_on_host for p in placed) or s.overrides:
         return 1.0
     ideal = (n + k - 1) / (n * k)
     return 1.0 / (1.0 + m.rates.pipeline * (1.0 / ideal - 1.0))
@@ -201,6 +204,9 @@ def _micro_batch_s(
                 attention=s.kv_offload,
                 slow_host=m.host.isa == "neon",
             )
+            if _shares_layers(m, s):
+                dense_s = clock.dense_s(p.layer, n, model, card, s.backend)
+                seconds = _sharing_s(m, s, p, n, seconds, dense_s, model.n_embd)
             if not s.kv_offload and p.layer.attention is not None:
                 seconds += m.rates.switch_s + clock.cpu_attention_s(p.layer.attention, n, n_kv, m.host, kv_bytes)
             if p.experts_on_host and not offloads:
@@ -209,9 +215,39 @@ def _micro_batch_s(
                 seconds += _copies_s(clock, model, m, s, p, n, i)
         total += p.count * seconds
     total += _output_s(clock, model, m, s, placed, n)
-    if len(m.cards) > 1:
+    if len(m.cards) > 1 and not _shares_layers(m, s):
         total += (len(m.cards) - 1) * (50e-6 + 4.0 * n * model.n_embd / 10e9)
     return total
+
+
+def _shares_layers(m: Machine, s: Setting) -> bool:
+    """Whether every card works on every layer; Vulkan and Metal have no buffers split by rows, so that row is layer there."""
+    if len(m.cards) < 2 or s.split_mode == "layer":
+        return False
+    return s.split_mode == "tensor" or backend_family(m.cards[0], s.backend).startswith(("cuda", "rocm"))
+
+
+def _sharing_s(m: Machine, s: Setting, p: Placed, n: int, alone_s: float, products_s: float, n_embd: int) -> float:
+    """Return the time of a layer that all cards share, given that of one card.
+
+    Parameters
+    ----------
+    alone_s, products_s : float
+        Of the whole layer on one card, and of its products with dense weights.
+
+    Notes
+    -----
+    Row: `ggml_cuda_op_mul_mat` sends each card the activations in 8 bits, and each sends its rows of the result to the main card; all else is
+    the main card's work. Tensor: each card has its share of heads and of feed-forward, and the results of both are summed up over all
+    cards (`ggml_backend_meta`); of experts in host memory every card gets a copy.
+    """
+    k, link = len(m.cards), m.links[0]
+    others = (k - 1) / k
+    if s.split_mode == "row":
+        dense = [x for x in p.layer.products if not x.is_expert]
+        moved = sum(n * (1.125 * x.n_in * (k - 1) + 4.0 * x.n_out * others) for x in dense)
+        return alone_s - products_s * others + moved / link.bytes_per_s + 2 * len(dense) * link.latency_s
+    return alone_s / k + 2 * (2.0 * others * 4.0 * n * n_embd / link.bytes_per_s + 2 * link.latency_s)
 
 
 def _is_expert(p: Product) -> bool:

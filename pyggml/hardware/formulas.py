@@ -21,6 +21,8 @@ __all__ = ["Kind", "Work", "backend_family", "card_s", "family_of", "host_read",
 _REPACKED = {Type.Q4_0, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0, Type.IQ4_NL, Type.Q2_K}
 #: What a driver stages of pageable memory at most: 13.6 to 14 GB/s measured on Windows, 21 by what a run on Linux implies.
 _STAGING_BYTES_PER_S = 20e9
+#: Tokens that a block of ROCm's attention works on (`fattn-tile.cuh`); each block reads K and V again, from memory unless caches have them.
+_QUERIES = 32
 
 
 class Kind(Enum):
@@ -52,6 +54,8 @@ class Work:
         Of a product: columns of all matrices together, and matrices that are read.
     n_tokens : int
         Of a product or of attention: up to `FEW_COLUMNS` take other kernels.
+    heads_bytes : float
+        Of attention over a quantised cache: K and V, read by each head for itself.
     is_expert : bool
         Whether the activations are those of experts, which are gathered, weighted and added.
     """
@@ -66,6 +70,7 @@ class Work:
     matrices: float = 1.0
     n_tokens: int = 1
     is_expert: bool = False
+    heads_bytes: float = 0.0
 
 
 def backend_family(card: Card, backend: str = "") -> str:
@@ -99,7 +104,12 @@ def card_s(work: Work, card: Card, rates: Rates, *, backend: str = "", slow_host
     if work.kind is Kind.PRODUCT:
         seconds += _product_s(work, card, rates, kind, f)
     elif work.kind is Kind.ATTENTION:
-        read_s = work.read_bytes / (card.bytes_per_s * rates.kv)
+        n_reads = max(1.0, work.n_tokens / _QUERIES) if f is rates.rocm else 1.0
+        read_s = n_reads * work.read_bytes / (card.bytes_per_s * rates.kv)
+        if (
+            f is rates.cuda and work.n_tokens <= FEW_COLUMNS
+        ):  # heads share no reads (`fattn-vec.cuh`), but the cache does
+            read_s = max(read_s, work.heads_bytes / card.bytes_per_s)
         seconds += max(read_s, work.flops / (card.f16_per_s * f.attention))
     elif work.kind is Kind.STATE:
         seconds += work.flops / (card.f32_per_s * rates.state) + work.read_bytes / memory
@@ -122,12 +132,12 @@ def _peak(type: Type, card: Card, rates: Rates, kind: str, f: Family) -> float:
     if not type.is_quantized:
         half = rates.half_metal if kind == "metal" else rates.half
         return (card.f16_per_s if type is not Type.F32 else card.f32_per_s) * half
-    if kind == "cuda":
-        return 1.0 / (1.0 / (card.int8_per_s * f.quantized) + 1.0 / (card.f32_per_s * rates.scalar))
     if kind.endswith("dp4a"):
         return card.int8_per_s * rates.dp4a
-    if kind == "rocm":
-        return card.int8_per_s * f.quantized
+    if kind == "cuda":
+        return 1.0 / (1.0 / (card.int8_per_s * f.quantized) + 1.0 / (card.f32_per_s * rates.scalar))
+    if kind == "rocm":  # matrix units wait for the scales, which are in 32 bits
+        return card.f32_per_s * f.quantized
     return card.f16_per_s * f.quantized
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DeviceUnavailableError
-from ..files import aside
+from .rates import RATES
 
-__all__ = ["DEFAULT_HOST", "Host", "find_cpu", "memory_rate", "parse_host", "write_host"]
+__all__ = ["DEFAULT_HOST", "Host", "find_cpu", "is_possible", "memory_rate", "parse_host"]
 
 #: What a core computes a clock in 8-bit products with VNNI, without, and with AMX, times a clock of 4 GHz.
 _ISA = {"amx": 2.0, "avx512": 1.6, "vnni": 1.3, "avx2": 1.0, "neon": 0.8}
@@ -30,6 +29,8 @@ class Host:
         The best set of instructions that ggml uses: avx2, vnni, avx512, amx or neon.
     memory_bytes : int
         0 where it is not known.
+    product_per_s : float
+        Measured operations of quantised products of many tokens; 0: by cores and instructions.
     """
 
     read_bytes_per_s: float
@@ -37,10 +38,13 @@ class Host:
     isa: str = "avx2"
     memory_bytes: int = 0
     description: str = ""
+    product_per_s: float = 0.0
 
     @property
     def int8_per_s(self) -> float:
         """8-bit products of all cores."""
+        if self.product_per_s:
+            return self.product_per_s / RATES.cpu_product
         return self.n_cores * 4e9 * 64 * _ISA[self.isa]
 
 
@@ -115,7 +119,14 @@ def parse_host(text: str) -> Host:
     (8, 64, 45.1)
     """
     if text.endswith(".json"):
-        return _read_host(Path(text))
+        from .files import read_profile  # which reads hosts
+
+        found = read_profile(Path(text)).host
+        if found is None:
+            raise DeviceUnavailableError(
+                f"host:{text}", "is of a device, not of a host", hint=f"use it as --device {text}"
+            )
+        return found
     rate, n_cores, isa, size = None, None, None, 0
     for part in filter(None, (p.strip() for p in text.split(","))):
         low = part.lower()
@@ -140,30 +151,6 @@ def parse_host(text: str) -> Host:
     return Host(rate or DEFAULT_HOST.read_bytes_per_s, n_cores or DEFAULT_HOST.n_cores, isa or "avx2", size, text)
 
 
-def write_host(host: Host, path: Path) -> None:
-    """Write a host as a file that `parse_host` takes; its name ends in ``.json``.
-
-    Raises
-    ------
-    DeviceUnavailableError
-        The file has another name.
-    PyggmlError
-        The file cannot be written.
-    """
-    if path.suffix != ".json":
-        raise DeviceUnavailableError(f"host:{path}", "a profile's name ends in .json")
-    with aside(path) as part:
-        part.write_text(json.dumps(asdict(host), indent=2) + "\n", encoding="utf-8")
-
-
-def _read_host(path: Path) -> Host:
-    try:
-        host = Host(**json.loads(path.read_text(encoding="utf-8")))
-        if not (host.read_bytes_per_s > 0 and host.n_cores > 0 and host.isa in _ISA):
-            raise ValueError("a rate, the cores or the instructions cannot be")
-    except OSError as error:
-        raise DeviceUnavailableError(f"host:{path}", f"cannot be read: {error.strerror}") from None
-    except (TypeError, ValueError) as error:
-        hint = "`pyggml devices --measure FILE.json` writes one"
-        raise DeviceUnavailableError(f"host:{path}", f"is no profile of a host: {error}", hint=hint) from None
-    return host
+def is_possible(host: Host) -> bool:
+    """Whether a host's rates, cores and instructions can be."""
+    return host.read_bytes_per_s > 0 and host.n_cores > 0 and host.isa in _ISA and host.product_per_s >= 0

@@ -12,8 +12,8 @@ __all__ = ["Speed", "spread_of"]
 
 #: Factors by family of kernels, of prompts and of generation: what 80 % of runs stayed within when their series was not fitted
 #: (``docs/accuracy.md``). ROCm and Vulkan differ most from one driver to the next.
-_PROMPT = {"cuda": 1.28, "rocm": 1.75, "vulkan": 1.55, "metal": 1.3, "cpu": 1.4}
-_GENERATION = {"cuda": 1.2, "rocm": 1.3, "vulkan": 1.5, "metal": 1.25, "cpu": 1.3}
+_PROMPT = {"cuda": 1.28, "rocm": 1.45, "vulkan": 1.55, "metal": 1.3, "cpu": 1.45}
+_GENERATION = {"cuda": 1.2, "rocm": 1.3, "vulkan": 1.8, "metal": 1.25, "cpu": 1.3}
 #: More, where weights are in host memory: the link and the threads are less certain than kernels.
 _HOST = 1.05
 

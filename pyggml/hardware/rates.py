@@ -21,7 +21,7 @@ FEW_COLUMNS = 8
 class Family:
     """What one family of kernels reaches."""
 
-    quantized: float  #: of the peak that quantised products have (`peak_quantized`)
+    quantized: float  #: of the peak that quantised products have: in 8 bits (CUDA), 32 (ROCm), 16 (Vulkan, Metal)
     memory: float  #: of the memory's rate, by weights that are read once
     pad: float  #: columns that each matrix is padded by
     launch_s: float  #: from the end of a kernel to the start of the next
@@ -32,29 +32,29 @@ class Family:
 class Rates:
     """All fitted numbers."""
 
-    cuda: Family = field(default_factory=lambda: Family(0.313, 0.883, 8.2, 1.06e-06, 0.608))
-    rocm: Family = field(default_factory=lambda: Family(0.292, 0.95, 48.9, 4.89e-06, 0.193))
-    vulkan: Family = field(default_factory=lambda: Family(0.212, 0.95, 52.1, 4.08e-06, 0.0474))
-    metal: Family = field(default_factory=lambda: Family(0.637, 0.9, 10.0, 3.24e-06, 0.297))
-    half: float = 0.626  #: of the peak in 16 bits, by weights of 16 bits on cards with matrix units
-    half_metal: float = 0.789  #: the same on Apple's
-    dp4a: float = 0.35  #: of the peak in 8 bits, by cards without matrix units
-    scalar: float = 11.3  #: CUDA: quantised products reach no more than this times the peak in 32 bits
-    few: float = 9.07  #: operations in 32 bits for each quantised weight, by products of few columns
+    cuda: Family = field(default_factory=lambda: Family(0.269, 0.881, 10, 1.07e-06, 0.64))
+    rocm: Family = field(default_factory=lambda: Family(0.534, 0.95, 51.1, 4.92e-06, 0.199))
+    vulkan: Family = field(default_factory=lambda: Family(0.2, 0.95, 52.6, 4.2e-06, 0.041))
+    metal: Family = field(default_factory=lambda: Family(0.626, 0.899, 10, 3.24e-06, 0.296))
+    half: float = 0.563  #: of the peak in 16 bits, by weights of 16 bits on cards with matrix units
+    half_metal: float = 0.772  #: the same on Apple's
+    dp4a: float = 0.346  #: of the peak in 8 bits, by cards without matrix units
+    scalar: float = 11.5  #: CUDA: quantised products reach no more than this times the peak in 32 bits
+    few: float = 9.11  #: operations in 32 bits for each quantised weight, by products of few columns
     few_half: float = 13.2  #: the same for each weight of 16 bits
-    kv: float = 0.42  #: of the memory's rate, by K and V that are read for one token
-    state: float = 0.0671  #: of the peak in 32 bits, by recurrent states
-    passes: float = 2.13  #: times the counted bytes of small ops that are really moved
-    expert_passes: float = 8.44  #: the same around experts, whose rows are gathered, weighted and added
-    cpu_read: float = 159000000000.0  #: bytes a second that the threads of a host come to, however fast its memory
+    kv: float = 0.419  #: of the memory's rate, by K and V that are read for one token
+    state: float = 0.0486  #: of the peak in 32 bits, by recurrent states
+    passes: float = 1.17  #: times the counted bytes of small ops that are really moved
+    expert_passes: float = 5.95  #: the same around experts, whose rows are gathered, weighted and added
+    cpu_read: float = 159e9  #: bytes a second that the threads of a host come to, however fast its memory
     cpu_few: float = 1.24  #: of the host's 8-bit peak, by products of few columns
     cpu_product: float = 0.502  #: of it, by quantised products of many columns
     cpu_attention: float = 0.0126  #: of it
-    switch_s: float = 5.75e-05  #: from a device to the CPU and back
-    slow_host: float = 16.3  #: launches of a small ARM host take so many times longer; a third of that as one graph
-    pageable: float = 0.466  #: of the host's read rate, by copies from pageable memory
+    switch_s: float = 5.72e-05  #: from a device to the CPU and back
+    slow_host: float = 16.2  #: launches of a small ARM host take so many times longer; a third of that as one graph
+    pageable: float = 0.457  #: of the host's read rate, by copies from pageable memory
     pipeline: float = 0.382  #: of what several cards could gain by working on several micro-batches at a time
-    spread: float = 1.08  #: how unevenly random tokens use experts (`LogNormal`)
+    spread: float = 1.16  #: how unevenly random tokens use experts (`LogNormal`)
 
 
 #: Of the CPU's rate, by types that are not kept in an order of its own.

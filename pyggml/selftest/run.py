@@ -73,6 +73,7 @@ def run(
         report.missing = " ".join(str(error).split())
         return report
     report.description = tested.description
+    report.facts["memory_bytes"] = str(tested.memory()[1])
     try:
         for stage in stages:
             tell(stage, "", 0, None)

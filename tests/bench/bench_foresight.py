@@ -160,8 +160,6 @@ def case_of(row: dict[str, Any], rates: Rates = RATES) -> Case:
     backend = str(row.get("backend") or "")
     if "UNIFIED_MEMORY" in backend or "unified memory" in flags:
         raise Unpredicted("unified memory of the driver")
-    if re.search(r"-sm (row|tensor)|--split-mode (row|tensor)", flags):
-        raise Unpredicted("split mode")
     if row.get("gpus") is None:
         raise Unpredicted("hardware not named")
     cards: list[Card] = []
@@ -193,6 +191,7 @@ def case_of(row: dict[str, Any], rates: Rates = RATES) -> Case:
         op_offload="--no-op-offload" not in flags,
         no_gpu=not cards or backend.lower() == "cpu",
         backend=backend,
+        split_mode=said[1] if (said := re.search(r"(?:-sm|--split-mode) (row|tensor)", flags)) else "layer",
     )  # fmt: skip
     tool = str(row.get("tool") or "")
     n_prompt, n_gen = _int(row.get("n_prompt"), 0), _int(row.get("n_gen"), 128)

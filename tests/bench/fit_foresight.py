@@ -24,12 +24,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from bench_foresight import DATA, Case, Unpredicted, case_of, read_lines
 
+from pyggml.foresight.api import range_of
 from pyggml.foresight.estimate import Machine, predict
+from pyggml.hardware.formulas import backend_family
 from pyggml.hardware.rates import RATES, Family, Rates
 
 #: Where each number starts, and what it is drawn back to.
 START = Rates(
-    cuda=Family(0.30, 0.88, 10.0, 1.6e-6, 0.5), rocm=Family(0.45, 0.86, 40.0, 3.5e-6, 0.2),
+    cuda=Family(0.30, 0.88, 10.0, 1.6e-6, 0.5), rocm=Family(0.70, 0.86, 40.0, 3.5e-6, 0.2),
     vulkan=Family(0.28, 0.80, 30.0, 4e-6, 0.05), metal=Family(0.65, 0.85, 10.0, 3e-6, 0.3), half=0.45, half_metal=0.8,
     dp4a=0.40, scalar=10.0, few=6.0, few_half=12.0, kv=0.45, state=0.06, passes=1.0, expert_passes=3.0, cpu_read=200e9,
     cpu_few=1.0, cpu_product=0.4, cpu_attention=0.03, switch_s=60e-6, slow_host=12.0, pageable=0.5, pipeline=0.4, spread=1.2,
@@ -52,6 +54,11 @@ class Item:
     kind: str
     case: Case
     measured: float
+
+    @property
+    def factor(self) -> float:
+        """How far the range of the prediction goes, up and down."""
+        return range_of(self.case.machine, self.case.setting, self.case.placed, is_prompt=self.kind == "pp")
 
     def log_ratio(self, rates: Rates) -> float:
         """Return the logarithm of predicted over measured."""
@@ -124,14 +131,29 @@ def fit(items: list[Item], start: np.ndarray, *, rounds: int = 2, n_steps: int =
     return x
 
 
-def show(title: str, ratios: list[tuple[str, float]]) -> None:
-    """Print the errors of prompts and of generation."""
+def show(title: str, items: list[Item], ratios: list[float]) -> None:
+    """Print the errors of prompts and of generation, and how many ranges hold."""
     for kind in ("pp", "tg"):
-        errors = [np.exp(abs(r)) - 1 for k, r in ratios if k == kind]
-        if errors:
+        own = [(item, r) for item, r in zip(items, ratios, strict=True) if item.kind == kind]
+        if own:
+            errors = [np.exp(abs(r)) - 1 for _, r in own]
+            inside = np.mean([abs(r) <= np.log(item.factor) for item, r in own])
             print(
-                f"{title} {kind}: n {len(errors)}, median {np.median(errors):.1%}, 90th {np.quantile(errors, 0.9):.1%}"
+                f"{title} {kind}: n {len(errors)}, median {np.median(errors):.1%}, 90th {np.quantile(errors, 0.9):.1%}, "
+                f"ranges hold {inside:.0%} at a median of high over low of {np.median([i.factor**2 for i, _ in own]):.2f}",
+                flush=True,
             )
+
+
+def show_families(items: list[Item], ratios: list[float]) -> None:
+    """Print the factors that 80 % stay within, by family of kernels: what `pyggml.hardware.ranges` is made of."""
+    groups: dict[str, list[float]] = {}
+    for item, r in zip(items, ratios, strict=True):
+        cards = item.case.machine.cards
+        family = backend_family(cards[0], item.case.setting.backend).partition("-")[0] if cards else "cpu"
+        groups.setdefault(f"{item.kind} {family}", []).append(abs(r))
+    for name, own in sorted(groups.items()):
+        print(f"{name}: n {len(own)}, 80 % within a factor of {np.exp(np.quantile(own, 0.8)):.2f}")
 
 
 def main() -> int:
@@ -144,20 +166,25 @@ def main() -> int:
     if given.leave_out is None:
         rates = rates_of(fit(items, numbers(START)))
         print(rates)
-        show("fitted", [(i.kind, i.log_ratio(rates)) for i in items])
+        show("fitted", items, [i.log_ratio(rates) for i in items])
         return 0
     groups: dict[str, list[Item]] = {}
     for item in items:
         cards = "+".join(sorted({c.name for c in item.case.machine.cards})) or "cpu"
         groups.setdefault(item.row["series"] if given.leave_out == "series" else cards, []).append(item)
-    ratios = []
+    left_out: list[Item] = []
+    ratios: list[float] = []
     for name, held in groups.items():
         others = [item for item in items if item not in held]
         rates = rates_of(fit(others, numbers(RATES), rounds=1, n_steps=5))
-        own = [(i.kind, i.log_ratio(rates)) for i in held]
-        show(name, own)
-        ratios += own
-    show(f"leave one {given.leave_out} out,", ratios)
+        own = [i.log_ratio(rates) for i in held]
+        show(name, held, own)
+        left_out, ratios = left_out + held, ratios + own
+    show(f"leave one {given.leave_out} out,", left_out, ratios)
+    show_families(left_out, ratios)
+    for item, r in zip(left_out, ratios, strict=True):
+        if abs(r) > np.log(1.3):
+            print(f"{item.kind} {item.row.get('id')}: {np.exp(r):.2f} times what was measured")
     return 0
 
 

@@ -126,3 +126,16 @@ def test_a_link_may_be_slower_from_the_device_than_to_it():
     assert (p.link, p.from_device) == (LinkProfile(12e9, 25e-6), LinkProfile(6e9, 25e-6))
     assert (p.copy_engines, p.is_pinned) == (1, True)
     assert PROFILES["rtx4090-pcie4"].from_device == PROFILES["rtx4090-pcie4"].link
+
+
+def test_blocks_of_attention_read_k_and_v_again_on_rocm():
+    """A prompt of full multi-head attention waits for memory there; CUDA's heads read a quantised cache each for itself."""
+    card = CARDS["rx7900xtx"]
+    one = Work(Kind.ATTENTION, 1e9, 1e9, n_kernels=0, n_tokens=1)
+    many = replace(one, n_tokens=512)
+    assert card_s(many, card, RATES) == pytest.approx(16 * card_s(one, card, RATES))
+    nvidia = CARDS["rtx3090"]
+    assert card_s(many, nvidia, RATES) == card_s(one, nvidia, RATES)
+    heads = replace(one, heads_bytes=16e9)
+    assert card_s(heads, nvidia, RATES) == pytest.approx(16e9 / nvidia.bytes_per_s)
+    assert card_s(heads, card, RATES) == card_s(one, card, RATES)
