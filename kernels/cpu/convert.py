@@ -91,7 +91,7 @@ def row_to_f32(type, src, dst, n, dequantise):
 
 @device
 def row_from_f32(type, src, dst, n, quantise):
-    """Write n floats as elements of a type; quantised ones by `floats_to_blocks`, whose address is given."""
+    """Write n floats as elements of a type; quantised ones by `quantiser`, whose address is given."""
     if type == F32:
         copy_bytes(dst, src, 4 * n)
     elif type == F16:

@@ -27,7 +27,7 @@ from .words import (
 )
 
 #: Parameters of `copy_rows`. HOW: see below. BYTES: of an element, or of a row for RAW_ROWS. DEQUANTISE: address of
-#: `dequantise_row`; QUANTISE: of `floats_to_blocks`.
+#: `dequantise_row`; QUANTISE: of `quantiser`.
 HOW, BYTES, DEQUANTISE, QUANTISE = PARAM, PARAM + 1, PARAM + 2, PARAM + 3
 #: Rows as bytes; rows converted; elements strided within rows; elements in any shape.
 RAW_ROWS, CONVERTED_ROWS, STRIDED, RESHAPED = range(4)

@@ -6,7 +6,7 @@ import numpy as np
 
 from .convert import row_to_f32
 from .elementwise import share
-from .kernel import op_kernel
+from .kernel import rare_op_kernel
 from .memory import floats, ld_f16, ld_i64
 from .recurrent import dot_of, row_at
 from .words import DST, F32, NE0, NE1, NE2, NE3, PARAM, SRC0, SRC1, SRC2, SRC3, THREAD_BYTES, THREADS, TYPE
@@ -15,7 +15,7 @@ from .words import DST, F32, NE0, NE1, NE2, NE3, PARAM, SRC0, SRC1, SRC2, SRC3, 
 DEQUANTISE = PARAM
 
 
-@op_kernel
+@rare_op_kernel
 def lightning_indexer(ith, nth, d, ctl):
     """Add up positive products of queries (src0) and keys (src1), weighed by head (src2), and the mask (src3)."""
     n, n_head = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1))

@@ -8,14 +8,19 @@ control block at ctl (`words`). `micro_kernel` makes one of an `Emit` body.
 from __future__ import annotations
 
 import ctypes
+import importlib
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .emit import micro, types
 
 from numba import cfunc, njit  # isort: skip  (after the cache folder is set)
-from .cache import guard_files  # isort: skip
+from .cache import CACHE_DIR, guard_files  # isort: skip
 
 guard_files()
 
@@ -78,14 +83,19 @@ class Kernel:
         return f"<Kernel {self.name}>"
 
 
-def kernel(n: int) -> Callable[[Callable[..., None]], Kernel]:
+def kernel(n: int, *, rare: bool = False) -> Callable[[Callable[..., None]], Kernel]:
     """Return a decorator that makes a kernel of a function of n arguments."""
-    return lambda function: Kernel(function, n)
+    return lambda function: Kernel(function, n, rare=rare)
 
 
 def op_kernel(function: Callable[[int, int, int, int], None]) -> Kernel:
     """Make the kernel of an op: ``f(ith, nth, d, ctl)``."""
     return Kernel(function, 4)
+
+
+def rare_op_kernel(function: Callable[[int, int, int, int], None]) -> Kernel:
+    """Make the kernel of an op that few models have: `warm_up` leaves it out."""
+    return Kernel(function, 4, rare=True)
 
 
 def micro_kernel(n: int, *, rare: bool = False) -> Callable[[Callable[..., None]], Kernel]:
@@ -123,21 +133,50 @@ def entry(n: int) -> Callable[[Callable[..., int]], Any]:
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
     """Compile all kernels but rare ones, or load them from the cache.
 
+    Where the cache is empty and there is a second core, a second process compiles from the end of the list until the
+    two meet: each finds in the cache what the other has put there.
+
     Parameters
     ----------
     progress : callable, optional
         ``progress(name, i, n)``, before kernel i of n, and at the end with an empty name and i = n.
     """
-    import importlib
-    from pathlib import Path
+    kernels = common_kernels()
+    helper = None
+    if len(kernels) > 1 and not is_compiled() and (os.cpu_count() or 1) > 1:
+        helper = _helper()
+    try:
+        for i, kernel in enumerate(kernels):
+            if progress is not None:
+                progress(kernel.name, i, len(kernels))
+            _ = kernel.address
+    finally:
+        if helper is not None:
+            helper.kill()  # at most one kernel is half compiled, and what is in the cache is whole
+            helper.wait()
+    if progress is not None:
+        progress("", len(kernels), len(kernels))
 
+
+def is_compiled() -> bool:
+    """Whether the cache has kernels of these sources; what every process compiles when it imports them does not count."""
+    return any(Path(CACHE_DIR).rglob("matmul.mul_mat-*.nbi"))
+
+
+def common_kernels() -> list[Kernel]:
+    """Return all kernels but rare ones, in an order that is always the same."""
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if path.stem != "__init__":
             importlib.import_module(f".{path.stem}", __package__)
-    kernels = [k for k in KERNELS.values() if not k.rare]
-    for i, kernel in enumerate(kernels):
-        if progress is not None:
-            progress(kernel.name, i, len(kernels))
-        _ = kernel.address
-    if progress is not None:
-        progress("", len(kernels), len(kernels))
+    return [k for k in KERNELS.values() if not k.rare]
+
+
+def _helper() -> subprocess.Popen[bytes] | None:
+    """Start a process that compiles the same kernels, the last first."""
+    code = f"from {__name__} import common_kernels\nfor kernel in reversed(common_kernels()): kernel.address"
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+    quiet = subprocess.DEVNULL
+    try:
+        return subprocess.Popen([sys.executable, "-c", code], env=env, stdin=quiet, stdout=quiet, stderr=quiet)
+    except OSError:  # there are no processes to be had: one does it alone
+        return None

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from .dequantise import IQ4_NL_VALUES, MXFP4_DOUBLED
 from .emit import F32, I8, I16, I32, I64, LANES, Emit, F32x16, I32x16, U8x16, ir, micro, types
-from .kernel import kernel
+from .kernel import Kernel, kernel
 from .quantise_k import quantise_q2_k, quantise_q3_k, quantise_q4_k, quantise_q5_k, quantise_q6_k
 from .words import IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0
 
@@ -188,7 +188,7 @@ _quantise_iq4_nl = _each_block(IQ4_NL, _iq4_nl)
 
 @kernel(4)
 def floats_to_blocks(type, src, dst, n):
-    """Write n floats as elements of a quantised type; n is a multiple of the block size."""
+    """Write n floats as elements of a type in blocks of 32; n is a multiple of the block size."""
     if type == Q8_0:
         _quantise_q8_0(src, dst, n // 32)
     elif type == Q4_0:
@@ -203,7 +203,12 @@ def floats_to_blocks(type, src, dst, n):
         _quantise_mxfp4(src, dst, n // 32)
     elif type == IQ4_NL:
         _quantise_iq4_nl(src, dst, n // 32)
-    elif type == Q4_K:
+
+
+@kernel(4, rare=True)  # no cache of keys and values has such types, and they take long to compile
+def floats_to_super_blocks(type, src, dst, n):
+    """Write n floats as elements of a type in super-blocks of 256."""
+    if type == Q4_K:
         quantise_q4_k(src, dst, n // 256)
     elif type == Q5_K:
         quantise_q5_k(src, dst, n // 256)
@@ -213,3 +218,8 @@ def floats_to_blocks(type, src, dst, n):
         quantise_q2_k(src, dst, n // 256)
     elif type == Q3_K:
         quantise_q3_k(src, dst, n // 256)
+
+
+def quantiser(typ: int) -> Kernel:
+    """Return the kernel ``(type, src, dst, n)`` that writes elements of a quantised type."""
+    return floats_to_blocks if typ in SIZE else floats_to_super_blocks

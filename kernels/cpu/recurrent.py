@@ -10,7 +10,7 @@ import math
 from .elementwise import share
 from .emit import Emit, F32x16, ir, micro, types
 from .functions import V, exp
-from .kernel import device, op_kernel
+from .kernel import device, rare_op_kernel
 from .memory import bits_of, copy_bytes, floats, ld_f32, ld_i32, ld_i64, st_f32
 from .norms import fold_row, scale_row
 from .plan import report
@@ -64,7 +64,7 @@ def dot_of(e, x, y, n):
 # -- SSM_CONV -------------------------------------------------------------------------------
 
 
-@op_kernel
+@rare_op_kernel
 def ssm_conv(ith, nth, d, ctl):
     """Slide each channel's few weights (src1) over its row of src0."""
     n_tap, n_channel = ld_i64(d + 8 * (SRC1 + NE0)), ld_i64(d + 8 * (SRC1 + NE1))
@@ -124,7 +124,7 @@ def _scan_by_element(e, n, state, to, b, c, x, rates, step):
     return _scan(e, n, state, to, b, c, x, decay)
 
 
-@op_kernel
+@rare_op_kernel
 def ssm_scan(ith, nth, d, ctl):
     """Scan each head of each sequence; dst: outputs of all tokens, then the states after the last N_KEPT."""
     n_state, dim, n_head = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC1 + NE0)), ld_i64(d + 8 * (SRC1 + NE1))
@@ -171,7 +171,7 @@ def ssm_scan(ith, nth, d, ctl):
 # -- GATED_DELTA_NET ----------------------------------------------------------------------------
 
 
-@op_kernel
+@rare_op_kernel
 def gated_delta_net(ith, nth, d, ctl):
     """Update each head's state, kept transposed, by the delta rule; dst: outputs, then the last N_KEPT states."""
     n, n_head = ld_i64(d + 8 * (SRC2 + NE0)), ld_i64(d + 8 * (SRC2 + NE1))
@@ -238,7 +238,7 @@ def _multiply(e, y, x, n):
 N_TOGETHER = 64
 
 
-@op_kernel
+@rare_op_kernel
 def solve_tri(ith, nth, d, ctl):
     """Solve ``a x = b`` for lower triangles a (src0), row by row, for some columns of b (src1) at a time."""
     n_column, n = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1))

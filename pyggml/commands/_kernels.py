@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from pathlib import Path
-
 import click
 
 from ._console import progress
@@ -21,21 +17,20 @@ def warm_up(*, is_for_child: bool = False) -> None:
     is_for_child : bool
         Only a child process needs them: do nothing if the cache has kernels.
     """
-    from ..kernels import cpu
+    from ..kernels.cpu import kernel
     from ..kernels.cpu.cache import CACHE_DIR
 
-    is_warm = any(Path(CACHE_DIR).rglob("*.nbi"))
+    is_warm = kernel.is_compiled()
     if is_warm and is_for_child:
         return
     if not is_warm:
         click.echo(
-            f"Compiling CPU kernels, once for this version (about half a minute); cached in {CACHE_DIR}", err=True
+            f"Compiling CPU kernels, once for this version (about 20 s with two cores); cached in {CACHE_DIR}", err=True
         )
     with progress() as bar:
         task = bar.add_task("loading kernels", total=None)
-        for module in pkgutil.iter_modules(cpu.__path__):
-            importlib.import_module(f"{cpu.__name__}.{module.name}")
-        kernels = list(importlib.import_module(f"{cpu.__name__}.kernel").KERNELS.values())
-        for i, made in enumerate(kernels):
-            bar.update(task, completed=i, total=len(kernels), description=f"compiling or loading kernel {made.name}")
-            _ = made.address
+        kernel.warm_up(
+            lambda name, i, n: bar.update(
+                task, completed=i, total=n, description=f"compiling or loading kernel {name}" if name else "kernels"
+            )
+        )

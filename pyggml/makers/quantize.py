@@ -68,11 +68,11 @@ def dequantize(packed: _Bytes, kind: Type) -> _Floats:
 
 
 def _quantize_by_kernel(values: _Floats, kind: Type) -> _Bytes:
-    from pyggml.kernels.cpu.quantise import floats_to_blocks  # brings Numba
+    from pyggml.kernels.cpu.quantise import quantiser  # brings Numba
 
     values = np.ascontiguousarray(values, np.float32)
     rows = np.empty((*values.shape[:-1], kind.row_size(values.shape[-1])), np.uint8)
-    floats_to_blocks(int(kind), values.ctypes.data, rows.ctypes.data, values.size)
+    quantiser(kind)(int(kind), values.ctypes.data, rows.ctypes.data, values.size)
     return rows
 
 

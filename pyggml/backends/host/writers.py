@@ -25,7 +25,7 @@ from pyggml.kernels.cpu import (
     words,
 )
 from pyggml.kernels.cpu.dequantise import dequantise_row
-from pyggml.kernels.cpu.quantise import floats_to_blocks
+from pyggml.kernels.cpu.quantise import quantiser
 
 from ...ops.modes import RopeType
 from ...tensor import Tensor
@@ -320,7 +320,7 @@ def _rope(sine_sign: float) -> Writer:
 
 def _quantiser(t: Tensor) -> int:
     """Return the address of what writes a node's quantised rows; 0 if they are not, to compile nothing."""
-    return floats_to_blocks.address if t.type.is_quantized else 0
+    return int(quantiser(t.type).address) if t.type.is_quantized else 0
 
 
 def _dequantiser(t: Tensor) -> int:

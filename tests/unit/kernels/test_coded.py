@@ -142,7 +142,7 @@ import sys
 import pyggml.backends.host.writers
 from pyggml.kernels.cpu import coded
 from pyggml.kernels.cpu.kernel import KERNELS
-assert not [k for k in KERNELS.values() if k.rare]
+assert not [k for k in KERNELS.values() if k.rare and (k._address or k.name.startswith(("rows_", "unpack_")))]
 assert "gguf" not in sys.modules
 kernel = coded.dequantise_kernel(19)
 assert kernel.rare and kernel is coded.dequantise_kernel(19)

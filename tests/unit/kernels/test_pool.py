@@ -307,3 +307,23 @@ def test_warm_up_tells_of_each_kernel():
     assert [i for _, i, _ in told] == list(range(len(names) + 1))
     assert {name for name, _, _ in told[:-1]} == names
     assert told[-1] == ("", len(names), len(names))
+
+
+def test_two_processes_compile_and_what_either_made_is_used(tmp_path):
+    """With an empty cache a second process compiles from the end: each kernel is in the cache afterwards, and loads from it."""
+    code = """
+import os
+os.cpu_count = lambda: 2
+from pyggml.kernels.cpu import kernel
+few = [k for k in kernel.common_kernels() if k.name in ("sum_all", "mul_mat", "get_rows", "group_by_expert")]
+assert len(few) == 4 and not kernel.is_compiled()
+started, plain = [], kernel._helper
+kernel.common_kernels, kernel._helper = lambda: few, lambda: started.append(plain()) or started[0]
+kernel.warm_up()
+print(len(started), started[0].poll() is not None, kernel.is_compiled())
+"""
+    env = dict(os.environ, NUMBA_CACHE_DIR=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False, env=env
+    )
+    assert done.stdout == "1 True True\n", done.stderr

@@ -103,7 +103,7 @@ def test_get_rows_of_what_set_rows_writes(memory):
 
 def main() -> None:
     """Compare all types with libggml and print how many there were."""
-    from pyggml.kernels.cpu.quantise import floats_to_blocks
+    from pyggml.kernels.cpu.quantise import quantiser
 
     class Traits(c.Structure):
         _fields_ = (
@@ -125,7 +125,7 @@ def main() -> None:
             theirs, ours = (np.zeros((24, typ.row_size(N)), "u1") for _ in range(2))
             for row, a, b in zip(x, theirs, ours, strict=True):
                 from_float(row.ctypes.data, a.ctypes.data, N)
-                floats_to_blocks(int(typ), row.ctypes.data, b.ctypes.data, N)
+                quantiser(typ)(int(typ), row.ctypes.data, b.ctypes.data, N)
             if typ is Type.IQ4_NL:  # upstream writes what was on the stack where all elements are 0
                 some = np.abs(x).reshape(24, -1, 32).max(-1) > 0
                 theirs, ours = (y.reshape(24, -1, 18)[some] for y in (theirs, ours))
