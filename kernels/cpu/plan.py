@@ -36,10 +36,13 @@ from .words import (
     LINE,
     PARALLEL,
     SERIAL,
+    SHARED,
     SLEEPERS,
     STAGE,
     STAGE_AT,
     STAGE_COUNT,
+    THREAD_BYTES,
+    THREADS,
     TICKET,
     TIMES,
 )
@@ -128,15 +131,20 @@ def _share(n_threads, d, n, ctl):
     return end
 
 
-@entry(5)
-def run(n_threads, plan, n, ctl, times):
-    """Run n descriptors, whole stages, from an address on; 1 if stopped before the end.
+@entry(8)
+def run(n_threads, plan, n, ctl, times, shared, threads, thread_bytes):
+    """Run n descriptors, whole stages, from an address on; 1 if they were stopped.
+
+    ``shared``, ``threads``: addresses of scratch for all and, ``thread_bytes`` each, for each part.
 
     At ``times``, unless 0, cycles are added up: for each descriptor a word for each part, then one for the whole stage
     that it begins, as thread 0 saw it.
     """
     d, start = plan, 0
     st_i64(ctl + 8 * TIMES, times)
+    st_i64(ctl + 8 * SHARED, shared)
+    st_i64(ctl + 8 * THREADS, threads)
+    st_i64(ctl + 8 * THREAD_BYTES, thread_bytes)
     while n > 0:
         stage = d
         if times != 0:
@@ -151,4 +159,4 @@ def run(n_threads, plan, n, ctl, times):
         if times != 0:
             _note(times + 8 * ((n_threads + 1) * ld_i64(stage + 8 * INDEX) + n_threads), start)
         n -= count
-    return 0
+    return 1 if atomic_load(ctl + 8 * ABORT) != 0 else 0

@@ -28,11 +28,9 @@ from .words import (
     ERRORS,
     LINE,
     QUIT,
-    SHARED,
     SLEEPERS,
     STAGE_AT,
     STAGE_COUNT,
-    THREAD_BYTES,
     TICKET,
     control_words,
 )
@@ -101,27 +99,27 @@ class _Crew:
         first = -memory.ctypes.data % 64 // 8
         self.control = memory[first : first + n_words]
         self.ctl = self.control.ctypes.data
-        self.scratch = np.zeros(0, np.uint8)
+        self.reserve(0)
         self.control[TICKET] = PART_MASK  # nothing to take
         self.wake = threading.Condition()
         for i in range(1, n_threads):
             args = (n_threads, self.control, self.wake, can_sleep)
             threading.Thread(target=_work, args=args, name=f"pyggml-cpu-{i}", daemon=True).start()
 
-    def run(self, plan: int, n: int, times: int) -> int:
+    def run(self, plan: int, n: int, times: int, shared_bytes: int, thread_bytes: int) -> int:
         if not self.can_sleep:
             with self.wake:
                 self.wake.notify_all()
-        stopped: int = run(self.n_threads, plan, n, self.ctl, times)
+        shared = self.base
+        stopped: int = run(self.n_threads, plan, n, self.ctl, times, shared, shared + shared_bytes, thread_bytes)
         return stopped
 
-    def reserve(self, shared_bytes: int, thread_bytes: int) -> None:
-        need = shared_bytes + self.n_threads * thread_bytes + 64
-        if self.scratch.nbytes < need:
-            self.scratch = np.empty(need, np.uint8)
-        base = self.scratch.ctypes.data
-        base += -base % 64
-        self.control[SHARED : THREAD_BYTES + 1] = base, base + shared_bytes, thread_bytes
+    def reserve(self, size: int) -> None:
+        """Have scratch of a size, at a line of the cache."""
+        self.scratch = np.empty(size + 64, np.uint8)
+        self.base = self.scratch.ctypes.data
+        self.base += -self.base % 64
+        self.n_scratch = size
 
 
 def _work(n_threads: int, control: np.ndarray, wake: threading.Condition, can_sleep: bool) -> None:
@@ -206,9 +204,11 @@ class Pool:
             self._hire()
             return self.run(pieces, shared_bytes, thread_bytes, times)
         with self._lock:
-            crew.reserve(shared_bytes, thread_bytes)
+            need = shared_bytes + self.n_threads * thread_bytes
+            if crew.n_scratch < need:
+                crew.reserve(need)
             for plan, n in pieces:
-                if crew.run(plan, n, times) or crew.control[ABORT]:
+                if crew.run(plan, n, times, shared_bytes, thread_bytes):
                     return self._take_error(crew)
         return None
 

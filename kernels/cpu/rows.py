@@ -75,8 +75,14 @@ def set_rows(ith, nth, d, ctl):
     type, src_type, raw = ld_i64(d + 8 * (DST + TYPE)), ld_i64(d + 8 * (SRC0 + TYPE)), ld_i64(d + 8 * RAW_BYTES)
     quantise, floats_at = ld_i64(d + 8 * QUANTISE), ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
     nb01, nb1, nb10 = ld_i64(d + 8 * (SRC0 + NB1)), ld_i64(d + 8 * (DST + NB1)), ld_i64(d + 8 * (SRC1 + NB0))
-    is_long, left, at, index_at, out = ld_i64(d + 8 * (SRC1 + TYPE)) == I64, 0, 0, 0, 0
-    first, end = share(ne01 * ne02 * ld_i64(d + 8 * (SRC0 + NE3)), ith, nth)
+    is_long, left, at, index_at, out = ld_i64(d + 8 * (SRC1 + TYPE)) == I64, 0, src, 0, dst
+    first, end = 0, ne01 * ne02 * ld_i64(d + 8 * (SRC0 + NE3))
+    if end > 1:
+        first, end = share(end, ith, nth)
+    elif ith == 0:  # one token: no divisions at all
+        left, index_at = 1, ld_i64(d + 8 * (SRC1 + ADDRESS))
+    else:
+        return
     for i in range(first, end):
         if left == 0:  # a new matrix: divisions are for these only
             i1, i2, i3 = i % ne01, i // ne01 % ne02, i // (ne01 * ne02)
