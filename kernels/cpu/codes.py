@@ -22,6 +22,7 @@ from .emit import (
     I64,
     Emit,
     F32x4,
+    I16x16,
     I32x16,
     I64x8,
     U8x16,
@@ -234,14 +235,23 @@ def _iq3_s(e: Emit, at: ir.Value, j: int) -> ir.Value:
 # -- IQ1: -1, 0 and 1, all moved by an eighth; integers are eighths ---------------------------
 
 
-def _moved(e: Emit, indices: list[ir.Value], down: ir.Value) -> ir.Value:
-    """Entries of a codebook in eighths, each less 1 where its lane of ``down`` is set, else plus 1."""
+def _moved(e: Emit, low_at: ir.Value, high: ir.Value, places: list[int], down: ir.Value) -> ir.Value:
+    """Entries of a codebook in eighths, each less 1 where its lane of ``down`` is set, else plus 1.
+
+    Parameters
+    ----------
+    low_at, high : i64
+        Where the lower bytes of the indices lie, and a word with three upper bits of each from some places on.
+    """
     b = e.b
-    entries = e.cast(_from_book(e, ("IQ1_S", 8), indices), I64x8)
-    entries = b.xor(entries, e.const(I64x8, OFFSET * _ONES))  # -8, 0, 8 as bytes 120, 128, 136
-    # no byte carries into the next
-    moved = b.select(down, b.sub(entries, e.const(I64x8, _ONES)), b.add(entries, e.const(I64x8, _ONES)))
-    return e.cast(moved, U8x64)
+    book = [word ^ OFFSET * _ONES for word in _book("IQ1_S", 8, 8)]  # -8, 0, 8 as bytes 120, 128, 136
+    table, addresses = e.table("codebook.IQ1_S", I64, book), []
+    for i, place in enumerate(places):
+        upper = b.shl(high, I64(11 - place)) if place <= 11 else b.lshr(high, I64(place - 11))
+        first = e.add(table, b.and_(upper, I64(7 << 11)))  # of 256 entries of 8 bytes
+        addresses.append(e.add(first, e.mul(_long(e, I8, low_at, i), 8)))
+    step = b.select(down, e.const(I64x8, -_ONES), e.const(I64x8, _ONES))
+    return e.cast(b.add(e.gather(I64, addresses), step), U8x64)  # no byte carries into the next
 
 
 def _iq1_s_scales(e: Emit, at: ir.Value) -> ir.Value:
@@ -252,10 +262,9 @@ def _iq1_s_scales(e: Emit, at: ir.Value) -> ir.Value:
 
 
 def _iq1_s(e: Emit, at: ir.Value, j: int) -> ir.Value:
-    low, high = e.load(I64, at, 2 + 8 * j), _long(e, I32, at, 34 + 4 * j)
-    indices = [e.b.or_(_bits(e, low, 8 * i, 255), _upper(e, high, 16 * (i // 4) + 3 * (i % 4), 7, 8)) for i in range(8)]
+    high = _long(e, I32, at, 34 + 4 * j)
     down = e.b.lshr(e.splat(high, 8), e.const(I64x8, [15] * 4 + [31] * 4))
-    return _moved(e, indices, e.b.trunc(down, vec(I1, 8)))
+    return _moved(e, e.add(at, 2 + 8 * j), high, [0, 3, 6, 9, 16, 19, 22, 25], e.b.trunc(down, vec(I1, 8)))
 
 
 def _iq1_m_scales(e: Emit, at: ir.Value) -> ir.Value:
@@ -264,14 +273,15 @@ def _iq1_m_scales(e: Emit, at: ir.Value) -> ir.Value:
     for shift, keep in ((24, 0xF0), (36, 0xF00), (48, 0xF000)):
         bits = b.or_(bits, _bits(e, word, shift, keep))
     d = e.to_f32(e.cast(b.trunc(bits, I16), F16))
-    return _scaled(e, d, _shifts(e, word, [16 * (i // 4) + 3 * (i % 4) for i in range(16)], 7), 1.0, 2.0, 0.125)
+    four = e.load(vec(I16, 4), at, 48)  # and four times three bits
+    threes = b.lshr(e.shuffle(four, four, [i // 4 for i in range(16)]), e.const(I16x16, [0, 3, 6, 9] * 4))
+    return _scaled(e, d, b.zext(b.and_(threes, e.const(I16x16, 7)), I32x16), 1.0, 2.0, 0.125)
 
 
 def _iq1_m(e: Emit, at: ir.Value, j: int) -> ir.Value:
-    low, high = e.load(I64, at, 8 * j), _long(e, I32, at, 32 + 4 * j)
-    indices = [e.b.or_(_bits(e, low, 8 * i, 255), _upper(e, high, 4 * i, 7, 8)) for i in range(8)]
+    high = _long(e, I32, at, 32 + 4 * j)
     down = e.b.lshr(e.splat(high, 8), e.const(I64x8, list(range(3, 32, 4))))
-    return _moved(e, indices, e.b.trunc(down, vec(I1, 8)))
+    return _moved(e, e.add(at, 8 * j), high, list(range(0, 32, 4)), e.b.trunc(down, vec(I1, 8)))
 
 
 # -- nibbles ------------------------------------------------------------------------------------
