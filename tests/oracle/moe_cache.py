@@ -61,6 +61,7 @@ class Recording:
     n_expert: int = 0
     kinds: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    alignment: int = _ALIGNMENT  #: of the device's memory
 
     @property
     def layers(self) -> list[int]:
@@ -99,7 +100,7 @@ def read(path: Path) -> Recording:
         made = Recording(
             path, data["lib"], data["log"], data["bs"],
             [{int(layer): rows for layer, rows in batch.items()} for batch in data["routing"]],
-            data["notes"], data["expert_bytes"], data["budget"],
+            data["notes"], data["expert_bytes"], data["budget"], alignment=data.get("alignment", _ALIGNMENT),
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
         raise ValueError(f"{path}: no recording of an expert cache: {error!r}") from error
@@ -148,7 +149,7 @@ def replay(recording: Recording, eviction: str) -> Replayed:
         for kind, n in zip(recording.kinds, recording.sizes, strict=True)
     )  # fmt: skip
     group = CacheGroup(0, tensors, layers=layers, n_slots=0)
-    group.n_slots = slots_that_fit(group, recording.budget, _ALIGNMENT)
+    group.n_slots = slots_that_fit(group, recording.budget, recording.alignment)
     cache = ExpertCache(EVICTIONS[eviction](group.n_slots, recording.n_expert), recording.sizes, n_used=n_used)
     done = Replayed(eviction, group.n_slots)
     _compare_start(recording, group)
