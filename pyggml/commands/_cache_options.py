@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..moe_cache import CacheRule, MoeCache
+    from ..routing import Routing
     from ..simulation import SimulatedBatch
 
-__all__ = ["N_FORECAST", "cache_options", "cache_table", "print_forecast"]
+__all__ = ["N_FORECAST", "cache_options", "cache_table", "print_forecast", "stated_routing"]
 
 #: Tokens of generation that `splits` carries out, from an empty cache on.
 N_FORECAST = 64
@@ -28,8 +30,14 @@ _OPTIONS = cloup.option_group(
                  help="Size of llama.cpp's cache on devices of experts that lie in host memory. [0: off]"),
     cloup.option("--moe-cache-eviction", type=click.Choice(["lru", "slru"]), default="slru", show_default=True,
                  help="Its rule: lru is llama.cpp b11549 and 0.7.0, slru b11739."),
+    cloup.option("--expert-cache", default="", metavar="POLICY:SIZE",
+                 help="A cache with a policy of `pyggml experts` instead: lfru:20%, lru+hotter:512MiB, lfu:6 (slots)."),
+    cloup.option("--expert-cache-scope", type=click.Choice(["layer", "group", "global"]), default="layer", show_default=True,
+                 help="Which layers share its slots."),
+    cloup.option("--expert-cache-fit", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="TRACE",
+                 help="Routing trace of other requests, for static and half-pinned."),
 )  # fmt: skip
-_NAMES = ("moe_cache_mib", "moe_cache_eviction")
+_NAMES = ("moe_cache_mib", "moe_cache_eviction", "expert_cache", "expert_cache_scope", "expert_cache_fit")
 
 
 def cache_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,10 +52,48 @@ def cache_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
-def _rule(moe_cache_mib: int, moe_cache_eviction: str) -> CacheRule | None:
+def _rule(
+    moe_cache_mib: int,
+    moe_cache_eviction: str,
+    expert_cache: str,
+    expert_cache_scope: str,
+    expert_cache_fit: Path | None,
+) -> CacheRule | None:
     from ..moe_cache import LlamaCache
 
+    if expert_cache:
+        if moe_cache_mib:
+            raise click.UsageError("use either --moe-cache-mib or --expert-cache")
+        from ..lab.formats import open_trace
+        from ..lab.running import parse_rule
+
+        return parse_rule(
+            expert_cache, expert_cache_scope, None if expert_cache_fit is None else open_trace(expert_cache_fit)
+        )
     return LlamaCache(moe_cache_mib << 20, moe_cache_eviction) if moe_cache_mib else None
+
+
+def stated_routing(text: str) -> Routing:
+    """Return the routing that ``--routing`` states; ``trace:FILE`` may be any routing trace that the lab reads.
+
+    Raises
+    ------
+    GraphError, FormatError
+        It is none.
+    """
+    from ..errors import FormatError
+    from ..routing import parse_routing
+
+    try:
+        return parse_routing(text)
+    except FormatError:
+        kind, _, path = text.partition(":")
+        if kind != "trace" or not Path(path).is_file():
+            raise
+        from ..lab.formats import open_trace
+        from ..lab.running import TraceRouting
+
+        return TraceRouting(open_trace(path))
 
 
 def cache_table(cache: MoeCache, n_tokens: int = 0) -> Table:

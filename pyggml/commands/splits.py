@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect
 from ..sched.state import Cause
-from ._cache_options import N_FORECAST, cache_options, print_forecast
+from ._cache_options import N_FORECAST, cache_options, print_forecast, stated_routing
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table, warn
 from ._header import print_header, why_not_captured
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
@@ -137,11 +137,10 @@ def command(
     from ..plan_report import ggml_text, memory_fits, plan_batches
     from ..planning import Planner, virtual_clock
     from ..record import Recording
-    from ..routing import parse_routing
 
     sizes = parse_sizes(batches)
     context = _context(flags)
-    stated_routing = parse_routing(routing) if routing else None
+    given = stated_routing(routing) if routing else None
     dialects = _parse_dialects(versions)
     around = parse_host(host) if host else DEFAULT_HOST
     machine = host_profile(around)
@@ -152,7 +151,7 @@ def command(
     if form == "ggml" and (as_json or timeline or html):
         raise click.UsageError("--format ggml prints only that text: remove --json, --timeline and --html")
     check_outputs(model, timeline, html)
-    assumed = stated_routing or _routing_of(model)
+    assumed = given or _routing_of(model)
     ctx = click.get_current_context()
     if bench is not None or len(combinations(ctx)) > 1:
         if timeline or html or form == "ggml":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..errors import SchedError
 
-__all__ = ["CacheGroup", "ExpertTensor", "HostLayer", "plan_cache", "slots_that_fit"]
+__all__ = ["CacheGroup", "ExpertTensor", "HostLayer", "group_layers", "plan_cache", "slots_that_fit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,17 +146,10 @@ def plan_cache(
     -----
     Mirrors the constructor of `llama_moe_cache::impl`: the sums are made in the same order, as they are rounded.
     """
-    groups: list[CacheGroup] = []
+    groups = group_layers(layers)
     host_bytes = [0] * len(weights)
-    for layer in layers:
-        group = next((g for g in groups if g.device == layer.device and _are_alike(g.experts, layer.experts)), None)
-        if group is None:
-            group = CacheGroup(layer.device, layer.experts)
-            groups.append(group)
-        group.layers.append(layer.index)
-        for tensor in layer.experts:
-            group.host_bytes += tensor.n_bytes
-            host_bytes[layer.device] += tensor.n_bytes
+    for group in groups:
+        host_bytes[group.device] += group.host_bytes
     shares = [float(w) if n else 0.0 for w, n in zip(weights, host_bytes, strict=True)]
     if sum(shares) == 0.0:
         shares = [1.0 if n else 0.0 for n in host_bytes]
@@ -171,6 +164,19 @@ def plan_cache(
             "the expert cache is too small to hold the experts of one token",
             hint=f"a token uses {n_used} experts of {max(g.expert_bytes for g in groups):,} bytes in each layer",
         )
+    return groups
+
+
+def group_layers(layers: Sequence[HostLayer]) -> list[CacheGroup]:
+    """Return the groups of layers that can share a bank, without slots: equal expert tensors on one device."""
+    groups: list[CacheGroup] = []
+    for layer in layers:
+        group = next((g for g in groups if g.device == layer.device and _are_alike(g.experts, layer.experts)), None)
+        if group is None:
+            group = CacheGroup(layer.device, layer.experts)
+            groups.append(group)
+        group.layers.append(layer.index)
+        group.host_bytes += sum(tensor.n_bytes for tensor in layer.experts)
     return groups
 
 

@@ -110,7 +110,7 @@ class MoeCachePolicy(CopyPolicy):
         cache = self.cache.cache(layer)
         chosen = transfer.read_ids(ids, feeds[0][0].source, cache.n_used)
         found, uploads = cache.update(layer, chosen)
-        self.cache.note(layer, found.slots, found.evicted)
+        self.cache.note(layer, found.slots, found.evicted, found.uploads)
         used = set(found.slots)
         for (feed, bank), size in zip(feeds, cache.expert_bytes, strict=True):
             feed.announce(ids, used)

@@ -333,7 +333,13 @@ class MoeCache:
         for group in self._held:
             group.cache.policy.begin()
 
-    def note(self, layer: int, slots: Mapping[int, int], evicted: Sequence[tuple[int, int]]) -> None:
+    def note(
+        self,
+        layer: int,
+        slots: Mapping[int, int],
+        evicted: Sequence[tuple[int, int]],
+        uploads: Sequence[tuple[int, int]] = (),
+    ) -> None:
         """Write into the slot maps where a layer's chosen experts are now, and that others have lost their slots."""
         group = self._group_of[layer]
         if not self._words:
@@ -341,7 +347,7 @@ class MoeCache:
         for il, expert in (*evicted, *group.transient):
             self._words[il][expert] = -1
         words = self._words[layer]
-        for expert, slot in slots.items():
+        for expert, slot in (*slots.items(), *uploads):
             words[expert] = slot
         for il in {layer, *(il for il, _ in evicted), *(il for il, _ in group.transient)}:
             self._write(il)

@@ -181,3 +181,25 @@ def _logits(path, rule):
             assert s.expert_cache.counters.hits > 0
             assert s.expert_cache.counters.uploaded_bytes > 0
         return np.concatenate(parts)
+
+
+def test_a_policy_of_the_lab_runs_and_is_planned_from_its_own_trace(model, capsys, tmp_path) -> None:
+    """`--expert-cache POLICY:SIZE`: the same text; a plan of the recorded routing finds the hits that the run had."""
+    path = tmp_path / "trace.jsonl"
+    plain, _ = _runs(model, capsys)
+    words = ("--expert-cache", "lfru:50%")
+    told, _ = _runs(model, capsys, *words, "--record-routing", str(path))
+    assert told["tokens"] == plain["tokens"]
+    assert told["expert_cache"]["rule"] == "lfru, 50%, scope layer"
+    assert told["expert_cache"]["hits"] > 0
+    status, out, err = _run(model, capsys, *DEVICE, "--cpu-moe", *words, "--routing", f"trace:{path}", "--json")
+    assert status == 0, err
+    planned = json.loads(out)["expert_cache"]
+    assert planned["generated"]["n_tokens"] == 14  # the prompt's 3 one by one, then 11
+    assert planned["hits"] + planned["misses"] == 14 * LAYERS * USED
+    status, _, err = _run(model, capsys, *DEVICE, "--cpu-moe", *words, "--moe-cache-mib", "4")
+    assert status == 2
+    assert "either --moe-cache-mib or --expert-cache" in err
+    status, _, err = _run(model, capsys, *DEVICE, "--cpu-moe", "--expert-cache", "belady:20%")
+    assert status == 1
+    assert "knows the future" in err

@@ -1,0 +1,271 @@
+"""The lab's policies in a cache that runs: `LabRule` gives `pyggml.moe_cache.MoeCache` the pools of a replay.
+
+A replay and a run ask the same objects: an `Eviction` and an `Admission` in a `Cache`, event by event. `TraceRouting` lets a plan
+without data choose the experts of a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from ..errors import GraphError
+from ..moe_cache import CacheGroup, HostLayer, Lookup, SlotTable, Upload, group_layers
+from .cache import Cache
+from .policies import Policy, parse_policy
+from .pools import SCOPES, Capacity, Pools
+from .trace import Trace
+
+__all__ = ["LabRule", "TraceRouting", "counts_of", "parse_rule"]
+
+#: Uses of each expert of each layer: what static sets are fitted on.
+Counts = Mapping[int, Mapping[int, int]]
+
+
+class LabRule:
+    """A policy of the lab as the rule of an expert cache; a `moe_cache.CacheRule`.
+
+    Parameters
+    ----------
+    policy : str or Policy
+        As `parse_policy` reads it. One that knows the future cannot run.
+    capacity : Capacity
+        Of the experts in host memory. Bytes are divided as in a replay, not by free memory.
+    scope : str
+        ``layer``: each layer has its own slots; ``group``: equal layers of a device share them; ``global``: all layers do.
+    counts : mapping, optional
+        By layer, how often each expert was used elsewhere; static sets need it.
+
+    Raises
+    ------
+    GraphError
+        There is no such policy or scope, or the policy cannot run.
+    """
+
+    def __init__(
+        self, policy: str | Policy, capacity: Capacity, scope: str = "layer", *, counts: Counts | None = None
+    ) -> None:
+        self.policy = policy if isinstance(policy, Policy) else parse_policy(policy)
+        self.capacity, self.scope, self._counts = capacity, scope, counts
+        if scope not in SCOPES:
+            raise GraphError(f"there is no scope '{scope}'", hint=f"one of {', '.join(SCOPES)}")
+        name = self.policy.name
+        if self.policy.make is None and self.policy.llama is None:
+            raise GraphError(f"{name} knows the future and cannot run", hint="replay it: `pyggml experts compare`")
+        if self.policy.llama is not None and scope == "layer":
+            raise GraphError(f"{name} shares slots among layers", hint="use scope group")
+        if self.policy.fit and counts is None:
+            raise GraphError(f"{name} is fitted on other requests", hint="give a trace of them")
+        if self.policy.new_admission().publishes_next_step and scope != "layer":
+            raise GraphError(f"{name} fills slots of other layers", hint="use scope layer")
+        self._pools: Pools | None = None
+        self._slots: list[int] = []
+
+    @property
+    def name(self) -> str:
+        """The policy, its size and its scope."""
+        return f"{self.policy.name}, {self.capacity}, scope {self.scope}"
+
+    def groups(
+        self, layers: Sequence[HostLayer], *, n_used: int, alignments: Sequence[int], weights: Sequence[float]
+    ) -> list[CacheGroup]:
+        """Return groups of equal layers, with as many slots as their pools have."""
+        groups = group_layers(layers)
+        if self.scope == "global" and len(groups) > 1:
+            raise GraphError(f"the layers form {len(groups)} groups, which cannot share slots", hint="use scope group")
+        n_expert = {g.n_expert for g in groups}
+        if len(n_expert) > 1:
+            raise GraphError("the layers have different numbers of experts")
+        pools = self._pools = _pools(groups, self.scope)
+        slots = pools.slots(self.capacity)
+        assert slots is not None  # the experts of a group have one size
+        self._slots = [int(n) for n in slots]
+        for group in groups:
+            mine = [n for n, members in zip(self._slots, pools.layers, strict=True) if members[0] in group.layers]
+            least = n_used if self.policy.must_admit else 1
+            if min(mine) < least:
+                raise GraphError(
+                    f"{self.name}: a pool has {min(mine)} slots, and a token uses {n_used} experts",
+                    hint="a larger cache, or an admission that may decline, such as +hotter",
+                )
+            group.n_slots = sum(mine)
+            group.n_transit = 0 if self.policy.must_admit else n_used
+        return groups
+
+    def table(self, group: CacheGroup) -> SlotTable:
+        """Return the slots of a group, empty; static sets are loaded by the first lookups."""
+        if self.policy.llama is not None:
+            return self.policy.llama(group.n_slots, group.n_expert)
+        assert self._pools is not None
+        return _Table(self.policy, group, self._pools, self._slots, self._counts or {})
+
+
+def parse_rule(text: str, scope: str, trace: Trace | None = None) -> LabRule:
+    """Return the rule that ``POLICY:SIZE`` names, as in ``lfru:20%``, ``lru+hotter:64:512MiB`` or ``lfu:6``.
+
+    Parameters
+    ----------
+    trace : Trace, optional
+        What static sets are fitted on.
+
+    Raises
+    ------
+    GraphError
+        There is no such policy, size or scope.
+    """
+    policy, colon, size = text.rpartition(":")
+    if not colon or not policy:
+        raise GraphError(f"'{text}' is not POLICY:SIZE", hint="such as lfru:20%, lru+hotter:512MiB or lfu:6")
+    return LabRule(policy, Capacity.parse(size), scope, counts=None if trace is None else counts_of(trace))
+
+
+def counts_of(trace: Trace) -> dict[int, dict[int, int]]:
+    """Return how often each expert of each layer was used in a trace, once per event."""
+    counts: dict[int, dict[int, int]] = {}
+    for event, layer in enumerate(trace.layer.tolist()):
+        of_layer = counts.setdefault(layer, {})
+        for expert in np.unique(trace.rows(event)).tolist():
+            if expert >= 0:
+                of_layer[expert] = of_layer.get(expert, 0) + 1
+    return counts
+
+
+def _pools(groups: Sequence[CacheGroup], scope: str) -> Pools:
+    of_layer = sorted((il, group) for group in groups for il in group.layers)
+    members = [[il] for il, _ in of_layer] if scope == "layer" else [list(group.layers) for group in groups]
+    owner = dict(of_layer)
+    width = max(map(len, members)) * groups[0].n_expert
+    sizes = np.zeros((len(members), width), np.int64)
+    for p, layers in enumerate(members):
+        sizes[p, : len(layers) * groups[0].n_expert] = owner[layers[0]].expert_bytes
+    projections = [np.array([t.expert_bytes for t in owner[layers[0]].experts], np.int64) for layers in members]
+    return Pools("group" if scope == "global" else scope, members, groups[0].n_expert, sizes, projections)
+
+
+class _Table(SlotTable):
+    """Pools of one group, one after the other in its bank."""
+
+    def __init__(self, policy: Policy, group: CacheGroup, pools: Pools, slots: Sequence[int], counts: Counts) -> None:
+        self.n_slots, self.n_expert, self.n_transit = group.n_slots, group.n_expert, group.n_transit
+        self._pool: dict[int, tuple[Cache, int, int]] = {}  # by layer: cache, its first slot, the layer's first key
+        self._layer_of: dict[int, list[int]] = {}  # by first slot: the pool's layers
+        self._waiting: dict[int, list[Upload]] = {}  # what a static set still has to load, by layer
+        self._step = -1
+        self._least = min(n for n, layers in zip(slots, pools.layers, strict=True) if layers[0] in group.layers)
+        first = 0
+        for n, layers in zip(slots, pools.layers, strict=True):
+            if layers[0] not in group.layers:
+                continue
+            uses = {
+                place * self.n_expert + expert: count
+                for place, il in enumerate(layers)
+                for expert, count in counts.get(il, {}).items()
+            }
+            cache = policy.cache(n, pools, uses if policy.fit else None)
+            assert isinstance(cache, Cache)  # llama.cpp's own have another table
+            self._layer_of[first] = layers
+            for place, il in enumerate(layers):
+                self._pool[il] = cache, first, place * self.n_expert
+            for key, slot in cache.prefetch(getattr(cache.eviction, "preload", [])).prefetched:
+                il = layers[key // self.n_expert]
+                self._waiting.setdefault(il, []).append(Upload(key % self.n_expert, first + slot))
+            first += n
+
+    @property
+    def most(self) -> int:
+        """Distinct experts that one lookup may ask for."""
+        return self.n_transit or self._least
+
+    def begin(self) -> None:
+        """Count a step."""
+        self._step += 1
+
+    def lookup(self, layer: int, ids: Iterable[int]) -> Lookup:
+        """Decide an event of one layer: its experts in the order of their last slots, as a replay has them."""
+        cache, first, base = self._pool[layer]
+        experts = list(dict.fromkeys(reversed(list(ids))))[::-1]
+        decision = cache.event(self._step, layer, [base + e for e in experts])
+        slots: dict[int, int] = {}
+        uploads = self._waiting.pop(layer, [])
+        passing = set(decision.declined)
+        for i, expert in enumerate(experts):
+            key = base + expert
+            if key in passing:
+                slots[expert] = self.n_slots + i
+                uploads.append(Upload(expert, slots[expert]))
+            else:
+                slots[expert] = first + cache.slot_of[key]
+        uploads += [Upload(key - base, first + slot) for key, slot in decision.loads]
+        layers = self._layer_of[first]
+        evicted = tuple((layers[key // self.n_expert], key % self.n_expert) for key in decision.evicted)
+        hits = tuple(key - base for key in decision.hits)
+        misses = tuple(sorted(e for e in experts if base + e not in decision.hits))
+        return Lookup(slots, hits, misses, tuple(sorted(uploads)), evicted)
+
+    def slot_of(self, layer: int, expert: int) -> int | None:
+        """Return where an expert is kept; None if it is not in the cache, or not loaded yet."""
+        cache, first, base = self._pool[layer]
+        slot = cache.slot_of.get(base + expert)
+        is_waiting = any(upload.expert == expert for upload in self._waiting.get(layer, ()))
+        return None if slot is None or is_waiting else first + slot
+
+
+class TraceRouting:
+    """The experts of one request of a trace, as a `Routing` for plans without data.
+
+    Parameters
+    ----------
+    trace : Trace
+        The rows of all its steps are the tokens, in order.
+        Its first layer is the first one with experts.
+
+    Raises
+    ------
+    GraphError
+        Layers have different numbers of rows.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self._name = trace.source or trace.model or "trace"
+        rows: dict[int, list[list[int]]] = {}
+        for event, layer in enumerate(trace.layer.tolist()):
+            rows.setdefault(layer, []).extend(trace.rows(event).tolist())
+        if len({len(r) for r in rows.values()}) > 1:
+            raise GraphError(f"{self._name}: layers have different numbers of rows", hint="record with all outputs")
+        self._rows = {layer - min(rows): r for layer, r in rows.items()}
+        self._n_expert, self._n_used = trace.n_expert, trace.ids.shape[1]
+
+    def __str__(self) -> str:
+        return f"trace ({self._name}, {self.n_tokens} tokens)"
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the trace."""
+        return len(next(iter(self._rows.values())))
+
+    def rows(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> list[list[int]]:
+        """Return what each token chose, in slot order.
+
+        Raises
+        ------
+        GraphError
+            The trace has no such layer or token, or is of another model.
+        """
+        if (n_expert, n_used) != (self._n_expert, self._n_used):
+            raise GraphError(
+                f"{self} has {self._n_used} of {self._n_expert} experts, the model uses {n_used} of {n_expert}"
+            )
+        found = self._rows.get(layer)
+        if found is None or (len(tokens) and max(tokens) >= len(found)):
+            raise GraphError(f"{self} has no layer {layer} or token {max(tokens, default=0)}")
+        return [found[token] for token in tokens]
+
+    def experts(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> set[int]:
+        """Return the experts that tokens chose."""
+        return {expert for row in self.rows(layer, tokens, n_expert, n_used) for expert in row}
+
+    def used(self, n_expert: int, n_used: int, n_token: int) -> float:
+        """Return the number of distinct experts of the first tokens, the mean over layers."""
+        tokens = range(min(n_token, self.n_tokens))
+        return float(np.mean([len(self.experts(il, tokens, n_expert, n_used)) for il in self._rows]))
