@@ -354,7 +354,7 @@ class Registry:
                 if near
                 else f"kinds are {', '.join(self.modules)}, and cards by name;"
             )
-            raise DeviceUnavailableError(kind, "no such kind of device", hint=f"{there} see `pyggml devices`")
+            raise DeviceUnavailableError(kind, "no such device", hint=f"{there} see `pyggml devices`")
         module: DeviceModule = importlib.import_module(self.modules[kind])
         return module
 

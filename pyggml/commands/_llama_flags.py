@@ -199,7 +199,7 @@ def translate(args: Collection[str], own: Mapping[str, bool]) -> Translated:
         elif len(word) > 2 and word[1] != "-" and word[:2] in own and re.fullmatch(r"[\d.]+", word[2:]):
             found.words += [word[:2], word[2:]]  # -n8
         else:
-            known = [*own, *WITHOUT_EFFECT, *_SAME, *_REFUSED, "--model", "--hf-repo", "--load-mode"]
+            known = {*own, *WITHOUT_EFFECT, *_SAME, *_REFUSED, "--model", "--hf-repo", "--load-mode"}
             raise click.NoSuchOption(flag, possibilities=get_close_matches(flag, known, 3, 0.6))
     if found.sizes:
         found.words += ["--batches", ",".join(found.sizes)]

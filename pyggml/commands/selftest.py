@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..files import aside
-from ..selftest import STAGES, Report, Result, Verdict, run
+from ..selftest import STAGES, Report, Result, Verdict, is_there, run
 from ._console import print_json, progress, report, table
 from ._kernels import warm_up
 
@@ -52,7 +52,8 @@ def command(
     unknown = [name for name in chosen if name not in STAGES]
     if unknown:
         raise click.UsageError(f"there is no stage {unknown[0]!r}; the stages are {', '.join(STAGES)}")
-    warm_up()
+    if is_there(device):
+        warm_up()
     with progress() as bar:
         task = bar.add_task("starting", total=None)
 

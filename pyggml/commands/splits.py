@@ -336,8 +336,11 @@ def _print(
         console.print(_splits_table(same, all_splits=all_splits, has_bars=has_bars))
     console.print()
     console.print(f"(×N): N splits that differ only by layer{'; bars: share of all copied bytes' if has_bars else ''}")
-    for note in sorted({split.note for plan in plans for graph in plan.graphs for split in graph.splits} - {""}):
+    notes = {split.note for plan in plans for graph in plan.graphs for split in graph.splits} - {""}
+    for note in sorted(notes):
         console.print(f"{note:<7} {Cause(note).text}")
+    if Cause.OFFLOADED.value in notes:
+        console.print("With --no-op-offload the CPU runs these ops, and their weights are not copied.")
 
 
 def _summary_table(plans: list[BatchPlan], routing: Routing) -> Table:

@@ -1,4 +1,4 @@
-"""The stages of a self test in order, each within its share of the time."""
+"""Runs the stages of a self test in order, within a time limit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .models import N_RUNS, check_copies, check_models, check_races
 from .report import Outcome, Rate, Report, Result
 from .times import Sizes, copy_rates, kernel_rates, slow_kernels, with_shares
 
-__all__ = ["EMULATOR", "STAGES", "Progress", "run"]
+__all__ = ["EMULATOR", "STAGES", "Progress", "is_there", "run"]
 
-#: What `run` calls the card that is emulated: PTX kernels on the CPU, over a driver that does work late.
+#: The name of the emulated card: PTX kernels on the CPU, with a fake driver that works late.
 EMULATOR = "emulator"
-#: In order. The kernels of every op, whole models, used-expert copies, repeated runs, times.
+#: The stages in order: kernels of every op, whole models, used-expert copies, repeated runs, times.
 STAGES = ("kernels", "models", "copies", "races", "times")
-#: Told the stage, what is done, steps done and steps in all (None if unknown).
+#: Called with the stage, the current work, the number of steps done and the total (None if unknown).
 Progress = Callable[[str, str, int, int | None], None]
 
 _RESULTS = {
@@ -44,25 +44,25 @@ def run(
     budget_s: float = 240.0,
     on_progress: Progress | None = None,
 ) -> Report:
-    """Test a device; a Ctrl-C ends the test and keeps what was found.
+    """Test a device. Ctrl-C ends the test and keeps the results so far.
 
     Parameters
     ----------
     device : str or Device
-        As ``--device`` names it, or `EMULATOR`; or a device of your own.
+        A name as in ``--device``, `EMULATOR`, or a device.
     beside : str, optional
-        A device whose times stand beside; by default ggml's own for the same card or CPU, if that library is there.
-        Empty text: none.
+        A device to time for comparison; by default ggml's device for the same card or CPU, if installed. Empty
+        text: none.
     stages : tuple of str
-        Of `STAGES`.
+        From `STAGES`.
     budget_s : float
-        Seconds after which no further kernel case is begun; the later stages are short.
+        Seconds after which no further kernel case is started; the later stages are short.
     on_progress : callable, optional
 
     Returns
     -------
     Report
-        Its verdict is `MISSING` if there is no such device.
+        Its verdict is `MISSING` if the device does not exist.
     """
     begin = time.perf_counter()
     report = Report(device if isinstance(device, str) else device.name, facts=_facts())
@@ -90,6 +90,15 @@ def run(
         report.was_interrupted = True
     report.seconds = time.perf_counter() - begin
     return report
+
+
+def is_there(device: str) -> bool:
+    """Return whether a device exists, without testing it."""
+    try:
+        _open(device)
+    except (DeviceUnavailableError, ImportError, OSError):
+        return False
+    return True
 
 
 def _facts() -> dict[str, str]:

@@ -160,7 +160,7 @@ def test_a_pinned_host_weight_is_copied() -> None:
     world = World(strict=True)
     with world.graph:
         outputs = _pinned_weight(world)
-    with pytest.raises(ggml.BackendError, match=r"'pinned\.weight' lies in CPU, not in the device's memory"):
+    with pytest.raises(ggml.BackendError, match=r"'pinned\.weight' is in CPU, not in the device's memory"):
         world.run(*outputs)
     world.assert_usable()
 

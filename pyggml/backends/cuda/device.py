@@ -304,7 +304,7 @@ class CudaBackend(Backend):
         Raises
         ------
         BackendError
-            A tensor of a node lies elsewhere: a split input was not copied.
+            A tensor of a node is in other memory: a split input was not copied.
         UnsupportedOpError
             A node has no kernel.
         OutOfMemoryError
@@ -352,7 +352,7 @@ class CudaBackend(Backend):
         if not isinstance(storage, CudaBuffer) or storage.device is not self.device or tensor.data is None:
             where = "nowhere" if storage is None else f"in {storage.buft.name}"
             raise BackendError(
-                self.name, f"'{tensor.name}' lies {where}, not in the card's memory", hint="it was not copied"
+                self.name, f"'{tensor.name}' is {where}, not in the card's memory", hint="it was not copied"
             )
         return storage
 

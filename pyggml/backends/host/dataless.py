@@ -119,4 +119,4 @@ class DatalessCPUBackend(Backend):
                 storage = tensor.storage
                 if storage is None or not storage.is_host or tensor.data is None:
                     where = "nowhere" if storage is None else f"in {storage.buft.name}"
-                    raise BackendError(self.name, f"'{tensor.name}' lies {where}, not in host memory")
+                    raise BackendError(self.name, f"'{tensor.name}' is {where}, not in host memory")

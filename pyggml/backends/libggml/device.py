@@ -1,12 +1,13 @@
-"""The real ggml under our scheduler: every device that an installed library offers, with its memory and its kernels.
+"""Devices of a real ggml library, with its memory and kernels, for pyggml's scheduler.
 
-A name is ``libggml:CPU``, ``libggml:CUDA0``, ``libggml:Vulkan0``: what the library calls the device. The library is the
-package ``libggml-python``, what ``PYGGML_LIBGGML`` says, or the one in the name: ``libggml:/opt/llama.cpp/bin#CUDA0``.
+A name such as ``libggml:CPU``, ``libggml:CUDA0`` or ``libggml:Vulkan0`` contains the library's name of the device. The
+library is the package ``libggml-python``, that of ``PYGGML_LIBGGML``, or the one in the name:
+``libggml:/opt/llama.cpp/bin#CUDA0``.
 
-The library ends the process where we raise: an assertion of its own cannot be caught. So nothing is given to it that
-was not looked at: where tensors lie, what the device says to each node, what is known of its CPU (`_libggml_safe`), and
-indices (`_indices`). Its threads are its own, as ours are (`kernels.cpu.pool`): both can run in one process, and neither
-survives a fork.
+A failed assertion of the library ends the process and cannot be caught. So everything is checked before it is handed to
+the library: where tensors are, whether the device supports each node, what is known about its CPU device (`ggml_safe`),
+and indices (`indices`). The library and pyggml have separate threads (`kernels.cpu.pool`). Both can run in one process;
+neither survives a fork.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class LibraryDevice(Device):
 
     @answers_by_kind
     def supports_op(self, op: Tensor) -> bool:
-        """Whether the device says so, and is known not to end the process."""
+        """Return whether the device supports the node, and is known not to end the process."""
         if not can_translate(self.library, op) or (self._is_trusting and not is_safe_on_cpu(op)):
             return False
         return self._ask(op)
@@ -106,14 +107,14 @@ class LibraryDevice(Device):
         return known
 
     def supports_buft(self, buft: BufferType) -> bool:
-        """Whether it is the same library's, and the device says so."""
+        """Return whether the memory is the same library's and the device supports it."""
         if not isinstance(buft, LibraryBufferType) or buft.library is not self.library:
             return False
         return bool(self.library.lib.ggml_backend_dev_supports_buft(self.handle, buft.handle))
 
     @answers_by_kind
     def offload_op(self, op: Tensor) -> bool:
-        """Whether the device offers to take an op whose weights lie in host memory."""
+        """Return whether the device offers to run an op with host weights."""
         if not can_translate(self.library, op):
             return False
         asked, _context = question(self.library, op)
@@ -189,12 +190,12 @@ class LibraryBackend(Backend):
         return self._handle
 
     def graph_compute(self, graph: GraphView) -> None:
-        """Give the nodes to the device; they are translated at the first time.
+        """Hand the nodes to the device; they are translated the first time.
 
         Raises
         ------
         BackendError
-            A tensor of a node lies elsewhere: a split input was not copied.
+            A tensor of a node is in other memory: a split input was not copied.
         ExpertIdError
             An expert id is out of bounds.
         ComputeError
@@ -214,7 +215,7 @@ class LibraryBackend(Backend):
     def _shadow(self, tensor: Tensor, *, is_target: bool = False) -> Handle:
         storage = tensor.storage
         if not isinstance(storage, LibraryBuffer) or storage.library is not self.library or tensor.data is None:
-            raise ComputeError(self.name, "a tensor does not lie in the library's memory", node=tensor.name)
+            raise ComputeError(self.name, "a tensor is not in the library's memory", node=tensor.name)
         return storage.target(tensor) if is_target else storage.shadow(tensor)
 
     def set_tensor_async(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
@@ -249,12 +250,12 @@ class LibraryBackend(Backend):
     # -- events --------------------------------------------------------------
 
     def event_record(self, event: Event) -> None:
-        """Let an event stand for all work given so far."""
+        """Record an event after all work submitted so far."""
         assert isinstance(event, LibraryEvent)
         self.library.lib.ggml_backend_event_record(event.handle, self.handle)
 
     def event_wait(self, event: Event) -> None:
-        """Let work given from now on wait for an event; the host waits for one of another kind."""
+        """Make work submitted from now on wait for an event; for an event of another kind the host waits."""
         if isinstance(event, LibraryEvent) and self.library is event._library:
             self.library.lib.ggml_backend_event_wait(self.handle, event.handle)
         else:
@@ -278,7 +279,7 @@ _devices: dict[Library, list[LibraryDevice]] = {}
 
 
 def _of_library(given: str = "") -> list[LibraryDevice]:
-    """Return a library's devices, always the same objects: schedulers compare buffer types by identity."""
+    """Return a library's devices, always the same objects, because schedulers compare buffer types by identity."""
     library = load_library(given)
     if library not in _devices:
         _devices[library] = [LibraryDevice(library, handle) for handle in library.device_handles()]
@@ -286,7 +287,7 @@ def _of_library(given: str = "") -> list[LibraryDevice]:
 
 
 def devices() -> list[Device]:
-    """Return the devices of the library that is installed or configured; none without one, with no error."""
+    """Return the devices of the installed or configured library; an empty list, not an error, without one."""
     try:
         return list(_of_library())
     except DeviceUnavailableError:
@@ -296,12 +297,12 @@ def devices() -> list[Device]:
 def open_device(spec: str, *, index: int = 0, data: bool = True) -> LibraryDevice:
     """Return the device of a name as the library has it (``CUDA0``), or of a library and a name (``PATH#CUDA0``).
 
-    Without a name it is the ``index``-th that is no CPU, else the CPU.
+    Without a name it is the ``index``-th device that is not a CPU, or else the CPU.
 
     Raises
     ------
     DeviceUnavailableError
-        There is no library, or it has no such device.
+        There is no library, or it lacks the device.
     """
     path, _, name = spec.rpartition("#")
     found = _of_library(path)
@@ -320,7 +321,7 @@ def open_device(spec: str, *, index: int = 0, data: bool = True) -> LibraryDevic
 
 
 def why_missing() -> str:
-    """Say in one line why `devices` is empty; empty text if it is not."""
+    """Return one line that says why `devices` is empty; an empty text if it is not."""
     try:
         return "" if _of_library() else f"{load_library().path} offers no device"
     except DeviceUnavailableError as error:

@@ -157,7 +157,7 @@ class LibraryPlan:
         ):
             where = "nowhere" if storage is None else f"in {storage.buft.name}"
             raise BackendError(
-                self.backend.name, f"'{tensor.name}' lies {where}, not in the device's memory", hint="it was not copied"
+                self.backend.name, f"'{tensor.name}' is {where}, not in the device's memory", hint="it was not copied"
             )
         self._buffers.add(storage)
         return storage

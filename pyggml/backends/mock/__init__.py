@@ -1,4 +1,4 @@
-"""Devices that compute nothing and note every call."""
+"""Devices that compute nothing and record every call."""
 
 from .abilities import (
     BackendAbilities,

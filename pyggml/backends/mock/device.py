@@ -1,10 +1,10 @@
-"""Mock devices: every ability as asked for, every call noted, nothing computed.
+"""Mock devices: configurable abilities, recorded calls, no computation.
 
-Two uses. A replay gives each backend the abilities of a scheduler case and compares the calls with those that the real
-scheduler made. A plan (``mock:CUDA0``) asks what would happen on a device that nobody owns.
+A replay gives each backend the abilities of a scheduler case and compares the calls with those of the real scheduler. A
+plan (``mock:CUDA0``) shows what would happen on such a device.
 
-Addresses are made up, far above any that the process can have, so that a call may be given either kind. Only tensors of
-type I32 have bytes, as nothing else steers the scheduler; weights of any size cost nothing.
+Addresses are invented, far above those of any process, so that a call can take both kinds. Only tensors of type I32 have
+bytes, because no other values influence the scheduler; weights of any size cost nothing.
 """
 
 from __future__ import annotations

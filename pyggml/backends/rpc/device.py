@@ -1,12 +1,11 @@
-"""A device of another machine, through llama.cpp's ``rpc-server``: its memory and its kernels under our scheduler.
+"""Devices of another machine, through llama.cpp's ``rpc-server``, with its memory and kernels.
 
-A name is ``rpc:HOST:PORT``, or ``rpc:HOST:PORT/1`` for the second device that a server offers. All devices of a server
-share one connection (`_rpc_protocol`), on which everything happens in order: copies and graphs are sent and not waited
-for, reading waits.
+A name is ``rpc:HOST:PORT``, or ``rpc:HOST:PORT/1`` for the second device of a server. All devices of a server share one
+connection (`protocol.py`), on which everything happens in order: copies and graphs are sent without waiting, reads wait.
 
-A server trusts its clients and ends at what it does not expect. So graphs are checked before they are sent (`_indices`,
-`_libggml_safe`), and where a server is gone, late or wrong, `RPCError` says where and at what; the scheduler can be
-used again with other devices, or with the same name opened anew.
+A server trusts its clients and aborts on unexpected data. So graphs are checked before they are sent (`indices`,
+`ggml_safe`). If a server is gone, late or wrong, `RPCError` names the server and the command. The scheduler can then be
+used with other devices, or with the same name opened again.
 
 The protocol has no passwords and no encryption: use it in networks that you trust.
 """
@@ -124,7 +123,7 @@ class RPCBackend(Backend):
         Raises
         ------
         BackendError
-            A tensor of a node lies elsewhere: a split input was not copied.
+            A tensor of a node is in other memory: a split input was not copied.
         ExpertIdError
             An expert id is out of bounds.
         ComputeError
@@ -153,14 +152,14 @@ class RPCBackend(Backend):
         Raises
         ------
         BackendError
-            The tensor does not lie in the device's memory.
+            The tensor is not in the device's memory.
         """
         storage = tensor.storage
         if not isinstance(storage, RPCBuffer) or storage.buft is not self.device.buffer_type or not storage.remote:
             where = "nowhere" if storage is None else f"in {storage.buft.name}"
             if isinstance(storage, RPCBuffer) and not storage.remote:
                 where = "in a buffer that was closed"
-            raise BackendError(self.name, f"'{tensor.name}' lies {where}, not in the device's memory")
+            raise BackendError(self.name, f"'{tensor.name}' is {where}, not in the device's memory")
         return storage.remote
 
     @staticmethod
@@ -203,14 +202,14 @@ _devices: weakref.WeakValueDictionary[tuple[Connection, int], RPCDevice] = weakr
 
 
 def devices() -> list[Device]:
-    """Return nothing: servers are named, not looked for."""
+    """Return no device: servers are opened by name."""
     return []
 
 
 def open_device(spec: str, *, index: int = 0, data: bool = True) -> RPCDevice:
     """Return a device of the server at an address: ``HOST:PORT``, or ``HOST:PORT/1`` for its second.
 
-    A server that was lost is connected to anew.
+    A lost server gets a new connection.
 
     Raises
     ------
@@ -250,5 +249,5 @@ def _connect(address: Address) -> Connection:
 
 
 def why_missing() -> str:
-    """Say that servers are not looked for."""
+    """Return how to name a server."""
     return "name a server by its address: rpc:HOST:PORT"

@@ -1,4 +1,4 @@
-"""Simulated devices: memory of their own that host code cannot reach, computed by the CPU's kernels."""
+"""Simulated devices: separate memory that host code cannot reach, and the CPU's kernels."""
 
 from ..host.race_watch import Hazard
 from .device import Sim, SimBackend, SimDevice, SimEvent, counted, devices, open_device, why_missing

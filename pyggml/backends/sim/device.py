@@ -1,9 +1,9 @@
-"""A simulated device: its own memory, which host code cannot reach, and the CPU's kernels to compute in it.
+"""A simulated device: separate memory, which host code cannot reach, and the CPU's kernels.
 
-Addresses of its tensors are numbers of its own, which no process can have; only `_sim_memory` knows where the bytes are.
-Fresh memory reads as NaN. Everything that enters or leaves is counted, apart from anything that the scheduler says of
-itself. Work goes through one door, `SimBackend._submit`. Without a seed it is done at once; with one it is done late, in
-any order that the waits between streams and host allow, so that a missing wait shows as a wrong number.
+Addresses of its tensors are numbers that no process address can have; only `memory.py` knows where the bytes are. Fresh
+memory is NaN. The device counts everything that goes in or out, independently of the scheduler's statistics. All work
+passes through `SimBackend._submit`. Without a seed it is done at once. With a seed it is done late, in any order that the
+waits between streams and host allow, so that a missing wait can give a wrong number.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ _DEVICE_BYTES = 1 << 52
 
 
 class SimDevice(Device):
-    """A device that need not be there.
+    """A simulated device.
 
     Parameters
     ----------
     profile : DeviceProfile
-        How much memory it has, and how fast it and its link are.
+        The size of its memory, and the speed of the device and its link.
     index : int
-        Number in its name: ``SIM0``.
+        The number in its name: ``SIM0``.
     data : bool
         False: it only plans; memory has a size but no bytes.
     seed : int, optional
-        Do work late, in an order that it chooses among those that are allowed.
+        Do work late, in an allowed order that depends on the seed.
 
     Attributes
     ----------
     traffic : Traffic
-        What crossed the border of its memory so far.
+        The bytes and calls that went in and out of its memory so far.
     is_lost : bool
-        Whether it fell off the bus: everything fails until `recover`.
+        Whether the device is lost: every call fails until `recover`.
     watch : HazardWatch or None
-        With a seed, looks for uses of memory that no wait orders; see `hazards`.
+        With a seed, finds accesses to memory that no wait orders; see `hazards`.
     """
 
     def __init__(self, profile: DeviceProfile, *, index: int = 0, data: bool = True, seed: int | None = None) -> None:
@@ -88,7 +88,7 @@ class SimDevice(Device):
 
     @property
     def buffer_type(self) -> SimBufferType:
-        """Its own memory."""
+        """The device's memory."""
         return self._buft
 
     @property
@@ -97,7 +97,7 @@ class SimDevice(Device):
         return self._host_buft
 
     def memory(self) -> tuple[int, int]:
-        """Bytes free and in all."""
+        """Return the free and the total memory, in bytes."""
         return self.profile.memory_bytes - self.used_bytes, self.profile.memory_bytes
 
     def alloc(self, buft: SimBufferType, size: int) -> SimBuffer:
@@ -106,7 +106,7 @@ class SimDevice(Device):
         Raises
         ------
         OutOfMemoryError
-            The profile has not so much left.
+            The device has too little memory left.
         """
         free, total = self.memory()
         try:
@@ -133,21 +133,21 @@ class SimDevice(Device):
         return buffer
 
     def free(self, size: int) -> None:
-        """Take note that a buffer was given back."""
+        """Count a freed buffer."""
         self.used_bytes -= size
 
     @answers_by_kind
     def supports_op(self, op: Tensor) -> bool:
-        """Return whether the CPU's kernels, which compute in the device's memory, can run the node; see `plans_op` for plans."""
+        """Return whether the CPU's kernels can run the node in the device's memory; see `plans_op` for plans."""
         return supports_op(op) if self.has_data else plans_op(op)
 
     def supports_buft(self, buft: BufferType) -> bool:
-        """Whether it is this device's own memory."""
+        """Return whether it is this device's memory."""
         return buft is self._buft
 
     @answers_by_kind
     def offload_op(self, op: Tensor) -> bool:
-        """Whether the batch is large enough to be worth copying the weights.
+        """Return whether the batch is large enough that copying the weights pays.
 
         Notes
         -----
@@ -160,13 +160,13 @@ class SimDevice(Device):
         return SimEvent()
 
     def backend(self, *, threads: int | None = None) -> SimBackend:
-        """Return a new stream of work; as many threads stand for the device, one for each core if not given."""
+        """Return a new stream of work that computes with ``threads`` threads; by default one per core."""
         backend = SimBackend(self, threads=threads)
         self._backends.append(weakref.ref(backend))
         return backend
 
     def finish(self) -> None:
-        """Do all work that is still to be done on any stream; what fails is forgotten."""
+        """Do all pending work of all streams, and ignore failures."""
         for known in self._backends:
             backend = known()
             while backend is not None and backend.n_done < backend.n_submitted:
@@ -176,11 +176,11 @@ class SimDevice(Device):
                     continue
 
     def next_seed(self) -> str:
-        """Return what the next stream draws its order from."""
+        """Return the seed of the next stream."""
         return f"{self.seed}/{self._index}/{len(self._backends)}"
 
     def next_stream(self) -> Stream:
-        """Return what orders the work of the next stream."""
+        """Return the order of the next stream's work."""
         n = len(self._backends)
         return Stream(self.name if n == 0 else f"{self.name} (stream {n})", self.watch)
 
@@ -197,44 +197,44 @@ class SimDevice(Device):
 
     @property
     def hazards(self) -> list[Hazard]:
-        """Uses of its memory, or by it of the host's, that no wait orders, found so far; always empty without a seed."""
+        """The accesses found so far that no wait orders, to its memory or by it to host memory; empty without a seed."""
         return [] if self.watch is None else list(self.watch.hazards)
 
     # -- faults --------------------------------------------------------------
 
     def fail_at(self, moment: Moment, *, after: int = 0) -> None:
-        """Let an allocation, copy or computing fail, once, ``after`` more of its kind; asked for as often as wanted.
+        """Make an allocation, copy or compute fail once, after ``after`` more of its kind. Can be called several times.
 
-        ``lost`` is the moment at which the device goes away for good, ``after`` more of any kind.
+        With ``lost`` the device is lost after ``after`` more calls of any kind.
         """
         self._faults.ask(moment, after)
 
     def slow_link(self, factor: float, *, after: int = 0) -> None:
-        """Let copies take ``factor`` times as long, ``after`` more of them, until another factor is asked for.
+        """Make copies take ``factor`` times as long, after ``after`` more copies, until another factor is set.
 
-        In virtual time only: copies are counted as a scheduler with a clock makes them; the bytes are not held back.
+        This changes only virtual time. Copies of schedulers with a clock are counted.
         """
         if not factor > 0:
             raise BackendError(self.name, f"a link cannot take {factor} times as long", hint="2.0 halves its rate")
         self._faults.slow_down(factor, after)
 
     def link_slowdown(self) -> float:
-        """Return how many times longer than the profile says the next copy takes, and count it."""
+        """Return the factor by which the next copy is slower than the profile, and count the copy."""
         return self._faults.next_slowdown()
 
     def clear_faults(self) -> None:
-        """Forget all faults that were asked for and did not come yet; a slow link is as its profile says again."""
+        """Remove all pending faults, and restore the speed of the link."""
         self._faults.clear()
 
     def recover(self) -> None:
-        """Bring a lost device back: its memory is fresh, whatever was in it is gone."""
+        """Bring a lost device back with fresh memory; its contents are lost."""
         self.finish()
         self.is_lost = False
         for buffer in self._buffers:
             buffer.clear(POISON)
 
     def at(self, moment: Moment, what: str) -> None:
-        """Raise the fault asked for, if this is the moment."""
+        """Raise a pending fault if its moment has come."""
         if self._faults.comes("lost"):
             self.is_lost = True
         if self.is_lost:
@@ -249,14 +249,14 @@ class SimDevice(Device):
 
 
 class SimEvent(Event):
-    """A point in a stream: so much of its work.
+    """A point in a stream.
 
     Attributes
     ----------
     backend : SimBackend or None
-        Whose stream; None until it is recorded.
+        The backend of the stream; None until it is recorded.
     n_submitted : int
-        Pieces of work given before the point.
+        The number of pieces of work submitted before the point.
     """
 
     __slots__ = ("backend", "n_submitted")
@@ -266,7 +266,7 @@ class SimEvent(Event):
         self.n_submitted = 0
 
     def synchronize(self) -> None:
-        """Let the host wait until the point is reached."""
+        """Make the host wait until the point is reached."""
         if self.backend is not None:
             self.backend.stream.host_waits(self.n_submitted)
             self.backend.wait_for(self.n_submitted)
@@ -278,14 +278,14 @@ class SimBackend(Backend):
     Parameters
     ----------
     threads : int, optional
-        That stand for the device; one for each core that the process may use if not given.
+        The number of threads that compute; by default one for each core that the process may use.
 
     Attributes
     ----------
     n_submitted, n_done : int
-        Pieces of work given, and done: the same after each call without a seed, as work is done when it is given.
+        The number of pieces of work submitted and done; equal after each call if there is no seed.
     stream : Stream
-        What orders its work, for the search of hazards.
+        The order of its work, to find hazards.
     """
 
     def __init__(self, device: SimDevice, *, threads: int | None = None) -> None:
@@ -300,7 +300,7 @@ class SimBackend(Backend):
 
     @property
     def pool(self) -> Pool:
-        """The threads that stand for the device, shared with all backends that have as many."""
+        """The threads, shared with all backends that have the same number."""
         if self._pool is None:
             self._pool = shared_pool(self.threads)
         return self._pool
@@ -308,7 +308,7 @@ class SimBackend(Backend):
     # -- the stream ----------------------------------------------------------
 
     def _submit(self, work: Callable[[], None]) -> None:
-        """Give one piece of work to the stream. With a seed it is done at any time until somebody waits for it."""
+        """Submit one piece of work to the stream. With a seed it is done at any time until someone waits for it."""
         self.n_submitted += 1
         self._late.append(work)
         if self._random is None:
@@ -323,29 +323,29 @@ class SimBackend(Backend):
             self._late.popleft()()
 
     def synchronize(self) -> None:
-        """Let the host wait until all work is done."""
+        """Make the host wait until all work is done."""
         self.stream.host_waits(self.n_submitted)
         self.wait_for(self.n_submitted)
 
     def event_record(self, event: Event) -> None:
-        """Let an event stand for all work given so far."""
+        """Record an event after all work submitted so far."""
         assert isinstance(event, SimEvent)
         event.backend, event.n_submitted = self, self.n_submitted
 
     def event_wait(self, event: Event) -> None:
-        """Let the stream wait for an event, also of another simulated device: for what it stands for now."""
+        """Make the stream wait for an event, also of another simulated device."""
         assert isinstance(event, SimEvent)
         if event.backend is not None:
             self._wait_in_stream(event.backend, event.n_submitted)
 
     def _wait_in_stream(self, backend: SimBackend, n: int) -> None:
-        """Let what comes next in the stream wait for n pieces of work of another."""
+        """Make later work of the stream wait for n pieces of work of another."""
         if n > backend.stream.n_host:
             self.stream.waits.append((self.n_submitted + 1, backend.stream, n))
         self._submit(lambda: backend.wait_for(n))
 
     def _watch(self, device: SimDevice, *accesses: Access) -> None:
-        """Let what the next piece of work does with a device's or the host's memory be checked, if work is done late."""
+        """With a seed, check the next piece of work's accesses to a device's or the host's memory."""
         if device.watch is None:
             return
         on_host = [a for a in accesses if a.start < FIRST_ADDRESS]
@@ -354,7 +354,7 @@ class SimBackend(Backend):
             HOST.by_stream(self.stream, self.n_submitted + 1, on_host)
 
     def _watch_host(self, address: int, size: int, tensor: Tensor, *, is_write: bool) -> None:
-        """Let the next copy's use of host memory be checked, if it is done late; a host without data has none."""
+        """With a seed, check the next copy's access to host memory; a host without data has none."""
         if self.device.watch is not None and address < FIRST_ADDRESS:
             access = host_access(address, size, tensor, is_write=is_write)
             HOST.by_stream(self.stream, self.n_submitted + 1, [access])
@@ -376,12 +376,12 @@ class SimBackend(Backend):
         self._submit(work)
 
     def cpy_tensor_async(self, backend_src: Backend, src: Tensor, dst: Tensor) -> bool:
-        """Copy from a simulated device in the order of the source's stream; False for any other memory.
+        """Copy from a simulated device in the source's stream; return False for any other memory.
 
         Notes
         -----
-        Mirrors `ggml_backend_cuda_cpy_tensor_async`: the receiving stream waits for an event after the copy. What it was
-        given before does not hold the copy back: that is for the scheduler to see to.
+        Mirrors `ggml_backend_cuda_cpy_tensor_async`: the receiving stream waits for an event after the copy. The copy does
+        not wait for earlier work of the receiving stream: the scheduler must do that.
         """
         if not isinstance(src.storage, SimBuffer) or not isinstance(backend_src, SimBackend):
             return False
@@ -396,16 +396,16 @@ class SimBackend(Backend):
         return True
 
     def graph_compute(self, graph: GraphView) -> None:
-        """Run the nodes' plan in the device's memory; a device that only plans checks where the tensors lie.
+        """Run the nodes' plan in the device's memory; a device without data only checks where the tensors are.
 
         Raises
         ------
         BackendError
-            A tensor of a node lies elsewhere: a split input was not copied.
+            A tensor of a node is in other memory: a split input was not copied.
         ComputeError
-            A row index is out of bounds, or the computation was stopped, or a fault was asked for.
+            A row index is out of bounds, the computation was stopped, or a fault was pending.
         ExpertIdError
-            An id that is no expert.
+            An id is out of range.
         """
         first = graph.graph.nodes[graph.i_start].name if len(graph) else ""
         plan = plan_of(graph, self.device, self.name, self._arena_address) if self.device.has_data else None
@@ -433,7 +433,7 @@ class SimBackend(Backend):
         if storage is None or storage.buft is not self.device.buffer_type or tensor.data is None:
             where = "nowhere" if storage is None else f"in {storage.buft.name}"
             raise BackendError(
-                self.name, f"'{tensor.name}' lies {where}, not in the device's memory", hint="it was not copied"
+                self.name, f"'{tensor.name}' is {where}, not in the device's memory", hint="it was not copied"
             )
 
     def _own(self, tensor: Tensor) -> SimBuffer:
@@ -445,18 +445,18 @@ class SimBackend(Backend):
         return self._own(tensor)._arena(tensor)
 
     def close(self) -> None:
-        """Let the threads go; they start again when needed."""
+        """Stop the threads; they start again when needed."""
         self._pool = None
 
 
 @contextmanager
 def counted(device: SimDevice) -> Iterator[Traffic]:
-    """Count what crosses the border of a device's memory within a block.
+    """Count what goes in and out of a device's memory within a block.
 
     Yields
     ------
     Traffic
-        Filled when the block ends.
+        Contains the counts when the block has ended.
     """
     before = Traffic(**{f: getattr(device.traffic, f) for f in Traffic.__slots__})
     seen = Traffic()
@@ -468,23 +468,23 @@ def counted(device: SimDevice) -> Iterator[Traffic]:
 
 
 def devices() -> list[SimDevice]:
-    """Return nothing: a simulated device is made when it is named."""
+    """Return no device: simulated devices are created by name."""
     return []
 
 
 def open_device(spec: str, *, index: int = 0, data: bool = True) -> SimDevice:
-    """Return a device of a profile, ``rtx4090-pcie4`` if none is named.
+    """Return a device with a profile, by default ``rtx4090-pcie4``.
 
     Raises
     ------
     DeviceUnavailableError
-        There is no such profile.
+        The profile does not exist.
     """
     return SimDevice(parse_profile(spec or "rtx4090-pcie4"), index=index, data=data)
 
 
 def why_missing() -> str:
-    """Say how to get one."""
+    """Return how to name a simulated device."""
     return "made when named, as in --device sim:rtx4090-pcie4,cpu"
 
 
@@ -501,15 +501,15 @@ def Sim(
     Parameters
     ----------
     profile : str
-        Of `pyggml.cost.PROFILES`, or ``custom:24GiB,1000GB/s,25GB/s``.
+        The name of a card, or ``custom:24GiB,1000GB/s,25GB/s``.
     index : int
-        Number in its name, ``SIM0``; each device of a scheduler needs its own.
+        The number in its name, ``SIM0``; each device of a scheduler needs another one.
     data : bool
         False: it only plans; memory has a size but no bytes.
     threads : int, optional
-        That compute for it; one for each core if not given.
+        The number of threads that compute; by default one per core.
     seed : int, optional
-        Do work late, in an order drawn from it, so that a missing wait shows as a wrong number or NaN.
+        Do work late, in an order that depends on the seed, so that a missing wait can give a wrong number or NaN.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What goes wrong on a simulated device: at which moments it fails, and from which copy on its link is slow."""
+"""Faults of a simulated device: the moments at which it fails, and slow links."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Moment = Literal["alloc", "copy", "compute", "lost"]
 
 
 class Faults:
-    """Faults that were asked for, and what was counted so far."""
+    """The pending faults, and the counts so far."""
 
     def __init__(self) -> None:
         self._counts: dict[Moment, int] = dict.fromkeys(get_args(Moment), 0)
@@ -20,11 +20,11 @@ class Faults:
         self._slowdown, self._n_carried = 1.0, 0
 
     def ask(self, moment: Moment, after: int) -> None:
-        """Let a moment fail once, ``after`` more of its kind."""
+        """Make a moment fail once, after ``after`` more of its kind."""
         self._pending[moment].add(self._counts[moment] + after)
 
     def comes(self, moment: Moment) -> bool:
-        """Count a moment; whether a fault was asked for now."""
+        """Count a moment, and return whether it fails."""
         count = self._counts[moment]
         self._counts[moment] = count + 1
         if count not in self._pending[moment]:
@@ -33,17 +33,17 @@ class Faults:
         return True
 
     def slow_down(self, factor: float, after: int) -> None:
-        """Let copies take ``factor`` times as long, ``after`` more of them."""
+        """Make copies take ``factor`` times as long, after ``after`` more copies."""
         self._slow_from[self._n_carried + after] = factor
 
     def next_slowdown(self) -> float:
-        """Count a copy, and return how many times longer it takes."""
+        """Count a copy, and return its slow-down factor."""
         self._slowdown = self._slow_from.pop(self._n_carried, self._slowdown)
         self._n_carried += 1
         return self._slowdown
 
     def clear(self) -> None:
-        """Forget what was asked for and did not come yet; the link is as its profile says again."""
+        """Remove all pending faults, and restore the speed of the link."""
         for pending in self._pending.values():
             pending.clear()
         self._slow_from.clear()

@@ -1,4 +1,4 @@
-"""Memory of simulated devices: reachable only through buffers, counted at its border, with or without bytes."""
+"""Memory of simulated devices: reachable only through buffers, with counted traffic, with or without bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POISON = 0xFF
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes and calls that crossed the border of a device's memory."""
+    """Bytes and calls that went in and out of a device's memory."""
 
     bytes_in: int = 0
     n_in: int = 0
@@ -36,7 +36,7 @@ class Traffic:
 
 
 class SimBufferType(BufferType):
-    """Memory of one simulated device."""
+    """The memory of one simulated device."""
 
     __slots__ = ("owner",)
 
@@ -46,7 +46,7 @@ class SimBufferType(BufferType):
         self.device = owner
 
     def alloc_size(self, tensor: Tensor) -> int:
-        """Bytes of a tensor; rows of quantised types are padded to 512 elements, as CUDA's kernels read so far.
+        """Return the bytes of a tensor; rows of quantised types are padded to 512 elements, because CUDA's kernels read that far.
 
         Notes
         -----
@@ -62,12 +62,12 @@ class SimBufferType(BufferType):
 
 
 class SimBuffer(Buffer):
-    """A piece of a simulated device's memory.
+    """One allocation in a simulated device's memory.
 
     Attributes
     ----------
     traffic : Traffic
-        What was written and read through this buffer.
+        The bytes and calls through this buffer.
     """
 
     __slots__ = ("_block", "_is_open", "device", "traffic")
@@ -80,7 +80,7 @@ class SimBuffer(Buffer):
         self._is_open = True
 
     def _arena(self, tensor: Tensor) -> int:
-        """Return where the bytes of a tensor really are."""
+        """Return where the bytes of a tensor are stored."""
         self.check_open(tensor)
         if self._block is None:
             raise BackendError(
@@ -93,7 +93,7 @@ class SimBuffer(Buffer):
 
     @property
     def is_closed(self) -> bool:
-        """Whether the memory was given back."""
+        """Whether the memory was freed."""
         return not self._is_open
 
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
@@ -103,7 +103,7 @@ class SimBuffer(Buffer):
         self.writing(tensor, address, offset, size)()
 
     def writing(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
-        """Return the copying of host memory into the tensor, where it lies now."""
+        """Return a function that copies host memory into the tensor at its current place."""
         self.check_open(tensor)
         where = None if self._block is None else self._arena(tensor) + offset
         if where is not None and address >= FIRST_ADDRESS:
@@ -125,7 +125,7 @@ class SimBuffer(Buffer):
         self.reading(tensor, address, offset, size)()
 
     def reading(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
-        """Return the copying of bytes of the tensor, where it lies now, to host memory."""
+        """Return a function that copies bytes of the tensor at its current place to host memory."""
         is_bare = self._block is None and address >= FIRST_ADDRESS  # neither end has data
         where = None if is_bare else self._arena(tensor) + offset
         name = tensor.name
@@ -139,7 +139,7 @@ class SimBuffer(Buffer):
         return read
 
     def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
-        """Return the bytes where they are; None if there are none, or if work may be late."""
+        """Return the bytes in place; None if there are none, or if work can be late."""
         if self._block is None or self.device.seed is not None:
             return None
         return bytes_at(self._arena(tensor) + offset, size)
@@ -152,7 +152,7 @@ class SimBuffer(Buffer):
             ctypes.memset(self._arena(tensor) + offset, value, size)
 
     def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
-        """Copy within the device, or from another simulated one; False for any other memory."""
+        """Copy within the device, or from another simulated one; return False for any other memory."""
         if not isinstance(src.storage, SimBuffer):
             return False
         src.storage._watch(src, 0, src.nbytes, is_write=False)
@@ -161,7 +161,7 @@ class SimBuffer(Buffer):
         return True
 
     def copying(self, src: Tensor, dst: Tensor) -> Callable[[], None]:
-        """Return the copying of a tensor of a simulated device, where both lie now."""
+        """Return a function that copies a tensor of a simulated device, both at their current places."""
         storage = src.storage
         assert isinstance(storage, SimBuffer)
         self.check_open(dst)
@@ -180,7 +180,7 @@ class SimBuffer(Buffer):
         return copy
 
     def _watch(self, tensor: Tensor, offset: int, size: int, *, is_write: bool) -> None:
-        """Let the host's use of memory be checked, if work is done late."""
+        """With a seed, check the host's access to memory."""
         watch = self.device.watch
         if watch is not None and tensor.data is not None:
             watch.by_host([access_to(tensor, is_write=is_write, offset=offset, size=size)])
@@ -206,7 +206,7 @@ class SimBuffer(Buffer):
             self._block.fill(value)
 
     def close(self) -> None:
-        """Give the memory back to the device, once nobody uses it any more."""
+        """Free the memory when no work uses it any more."""
         if self._is_open:
             self.device.finish()  # as cudaFree
             self._is_open = False

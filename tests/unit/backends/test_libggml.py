@@ -368,7 +368,7 @@ def test_a_node_in_foreign_memory_is_not_computed(library_cpu, cpu):
         out = ggml.scale(a, 2.0).named("out")
     graph.expand(out)
     out.buffer, out.data = a.buffer, a.data
-    with pytest.raises(BackendError, match="'out' lies in CPU"):
+    with pytest.raises(BackendError, match="'out' is in CPU"):
         library_cpu.graph_compute(graph.view(0, 1))
 
 

@@ -164,7 +164,7 @@ def test_device_does_not_touch_host_memory(sim: SimBackend) -> None:
     x.buffer = x.data = None
     host = ggml.CPU(threads=1).buffer_type.alloc_buffer(x.nbytes)
     tensor_alloc(host, x, host.base)
-    with pytest.raises(BackendError, match="SIM0: 'x' lies in CPU, not in the device's memory"):
+    with pytest.raises(BackendError, match="SIM0: 'x' is in CPU, not in the device's memory"):
         sim.graph_compute(graph.view(0, 1))
 
 
@@ -175,7 +175,7 @@ def test_cpu_does_not_touch_device_memory(sim: SimBackend) -> None:
     x.buffer = x.data = None
     device = sim.buffer_type.alloc_buffer(x.nbytes)
     tensor_alloc(device, x, device.base)
-    with pytest.raises(BackendError, match="CPU: 'x' lies in SIM0, not in host memory"):
+    with pytest.raises(BackendError, match="CPU: 'x' is in SIM0, not in host memory"):
         cpu.graph_compute(graph.view(0, 1))
 
 

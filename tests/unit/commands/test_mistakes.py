@@ -16,7 +16,7 @@ MISTAKES = {
     "path": ("splits no/where.gguf", 1, "there is no such file", "`pyggml models` lists"),
     "flag": ("splits MODEL --n-cpu-mo 3", 2, "No such option '--n-cpu-mo'", "'--n-cpu-moe'"),
     "command": ("split MODEL", 2, "No such command 'split'", "'splits'"),
-    "device": ("splits MODEL -dev rtx309", 1, "no such kind of device", "did you mean rtx3090"),
+    "device": ("splits MODEL -dev rtx309", 1, "no such device", "did you mean rtx3090"),
     "model": ("splits gpt-os-120b", 1, "no such model in the table", "such as gpt-oss-120b"),
     "card": (f"run MODEL -p a -dev {SMALL}", 1, "1.0 MiB available", "(-ngl)"),
     "plan": (f"splits MODEL -dev {SMALL} --batches 4", 3, "Does not fit: SIM0 has 1.0 MiB", "are missing"),
