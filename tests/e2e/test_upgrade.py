@@ -58,7 +58,7 @@ def test_one_version_is_a_plan_in_its_rules(model, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--dialect", "0.25"], "none of 0.20, 0.21, 0.26, 0.27"),
+        (["--dialect", "0.25"], "not one of 0.20, 0.21, 0.26, 0.27"),
         (["--dialect", "0.26,0.26"], "twice"),
         (["--dialect", "0.26,0.27", "--format", "ggml"], "a table or JSON"),
     ],

@@ -350,7 +350,7 @@ class CudaBackend(Backend):
     def _own(self, tensor: Tensor) -> CudaBuffer:
         storage = tensor.storage
         if not isinstance(storage, CudaBuffer) or storage.device is not self.device or tensor.data is None:
-            where = "nowhere" if storage is None else f"in {storage.buft.name}"
+            where = "in no memory" if storage is None else f"in {storage.buft.name}"
             raise BackendError(
                 self.name, f"'{tensor.name}' is {where}, not in the card's memory", hint="it was not copied"
             )

@@ -130,7 +130,7 @@ class CPUBackend(Backend):
         """Return where kernels find a tensor's bytes: host addresses are what they are."""
         storage = tensor.storage
         if storage is None or not storage.is_host or tensor.data is None:
-            where = "nowhere" if storage is None else f"in {storage.buft.name}"
+            where = "in no memory" if storage is None else f"in {storage.buft.name}"
             raise BackendError(self.name, f"'{tensor.name}' is {where}, not in host memory")
         storage.check_open(tensor)
         return tensor.data

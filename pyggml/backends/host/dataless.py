@@ -118,5 +118,5 @@ class DatalessCPUBackend(Backend):
                     continue
                 storage = tensor.storage
                 if storage is None or not storage.is_host or tensor.data is None:
-                    where = "nowhere" if storage is None else f"in {storage.buft.name}"
+                    where = "in no memory" if storage is None else f"in {storage.buft.name}"
                     raise BackendError(self.name, f"'{tensor.name}' is {where}, not in host memory")

@@ -155,7 +155,7 @@ class LibraryPlan:
             or tensor.data is None
             or not self.backend.supports_buft(storage.buft)
         ):
-            where = "nowhere" if storage is None else f"in {storage.buft.name}"
+            where = "in no memory" if storage is None else f"in {storage.buft.name}"
             raise BackendError(
                 self.backend.name, f"'{tensor.name}' is {where}, not in the device's memory", hint="it was not copied"
             )

@@ -156,7 +156,7 @@ class RPCBackend(Backend):
         """
         storage = tensor.storage
         if not isinstance(storage, RPCBuffer) or storage.buft is not self.device.buffer_type or not storage.remote:
-            where = "nowhere" if storage is None else f"in {storage.buft.name}"
+            where = "in no memory" if storage is None else f"in {storage.buft.name}"
             if isinstance(storage, RPCBuffer) and not storage.remote:
                 where = "in a buffer that was closed"
             raise BackendError(self.name, f"'{tensor.name}' is {where}, not in the device's memory")

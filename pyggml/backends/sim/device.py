@@ -431,7 +431,7 @@ class SimBackend(Backend):
     def _check_own(self, tensor: Tensor) -> None:
         storage = tensor.storage
         if storage is None or storage.buft is not self.device.buffer_type or tensor.data is None:
-            where = "nowhere" if storage is None else f"in {storage.buft.name}"
+            where = "in no memory" if storage is None else f"in {storage.buft.name}"
             raise BackendError(
                 self.name, f"'{tensor.name}' is {where}, not in the device's memory", hint="it was not copied"
             )
