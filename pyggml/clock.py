@@ -1,13 +1,13 @@
-"""`VirtualClock`: when things would happen on devices that are not there.
+"""`VirtualClock`: when things would happen on simulated devices.
 
-The host makes calls in order; each backend does what it was given in order; a link carries one copy each way at a time,
-or one in all if the device has a single copy engine.
-The clock is told of every call that the scheduler makes and keeps three kinds of times: the host's, each backend's
-stream's, and each link's. It knows nothing of the machine that it runs on, so the same calls give the same times.
+The host makes calls in order, and each backend does its work in order. A link carries one copy at a time in each direction,
+or one copy in total if the device has a single copy engine. The clock receives every call of the scheduler and keeps the
+times of the host, of each backend's stream and of each link. It does not depend on the machine that it runs on, so the
+same calls give the same times.
 
-What is assumed: the CPU computes while the host waits; a copy from pinned memory to a device runs behind the host's back
-in the device's stream, one from pageable memory holds the host until it is staged, a read holds it until the bytes are
-there; launches cost the device, not the host.
+Assumptions: the host waits while the CPU computes. A copy from pinned memory to a device runs in the device's stream while
+the host continues; for a copy from pageable memory the host waits until it is staged; for a read the host waits until the
+bytes arrive. Launches take time on the device, not on the host.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ __all__ = ["Reading", "Span", "VirtualClock"]
 
 
 class Span(NamedTuple):
-    """An interval of virtual time, in seconds since the clock was made."""
+    """An interval of virtual time, in seconds since the clock's start."""
 
     start_s: float
     end_s: float
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """The length of the interval."""
         return self.end_s - self.start_s
 
 
 class Reading(NamedTuple):
-    """A clock's numbers at one moment, or between two; see `VirtualClock`."""
+    """A clock's numbers at one moment, or between two moments; see `VirtualClock`."""
 
     host_s: float
     busy_s: tuple[float, ...]
@@ -46,7 +46,7 @@ class Reading(NamedTuple):
     from_device_busy_s: tuple[float, ...]
 
     def plus(self, after: Reading, before: Reading) -> Reading:
-        """Return the sum with what went on between two readings."""
+        """Return this reading plus the difference of two readings."""
 
         def add(own: Sequence[float], new: Sequence[float], old: Sequence[float]) -> tuple[float, ...]:
             return tuple(a + (b - c) for a, b, c in zip(own, new, old, strict=True))
@@ -60,36 +60,36 @@ class Reading(NamedTuple):
 
     @classmethod
     def zero(cls, n: int) -> Reading:
-        """Return the reading of a fresh clock of so many backends."""
+        """Return the reading of a new clock for ``n`` backends."""
         zeros = (0.0,) * n
         return cls(0.0, zeros, zeros, zeros)
 
 
 class VirtualClock:
-    """Virtual times of a host and its backends.
+    """The virtual times of a host and its backends.
 
     Parameters
     ----------
     profiles : sequence of DeviceProfile
-        Of each backend of a scheduler, in its order; the last is the host's own.
+        The profile of each backend of a scheduler, in order; the last is the host's.
 
     Attributes
     ----------
     host_s : float
         The host's time.
     stream_s : list of float
-        When each backend has done all that it was given.
+        When each backend will have done all submitted work.
     busy_s : list of float
-        How long each backend computed.
+        The time for which each backend computed.
     to_device_busy_s, from_device_busy_s : list of float
-        How long each backend's link carried something, each way.
+        The time for which each backend's link was busy, by direction.
 
     Examples
     --------
     >>> from pyggml.cost import CPU_PROFILE, PROFILES
     >>> clock = VirtualClock([PROFILES["rtx4090-pcie4"], CPU_PROFILE])
     >>> span = clock.copy(1, 0, 252_000_000, is_async=True, is_pinned=True)
-    >>> round(span.end_s * 1e3, 2), clock.host_s       # ten milliseconds of link, the host went on
+    >>> round(span.end_s * 1e3, 2), clock.host_s       # the link is busy for ten milliseconds; the host continues
     (9.64, 0.0)
     >>> _ = clock.synchronize(0)
     >>> round(clock.host_s * 1e3, 2)
@@ -121,7 +121,7 @@ class VirtualClock:
         self._queue_s: dict[tuple[int, int], float] = {}  # when each second queue of a backend is done
 
     def reading(self) -> Reading:
-        """Return the times of now."""
+        """Return the current times."""
         return Reading(self.host_s, tuple(self.busy_s), tuple(self.to_device_busy_s), tuple(self.from_device_busy_s))
 
     # -- copies --------------------------------------------------------------
@@ -138,20 +138,20 @@ class VirtualClock:
         slow_dst: float = 1.0,
         queue: int = 0,
     ) -> Span:
-        """Carry bytes from the memory of one backend to that of another.
+        """Copy bytes from the memory of one backend to that of another.
 
         Parameters
         ----------
         src, dst : int
             Indices of the backends; the last is the host.
         is_async : bool
-            In the order of the receiving backend's stream; else the host waits until they are there.
+            Whether the copy is in the receiving backend's stream; otherwise the host waits until it is done.
         is_pinned : bool
             Whether host memory at one end is pinned.
         slow_src, slow_dst : float
-            How many times longer than its profile says the link of either end takes.
+            The factor by which the link at either end is slower than its profile.
         queue : int
-            Number of the receiving backend's queue that carries them; 0: its own stream.
+            The number of the receiving backend's queue; 0: its own stream.
         """
         if dst == self.cpu:
             return self._read(src, n_bytes, is_pinned=is_pinned, slow=slow_src)
@@ -176,9 +176,9 @@ class VirtualClock:
         return Span(start, end)
 
     def engines(self, src: int, dst: int) -> list[tuple[int, int]]:
-        """Return which copy engines carry bytes from one backend to another: of which backend, and which of its own.
+        """Return the copy engines for a copy between two backends, each as backend and engine number.
 
-        A copy within a device uses its memory, and none of its engines.
+        A copy within a device uses its memory and no engine.
         """
         if src == dst:
             return []
@@ -186,7 +186,7 @@ class VirtualClock:
         return [(backend, engine) for backend, engine in ends if backend != self.cpu]
 
     def _copy_within(self, backend: int, n_bytes: int, queue: int, *, is_async: bool) -> Span:
-        """Copy within a device: its memory reads and writes the bytes, and no link carries them."""
+        """Copy within a device: its memory reads and writes the bytes, without a link."""
         seconds = self.profiles[backend].seconds(Work(read_bytes=2.0 * n_bytes))
         start = max(self.host_s, self.ready_s(backend, queue))
         end = start + seconds
@@ -197,7 +197,7 @@ class VirtualClock:
         return Span(start, end)
 
     def ready_s(self, backend: int, queue: int = 0) -> float:
-        """Return when a backend's stream, or one of its further queues, has done all that it was given."""
+        """Return when a backend's stream, or one of its other queues, will have done all submitted work."""
         return self.stream_s[backend] if queue == 0 else self._queue_s.get((backend, queue), 0.0)
 
     def _set_ready(self, backend: int, queue: int, when_s: float) -> None:
@@ -207,13 +207,13 @@ class VirtualClock:
             self._queue_s[backend, queue] = when_s
 
     def _use_link(self, backend: int, way: list[float], until_s: float) -> None:
-        """Let a link carry something one way; a single copy engine has nothing left for the other way."""
+        """Use a link in one direction; with a single copy engine the other direction is busy as well."""
         way[backend] = until_s
         if self.profiles[backend].copy_engines == 1:
             self._to_device_s[backend] = self._from_device_s[backend] = until_s
 
     def _read(self, src: int, n_bytes: int, *, is_pinned: bool, slow: float) -> Span:
-        """Carry bytes to the host, which waits for them."""
+        """Copy bytes to the host, which waits for them."""
         link, start = self.profiles[src].from_device, self.host_s
         if src != self.cpu:
             start = max(start, self._from_device_s[src])
@@ -227,11 +227,11 @@ class VirtualClock:
     # -- work ----------------------------------------------------------------
 
     def compute(self, backend: int, nodes: Iterable[Tensor], used_experts: UsedExperts) -> Span:
-        """Give nodes to a backend."""
+        """Submit nodes to a backend."""
         return self.spend(backend, self.seconds(backend, nodes, used_experts))
 
     def spend(self, backend: int, seconds: float) -> Span:
-        """Let a backend work for some time, after all that it was given before."""
+        """Submit work of a given time to a backend."""
         if backend == self.cpu:
             start = self.host_s
             self.host_s = self.stream_s[backend] = start + seconds
@@ -242,33 +242,33 @@ class VirtualClock:
         return Span(start, start + seconds)
 
     def seconds(self, backend: int, nodes: Iterable[Tensor], used_experts: UsedExperts) -> float:
-        """Return how long a backend takes for nodes."""
+        """Return the time that a backend needs for nodes."""
         profile, slow = self.profiles[backend], self._has_slow_host
         return sum(profile.seconds(node_work(node, used_experts), slow_host=slow) for node in nodes)
 
     # -- waits ---------------------------------------------------------------
 
     def synchronize(self, backend: int) -> Span:
-        """Let the host wait for all that a backend was given."""
+        """Make the host wait for all submitted work of a backend."""
         return self._host_until(self.stream_s[backend])
 
     def event_record(self, backend: int, copy: int) -> Span:
-        """Mark what a backend was given so far, and return the moment at which it comes there."""
+        """Mark the work that a backend has so far, and return the moment at which it will be done."""
         when_s = self._events[backend, copy] = self.stream_s[backend]
         return Span(when_s, when_s)
 
     def event_wait(self, backend: int, of: int, copy: int) -> Span:
-        """Let a backend wait for a mark."""
+        """Make a backend wait for a mark."""
         start = self.stream_s[backend]
         self.stream_s[backend] = max(start, self._events.get((of, copy), 0.0))
         return Span(start, self.stream_s[backend])
 
     def event_synchronize(self, backend: int, copy: int) -> Span:
-        """Let the host wait for a mark."""
+        """Make the host wait for a mark."""
         return self._host_until(self._events.get((backend, copy), 0.0))
 
     def wait_until(self, backend: int | None, when_s: float, queue: int = 0) -> Span:
-        """Let a backend's stream or queue, or the host (None), wait until a time."""
+        """Make a backend's stream or queue, or the host (None), wait until a time."""
         if backend is None:
             return self._host_until(when_s)
         start = self.ready_s(backend, queue)

@@ -1,6 +1,6 @@
-"""Profiles of devices and links: a data sheet with its link, and how long work takes there.
+"""Profiles of devices and links: a data sheet with its link, and how long work takes.
 
-The formulas are those of `pyggml.hardware.formulas`, for simulated devices as for predictions of real ones.
+The formulas are those of `pyggml.hardware.formulas`, for simulated devices and for predictions.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ _LANE = 0.985 * _GB
 
 @dataclass(frozen=True, slots=True)
 class LinkProfile:
-    """One way of a link between host and device."""
+    """One direction of a link between host and device."""
 
     bytes_per_s: float  #: of large copies from or to pinned memory
     latency_s: float = _LATENCY_S  #: from the call to the first byte
 
     def seconds(self, n_bytes: int, *, n_copies: int = 1, at_most: float = math.inf) -> float:
-        """Return the time that ``n_copies`` copies of ``n_bytes`` in all take, one after the other.
+        """Return the time of ``n_copies`` copies, one after another, with ``n_bytes`` in total.
 
         Parameters
         ----------
         at_most : float
-            Bytes a second that the memory at the host's end gives, if it is not pinned (`pageable_rate`).
+            Bytes per second from host memory that is not pinned (`pageable_rate`).
         """
         return n_copies * self.latency_s + n_bytes / min(self.bytes_per_s, at_most)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """A device that need not be there."""
+    """The data sheet of a device, with its link."""
 
     name: str
     description: str
@@ -62,30 +62,30 @@ class DeviceProfile:
 
     @property
     def from_device(self) -> LinkProfile:
-        """The link's way from the device to the host."""
+        """The direction of the link from the device to the host."""
         return self.link if self.link_back is None else self.link_back
 
     @property
     def memory_bytes(self) -> int:
-        """How much memory it has; of a host whose size is not known 64 GiB."""
+        """The size of its memory; 64 GiB for a host of unknown size."""
         return self.sheet.memory_bytes or 64 * _GIB
 
     @property
     def memory_bytes_per_s(self) -> float:
-        """What weights are read at."""
+        """The rate at which weights are read."""
         if isinstance(self.sheet, Host):
             return host_read(self.sheet, self.rates)
         return self.sheet.bytes_per_s * family_of(self.rates, backend_family(self.sheet)).memory
 
     @property
     def launch_s(self) -> float:
-        """From the end of one kernel to the start of the next."""
+        """The time from the end of one kernel to the start of the next."""
         if isinstance(self.sheet, Host):
             return 0.0
         return family_of(self.rates, backend_family(self.sheet)).launch_s
 
     def seconds(self, work: Work, *, slow_host: bool = False) -> float:
-        """Return the time that work takes; a slow host delays the launches of a card."""
+        """Return the time of work; a slow host delays the launches of a card."""
         if isinstance(self.sheet, Host):
             return host_s(work, self.sheet, self.rates)
         return card_s(work, self.sheet, self.rates, slow_host=slow_host)
@@ -97,9 +97,9 @@ def link_of(card: Card, pcie: str = "", measured_gbs: float | None = None) -> Li
     Parameters
     ----------
     pcie : str
-        ``"4.0 x16"``; empty: the card's own, in a host of the fourth generation at most.
+        For example ``"4.0 x16"``; empty: the card's own, at most PCIe 4.0.
     measured_gbs : float, optional
-        What pinned copies were measured at.
+        The measured rate of pinned copies.
     """
     if card.is_unified:
         return LinkProfile(card.bytes_per_s / 2)  # it reads and writes
@@ -136,15 +136,15 @@ _CUSTOM = re.compile(
 def parse_profile(text: str) -> DeviceProfile:
     """Return the profile of a name, or of ``custom:MEMORY,BANDWIDTH,LINK[,latency=US][,engines=N][,pinned][,gen=NAME][,f32=NT][,f16=NT][,int8=NT]``.
 
-    A name is a card of `pyggml.hardware.cards` at its own link (``rtx3060``) or another (``rtx3060-pcie3``, ``rtx3060-pcie4x8``),
-    or a file of `pyggml devices --measure`, `pyggml calibrate` or `pyggml selftest`. Of a custom device,
-    ``gen`` is the generation whose kernels it runs (ada if not given), and ``f32``, ``f16`` and ``int8`` are its TFLOP/s and TOP/s; what is
-    not given is in proportion to memory. A link of ``25/20GB/s`` is slower from the device than to it.
+    A name is a card of `pyggml.hardware.cards` with its own link (``rtx3060``) or another (``rtx3060-pcie3``, ``rtx3060-pcie4x8``),
+    or a file of `pyggml devices --measure`, `pyggml calibrate` or `pyggml selftest`. For a custom device, ``gen`` is the generation
+    whose kernels it runs (ada by default), and ``f32``, ``f16`` and ``int8`` are its TFLOP/s and TOP/s; missing values are in
+    proportion to memory. A link of ``25/20GB/s`` is slower from the device than to it.
 
     Raises
     ------
     DeviceUnavailableError
-        There is no such profile, or the numbers cannot be read.
+        The profile does not exist, or the numbers cannot be read.
 
     Examples
     --------

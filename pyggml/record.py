@@ -1,7 +1,7 @@
-"""Records of what the scheduler did, and the `Recorder` that takes them.
+"""Records of what the scheduler did, and the `Recorder` that receives them.
 
-Reports, traces and timelines are made from records and from nothing else. A record is a value; whoever keeps it keeps
-no memory alive but the names in it.
+Reports, traces and timelines are made only from records. A record is a value and contains names, so keeping it keeps no
+tensor alive.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ __all__ = [
     "WaitRecord",
 ]
 
-#: Why bytes were copied: a user's input, a result of another backend, a whole weight, or the used experts of one.
+#: Why bytes were copied: a user's input, a result of another backend, a whole weight, or the used experts of a weight.
 CopyReason = Literal["input", "activation", "weight", "experts"]
-#: What memory is for: a model's weights, its KV cache, what a scheduler places graphs in, or a copy policy's own.
+#: The use of memory: a model's weights, its KV cache, a scheduler's compute buffers, or a copy policy's memory.
 AllocPurpose = Literal["weights", "kv_cache", "compute", "policy"]
 
 
 @dataclass(frozen=True, slots=True)
 class CopyRecord:
-    """Bytes of one split input that went to the split's backend, in one piece."""
+    """One copy of bytes of a split input to the split's backend."""
 
     split: int
     tensor: str
@@ -56,7 +56,7 @@ class CopyRecord:
     dst: str  #: backend of the split
     offset_bytes: int  #: in the tensor
     size_bytes: int
-    tensor_bytes: int  #: what a whole copy would have moved
+    tensor_bytes: int  #: bytes of a whole copy
     reason: CopyReason
     start_s: float  #: of the host's clock, `time.perf_counter`
     end_s: float
@@ -74,28 +74,28 @@ class UsedExpertsRecord:
     used: tuple[int, ...]
     n_expert: int
     expert_bytes: int
-    tensor_bytes: int  #: what a whole copy would have moved; 0 if experts are added to an earlier copy
+    tensor_bytes: int  #: bytes of a whole copy; 0 if experts are added to an earlier copy
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeRecord:
-    """Nodes of one split given to its backend (the whole split, or a part under an eval callback)."""
+    """A launch: nodes of one split submitted to its backend (the whole split, or a part with an eval callback)."""
 
     split: int
     backend: str
     n_nodes: int
     first: str  #: name of the first node
     start_s: float
-    end_s: float  #: when the call returned; the work may go on
+    end_s: float  #: when the call returned; the work may continue
     virtual: Span | None = None  #: of the work itself
     causes: tuple[tuple[str, int], ...] = ()  #: why its nodes are there, and how many for each cause
 
 
 @dataclass(frozen=True, slots=True)
 class WaitRecord:
-    """Take note that the host, or a backend, waited."""
+    """A wait of the host or of a backend."""
 
-    split: int | None  #: None: at the end of a computing, or between two
+    split: int | None  #: None: at the end of a compute, or between two
     what: Literal["synchronize", "event_synchronize", "event_wait"]
     backend: str
     start_s: float
@@ -106,19 +106,19 @@ class WaitRecord:
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:
-    """A backend was told to mark what it was given so far, for others to wait for."""
+    """An event: a mark in a backend's stream that others can wait for."""
 
     split: int
     backend: str
-    copy: int  #: pipeline copy of the inputs that the event stands for
+    copy: int  #: the pipeline copy to which the event belongs
     start_s: float
     end_s: float
-    virtual: Span | None = None  #: the moment at which the backend comes to the mark
+    virtual: Span | None = None  #: the moment at which the backend reaches the mark
 
 
 @dataclass(frozen=True, slots=True)
 class ReadRecord:
-    """The host read a tensor from a backend: ids, or results."""
+    """A read of the host from a backend: ids or results."""
 
     tensor: str
     backend: str
@@ -131,21 +131,21 @@ class ReadRecord:
 
 @dataclass(frozen=True, slots=True)
 class AllocRecord:
-    """What is held of one buffer type for one purpose, from now on: after an allocation, a reserve, or giving it back."""
+    """The memory that is held from now on, for one buffer type and purpose: after an allocation, a reserve or a free."""
 
     graph: str  #: name of the last node of the graph that needed it; empty for weights and KV cache
-    backend: str  #: whose memory it is; host memory is the last backend's
+    backend: str  #: the backend to which the memory belongs; host memory belongs to the last backend
     buft: str
-    size_bytes: int  #: in all; 0: it was given back
+    size_bytes: int  #: in total; 0: it was freed
     purpose: AllocPurpose = "compute"
     start_s: float = 0.0
     end_s: float = 0.0
-    virtual: Span | None = None  #: the moment: allocating takes no virtual time
+    virtual: Span | None = None  #: the moment; allocating takes no virtual time
 
 
 @dataclass(frozen=True, slots=True)
 class AssignRecord:
-    """A node that will be computed, and why where; recorded when its graph is split."""
+    """The backend of a node that will be computed, and why; recorded when its graph is split."""
 
     tensor: str
     op: str
@@ -153,18 +153,18 @@ class AssignRecord:
     cause: str  #: upstream's note, as `Cause` has it
     start_s: float = 0.0  #: of splitting the graph
     end_s: float = 0.0
-    virtual: Span | None = None  #: the moment: deciding takes no virtual time
+    virtual: Span | None = None  #: the moment; deciding takes no virtual time
 
 
 @dataclass(frozen=True, slots=True)
 class SplitInput:
-    """A tensor that a split needs on its backend and that is elsewhere."""
+    """An input of a split: a tensor that its backend cannot use where it is."""
 
     tensor: str
-    kind: CopyReason  #: experts: of this weight the used ones are enough
-    src: str  #: backend that it is assigned to
-    cause: str  #: why it is there, upstream's note
-    buft: str  #: memory in which it lies already; empty if it has none yet
+    kind: CopyReason  #: experts: the used experts of this weight are enough
+    src: str  #: backend to which it is assigned
+    cause: str  #: why it is there, as upstream's note
+    buft: str  #: its buffer type; empty if it has no memory yet
     type: str
     ne: tuple[int, ...]
     size_bytes: int  #: of all of it
@@ -182,8 +182,8 @@ class SplitRecord:
     backend: str
     i_start: int
     i_end: int
-    n_nodes: int  #: that are computed
-    first: str  #: name of the first of them
+    n_nodes: int  #: number of computed nodes
+    first: str  #: name of the first computed node
     op: str
     cause: str  #: why that one is on the backend, upstream's note
     inputs: tuple[SplitInput, ...]
@@ -191,11 +191,11 @@ class SplitRecord:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchRecord:
-    """A session turns to the next tokens; what follows is recorded for them."""
+    """A session starts a micro-batch; the records that follow belong to it."""
 
     n_tokens: int
     n_past: int  #: tokens in the cache before
-    n_outputs: int  #: tokens whose logits are wanted
+    n_outputs: int  #: tokens whose logits are computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ class CallbackRecord:
 
     split: int
     tensor: str
-    asked: bool  #: whether the data is wanted; else it was there
+    asked: bool  #: whether the callback was asked if it needs the data; otherwise it got the data
     answer: bool
     start_s: float
     end_s: float
@@ -227,18 +227,18 @@ Record = (
 
 
 class Recorder(Protocol):
-    """Takes records, in the order in which things happened."""
+    """Receives records, in the order in which things happen."""
 
     def record(self, record: Record) -> None:
-        """Take one record; must not raise."""
+        """Receive one record; must not raise."""
 
 
 class Observer:
-    """Is told what a scheduler does, in the order in which it happens. Override what you want to be told; the rest costs nothing.
+    """An object whose methods are called when a scheduler does something. Override the methods that you need; others cost nothing.
 
-    Methods with a record are told after the effect. `on_begin`, `on_sent`, `before_launch` and `after_launch` see the run
-    itself, and may raise `SchedError` to end it: the checks of ``PYGGML_CHECK`` are such an observer. No other method may
-    raise. An object with a method ``record`` (`Recorder`) is an observer that takes every record.
+    Methods with a record are called after the effect. `on_begin`, `on_sent`, `before_launch` and `after_launch` get the
+    compute itself and may raise `SchedError` to end it; the checks of ``PYGGML_CHECK`` are such an observer. Other methods
+    must not raise. An object with a method ``record`` (`Recorder`) is an observer that receives every record.
 
     Notes
     -----
@@ -246,49 +246,49 @@ class Observer:
     """
 
     def on_copy(self, record: CopyRecord) -> None:
-        """Take note of bytes that were copied."""
+        """Run after bytes were copied."""
 
     def on_experts(self, record: UsedExpertsRecord) -> None:
-        """Take note of experts of a weight that are about to be copied."""
+        """Run before the used experts of a weight are copied."""
 
     def on_read(self, record: ReadRecord) -> None:
-        """Take note that the host read a tensor."""
+        """Run after the host read a tensor."""
 
     def on_launch(self, record: ComputeRecord) -> None:
-        """Take note of nodes that were given to a backend."""
+        """Run after nodes were submitted to a backend."""
 
     def on_wait(self, record: WaitRecord) -> None:
-        """Take note that the host, or a backend, waited."""
+        """Run after the host or a backend waited."""
 
     def on_event(self, record: EventRecord) -> None:
-        """Take note of an event that was recorded."""
+        """Run after an event was recorded."""
 
     def on_callback(self, record: CallbackRecord) -> None:
-        """Take note of a call of the eval callback."""
+        """Run after a call of the eval callback."""
 
     def on_assign(self, record: AssignRecord) -> None:
-        """Take note of a node and its backend."""
+        """Run for each node that will be computed, with its backend, when the graph is split."""
 
     def on_split(self, record: SplitRecord) -> None:
-        """Take note of one split of a graph that was cut."""
+        """Run for each split of a graph that was cut."""
 
     def on_alloc(self, record: AllocRecord) -> None:
-        """Take note of memory that was taken or given back."""
+        """Run after memory was allocated or freed."""
 
     def on_micro_batch(self, record: MicroBatchRecord) -> None:
-        """Take note that what follows is for some tokens."""
+        """Run when a session starts a micro-batch."""
 
     def on_begin(self, run: SplitRun) -> None:
-        """Take note that a computing starts."""
+        """Run when a compute starts."""
 
     def on_sent(self, transfer: Transfer, offset: int, size: int) -> None:
-        """Take note of bytes of a transfer's source that were sent to its copy."""
+        """Run after bytes of a transfer's source were sent to its input copy."""
 
     def before_launch(self, run: SplitRun, i_split: int) -> None:
-        """Look at a split that is about to be launched: all its copies were sent."""
+        """Run before a split is launched, after all its copies were sent."""
 
     def after_launch(self, run: SplitRun, i_split: int) -> None:
-        """Look at a split that was launched."""
+        """Run after a split was launched."""
 
 
 _METHODS: dict[str, type[Any] | None] = {
@@ -311,7 +311,7 @@ _METHODS: dict[str, type[Any] | None] = {
 
 
 class Observers:
-    """Several observers, as the methods that they override: who is not asked for a kind of event is not called for it.
+    """Several observers; only overridden methods are called.
 
     Parameters
     ----------
@@ -320,7 +320,7 @@ class Observers:
     Raises
     ------
     TypeError
-        One has none of the methods.
+        An object overrides none of the methods.
     """
 
     __slots__ = ("_takers", "after_launch", "before_launch", "on_begin", "on_sent", "takes_records")
@@ -349,17 +349,17 @@ class Observers:
         self.before_launch, self.after_launch = tuple(found["before_launch"]), tuple(found["after_launch"])
 
     def takes(self, kind: type[Any]) -> bool:
-        """Whether anybody takes records of a kind."""
+        """Return whether an observer takes records of a kind."""
         return bool(self._takers[kind])
 
     def record(self, record: Record) -> None:
-        """Hand a record to everybody who takes its kind."""
+        """Pass a record to all observers that take its kind."""
         for take in self._takers[type(record)]:
             take(record)
 
 
 class Recording:
-    """Keeps every record in a list.
+    """A recorder that keeps every record in a list.
 
     Examples
     --------
@@ -379,7 +379,7 @@ class Recording:
         self.records.append(record)
 
     def clear(self) -> None:
-        """Forget all records."""
+        """Remove all records."""
         self.records.clear()
 
     def _kinds(self) -> Counter[str]:
@@ -390,27 +390,27 @@ class Recording:
         return f"<Recording of {len(self.records)} records{f': {kinds}' if kinds else ''}>"
 
     def _repr_html_(self) -> str:
-        """Return how many records there are of each kind as a table, for notebooks."""
+        """Return a table of the number of records of each kind, for notebooks."""
         rows = [(kind, f"{n:,}") for kind, n in self._kinds().items()]
         title = f"Recording of {len(self.records):,} records"
         return html_table(title, ("kind", "records"), rows, n_rows=len(rows), right=("records",))
 
 
 class Statistics:
-    """Counts of what was copied and computed; kept by the scheduler at all times, as they cost next to nothing.
+    """Counts of copies, launches and waits, which the scheduler always keeps.
 
     Attributes
     ----------
     n_copies, bytes_copied : int
         Copies to split backends, and their bytes.
     bytes_full : int
-        Bytes that whole copies of the same inputs would have moved.
+        Bytes if the same inputs had been copied whole.
     bytes_by_reason : dict
         Bytes copied, by `CopyReason`.
     bytes_in_device : int
-        Bytes that a policy copied within a device; of none of the other counts.
+        Bytes that a policy copied within a device; not part of the other counts.
     n_launches, n_waits : int
-        Graphs given to backends; waits of host and backends.
+        Launches; waits of host and backends.
     """
 
     __slots__ = (
@@ -429,13 +429,13 @@ class Statistics:
         self.clear()
 
     def clear(self) -> None:
-        """Start counting anew."""
+        """Set all counts to zero."""
         self.n_copies = self.bytes_copied = self.bytes_full = self.bytes_in_device = 0
         self.n_launches = self.n_waits = 0
         self.bytes_by_reason = {"input": 0, "activation": 0, "weight": 0, "experts": 0}
 
     def count_copy(self, size_bytes: int, tensor_bytes: int, reason: CopyReason) -> None:
-        """Count one copy; pieces of an expert weight count as a whole one by `count_experts`."""
+        """Count one copy; `count_experts` counts the full copy of an expert weight."""
         self.n_copies += 1
         self.bytes_copied += size_bytes
         self.bytes_by_reason[reason] += size_bytes
@@ -443,13 +443,13 @@ class Statistics:
             self.bytes_full += tensor_bytes
 
     def count_in_device(self, size_bytes: int, tensor_bytes: int, reason: CopyReason) -> None:
-        """Count one copy within a device, in place of one to it."""
+        """Count one copy within a device, instead of one to it."""
         self.bytes_in_device += size_bytes
         if reason != "experts":
             self.bytes_full += tensor_bytes
 
     def count_experts(self, tensor_bytes: int) -> None:
-        """Count what a whole copy of an expert weight would have moved."""
+        """Count the bytes of a full copy of an expert weight."""
         self.bytes_full += tensor_bytes
 
     def __repr__(self) -> str:
@@ -459,7 +459,7 @@ class Statistics:
         )
 
     def _repr_html_(self) -> str:
-        """Return the counts as a table, for notebooks; shares are of what whole copies would have moved."""
+        """Return a table of the counts, for notebooks; shares are relative to full copies."""
         whole = self.bytes_full
         counts = [*self.bytes_by_reason.items(), ("all", self.bytes_copied), ("if whole", whole)]
         rows = [(what, f"{n:,}", Bar(n / whole) if whole else "") for what, n in counts]

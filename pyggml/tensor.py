@@ -1,8 +1,8 @@
-"""`Tensor`: what is known of a piece of data, and the arithmetic of its layout.
+"""`Tensor`: type, shape, layout and op of a piece of data, and the arithmetic of its layout.
 
-A tensor is metadata. Its bytes live in a `Buffer`, at the address ``data`` of that buffer's own address space: only the
-buffer can read or write them. The order of dimensions is ggml's everywhere (``ne[0]`` runs fastest, ``nb`` in bytes);
-``shape`` and ``strides`` alone are in numpy's order.
+A tensor is metadata. Its bytes are in a `Buffer`, at the address ``data`` of that buffer's own address space; only the
+buffer can read or write them. Dimensions are in ggml's order (``ne[0]`` runs fastest, ``nb`` in bytes). Only ``shape``
+and ``strides`` are in numpy's order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Shape = tuple[int, int, int, int]
 
 
 def pad_ne(ne: Sequence[int]) -> Shape:
-    """Return ``ne`` with ones up to four dimensions."""
+    """Return ``ne`` extended to four dimensions with ones."""
     if len(ne) == MAX_DIMS and type(ne) is tuple:  # another tensor's, as most are
         return ne
     if not 1 <= len(ne) <= MAX_DIMS:
@@ -45,7 +45,7 @@ def contiguous_nb(type: Type, ne: Sequence[int]) -> Shape:
     Raises
     ------
     ShapeError
-        Rows are no whole blocks of the type.
+        Rows do not consist of whole blocks of the type.
 
     Notes
     -----
@@ -55,7 +55,8 @@ def contiguous_nb(type: Type, ne: Sequence[int]) -> Shape:
     n_block, rest = divmod(ne[0], type.block_size)
     if rest:
         raise ShapeError(
-            "tensor", f"rows of {ne[0]} elements are no whole blocks of {type.block_size}, as {type.ggml_name} has"
+            "tensor",
+            f"a row of {ne[0]} elements does not consist of whole {type.ggml_name} blocks of {type.block_size}",
         )
     nb1 = nb0 * n_block
     nb2 = nb1 * ne[1]
@@ -63,7 +64,7 @@ def contiguous_nb(type: Type, ne: Sequence[int]) -> Shape:
 
 
 def pack_params(*values: float) -> tuple[int, ...]:
-    """Return op parameters as int32 words: ints as they are, floats by their bits.
+    """Return op parameters as int32 words: ints unchanged, floats as their bits.
 
     Examples
     --------
@@ -83,13 +84,13 @@ class Tensor:
     ne : sequence of int
         Elements in each dimension, fastest first; 1 to 4 of them.
     nb : sequence of int, optional
-        Strides in bytes, 4 of them; contiguous if not given.
+        Four strides in bytes; contiguous by default.
     name : str
-        Any length; traces cut it to 63 bytes.
+        A name of any length; traces cut it to 63 bytes.
     op : Op
-        What makes it; NONE for weights and inputs.
+        The op that computes it; NONE for weights and inputs.
     src : iterable of Tensor or None
-        Sources of the op, at most 10; None where an optional one is absent.
+        Sources of the op, at most 10; None for an absent optional source.
     op_params : tuple of int
         Parameters of the op as int32 words (`pack_params`); missing ones are 0.
     view_src, view_offs : Tensor, int
@@ -103,8 +104,8 @@ class Tensor:
     Notes
     -----
     Mirrors `struct ggml_tensor`. Compared and hashed by identity. ``ne``, ``nb`` and ``type`` never change.
-    Differs: names of any length. The last element of a view must be inside its owner; upstream looks only at the size
-    of as many contiguous elements, so that strides can point outside.
+    Differs: names have any length. The last element of a view must be inside its owner; upstream checks only the size of
+    the same number of contiguous elements, so that strides can point outside.
     """
 
     __slots__ = (
@@ -197,7 +198,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes from the first element's to the last element's end, gaps included.
+        """The bytes from the start of the first to the end of the last element, including gaps.
 
         Notes
         -----
@@ -210,9 +211,9 @@ class Tensor:
 
     @property
     def last_byte(self) -> int:
-        """Bytes from the first element's to the last element's end: `nbytes`, unless blocks are not in dimension 0.
+        """The bytes from the start of the first to the end of the last element: `nbytes`, unless blocks are not in dimension 0.
 
-        Of a transposed tensor of a quantised type `nbytes` counts each element as a block, as upstream's does.
+        For a transposed tensor of a quantised type, `nbytes` counts each element as a block, as upstream does.
         """
         ne, nb, type = self.ne, self.nb, self.type
         if type.block_size == 1 or nb[0] == type.type_size or self.is_empty:
@@ -226,19 +227,19 @@ class Tensor:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         a, b, c, d = self.ne
         return a * b * c * d
 
     @property
     def nrows(self) -> int:
-        """Number of rows: elements of all dimensions but the first."""
+        """The number of rows: the product of all dimensions except the first."""
         _, b, c, d = self.ne
         return b * c * d
 
     @property
     def n_dims(self) -> int:
-        """Dimensions up to the last that is not 1; at least 1."""
+        """The number of dimensions up to the last that is not 1; at least 1."""
         return next((i + 1 for i in range(MAX_DIMS - 1, 0, -1) if self.ne[i] > 1), 1)
 
     @property
@@ -253,12 +254,12 @@ class Tensor:
 
     @property
     def _n_shown(self) -> int:
-        """Dimensions up to the last that is not 1, empty ones too; at least 1."""
+        """The number of dimensions up to the last that is not 1, including empty ones; at least 1."""
         return next((i + 1 for i in range(MAX_DIMS - 1, 0, -1) if self.ne[i] != 1), 1)
 
     @property
     def row_size(self) -> int:
-        """Bytes of the elements of one row."""
+        """The bytes of one row's elements."""
         return self.type.row_size(self.ne[0])
 
     # -- layout --------------------------------------------------------------
@@ -270,7 +271,7 @@ class Tensor:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no element."""
+        """Whether the tensor has no elements."""
         return 0 in self.ne
 
     @property
@@ -285,7 +286,7 @@ class Tensor:
         return nb[0] > nb[1] or nb[1] > nb[2] or nb[2] > nb[3]
 
     def is_contiguous(self, n: int = 0) -> bool:
-        """Whether the elements lie densely from dimension n on.
+        """Return whether elements are dense from dimension n on.
 
         Notes
         -----
@@ -318,11 +319,11 @@ class Tensor:
 
     @property
     def op_desc(self) -> str:
-        """Name of the op; of the sub-op for UNARY and GLU.
+        """The name of the op; for UNARY and GLU that of the sub-op.
 
         Notes
         -----
-        Mirrors `ggml_op_desc`. Differs: a sub-op that there is not is shown by its number.
+        Mirrors `ggml_op_desc`. Differs: an unknown sub-op is shown by its number.
         """
         kinds = UnaryOp if self.op is Op.UNARY else GluOp if self.op is Op.GLU else None
         if kinds is None:
@@ -334,7 +335,7 @@ class Tensor:
 
     @property
     def op_params(self) -> tuple[int, ...]:
-        """Parameters of the op as int32 words; set as a whole."""
+        """The parameters of the op as int32 words; assign all at once."""
         return self._op_params
 
     @op_params.setter
@@ -343,22 +344,22 @@ class Tensor:
         self._op_params = op_params
 
     def named(self, name: str) -> Tensor:
-        """Set the name and return the tensor itself."""
+        """Set the name and return the tensor."""
         self.name = name
         return self
 
     def set_input(self) -> Tensor:
-        """Flag as an input of the graph and return the tensor itself."""
+        """Flag as an input of the graph and return the tensor."""
         EDITS.note()
         self.flags |= TensorFlag.INPUT
         return self
 
     def set_output(self) -> Tensor:
-        """Flag as an output of the graph, never overwritten, and return the tensor itself.
+        """Flag as an output of the graph, which is never overwritten, and return the tensor.
 
         Notes
         -----
-        Mirrors `ggml_set_output`: of a view the tensor that owns the memory is flagged, too.
+        Mirrors `ggml_set_output`: for a view, the tensor that owns the memory is flagged as well.
         """
         EDITS.note()
         self.flags |= TensorFlag.OUTPUT
@@ -370,7 +371,7 @@ class Tensor:
 
     @property
     def storage(self) -> Buffer | None:
-        """The buffer that holds the bytes: its own, or that of the tensor it views."""
+        """The buffer with the bytes: its own, or that of the tensor that it shows."""
         return self.buffer if self.view_src is None else self.view_src.buffer
 
     def set_array(self, array: npt.ArrayLike) -> None:
@@ -379,14 +380,14 @@ class Tensor:
         Parameters
         ----------
         array : array_like
-            In numpy's order, with the tensor's number of elements in the tensor's ``shape``.
+            In numpy's order, with the tensor's ``shape``.
 
         Raises
         ------
         GraphError
-            The tensor has no memory yet, is a view with gaps, or is of integers and cannot hold a number.
+            The tensor has no memory yet, is a view with gaps, or has integers and cannot hold a value.
         ShapeError
-            The shape is another, or the type cannot be quantised to.
+            The shapes differ, or values cannot be quantised to the type.
         """
         raw = encode_array(self, array)
         buffer = self._memory("written")
@@ -396,7 +397,7 @@ class Tensor:
             buffer.set_tensor(self, raw.ctypes.data, 0, raw.nbytes)
 
     def tobytes(self) -> bytes:
-        """Return the tensor's ``nbytes`` bytes as they are in its buffer.
+        """Return the tensor's ``nbytes`` bytes from its buffer.
 
         Raises
         ------
@@ -418,7 +419,7 @@ class Tensor:
         return raw.tobytes()
 
     def numpy(self) -> npt.NDArray[Any]:
-        """Return the values as a new array: quantised, F16 and BF16 ones as float32, others in their own type.
+        """Return the values as a new array: float32 for quantised types, F16 and BF16; other types unchanged.
 
         Raises
         ------
@@ -438,7 +439,7 @@ class Tensor:
 
     @property
     def dims(self) -> str:
-        """`ne` as people read it: ``256×512×8``."""
+        """`ne` in readable form: ``256×512×8``."""
         return "×".join(str(n) for n in self.ne[: self.n_dims])
 
     def __repr__(self) -> str:
@@ -449,7 +450,7 @@ class Tensor:
         return f"<{self.type.ggml_name} {self.name!r} [{self.dims}]{made}{where}>"
 
     def _repr_html_(self) -> str:
-        """Return what is known of the tensor, but not its values, as a table for notebooks."""
+        """Return a table of the tensor's metadata, for notebooks."""
         storage = self.storage
         rows: list[tuple[str, object]] = [
             ("type", self.type.ggml_name),
@@ -475,17 +476,17 @@ def _span_bytes(type: Type, ne: Shape, nb: Shape) -> int:
 
 
 def are_same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether type, ``ne`` and ``nb`` agree.
+    """Return whether type, ``ne`` and ``nb`` are equal.
 
     Notes
     -----
-    Mirrors `ggml_are_same_layout`: strides of dimensions with one element count too.
+    Mirrors `ggml_are_same_layout`: strides of dimensions with one element also count.
     """
     return a.type is b.type and a.ne == b.ne and a.nb == b.nb
 
 
 def dup_layout(tensor: Tensor, name: str) -> Tensor:
-    """Return a tensor of the same type and layout, without memory, op or flags.
+    """Return a tensor with the same type and layout, without memory, op or flags.
 
     Notes
     -----
@@ -500,7 +501,7 @@ def dup_layout(tensor: Tensor, name: str) -> Tensor:
 
 
 def view_tensor(tensor: Tensor) -> Tensor:
-    """Return a view of the whole tensor that no op makes.
+    """Return a view of the whole tensor, as a leaf.
 
     Notes
     -----

@@ -1,4 +1,4 @@
-"""Where tensors go in memory: the linear allocator for weights, the graph allocator for results."""
+"""Places tensors in memory: the linear allocator for weights, the graph allocator for results."""
 
 from .graph import GallocGraph, Gallocr
 from .linear import Context, HasBufferType, Tallocr, alloc_tensors

@@ -1,8 +1,8 @@
 """`Gallocr`: the graph allocator, for results.
 
-It first plays a graph through with sizes only (`Gallocr.reserve_n`): each result gets an offset when its node comes, and
-gives it back after its last use. Then it allocates one buffer per buffer type, as large as the play needed, and places the
-tensors of that graph, or of any other that fits (`Gallocr.alloc_graph`). Offsets are upstream's.
+It first goes through a graph with sizes only (`Gallocr.reserve_n`): each result gets an offset when its node comes, and
+the offset is free again after the last use. Then it allocates one buffer of the required size per buffer type, and places
+the tensors of that graph, or of any other graph that fits (`Gallocr.alloc_graph`). Offsets are upstream's.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = ["GallocGraph", "Gallocr"]
 
 
 class GallocGraph(Protocol):
-    """What the graph allocator reads of a graph."""
+    """The parts of a graph that the graph allocator reads."""
 
     @property
     def nodes(self) -> list[Tensor]:
-        """Results, in the order of computing."""
+        """The results, in the order of computation."""
 
     @property
     def leafs(self) -> list[Tensor]:
@@ -37,11 +37,11 @@ class GallocGraph(Protocol):
 
 
 class GraphKind(Protocol):
-    """What a caller knows of a graph from graphs before."""
+    """What a caller knows about a graph from earlier graphs."""
 
     @property
     def structure(self) -> object:
-        """The same for graphs with the same nodes in the same order, whose sources and flags are the same."""
+        """Equal for graphs with the same nodes in the same order, with the same sources and flags."""
 
 
 class _VBuffer:
@@ -63,22 +63,22 @@ class _VBuffer:
 
 
 class Gallocr:
-    """Graph allocator over several buffer types.
+    """A graph allocator for several buffer types.
 
     Parameters
     ----------
     bufts : sequence of BufferType
-        One for each buffer id; a type that stands twice shares its memory.
+        One for each buffer id; ids with the same type share memory.
     dialect : Dialect
         Its `clamp_inplace` and `alloc_size_check` are used.
     keeps_outputs : bool
-        Whether a graph with other inputs or outputs than the one that was laid out is laid out itself. Upstream does not
-        look, and gives an output's memory away if the tensor at its position was none.
+        Whether a graph gets a new layout if its inputs or outputs differ from the last one's. Upstream does not check this,
+        and reuses an output's memory if the tensor at its position was not an output.
 
     Notes
     -----
-    Mirrors `ggml_gallocr`. Differs: no limits of hash size or free blocks; after an allocation that failed, or a
-    `reserve_n_size`, the next graph is reserved anew, where upstream uses a null buffer.
+    Mirrors `ggml_gallocr`. Differs: no limits of hash size or free blocks; after a failed allocation or a
+    `reserve_n_size`, the next graph is reserved again; upstream uses a null buffer.
     """
 
     __slots__ = (
@@ -122,12 +122,12 @@ class Gallocr:
     def reserve_n(
         self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
     ) -> None:
-        """Lay a graph out, and allocate buffers where those at hand are too small.
+        """Choose a layout for a graph, and allocate buffers if the current ones are too small.
 
         Raises
         ------
         OutOfMemoryError
-            A buffer cannot be allocated; the next graph is laid out anew.
+            A buffer cannot be allocated; the next graph gets a new layout.
 
         Notes
         -----
@@ -140,11 +140,11 @@ class Gallocr:
     def reserve_n_size(
         self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
     ) -> list[int]:
-        """Return the bytes that `reserve_n` would need for each buffer id; buffers that are too small are freed.
+        """Return the bytes that `reserve_n` would need for each buffer id; free buffers that are too small.
 
         Notes
         -----
-        Mirrors `ggml_gallocr_reserve_n_size`. Differs: if a buffer was freed the next graph is laid out anew; upstream
+        Mirrors `ggml_gallocr_reserve_n_size`. Differs: if a buffer was freed, the next graph gets a new layout; upstream
         places it at null.
         """
         self._lay_out(graph, node_buffer_ids, leaf_buffer_ids)
@@ -181,7 +181,7 @@ class Gallocr:
         self._places = places_of(self._nodes, [node.src for node in nodes])
 
     def _fit_buffers(self, *, allocate: bool) -> None:
-        """Free and allocate buffers until each holds what the layout needs."""
+        """Free and allocate buffers until each is large enough for the layout."""
         for i, talloc in enumerate(self.tallocs):
             first = self.tallocs.index(talloc)
             if first < i:
@@ -217,18 +217,18 @@ class Gallocr:
     # -- placing -------------------------------------------------------------
 
     def alloc_graph(self, graph: GallocGraph, kind: GraphKind | None = None) -> bool:
-        """Place the tensors of a graph as laid out; False if it does not fit and there are several buffer types.
+        """Place the tensors of a graph by the layout; return False if it does not fit and there are several buffer types.
 
         Parameters
         ----------
         kind : GraphKind, optional
-            What the caller knows: graphs of one structure are equal in all that is read here but the tensors' sizes, and so
-            are placed alike if they fit; those of one kind fit alike.
+            What the caller knows: graphs of one structure differ only in the tensors' sizes, so they are placed
+            equally if they fit; graphs of one kind all fit if one does.
 
         Raises
         ------
         OutOfMemoryError
-            With one buffer type the graph is reserved by itself, which may fail.
+            With one buffer type the graph is reserved automatically, which can fail.
 
         Notes
         -----
@@ -365,11 +365,11 @@ class Gallocr:
         )
 
     def can_inplace(self, op: Op) -> bool:
-        """Whether a result of the op may take over a source's memory."""
+        """Return whether a result of the op may use a source's memory."""
         return op.can_inplace and (op is not Op.CLAMP or self._clamp_inplace)
 
     def buffer_size(self, buffer_id: int) -> int:
-        """Bytes of a compute buffer; 0 if it is one that an earlier id has.
+        """Return the bytes of a compute buffer; 0 if an earlier id has the same buffer.
 
         Notes
         -----
@@ -381,12 +381,12 @@ class Gallocr:
         return vbuffer.size
 
     def chunks(self, buffer_id: int) -> list[Buffer]:
-        """Buffers that make up a compute buffer."""
+        """Return the chunks of a compute buffer."""
         vbuffer = self.buffers[buffer_id]
         return [] if vbuffer is None else list(vbuffer.chunks)
 
     def close(self) -> None:
-        """Give all buffers back."""
+        """Free all buffers."""
         for vbuffer in self.buffers:
             if vbuffer is not None:
                 vbuffer.close()

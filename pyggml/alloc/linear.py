@@ -1,4 +1,4 @@
-"""Tensors one after the other in a buffer, as weights are; and `Context`, which makes and allocates them together."""
+"""Tensors one after another in a buffer, for weights; and `Context`, which creates and allocates tensors together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Context", "HasBufferType", "Tallocr", "alloc_tensors"]
 
 
 class Tallocr:
-    """Places tensors one after the other in a buffer.
+    """Places tensors one after another in a buffer.
 
     Notes
     -----
@@ -37,7 +37,7 @@ class Tallocr:
         Raises
         ------
         AllocError
-            It does not fit into what is left.
+            It does not fit in the rest of the buffer.
         """
         size = pad(self.buffer.buft.alloc_size(tensor), self.alignment)
         if self.offset + size > self.buffer.size:
@@ -52,17 +52,17 @@ class Tallocr:
 def alloc_tensors(
     tensors: Sequence[Tensor], buft: BufferType, *, usage: BufferUsage = BufferUsage.ANY
 ) -> Buffer | None:
-    """Allocate tensors in as few buffers of a type as its maximum size allows.
+    """Allocate tensors in the smallest number of buffers that the type's maximum size allows.
 
     Parameters
     ----------
     tensors : sequence of Tensor
-        Views among them, and tensors that have memory already, take none.
+        Views, and tensors that already have memory, take none.
 
     Returns
     -------
     Buffer or None
-        A `MultiBuffer` if it took several; None if nothing needed memory.
+        A `MultiBuffer` if there are several; None if no tensor needed memory.
 
     Raises
     ------
@@ -121,15 +121,15 @@ def _place(tensors: Iterable[Tensor], tallocr: Tallocr) -> None:
 
 
 class HasBufferType(Protocol):
-    """A device or a backend: something with a default kind of memory."""
+    """A device or a backend: an object with a default buffer type."""
 
     @property
     def buffer_type(self) -> BufferType:
-        """The default kind of memory."""
+        """The default buffer type."""
 
 
 class Context:
-    """Tensors that are made and allocated together, such as the weights of a model.
+    """Tensors that are created and allocated together, such as the weights of a model.
 
     Examples
     --------
@@ -149,23 +149,23 @@ class Context:
         self.buffers: list[Buffer] = []
 
     def new_tensor(self, type: Type | str, ne: Sequence[int], *, name: str = "") -> Tensor:
-        """Return a new tensor without memory; ``ne`` in ggml order."""
+        """Return a new tensor without memory; ``ne`` is in ggml's order."""
         tensor = Tensor(type, ne, name=name)
         self.tensors.append(tensor)
         return tensor
 
     def add(self, tensor: Tensor) -> Tensor:
-        """Take a tensor made elsewhere (a view, say) and return it."""
+        """Add a tensor made elsewhere, such as a view, and return it."""
         self.tensors.append(tensor)
         return tensor
 
     def alloc(self, where: HasBufferType | BufferType, *, usage: BufferUsage | str = BufferUsage.ANY) -> Buffer | None:
-        """Allocate what has no memory yet.
+        """Allocate the tensors that have no memory yet.
 
         Parameters
         ----------
         where : Backend, Device or BufferType
-            In whose memory.
+            Where to allocate.
         usage : BufferUsage or str
             ``"any"``, ``"weights"`` or ``"compute"``.
 
@@ -174,7 +174,7 @@ class Context:
         OutOfMemoryError
             The device has not so much; nothing stays allocated.
         GraphError
-            There is no such usage.
+            The usage does not exist.
         """
         buft = where if isinstance(where, BufferType) else where.buffer_type
         usage = BufferUsage.of(usage)
@@ -185,19 +185,19 @@ class Context:
         return buffer
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the tensor of that name."""
+        """Return the tensor of this name."""
         for tensor in self.tensors:
             if tensor.name == name:
                 return tensor
         raise KeyError(name)
 
     def close(self) -> None:
-        """Give all memory back now; the tensors have none afterwards.
+        """Free all memory now; the tensors have none afterwards.
 
         Raises
         ------
         BackendError
-            Another thread computes in it; everything stays.
+            Another thread is computing with it; nothing is freed.
         """
         for buffer in self.buffers:
             buffer.close()

@@ -1,4 +1,4 @@
-"""`DynTallocr`: offsets that are given out, best fit first, and taken back; no memory, no tensor."""
+"""`DynTallocr`: allocates and frees offsets by best fit, without memory or tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Chunk:
 
 
 class DynTallocr:
-    """Gives out offsets, best fit first, and takes them back.
+    """Allocates and frees offsets by best fit.
 
     Notes
     -----
@@ -44,11 +44,11 @@ class DynTallocr:
         self.chunks: list[_Chunk] = []
 
     def reset(self) -> None:
-        """Forget all that was given out."""
+        """Free everything."""
         self.chunks = []
 
     def alloc(self, size: int) -> tuple[int, int]:
-        """Return chunk and offset of ``size`` bytes."""
+        """Allocate ``size`` bytes and return chunk and offset."""
         size = (size + self.alignment - 1) & -self.alignment
         i_chunk = i_block = -1
         # the last block of a chunk is its open end: it is taken only if no hole fits
@@ -73,7 +73,7 @@ class DynTallocr:
         return i_chunk, offset
 
     def _best_open_end(self, size: int) -> tuple[int, int]:
-        """Return the chunk whose last block wastes least, or must grow least."""
+        """Return the chunk whose last block wastes least or must grow least."""
         i_chunk = i_block = -1
         best: int | None = None
         for c, chunk in enumerate(self.chunks):
@@ -93,7 +93,7 @@ class DynTallocr:
         return len(self.chunks) - 1
 
     def free_bytes(self, i_chunk: int, offset: int, size: int) -> None:
-        """Take back bytes given out before.
+        """Free bytes.
 
         Notes
         -----

@@ -1,4 +1,4 @@
-"""`Play`: a graph played through with sizes only, to find where each result may lie."""
+"""`Play`: goes through a graph with sizes only, to find a place for each result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["NOWHERE", "Life", "Place", "Play", "places_of"]
 
 
 class Life:
-    """What is known of one tensor while a graph is played through."""
+    """The state of one tensor while a graph is played through."""
 
     __slots__ = ("allocated", "buffer_id", "chunk", "n_children", "n_views", "offset")
 
@@ -32,7 +32,7 @@ class Life:
 
 @dataclass(slots=True)
 class Place:
-    """Where a tensor at this position of the graph goes."""
+    """The place of a tensor at one position of the graph."""
 
     buffer_id: int  #: -1: it has memory, or is a view
     chunk: int
@@ -54,7 +54,7 @@ def places_of(laid_out: Sequence[tuple[Place, list[Place]]], srcs: Sequence[Sequ
 
 
 class Play:
-    """One play of a graph: who needs whom, and where everybody lies meanwhile.
+    """One pass through a graph: which tensors are needed by others, and their places.
 
     Notes
     -----
@@ -82,7 +82,7 @@ class Play:
         node_buffer_ids: Sequence[int],
         leaf_buffer_ids: Sequence[int],
     ) -> dict[Tensor, Life]:
-        """Play a graph through and return where each tensor came to lie."""
+        """Go through a graph and return the place of each tensor."""
         for leaf, buffer_id in zip(leafs, leaf_buffer_ids, strict=True):
             self._allocate(leaf, buffer_id)
         self._count(nodes, node_buffer_ids)
@@ -139,7 +139,7 @@ class Play:
         life.chunk, life.offset = self.tallocs[buffer_id].alloc(self.alloc_size(buffer_id, tensor))
 
     def _take_over(self, tensor: Tensor, life: Life, parent: Tensor) -> bool:
-        """Put a result where a parent lies that nobody else needs, if the layouts agree."""
+        """Put a result in the place of a parent that no other node needs, if the layouts agree."""
         parent_life = self._life(parent)
         if (
             not parent_life.allocated
@@ -164,7 +164,7 @@ class Play:
         return True
 
     def _release(self, tensor: Tensor, life: Life) -> None:
-        """Give back the memory of a tensor that nobody needs any more, or of the one it views."""
+        """Free the memory of a tensor that no node needs any more, or of the tensor that it shows."""
         root = tensor.view_src
         if root is not None:
             life = self._life(root)

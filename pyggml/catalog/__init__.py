@@ -1,4 +1,4 @@
-"""Well-known models by name: published sizes, tensors, types under a quantisation's name, and headers without data."""
+"""Well-known models by name: published sizes, tensors, their types for each quantisation, and headers without data."""
 
 from .header import find_model, header_path, write_header
 from .quantization import QUANTS, TypedTensor, parse_quant, type_tensors

@@ -1,4 +1,4 @@
-"""Which type each tensor gets under a quantisation's name: llama.cpp's rules, and what is known of others' mixes.
+"""The type of each tensor for a quantisation: llama.cpp's rules, and known mixes of others.
 
 A quantisation is a name such as ``Q4_K_M``. What its name does not settle, whose importance matrix was used and which
 tensors somebody raised by hand, is settled by the size of the file where that is known.
@@ -54,7 +54,7 @@ _VERY_LOW = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ2_S", "IQ2_M", "IQ1_M")
 
 @dataclass(frozen=True, slots=True)
 class TypedTensor:
-    """A tensor of a model: name, ggml's ``ne``, type."""
+    """A tensor of a model: name, ``ne`` in ggml's order, type."""
 
     name: str
     ne: tuple[int, ...]
@@ -62,7 +62,7 @@ class TypedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of it."""
+        """The size in bytes."""
         n = self.type.row_size(self.ne[0])
         for size in self.ne[1:]:
             n *= size
@@ -71,14 +71,14 @@ class TypedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Quant:
-    """A quantisation's name, read."""
+    """A parsed name of a quantisation."""
 
     name: str  #: of llama.cpp's rules
     is_mix: bool = False  #: somebody's own mix, near that rule
 
 
 def parse_quant(text: str) -> Quant:
-    """Return what a quantisation's name says.
+    """Parse the name of a quantisation.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def type_tensors(
     quant : str
         A name of `QUANTS`, or a mix such as ``UD-Q4_K_XL``.
     file_bytes : float, optional
-        What all tensors together take, where it is known: types are raised or lowered until the total is that.
+        The size of all tensors, if known: types are raised or lowered until the total is equal.
 
     Raises
     ------

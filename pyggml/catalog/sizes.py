@@ -1,4 +1,4 @@
-"""Published sizes of well-known models: what their makers' configuration files say, one line a model.
+"""Published sizes of well-known models, from their makers' configuration files, one line per model.
 
 Widths are elements, windows are positions. `tensors.py` turns a line into names and shapes, `quantization.py` into types.
 """
@@ -18,27 +18,27 @@ class ModelSizes:
     Attributes
     ----------
     name : str
-        Lower case, as ``NAME[:QUANT]`` takes it.
+        In lower case, as in ``NAME[:QUANT]``.
     arch : str
-        As ``general.architecture`` of its GGUF files.
+        The ``general.architecture`` of its GGUF files.
     head : int
         Width of a head of Q, K and V.
     n_ff : int
-        Width of dense feed-forward layers; of models with experts, of those that come first or beside them.
+        Width of dense feed-forward layers; in models with experts, of the leading or parallel dense layers.
     n_ff_exp, n_ff_shexp : int
         Width of one expert, and of the shared one.
     n_lead : int
         Dense layers before the first with experts.
     moe_step : int
-        Every how many layers there are experts.
+        One of this number of layers has experts.
     n_swa, swa_period : int
-        Window of layers with sliding windows, and every how many layers has none; 0: no windows.
+        Window of layers with sliding windows; one of ``swa_period`` layers has none; 0: no windows.
     full_interval : int
-        Every how many layers attends; the others are recurrent. 0: all attend.
+        One of this number of layers has attention, the others are recurrent; 0: all have attention.
     n_nextn : int
-        Layers that predict further tokens; not all files have them.
+        Layers that predict further tokens; some files lack them.
     quant : str
-        The quantisation that is meant when none is named.
+        The default quantisation.
     """
 
     name: str
@@ -82,7 +82,7 @@ class ModelSizes:
 
     @property
     def is_moe(self) -> bool:
-        """Whether it has experts."""
+        """Whether the model has experts."""
         return self.n_expert > 0
 
     def has_experts(self, layer: int) -> bool:
@@ -90,15 +90,15 @@ class ModelSizes:
         return self.is_moe and layer >= self.n_lead and (layer + 1) % self.moe_step == 0
 
     def is_recurrent(self, layer: int) -> bool:
-        """Whether a layer keeps a state instead of K and V."""
+        """Whether a layer has a recurrent state instead of K and V."""
         return self.full_interval > 0 and layer < self.n_layer and (layer + 1) % self.full_interval != 0
 
     def has_window(self, layer: int) -> bool:
-        """Whether a layer sees a window only."""
+        """Whether a layer has a sliding window."""
         return self.swa_period > 0 and (layer + 1) % self.swa_period != 0
 
     def heads(self, layer: int) -> tuple[int, int]:
-        """Return the heads of K and V of a layer, and their width."""
+        """Return the number of K and V heads of a layer, and their width."""
         if self.head_full and not self.has_window(layer):
             return self.head_kv_full, self.head_full
         return self.n_head_kv, self.head

@@ -1,4 +1,4 @@
-"""Which tensors a model of published sizes has: names and shapes, as llama.cpp's converter writes them."""
+"""The tensors of a model with published sizes: names and shapes as llama.cpp's converter writes them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Shape(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
+        """The number of elements."""
         n = 1
         for size in self.ne:
             n *= size
@@ -40,7 +40,7 @@ def shapes(s: ModelSizes, *, nextn: bool = True) -> list[Shape]:
     Parameters
     ----------
     nextn : bool
-        With the layers that predict further tokens.
+        Include the layers that predict further tokens.
 
     Notes
     -----

@@ -1,4 +1,4 @@
-"""`ContextFlags`, what a user asks of a context, and `ContextParams`, what that comes to for a model."""
+"""`ContextFlags`, the flags of a context, and `ContextParams`, the resulting parameters for a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FlashAttn = Literal["on", "off", "auto"]
 
 @dataclass(frozen=True, slots=True)
 class ContextFlags:
-    """What a user asks of a context; the defaults are llama.cpp's command line's.
+    """The flags of a context, with the defaults of llama.cpp's command line.
 
     Notes
     -----
@@ -51,7 +51,7 @@ class ContextFlags:
 
 @dataclass(frozen=True, slots=True)
 class ContextParams:
-    """What `ContextFlags` come to for one model.
+    """The parameters of a context for one model.
 
     Notes
     -----
@@ -85,7 +85,7 @@ class ContextParams:
 
     @property
     def n_stream(self) -> int:
-        """Streams of the KV cache."""
+        """The number of streams of the KV cache."""
         return 1 if self.kv_unified else self.n_seq_max
 
     @classmethod
@@ -95,7 +95,7 @@ class ContextParams:
         Raises
         ------
         GraphError
-            A number is out of bounds, or a cache type is not possible.
+            A number is out of range, or a cache type is not possible.
         """
         _check(flags)
         _check_heads(flags, hparams)
@@ -158,11 +158,11 @@ def _check(flags: ContextFlags) -> None:
 
 
 def _check_heads(flags: ContextFlags, hparams: HParams) -> None:
-    """Ask for whole blocks in the K and V of a head.
+    """Require whole blocks in the K and V of a head.
 
     Notes
     -----
-    Mirrors `llama_init_from_model`. Differs: without flash attention, too; upstream ends the process there.
+    Mirrors `llama_init_from_model`. Differs: also checked without flash attention, where upstream aborts.
     """
     if hparams.is_mla and flags.type_k is not flags.type_v:
         raise GraphError(

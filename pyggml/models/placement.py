@@ -1,8 +1,8 @@
-"""Where each tensor of a model goes, decided from the header alone: `place` makes a `Placement`, which is data.
+"""Where each tensor of a model goes, decided from the header alone: `place` returns a `Placement`, which is data.
 
-A layer belongs to a device (`-ngl`, `-ts`); its weights go to the first buffer type of the device's list that the device
-can use for the op in question; `-ot`, `--cpu-moe` and `--n-cpu-moe` move single tensors by name. Loading follows the
-placement, the KV cache follows the layers, and `pyggml splits` shows both without reading a weight.
+Each layer has a device (`-ngl`, `-ts`). Its weights go to the first buffer type of the device's list that the device can
+use for the op that reads the weight. `-ot`, `--cpu-moe` and `--n-cpu-moe` move single tensors by name. Loading uses the
+placement, the KV cache is on the devices of the layers, and `pyggml splits` shows both without reading weights.
 """
 
 from __future__ import annotations
@@ -55,23 +55,23 @@ _PIN_BELOW = 32
 
 @dataclass(frozen=True, slots=True)
 class PlacementFlags:
-    """What a user asks of placement; the defaults are llama.cpp's.
+    """The flags of placement, with llama.cpp's defaults.
 
     Attributes
     ----------
     n_gpu_layers : int
-        ``-ngl``: layers on devices, counted from the last, the output being one; below 0: all.
+        ``-ngl``: layers on devices, counted from the last; the output counts as one; below 0: all.
     overrides : tuple of str
-        In the order of the command line, as the first that matches a name holds: ``REGEX=BUFT`` of ``-ot``, or several
-        with commas between; ``--cpu-moe``, ``--n-cpu-moe N``, ``--n-cpu-ffn N``.
+        In the order of the command line; the first that matches a name counts: ``REGEX=BUFT`` of ``-ot``, or several
+        separated by commas; ``--cpu-moe``, ``--n-cpu-moe N``, ``--n-cpu-ffn N``.
     cpu_moe : bool
-        ``--cpu-moe`` behind the overrides: experts stay on the CPU.
+        ``--cpu-moe``, applied after the overrides: experts stay in host memory.
     n_cpu_moe : int
-        ``--n-cpu-moe`` behind these: experts of the first N layers stay on the CPU.
+        ``--n-cpu-moe``, applied after these: experts of the first N layers stay in host memory.
     tensor_split : tuple of float
-        ``-ts``: shares of the devices; by their free memory if not given.
+        ``-ts``: shares of the devices; by default in proportion to their free memory.
     use_mmap : bool
-        Weights in host memory are used where the file is mapped.
+        Map the file and use host weights in place.
     """
 
     n_gpu_layers: int = -1
@@ -84,7 +84,7 @@ class PlacementFlags:
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """Weights whose names match go to a buffer type."""
+    """Puts weights whose names match in a buffer type."""
 
     regex: str  #: as llama.cpp reads it
     pattern: re.Pattern[str]  #: as Python does
@@ -94,7 +94,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class WeightPlace:
-    """Where one weight goes, and why."""
+    """The place of one weight, and why."""
 
     spec: WeightSpec
     info: TensorInfo
@@ -104,22 +104,22 @@ class WeightPlace:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where everything of a model goes.
+    """The places of all parts of a model.
 
     Attributes
     ----------
     devices : tuple of Device
-        Beside the CPU, in the scheduler's order.
+        The devices besides the CPU, in the scheduler's order.
     cpu : Device
-        The last.
+        The CPU, the last device.
     layers : tuple of Device
-        Of each layer: its weights, its KV cache, its norms.
+        The device of each layer: of its weights, its KV cache and its norms.
     output : Device
-        Of the last norm and the head.
+        The device of the last norm and the head.
     n_gpu_layers : int
-        On devices, the output included.
+        The number of layers on devices, including the output.
     weights : tuple of WeightPlace
-        In the order in which upstream makes them.
+        In the order in which upstream creates them.
     has_overrides : bool
         Whether weights were moved by name.
     """
@@ -139,26 +139,26 @@ class Placement:
         return self.n_gpu_layers > len(self.layers)
 
     def cache_buft(self, layer: int, params: ContextParams) -> BufferType:
-        """Return where the K and V of a layer lie."""
+        """Return the buffer type of a layer's K and V."""
         return (self.layers[layer] if params.offload_kqv else self.cpu).buffer_type
 
     def by_buft(self) -> dict[BufferType, list[WeightPlace]]:
-        """Return the weights of each buffer type, a tensor that is used twice there only once."""
+        """Return the weights of each buffer type; a tensor that is used twice is listed once."""
         out: dict[BufferType, dict[str, WeightPlace]] = {}
         for w in self.weights:
             out.setdefault(w.buft, {}).setdefault(w.spec.name, w)
         return {buft: list(by_name.values()) for buft, by_name in out.items()}
 
     def is_mapped(self, buft: BufferType) -> bool:
-        """Whether weights of a buffer type are used in place, where the file is mapped."""
+        """Return whether weights of a buffer type are used in place in the mapped file."""
         return self.use_mmap and buft.is_host and buft.device is not None and buft is buft.device.buffer_type
 
     def weight_bytes(self) -> dict[BufferType, int]:
-        """Return the bytes of weights in each buffer type, as loading will take them.
+        """Return the bytes of weights in each buffer type, as loading will allocate them.
 
         Notes
         -----
-        Mirrors the sizes that `llama_model_base::load_tensors` reports: of mapped weights from the first to the last
+        Mirrors the sizes that `llama_model_base::load_tensors` reports: for mapped weights, from the first to the last
         in each file.
         """
         out: dict[BufferType, int] = {}
@@ -180,17 +180,17 @@ class Placement:
 
 
 def parse_overrides(flags: PlacementFlags, devices: Sequence[Device], cpu: Device) -> list[Override]:
-    """Return what ``-ot``, ``--cpu-moe`` and the like come to, in the order in which they hold.
+    """Return the overrides of ``-ot``, ``--cpu-moe`` and similar flags, in order of precedence.
 
     Raises
     ------
     GraphError
-        One has no ``=``, an unknown buffer type, or a pattern that is no regular expression.
+        An override has no ``=``, an unknown buffer type, or an invalid pattern.
 
     Notes
     -----
-    Mirrors `parse_tensor_buffer_overrides` and `llm_add_n_cpu_ffn_overrides`: commas separate, so that no pattern can
-    hold one. Differs: an empty pattern, which matches every name, is refused.
+    Mirrors `parse_tensor_buffer_overrides` and `llm_add_n_cpu_ffn_overrides`: commas separate overrides, so a pattern cannot
+    contain one. Differs: an empty pattern, which matches every name, is refused.
     """
     if flags.n_cpu_moe < 0:
         raise GraphError(f"--n-cpu-moe is {flags.n_cpu_moe}, at least 0 is needed")
@@ -233,7 +233,7 @@ def _override(regex: str, buft: BufferType, text: str) -> Override:
 
 
 def warn_of_unmatched(overrides: Sequence[Override], names: Sequence[str]) -> None:
-    """Warn of each ``-ot`` that matches no weight, with the names that are nearest to it."""
+    """Warn of each ``-ot`` that matches no weight, with the nearest names."""
     for override in overrides:
         if not override.text.startswith("-ot ") or any(override.pattern.search(name) for name in names):
             continue
@@ -271,7 +271,7 @@ def layer_devices(
 
 
 def _shares(flags: PlacementFlags, devices: Sequence[Device], cpu: Device) -> list[float]:
-    """Return where each device's share of the layers ends, from 0 to 1."""
+    """Return the end of each device's share of the layers, from 0 to 1."""
     if len(flags.tensor_split) > len(devices) or any(s < 0 for s in flags.tensor_split):
         names = ", ".join(d.name for d in devices) or "no device"
         raise GraphError(
@@ -297,7 +297,7 @@ def _shares(flags: PlacementFlags, devices: Sequence[Device], cpu: Device) -> li
 
 
 class _Support:
-    """Asks devices whether they can use a weight in a buffer type; each question once."""
+    """Whether devices can use a weight in a buffer type; each call of a device is made once."""
 
     def __init__(self, hparams: HParams) -> None:
         self.hparams = hparams
@@ -310,7 +310,7 @@ class _Support:
         return self.known[key]
 
     def _ask(self, spec: WeightSpec, info: TensorInfo, buft: BufferType, device: Device) -> bool:
-        """Make the op that will use the weight and ask for it.
+        """Make the op that will use the weight, and check that the device supports it.
 
         Notes
         -----
@@ -370,23 +370,23 @@ def place(
     cpu: Device,
     flags: PlacementFlags,
 ) -> Placement:
-    """Decide where each weight of a model goes.
+    """Choose a place for each weight of a model.
 
     Parameters
     ----------
     specs : iterable of WeightSpec
-        As `resolve_specs` returns them.
+        From `resolve_specs`.
     infos : mapping of str to TensorInfo
         The tensors of the file.
     devices : sequence of Device
-        Beside the CPU, in order; none: all stays on the CPU.
+        The devices besides the CPU, in order; without devices everything stays on the CPU.
 
     Raises
     ------
     GraphError
-        A flag cannot be, or an override is wrong.
+        A flag or an override is invalid.
     UnsupportedOpError
-        No buffer type can hold a weight so that its op can be run.
+        There is no buffer type for a weight with which its op can run.
 
     Notes
     -----
@@ -456,11 +456,11 @@ def _first(spec: WeightSpec, info: TensorInfo, choices: BuftList, supports: _Sup
 
 
 def norm_pins(norms: Iterable[tuple[Tensor, int]], n_tokens: int, placement: Placement) -> list[tuple[Tensor, Device]]:
-    """Return which norms of a graph of so many tokens are pinned to their layers' devices.
+    """Return the norms that are pinned to their layers' devices in a graph of ``n_tokens`` tokens.
 
     Notes
     -----
-    Mirrors `llama_context::graph_get_cb`: else a norm may run where the layer before ran, and its input be copied back.
+    Mirrors `llama_context::graph_get_cb`: otherwise a norm may run on the previous layer's device and its input be copied.
     """
     if n_tokens >= _PIN_BELOW and not placement.is_full_offload:
         return []

@@ -1,4 +1,4 @@
-"""Which experts a batch uses, and which bytes of a weight hold them. Pure: no device, no tensor."""
+"""The experts that a micro-batch uses, and the bytes of a weight that hold them. Pure functions, without devices or tensors."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ EXPERT_PAD_BYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class CopyRange:
-    """Bytes of a weight to copy, at the same offset in source and copy."""
+    """Bytes of a weight to copy; offsets in source and copy are equal."""
 
     offset_bytes: int
     size_bytes: int
 
     @property
     def end_bytes(self) -> int:
-        """First byte after the range."""
+        """The first byte after the range."""
         return self.offset_bytes + self.size_bytes
 
 
 def used_experts(words: Sequence[int], *, n_used: int, n_token: int, strides: tuple[int, int]) -> set[int]:
-    """Return the distinct ids of a batch.
+    """Return the distinct ids of a micro-batch.
 
     Parameters
     ----------
     words : sequence of int32
-        The ids tensor's bytes, gaps included.
+        The bytes of the ids tensor, including gaps.
     n_used, n_token : int
-        Slots of a token, and tokens: the tensor's ``ne[0]`` and ``ne[1]``.
+        The number of slots per token and of tokens: the tensor's ``ne[0]`` and ``ne[1]``.
     strides : (int, int)
-        Of slot and token, in words.
+        The strides of slot and token, in words.
 
     Examples
     --------
@@ -73,28 +73,28 @@ def expert_copy_ranges(
     pad_bytes: int = EXPERT_PAD_BYTES,
     tensor_bytes: int | None = None,
 ) -> list[CopyRange]:
-    """Return the byte ranges that hold the used experts, neighbours merged.
+    """Return the byte ranges of the used experts; ranges of neighbours are merged.
 
     Parameters
     ----------
     used : iterable of int
         Ids, each in ``0 .. n_expert - 1``.
     expert_bytes : int
-        From one expert to the next, ``nb[2]``.
+        The distance from one expert to the next, ``nb[2]``.
     pad_bytes : int
-        At most so many bytes more after a run that does not end at the last expert; never more than an expert.
+        Bytes added to a range that does not end at the last expert; at most the size of an expert.
     tensor_bytes : int, optional
-        Bytes of the weight; ranges end there.
+        The size of the weight; ranges end there.
 
     Returns
     -------
     list of CopyRange
-        Ascending.
+        Ranges in ascending order.
 
     Notes
     -----
     Mirrors the grouping in `ggml_backend_sched_compute_splits`.
-    Differs: no used expert gives no range, where upstream presumes one; a range is clipped to the weight, where
+    Differs: without used experts there is no range; upstream assumes at least one expert. A range ends with the weight;
     upstream aborts at the last expert of a strided view.
 
     Examples
@@ -113,7 +113,7 @@ def expert_copy_ranges(
 
 
 def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Return first and last of each run of neighbours."""
+    """Return the first and last id of each group of neighbours."""
     runs: list[tuple[int, int]] = []
     for id in ids:
         if runs and id == runs[-1][1] + 1:
@@ -124,6 +124,6 @@ def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def layer_of(name: str) -> int | None:
-    """Return the layer that a tensor's name tells: ``blk.3.ffn_up_exps.weight`` or ``ffn_inp-3``."""
+    """Return the layer number in a tensor's name, such as ``blk.3.ffn_up_exps.weight`` or ``ffn_inp-3``."""
     found = re.match(r"blk\.(\d+)\.", name) or re.search(r"-(\d+)(?: |$)", name)
     return int(found[1]) if found else None

@@ -1,4 +1,4 @@
-"""What a scheduler tells of itself: counts, records for observers, and virtual times."""
+"""What a scheduler reports: counts, records for observers, and virtual times."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = ["Observed"]
 
 
 class Observed:
-    """The side of a scheduler that others watch.
+    """The part of a scheduler that reports.
 
     Attributes
     ----------
     stats : Statistics
-        Counts of all that was copied and computed since the scheduler was made, or since ``stats.clear()``.
+        Counts of copies, launches and waits since the scheduler was made, or since ``stats.clear()``.
     clock : VirtualClock or None
-        Keeps the times that everything would take on other machines.
+        Calculates the times on simulated devices.
     ids_source : IdsSource
-        Tells runs which experts a batch uses; a plan without data puts its own in place.
+        Reads which experts a micro-batch uses; a plan without data replaces it.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Observed:
 
     @property
     def observers(self) -> tuple[Observer | Recorder, ...]:
-        """Who is told of everything that happens, beside the recorder; may be set between two calls."""
+        """The observers besides the recorder; can be set between two calls."""
         return self._observers
 
     @observers.setter
@@ -68,7 +68,7 @@ class Observed:
 
     @property
     def recorder(self) -> Recorder | None:
-        """Who takes a record of everything; may be set between two calls."""
+        """The recorder, which receives all records; can be set between two calls."""
         return self._recorder
 
     @recorder.setter
@@ -86,16 +86,16 @@ class Observed:
         self._checked = None
 
     def record(self, record: Record) -> None:
-        """Hand a record to all observers that take its kind."""
+        """Pass a record to all observers that take its kind."""
         if self._told is not None:
             self._told.record(record)
 
     def new_log(self, observers: Observers | None = None) -> RunLog:
-        """Return what makes events of copies, waits and launches: it counts in `stats`, tells observers, moves the clock."""
+        """Return the log of a compute: it counts in `stats`, calls observers and advances the clock."""
         return RunLog(self.machine, self.stats, observers or self._told, self.clock, self.ids_source)
 
     def _checking_observers(self, cutter: Cutter) -> Observers | None:
-        """Return the observers; with ``PYGGML_CHECK`` one more that verifies copies, unless mistakes are replayed."""
+        """Return the observers; with ``PYGGML_CHECK``, and unless strict, one more that verifies copies."""
         mended = self.machine.repairs
         if not config.check() or not (mended.shared_experts and mended.stale_ids and mended.stale_copies):
             return self._told
@@ -105,7 +105,7 @@ class Observed:
         return self._checked[1]
 
     def _note_resources(self, resources: Resources) -> None:
-        """Record what the policy holds."""
+        """Record the policy's memory."""
         if self._told is None:
             return
         log, held, at = self.new_log(), resources.sizes(), resources.backend_of()
@@ -117,7 +117,7 @@ class Observed:
 
     @contextmanager
     def _noting_buffers(self, galloc: Gallocr, graph: SchedGraph) -> Iterator[None]:
-        """Record which compute buffers changed within the block, also if it fails."""
+        """Record the compute buffers that change in the block, also if it fails."""
         if self._told is None:
             yield
             return

@@ -1,9 +1,9 @@
-"""What a user may replace: which ops are offloaded, and how the inputs of a split are copied.
+"""What a user can replace: which ops are offloaded, and how the inputs of a split are copied.
 
 An offload rule is a function ``(backend, tensor) -> bool``. A copy policy is a `CopyPolicy` with one method,
-``copy(transfer) -> bool``; `Transfer` says what can be asked and sent. Four policies come with pyggml: `FullCopier`, the
-default `UsedExpertCopier`, `UpstreamCopier`, which mends nothing, and `CallbackCopier`, which asks a function with the
-arguments of ggml's copy callback.
+``copy(transfer) -> bool``; `Transfer` has what a policy can read and send. Four policies come with pyggml: `FullCopier`,
+the default `UsedExpertCopier`, `UpstreamCopier`, which corrects nothing, and `CallbackCopier`, which calls a function with
+the arguments of ggml's copy callback.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ CopyCallback = Callable[[Backend, Tensor, Tensor, GraphView], bool]
 
 
 def default_offload(backend: Backend, op: Tensor) -> bool:
-    """Offload what the device asks for."""
+    """Return the device's own decision."""
     return backend.offload_op(op)
 
 
 class CopyPolicy(ABC):
-    """Says how the inputs of splits are copied.
+    """Decides how the inputs of splits are copied.
 
-    Every input that is not flagged as a user's input is offered once its place on the split's backend is free. What the
-    policy sends by the methods of the transfer is counted, recorded and charged to the virtual clock by the transfer.
+    It is called for every input that is not flagged as a user's, once the input copy is free. The transfer counts and
+    records what the policy sends with the transfer's methods, and charges it to the virtual clock.
 
     Attributes
     ----------
     repairs : Repairs or None
-        Which of upstream's mistakes the run mends around this policy; None: those of the scheduler. Of use here are
-        `stale_ids`, `host_weight_ids`, `written_weights` and `shared_experts`: for the last the experts that a later
-        reader of a copy is missing are offered as a further transfer.
+        Which of upstream's errors are corrected around this policy; None: those of the scheduler. Four apply here:
+        `stale_ids`, `host_weight_ids`, `written_weights` and `shared_experts`. With the last, experts that a later reader
+        of an input copy lacks are offered as a further transfer.
 
     Notes
     -----
@@ -68,45 +68,45 @@ class CopyPolicy(ABC):
 
     @abstractmethod
     def copy(self, transfer: Transfer) -> bool:
-        """Make a transfer; return False to have everything copied by `Transfer.send_all`."""
+        """Make a transfer, or return False: then `Transfer.send_all` copies everything."""
 
     def reserve(self, plan: Plan) -> None:
-        """Look at a new plan, and ask for device memory (`Plan.memory`) or queues (`Plan.queue`); by default neither.
+        """Read a new plan, and request device memory (`Plan.memory`) or queues (`Plan.queue`); by default neither.
 
-        Called when a graph was reserved or allocated. Memory and queues of the same name are the same from plan to
+        Called after a graph was reserved or allocated. Memory and queues of the same name are the same from plan to
         plan, and belong to the scheduler until it is closed.
         """
         return
 
     def before_split(self, i_split: int) -> None:
-        """Do something before a split's inputs are copied; by default nothing."""
+        """Run before a split's inputs are copied; do nothing by default."""
         return
 
     def after_split(self, i_split: int) -> None:
-        """Do something after a split was launched; by default nothing."""
+        """Run after a split was launched; do nothing by default."""
         return
 
     @classmethod
     def overrides(cls, method: str) -> bool:
-        """Whether the policy has an own body of one of the optional methods."""
+        """Return whether the policy overrides an optional method."""
         return getattr(cls, method) is not getattr(CopyPolicy, method)
 
 
 class FullCopier(CopyPolicy):
-    """Copies every input whole: what upstream did before the used-expert copy."""
+    """Copies every input whole, as upstream did before used-expert copies."""
 
     def copy(self, transfer: Transfer) -> bool:
-        """Leave it to the run."""
+        """Return False: everything is copied."""
         return False
 
 
 class UsedExpertCopier(CopyPolicy):
-    """The default: of a weight that is read by MUL_MAT_ID first, copies the used experts.
+    """The default: copies only the used experts of a weight whose first reader is a MUL_MAT_ID.
 
     Parameters
     ----------
     repairs : Repairs, optional
-        See `CopyPolicy`; those of the scheduler if not given.
+        See `CopyPolicy`; by default those of the scheduler.
 
     Notes
     -----
@@ -118,7 +118,7 @@ class UsedExpertCopier(CopyPolicy):
         self.repairs = repairs
 
     def copy(self, transfer: Transfer) -> bool:
-        """Send the experts that the ids name, one call for each run of neighbours."""
+        """Send the experts that the ids name, with one call for each range of neighbours."""
         if transfer.kind != "experts":
             return False
         transfer.send_experts(transfer.ids())
@@ -126,7 +126,7 @@ class UsedExpertCopier(CopyPolicy):
 
 
 class UpstreamCopier(UsedExpertCopier):
-    """Copies the used experts as upstream does, and nothing around it is mended, whatever the scheduler mends."""
+    """Copies the used experts as upstream does, without corrections, whatever the scheduler's repairs are."""
 
     def __init__(self) -> None:
         super().__init__(Repairs.strict())
@@ -159,12 +159,12 @@ def choose_policy(
 
 
 def plain_policy(dialect: Dialect) -> CopyPolicy:
-    """Return what a program gets that sets no callback: from 0.27 on every expert is copied (`Dialect.expert_copy`)."""
+    """Return the policy of a program that sets no callback: since 0.27 every expert is copied (`Dialect.expert_copy`)."""
     return UpstreamCopier() if dialect.expert_copy == "scheduler" else FullCopier()
 
 
 class _Reporting:
-    """A backend as a copy callback sees it: what is written to the weight's copy, and waits, are reported."""
+    """The backend that a copy callback gets; it reports writes to the weight's input copy, and waits."""
 
     def __init__(self, transfer: Transfer) -> None:
         self._transfer = transfer
@@ -186,23 +186,23 @@ class _Reporting:
 
 
 class CallbackCopier(CopyPolicy):
-    """Asks a function about each weight in host memory, as ggml 0.27 asks its copy callback; all else is copied whole.
+    """Calls a function for each host weight, as ggml 0.27 calls its copy callback; all other inputs are copied whole.
 
     Parameters
     ----------
     callback : callable
-        See `CopyCallback`. Its backend is the split's; bytes that it writes to the copy are counted and recorded.
+        See `CopyCallback`. Its backend is the split's; bytes that it writes to the input copy are counted and recorded.
 
     Notes
     -----
-    Mirrors `ggml_backend_sched_set_copy_callback`. Differs: it is asked in every dialect.
+    Mirrors `ggml_backend_sched_set_copy_callback`. Differs: it is called in every dialect.
     """
 
     def __init__(self, callback: CopyCallback) -> None:
         self.callback = callback
 
     def copy(self, transfer: Transfer) -> bool:
-        """Ask the callback, if the input is a weight in host memory that is not copied for a later reader."""
+        """Call the callback if the input is a host weight and not a further transfer."""
         if not transfer.is_host_weight or transfer.is_further:
             return False
         backend: Any = _Reporting(transfer)  # a Backend in all that it is asked for

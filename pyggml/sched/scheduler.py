@@ -1,6 +1,6 @@
-"""`Scheduler`: a graph over several backends.
+"""`Scheduler`: computes graphs on several backends.
 
-A whole use::
+Example::
 
     import numpy as np
     import pyggml as ggml
@@ -25,7 +25,7 @@ A whole use::
     print(y.numpy(), sched.splits, sched.stats)
     sched.show()                      # a page: splits, what is copied for them, and why
 
-The way of a graph: `assign` (which backend), `split` (where to cut, what to copy), `alloc` (where in memory), `compute`.
+The steps of a graph: `assign` (which backend), `split` (where to cut, what to copy), `alloc` (where in memory), `compute`.
 """
 
 from __future__ import annotations
@@ -75,55 +75,55 @@ ReallocCallback = Callable[["Scheduler", SchedGraph, bool, bool], None]
 
 
 class Scheduler(Observed):
-    """Runs graphs over several backends.
+    """Computes graphs on several backends.
 
     Parameters
     ----------
     backends : sequence of Backend
-        In order of priority; the last is a CPU, which takes what no other can.
+        In order of priority. The last is a CPU, which runs what no other backend can.
     bufts : sequence of BufferType, optional
-        Where each backend's results go; its default buffer type if not given.
+        The buffer type of each backend's results; by default the backend's own.
     parallel : bool
-        Keep four copies of every input, so that the next graph can start before the last one ends.
+        Keep four pipeline copies of every input, so that the next graph can start before the last one ends.
     op_offload : bool
-        Let devices take ops whose weights lie in host memory, where they offer to.
+        Let devices run ops with host weights if they offer to.
     dialect : Dialect
-        The version of ggml whose rules decide; the newest by default.
+        The version of ggml whose rules apply; the newest by default.
     strict : bool
-        Replay upstream exactly, mistakes included.
+        Make exactly upstream's calls, including its errors.
     repairs : Repairs, optional
-        Which mistakes are mended; all, or none if strict.
+        Which of upstream's errors are corrected; by default all, or none if strict.
     policy : CopyPolicy, "used" or None
-        The policy by which inputs are copied. "used", the default, copies used experts in every dialect, as llama.cpp does:
-        `UsedExpertCopier`, or `UpstreamCopier` if strict. None is ggml without llama.cpp, which copies experts whole from
-        0.27 on (`Dialect.expert_copy`).
+        The policy that copies inputs. The default, "used", copies used experts in every dialect, as llama.cpp does:
+        `UsedExpertCopier`, or `UpstreamCopier` if strict. None behaves like ggml without llama.cpp, which copies experts
+        whole since 0.27 (`Dialect.expert_copy`).
     copy_callback : callable, optional
-        In place of a policy: a function with the arguments of ggml's copy callback; see `CopyCallback`.
+        Instead of a policy: a function with the arguments of ggml's copy callback; see `CopyCallback`.
     realloc_callback : callable, optional
-        Told of each reserve that a graph makes necessary; see `ReallocCallback`.
+        Called for each reserve that a graph makes necessary; see `ReallocCallback`.
     offload_rule : callable, optional
-        ``(backend, tensor) -> bool``; the device's own rule by default.
+        ``(backend, tensor) -> bool``; by default the device's own rule.
     observers : iterable of Observer or Recorder
-        Are told of everything that happens; see `Observer`.
+        Called for everything that happens; see `Observer`.
     recorder : Recorder, optional
-        One observer more, that takes a record of everything.
+        One more observer, which receives all records.
     clock : VirtualClock, optional
-        Keeps the times that everything would take on other machines; records carry them.
+        Calculates the times on simulated devices; records contain them.
     eval_callback : callable, optional
         ``(tensor, ask) -> bool``; see `EvalCallback`.
     debug : int, optional
-        Level of the text on stderr after each split; ``GGML_SCHED_DEBUG`` if not given.
+        Level of the text on stderr after each split; by default ``GGML_SCHED_DEBUG``.
 
     Raises
     ------
     SchedError
-        There is no backend, the last is no CPU, or one cannot use its buffer type; a policy and a copy callback are
-        given; a realloc callback is given, and the dialect has none.
+        There is no backend, the last is not a CPU, or a backend cannot use its buffer type; a policy and a copy callback
+        are both given; a realloc callback is given, but the dialect has none.
 
     Notes
     -----
-    Mirrors `ggml_backend_sched`. Differs: no limits of graph size, backends or names; one scheduler is for one thread
-    at a time, and says so; an error leaves it usable; a graph can be allocated again after `reset`.
+    Mirrors `ggml_backend_sched`. Differs: no limits of graph size, backends or names; use by two threads at once is an
+    error; the scheduler is usable after an error; a graph can be allocated again after `reset`.
     """
 
     def __init__(
@@ -196,17 +196,17 @@ class Scheduler(Observed):
 
     @property
     def n_splits(self) -> int:
-        """Number of splits of the latest graph."""
+        """The number of splits of the latest graph."""
         return len(self.splits)
 
     @property
     def latest_cut(self) -> Cutter | None:
-        """How the latest graph was cut: splits, copies, and which sources became copies; None before the first."""
+        """The cut of the latest graph: splits, input copies, and replaced sources; None before the first graph."""
         return self._cutter
 
     @property
     def plan(self) -> Plan:
-        """Splits and transfers of the latest graph.
+        """The splits and transfers of the latest graph.
 
         Raises
         ------
@@ -221,16 +221,16 @@ class Scheduler(Observed):
         return self._plan
 
     def tensor_backend(self, tensor: Tensor) -> Backend | None:
-        """Return the backend that a tensor is assigned to."""
+        """Return the backend of a tensor."""
         backend_id = self.assignment.get(tensor)
         return None if backend_id is None else self.backends[backend_id]
 
     def cause(self, tensor: Tensor) -> Cause | None:
-        """Return why a tensor is where it is."""
+        """Return why a tensor is on its backend."""
         return self.assignment.cause(tensor)
 
     def buffer_size(self, backend: Backend) -> int:
-        """Bytes of a backend's compute buffer; 0 if an earlier backend has the same.
+        """Return the bytes of a backend's compute buffer; 0 if an earlier backend has the same buffer.
 
         Notes
         -----
@@ -239,31 +239,31 @@ class Scheduler(Observed):
         return self.galloc.buffer_size(self.machine.index(backend))
 
     def chunk_sizes(self, backend: Backend) -> list[int]:
-        """Bytes of each chunk of a backend's compute buffer."""
+        """Return the bytes of each chunk of a backend's compute buffer."""
         return [b.size for b in self.galloc.chunks(self.machine.index(backend))]
 
     # -- user's choices ------------------------------------------------------
 
     def set_tensor_backend(self, tensor: Tensor, backend: Backend) -> None:
-        """Pin a tensor to a backend, for the next graph; `reset` and `reserve` forget it.
+        """Pin a tensor to a backend for the next graph; `reset` and `reserve` remove pins.
 
         Notes
         -----
-        Mirrors `ggml_backend_sched_set_tensor_backend`. Differs: if the backend cannot run the op, allocating the graph is
-        an error, and a view stays with the tensor that it views (`Repairs.unsupported_ops`).
+        Mirrors `ggml_backend_sched_set_tensor_backend`. Differs: if the backend cannot run the op, allocating the graph
+        raises an error, and a view stays with the tensor that it shows (`Repairs.unsupported_ops`).
         """
         with self._one_thread():
             self.assignment.set(tensor, self.machine.index(backend), Cause.USER)
             self.is_reset = False
 
     def set_eval_callback(self, callback: EvalCallback | None) -> None:
-        """Set or remove the callback that sees nodes as they are computed."""
+        """Set or remove the callback that sees nodes while they are computed."""
         self.eval_callback = callback
 
     # -- planning ------------------------------------------------------------
 
     def split_graph(self, graph: Graph) -> list[Split]:
-        """Assign and cut a graph, without allocating it.
+        """Assign and cut a graph without allocating it.
 
         Raises
         ------
@@ -293,12 +293,12 @@ class Scheduler(Observed):
         return self.splits
 
     def reserve(self, graph: Graph) -> None:
-        """Allocate compute buffers that a graph needs, and forget the graph.
+        """Allocate the compute buffers that a graph needs, without keeping the graph.
 
         Raises
         ------
         OutOfMemoryError
-            A device has not so much. The scheduler is not reset then; the next graph is laid out anew.
+            A device has too little memory. The scheduler is then not reset, and the next graph gets a new layout.
 
         Notes
         -----
@@ -312,7 +312,7 @@ class Scheduler(Observed):
             self._reset()
 
     def reserve_size(self, graph: Graph) -> list[int]:
-        """Return the bytes of compute buffer that a graph would need on each backend.
+        """Return the size of the compute buffer that a graph would need on each backend.
 
         Notes
         -----
@@ -333,28 +333,28 @@ class Scheduler(Observed):
             self.galloc.reserve_n(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.machine.cpu))
 
     def reserve_policy(self) -> None:
-        """Let the policy look at the plan, and ask for memory, once for a plan."""
+        """Let the policy read the plan and request memory, once per plan."""
         if self._reserved_by is not self.policy:
             if self.policy.overrides("reserve"):
                 self.policy.reserve(self.plan)
             self._reserved_by = self.policy
 
     def alloc_graph(self, graph: Graph) -> None:
-        """Assign, cut and allocate a graph, so that its inputs can be set.
+        """Assign, cut and allocate a graph; then its inputs can be set.
 
         Raises
         ------
         SchedError
-            A graph is allocated already: `reset` first.
+            Another graph is allocated: call `reset` first.
         UnsupportedOpError
             No backend can run a node, or not the one that it is pinned to.
         OutOfMemoryError
-            A device has not enough memory for the compute buffer.
+            A device has too little memory for the compute buffer.
 
         Notes
         -----
         Mirrors `ggml_backend_sched_alloc_graph`.
-        Differs: a failed reserve is an error in every dialect (`reserve_failure`: upstream before 0.26 goes on with a
+        Differs: a failed reserve is an error in every dialect (`reserve_failure`: upstream before 0.26 continues with a
         null buffer).
         """
         with self._one_thread():
@@ -384,11 +384,11 @@ class Scheduler(Observed):
         self.is_alloc = True
 
     def _revive(self, graph: Graph) -> bool:
-        """Take up the latest allocation again, if the graph is the same and nothing about it changed.
+        """Use the latest allocation again if the graph is the same and nothing about it changed.
 
         Notes
         -----
-        Differs: upstream always splits and places anew, which for an unchanged graph ends where it began.
+        Differs: upstream always splits and places again; for an unchanged graph the result is the same.
         """
         kept = self._kept
         if (
@@ -410,7 +410,7 @@ class Scheduler(Observed):
         return self.op_offload, self.offload_rule
 
     def _alloc_splits(self) -> None:
-        """Place the graph; reserve anew if it moved between buffer types or does not fit.
+        """Place the graph; reserve again if it moved between buffer types or does not fit.
 
         Notes
         -----
@@ -433,7 +433,7 @@ class Scheduler(Observed):
     # -- computing -----------------------------------------------------------
 
     def compute(self, graph: Graph) -> None:
-        """Compute a graph and wait until it is done; allocates it if it is not.
+        """Compute a graph and wait until it is done; allocate it first if necessary.
 
         Raises
         ------
@@ -453,7 +453,7 @@ class Scheduler(Observed):
                 self._synchronize()
 
     def compute_async(self, graph: Graph) -> None:
-        """Start computing a graph; allocates it if it is not. See `compute`.
+        """Start computing a graph; allocate it first if necessary. See `compute`.
 
         Notes
         -----
@@ -499,7 +499,7 @@ class Scheduler(Observed):
 
         Notes
         -----
-        Mirrors `ggml_backend_sched_synchronize`: while nothing is allocated the next pipeline copy is the first again.
+        Mirrors `ggml_backend_sched_synchronize`: if nothing is allocated, the next pipeline copy is the first again.
         """
         with self._one_thread():
             self._synchronize()
@@ -510,7 +510,7 @@ class Scheduler(Observed):
             self.next_copy = 0
 
     def _wait(self) -> None:
-        """Let the host wait for all work of all backends."""
+        """Make the host wait for all work of all backends."""
         log = self.new_log()
         for i, backend in enumerate(self.backends):
             start_s = log.now()
@@ -520,7 +520,7 @@ class Scheduler(Observed):
             queue.backend.synchronize()
 
     def reset(self) -> None:
-        """Forget graph, assignments and pins; compute buffers stay.
+        """Remove graph, assignments and pins; keep compute buffers.
 
         Notes
         -----
@@ -538,7 +538,7 @@ class Scheduler(Observed):
         self._allocated = None
 
     def close(self) -> None:
-        """Give the compute buffers back, and graphs their own sources. The backends stay as they are."""
+        """Free the compute buffers, and restore the sources of graphs. The backends stay open."""
         with self._one_thread():
             self._synchronize()
             self._reset()
@@ -570,19 +570,19 @@ class Scheduler(Observed):
             self._thread.release()
 
     def show(self, path: str | os.PathLike[str] | None = None) -> Page:
-        """Open a page of what was done, if the recorder is a `Recording`, else of the latest plan, in the browser.
+        """Open a page in the browser: of the run if the recorder is a `Recording`, otherwise of the latest plan.
 
-        A notebook shows the page where it stands.
+        In a notebook it appears below the cell.
 
         Parameters
         ----------
         path : path-like, optional
-            Where to write it; into the system's folder of temporary files if not given.
+            The file to write; by default a temporary file.
 
         Returns
         -------
         Page
-            Whose ``path`` says where it lies.
+            Its ``path`` is the file.
         """
         from ..viz.objects import view_of_scheduler  # what draws knows schedulers, so they ask for it only here
         from ..viz.show import show_page
@@ -595,6 +595,6 @@ class Scheduler(Observed):
         return f"<Scheduler over {names}: {state}, {self.n_copies} pipeline copies>"
 
     def _repr_html_(self) -> str:
-        """Return the splits as a table, for notebooks: where, why, and what copies of their inputs would move."""
+        """Return a table of the splits, for notebooks: backend, reason, and bytes of their inputs."""
         title = f"Scheduler over {', '.join(b.name for b in self.backends)}: {self.n_splits} splits"
         return splits_table(title, self.splits, self.assignment, self.backends)

@@ -1,4 +1,4 @@
-"""The data that the passes hand on: machine, assignment with causes, splits, and the scheduler's own graph."""
+"""The data that the passes read and return: machine, assignment with causes, splits, and the scheduler's own graph."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Cause(Enum):
-    """Why a tensor is where it is; the value is upstream's note (`SET_CAUSE`), its digit the pass."""
+    """Why a tensor is on its backend. The value is upstream's note (`SET_CAUSE`); its first digit is the pass."""
 
     __hash__ = object.__hash__  # members are single objects; an enum's own hash is a call in Python
 
@@ -66,7 +66,7 @@ class Cause(Enum):
 
     @property
     def text(self) -> str:
-        """A phrase for people, that completes "it is there because"."""
+        """A phrase that completes "it is there because"."""
         if self.value.startswith("1.wgt"):
             return f"its source {self.value[5:]} is a weight there"
         return _TEXTS[self.value]
@@ -93,12 +93,12 @@ Copies = dict[Tensor, dict[int, list[Tensor]]]
 
 
 class Assignment:
-    """Which backend each tensor is on, and why.
+    """The backend of each tensor, and why.
 
     Attributes
     ----------
     ids : dict of Tensor to int
-        Index of the backend; a tensor that is not in it is not assigned.
+        The index of the backend; missing tensors are not assigned.
     """
 
     __slots__ = ("_causes", "_causes_before", "_counts", "has_pins", "ids")
@@ -120,12 +120,12 @@ class Assignment:
         return self._causes
 
     def follow(self, tensors: Sequence[Tensor], backend_ids: Sequence[int], causes: Sequence[Cause]) -> None:
-        """Assign tensors as others were before; nothing is assigned yet. Causes are worked out once they are asked for."""
+        """Assign tensors as earlier ones; nothing must be assigned yet. Causes are computed on first use."""
         self.ids.update(zip(tensors, backend_ids, strict=True))
         self._causes_before = tensors, causes
 
     def explain(self, tensor: Tensor, cause: Cause) -> None:
-        """Set the cause of a tensor that has its place by itself, as a copy has."""
+        """Set the cause of a tensor without an assignment, such as an input copy."""
         self._causes[tensor] = cause
 
     def get(self, tensor: Tensor) -> int | None:
@@ -144,11 +144,11 @@ class Assignment:
         return self.causes.get(tensor)
 
     def forget_counts(self) -> None:
-        """Count causes anew: the graph was assigned again."""
+        """Discard the counts of causes: the graph was assigned again."""
         self._counts.clear()
 
     def cause_counts(self, graph: GraphView) -> tuple[tuple[str, int], ...]:
-        """Return the causes of the computed nodes of a range, and how many have each; counted once for each range."""
+        """Return the causes of a range's computed nodes with their counts; counted once per range."""
         key = (graph.i_start, graph.i_end)
         counts = self._counts.get(key)
         if counts is None:
@@ -158,12 +158,12 @@ class Assignment:
 
 
 def is_computed(node: Tensor) -> bool:
-    """Whether a backend does anything for a node."""
+    """Return whether a backend computes anything for a node."""
     return bool(node.flags & TensorFlag.COMPUTE) and not node.op.is_empty
 
 
 class BufferUsers(dict[BufferType, tuple[int, ...]]):
-    """Indices of the backends that can use a buffer type, by type; each is asked once, as devices do not change their minds."""
+    """Indices of the backends that can use a buffer type, by type. Each backend is called once per type, because answers do not change."""
 
     __slots__ = ("_backends",)
 
@@ -213,7 +213,7 @@ def check_bufts(backends: Sequence[Backend], bufts: Sequence[BufferType]) -> Non
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the passes ask: the backends in order of priority, the last a CPU, and the rules."""
+    """What the passes know: the backends in order of priority, the last a CPU, and the rules."""
 
     backends: Sequence[Backend]
     bufts: Sequence[BufferType]  #: where each backend's results go
@@ -242,7 +242,7 @@ class Machine:
 
     @property
     def op_checks(self) -> list[Callable[[Tensor], bool]]:
-        """The question whether a node can be run, to each backend; to its device at once where the backend passes it on."""
+        """The ``supports_op`` of each backend; that of its device if the backend only passes the call on."""
         passes_on = Backend.supports_op
         asked = [b.supports_op for b in self.backends]
         checks: list[Callable[[Tensor], bool]] = [
@@ -253,7 +253,7 @@ class Machine:
         return checks if note is None else [_noting(b, check, note) for b, check in enumerate(checks)]
 
     def buffer_supported(self, tensor: Tensor, backend_id: int, asg: Assignment) -> bool:
-        """Whether a backend can use a tensor where it is, or will be.
+        """Return whether a backend can use a tensor where it is, or will be.
 
         Notes
         -----
@@ -282,7 +282,7 @@ def _noting(
 
 @dataclass(eq=False, slots=True)
 class Split:
-    """A range of nodes that one backend computes in one go, after its inputs were copied there.
+    """A range of nodes that one backend computes in one call, after the split's inputs were copied there.
 
     Notes
     -----
@@ -308,7 +308,7 @@ class Split:
 
 @dataclass(slots=True)
 class SchedGraph:
-    """The graph that the allocator sees: the nodes, and before each split its inputs' sources and copies.
+    """The graph that the allocator sees: the nodes and, before each split, the sources and copies of its inputs.
 
     Notes
     -----
@@ -321,10 +321,10 @@ class SchedGraph:
     leaf_backend_ids: list[int] = field(default_factory=list)  #: -1: a leaf that nothing uses has no backend
 
     def leaf_buffer_ids(self, unused: int) -> list[int]:
-        """Return in which backend's memory each leaf goes; one that nothing uses goes to ``unused``.
+        """Return the backend in whose memory each leaf goes; ``unused`` for a leaf that no node uses.
 
         Notes
         -----
-        Differs: upstream aborts on a leaf without a backend, unless there is one backend only.
+        Differs: upstream aborts on a leaf without a backend, unless there is only one backend.
         """
         return [unused if b < 0 else b for b in self.leaf_backend_ids]

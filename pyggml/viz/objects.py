@@ -1,4 +1,4 @@
-"""Views of what a program holds: a scheduler with or without a recording, and a graph."""
+"""Views of objects: a scheduler with or without a recording, and a graph."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["view_of_graph", "view_of_scheduler"]
 
 
 def view_of_scheduler(sched: Scheduler, *, name: str = "", about: Mapping[str, Any] | None = None) -> View:
-    """Return what a scheduler did, if its recorder is a `Recording`; else the plan of its latest graph.
+    """Return the view of a scheduler: of its run if the recorder is a `Recording`, otherwise of its latest plan.
 
     Parameters
     ----------
     sched : Scheduler
-        Over some backends.
+        The scheduler.
     name : str
         Shown above it; the backends' names if not given.
     about : mapping, optional
@@ -56,12 +56,12 @@ def _plan(sched: Scheduler) -> list[Record]:
 
 
 def view_of_graph(graph: Graph, *, name: str = "") -> View:
-    """Return the nodes and leafs of a graph: ops, types, shapes, sources.
+    """Return the view of a graph: nodes and leafs with ops, types, shapes and sources.
 
     Parameters
     ----------
     graph : Graph
-        Any; it need not be assigned.
+        The graph; it need not be assigned.
     name : str
         Shown above it.
     """

@@ -1,4 +1,4 @@
-"""The page: views, drawing code and styles in one file that needs no network."""
+"""Writes the page: views, drawing code and styles in one file that needs no network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def page_html(*views: View, title: str = "") -> str:
     views : View
         One or two.
     title : str
-        Of the page; the views' names if not given.
+        The title of the page; by default the views' names.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def write_page(path: Path, *views: View, title: str = "") -> None:
     Raises
     ------
     PyggmlError
-        The file cannot be written; what was there is kept.
+        The file cannot be written; an existing file is kept.
     """
     with aside(path) as part:
         part.write_text(page_html(*views, title=title), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Showing a page: in the user's browser, or inside a notebook."""
+"""Shows a page in the user's browser or in a notebook."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _HEIGHT = 720
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page that was written; what takes a path takes it, and a notebook shows it where it stands.
+    """A written page. It can be used as a path, and a notebook shows it below the cell.
 
     Attributes
     ----------
     path : Path
-        Where it lies.
+        The file.
     """
 
     path: Path
@@ -38,13 +38,13 @@ class Page:
         return str(self.path)
 
     def _repr_html_(self) -> str:
-        """Return the page in a frame of its own, so that neither its styles nor the notebook's reach the other."""
+        """Return the page in a frame, so that its styles and the notebook's do not mix."""
         page = escape(self.path.read_text(encoding="utf-8"))
         return f'<iframe srcdoc="{page}" style="width:100%;height:{_HEIGHT}px;border:1px solid #8884"></iframe>'
 
 
 def show_page(*views: View, title: str = "", path: str | os.PathLike[str] | None = None) -> Page:
-    """Write the page of one view, or of two side by side, and open it in the user's browser; a notebook shows it itself.
+    """Write the page of one view, or of two side by side, and open it in the user's browser or show it in the notebook.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def show_page(*views: View, title: str = "", path: str | os.PathLike[str] | None
     title : str
         See `page_html`.
     path : path-like, optional
-        Where to write it; into the system's folder of temporary files if not given.
+        The file to write; by default a temporary file.
 
     Raises
     ------

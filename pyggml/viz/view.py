@@ -1,4 +1,4 @@
-"""Records as what the page shows: one `View` is one timeline, in columns, with each string once."""
+"""The data of the page: one `View` is one timeline, in columns, with each string once."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Clock = Literal["virtual", "wall", "order"]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What the page shows of one timeline, plan or graph.
+    """The data that the page shows for one timeline, plan or graph.
 
     Attributes
     ----------
     name : str
         Shown above it.
     model : dict
-        Values of JSON; `view_of_records` says which.
+        JSON values; see `view_of_records`.
     """
 
     name: str
@@ -34,19 +34,19 @@ class View:
 
 
 def view_of_records(records: Iterable[Record], *, name: str = "", about: Mapping[str, Any] | None = None) -> View:
-    """Return what the page shows of records.
+    """Return the view of records.
 
     Parameters
     ----------
     records : iterable of Record
-        In the order in which things happened: of a `Recording`, or of `read_timeline`. Without any that has a time the
-        view is that of a plan: each input and each split one step after the other.
+        In the order in which things happened, from a `Recording` or from `read_timeline`. If no record has a time, the
+        view is that of a plan, with one step for each input and each split.
     name : str
         Shown above it.
     about : mapping, optional
-        What the records do not say, of JSON's values: ``model``, ``devices`` with ``memory_bytes``, ``options``;
-        ``is_plan``, if nothing was computed, so that wall times say nothing; ``assumed``, what virtual times rest on;
-        ``too_large``, a sentence for each device that has too little memory.
+        Facts that are not in the records, as JSON values: ``model``, ``devices`` with ``memory_bytes``, ``options``;
+        ``is_plan``: nothing was computed, so wall times are not shown; ``assumed``: the assumptions of virtual times;
+        ``too_large``: a sentence for each device with too little memory.
 
     Returns
     -------

@@ -52,7 +52,7 @@ def test_report_adds_up(moe, capsys):
     assert sum(b["bytes_copied"] for b in report["batches"]) == sum(
         n for device in report["bytes_by_device"].values() for n in device.values()
     )
-    assert {m["buft"] for m in report["memory"]} == {"SIM0", "CPU"}
+    assert {m["buft"] for m in report["memory"]} == {"SIM0", "SIM0_Host", "CPU"}
 
 
 def test_copies_do_not_change_what_is_said(moe, capsys):
