@@ -1,4 +1,4 @@
-"""Computing: copy each split's inputs, wait as little as is safe, launch, and mark the end by an event."""
+"""Computes splits: copy the inputs, wait as little as is safe, launch, and record an event."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ EvalCallback = Callable[[Tensor, bool], bool]
 
 
 class SplitRun:
-    """One computing of an allocated graph: what it needs, its waits, and the reports of its effects.
+    """One compute of an allocated graph: its data, its waits, and its reports.
 
-    Every wait is a method and is told where in the code it stands (``place``), so that a test may put a run in its place
-    that leaves one out (`Scheduler.run_type`).
+    Every wait is a method with the name of its place in the code (``place``), so that a test can use a subclass that leaves
+    one out (`Scheduler.run_type`).
 
     Attributes
     ----------
     plan : Plan
         Splits and transfers.
     log : RunLog
-        Hands every effect to statistics, clock and observers.
+        Passes every copy, wait and launch to statistics, clock and observers.
     ids : IdsSource
-        Knows which experts a batch uses.
+        Returns the experts that a micro-batch uses.
     repairs : Repairs
-        Which mistakes of upstream's are mended for this policy.
+        Which of upstream's errors are corrected for this policy.
     i_split : int
         The split that is being computed.
     """
@@ -76,7 +76,7 @@ class SplitRun:
         self._joins: set[CopyQueue] = set()  # queues that this split must wait for
 
     def original_of(self, tensor: Tensor) -> Tensor:
-        """Return what a tensor is a copy of; itself if it is none."""
+        """Return the source of an input copy; any other tensor is returned itself."""
         for transfers in self.plan.transfers:
             for transfer in transfers:
                 if transfer.copy is tensor:
@@ -84,20 +84,20 @@ class SplitRun:
         return tensor
 
     def causes_of(self, tensor: Tensor) -> tuple[str, ...]:
-        """Return why a tensor is where it is, as text for errors."""
+        """Return why a tensor is on its backend, as text for errors."""
         cause = self.asg.cause(tensor)
         return () if cause is None else (f"'{tensor.name}': {cause.text} ({cause.value})",)
 
     # -- waits ---------------------------------------------------------------
 
     def synchronize(self, i_split: int, backend_id: int, place: str) -> None:
-        """Let the host wait for all work of a backend."""
+        """Make the host wait for all work of a backend."""
         start_s = self.log.now()
         self.machine.backends[backend_id].synchronize()
         self.log.waited(i_split, "synchronize", backend_id, None, start_s)
 
     def host_wait(self, i_split: int, backend_id: int, place: str) -> None:
-        """Let the host wait until a backend's last use of this pipeline copy is over."""
+        """Make the host wait until a backend's last use of this pipeline copy is done."""
         event = self.events[backend_id][self.cur_copy]
         if event is None:
             SplitRun.synchronize(self, i_split, backend_id, place)
@@ -107,7 +107,7 @@ class SplitRun:
         self.log.waited(i_split, "event_synchronize", backend_id, self.cur_copy, start_s)
 
     def stream_wait(self, i_split: int, backend_id: int, place: str) -> None:
-        """Let a backend wait until its last use of this pipeline copy is over; without events the host waits."""
+        """Make a backend wait until its last use of this pipeline copy is done; without events the host waits."""
         event = self.events[backend_id][self.cur_copy]
         if event is None:
             SplitRun.synchronize(self, i_split, backend_id, place)
@@ -117,11 +117,11 @@ class SplitRun:
         self.log.waited(i_split, "event_wait", backend_id, self.cur_copy, start_s)
 
     def read_wait(self, backend_id: int) -> None:
-        """Let the host wait for what it reads."""
+        """Make the host wait for the data that it reads."""
         self.machine.backends[backend_id].synchronize()
 
     def mark_wait(self, backend_id: int, queue: CopyQueue | None, mark: Mark, place: str) -> None:
-        """Let a stream, of a backend or a queue, wait for a mark of another; without events the host waits."""
+        """Make a stream of a backend or queue wait for a mark of another; without events the host waits."""
         stream = self._stream(backend_id, queue)
         if mark.stream is None or mark.stream is stream:
             return
@@ -135,7 +135,7 @@ class SplitRun:
     # -- reading -------------------------------------------------------------
 
     def read(self, i_split: int, tensor: Tensor, backend_id: int, address: int | None) -> None:
-        """Read a tensor of a backend to host memory, and wait for it; no address: nothing is there to be read."""
+        """Read a tensor of a backend to host memory, and wait for it; without an address only report the read."""
         start_s = self.log.now()
         if address is not None:
             self.machine.backends[backend_id].get_tensor_async(tensor, address, 0, tensor.nbytes)
@@ -157,7 +157,7 @@ class SplitRun:
         self, transfer: Feed, i_split: int, src: int, reason: CopyReason, start_s: float, offset: int, size: int,
         tensor_bytes: int, *, is_async: bool, queue: CopyQueue | None, is_own: bool,
     ) -> None:  # fmt: skip
-        """Report that bytes of a transfer were sent, to the copy or to memory of the policy's own."""
+        """Report that bytes of a transfer were sent to the input copy or to the policy's own memory."""
         if not is_own and isinstance(transfer, Transfer) and transfer.has_later_readers:
             self._note(transfer, offset, size)
         self.log.copied(
@@ -169,7 +169,7 @@ class SplitRun:
         self._present.setdefault(transfer.copy, Ranges()).add(offset, offset + size)
 
     def missing(self, further: Transfer) -> set[int]:
-        """Return the experts that a later reader of a copy needs and that are not there."""
+        """Return the experts that a later reader of an input copy needs and lacks."""
         present = self._present.setdefault(further.copy, Ranges())
         weight = further.source
         if present.first_hole(0, weight.nbytes) is None:
@@ -189,7 +189,7 @@ class SplitRun:
     def before_send(
         self, transfer: Feed, other: Tensor | None, queue: CopyQueue | None, *, is_read: bool = False
     ) -> Backend:
-        """Return the stream to send with, after the waits that its target and source need."""
+        """Wait as the target and source require, and return the stream to send with."""
         if other is None and queue is None:
             return transfer.backend
         b = transfer.backend_id
@@ -214,7 +214,7 @@ class SplitRun:
     def after_send(
         self, transfer: Feed, other: Tensor | None, queue: CopyQueue | None, *, is_read: bool = False
     ) -> None:
-        """Mark what a send used, for those who use it next."""
+        """Mark the memory that a send used, for its next users."""
         if other is not None:
             own = self.resources.owned[other]
             if not own.has_queues:
@@ -226,7 +226,7 @@ class SplitRun:
             self._joins.add(queue)
 
     def join_queues(self, backend_id: int) -> None:
-        """Let the split's backend wait for what queues send for it."""
+        """Make the split's backend wait for the queues that send to it."""
         for queue in sorted(self._joins, key=lambda q: q.number):
             mark = self.resources.mark("join", queue)
             self._record(backend_id, queue, mark)
@@ -235,7 +235,7 @@ class SplitRun:
         self._forked.clear()
 
     def _let_wait(self, backend_id: int, stream: CopyQueue | None, waiting: CopyQueue, what: str) -> None:
-        """Let a queue wait for all that another stream was given."""
+        """Make a queue wait for all submitted work of another stream."""
         mark = self.resources.mark(what, waiting)
         self._record(backend_id, stream, mark)
         self.mark_wait(backend_id, waiting, mark, what)
@@ -258,7 +258,7 @@ def compute_splits(run: SplitRun) -> None:
     ComputeError
         A backend failed; no later split was computed, and no event recorded for the one that failed.
     ExpertIdError
-        Ids that choose no expert; nothing was computed after they were read.
+        An id is out of range; nothing was computed after the ids were read.
 
     Notes
     -----
@@ -310,7 +310,7 @@ def compute_splits(run: SplitRun) -> None:
 
 
 def _transfer(run: SplitRun, transfer: Transfer) -> None:
-    """Bring an input to its split's backend: a user's input at once, any other as the policy says."""
+    """Copy an input to its split's backend: a user's input at once, any other with the policy."""
     i_split, b, source = transfer.split, transfer.backend_id, transfer.source
     storage = source.storage
     if storage is not None:
@@ -327,7 +327,7 @@ def _transfer(run: SplitRun, transfer: Transfer) -> None:
 
 
 def _copy_again(run: SplitRun, i_split: int, transfer: Transfer) -> None:
-    """Copy a source that a split wrote, for the later users of its copy."""
+    """Copy a source again that a split wrote, for later users of its input copy."""
     run.synchronize(i_split, run.plan.splits[i_split].backend_id, "again")
     run.synchronize(i_split, transfer.backend_id, "again")
     start_s = run.log.now()
@@ -336,7 +336,7 @@ def _copy_again(run: SplitRun, i_split: int, transfer: Transfer) -> None:
 
 
 def _launch(run: SplitRun, i_split: int) -> None:
-    """Give a split's nodes to its backend: all at once, or in parts that end where the eval callback wants data."""
+    """Submit a split's nodes to its backend: all at once, or in parts that end where the eval callback needs data."""
     split = run.plan.splits[i_split]
     callback = run.eval_callback
     if callback is None:

@@ -1,4 +1,4 @@
-"""`IdsSource`: which experts a batch uses, read from ids tensors as upstream reads them."""
+"""`IdsSource`: the experts that a micro-batch uses, read from ids tensors as upstream reads them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["IdsSource"]
 
 
 class IdsSource:
-    """Tells a run which experts its ids name: reads the whole tensor, checks it, and keeps the latest.
+    """Returns the experts that ids name: reads the whole tensor, checks it, and keeps the latest ids.
 
-    A run owns one; policies ask it through `Transfer.ids`. A plan without data puts another in its place.
+    Each compute has one; policies use it through `Transfer.ids`. A plan without data replaces it.
 
     Notes
     -----
     Mirrors how the used-expert copy of `ggml_backend_sched_compute_splits`, later llama.cpp's
     `llama_context::sched_copy_experts`, reads ids: once for all weights that share the tensor.
-    Differs: an id that is no expert raises `ExpertIdError` and nothing is computed after it; upstream aborts.
+    Differs: an id out of range raises `ExpertIdError`, and nothing is computed after it; upstream aborts.
     """
 
     def __init__(self) -> None:
@@ -37,17 +37,17 @@ class IdsSource:
         self._counts: dict[Tensor, int] = {}
 
     def begin(self) -> None:
-        """Forget what was read: a computing starts."""
+        """Start a compute: discard all ids."""
         self._tensor = None
         self._counts.clear()
 
     def forget(self, roots: set[Tensor]) -> None:
-        """Forget the ids if their memory was written: they are read again when next asked for."""
+        """Discard the ids if their memory was written; they are read again on the next use."""
         if self._tensor is not None and (self._tensor.view_src or self._tensor) in roots:
             self._tensor = None
 
     def used(self, run: SplitRun, i_split: int, ids: Tensor, backend_id: int, weight: Tensor) -> set[int]:
-        """Return the experts of a weight that ids name, as read before or read now from a backend.
+        """Return the experts of a weight that ids name; read them from a backend if necessary.
 
         Raises
         ------
@@ -64,7 +64,7 @@ class IdsSource:
         return self._used
 
     def rows(self, run: SplitRun, i_split: int, ids: Tensor, backend_id: int, weight: Tensor, n_used: int) -> list[int]:
-        """Return dense ids as they stand, read now from a backend.
+        """Read contiguous ids from a backend and return them unchanged.
 
         Raises
         ------
@@ -103,16 +103,16 @@ class IdsSource:
     # -- what a virtual clock asks -------------------------------------------
 
     def note_count(self, ids: Tensor, n_used: int) -> None:
-        """Keep how many experts a node's ids name, for what the node costs."""
+        """Record how many experts a node's ids name, for its cost."""
         self._counts[ids] = n_used
 
     def _known(self, ids: Tensor) -> int | None:
-        """Return what was noted of ids, or of the tensor that they view."""
+        """Return the recorded count of ids, or of the tensor that they show."""
         known = self._counts.get(ids)
         return self._counts.get(ids.view_src) if known is None and ids.view_src is not None else known
 
     def count(self, node: Tensor) -> float:
-        """Return how many experts a MUL_MAT_ID reads: as copied, else as the default routing has it."""
+        """Return how many experts a MUL_MAT_ID reads: those that were copied, or else those of the default routing."""
         weight, ids = node.src[0], node.src[2]
         assert ids is not None
         assert weight is not None

@@ -1,4 +1,4 @@
-"""`RunLog`: makes one event of every copy, wait and launch, for statistics, observers and the virtual clock."""
+"""`RunLog`: receives every copy, wait and launch of a compute, and passes it to statistics, observers and the virtual clock."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ Wait = Literal["synchronize", "event_synchronize", "event_wait"]
 
 
 class RunLog:
-    """Counts always; tells observers and keeps virtual time only if there are such.
+    """Always counts; calls observers and advances the virtual clock if there are any.
 
     Parameters
     ----------
     machine : Machine
-        Whose backends are meant by indices.
+        The backends to which indices refer.
     stats : Statistics
         The scheduler's counts.
     observers : Observers or None
-        Are told of everything.
+        Called for everything.
     clock : VirtualClock or None
-        The time source of what would happen on other machines.
+        Calculates the times on simulated devices.
     ids : IdsSource or None
-        Knows how many experts a node reads, for what it costs.
+        Returns how many experts a node reads, for its cost.
     """
 
     __slots__ = ("_on_sent", "clock", "ids", "machine", "observers", "records", "stats")
@@ -78,20 +78,20 @@ class RunLog:
         self._on_sent = () if observers is None else observers.on_sent
 
     def now(self) -> float:
-        """Return the host's time in seconds; 0 if nobody takes records."""
+        """Return the host's time in seconds; 0 without observers."""
         return 0.0 if self.records is None else perf_counter()
 
     def _name(self, backend_id: int) -> str:
         return self.machine.backends[backend_id].name
 
     def _moment(self) -> Span | None:
-        """Return the host's virtual time, for what takes none."""
+        """Return the host's virtual time, for events without duration."""
         return None if self.clock is None else Span(self.clock.host_s, self.clock.host_s)
 
     # -- the run itself ------------------------------------------------------
 
     def began(self, run: SplitRun) -> None:
-        """Report that a computing starts."""
+        """Report that a compute starts."""
         if self.observers is not None:
             for tell in self.observers.on_begin:
                 tell(run)
@@ -125,16 +125,16 @@ class RunLog:
         number: int = 0,
         is_own: bool = False,
     ) -> None:
-        """Report bytes of a transfer that went to its copy, or to memory of a policy's own.
+        """Report bytes of a transfer that were copied to its input copy, or to a policy's own memory.
 
         Parameters
         ----------
         src : int
-            The backend whose memory they came from.
+            The backend of the source.
         tensor_bytes : int
-            What a whole copy would have moved; 0 for a further part of a copy that was counted.
+            Bytes of a full copy; 0 for a further part of a counted copy.
         number : int
-            Of the queue that carries them; 0: the backend's own stream.
+            The number of the queue; 0: the backend's own stream.
         """
         dst = transfer.backend_id
         if self._on_sent and not is_own:
@@ -193,7 +193,7 @@ class RunLog:
         return storage is not None and storage.is_host and storage.buft.device is not self.machine.backends[-1].device
 
     def experts(self, i_split: int, weight: Tensor, ids: Tensor | None, experts: set[int], *, is_added: bool) -> None:
-        """Take note of the experts that are about to be copied; added ones are no copy of their own."""
+        """Report the experts that are about to be copied; added experts do not count as another copy."""
         if not is_added:
             self.stats.count_experts(weight.nbytes)
         if self.records is not None:
@@ -203,7 +203,7 @@ class RunLog:
             self.records.record(UsedExpertsRecord(i_split, weight.name, name, used, weight.ne[2], weight.nb[2], whole))
 
     def was_read(self, i_split: int | None, tensor: Tensor, backend_id: int, start_s: float) -> None:
-        """Take note that the host waited for a backend and read a tensor."""
+        """Report that the host waited for a backend and read a tensor."""
         self.waited(i_split, "synchronize", backend_id, None, start_s)
         span = None
         if self.clock is not None:
@@ -218,7 +218,7 @@ class RunLog:
             )
 
     def waited(self, i_split: int | None, what: Wait, backend_id: int, copy: int | None, start_s: float) -> None:
-        """Take note of a wait: of the host for a backend or its event, or of a backend for its event."""
+        """Report a wait: of the host for a backend or its event, or of a backend for its event."""
         self.stats.n_waits += 1
         span: Span | None = None
         clock = self.clock
@@ -233,13 +233,13 @@ class RunLog:
             self.records.record(WaitRecord(i_split, what, self._name(backend_id), start_s, perf_counter(), span, copy))
 
     def recorded_event(self, i_split: int, backend_id: int, copy: int, start_s: float) -> None:
-        """Take note that a backend's event was recorded."""
+        """Report that a backend's event was recorded."""
         span = None if self.clock is None else self.clock.event_record(backend_id, copy)
         if self.records is not None:
             self.records.record(EventRecord(i_split, self._name(backend_id), copy, start_s, perf_counter(), span))
 
     def launched(self, i_split: int, backend_id: int, graph: GraphView, asg: Assignment, start_s: float) -> None:
-        """Take note that nodes were given to a backend."""
+        """Report that nodes were submitted to a backend."""
         self.stats.n_launches += 1
         span = None
         if self.clock is not None:
@@ -255,13 +255,13 @@ class RunLog:
             )
 
     def called_back(self, i_split: int, tensor: Tensor, start_s: float, *, asked: bool, answer: bool) -> None:
-        """Take note that the eval callback was called."""
+        """Report that the eval callback was called."""
         if self.records is not None:
             end_s, span = perf_counter(), self._moment()
             self.records.record(CallbackRecord(i_split, tensor.name, asked, answer, start_s, end_s, span))
 
     def assigned(self, graph: Graph, asg: Assignment, start_s: float) -> None:
-        """Take note of where each node of a graph will be computed, and why."""
+        """Report the backend of each node of a graph, and why."""
         if self.records is None:
             return
         end_s, span = perf_counter(), self._moment()
@@ -280,7 +280,7 @@ class RunLog:
         *,
         graph: str = "",
     ) -> None:
-        """Take note of what is allocated from now on: backends whose memory it is, buffer types, and bytes."""
+        """Report the memory that is held from now on: backends, buffer types, and bytes."""
         if self.records is None:
             return
         end_s, span = perf_counter(), self._moment()

@@ -1,4 +1,4 @@
-"""`Plan`: what a graph was cut into, and every transfer that computing it takes."""
+"""`Plan`: the splits of a graph, and every transfer that computing it needs."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ __all__ = ["Plan", "make_plan"]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Plan:
-    """One graph over the scheduler's backends, cut: made once, computed any number of times.
+    """The splits and transfers of one graph; made once, computed any number of times.
 
     Attributes
     ----------
     graph : Graph
-        Whose nodes' sources are copies where they must be.
+        The graph; sources of its nodes are replaced by input copies where necessary.
     assignment : Assignment
         The backend of each tensor, and why.
     splits : sequence of Split
-        In the order of computing.
+        In the order of computation.
     transfers : sequence of sequence of Transfer
         By split, its inputs in the order of copying.
     further : mapping of int to sequence of Transfer
-        By split, readers of an expert weight's copy that an earlier split had made; offered with what they miss.
+        By split, later readers of an expert weight's input copy; offered with the experts that they lack.
     overwritten : mapping of int to sequence of Transfer
-        By split, inputs of earlier splits whose source its nodes write although later splits read the copy.
+        By split, inputs of earlier splits whose source its nodes write although later splits read the input copy.
     written_ids : mapping of int to set of Tensor
         By split, memory of ids that its nodes write.
     """
@@ -63,15 +63,15 @@ class Plan:
         return self.machine.backends
 
     def expert_transfers(self) -> list[Transfer]:
-        """Return the transfers of kind "experts", in the order of computing."""
+        """Return the transfers of kind "experts", in the order of computation."""
         return [t for transfers in self.transfers for t in transfers if t.kind == "experts"]
 
     # -- what a policy may ask for -------------------------------------------
 
     def memory(self, backend: Backend, n_bytes: int, name: str) -> Tensor:
-        """Return device memory for a policy, the same for a name from plan to plan; larger memory loses its content.
+        """Return device memory for a policy: the same for a name in all plans; if it grows, its content is lost.
 
-        Counted in the planner's and the session's ``memory()``, and freed with the scheduler.
+        It counts in the planner's and the session's ``memory()``, and is freed with the scheduler.
 
         Returns
         -------
@@ -87,18 +87,18 @@ class Plan:
         return self.resources.memory(self.machine.index(backend), n_bytes, name)
 
     def lend(self, backend: Backend, tensor: Tensor, *, has_queues: bool = False) -> None:
-        """Let the run send to memory that the policy has allocated itself: a tensor on the backend's device.
+        """Allow sends to memory that the policy has allocated itself: a tensor on the backend's device.
 
         Parameters
         ----------
         has_queues : bool
-            Whether queues use it, too; else all of its uses are in the order of the backend's stream, and no mark is made.
+            Whether queues also use it; otherwise all uses are in the backend's stream, and no marks are made.
         """
         assert self.resources is not None
         self.resources.lend(self.machine.index(backend), tensor, has_queues=has_queues)
 
     def feed(self, source: Tensor, backend: Backend, *, kind: CopyReason = "experts") -> Feed:
-        """Return what sends a tensor in host memory to memory of the policy's own, though it is no input of a split."""
+        """Return a `Feed`, which sends a tensor in host memory that is not an input of a split to the policy's own memory."""
         return Feed(
             self.slot,
             self.machine,
@@ -109,18 +109,18 @@ class Plan:
         )
 
     def queue(self, backend: Backend, number: int = 1) -> CopyQueue:
-        """Return a second stream of a backend's device, for copies beside its work; the same for a number from plan to plan."""
+        """Return another stream of a backend's device, for copies while it computes; the same for a number in all plans."""
         assert self.resources is not None
         return self.resources.queue(self.machine.index(backend), number)
 
 
 def make_plan(graph: Graph, cutter: Cutter, resources: Resources, repairs: Repairs) -> Plan:
-    """Return the plan of a graph that was just cut; its backends have reordered their splits.
+    """Return the plan of a graph that was just cut, and whose splits the backends have reordered.
 
     Parameters
     ----------
     repairs : Repairs
-        Of the scheduler: whether copies of overwritten sources are made again.
+        The scheduler's repairs: whether copies of overwritten sources are made again.
     """
     machine, asg, splits = cutter.machine, cutter.asg, cutter.splits
     slot = RunSlot()

@@ -1,4 +1,4 @@
-"""What a copy policy may hold beside the scheduler's own buffers: device memory, and second queues for copies."""
+"""What a copy policy can have in addition to the scheduler's buffers: device memory, and queues for copies."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["CopyQueue", "Mark", "Resources"]
 
 @dataclass(eq=False, slots=True)
 class CopyQueue:
-    """A second stream of a device, for copies that run beside the work of its backend.
+    """Another stream of a device, for copies while its backend computes.
 
     Attributes
     ----------
     backend : Backend
         The stream.
     of : int
-        Index of the scheduler's backend that it serves.
+        The index of the scheduler's backend.
     number : int
-        Which of the queues of that backend; the first is 1.
+        The number of the queue on that backend, from 1.
     """
 
     backend: Backend
@@ -38,7 +38,7 @@ class CopyQueue:
 
 @dataclass(eq=False, slots=True)
 class Mark:
-    """A point in the work of a stream, for another to wait for."""
+    """A point in the work of a stream that others can wait for."""
 
     event: Event | None  #: None: the device has none, and the host waits instead
     stream: Backend | None = None  #: that it was recorded on; None: not yet
@@ -47,7 +47,7 @@ class Mark:
 
 @dataclass(eq=False, slots=True)
 class OwnMemory:
-    """Device memory of a policy, and who used it last."""
+    """Device memory of a policy, and its last uses."""
 
     context: Context | None  #: None: the policy allocated it, and frees it
     tensor: Tensor
@@ -58,14 +58,14 @@ class OwnMemory:
 
 
 class Resources:
-    """Device memory and queues of one scheduler's policy; they live from graph to graph, until the scheduler is closed.
+    """Device memory and queues of a scheduler's policy; kept from graph to graph until the scheduler is closed.
 
     Parameters
     ----------
     backends : sequence of Backend
         The scheduler's.
     changed : callable
-        Called when memory was taken or given back.
+        Called when memory was allocated or freed.
     """
 
     def __init__(self, backends: tuple[Backend, ...], changed: Callable[[], None]) -> None:
@@ -77,7 +77,7 @@ class Resources:
         self._marks: dict[tuple[str, CopyQueue], Mark] = {}
 
     def memory(self, backend_id: int, n_bytes: int, name: str) -> Tensor:
-        """Return device memory by name: what was taken before if it is large enough, else taken now."""
+        """Return device memory by name: the existing memory if it is large enough, otherwise new memory."""
         if n_bytes <= 0:
             raise SchedError(f"a policy asks for {n_bytes} bytes on {self._backends[backend_id].name}")
         kept = self._by_name.get((backend_id, name))
@@ -97,14 +97,14 @@ class Resources:
         return tensor
 
     def lend(self, backend_id: int, tensor: Tensor, *, has_queues: bool) -> None:
-        """Take note of memory that a policy allocated itself."""
+        """Record memory that a policy allocated itself."""
         if tensor not in self.owned:
             device = self._backends[backend_id].device
             marks = (Mark(device.event_new()), Mark(device.event_new())) if has_queues else (Mark(None), Mark(None))
             self.owned[tensor] = OwnMemory(None, tensor, backend_id, *marks, has_queues)
 
     def queue(self, backend_id: int, number: int = 1) -> CopyQueue:
-        """Return a queue of a backend's device; made when first asked for."""
+        """Return a queue of a backend's device; it is made on first use."""
         made = self.queues.get((backend_id, number))
         if made is None:
             stream = self._backends[backend_id].device.backend()
@@ -112,7 +112,7 @@ class Resources:
         return made
 
     def mark(self, what: str, queue: CopyQueue) -> Mark:
-        """Return a mark of a queue, by what it is for."""
+        """Return a mark of a queue by its purpose."""
         found = self._marks.get((what, queue))
         if found is None:
             found = self._marks[what, queue] = Mark(queue.backend.device.event_new())
@@ -140,7 +140,7 @@ class Resources:
             own.context.close()
 
     def close(self) -> None:
-        """Wait for the queues, and give all back."""
+        """Wait for the queues, and free everything."""
         if not self.owned and not self.queues:
             return
         for own in list(self.owned.values()):

@@ -1,8 +1,8 @@
-"""`Transfer`: one input of a split that goes to the split's backend. What it sends, it reports.
+"""`Transfer`: one input of a split, to be copied to the split's backend. It reports what it sends.
 
-A policy (`CopyPolicy`) says how a transfer is made. The transfer makes the copy and reports each part of it to
-statistics, observers and the virtual clock, so a policy keeps no accounts. A `Feed` does the same for a tensor in host
-memory that is no input of a split: a policy sends it to memory of its own.
+A policy (`CopyPolicy`) decides how a transfer is made. The transfer makes the copy and reports each part of it to
+statistics, observers and the virtual clock, so a policy need not count. A `Feed` does the same for a tensor in host
+memory that is not an input of a split: a policy sends it to its own memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Feed", "RunSlot", "Transfer", "input_kind", "is_host_weight"]
 
 
 def is_host_weight(tensor: Tensor) -> bool:
-    """Whether a tensor is a weight in host memory: what ggml's copy callback is asked about.
+    """Return whether a tensor is a host weight, for which ggml's copy callback is called.
 
     Notes
     -----
@@ -40,10 +40,10 @@ def is_host_weight(tensor: Tensor) -> bool:
 
 
 def input_kind(split: Split, tensor: Tensor, copy: Tensor) -> CopyReason:
-    """Return what kind of input a split has in a tensor: the one answer that records, plans and policies go by.
+    """Return the kind of a split's input, which records, plans and policies use.
 
-    ``"experts"``: a weight in host memory of which the used experts are enough, because the split's first node is a
-    MUL_MAT_ID with its copy.
+    ``"experts"``: a host weight of which the used experts are enough, because the split's first node is a MUL_MAT_ID that
+    reads its input copy.
 
     Notes
     -----
@@ -63,7 +63,7 @@ def input_kind(split: Split, tensor: Tensor, copy: Tensor) -> CopyReason:
 
 
 class RunSlot:
-    """Where the transfers of a plan find the run that computes it; empty between two."""
+    """Holds the compute in progress for the transfers of a plan; empty between computes."""
 
     __slots__ = ("run",)
 
@@ -72,7 +72,7 @@ class RunSlot:
 
 
 class Feed:
-    """A tensor in host memory that a policy may send to memory of its own on a backend; made by `Plan.feed`.
+    """A tensor in host memory that a policy can send to its own memory on a backend; made by `Plan.feed`.
 
     Attributes
     ----------
@@ -120,19 +120,19 @@ class Feed:
         return self._running("ask").log.now()
 
     def synchronize(self) -> None:
-        """Let the host wait for all work of the backend."""
+        """Make the host wait for all work of the backend."""
         run = self._running("wait for")
         run.synchronize(run.i_split, self.backend_id, "policy")
 
     def announce(self, ids: Tensor, experts: set[int]) -> None:
-        """Report which experts of the source a split needs, whether they are sent or there already."""
+        """Report which experts of the source a split needs, whether they are sent or already there."""
         run = self._running("report")
         run.log.experts(run.i_split, self.source, ids, experts, is_added=False)
 
     def send(
         self, offset: int = 0, size: int | None = None, *, into: Tensor, at: int = 0, queue: CopyQueue | None = None
     ) -> None:
-        """Send bytes of the source to memory of the policy's own; see `Transfer.send`."""
+        """Send bytes of the source to the policy's own memory; see `Transfer.send`."""
         n = self.source.nbytes - offset if size is None else size
         self._send(self._running("send"), offset, n, into, at, into, queue)
 
@@ -170,32 +170,32 @@ class Feed:
 
 
 class Transfer(Feed):
-    """One input of a split, to be copied to the split's backend; made once for a plan.
+    """One input of a split, to be copied to the split's backend; made once per plan.
 
     Attributes
     ----------
     source : Tensor
         What is copied, where it is.
     copy : Tensor
-        Its copy in the memory of the split's backend, of the same type and layout.
+        The input copy in the memory of the split's backend, with the same type and layout.
     source_backend, backend : Backend
         Of source and split.
     backend_id : int
         Index of ``backend`` among the scheduler's.
     split : int
-        The split that it is for.
+        The index of the split.
     node : Tensor or None
-        The first node of the split's backend that reads the copy.
+        The first node of the split's backend that reads the input copy.
     kind : str
         ``"input"``, ``"activation"``, ``"weight"``, or ``"experts"``: a weight of which the used experts are enough.
     is_further : bool
-        Whether it adds experts to a copy that an earlier split had made, for a later reader.
+        Whether it adds experts to an input copy that an earlier split made, for a later reader.
 
     Notes
     -----
-    The memory of a copy is free, and its ids are known, only while the transfer is offered to a policy. Sending into
-    ``copy`` at any other time is a race, because the allocator gives the same memory to earlier tensors of the graph:
-    it is refused. Send ahead into memory of the policy's own (`Plan.memory`), then use `send_from`.
+    The memory of the input copy is free, and its ids are known, only while the transfer is offered to a policy. Sending
+    to ``copy`` at any other time is an error, because the allocator gives the same memory to earlier tensors of the
+    graph. To send ahead, send to the policy's own memory (`Plan.memory`), and later use `send_from`.
     """
 
     __slots__ = (
@@ -242,7 +242,7 @@ class Transfer(Feed):
     # -- questions -----------------------------------------------------------
 
     def expert_range(self, expert: int) -> tuple[int, int]:
-        """Return the first byte of an expert, and how many bytes to send with it: its own, and padding that kernels read."""
+        """Return the first byte of an expert and the number of bytes to send: its own, and padding that kernels read."""
         (r,) = expert_copy_ranges((expert,), self.n_expert, self.expert_bytes, tensor_bytes=self.source.nbytes)
         return r.offset_bytes, r.size_bytes
 
@@ -252,17 +252,17 @@ class Transfer(Feed):
         return self._running("ask").plan.splits[self.split].graph
 
     def ids(self) -> set[int]:
-        """Return the experts that are needed: those that the ids name, or of a further transfer those that are missing.
+        """Return the needed experts: those that the ids name or, for a further transfer, the missing ones.
 
-        The first call reads the ids, by exactly the calls that the dialect makes; weights that share an ids tensor share
-        what was read.
+        The first call reads the ids with exactly the calls of the dialect. Weights that share an ids tensor share the
+        result.
 
         Raises
         ------
         ExpertIdError
             An id is no expert.
         SchedError
-            The transfer is not of kind "experts", or is not offered now.
+            The transfer is not of kind "experts", or not offered now.
         """
         run = self._offered("read the ids of")
         if self._missing is not None:
@@ -274,18 +274,18 @@ class Transfer(Feed):
         return self._used
 
     def read_ids(self, ids: Tensor, weight: Tensor, n_used: int) -> list[int]:
-        """Read ids that a node of the split takes, as they stand: row by row, repeats included.
+        """Read ids that a node of the split uses, row by row, including repeats.
 
-        The backend's work up to here is over afterwards.
+        Afterwards all earlier work of the backend is done.
 
         Parameters
         ----------
         ids : Tensor
-            Dense; of any shape.
+            A contiguous tensor of any shape.
         weight : Tensor
-            Whose experts they name.
+            The weight whose experts they name.
         n_used : int
-            Ids of a row.
+            The number of ids per row.
 
         Raises
         ------
@@ -299,11 +299,11 @@ class Transfer(Feed):
         return run.ids.rows(run, self.split, original, there, weight, n_used)
 
     def note_count(self, ids: Tensor, n_experts: int) -> None:
-        """Tell the clock how many experts the products with these ids read."""
+        """Report to the clock how many experts the products with these ids read."""
         self._running("tell").ids.note_count(ids, n_experts)
 
     def _original(self, run: SplitRun, ids: Tensor) -> tuple[Tensor, int]:
-        """Return where ids are to be read, and the backend: at their source, if their copy is still to come."""
+        """Return the tensor from which ids are read, and its backend: the source if the input copy is not made yet."""
         if run.machine.dialect.ids_from == "original" or run.repairs.host_weight_ids:
             root = ids.view_src or ids
             for later in run.plan.transfers[self.split][self._position + 1 :]:
@@ -334,22 +334,22 @@ class Transfer(Feed):
         at: int = 0,
         queue: CopyQueue | None = None,
     ) -> None:
-        """Send bytes of the source, in the order of the backend's stream; the source must be in host memory.
+        """Send bytes of the source in the backend's stream; the source must be in host memory.
 
         Parameters
         ----------
         offset, size : int
-            Bytes of the source, and of the copy; to its end if no size is given.
+            Bytes of the source and of the input copy; by default to the end.
         into : Tensor, optional
-            Memory of the policy's own (`Plan.memory`) in place of the copy, from byte ``at``: may be sent at any time.
+            The policy's own memory (`Plan.memory`), from byte ``at``, instead of the input copy. This is allowed at any time.
         queue : CopyQueue, optional
-            Send in this queue's order (`Plan.queue`). The run lets it wait for whoever uses the target, and the reader
-            for it.
+            Send in this queue (`Plan.queue`). The queue is made to wait for users of the target, and the reader for
+            the queue.
 
         Raises
         ------
         SchedError
-            The source is not in host memory, the bytes are not its own, or the transfer is not offered now.
+            The source is not in host memory, the bytes are outside it, or the transfer is not offered now.
         """
         n = self.source.nbytes - offset if size is None else size
         if into is None:
@@ -358,7 +358,7 @@ class Transfer(Feed):
             self._send(self._running("send"), offset, n, into, at, into, queue)
 
     def send_experts(self, experts: Iterable[int], *, queue: CopyQueue | None = None) -> None:
-        """Send experts of the source, one call for each run of neighbours, with the padding that kernels may read.
+        """Send experts of the source, one call for each range of neighbours, with the padding that kernels may read.
 
         Notes
         -----
@@ -376,18 +376,18 @@ class Transfer(Feed):
         *,
         queue: CopyQueue | None = None,
     ) -> None:
-        """Fill bytes of the copy from another tensor, which holds the same: usually memory of the policy's own.
+        """Fill bytes of the input copy from another tensor with the same contents, usually the policy's own memory.
 
         Parameters
         ----------
         other : Tensor
-            On the backend's device.
+            A tensor on the backend's device.
         at : int
-            First byte of ``other``.
+            The first byte of ``other``.
         offset, size : int
-            Bytes of the copy; all that ``other`` has, at most to the end, if no size is given.
+            Bytes of the input copy; by default all bytes of ``other``, at most to the end.
         queue : CopyQueue, optional
-            As for `send`.
+            See `send`.
 
         Raises
         ------
@@ -415,12 +415,12 @@ class Transfer(Feed):
         run.after_send(self, other, queue, is_read=True)
 
     def send_all(self) -> None:
-        """Send everything that is needed: of a further transfer the missing experts, else the whole source.
+        """Send everything that is needed: the missing experts for a further transfer, otherwise the whole source.
 
         Notes
         -----
-        Mirrors the copy of a split's input in `ggml_backend_sched_compute_splits`: `cpy_tensor_async`; if that cannot,
-        the host waits for the source's backend and for the copy's last use, then copies.
+        Mirrors the copy of a split's input in `ggml_backend_sched_compute_splits`: `cpy_tensor_async`; if that is not
+        possible, the host waits for the source's backend and for the last use of the input copy, and copies.
         """
         run = self._offered("send into the copy of")
         if self._missing is not None:
@@ -441,7 +441,7 @@ class Transfer(Feed):
     # -- for the run ---------------------------------------------------------
 
     def offer(self, policy_copies: Callable[[Transfer], bool], missing: set[int] | None = None) -> None:
-        """Ask a policy's ``copy`` to make the transfer, and make it whole if it does not."""
+        """Offer the transfer to a policy's ``copy``; if it returns False, copy everything."""
         self._used = self._reader = None
         self._missing = missing
         self._announced = False
@@ -454,7 +454,7 @@ class Transfer(Feed):
             self._is_offered = False
 
     def report_sent(self, offset: int, size: int, start_s: float) -> None:
-        """Report bytes that somebody else sent from the source to the copy: ggml's copy callback."""
+        """Report bytes that ggml's copy callback sent from the source to the input copy."""
         run = self._offered("report on")
         self._announce(run)
         self._report(run, offset, size, start_s, self._source_id, None)
@@ -469,7 +469,7 @@ class Transfer(Feed):
         return run
 
     def _announce(self, run: SplitRun) -> None:
-        """Report which experts are about to be sent, once."""
+        """Report once which experts are about to be sent."""
         if self._announced or self.kind != "experts":
             return
         self._announced = True

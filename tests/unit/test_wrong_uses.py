@@ -78,7 +78,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[ggml.PyggmlError], str]] = {
     "a type that is none": (lambda: ggml.Tensor("f33", (4,)), ggml.GraphError, r"no type is called 'f33' \(there are f32,"),
     "a usage that is none": (lambda: _alloc_with_usage("wieghts"), ggml.GraphError, r"'wieghts' \(there are any, weights"),
     "elements below none": (lambda: ggml.Tensor("f32", (-4, 3)), ggml.ShapeError, "cannot have -4 elements"),
-    "rows of broken blocks": (lambda: ggml.Tensor("q4_0", (33, 2)), ggml.ShapeError, "33 elements are no whole blocks of 32"),
+    "rows of broken blocks": (lambda: ggml.Tensor("q4_0", (33, 2)), ggml.ShapeError, "a row of 33 elements does not consist of whole"),
     "a name for a backend": (lambda: ggml.Scheduler(["cpu"]), ggml.SchedError, r"'cpu' is no backend \(pyggml.CPU\(\)"),
     "a text for a dialect": (lambda: ggml.Scheduler([ggml.CPU(threads=1)], dialect="0.26"), ggml.SchedError, "'0.26' is not a dialect"),
     "no backend": (lambda: ggml.Scheduler([]), ggml.SchedError, "needs at least one backend"),
