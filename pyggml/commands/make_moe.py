@@ -32,6 +32,8 @@ _ARCHS = [
     "deepseek2",
     "qwen3next",
     "qwen35moe",
+    "gemma4",
+    "gemma4-dense",
     "llama-dense",
 ]
 #: What only random models have; an upcycled one takes these from its dense model.
@@ -149,7 +151,7 @@ def _make_random(out: Path, given: dict[str, Any], tell: Progress) -> dict[str, 
     rest = {ours: given[name] for name, ours in names.items() if name in given}
     recipe = replace(recipe, sizes=replace(recipe.sizes, **sizes), **rest)
     written = make_moe(out, recipe, progress=tell)
-    has_experts = recipe.arch != "llama-dense"
+    has_experts = not recipe.arch.endswith("-dense")
     return _report(
         written,
         arch=recipe.arch,

@@ -85,7 +85,7 @@ class RandomModel:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.sizes = recipe, recipe.sizes
-        self.arch = "llama" if recipe.arch == "llama-dense" else recipe.arch
+        self.arch = recipe.arch.removesuffix("-dense")
         self.keys: list[tuple[str, ValueType, object]] = [("general.architecture", ValueType.STRING, self.arch)]
         self.weights: list[Weight] = []
         self._tokenizer()
@@ -135,7 +135,7 @@ class RandomModel:
         self.count("attention.head_count", sizes.heads)
         self.scale("attention.layer_norm_rms_epsilon", 1e-5)
         self.count("vocab_size", sizes.vocab)
-        if arch != "llama-dense":
+        if not arch.endswith("-dense"):
             self.count("expert_count", sizes.experts)
             self.count("expert_used_count", sizes.used)
         if arch != "deepseek2":
@@ -147,6 +147,11 @@ class RandomModel:
         self.matrix("token_embd", sizes.vocab, sizes.embd, gain=math.sqrt(sizes.embd))
         self.norm("output_norm", sizes.embd)
         self.matrix("output", sizes.vocab, sizes.embd, gain=2.0)
+
+    def replace(self, name: str, kind: ValueType, value: object) -> None:
+        """Give a key of the architecture another value."""
+        key = f"{self.arch}.{name}"
+        self.keys = [known for known in self.keys if known[0] != key] + [(key, kind, value)]
 
     # weights
 
@@ -455,7 +460,69 @@ def _qwen35moe(model: RandomModel) -> None:
     _hybrid(model, is_joint=False)
 
 
-#: Architectures by llama.cpp's names; ``llama-dense`` is llama without experts.
+def _gemma4(model: RandomModel) -> None:
+    """Beside a dense feed-forward, route by norms of their own; heads of layers without a window are fewer, and K is V."""
+    sizes = model.sizes
+    model.count("expert_feed_forward_length", sizes.ff_exp)
+    kv_heads = [sizes.kv_heads if i % 2 == 0 else max(1, sizes.kv_heads // 2) for i in range(sizes.layers)]
+    model.replace("attention.head_count_kv", ValueType.INT32, kv_heads)
+    _gemma4_layers(model, kv_heads, [sizes.ff] * sizes.layers, n_own=sizes.layers, n_each=0)
+
+
+def _gemma4_dense(model: RandomModel) -> None:
+    """Embed each token for each layer; the last layers use K and V of earlier ones and are twice as wide."""
+    sizes = model.sizes
+    n_own = max(2, (sizes.layers - sizes.layers // 3) // 2 * 2)
+    ff = [sizes.ff if i < n_own else 2 * sizes.ff for i in range(sizes.layers)]
+    model.replace("feed_forward_length", ValueType.INT32, ff)
+    model.count("attention.shared_kv_layers", max(0, sizes.layers - n_own))
+    _gemma4_layers(model, [sizes.kv_heads] * sizes.layers, ff, n_own=n_own, n_each=32)
+
+
+def _gemma4_layers(model: RandomModel, kv_heads: list[int], ff: list[int], *, n_own: int, n_each: int) -> None:
+    """See a window in every second layer; heads of the others are twice as wide."""
+    sizes = model.sizes
+    is_moe = not n_each
+    model.count("attention.sliding_window", 16)
+    model.replace("attention.sliding_window_pattern", ValueType.BOOL, [i % 2 == 0 for i in range(sizes.layers)])
+    for which in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        model.replace(which, ValueType.UINT32, 2 * sizes.head_dim)
+        model.count(f"{which}_swa", sizes.head_dim)
+    model.count("embedding_length_per_layer_input", n_each)
+    model.scale("final_logit_softcapping", 30.0)
+    if n_each:
+        model.matrix("per_layer_token_embd", sizes.vocab, n_each * sizes.layers, gain=math.sqrt(n_each * sizes.layers))
+        model.matrix("per_layer_model_proj", n_each * sizes.layers, sizes.embd)
+        model.norm("per_layer_proj_norm", n_each)
+    if sizes.layers > 1:
+        model.norm("rope_freqs", sizes.head_dim)
+    for i, block in model.layers():
+        head = sizes.head_dim * (1 + i % 2)
+        model.matrix(f"{block}.attn_q", sizes.heads * head, sizes.embd)
+        model.norm(f"{block}.attn_q_norm", head)
+        if i < n_own:
+            model.matrix(f"{block}.attn_k", kv_heads[i] * head, sizes.embd)
+            model.norm(f"{block}.attn_k_norm", head)
+            if not (is_moe and i % 2):
+                model.matrix(f"{block}.attn_v", kv_heads[i] * head, sizes.embd)
+        model.matrix(f"{block}.attn_output", sizes.embd, sizes.heads * head)
+        for name in ("post_attention_norm", "ffn_norm", "post_ffw_norm"):
+            model.norm(f"{block}.{name}", sizes.embd)
+        model.dense(block, ff=ff[i])
+        model.vector(f"{block}.layer_output_scale", 1, mean=1.0, suffix=".weight")
+        if is_moe:
+            model.experts(block)
+            model.vector(f"{block}.ffn_gate_inp", sizes.embd, mean=math.sqrt(sizes.embd), suffix=".scale")
+            model.vector(f"{block}.ffn_down_exps", sizes.experts, mean=1.0, suffix=".scale")
+            for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2"):
+                model.norm(f"{block}.{name}", sizes.embd)
+        if n_each:
+            model.matrix(f"{block}.inp_gate", n_each, sizes.embd)
+            model.matrix(f"{block}.proj", sizes.embd, n_each)
+            model.norm(f"{block}.post_norm", sizes.embd)
+
+
+#: Architectures by llama.cpp's names; ``-dense`` behind one is without experts.
 ARCHS: dict[str, Callable[[RandomModel], None]] = {
     "llama": _llama,
     "qwen3moe": _qwen3moe,
@@ -467,5 +534,7 @@ ARCHS: dict[str, Callable[[RandomModel], None]] = {
     "deepseek2": _deepseek2,
     "qwen3next": _qwen3next,
     "qwen35moe": _qwen35moe,
+    "gemma4": _gemma4,
+    "gemma4-dense": _gemma4_dense,
     "llama-dense": _llama_dense,
 }

@@ -19,7 +19,7 @@ from .graph import GraphParams, ModelGraph
 from .hparams import HParams, KeyReader, round_f32
 from .weights import LayerWeights, Weights, WeightSpec, layer_specs, nextn_rows, scale_specs, skipped, trunk_specs
 
-__all__ = ["Architecture", "decoder_graph"]
+__all__ = ["Architecture", "decoder_graph", "finish_decoder"]
 
 Present = Mapping[str, TensorInfo]
 
@@ -57,6 +57,10 @@ class Architecture:
         computes without.
     embedding_name : str
         Of the node with the embedded tokens.
+    uneven_keys : tuple of str
+        Keys whose numbers may differ between layers.
+    more_weights : callable
+        Adds weights that are of no layer.
     """
 
     names: tuple[str, ...] = ()
@@ -72,6 +76,8 @@ class Architecture:
     has_exact_sums: bool = False
     has_ffn_scales: bool = False
     embedding_name: str = "embd"
+    uneven_keys: tuple[str, ...] = ()
+    more_weights: Callable[[HParams], list[WeightSpec]] | None = None
 
     def read(self, keys: KeyReader) -> HParams:
         """Return the hyper-parameters of a file, checked.
@@ -91,6 +97,8 @@ class Architecture:
     def weight_specs(self, hp: HParams, present: Present) -> list[WeightSpec]:
         """Return the tensors that a model uses, in upstream's order, then what files have and nothing here uses."""
         specs = trunk_specs(hp, present, tied_head=self.has_tied_head)
+        if self.more_weights is not None:
+            specs += self.more_weights(hp)
         for i in range(hp.n_layer):
             specs += self.layer_weights(hp, i, present)
         for i in range(hp.n_layer, hp.n_layer_all):
@@ -110,15 +118,20 @@ def decoder_graph(arch: Architecture, p: GraphParams, weights: Weights) -> Model
     Mirrors what the constructors of `llama_model_*::graph` have in common.
     """
     assert arch.layer is not None
-    hp = p.hparams
     b = Builder(p, weights, has_exact_sums=arch.has_exact_sums)
     cur = b.name(b.input_embd(), arch.embedding_name)
     b.make_inputs()
     for w in weights.layers:
         cur = arch.layer(b, w, cur)
+    return finish_decoder(b, cur)
+
+
+def finish_decoder(b: Builder, cur: Tensor) -> ModelGraph:
+    """Return the graph with the last norm and the head behind the last layer."""
+    hp = b.hp
     if not b.is_cropped:
         (cur,) = b.choose_outputs(cur)
-    embd = b.name(b.norm(cur, weights["output_norm.weight"], -1), "result_norm")
+    embd = b.name(b.norm(cur, b.weights["output_norm.weight"], -1), "result_norm")
     logits = b.head(embd)
     if hp.logit_scale:
         logits = ops.scale(logits, round_f32(1.0 / hp.logit_scale))

@@ -46,7 +46,8 @@ def read_hparams(file: GGUFFile) -> HParams:
             f"the architecture '{name}' is not supported",
             hint=f"supported are {', '.join(ARCHITECTURES)}; `pyggml splits` plans any that llama.cpp loads",
         )
-    return ARCHITECTURES[name].read(KeyReader(file, name))
+    arch = ARCHITECTURES[name]
+    return arch.read(KeyReader(file, name, arch.uneven_keys))
 
 
 def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:

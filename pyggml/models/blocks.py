@@ -52,6 +52,7 @@ class Builder:
         self.weights, self.banks = weights, p.banks
         self.has_exact_sums = has_exact_sums
         self.is_cropped = False
+        self.layer_tokens: Tensor | None = None
         self.graph = Graph()
         self.topk: list[Tensor] = []
         self.norms: list[tuple[Tensor, int]] = []
@@ -115,6 +116,11 @@ class Builder:
         self.graph.expand(cur)
         return cur
 
+    def input_layer_tokens(self) -> Tensor:
+        """Return the tokens once more, an input without a name: i32, [n_token]."""
+        self.layer_tokens = self._input(Type.I32, (self.n_tokens,), "")
+        return self.layer_tokens
+
     def make_inputs(self) -> None:
         """Make the inputs of attention and of the outputs' choice.
 
@@ -130,13 +136,14 @@ class Builder:
             None if swa is None else self._attn_inputs(swa),
             self._input(Type.I32, (self.n_outputs,), "out_ids"),
             None if states is None else self._input(Type.I32, (states.n,), "rs_s_copy"),
+            self.layer_tokens,
             self.token_scale,
         )
 
     def _attn_inputs(self, view: CacheView) -> AttnInputs:
         """Make the inputs of attention over one cache."""
         cache, n = view.cache, self.n_tokens
-        n_v = n * self.hp.n_embd_v_gqa if cache.v_trans else n
+        n_v = n * self.hp.n_embd_v_gqa_max if cache.v_trans else n
         is_mla = self.hp.is_mla  # V is a part of K
         n_stream = 1 if self.cp.kv_unified else len(self.part.seqs_unq)
         mask_type = Type.F16 if self.cp.flash_attn else Type.F32
@@ -272,7 +279,7 @@ class Builder:
         -----
         Mirrors `llama_model::get_rope_freq_base` and `get_rope_freq_scale`.
         """
-        hp, cp = self.hp, self.cp
+        hp, cp = self.hp if layer < 0 else self.hp.of_layer(layer), self.cp
         base, scale = cp.freq_base, cp.freq_scale
         if hp.n_pos_per_token > 1:
             return ops.rope_multi(
@@ -297,8 +304,8 @@ class Builder:
         self,
         w: LayerWeights,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
         scale: float,
         *,
         sinks: Tensor | None = None,
@@ -308,6 +315,8 @@ class Builder:
 
         Parameters
         ----------
+        k, v : Tensor, optional
+            None in a layer that uses those of another.
         is_projected : bool
             Without, the result does not go through ``attn_output``.
 
@@ -322,12 +331,16 @@ class Builder:
         assert inputs is not None
         assert inputs.v_idxs is not None
         if inputs.k_rot is not None:
-            q, k = _rotate(q, inputs.k_rot), _rotate(k, inputs.k_rot)
+            q = _rotate(q, inputs.k_rot)
+            k = None if k is None else _rotate(k, inputs.k_rot)
         if inputs.v_rot is not None:
-            v = _rotate(v, inputs.v_rot)
-        self.graph.expand(*((q, v, k) if self.view.swa is None else (q, k, v)))
-        self.graph.expand(view.cpy_k(k, inputs.k_idxs, il))
-        self.graph.expand(view.cpy_v(v, inputs.v_idxs, il))
+            v = None if v is None else _rotate(v, inputs.v_rot)
+        if k is not None and v is not None:
+            self.graph.expand(*((q, v, k) if self.view.swa is None else (q, k, v)))
+            self.graph.expand(view.cpy_k(k, inputs.k_idxs, il))
+            self.graph.expand(view.cpy_v(v, inputs.v_idxs, il))
+        else:
+            self.graph.expand(q)
         cur = self._mha(q, view.get_k(il), view.get_v(il), inputs.kq_mask, scale, sinks, il)
         self.name(cur, "kqv_out", il)
         if inputs.v_rot is not None:

@@ -56,11 +56,12 @@ class CacheView:
 
     def of_layer(self, layer: int) -> CacheView:
         """Return the view that a layer reads."""
-        return self.swa if self.swa is not None and layer in self.swa.cache.k else self
+        return self.swa if self.swa is not None and layer in self.cache.hparams.swa_layers else self
 
     def get_k(self, layer: int) -> Tensor:
         """Return a view of K: ne [n_embd_head, n_head_kv, n_kv, n_stream]."""
-        k, hp = self.cache.k[layer], self.cache.hparams
+        hp = self.cache.hparams.of_layer(layer)
+        k = self.cache.k[hp.kv_layer(layer)]
         row = k.type.row_size
         stream = row(k.ne[0] * self.cache.n_cells)
         return ops.view_4d(
@@ -70,7 +71,8 @@ class CacheView:
 
     def get_v(self, layer: int) -> Tensor:
         """Return a view of V: as K, or ne [n_kv, n_head_kv, n_embd_head, n_stream] if it lies transposed."""
-        v, hp = self.cache.v[layer], self.cache.hparams
+        hp = self.cache.hparams.of_layer(layer)
+        v = self.cache.v[hp.kv_layer(layer)]
         row, n_cells = v.type.row_size, self.cache.n_cells
         stream = row(v.ne[0] * n_cells)
         if not self.cache.v_trans:
@@ -97,6 +99,8 @@ class CacheView:
             v_cur = ops.reshape_2d(v_cur, n_embd, n_tokens)
         else:
             v_cur = ops.cont_2d(v_cur, n_embd, n_tokens)
+        if n_embd < v.ne[0]:  # of layers that differ, all transposed V are as large as the largest
+            v_cur = ops.pad(v_cur, v.ne[0] - n_embd, 0, 0, 0)
         v_view = ops.reshape_2d(v, 1, v.numel)
         return ops.set_rows(v_view, ops.reshape_2d(v_cur, 1, v_cur.numel), v_idxs)
 

@@ -169,7 +169,8 @@ def _check_heads(flags: ContextFlags, hparams: HParams) -> None:
             f"K of {flags.type_k.ggml_name} and V of {flags.type_v.ggml_name}: this model keeps both in one tensor",
             hint="give -ctk and -ctv the same type",
         )
-    sides = ("K", flags.type_k, hparams.n_embd_head_k), ("V", flags.type_v, hparams.n_embd_head_v)
+    heads = {(hp.n_embd_head_k, hp.n_embd_head_v) for hp in map(hparams.of_layer, range(hparams.n_layer))}
+    sides = [side for k, v in sorted(heads) for side in (("K", flags.type_k, k), ("V", flags.type_v, v))]
     for name, type, n in sides:
         if n % type.block_size:
             raise GraphError(

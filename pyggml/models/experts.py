@@ -19,7 +19,7 @@ __all__ = ["moe_ffn", "routed_ffn"]
 #: Smallest sum of expert weights, so that none is divided by zero: the smallest normal F16.
 _MIN_WEIGHT_SUM = 6.103515625e-5
 
-Activation = Literal["silu", "swiglu_oai"]
+Activation = Literal["silu", "swiglu_oai", "geglu"]
 
 
 def routed_ffn(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
@@ -44,6 +44,7 @@ def moe_ffn(
     activation: Activation = "silu",
     norm_weights: bool = True,
     weights_scale: float = 0.0,
+    logits: Tensor | None = None,
 ) -> Tensor:
     """Return the sum of the chosen experts' feed-forwards, by their weights.
 
@@ -57,6 +58,8 @@ def moe_ffn(
         Weights of the chosen add up to 1.
     weights_scale : float
         By which weights are multiplied; 0 and 1 leave them.
+    logits : Tensor, optional
+        How much each token favours each expert; a product with ``ffn_gate_inp`` by default.
 
     Notes
     -----
@@ -64,7 +67,7 @@ def moe_ffn(
     """
     il, n_used = w.layer, b.hp.n_expert_used
     n_embd, n_tokens = cur.ne[0], cur.ne[1]
-    probs = _probabilities(b, w, cur, gating)
+    probs = _probabilities(b, w, cur, gating, logits)
     chosen = _choose(b, w, probs)
     b.topk.append(chosen)
     weights = _weigh(b, probs, chosen, il, is_softmax=gating == "softmax_weight", norm_weights=norm_weights)
@@ -90,10 +93,11 @@ def moe_ffn(
 # -- the router ----------------------------------------------------------------
 
 
-def _probabilities(b: Builder, w: LayerWeights, cur: Tensor, gating: Gating) -> Tensor:
+def _probabilities(b: Builder, w: LayerWeights, cur: Tensor, gating: Gating, logits: Tensor | None) -> Tensor:
     """Return how much each token favours each expert: f32, [n_expert, n_token]."""
     il = w.layer
-    logits = b.name(ops.mul_mat(w["ffn_gate_inp.weight"], cur), "ffn_moe_logits", il)
+    if logits is None:
+        logits = b.name(ops.mul_mat(w["ffn_gate_inp.weight"], cur), "ffn_moe_logits", il)
     bias = w.get("ffn_gate_inp.bias")
     if bias is not None:
         logits = b.name(ops.add(logits, bias), "ffn_moe_logits_biased", il)
@@ -184,6 +188,8 @@ def _experts(
         gate = _expert_mul(b, w, "gate", cur, chosen, slots) if gated else up
     if activation == "swiglu_oai":
         cur = b.name(ops.swiglu_oai(gate, up, 1.702, 7.0), "ffn_moe_swiglu_oai", il)
+    elif activation == "geglu":
+        cur = b.name(ops.geglu_split(gate, up), "ffn_moe_geglu", il)
     elif gated:
         cur = b.name(ops.swiglu_split(gate, up), "ffn_moe_swiglu", il)
     else:

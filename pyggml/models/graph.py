@@ -110,6 +110,7 @@ class GraphInputs:
     attn_swa: AttnInputs | None  #: of layers with a sliding window, where there are such
     out_ids: Tensor
     state_sources: Tensor | None = None  #: from which cell each recurrent state comes, where there are such
+    layer_tokens: Tensor | None = None  #: the tokens once more, for embeddings of each layer
     token_scale: Tensor | None = None  #: by which embeddings of tokens are multiplied, where the model does so
 
 

@@ -5,10 +5,11 @@ Graph builders, placement and the KV cache take what they need from here and nev
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import FormatError
@@ -93,6 +94,12 @@ class HParams:
     attention_scale: float = 0.0  #: of Q times K; 0 takes one over the root of the heads' size
     logit_scale: float = 0.0  #: by which logits are divided, where the architecture does so
     logit_softcap: float = 0.0  #: logits are bent so that none is larger; 0 leaves them
+    n_embd_head_swa: int = 0  #: of K and V in layers with a sliding window; 0: as in the others
+    n_rot_swa: int = 0  #: likewise, elements of a head that rotate
+    n_head_kv_by_layer: tuple[int, ...] = ()  #: where layers differ; `n_head_kv` and `n_ff` are then the largest
+    n_ff_by_layer: tuple[int, ...] = ()
+    n_layer_shared_kv: int = 0  #: last layers, which use K and V of earlier ones
+    n_embd_per_layer: int = 0  #: of a token's second embedding, one for each layer; 0: there is none
     rope_sections: tuple[int, ...] = ()  #: pairs that rotate by each of a token's positions, where it has several
     recurrent_layers: frozenset[int] = frozenset()  #: layers without attention, which keep a state
     n_ssm_kernel: int = 0  #: tokens that a recurrent layer's convolution sees
@@ -100,6 +107,26 @@ class HParams:
     n_ssm_state: int = 0  #: of one of its Q and K heads; 0: no layer is recurrent
     n_ssm_head: int = 0  #: its V heads
     n_ssm_group: int = 0  #: its Q and K heads
+
+    def of_layer(self, layer: int) -> HParams:
+        """Return the sizes of one layer, where layers differ: its heads, what rotates of them, its feed-forward."""
+        is_even = not (self.n_embd_head_swa or self.n_head_kv_by_layer or self.n_ff_by_layer)
+        return self if is_even else _sizes_of_layer(self, layer)
+
+    def kv_layer(self, layer: int) -> int:
+        """Return the layer whose K and V a layer uses.
+
+        Notes
+        -----
+        Mirrors what `llama_model::create_memory` has layers use again.
+        """
+        n_own = self.n_layer_all - self.n_layer_shared_kv
+        return layer if layer < n_own else n_own - (2 if layer in self.swa_layers else 1)
+
+    @property
+    def n_embd_v_gqa_max(self) -> int:
+        """Elements of all V heads of a token, in the layer that has most."""
+        return max(self.of_layer(i).n_embd_v_gqa for i in range(self.n_layer))
 
     @property
     def n_embd_k_gqa(self) -> int:
@@ -162,11 +189,23 @@ class HParams:
         return self.n_ff_exp or self.n_ff // self.n_expert_used
 
 
+@functools.lru_cache(maxsize=1024)
+def _sizes_of_layer(hp: HParams, layer: int) -> HParams:
+    sizes: dict[str, int] = {}
+    if hp.n_embd_head_swa and layer in hp.swa_layers:
+        sizes = {"n_embd_head_k": hp.n_embd_head_swa, "n_embd_head_v": hp.n_embd_head_swa, "n_rot": hp.n_rot_swa}
+    if hp.n_head_kv_by_layer:
+        sizes["n_head_kv"] = hp.n_head_kv_by_layer[layer]
+    if hp.n_ff_by_layer:
+        sizes["n_ff"] = hp.n_ff_by_layer[layer]
+    return replace(hp, **sizes)  # type: ignore[arg-type]  # all of these are numbers
+
+
 class KeyReader:
     """Reads the keys of one architecture from a file, with errors that name the key."""
 
-    def __init__(self, file: GGUFFile, arch: str) -> None:
-        self.file, self.arch = file, arch
+    def __init__(self, file: GGUFFile, arch: str, uneven_keys: tuple[str, ...] = ()) -> None:
+        self.file, self.arch, self.uneven_keys = file, arch, uneven_keys
         self.metadata: Mapping[str, Any] = file.metadata  # Any: a value's type is the file's to say
 
     def error(self, key: str, message: str) -> FormatError:
@@ -174,19 +213,19 @@ class KeyReader:
         return FormatError(self.file.path, f"'{self.arch}.{key}' {message}", hint="the model was converted wrongly")
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """Return a number, or the one number that an array of one for each layer holds."""
+        """Return a number, or the one that an array of one for each layer holds; the largest of `uneven_keys`."""
         full = f"{self.arch}.{key}"
         if default is not None and full not in self.metadata:
             return default
         if full in self.metadata and not isinstance(self.metadata[full], int | float | str):
             values = set(self.whole_numbers(key))
-            if len(values) != 1:
+            if not values or (len(values) > 1 and key not in self.uneven_keys):
                 raise FormatError(
                     self.file.path,
                     f"'{full}' differs between layers ({', '.join(map(str, sorted(values)))})",
                     hint="only models whose layers are all of one size are supported",
                 )
-            value = values.pop()
+            value = max(values)
         else:
             value = self.file.require(full, int)
         if value < least:
@@ -383,6 +422,20 @@ class KeyReader:
             interval = self.integer("full_attention_interval", 4)
             layers = frozenset(i for i in range(hp.n_layer) if (i + 1) % interval)
         return out | {"recurrent_layers": layers}
+
+    def has(self, key: str) -> bool:
+        """Return whether the file has a key."""
+        return f"{self.arch}.{key}" in self.metadata
+
+    def by_layer(self, key: str, n_layer: int, default: int) -> tuple[int, ...]:
+        """Return a number for each layer, of an array or one value for all."""
+        given = self.metadata.get(f"{self.arch}.{key}", default)
+        values = [int(given)] * n_layer if isinstance(given, int | float) else self.whole_numbers(key)
+        if len(values) < n_layer:
+            raise self.error(key, f"has {len(values)} values for {n_layer} layers")
+        if min(values[:n_layer]) < 1:
+            raise self.error(key, f"is {min(values[:n_layer])} in a layer, at least 1 is needed")
+        return tuple(values[:n_layer])
 
     def flags(self, key: str, n_layer: int) -> list[bool]:
         """Return a flag for each layer, of an array or one value for all."""

@@ -46,6 +46,8 @@ class InputFiller:
         if inputs.state_sources is not None and inputs.state_sources.buffer is not None:
             assert self._states is not None
             _write(inputs.state_sources, self._states.sources())
+        if inputs.layer_tokens is not None:
+            _write(inputs.layer_tokens, part.tokens)
         if inputs.token_scale is not None:
             _write(inputs.token_scale, np.full(part.n_tokens, self._token_scale, np.float32))
         if inputs.out_ids.ne[0]:

@@ -115,12 +115,15 @@ class KVCache:
         self.n_cells = params.n_ctx_seq if n_cells is None else n_cells
         self.n_seq_max = params.n_seq_max
         shape = (self.n_cells, self.n_stream)
-        own = range(hparams.n_layer) if layers is None else sorted(layers)
-        self.k = {i: Tensor(params.type_k, (hparams.n_embd_k_gqa, *shape), name=f"cache_k_l{i}") for i in own}
+        own = [i for i in (range(hparams.n_layer) if layers is None else sorted(layers)) if hparams.kv_layer(i) == i]
+        sizes = {i: hparams.of_layer(i) for i in own}
+        self.k = {i: Tensor(params.type_k, (hp.n_embd_k_gqa, *shape), name=f"cache_k_l{i}") for i, hp in sizes.items()}
         with_v = () if hparams.is_mla else own
-        self.v = {i: Tensor(params.type_v, (hparams.n_embd_v_gqa, *shape), name=f"cache_v_l{i}") for i in with_v}
-        self.n_rot_k = _rotation(params.type_k, hparams.n_embd_head_k, grow=True)
-        self.n_rot_v = _rotation(params.type_v, hparams.n_embd_head_v, grow=False)
+        n_embd_v = {i: hparams.n_embd_v_gqa_max if v_trans else sizes[i].n_embd_v_gqa for i in with_v}
+        self.v = {i: Tensor(params.type_v, (n, *shape), name=f"cache_v_l{i}") for i, n in n_embd_v.items()}
+        first, head = hparams.of_layer(0), sizes[own[0]] if own else hparams
+        self.n_rot_k = 0 if first.n_embd_head_k % 64 else _rotation(params.type_k, head.n_embd_head_k, grow=True)
+        self.n_rot_v = 0 if first.n_embd_head_v % 64 else _rotation(params.type_v, head.n_embd_head_v, grow=False)
         self.streams = [Cells(self.n_cells) for _ in range(self.n_stream)]
 
     def tensors(self) -> list[tuple[int, Tensor]]:
@@ -323,7 +326,7 @@ class KVCache:
         """Return where V goes: int64, (n_token,), or (n_token * n_embd_v_gqa,) where each element is a row."""
         if not self.v_trans:
             return self.k_idxs(slot)
-        n_embd = self.hparams.n_embd_v_gqa
+        n_embd = self.hparams.n_embd_v_gqa_max
         offsets = np.asarray(slot.streams, np.int64)[:, None, None] * (self.n_cells * n_embd)
         rows = np.arange(n_embd, dtype=np.int64) * self.n_cells
         return (offsets + slot.cells[:, :, None] + rows).reshape(-1)

@@ -56,6 +56,7 @@ def write_edited(
     plain = path.with_suffix(".plain")
     make_moe(plain, Recipe(arch, Type.F32, seed=11, sizes=sizes))
     rng = np.random.default_rng(4)
+    arch = arch.removesuffix("-dense")
     name = renamed_arch or arch
     keys = {f"{arch}.{key}": value for key, value in (keys or {}).items()} | dict(full_keys or {})
     writer = GGUFWriter()

@@ -15,7 +15,8 @@ Verdict = Literal["honoured", "refused", "cannot matter"]
 #: The families, as `test_families.FAMILIES` names them.
 EVERY = tuple(name for name in ARCHITECTURES if name != "qwen3")  # qwen3 is in test_variants.py
 _ROUTED = ("glm4moe", "deepseek2", "dots1")
-_NO_WINDOW = tuple(family for family in EVERY if family not in ("gpt-oss", "gemma3"))
+_WINDOWED = ("gpt-oss", "gemma3", "gemma4")
+_NO_WINDOW = tuple(family for family in EVERY if family not in _WINDOWED)
 _EXPERTS = tuple(f for f in EVERY if ARCHITECTURES[f].may_have_experts or f in ARCHITECTURES[f].moe_names)
 _DENSE = tuple(family for family in EVERY if family not in _EXPERTS)
 _HYBRID = ("qwen3next", "qwen35moe")
@@ -100,10 +101,10 @@ READ_KEYS: list[ReadKey] = [
     _key("expert_weights_scale", _ROUTED, "honoured", None, 0.0, 3.0),
     _key("expert_weights_norm", _ROUTED, "honoured", None, True, False),
     _key("expert_gating_func", (*_ROUTED, "minimax-m2"), "honoured", None, 1, 2, 3),
-    _key("attention.sliding_window", ("gpt-oss", "gemma3"), "honoured", 4, 40),
+    _key("attention.sliding_window", _WINDOWED, "honoured", 4, 40),
     _key("attention.sliding_window_pattern", ("gpt-oss", "gemma3"), "honoured",
          *({"attention.sliding_window": 4, "attention.sliding_window_pattern": p} for p in (0, 3, [True, True, False]))),
-    _key("rope.freq_base_swa", ("gpt-oss", "gemma3"), "honoured", 100.0),
+    _key("rope.freq_base_swa", _WINDOWED, "honoured", 100.0),
     _key("attention.key_length_swa", ("gpt-oss", "gemma3"), "refused", 8, counts=False),
     _key("attention.value_length_swa", ("gpt-oss", "gemma3"), "refused", 8, counts=False),
     _key("rope.dimension_count_swa", ("gpt-oss", "gemma3"), "refused", 8, counts=False),
@@ -116,8 +117,15 @@ READ_KEYS: list[ReadKey] = [
     _size("ssm.group_count", _HYBRID, None, 1),
     _size("full_attention_interval", _HYBRID, 2, 3),
     _size("attention.recurrent_layers", _HYBRID, [True, False, True], [True, True, True]),
+    _size("attention.key_length_swa", ("gemma4",), 8),
+    _size("attention.value_length_swa", ("gemma4",), 8),
+    _key("rope.dimension_count_swa", ("gemma4",), "honoured", 8),
+    _key("attention.sliding_window_pattern", ("gemma4",), "honoured",
+         {"attention.sliding_window": 4, "attention.sliding_window_pattern": [True, False, True]}),
+    _size("attention.shared_kv_layers", ("gemma4",), 0, 1),
+    _size("embedding_length_per_layer_input", ("gemma4",), 16),
     _nothing("rope.dimension_sections", ("ernie4_5-moe",), [4, 2, 2, 0]),
-    _key("final_logit_softcapping", ("gemma3",), "honoured", 0.0, 2.0),
+    _key("final_logit_softcapping", ("gemma3", "gemma4"), "honoured", 0.0, 2.0),
     _key("logit_scale", ("granitemoe",), "honoured", 2.0),
     _key("residual_scale", ("granitemoe",), "honoured", None, 2.0),
     _key("embedding_scale", ("granitemoe",), "honoured", None, 2.0),

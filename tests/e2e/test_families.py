@@ -343,6 +343,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "without": tuple(f"blk.2.{name}" for name in _HYBRID_LAYER),
         },
     ),
+    "gemma4": ("gemma4", {}),
+    "gemma4, q, k and v in one, gates and ups in one, tied": (
+        "gemma4",
+        {
+            "keys": {"final_logit_softcapping": None, "rope.freq_base_swa": 5000.0},
+            "without": (
+                *("output.weight", "layer_output_scale.weight", "ffn_gate_exps.weight", "ffn_up_exps.weight"),
+                *("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"),
+            ),
+            "tensors": {"blk.0.attn_qkv.weight": (128, 64)}
+            | {f"blk.{i}.ffn_gate_up_exps.weight": (8, 64, 64) for i in range(3)},
+        },
+    ),
+    "gemma4 dense": ("gemma4-dense", {}),
+    "gemma4 dense, of two kinds of layers some share": ("gemma4-dense", {"sizes": replace(SIZES, layers=4)}),
     "gpt-oss, another base in its windows": ("gpt-oss", {"keys": {"rope.freq_base_swa": 150000.0}}),
 }
 
@@ -508,7 +523,7 @@ def test_the_readme_lists_every_architecture():
     rows = (Path(__file__).parents[2] / "README.md").read_text().split("\n")
     row = next(row for row in rows if row.startswith("| models | "))
     assert all(f"`{arch}`" in row for arch in ARCHITECTURES)
-    made = {how.get("renamed_arch", arch) for arch, how in FAMILIES.values()}
+    made = {how.get("renamed_arch", arch.removesuffix("-dense")) for arch, how in FAMILIES.values()}
     assert made | {"qwen3"} == set(ARCHITECTURES)  # qwen3 is in test_variants.py
 
 
