@@ -46,7 +46,9 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     n_shared = keys.integer("attention.shared_kv_layers", 0, least=0)
     n_own = hp.n_layer_all - n_shared
     if n_own < 2 or (n_shared and (n_own - 1 in swa_layers or n_own - 2 not in swa_layers)):
-        raise keys.error("attention.shared_kv_layers", f"is {n_shared}: of {n_own} layers, the last two are not used again")
+        raise keys.error(
+            "attention.shared_kv_layers", f"is {n_shared}: of {n_own} layers, the last two are not used again"
+        )
     return replace(
         hp,
         n_swa=keys.integer("attention.sliding_window"),
