@@ -15,13 +15,15 @@ from ..errors import DeviceUnavailableError, GraphError
 from ..foresight import Machine, ModelShape, Setting, Speed
 from ..gguf import GGUFFile
 from ..hardware.hosts import DEFAULT_HOST, Host, parse_host
+from ..hardware.measure import measure_host
+from ..hardware.pci import found_cards
 from ..simulation import simulate_batch
 from ..types import Type
 from .memory import DeviceMemory, MemoryModel
 from .search import Goal, Scored, Search, pays_from, plain_first
 from .settings import Space, command, flags_of
 
-__all__ = ["Advice", "Help", "Recommendation", "plan"]
+__all__ = ["Advice", "Help", "Recommendation", "plan", "this_machine"]
 
 #: What llama.cpp's ``--fit`` keeps free of each device.
 MARGIN_BYTES = 1 << 30
@@ -134,7 +136,7 @@ class Advice:
 def plan(
     model: str | os.PathLike[str],
     *,
-    devices: str | Sequence[str] = "",
+    devices: str | Sequence[str] | None = None,
     host: str | Host = "",
     prompt: int = 2048,
     generate: int = 256,
@@ -152,7 +154,7 @@ def plan(
     model : path or str
         A GGUF file, of which only the header is read, or ``NAME[:QUANT]`` of `pyggml models`.
     devices : str or sequence of str
-        Cards by name, as in ``"rtx3090"`` or ``"rtx3090,rtx3090"``; none: the CPU alone.
+        Cards by name, as in ``"rtx3090"`` or ``"rtx3090,rtx3090"``; ``"cpu"``: the CPU alone; None: those of this machine.
     host : str or Host
         ``"ddr4-3200x2,cores=8,64GiB"``; empty: a desktop with 8 cores and two channels of DDR5-5600.
     prompt, generate : int
@@ -184,6 +186,10 @@ def plan(
     tell = on_progress or (lambda what: None)
     name = os.fspath(model)
     path = name if os.path.lexists(name) else os.fspath(header_path(name))
+    machine_notes: list[str] = []
+    if devices is None:
+        tell("looking at this machine")
+        devices, host, machine_notes = this_machine(host)
     backends, machine = _open(devices, host)
     tell("reading the header")
     with GGUFFile.open(path) as file:
@@ -192,7 +198,7 @@ def plan(
         search = Search(shape, machine, goal, memory)
         space = _space(shape, machine, goal, kv_types)
         shown = name if os.path.lexists(name) else f"{name.replace(':', '-')}.gguf"
-        advice = Advice(name, goal, _describe(machine), _assumptions(machine, host, shape, context))
+        advice = Advice(name, goal, _describe(machine), [*machine_notes, *_assumptions(machine, host, shape, context)])
         maker = _Maker(search, shown, advice)
         tell(f"timing {len(space)} settings")
         settings = sorted(space.settings(machine.host.n_cores), key=plain_first)
@@ -208,6 +214,30 @@ def plan(
         advice.tried, advice.n_planned = search.n_timed, memory.n_opened
     advice.seconds = time.perf_counter() - begin
     return advice
+
+
+def this_machine(host: str | Host = "") -> tuple[list[str], str | Host, list[str]]:
+    """Return the devices of this machine as `plan` takes them, its host, and what was assumed.
+
+    Parameters
+    ----------
+    host : str or Host
+        What was said of the host; empty: it is found, and how fast its memory is read is measured in a second.
+
+    Notes
+    -----
+    Cards come from the system (`found_cards`); what is no card of the table cannot be planned with and is named.
+    """
+    cards = found_cards()
+    names = [card.profile for card in cards if card.profile]
+    notes = [f"found {card.title} in slot {card.address}, planned as {card.profile}" for card in cards if card.profile]
+    notes += [f"{card.title} in slot {card.address} is left out: it is no card of the table" for card in cards if not card.profile]
+    if not cards:
+        notes.append("no card was found in this machine: the CPU alone (--device names one)")
+    if not host:
+        host = measure_host(n_bytes=1 << 28, n_times=3)
+        notes.append(f"this machine's memory is read at {host.read_bytes_per_s / 1e9:.1f} GB/s, measured now")
+    return names, host, notes
 
 
 def _goal(prompt: int, generate: int, context: int) -> Goal:

@@ -42,9 +42,9 @@ Examples:
         "-dev",
         "--device",
         type=DeviceList(),
-        default="rtx4090",
-        show_default=True,
-        help="Cards, separated by commas; cpu for no card. `pyggml devices` lists names.",
+        default=None,
+        help="Cards, separated by commas; cpu for no card; or a profile FILE.json. `pyggml devices` lists names. "
+        "[default: those found in this machine]",
     ),
     cloup.option(
         "--host",
@@ -97,7 +97,7 @@ Examples:
 )  # fmt: skip
 def command(
     model: Path | None,
-    device: str,
+    device: str | None,
     host: str,
     margin: float,
     prompt: int,
