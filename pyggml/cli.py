@@ -30,6 +30,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 #: Which command answers which question; the help and the README show this table.
 QUESTIONS = (
     ("Which flags, how fast, how much memory?", "pyggml plan gpt-oss-120b --device rtx3090"),
+    ("Do predictions fit my measurements?", "pyggml calibrate MODEL runs.json"),
     ("What will these flags do, and how fast?", "pyggml splits gpt-oss-120b -ncmoe 28"),
     ("Why is a node on that device?", "pyggml splits MODEL --html plan.html"),
     ("Does llama.cpp decide the same?", "pyggml verify MODEL"),

@@ -147,7 +147,7 @@ def test_shown_commands_exist(page: str, line: str, monkeypatch: pytest.MonkeyPa
 
 #: Lines of shell blocks that tests do not run: what they start with, or hold.
 NOT_RUN = re.compile(
-    r"make|pip|uvx|pytest|cmake|export|.*(rpc:\d|libggml:CUDA|selftest)"  # the environment's own, a server, a card
+    r"make|pip|uvx|pytest|cmake|export|llama-bench|.*(rpc:\d|libggml:CUDA|selftest)"  # the environment's own, a server, a card
 )
 
 

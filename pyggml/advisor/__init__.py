@@ -1,6 +1,7 @@
 """Which flags to use: settings of llama.cpp for a model on a machine, ranked by predicted time, held to the scheduler's memory."""
 
 from .advice import Advice, Help, Recommendation, plan
+from .calibrate import BenchRun, Calibration, Comparison, calibrate, compare_runs, read_bench
 from .memory import DeviceMemory, MemoryModel
 from .search import Goal, Search
 from .settings import EXPLAIN, Space, flags_of
@@ -8,6 +9,9 @@ from .settings import EXPLAIN, Space, flags_of
 __all__ = [
     "EXPLAIN",
     "Advice",
+    "BenchRun",
+    "Calibration",
+    "Comparison",
     "DeviceMemory",
     "Goal",
     "Help",
@@ -15,6 +19,9 @@ __all__ = [
     "Recommendation",
     "Search",
     "Space",
+    "calibrate",
+    "compare_runs",
     "flags_of",
     "plan",
+    "read_bench",
 ]

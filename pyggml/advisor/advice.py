@@ -23,7 +23,7 @@ from .memory import DeviceMemory, MemoryModel
 from .search import Goal, Scored, Search, pays_from, plain_first
 from .settings import Space, command, flags_of
 
-__all__ = ["Advice", "Help", "Recommendation", "plan", "this_machine"]
+__all__ = ["Advice", "Help", "Recommendation", "open_machine", "plan", "this_machine"]
 
 #: What llama.cpp's ``--fit`` keeps free of each device.
 MARGIN_BYTES = 1 << 30
@@ -190,7 +190,7 @@ def plan(
     if devices is None:
         tell("looking at this machine")
         devices, host, machine_notes = this_machine(host)
-    backends, machine = _open(devices, host)
+    backends, machine = open_machine(devices, host)
     tell("reading the header")
     with GGUFFile.open(path) as file:
         shape = ModelShape.from_header(file.metadata, file.tensors, Path(name).name)
@@ -231,7 +231,11 @@ def this_machine(host: str | Host = "") -> tuple[list[str], str | Host, list[str
     cards = found_cards()
     names = [card.profile for card in cards if card.profile]
     notes = [f"found {card.title} in slot {card.address}, planned as {card.profile}" for card in cards if card.profile]
-    notes += [f"{card.title} in slot {card.address} is left out: it is no card of the table" for card in cards if not card.profile]
+    notes += [
+        f"{card.title} in slot {card.address} is left out: it is no card of the table"
+        for card in cards
+        if not card.profile
+    ]
     if not cards:
         notes.append("no card was found in this machine: the CPU alone (--device names one)")
     if not host:
@@ -252,7 +256,7 @@ def _goal(prompt: int, generate: int, context: int) -> Goal:
     return Goal(prompt, generate, context)
 
 
-def _open(devices: str | Sequence[str], host: str | Host) -> tuple[list[Backend], Machine]:
+def open_machine(devices: str | Sequence[str], host: str | Host) -> tuple[list[Backend], Machine]:
     """Return devices that only plan, then the CPU; and the machine that they are."""
     names = split_devices(devices, REGISTRY.kinds()) if isinstance(devices, str) else list(devices)
     opened = REGISTRY.open_all([*(n for n in names if n != "cpu"), "cpu"], data=False)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from ..backend import Backend
 from ..errors import PyggmlError
-from ..foresight.estimate import Setting
+from ..foresight.estimate import Setting, device_of, has_host_experts
 from ..gguf import GGUFFile
 from ..planning import Memory, Planner
-from .settings import context_flags, placement_flags
+from .settings import context_flags, is_experts_only, placement_flags
 
 __all__ = ["DeviceMemory", "MemoryModel"]
 
@@ -70,20 +70,20 @@ class MemoryModel:
         self._layers, self._experts, self._input, self._output = _weights(file)
         self._rest: dict[tuple[object, ...], list[int]] = {}
         self._exact: dict[Setting, list[DeviceMemory] | None] = {}
+        self._sizes = [float(b.device.memory()[1]) for b in self.backends[:-1]]
 
     # -- weights -------------------------------------------------------------
 
     def weights(self, setting: Setting) -> list[int]:
-        """Return the bytes of weights on each device, then on the host; layers are shared evenly between devices."""
+        """Return the bytes of weights on each device, then on the host; of overrides those of experts are counted."""
         n, n_dev = len(self._layers), len(self.backends) - 1
         out = [0] * (n_dev + 1)
-        n_on = n + 1 if setting.n_gpu_layers < 0 else min(setting.n_gpu_layers, n + 1)
-        first = n + 1 - n_on if n_dev else n + 1
         for i, (every, experts) in enumerate(zip(self._layers, self._experts, strict=True)):
-            where = n_dev if i < first else min(n_dev - 1, (i - first) * n_dev // max(n_on, 1))
-            out[where] += every
-            out[n_dev if i < setting.n_cpu_moe else where] += experts
-        out[n_dev - 1 if n_on and n_dev else n_dev] += self._output
+            device = device_of(i, n, setting, self._sizes)
+            out[device if device >= 0 else n_dev] += every
+            out[n_dev if device < 0 or has_host_experts(i, device, setting) else device] += experts
+        last = device_of(n, n, setting, self._sizes)
+        out[last if last >= 0 else n_dev] += self._output
         out[n_dev] += self._input
         return out
 
@@ -114,6 +114,8 @@ class MemoryModel:
                 taken = self._by_device(planner.memory())
         except PyggmlError:
             return None
+        if setting.overrides and not is_experts_only(setting):
+            return self.devices(taken)  # what follows from the header is not what was planned
         rest = [a - b for a, b in zip(taken, self.weights(setting), strict=True)]
         kept = self._rest.get(self._key(setting))
         self._rest[self._key(setting)] = rest if kept is None else [max(a, b) for a, b in zip(rest, kept, strict=True)]
@@ -146,10 +148,10 @@ class MemoryModel:
         ]
 
     def _key(self, setting: Setting) -> tuple[object, ...]:
-        has_host = setting.n_cpu_moe > 0 or setting.n_gpu_layers >= 0
+        has_host = setting.n_cpu_moe > 0 or setting.n_gpu_layers >= 0 or bool(setting.overrides)
         return (
             setting.n_ubatch, setting.type_k, setting.type_v, setting.kv_offload, setting.op_offload and has_host,
-            setting.n_gpu_layers,
+            setting.n_gpu_layers, setting.tensor_split,
         )  # fmt: skip
 
 

@@ -67,6 +67,7 @@ class Search:
         """Return the time of the answer, which no micro-batch and no offloading changes."""
         key = Setting(
             n_gpu_layers=setting.n_gpu_layers, n_cpu_moe=setting.n_cpu_moe, overrides=setting.overrides,
+            tensor_split=setting.tensor_split, split_mode=setting.split_mode,
             threads=setting.threads, type_k=setting.type_k, type_v=setting.type_v, kv_offload=setting.kv_offload,
         )  # fmt: skip
         if key not in self._generation:
@@ -105,7 +106,7 @@ def pays_from(search: Search, setting: Setting) -> int | None:
     """
     from dataclasses import replace
 
-    if not search.machine.cards or (setting.n_cpu_moe == 0 and setting.n_gpu_layers < 0):
+    if not search.machine.cards or (setting.n_cpu_moe == 0 and setting.n_gpu_layers < 0 and not setting.overrides):
         return None
 
     def is_faster(n: int) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -13,7 +14,17 @@ from ..models.context import ContextFlags
 from ..models.placement import PlacementFlags
 from ..types import Type
 
-__all__ = ["EXPLAIN", "Space", "command", "context_flags", "flags_of", "placement_flags"]
+__all__ = [
+    "EXPLAIN",
+    "Space",
+    "command",
+    "context_flags",
+    "flags_of",
+    "is_experts_only",
+    "last_experts",
+    "overrides_of",
+    "placement_flags",
+]
 
 #: Micro-batches that are tried; llama.cpp's default is 512.
 MICRO_BATCHES = (512, 1024, 2048, 4096)
@@ -117,8 +128,9 @@ class Space:
 def placement_flags(setting: Setting) -> PlacementFlags:
     """Return where the weights go."""
     return PlacementFlags(
-        n_gpu_layers=setting.n_gpu_layers, n_cpu_moe=setting.n_cpu_moe, use_mmap=not setting.is_pinned
-    )
+        n_gpu_layers=setting.n_gpu_layers, overrides=setting.overrides, n_cpu_moe=setting.n_cpu_moe,
+        tensor_split=setting.tensor_split, use_mmap=not setting.is_pinned,
+    )  # fmt: skip
 
 
 def context_flags(setting: Setting, n_ctx: int) -> ContextFlags:
@@ -140,6 +152,10 @@ def flags_of(setting: Setting, n_ctx: int, *, has_devices: bool = True) -> list[
     flags = ["-c", str(n_ctx)]
     if has_devices:
         flags += ["-ngl", "all" if setting.n_gpu_layers < 0 else str(setting.n_gpu_layers)]
+    for text in setting.overrides:
+        flags += text.split(" ") if text.startswith("--") else ["-ot", text]
+    if setting.tensor_split:
+        flags += ["-ts", ",".join(f"{share:g}" for share in setting.tensor_split)]
     if setting.n_cpu_moe:
         flags += ["-ncmoe", str(setting.n_cpu_moe)]
     if setting.n_ubatch != 512:
@@ -158,6 +174,24 @@ def flags_of(setting: Setting, n_ctx: int, *, has_devices: bool = True) -> list[
     if setting.threads:
         flags += ["-t", str(setting.threads)]
     return flags
+
+
+def last_experts(n: int, n_layer: int) -> str:
+    """Return the override that keeps the experts of the last ``n`` of so many layers in host memory."""
+    layers = "|".join(str(i) for i in range(n_layer - n, n_layer))
+    return rf"blk\.({layers})\.ffn_(up|down|gate|gate_up)_exps=CPU"
+
+
+def is_experts_only(setting: Setting) -> bool:
+    """Return whether the overrides of a setting are those of `last_experts`."""
+    return all(
+        re.fullmatch(r"blk\\\.\([\d|]+\)\\\.ffn_\(up\|down\|gate\|gate_up\)_exps=CPU", o) for o in setting.overrides
+    )
+
+
+def overrides_of(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return overrides with llama.cpp's names of devices as those of simulated ones: ``CUDA0`` is ``SIM0``."""
+    return tuple(re.sub(r"=(?:CUDA|ROCm|Vulkan|HIP|SYCL|Metal|MTL)(?=\d|$|,)", "=SIM", text) for text in texts)
 
 
 def command(program: str, model: str, flags: list[str]) -> str:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["EXIT_DOES_NOT_FIT", "command"]
 
 EXIT_DOES_NOT_FIT = 3
-#: Layers of ``--cpu-moe``.
-_ALL = 10_000
 EXAMPLES = """
 \b
 Examples:
@@ -159,6 +157,7 @@ def _setting(text: str) -> Setting:
     """Return the setting that a user's flags describe."""
     import shlex
 
+    from ..advisor.settings import overrides_of
     from ..foresight import Setting
     from ..types import Type
     from ._model_options import ModelCommand, ModelFlags, model_options
@@ -178,17 +177,9 @@ def _setting(text: str) -> Setting:
         raise click.UsageError(f"--compare {text!r}: {reason}") from None
     (flags,) = found
     placement, made = flags.placement(), flags.context()
-    n_cpu_moe = 0
-    for word in placement.overrides:
-        name, _, value = word.partition(" ")
-        if name == "--cpu-moe":
-            n_cpu_moe = _ALL
-        elif name == "--n-cpu-moe":
-            n_cpu_moe = max(n_cpu_moe, int(value))
-        else:
-            raise click.UsageError(f"--compare {text!r}: cannot compare {word}; `pyggml splits` plans it")
     return Setting(
-        n_gpu_layers=placement.n_gpu_layers, n_cpu_moe=n_cpu_moe, n_ubatch=made.n_ubatch, n_batch=made.n_batch, threads=flags.threads or 0, type_k=Type.of(made.type_k),
+        n_gpu_layers=placement.n_gpu_layers, overrides=overrides_of(placement.overrides), n_cpu_moe=placement.n_cpu_moe,
+        tensor_split=placement.tensor_split, n_ubatch=made.n_ubatch, n_batch=made.n_batch, threads=flags.threads or 0, type_k=Type.of(made.type_k),
         type_v=Type.of(made.type_v), is_pinned=not placement.use_mmap, kv_offload=made.offload_kqv,
         op_offload=made.op_offload,
     )  # fmt: skip

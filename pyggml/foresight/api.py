@@ -126,7 +126,7 @@ def speed_of(
     placed: list[Placed] | None = None,
 ) -> Speed:
     """Return the speed of a prompt, or of generation, with its range; ``placed`` as for `predict`."""
-    where = place(shape, setting, len(machine.cards)) if placed is None else placed
+    where = place(shape, setting, [c.memory_bytes for c in machine.cards]) if placed is None else placed
     mid = 1.0 / predict(shape, machine, setting, n_tokens, depth, is_prompt=is_prompt, placed=where)
     return Speed.around(mid, range_of(machine, setting, where, is_prompt=is_prompt))
 

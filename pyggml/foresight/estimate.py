@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from ..cost import DeviceProfile, LinkProfile
 from ..hardware.cards import Card
@@ -39,8 +40,10 @@ class Setting:
         -1: all, with the output.
     n_cpu_moe : int
         Layers whose experts are in host memory, from the first.
-    overrides : tuple of (str, bool)
-        Patterns of ``-ot`` in order, and whether they mean host memory.
+    overrides : tuple of str
+        As of `PlacementFlags`: ``REGEX=BUFT`` of ``-ot``, ``--cpu-moe``, ``--n-cpu-moe N``, ``--n-cpu-ffn N``; the first that fits holds.
+    tensor_split : tuple of float
+        ``-ts``: shares of the cards; by their memory if empty.
     is_pinned : bool
         Whether weights in host memory are (``--no-mmap``, ``--mlock``, ``-lm none``).
     split_mode : str
@@ -49,7 +52,7 @@ class Setting:
 
     n_gpu_layers: int = -1
     n_cpu_moe: int = 0
-    overrides: tuple[tuple[str, bool], ...] = ()
+    overrides: tuple[str, ...] = ()
     n_ubatch: int = 512
     n_batch: int = 2048
     threads: int = 0
@@ -62,6 +65,7 @@ class Setting:
     no_gpu: bool = False
     backend: str = ""
     split_mode: str = "layer"
+    tensor_split: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
@@ -90,29 +94,72 @@ class Machine:
         return cls([p.sheet for p in profiles if isinstance(p.sheet, Card)], [p.link for p in profiles], host)
 
 
-_NAMES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+_DENSE = ("ffn_gate", "ffn_down")
 
 
-def place(model: ModelShape, s: Setting, n_cards: int) -> list[Placed]:
-    """Return where each layer is, equal ones together."""
+@lru_cache(maxsize=4096)
+def _rules(overrides: tuple[str, ...]) -> tuple[tuple[str, int, bool], ...]:
+    """Return patterns in order, each with the number of layers from the first that it is for, and whether it means host memory."""
+    found = []
+    for text in overrides:
+        word, _, value = text.partition(" ")
+        if word in ("--cpu-moe", "--n-cpu-moe"):
+            found.append((r"_exps", int(value) if value else 1 << 30, True))
+        elif word == "--n-cpu-ffn":
+            found.append((r"\.ffn_(up|down|gate)\.", int(value), True))
+        else:
+            for part in text.split(","):
+                pattern, _, where = part.rpartition("=")
+                if pattern:
+                    found.append((pattern, 1 << 30, where.upper() == "CPU"))
+    return tuple(found)
+
+
+@lru_cache(maxsize=65536)
+def _overridden(overrides: tuple[str, ...], layer: int, names: tuple[str, ...], *, every: bool) -> bool | None:
+    """Return whether the first pattern that fits a layer's weights (one of them, or all) means host memory; None if none fits."""
+    fits = all if every else any
+    for pattern, n_layer, is_host in _rules(overrides):
+        if layer < n_layer and fits(re.search(pattern, f"blk.{layer}.{name}.weight") for name in names):
+            return is_host
+    return None
+
+
+def device_of(layer: int, n_layer: int, s: Setting, sizes: Sequence[float]) -> int:
+    """Return the card of a layer (the output is the one behind the last), by ``-ts`` or the sizes of the cards; -1: the CPU.
+
+    Notes
+    -----
+    Mirrors `llama_model_base::load_tensors`, as `pyggml.models.placement` does for devices.
+    """
+    n_on = n_layer + 1 if s.n_gpu_layers < 0 else min(s.n_gpu_layers, n_layer + 1)
+    first = max(0, n_layer + 1 - n_on)
+    if s.no_gpu or not sizes or layer < first:
+        return -1
+    shares = s.tensor_split if any(s.tensor_split) else sizes
+    at, total = (layer - first) / max(n_on, 1), 0.0
+    for i, share in enumerate(shares):
+        total += share
+        if at < total / sum(shares):
+            return i
+    return len(sizes) - 1
+
+
+def has_host_experts(layer: int, device: int, s: Setting) -> bool:
+    """Return whether the experts of a layer are in host memory."""
+    said = _overridden(s.overrides, layer, _EXPERTS, every=False) if s.overrides else None
+    return (device < 0 or layer < s.n_cpu_moe) if said is None else said
+
+
+def place(model: ModelShape, s: Setting, sizes: Sequence[float]) -> list[Placed]:
+    """Return where each layer is on cards of some sizes, equal layers together."""
     n = len(model.layers)
-    n_on = n + 1 if s.n_gpu_layers < 0 else min(s.n_gpu_layers, n + 1)
-    if s.no_gpu or not n_cards:
-        n_on = 0
-    first = max(0, n + 1 - n_on)  # layers before it are on the CPU
     groups: dict[tuple[int, int, bool, bool], Placed] = {}
     for i, layer in enumerate(model.layers):
-        device = -1 if i < first else min(n_cards - 1, (i - first) * n_cards // max(n_on, 1))
-        on_host = layer.has_experts and (device < 0 or i < s.n_cpu_moe)
-        other = False
-        for pattern, is_host in s.overrides:
-            if any(re.search(pattern, f"blk.{i}.{name}.weight") for name in _NAMES):
-                on_host = is_host and layer.has_experts
-                break
-        for pattern, is_host in s.overrides:
-            if re.search(pattern, f"blk.{i}.ffn_gate.weight") and re.search(pattern, f"blk.{i}.ffn_down.weight"):
-                other = is_host
-                break
+        device = device_of(i, n, s, sizes)
+        on_host = layer.has_experts and has_host_experts(i, device, s)
+        other = bool(s.overrides) and bool(_overridden(s.overrides, i, _DENSE, every=True))
         key = (id(layer), device, on_host, other)
         if key in groups:
             groups[key].count += 1
@@ -153,7 +200,7 @@ def predict(
         Where layers are, if not where the setting puts them.
     """
     clock = Clock(m.rates)
-    placed = place(model, s, len(m.cards)) if placed is None else placed
+    placed = place(model, s, [c.memory_bytes for c in m.cards]) if placed is None else placed
     if not is_prompt:
         return _micro_batch_s(clock, model, m, s, placed, 1, depth + n_tokens / 2)
     ub = min(s.n_ubatch, s.n_batch, n_tokens)

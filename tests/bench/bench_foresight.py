@@ -133,16 +133,10 @@ def has_flash(row: dict[str, Any]) -> bool:
     return str(row.get("date") or "2026") >= "2025-09"
 
 
-def overrides_of(flags: str) -> tuple[tuple[str, bool], ...]:
-    """Return the patterns of ``-ot``, each with whether it means host memory."""
+def overrides_of(flags: str) -> tuple[str, ...]:
+    """Return what ``-ot`` says."""
     found = re.findall(r"(?:-ot|--override-tensor)[ =]+(?:\"([^\"]*)\"|'([^']*)'|(\S+))", flags)
-    out = []
-    for group in found:
-        for part in "".join(group).split(","):
-            pattern, _, where = part.rpartition("=")
-            if pattern:
-                out.append((pattern, where.upper() == "CPU"))
-    return tuple(out)
+    return tuple("".join(group) for group in found)
 
 
 def case_of(row: dict[str, Any], rates: Rates = RATES) -> Case:
@@ -197,7 +191,7 @@ def case_of(row: dict[str, Any], rates: Rates = RATES) -> Case:
     n_prompt, n_gen = _int(row.get("n_prompt"), 0), _int(row.get("n_gen"), 128)
     is_chat = "server" in tool or "main" in tool
     depth = 0 if is_chat else _int(row.get("ctx_or_depth"), 0)
-    placed = place(model, setting, len(cards))
+    placed = place(model, setting, [c.memory_bytes for c in cards])
     on_host = host_weight_bytes(model, placed) if setting.kv_offload else model.total_bytes
     if setting.kv_offload:
         check_fit(model, setting, cards, host, on_host)

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from pyggml.advisor import EXPLAIN, Goal, MemoryModel, Search, Space, flags_of, plan
-from pyggml.advisor.advice import MARGIN_BYTES, _open, _step
+from pyggml.advisor.advice import MARGIN_BYTES, _step, open_machine
 from pyggml.advisor.page import page_html
 from pyggml.advisor.search import pays_from, plain_first
 from pyggml.catalog import header_path
@@ -34,7 +34,7 @@ def run(*args: str, status: int = 0) -> Any:
 
 def search_of(model: str, device: str, goal: Goal) -> tuple[Search, GGUFFile]:
     """Return a search over a model of the table."""
-    backends, machine = _open(device, HOST)
+    backends, machine = open_machine(device, HOST)
     file = GGUFFile.open(header_path(model))
     shape = ModelShape.from_header(file.metadata, file.tensors, model)
     memory = MemoryModel(file, backends, goal.context, host_bytes=machine.host.memory_bytes, margin_bytes=MARGIN_BYTES)

@@ -148,7 +148,7 @@ def test_cards_in_a_row() -> None:
     one = machine_of("rtx3090")
     assert _seconds("llama-3-8b", two, 1) >= _seconds("llama-3-8b", one, 1)
     assert _seconds("llama-3-8b", two, 1024) < _seconds("llama-3-8b", one, 1024)
-    layers = place(model_shape("llama-3-8b"), Setting(), 2)
+    layers = place(model_shape("llama-3-8b"), Setting(), [1.0, 1.0])
     assert (
         sorted(p.device for p in layers for _ in range(p.count)) == [0] * 17 + [1] * 15
     )  # the output is the 33rd of 33
