@@ -35,7 +35,7 @@ __all__ = [
 
 #: What computes if nothing is asked for: a device that every machine has, and the CPU.
 DEFAULT_DEVICES = "sim:rtx4090-pcie4,cpu"
-EXPERT_COPIES = ("used", "upstream", "full")
+EXPERT_COPIES = ("used", "overlap", "upstream", "full")
 #: What `models.context.CACHE_TYPES` holds, for the text of help, which imports no model.
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 _CACHE_TYPE = click.Choice(CACHE_TYPES, case_sensitive=False)
@@ -124,10 +124,13 @@ class ModelFlags:
 
     def policy(self) -> CopyPolicy | Literal["used"]:
         """Return the copy policy; "used" is the scheduler's default."""
+        from ..sched.overlap import OverlappedExperts
         from ..sched.policies import FullCopier, UpstreamCopier
 
         if self.expert_copy == "used":
             return "used"
+        if self.expert_copy == "overlap":
+            return OverlappedExperts()
         return UpstreamCopier() if self.expert_copy == "upstream" else FullCopier()
 
 
@@ -178,7 +181,7 @@ _COMPUTING = cloup.option_group(
                  help="CPU threads. [cores]"),
     cloup.option("--op-offload/--no-op-offload", default=True, help="Let devices run ops with host weights. [on]"),
     cloup.option("--expert-copy", type=click.Choice(EXPERT_COPIES), default="used", show_default=True,
-                 help="Copy used experts, used experts as upstream does, or whole weights."),
+                 help="used: used experts; overlap: the same on a second queue while a layer computes (with --no-mmap); upstream: as ggml; full: whole weights."),
 )  # fmt: skip
 
 

@@ -2,130 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from expert_worlds import N_EXPERT, N_LAYER, N_USED, SLOT_BYTES, Layers, N, batches
 
 import pyggml as ggml
 from pyggml.dialect import DIALECTS
-from pyggml.moe_cache import EVICTIONS, Counters, ExpertCache, LlamaCache, MoeCache, MoeCachePolicy, SlotTable
+from pyggml.moe_cache import EVICTIONS, Counters, ExpertCache, LlamaCache, MoeCachePolicy, SlotTable
 from pyggml.sched.compute import SplitRun
-
-N, N_EXPERT, N_USED, N_LAYER = 32, 8, 2, 4
-SLOT_BYTES = 3 * 4 * N * N
-KINDS = ("gate", "up", "down")
-
-
-class Layers:
-    """Layers of gated experts in host memory over devices; with a rule, out of a cache."""
-
-    def __init__(
-        self,
-        rule: Any = None,
-        *,
-        n_devices: int = 1,
-        n_token: int = 1,
-        seed: int | None = None,
-        host_ids: bool = False,
-        **options: Any,
-    ) -> None:
-        rng = np.random.default_rng(5)
-        self.gpus = [ggml.Sim("rtx4090-pcie4", index=i, threads=1, seed=seed) for i in range(n_devices)]
-        self.cpu = ggml.CPU(threads=1)
-        self.n_token = n_token
-        self.weights = ggml.Context()
-        self.layers = {
-            il: [self.weights.new_tensor("f32", (N, N, N_EXPERT), name=f"blk.{il}.ffn_{k}_exps.weight") for k in KINDS]
-            for il in range(N_LAYER)
-        }
-        self.weights.alloc(self.cpu, usage="weights")
-        for weight in self.weights.tensors:
-            weight.set_array(rng.standard_normal(weight.shape).astype("f4") * 0.3)
-        self.homes = {il: self.gpus[il * n_devices // N_LAYER] for il in range(N_LAYER)}
-        self.cache, policy = None, options.pop("policy", "used")
-        if rule is not None:
-            backends = [*self.gpus, self.cpu]
-            self.cache = MoeCache(self.layers, self.homes, backends, rule, n_used=N_USED)
-            policy = MoeCachePolicy(self.cache)
-        self.sched = ggml.Scheduler(
-            [*self.gpus, self.cpu], policy=policy, debug=0, offload_rule=lambda _, op: op.op is ggml.Op.MUL_MAT_ID,
-            **options,
-        )  # fmt: skip
-        self.lookups: dict[ggml.Tensor, Any] = {}
-        self.graph = ggml.Graph()
-        with self.graph:
-            x = self.graph.input("f32", (N, n_token), name="x")
-            self.inputs = [self.graph.input("i32", (N_USED, n_token), name=f"ids-{il}") for il in range(N_LAYER)]
-            x = ggml.scale(x, 1.0)
-            self.ids = [ggml.cont(ids) for ids in self.inputs]
-            for il, ids in enumerate(self.ids):  # chosen before the layers, by their devices or by the host
-                self.graph.expand(ids)
-                self.lookups[ids] = self.cpu if host_ids else self.homes[il]
-            for il in range(N_LAYER):
-                x = self._layer(il, x)
-            self.y = x.named("y").set_output()
-        self.graph.expand(self.y)
-
-    def _layer(self, il: int, x: ggml.Tensor) -> ggml.Tensor:
-        gate, up, down = self.layers[il]
-        ids = self.ids[il]
-        row = ggml.reshape_3d(x, N, 1, self.n_token)
-        found = None if self.cache is None else self.cache.slots(il, ids, (gate, up, down))
-        if found is not None:
-            assert self.cache is not None
-            ids, lookup = found
-            self.lookups[lookup] = self.homes[il]
-            gate, up, down = (self.cache.bank(w) for w in (gate, up, down))
-        both = ggml.mul(ggml.mul_mat_id(gate, row, ids), ggml.mul_mat_id(up, row, ids))
-        out = ggml.mul_mat_id(down, both, ids)
-        first, second = (ggml.view_2d(out, N, self.n_token, out.nb[2], i * out.nb[1]) for i in range(2))
-        return ggml.add(x, ggml.add(first, second))
-
-    def compute(self, chosen: Sequence[np.ndarray], x: np.ndarray, *, wait: bool = True) -> None:
-        """Compute one batch; each layer has its ids."""
-        self.sched.reset()
-        for lookup, backend in self.lookups.items():
-            self.sched.set_tensor_backend(lookup, backend)
-        self.sched.alloc_graph(self.graph)
-        self.graph["x"].set_array(x)
-        for tensor, ids in zip(self.inputs, chosen, strict=True):
-            tensor.set_array(ids)
-        (self.sched.compute if wait else self.sched.compute_async)(self.graph)
-
-    def run(self, n: int = 8) -> list[np.ndarray]:
-        """Return the results of some batches, the same of each world."""
-        found = []
-        for chosen, x in _batches(n, self.n_token):
-            self.compute(chosen, x)
-            found.append(self.y.numpy())
-        return found
-
-    def close(self) -> None:
-        """Give all memory back."""
-        self.sched.close()
-        if self.cache is not None:
-            self.cache.close()
-
-    @property
-    def hazards(self) -> list[Any]:
-        """What devices that work late found."""
-        return [h for gpu in self.gpus for h in gpu.device.hazards]
-
-
-def _batches(n: int, n_token: int) -> list[tuple[list[np.ndarray], np.ndarray]]:
-    """Return ids by layer, each token's distinct and skewed, and rows."""
-    rng = np.random.default_rng(7)
-    liking = 1.0 / np.arange(1, N_EXPERT + 1)
-    made = []
-    for _ in range(n):
-        ids = [
-            np.stack([rng.choice(N_EXPERT, N_USED, replace=False, p=liking / liking.sum()) for _ in range(n_token)])
-            for _ in range(N_LAYER)
-        ]
-        made.append(([i.astype("i4") for i in ids], rng.standard_normal((n_token, N)).astype("f4")))
-    return made
 
 
 def _mib(n_slots: int, n_devices: int = 1) -> int:
@@ -161,7 +47,7 @@ def test_the_device_counts_the_bytes_of_the_cache(eviction, n_devices):
         for g in world.cache.groups
     }
     n_copies = 0
-    for chosen, _ in _batches(n, 1):
+    for chosen, _ in batches(n, 1):
         for layers, cache in caches.items():
             for il in layers:
                 _, transfers = cache.update(il, chosen[il].ravel().tolist())
@@ -259,7 +145,7 @@ def test_a_wait_taken_out_is_named():
 def test_wrong_ids_are_an_error_and_the_cache_goes_on():
     """An id that is no expert is named with layer and token; the next batch is right, with what was there before."""
     world = Layers(LlamaCache(_mib(9), "lru"))
-    chosen, x = _batches(1, 1)[0]
+    chosen, x = batches(1, 1)[0]
     bad = [ids.copy() for ids in chosen]
     bad[2][0, 1] = N_EXPERT
     with pytest.raises(ggml.ExpertIdError) as caught:
