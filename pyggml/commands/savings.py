@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import click
 import cloup
 
 from ..errors import GraphError
+from ._cache_options import stated_routing
 from ._console import Bar, n_bytes, print_json, progress, report, table
 from ._kernels import warm_up
 from ._model_options import ModelCommand, ModelFlags, model_options, open_backends, parse_sizes
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..backend import Backend
     from ..cost import LinkProfile
+    from ..planning import GraphChoice
     from ..report import CopyAccount
     from ..tensor import Tensor
 
@@ -45,6 +47,7 @@ class Saving:
     bytes_full: int  #: of whole copies
     link_s: float | None  #: that the copies take on the device's link
     link_full_s: float | None
+    routing: str | None = None  #: how tokens were assumed to choose experts, where nothing was computed
 
     @property
     def ratio(self) -> float:
@@ -57,6 +60,7 @@ EXAMPLES = """
 Examples:
   pyggml savings
   pyggml savings moe.gguf --batches 1,8,64 --json
+  pyggml savings glm-4.5.gguf --routing zipf:1.0
 """
 
 
@@ -68,21 +72,45 @@ Examples:
     cloup.option("-p", "--prompt", default=TEXT, metavar="TEXT", help="Text that is cut into batches. [a paragraph]"),
     cloup.option("--json", "as_json", is_flag=True, help="Print the rows as JSON."),
 )
+@cloup.option_group(
+    "Without computing",
+    cloup.option("--routing", default="", metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
+                 help="Plan instead of computing: how tokens are assumed to choose experts."),
+    cloup.option("--graph", type=click.Choice(["auto", "built", "llama"]), default="auto", show_default=True,
+                 help="Who builds the graph of a plan: pyggml, or llama.cpp, whose graphs are planned and not computed."),
+)  # fmt: skip
 @model_options
-def command(flags: ModelFlags, model: Path | None, batches: str, prompt: str, as_json: bool) -> None:
+def command(
+    flags: ModelFlags, model: Path | None, batches: str, prompt: str, as_json: bool, routing: str, graph: GraphChoice
+) -> None:
     """Compare used-expert copies with full copies, for batches of several sizes with all experts in host memory.
 
-    If MODEL is a name from `pyggml models`, nothing is computed and tokens choose experts by the default law. Without
-    MODEL, an example with random weights is used: 32 experts, 4 per token. Here the device computes the experts of
+    Nothing is computed if MODEL is a name from `pyggml models`, if pyggml does not build its graph, or with --routing: tokens
+    then choose experts by the law that the title states. Without MODEL, an example with random weights is used: 32 experts, 4 per token. Here the device computes the experts of
     every batch, so that you can compare small ones; otherwise it does so from 32 tokens on.
     """
     path = fine_grained() if model is None else model
     sizes = parse_sizes(batches)
-    rows = measure(flags, path, sizes, prompt) if path.exists() else planned_savings(flags, path, sizes)
+    if path.exists() and not routing and graph != "llama" and _is_built(path):
+        rows = measure(flags, path, sizes, prompt)
+    elif prompt != TEXT:
+        raise click.UsageError("a plan has no text: use --routing instead of --prompt")
+    else:
+        rows = planned_savings(flags, path, sizes, routing=routing, graph=graph)
     if as_json:
         print_json([{**asdict(row), "ratio": row.ratio} for row in rows])
     else:
-        report().print(savings_table(rows, f"Used-expert copies and full copies: {path.name}"))
+        assumed = f" (routing: {rows[0].routing})" if rows[0].routing else ""
+        report().print(savings_table(rows, f"Used-expert copies and full copies: {path.name}{assumed}"))
+
+
+def _is_built(path: Path) -> bool:
+    """Return whether pyggml builds the graph of a file."""
+    from ..gguf import GGUFFile
+    from ..models.architectures import ARCHITECTURES
+
+    with GGUFFile.open(path) as file:
+        return file.metadata.get("general.architecture") in ARCHITECTURES
 
 
 def fine_grained() -> Path:
@@ -136,8 +164,17 @@ def measure(flags: ModelFlags, path: Path, sizes: list[int], prompt: str) -> lis
     return rows
 
 
-def planned_savings(flags: ModelFlags, name: Path, sizes: list[int]) -> list[Saving]:
-    """Return the expert weights that batches would copy, for a model of the table without data.
+def planned_savings(
+    flags: ModelFlags, name: Path, sizes: list[int], *, routing: str = "", graph: GraphChoice = "auto"
+) -> list[Saving]:
+    """Return the expert weights that batches would copy, from the header alone.
+
+    Parameters
+    ----------
+    routing : str
+        How tokens choose experts; by the law that fits the model if empty.
+    graph : str
+        Who builds the graph; see `Planner.open`.
 
     Raises
     ------
@@ -149,22 +186,25 @@ def planned_savings(flags: ModelFlags, name: Path, sizes: list[int]) -> list[Sav
     from ..models.placement import PlacementFlags
     from ..planning import Planner
     from ..report import CopyAccount
+    from ..routing import routing_of
     from ..simulation import simulate_batch
 
+    stated = stated_routing(routing) if routing else None
     backends, cpu = open_backends(flags, data=False)
     with Planner.open(
         name, devices=backends, cpu=cpu, placement=PlacementFlags(cpu_moe=True), context=flags.context(n_ctx=max(sizes)),
-        policy=flags.policy(), recorder=(account := CopyAccount()), offload_rule=_every_product, data=False,
+        policy=flags.policy(), recorder=(account := CopyAccount()), offload_rule=_every_product, data=False, graph=graph,
     ) as planner:  # fmt: skip
         if not planner.hparams.n_expert:
             raise GraphError(
                 f"{name}: the model has no experts", hint="`pyggml models` shows which models have experts"
             )
+        assumed = stated or routing_of(planner.file.tensors)
         rows = []
         for n in sizes:
             account.clear()
-            simulate_batch(planner, n, outputs="all")
-            rows.append(_row(n, account, backends))
+            simulate_batch(planner, n, outputs="all", routing=assumed)
+            rows.append(replace(_row(n, account, backends), routing=str(assumed)))
     return rows
 
 

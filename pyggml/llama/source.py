@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,15 @@ from ..models.batch import Batch, MicroBatch, Outputs
 from ..models.context import ContextFlags, ContextParams
 from ..models.kv_cache import CacheFullError
 from ..models.loading import Progress
-from ..models.placement import Override, Placement, PlacementFlags, WeightPlace, parse_overrides, warn_of_unmatched
+from ..models.placement import (
+    EXPERTS,
+    Override,
+    Placement,
+    PlacementFlags,
+    WeightPlace,
+    parse_overrides,
+    warn_of_unmatched,
+)
 from ..models.source import Build, GraphSource
 from ..models.weights import Part, WeightSpec
 from ..tensor import Tensor
@@ -47,6 +55,12 @@ _log = logging.getLogger("pyggml.llama")
 _NOWHERE = 1 << 60
 _TYPES = {t.ggml_name: t for t in Type}
 _WEIGHTS = 1  #: upstream's `GGML_BACKEND_BUFFER_USAGE_WEIGHTS`
+
+
+def _n_dense_lead(names: Iterable[str]) -> int:
+    """Return how many layers come before the first with experts; what a key says of it, not every family reads."""
+    layers = (re.match(rf"blk\.(\d+){EXPERTS}", name) for name in names)
+    return min((int(found[1]) for found in layers if found), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +99,7 @@ class CapturedFacts:
             n_layer=number("block_count") - number("nextn_predict_layers"),
             n_expert=number("expert_count"),
             n_expert_used=number("expert_used_count"),
-            n_layer_dense_lead=number("leading_dense_block_count") if number("expert_count") else 0,
+            n_layer_dense_lead=_n_dense_lead(file.tensors),
         )
 
 
