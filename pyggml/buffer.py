@@ -321,7 +321,7 @@ def _checked(tensor: Tensor, offset: int, end: int, verb: str) -> Buffer:
     buffer = tensor.storage
     if buffer is None or tensor.data is None:
         raise GraphError(f"'{tensor.name}' cannot be {verb}: it has no memory yet")
-    if offset < 0 or end < offset or end > tensor.last_byte:
+    if offset < 0 or end < offset or end > tensor.nbytes or (tensor.type.block_size > 1 and end > tensor.last_byte):
         raise GraphError(f"'{tensor.name}' has {tensor.last_byte:,} bytes; {offset:,}..{end - 1:,} cannot be {verb}")
     if buffer.tenancy is not None:
         if verb == "read":
