@@ -105,10 +105,12 @@ class VirtualClock:
         self._has_slow_host = sheet.isa == "neon"
         #: What a host that waits for a device takes, beside the latencies of one copy back and two there.
         self._switch_s = max(0.0, rates.switch_s - 3 * 10e-6)
+        self.n_resets = -1  #: how often it was set back since it was made
         self.reset()
 
     def reset(self) -> None:
         """Start again at zero."""
+        self.n_resets += 1
         n = len(self.profiles)
         self.host_s = 0.0
         self.stream_s = [0.0] * n

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from .notebook import Bar, html_table
 
@@ -26,6 +26,8 @@ __all__ = [
     "ComputeRecord",
     "CopyRecord",
     "EventRecord",
+    "Identified",
+    "Identity",
     "MicroBatchRecord",
     "Observer",
     "Observers",
@@ -46,8 +48,35 @@ CopyReason = Literal["input", "activation", "weight", "experts"]
 AllocPurpose = Literal["weights", "kv_cache", "compute", "policy"]
 
 
+class Identity(TypedDict):
+    """Which graph and which run something belongs to: the fields that every record has."""
+
+    i_graph: int
+    i_run: int
+    i_clock: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identified:
+    """What every record has: numbers that its scheduler gave.
+
+    Attributes
+    ----------
+    i_graph : int
+        The latest graph that was cut; -1 before the first, or if the graph is not known yet.
+    i_run : int
+        The compute that it belongs to, from its micro-batch's announcement on; -1 if it belongs to none.
+    i_clock : int
+        The virtual clock: virtual times of another one begin at zero again.
+    """
+
+    i_graph: int = -1
+    i_run: int = -1
+    i_clock: int = 0
+
+
 @dataclass(frozen=True, slots=True)
-class CopyRecord:
+class CopyRecord(Identified):
     """One copy of bytes of a split input to the split's backend."""
 
     split: int
@@ -62,10 +91,11 @@ class CopyRecord:
     end_s: float
     virtual: Span | None = None  #: on the virtual clock, if there is one
     engines: tuple[str, ...] = ()  #: copy engines of simulated devices that carry it, in virtual time
+    i_experts: int = -1  #: the `UsedExpertsRecord` of the same run that it is of; -1: none
 
 
 @dataclass(frozen=True, slots=True)
-class UsedExpertsRecord:
+class UsedExpertsRecord(Identified):
     """The experts of one weight that a split needs; the records of their copies follow."""
 
     split: int
@@ -75,10 +105,11 @@ class UsedExpertsRecord:
     n_expert: int
     expert_bytes: int
     tensor_bytes: int  #: bytes of a whole copy; 0 if experts are added to an earlier copy
+    i_experts: int = -1  #: its number in its run, by which copies refer to it
 
 
 @dataclass(frozen=True, slots=True)
-class ComputeRecord:
+class ComputeRecord(Identified):
     """A launch: nodes of one split submitted to its backend (the whole split, or a part with an eval callback)."""
 
     split: int
@@ -92,7 +123,7 @@ class ComputeRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class WaitRecord:
+class WaitRecord(Identified):
     """A wait of the host or of a backend."""
 
     split: int | None  #: None: at the end of a compute, or between two
@@ -105,7 +136,7 @@ class WaitRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class EventRecord:
+class EventRecord(Identified):
     """An event: a mark in a backend's stream that others can wait for."""
 
     split: int
@@ -117,7 +148,7 @@ class EventRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class ReadRecord:
+class ReadRecord(Identified):
     """A read of the host from a backend: ids or results."""
 
     tensor: str
@@ -130,7 +161,7 @@ class ReadRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class AllocRecord:
+class AllocRecord(Identified):
     """The memory that is held from now on, for one buffer type and purpose: after an allocation, a reserve or a free."""
 
     graph: str  #: name of the last node of the graph that needed it; empty for weights and KV cache
@@ -144,7 +175,7 @@ class AllocRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class AssignRecord:
+class AssignRecord(Identified):
     """The backend of a node that will be computed, and why; recorded when its graph is split."""
 
     tensor: str
@@ -175,7 +206,7 @@ class SplitInput:
 
 
 @dataclass(frozen=True, slots=True)
-class SplitRecord:
+class SplitRecord(Identified):
     """One split of a graph; recorded when the graph is split, after the assignments of its nodes."""
 
     split: int
@@ -190,7 +221,7 @@ class SplitRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatchRecord:
+class MicroBatchRecord(Identified):
     """A session starts a micro-batch; the records that follow belong to it."""
 
     n_tokens: int
@@ -199,7 +230,7 @@ class MicroBatchRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class CallbackRecord:
+class CallbackRecord(Identified):
     """One call of the eval callback."""
 
     split: int
@@ -356,6 +387,11 @@ class Observers:
         """Pass a record to all observers that take its kind."""
         for take in self._takers[type(record)]:
             take(record)
+
+    def record_all(self, records: Iterable[Record]) -> None:
+        """Pass several records to all observers that take their kinds."""
+        for record in records:
+            self.record(record)
 
 
 class Recording:

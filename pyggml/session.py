@@ -36,7 +36,6 @@ from .models.placement import PlacementFlags
 from .models.source import BuiltSource
 from .models.topk import TopK
 from .planning import Memory, PlannedGraph, Planner
-from .record import MicroBatchRecord
 from .sched.state import is_computed
 from .tensor import Tensor
 from .types import BufferUsage, Type
@@ -195,7 +194,7 @@ class Session(Planner, Generator):
         try:
             if self.abort is not None and self.abort():
                 raise ComputeError(self.backends[-1].name, "aborted", status=1)
-            self.sched.record(MicroBatchRecord(part.n_tokens, n_past, part.n_outputs))
+            self.sched.announce(part.n_tokens, n_past, part.n_outputs)
             graph, is_reused = self._graph_for(part, slot)
             assert self._filler is not None
             self._filler.fill(part, slot)

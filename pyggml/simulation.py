@@ -17,7 +17,7 @@ from .graph import Graph
 from .hardware.cards import Card
 from .hardware.ranges import Speed, spread_of
 from .models.batch import Outputs
-from .record import CopyReason, MicroBatchRecord
+from .record import CopyReason
 from .routing import Routing, routing_of
 from .sched.experts import layer_of
 from .sched.ids import IdsSource
@@ -202,7 +202,7 @@ def simulate_batch(
         for part, graph in planner.micro_batches(n_tokens, outputs=outputs, is_generated=is_generated):
             routed.tokens = range(n_before, n_before + part.n_tokens)
             routed.outputs = [n_before + i for i in _outputs(part)]
-            sched.record(MicroBatchRecord(part.n_tokens, n_before, part.n_outputs))
+            sched.announce(part.n_tokens, n_before, part.n_outputs)
             if graph is not allocated:
                 sched.alloc_graph(graph.graph)
                 allocated = graph

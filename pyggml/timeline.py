@@ -35,7 +35,7 @@ _Timed = CopyRecord | ComputeRecord | WaitRecord | ReadRecord | EventRecord | Ca
 #: Kinds of records that are shown as moments.
 _MOMENTS = ("callback", "event")
 _PURPOSES: tuple[str, ...] = get_args(AllocPurpose)
-_Used = dict[tuple[int, str], UsedExpertsRecord]
+_Used = dict[tuple[int, int], UsedExpertsRecord]
 
 #: The key of the records in the file; Perfetto ignores unknown keys.
 _RECORDS_KEY = "pyggml"
@@ -65,7 +65,7 @@ def trace_events(records: Iterable[Record]) -> list[Event]:
     timed: list[tuple[_Timed, _Slice]] = []
     for record in kept:
         if isinstance(record, UsedExpertsRecord):
-            used[record.split, record.tensor] = record
+            used[record.i_run, record.i_experts] = record
         elif isinstance(record, _Timed):
             timed.append((record, _describe(record, used)))
     allocs = [r for r in kept if isinstance(r, AllocRecord)]
@@ -170,7 +170,7 @@ def _describe(record: _Timed, used: _Used) -> _Slice:
             "tensor_bytes": record.tensor_bytes,
             "reason": record.reason,
         }
-        experts = used.get((record.split, record.tensor))
+        experts = used.get((record.i_run, record.i_experts)) if record.i_experts >= 0 else None
         if experts is not None:
             args |= {"experts_used": len(experts.used), "n_expert": experts.n_expert}
         return _Slice(f"link {record.src} → {record.dst}", record.tensor, "copy", args)

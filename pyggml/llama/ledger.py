@@ -25,6 +25,7 @@ from ..record import (
     AssignRecord,
     CopyReason,
     CopyRecord,
+    Identity,
     MicroBatchRecord,
     Observers,
     Record,
@@ -178,6 +179,7 @@ class Ledger:
         self._expected: list[tuple[int, int, int]] = []  # tokens, past, outputs of micro-batches to come
         self._splits: list[_Split] = []
         self._body: list[Record] = []  # records of the computing at hand
+        self._n_graphs = self._n_runs = 0
         self._inputs: list[tuple[Tensor, CopyReason, int]] = []
         self._made: list[set[str]] = []  # names of nodes computed so far
         self._next_nodes = 0  # where the nodes of the next split of this graph begin
@@ -406,10 +408,12 @@ class Ledger:
             )
         )  # fmt: skip
         if self._takes_records:
-            self.records.append(MicroBatchRecord(n_tokens, n_past, n_outputs))
-            if not self._is_reused:
-                self.records += self._plan()
-            self.records += self._body
+            self._n_graphs += not self._is_reused
+            self._n_runs += 1
+            of = Identity(i_graph=self._n_graphs - 1, i_run=self._n_runs - 1, i_clock=0)
+            plan = [] if self._is_reused else self._plan()
+            made = [MicroBatchRecord(n_tokens, n_past, n_outputs), *plan, *self._body]
+            self.records += [replace(record, **of) for record in made]
             self._body = []
 
     def _plan(self) -> list[Record]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..backend import Backend
 from ..notebook import html_table
-from ..record import SplitInput, SplitRecord
+from ..record import Identity, SplitInput, SplitRecord
 from ..tensor import Tensor
 from .split import Cutter
 from .state import Assignment, Split, is_computed
@@ -15,8 +15,13 @@ from .transfer import input_kind
 __all__ = ["split_records", "splits_table"]
 
 
-def split_records(cutter: Cutter) -> list[SplitRecord]:
+def split_records(cutter: Cutter, of: Identity) -> list[SplitRecord]:
     """Return a record of each split of a graph that was just cut.
+
+    Parameters
+    ----------
+    of : Identity
+        The graph's number, and that of the run that it is cut for.
 
     Notes
     -----
@@ -64,6 +69,7 @@ def split_records(cutter: Cutter) -> list[SplitRecord]:
                 op=nodes[0].op_desc if nodes else "",
                 cause=cause(nodes[0]) if nodes else "",
                 inputs=tuple(describe(split, tensor) for tensor in split.inputs),
+                **of,
             )
         )
     return records

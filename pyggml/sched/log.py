@@ -17,6 +17,7 @@ from ..record import (
     CopyReason,
     CopyRecord,
     EventRecord,
+    Identity,
     Observers,
     ReadRecord,
     Statistics,
@@ -56,9 +57,22 @@ class RunLog:
         Calculates the times on simulated devices.
     ids : IdsSource or None
         Returns how many experts a node reads, for its cost.
+    of : Identity, optional
+        The graph, run and clock of its records.
     """
 
-    __slots__ = ("_on_sent", "clock", "ids", "machine", "observers", "records", "stats")
+    __slots__ = (
+        "_announced",
+        "_n_announced",
+        "_on_sent",
+        "clock",
+        "ids",
+        "machine",
+        "observers",
+        "of",
+        "records",
+        "stats",
+    )
 
     def __init__(
         self,
@@ -67,12 +81,17 @@ class RunLog:
         observers: Observers | None,
         clock: VirtualClock | None,
         ids: IdsSource | None = None,
+        of: Identity | None = None,
     ) -> None:
         self.machine = machine
         self.stats = stats
         self.observers = observers
         self.clock = clock
         self.ids = ids
+        #: which graph and run records are of
+        self.of: Identity = Identity(i_graph=-1, i_run=-1, i_clock=0) if of is None else of
+        self._announced: dict[tuple[int, str], int] = {}  # split and weight: number of the latest used experts
+        self._n_announced = 0
         #: those of them that take records, if there are any
         self.records = observers if observers is not None and observers.takes_records else None
         self._on_sent = () if observers is None else observers.on_sent
@@ -156,6 +175,7 @@ class RunLog:
                 CopyRecord(
                     i_split, transfer.source.name, self._name(src), self._name(dst), offset, n_bytes, tensor_bytes,
                     reason, start_s, perf_counter(), span, self._engines(src, dst),
+                    -1 if is_own else self._announced.get((i_split, transfer.source.name), -1), **self.of,
                 )
             )  # fmt: skip
 
@@ -177,7 +197,7 @@ class RunLog:
         if self.records is not None:
             what: Wait = "synchronize" if is_host else "event_wait"
             name = self._name(backend_id)
-            self.records.record(WaitRecord(i_split, what, name, start_s, perf_counter(), span))
+            self.records.record(WaitRecord(i_split, what, name, start_s, perf_counter(), span, **self.of))
 
     def _engines(self, src: int, dst: int) -> tuple[str, ...]:
         """Return the names of the copy engines between two backends, as the virtual clock has them."""
@@ -200,7 +220,13 @@ class RunLog:
             used = tuple(sorted(experts))
             name = "" if ids is None else ids.name
             whole = 0 if is_added else weight.nbytes
-            self.records.record(UsedExpertsRecord(i_split, weight.name, name, used, weight.ne[2], weight.nb[2], whole))
+            number = self._announced[i_split, weight.name] = self._n_announced
+            self._n_announced += 1
+            self.records.record(
+                UsedExpertsRecord(
+                    i_split, weight.name, name, used, weight.ne[2], weight.nb[2], whole, number, **self.of
+                )
+            )
 
     def was_read(self, i_split: int | None, tensor: Tensor, backend_id: int, start_s: float) -> None:
         """Report that the host waited for a backend and read a tensor."""
@@ -214,7 +240,7 @@ class RunLog:
         if self.records is not None:
             end_s, engines = perf_counter(), self._engines(backend_id, len(self.machine.backends) - 1)
             self.records.record(
-                ReadRecord(tensor.name, self._name(backend_id), tensor.nbytes, start_s, end_s, span, engines)
+                ReadRecord(tensor.name, self._name(backend_id), tensor.nbytes, start_s, end_s, span, engines, **self.of)
             )
 
     def waited(self, i_split: int | None, what: Wait, backend_id: int, copy: int | None, start_s: float) -> None:
@@ -230,13 +256,17 @@ class RunLog:
             else:
                 span = clock.event_synchronize(backend_id, copy)
         if self.records is not None:
-            self.records.record(WaitRecord(i_split, what, self._name(backend_id), start_s, perf_counter(), span, copy))
+            self.records.record(
+                WaitRecord(i_split, what, self._name(backend_id), start_s, perf_counter(), span, copy, **self.of)
+            )
 
     def recorded_event(self, i_split: int, backend_id: int, copy: int, start_s: float) -> None:
         """Report that a backend's event was recorded."""
         span = None if self.clock is None else self.clock.event_record(backend_id, copy)
         if self.records is not None:
-            self.records.record(EventRecord(i_split, self._name(backend_id), copy, start_s, perf_counter(), span))
+            self.records.record(
+                EventRecord(i_split, self._name(backend_id), copy, start_s, perf_counter(), span, **self.of)
+            )
 
     def launched(self, i_split: int, backend_id: int, graph: GraphView, asg: Assignment, start_s: float) -> None:
         """Report that nodes were submitted to a backend."""
@@ -251,14 +281,16 @@ class RunLog:
             if causes is None:
                 causes = graph.memo["causes"] = asg.cause_counts(graph)
             self.records.record(
-                ComputeRecord(i_split, self._name(backend_id), len(graph), first, start_s, end_s, span, causes)
+                ComputeRecord(
+                    i_split, self._name(backend_id), len(graph), first, start_s, end_s, span, causes, **self.of
+                )
             )
 
     def called_back(self, i_split: int, tensor: Tensor, start_s: float, *, asked: bool, answer: bool) -> None:
         """Report that the eval callback was called."""
         if self.records is not None:
             end_s, span = perf_counter(), self._moment()
-            self.records.record(CallbackRecord(i_split, tensor.name, asked, answer, start_s, end_s, span))
+            self.records.record(CallbackRecord(i_split, tensor.name, asked, answer, start_s, end_s, span, **self.of))
 
     def assigned(self, graph: Graph, asg: Assignment, start_s: float) -> None:
         """Report the backend of each node of a graph, and why."""
@@ -270,7 +302,9 @@ class RunLog:
                 cause = asg.cause(node)
                 name = "" if cause is None else cause.value
                 backend = self._name(asg.ids[node])
-                self.records.record(AssignRecord(node.name, node.op_desc, backend, name, start_s, end_s, span))
+                self.records.record(
+                    AssignRecord(node.name, node.op_desc, backend, name, start_s, end_s, span, **self.of)
+                )
 
     def holds(
         self,
@@ -286,7 +320,7 @@ class RunLog:
         end_s, span = perf_counter(), self._moment()
         for backend_id, buft, size in held:
             name = self._name(backend_id)
-            self.records.record(AllocRecord(graph, name, buft.name, size, purpose, start_s, end_s, span))
+            self.records.record(AllocRecord(graph, name, buft.name, size, purpose, start_s, end_s, span, **self.of))
 
     def _seconds(self, clock: VirtualClock, backend_id: int, graph: GraphView) -> float:
         """Return how long nodes take; all but the products with used experts is worked out once for a range."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .. import config
 from ..clock import VirtualClock
-from ..record import Observer, Observers, Record, Recorder, Statistics
+from ..record import Identity, MicroBatchRecord, Observer, Observers, Record, Recorder, Statistics
 from .check_copies import CopyCheck
 from .ids import IdsSource
 from .log import RunLog
@@ -30,8 +30,6 @@ class Observed:
     ----------
     stats : Statistics
         Counts of copies, launches and waits since the scheduler was made, or since ``stats.clear()``.
-    clock : VirtualClock or None
-        Calculates the times on simulated devices.
     ids_source : IdsSource
         Reads which experts a micro-batch uses; a plan without data replaces it.
     """
@@ -46,7 +44,9 @@ class Observed:
     ) -> None:
         self.machine = machine
         self.stats = Statistics()
-        self.clock = clock
+        self._clock = clock
+        self._n_clocks = self._n_graphs = self._n_runs = 0
+        self._is_announced = False  # whether the latest run has begun, but not its compute
         self.ids_source = IdsSource()
         self._recorder = recorder
         self._observers = tuple(observers)
@@ -85,14 +85,69 @@ class Observed:
         self._told = Observers(every) if every else None
         self._checked = None
 
+    @property
+    def clock(self) -> VirtualClock | None:
+        """Keeps the times that everything would take on other machines; may be set between two calls."""
+        return self._clock
+
+    @clock.setter
+    def clock(self, clock: VirtualClock | None) -> None:
+        if self._clock is not None and clock is not self._clock:
+            self._n_clocks = self._i_clock + 1
+        self._clock = clock
+
+    @property
+    def _i_clock(self) -> int:
+        return self._n_clocks + (0 if self._clock is None else self._clock.n_resets)
+
+    @property
+    def planned(self) -> Identity:
+        """Number of the latest graph, and of the run that it is planned for; -1: of none."""
+        i_run = self._n_runs - 1 if self._is_announced else -1
+        return Identity(i_graph=self._n_graphs - 1, i_run=i_run, i_clock=self._i_clock)
+
+    def announce(self, n_tokens: int, n_past: int, n_outputs: int) -> None:
+        """Record that what follows is for some tokens: the next run begins here.
+
+        Parameters
+        ----------
+        n_tokens : int
+            Of the micro-batch.
+        n_past : int
+            Tokens in the cache before.
+        n_outputs : int
+            Tokens whose logits are wanted.
+        """
+        self._n_runs += 1
+        self._is_announced = True
+        if self._told is not None:
+            of = {"i_run": self._n_runs - 1, "i_clock": self._i_clock}
+            self._told.record(MicroBatchRecord(n_tokens, n_past, n_outputs, **of))
+
+    def _begin_run(self) -> None:
+        """Give the compute that begins its number."""
+        if not self._is_announced:
+            self._n_runs += 1
+        self._is_announced = False
+
     def record(self, record: Record) -> None:
         """Pass a record to all observers that take its kind."""
         if self._told is not None:
             self._told.record(record)
 
-    def new_log(self, observers: Observers | None = None) -> RunLog:
-        """Return the log of a compute: it counts in `stats`, calls observers and advances the clock."""
-        return RunLog(self.machine, self.stats, observers or self._told, self.clock, self.ids_source)
+    def new_log(self, observers: Observers | None = None, of: Identity | None = None) -> RunLog:
+        """Return the log of a compute: it counts in `stats`, calls observers and advances the clock.
+
+        Parameters
+        ----------
+        observers : Observers, optional
+            Those of the scheduler if not given.
+        of : Identity, optional
+            The graph and run of its records; the latest ones if not given.
+        """
+        if of is None:
+            of = Identity(i_graph=self._n_graphs - 1, i_run=self._n_runs - 1, i_clock=self._i_clock)
+        return RunLog(self.machine, self.stats, observers or self._told, self._clock, self.ids_source, of)
 
     def _checking_observers(self, cutter: Cutter) -> Observers | None:
         """Return the observers; with ``PYGGML_CHECK``, and unless strict, one more that verifies copies."""
@@ -108,7 +163,7 @@ class Observed:
         """Record the policy's memory."""
         if self._told is None:
             return
-        log, held, at = self.new_log(), resources.sizes(), resources.backend_of()
+        log, held, at = self.new_log(of=self.planned), resources.sizes(), resources.backend_of()
         log.holds("policy", [(at[buft], buft, size) for buft, size in held.items()], log.now())
         gone = self._noted_resources - held.keys()
         owners = {b.buffer_type: i for i, b in enumerate(self.machine.backends)}
@@ -121,7 +176,7 @@ class Observed:
         if self._told is None:
             yield
             return
-        log = self.new_log()
+        log = self.new_log(of=self.planned)
         start_s = log.now()
         try:
             yield

@@ -281,15 +281,15 @@ class Scheduler(Observed):
         self._passes.restore(graph)
         self.is_reset = False
         self._cutter = self._plan = self._checked = self._kept = self._reserved_by = None
+        self._n_graphs += 1
         cutter, self.sched_graph = self._passes.cut(
-            graph, self.assignment, self.offload_rule if self.op_offload else None, self.new_log(),
+            graph, self.assignment, self.offload_rule if self.op_offload else None, self.new_log(of=self.planned),
             n_copies=self.n_copies, cur_copy=self.cur_copy, debug=self.debug,
         )  # fmt: skip
         self.splits, self.copies, self.graph_inputs = cutter.splits, cutter.copies, cutter.graph_inputs
         self._cutter, self._cut_graph = cutter, ref(graph)
         if self._told is not None and self._told.takes(SplitRecord):
-            for described in split_records(cutter):
-                self._told.record(described)
+            self._told.record_all(split_records(cutter, self.planned))
         return self.splits
 
     def reserve(self, graph: Graph) -> None:
@@ -484,6 +484,7 @@ class Scheduler(Observed):
         policy, cutter = self.policy, self._cutter
         assert cutter is not None
         self._tenancy.begin()
+        self._begin_run()
         compute_splits(
             self.run_type(
                 self.plan, cur_copy=self.cur_copy, events=self.events, policy=policy,
@@ -545,8 +546,7 @@ class Scheduler(Observed):
             self._passes.restore_all()
             self._kept = self._plan = self._checked = None
             self.resources.close()
-            self.splits = []
-            self.sched_graph = SchedGraph()
+            self.splits, self.sched_graph = [], SchedGraph()
             with self._noting_buffers(self.galloc, self.sched_graph):
                 self.galloc.close()
 

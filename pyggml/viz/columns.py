@@ -20,7 +20,7 @@ from ..record import (
     UsedExpertsRecord,
     WaitRecord,
 )
-from .runs import Run, Runs
+from .runs import RecordedRun, Runs
 
 __all__ = ["KINDS", "Columns", "Interval"]
 
@@ -84,37 +84,38 @@ class Columns:
     experts: list[dict[str, Any]] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
     activities: list[tuple[int, str, str, str]] = field(default_factory=list)  #: event, what, source, target
-    _latest_experts: dict[tuple[int, str], int] = field(default_factory=dict)
+    _experts: dict[tuple[int, int], int] = field(default_factory=dict)  # by run, and number in it
     _planned_at: float | None = None
-    _epoch_s: float = 0.0  # what is added to virtual times: a clock that was reset goes on where it was
+    _run: int = -1  # of the record at hand
+    _clock: int = 0  # the virtual clock of the latest record
+    _clock_start_s: float = 0.0  # what is added to its times: another clock goes on where the one before ended
     _virtual_end_s: float = 0.0
-    _host_s: float = 0.0  # the host's virtual time, as last told
 
     def take(self, record: Record) -> None:
         """Add one record."""
-        self.runs.take(record)
+        self._run = self.runs.take(record)
+        if record.i_clock != self._clock:
+            self._clock, self._clock_start_s = record.i_clock, self._virtual_end_s
         if isinstance(record, UsedExpertsRecord):
             self._take_experts(record)
         elif isinstance(record, AssignRecord):
             virtual = self._place_virtual(record)
             if record.end_s > record.start_s and record.start_s != self._planned_at:
                 self._planned_at = record.start_s
-                # a graph that is planned between two computings belongs to neither
-                run = self.runs.run if self.runs.is_empty else -1
                 cut = _Described("plan", ("host", "host", ""), "assign and cut", -1)
-                self._add(cut, run, (record.start_s, record.end_s), virtual)
+                self._add(cut, self._run, (record.start_s, record.end_s), virtual)
         elif isinstance(record, AllocRecord):
             self._take_memory(record)
         elif not isinstance(record, SplitRecord | MicroBatchRecord):
             described = self._describe(record)
             if described is not None:
-                self._add(described, self.runs.run, (record.start_s, record.end_s), self._place_virtual(record))
+                self._add(described, self._run, (record.start_s, record.end_s), self._place_virtual(record))
 
     def _take_experts(self, r: UsedExpertsRecord) -> None:
-        self._latest_experts[r.split, r.tensor] = len(self.experts)
+        self._experts[r.i_run, r.i_experts] = len(self.experts)
         self.experts.append(
             {
-                "run": self.runs.run, "split": r.split, "tensor": self.strings(r.tensor), "ids": self.strings(r.ids),
+                "run": self._run, "split": r.split, "tensor": self.strings(r.tensor), "ids": self.strings(r.ids),
                 "used": self.used_sets(r.used), "n_expert": r.n_expert, "expert_bytes": r.expert_bytes,
                 "whole": r.tensor_bytes,
             }
@@ -133,7 +134,7 @@ class Columns:
     def _describe(self, r: Any) -> _Described | None:  # any record with times, also of kinds made later
         if isinstance(r, CopyRecord):
             self.activities.append((len(self.wall), r.reason, r.src, r.dst))
-            ref = self._latest_experts.get((r.split, r.tensor), -1) if r.reason == "experts" else -1
+            ref = -1 if r.i_experts < 0 else self._experts.get((r.i_run, r.i_experts), -1)
             lane = ("link", f"{r.src} → {r.dst}", r.dst)
             return _Described(
                 r.reason, lane, r.tensor, r.split, r.size_bytes, r.offset_bytes, r.tensor_bytes, ref, self._engines(r)
@@ -176,27 +177,19 @@ class Columns:
         self.virtual.append(virtual)
 
     def _place_virtual(self, record: Any) -> Interval | None:
-        """Return virtual times; where the clock was reset they go on from the end."""
+        """Return virtual times; those of another clock go on from the end of the one before."""
         span = getattr(record, "virtual", None)
         if span is None:
             return None
         start_s, end_s = float(span[0]), float(span[1])
-        is_host = isinstance(record, AssignRecord | AllocRecord | CallbackRecord | ReadRecord) or (
-            isinstance(record, WaitRecord) and record.what != "event_wait"
-        )
-        if is_host:  # its end is the host's time, which only a reset turns back
-            if end_s < self._host_s:
-                self._epoch_s = self._virtual_end_s
-            self._host_s = end_s
-        placed = (self._epoch_s + start_s, self._epoch_s + end_s)
+        placed = (self._clock_start_s + start_s, self._clock_start_s + end_s)
         self._virtual_end_s = max(self._virtual_end_s, placed[1])
         return placed
 
     def add_plan(self) -> None:
         """Add an event for each input and each split of the planned graphs: what a run would do at most."""
         for i, graph in enumerate(self.runs.graphs):
-            self.runs.runs.append(Run(graph=i))
-            self.runs.run = i
+            self.runs.runs.append(RecordedRun(graph=i))
             for split in graph.splits:
                 for given in split.inputs:
                     lane = ("link", f"{given.src} → {split.backend}", split.backend)

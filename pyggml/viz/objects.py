@@ -44,15 +44,15 @@ def _plan(sched: Scheduler) -> list[Record]:
     cutter = sched.latest_cut
     if cutter is None:
         return []
-    asg, backends = cutter.asg, sched.backends
+    asg, backends, of = cutter.asg, sched.backends, sched.planned
     records: list[Record] = []
     for split in cutter.splits:
         for node in split.graph.nodes:
             if is_computed(node):
                 cause = asg.cause(node)
                 text = "" if cause is None else cause.value
-                records.append(AssignRecord(node.name, node.op_desc, backends[asg.ids[node]].name, text))
-    return [*records, *split_records(cutter)]
+                records.append(AssignRecord(node.name, node.op_desc, backends[asg.ids[node]].name, text, **of))
+    return [*records, *split_records(cutter, of)]
 
 
 def view_of_graph(graph: Graph, *, name: str = "") -> View:

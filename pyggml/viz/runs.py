@@ -1,12 +1,12 @@
-"""Which computing of which graph each record belongs to."""
+"""The graphs and runs that records belong to, each graph and each run once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..record import AssignRecord, ComputeRecord, CopyRecord, MicroBatchRecord, Record, SplitRecord, UsedExpertsRecord
+from ..record import AssignRecord, ComputeRecord, CopyRecord, MicroBatchRecord, Record, SplitRecord
 
-__all__ = ["RecordedGraph", "Run", "Runs"]
+__all__ = ["RecordedGraph", "RecordedRun", "Runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,101 +19,66 @@ class RecordedGraph:
     @property
     def key(self) -> tuple[object, ...]:
         """What it has in common with the same graph planned at another time."""
-        return tuple((n.tensor, n.op, n.backend, n.cause) for n in self.nodes), self.splits
+        nodes = tuple((n.tensor, n.op, n.backend, n.cause) for n in self.nodes)
+        return nodes, tuple((s.backend, s.i_start, s.i_end, s.cause, s.inputs) for s in self.splits)
 
 
 @dataclass(slots=True)
-class Run:
-    """One computing of a graph."""
+class RecordedRun:
+    """One compute of a graph."""
 
-    batch: MicroBatchRecord | None = None  #: None: nobody told
+    batch: MicroBatchRecord | None = None  #: None: it was not announced
     graph: int | None = None  #: index in `Runs.graphs`; None: its plan was not recorded
 
 
 @dataclass(slots=True)
 class Runs:
-    """Follows records; ask `run` after each `take`.
-
-    A computing begins where a session says so. Without one it begins where a split comes that was computed already: a
-    copy for it, or the same nodes again.
+    """Collects graphs and runs by the numbers that records carry (`Identified`).
 
     Attributes
     ----------
     graphs : list of RecordedGraph
-        Each different graph once.
-    runs : list of Run
-        In their order.
-    run : int
-        Index of the run that the latest record belongs to; -1 before the first.
-    is_empty : bool
-        Whether that one has begun, with no copy and no work yet.
+        Each different graph once; complete after `settle`.
+    runs : list of RecordedRun
+        In the order of their first records.
     """
 
     graphs: list[RecordedGraph] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
-    run: int = -1
-    is_empty: bool = False
-    _known: dict[tuple[object, ...], int] = field(default_factory=dict)
-    _nodes: list[AssignRecord] = field(default_factory=list)
-    _splits: list[SplitRecord] = field(default_factory=list)
-    _planned: int | None = None
-    _split: int = -1
-    _firsts: set[str] = field(default_factory=set)  # first nodes of what was computed of the split
+    runs: list[RecordedRun] = field(default_factory=list)
+    _indices: dict[int, int] = field(default_factory=dict)  # index of a run, by its number
+    _plans: dict[int, tuple[list[AssignRecord], list[SplitRecord]]] = field(default_factory=dict)
+    _graph_of: dict[int, int] = field(default_factory=dict)  # number of a run's graph, by the run's index
 
-    def take(self, record: Record) -> None:
-        """Take the next record."""
+    def take(self, record: Record) -> int:
+        """Take the next record and return the index of its run; -1 if it belongs to none."""
         if isinstance(record, AssignRecord):
-            if self._splits:
-                self.settle()
-            self._nodes.append(record)
+            self._plan(record.i_graph)[0].append(record)
         elif isinstance(record, SplitRecord):
-            if self._splits and record.split <= self._splits[-1].split:
-                self.settle()
-            self._splits.append(record)
-        elif isinstance(record, MicroBatchRecord):
-            self._begin(record)
-        elif isinstance(record, CopyRecord | ComputeRecord | UsedExpertsRecord):
-            self._work(record)
+            self._plan(record.i_graph)[1].append(record)
+        if record.i_run < 0:
+            return -1
+        i = self._indices.setdefault(record.i_run, len(self.runs))
+        if i == len(self.runs):
+            self.runs.append(RecordedRun())
+        if isinstance(record, MicroBatchRecord):
+            self.runs[i].batch = record
+        elif isinstance(record, CopyRecord | ComputeRecord):
+            self._graph_of[i] = record.i_graph
+        return i
+
+    def _plan(self, i_graph: int) -> tuple[list[AssignRecord], list[SplitRecord]]:
+        return self._plans.setdefault(i_graph, ([], []))
 
     def settle(self) -> None:
-        """Take the plan as complete: what comes next is no part of it."""
-        if not self._nodes and not self._splits:
-            return
-        graph = RecordedGraph(tuple(self._nodes), tuple(self._splits))
-        self._planned = self._known.setdefault(graph.key, len(self.graphs))
-        if self._planned == len(self.graphs):
-            self.graphs.append(graph)
-        self._nodes, self._splits = [], []
-
-    def forget_unused(self) -> None:
-        """Drop the graphs that were planned and not computed, if any was computed."""
-        used = sorted({r.graph for r in self.runs if r.graph is not None})
-        if used:
-            self.graphs = [self.graphs[i] for i in used]
-            for run in self.runs:
-                run.graph = None if run.graph is None else used.index(run.graph)
-
-    def _begin(self, batch: MicroBatchRecord | None) -> None:
-        self.runs.append(Run(batch))
-        self.run = len(self.runs) - 1
-        self.is_empty = True
-
-    def _work(self, record: CopyRecord | ComputeRecord | UsedExpertsRecord) -> None:
-        was_planned = bool(self._nodes or self._splits)
-        self.settle()
-        is_repeated = record.split < self._split or (
-            record.split == self._split
-            and bool(self._firsts)
-            and (not isinstance(record, ComputeRecord) or record.first in self._firsts)
-        )
-        if self.run < 0 or (not self.is_empty and (was_planned or is_repeated)):
-            self._begin(None)
-        if self.is_empty:
-            self.runs[self.run].graph = self._planned
-            self.is_empty = False
-            self._split = -1
-        if record.split != self._split:
-            self._split = record.split
-            self._firsts = set()
-        if isinstance(record, ComputeRecord):
-            self._firsts.add(record.first)
+        """Make the graphs, once all records were taken; those that no run computed are left out, unless there is no run."""
+        used = set(self._graph_of.values()) & self._plans.keys() or self._plans.keys()
+        known: dict[tuple[object, ...], int] = {}
+        index: dict[int, int] = {}
+        for number, (nodes, splits) in self._plans.items():
+            if number in used:
+                graph = RecordedGraph(tuple(nodes), tuple(splits))
+                index[number] = known.setdefault(graph.key, len(self.graphs))
+                if index[number] == len(self.graphs):
+                    self.graphs.append(graph)
+        for i, run in enumerate(self.runs):
+            run.graph = index.get(self._graph_of.get(i, -1))

@@ -10,11 +10,12 @@ from typing import Any, get_args
 from ..clock import Span
 from ..errors import FormatError
 from ..record import Record, SplitInput
+from .numbering import number_records
 
 __all__ = ["VERSION", "pack_records", "unpack_records"]
 
-#: Of the layout; a reader refuses a larger one.
-VERSION = 1
+#: Of the layout; a reader refuses a larger one. 2: records carry their graph, run and clock.
+VERSION = 2
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Record)}  # classes of different fields
 
@@ -97,7 +98,8 @@ def unpack_records(packed: Mapping[str, Any], path: str) -> list[Record]:
             raise FormatError(path, f"its records have layout {packed['version']}", hint="a newer pyggml wrote it")
         strings = packed["strings"]
         made = [_unpack(kind, packed["columns"][kind], strings) for kind in packed["kinds"]]
-        return [record for i in packed["order"] if (record := next(made[i])) is not None]
+        records = [record for i in packed["order"] if (record := next(made[i])) is not None]
+        return number_records(records) if packed["version"] < 2 else records
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration, RuntimeError) as error:
         if isinstance(error, FormatError):
             raise

@@ -60,7 +60,6 @@ def view_of_records(records: Iterable[Record], *, name: str = "", about: Mapping
         columns.take(record)
     runs = columns.runs
     runs.settle()
-    runs.forget_unused()
     is_plan = not columns.wall
     if is_plan:
         columns.add_plan()

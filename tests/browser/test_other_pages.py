@@ -74,9 +74,9 @@ def test_a_plan_that_does_not_fit(open_page: OpenPage, tmp_path: Path, size: tup
     gib = 1 << 30
     records = [
         AllocRecord("", "SIM0", "SIM0", 30 * gib, "weights", virtual=(0.0, 0.0)),
-        MicroBatchRecord(4, 0, 1),
-        CopyRecord(0, "CPU", "SIM0", "x", 0, 64, 64, "input", 0.0, 0.1, virtual=(0.0, 0.2)),
-        ComputeRecord(0, "SIM0", 3, "first", 0.1, 0.2, virtual=(0.2, 0.3)),
+        MicroBatchRecord(4, 0, 1, i_run=0),
+        CopyRecord(0, "CPU", "SIM0", "x", 0, 64, 64, "input", 0.0, 0.1, virtual=(0.0, 0.2), i_run=0),
+        ComputeRecord(0, "SIM0", 3, "first", 0.1, 0.2, virtual=(0.2, 0.3), i_run=0),
     ]
     about = {
         "is_plan": True, "assumed": "Assumed: a card", "too_large": ["Does not fit: SIM0 has 24.0 GiB"],

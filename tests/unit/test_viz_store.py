@@ -127,3 +127,16 @@ def test_files_of_others(tmp_path: Path, text: str, said: str) -> None:
     path.write_text(text)
     with pytest.raises(FormatError, match=said):
         read_timeline(path)
+
+
+def test_files_without_numbers_still_open() -> None:
+    """A file of layout 1, whose records carry neither graph nor run, opens, and its records are numbered."""
+    packed = json.loads(json.dumps(pack_records(EVERY)))
+    packed["version"] = 1
+    for columns in packed["columns"].values():
+        for name in ("i_graph", "i_run", "i_clock", "i_experts"):
+            columns.pop(name, None)
+    opened = unpack_records(packed, "an old file")
+    assert [type(r) for r in opened] == [type(r) for r in EVERY]
+    assert {(r.i_graph, r.i_run) for r in opened if isinstance(r, ComputeRecord)} == {(0, 0)}
+    assert [r.i_experts for r in opened if isinstance(r, CopyRecord)] == [0]

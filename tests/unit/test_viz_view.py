@@ -17,6 +17,8 @@ from pyggml.record import (
     CallbackRecord,
     ComputeRecord,
     CopyRecord,
+    Identified,
+    Identity,
     MicroBatchRecord,
     Record,
     Recording,
@@ -124,15 +126,16 @@ def test_times_of_both_clocks() -> None:
     assert list(times) == ["virtual", "wall"]
 
 
-def test_a_clock_that_was_reset_goes_on() -> None:
+def test_another_clock_goes_on() -> None:
     """Virtual times of a second simulation come after those of the first."""
     records: list[Record] = []
-    for start_s in (0.0, 5.0):  # of the wall clock
+    for i, start_s in enumerate((0.0, 5.0)):  # of the wall clock
+        of = Identity(i_graph=0, i_run=i, i_clock=i)
         records += [
-            MicroBatchRecord(1, 0, 1),
-            AssignRecord("y", "ADD", "GPU", "2.sup", start_s, start_s, Span(0.0, 0.0)),
-            ComputeRecord(0, "GPU", 1, "y", start_s, start_s + 1, Span(0.0, 2.0)),
-            WaitRecord(None, "synchronize", "GPU", start_s + 1, start_s + 1, Span(0.0, 2.0)),
+            MicroBatchRecord(1, 0, 1, **of),
+            AssignRecord("y", "ADD", "GPU", "2.sup", start_s, start_s, Span(0.0, 0.0), **of),
+            ComputeRecord(0, "GPU", 1, "y", start_s, start_s + 1, Span(0.0, 2.0), **of),
+            WaitRecord(None, "synchronize", "GPU", start_s + 1, start_s + 1, Span(0.0, 2.0), **of),
         ]
     assert view_of_records(records).model["times"]["virtual"]["start"] == [0, 0, 2 * 10**9, 2 * 10**9]
 
@@ -140,11 +143,11 @@ def test_a_clock_that_was_reset_goes_on() -> None:
 def test_phases_are_those_of_tokens() -> None:
     """Time is told for all batches, for those of several tokens, and for those of one; waiting between runs is none."""
     records: list[Record] = [
-        MicroBatchRecord(4, 0, 1),
-        CopyRecord(0, "w", "CPU", "GPU", 0, 4, 4, "weight", 0.0, 3.0),
-        ComputeRecord(0, "GPU", 1, "y", 3.0, 4.0),
-        MicroBatchRecord(1, 4, 1),
-        ComputeRecord(0, "GPU", 1, "y", 100.0, 102.0),
+        MicroBatchRecord(4, 0, 1, i_run=0),
+        CopyRecord(0, "w", "CPU", "GPU", 0, 4, 4, "weight", 0.0, 3.0, i_run=0),
+        ComputeRecord(0, "GPU", 1, "y", 3.0, 4.0, i_run=0),
+        MicroBatchRecord(1, 4, 1, i_run=1),
+        ComputeRecord(0, "GPU", 1, "y", 100.0, 102.0, i_run=1),
     ]
     found = {p["phase"]: p for p in view_of_records(records).model["phases"]}
     gpu = {name: p["backends"][0] for name, p in found.items()}
@@ -158,12 +161,12 @@ def test_phases_are_those_of_tokens() -> None:
 def test_planning_between_batches_is_of_none() -> None:
     """A graph that is assigned after a batch was computed does not make that batch longer."""
     records: list[Record] = [
-        MicroBatchRecord(4, 0, 1),
-        AssignRecord("y", "ADD", "GPU", "2.sup", 0.0, 1.0),
-        ComputeRecord(0, "GPU", 1, "y", 1.0, 2.0),
+        MicroBatchRecord(4, 0, 1, i_run=0),
+        AssignRecord("y", "ADD", "GPU", "2.sup", 0.0, 1.0, i_run=0),
+        ComputeRecord(0, "GPU", 1, "y", 1.0, 2.0, i_run=0),
         AssignRecord("y", "ADD", "GPU", "2.sup", 8.0, 9.0),
-        MicroBatchRecord(4, 0, 1),
-        ComputeRecord(0, "GPU", 1, "y", 10.0, 11.0),
+        MicroBatchRecord(4, 0, 1, i_run=1),
+        ComputeRecord(0, "GPU", 1, "y", 10.0, 11.0, i_run=1),
     ]
     assert view_of_records(records).model["events"]["run"] == [0, 0, -1, 1]
 
@@ -213,10 +216,10 @@ def test_a_recorder_that_came_late() -> None:
 def test_a_kind_that_is_not_known_yet() -> None:
     """A record of a kind that the page does not know, but with times, is shown as another; one without is passed over."""
 
-    class NapRecord:
+    class NapRecord(Identified):
         split, start_s, end_s = 3, 1.0, 2.0
 
-    class MoodRecord:
+    class MoodRecord(Identified):
         pass
 
     records: list[Any] = [NapRecord(), MoodRecord()]
@@ -225,15 +228,17 @@ def test_a_kind_that_is_not_known_yet() -> None:
 
 
 def test_experts_of_an_earlier_copy_are_not_mixed_up() -> None:
-    """A copy refers to the latest used experts of its own split and weight."""
+    """A copy refers to the used experts whose number it carries."""
 
-    def copy(split: int) -> CopyRecord:
-        return CopyRecord(split, "w", "CPU", "GPU", 0, 8, 64, "experts", 0.0, 1.0)
+    def copy(split: int, i_run: int, i_experts: int) -> CopyRecord:
+        return CopyRecord(
+            split, "w", "CPU", "GPU", 0, 8, 64, "experts", 0.0, 1.0, i_experts=i_experts, i_run=i_run
+        )  # fmt: skip
 
     records: list[Record] = [
-        UsedExpertsRecord(0, "w", "ids", (0,), 8, 8, 64), copy(0), ComputeRecord(0, "GPU", 1, "y", 1.0, 2.0),
-        UsedExpertsRecord(1, "w", "ids", (0, 5), 8, 8, 0), copy(1), ComputeRecord(1, "GPU", 1, "z", 2.0, 3.0),
-        UsedExpertsRecord(0, "w", "ids", (0, 1), 8, 8, 64), copy(0),
+        UsedExpertsRecord(0, "w", "ids", (0,), 8, 8, 64, 0, i_run=0), copy(0, 0, 0),
+        UsedExpertsRecord(1, "w", "ids", (0, 5), 8, 8, 0, 1, i_run=0), copy(1, 0, 1),
+        UsedExpertsRecord(0, "w", "ids", (0, 1), 8, 8, 64, 0, i_run=1), copy(0, 1, 0),
     ]  # fmt: skip
     model = view_of_records(records).model
     assert [e["ref"] for e in events(model) if e["kind"] == "experts"] == [0, 1, 2]
