@@ -248,6 +248,11 @@ class VirtualClock:
         profile, slow = self.profiles[backend], self._has_slow_host
         return sum(profile.seconds(node_work(node, used_experts), slow_host=slow) for node in nodes)
 
+    def copy_seconds(self, backend: int, n_bytes: int, *, is_pinned: bool) -> float:
+        """Return how long one copy from host memory to a backend takes on an idle link."""
+        at_most = math.inf if is_pinned else self._pageable
+        return self.profiles[backend].link.seconds(n_bytes, at_most=at_most)
+
     # -- waits ---------------------------------------------------------------
 
     def synchronize(self, backend: int) -> Span:

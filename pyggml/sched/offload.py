@@ -1,0 +1,67 @@
+"""`CostOffload`: an op with host weights runs on a device if copying its weights and computing there takes less time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..backend import Backend
+from ..clock import VirtualClock
+from ..routing import Routing
+from ..tensor import Tensor
+from ..types import Op
+
+__all__ = ["CostOffload"]
+
+
+class CostOffload:
+    """An offload rule that compares times instead of tokens; give it to `Scheduler` or `Planner.open` as ``offload_rule``.
+
+    Parameters
+    ----------
+    backends : sequence of Backend
+        The scheduler's, the CPU last.
+    clock : VirtualClock
+        With their profiles.
+    routing : Routing
+        How many experts a micro-batch uses.
+
+    Notes
+    -----
+    Upstream offloads every op with at least 32 rows (`GGML_OP_OFFLOAD_MIN_BATCH`), whatever the link. Counted are the bytes of the
+    used experts over the link, the product there and the product on the CPU; activations are not. A bias of experts goes with
+    its product, any other op by the device's own rule.
+    """
+
+    def __init__(self, backends: Sequence[Backend], clock: VirtualClock, routing: Routing) -> None:
+        self.clock, self.routing = clock, routing
+        self._index = {backend: i for i, backend in enumerate(backends)}
+        self._cpu = backends[-1]
+
+    def __call__(self, backend: Backend, op: Tensor) -> bool:
+        """Return whether a device should take an op whose weight lies in host memory."""
+        if op.op is Op.ADD_ID and op.src[0] is not None and op.src[0].op is Op.MUL_MAT_ID:
+            return self(backend, op.src[0])
+        if op.op not in (Op.MUL_MAT, Op.MUL_MAT_ID):
+            return backend.offload_op(op)
+        on_device, on_cpu = self.seconds(backend, op)
+        return on_device < on_cpu
+
+    def seconds(self, backend: Backend, op: Tensor) -> tuple[float, float]:
+        """Return how long a product takes on a device, its weight's copy included, and how long on the CPU."""
+        weight = op.src[0]
+        assert weight is not None
+        n_used, n_bytes = 0.0, weight.nbytes
+        if op.op is Op.MUL_MAT_ID:
+            ids = op.src[2]
+            assert ids is not None
+            n_used = self.routing.used(weight.ne[2], ids.ne[0], ids.ne[1])
+            n_bytes = round(n_bytes * n_used / weight.ne[2])
+
+        def count(_: Tensor) -> float:
+            return n_used
+
+        i, cpu = self._index[backend], len(self.clock.profiles) - 1
+        storage = weight.storage
+        is_pinned = storage is not None and storage.buft.device is not self._cpu.device
+        copy_s = self.clock.copy_seconds(i, n_bytes, is_pinned=is_pinned)
+        return copy_s + self.clock.seconds(i, (op,), count), self.clock.seconds(cpu, (op,), count)
