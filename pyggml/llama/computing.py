@@ -20,7 +20,7 @@ from ..tensor import Tensor
 from ..types import BufferUsage
 from .device import CPUHooks, Functions, PythonDevice, functions_of, keep_for_ever, put
 from .ledger import Ledger
-from .library import LlamaLibrary
+from .library import DeviceLibrary
 from .slots import N_WORDS
 from .tensors import Translator
 
@@ -40,7 +40,7 @@ class HostMemory:
         Stands for weights in host memory that is not pinned.
     """
 
-    def __init__(self, library: LlamaLibrary, cpu: Device) -> None:
+    def __init__(self, library: DeviceLibrary, cpu: Device) -> None:
         self.library = library
         self._buffers: dict[int, tuple[int, int, str]] = {}  # base, size, name, by address of the buffer
         self._results = 0
@@ -112,11 +112,13 @@ class Machine:
     devices : list of ComputingDevice
     error : BaseException or None
         The first exception that ended a call of llama.cpp's since it was last taken.
+    on_graph : callable or None
+        Sees each graph that a device is given, and its stream; True if it had it computed.
     dropped : set of str
         Waits that devices do not make although they are asked to, by slot: an experiment.
     """
 
-    def __init__(self, library: LlamaLibrary, cpu: Device) -> None:
+    def __init__(self, library: DeviceLibrary, cpu: Device) -> None:
         self.library = library
         self.host = HostMemory(library, cpu)
         self.translator = Translator(library, self.buffer_of)
@@ -127,6 +129,7 @@ class Machine:
         self.events: dict[int, tuple[int, int, Event]] = {}
         self.error: BaseException | None = None
         self.dropped: set[str] = set()
+        self.on_graph: Callable[[int, Handle], bool] | None = None
         self.ledger: Ledger
 
     def buffer_of(self, address: int) -> Buffer:
@@ -328,6 +331,8 @@ class ComputingDevice(PythonDevice):
         machine = self.machine
         if machine.error is not None:
             return -1
+        if machine.on_graph is not None and machine.on_graph(stream, graph):
+            return 0
         view, nodes, uid = machine.translator.view(graph)
         start_s = machine.ledger.now()
         machine.streams[stream][1].graph_compute(view)
@@ -432,7 +437,7 @@ class ComputingCPU(CPUHooks):
         """Hand an exception to the machine."""
         self.machine.failed(error)
 
-    def _hook_memory(self, library: LlamaLibrary, buft: Handle) -> None:
+    def _hook_memory(self, library: DeviceLibrary, buft: Handle) -> None:
         words = library.ffi.cast("void **", buft)
         name = library.text(library.lib.ggml_backend_buft_name(buft))
         alloc = functions_of(library, words, "buffer_type", ["alloc_buffer"])["alloc_buffer"]

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from ..backends.libggml.library import Handle
-from .library import LlamaLibrary
+from .library import DeviceLibrary
 from .slots import N_WORDS, Table
 
 __all__ = ["CPUHooks", "Functions", "PythonDevice", "functions_of", "keep_for_ever", "put"]
@@ -89,7 +89,7 @@ def keep_for_ever(thing: object) -> None:
     _alive.append(thing)
 
 
-def put(library: LlamaLibrary, words: Handle, kind: str, functions: Functions, on_error: OnError) -> None:
+def put(library: DeviceLibrary, words: Handle, kind: str, functions: Functions, on_error: OnError) -> None:
     """Write functions into the slots of an object; an exception in one of them is handed on, and C gets a failure."""
     table: Table = getattr(library.interfaces, kind)
 
@@ -109,7 +109,7 @@ class PythonDevice(ABC):
 
     Parameters
     ----------
-    library : LlamaLibrary
+    library : DeviceLibrary
         Where it is registered, for as long as the process lives.
     name : str
         Of the device and its buffer type.
@@ -123,7 +123,7 @@ class PythonDevice(ABC):
     is_async: bool = False
     has_events: bool = False
 
-    def __init__(self, library: LlamaLibrary, name: str) -> None:
+    def __init__(self, library: DeviceLibrary, name: str) -> None:
         _alive.append(self)
         self.library, self.ffi, self.name = library, library.ffi, name
         self._c_name = self.ffi.new("char[]", name.encode())
@@ -224,7 +224,7 @@ class CPUHooks(ABC):
     The original functions are kept in ``original``, by slot.
     """
 
-    def __init__(self, library: LlamaLibrary) -> None:
+    def __init__(self, library: DeviceLibrary) -> None:
         _alive.append(self)
         self.library = library
         self.handle = library.lib.ggml_backend_dev_by_type(0)
@@ -246,7 +246,7 @@ class CPUHooks(ABC):
         """Take an exception that ended a function which llama.cpp had called."""
 
 
-def functions_of(library: LlamaLibrary, words: Handle, kind: str, names: list[str]) -> dict[str, Handle]:
+def functions_of(library: DeviceLibrary, words: Handle, kind: str, names: list[str]) -> dict[str, Handle]:
     """Return functions that stand in slots of an object of ggml's own, to be called."""
     table: Table = getattr(library.interfaces, kind)
     found = {}

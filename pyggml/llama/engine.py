@@ -20,7 +20,16 @@ from ..backends.host.race_watch import Hazard
 from ..backends.sim.device import SimDevice
 from ..clock import VirtualClock
 from ..cost import DeviceProfile, parse_profile
-from ..errors import BackendError, ComputeError, DeviceUnavailableError, GraphError, ModelError, PyggmlError, SchedError
+from ..errors import (
+    BackendError,
+    ComputeError,
+    DeviceUnavailableError,
+    GraphError,
+    ModelError,
+    OutOfMemoryError,
+    PyggmlError,
+    SchedError,
+)
 from ..models.kv_cache import CacheFullError
 from .computing import ComputingCPU, ComputingDevice, Machine
 from .ledger import Ledger
@@ -36,6 +45,7 @@ Outputs = Literal["last", "all", "none"]
 _PIECE_BYTES = 256
 #: The ids of the experts that a layer chose, and its number.
 _CHOSEN = re.compile(rb"ffn_moe_topk-(\d+)")
+_NAN_HINT = "a device that was lost has lost the weights, too: open the model again; else the file is damaged"
 _USAGES = {0: "kv_cache", 1: "weights", 2: "compute"}
 #: What `llama_decode` returns.
 _STATUS = {
@@ -155,6 +165,8 @@ class Engine:
             raise SchedError("the child has a model already", hint="open another LlamaModel, which has its own child")
         self._path = request["model"]
         self.devices = [_open_device(**about) for about in request["devices"]]
+        for index, moment, after in request["faults"]:
+            self.device(index, "fail_at", {"moment": moment, "after": after})
         profiles = [d.profile for d in self.devices]
         clock = None
         known = [p for p in profiles if p is not None]
@@ -190,6 +202,8 @@ class Engine:
             self._see = self.ffi.callback("bool(struct ggml_tensor *, bool, void *)", self._seen, onerror=self._failed)
             p.cb_eval = self.ffi.cast("void *", self._see)
         self._ctx = self.lib.llama_init_from_model(self._model, p)
+        if self._ctx != self.ffi.NULL and isinstance(self.machine.error, OutOfMemoryError):
+            self.machine.error = None  # llama.cpp went on without a pipeline
         self._raise_of("make a context")
         if self._ctx == self.ffi.NULL:
             raise self._refusal("does not make a context")
@@ -317,12 +331,20 @@ class Engine:
                 if isinstance(device, SimDevice):
                     device.finish()
             self.machine.take_error()
-            if status == 0 and self._has_memory:
-                lib.llama_memory_seq_rm(self._memory, seq, start, -1)
+            if status == 0:
+                self._forget_from(seq, start)
             raise error or ComputeError(
                 "llama", f"llama_decode {_STATUS.get(status, f'returned {status}')}", status=status
             )
-        return self._logits(n_out)
+        logits = self._logits(n_out)
+        if n_out and np.isnan(logits).any():
+            self._forget_from(seq, start)
+            raise ComputeError("llama", "the logits are not numbers", node="result_output", hint=_NAN_HINT)
+        return logits
+
+    def _forget_from(self, seq: int, start: int) -> None:
+        if self._has_memory:
+            self.lib.llama_memory_seq_rm(self._memory, seq, start, -1)
 
     def _batch(self, tokens: list[int], start: int, n_out: int, seq: int) -> Any:
         """Return a batch of a sequence's next tokens, to be freed; the last ``n_out`` have logits."""

@@ -17,7 +17,7 @@ from ..backends.libggml.library import Handle, Library
 from ..errors import DeviceUnavailableError
 from .slots import FUNCTIONS, Interfaces, find_interfaces
 
-__all__ = ["LlamaLibrary", "find_llama", "library_files"]
+__all__ = ["DeviceLibrary", "LlamaLibrary", "find_llama", "library_files"]
 
 _KIND = "llama"
 
@@ -155,8 +155,8 @@ def library_files(path: Path) -> list[Path]:
     return sorted({path, *(p.resolve() for p in beside if p.is_file())})
 
 
-class LlamaLibrary(Library):
-    """llama.cpp in this process.
+class DeviceLibrary(Library):
+    """A ggml in this process, into which devices in Python can be put.
 
     Attributes
     ----------
@@ -164,6 +164,35 @@ class LlamaLibrary(Library):
         Where the build keeps them.
     has_uids : bool
         Whether ``cgraph_head.uid`` is the number of a graph.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        It cannot be loaded, is no ggml, or its structs are laid out in a way that is not known here.
+    """
+
+    interfaces: Interfaces
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.ffi.cdef(FUNCTIONS)
+        self.ffi.cdef(_BACKENDS)
+        self.interfaces = find_interfaces(self)
+        self.has_uids = self._numbers_graphs()
+
+    def _numbers_graphs(self) -> bool:
+        """Whether a graph has the number by which the scheduler tells it from others, where it is looked for here."""
+        context = self.new_context(1, graph_size=16)
+        head = self.ffi.cast("struct cgraph_head *", self.lib.ggml_new_graph_custom(context, 16, False))
+        sizes = (head.size, head.n_nodes, head.n_leafs, head.order, head.uid)
+        return self.version_tuple >= (0, 26) and sizes == (16, 0, 0, 0, 0) and 16 <= head.hash_size < 1 << 10
+
+
+class LlamaLibrary(DeviceLibrary):
+    """llama.cpp in this process.
+
+    Attributes
+    ----------
     on_line : callable
         Called with each line that llama.cpp logs.
 
@@ -173,23 +202,16 @@ class LlamaLibrary(Library):
         It cannot be loaded, is no llama.cpp, or its structs are laid out in a way that is not known here.
     """
 
-    interfaces: Interfaces
-
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        ffi = self.ffi
-        ffi.cdef(FUNCTIONS)
-        ffi.cdef(_BACKENDS)
         has_cache = self.has("ggml_backend_sched_set_copy_callback")
-        ffi.cdef(_LLAMA % ("size_t moe_cache_size;" if has_cache else ""))
+        self.ffi.cdef(_LLAMA % ("size_t moe_cache_size;" if has_cache else ""))
         if not self.has("llama_model_load_from_file"):
             raise self._refuse("it has no llama_model_load_from_file")
         self.on_line: Callable[[str], None] = lambda line: None
         self._take_llama_log()
         self.lib.llama_backend_init()
         self._check_params()
-        self.interfaces = find_interfaces(self)
-        self.has_uids = self._numbers_graphs()
 
     def _take_llama_log(self) -> None:
         """Hand each line to `on_line`; warnings and errors go to standard error at once, as last words."""
@@ -215,13 +237,6 @@ class LlamaLibrary(Library):
         model = (m.n_gpu_layers < 0, m.vocab_only, m.no_alloc, m.use_extra_bufts)
         if context != (512, 512, 1, 1, True, True, 0) or model != (True, False, False, True):
             raise self._refuse("its llama_context_params or llama_model_params are laid out in another way")
-
-    def _numbers_graphs(self) -> bool:
-        """Whether a graph has the number by which the scheduler tells it from others, where it is looked for here."""
-        context = self.new_context(1, graph_size=16)
-        head = self.ffi.cast("struct cgraph_head *", self.lib.ggml_new_graph_custom(context, 16, False))
-        sizes = (head.size, head.n_nodes, head.n_leafs, head.order, head.uid)
-        return self.version_tuple >= (0, 26) and sizes == (16, 0, 0, 0, 0) and 16 <= head.hash_size < 1 << 10
 
     def check_reserves(self) -> None:
         """Refuse a build from which graphs cannot be taken.

@@ -20,14 +20,15 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, get_args
 
 from ..backend import REGISTRY
 from ..backends.host.race_watch import Hazard
+from ..backends.sim.faults import Moment
 from ..backends.sim.memory import Traffic
 from ..clock import Span, VirtualClock
 from ..cost import CPU_PROFILE, DeviceProfile
-from ..errors import AllocError, DeviceUnavailableError, ModelError, PyggmlError, SchedError
+from ..errors import AllocError, DeviceUnavailableError, GraphError, ModelError, PyggmlError, SchedError
 from ..generation import Generator
 from ..gguf import GGUFFile, require_model
 from ..models.batch import Outputs
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ..backends.sim.faults import Moment
     from .engine import LateRun
 
 __all__ = ["LlamaModel", "RoutingTaker"]
@@ -85,6 +85,9 @@ class LlamaModel(Generator):
         Takes a record of each copy, launch and wait of llama.cpp's scheduler; causes are those of pyggml's plan.
     watches_experts : bool
         llama.cpp's eval callback takes the experts that each layer chooses, for `watcher`; graphs are then computed in parts.
+    faults : sequence of (int, str, int)
+        What is to fail while the model is loaded: index of a simulated device, moment, and how many of its kind go well before; see
+        `fail_at`.
     host : DeviceProfile or None
         What llama.cpp's CPU is taken to be on the virtual clock, which there is if all devices have a profile.
     library : str
@@ -133,6 +136,7 @@ class LlamaModel(Generator):
         seed: int | None = None,
         recorder: Recorder | None = None,
         watches_experts: bool = False,
+        faults: Sequence[tuple[int, Moment, int]] = (),
         host: DeviceProfile | None = CPU_PROFILE,
         library: str = "",
         timeout_s: float | None = TIMEOUT_S,
@@ -165,6 +169,7 @@ class LlamaModel(Generator):
             "use_mmap": placement.use_mmap,
             "takes_records": recorder is not None,
             "watches_experts": watches_experts,
+            "faults": list(faults),
         }
         try:
             facts = self._process.ask(self.opened_with)
@@ -389,6 +394,8 @@ class LlamaModel(Generator):
 
     def fail_at(self, moment: Moment, *, after: int = 0, index: int = 0) -> None:
         """Let an allocation, copy or computing of a simulated device fail; see `SimDevice.fail_at`."""
+        if moment not in get_args(Moment):
+            raise GraphError(f"nothing fails at {moment!r}", hint=f"there are {', '.join(get_args(Moment))}")
         self._device(index, "fail_at", moment=moment, after=after)
 
     def recover(self, index: int = 0) -> None:

@@ -10,7 +10,7 @@ from ..buffer import Buffer
 from ..graph import Graph, GraphView
 from ..tensor import Tensor
 from ..types import Op
-from .library import LlamaLibrary
+from .library import DeviceLibrary
 
 __all__ = ["Translator"]
 
@@ -30,7 +30,7 @@ class Translator:
         Given the address of a buffer of ggml's, returns ours.
     """
 
-    def __init__(self, library: LlamaLibrary, buffer_of: Callable[[int], Buffer | None]) -> None:
+    def __init__(self, library: DeviceLibrary, buffer_of: Callable[[int], Buffer | None]) -> None:
         self.library, self.ffi = library, library.ffi
         self._buffer_of = buffer_of
         self._ops = {number: op for op, number in library.ops.items()}
