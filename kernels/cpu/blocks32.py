@@ -206,7 +206,7 @@ def _make_unpack(typ: int) -> Kernel:
 
 
 def _make_rows(typ: int) -> Kernel:
-    return make_rows_kernel(f"rows_{NAMES[typ]}", lambda e, *args: _product(e, typ, *args))
+    return make_rows_kernel(f"rows_{NAMES[typ]}", lambda e, *args: _product(e, typ, *args), one_by_one=typ == Q8_0)
 
 
 #: Kernels by type.

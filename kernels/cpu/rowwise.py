@@ -27,14 +27,16 @@ def fetch(e: Emit, ahead: ir.Value, at: ir.Value, n_rows: int, n: int) -> None:
     """Fetch what comes after some rows, while n bytes of each, ``at`` bytes from its start, are used.
 
     In the order of memory, line by line: so the processor's own prefetcher runs ahead. It does not where several rows
-    are read at once.
+    are read at once; of one row it fetches best alone.
     """
+    if n_rows == 1:
+        return
     first = e.add(ahead, e.mul(at, n_rows))
     for line in range(max(1, n_rows * n // 64)):
         e.prefetch(first, 64 * line)
 
 
-def make_rows_kernel(name: str, product: Product, *, rare: bool = False) -> Kernel:
+def make_rows_kernel(name: str, product: Product, *, one_by_one: bool = False, rare: bool = False) -> Kernel:
     """Return the kernel of a type: ``(w, stride, n_rows, n_blocks, n_tokens, xs, outs, out_offset)``.
 
     Tokens are taken two by two. Results of row r go to ``outs[token] + out_offset + 4 * r``.
@@ -45,13 +47,17 @@ def make_rows_kernel(name: str, product: Product, *, rare: bool = False) -> Kern
         Name of the kernel.
     product : callable
         See `Product`.
+    one_by_one : bool
+        Rows are taken alone for one token: memory limits the type, and likes that best.
     rare : bool
         See `Kernel`.
     """
 
     def rows(e, w, stride, n_rows, n_blocks, n_tokens, xs, outs, out_offset):
         b = e.b
-        together = TOGETHER if e.has("avx512vl") else TOGETHER_NARROW
+        together = dict(TOGETHER if e.has("avx512vl") else TOGETHER_NARROW)
+        if one_by_one:
+            together[1] = 1
         last = e.add(n_rows, -1)
 
         def least(r: ir.Value, most: ir.Value) -> ir.Value:
