@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain, count
 from operator import attrgetter, itemgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..buffer import Buffer, BufferType
 from ..dialect import DEFAULT_DIALECT, Dialect
@@ -408,7 +408,7 @@ class _Placed:
     data: list[int]
     views: list[int]  #: positions
     limits: list[tuple[int, int, int]]  #: position, buffer, most bytes
-    fitting: object  #: kind of the graph that was looked at last, and fits
+    fitting: list[object]  #: kinds of graphs that were looked at, and fit
 
     @classmethod
     def of(
@@ -417,7 +417,7 @@ class _Placed:
         """Return where tensors of a graph are; None if one is only a source of its nodes."""
         position = dict(zip(chain(graph.nodes, graph.leafs), count()))
         made = cls()
-        made.fitting = None
+        made.fitting = []
         made.limits = [(position.get(t, -1), place.buffer_id, place.size_max) for t, place in owners]
         at = [(position.get(t, -1), t) for t in tensors]
         if at and min(at, key=itemgetter(0))[0] < 0:
@@ -431,12 +431,12 @@ class _Placed:
 
     def fits(self, graph: GallocGraph, kind: object, sizes: Sequence[Callable[[Tensor], int]]) -> bool:
         """Whether each tensor of a graph of this structure has room in its place."""
-        if kind is not self.fitting:
+        if kind not in self.fitting:
             tensors = [*graph.nodes, *graph.leafs]
             for i, buffer_id, limit in self.limits:
                 if sizes[buffer_id](tensors[i]) > limit:
                     return False
-            self.fitting = kind
+            self.fitting = [kind, *self.fitting[: _N_PLACED - 1]]
         return True
 
     def place(self, graph: GallocGraph) -> None:
@@ -446,11 +446,8 @@ class _Placed:
             tensor = tensors[i]
             tensor.buffer = buffer
             tensor.data = data
-        for i in self.views:
-            view = tensors[i]
-            root = view.view_src
-            assert root is not None
-            assert root.data is not None
+        for view in map(tensors.__getitem__, self.views):
+            root: Any = view.view_src  # which has memory, as that of the graph before had
             view.buffer = root.buffer
             view.data = root.data + view.view_offs
         if any(type(b).init_tensor is not Buffer.init_tensor for b in set(self.memory)):

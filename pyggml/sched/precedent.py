@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate, chain, count
-from operator import attrgetter
+from itertools import accumulate, chain, compress, count
+from operator import attrgetter, ne
 from typing import Any
 
 from ..backend import Backend
@@ -89,11 +89,13 @@ class _Shape:
         return None if None in self.sources or None in self.roots else position
 
     def changed_since(self, kept: _Shape) -> set[int]:
-        """Return the positions whose layout, or that of a source or of what they view, is another; the structure is the same."""
+        """Return the positions whose layout, or that of a source or of what they view, may be another; the structure is the same."""
         changed: set[int] = set()
         for now, was in zip(self.layouts, kept.layouts, strict=True):
             if now != was:
-                changed.update(i for i, (a, b) in enumerate(zip(now, was, strict=True)) if a != b)
+                changed.update(compress(count(), map(ne, now, was)))
+        if 2 * len(changed) > len(kept.n_sources):
+            return set(range(len(kept.n_sources)))  # asking about all is quicker than to find out about which
         starts = accumulate(kept.n_sources, initial=0)
         return {
             i
@@ -137,8 +139,8 @@ class Precedent:
     def snapshot(self, graph: Graph, cutter: Cutter) -> Snapshot:
         """Return the snapshot of a graph that was decided after this; what is known here is not looked up again."""
         tensors = [*graph.leafs, *graph.nodes]
-        copies = [made[cutter.cur_copy] for by_backend in cutter.copies.values() for made in by_backend.values()]
-        replacing = [node.src[j] for node, j, _ in cutter.replaced_sources]
+        all_copies, cur_copy = cutter.copies, cutter.cur_copy
+        copies = [made[cur_copy] for by_backend in all_copies.values() for made in by_backend.values()]
         shape, used = self.shape, tensors
         if self.unused:
             used = [t for i, t in enumerate(tensors) if i not in self.unused]
@@ -146,8 +148,8 @@ class Precedent:
         def facts() -> tuple[list[Tensor | None], list[int], list[tuple[int, ...]], list[int]]:
             n_leafs, starts = shape.n_leafs, list(accumulate(shape.n_sources, initial=0))
             read = [None if i < 0 else tensors[i] for i in shape.sources]
-            for (i, j, _, _), copy in zip(self.replaced, replacing, strict=True):
-                read[starts[i] + j] = copy
+            for i, j, i_src, b in self.replaced:
+                read[starts[i] + j] = all_copies[tensors[i_src]][b][cur_copy]
             return (
                 read[starts[n_leafs] :],
                 shape.n_sources[n_leafs:],

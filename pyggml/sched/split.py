@@ -179,12 +179,14 @@ class Cutter:
 
     def _make_copies(self, src: Tensor, backend_id: int) -> list[Tensor]:
         """Return a tensor on the backend for each pipeline copy."""
-        prefix = f"{self.machine.backends[backend_id].name}#{src.name}"
-        made = [dup_layout(src, f"{prefix}#{c}") for c in range(self.n_copies)]
-        for copy in made:
+        name, asg = self.machine.backends[backend_id].name, self.asg
+        made = []
+        for c in range(self.n_copies):
+            copy = dup_layout(src, f"{name}#{src.name}#{c}")
             if self.n_copies > 1:
                 copy.set_input().set_output()  # the allocator must not overwrite it
-            self.asg.explain(copy, Cause.COPIED)
+            asg.explain(copy, Cause.COPIED)
+            made.append(copy)
         return made
 
     # pass 6: pipeline copies of the graph's inputs
