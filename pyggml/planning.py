@@ -19,7 +19,7 @@ from .catalog import header_path
 from .clock import VirtualClock
 from .cost import CPU_PROFILE, DeviceProfile
 from .dialect import DEFAULT_DIALECT, Dialect
-from .errors import DeviceUnavailableError, FormatError, OutOfMemoryError
+from .errors import DeviceUnavailableError, FormatError, OutOfMemoryError, SchedError
 from .gguf import GGUFFile, require_model
 from .models.architectures import ARCHITECTURES
 from .models.batch import MicroBatch, Outputs
@@ -146,9 +146,13 @@ class Planner:
         self._planned_compute: list[int] = [0] * len(self.backends)
         self.expert_cache: MoeCache | None = None
         self.sched = self._new_sched(parallel=False)
+        self._load(progress)
+
+    def _load(self, progress: Progress | None) -> None:
+        """Bring weights and cache to their places, and reserve."""
         log = self.sched.new_log()
         start_s = log.now()
-        source.load(data=data, progress=progress)
+        self.source.load(data=self.data, progress=progress)
         log.holds("weights", self._where(self.placement.weight_bytes()), start_s)
         try:
             self._make_cache()
@@ -157,6 +161,43 @@ class Planner:
         except BaseException:
             self.close()
             raise
+
+    def change(self, placement: PlacementFlags | None = None, context: ContextFlags | None = None) -> None:
+        """Plan with other flags on the same devices, as if the model had been opened with them; much faster.
+
+        Parameters
+        ----------
+        placement, context
+            As of `open`; None: the defaults.
+
+        Raises
+        ------
+        SchedError
+            The planner has data.
+        GraphError
+            A flag is invalid. The planner is as it was.
+        OutOfMemoryError, ModelError
+            See `open`. The planner is closed.
+
+        Notes
+        -----
+        Hyper-parameters and weights stay; so do KV cache and graphs as far as they are the same but for their places, and
+        what the scheduler knows of graphs before (`Precedents`).
+        """
+        if self.data:
+            raise SchedError(f"{self!r} has data: its weights stay where they are", hint="open it with data=False")
+        source = self.source.changed(placement or PlacementFlags(), context or ContextFlags())
+        before = self.sched
+        before.close()
+        if self.expert_cache is not None:
+            self.expert_cache.close()
+            self.expert_cache = None
+        self._holds_largest, self._current = False, None
+        self._cache_bytes, self._planned_compute = {}, [0] * len(self.backends)
+        self.source = source
+        self.sched = self._new_sched(parallel=False)
+        self.sched.follow(before)
+        self._load(None)
 
     @classmethod
     def open(
@@ -351,6 +392,7 @@ class Planner:
         """
         parallel = self._can_pipeline()
         if parallel:
+            self.sched.close()
             self.sched = self._new_sched(parallel=True)
         n_seqs, n_tokens = self.params.n_seq_max, min(self.params.n_ctx, self.params.n_ubatch)
         if self.params.auto_flash_attn:
@@ -403,9 +445,7 @@ class Planner:
     def _size_of_split(self) -> list[int]:
         """Return the sizes of the compute buffers that the last split graph needs."""
         copy = self.sched.sched_graph
-        return self.sched.galloc.reserve_n_size(
-            copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.sched.machine.cpu)
-        )
+        return self.sched.galloc.measure(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.sched.machine.cpu))
 
     def memory(self) -> MemoryRows:
         """Return the memory of each buffer type; the scheduler's buffer types first."""

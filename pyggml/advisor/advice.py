@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -192,9 +193,13 @@ def plan(
         devices, host, machine_notes = this_machine(host)
     backends, machine = open_machine(devices, host)
     tell("reading the header")
-    with GGUFFile.open(path) as file:
+    with GGUFFile.open(path) as file, ExitStack() as held:
         shape = ModelShape.from_header(file.metadata, file.tensors, Path(name).name)
-        memory = MemoryModel(file, backends, context, host_bytes=machine.host.memory_bytes, margin_bytes=margin_bytes)
+        memory = held.enter_context(
+            closing(
+                MemoryModel(file, backends, context, host_bytes=machine.host.memory_bytes, margin_bytes=margin_bytes)
+            )
+        )
         search = Search(shape, machine, goal, memory)
         space = _space(shape, machine, goal, kv_types)
         shown = name if os.path.lexists(name) else f"{name.replace(':', '-')}.gguf"
@@ -413,8 +418,8 @@ def _link_bytes(search: Search, setting: Setting) -> tuple[float, float]:
     if not search.machine.cards:
         return 0.0, 0.0
     n = min(setting.n_ubatch, search.goal.prompt)
-    with search.memory.planner(setting) as planner:
-        prompt, one = simulate_batch(planner, n), simulate_batch(planner, 1)
+    planner = search.memory.planner(setting)
+    prompt, one = simulate_batch(planner, n), simulate_batch(planner, 1)
     return prompt.bytes_copied / n, float(one.bytes_copied)
 
 

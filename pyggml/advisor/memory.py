@@ -71,6 +71,7 @@ class MemoryModel:
         self._rest: dict[tuple[object, ...], list[int]] = {}
         self._exact: dict[Setting, list[DeviceMemory] | None] = {}
         self._sizes = [float(b.device.memory()[1]) for b in self.backends[:-1]]
+        self._planner: Planner | None = None
 
     # -- weights -------------------------------------------------------------
 
@@ -110,8 +111,8 @@ class MemoryModel:
     def _open(self, setting: Setting) -> list[DeviceMemory] | None:
         self.n_opened += 1
         try:
-            with self.planner(setting) as planner:
-                taken = self._by_device(planner.memory())
+            planner = self.planner(setting)
+            taken = self._by_device(planner.memory())
         except PyggmlError:
             return None
         if setting.overrides and not is_experts_only(setting):
@@ -121,16 +122,26 @@ class MemoryModel:
         self._rest[self._key(setting)] = rest if kept is None else [max(a, b) for a, b in zip(rest, kept, strict=True)]
         return self.devices(taken)
 
+    def close(self) -> None:
+        """Close the planner that is kept for the next setting."""
+        if self._planner is not None:
+            self._planner.close()
+
     def planner(self, setting: Setting) -> Planner:
-        """Return an open planner of a setting, without data."""
-        return Planner.open(
-            self.file,
-            devices=self.backends[:-1],
-            cpu=self.backends[-1],
-            placement=placement_flags(setting),
-            context=context_flags(setting, self.n_ctx),
-            data=False,
-        )
+        """Return a planner of a setting, without data; it is this model's own, and the next setting changes it."""
+        placement, context = placement_flags(setting), context_flags(setting, self.n_ctx)
+        if self._planner is not None and not self._planner.is_closed:
+            self._planner.change(placement, context)
+        else:
+            self._planner = Planner.open(
+                self.file,
+                devices=self.backends[:-1],
+                cpu=self.backends[-1],
+                placement=placement,
+                context=context,
+                data=False,
+            )
+        return self._planner
 
     def _by_device(self, memory: Sequence[Memory]) -> list[int]:
         own = {b.buffer_type.name: i for i, b in enumerate(self.backends[:-1])}

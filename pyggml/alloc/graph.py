@@ -19,7 +19,7 @@ from ..errors import AllocError, OutOfMemoryError
 from ..tensor import Tensor
 from ..types import BufferUsage, Op
 from .offsets import DynTallocr
-from .play import NOWHERE, Place, Play, places_of
+from .play import NOWHERE, Life, Place, Play, places_of
 
 __all__ = ["GallocGraph", "Gallocr"]
 
@@ -154,14 +154,27 @@ class Gallocr:
         self.is_reserved = all(i < 0 or self.buffers[i] is not None for i in used)
         return [sum(chunk.max_size for chunk in talloc.chunks) for talloc in self.tallocs]
 
+    def measure(
+        self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
+    ) -> list[int]:
+        """Return the bytes that `reserve_n` would need for each buffer id; buffers stay, and the next graph is laid out anew."""
+        self._play(graph, node_buffer_ids, leaf_buffer_ids)
+        return [sum(chunk.max_size for chunk in talloc.chunks) for talloc in self.tallocs]
+
+    def _play(
+        self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
+    ) -> dict[Tensor, Life]:
+        self.is_reserved, self._placed = False, {}
+        for talloc in self.tallocs:
+            talloc.reset()
+        nodes, leafs = graph.nodes, graph.leafs
+        return Play(self).run(nodes, leafs, node_buffer_ids or [0] * len(nodes), leaf_buffer_ids or [0] * len(leafs))
+
     def _lay_out(
         self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
     ) -> None:
-        self.is_reserved, self._placed = False, {}
         nodes, leafs = graph.nodes, graph.leafs
-        for talloc in self.tallocs:
-            talloc.reset()
-        lives = Play(self).run(nodes, leafs, node_buffer_ids or [0] * len(nodes), leaf_buffer_ids or [0] * len(leafs))
+        lives = self._play(graph, node_buffer_ids, leaf_buffer_ids)
         places: dict[Tensor, Place] = {}
 
         def place(tensor: Tensor | None) -> Place:

@@ -14,7 +14,7 @@ import click
 
 from ..routing import Routing
 from ._console import n_bytes, report, table
-from ._model_options import ModelCommand, ModelFlags, flags_of, open_backends, parse_sizes
+from ._model_options import ModelCommand, ModelFlags, device_names, flags_of, open_backends, parse_sizes
 
 if TYPE_CHECKING:
     from ..dialect import Dialect
@@ -77,12 +77,23 @@ def sweep_rows(
     from ..planning import Planner, virtual_clock
 
     machine = host_profile(host or DEFAULT_HOST)
-    for labels, flags in combinations(ctx):
-        backends, cpu = open_backends(flags, data=False)
-        with Planner.open(
-            model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
-            graph=graph, strict=True, dialect=dialect, policy=flags.policy(), clock=virtual_clock([*backends, cpu], machine),
-        ) as planner:  # fmt: skip
+    planner: Planner | None = None
+    kept: tuple[object, ...] = ()
+    try:
+        for labels, flags in combinations(ctx):
+            same = device_names(flags), flags.expert_copy
+            if planner is not None and same == kept:
+                planner.change(flags.placement(), flags.context())
+            else:
+                if planner is not None:
+                    planner.close()
+                backends, cpu = open_backends(flags, data=False)
+                planner = Planner.open(
+                    model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
+                    graph=graph, strict=True, dialect=dialect, policy=flags.policy(),
+                    clock=virtual_clock([*backends, cpu], machine),
+                )  # fmt: skip
+                kept = same
             plans = plan_batches(planner, parse_sizes(batches), outputs=outputs, routing=routing)
             fits = memory_fits(planner.memory(), planner.backends, host_bytes=host.memory_bytes if host else None)
             for plan in plans:
@@ -100,6 +111,9 @@ def sweep_rows(
                     **{f"{f.memory.buft}_bytes": f.memory.total for f in fits if f.backend},
                     "fits": not any(f.missing_bytes for f in fits),
                 }
+    finally:
+        if planner is not None:
+            planner.close()
 
 
 def print_sweep(rows: Sequence[dict[str, Any]], form: str | None) -> None:

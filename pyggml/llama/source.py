@@ -290,6 +290,12 @@ class CapturedSource(GraphSource):
 
     # -- memory --------------------------------------------------------------
 
+    def changed(self, placement: PlacementFlags, context: ContextFlags) -> CapturedSource:
+        """Return a source of the same model with other flags; llama.cpp is asked for it."""
+        made = CapturedSource(self.file, self.placement.devices, self.cpu, placement=placement, context=context)
+        self.close()
+        return made
+
     def load(self, *, data: bool, progress: Progress | None) -> None:
         """Put weights into buffers of no bytes."""
         assert not data, "captured graphs are for plans"

@@ -131,6 +131,15 @@ class KVCache:
         pairs = ((i, own.get(i)) for i in self.k for own in (self.k, self.v))
         return [(i, tensor) for i, tensor in pairs if tensor is not None]
 
+    def is_like(self, other: KVCache) -> bool:
+        """Return whether a cache of the same model has tensors of the same types and sizes, for as many sequences."""
+        own, others = ([(i, t.type, t.ne) for i, t in cache.tensors()] for cache in (self, other))
+        return (
+            type(self) is type(other)
+            and (self.v_trans, self.n_stream, self.n_seq_max) == (other.v_trans, other.n_stream, other.n_seq_max)
+            and own == others
+        )
+
     # -- sequences -----------------------------------------------------------
 
     def _stream_of(self, seq: int) -> int:

@@ -49,6 +49,10 @@ class SlidingKVCache(KVCache):
         """Return the tensors of both, with their layers."""
         return super().tensors() + self.swa.tensors()
 
+    def is_like(self, other: KVCache) -> bool:
+        """Return whether a cache of the same model has tensors of the same types and sizes, for as many sequences."""
+        return isinstance(other, SlidingKVCache) and self._is_unified == other._is_unified and super().is_like(other)
+
     def clear(self) -> None:
         """Forget all tokens."""
         super().clear()

@@ -46,6 +46,7 @@ class LoadedWeights:
     buffers: list[Buffer]
     mapped_bytes: int
     copied_bytes: int
+    uses: Sequence[Tensor] = ()  #: the tensor of each use, in the order of the placement
 
     def close(self) -> None:
         """Give the memory back; the weights have none afterwards."""
@@ -57,8 +58,10 @@ class LoadedWeights:
         self.buffers.clear()
 
 
-def _make_tensors(placement: Placement, n_layer: int) -> tuple[Weights, dict[tuple[BufferType, str], Tensor]]:
-    """Return the tensors without memory; uses of one tensor in one buffer type share it."""
+def _make_tensors(
+    placement: Placement, n_layer: int
+) -> tuple[Weights, dict[tuple[BufferType, str], Tensor], list[Tensor]]:
+    """Return the tensors without memory, also by use; uses of one tensor in one buffer type share it."""
     made: dict[tuple[BufferType, str], Tensor] = {}
     in_order: list[Tensor] = []
     for w in placement.weights:
@@ -66,26 +69,45 @@ def _make_tensors(placement: Placement, n_layer: int) -> tuple[Weights, dict[tup
         if key not in made:
             made[key] = Tensor(w.info.type, w.info.ne, name=w.spec.name)
         in_order.append(made[key])
-    return Weights([w.spec for w in placement.weights], in_order, n_layer), made
+    return Weights([w.spec for w in placement.weights], in_order, n_layer), made, in_order
 
 
-def plan_weights(placement: Placement, hparams: HParams) -> LoadedWeights:
+def _same_tensors(
+    placement: Placement, before: LoadedWeights | None
+) -> tuple[Weights, dict[tuple[BufferType, str], Tensor], Sequence[Tensor]] | None:
+    """Return the tensors of the same weights placed otherwise, or None if other uses share a tensor then."""
+    if before is None or len(before.uses) != len(placement.weights):
+        return None
+    made: dict[tuple[BufferType, str], Tensor] = {}
+    for w, tensor in zip(placement.weights, before.uses, strict=True):
+        if made.setdefault((w.buft, w.spec.name), tensor) is not tensor:
+            return None
+    return (before.weights, made, before.uses) if len(made) == len(before.weights.tensors) else None
+
+
+def plan_weights(placement: Placement, hparams: HParams, before: LoadedWeights | None = None) -> LoadedWeights:
     """Return weights that lie in buffers of no bytes: enough to plan with, and nothing is read or allocated.
 
     Each has an address that no process has, so that a plan can go through the motions of computing.
+
+    Parameters
+    ----------
+    before : LoadedWeights, optional
+        The same weights placed otherwise, whose tensors move if they can.
 
     Notes
     -----
     Mirrors `llama_model_base::load_tensors` with ``no_alloc``.
     """
-    weights, made = _make_tensors(placement, hparams.n_layer)
+    weights, made, uses = _same_tensors(placement, before) or _make_tensors(placement, hparams.n_layer)
+    EDITS.note()
     buffers = {buft: buft.alloc_buffer(0) for buft in placement.by_buft()}
     for buffer in buffers.values():
         buffer.set_usage(BufferUsage.WEIGHTS)
     ends: dict[BufferType, int] = {}
     for (buft, _), tensor in made.items():
         _place_nowhere(tensor, buffers[buft], ends)
-    return LoadedWeights(weights, list(buffers.values()), 0, 0)
+    return LoadedWeights(weights, list(buffers.values()), 0, 0, uses)
 
 
 def _place_nowhere(tensor: Tensor, buffer: Buffer, ends: dict[BufferType, int]) -> None:
@@ -115,7 +137,7 @@ def load_weights(
     -----
     Mirrors `llama_model_base::load_tensors` and `llama_model_loader::load_all_data`.
     """
-    weights, made = _make_tensors(placement, hparams.n_layer)
+    weights, made, _ = _make_tensors(placement, hparams.n_layer)
     loaded = LoadedWeights(weights, [], 0, 0)
     to_copy: list[tuple[WeightPlace, Tensor]] = []
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -102,6 +103,8 @@ class PlannableGraph(Protocol):
         """Nodes that must run on a backend."""
 
 
+#: Graphs that a plan keeps, the latest used; a decode has two or three.
+_N_GRAPHS = 16
 #: Makes a graph, when the scheduler has been reset; None: the graph before can be used again.
 Build = Callable[[], PlannableGraph] | None
 
@@ -174,6 +177,16 @@ class GraphSource(ABC):
             self.params = replace(self.params, fused_delta_many=on)
 
     @abstractmethod
+    def changed(self, placement: PlacementFlags, context: ContextFlags) -> GraphSource:
+        """Return a source of the same model with other flags, for plans; this one is not used any more.
+
+        Raises
+        ------
+        GraphError
+            A flag cannot be. This source is as it was.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Give all memory back."""
 
@@ -211,32 +224,71 @@ class BuiltSource(GraphSource):
         self.file, self.tensor_split = file, placement.tensor_split
         self.hparams = hp = read_hparams(file)
         self.params = ContextParams.resolve(context, hp)
-        specs = resolve_specs(weight_specs(hp, file.tensors), file.tensors, file.path)
-        self.placement = place(hp, specs, file.tensors, devices, cpu, placement)
+        self._specs = resolve_specs(weight_specs(hp, file.tensors), file.tensors, file.path)
+        self.placement = place(hp, self._specs, file.tensors, devices, cpu, placement)
         self.cache: KVCache = make_cache(hp, self.params, v_trans=not self.params.flash_attn)
         self._cache_buffers: list[Buffer] = []
         self.delta_probes = (1, 16) if hp.n_ssm_state else ()
+        #: graphs for plans, which change nothing but where their weights are; None with data
+        self._graphs: dict[tuple[KVCache, ContextParams, GraphKey], ModelGraph] | None = None
 
     def load(self, *, data: bool, progress: Progress | None) -> None:
         """Bring weights to their places."""
         if data:
             self.loaded = load_weights(self.file, self.placement, self.hparams, progress=progress)
         else:
-            self.loaded = plan_weights(self.placement, self.hparams)
+            before = None if self._graphs is None else self.loaded
+            self.loaded = plan_weights(self.placement, self.hparams, before)
+            if before is None or before.weights is not self.loaded.weights:
+                self._graphs = {}
 
     def make_cache(self, *, data: bool) -> Mapping[BufferType, int]:
         """Allocate the KV cache, or plan it."""
         if not data:
-            return plan_cache(self.cache, self.placement, self.params)
+            sizes = plan_cache(self.cache, self.placement, self.params)
+            self._make_views_follow()
+            return sizes
         self._cache_buffers = allocate_cache(self.cache, self.placement, self.params)
-        sizes: dict[BufferType, int] = {}
+        sizes = {}
         for buffer in self._cache_buffers:
             sizes[buffer.buft] = sizes.get(buffer.buft, 0) + buffer.size
         return sizes
 
     def build(self, p: GraphParams) -> ModelGraph:
-        """Return the graph of a micro-batch."""
-        return build_graph(p, self.loaded.weights)
+        """Return the graph of a micro-batch; one that a plan asked for before is the same object again."""
+        if self._graphs is None or p.banks is not None:
+            return build_graph(p, self.loaded.weights)
+        # what no builder reads
+        params = replace(p.params, n_batch=0, n_ubatch=0, op_offload=True, n_outputs_max=0)
+        key = self.cache, params, p.key
+        graph = self._graphs.pop(key, None) or build_graph(p, self.loaded.weights)
+        self._graphs[key] = graph
+        if len(self._graphs) > _N_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        return graph
+
+    def changed(self, placement: PlacementFlags, context: ContextFlags) -> BuiltSource:
+        """Return a source with other flags, that keeps weights, cache and graphs as far as they are the same but for their places."""
+        made = copy(self)
+        made.banks, made.tensor_split = None, placement.tensor_split
+        hp = self.hparams
+        made.params = params = ContextParams.resolve(context, hp)
+        made.placement = place(
+            hp, self._specs, self.file.tensors, self.placement.devices, self.placement.cpu, placement
+        )
+        cache = make_cache(hp, params, v_trans=not params.flash_attn)
+        caches = dict.fromkeys([self.cache, *(known for known, _, _ in self._graphs or ())])
+        made.cache = next((known for known in caches if cache.is_like(known)), cache)
+        return made
+
+    def _make_views_follow(self) -> None:
+        """Let views in graphs that are kept look at where weights and cache are now."""
+        for graph in (self._graphs or {}).values():
+            for node in graph.graph.nodes:
+                root = node.view_src
+                if root is not None:
+                    node.buffer = None
+                    node.data = None if root.data is None else root.data + node.view_offs
 
     def expert_weights(self) -> dict[int, list[Tensor]]:
         """Return the expert weights of each layer."""

@@ -175,6 +175,10 @@ class Precedents:
         self._machine = replace(machine, note=self._note)
         self._kept: list[Precedent] = []
 
+    def follow(self, other: Precedents) -> None:
+        """Take over what another has; questions are to the same backends only if these are the same."""
+        self._kept = list(other._kept)
+
     def decide(self, graph: Graph, cutter: Cutter, offload: OffloadOp | None) -> Precedent | None:
         """Run passes 1 to 5, or do as for a graph before; return what later graphs can follow, if they can.
 

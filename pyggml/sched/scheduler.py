@@ -538,6 +538,10 @@ class Scheduler(Observed):
         self.is_alloc = False
         self._allocated = None
 
+    def follow(self, other: Scheduler) -> None:
+        """Know of the graphs that another scheduler of the same backends assigned; see `Precedents`."""
+        self._precedents.follow(other._precedents)
+
     def close(self) -> None:
         """Free the compute buffers, and restore the sources of graphs. The backends stay open."""
         with self._one_thread():
