@@ -189,6 +189,8 @@ class Planner:
         source = self.source.changed(placement or PlacementFlags(), context or ContextFlags())
         before = self.sched
         before.close()
+        if before.n_copies > 1:
+            source.forget_graphs()  # their inputs stay flagged as outputs
         if self.expert_cache is not None:
             self.expert_cache.close()
             self.expert_cache = None

@@ -176,6 +176,9 @@ class GraphSource(ABC):
         else:
             self.params = replace(self.params, fused_delta_many=on)
 
+    def forget_graphs(self) -> None:
+        """Keep no graph that was made for a plan before."""
+
     @abstractmethod
     def changed(self, placement: PlacementFlags, context: ContextFlags) -> GraphSource:
         """Return a source of the same model with other flags, for plans; this one is not used any more.
@@ -280,6 +283,11 @@ class BuiltSource(GraphSource):
         caches = dict.fromkeys([self.cache, *(known for known, _, _ in self._graphs or ())])
         made.cache = next((known for known in caches if cache.is_like(known)), cache)
         return made
+
+    def forget_graphs(self) -> None:
+        """Keep no graph that was made for a plan before."""
+        if self._graphs is not None:
+            self._graphs = {}
 
     def _make_views_follow(self) -> None:
         """Let views in graphs that are kept look at where weights and cache are now."""

@@ -29,7 +29,7 @@ class Passes:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._memory = CutMemory()
-        self._precedents = Precedents(machine)
+        self.precedents = Precedents(machine)
         self.precedent: Precedent | None = None  #: what the latest graph is laid out as
         self._node_ids, self._prev_node_ids = IdTable(), IdTable()
         self._leaf_ids, self._prev_leaf_ids = IdTable(), IdTable()
@@ -79,7 +79,7 @@ class Passes:
         machine = self._machine
         cutter = Cutter(asg, machine, self._memory, n_copies=n_copies, cur_copy=cur_copy)
         self._replaced_sources[graph] = cutter.replaced_sources, cutter.copies
-        precedent = self._precedents.decide(graph, cutter, offload_rule)
+        precedent = self.precedents.decide(graph, cutter, offload_rule)
         if debug:
             sys.stderr.write(assignments_text(graph, cutter.splits, asg, machine, level=debug))
         asg.forget_counts()

@@ -540,7 +540,7 @@ class Scheduler(Observed):
 
     def follow(self, other: Scheduler) -> None:
         """Know of the graphs that another scheduler of the same backends assigned; see `Precedents`."""
-        self._precedents.follow(other._precedents)
+        self._passes.precedents.follow(other._passes.precedents)
 
     def close(self) -> None:
         """Free the compute buffers, and restore the sources of graphs. The backends stay open."""

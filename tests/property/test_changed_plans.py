@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pyggml.backend import REGISTRY
@@ -56,7 +56,10 @@ def _described(planner: Planner) -> Any:
         for n_tokens in (200, 1)
         for planned in planner.plan_batch(n_tokens)
     ]
-    simulated = [simulate_batch(planner, n_tokens) for n_tokens in (200, 1)]
+    try:
+        simulated = [simulate_batch(planner, n_tokens) for n_tokens in (200, 1)]
+    except PyggmlError as error:  # some settings cannot be simulated
+        return list(planner.memory()), plans, str(error)
     return (
         list(planner.memory()),
         planner.params,
@@ -67,7 +70,7 @@ def _described(planner: Planner) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", ["gpt-oss-20b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "qwen3-235b"])
 def test_a_changed_planner_plans_as_a_new_one(name: str, tmp_path: Path) -> None:
     """Memory, placement, splits, causes, bytes and times after each of several changes are those of a planner opened so."""
     path = tmp_path / "model.gguf"
@@ -76,7 +79,7 @@ def test_a_changed_planner_plans_as_a_new_one(name: str, tmp_path: Path) -> None
     *gpus, cpu = (d.backend() for d in REGISTRY.open_all(["sim:rtx4090-pcie4", "sim:rtx3060-pcie3", "cpu"], data=False))
 
     @settings(
-        max_examples=4, derandomize=True, database=None, deadline=None,
+        max_examples=8, phases=(Phase.generate,), derandomize=True, database=None, deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )  # fmt: skip
     @given(flags=st.lists(st.tuples(placements, contexts), min_size=2, max_size=3), n_gpu=st.sampled_from([1, 1, 2]))
