@@ -177,7 +177,8 @@ class GraphSource(ABC):
             self.params = replace(self.params, fused_delta_many=on)
 
     def forget_graphs(self) -> None:
-        """Keep no graph that was made for a plan before."""
+        """Keep no graph that was made for a plan before; by default none is kept."""
+        return
 
     @abstractmethod
     def changed(self, placement: PlacementFlags, context: ContextFlags) -> GraphSource:
