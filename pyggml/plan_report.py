@@ -15,7 +15,8 @@ from .types import DeviceType
 
 if TYPE_CHECKING:
     from .backend import Backend
-    from .planning import Memory, PlannedGraph, Planner
+    from .memory_rows import Memory
+    from .planning import PlannedGraph, Planner
     from .record import CopyReason
     from .sched.plan import Plan
     from .sched.transfer import Transfer

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import ClassVar, Literal, Self
 
 from .backend import REGISTRY, Backend, Device
@@ -21,6 +20,7 @@ from .cost import CPU_PROFILE, DeviceProfile
 from .dialect import DEFAULT_DIALECT, Dialect
 from .errors import DeviceUnavailableError, FormatError, OutOfMemoryError, SchedError
 from .gguf import GGUFFile, require_model
+from .memory_rows import Memory, MemoryRows
 from .models.architectures import ARCHITECTURES
 from .models.batch import MicroBatch, Outputs
 from .models.context import ContextFlags, ContextParams
@@ -35,7 +35,7 @@ from .sched.plan import Plan
 from .sched.policies import CopyPolicy
 from .sched.scheduler import Scheduler
 
-__all__ = ["GraphChoice", "Memory", "MemoryRows", "PlannedGraph", "Planner", "SchedOptions", "virtual_clock"]
+__all__ = ["GraphChoice", "PlannedGraph", "Planner", "SchedOptions", "virtual_clock"]
 
 
 #: Who builds the graphs: pyggml, llama.cpp, or pyggml if it knows the architecture.
@@ -76,34 +76,6 @@ class PlannedGraph:
     part: MicroBatch
     plan: Plan
     compute_bytes: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """The bytes that a session uses, or a plan would use, of one buffer type."""
-
-    buft: str
-    weights: int
-    cache: int
-    compute: int
-    policy: int = 0  #: memory of the copy policy
-
-    @property
-    def total(self) -> int:
-        """The sum, in bytes."""
-        return self.weights + self.cache + self.compute + self.policy
-
-
-class MemoryRows(list[Memory]):
-    """The memory of a session or plan, one row for each buffer type; notebooks show a table."""
-
-    def _repr_html_(self) -> str:
-        """Return the rows as a table, for notebooks."""
-        own = ("copy policy",) if any(m.policy for m in self) else ()
-        columns = ("buffer type", "weights", "KV cache", "compute", *own, "total")
-        parts = [(m.buft, m.weights, m.cache, m.compute, *([m.policy] if own else []), m.total) for m in self]
-        rows = ((buft, *(f"{n:,}" for n in sizes)) for buft, *sizes in parts)
-        return html_table("Memory, bytes", columns, rows, n_rows=len(self), right=columns[1:])
 
 
 class Planner:
@@ -551,9 +523,7 @@ class Planner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from .clock import VirtualClock
 from .errors import AllocError, ComputeError, SchedError
 from .generation import Generator
+from .memory_rows import Memory
 from .models.batch import Batch, MicroBatch, Outputs
 from .models.context import ContextFlags
 from .models.graph import GraphParams, ModelGraph
@@ -35,7 +36,7 @@ from .models.loading import LoadedWeights
 from .models.placement import PlacementFlags
 from .models.source import BuiltSource
 from .models.topk import TopK
-from .planning import Memory, PlannedGraph, Planner
+from .planning import PlannedGraph, Planner
 from .sched.state import is_computed
 from .tensor import Tensor
 from .types import BufferUsage, Type

@@ -10,7 +10,8 @@ from ..backend import Backend
 from ..errors import PyggmlError
 from ..foresight.estimate import Setting, device_of, has_host_experts
 from ..gguf import GGUFFile
-from ..planning import Memory, Planner
+from ..memory_rows import Memory
+from ..planning import Planner
 from .settings import context_flags, is_experts_only, placement_flags
 
 __all__ = ["DeviceMemory", "MemoryModel"]

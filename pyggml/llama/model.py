@@ -31,11 +31,12 @@ from ..cost import CPU_PROFILE, DeviceProfile
 from ..errors import AllocError, DeviceUnavailableError, GraphError, ModelError, PyggmlError, SchedError
 from ..generation import Generator
 from ..gguf import GGUFFile, require_model
+from ..memory_rows import Memory, MemoryRows
 from ..models.batch import Outputs
 from ..models.context import ContextFlags
 from ..models.placement import PlacementFlags, parse_overrides, warn_of_unmatched
 from ..models.topk import TopK
-from ..planning import Memory, MemoryRows, Planner
+from ..planning import Planner
 from ..record import AllocPurpose, AllocRecord, Recorder, Recording, Statistics
 from ..session import BatchRecord
 from .causes import Causes

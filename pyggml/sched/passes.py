@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from .. import config
 from ..buffer import BufferType
-from ..graph import Graph
+from ..graph import Graph, Snapshot
 from ..tensor import Tensor
 from ..types import BufferUsage
 from .assign import OffloadOp
@@ -98,6 +98,13 @@ class Passes:
             check_assignment(graph, asg, machine)
             check_splits(graph, cutter)
         return cutter, sched_graph
+
+    def snapshot(self, graph: Graph) -> Snapshot:
+        """Return the facts of the latest graph, once it is allocated."""
+        if self.precedent is None:
+            return Snapshot(graph.nodes)
+        _, copies = self._replaced_sources[graph]
+        return self.precedent.snapshot(graph, copies)
 
     @property
     def is_resized(self) -> bool:

@@ -21,7 +21,7 @@ from ..tensor import Tensor
 from .assign import OffloadOp, assign
 from .policies import default_offload
 from .split import Cutter
-from .state import Cause, Machine, Split
+from .state import Cause, Copies, Machine, Split
 
 __all__ = ["Precedent", "Precedents"]
 
@@ -136,11 +136,10 @@ class Precedent:
         made.shape = shape
         return made
 
-    def snapshot(self, graph: Graph, cutter: Cutter) -> Snapshot:
+    def snapshot(self, graph: Graph, all_copies: Copies) -> Snapshot:
         """Return the snapshot of a graph that was decided after this; what is known here is not looked up again."""
         tensors = [*graph.leafs, *graph.nodes]
-        all_copies, cur_copy = cutter.copies, cutter.cur_copy
-        copies = [made[cur_copy] for by_backend in all_copies.values() for made in by_backend.values()]
+        copies = [made[0] for by_backend in all_copies.values() for made in by_backend.values()]
         shape, used = self.shape, tensors
         if self.unused:
             used = [t for i, t in enumerate(tensors) if i not in self.unused]
@@ -149,7 +148,7 @@ class Precedent:
             n_leafs, starts = shape.n_leafs, list(accumulate(shape.n_sources, initial=0))
             read = [None if i < 0 else tensors[i] for i in shape.sources]
             for i, j, i_src, b in self.replaced:
-                read[starts[i] + j] = all_copies[tensors[i_src]][b][cur_copy]
+                read[starts[i] + j] = all_copies[tensors[i_src]][b][0]
             return (
                 read[starts[n_leafs] :],
                 shape.n_sources[n_leafs:],

@@ -33,7 +33,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 from weakref import ref
 
@@ -374,8 +373,7 @@ class Scheduler(Observed):
             self._alloc_splits()
             self.reserve_policy()
             self._kept = KeptAlloc(graph, self.assignment, self.copies, self._rules)
-            like, cutter = self._passes.precedent, self._cutter
-            self._snapshot = Snapshot(graph.nodes) if like is None or cutter is None else like.snapshot(graph, cutter)
+            self._snapshot = self._passes.snapshot(graph)
             chunks = [c for i in range(len(self.bufts)) for c in self.galloc.chunks(i)]
             self._tenancy = Tenancy(self.sched_graph, chunks if self.repairs.reused_memory else ())
             for split in self.splits:
@@ -539,7 +537,7 @@ class Scheduler(Observed):
         self._allocated = None
 
     def follow(self, other: Scheduler) -> None:
-        """Know of the graphs that another scheduler of the same backends assigned; see `Precedents`."""
+        """Use the `Precedents` of another scheduler over the same backends."""
         self._passes.precedents.follow(other._passes.precedents)
 
     def close(self) -> None:
@@ -557,17 +555,14 @@ class Scheduler(Observed):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @contextmanager
     def _one_thread(self) -> Iterator[None]:
         if not self._thread.acquire(blocking=False):
-            raise SchedError(
-                "the scheduler is in use by another thread", hint="use one scheduler per thread, or a lock of your own"
-            )
+            hint = "use one scheduler per thread, or a lock of your own"
+            raise SchedError("the scheduler is in use by another thread", hint=hint)
         try:
             yield
         finally:

@@ -10,8 +10,8 @@ from rich.table import Table
 import pyggml as ggml
 from pyggml.commands import _console
 from pyggml.commands._tables import memory_table, too_large
+from pyggml.memory_rows import Memory
 from pyggml.plan_report import memory_fits
-from pyggml.planning import Memory
 
 
 def printed(made: Table, width: int, *, is_terminal: bool = False) -> list[str]:
