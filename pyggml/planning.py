@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 from .backend import REGISTRY, Backend, Device
@@ -19,6 +19,7 @@ from .clock import VirtualClock
 from .cost import CPU_PROFILE, DeviceProfile
 from .dialect import DEFAULT_DIALECT, Dialect
 from .errors import DeviceUnavailableError, FormatError, OutOfMemoryError, SchedError
+from .fit import Fit, fit_flags
 from .gguf import GGUFFile, require_model
 from .memory_rows import Memory, MemoryRows
 from .models.architectures import ARCHITECTURES
@@ -98,6 +99,7 @@ class Planner:
     """
 
     source: GraphSource
+    fit: Fit | None = None  #: what was found where ``-ngl auto`` was asked for
     _is_built_only: ClassVar[bool] = False  #: whether captured graphs cannot be used
 
     def __init__(
@@ -158,7 +160,11 @@ class Planner:
         """
         if self.data:
             raise SchedError(f"{self!r} has data: its weights stay where they are", hint="open it with data=False")
-        source = self.source.changed(placement or PlacementFlags(), context or ContextFlags())
+        placement, context = placement or PlacementFlags(), context or ContextFlags()
+        if placement.fit:
+            self.fit = fit_flags(self, placement, context)
+            placement, context = self.fit.placement, self.fit.context
+        source = self.source.changed(placement, context)
         before = self.sched
         before.close()
         if before.n_copies > 1:
@@ -247,21 +253,18 @@ class Planner:
         if file.closed:
             raise FormatError(str(file.path), "the file was closed", hint="open it again")
         backends = _open_backends([*devices, cpu], data=data)
-        return cls(
-            file,
-            backends,
-            _open_source(
-                file,
-                backends,
-                graph,
-                placement or PlacementFlags(),
-                context or ContextFlags(),
-                data=data or cls._is_built_only,
-            ),
-            options=SchedOptions(strict, dialect, policy, offload_rule, recorder, clock, debug, expert_cache),
-            data=data,
-            progress=progress,
-        )
+        placement, context, fit = placement or PlacementFlags(), context or ContextFlags(), None
+        for_data = data or cls._is_built_only
+        if placement.fit:
+            plain = _open_source(file, backends, graph, replace(placement, fit=False), context, data=for_data)
+            with Planner(file, backends, plain, options=SchedOptions(), data=False, progress=None) as planner:
+                fit = fit_flags(planner, placement, context)
+            placement, context = fit.placement, fit.context
+        source = _open_source(file, backends, graph, placement, context, data=for_data)
+        options = SchedOptions(strict, dialect, policy, offload_rule, recorder, clock, debug, expert_cache)
+        made = cls(file, backends, source, options=options, data=data, progress=progress)
+        made.fit = fit
+        return made
 
     @property
     def hparams(self) -> ModelFacts:

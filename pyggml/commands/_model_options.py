@@ -45,15 +45,19 @@ _CACHE_TYPE = click.Choice(CACHE_TYPES, case_sensitive=False)
 _PLACING = ("override_tensor", "cpu_moe", "n_cpu_moe", "n_cpu_ffn")
 
 
+#: What `LayerCount` returns for ``auto``.
+AUTO_LAYERS = -2
+
+
 class LayerCount(click.ParamType[int]):
-    """A number of layers, ``all`` or ``auto``. Here ``auto`` means all: pyggml does not lower the number until the model fits."""
+    """A number of layers, ``all``, or ``auto``: as many as fit, as llama.cpp's ``--fit`` finds them."""
 
     name = "N|all|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number; -1 for all."""
+        """Return the number; -1 for all, `AUTO_LAYERS` for auto."""
         if value in ("all", "auto"):
-            return -1
+            return -1 if value == "all" else AUTO_LAYERS
         try:
             return int(value)
         except ValueError:
@@ -94,7 +98,8 @@ class ModelFlags:
         except ValueError:
             raise click.UsageError(f"-ts {self.tensor_split}: shares are numbers, such as 3,1") from None
         return PlacementFlags(
-            n_gpu_layers=self.n_gpu_layers,
+            n_gpu_layers=max(self.n_gpu_layers, -1),
+            fit=self.n_gpu_layers == AUTO_LAYERS,
             overrides=self.overrides,
             tensor_split=shares,
             use_mmap=self.use_mmap,

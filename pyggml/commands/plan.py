@@ -177,6 +177,8 @@ def _setting(text: str) -> Setting:
         raise click.UsageError(f"--compare {text!r}: {reason}") from None
     (flags,) = found
     placement, made = flags.placement(), flags.context()
+    if placement.fit:
+        raise click.UsageError(f"--compare {text!r}: a number of layers is compared, not -ngl auto")
     return Setting(
         n_gpu_layers=placement.n_gpu_layers, overrides=overrides_of(placement.overrides), n_cpu_moe=placement.n_cpu_moe,
         tensor_split=placement.tensor_split, n_ubatch=made.n_ubatch, n_batch=made.n_batch, threads=flags.threads or 0, type_k=Type.of(made.type_k),

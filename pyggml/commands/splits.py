@@ -318,6 +318,8 @@ def _print(
         f"context {planner.params.n_ctx}, micro-batches of up to {planner.params.n_ubatch} tokens, "
         f"flash attention {'on' if planner.params.flash_attn else 'off'}"
     )
+    if planner.fit is not None:
+        console.print(planner.fit.line)
     console.print()
     console.print(memory_table(fits))
     for line in too_large(fits):

@@ -61,6 +61,8 @@ class PlacementFlags:
     ----------
     n_gpu_layers : int
         ``-ngl``: layers on devices, counted from the last; the output counts as one; below 0: all.
+    fit : bool
+        ``-ngl auto``: layers, experts and the context become fewer until the model fits; see `pyggml.fit`.
     overrides : tuple of str
         In the order of the command line; the first that matches a name counts: ``REGEX=BUFT`` of ``-ot``, or several
         separated by commas; ``--cpu-moe``, ``--n-cpu-moe N``, ``--n-cpu-ffn N``.
@@ -80,6 +82,7 @@ class PlacementFlags:
     n_cpu_moe: int = 0
     tensor_split: tuple[float, ...] = ()
     use_mmap: bool = True
+    fit: bool = False
 
 
 @dataclass(frozen=True, slots=True)

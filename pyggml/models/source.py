@@ -316,6 +316,8 @@ class BuiltSource(GraphSource):
         """Yield the micro-batches of a decode; the cache is empty afterwards."""
         n_ubatch = 1 if is_generated else self.params.n_ubatch
         self.cache.clear()
+        if n_tokens > self.cache.n_cells:  # before that many are made
+            raise CacheFullError(n_tokens, 0, self.cache.n_cells)
         key: GraphKey | None = None
         try:
             for batch in self.batches([0] * n_tokens, 0, "all" if is_generated else outputs):

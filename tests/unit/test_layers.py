@@ -21,7 +21,7 @@ _ROOMS = {
     "alloc": 4, "backend": 4,
     "sched": 5, "moe_cache": 5,
     "backends": 6, "models": 6, "makers": 6, "tokenizer": 6, "sampling": 6,
-    "llama": 7, "session": 7, "generation": 7, "planning": 7, "catalog": 7, "foresight": 7, "simulation": 7, "plan_report": 7, "report": 7, "timeline": 7, "upgrade": 7, "viz": 7,
+    "llama": 7, "session": 7, "generation": 7, "planning": 7, "fit": 7, "catalog": 7, "foresight": 7, "simulation": 7, "plan_report": 7, "report": 7, "timeline": 7, "upgrade": 7, "viz": 7,
     "advisor": 8, "testing": 8, "selftest": 9, "replay": 8, "lab": 8,
     "commands": 9, "cli": 9, "__main__": 9, "": 9,
 }  # fmt: skip
@@ -44,6 +44,7 @@ _SIDEWAYS = {
     ("routing", "hardware"): "how evenly experts are used is one of the fitted rates",
     ("moe_cache", "sched"): "it goes by the byte ranges of used experts",
     ("foresight", "catalog"): "a model may be named instead of given",
+    ("planning", "fit"): "-ngl auto is settled before a model is opened",
     ("planning", "catalog"): "a model may be named instead of given",
     ("planning", "llama"): "graphs may come from llama.cpp",
     ("planning", "plan_report"): "a planner reports its plans",
