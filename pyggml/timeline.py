@@ -26,6 +26,7 @@ from .record import (
     UsedExpertsRecord,
     WaitRecord,
 )
+from .viz.lanes import shown
 from .viz.store import pack_records, unpack_records
 
 __all__ = ["read_timeline", "trace_events", "write_timeline"]
@@ -104,15 +105,15 @@ def _wall(timed: Sequence[tuple[_Timed, _Slice]], zero_s: float) -> list[_Placed
 def _virtual(timed: Sequence[tuple[_Timed, _Slice]]) -> list[_Placed]:
     """Return slices of virtual time. Copies are also on the lanes of their copy engines; waits of no duration are left out."""
     placed: list[_Placed] = []
-    for record, shown in timed:
+    for record, slice_ in timed:
         span = record.virtual
-        if span is None or (span.end_s <= span.start_s and shown.kind == "wait"):
+        if span is None or (span.end_s <= span.start_s and slice_.kind == "wait"):
             continue
         when = (span.start_s, span.end_s - span.start_s)
-        placed.append((shown, *when))
+        placed.append((slice_, *when))
         if isinstance(record, CopyRecord | ReadRecord):
             args = {"bytes": record.size_bytes}
-            placed += [(_Slice(engine, shown.name, "engine", args), *when) for engine in record.engines]
+            placed += [(_Slice(engine, slice_.name, "engine", args), *when) for engine in record.engines]
     return placed
 
 
@@ -142,14 +143,14 @@ def _arrows(timed: Sequence[tuple[_Timed, _Slice]], events: Sequence[Event]) -> 
         if isinstance(record, CopyRecord):
             waiting.append((record, slice_))
         elif isinstance(record, ComputeRecord) and record.virtual is not None:
-            for copy, shown in waiting:
+            for copy, copied in waiting:
                 if copy.split != record.split or copy.virtual is None:
                     continue
                 n_arrows += 1
                 flow = {"name": copy.tensor, "cat": "flow", "id": n_arrows, "pid": _VIRTUAL}
                 # the arrow starts inside the copy's slice, because viewers attach it to the slice at its time
                 middle_s = (copy.virtual.start_s + copy.virtual.end_s) / 2
-                arrows.append({**flow, "ph": "s", "ts": _us(middle_s), "tid": tids[shown.lane]})
+                arrows.append({**flow, "ph": "s", "ts": _us(middle_s), "tid": tids[copied.lane]})
                 start = _us(record.virtual.start_s)
                 arrows.append({**flow, "ph": "f", "bp": "e", "ts": start, "tid": tids[slice_.lane]})
             waiting.clear()
@@ -162,31 +163,29 @@ def _us(seconds: float) -> float:
 
 def _describe(record: _Timed, used: _Used) -> _Slice:
     """Return the lane, name, category and details of one record."""
+    how = shown(record)
+    kind, name = how.kind, how.name
+    args: dict[str, Any] = {}
+    if not isinstance(record, ReadRecord):
+        args["split"] = record.split
     if isinstance(record, CopyRecord):
-        args: dict[str, Any] = {
-            "split": record.split,
-            "bytes": record.size_bytes,
-            "offset": record.offset_bytes,
-            "tensor_bytes": record.tensor_bytes,
-            "reason": record.reason,
-        }
+        kind = "copy"
+        args |= {"bytes": record.size_bytes, "offset": record.offset_bytes, "tensor_bytes": record.tensor_bytes}
+        args["reason"] = record.reason
         experts = used.get((record.i_run, record.i_experts)) if record.i_experts >= 0 else None
         if experts is not None:
             args |= {"experts_used": len(experts.used), "n_expert": experts.n_expert}
-        return _Slice(f"link {record.src} → {record.dst}", record.tensor, "copy", args)
-    if isinstance(record, ReadRecord):
-        return _Slice(f"link {record.backend} → CPU", record.tensor, "read", {"bytes": record.size_bytes})
-    if isinstance(record, ComputeRecord):
-        args = {"split": record.split, "nodes": record.n_nodes, "first": record.first, "causes": dict(record.causes)}
-        return _Slice(f"{record.backend} compute", f"split {record.split}", "compute", args)
-    if isinstance(record, CallbackRecord):
-        args = {"split": record.split, "asked": record.asked, "answer": record.answer}
-        return _Slice("host", f"callback {record.tensor}", "callback", args)
-    if isinstance(record, EventRecord):
-        args = {"split": record.split, "copy": record.copy}
-        return _Slice(f"{record.backend} compute", f"event {record.copy}", "event", args)
-    lane = f"{record.backend} waits" if record.what == "event_wait" else "host"
-    return _Slice(lane, f"{record.what} {record.backend}", "wait", {"split": record.split})
+    elif isinstance(record, ReadRecord):
+        args["bytes"] = record.size_bytes
+    elif isinstance(record, ComputeRecord):
+        name = f"split {record.split}"
+        args |= {"nodes": record.n_nodes, "first": record.first, "causes": dict(record.causes)}
+    elif isinstance(record, CallbackRecord):
+        name = f"callback {record.tensor}"
+        args |= {"asked": record.asked, "answer": record.answer}
+    elif isinstance(record, EventRecord):
+        args["copy"] = record.copy
+    return _Slice(how.lane.perfetto_name, name, kind, args)
 
 
 def write_timeline(path: Path, records: Iterable[Record], *, about: Mapping[str, Any] | None = None) -> None:

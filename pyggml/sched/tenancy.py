@@ -32,7 +32,7 @@ class Tenancy:
     Differs: upstream reads whatever is there (`Repairs.reused_memory`).
     """
 
-    __slots__ = ("_by", "_leafs", "_lost", "_nodes", "_position", "is_over", "rewritten")
+    __slots__ = ("_by", "_leafs", "_lost", "_nodes", "_position", "is_over", "written_by_hand")
 
     def __init__(self, graph: SchedGraph, buffers: Collection[Buffer]) -> None:
         self._nodes: Sequence[Tensor] = graph.nodes
@@ -41,7 +41,7 @@ class Tenancy:
         self._lost: list[tuple[Tensor, Tensor]] | None = None
         self._by: dict[Tensor, Tensor | None] = {}
         self.is_over = False  #: whether all was computed
-        self.rewritten: set[Tensor] = set()  #: what was written by hand since
+        self.written_by_hand: set[Tensor] = set()  #: what was written by hand since
         for buffer in buffers:
             buffer.tenancy = self
 
@@ -55,14 +55,14 @@ class Tenancy:
         """
         if self.is_over:
             for leaf, by in self._lost_inputs:
-                if leaf not in self.rewritten and self._is_here(leaf):
+                if leaf not in self.written_by_hand and self._is_here(leaf):
                     raise SchedError(
                         f"'{leaf.name}' must be set again before the graph is computed again: "
                         f"{_what(by)} overwrote it the last time",
                         hint="or mark it as output (set_output) before alloc_graph, so that it keeps its memory",
                     )
         self.is_over = False
-        self.rewritten.clear()
+        self.written_by_hand.clear()
 
     def end(self) -> None:
         """Note that all was computed."""
@@ -71,7 +71,7 @@ class Tenancy:
     def note_write(self, tensor: Tensor) -> None:
         """Note that a tensor was written by hand: it holds that, whatever was there."""
         if self.is_over:
-            self.rewritten.add(tensor.view_src or tensor)
+            self.written_by_hand.add(tensor.view_src or tensor)
 
     def check_read(self, tensor: Tensor) -> None:
         """Refuse a tensor whose memory holds something else.
@@ -82,7 +82,7 @@ class Tenancy:
             A node or a copy was written there after it, or another graph was computed there.
         """
         root = tensor.view_src or tensor
-        if not self.is_over or root.is_empty or root in self.rewritten:
+        if not self.is_over or root.is_empty or root in self.written_by_hand:
             return
         if root not in self._positions:
             raise GraphError(

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from ..record import (
     AllocRecord,
     AssignRecord,
-    CallbackRecord,
     ComputeRecord,
-    CopyReason,
     CopyRecord,
-    EventRecord,
     MicroBatchRecord,
     ReadRecord,
     Record,
     SplitRecord,
     UsedExpertsRecord,
-    WaitRecord,
 )
+from .lanes import HOST, KINDS, Shown, compute_lane, link_lane, shown
 from .runs import RecordedRun, Runs
 
-__all__ = ["KINDS", "Columns", "Interval"]
+__all__ = ["Columns", "Interval"]
 
-#: What an event can be; the page gives each its colour.
-KINDS = (*get_args(CopyReason), "compute", "read", "wait", "callback", "event", "plan", "other")
 _COLUMNS = ("kind", "lane", "name", "run", "split", "amount", "offset", "whole", "ref", "engines")
 
 #: Start and end in seconds.
@@ -35,9 +30,7 @@ Interval = tuple[float, float]
 class _Described(NamedTuple):
     """What an event shows beside its times."""
 
-    kind: str
-    lane: tuple[str, str, str]  #: kind, name, backend
-    name: str
+    how: Shown
     split: int
     amount: int = 0
     offset_bytes: int = 0
@@ -102,7 +95,7 @@ class Columns:
             virtual = self._place_virtual(record)
             if record.end_s > record.start_s and record.start_s != self._planned_at:
                 self._planned_at = record.start_s
-                cut = _Described("plan", ("host", "host", ""), "assign and cut", -1)
+                cut = _Described(Shown("plan", HOST, "assign and cut"), -1)
                 self._add(cut, self._run, (record.start_s, record.end_s), virtual)
         elif isinstance(record, AllocRecord):
             self._take_memory(record)
@@ -132,43 +125,28 @@ class Columns:
         )  # fmt: skip
 
     def _describe(self, r: Any) -> _Described | None:  # any record with times, also of kinds made later
+        if not hasattr(r, "start_s") or not hasattr(r, "end_s"):
+            return None
+        how = shown(r)
         if isinstance(r, CopyRecord):
             self.activities.append((len(self.wall), r.reason, r.src, r.dst))
             ref = -1 if r.i_experts < 0 else self._experts.get((r.i_run, r.i_experts), -1)
-            lane = ("link", f"{r.src} → {r.dst}", r.dst)
-            return _Described(
-                r.reason, lane, r.tensor, r.split, r.size_bytes, r.offset_bytes, r.tensor_bytes, ref, self._engines(r)
-            )
+            return _Described(how, r.split, r.size_bytes, r.offset_bytes, r.tensor_bytes, ref, self._engines(r))
         if isinstance(r, ComputeRecord):
             self.backends(r.backend)
             self.activities.append((len(self.wall), "compute", r.backend, ""))
-            lane = ("compute", f"{r.backend} computes", r.backend)
-            return _Described("compute", lane, r.first, r.split, r.n_nodes, ref=self.cause_sets(r.causes))
+            return _Described(how, r.split, r.n_nodes, ref=self.cause_sets(r.causes))
         if isinstance(r, ReadRecord):
             self.activities.append((len(self.wall), "read", r.backend, ""))
-            is_host = r.backend == "CPU"
-            lane = ("host", "host", "") if is_host else ("link", f"{r.backend} → CPU", "CPU")
-            return _Described(
-                "read", lane, r.tensor, -1, r.size_bytes, whole_bytes=r.size_bytes, engines=self._engines(r)
-            )
-        if isinstance(r, WaitRecord):
-            is_stream = r.what == "event_wait"
-            lane = ("waits", f"{r.backend} waits", r.backend) if is_stream else ("host", "host", "")
-            return _Described("wait", lane, f"{r.what} {r.backend}", _split(r))
-        if isinstance(r, CallbackRecord):
-            return _Described("callback", ("host", "host", ""), r.tensor, _split(r))
-        if isinstance(r, EventRecord):
-            return _Described("event", ("compute", f"{r.backend} computes", r.backend), f"event {r.copy}", _split(r))
-        if not hasattr(r, "start_s") or not hasattr(r, "end_s"):
-            return None
-        return _Described("other", ("host", "host", ""), type(r).__name__.removesuffix("Record"), _split(r))
+            return _Described(how, -1, r.size_bytes, whole_bytes=r.size_bytes, engines=self._engines(r))
+        return _Described(how, _split(r))
 
     def _engines(self, r: CopyRecord | ReadRecord) -> int:
         return self.engine_sets(r.engines) if r.engines else -1
 
     def _add(self, d: _Described, run: int, wall: Interval | None, virtual: Interval | None) -> None:
         values = (
-            KINDS.index(d.kind), self.lanes(d.lane), self.strings(d.name), run, d.split, d.amount,
+            KINDS.index(d.how.kind), self.lanes(d.how.lane), self.strings(d.how.name), run, d.split, d.amount,
             d.offset_bytes, d.whole_bytes, d.ref, d.engines,
         )  # fmt: skip
         for column, value in zip(self.events.values(), values, strict=True):
@@ -192,13 +170,13 @@ class Columns:
             self.runs.runs.append(RecordedRun(graph=i))
             for split in graph.splits:
                 for given in split.inputs:
-                    lane = ("link", f"{given.src} → {split.backend}", split.backend)
+                    how = Shown(given.kind, link_lane(given.src, split.backend), given.tensor)
                     n = given.size_bytes
-                    self._add(_Described(given.kind, lane, given.tensor, split.split, n, 0, n), i, None, None)
-                lane = ("compute", f"{split.backend} computes", split.backend)
+                    self._add(_Described(how, split.split, n, 0, n), i, None, None)
+                how = Shown("compute", compute_lane(split.backend), split.first)
                 n_nodes = split.i_end - split.i_start
                 causes = self.cause_sets(((split.cause, split.n_nodes),) if split.cause else ())
-                self._add(_Described("compute", lane, split.first, split.split, n_nodes, ref=causes), i, None, None)
+                self._add(_Described(how, split.split, n_nodes, ref=causes), i, None, None)
 
 
 def _split(record: Any) -> int:

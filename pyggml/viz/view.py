@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from ..record import Record
 from ..sched.state import Cause
-from .columns import KINDS, Columns, Interval
+from .columns import Columns, Interval
+from .lanes import KINDS
 from .runs import RecordedGraph
 from .waits import Activity, device_times, merge
 

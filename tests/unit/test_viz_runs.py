@@ -21,7 +21,10 @@ from pyggml.record import (
     UsedExpertsRecord,
     WaitRecord,
 )
+from pyggml.timeline import trace_events
+from pyggml.viz.lanes import Lane
 from pyggml.viz.numbering import number_records
+from pyggml.viz.objects import view_of_scheduler
 from pyggml.viz.runs import Runs
 
 
@@ -161,3 +164,17 @@ def test_old_clocks_and_experts() -> None:
     sent = replace(copy(1), reason="experts")
     made = number_records([MicroBatchRecord(1, 0, 1), *experts, sent, replace(sent, split=0)])
     assert [r.i_experts for r in made if isinstance(r, CopyRecord)] == [1, 0]
+
+
+def test_perfetto_and_the_page_have_the_same_lanes() -> None:
+    """A record is in the same lane in Perfetto and on the page; each has its own words for it."""
+    recording = Recording()
+    sched, (graph, _) = scheduler(recording)
+    sched.set_tensor_backend(graph.nodes[-1], sched.backends[0])
+    sched.alloc_graph(graph)
+    graph.leafs[0].set_array(np.ones(4))
+    sched.compute(graph)
+    on_page = view_of_scheduler(sched).model["lanes"]
+    in_perfetto = {e["args"]["name"] for e in trace_events(recording.records) if e["name"] == "thread_name"}
+    assert in_perfetto == {Lane(lane["kind"], lane["name"], lane["backend"]).perfetto_name for lane in on_page}
+    assert in_perfetto == {"host", "link CPU → SIM0", "SIM0 compute"}
