@@ -55,6 +55,8 @@ class Architecture:
     has_ffn_scales : bool
         Scales beside the weights of the feed-forward are part of the graph; of other families, llama.cpp reads them and
         computes without.
+    has_recurrent_scales : bool
+        Likewise, scales beside the weights of recurrent layers.
     embedding_name : str
         Of the node with the embedded tokens.
     uneven_keys : tuple of str
@@ -75,6 +77,7 @@ class Architecture:
     has_partial_rope: bool = False
     has_exact_sums: bool = False
     has_ffn_scales: bool = False
+    has_recurrent_scales: bool = False
     embedding_name: str = "embd"
     uneven_keys: tuple[str, ...] = ()
     more_weights: Callable[[HParams], list[WeightSpec]] | None = None
@@ -103,7 +106,8 @@ class Architecture:
             specs += self.layer_weights(hp, i, present)
         for i in range(hp.n_layer, hp.n_layer_all):
             specs += skipped(self.layer_weights(hp, i, present) + layer_specs(i, nextn_rows(hp)))
-        return [*specs, *scale_specs(hp, specs, present, of_ffn=self.has_ffn_scales)]
+        scales = scale_specs(hp, specs, present, of_ffn=self.has_ffn_scales, of_recurrent=self.has_recurrent_scales)
+        return [*specs, *scales]
 
     def build_graph(self, p: GraphParams, weights: Weights) -> ModelGraph:
         """Return the graph of a micro-batch."""

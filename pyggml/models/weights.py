@@ -212,18 +212,21 @@ def rope_factor_specs(hp: HParams, layer: int) -> list[WeightSpec]:
 
 #: Weights beside which files may have ``.scale`` and ``.input_scale``, in the order in which llama.cpp asks for them.
 _SCALED = (
-    *("attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "ffn_gate", "ffn_down", "ffn_up"),
+    *("attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "attn_gate", "ffn_gate", "ffn_down", "ffn_up"),
     *("ffn_gate_shexp", "ffn_down_shexp", "ffn_up_shexp", "ffn_gate_exps", "ffn_down_exps", "ffn_up_exps"),
+    *("ssm_in", "ssm_out", "ssm_alpha", "ssm_beta"),
 )
+#: Beginnings of names of those in recurrent layers.
+_RECURRENT = ("ssm_", "attn_gate")
 
 
 def scale_specs(
-    hp: HParams, specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo], *, of_ffn: bool
+    hp: HParams, specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo], *, of_ffn: bool, of_recurrent: bool
 ) -> list[WeightSpec]:
     """Return the specs of scales beside weights: one for each matrix, or one for each expert.
 
     Files whose weights are NVFP4 have them; ``.input_scale`` is read and used by no graph, and scales of the feed-forward
-    only where ``of_ffn``.
+    only where ``of_ffn``, those of recurrent layers only where ``of_recurrent``.
 
     Notes
     -----
@@ -237,7 +240,7 @@ def scale_specs(
         s, info = by_name.get(f"{prefix}{stem}.weight"), present.get(f"{prefix}{stem}.weight")
         if s is None or info is None or (not prefix and info.type is not Type.NVFP4):
             continue
-        is_used = not stem.startswith("ffn_") or of_ffn
+        is_used = of_ffn if stem.startswith("ffn_") else of_recurrent if stem.startswith(_RECURRENT) else True
         if hp.is_mla and stem == "attn_q":
             is_used = False
         ne = pad_ne((hp.n_expert if stem.endswith("exps") else 1,))

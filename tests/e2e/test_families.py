@@ -328,6 +328,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen35moe": ("qwen35moe", {}),
+    "qwen35moe with scales": (
+        "qwen35moe",
+        {
+            "tensors": _scales("attn_qkv", "attn_gate", "ssm_out", "ssm_alpha", "ssm_beta", layers=(0, 2))
+            | _scales(*_QKVO, layers=(1,))
+            | _scales(*_EXPS)
+        },
+    ),
     "qwen35moe, half of each head rotates, gates and ups in one": (
         "qwen35moe",
         {

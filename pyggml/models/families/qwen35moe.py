@@ -94,5 +94,6 @@ ARCHITECTURE = Architecture(
     layer=_layer,
     has_partial_rope=True,
     has_ffn_scales=True,
+    has_recurrent_scales=True,
     embedding_name="model.input_embed",
 )
