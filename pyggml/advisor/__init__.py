@@ -1,4 +1,4 @@
-"""Which flags to use: settings of llama.cpp for a model on a machine, ranked by predicted time, held to the scheduler's memory."""
+"""Recommends llama.cpp's flags for a model on a machine: settings ranked by predicted time, with memory from the scheduler."""
 
 from .advice import Advice, Help, Recommendation, plan
 from .calibrate import BenchRun, Calibration, Comparison, calibrate, compare_runs, read_bench

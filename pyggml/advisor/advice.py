@@ -1,4 +1,4 @@
-"""`plan`: the best settings for a model and a machine, what they cost, why, and what would help most."""
+"""`plan`: the best settings for a model and a machine, their speed and memory, the bottleneck, and what would help most."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ _NOTEWORTHY = 1.03
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """One setting with all that one needs to decide.
+    """One recommended setting, with its speed, memory and bottleneck.
 
     Attributes
     ----------
     title : str
-        What it is best at.
+        The respect in which it is best.
     flags : list of str
-        As `llama-server`, `llama-cli` and `pyggml splits` take them.
+        The flags for `llama-server`, `llama-cli` and `pyggml splits`.
     command : str
-        A whole line for a shell.
+        A complete command line.
     pp_tps, tg_tps : Speed
-        Tokens a second of the prompt and of the answer.
+        Tokens per second of the prompt and of the answer.
     seconds : float
-        Of the goal's prompt and answer together.
+        The time of the goal's prompt and answer together.
     memory : list of DeviceMemory
-        Of each device, then of the host.
+        The memory on each device, then on the host.
     link_bytes_per_token : float
-        Bytes that cross the link for a token of the prompt, and `link_bytes_per_generated` for one of the answer.
+        Bytes copied between devices per token of the prompt; `link_bytes_per_generated`: per token of the answer.
     bottleneck : str
         One sentence.
     """
@@ -70,27 +70,27 @@ class Recommendation:
 
     @property
     def device_bytes(self) -> int:
-        """What it takes of all devices together."""
+        """The sum of the memory on all devices."""
         return sum(device.bytes for device in self.memory[:-1])
 
     @property
     def fits(self) -> bool:
-        """Whether the margin stays free everywhere."""
+        """Whether the margin stays free on all devices and the host."""
         return all(device.fits for device in self.memory)
 
 
 @dataclass(frozen=True, slots=True)
 class Help:
-    """What a change of the machine would bring, by a search of its own.
+    """The effect of a change of the machine, from another search.
 
     Attributes
     ----------
     change : str
-        Such as ``"4 GiB more memory on the device"``.
+        For example ``"4 GiB more memory on the device"``.
     speedup : float
-        Seconds of the best plan now over those of the best plan then.
+        Seconds of the best setting now, divided by those of the best setting after the change.
     flags : list of str
-        Of the best plan then.
+        The flags of the best setting after the change.
     """
 
     change: str
@@ -100,22 +100,22 @@ class Help:
 
 @dataclass(slots=True)
 class Advice:
-    """The answer of `plan`.
+    """The result of `plan`.
 
     Attributes
     ----------
     plans : list of Recommendation
-        The best first; empty if nothing fits.
+        The recommendations, best first; empty if nothing fits.
     compared : list of Recommendation
         The user's own settings.
     pays_from : int or None
-        Tokens of a micro-batch from which offloading pays with the best plan.
+        The size of a micro-batch, in tokens, from which offloading pays with the best setting.
     missing_bytes : int
-        If nothing fits: how much the smallest setting lacks; `smaller` names a quantisation that would fit.
+        If nothing fits: the bytes that the smallest setting lacks; `smaller` names a quantisation that would fit.
     tried : int
-        Settings whose times were computed; `n_planned` of them were planned by the scheduler.
+        The number of settings with predicted times; `n_planned` of them were planned by the scheduler.
     points : list of tuple
-        Of settings that fit: device bytes, tokens a second of prompt and answer, flags; for the page.
+        For the page, for each setting that fits: device bytes, tokens/s of prompt and answer, flags.
     """
 
     model: str
@@ -148,37 +148,37 @@ def plan(
     compare: Sequence[Setting] = (),
     on_progress: Callable[[str], None] | None = None,
 ) -> Advice:
-    """Choose flags of llama.cpp for a model on a machine.
+    """Recommend llama.cpp's flags for a model on a machine.
 
     Parameters
     ----------
     model : path or str
-        A GGUF file, of which only the header is read, or ``NAME[:QUANT]`` of `pyggml models`.
+        A GGUF file (only its header is read), or ``NAME[:QUANT]`` from `pyggml models`.
     devices : str or sequence of str
-        Cards by name, as in ``"rtx3090"`` or ``"rtx3090,rtx3090"``; ``"cpu"``: the CPU alone; None: those of this machine.
+        Names of cards, such as ``"rtx3090"`` or ``"rtx3090,rtx3090"``; ``"cpu"``: only the CPU; None: those of this machine.
     host : str or Host
         ``"ddr4-3200x2,cores=8,64GiB"``; empty: a desktop with 8 cores and two channels of DDR5-5600.
     prompt, generate : int
-        Tokens of the prompt and of the answer by which settings are ranked.
+        The number of tokens of prompt and answer for which settings are ranked.
     context : int
         Cells of the KV cache.
     margin_bytes : int
-        What stays free of each device, and of a host whose size is known.
+        Memory to keep free on each device, and on a host of known size.
     kv_types : sequence of str
-        Types of the KV cache that are allowed; the first is preferred where speeds are equal.
+        Allowed types of the KV cache; at equal speed the first is preferred.
     n_plans : int
-        Plans to return at most.
+        The maximum number of recommendations.
     compare : sequence of Setting
-        Settings of your own, planned beside.
+        Your own settings, for comparison.
     on_progress : callable, optional
-        Told what is done now.
+        Called with the current work.
 
     Raises
     ------
     FormatError
-        There is no such file or model.
+        The file or model does not exist.
     DeviceUnavailableError
-        A card, or a part of the host, is not known.
+        A card, or a part of the host's description, is unknown.
     GraphError
         A number of tokens is below 1, or the context is too small for them.
     """
@@ -255,7 +255,7 @@ def _goal(prompt: int, generate: int, context: int) -> Goal:
             raise GraphError(f"{what} is {n}; it counts tokens, from 1 up")
     if prompt + generate > context:
         raise GraphError(
-            f"a prompt of {prompt} tokens and {generate} more do not fit into a context of {context}",
+            f"a prompt of {prompt} tokens and an answer of {generate} do not fit in a context of {context}",
             hint=f"use a context of at least {prompt + generate}",
         )
     return Goal(prompt, generate, context)
@@ -270,7 +270,9 @@ def open_machine(devices: str | Sequence[str], host: str | Host) -> tuple[list[B
     if len(known) < len(profiles):
         other = next(d for d in opened if d.profile is None)
         raise DeviceUnavailableError(
-            other.name, "a plan is for cards by name or simulated devices", hint="such as rtx3090 or sim:rtx4090-pcie4"
+            other.name,
+            "`pyggml plan` takes cards by name or simulated devices",
+            hint="such as rtx3090 or sim:rtx4090-pcie4",
         )
     around = host if isinstance(host, Host) else parse_host(host) if host else DEFAULT_HOST
     return [d.backend() for d in opened], Machine.of_profiles(known, around)
@@ -299,11 +301,11 @@ def _assumptions(machine: Machine, host: str | Host, shape: ModelShape, context:
         if not card.is_unified
     ]
     if not host:
-        said.append(f"host: {machine.host.description} (--host says otherwise)")
+        said.append(f"host: {machine.host.description} (set it with --host)")
     elif not machine.host.memory_bytes:
-        said.append("the host's memory is large enough (its size was not said)")
+        said.append("the host's memory is large enough (its size was not given)")
     if shape.n_expert:
-        said.append("tokens choose experts as published runs do")
+        said.append("tokens choose experts as in published runs")
     return said
 
 
@@ -316,7 +318,7 @@ class _Maker:
     def best_plans(
         self, settings: list[Setting], n_plans: int, kv_type: Type, tell: Callable[[str], None]
     ) -> list[Recommendation]:
-        """Return the best plan by the goal, and others that are better at one thing."""
+        """Return the best setting for the goal, and others that are better in one respect."""
         search = self.search
         by_goal = search.ranked(settings, lambda s: _step(s.seconds))
         plain = [s for s in by_goal if s.setting.type_k is kv_type]
@@ -324,7 +326,7 @@ class _Maker:
         best = next(search.best(plain), None) or next(search.best(by_goal), None)
         if best is None:
             return []
-        plans = [self.make("best for this mix", best)]
+        plans = [self.make("best for this prompt and answer", best)]
         first = plans[0]
         wanted: list[tuple[str, list[Scored], Callable[[Recommendation], bool]]] = [
             ("fastest prompt", sorted(plain, key=lambda s: (_step(s.prompt_s), s.generate_s)), _any),
@@ -372,7 +374,7 @@ class _Maker:
         return [s for s in ranked if on_devices[s.setting] < limit and s.setting.n_ubatch == n_ubatch]
 
     def make(self, title: str, scored: Scored) -> Recommendation:
-        """Return the plan of a setting."""
+        """Return the recommendation of a setting."""
         search, setting = self.search, scored.setting
         flags = flags_of(setting, search.goal.context, has_devices=bool(search.machine.cards))
         memory = search.memory.exact(setting) or []
@@ -401,7 +403,7 @@ class _Maker:
 
 
 def _step(seconds: float) -> int:
-    """Return a time in steps of half a per cent: what differs by less is equal, and the plainer setting wins."""
+    """Return a time in steps of half a per cent: at smaller differences the plainer setting wins."""
     return round(200 * math.log(seconds))
 
 
@@ -424,7 +426,7 @@ def _link_bytes(search: Search, setting: Setting) -> tuple[float, float]:
 
 
 def _bottleneck(search: Search, scored: Scored) -> str:
-    """Return what the setting waits for, in one sentence: each resource is doubled in turn, the one that helps most is named."""
+    """Return the bottleneck in one sentence: each resource is doubled in turn, and the one that helps most is named."""
     machine = search.machine
     phase = "The prompt" if scored.prompt_s > scored.generate_s else "Generation"
     best, what = 1.0, "small kernels and their launches"
@@ -463,7 +465,7 @@ def _faster(machine: Machine) -> list[tuple[str, Machine]]:
 
 
 def _helps(search: Search, settings: list[Setting], best: Recommendation) -> list[Help]:
-    """Return what changes of the machine would bring, each by a search of its own, the most helpful first."""
+    """Return the effects of changes of the machine, each from another search, the most helpful first."""
     machine, host = search.machine, search.machine.host
     changes: list[tuple[str, Machine, int]] = [
         (
@@ -499,7 +501,7 @@ def _has_room(memory: MemoryModel, setting: Setting, more_bytes: int) -> bool:
 
 
 def _nothing_fits(advice: Advice, search: Search, settings: list[Setting]) -> None:
-    """Say how much is missing at least, and which smaller quantisation would fit."""
+    """Return the minimum of missing bytes, and a smaller quantisation that would fit."""
     from ..catalog import QUANTS, find_model
 
     least: int | None = None

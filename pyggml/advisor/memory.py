@@ -1,4 +1,4 @@
-"""Memory of settings: weights from the file's header, and what the scheduler reserves, asked where it must be known."""
+"""The memory of settings: weights from the file's header, and the scheduler's reserve where it is needed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["DeviceMemory", "MemoryModel"]
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """What a setting takes of one device, or of the host.
+    """The memory of a setting on one device or on the host.
 
     Attributes
     ----------
     of_bytes : int
-        How much there is; 0 if unknown.
+        The size of the memory; 0 if unknown.
     margin_bytes : int
-        What is to stay free.
+        The bytes to keep free.
     """
 
     device: str
@@ -41,25 +41,25 @@ class DeviceMemory:
 
     @property
     def missing_bytes(self) -> int:
-        """What is too much."""
+        """The bytes that are missing."""
         return 0 if self.fits else self.bytes + self.margin_bytes - self.of_bytes
 
 
 class MemoryModel:
-    """Memory of any setting of one model on one machine.
+    """The memory of any setting of one model on one machine.
 
-    A setting's weights follow from the header. KV cache and compute buffers are the scheduler's own reserve: exact
-    for a setting that was asked for with `exact`, and taken from the nearest such setting by `estimate`, as they hardly depend on
-    how many layers are on the host.
+    A setting's weights are known from the header. KV cache and compute buffers come from the scheduler's reserve: `exact`
+    calculates them for a setting, and `estimate` takes them from the nearest such setting, because they hardly depend on the
+    number of layers on the host.
 
     Parameters
     ----------
     backends : sequence of Backend
-        Without data; the last is the CPU.
+        Backends without data; the last is the CPU.
     host_bytes : int
         RAM; 0 if unknown.
     margin_bytes : int
-        What is to stay free of each device, and of the host.
+        The bytes to keep free on each device and on the host.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The answer of a plan as one page: memory against speed and prompt against answer, each point a setting."""
+"""The page of `pyggml plan`: memory against speed and prompt against answer, with a point for each setting."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def page_html(advice: Advice) -> str:
         ("Prompt and answer", "prompt tokens/s", "answer tokens/s", [(p[1], p[2]) for p in points]),
     ]
     marks = [flags in chosen for *_, flags in points]
-    title = f"Plans for {advice.model}"
+    title = f"Flags for {advice.model}"
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="about">{escape(advice.machine)}. Prompt {goal.prompt}, answer {goal.generate}, context {goal.context} tokens.</p>',
@@ -69,7 +69,7 @@ def page_html(advice: Advice) -> str:
             for name, x, y, at in plots
         )
         body.append(
-            f"<section><h2>{len(points)} settings that fit</h2><p id=shown class=hint>Click a point to see its flags. Green: the plans above.</p>"
+            f"<section><h2>{len(points)} settings that fit</h2><p id=shown class=hint>Click a point to see its flags. Green: the recommendations above.</p>"
             f'<div class="plots">{shown}</div></section>'
         )
     helps = "".join(

@@ -1,4 +1,4 @@
-"""Which setting is best: every setting of the space is timed in closed form, and memory is asked of the scheduler where it decides."""
+"""Finds the best setting: predicts the time of every setting with formulas, and calculates memory with the scheduler where it decides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Goal", "Scored", "Search", "pays_from"]
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What the user does: tokens of a prompt, tokens of an answer, and cells of the cache."""
+    """The user's work: tokens per prompt, tokens per answer, and cells of the cache."""
 
     prompt: int = 2048
     generate: int = 256
@@ -29,7 +29,7 @@ class Scored:
     Attributes
     ----------
     prompt_s, generate_s : float
-        Seconds of the goal's prompt, and of its answer.
+        The time of the goal's prompt and of its answer.
     """
 
     setting: Setting
@@ -48,7 +48,7 @@ class Search:
     Parameters
     ----------
     memory : MemoryModel
-        Decides what fits.
+        Calculates what fits.
     """
 
     def __init__(self, shape: ModelShape, machine: Machine, goal: Goal, memory: MemoryModel) -> None:
@@ -97,7 +97,7 @@ class Search:
 
 
 def pays_from(search: Search, setting: Setting) -> int | None:
-    """Return from how many tokens copying host weights to the device is faster than computing on the CPU.
+    """Return the number of tokens from which copying host weights to the device is faster than computing on the CPU.
 
     Returns
     -------

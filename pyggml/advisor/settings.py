@@ -1,4 +1,4 @@
-"""Settings of llama.cpp that a plan chooses among, and the flags that say them."""
+"""The settings of llama.cpp from which `plan` chooses, and their flags."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ EXPLAIN = {
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """The settings that are tried; a field holds the values of one flag.
+    """The settings that are tried; each field has the values of one flag.
 
     Attributes
     ----------
     n_cpu_moe : tuple of int
-        Empty layers of experts on the host, from none to all; ``(0,)`` of a dense model.
+        Numbers of layers whose experts are on the host, from none to all; ``(0,)`` for a dense model.
     n_gpu_layers : tuple of int
         -1: all.
     """
@@ -103,7 +103,7 @@ class Space:
         return n
 
     def settings(self, threads: int) -> Iterator[Setting]:
-        """Yield every setting that means something of its own.
+        """Yield every distinct setting.
 
         Notes
         -----
@@ -126,7 +126,7 @@ class Space:
 
 
 def placement_flags(setting: Setting) -> PlacementFlags:
-    """Return where the weights go."""
+    """Return the flags that place weights."""
     return PlacementFlags(
         n_gpu_layers=setting.n_gpu_layers, overrides=setting.overrides, n_cpu_moe=setting.n_cpu_moe,
         tensor_split=setting.tensor_split, use_mmap=not setting.is_pinned,
@@ -134,7 +134,7 @@ def placement_flags(setting: Setting) -> PlacementFlags:
 
 
 def context_flags(setting: Setting, n_ctx: int) -> ContextFlags:
-    """Return what the context is."""
+    """Return the flags of the context."""
     return ContextFlags(
         n_ctx=n_ctx, n_batch=setting.n_batch, n_ubatch=setting.n_ubatch, type_k=setting.type_k, type_v=setting.type_v,
         flash_attn="on", offload_kqv=setting.kv_offload, op_offload=setting.op_offload,
@@ -142,7 +142,7 @@ def context_flags(setting: Setting, n_ctx: int) -> ContextFlags:
 
 
 def flags_of(setting: Setting, n_ctx: int, *, has_devices: bool = True) -> list[str]:
-    """Return the flags of a setting, as `llama-server` and `pyggml splits` take them.
+    """Return the flags of a setting for `llama-server` and `pyggml splits`.
 
     Examples
     --------
@@ -195,5 +195,5 @@ def overrides_of(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def command(program: str, model: str, flags: list[str]) -> str:
-    """Return a line for a shell."""
+    """Return a command line."""
     return shlex.join([program, "-m", model, *flags])

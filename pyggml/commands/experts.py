@@ -1,4 +1,4 @@
-"""`pyggml experts`: what an expert cache would bring: replay routing traces by policy and size."""
+"""`pyggml experts`: replay routing traces: what expert caches, prefetch and placement would gain."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ Examples:
 
 @cloup.group("experts", epilog=EXAMPLES, no_args_is_help=True)
 def command() -> None:
-    """Replay recorded routing, and say what caches, prefetch and placement of experts would bring.
+    """Replay recorded routing, and show what caches, prefetch and placement of experts would gain.
 
-    A TRACE is a file of `pyggml run --record-routing`, of BigMoeOnEdge, onnx-genai, moe-cache-eval (NPZ), Expertflow, the gpt-oss-20b
-    fingerprints, llama.cpp's MCT1, or any JSON lines behind a first line that describes them. Several are requests of one model.
+    A TRACE is a file from `pyggml run --record-routing`, BigMoeOnEdge, onnx-genai, moe-cache-eval (NPZ), Expertflow, the gpt-oss-20b
+    fingerprints or llama.cpp's MCT1, or JSON lines after a first line that describes them. Several traces are requests of one model.
     """
 
 
@@ -50,23 +50,21 @@ def _trace_options(function: _F) -> _F:
         (
             click.argument("traces", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="TRACE..."),
             cloup.option(
-                "--format", "form", default="", metavar="NAME", help="The files' format, if it is not recognised."
+                "--format", "form", default="", metavar="NAME", help="Format of the files, if it is not recognised."
             ),
-            cloup.option(
-                "--expert-bytes", metavar="SIZE", help="Bytes of one expert, where the trace does not tell: 12.6MiB."
-            ),
+            cloup.option("--expert-bytes", metavar="SIZE", help="Size of one expert, if the trace lacks it: 12.6MiB."),
             cloup.option(
                 "--n-expert",
                 type=click.IntRange(1),
                 metavar="N",
-                help="Experts of a layer, where the trace does not tell.",
+                help="Experts per layer, if the trace lacks it.",
             ),
             cloup.option(
                 "--phase",
                 type=click.Choice(["decode", "prefill", "all"]),
                 default="decode",
                 show_default=True,
-                help="Which steps count.",
+                help="Steps to count.",
             ),
             cloup.option("--json", "as_json", is_flag=True, help="Print JSON."),
         )
@@ -110,40 +108,40 @@ def _open(traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_exper
     default="lru,lfu,lfru,belady,belady-bypass",
     show_default=True,
     metavar="P,P",
-    help="Of those that --list-policies shows; P+2of8, P+hotter, P+atmost:2, P+next change who may enter.",
+    help="Policies (--list-policies lists them); P+2of8, P+hotter, P+atmost:2, P+next set the admission.",
 )
 @cloup.option(
     "--capacities",
     default="10%,20%,30%,40%,50%",
     show_default=True,
     metavar="C,C",
-    help="10% of the experts, 6 slots of each pool, 512MiB of all.",
+    help="Sizes: 10% of the experts, 6 slots per pool, or 512MiB in total.",
 )
 @cloup.option(
     "--scope",
     type=click.Choice(["layer", "global", "group"]),
     default="layer",
     show_default=True,
-    help="What shares slots: a layer, all, or layers of equal experts as in llama.cpp.",
+    help="Pools of slots: per layer, one for all layers, or one per group of equal layers as in llama.cpp.",
 )
 @cloup.option(
     "--contract",
     type=click.Choice(["event", "bigmoeonedge", "sequential"]),
     default="event",
     show_default=True,
-    help="How ids are replayed; sequential misleads.",
+    help="How ids are replayed; sequential gives misleading results.",
 )
 @cloup.option(
     "--machine", default="rtx4090-pcie4", show_default=True, metavar="PROFILE", help="A profile of `pyggml devices`."
 )
-@cloup.option("--dense-bytes", metavar="SIZE", help="What a step reads beside experts, for times.")
+@cloup.option("--dense-bytes", metavar="SIZE", help="Bytes that a step reads besides experts, for times.")
 @cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with plots.")
 def compare_command(
     traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_expert: int | None, phase: str, as_json: bool, policies: str,
     capacities: str, scope: str, contract: str, machine: str, dense_bytes: str | None,
     html: Path | None,
 ) -> None:  # fmt: skip
-    """Compare policies at several sizes: bytes, ms and tokens/s, hit rate, and the distance to the best there is."""
+    """Compare policies at several sizes: bytes, ms and tokens/s, hit rate, and the distance to the optimum."""
     from ..cost import parse_profile
     from ..errors import GraphError
     from ..lab.comparison import compare
@@ -178,7 +176,8 @@ def compare_command(
         console.print(*_compare_words(made), sep="\n")
     if not made.rows:
         raise GraphError(
-            f"nothing was replayed: {made.refused[0].reason}", hint="larger --capacities, or policies that may decline"
+            f"nothing was replayed: {made.refused[0].reason}",
+            hint="use larger --capacities, or policies that can decline",
         )
 
 
@@ -243,13 +242,13 @@ def _compare_words(made: Comparison) -> list[str]:
     if begins["slots"] is not None:
         size = "" if begins["bytes"] is None else f", {n_bytes(begins['bytes'])} in all"
         words.append(
-            f"LRU's hits begin at {begins['slots']:,} slots a pool{size}; a step uses up to {made.sweep:,} experts over all layers."
+            f"LRU has hits from {begins['slots']:,} slots per pool{size}; a step uses up to {made.sweep:,} experts in all layers."
         )
     if made.trace.expert_bytes is not None:
         m = made.machine.json()
         words.append(
-            f"Times: {m['name']}, {m['link_gb_per_s']:.1f} GB/s and {m['copy_latency_us']:.0f} µs a copy; experts and their copies only, nothing overlapped. "
-            "'as N layers' spends the same bytes on whole layers; the CPU computes the others."
+            f"Times: {m['name']}, {m['link_gb_per_s']:.1f} GB/s and {m['copy_latency_us']:.0f} µs per copy; only experts and their copies, without overlap. "
+            "'as N layers' uses the same bytes for whole layers; the CPU computes the others."
         )
     return words
 
@@ -259,7 +258,7 @@ def _compare_words(made: Comparison) -> list[str]:
 def usage_command(
     traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_expert: int | None, phase: str, as_json: bool
 ) -> None:
-    """Show which experts are used, and how many distinct ones by tokens evaluated together."""
+    """Show which experts are used, and how many distinct experts a group of tokens uses."""
     from ..lab.usage import usage
 
     trace = _open(traces, form, expert_bytes, n_expert)
@@ -283,7 +282,7 @@ def usage_command(
     )
     if not math.isnan(found.repeat):
         console.print(
-            f"A token uses {found.repeat:.0%} of the experts of the token before; independent ones would {trace.n_used / trace.n_expert:.0%}."
+            f"A token uses {found.repeat:.0%} of the experts of the token before; independent choices would give {trace.n_used / trace.n_expert:.0%}."
         )
 
 
@@ -328,19 +327,17 @@ def _union_table(found: Usage, trace: Trace) -> Table:
     default="popularity,previous,average,previous-layer,both",
     show_default=True,
     metavar="P,P",
-    help="What guesses; oracle is the limit.",
+    help="Prefetchers; oracle is the limit.",
 )
 @cloup.option(
     "--capacities",
     default="20%,30%,50%",
     show_default=True,
     metavar="C,C",
-    help="Of the cache that guesses are beside.",
+    help="Sizes of the cache.",
 )
-@cloup.option("--policy", default="lru", show_default=True, help="Of that cache.")
-@cloup.option(
-    "--guesses", type=click.IntRange(1), metavar="N", help="Experts guessed for each layer.  [those a token uses]"
-)
+@cloup.option("--policy", default="lru", show_default=True, help="Policy of the cache.")
+@cloup.option("--guesses", type=click.IntRange(1), metavar="N", help="Guesses per layer.  [experts per token]")
 @cloup.option(
     "--machine", default="rtx4090-pcie4", show_default=True, metavar="PROFILE", help="A profile of `pyggml devices`."
 )
@@ -348,7 +345,7 @@ def predict_command(
     traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_expert: int | None, phase: str, as_json: bool, prefetchers: str,
     capacities: str, policy: str, guesses: int | None, machine: str,
 ) -> None:  # fmt: skip
-    """Say how often prefetchers are right, and how often on experts that are not there."""
+    """Show how often prefetchers are right, and how often for experts that are not in the cache."""
     from ..cost import parse_profile
     from ..lab.machine import Machine
     from ..lab.policies import parse_policy
@@ -402,7 +399,7 @@ def _predict_table(scores: list[Score], trace: Trace, policy: str) -> Table:
 @command.command("fetch")
 @click.argument("folder", type=click.Path(path_type=Path))
 def fetch_command(folder: Path) -> None:
-    """Fetch public traces, checked by hash: BigMoeOnEdge, onnx-genai, 15 prompts of gpt-oss-20b (5 MB)."""
+    """Download public traces, checked by hash: BigMoeOnEdge, onnx-genai, 15 prompts of gpt-oss-20b (5 MB)."""
     from ..lab.public import fetch
 
     report().print(f"{len(fetch(folder, click.echo))} files in {folder}")

@@ -1,4 +1,4 @@
-"""`pyggml plan`: choose flags for a model and a machine: how fast, how much memory, and why."""
+"""`pyggml plan`: recommend flags for a model and a machine: how fast, how much memory, and why."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def _table(advice: Advice) -> Table:
     sizes = {m.device: m.of_bytes for m in advice.plans[0].memory} if advice.plans else {}
     shown = [f"{d} of {sizes[d] / 2**30:.0f} GiB" if sizes[d] else d for d in devices]
     columns = ["prompt t/s", "answer t/s", "seconds", *shown, "link/token"]
-    made = table("", "plan", *columns, right=tuple(columns), free=("plan",))
+    made = table("", "recommendation", *columns, right=tuple(columns), free=("recommendation",))
     for plan in [*advice.plans, *advice.compared]:
         memory = {m.device: m for m in plan.memory}
         cells = [

@@ -1,4 +1,4 @@
-"""`pyggml races`: run llama.cpp's scheduler over devices that work late, and name what no wait orders."""
+"""`pyggml races`: find missing waits in llama.cpp's scheduler, with simulated devices that work late."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXAMPLES = """
 Examples:
   pyggml races moe.gguf
   pyggml races moe.gguf --seeds 200 --json | jq .hazards
-  pyggml races moe.gguf --drop event_synchronize       # would the loss of a wait be noticed?
+  pyggml races moe.gguf --drop event_synchronize       # check that a missing wait is found
 """
 
 
@@ -40,13 +40,13 @@ Examples:
     default=10,
     show_default=True,
     metavar="N",
-    help="Runs of each world, each with an order of work of its own.",
+    help="Runs of each world; each seed gives another order of work.",
 )
 @cloup.option(
     "--drop",
     type=click.Choice(WAITS),
     multiple=True,
-    help="Let devices leave out such waits, to see that it is noticed.",
+    help="Make devices skip this wait, to check that it is found.",
 )
 @cloup.option(
     "-t", "--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Threads of the kernels."
@@ -54,10 +54,10 @@ Examples:
 @cloup.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
 def command(ctx: click.Context, model: Path, seeds: int, drop: tuple[str, ...], threads: int, as_json: bool) -> None:
-    """Run a GGUF model in the real llama.cpp over simulated devices that work late, and list hazards.
+    """Run a GGUF model in the real llama.cpp on simulated devices that work late, and list hazards.
 
-    Worlds: one device and two, with pipeline copies and copies of used experts. A hazard is memory that two pieces of work use,
-    at least one writing, in no order that a wait gives. Exit status 1: there are hazards, or wrong results. Needs the packages of
+    Worlds: one and two devices, with pipeline copies and used-expert copies. A hazard is two accesses to the same memory, at
+    least one of them a write, that no wait orders. Exit status 1: there are hazards or wrong results. Needs the packages of
     the `llama` extra.
     """
     from ..llama.races import find_races
@@ -95,9 +95,7 @@ def _print(found: RaceReport) -> None:
 
 def _table(found: RaceReport) -> Table:
     columns = ("runs", "hazards", "wrong", "failed")
-    made = table(
-        "llama.cpp's scheduler over late devices", "world", *columns, "splits", right=columns, free=("splits",)
-    )
+    made = table("llama.cpp's scheduler on late devices", "world", *columns, "splits", right=columns, free=("splits",))
     for w in found.worlds:
         splits = ", ".join(f"{n} × {name}" for name, n in w.splits.items())
         made.add_row(w.world.name, str(w.n_runs), str(len(w.hazards)), str(w.n_wrong), str(w.n_failed), splits)

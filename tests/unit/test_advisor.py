@@ -183,7 +183,7 @@ def test_a_title_is_true() -> None:
     """What is called less memory takes less than the best plan, and nothing is faster than what is called the fastest."""
     for model, device in (("llama-3.1-8b", "rtx3060"), ("qwen3-30b-a3b", "rtx3060")):
         plans = {p.title: p for p in plan(model, devices=device, host=HOST, n_plans=7).plans}
-        best = plans["best for this mix"]
+        best = plans["best for this prompt and answer"]
         if less := plans.get("less memory on the device"):
             assert less.device_bytes < best.device_bytes
         if fastest := plans.get("fastest prompt"):

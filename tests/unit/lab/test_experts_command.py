@@ -112,7 +112,7 @@ def test_tables_fit_a_terminal(columns, trace_path, monkeypatch):
     assert status == 0
     assert "belady-bypass" in out
     assert "as 0 of 3 layers" in out
-    assert "LRU's hits begin at 2 slots a pool" in out
+    assert "LRU has hits from 2 slots per pool" in out
     status, out, _ = run("usage", trace_path)
     assert status == 0
     assert "uniform router" in out
