@@ -103,7 +103,9 @@ def _plans(plans: list[Recommendation]) -> str:
             f"<tr><td><b>{escape(plan.title)}</b><pre>{escape(plan.command)}</pre>{escape(plan.bottleneck)}</td>"
             f"{speeds}<td class=n>{memory}</td></tr>"
         )
-    head = "<tr><th>plan</th><th class=n>prompt t/s</th><th class=n>answer t/s</th><th class=n>memory</th></tr>"
+    head = (
+        "<tr><th>recommendation</th><th class=n>prompt t/s</th><th class=n>answer t/s</th><th class=n>memory</th></tr>"
+    )
     return f'<section><div class="scroll"><table>{head}{"".join(rows)}</table></div></section>'
 
 

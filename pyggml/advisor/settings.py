@@ -32,19 +32,19 @@ DEFAULT_BATCH = 2048
 
 #: What each flag does, for ``--explain``.
 EXPLAIN = {
-    "-ngl": "layers on the device, counted from the last; 'all' with the output. What is left is computed by the CPU for single "
-    "tokens, and copied to the device for each micro-batch of 32 tokens and more.",
-    "-ncmoe": "layers, from the first, whose experts stay in host memory. Attention and what every token reads are on the "
-    "device. For single tokens the CPU computes these experts, so generation waits for host memory; for prompts the used experts "
-    "are copied once per micro-batch.",
+    "-ngl": "layers on the device, counted from the last; 'all' includes the output. The CPU computes the other layers for single "
+    "tokens; for each micro-batch of 32 tokens or more they are copied to the device.",
+    "-ncmoe": "layers, from the first, whose experts stay in host memory. Their other weights are on the device. For single "
+    "tokens the CPU computes these experts, so generation waits for host memory; for prompts the used experts are copied once "
+    "per micro-batch.",
     "-ub": "tokens of a micro-batch. Weights in host memory are copied once per micro-batch, so a larger one spreads the "
     "copies over more tokens. It costs compute buffer on the device.",
     "-b": "tokens that are prepared together; at least the micro-batch.",
     "-fa": "flash attention: no matrix of scores in memory. Needed for a quantised V cache.",
     "-ctk": "type of the K cache. q8_0 takes 53 % of f16; results change slightly.",
     "-ctv": "type of the V cache. q8_0 takes 53 % of f16; results change slightly.",
-    "--no-mmap": "read the weights into memory instead of mapping the file. Host weights are then pinned, and copies "
-    "to the device run at the link's rate instead of at half of the RAM's.",
+    "--no-mmap": "read the weights into memory instead of mapping the file. Host weights are then pinned, so copies to the "
+    "device reach the link's rate instead of about half of the RAM's rate.",
     "-nkvo": "keep the KV cache in host memory, and compute attention on the CPU.",
     "--no-op-offload": "never copy host weights to the device for a micro-batch: the CPU computes with them at any size.",
     "-t": "threads: one for each physical core.",

@@ -153,7 +153,7 @@ def test_finds_a_tensor_and_says_why_it_was_copied(open_page: OpenPage, pages: P
     assert detail.get_attribute("data-bytes") == str(pieces[0].size_bytes)
     said = detail.inner_text()
     for text in (
-        f"{TENSOR} is a weight that lies in memory of CPU",
+        f"{TENSOR} is a weight in memory of CPU",
         "where SIM0 cannot use it",
         "ffn_moe_up-1 (MUL_MAT_ID) reads it on SIM0",
         "because its weight is in host memory, and the device offered to take the op",
@@ -307,7 +307,7 @@ def test_splits_are_those_of_the_records(open_page: OpenPage, pages: Pages, runs
     lines = page.locator("#splits-table tbody tr")
     assert lines.count() == 2  # the last layer's experts are needed by one token only
     lines.first.click()
-    assert "lies in memory of CPU" in page.locator("tr.inputs").inner_text()
+    assert "is a weight in memory of CPU" in page.locator("tr.inputs").inner_text()
 
 
 # -- two side by side ----------------------------------------------------------

@@ -170,8 +170,8 @@
     const [what, ...rest] = view.nameOf(i).split(" ");
     const backend = rest.join(" ");
     const said = {
-      synchronize: `The host waited for all work that ${backend} had been given.`,
-      event_synchronize: `The host waited until ${backend} came to its latest event: then its inputs may be overwritten.`,
+      synchronize: `The host waited for all submitted work of ${backend}.`,
+      event_synchronize: `The host waited until ${backend} reached its latest event; then its inputs can be overwritten.`,
       event_wait: `${backend} itself waited for its latest event before it goes on.`,
     }[what];
     const clock = clockOf(view);

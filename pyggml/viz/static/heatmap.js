@@ -44,7 +44,7 @@
     box.replaceChildren();
     const words = $("experts-words");
     if (cells === null) {
-      words.textContent = "Here no expert weights were copied: the work was done where they lie.";
+      words.textContent = "No expert weights were copied: experts were used where they are.";
       legend.textContent = "";
       return;
     }
@@ -55,7 +55,7 @@
     const reads = d3.sum(rows, (r) => r.reads);
     const usedMean = reads ? d3.sum(rows, (r) => d3.sum(r.used)) / reads : null;
     words.textContent =
-      (usedMean === null ? "Every expert was copied: the scheduler did not ask which are used. " : `On average ${usedMean.toFixed(1)} of ${n} experts of a layer were needed. `) +
+      (usedMean === null ? "Every expert was copied: the ids were not read. " : `On average ${usedMean.toFixed(1)} of ${n} experts of a layer were needed. `) +
       `Copied ${P.bytes(bytes)} of ${P.bytes(full)} (${P.percent(bytes, full)}).`;
     const most = measure === "used" && top === 1 ? 0.6 : 1; // needed or not: the darkest shade would only be loud
     const text = (v) => (measure === "bytes" ? P.bytes(Math.round(v)) : `needed ${P.count(v)} ×`);

@@ -145,7 +145,7 @@
       seen.add(view.label[i]);
       line(view.label[i], view.kindOf(i), view.lanes[view.lane[i]].name.split(" → ")[0], view.whole[i], P.whyCopy(view, i));
     }
-    if (!lines.length) return "<p>Nothing is copied for it.</p>";
+    if (!lines.length) return "<p>It needs no copies.</p>";
     return `<table class="rows inner"><thead><tr><th>input</th><th>reason</th><th>from</th><th class="right">copied</th><th class="right">if whole</th><th>why</th></tr></thead><tbody>${lines.join("")}</tbody></table>`;
   };
 

@@ -102,7 +102,7 @@
     } else if (input.kind === "activation") {
       said.push(`${name} is a result of ${input.src}${because(input.cause)}.`);
     } else {
-      said.push(`${name} is a weight that lies in memory of ${input.buft || input.src}, where ${split.backend} cannot use it.`);
+      said.push(`${name} is a weight in memory of ${input.buft || input.src}, where ${split.backend} cannot use it.`);
     }
     if (user) {
       const others = input.n_users > 1 ? ` and ${input.n_users - 1} more` : "";
@@ -130,9 +130,9 @@
     const experts = view.expertsOf(i);
     if (experts !== null) {
       const from = experts.from ? `${experts.from} names` : "the ids name";
-      said.push(`Of its ${experts.n} experts ${from} ${experts.used.length}: only those are copied, in one piece for each run of neighbours.`);
+      said.push(`Of its ${experts.n} experts ${from} ${experts.used.length}: only these are copied, neighbours in one piece.`);
     } else if (view.kindOf(i) === "weight") {
-      said.push("It is copied from end to end.");
+      said.push("It is copied whole.");
     }
     return said.join(" ");
   };
