@@ -36,7 +36,7 @@ QUESTIONS = (
     ("Does llama.cpp decide the same?", "pyggml verify MODEL"),
     ("Does it run? What is copied?", "pyggml run MODEL -p TEXT -n 32"),
     ("What does the real llama.cpp copy?", "pyggml run MODEL -p TEXT -n 32 --engine llama"),
-    ("Does llama.cpp wait for all it must?", "pyggml races MODEL"),
+    ("Does llama.cpp miss a wait?", "pyggml races MODEL"),
     ("What do used-expert copies save?", "pyggml savings MODEL"),
     ("Would an expert cache help?", "pyggml experts compare TRACE"),
     ("Which models need no file?", "pyggml models"),
