@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import click
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -270,6 +271,8 @@ def test_hints_name_what_exists() -> None:
     for place, text in texts_of_sources():
         for name, rest in re.findall(r"`pyggml ([a-z][a-z-]*)((?: [^`]*)?)`", text):
             command = group.get_command(context, name)
+            for word in rest.split():  # of a group: its command
+                command = command.commands.get(word, command) if isinstance(command, click.Group) else command
             known = {o for p in (command.params if command else ()) for o in (*p.opts, *p.secondary_opts)}
             if command is None or not {w for w in rest.split() if w.startswith("--")} <= known:
                 wrong.append(f"{place}: pyggml {name}{rest}")
