@@ -49,8 +49,8 @@ class MemoryModel:
     """The memory of any setting of one model on one machine.
 
     A setting's weights are known from the header. KV cache and compute buffers come from the scheduler's reserve: `exact`
-    calculates them for a setting, and `estimate` takes them from the nearest such setting, because they hardly depend on the
-    number of layers on the host.
+    calculates them for a setting, and `estimate` takes them from the nearest such setting, the cache by the layers on each
+    device, because compute buffers hardly depend on the number of layers on the host.
 
     Parameters
     ----------
@@ -97,7 +97,17 @@ class MemoryModel:
         rest = self._rest.get(self._key(setting))
         if rest is None:
             return None
-        return self.devices([a + b for a, b in zip(self.weights(setting), rest, strict=True)])
+        parts = zip(self.weights(setting), self._cache_of(setting, rest[-1]), rest, strict=False)
+        return self.devices([sum(own) for own in parts])
+
+    def _cache_of(self, setting: Setting, total: int) -> list[int]:
+        """Return the bytes of the KV cache on each device, then on the host: layers have equal parts."""
+        n, n_dev = len(self._layers), len(self.backends) - 1
+        out = [0] * (n_dev + 1)
+        for i in range(n):
+            device = device_of(i, n, setting, self._sizes) if setting.kv_offload else -1
+            out[device if device >= 0 else n_dev] += -(-total // n)
+        return out
 
     def may_fit(self, setting: Setting) -> bool:
         """Return whether nothing known speaks against a setting: its weights alone, or with the rest of one that is alike."""
@@ -112,13 +122,14 @@ class MemoryModel:
     def _open(self, setting: Setting) -> list[DeviceMemory] | None:
         self.n_opened += 1
         try:
-            planner = self.planner(setting)
-            taken = self._by_device(planner.memory())
+            rows = self.planner(setting).memory()
         except PyggmlError:
             return None
+        taken, cache = self._by_device(rows), sum(m.cache for m in rows)
         if setting.overrides and not is_experts_only(setting):
             return self.devices(taken)  # what follows from the header is not what was planned
-        rest = [a - b for a, b in zip(taken, self.weights(setting), strict=True)]
+        known = [a + b for a, b in zip(self.weights(setting), self._cache_of(setting, cache), strict=True)]
+        rest = [*(a - b for a, b in zip(taken, known, strict=True)), cache]
         kept = self._rest.get(self._key(setting))
         self._rest[self._key(setting)] = rest if kept is None else [max(a, b) for a, b in zip(rest, kept, strict=True)]
         return self.devices(taken)
@@ -163,7 +174,7 @@ class MemoryModel:
         has_host = setting.n_cpu_moe > 0 or setting.n_gpu_layers >= 0 or bool(setting.overrides)
         return (
             setting.n_ubatch, setting.type_k, setting.type_v, setting.kv_offload, setting.op_offload and has_host,
-            setting.n_gpu_layers, setting.tensor_split,
+            min(setting.n_gpu_layers, 1), setting.tensor_split,
         )  # fmt: skip
 
 

@@ -47,6 +47,10 @@ EXPLAIN = {
     "device reach the link's rate instead of about half of the RAM's rate.",
     "-nkvo": "keep the KV cache in host memory, and compute attention on the CPU.",
     "--no-op-offload": "never copy host weights to the device for a micro-batch: the CPU computes with them at any size.",
+    "-ts": "shares of several cards, in layers. By default llama.cpp shares by free memory; other shares make room for experts or "
+    "a KV cache on one card, or give the faster card more layers.",
+    "-ot": "weights whose names fit a pattern go to a memory. With several cards it is used to keep the experts of the last layers in host "
+    "memory, which makes room on the last card, where -ncmoe makes room on the first.",
     "-t": "threads: one for each physical core.",
     "-c": "tokens that the KV cache holds.",
 }
@@ -62,6 +66,11 @@ class Space:
         Numbers of layers whose experts are on the host, from none to all; ``(0,)`` for a dense model.
     n_gpu_layers : tuple of int
         -1: all.
+    tensor_split : tuple of tuple of float
+        ``-ts``; empty: by the memory of the devices.
+    n_cpu_moe_last : tuple of int
+        Layers from the last whose experts are on the host (``-ot``); never beside layers from the first. With one device both ends are
+        alike.
     """
 
     n_gpu_layers: tuple[int, ...] = (-1,)
@@ -71,6 +80,9 @@ class Space:
     op_offload: tuple[bool, ...] = (True, False)
     kv_offload: tuple[bool, ...] = (True, False)
     kv_types: tuple[Type, ...] = (Type.F16, Type.Q8_0)
+    tensor_split: tuple[tuple[float, ...], ...] = ((),)
+    n_cpu_moe_last: tuple[int, ...] = (0,)
+    n_layer: int = 0
 
     @classmethod
     def of(cls, model: ModelShape, *, n_ctx: int, n_devices: int, has_unified: bool) -> Space:
@@ -92,15 +104,24 @@ class Space:
         moe = (0, *range(first + 1, n_layer + 1)) if n_moe else (0,)
         layers = (-1, 0) if n_moe else (-1, *range(n_layer, -1, -1))
         pinned = (False,) if has_unified else (False, True)
-        return cls(layers, moe, sizes, pinned, (True,) if has_unified else (True, False))
+        offload = (True,) if has_unified else (True, False)
+        if n_devices < 2:
+            return cls(layers, moe, sizes, pinned, offload)
+        few = tuple(n for n in sizes if n in (512, 2048))
+        step = max(1, n_layer // 12)
+        last = (0, *range(step, n_layer - first, step)) if n_moe else (0,)
+        return cls(
+            layers, moe, few or sizes[:1], pinned, offload, tensor_split=_splits(n_layer, n_devices), n_cpu_moe_last=last,
+            n_layer=n_layer,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         n = 1
         for values in (
-            self.n_gpu_layers, self.n_cpu_moe, self.n_ubatch, self.is_pinned, self.op_offload, self.kv_offload, self.kv_types,
+            self.n_gpu_layers, self.n_ubatch, self.is_pinned, self.op_offload, self.kv_offload, self.kv_types, self.tensor_split,
         ):  # fmt: skip
             n *= len(values)
-        return n
+        return n * (len(self.n_cpu_moe) + len(self.n_cpu_moe_last) - 1)
 
     def settings(self, threads: int) -> Iterator[Setting]:
         """Yield every distinct setting.
@@ -109,20 +130,33 @@ class Space:
         -----
         A setting without weights in host memory is given once: pinning and offloading change nothing there.
         """
-        for ngl, ncmoe, ub, pinned, offload, kv, kv_type in product(
-            self.n_gpu_layers, self.n_cpu_moe, self.n_ubatch, self.is_pinned, self.op_offload, self.kv_offload, self.kv_types,
+        experts = [(n, 0) for n in self.n_cpu_moe] + [(0, n) for n in self.n_cpu_moe_last if n]
+        for ngl, (ncmoe, last), ub, pinned, offload, kv, kv_type, split in product(
+            self.n_gpu_layers, experts, self.n_ubatch, self.is_pinned, self.op_offload, self.kv_offload, self.kv_types,
+            self.tensor_split,
         ):  # fmt: skip
-            has_host_weights = ncmoe > 0 or ngl >= 0
+            has_host_weights = ncmoe > 0 or last > 0 or ngl >= 0
             if not has_host_weights and (pinned is not self.is_pinned[0] or offload is not self.op_offload[0]):
                 continue
-            if ngl == 0 and ncmoe:
-                continue  # all experts are on the host already
+            if ngl == 0 and (ncmoe or last or split):
+                continue  # all is on the host already
             if not offload and pinned:
                 continue  # nothing is copied
             yield Setting(
-                n_gpu_layers=ngl, n_cpu_moe=ncmoe, n_ubatch=ub, n_batch=max(ub, DEFAULT_BATCH), threads=threads,
-                type_k=kv_type, type_v=kv_type, is_pinned=pinned, op_offload=offload, kv_offload=kv,
+                n_gpu_layers=ngl, n_cpu_moe=ncmoe, overrides=(last_experts(last, self.n_layer),) if last else (), n_ubatch=ub,
+                n_batch=max(ub, DEFAULT_BATCH), threads=threads, type_k=kv_type, type_v=kv_type, is_pinned=pinned,
+                op_offload=offload, kv_offload=kv, tensor_split=split,
             )  # fmt: skip
+
+
+def _splits(n_layer: int, n_devices: int) -> tuple[tuple[float, ...], ...]:
+    """Return what ``-ts`` is tried: llama.cpp's default, an even split, and with two devices steps of an eighth of the layers."""
+    even: tuple[float, ...] = (1.0,) * n_devices
+    if n_devices > 2:
+        return ((), even)
+    n = n_layer + 1
+    steps = sorted({round(n * k / 8) for k in range(1, 8)} - {0, n})
+    return ((), *((float(k), float(n - k)) for k in steps))
 
 
 def placement_flags(setting: Setting) -> PlacementFlags:

@@ -61,6 +61,60 @@ def test_the_answer_equals_exhaustive_search(model: str, device: str) -> None:
         assert found.seconds <= best * 1.006  # what differs by half a per cent counts as equal
 
 
+def test_the_answer_equals_exhaustive_search_on_two_cards() -> None:
+    """With -ts, experts from both ends and the cache on the host, planning every setting finds no faster one that fits."""
+    goal = Goal(1024, 128, 4096)
+    search, file = search_of("gpt-oss-20b", "gtx1650,rtx3060", goal)
+    with file:
+        space = replace(
+            Space.of(search.shape, n_ctx=goal.context, n_devices=2, has_unified=False),
+            n_ubatch=(512,), kv_types=(Type.F16,), is_pinned=(True,), op_offload=(True,), n_gpu_layers=(-1,),
+            n_cpu_moe=(0, 2, 5), n_cpu_moe_last=(0, 2, 5), tensor_split=((), (8, 17), (15, 10)),
+        )  # fmt: skip
+        settings = sorted(space.settings(8), key=plain_first)
+        assert len(settings) == len(set(settings)) == 30
+        found = next(search.best(search.ranked(settings, lambda s: _step(s.seconds))))
+        every = [s for s in settings if all(d.fits for d in search.memory.exact(s) or [])]
+        assert 0 < len(every) < len(settings)
+        assert found.setting in every
+        assert found.seconds <= 1.006 * min(search.score(s).seconds for s in every)
+        for setting in every:
+            for told, planned in zip(search.memory.weights(setting), exact_weights(search, setting), strict=True):
+                assert told == pytest.approx(planned, rel=0.01)
+
+
+def exact_weights(search: Search, setting: Setting) -> list[int]:
+    """Return the bytes of weights that a planner places on each device, then on the host."""
+    names = [b.buffer_type.name for b in search.memory.backends[:-1]]
+    with search.memory.planner(setting) as planner:
+        out = [0] * (len(names) + 1)
+        for m in planner.memory():
+            out[names.index(m.buft) if m.buft in names else -1] += m.weights
+    return out
+
+
+def test_fewer_threads_are_never_predicted_faster() -> None:
+    """A plan uses one thread for each core: with host weights fewer are slower, without none is asked."""
+    search, file = search_of("gpt-oss-20b", "rtx3060", Goal())
+    with file:
+        for setting in (Setting(n_cpu_moe=24), Setting(n_gpu_layers=0), Setting()):
+            times = [search.score(replace(setting, threads=n)).seconds for n in (1, 2, 4, 8)]
+            assert times == sorted(times, reverse=True)
+            assert (times[0] > times[3]) is (setting != Setting())
+
+
+def test_flags_of_your_own_may_override_anything() -> None:
+    """--compare takes patterns of -ot with llama.cpp's names of devices, and -ts; memory is that of the scheduler."""
+    own = "-ngl 99 -ot blk\\.(2[0-9])\\.ffn_.*_exps=CPU,output=CUDA1 -ts 1,2"
+    answer = run("gpt-oss-20b", "--device", "rtx3060,rtx3060", "-c", "4096", "--plans", "1", "--compare", own)
+    (made,) = answer["compared"]
+    assert made["flags"][-2:] != []
+    assert "-ts" in made["flags"]
+    assert made["memory"][2]["bytes"] > 1 << 30  # experts of four layers
+    assert made["memory"][0]["bytes"] < made["memory"][1]["bytes"]
+    assert made["tg_tps"]["mid"] < answer["plans"][0]["tg_tps"]["mid"]
+
+
 def test_a_plan_that_is_said_to_fit_does_and_splits_agrees() -> None:
     """The flags of each plan, given to `splits`, show the same memory, byte for byte."""
     answer = run("gpt-oss-20b", "--device", "rtx3060", "-c", "4096", "--plans", "2")
