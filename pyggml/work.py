@@ -103,7 +103,8 @@ def _product(node: Tensor, used_experts: UsedExperts) -> Work:
     weight, x = _src(node, 0), _src(node, 1)
     flops = 2.0 * weight.ne[0] * node.numel
     read = float(min(weight.nbytes, weight.type.row_size(weight.ne[0]) * weight.nrows))
-    if not weight.op.is_empty or weight.view_src is not None:  # K or V: attention without flash
+    is_view = not weight.op.is_empty or weight.view_src is not None
+    if is_view and node.op is not Op.MUL_MAT_ID:  # K or V: attention without flash; a bank of experts is a view, too
         return Work(Kind.ATTENTION, flops, read, n_tokens=x.ne[1])
     n_matrix, n_tokens = float(weight.ne[2] * weight.ne[3]), x.nrows
     is_expert = node.op is Op.MUL_MAT_ID

@@ -12,6 +12,7 @@ import pyggml as ggml
 from pyggml.dialect import DIALECTS
 from pyggml.moe_cache import EVICTIONS, Counters, ExpertCache, LlamaCache, MoeCachePolicy, SlotTable
 from pyggml.sched.compute import SplitRun
+from pyggml.work import node_work
 
 
 def _mib(n_slots: int, n_devices: int = 1) -> int:
@@ -227,3 +228,13 @@ def test_a_table_of_ones_own_runs():
     world = Layers(Rule(_mib(2), "lru"))
     np.testing.assert_array_equal(world.run(), Layers().run())
     assert world.cache.counters.hits == 0
+
+
+def test_a_product_out_of_the_bank_costs_what_one_with_the_weight_does():
+    """The same experts are read, so the work is the same."""
+    world = Layers(LlamaCache(_mib(N_EXPERT), "lru"))
+    weight = world.layers[0][0]
+    row, ids = ggml.Tensor("f32", (N, 1, 1)), ggml.Tensor("i32", (N_USED, 1))
+    works = [node_work(ggml.mul_mat_id(w, row, ids), lambda _: N_USED) for w in (weight, world.cache.bank(weight))]
+    assert works[0] == works[1]
+    assert works[0].flops > 0
