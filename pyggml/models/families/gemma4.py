@@ -39,10 +39,10 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
         raise keys.error("attention.key_length_swa", f"does not go with the other sizes of windows: {sizes}")
     if not keys.has("attention.sliding_window_pattern"):
         raise keys.error("attention.sliding_window_pattern", "is missing")
-    n_head_kv = keys.by_layer("attention.head_count_kv", hp.n_layer, hp.n_head)
+    n_head_kv = keys.by_layer("attention.head_count_kv", hp.n_layer_all, hp.n_head)
     if any(hp.n_head % n for n in n_head_kv):
         raise keys.error("attention.head_count", f"is {hp.n_head}, no multiple of heads of K and V: {n_head_kv}")
-    swa_layers = keys.swa_layers(hp.n_layer, 1)
+    swa_layers = keys.swa_layers(hp.n_layer_all, 1)
     n_shared = keys.integer("attention.shared_kv_layers", 0, least=0)
     n_own = hp.n_layer_all - n_shared
     if n_own < 2 or (n_shared and (n_own - 1 in swa_layers or n_own - 2 not in swa_layers)):
@@ -52,12 +52,12 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     return replace(
         hp,
         n_swa=keys.integer("attention.sliding_window"),
-        swa_layers=swa_layers,
+        swa_layers=frozenset(i for i in swa_layers if i < hp.n_layer),
         rope_freq_base_swa=keys.freq_base("rope.freq_base_swa", 10000.0),
         n_embd_head_swa=head,
         n_rot_swa=n_rot,
         n_head_kv_by_layer=n_head_kv,
-        n_ff_by_layer=keys.by_layer("feed_forward_length", hp.n_layer, hp.n_ff),
+        n_ff_by_layer=keys.by_layer("feed_forward_length", hp.n_layer_all, hp.n_ff),
         n_layer_shared_kv=n_shared,
         n_embd_per_layer=keys.integer("embedding_length_per_layer_input", least=0),
         token_scale=round_f32(math.sqrt(hp.n_embd)),
