@@ -41,7 +41,7 @@ class NoLog(RunLog):
 class Bare(ggml.Scheduler):
     """A scheduler without a log."""
 
-    def new_log(self, observers: Any = None) -> RunLog:
+    def new_log(self, observers: Any = None, of: Any = None) -> RunLog:
         """Return the log that does nothing."""
         return NoLog(self.machine, self.stats, None, None)
 
