@@ -65,7 +65,7 @@ def _is_fused(node: Tensor) -> bool:
             return _is_of_experts(second)
         return first.op in _PRODUCTS and second.op is Op.NONE and second.nrows == 1
     if op is Op.SOFT_MAX:
-        return node.src[1] is None and node.ne[2] == 1  # of a router: it has no mask
+        return (len(node.src) < 2 or node.src[1] is None) and node.ne[2] == 1  # of a router: it has no mask
     return False
 
 
@@ -131,7 +131,7 @@ def _outer_product(node: Tensor, used_experts: UsedExperts) -> Work:
 def _flash_attention(node: Tensor, used_experts: UsedExperts) -> Work:
     """Scores that a causal mask hides are skipped: of the last tokens, half of them on the average."""
     q, k, v = (_src(node, i) for i in range(3))
-    seen = 1.0 - 0.5 * min(q.ne[1], k.ne[1]) / k.ne[1] if node.src[3] is not None else 1.0
+    seen = 1.0 - 0.5 * min(q.ne[1], k.ne[1]) / k.ne[1] if len(node.src) > 3 and node.src[3] is not None else 1.0
     flops = 2.0 * seen * q.ne[1] * q.ne[2] * q.ne[3] * k.ne[1] * (k.ne[0] + v.ne[0])
     read = _rows_bytes(k) + (0 if _is_part_of(v, k) else _rows_bytes(v))
     heads = seen * read * q.ne[2] / k.ne[2] if k.type.is_quantized and not _is_part_of(v, k) else 0.0
