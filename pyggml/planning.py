@@ -287,7 +287,9 @@ class Planner:
         options = self.options
         bufts = [b.buffer_type for b in self.backends]
         if len(self.backends) > 1:  # results on the CPU go to the first device's pinned memory, as upstream does
-            bufts[-1] = self.backends[0].device.host_buffer_type or bufts[-1]
+            pinned = self.backends[0].device.host_buffer_type
+            if pinned is not None and self.backends[-1].supports_buft(pinned):
+                bufts[-1] = pinned
         return Scheduler(
             self.backends,
             bufts=bufts,
