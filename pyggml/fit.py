@@ -197,7 +197,7 @@ class _Fitter:
 
         Notes
         -----
-        Mirrors `set_ngl_tensor_split_tbo`.
+        Mirrors `set_ngl_tensor_split_tbo`. Differs: its pattern for the layer behind the last, which fits no weight, is left out.
         """
         n_layers = sum(s.n_layer for s in shares)
         first = self._n_layer + 1 - n_layers
@@ -206,7 +206,8 @@ class _Fitter:
             first += share.n_full
             for i in range(share.n_part):
                 kind, where = (share.overflow, share.to) if i == 0 else ("moe", "CPU")
-                overrides.append(rf"blk\.{first + i}\.{_OVERFLOW[kind]}={where}")
+                if first + i < self._n_layer:
+                    overrides.append(rf"blk\.{first + i}\.{_OVERFLOW[kind]}={where}")
             first += share.n_part
         split = tuple(float(s.n_layer) for s in shares) if len(shares) > 1 else ()
         return replace(self.placement, n_gpu_layers=n_layers, tensor_split=split, overrides=tuple(overrides))

@@ -20,9 +20,9 @@ from ..hardware.measure import measure_host
 from ..hardware.pci import found_cards
 from ..simulation import simulate_batch
 from ..types import Type
-from .memory import DeviceMemory, MemoryModel
+from .memory import DeviceMemory, MemoryModel, fit_setting
 from .search import Goal, Scored, Search, pays_from, plain_first
-from .settings import Space, command, flags_of
+from .settings import Space, command, flags_of, ik_flags_of
 
 __all__ = ["Advice", "Help", "Recommendation", "open_machine", "plan", "this_machine"]
 
@@ -44,6 +44,8 @@ class Recommendation:
         The flags for `llama-server`, `llama-cli` and `pyggml splits`.
     command : str
         A complete command line.
+    ik_command : str
+        The same for ik_llama.cpp, whose flags differ (`ik_flags_of`).
     pp_tps, tg_tps : Speed
         Tokens per second of the prompt and of the answer.
     seconds : float
@@ -60,6 +62,7 @@ class Recommendation:
     setting: Setting
     flags: list[str]
     command: str
+    ik_command: str
     pp_tps: Speed
     tg_tps: Speed
     seconds: float
@@ -114,6 +117,9 @@ class Advice:
         If nothing fits: the bytes that the smallest setting lacks; `smaller` names a quantisation that would fit.
     tried : int
         The number of settings with predicted times; `n_planned` of them were planned by the scheduler.
+    fit : Recommendation or None
+        What llama.cpp's ``--fit`` chooses with its own margin of 1 GiB and default flags; None without a card. `fit_note`: what it
+        could not reach.
     points : list of tuple
         For the page, for each setting that fits: device bytes, tokens/s of prompt and answer, flags.
     """
@@ -124,6 +130,8 @@ class Advice:
     assumed: list[str]
     plans: list[Recommendation] = field(default_factory=list)
     compared: list[Recommendation] = field(default_factory=list)
+    fit: Recommendation | None = None
+    fit_note: str = ""
     helps: list[Help] = field(default_factory=list)
     pays_from: int | None = None
     missing_bytes: int = 0
@@ -132,6 +140,11 @@ class Advice:
     n_planned: int = 0
     seconds: float = 0.0
     points: list[tuple[int, float, float, str]] = field(default_factory=list)
+
+    @property
+    def shown(self) -> list[Recommendation]:
+        """The plans, then what they are compared with: the user's settings and what ``--fit`` chooses."""
+        return [*self.plans, *self.compared, *([] if self.fit is None else [self.fit])]
 
 
 def plan(
@@ -206,7 +219,15 @@ def plan(
         advice = Advice(name, goal, _describe(machine), [*machine_notes, *_assumptions(machine, host, shape, context)])
         maker = _Maker(search, shown, advice)
         tell(f"timing {len(space)} settings")
-        settings = sorted(space.settings(machine.host.n_cores), key=plain_first)
+        settings = list(space.settings(machine.host.n_cores))
+        if machine.cards:
+            tell("what llama.cpp's --fit chooses")
+            chosen, advice.fit_note = fit_setting(memory, machine.host.n_cores)
+            if memory.exact(chosen) is not None:
+                advice.fit = maker.make("what llama.cpp's --fit chooses", search.score(chosen))
+            if not chosen.overrides:  # shares that no grid has
+                settings += [s for s in space.around(chosen) if s not in settings]
+        settings.sort(key=plain_first)
         advice.plans = maker.best_plans(settings, n_plans, Type.of(kv_types[0]), tell)
         advice.compared = [maker.make("yours", search.score(setting)) for setting in compare]
         if advice.plans:
@@ -385,8 +406,8 @@ class _Maker:
         pp, tg = search.speed(setting, is_prompt=True), search.speed(setting, is_prompt=False)
         per_prompt, per_generated = _link_bytes(search, setting) if memory else (0.0, 0.0)
         return Recommendation(
-            title, setting, flags, command("llama-server", self.model, flags), pp, tg, scored.seconds, memory,
-            per_prompt, per_generated, _bottleneck(search, scored),
+            title, setting, flags, command("llama-server", self.model, flags),
+            command("llama-server", self.model, ik_flags_of(flags)), pp, tg, scored.seconds, memory, per_prompt, per_generated, _bottleneck(search, scored),
         )  # fmt: skip
 
     def _points(self, ranked: list[Scored]) -> None:

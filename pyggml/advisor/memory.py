@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..backend import Backend
 from ..errors import PyggmlError
+from ..fit import fit_flags
 from ..foresight.estimate import Setting, device_of, has_host_experts
 from ..gguf import GGUFFile
 from ..memory_rows import Memory
 from ..planning import Planner
 from .settings import context_flags, is_experts_only, placement_flags
 
-__all__ = ["DeviceMemory", "MemoryModel"]
+__all__ = ["DeviceMemory", "MemoryModel", "fit_setting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,11 @@ class MemoryModel:
         self._exact: dict[Setting, list[DeviceMemory] | None] = {}
         self._sizes = [float(b.device.memory()[1]) for b in self.backends[:-1]]
         self._planner: Planner | None = None
+
+    @property
+    def n_layer(self) -> int:
+        """The number of layers, without the output."""
+        return len(self._layers)
 
     # -- weights -------------------------------------------------------------
 
@@ -176,6 +182,35 @@ class MemoryModel:
             setting.n_ubatch, setting.type_k, setting.type_v, setting.kv_offload, setting.op_offload and has_host,
             min(setting.n_gpu_layers, 1), setting.tensor_split,
         )  # fmt: skip
+
+
+def fit_setting(memory: MemoryModel, threads: int) -> tuple[Setting, str]:
+    """Return the setting that llama.cpp's ``--fit`` chooses for defaults and the context, and what it could not reach.
+
+    Notes
+    -----
+    Its margin is that of llama.cpp (``--fit-target``), 1 GiB, not the one of the plans.
+    """
+    start = Setting(threads=threads)
+    found = fit_flags(memory.planner(start), placement_flags(start), context_flags(start, memory.n_ctx))
+    placement = found.placement
+    is_all = placement.n_gpu_layers > memory.n_layer
+    setting = replace(
+        start, n_gpu_layers=-1 if is_all else placement.n_gpu_layers, overrides=_merged(placement.overrides),
+        tensor_split=placement.tensor_split,
+    )  # fmt: skip
+    return setting, found.note
+
+
+def _merged(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return overrides of single layers with one for all layers of a pattern: the same weights, a shorter command line."""
+    layers: dict[str, list[str]] = {}
+    for text in overrides:
+        found = re.fullmatch(r"blk\\\.(\d+)(\\\..*)", text)
+        assert found is not None
+        layers.setdefault(found[2], []).append(found[1])
+    joined = {rest: "|".join(n) for rest, n in layers.items()}
+    return tuple(rf"blk\.({n}){rest}" if "|" in n else rf"blk\.{n}{rest}" for rest, n in joined.items())
 
 
 def _weights(file: GGUFFile) -> tuple[list[int], list[int], int, int]:

@@ -61,7 +61,7 @@ def page_html(advice: Advice) -> str:
         f"<h1>{escape(title)}</h1>",
         f'<p class="about">{escape(advice.machine)}. Prompt {goal.prompt}, answer {goal.generate}, context {goal.context} tokens.</p>',
         *(f'<p class="hint">Assumed: {escape(line)}.</p>' for line in advice.assumed),
-        _plans(advice.plans),
+        _plans(advice),
     ]
     if points:
         shown = "".join(
@@ -86,11 +86,12 @@ def page_html(advice: Advice) -> str:
     )
 
 
-def _plans(plans: list[Recommendation]) -> str:
-    if not plans:
-        return "<p><b>Nothing fits.</b></p>"
+def _plans(advice: Advice) -> str:
+    nothing = "" if advice.plans else "<p><b>Nothing fits.</b></p>"
+    if not advice.shown:
+        return nothing
     rows = []
-    for plan in plans:
+    for plan in advice.shown:
         memory = "<br>".join(
             f"{escape(m.device)} {m.bytes / _GB:.1f}" + (f" of {m.of_bytes / _GB:.0f}" if m.of_bytes else "") + " GiB"
             for m in plan.memory
@@ -100,13 +101,19 @@ def _plans(plans: list[Recommendation]) -> str:
             for s in (plan.pp_tps, plan.tg_tps)
         )
         rows.append(
-            f"<tr><td><b>{escape(plan.title)}</b><pre>{escape(plan.command)}</pre>{escape(plan.bottleneck)}</td>"
+            f"<tr><td><b>{escape(plan.title)}</b><pre>{escape(plan.command)}</pre>{_for_ik(plan)}{escape(plan.bottleneck)}</td>"
             f"{speeds}<td class=n>{memory}</td></tr>"
         )
     head = (
         "<tr><th>recommendation</th><th class=n>prompt t/s</th><th class=n>answer t/s</th><th class=n>memory</th></tr>"
     )
-    return f'<section><div class="scroll"><table>{head}{"".join(rows)}</table></div></section>'
+    return f'{nothing}<section><div class="scroll"><table>{head}{"".join(rows)}</table></div></section>'
+
+
+def _for_ik(plan: Recommendation) -> str:
+    if plan.ik_command == plan.command:
+        return ""
+    return f"<details><summary>for ik_llama.cpp</summary><pre>{escape(plan.ik_command)}</pre></details>"
 
 
 def _plot(x_name: str, y_name: str, at: list[tuple[float, float]], says: list[str], marks: list[bool]) -> str:

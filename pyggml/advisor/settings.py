@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ..foresight.estimate import Setting
@@ -20,6 +20,7 @@ __all__ = [
     "command",
     "context_flags",
     "flags_of",
+    "ik_flags_of",
     "is_experts_only",
     "last_experts",
     "overrides_of",
@@ -148,6 +149,13 @@ class Space:
                 op_offload=offload, kv_offload=kv, tensor_split=split,
             )  # fmt: skip
 
+    def around(self, setting: Setting) -> Iterator[Setting]:
+        """Yield a setting with each micro-batch, load mode and KV type of the space."""
+        for ub, pinned, kv_type in product(self.n_ubatch, self.is_pinned, self.kv_types):
+            yield replace(
+                setting, n_ubatch=ub, n_batch=max(ub, DEFAULT_BATCH), is_pinned=pinned, type_k=kv_type, type_v=kv_type
+            )
+
 
 def _splits(n_layer: int, n_devices: int) -> tuple[tuple[float, ...], ...]:
     """Return what ``-ts`` is tried: llama.cpp's default, an even split, and with two devices steps of an eighth of the layers."""
@@ -208,6 +216,32 @@ def flags_of(setting: Setting, n_ctx: int, *, has_devices: bool = True) -> list[
     if setting.threads:
         flags += ["-t", str(setting.threads)]
     return flags
+
+
+def ik_flags_of(flags: Iterable[str]) -> list[str]:
+    """Return flags of llama.cpp as ik_llama.cpp takes them.
+
+    Notes
+    -----
+    By its ``common/common.cpp`` (commit 007d6400): ``-ngl`` takes a number only, and ``--no-op-offload`` does not exist; ``-op -1,0``
+    does the same. ``-ncmoe``, ``-ot``, ``-ts``, ``-ub``, ``-nkvo`` and ``--no-mmap`` are as in llama.cpp. Fused experts
+    (``-fmoe``) and copies of used experts only are its defaults. ``-rtr`` is never given: its README warns that repacked
+    weights are not offloaded.
+
+    Examples
+    --------
+    >>> ik_flags_of(["-ngl", "all", "-ncmoe", "24", "--no-op-offload"])
+    ['-ngl', '999', '-ncmoe', '24', '-op', '-1,0']
+    """
+    made: list[str] = []
+    for flag in flags:
+        if flag == "--no-op-offload":
+            made += ["-op", "-1,0"]
+        elif flag == "all" and made[-1:] == ["-ngl"]:
+            made.append("999")
+        else:
+            made.append(flag)
+    return made
 
 
 def last_experts(n: int, n_layer: int) -> str:

@@ -199,6 +199,7 @@ def _plan_dict(plan: Recommendation) -> dict[str, Any]:
         "title": plan.title,
         "flags": plan.flags,
         "command": plan.command,
+        "ik_llama_command": plan.ik_command,
         "pp_tps": _speed(plan.pp_tps),
         "tg_tps": _speed(plan.tg_tps),
         "seconds": plan.seconds,
@@ -222,6 +223,7 @@ def as_dict(advice: Advice) -> dict[str, Any]:
         "assumed": advice.assumed,
         "plans": [_plan_dict(p) for p in advice.plans],
         "compared": [_plan_dict(p) for p in advice.compared],
+        "fit": None if advice.fit is None else {**_plan_dict(advice.fit), "note": advice.fit_note},
         "helps": [asdict(h) for h in advice.helps],
         "offload_pays_from_tokens": advice.pays_from,
         "missing_bytes": advice.missing_bytes,
@@ -247,16 +249,21 @@ def _print(advice: Advice) -> None:
         out.print(f"Nothing fits: the smallest setting lacks {n_bytes(advice.missing_bytes)}.", style="bold red")
         if advice.smaller:
             out.print(f"{advice.smaller} would fit.")
-    if advice.plans or advice.compared:
+    shown = advice.shown
+    if shown:
         out.print(_table(advice))
-    for plan in [*advice.plans, *advice.compared]:
+    for plan in shown:
         out.print()
         out.print(f"{plan.title}:", style="bold")
         out.print(plan.command, soft_wrap=True)
+        if plan.ik_command != plan.command:
+            out.print(f"ik_llama.cpp: {plan.ik_command}", soft_wrap=True, style="dim")
         out.print(plan.bottleneck)
         for m in plan.memory:
             if not m.fits:
                 out.print(f"{m.device} lacks {n_bytes(m.missing_bytes)}, margin included.", style="red")
+        if plan is advice.fit and advice.fit_note:
+            out.print(f"--fit: {advice.fit_note}.", style="red")
     if advice.plans:
         out.print()
         if advice.pays_from is not None:
@@ -274,12 +281,12 @@ def _print(advice: Advice) -> None:
 
 
 def _table(advice: Advice) -> Table:
-    devices = [m.device for m in advice.plans[0].memory] if advice.plans else []
-    sizes = {m.device: m.of_bytes for m in advice.plans[0].memory} if advice.plans else {}
+    sizes = {m.device: m.of_bytes for m in advice.shown[0].memory}
+    devices = list(sizes)
     shown = [f"{d} of {sizes[d] / 2**30:.0f} GiB" if sizes[d] else d for d in devices]
     columns = ["prompt t/s", "answer t/s", "seconds", *shown, "link/token"]
     made = table("", "recommendation", *columns, right=tuple(columns), free=("recommendation",))
-    for plan in [*advice.plans, *advice.compared]:
+    for plan in advice.shown:
         memory = {m.device: m for m in plan.memory}
         cells = [
             f"{memory[d].bytes / 2**30:.1f}{'' if memory[d].fits else ' !'}" if d in memory else "" for d in devices

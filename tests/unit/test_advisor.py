@@ -14,6 +14,7 @@ from pyggml.advisor import EXPLAIN, Goal, MemoryModel, Search, Space, flags_of, 
 from pyggml.advisor.advice import MARGIN_BYTES, _step, open_machine
 from pyggml.advisor.page import page_html
 from pyggml.advisor.search import pays_from, plain_first
+from pyggml.advisor.settings import ik_flags_of
 from pyggml.catalog import header_path
 from pyggml.cli import group
 from pyggml.commands.plan import command
@@ -146,6 +147,40 @@ def test_the_answer_has_what_one_decides_by() -> None:
     speedups = [h["speedup"] for h in answer["helps"]]
     assert speedups == sorted(speedups, reverse=True)
     assert answer["offload_pays_from_tokens"] > 32
+
+
+@pytest.mark.parametrize(
+    ("model", "device"),
+    [("gpt-oss-20b", "rtx3060"), ("llama-3.2-3b:F16", "gtx1650,gtx1650"), ("llama-3.2-3b", "rtx3090")],
+)
+def test_what_fit_chooses_stands_beside_the_plans(model: str, device: str) -> None:
+    """The row has what `-ngl auto` of `splits` finds: the same memory, at most the best plan's speed, and 1 GiB free."""
+    answer = run(model, "--device", device, "-c", "8192", "--plans", "1")
+    chosen, best = answer["fit"], answer["plans"][0]
+    assert chosen["note"] == ""
+    assert chosen["flags"][:3] == ["-c", "8192", "-ngl"]
+    assert chosen["seconds"] >= 0.99 * best["seconds"]
+    line = ["splits", model, "-dev", f"{device},cpu", "-c", "8192", "-fa", "on", "--batches", "1", "--json", "-ngl"]
+    for flags in (["auto"], chosen["flags"][3:]):
+        result = CliRunner().invoke(group, [*line, *flags])
+        assert result.exit_code == 0, result.output
+        for i, m in enumerate(
+            m for m in json.loads(result.stdout)["memory"] if m["buft"].startswith("SIM") and "Host" not in m["buft"]
+        ):
+            assert m["total"] == chosen["memory"][i]["bytes"]
+            assert m["total"] + MARGIN_BYTES <= chosen["memory"][i]["of_bytes"]
+
+
+def test_a_command_for_ik_llama_differs_where_its_flags_do() -> None:
+    """-ngl is a number there, and -op -1,0 stands for --no-op-offload; patterns stay as they are."""
+    flags = flags_of(Setting(op_offload=False, overrides=(r"blk\.(1|2)\.ffn_(up|all)_exps=CPU",), is_pinned=True), 4096)
+    ik = ik_flags_of(flags)
+    assert ik[ik.index("-ngl") + 1] == "999"
+    assert ik[ik.index("-op") + 1] == "-1,0"
+    assert "--no-op-offload" not in ik
+    assert [f for f in flags if "exps" in f] == [f for f in ik if "exps" in f]
+    made = run("gpt-oss-20b", "--device", "rtx3060", "-c", "4096", "--plans", "1")["plans"][0]
+    assert made["ik_llama_command"] == made["command"].replace("-ngl all", "-ngl 999")
 
 
 def test_nothing_fits_is_told_with_what_is_missing() -> None:
