@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 import cloup
 
 from ._console import n_bytes, print_json, report, table, warn
-from ._page import check_outputs
+from ._expert_traces import TraceFlags, trace_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,15 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
 EXAMPLES = """
 \b
 Examples:
   pyggml experts compare prompt.jsonl --capacities 10%,20%,40%
   pyggml experts compare route.csv --scope global --capacities 1GiB,2GiB --machine rtx3090-pcie4
   pyggml experts usage a.json.gz b.json.gz
-  pyggml experts predict a.json.gz b.json.gz --capacities 10,16
+  pyggml experts predict a.json.gz b.json.gz --capacities 10,16 --html predicted.html
+  pyggml experts compare moe.gguf --prompt "Why is the sky blue?" -n 64
 """
 
 
@@ -41,68 +39,12 @@ def command() -> None:
 
     A TRACE is a file from `pyggml run --record-routing`, BigMoeOnEdge, onnx-genai, moe-cache-eval (NPZ), Expertflow, the gpt-oss-20b
     fingerprints or llama.cpp's MCT1, or JSON lines after a first line that describes them. Several traces are requests of one model.
+    A MODEL.gguf instead is run on the CPU, and its routing recorded.
     """
-
-
-def _trace_options(function: _F) -> _F:
-    """Add what all three commands take."""
-    for option in reversed(
-        (
-            click.argument("traces", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="TRACE..."),
-            cloup.option(
-                "--format", "form", default="", metavar="NAME", help="Format of the files, if it is not recognised."
-            ),
-            cloup.option("--expert-bytes", metavar="SIZE", help="Size of one expert, if the trace lacks it: 12.6MiB."),
-            cloup.option(
-                "--n-expert",
-                type=click.IntRange(1),
-                metavar="N",
-                help="Experts per layer, if the trace lacks it.",
-            ),
-            cloup.option(
-                "--phase",
-                type=click.Choice(["decode", "prefill", "all"]),
-                default="decode",
-                show_default=True,
-                help="Steps to count.",
-            ),
-            cloup.option("--json", "as_json", is_flag=True, help="Print JSON."),
-        )
-    ):
-        function = option(function)
-    return function
-
-
-def _open(traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_expert: int | None) -> Trace:
-    """Return the traces as one.
-
-    Raises
-    ------
-    FormatError
-        A file is none, or they are of different models.
-    """
-    from dataclasses import replace
-
-    from ..errors import GraphError
-    from ..lab import Trace, open_trace
-    from ..lab.pools import Capacity
-
-    trace = Trace.joined([open_trace(path, format=form) for path in traces])
-    if n_expert is not None:
-        if n_expert <= int(trace.ids.max()):
-            raise GraphError(f"--n-expert {n_expert}: the trace has expert {int(trace.ids.max())}")
-        findings = tuple(f for f in trace.findings if f.name != "experts-not-told")
-        trace = replace(trace, n_expert=n_expert, findings=findings)
-    if expert_bytes is not None:
-        size = Capacity.parse(expert_bytes)
-        if size.n_bytes is None and size.slots is None:
-            raise GraphError(f"--expert-bytes {expert_bytes}: not a size", hint="12.6MiB, or a number of bytes")
-        trace = trace.with_expert_bytes(size.n_bytes or size.slots or 0)
-    return trace
 
 
 @command.command("compare")
-@_trace_options
+@trace_options
 @cloup.option(
     "--policies",
     default="lru,lfu,lfru,belady,belady-bypass",
@@ -135,12 +77,9 @@ def _open(traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_exper
     "--machine", default="rtx4090-pcie4", show_default=True, metavar="PROFILE", help="A profile of `pyggml devices`."
 )
 @cloup.option("--dense-bytes", metavar="SIZE", help="Bytes that a step reads besides experts, for times.")
-@cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with plots.")
 def compare_command(
-    traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_expert: int | None, phase: str, as_json: bool, policies: str,
-    capacities: str, scope: str, contract: str, machine: str, dense_bytes: str | None,
-    html: Path | None,
-) -> None:  # fmt: skip
+    flags: TraceFlags, policies: str, capacities: str, scope: str, contract: str, machine: str, dense_bytes: str | None
+) -> None:
     """Compare policies at several sizes: bytes, ms and tokens/s, hit rate, and the distance to the optimum."""
     from ..cost import parse_profile
     from ..errors import GraphError
@@ -149,26 +88,25 @@ def compare_command(
     from ..lab.pools import Capacity, parse_capacities
     from ..lab.replay import Setting
 
-    check_outputs(None, html)
     named = [name for name in policies.split(",") if name.strip()]
     sizes = parse_capacities(capacities)
     if not named or not sizes:
         raise click.UsageError("--policies and --capacities need at least one each")
-    trace = _open(traces, form, expert_bytes, n_expert)
+    trace = flags.open()
     dense = 0 if dense_bytes is None else Capacity.parse(dense_bytes)
     made = compare(
-        trace, named, sizes, Setting(scope, phase, contract), Machine(parse_profile(machine.removeprefix("sim:"))),
+        trace, named, sizes, Setting(scope, flags.phase, contract), Machine(parse_profile(machine.removeprefix("sim:"))),
         dense_bytes=dense.n_bytes or dense.slots or 0 if isinstance(dense, Capacity) else 0,
     )  # fmt: skip
     for text in made.warnings:
         warn(text)
     for refusal in made.refused:
         warn(f"{refusal.policy} at {refusal.capacity}: {refusal.reason}")
-    if html is not None and made.rows:
-        from ..lab.page import write_page
+    if flags.html is not None and made.rows:
+        from ..lab.page import write_comparison
 
-        write_page(html, made)
-    if as_json:
+        write_comparison(flags.html, made)
+    if flags.as_json:
         print_json(made.json())
     elif made.rows:
         console = report()
@@ -254,18 +192,20 @@ def _compare_words(made: Comparison) -> list[str]:
 
 
 @command.command("usage")
-@_trace_options
-def usage_command(
-    traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_expert: int | None, phase: str, as_json: bool
-) -> None:
+@trace_options
+def usage_command(flags: TraceFlags) -> None:
     """Show which experts are used, and how many distinct experts a group of tokens uses."""
     from ..lab.usage import usage
 
-    trace = _open(traces, form, expert_bytes, n_expert)
-    found = usage(trace, phase=phase)
+    trace = flags.open()
+    found = usage(trace, phase=flags.phase)
     for finding in trace.findings:
         warn(f"{finding.name}: {finding.text}")
-    if as_json:
+    if flags.html is not None:
+        from ..lab.page import write_usage
+
+        write_usage(flags.html, trace, found, phase=flags.phase)
+    if flags.as_json:
         print_json(
             {
                 "layers": found.layers, "events": found.events.tolist(), "counts": found.counts.tolist(), "unions": [u.json() for u in found.unions],
@@ -277,13 +217,7 @@ def usage_command(
     console = report()
     console.print(_heat(found, trace))
     console.print(_union_table(found, trace))
-    console.print(
-        "Most used experts: " + ", ".join(f"{s:.0%} carry {c:.0%}" for s, c in found.coverage) + " of all uses."
-    )
-    if not math.isnan(found.repeat):
-        console.print(
-            f"A token uses {found.repeat:.0%} of the experts of the token before; independent choices would give {trace.n_used / trace.n_expert:.0%}."
-        )
+    console.print(*found.sentences(trace), sep="\n")
 
 
 def _heat(found: Usage, trace: Trace) -> Table:
@@ -321,7 +255,7 @@ def _union_table(found: Usage, trace: Trace) -> Table:
 
 
 @command.command("predict")
-@_trace_options
+@trace_options
 @cloup.option(
     "--prefetchers",
     default="popularity,previous,average,previous-layer,both",
@@ -342,9 +276,8 @@ def _union_table(found: Usage, trace: Trace) -> Table:
     "--machine", default="rtx4090-pcie4", show_default=True, metavar="PROFILE", help="A profile of `pyggml devices`."
 )
 def predict_command(
-    traces: tuple[Path, ...], form: str, expert_bytes: str | None, n_expert: int | None, phase: str, as_json: bool, prefetchers: str,
-    capacities: str, policy: str, guesses: int | None, machine: str,
-) -> None:  # fmt: skip
+    flags: TraceFlags, prefetchers: str, capacities: str, policy: str, guesses: int | None, machine: str
+) -> None:
     """Show how often prefetchers are right, and how often for experts that are not in the cache."""
     from ..cost import parse_profile
     from ..lab.machine import Machine
@@ -353,12 +286,17 @@ def predict_command(
     from ..lab.predict import predict
     from ..lab.replay import Setting
 
-    trace = _open(traces, form, expert_bytes, n_expert)
-    scores = predict(
-        trace, [p.strip() for p in prefetchers.split(",") if p.strip()], parse_capacities(capacities), parse_policy(policy), n_guess=guesses,
-        setting=Setting(phase=phase), machine=Machine(parse_profile(machine.removeprefix("sim:"))),
-    )  # fmt: skip
-    if as_json:
+    named, sizes = [p.strip() for p in prefetchers.split(",") if p.strip()], parse_capacities(capacities)
+    if not named or not sizes:
+        raise click.UsageError("--prefetchers and --capacities need at least one each")
+    rule, on = parse_policy(policy), Machine(parse_profile(machine.removeprefix("sim:")))
+    trace = flags.open()
+    scores = predict(trace, named, sizes, rule, n_guess=guesses, setting=Setting(phase=flags.phase), machine=on)
+    if flags.html is not None:
+        from ..lab.page import write_prediction
+
+        write_prediction(flags.html, trace, scores, phase=flags.phase, policy=policy, machine=on)
+    if flags.as_json:
         print_json({"policy": policy, "rows": [score.json() for score in scores]})
         return
     report().print(_predict_table(scores, trace, policy))

@@ -1,8 +1,9 @@
-"""The page of a comparison: cost against size, experts used against tokens, and where a token's time goes; a table beside each plot."""
+"""Pages of the expert lab: a comparison, experts used, and predictions; a table beside each plot."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -10,46 +11,69 @@ from typing import Any
 
 from ..files import aside
 from .comparison import Comparison
-from .machine import TokenTime
-from .usage import usage
+from .machine import Machine, TokenTime
+from .predict import Score
+from .trace import Trace
+from .usage import Usage, usage
 
-__all__ = ["page_html", "write_page"]
+__all__ = ["write_comparison", "write_prediction", "write_usage"]
 
 
-def page_html(made: Comparison) -> str:
-    """Return the page as one file that needs no network."""
-    text = json.dumps(_data(made), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+def write_comparison(path: Path, made: Comparison) -> None:
+    """Write the page of a comparison: cost against size, experts used, and where a token's time goes."""
+    report = made.json()
+    told, machine = report["report"], report["machine"]
+    about = (
+        f"{told['phase']}, contract {told['contract']}, scope {told['scope']}; {told['requests']} requests, {told['steps']} steps; "
+        f"{machine['name']}, link {machine['link_gb_per_s']:.1f} GB/s. {told['retention']}."
+    )
+    used = _used(usage(made.trace, phase=made.setting.phase), made.trace)
+    _write(path, "Expert caches", made.trace, {**report, "about": about, "usage": used, "bars": _bars(made)})
+
+
+def write_usage(path: Path, trace: Trace, used: Usage, *, phase: str) -> None:
+    """Write the page of experts used: by layer, and by tokens that are evaluated together."""
+    about = f"{phase}; {len(trace.requests) or 1} requests"
+    _write(path, "Used experts", trace, {"about": about, "warnings": _warnings(trace), "usage": _used(used, trace)})
+
+
+def write_prediction(
+    path: Path, trace: Trace, scores: Sequence[Score], *, phase: str, policy: str, machine: Machine
+) -> None:
+    """Write the page of prefetchers: recall, and precision on what is not in the cache, by cache size."""
+    about = f"{phase}; {scores[0].n_guess} guesses a layer beside {policy}, which they do not change; {machine.json()['name']}"
+    data = {"about": about, "warnings": _warnings(trace), "scores": [score.json() for score in scores]}
+    _write(path, "Predicted experts", trace, data)
+
+
+def _warnings(trace: Trace) -> list[str]:
+    return [f"{finding.name}: {finding.text}" for finding in trace.findings]
+
+
+def _write(path: Path, kind: str, trace: Trace, data: dict[str, Any]) -> None:
+    """Write a page as one file that needs no network."""
+    text = json.dumps({**data, "title": str(trace)}, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     style = (files("pyggml.viz") / "static" / "page.css").read_text(encoding="utf-8")
     page = (files(__package__) / "static" / "lab.html").read_text(encoding="utf-8")
-    parts = {"TITLE": escape(f"Expert caches: {made.trace.model or made.trace.source}"), "STYLE": style, "DATA": text}
+    parts = {"TITLE": escape(f"{kind}: {trace.model or trace.source}"), "STYLE": style, "DATA": text}
     before, *pieces = page.split("{{")
     out = [before]
     for piece in pieces:
         key, _, rest = piece.partition("}}")
         out += [parts[key], rest]
-    return "".join(out)
-
-
-def write_page(path: Path, made: Comparison) -> None:
-    """Write the page of a comparison."""
     with aside(path) as part:
-        part.write_text(page_html(made), encoding="utf-8")
+        part.write_text("".join(out), encoding="utf-8")
 
 
-def _data(made: Comparison) -> dict[str, Any]:
-    """Return what the page draws."""
-    used = usage(made.trace, phase=made.setting.phase)
+def _used(used: Usage, trace: Trace) -> dict[str, Any]:
+    """Return what the page draws of experts used."""
     shares = used.counts / used.events.clip(1)[:, None]
     return {
-        **made.json(),
-        "title": str(made.trace),
-        "usage": {
-            "layers": used.layers,
-            "shares": [[round(float(x), 4) for x in row] for row in shares],
-            "unions": [u.json() for u in used.unions],
-        },
-        "bars": _bars(made),
+        "layers": used.layers,
+        "shares": [[round(float(x), 4) for x in row] for row in shares],
+        "unions": [u.json() for u in used.unions],
+        "words": " ".join(used.sentences(trace)),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -59,6 +60,16 @@ class Usage:
     unions: list[Union]
     coverage: list[tuple[float, float]]
     repeat: float
+
+    def sentences(self, trace: Trace) -> list[str]:
+        """Return what the counts say of the trace that they are of."""
+        said = ["Most used experts: " + ", ".join(f"{s:.0%} carry {c:.0%}" for s, c in self.coverage) + " of all uses."]
+        if not math.isnan(self.repeat):
+            by_chance = trace.n_used / trace.n_expert
+            said.append(
+                f"A token uses {self.repeat:.0%} of the experts of the token before; independent choices would give {by_chance:.0%}."
+            )
+        return said
 
 
 def usage(trace: Trace, *, phase: str = "decode") -> Usage:

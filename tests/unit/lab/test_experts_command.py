@@ -159,3 +159,39 @@ def test_the_oracle_prefetcher_is_always_right(trace_path):
         assert 0 <= rows[name]["recall"] < 1
     assert rows["previous"]["covered"] < rows["popularity"]["covered"]  # what was just used is there
     assert rows["popularity"]["wasted_bytes"] > 0
+
+
+def _data(page):
+    """Return the data in a page."""
+    text = page.read_text().partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
+    return json.loads(text)
+
+
+def test_pages_have_the_numbers_of_the_json(trace_path, tmp_path):
+    """`usage --html` and `predict --html` draw what `--json` prints in the same call."""
+    page = tmp_path / "page.html"
+    made = json.loads(run("usage", trace_path, "--json", "--html", page)[1])
+    drawn = _data(page)["usage"]
+    assert drawn["unions"] == made["unions"]
+    shares = np.array(made["counts"]) / np.array(made["events"])[:, None]
+    np.testing.assert_allclose(drawn["shares"], shares, atol=1e-4)
+    made = json.loads(run("predict", trace_path, "--json", "--html", page)[1])
+    assert _data(page)["scores"] == made["rows"]
+
+
+@pytest.mark.parametrize("command", ["compare", "usage", "predict"])
+def test_a_page_does_not_replace_a_trace(command, trace_path, tmp_path):
+    """A page over the trace that it is of, or in a folder that is not there, is refused before anything is read."""
+    before = trace_path.read_bytes()
+    status, _, err = run(command, trace_path, "--html", trace_path)
+    assert status == 2
+    assert "overwritten" in err
+    assert trace_path.read_bytes() == before
+    assert run(command, trace_path, "--html", tmp_path / "no" / "page.html")[0] == 2
+
+
+def test_a_prompt_needs_a_model(trace_path):
+    """A trace has its own prompt."""
+    status, _, err = run("usage", trace_path, "--prompt", "Why?")
+    assert status == 2
+    assert "MODEL.gguf" in err
