@@ -37,8 +37,8 @@ def _check_ops(found: list[dict[str, Any]], n_least: int) -> None:
 
 
 def test_ops_are_those_of_ggmls_cpu(tmp_path: Path) -> None:
-    """`ggml_backend_compare_graph_backend` over the op cases of the test kit, on a device that works late."""
-    _check_ops(_run("ops", find_llama(), tmp_path, seed=5, n_case=1), 150)
+    """`ggml_backend_compare_graph_backend` over every fifth op case of the test kit, on a device that works late."""
+    _check_ops(_run("ops", find_llama(), tmp_path, seed=5, n_case=1, every=5), 30)
 
 
 @pytest.mark.slow

@@ -74,8 +74,9 @@ def _compare(path: Path, placement: PlacementFlags, cpu: Backend, context: Conte
         assert (model.stats.n_copies, model.stats.n_launches) == (stats.n_copies, stats.n_launches)
         assert model.clock is not None
         assert clock is not None
-        # llama.cpp of today drops rows of gpt-oss one step earlier
-        assert model.clock.host_s == pytest.approx(clock.host_s, rel=0.02 if "gpt" in path.name else 1e-9)
+        # llama.cpp of today drops rows of gpt-oss one step earlier; its CPU's results are in pinned memory of the device
+        rel = 0.02 if "gpt" in path.name else 1e-3 if placement.cpu_moe else 1e-9
+        assert model.clock.host_s == pytest.approx(clock.host_s, rel=rel)
 
 
 @pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss"])

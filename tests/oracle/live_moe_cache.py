@@ -52,7 +52,7 @@ def record(model: Path, n_bytes: int, sizes: Sequence[int], *, seed: int = 0) ->
         "model": str(model), "devices": [{"name": DEVICE, "index": 0, "seed": None}],
         "placement": about_placement(flags, here, parse_overrides(flags, here, REGISTRY.open("cpu"))),
         "context": about_context(ContextFlags(n_ctx=512, n_batch=64, n_ubatch=64, flash_attn="on")), "threads": 1,
-        "host": None, "use_mmap": True, "takes_records": False, "watches_experts": True,
+        "host": None, "use_mmap": True, "takes_records": False, "watches_experts": True, "faults": [],
     })  # fmt: skip
     notes[0].clear()
     rng = np.random.default_rng(seed)
