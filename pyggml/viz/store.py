@@ -42,9 +42,9 @@ def pack_records(records: Iterable[Record]) -> dict[str, Any]:
     Examples
     --------
     >>> from pyggml.record import CallbackRecord
-    >>> packed = pack_records([CallbackRecord(0, "y", True, False, 1.0, 1.5)])
-    >>> unpack_records(packed, "a file")
-    [CallbackRecord(split=0, tensor='y', asked=True, answer=False, start_s=1.0, end_s=1.5, virtual=None)]
+    >>> record = CallbackRecord(0, "y", True, False, 1.0, 1.5)
+    >>> unpack_records(pack_records([record]), "a file") == [record]
+    True
     """
     strings: dict[str, int] = {}
     columns: dict[str, dict[str, Any]] = {}

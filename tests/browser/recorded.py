@@ -42,14 +42,14 @@ def _record_run(path: Path, policy: CopyPolicy | Literal["used"]) -> list[Record
 
 
 def record_large_plan(folder: Path) -> list[Record]:
-    """Return what a plan of 94 layers of 128 experts records, carried out without data for 768 tokens."""
+    """Return what a plan of 94 layers of 128 experts records, carried out without data for 1,600 tokens."""
     path = folder / "large.gguf"
     write_header(path, SHAPES["qwen3-235b"])
     recording = Recording()
     with Planner.open(
-        path, devices=[f"sim:{SIM}"], placement=PlacementFlags(cpu_moe=True), context=ContextFlags(n_ctx=1024, n_ubatch=128),
+        path, devices=[f"sim:{SIM}"], placement=PlacementFlags(cpu_moe=True), context=ContextFlags(n_ctx=2048, n_ubatch=128),
         data=False, strict=True, recorder=recording,
     ) as planner:  # fmt: skip
         planner.sched.clock = virtual_clock(planner.backends)
-        simulate_batch(planner, 768)
+        simulate_batch(planner, 1600)
     return recording.records

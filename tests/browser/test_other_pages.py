@@ -99,8 +99,8 @@ def test_a_plan_that_does_not_fit(open_page: OpenPage, tmp_path: Path, size: tup
 
 def test_names_are_text(open_page: OpenPage, tmp_path: Path) -> None:
     """A name that looks like a program is shown as it is written, wherever it stands."""
-    copy = CopyRecord(0, EVIL, EVIL, EVIL, 0, 64, 64, "weight", 0.0, 0.1)
-    work = ComputeRecord(0, EVIL, 3, EVIL, 0.1, 0.2, causes=((EVIL, 3),))
+    copy = CopyRecord(0, EVIL, EVIL, EVIL, 0, 64, 64, "weight", 0.0, 0.1, i_graph=0, i_run=0)
+    work = ComputeRecord(0, EVIL, 3, EVIL, 0.1, 0.2, causes=((EVIL, 3),), i_graph=0, i_run=0)
     write_page(tmp_path / "page.html", view_of_records([copy, work], name=EVIL, about={"options": EVIL}), title=EVIL)
     page = open_page(tmp_path / "page.html")
     page.locator("#search").fill("onerror")

@@ -101,6 +101,15 @@ def _try(numbers: range, folder: Path, process: LlamaProcess) -> dict[str, int]:
     return came
 
 
+@pytest.fixture
+def own_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give this process and its children a folder for temporary files that no other test writes to."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+
 def _check(numbers: range, folder: Path, own_cache: Path, process: LlamaProcess) -> None:
     files = {p.name for p in Path(tempfile.gettempdir()).iterdir()}
     before, start = _children(), time.monotonic()
@@ -117,6 +126,7 @@ def _check(numbers: range, folder: Path, own_cache: Path, process: LlamaProcess)
     assert not [name for name in left if name.startswith(("tmp", "core"))]
 
 
+@pytest.mark.usefixtures("own_temporary")
 def test_a_few_damaged_headers(tmp_path: Path, own_cache: Path) -> None:
     """Twelve damages: each ends in a plan or in an error of the tree."""
     with LlamaProcess(find_llama(), timeout_s=20) as process:
@@ -125,6 +135,7 @@ def test_a_few_damaged_headers(tmp_path: Path, own_cache: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("own_temporary")
 def test_three_hundred_damaged_headers(tmp_path: Path, own_cache: Path) -> None:
     """Three hundred damages, likewise."""
     with LlamaProcess(find_llama(), timeout_s=20) as process:
