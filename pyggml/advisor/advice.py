@@ -215,7 +215,7 @@ def plan(
         )
         search = Search(shape, machine, goal, memory)
         space = _space(shape, machine, goal, kv_types)
-        shown = name if os.path.lexists(name) else f"{name.replace(':', '-')}.gguf"
+        shown = name if os.path.lexists(name) or name.startswith("hf:") else f"{name.replace(':', '-')}.gguf"
         advice = Advice(name, goal, _describe(machine), [*machine_notes, *_assumptions(machine, host, shape, context)])
         maker = _Maker(search, shown, advice)
         tell(f"timing {len(space)} settings")

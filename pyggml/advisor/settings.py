@@ -263,5 +263,6 @@ def overrides_of(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def command(program: str, model: str, flags: list[str]) -> str:
-    """Return a command line."""
-    return shlex.join([program, "-m", model, *flags])
+    """Return a command line; a model ``hf:REPO`` is named with ``-hf``."""
+    named = ["-hf", model.removeprefix("hf:")] if model.startswith("hf:") else ["-m", model]
+    return shlex.join([program, *named, *flags])

@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 
 from .. import config
-from ..errors import FormatError
+from ..errors import FormatError, PyggmlError
 from ..gguf import ValueType
 from ..makers.gguf_writer import GGUFWriter
+from .hub import PREFIX, hub_header
 from .quantization import parse_quant, type_tensors
 from .sizes import MODELS, ModelSizes
 from .tensors import shapes
@@ -66,6 +67,8 @@ def find_model(text: str) -> ModelSizes | None:
 def header_path(text: str) -> Path:
     """Return a file that has every tensor of ``NAME[:QUANT]``, and no data; it is made when it is not there.
 
+    ``hf:REPO[:QUANT]`` is a model on Hugging Face, whose header is read (`hub_header`).
+
     Raises
     ------
     FormatError
@@ -73,6 +76,8 @@ def header_path(text: str) -> Path:
     GraphError
         No quantisation has that name.
     """
+    if text.startswith(PREFIX):
+        return _from_hub(text.removeprefix(PREFIX))
     name, _, quant = text.partition(":")
     sizes = find_model(name)
     if sizes is None:
@@ -86,6 +91,19 @@ def header_path(text: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_header(sizes, quant, path)
     return path
+
+
+def _from_hub(text: str) -> Path:
+    """Return the header of a model on the hub; the error says by which name the table has its sizes."""
+    try:
+        return hub_header(text)
+    except PyggmlError as error:
+        repo, colon, quant = text.partition(":")
+        known = find_model(re.sub(r"(?i)[-_.]gguf$", "", repo))
+        if known is None or isinstance(error, FormatError):
+            raise
+        hint = f"plan with its published sizes: {known.name}{colon}{quant}"
+        raise PyggmlError(error.message, hint=hint) from None
 
 
 def write_header(s: ModelSizes, quant: str, path: str | os.PathLike[str], *, file_bytes: float | None = None) -> None:

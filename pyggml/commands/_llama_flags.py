@@ -185,8 +185,7 @@ def translate(args: Collection[str], own: Mapping[str, bool]) -> Translated:
         elif flag in ("-m", "--model"):
             found.models.append(take())
         elif flag in ("-hf", "-hfr", "--hf-repo"):
-            repo, colon, quant = take().partition(":")
-            found.models.append(re.sub(r"(?i)[-_.]gguf$", "", repo.rpartition("/")[2]) + colon + quant)
+            found.models.append(f"hf:{take()}")
         elif flag in ("-lm", "--load-mode"):
             mode = take()
             if mode not in _LOAD_MODES:

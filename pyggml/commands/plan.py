@@ -34,6 +34,12 @@ Examples:
 
 @cloup.command("plan", epilog=EXAMPLES)
 @click.argument("model", type=ModelPath(), required=False)
+@click.option(
+    "-hf",
+    "--hf-repo",
+    metavar="REPO[:QUANT]",
+    help="A model on Hugging Face instead of MODEL; only its header is read.",
+)
 @cloup.option_group(
     "Your machine",
     cloup.option(
@@ -95,6 +101,7 @@ Examples:
 )  # fmt: skip
 def command(
     model: Path | None,
+    hf_repo: str | None,
     device: str | None,
     host: str,
     margin: float,
@@ -119,6 +126,10 @@ def command(
     if explain is not None:
         click.echo(_explained(explain))
         return
+    if hf_repo is not None:
+        if model is not None:
+            raise click.UsageError("a model is named twice: as MODEL and with -hf")
+        model = Path(f"hf:{hf_repo}")
     if model is None:
         raise click.UsageError("Missing argument 'MODEL': a GGUF file, or a name from `pyggml models`.")
     own = [_setting(text) for text in compare]

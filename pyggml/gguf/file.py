@@ -293,7 +293,8 @@ def _map(path: str) -> mmap.mmap:
                 raise FormatError(path, "the file is empty", offset=0, hint=AGAIN)
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
-        raise FormatError(path, "no such file", hint="check the path") from None
+        hint = "download it: -hf is for `plan` and `splits`" if path.startswith("hf:") else "check the path"
+        raise FormatError(path, "no such file", hint=hint) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         if isinstance(error, FormatError):
             raise

@@ -226,6 +226,21 @@ class Metadata(Mapping[str, Any]):  # Any: the type of a value depends on the fi
         return strings
 
 
+def header_end(path: str, mapped: mmap.mmap) -> int:
+    """Return where the header of a file ends whose tensor data need not be there.
+
+    Raises
+    ------
+    FormatError
+        The header is damaged, or longer than what is mapped.
+    """
+    walk = _Walk(path, mapped)
+    _, n_tensors, n_keys = _read_counts(walk)
+    _read_keys(walk, n_keys)
+    _read_infos(walk, n_tensors)
+    return walk.at
+
+
 def read_header(path: str, mapped: mmap.mmap, part: int = 0) -> Header:
     """Read a mapped file's header and check that everything it refers to is in the file.
 

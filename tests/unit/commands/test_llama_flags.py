@@ -32,7 +32,7 @@ def words(*args: str) -> list[str]:
 def test_flags_with_llama_cpps_meaning() -> None:
     """Other names and other values of an option become the command's own; the model comes last."""
     assert words("-m", "a.gguf", "-ngl", "99") == ["-ngl", "99", "a.gguf"]
-    assert words("-hf", "unsloth/gpt-oss-20b-GGUF:Q8_0") == ["gpt-oss-20b:Q8_0"]
+    assert words("-hf", "unsloth/gpt-oss-20b-GGUF:Q8_0") == ["hf:unsloth/gpt-oss-20b-GGUF:Q8_0"]
     assert words("-nkvo", "-s", "3", "-n8") == ["--no-kv-offload", "--seed", "3", "-n", "8"]
     assert words("-fa", "1") == ["-fa", "on"]
     assert words("-fa", "0", "-ngl", "1") == ["-fa", "off", "-ngl", "1"]
