@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from .. import moe_cache
 from ..errors import GraphError
-from ..kernels.lab import stack
+from ..kernels.lab import listed, stack
 from ..moe_cache import EvictionPolicy
 from . import evictions
 from .admissions import parse_admission
@@ -38,7 +38,7 @@ class Policy:
     admission : str
         See `parse_admission`.
     code : int or None
-        Of the compiled replay; None if it is replayed by the object itself.
+        Of the compiled replay; None if it is replayed by the object itself. Policies of `kernels.lab.listed` are compiled for slots only.
     has_stack : bool
         Whether one pass gives all sizes.
     must_admit : bool
@@ -96,15 +96,15 @@ POLICIES: dict[str, Policy] = {
         Policy("lfu-decay", evictions.LFUDecay, "LFU whose counts halve every 64 events", code=stack.LFU_DECAY),
         Policy("lfru", evictions.LFRU, "lowest count over age leaves", code=stack.LFRU),
         Policy("fifo", evictions.FIFO, "the one that entered first leaves", code=stack.FIFO, has_stack=False),
-        Policy("slru", evictions.SLRU, "a second use protects, half of the slots at most"),
-        Policy("clock", evictions.CLOCK, "LRU by one bit"),
-        Policy("arc", evictions.ARC, "recency and frequency, their shares learned"),
-        Policy("least-stale", evictions.LeastStale, "unused in this step leaves first"),
+        Policy("slru", evictions.SLRU, "a second use protects, half of the slots at most", code=listed.SLRU, has_stack=False),
+        Policy("clock", evictions.CLOCK, "LRU by one bit", code=listed.CLOCK, has_stack=False),
+        Policy("arc", evictions.ARC, "recency and frequency, their shares learned", code=listed.ARC, has_stack=False),
+        Policy("least-stale", evictions.LeastStale, "unused in this step leaves first", code=stack.LRU),  # without prefetch
         Policy("llama-lru", None, "llama.cpp b11549: one list a group", llama=moe_cache.LRU),
         Policy("llama-slru", None, "llama.cpp b11739: used twice is protected, half of the slots at most", llama=moe_cache.SLRU),
-        Policy("static", evictions.Static, "the most used of other requests stay", must_admit=False, fit="others"),
-        Policy("static-same-trace", evictions.Static, "the most used of this request stay: misleads", must_admit=False, fit="same"),
-        Policy("half-pinned", evictions.HalfPinned, "half static, half LRU", must_admit=False, fit="others"),
+        Policy("static", evictions.Static, "the most used of other requests stay", code=listed.STATIC, has_stack=False, must_admit=False, fit="others"),
+        Policy("static-same-trace", evictions.Static, "the most used of this request stay: misleads", code=listed.STATIC, has_stack=False, must_admit=False, fit="same"),
+        Policy("half-pinned", evictions.HalfPinned, "half static, half LRU", code=listed.HALF_PINNED, has_stack=False, must_admit=False, fit="others"),
         Policy("belady", None, "the one needed last leaves; all misses enter", code=stack.BELADY),
         Policy("belady-bypass", None, "the best there is: may decline", code=stack.BELADY_BYPASS, must_admit=False),
     )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import GraphError
-from ..kernels.lab import sized, stack
+from ..kernels.lab import listed, sized, stack
 from . import validate
 from .cache import Cache
 from .llama import LlamaCache
@@ -225,14 +225,19 @@ class _Replayer:
 
     def _one_size(self, policy: Policy, capacity: Capacity, slots: Ints | None) -> Result | Refusal:
         """Replay one size; each touch is known to be a hit or not."""
-        budgets = self.pools.budgets(capacity) if slots is None else slots
-        sizes = self.pools.sizes if slots is None else np.ones_like(self.pools.sizes)
-        if slots is not None and self.setting.contract == "bigmoeonedge" and capacity.n_bytes is not None:
-            budgets, sizes = self.pools.budgets(capacity), self.pools.sizes
+        in_bytes = slots is None or (self.setting.contract == "bigmoeonedge" and capacity.n_bytes is not None)
+        budgets = self.pools.budgets(capacity) if slots is None or in_bytes else slots
+        sizes = self.pools.sizes if in_bytes else np.ones_like(self.pools.sizes)
         hits, preload = [], 0
         for i, run in enumerate(self.runs):
             hit = np.zeros(len(run.keys), np.bool_)
-            if policy.code is not None:
+            is_listed = policy.code is not None and policy.code >= listed.SLRU
+            if is_listed and slots is not None and not in_bytes:
+                try:
+                    preload += self._listed(policy, i, slots, hit)
+                except GraphError as error:
+                    return Refusal(policy.name, capacity, error.message)
+            elif policy.code is not None and not is_listed:
                 _, over = sized.sized_hits(
                     run.offsets, run.keys, run.pool, sizes, budgets, self.pools.n_pool, self.pools.n_key, policy.code,
                     self.after[i], policy.half_life, hit,
@@ -242,9 +247,7 @@ class _Replayer:
             else:
                 counts = self._counts(policy, i)
                 try:
-                    preload += _objects(
-                        policy, self.pools, run, budgets, None if slots is not None else sizes, counts, hit
-                    )
+                    preload += _objects(policy, self.pools, run, budgets, sizes if in_bytes else None, counts, hit)
                 except GraphError as error:
                     return Refusal(policy.name, capacity, error.message)
             hits.append(hit)
@@ -257,6 +260,31 @@ class _Replayer:
             missed = self.pools.sizes[mine, run.keys[run.is_counted]][~hit[run.is_counted]].sum()
             counted.append((by_pool, int(missed)))
         return self._result(policy, capacity, slots, [c[0] for c in counted], [c[1] for c in counted], preload)
+
+    def _listed(self, policy: Policy, i: int, slots: Ints, hit: npt.NDArray[np.bool_]) -> int:
+        """Replay a policy of lists, and return the bytes that were loaded before.
+
+        Raises
+        ------
+        GraphError
+            An event does not fit.
+        """
+        pools, run, counts = self.pools, self.runs[i], self._counts(policy, i)
+        first = np.zeros((pools.n_pool, pools.n_key), np.int64)
+        n_first, n_protected = np.zeros(pools.n_pool, np.int64), np.zeros(pools.n_pool, np.int64)
+        preload = 0
+        for p in range(pools.n_pool):
+            made = policy.eviction(int(slots[p]), pools.n_key, None if counts is None else counts[p])
+            keys = getattr(made, "preload", [])
+            n_first[p], n_protected[p] = len(keys), getattr(made, "n_protected", 0)
+            first[p, : len(keys)] = keys
+            preload += int(pools.sizes[p, keys].sum()) if keys else 0
+        failed = listed.listed_hits(
+            run.offsets, run.keys, run.pool, slots, pools.n_pool, pools.n_key, policy.code, first, n_first, n_protected, hit
+        )  # fmt: skip
+        if failed >= 0:
+            raise GraphError(f"a cache of {slots[run.pool[failed]]:,} slots cannot hold the experts of one event")
+        return preload
 
     def _counts(self, policy: Policy, i: int) -> list[dict[int, int]] | None:
         """Return the uses of each pool's keys that a static set is fitted on."""

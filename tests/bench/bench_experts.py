@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from pyggml.kernels.lab import sized, stack
+from pyggml.kernels.lab import listed, sized, stack
 
 from pyggml.lab import Capacity
 from pyggml.lab.policies import POLICIES
@@ -59,6 +59,8 @@ def main() -> None:
     after = stack.next_uses(run.offsets, run.keys, run.pool, pools.n_pool, pools.n_key)
     n = len(run.keys)
     slots = np.full(pools.n_pool, N_SLOT, np.int64)
+    # of SLRU's slots, half; half pinned and static sets begin empty
+    half, first, none = slots // 2, np.zeros_like(pools.sizes), np.zeros_like(slots)
     ones, hit = np.ones_like(pools.sizes), np.zeros(n, np.bool_)
     print(f"{n:,} touches, {len(run.pool):,} events; million touches a second")
     events = list(zip(run.pool.tolist(), run.step.tolist(), run.layer.tolist(), strict=True))
@@ -71,7 +73,14 @@ def main() -> None:
                 options.rounds + 1,
                 lambda p=policy: stack.stack_hits(*common, pools.n_pool, pools.n_key, p.code, after, p.half_life),
             )
-        if policy.code is not None:
+        if policy.code is not None and policy.code >= listed.SLRU:
+            told["one size"] = _best(
+                options.rounds + 1,
+                lambda p=policy: listed.listed_hits(
+                    *common, slots, pools.n_pool, pools.n_key, p.code, first, none, half, hit
+                ),
+            )
+        elif policy.code is not None:
             told["one size"] = _best(
                 options.rounds + 1,
                 lambda p=policy: sized.sized_hits(

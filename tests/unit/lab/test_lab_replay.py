@@ -93,7 +93,7 @@ def test_replays_say_what_the_contract_says(trace, scope, data):
 def test_objects_replay_what_compiled_code_replays(trace, scope, data):
     """A policy's object, which can run, decides as its compiled replay does."""
     slots = data.draw(st.integers(1, trace.n_expert))
-    for name in ("lru", "lfu", "lfu-decay", "lfru", "fifo"):
+    for name in (n for n in CAUSAL if parse_policy(n).code is not None):
         fast, slow = (
             next(iter(replay(trace, [policy], [Capacity(slots=slots)], Setting(scope, "all"))))
             for policy in (parse_policy(name), parse_policy(f"{name}+always"))
@@ -101,6 +101,41 @@ def test_objects_replay_what_compiled_code_replays(trace, scope, data):
         assert type(fast) is type(slow)
         if isinstance(fast, Result) and isinstance(slow, Result):
             assert fast.requests == slow.requests, name
+
+
+@settings(max_examples=60, deadline=None)
+@given(traces(most_rows=3), traces(most_rows=3), st.sampled_from(["layer", "global"]), st.data())
+def test_fitted_objects_replay_what_compiled_code_replays(trace, other, scope, data):
+    """Static and half pinned sets of another request, or of the same, decide as objects do, and load as many bytes before."""
+    try:
+        both = Trace.joined([trace, other])
+    except FormatError:
+        both = Trace.joined([trace, trace])
+    slots = data.draw(st.integers(1, trace.n_expert))
+    for name in ("static", "static-same-trace", "half-pinned"):
+        fast, slow = (
+            next(iter(replay(both, [policy], [Capacity(slots=slots)], Setting(scope, "all"))))
+            for policy in (parse_policy(name), parse_policy(f"{name}+always"))
+        )
+        assert type(fast) is type(slow)
+        if isinstance(fast, Result) and isinstance(slow, Result):
+            assert (fast.requests, fast.preload_bytes) == (slow.requests, slow.preload_bytes), name
+        else:
+            assert fast.reason == slow.reason
+
+
+def test_long_traces_replay_as_objects_do():
+    """Over thousands of events, in which lists of ARC and CLOCK turn over many times, each touch is judged as by the object."""
+    rng = np.random.default_rng(8)
+    score = rng.normal(0, 1.2, (1, 2, 24)) + rng.gumbel(size=(900, 2, 24))
+    steps = [[ids.tolist() for ids in np.argsort(-layers, axis=1)[:, :4]] for layers in score]
+    trace = make(steps, n_layer=2, n_expert=24, n_used=4, sizes=[[3], [3]])
+    for name in (n for n in CAUSAL if parse_policy(n).code is not None):
+        for scope in ("layer", "global"):
+            for slots in (5, 11, 20):
+                fast, slow = replay(trace, [name, f"{name}+always"], [Capacity(slots=slots)], Setting(scope, "all"))
+                assert fast.requests == slow.requests, (name, scope, slots)
+                assert 0 < fast.hits < fast.touches
 
 
 @settings(max_examples=60, deadline=None)
@@ -169,7 +204,7 @@ def test_bypass_is_the_best_there_is():
 def test_least_stale_without_prefetch_is_lru(trace, scope, data):
     """Least-Stale differs from LRU by prefetch only."""
     slots = data.draw(st.integers(1, trace.n_expert))
-    a, b = replay(trace, ["lru", "least-stale"], [Capacity(slots=slots)], Setting(scope, "all"))
+    a, b = replay(trace, ["lru", "least-stale+always"], [Capacity(slots=slots)], Setting(scope, "all"))
     assert (a.requests if isinstance(a, Result) else type(a)) == (b.requests if isinstance(b, Result) else type(b))
 
 
@@ -263,6 +298,18 @@ def test_the_engine_contract_refuses_what_stays_above_the_budget(tmp_path):
     (refused,) = replay(trace, ["lru"], [Capacity(n_bytes=15)], Setting("layer", contract="bigmoeonedge"))
     assert isinstance(refused, Refusal)
     assert "above the budget" in refused.reason
+
+
+def test_objects_count_bytes_in_the_engine_contract():
+    """A budget in bytes holds as many experts for a policy's object as for its compiled replay, also where all are of one size."""
+    rng = np.random.default_rng(2)
+    steps = [[rng.permutation(12)[:2].tolist()] for _ in range(60)]
+    trace = make(steps, n_layer=1, n_expert=12, sizes=[[10]])
+    setting = Setting("global", contract="bigmoeonedge")
+    fast, slow, slru = replay(trace, ["lru", "lru+always", "slru"], [Capacity(n_bytes=59)], setting)
+    assert isinstance(fast, Result)
+    assert fast.requests == slow.requests
+    assert slru.hits < 0.8 * slru.touches
 
 
 def test_own_policies_are_plugged_in_by_name(tmp_path, monkeypatch):
