@@ -36,7 +36,7 @@ run: $(VENV)/run.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python tests/browser/find_browser.py $(ARGS)
 	$(QUIET_THREADS) $(BIN)/python -c 'from pyggml.commands._kernels import warm_up; warm_up()'
-	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' $(ARGS)
+	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -n 2 --durations=20 -m 'not slow and not gpu' $(ARGS)
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
