@@ -31,12 +31,18 @@ class Variable:
     """One environment variable."""
 
     name: str
-    type: str  #: integer, switch (anything but empty and ``0`` is on) or path
+    type: str  #: integer, switch (anything but empty and ``0`` is on), path or address
     default: str
     meaning: str
 
 
 VARIABLES = (
+    Variable(
+        "HF_ENDPOINT",
+        "address",
+        "https://huggingface.co",
+        "The hub from which `-hf` reads headers, as huggingface_hub has it.",
+    ),
     Variable(
         "GGML_OP_OFFLOAD_MIN_BATCH",
         "integer",
@@ -124,6 +130,11 @@ def check() -> int:
     """Return the level of ``PYGGML_CHECK``: 0 is off; text that is not a number counts as 1."""
     text = os.environ.get("PYGGML_CHECK", "")
     return _integer("PYGGML_CHECK", 0) if text.strip().isdigit() else int(_switch("PYGGML_CHECK"))
+
+
+def hub_endpoint() -> str | None:
+    """Return ``HF_ENDPOINT``; None if it is not set."""
+    return os.environ.get("HF_ENDPOINT") or None
 
 
 def libggml_path() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def hub_header(name: str) -> Path:
             f"-hf {name}: huggingface_hub is not installed", hint=f"pip install huggingface_hub, or {_INSTEAD}"
         ) from None
     repo, _, quant = name.partition(":")
-    endpoint = os.environ.get("HF_ENDPOINT") or None
+    endpoint = config.hub_endpoint()
     try:
         api = HfApi(endpoint=endpoint)
         api.model_info(repo, timeout=_ANSWER_S)  # the other calls try again for half a minute where there is no network

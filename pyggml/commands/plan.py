@@ -34,11 +34,14 @@ Examples:
 
 @cloup.command("plan", epilog=EXAMPLES)
 @click.argument("model", type=ModelPath(), required=False)
-@click.option(
-    "-hf",
-    "--hf-repo",
-    metavar="REPO[:QUANT]",
-    help="A model on Hugging Face instead of MODEL; only its header is read.",
+@cloup.option_group(
+    "Your model",
+    cloup.option(
+        "-hf",
+        "--hf-repo",
+        metavar="REPO[:QUANT]",
+        help="A model on Hugging Face instead of MODEL; only its header is read.",
+    ),
 )
 @cloup.option_group(
     "Your machine",
