@@ -36,7 +36,7 @@ def _recorded(case: Path, version: str) -> list[Json]:
     return [{k: v for k, v in r.items() if not (r["op"] == "compute" and k == "result")} for r in records]
 
 
-@pytest.mark.parametrize("version", DIALECTS)
+@pytest.mark.parametrize("version", [pytest.param(v, marks=pytest.mark.slow) if v < "0.26" else v for v in DIALECTS])
 def test_port_decides_as_recorded(version: str) -> None:
     """On every recorded case the port's decisions are the real scheduler's, in every version."""
     differing = {}

@@ -199,6 +199,7 @@ def test_a_dense_model_without_a_card() -> None:
     assert [m.device for m in advice.plans[0].memory] == ["host"]
 
 
+@pytest.mark.slow
 def test_two_cards_are_told_apart() -> None:
     """Two cards of a name have numbers, and share the layers."""
     advice = plan("llama-3.3-70b", devices="rtx3090,rtx3090", host=HOST, n_plans=1)
@@ -268,6 +269,7 @@ def test_page_shows_every_point(tmp_path: Path) -> None:
     assert "<b>model" not in page
 
 
+@pytest.mark.slow
 def test_a_title_is_true() -> None:
     """What is called less memory takes less than the best plan, and nothing is faster than what is called the fastest."""
     for model, device in (("llama-3.1-8b", "rtx3060"), ("qwen3-30b-a3b", "rtx3060")):
