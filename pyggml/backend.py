@@ -27,6 +27,7 @@ __all__ = [
     "Event",
     "Registry",
     "answers_by_kind",
+    "is_answered_by_kind",
     "op_batch_size",
     "split_devices",
     "tensor_copy_async",
@@ -37,6 +38,8 @@ AddAllocDep = Callable[[Tensor, Tensor], None]
 
 
 _Answer = TypeVar("_Answer", bound=Callable[..., bool])
+#: Functions that `answers_by_kind` declared.
+_BY_KIND: set[Callable[..., bool]] = set()
 
 
 def answers_by_kind(answer: _Answer) -> _Answer:
@@ -45,8 +48,13 @@ def answers_by_kind(answer: _Answer) -> _Answer:
     Two nodes with the same answer to all of these get the same answer: the scheduler need not ask about a graph like the one
     before. Without it names and offsets of views must be the same, too.
     """
-    answer.answers_by_kind = True  # type: ignore[attr-defined]
+    _BY_KIND.add(answer)
     return answer
+
+
+def is_answered_by_kind(answer: Callable[..., bool]) -> bool:
+    """Return whether a function, or the function of a bound method, was declared by `answers_by_kind`."""
+    return getattr(answer, "__func__", answer) in _BY_KIND
 
 
 class Device(ABC):

@@ -46,6 +46,7 @@ def hub_header(name: str) -> Path:
     """
     try:
         from huggingface_hub import HfApi, HfFileSystem
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError:
         raise PyggmlError(
             f"-hf {name}: huggingface_hub is not installed", hint=f"pip install huggingface_hub, or {_INSTEAD}"
@@ -60,9 +61,9 @@ def hub_header(name: str) -> Path:
         hub = HfFileSystem(endpoint=endpoint, skip_instance_cache=True)
         kept = [_kept(hub, repo, files[path]) for path in paths]
         return kept[0]
-    except PyggmlError:
-        raise
-    except Exception as error:  # noqa: BLE001  the HTTP client, and so its errors, differ between versions of the library
+    except HFValidationError as error:
+        raise FormatError(f"-hf {name}", str(error).splitlines()[0], hint="give -hf OWNER/NAME[:QUANT]") from None
+    except (OSError, *HfHubHTTPError.__bases__) as error:  # the second: of the HTTP client that the library uses
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404):
             reason = "there is no such repository, or it is private or gated"

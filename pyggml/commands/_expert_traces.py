@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 import cloup
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TraceFlags", "trace_options"]
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 #: Texts of different kinds, as requests: prefetchers that learn need others.
 PROMPTS = (
@@ -79,7 +78,7 @@ class TraceFlags:
         return trace
 
 
-def trace_options(function: _F) -> _F:
+def trace_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of `TraceFlags`, and pass them as ``flags``."""
 
     @functools.wraps(function)
@@ -122,7 +121,7 @@ def trace_options(function: _F) -> _F:
         )
     ):  # fmt: skip
         with_flags = option(with_flags)
-    return with_flags  # type: ignore[return-value]  # takes the options instead
+    return with_flags
 
 
 def _is_model(path: Path) -> bool:

@@ -191,14 +191,14 @@ class HParams:
 
 @functools.lru_cache(maxsize=1024)
 def _sizes_of_layer(hp: HParams, layer: int) -> HParams:
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}  # of numbers
     if hp.n_embd_head_swa and layer in hp.swa_layers:
         sizes = {"n_embd_head_k": hp.n_embd_head_swa, "n_embd_head_v": hp.n_embd_head_swa, "n_rot": hp.n_rot_swa}
     if hp.n_head_kv_by_layer:
         sizes["n_head_kv"] = hp.n_head_kv_by_layer[layer]
     if hp.n_ff_by_layer:
         sizes["n_ff"] = hp.n_ff_by_layer[layer]
-    return replace(hp, **sizes)  # type: ignore[arg-type]  # all of these are numbers
+    return replace(hp, **sizes)
 
 
 class KeyReader:

@@ -8,13 +8,12 @@ themselves are in `assign` and `split`, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, chain, compress, count
 from operator import attrgetter, ne
 from typing import Any
 
-from ..backend import Backend
+from ..backend import Backend, is_answered_by_kind
 from ..edits import EDITS
 from ..graph import Graph, Snapshot
 from ..tensor import Tensor
@@ -191,7 +190,7 @@ class Precedents:
         rules: _Rules = (offload, *checks)
         shape = found = None
         if cutter.n_copies == 1 and not asg.ids:
-            shape = _Shape(graph, by_kind=all(map(_answers_by_kind, checks)))
+            shape = _Shape(graph, by_kind=all(map(is_answered_by_kind, checks)))
             found = self._find(shape, cutter, rules)
         if found is not None:
             del shape  # so that the garbage collector, which new copies may wake, has less to look at
@@ -219,7 +218,7 @@ class Precedents:
         # a user's rule may say something else than before, whatever it is asked
         is_fixed = offload is None or (
             offload is default_offload
-            and all(_answers_by_kind(b.device.offload_op) for b in cutter.machine.backends[:-1])
+            and all(is_answered_by_kind(b.device.offload_op) for b in cutter.machine.backends[:-1])
         )
         same = [p for p in alike if p.shape.layouts == shape.layouts]
         for kept in same or alike:
@@ -277,10 +276,6 @@ class Precedents:
             return answer
 
         return ask
-
-
-def _answers_by_kind(check: Callable[..., bool]) -> bool:
-    return getattr(check, "answers_by_kind", False)
 
 
 def _memory_of(cutter: Cutter) -> tuple[int, tuple[int, ...]]:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -74,7 +75,9 @@ class Profiler:
     def __init__(self, session: Any) -> None:
         from pyggml.backends.host.plan import HostPlan
 
-        self.session, self.arrays, self.seen = session, {}, Counter()  # type: ignore[var-annotated]
+        self.session = session
+        self.arrays: dict[Any, Any] = {}
+        self.seen: Counter[Any] = Counter()
         self.plan_s = self.compute_s = 0.0
         plain, compute = HostPlan.run, session.sched.compute_async
 
@@ -94,7 +97,7 @@ class Profiler:
             session.sched.synchronize()
             self.compute_s += time.perf_counter() - start_s
 
-        HostPlan.run = run  # type: ignore[method-assign]
+        patch.object(HostPlan, "run", run).start()  # for as long as this process runs
         session.sched.compute_async = compute_async
 
     def clear(self) -> None:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from pyggml.backends.sim.faults import Moment
 from pyggml.errors import (
     BackendError,
     ComputeError,
@@ -28,10 +30,10 @@ PROMPT = [(32 + 53 * i) % 250 for i in range(40)]
 TWO = PlacementFlags(tensor_split=(1.0, 1.0))
 
 
-def _open(path: Path, *, n: int = 1, placement: PlacementFlags | None = None, **more: object) -> LlamaModel:
+def _open(path: Path, *, n: int = 1, placement: PlacementFlags | None = None, **more: Any) -> LlamaModel:
     return LlamaModel(
         path, devices=["sim:rtx4090-pcie4"] * n, placement=placement, context=CONTEXT, threads=1, host=None,
-        **more,  # type: ignore[arg-type]
+        **more,
     )  # fmt: skip
 
 
@@ -62,20 +64,19 @@ def test_failures_while_decoding(random_model: Callable[[str], Path]) -> None:
     with _open(random_model("qwen3moe"), placement=PlacementFlags(cpu_moe=True)) as model:
         prompt = model.decode(PROMPT)
         token = model.decode([1])
-        for moment, after, kind in (
-            ("compute", 0, ComputeError),
-            ("compute", 3, ComputeError),
-            ("copy", 2, BackendError),
-        ):
+        faults: list[tuple[Moment, int, type[BackendError]]] = [
+            ("compute", 0, ComputeError), ("compute", 3, ComputeError), ("copy", 2, BackendError),
+        ]  # fmt: skip
+        for moment, after, kind in faults:
             for tokens, expected, n_past in ((PROMPT, prompt, 0), ([1], token, 40)):
                 model.rewind(n_past)
-                model.fail_at(moment, after=after)  # type: ignore[arg-type]
+                model.fail_at(moment, after=after)
                 with pytest.raises(kind, match="a fault that was asked for"):
                     model.decode(tokens)
                 assert model.n_past == n_past
                 assert np.array_equal(model.decode(tokens), expected)
         with pytest.raises(GraphError, match="nothing fails at 'x'"):
-            model.fail_at("x")  # type: ignore[arg-type]
+            model.fail_at(cast(Moment, "x"))
 
 
 def test_a_lost_device(random_model: Callable[[str], Path]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +40,8 @@ from pyggml.record import (
 )
 from pyggml.session import Session
 
+#: What a recorder asks of a model.
+_FACTS: Any = SimpleNamespace(n_layer=3, n_expert=16, n_expert_used=4, name="random")
 CONTEXT = ContextFlags(n_ctx=256, n_batch=256, n_ubatch=64, flash_attn="on")
 #: With experts on the host a prompt of at least 32 tokens has used experts copied.
 PROMPT = [(32 + 53 * i) % 250 for i in range(40)]
@@ -168,22 +172,16 @@ def test_chosen_experts_are_taken(random_model: Callable[[str], Path], tmp_path:
     path = random_model("qwen3moe")
     taken = []
     with LlamaModel(path, context=CONTEXT, threads=1, watches_experts=True) as model:
-        model.watcher, topk = RoutingRecorder("x", _Facts), TopK()  # type: ignore[arg-type]
+        model.watcher, topk = RoutingRecorder("x", _FACTS), TopK()
         model.decode(PROMPT, outputs="all", topk=topk)
         taken.append(topk.ids)
         trace = model.watcher.trace()
     with Session.open(path, devices=[ggml.Sim(threads=1)], cpu=ggml.CPU(threads=1), context=CONTEXT) as session:
-        session.watcher, topk = RoutingRecorder("x", _Facts), TopK()  # type: ignore[arg-type]
+        session.watcher, topk = RoutingRecorder("x", _FACTS), TopK()
         session.decode(PROMPT, outputs="all", topk=topk)
         taken.append(topk.ids)
         assert np.array_equal(session.watcher.trace().ids, trace.ids)
     assert np.array_equal(*taken)
-
-
-class _Facts:
-    """What a recorder asks of a model."""
-
-    n_layer, n_expert, n_expert_used, name = 3, 16, 4, "random"
 
 
 def test_late_devices_show_no_hazard(random_model: Callable[[str], Path]) -> None:
@@ -199,9 +197,10 @@ def test_late_devices_show_no_hazard(random_model: Callable[[str], Path]) -> Non
 def test_wrong_uses_are_typed_errors(random_model: Callable[[str], Path]) -> None:
     """Each is told as what it is, and the model goes on."""
     path = random_model("qwen3moe")
-    for device in ("cpu", "mock:CUDA0", ggml.Sim().device):
+    wrong: list[Any] = ["cpu", "mock:CUDA0", ggml.Sim().device]
+    for device in wrong:
         with pytest.raises(DeviceUnavailableError):
-            LlamaModel(path, devices=[device])  # type: ignore[list-item]
+            LlamaModel(path, devices=[device])
     with pytest.raises(OutOfMemoryError, match="SIM0: out of memory"):
         LlamaModel(path, devices=["sim:custom:1MiB,100GB/s,10GB/s"])
     with LlamaModel(path, context=CONTEXT, threads=1) as model:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -93,7 +94,7 @@ def _watch_writes(notes: list[list[Any]]) -> None:
             notes[-1].append(["COPY", src.name, dst.name])
         moved(self, src_index, dst_index, src, dst, *a, **k)
 
-    Ledger.wrote, Ledger.moved = note_write, note_copy  # type: ignore[method-assign]
+    patch.multiple(Ledger, wrote=note_write, moved=note_copy).start()  # for as long as this process runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

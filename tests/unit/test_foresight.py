@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -265,7 +266,7 @@ def test_cards_are_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     ],
 )  # fmt: skip
 def test_a_plan_and_an_estimate_agree(
-    model: str, device: str, flags: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, device: str, flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Virtual time, node by node through the scheduler, comes within 8 % of the estimate from the tensors alone."""
     monkeypatch.setenv("PYGGML_CACHE_DIR", str(tmp_path))
@@ -279,7 +280,7 @@ def test_a_plan_and_an_estimate_agree(
         is_pinned=not flags.get("use_mmap", True),
     )  # fmt: skip
     with Planner.open(
-        model, devices=backends[:-1], cpu=backends[-1], data=False, placement=PlacementFlags(**flags),  # type: ignore[arg-type]
+        model, devices=backends[:-1], cpu=backends[-1], data=False, placement=PlacementFlags(**flags),
         context=ContextFlags(n_ctx=1024), clock=virtual_clock(backends, host_profile(host)),
     ) as planner:  # fmt: skip
         for n in (512, 1):
