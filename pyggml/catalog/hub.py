@@ -51,6 +51,7 @@ def hub_header(name: str) -> Path:
         raise PyggmlError(
             f"-hf {name}: huggingface_hub is not installed", hint=f"pip install huggingface_hub, or {_INSTEAD}"
         ) from None
+    http_errors: Any = (OSError, *HfHubHTTPError.__bases__)  # also those of the HTTP client that the library uses
     repo, _, quant = name.partition(":")
     endpoint = config.hub_endpoint()
     try:
@@ -63,7 +64,7 @@ def hub_header(name: str) -> Path:
         return kept[0]
     except HFValidationError as error:
         raise FormatError(f"-hf {name}", str(error).splitlines()[0], hint="give -hf OWNER/NAME[:QUANT]") from None
-    except (OSError, *HfHubHTTPError.__bases__) as error:  # the second: of the HTTP client that the library uses
+    except http_errors as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404):
             reason = "there is no such repository, or it is private or gated"
