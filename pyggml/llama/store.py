@@ -10,13 +10,14 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .. import config
+from ..errors import PyggmlError
+from ..files import aside
 from .library import library_files
 from .process import LlamaProcess
 
@@ -74,7 +75,7 @@ class Captures:
                 return found
         answer: Message = self.process.ask(request)
         if kept is not None:
-            with contextlib.suppress(OSError):  # a folder that cannot be written costs time, nothing else
+            with contextlib.suppress(OSError, PyggmlError):  # a folder that cannot be written costs time, nothing else
                 _write(kept, answer)
         return answer
 
@@ -94,11 +95,5 @@ def _write(path: Path, answer: Message) -> None:
     kept = sorted(path.parent.glob("*.z"), key=lambda p: p.stat().st_mtime)
     for old in kept[: max(len(kept) + 1 - _MOST_FILES, 0)]:
         old.unlink(missing_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, suffix=".new")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(zlib.compress(json.dumps(answer, separators=(",", ":")).encode(), 1))
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with aside(path) as part:
+        part.write_bytes(zlib.compress(json.dumps(answer, separators=(",", ":")).encode(), 1))

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import llama_cpp
-import numpy as np
 import pytest
+from beside_llama import greedy_difference, plan_of_both_graphs
 from edited_models import SIZES, write_edited
 
-from pyggml import cli
 from pyggml.errors import FormatError
 from pyggml.session import ContextFlags, PlacementFlags, Session
 from pyggml.types import Type
@@ -33,17 +31,8 @@ def test_parts_of_a_prompt_and_what_follows(arch, devices, models, tmp_path):
     """A prompt in micro-batches of 8 and the tokens that follow it have llama.cpp's logits, on a device, too."""
     flags = ContextFlags(n_ctx=256, n_ubatch=8, type_k=Type.F32, type_v=Type.F32, flash_attn="off")
     placement = PlacementFlags(cpu_moe=arch == "gemma4", n_gpu_layers=3)
-    with Session.open(models[arch], devices=devices, context=flags, placement=placement) as s:
-        parts = [s.decode(TOKENS, outputs="all")]
-        chosen = list(TOKENS)
-        for _ in range(5):
-            chosen.append(int(parts[-1][-1].argmax()))
-            parts.append(s.decode(chosen[-1:]))
-    steps = [{"tokens": chosen[:40], "pos": list(range(40)), "seqs": [0] * 40}]
-    steps += [{"tokens": chosen[i : i + 1], "pos": [i], "seqs": [0]} for i in range(40, 45)]
-    (theirs,) = llama_cpp.run_jobs([llama_cpp.Job(str(models[arch]), [], 64, steps=steps, ubatch=8)], tmp_path)
-    assert np.abs(np.concatenate(parts) - theirs).max() < 5e-3
-    assert [int(row.argmax()) for row in theirs[39:44]] == chosen[40:]
+    opening = {"devices": devices, "context": flags, "placement": placement}
+    assert greedy_difference(models[arch], tmp_path, TOKENS, 5, **opening) < 5e-3
 
 
 @pytest.mark.parametrize(
@@ -54,24 +43,7 @@ def test_parts_of_a_prompt_and_what_follows(arch, devices, models, tmp_path):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_plans_are_those_of_llama_cpps_graph(arch, words, models, capsys):
     """Over a device, splits, copies and pins are those of the graph that llama.cpp builds, line for line."""
-    plan = [
-        "splits",
-        str(models[arch]),
-        "--device",
-        "sim:rtx4090-pcie4,cpu",
-        "--batches",
-        "40,1",
-        "-c",
-        "512",
-        "-ub",
-        "64",
-    ]
-    texts: list[str] = []
-    for graph in ("built", "llama"):
-        assert cli.run([*plan, *words, "--graph", graph, "--format", "ggml"]) == 0
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
-    assert len(texts[0].split("\n")) > 300
+    assert len(plan_of_both_graphs(models[arch], words, capsys).split("\n")) > 300
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from beside_llama import greedy_difference, plan_of_both_graphs
 from edited_models import write_edited
 
-from pyggml import cli
 from pyggml.errors import AllocError, ComputeError, FormatError
 from pyggml.models.batch import Batch
 from pyggml.models.recurrent import HybridCache
@@ -107,19 +107,8 @@ def test_a_shared_state_parts_when_a_sequence_goes_on(arch, models, expected):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_parts_of_a_prompt_and_what_follows(arch, devices, models, tmp_path):
     """A prompt in micro-batches of 8 and the tokens that follow it have llama.cpp's logits, on a device, too."""
-    with Session.open(
-        models[arch], devices=devices, context=flags(n_ubatch=8), placement=PlacementFlags(cpu_moe=True)
-    ) as s:
-        parts = [s.decode(TOKENS, outputs="all")]
-        chosen = list(TOKENS)
-        for _ in range(6):
-            chosen.append(int(parts[-1][-1].argmax()))
-            parts.append(s.decode(chosen[-1:]))
-    steps = [{"tokens": chosen[:40], "pos": list(range(40)), "seqs": [0] * 40}]
-    steps += [{"tokens": chosen[i : i + 1], "pos": [i], "seqs": [0]} for i in range(40, 46)]
-    (theirs,) = llama_cpp.run_jobs([llama_cpp.Job(str(models[arch]), [], 64, steps=steps, ubatch=8)], tmp_path)
-    assert np.abs(np.concatenate(parts) - theirs).max() < 1e-3
-    assert [int(row.argmax()) for row in theirs[39:45]] == chosen[40:]
+    opening = {"devices": devices, "context": flags(n_ubatch=8), "placement": PlacementFlags(cpu_moe=True)}
+    assert greedy_difference(models[arch], tmp_path, TOKENS, 6, **opening) < 1e-3
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -220,21 +209,4 @@ def test_sizes_that_cannot_be_are_refused_by_name(keys, message, tmp_path):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_plans_are_those_of_llama_cpps_graph(arch, words, models, capsys):
     """Over a device, splits, copies and pins are those of the graph that llama.cpp builds, line for line."""
-    plan = [
-        "splits",
-        str(models[arch]),
-        "--device",
-        "sim:rtx4090-pcie4,cpu",
-        "--batches",
-        "40,1",
-        "-c",
-        "512",
-        "-ub",
-        "64",
-    ]
-    texts: list[str] = []
-    for graph in ("built", "llama"):
-        assert cli.run([*plan, *words, "--graph", graph, "--format", "ggml"]) == 0
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
-    assert texts[0].count("GATED_DELTA_NET"[:10]) >= 4
+    assert plan_of_both_graphs(models[arch], words, capsys).count("GATED_DELTA_NET"[:10]) >= 4
