@@ -78,6 +78,8 @@ def test_models_copies_and_races_pass_on_a_simulated_device() -> None:
     assert found == {(s, Result.PASSED) for s in ("models", "copies", "races")} | {("times", Result.SKIPPED)}
     copies = next(o for o in report.outcomes if o.stage == "copies")
     assert "equal" in copies.detail
+    share = int(copies.detail.partition("experts: ")[2].partition("%")[0])
+    assert 20 < share < 95, "what a prompt leaves out must be left out"
     assert not report.rates
 
 
