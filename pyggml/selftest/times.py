@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,9 +14,9 @@ import numpy as np
 from .. import ops
 from ..alloc.linear import Context
 from ..backend import Backend
-from ..buffer import Buffer
 from ..errors import OutOfMemoryError
 from ..graph import Graph
+from ..sched.experts import expert_copy_ranges
 from ..tensor import Tensor
 from ..types import TensorFlag, Type
 from .report import Rate
@@ -117,34 +118,62 @@ def _least(start: Callable[[], object], wait: Callable[[], object]) -> float:
     return least
 
 
+@contextmanager
+def _copied(backend: Backend, tensor: Tensor) -> Iterator[list[tuple[str, int]]]:
+    """Give a tensor memory on a device, and addresses of as much host memory, pageable and pinned if the device has it.
+
+    Yields
+    ------
+    list of (str, int)
+        The kind of host memory and its address; none if the device is too small.
+    """
+    size, context, pinned = tensor.nbytes, Context(), None
+    context.add(tensor)
+    try:
+        context.alloc(backend)
+    except OutOfMemoryError:
+        yield []
+        return
+    pageable = np.zeros(size, np.uint8)
+    sources = [("pageable", pageable.ctypes.data)]
+    if backend.device.host_buffer_type is not None:
+        pinned = backend.device.host_buffer_type.alloc_buffer(size)
+        ctypes.memset(pinned.base, 0, size)
+        sources.append(("pinned", pinned.base))
+    try:
+        yield sources
+    finally:
+        backend.synchronize()
+        context.close()
+        if pinned is not None:
+            pinned.close()
+
+
 def copy_rates(backend: Backend, sizes: Sizes) -> Iterator[Rate]:
-    """Time copies from the host to the device and back, from pageable and from pinned memory, by size."""
-    device = backend.device
+    """Time copies between host and device, from pageable and pinned memory: by size, and of the used experts of a weight."""
     for size in sizes.copy_bytes:
         tensor = Tensor("i8", (size,), name="selftest")
-        context = Context()
-        context.add(tensor)
-        try:
-            context.alloc(backend)
-        except OutOfMemoryError:
-            continue  # the device is too small for this size
-        pageable = np.zeros(size, np.uint8)
-        sources = [("pageable", pageable.ctypes.data)]
-        pinned: Buffer | None = None
-        if device.host_buffer_type is not None:
-            pinned = device.host_buffer_type.alloc_buffer(size)
-            ctypes.memset(pinned.base, 0, size)
-            sources.append(("pinned", pinned.base))
-        try:
+        with _copied(backend, tensor) as sources:
             for kind, address in sources:
                 for way, call in (("to", backend.set_tensor_async), ("from", backend.get_tensor_async)):
                     seconds = _least(partial(call, tensor, address, 0, size), backend.synchronize)
                     yield Rate(f"copy {way} the device, {kind}, {_size(size)}", seconds, size / seconds, "B/s")
-        finally:
-            backend.synchronize()
-            context.close()
-            if pinned is not None:
-                pinned.close()
+    weight = Tensor("q8_0", (sizes.row, sizes.n_row, sizes.n_expert), name="selftest")
+    apart = range(
+        0, sizes.n_expert, max(sizes.n_expert // sizes.n_used, 1)
+    )  # no two are neighbours, which share a copy
+    ranges = expert_copy_ranges(apart, sizes.n_expert, weight.nb[2], tensor_bytes=weight.nbytes)
+    n_bytes = sum(r.size_bytes for r in ranges)
+    with _copied(backend, weight) as sources:
+        for kind, address in sources:
+
+            def send(address: int = address) -> None:
+                for r in ranges:
+                    backend.set_tensor_async(weight, address + r.offset_bytes, r.offset_bytes, r.size_bytes)
+
+            seconds = _least(send, backend.synchronize)
+            what = f"copy {len(ranges)} used of {sizes.n_expert} experts, {kind}, {_size(n_bytes)}"
+            yield Rate(what, seconds, n_bytes / seconds, "B/s")
 
 
 def _size(n: int) -> str:

@@ -152,7 +152,9 @@ def test_rates_are_those_of_this_run() -> None:
     rates, peaks = with_shares(list(kernel_rates(cpu, sizes)))
     assert {r.unit for r in rates} == set(peaks) == {"B/s", "op/s"}
     assert all(max(r.share or 0 for r in rates if r.unit == unit) == 1 for unit in peaks)
-    assert all(r.seconds > 0 and r.per_s > 0 for r in [*rates, *copy_rates(cpu, sizes)])
+    copies = list(copy_rates(cpu, sizes))
+    assert all(r.seconds > 0 and r.per_s > 0 for r in [*rates, *copies])
+    assert [r.what for r in copies if "experts" in r.what] == ["copy 2 used of 4 experts, pageable, 17 KiB"]
     cpu.close()
 
 
