@@ -154,7 +154,7 @@ def test_rates_are_those_of_this_run() -> None:
     assert all(max(r.share or 0 for r in rates if r.unit == unit) == 1 for unit in peaks)
     copies = list(copy_rates(cpu, sizes))
     assert all(r.seconds > 0 and r.per_s > 0 for r in [*rates, *copies])
-    assert [r.what for r in copies if "experts" in r.what] == ["copy 2 used of 4 experts, pageable, 17 KiB"]
+    assert [r.what for r in copies if "experts" in r.what] == ["copy 2 used of 4 experts, pageable, 18 KiB"]
     cpu.close()
 
 
