@@ -1,8 +1,8 @@
-"""`Architecture`: all that tells a family of models from the others, as one object, and the decoder that walks its layers.
+"""`Architecture`: what distinguishes a family of models; `decoder_graph`: the graph that most families share.
 
-A family is one module of `pyggml.models.families`, which ends in an `Architecture`: the names that files give it, what its
-metadata says beside what all families have, the weights of a layer, and the nodes of a layer. `decoder_graph` does what is
-around the layers; a family whose graph is of another form brings a whole one.
+A family is one module of `pyggml.models.families`. It ends in an `Architecture`: the family's names in files, its own
+metadata keys, and the weights and nodes of a layer. `decoder_graph` adds the embedding, the last norm and the head. A
+family with a graph of another form sets `Architecture.graph`.
 """
 
 from __future__ import annotations
@@ -26,43 +26,44 @@ Present = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A family of models. What a field leaves at its default, llama.cpp has of most families.
+    """A family of models; each default is what most families have.
 
     Attributes
     ----------
     names : tuple of str
-        What files call it (``general.architecture``).
+        Its names in files (``general.architecture``).
     moe_names : tuple of str
-        More such names, of models that are nothing without experts.
+        Names in files of models that must have experts.
     may_have_experts : bool
-        Models under `names` may have experts; else they are dense, whatever their files say.
+        Models under `names` may have experts. If False, keys about experts are ignored.
     rope : RopeType
         Which elements of a row rotate together.
     layer_weights : callable
-        From hyper-parameters, a layer and the tensors of the file to the weights of the layer, in upstream's order.
+        Returns the specs of a layer's weights, in upstream's order, from hyper-parameters, layer and the file's
+        tensors.
     layer : callable
-        Adds the nodes of a layer to the graph and returns what the next one takes: f32, [n_embd, n_token].
+        Adds the nodes of a layer to the graph and returns its output: f32, [n_embd, n_token].
     graph : callable
-        Makes the whole graph instead, where `decoder_graph` does not fit.
+        Makes the whole graph, instead of `layer` and `decoder_graph`.
     hparams : callable
-        Adds what the metadata of this family says, and refuses what is not supported.
+        Reads the family's own keys, and raises `FormatError` for values that are not supported.
     has_tied_head : bool
-        The head may be the embedding once more.
+        If the file has no head, the embedding is used.
     has_partial_rope : bool
-        A part of each head may rotate only.
+        ROPE may rotate only a part of each head.
     has_exact_sums : bool
-        Half precision is too coarse for the sums of attention's and the feed-forward's last product.
+        The last products of attention and feed-forward are computed with F32 sums (`GGML_PREC_F32`).
     has_ffn_scales : bool
-        Scales beside the weights of the feed-forward are part of the graph; of other families, llama.cpp reads them and
-        computes without.
+        The graph multiplies by the ``.scale`` tensors of feed-forward weights. Of other families, llama.cpp reads them
+        but does not use them.
     has_recurrent_scales : bool
-        Likewise, scales beside the weights of recurrent layers.
+        The same for weights of recurrent layers.
     embedding_name : str
-        Of the node with the embedded tokens.
+        Name of the node with the embedded tokens.
     uneven_keys : tuple of str
         Keys whose numbers may differ between layers.
     more_weights : callable
-        Adds weights that are of no layer.
+        Returns specs of weights outside the layers.
     """
 
     names: tuple[str, ...] = ()
@@ -88,7 +89,7 @@ class Architecture:
         Raises
         ------
         FormatError
-            A key is missing, of another kind, out of bounds, or asks for what is not supported.
+            A key is missing, has another type, is out of range, or has a value that is not supported.
         """
         is_moe = keys.arch in self.moe_names
         hp = keys.common(self.rope, has_experts=is_moe or self.may_have_experts, needs_experts=is_moe)
@@ -98,7 +99,7 @@ class Architecture:
         return hp
 
     def weight_specs(self, hp: HParams, present: Present) -> list[WeightSpec]:
-        """Return the tensors that a model uses, in upstream's order, then what files have and nothing here uses."""
+        """Return the specs of the tensors that a model uses, in upstream's order, then of those that no graph uses."""
         specs = trunk_specs(hp, present, tied_head=self.has_tied_head)
         if self.more_weights is not None:
             specs += self.more_weights(hp)
@@ -119,7 +120,7 @@ def decoder_graph(arch: Architecture, p: GraphParams, weights: Weights) -> Model
 
     Notes
     -----
-    Mirrors what the constructors of `llama_model_*::graph` have in common.
+    Mirrors the common part of the constructors of `llama_model_*::graph`.
     """
     assert arch.layer is not None
     b = Builder(p, weights, has_exact_sums=arch.has_exact_sums)
@@ -131,7 +132,7 @@ def decoder_graph(arch: Architecture, p: GraphParams, weights: Weights) -> Model
 
 
 def finish_decoder(b: Builder, cur: Tensor) -> ModelGraph:
-    """Return the graph with the last norm and the head behind the last layer."""
+    """Add the last norm and the head, and return the graph."""
     hp = b.hp
     if not b.is_cropped:
         (cur,) = b.choose_outputs(cur)

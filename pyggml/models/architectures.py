@@ -1,4 +1,4 @@
-"""The families that are built here: `ARCHITECTURES`, by the names that files give them."""
+"""`ARCHITECTURES`: the families that pyggml builds, by their names in files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_hparams(file: GGUFFile) -> HParams:
     Raises
     ------
     FormatError
-        The architecture is not supported, or a key is missing, of another kind, or out of bounds.
+        The architecture is not supported, or a key is missing, has another type, or is out of range.
     """
     name = file.require("general.architecture", str)
     if name not in ARCHITECTURES:
@@ -51,7 +51,7 @@ def read_hparams(file: GGUFFile) -> HParams:
 
 
 def weight_specs(hp: HParams, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
-    """Return the tensors that a model of this architecture uses, in upstream's order."""
+    """Return the specs of the tensors that a model uses, in upstream's order."""
     return ARCHITECTURES[hp.arch].weight_specs(hp, present)
 
 

@@ -23,21 +23,21 @@ class MicroBatch:
     Attributes
     ----------
     tokens, pos, seqs : int32, (n_token,)
-        Ids, positions, and the sequence of each.
+        Id, position and sequence of each token.
     outputs : bool, (n_token,)
-        Whose logits are wanted.
-    idxs : int64, (n_token,)
-        Their places in the batch.
+        Whether the logits of a token are wanted.
+        idxs : int64, (n_token,)
+           Indices of the tokens in the batch.
     n_seqs, n_seq_tokens : int
-        Rows and their length where sequences are cut to equal lengths; else one row a token.
+        Sequences and tokens of each, if cut by `split_equal`; otherwise the number of tokens, and 1.
     seqs_unq : tuple of int
-        The sequences in it, ascending.
+        Its sequences, ascending.
     equal_seqs : bool
         Whether it was cut by `split_equal`.
 
     Notes
     -----
-    Mirrors `llama_ubatch`. Differs: a token belongs to one sequence; sequences share cells by `KVCache.seq_cp`.
+    Mirrors `llama_ubatch`. Differs: a token belongs to one sequence. Sequences share cells after `KVCache.seq_cp`.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -62,7 +62,7 @@ class MicroBatch:
 
     @classmethod
     def reserve(cls, n_tokens: int, n_seqs: int, n_outputs: int) -> MicroBatch:
-        """Return the micro-batch with which memory is reserved: positions and ids do not matter.
+        """Return a micro-batch for reserving memory: its ids and positions are not used.
 
         Notes
         -----
@@ -95,7 +95,7 @@ class Batch:
     Attributes
     ----------
     tokens, pos, seqs, outputs
-        As of `MicroBatch`.
+        As in `MicroBatch`.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -117,11 +117,11 @@ class Batch:
         tokens : sequence of int
             Ids.
         pos : int
-            Position of the first; the others follow.
+            Position of the first token; the others follow.
         seq : int
             Their sequence.
         outputs : str
-            Whose logits are wanted: ``"last"``, ``"all"`` or ``"none"``.
+            Which tokens' logits are wanted: ``"last"``, ``"all"`` or ``"none"``.
         """
         n = len(tokens)
         flags = np.full(n, outputs == "all", np.bool_)
@@ -141,12 +141,12 @@ class Batch:
         )
 
     def check(self, n_vocab: int, n_seq_max: int) -> None:
-        """Verify that ids and sequences exist.
+        """Verify that the vocabulary has all ids and the context all sequences.
 
         Raises
         ------
         GraphError
-            There is no token, or one that the vocabulary or the context does not have.
+            The batch is empty, or an id or a sequence is out of range.
         """
         if not self.n_tokens:
             raise GraphError("a batch without tokens cannot be decoded")
@@ -165,12 +165,12 @@ class Batch:
             )
 
     def cut(self, n: int) -> list[Batch]:
-        """Return batches of at most n tokens each."""
+        """Return consecutive batches of at most ``n`` tokens."""
         parts = [slice(i, i + n) for i in range(0, self.n_tokens, n)]
         return [Batch(self.tokens[p], self.pos[p], self.seqs[p], self.outputs[p]) for p in parts]
 
     def take(self, idxs: npt.NDArray[np.int64], n_seqs: int, *, equal_seqs: bool) -> MicroBatch:
-        """Return the micro-batch of the tokens at some places."""
+        """Return the micro-batch of the tokens at indices ``idxs``."""
         seqs = self.seqs[idxs]
         return MicroBatch(
             self.tokens[idxs],
@@ -186,7 +186,7 @@ class Batch:
 
 
 def split_simple(batch: Batch, n_ubatch: int) -> list[MicroBatch]:
-    """Cut a batch into runs of at most ``n_ubatch`` tokens.
+    """Cut a batch into consecutive micro-batches of at most ``n_ubatch`` tokens.
 
     Notes
     -----
@@ -198,17 +198,17 @@ def split_simple(batch: Batch, n_ubatch: int) -> list[MicroBatch]:
 
 
 def split_equal(batch: Batch, n_ubatch: int, *, is_sequential: bool = True) -> list[MicroBatch]:
-    """Cut a batch into micro-batches that hold equally many tokens of each of their sequences.
+    """Cut a batch into micro-batches that have the same number of tokens of each of their sequences.
 
     Parameters
     ----------
     is_sequential : bool
-        A micro-batch takes sequences of consecutive ids only, as caches with a stream for each need them.
+        A micro-batch takes only sequences with consecutive ids. Caches with one stream per sequence need this.
 
     Notes
     -----
-    Mirrors `llama_batch_allocr::split_equal`: a micro-batch takes sequences in the order in which they come in the
-    batch, and as many tokens of each as the shortest has left.
+    Mirrors `llama_batch_allocr::split_equal`: a micro-batch takes sequences in the order of the batch, and as many
+    tokens of each as the shortest has left.
     """
     waiting: dict[int, list[int]] = {int(s): np.flatnonzero(batch.seqs == s).tolist() for s in np.unique(batch.seqs)}
     out: list[MicroBatch] = []

@@ -1,7 +1,6 @@
-"""The blocks that models are made of: inputs, norms, projections, attention with its cache, feed-forward.
+"""`Builder`: adds the parts of models to a graph: inputs, norms, projections, attention with its cache, feed-forward.
 
-`Builder` holds what one graph needs while it is made. An architecture calls its methods in upstream's order: the order
-of calls, of `expand`s and of names is the order and the names of nodes.
+A family calls the methods in upstream's order, because the order of calls and of `expand`s is the order of nodes.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ __all__ = ["Builder", "kq_scale"]
 
 
 def kq_scale(n_embd_head: int) -> float:
-    """Return ``1 / sqrt(n_embd_head)`` as float32 arithmetic gives it."""
+    """Return ``1 / sqrt(n_embd_head)``, computed in float32."""
     return round_f32(1.0 / round_f32(math.sqrt(n_embd_head)))
 
 
@@ -34,12 +33,12 @@ class Builder:
     Parameters
     ----------
     has_exact_sums : bool
-        Half precision is too coarse for the sums of attention's and the feed-forward's last product.
+        See `Architecture`.
 
     Attributes
     ----------
     is_cropped : bool
-        Whether only the rows whose logits are wanted are left.
+        Whether only the rows of wanted logits are left.
 
     Notes
     -----
@@ -62,7 +61,7 @@ class Builder:
         self.delta_nodes: list[tuple[Tensor, int]] = []
 
     def name(self, tensor: Tensor, name: str, layer: int = -1) -> Tensor:
-        """Name a node after its layer, and note it if it is a norm.
+        """Name a node, with its layer, and list it in `norms` if the name is ``norm``.
 
         Notes
         -----
@@ -74,7 +73,7 @@ class Builder:
         return tensor
 
     def finish(self, logits: Tensor, embd: Tensor) -> ModelGraph:
-        """Complete the graph with its results."""
+        """Add the results to the graph and return the `ModelGraph`."""
         self.graph.expand(logits)
         logits.set_output()
         embd.set_output()
@@ -90,7 +89,7 @@ class Builder:
         return Tensor(type, ne, name=name, flags=TensorFlag.INPUT)
 
     def input_embd(self) -> Tensor:
-        """Return the embedded tokens, and put the two other ways to embed into the graph, not to be computed.
+        """Return the embedded tokens. Two unused inputs are also added to the graph, as upstream does.
 
         Notes
         -----
@@ -117,16 +116,17 @@ class Builder:
         return cur
 
     def input_layer_tokens(self) -> Tensor:
-        """Return the tokens once more, an input without a name: i32, [n_token]."""
+        """Return a second input of tokens, without a name: i32, [n_token]."""
         self.layer_tokens = self._input(Type.I32, (self.n_tokens,), "")
         return self.layer_tokens
 
     def make_inputs(self) -> None:
-        """Make the inputs of attention and of the outputs' choice.
+        """Make the inputs of attention, and the indices of the tokens whose logits are wanted.
 
         Notes
         -----
-        Mirrors `build_inp_pos`, `build_inp_mem_hybrid`, `build_attn_inp_kv` or `build_attn_inp_kv_iswa`, and `build_inp_out_ids`.
+        Mirrors `build_inp_pos`, `build_inp_mem_hybrid`, `build_attn_inp_kv` or `build_attn_inp_kv_iswa`, and
+        `build_inp_out_ids`.
         """
         swa, states = self.view.swa, self.view.states
         self.inputs = GraphInputs(
@@ -166,11 +166,11 @@ class Builder:
         return ops.mul(cur, weight)
 
     def norm_by(self, w: LayerWeights, weight: str, cur: Tensor, name: str = "") -> Tensor:
-        """Return the RMS norm times a weight of a layer, named after the weight or as told."""
+        """Return the RMS norm times a weight of a layer, named ``name`` or after the weight."""
         return self.name(self.norm(cur, w[f"{weight}.weight"], w.layer), name or weight, w.layer)
 
     def name_qkv(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Name Q, K and V as attention takes them."""
+        """Name Q, K and V as upstream does before attention."""
         return self.name(q, "Qcur", layer), self.name(k, "Kcur", layer), self.name(v, "Vcur", layer)
 
     def qkv(self, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +216,7 @@ class Builder:
         Parameters
         ----------
         n_q_each : int
-            Q has so many times the elements that its heads need.
+            Q has this many times the elements of its heads.
 
         Notes
         -----
@@ -240,7 +240,7 @@ class Builder:
         return parts
 
     def qkv_normed_whole(self, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Q, K and V as attention takes them; Q and K are normed over all their heads before these are told apart."""
+        """Return Q, K and V, [n_embd_head, n_head, n_token]; Q and K are normed over all heads at once."""
         hp, n = self.hp, self.n_tokens
         q, k, v = self.name_qkv(w.layer, *self.qkv_rows(w, cur))
         q = self.norm_by(w, "attn_q_norm", q, "Qcur_normed")
@@ -273,7 +273,7 @@ class Builder:
         return w.get("rope_factors_long.weight" if is_long else "rope_factors_short.weight")
 
     def rope(self, cur: Tensor, factors: Tensor | None = None, *, layer: int = -1) -> Tensor:
-        """Rotate Q or K by position, with the context's parameters; layers with a sliding window keep the model's.
+        """Rotate Q or K by position. Frequencies are the context's, in layers with a sliding window the model's.
 
         Notes
         -----
@@ -297,7 +297,7 @@ class Builder:
 
     @property
     def kq_scale(self) -> float:
-        """By which Q times K is multiplied in most families."""
+        """Factor of Q times K in most families: 1 over the root of the head size."""
         return kq_scale(self.hp.n_embd_head_v)
 
     def attention(
@@ -311,19 +311,19 @@ class Builder:
         sinks: Tensor | None = None,
         is_projected: bool = True,
     ) -> Tensor:
-        """Store K and V of new tokens and return what attention makes of the cache, through ``attn_output``.
+        """Store K and V of new tokens, and return attention over the cache, multiplied with ``attn_output``.
 
         Parameters
         ----------
         k, v : Tensor, optional
-            None in a layer that uses those of another.
+            None in a layer that uses those of another layer.
         is_projected : bool
-            Without, the result does not go through ``attn_output``.
+            If False, the result is not multiplied with ``attn_output``.
 
         Notes
         -----
-        Mirrors `llm_graph_context::build_attn` for `llm_graph_input_attn_kv` and `llm_graph_input_attn_kv_iswa`: Q, K and
-        V are expanded before the stores, so that they stay together; V before K where there is one cache.
+        Mirrors `llm_graph_context::build_attn` for `llm_graph_input_attn_kv` and `llm_graph_input_attn_kv_iswa`: Q, K
+        and V are expanded before the stores, V before K if there is one cache.
         """
         il = w.layer
         view = self.view.of_layer(il)
@@ -352,7 +352,7 @@ class Builder:
         return cur if bias is None else ops.add(cur, bias)
 
     def mla_attention(self, w: LayerWeights, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Store K of new tokens, of which V is a part, and return what attention makes of the cache.
+        """Store K of new tokens, of which V is a part, and return attention over the cache.
 
         Notes
         -----
@@ -448,7 +448,7 @@ class Builder:
     def ffn(
         self, w: LayerWeights, cur: Tensor, *, suffix: str = "", activation: Literal["swiglu", "geglu"] = "swiglu"
     ) -> Tensor:
-        """Return the dense feed-forward with a parallel gate; ``suffix`` is that of its weights.
+        """Return the dense feed-forward with a parallel gate; weights are named ``ffn_up`` + ``suffix`` and so on.
 
         Notes
         -----
@@ -473,7 +473,7 @@ class Builder:
         return cur if factor is None else self.name(ops.mul(cur, factor), f"{name}_s", w.layer)
 
     def project(self, w: LayerWeights, name: str, cur: Tensor) -> Tensor:
-        """Return the product with a weight of a layer, times the scale that may be beside it.
+        """Return the product with a weight of a layer, times its ``.scale`` if there is one.
 
         Notes
         -----
@@ -484,12 +484,12 @@ class Builder:
         return cur if factor is None else ops.mul(cur, factor)
 
     def head(self, embd: Tensor) -> Tensor:
-        """Return the logits, times the scale of the head where there is one."""
+        """Return the logits, times the ``.scale`` of the head if there is one."""
         logits, factor = ops.mul_mat(self.weights.output, embd), self.weights.get("output.scale")
         return logits if factor is None else ops.mul(logits, factor)
 
     def _mul_mat_exactly(self, weight: Tensor, cur: Tensor) -> Tensor:
-        """Return a product that architectures for which half precision is too coarse mark so."""
+        """Return a product, computed with F32 sums if `has_exact_sums`."""
         cur = ops.mul_mat(weight, cur)
         if self.has_exact_sums:
             ops.prec_set_acc(cur, Prec.F32)
@@ -498,12 +498,12 @@ class Builder:
     # -- rows of outputs -----------------------------------------------------
 
     def choose_outputs(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the rows whose logits are wanted, of each tensor."""
+        """Return the rows of wanted logits of each tensor."""
         self.is_cropped = True
         return tuple(ops.get_rows(t, self.inputs.out_ids) for t in tensors)
 
     def crop(self, cur: Tensor, residual: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Return what is left of two tensors after the last layer's attention: the rows whose logits are wanted."""
+        """Return both tensors; in the last layer only their rows of wanted logits."""
         if layer != self.hp.n_layer - 1:
             return cur, residual
         cur, residual = self.choose_outputs(cur, residual)

@@ -17,18 +17,18 @@ __all__ = ["CacheView", "StatesView"]
 
 @dataclass(frozen=True, slots=True)
 class StatesView:
-    """The cells of recurrent states that one graph reads and writes: ``n`` from ``head`` on.
+    """The cells of recurrent states that one graph reads and writes: ``n`` cells from ``head`` on.
 
     Attributes
     ----------
     r, s : mapping of int to Tensor
         By layer; see `RecurrentStates`.
     zero : int
-        The cell whose rows are made zeros first; -1: none.
+        The cell whose rows are zeroed first; -1: none.
 
     Notes
     -----
-    Mirrors what `llama_memory_recurrent_context` hands to graph builders.
+    Mirrors `llama_memory_recurrent_context` as graph builders read it.
     """
 
     r: Mapping[int, Tensor]
@@ -40,19 +40,19 @@ class StatesView:
 
 @dataclass(frozen=True, slots=True)
 class CacheView:
-    """The cells that one graph reads: the first ``n_kv`` of ``n_stream`` streams from stream ``s0`` on.
+    """The cells that one graph reads: the first ``n_kv`` of each of ``n_stream`` streams, from stream ``s0`` on.
 
     Notes
     -----
-    Mirrors what `llama_kv_cache_context` hands to graph builders.
+    Mirrors `llama_kv_cache_context` as graph builders read it.
     """
 
     cache: KVCache
     n_kv: int
     s0: int
     n_stream: int
-    swa: CacheView | None = None  #: of the cache of layers with a sliding window, where there is one
-    states: StatesView | None = None  #: of layers without attention, where there are such
+    swa: CacheView | None = None  #: of the layers with a sliding window, if any
+    states: StatesView | None = None  #: of the recurrent layers, if any
 
     def of_layer(self, layer: int) -> CacheView:
         """Return the view that a layer reads."""
@@ -70,7 +70,7 @@ class CacheView:
         )  # fmt: skip
 
     def get_v(self, layer: int) -> Tensor:
-        """Return a view of V: as K, or ne [n_kv, n_head_kv, n_embd_head, n_stream] if it lies transposed."""
+        """Return a view of V: as K, or ne [n_kv, n_head_kv, n_embd_head, n_stream] if V is stored transposed."""
         hp = self.cache.hparams.of_layer(layer)
         v = self.cache.v[hp.kv_layer(layer)]
         row, n_cells = v.type.row_size, self.cache.n_cells
@@ -90,7 +90,7 @@ class CacheView:
         return ops.set_rows(self._merged(self.cache.k[layer]), _rows_of(k_cur), k_idxs)
 
     def cpy_v(self, v_cur: Tensor, v_idxs: Tensor, layer: int) -> Tensor:
-        """Return the node that stores V of new tokens: rows, or each element as a row where V lies transposed."""
+        """Return the node that stores V of new tokens: rows, or each element as a row if V is stored transposed."""
         v = self.cache.v[layer]
         if not self.cache.v_trans:
             return ops.set_rows(self._merged(v), _rows_of(v_cur), v_idxs)
@@ -99,13 +99,13 @@ class CacheView:
             v_cur = ops.reshape_2d(v_cur, n_embd, n_tokens)
         else:
             v_cur = ops.cont_2d(v_cur, n_embd, n_tokens)
-        if n_embd < v.ne[0]:  # of layers that differ, all transposed V are as large as the largest
+        if n_embd < v.ne[0]:  # if layers differ, each transposed V is as large as the largest
             v_cur = ops.pad(v_cur, v.ne[0] - n_embd, 0, 0, 0)
         v_view = ops.reshape_2d(v, 1, v.numel)
         return ops.set_rows(v_view, ops.reshape_2d(v_cur, 1, v_cur.numel), v_idxs)
 
     def _merged(self, t: Tensor) -> Tensor:
-        """Return the rows of all streams as one matrix: indices count through them."""
+        """Return the rows of all streams as one matrix, which the indices of rows refer to."""
         return ops.reshape_2d(t, t.ne[0], t.ne[1] * t.ne[2]) if t.ne[2] > 1 else t
 
 

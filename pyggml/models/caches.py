@@ -1,4 +1,4 @@
-"""Which cache a model needs."""
+"""`make_cache`: the cache that a model needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["make_cache"]
 
 
 def make_cache(hparams: HParams, params: ContextParams, *, v_trans: bool) -> KVCache:
-    """Return the cache that a model needs.
+    """Return the cache that a model needs: with a smaller one for sliding windows, with recurrent states, or neither.
 
     Notes
     -----

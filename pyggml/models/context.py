@@ -12,9 +12,9 @@ from .hparams import HParams, round_f32
 
 __all__ = ["MAX_SEQ", "ContextFlags", "ContextParams"]
 
-#: Sequences that one context can tell apart (`LLAMA_MAX_SEQ` is 256; a set of ours is one 64-bit word).
+#: Most sequences of a context: their set is one 64-bit word (`LLAMA_MAX_SEQ` is 256).
 MAX_SEQ = 64
-#: Types that a KV cache can have (`kv_cache_types`).
+#: Types of a KV cache (`kv_cache_types`).
 CACHE_TYPES = (
     Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.IQ4_NL, Type.Q5_0, Type.Q5_1,
 )  # fmt: skip
@@ -31,22 +31,20 @@ class ContextFlags:
     Mirrors `llama_context_params`.
     """
 
-    n_ctx: int = 0  #: ``-c``; 0 takes the context the model was trained with
+    n_ctx: int = 0  #: ``-c``: tokens; 0: the context that the model was trained with
     n_batch: int = 2048  #: ``-b``: most tokens of one decode
     n_ubatch: int = 512  #: ``-ub``: most tokens of one graph
     n_seq_max: int = 1  #: sequences
-    n_outputs_max: int = (
-        0  #: most tokens of a batch whose logits are wanted, for which memory is planned; 0: ``n_batch``
-    )
+    n_outputs_max: int = 0  #: most wanted logits of a batch, for which memory is planned; 0: ``n_batch``
     kv_unified: bool = False  #: all sequences share one stream of cells
     type_k: Type = Type.F16  #: ``-ctk``
     type_v: Type = Type.F16  #: ``-ctv``
     flash_attn: FlashAttn = "auto"  #: ``-fa``
-    offload_kqv: bool = True  #: ``--no-kv-offload`` makes it False
-    op_offload: bool = True  #: ``--no-op-offload`` makes it False
+    offload_kqv: bool = True  #: False with ``--no-kv-offload``
+    op_offload: bool = True  #: False with ``--no-op-offload``
     swa_full: bool = False  #: ``--swa-full``: layers with a sliding window have as many cells as the others
-    rope_freq_base: float = 0.0  #: 0 takes the model's
-    rope_freq_scale: float = 0.0  #: 0 takes the model's
+    rope_freq_base: float = 0.0  #: 0: the model's
+    rope_freq_scale: float = 0.0  #: 0: the model's
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +69,10 @@ class ContextParams:
     offload_kqv: bool
     op_offload: bool
     swa_full: bool
-    n_outputs_max: int = 0  #: most tokens of a batch whose logits are wanted; 0: `n_batch`
-    fused_delta_one: bool = True  #: GATED_DELTA_NET for one token of each sequence; a probe decides whether it stays on
-    fused_delta_many: bool = True  #: the same for several
-    # of graphs that are built here; whoever builds them elsewhere has rotary constants of its own
+    n_outputs_max: int = 0  #: most wanted logits of a batch; 0: `n_batch`
+    fused_delta_one: bool = True  #: GATED_DELTA_NET for one token per sequence; a probe decides whether it stays on
+    fused_delta_many: bool = True  #: the same for several tokens
+    # only for graphs that pyggml builds: captured graphs contain their rotary constants
     n_ctx_orig: int = 0
     freq_base: float = 0.0
     freq_scale: float = 1.0
@@ -95,7 +93,7 @@ class ContextParams:
         Raises
         ------
         GraphError
-            A number is out of range, or a cache type is not possible.
+            A number is out of range, or a cache type does not fit the model.
         """
         _check(flags)
         _check_heads(flags, hparams)
@@ -158,7 +156,7 @@ def _check(flags: ContextFlags) -> None:
 
 
 def _check_heads(flags: ContextFlags, hparams: HParams) -> None:
-    """Require whole blocks in the K and V of a head.
+    """Require that a head's K and V are whole blocks of the cache types.
 
     Notes
     -----
@@ -180,7 +178,7 @@ def _check_heads(flags: ContextFlags, hparams: HParams) -> None:
 
 
 def _attn_factor(ext_factor: float, freq_scale: float, hparams: HParams) -> float:
-    """YaRN's magnitude, whose second half ROPE itself applies and which is cancelled here."""
+    """Return YaRN's factor of Q and K, divided by the part that ROPE itself applies."""
     factor = 1.0
     if ext_factor != 0.0:
         stretch = round_f32(1.0 / freq_scale)

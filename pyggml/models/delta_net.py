@@ -1,8 +1,8 @@
-"""Layers without attention: a short convolution, then a gated delta net whose state is kept from batch to batch.
+"""Recurrent layers: a short convolution, then a gated delta net whose state is kept from batch to batch.
 
-Functions take the `Builder` of the graph; the order of calls is the order of nodes, as in `blocks.py`. Letters are those of
-the paper, "Gated Delta Networks" (arXiv:2412.06464): q reads the state, k and v are written into it by beta, g is the
-logarithm of what it keeps.
+The order of calls is the order of nodes, as in `blocks.py`. Letters are those of "Gated Delta Networks"
+(arXiv:2412.06464): q reads the state, beta is the strength with which k and v are written into it, and g is the
+logarithm of its decay.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["DeltaInputs", "delta_layer"]
 
 
 class DeltaInputs(NamedTuple):
-    """What a layer makes of its tokens before the convolution.
+    """The projections of a layer's tokens, before the convolution.
 
     Attributes
     ----------
     qkv : Tensor
-        f32, [n_channel, n_seq_token, n_seq]: Q, K and V, to be convolved.
+        f32, [n_channel, n_seq_token, n_seq]: Q, K and V.
     z : Tensor
-        f32, as many elements as V: by what the result is gated.
+        f32, as many elements as V: the gate of the result.
     beta, gate : Tensor
         f32, [1, n_head, n_seq_token, n_seq].
     """
@@ -40,12 +40,12 @@ class DeltaInputs(NamedTuple):
 
 
 def _state_rows(b: Builder, all_states: Tensor, n_embd: int) -> Tensor:
-    """Return the rows of a micro-batch's sequences: f32, [n_embd, n_seq], zeros where a sequence begins.
+    """Return the state rows of a micro-batch's sequences: f32, [n_embd, n_seq], zeros for a sequence that begins.
 
     Notes
     -----
-    Mirrors `llm_graph_context::build_rs`: one row is made zeros, from which all rows that begin are copied; rows of
-    cells between that are not of the micro-batch are put where they now belong.
+    Mirrors `llm_graph_context::build_rs`: one row is zeroed and copied to every sequence that begins. Rows of other
+    sequences in the range of cells move to the cells that they now have.
     """
     view, n_seqs = b.view.states, b.part.n_seqs
     assert view is not None
@@ -65,11 +65,11 @@ def _state_rows(b: Builder, all_states: Tensor, n_embd: int) -> Tensor:
 
 
 def _convolved(b: Builder, w: LayerWeights, qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q, K and V after the convolution, [n_channel, n_seq_token, n_seq], and the state of the delta net.
+    """Return Q, K and V after the convolution, [n_channel, n_seq_token, n_seq], and the delta net's state.
 
     Notes
     -----
-    Mirrors `llm_build_delta_net_base::build_conv_state`, and what graphs do between it and the delta net.
+    Mirrors `llm_build_delta_net_base::build_conv_state` and the nodes between it and the delta net.
     """
     hp, il, n_seqs = b.hp, w.layer, b.part.n_seqs
     view = b.view.states
@@ -94,13 +94,12 @@ def _convolved(b: Builder, w: LayerWeights, qkv: Tensor) -> tuple[Tensor, Tensor
 
 
 def delta_layer(b: Builder, w: LayerWeights, x: DeltaInputs, *, are_heads_interleaved: bool) -> Tensor:
-    """Return what a recurrent layer makes of its tokens, through ``ssm_out``: f32, [n_embd, n_token].
+    """Return the output of a recurrent layer, after ``ssm_out``: f32, [n_embd, n_token].
 
     Parameters
     ----------
     are_heads_interleaved : bool
-        Heads of Q and K, where there are fewer, are repeated before the delta net, each beside itself; else the delta
-        net goes through them again and again.
+        If Q and K have fewer heads than V: True repeats each head in place (0 0 1 1), False repeats all (0 1 0 1).
 
     Notes
     -----
@@ -147,14 +146,14 @@ def _split(b: Builder, mixed: Tensor, il: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _normed(b: Builder, cur: Tensor) -> Tensor:
-    """Return vectors of length 1. Mirrors `build_gdn_l2_norm`."""
+    """Return the rows scaled to length 1. Mirrors `build_gdn_l2_norm`."""
     n = float(cur.ne[0])
     cur = ops.rms_norm(cur, round_f32(b.hp.norm_rms_eps / n))
     return ops.scale(cur, round_f32(1.0 / round_f32(math.sqrt(n))))
 
 
 def _interleaved(b: Builder, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q and K with as many heads as V has, each head beside its repetitions."""
+    """Return Q and K with as many heads as V, each head repeated in place."""
     hp, n_each, n_seqs = b.hp, b.part.n_seq_tokens, b.part.n_seqs
     n, n_group, n_tokens = hp.n_ssm_state, hp.n_ssm_group, n_each * n_seqs
     n_times = hp.n_ssm_head // n_group
@@ -167,7 +166,7 @@ def _interleaved(b: Builder, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 def _recurrent(
     b: Builder, w: LayerWeights, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
 ) -> Tensor:
-    """Return what the delta net reads, and store the state that it leaves.
+    """Return the output of the delta net, and store its new state.
 
     Notes
     -----

@@ -1,6 +1,6 @@
-"""The gated delta net in plain ops, where a layer's device cannot run GATED_DELTA_NET.
+"""The gated delta net in plain ops, for devices that cannot run GATED_DELTA_NET.
 
-Letters are those of `delta_net.py`. Sizes in comments are [ne0, ne1, ...]: n is the width of a head, c the tokens of a chunk.
+Letters are those of `delta_net.py`. Shapes in comments are ``ne``: n is the head size, c the tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .hparams import round_f32
 
 __all__ = ["in_chunks", "one_token"]
 
-#: Tokens that are looked at together.
+#: Tokens of a chunk.
 _CHUNK = 64
 
 
@@ -27,7 +27,7 @@ def _name_inputs(b: Builder, il: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor
 def one_token(
     b: Builder, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, il: int
 ) -> tuple[Tensor, Tensor]:
-    """Return what one token of each sequence reads, [n, n_head, 1, n_seq], and the state that it leaves.
+    """Return the output for one token of each sequence, [n, n_head, 1, n_seq], and the new state.
 
     Notes
     -----
@@ -51,11 +51,11 @@ def one_token(
 def in_chunks(
     b: Builder, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, il: int
 ) -> tuple[Tensor, Tensor]:
-    """Return what several tokens of each sequence read, [n, n_head, n_token, n_seq], and the state that they leave.
+    """Return the output for several tokens of each sequence, [n, n_head, n_token, n_seq], and the new state.
 
     Notes
     -----
-    Mirrors `llm_build_delta_net_base::build_delta_net_chunking` for a gate of one number for each head.
+    Mirrors `llm_build_delta_net_base::build_delta_net_chunking` for one gate per head.
     """
     n, n_head, n_tokens, n_seqs = v.ne
     q = ops.scale(q, round_f32(1.0 / round_f32(math.sqrt(q.ne[0]))))
@@ -84,7 +84,7 @@ def in_chunks(
 
 
 def _within_chunks(b: Builder, q: Tensor, k: Tensor, k_b: Tensor, g_sum: Tensor, il: int) -> tuple[Tensor, Tensor]:
-    """Return how much each token reads of those before it in its chunk, and what undoes that they overwrite each other."""
+    """Return Q times K with decay, and the inverse of the update matrix, for each chunk: [c, c, n_chunk, n_row]."""
     _, _, n_chunks, n_rows = g_sum.ne
     later = ops.reshape_4d(g_sum, 1, _CHUNK, n_chunks, n_rows)
     later = ops.repeat_4d(later, _CHUNK, _CHUNK, n_chunks, n_rows)

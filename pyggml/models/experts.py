@@ -1,6 +1,6 @@
-"""The feed-forward with experts: a router chooses some for each token, and what they make is added up by their weights.
+"""The feed-forward with experts: a router chooses experts for each token, whose outputs are added up by weights.
 
-Functions take the `Builder` of the graph; the order of calls is the order of nodes, as in `blocks.py`.
+The order of calls is the order of nodes, as in `blocks.py`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .weights import LayerWeights
 
 __all__ = ["moe_ffn", "routed_ffn"]
 
-#: Smallest sum of expert weights, so that none is divided by zero: the smallest normal F16.
+#: Smallest sum that expert weights are divided by: the smallest normal F16, as upstream.
 _MIN_WEIGHT_SUM = 6.103515625e-5
 
 Activation = Literal["silu", "swiglu_oai", "geglu"]
 
 
 def routed_ffn(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return `moe_ffn` with experts chosen and weighed as the file says."""
+    """Return `moe_ffn` with the routing that the file's metadata describes."""
     hp = b.hp
     return moe_ffn(
         b,
@@ -46,20 +46,20 @@ def moe_ffn(
     weights_scale: float = 0.0,
     logits: Tensor | None = None,
 ) -> Tensor:
-    """Return the sum of the chosen experts' feed-forwards, by their weights.
+    """Return the weighted sum of the chosen experts' outputs: f32, [n_embd, n_token].
 
     Parameters
     ----------
     cur : Tensor
         f32, [n_embd, n_token]
     gating : str
-        How the router's logits become probabilities; ``softmax_weight`` does so for the chosen alone.
+        How the router's logits become probabilities; ``softmax_weight`` applies a softmax to the chosen experts only.
     norm_weights : bool
-        Weights of the chosen add up to 1.
+        Divide the weights of a token's experts by their sum.
     weights_scale : float
-        By which weights are multiplied; 0 and 1 leave them.
+        Factor of the weights; 0 and 1 change nothing.
     logits : Tensor, optional
-        How much each token favours each expert; a product with ``ffn_gate_inp`` by default.
+        The router's logits, [n_expert, n_token]; by default the product with ``ffn_gate_inp``.
 
     Notes
     -----
@@ -86,7 +86,7 @@ def moe_ffn(
         out = ops.add(out, view)
         b.graph.expand(out)
     if n_used == 1:
-        out = ops.cont(out)  # the caller expects dense rows
+        out = ops.cont(out)  # the caller expects contiguous rows
     return b.name(out, "ffn_moe_out", il)
 
 
@@ -94,7 +94,7 @@ def moe_ffn(
 
 
 def _probabilities(b: Builder, w: LayerWeights, cur: Tensor, gating: Gating, logits: Tensor | None) -> Tensor:
-    """Return how much each token favours each expert: f32, [n_expert, n_token]."""
+    """Return the router's probabilities: f32, [n_expert, n_token]."""
     il = w.layer
     if logits is None:
         logits = b.name(ops.mul_mat(w["ffn_gate_inp.weight"], cur), "ffn_moe_logits", il)
@@ -126,7 +126,7 @@ def _choose(b: Builder, w: LayerWeights, probs: Tensor) -> Tensor:
 
 
 def _mask_groups(b: Builder, selection: Tensor, il: int) -> Tensor:
-    """Return what favours experts of the best groups only: a group is as good as its two best experts together."""
+    """Return the probabilities with -inf outside the best groups; a group scores the sum of its two best experts."""
     n_groups, n_expert, n_tokens = b.hp.n_expert_groups, b.hp.n_expert, selection.ne[1]
     groups = ops.reshape_3d(selection, n_expert // n_groups, n_groups, n_tokens)
     best = ops.argsort_top_k(groups, 2)
@@ -162,7 +162,7 @@ _KINDS = tuple(f"ffn_{which}_exps.weight" for which in ("up", "gate", "down", "g
 
 
 def _slots(b: Builder, w: LayerWeights, chosen: Tensor) -> Tensor | None:
-    """Return where an expert cache has the chosen experts; None: the products read the weights."""
+    """Return the expert cache's slots of the chosen experts; None: the products read the weights."""
     if b.banks is None:
         return None
     found = b.banks.slots(w.layer, chosen, [t for kind in _KINDS if (t := w.get(kind)) is not None])
@@ -177,7 +177,7 @@ def _slots(b: Builder, w: LayerWeights, chosen: Tensor) -> Tensor | None:
 def _experts(
     b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor, slots: Tensor | None, activation: Activation
 ) -> Tensor:
-    """Return what each chosen expert makes of each token: [n_embd, n_used, n_token]."""
+    """Return the output of each chosen expert for each token: [n_embd, n_used, n_token]."""
     il = w.layer
     if w.get("ffn_gate_up_exps.weight") is not None:
         gate, up = _fused_gate_up(b, w, cur, chosen, slots)
@@ -210,7 +210,7 @@ def _fused_gate_up(
 
 
 def _expert_mul(b: Builder, w: LayerWeights, which: str, cur: Tensor, chosen: Tensor, slots: Tensor | None) -> Tensor:
-    """Return the product with one weight of the chosen experts, out of the cache if there are slots."""
+    """Return the product with one weight of the chosen experts, read from the expert cache if there are slots."""
     il = w.layer
     n_tokens = cur.ne[2]
     weight = w[f"ffn_{which}_exps.weight"]

@@ -1,7 +1,7 @@
-"""`ModelGraph`: the graph of one micro-batch with what a session needs to know of it.
+"""`ModelGraph`: the graph of one micro-batch, with its inputs, results and the nodes that a session pins or reads.
 
-Nothing here computes or allocates. What a scheduler is to be told (`norms`, `attn_outputs`) is collected as data, since
-builders know no scheduler.
+Nothing here computes or allocates. Builders do not know the scheduler, so nodes to be pinned (`norms`,
+`attn_outputs`, `pins`) are lists.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["AttnInputs", "ExpertBanks", "GraphInputs", "GraphKey", "GraphParams"
 
 
 class ExpertBanks(Protocol):
-    """What a graph reads in place of expert weights, where a cache keeps some on the device; `moe_cache.MoeCache` is one."""
+    """Tensors that a graph reads instead of expert weights: an expert cache, such as `moe_cache.MoeCache`."""
 
     def slots(self, layer: int, ids: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Return the slots in place of ids, and the node to be pinned; None if the layer reads its weights."""
+        """Return the slots to use as ids, and the node to pin; None if the layer reads its weights."""
 
     def bank(self, weight: Tensor) -> Tensor:
-        """Return what a product reads in place of a weight."""
+        """Return the tensor that a product reads instead of a weight."""
 
     def backend(self, layer: int) -> Backend:
         """Return the backend that computes a cached layer."""
@@ -36,7 +36,7 @@ class ExpertBanks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GraphParams:
-    """All that determines a graph, beside the weights.
+    """Everything that determines a graph, except the weights.
 
     Notes
     -----
@@ -52,7 +52,7 @@ class GraphParams:
 
     @property
     def key(self) -> GraphKey:
-        """What must agree for a graph to be used again."""
+        """Key that two micro-batches must share to use one graph."""
         part, states = self.part, self.view.states
         return GraphKey(
             part.n_tokens,
@@ -70,7 +70,7 @@ class GraphParams:
 
 @dataclass(frozen=True, slots=True)
 class GraphKey:
-    """What must agree for a graph to be used again; compared as a whole.
+    """A graph can be used for another micro-batch if its key is equal.
 
     Notes
     -----
@@ -85,13 +85,13 @@ class GraphKey:
     seqs_unq: tuple[int, ...]
     n_outputs: int
     n_kv: int
-    n_kv_swa: int  #: of layers with a sliding window; 0 where there are none
+    n_kv_swa: int  #: of layers with a sliding window; 0 if there are none
     states: tuple[int, ...] = ()  #: cells of recurrent states, the first, and the one that is cleared
 
 
 @dataclass(eq=False, slots=True)
 class AttnInputs:
-    """The inputs of attention over one cache; None where the cache needs none."""
+    """The inputs of attention over one cache; None for those that the cache does not need."""
 
     k_idxs: Tensor
     v_idxs: Tensor | None
@@ -107,11 +107,11 @@ class GraphInputs:
     tokens: Tensor
     pos: Tensor
     attn: AttnInputs
-    attn_swa: AttnInputs | None  #: of layers with a sliding window, where there are such
+    attn_swa: AttnInputs | None  #: of layers with a sliding window, if any
     out_ids: Tensor
-    state_sources: Tensor | None = None  #: from which cell each recurrent state comes, where there are such
-    layer_tokens: Tensor | None = None  #: the tokens once more, for embeddings of each layer
-    token_scale: Tensor | None = None  #: by which embeddings of tokens are multiplied, where the model does so
+    state_sources: Tensor | None = None  #: the cell that each recurrent state is read from, if any
+    layer_tokens: Tensor | None = None  #: a second input of tokens, for the embeddings of each layer
+    token_scale: Tensor | None = None  #: factor of token embeddings, if the model has one
 
 
 @dataclass(eq=False, slots=True)
@@ -123,23 +123,23 @@ class ModelGraph:
     graph : Graph
         The nodes in upstream's order.
     key : GraphKey
-        For which micro-batches it can be used again.
+        The micro-batches that it can be used for.
     inputs : GraphInputs
-        To be filled.
+        To be filled before computing.
     logits, embd : Tensor
         The results, flagged as outputs: logits [n_vocab, n_outputs], the last norm [n_embd, n_outputs].
     topk : list of Tensor
-        The chosen experts of each MoE layer: i32, [n_expert_used, n_tokens].
+        The chosen experts of each layer with experts: i32, [n_expert_used, n_tokens].
     norms : list of (Tensor, int)
-        Nodes that were named ``norm``, with their layers; see `placement.norm_pins`.
+        Nodes named ``norm``, with their layers; see `placement.norm_pins`.
     attn_outputs : list of Tensor
-        Results of attention without FLASH_ATTN_EXT: they stay with a KV cache that is kept on the CPU.
+        Results of attention without FLASH_ATTN_EXT, pinned to the CPU if the KV cache is there.
     flash_nodes : list of (Tensor, int)
-        FLASH_ATTN_EXT nodes with their layers, for the probe whether it can stay on.
+        FLASH_ATTN_EXT nodes with their layers, for the probe that decides whether flash attention stays on.
     pins : list of (Tensor, Backend)
-        Nodes that must run on a backend: lookups of an expert cache.
+        Nodes that must run on a given backend: lookups of an expert cache.
     delta_nodes : list of (Tensor, int)
-        GATED_DELTA_NET nodes with their layers, likewise.
+        GATED_DELTA_NET nodes with their layers, for a probe like that of flash attention.
 
     Notes
     -----
@@ -160,7 +160,7 @@ class ModelGraph:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the micro-batch."""
+        """Number of tokens of the micro-batch."""
         return self.key.n_tokens
 
     def __repr__(self) -> str:

@@ -1,7 +1,7 @@
-"""What a header alone tells of a model of any family: bytes of weights and of the KV cache, by device.
+"""`plan_header`: bytes of weights and KV cache by buffer type, for a model of any family, from its header alone.
 
-Names say which layer a weight belongs to, and metadata says how large heads are. What cannot be known without the family's
-graph is not guessed: splits, copies, compute buffers, and whether layers keep less than all tokens.
+Names of weights give the layer, metadata gives the head sizes. What needs the family's graph is left out: splits,
+copies, compute buffers, and layers that keep only some tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .placement import PlacementFlags, layer_devices, parse_overrides
 __all__ = ["HeaderMemory", "plan_header"]
 
 _LAYER = re.compile(r"(?:\w+\.)?blk\.(\d+)\.")
-#: Cells of a cache come in steps of so many.
+#: Cells of a cache are a multiple of this.
 _STEP = 256
 
 
@@ -31,10 +31,10 @@ class HeaderMemory:
     Attributes
     ----------
     weights : int
-        Of the tensors that flags put there.
+        Bytes of the weights placed there.
     cache : int
-        K and V of its layers if each keeps every token of the context; layers with a sliding window, a latent space or a
-        recurrent state take less.
+        Bytes of K and V if each layer keeps every token of the context. Layers with a sliding window, a latent space or
+        a recurrent state take less.
     """
 
     buft: str
@@ -50,12 +50,12 @@ def plan_header(
     placement: PlacementFlags,
     context: ContextFlags,
 ) -> list[HeaderMemory]:
-    """Return the bytes that flags would put into each buffer type.
+    """Return the bytes of each buffer type with the given flags.
 
     Raises
     ------
     GraphError
-        A flag cannot be.
+        A flag is invalid.
     FormatError
         The header has no number of layers.
     """
@@ -74,7 +74,7 @@ def plan_header(
         override = next((o for o in overrides if o.pattern.search(name)), None)
         weights[override.buft if override is not None else device.buffer_type] += info.nbytes
         if name == "token_embd.weight" and "output.weight" not in file.tensors and layers[n_layer] is not cpu:
-            weights[layers[n_layer].buffer_type] += info.nbytes  # a second copy is the head
+            weights[layers[n_layer].buffer_type] += info.nbytes  # the embedding is also the head
     cache = dict.fromkeys(weights, 0)
     for layer, size in enumerate(_cache_bytes(file, arch, n_layer, context)):
         device = layers[layer] if context.offload_kqv else cpu
@@ -83,7 +83,7 @@ def plan_header(
 
 
 def _cache_bytes(file: GGUFFile, arch: str, n_layer: int, context: ContextFlags) -> list[int]:
-    """Return the bytes of K and V of each layer; 0 where metadata does not tell."""
+    """Return the bytes of K and V of each layer; 0 if the metadata lacks the head sizes."""
 
     def numbers(key: str, default: int = 0) -> list[int]:
         value = file.metadata.get(f"{arch}.{key}", default)

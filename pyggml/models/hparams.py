@@ -1,6 +1,6 @@
 """`HParams`: the sizes and constants of a model, read from its metadata and checked once.
 
-Graph builders, placement and the KV cache take what they need from here and never look into the file.
+Graph builders, placement and the KV cache read it instead of the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_LAYERS", "Gating", "HParams", "KeyReader", "round_f32"]
 
-#: How a router's logits become probabilities; ``softmax_weight`` does so for the chosen alone.
+#: How a router's logits become probabilities; ``softmax_weight`` applies a softmax to the chosen experts only.
 Gating = Literal["softmax", "sigmoid", "softmax_weight"]
 
 _LARGEST_F32 = 3.4028234e38
@@ -33,7 +33,7 @@ MAX_LAYERS, _MAX_EXPERTS = 512, 1024
 
 
 def round_f32(value: float) -> float:
-    """Return the float32 nearest to a number, as upstream keeps its constants."""
+    """Return the float32 nearest to a number; upstream keeps constants as float32."""
     rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
     return rounded
 
@@ -44,8 +44,8 @@ class HParams:
 
     Notes
     -----
-    Mirrors `llama_hparams` and `llama_model_base::load_hparams`. Differs: layers are all of one size; a file whose
-    layers differ is refused.
+    Mirrors `llama_hparams` and `llama_model_base::load_hparams`. Differs: only families with `Architecture.uneven_keys`
+    may have layers of different sizes; other such files are refused.
     """
 
     arch: str
@@ -62,7 +62,7 @@ class HParams:
     n_ff: int
     n_expert: int
     n_expert_used: int
-    n_ff_exp: int  #: of one expert; 0 where the file does not say
+    n_ff_exp: int  #: width of one expert; 0: not in the file
     norm_rms_eps: float
     rope_type: RopeType
     rope_scaling: str  #: none, linear, yarn or longrope
@@ -74,58 +74,58 @@ class HParams:
     swa_layers: frozenset[int] = frozenset()  #: layers with a sliding window
     rope_freq_base_swa: float = 0.0  #: of those layers
     rope_freq_scale_swa: float = 1.0
-    n_layer_nextn: int = 0  #: layers behind the others that predict further tokens, and which nothing here runs
+    n_layer_nextn: int = 0  #: layers after the others that predict further tokens; no graph runs them
     n_layer_dense_lead: int = 0  #: layers without experts, before those with
-    n_expert_shared: int = 0  #: experts that every token goes through, kept as one
-    n_ff_shexp: int = 0  #: of the shared expert; 0 where the file does not say
+    n_expert_shared: int = 0  #: shared experts, which every token uses, stored as one
+    n_ff_shexp: int = 0  #: width of the shared expert; 0: not in the file
     expert_gating: Gating = "softmax"
-    expert_weights_norm: bool = False  #: weights of the chosen experts add up to 1
-    expert_weights_scale: float = 0.0  #: by which weights of experts are multiplied; 0 and 1 leave them
-    n_expert_groups: int = 0  #: experts are chosen from the best groups; 0 and 1: from all
+    expert_weights_norm: bool = False  #: divide the weights of the chosen experts by their sum
+    expert_weights_scale: float = 0.0  #: factor of the weights of experts; 0 and 1 change nothing
+    n_expert_groups: int = 0  #: groups of experts, of which the best are used; 0 and 1: no groups
     n_group_used: int = 0
-    n_lora_q: int = 0  #: width of the space that Q goes through; 0: none
-    n_lora_kv: int = 0  #: width of the space in which K and V are kept
-    n_embd_head_k_mla: int = 0  #: of K unfolded from that space; 0: attention is not of this kind (MLA)
+    n_lora_q: int = 0  #: width of the latent space of Q; 0: none
+    n_lora_kv: int = 0  #: width of the latent space in which K and V are stored
+    n_embd_head_k_mla: int = 0  #: head size of K outside the latent space; 0: no MLA
     n_embd_head_v_mla: int = 0
     rope_yarn_log_mul: float = 0.0
-    embedding_scale: float = 0.0  #: 0 leaves the embeddings as they are
-    token_scale: float = 1.0  #: of embeddings of tokens, which those of images would not be multiplied by
-    residual_scale: float = 0.0  #: of what is added to the residual stream; 0 leaves it
-    attention_scale: float = 0.0  #: of Q times K; 0 takes one over the root of the heads' size
-    logit_scale: float = 0.0  #: by which logits are divided, where the architecture does so
-    logit_softcap: float = 0.0  #: logits are bent so that none is larger; 0 leaves them
-    n_embd_head_swa: int = 0  #: of K and V in layers with a sliding window; 0: as in the others
-    n_rot_swa: int = 0  #: likewise, elements of a head that rotate
-    n_head_kv_by_layer: tuple[int, ...] = ()  #: where layers differ; `n_head_kv` and `n_ff` are then the largest
+    embedding_scale: float = 0.0  #: factor of the embeddings; 0: none
+    token_scale: float = 1.0  #: factor of token embeddings only, not of images'
+    residual_scale: float = 0.0  #: factor of what is added to the residual stream; 0: none
+    attention_scale: float = 0.0  #: factor of Q times K; 0: one over the root of the head size
+    logit_scale: float = 0.0  #: divisor of the logits, in families that have one
+    logit_softcap: float = 0.0  #: bound of the logits, by tanh; 0: none
+    n_embd_head_swa: int = 0  #: head size in layers with a sliding window; 0: as in the others
+    n_rot_swa: int = 0  #: elements of such a head that rotate; 0: as in the others
+    n_head_kv_by_layer: tuple[int, ...] = ()  #: if layers differ; `n_head_kv` and `n_ff` are then the largest
     n_ff_by_layer: tuple[int, ...] = ()
-    n_layer_shared_kv: int = 0  #: last layers, which use K and V of earlier ones
-    n_embd_per_layer: int = 0  #: of a token's second embedding, one for each layer; 0: there is none
-    rope_sections: tuple[int, ...] = ()  #: pairs that rotate by each of a token's positions, where it has several
-    recurrent_layers: frozenset[int] = frozenset()  #: layers without attention, which keep a state
-    n_ssm_kernel: int = 0  #: tokens that a recurrent layer's convolution sees
+    n_layer_shared_kv: int = 0  #: last layers, which use K and V of earlier layers
+    n_embd_per_layer: int = 0  #: width of the embedding that each layer has of its own; 0: none
+    rope_sections: tuple[int, ...] = ()  #: pairs that rotate by each of a token's positions, if it has several
+    recurrent_layers: frozenset[int] = frozenset()  #: layers with a state instead of attention
+    n_ssm_kernel: int = 0  #: tokens that a recurrent layer's convolution reads
     n_ssm_inner: int = 0  #: elements of all V heads of a recurrent layer
-    n_ssm_state: int = 0  #: of one of its Q and K heads; 0: no layer is recurrent
+    n_ssm_state: int = 0  #: head size of its Q and K; 0: no layer is recurrent
     n_ssm_head: int = 0  #: its V heads
     n_ssm_group: int = 0  #: its Q and K heads
 
     def of_layer(self, layer: int) -> HParams:
-        """Return the sizes of one layer, where layers differ: its heads, what rotates of them, its feed-forward."""
+        """Return the hyper-parameters with the sizes of one layer: heads, rotation, feed-forward."""
         is_even = not (self.n_embd_head_swa or self.n_head_kv_by_layer or self.n_ff_by_layer)
         return self if is_even else _sizes_of_layer(self, layer)
 
     def kv_layer(self, layer: int) -> int:
-        """Return the layer whose K and V a layer uses.
+        """Return the layer whose K and V a layer uses: itself, except with `n_layer_shared_kv`.
 
         Notes
         -----
-        Mirrors what `llama_model::create_memory` has layers use again.
+        Mirrors the reuse of layers in `llama_model::create_memory`.
         """
         n_own = self.n_layer_all - self.n_layer_shared_kv
         return layer if layer < n_own else n_own - (2 if layer in self.swa_layers else 1)
 
     @property
     def n_embd_v_gqa_max(self) -> int:
-        """Elements of all V heads of a token, in the layer that has most."""
+        """Elements of all V heads of a token, in the layer that has the most."""
         return max(self.of_layer(i).n_embd_v_gqa for i in range(self.n_layer))
 
     @property
@@ -140,7 +140,7 @@ class HParams:
 
     @property
     def n_pos_per_token(self) -> int:
-        """Positions of a token."""
+        """Number of positions of a token: 4 with M-RoPE, otherwise 1."""
         return 4 if self.rope_type in (RopeType.MROPE, RopeType.IMROPE) else 1
 
     @property
@@ -150,22 +150,22 @@ class HParams:
 
     @property
     def n_conv_channels(self) -> int:
-        """Elements of a token that a recurrent layer's convolution sees: its Q, K and V."""
+        """Elements of a token in a recurrent layer's convolution: its Q, K and V."""
         return self.n_ssm_inner + 2 * self.n_ssm_group * self.n_ssm_state
 
     @property
     def n_embd_r(self) -> int:
-        """Elements that a recurrent layer keeps of the last tokens of a sequence."""
+        """Elements of a sequence's last tokens that a recurrent layer keeps for the convolution."""
         return (self.n_ssm_kernel - 1) * self.n_conv_channels
 
     @property
     def n_embd_s(self) -> int:
-        """Elements of the state that a recurrent layer keeps of a sequence."""
+        """Elements of a sequence's state in a recurrent layer."""
         return self.n_ssm_state * self.n_ssm_inner
 
     @property
     def n_layer_all(self) -> int:
-        """Layers with those that nothing here runs: placement counts them."""
+        """Number of layers with the `n_layer_nextn` that no graph runs: placement counts them."""
         return self.n_layer + self.n_layer_nextn
 
     @property
@@ -185,13 +185,13 @@ class HParams:
 
     @property
     def n_ff_expert(self) -> int:
-        """Width of one expert, where a file that does not say means that those in use are as wide as a dense layer."""
+        """Width of one expert; if the file has none, the experts in use are together as wide as a dense layer."""
         return self.n_ff_exp or self.n_ff // self.n_expert_used
 
 
 @functools.lru_cache(maxsize=1024)
 def _sizes_of_layer(hp: HParams, layer: int) -> HParams:
-    sizes: dict[str, Any] = {}  # of numbers
+    sizes: dict[str, Any] = {}  # Any: sizes of fields with different types
     if hp.n_embd_head_swa and layer in hp.swa_layers:
         sizes = {"n_embd_head_k": hp.n_embd_head_swa, "n_embd_head_v": hp.n_embd_head_swa, "n_rot": hp.n_rot_swa}
     if hp.n_head_kv_by_layer:
@@ -206,14 +206,14 @@ class KeyReader:
 
     def __init__(self, file: GGUFFile, arch: str, uneven_keys: tuple[str, ...] = ()) -> None:
         self.file, self.arch, self.uneven_keys = file, arch, uneven_keys
-        self.metadata: Mapping[str, Any] = file.metadata  # Any: a value's type is the file's to say
+        self.metadata: Mapping[str, Any] = file.metadata  # Any: the file says each value's type
 
     def error(self, key: str, message: str) -> FormatError:
-        """Return the error that a key's value cannot be."""
+        """Return the error for a key; the text is the full key and ``message``."""
         return FormatError(self.file.path, f"'{self.arch}.{key}' {message}", hint="the model was converted wrongly")
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """Return a number, or the one that an array of one for each layer holds; the largest of `uneven_keys`."""
+        """Return an integer; of an array by layer, the common value, or for `uneven_keys` the largest."""
         full = f"{self.arch}.{key}"
         if default is not None and full not in self.metadata:
             return default
@@ -233,7 +233,7 @@ class KeyReader:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Return a number that a float32 holds."""
+        """Return a number that fits in a float32."""
         full = f"{self.arch}.{key}"
         if default is not None and full not in self.metadata:
             return default
@@ -243,7 +243,7 @@ class KeyReader:
         return value
 
     def whole_numbers(self, key: str) -> list[int]:
-        """Return the numbers of an array that has one for each layer."""
+        """Return the integers of an array by layer."""
         values = self.metadata[f"{self.arch}.{key}"]
         if isinstance(values, list) or values.dtype.kind not in "iub":
             kind = "strings" if isinstance(values, list) else str(values.dtype)
@@ -251,7 +251,7 @@ class KeyReader:
         return [int(v) for v in values]
 
     def n_vocab(self) -> int:
-        """Mirrors `llama_vocab::load`: the tokens' number, else the key, else the embedding's rows."""
+        """Return the length of the token list, else the key, else the embedding's rows. Mirrors `llama_vocab::load`."""
         if "tokenizer.ggml.tokens" in self.metadata:
             length = self.file.metadata.entry("tokenizer.ggml.tokens").length
             if length is not None:
@@ -260,12 +260,12 @@ class KeyReader:
         return self.integer("vocab_size", embedding.ne[1])
 
     def common(self, rope: RopeType, *, has_experts: bool, needs_experts: bool) -> HParams:
-        """Return what is read of all families.
+        """Return the hyper-parameters that all families have.
 
         Parameters
         ----------
         rope : RopeType
-            Of the family.
+            The family's kind of rotation.
         has_experts, needs_experts : bool
             Whether models of the family may, or must, have experts.
         """
@@ -307,7 +307,7 @@ class KeyReader:
         )
 
     def _experts(self, *, has_experts: bool, needs_experts: bool) -> dict[str, Any]:
-        """Return how many experts there are, and the groups that they are chosen from, checked as upstream does."""
+        """Return the numbers of experts and groups, checked as upstream does."""
         if not has_experts:
             return {"n_expert": 0, "n_expert_used": 0}
         n_expert = self.integer("expert_count", 0, least=0)
@@ -326,7 +326,7 @@ class KeyReader:
         }  # fmt: skip
 
     def _rotation(self) -> dict[str, Any]:
-        """Return by what rows rotate."""
+        """Return the parameters of ROPE."""
         scaling = self.file.require(f"{self.arch}.rope.scaling.type", str, "linear")
         if scaling not in _ROPE_SCALINGS:
             raise self.error("rope.scaling.type", f"is '{scaling}'; known are {', '.join(_ROPE_SCALINGS)}")
@@ -341,12 +341,12 @@ class KeyReader:
         }
 
     def check_heads(self, hp: HParams, *, may_be_partial: bool) -> None:
-        """Refuse heads of sizes that no graph here fits.
+        """Verify that graphs support the head sizes.
 
         Raises
         ------
         FormatError
-            K and V are of two sizes, or a part of a head rotates where the family rotates all.
+            K and V have different sizes, or only a part of a head rotates in a family that rotates all.
         """
         n_rot, head_k, head_v = hp.n_rot, hp.n_embd_head_k, hp.n_embd_head_v
         is_partial = may_be_partial and n_rot < head_k and n_rot % 2 == 0
@@ -354,32 +354,32 @@ class KeyReader:
             raise self.error("rope.dimension_count", f"is {n_rot}, with heads of {head_k} (K) and {head_v} (V)")
 
     def freq_base(self, key: str, default: float) -> float:
-        """Return a base of rotary frequencies. Differs: one of 0 or less, with which upstream computes NaN, is refused."""
+        """Return a base of rotary frequencies. Differs: 0 or less is refused; upstream computes NaN with it."""
         base = round_f32(self.number(key, default))
         if not 0 < base < math.inf:
             raise self.error(key, f"is {base:g}, a number above 0 is needed")
         return base
 
     def rope_sections(self) -> list[int]:
-        """Return how many elements of a head rotate by each of several positions; none where the file does not say."""
+        """Return the pairs of a head that rotate by each of several positions; empty if the file has no such key."""
         given = self.metadata.get(f"{self.arch}.rope.dimension_sections")
         if given is None:
             return []
         return [given] * 4 if isinstance(given, int) else self.whole_numbers("rope.dimension_sections")
 
     def size_vocab(self) -> int:
-        """Return the number of tokens as some architectures count them to tell models apart."""
+        """Return the number of tokens by which some families distinguish their models."""
         return self.integer("vocab_size", 0, least=0) or self.n_vocab()
 
     def n_layer_dense_lead(self, n_layer: int) -> int:
-        """Return how many layers come before those with experts."""
+        """Return the number of layers before the first with experts."""
         n_lead = self.integer("leading_dense_block_count", 0, least=0)
         if n_lead > n_layer:
             raise self.error("leading_dense_block_count", f"is {n_lead} of {n_layer} layers")
         return n_lead
 
     def gating(self, default: Gating | None = None) -> Gating:
-        """Return how a router's logits become probabilities; without a default, the file must say."""
+        """Return how a router's logits become probabilities; without a default, the key is required."""
         number = self.integer("expert_gating_func", 0, least=0)
         gating = _GATINGS.get(number) if number else default
         if gating is None:
@@ -387,19 +387,19 @@ class KeyReader:
         return gating
 
     def expert_weights(self) -> dict[str, Any]:
-        """Return by what weights of experts are multiplied."""
+        """Return the norm and the factor of the experts' weights."""
         return {
             "expert_weights_norm": self.file.require(f"{self.arch}.expert_weights_norm", bool, False),
             "expert_weights_scale": round_f32(self.number("expert_weights_scale", 0.0)),
         }
 
     def recurrent(self, hp: HParams) -> dict[str, Any]:
-        """Return what concerns layers with a gated delta net instead of attention.
+        """Return the hyper-parameters of layers with a gated delta net instead of attention.
 
         Notes
         -----
-        Mirrors `load_arch_hparams` of `llama_model_qwen3next` and the like: a file may name each layer, or say which of how
-        many has attention. Differs: sizes that do not go together are refused; upstream ends the process at them.
+        Mirrors `load_arch_hparams` of `llama_model_qwen3next` and others: a file may name each layer, or give the
+        interval of layers with attention. Differs: contradicting sizes are refused; upstream ends the process.
         """
         out: dict[str, Any] = {
             name: self.integer(f"ssm.{key}")
@@ -428,7 +428,7 @@ class KeyReader:
         return f"{self.arch}.{key}" in self.metadata
 
     def by_layer(self, key: str, n_layer: int, default: int) -> tuple[int, ...]:
-        """Return a number for each layer, of an array or one value for all."""
+        """Return an integer for each layer, from an array or one value for all."""
         given = self.metadata.get(f"{self.arch}.{key}", default)
         values = [int(given)] * n_layer if isinstance(given, int | float) else self.whole_numbers(key)
         if len(values) < n_layer:
@@ -438,7 +438,7 @@ class KeyReader:
         return tuple(values[:n_layer])
 
     def flags(self, key: str, n_layer: int) -> list[bool]:
-        """Return a flag for each layer, of an array or one value for all."""
+        """Return a flag for each layer, from an array or one value for all."""
         given = self.metadata[f"{self.arch}.{key}"]
         if isinstance(given, bool | int):
             return [bool(given)] * n_layer
@@ -448,18 +448,18 @@ class KeyReader:
         return [v > 0 for v in values]
 
     def sliding_window(self, hp: HParams, *, period: int, is_own: bool = False) -> dict[str, Any]:
-        """Return what concerns layers with a sliding window.
+        """Return the hyper-parameters of layers with a sliding window.
 
         Parameters
         ----------
         period : int
-            Of so many layers the last has no window, where the file does not say.
+            If the file does not name the layers: every ``period``-th layer has no window.
         is_own : bool
-            Layers with a window have rotations of their own.
+            Layers with a window have their own rotation.
 
         Notes
         -----
-        Mirrors `llama_model_base::load_swa_pattern`: a file may name each layer, or say which of how many is dense.
+        Mirrors `llama_model_base::load_swa_pattern`: a file may name each layer, or give the period.
         """
         for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
             own, common = (self.metadata.get(f"{self.arch}.{name}{suffix}") for suffix in ("_swa", ""))

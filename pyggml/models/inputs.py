@@ -1,4 +1,4 @@
-"""`InputFiller`: the values of a graph's inputs, written before each computing."""
+"""`InputFiller`: writes the inputs of a graph before each compute."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class InputFiller:
 
     Notes
     -----
-    Mirrors `llm_graph_result::set_inputs` and the `set_input` of each input. All are written each time: an input's
-    memory may hold a result after its last use.
+    Mirrors `llm_graph_result::set_inputs` and the `set_input` of each input. All are written each time, because an
+    input's memory may be reused for results.
     """
 
     def __init__(self, inputs: GraphInputs, cache: KVCache) -> None:

@@ -1,7 +1,7 @@
-"""`KVCache`: the K and V of tokens seen, in cells, and which cell holds which token of which sequence.
+"""`KVCache`: K and V of earlier tokens, in cells, and which cell holds which token of which sequence.
 
-Data lies in one tensor of K and one of V for each layer; here is only the book of cells. A decode asks first where its
-tokens fit (`prepare`), then takes the cells of each micro-batch (`apply`) before its graph is built.
+Each layer has one tensor of K and one of V. A decode first finds cells for all its tokens (`prepare`), then takes the
+cells of each micro-batch (`apply`) before building its graph.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheFullError", "KVCache", "Slot", "hadamard"]
 
-#: Cells are offered to graphs in steps of so many, so that a graph can be used again (`llama_kv_cache::get_n_kv`).
+#: Graphs read a multiple of this many cells, so that a graph can be used again (`llama_kv_cache::get_n_kv`).
 _N_KV_STEP = 256
 
 
@@ -37,7 +37,7 @@ class CacheFullError(AllocError):
     Attributes
     ----------
     n_tokens, n_used, n_cells : int
-        Of the batch; cells in use and in all, of the stream in question.
+        Tokens of the batch; used cells and all cells of its stream.
     """
 
     def __init__(self, n_tokens: int, n_used: int, n_cells: int) -> None:
@@ -50,7 +50,7 @@ class CacheFullError(AllocError):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The cells for a micro-batch: for each of its streams, ascending, one cell a token.
+    """The cells for a micro-batch: for each of its streams, ascending, one cell per token.
 
     Notes
     -----
@@ -59,7 +59,7 @@ class Slot:
 
     streams: tuple[int, ...]
     cells: npt.NDArray[np.int64]  #: (n_stream, n_token // n_stream)
-    swa: Slot | None = None  #: in the cache of layers with a sliding window, where there is one
+    swa: Slot | None = None  #: in the cache of layers with a sliding window, if any
 
 
 class KVCache:
@@ -68,31 +68,31 @@ class KVCache:
     Parameters
     ----------
     hparams, params
-        Of the model and its context.
+        Of the model and of the context.
     v_trans : bool
-        V is stored transposed, as attention without FLASH_ATTN_EXT reads it.
+        Store V transposed, as attention without FLASH_ATTN_EXT reads it.
     layers : iterable of int, optional
-        Whose K and V it holds; all by default.
+        The layers whose K and V it holds; by default all.
     n_cells : int, optional
-        Cells of one stream; as many as the context has by default.
+        Cells of one stream; by default those of the context.
     window : int
-        Positions that a token sees, itself included; 0: all before it.
+        Positions that a token sees, including its own; 0: all earlier ones.
 
     Attributes
     ----------
     k, v : dict of int to Tensor
-        By layer: K of ne [n_embd_k_gqa, n_cells, n_stream]; V likewise, whose elements lie transposed if ``v_trans``;
-        no V where it is a part of K (MLA).
+        By layer: ne [n_embd_k_gqa, n_cells, n_stream] and [n_embd_v_gqa, n_cells, n_stream], with V's elements
+        transposed if ``v_trans``. With MLA there is no V: it is a part of K.
     swa : KVCache or None
         The cache of layers with a sliding window; see `SlidingKVCache`.
     states : RecurrentStates or None
-        What layers without attention keep; see `HybridCache`.
+        The states of recurrent layers; see `HybridCache`.
     n_rot_k, n_rot_v : int
-        Size of the rotation that spreads outliers before quantisation; 0 without.
+        Size of the Hadamard rotation before quantisation, which spreads outliers; 0: none.
 
     Notes
     -----
-    Mirrors `llama_kv_cache` with one kind of layer.
+    Mirrors `llama_kv_cache`.
     """
 
     swa: KVCache | None = None
@@ -146,7 +146,7 @@ class KVCache:
         return seq if self.n_stream > 1 else 0
 
     def clear(self) -> None:
-        """Forget all tokens; the data stays and is never read."""
+        """Forget all tokens; their data is not erased, but masked."""
         self.streams = [Cells(self.n_cells) for _ in range(self.n_stream)]
 
     def seq_rm(self, seq: int, p0: int = 0, p1: int | None = None) -> None:
@@ -167,7 +167,7 @@ class KVCache:
             cells.head = min(cells.head, int(freed[0]))
 
     def forget(self, part: MicroBatch) -> None:
-        """Forget the tokens of a micro-batch that failed, and those after."""
+        """Forget the tokens of a failed micro-batch, and later tokens of its sequences."""
         for seq in part.seqs_unq:
             self.seq_rm(seq, int(part.pos[part.seqs == seq].min()))
 
@@ -177,7 +177,7 @@ class KVCache:
         Raises
         ------
         AllocError
-            They lie in different streams.
+            The sequences are in different streams.
 
         Notes
         -----
@@ -202,27 +202,27 @@ class KVCache:
         return self.streams[self._stream_of(seq)].first(seq)
 
     def reaches_back_to(self, seq: int) -> int:
-        """Return the first position from which a sequence can go on: 0, as nothing it would see has been given up."""
+        """Return the first position from which a sequence can continue: 0, because all its tokens are kept."""
         return 0
 
     def n_free(self, seq: int) -> int:
-        """Free cells that a sequence could take."""
+        """Number of free cells that a sequence could take."""
         return self.n_cells - self.streams[self._stream_of(seq)].n_used
 
     @property
     def n_used(self) -> int:
-        """Cells in use, of all streams."""
+        """Number of used cells in all streams."""
         return sum(cells.n_used for cells in self.streams)
 
-    # -- places for a batch --------------------------------------------------
+    # -- cells for a batch ---------------------------------------------------
 
     def prepare(self, batch: Batch, n_ubatch: int) -> list[tuple[MicroBatch, Slot]]:
-        """Cut a batch and find cells for all of it; nothing is taken yet.
+        """Cut a batch into micro-batches and find cells for all of them; none is taken yet.
 
         Raises
         ------
         CacheFullError
-            There are not so many free cells.
+           There are not enough free cells.
 
         Notes
         -----
@@ -232,12 +232,12 @@ class KVCache:
         return list(zip(parts, self.find_slots(parts), strict=True))
 
     def find_slots(self, parts: list[MicroBatch]) -> list[Slot]:
-        """Return cells for all of some micro-batches; nothing is taken yet.
+        """Return cells for all given micro-batches; none is taken yet.
 
         Raises
         ------
         CacheFullError
-            There are not so many free cells.
+           There are not enough free cells.
 
         Notes
         -----
@@ -258,7 +258,7 @@ class KVCache:
         return out
 
     def _find_slot(self, part: MicroBatch) -> Slot:
-        """Mirrors `llama_kv_cache::find_slot`: any usable cells do, from the head on."""
+        """Return usable cells, not necessarily adjacent, from the head on. Mirrors `llama_kv_cache::find_slot`."""
         if self.n_stream == 1:
             streams: tuple[int, ...] = (0,)
             n_each = part.n_tokens
@@ -278,7 +278,7 @@ class KVCache:
                 raise CacheFullError(n_each, self.n_cells - len(free), self.n_cells)
             head = cells.head
             if head > cells.n_used + 2 * n_each:
-                head = 0  # enough room was freed before the head
+                head = 0  # enough cells before the head are free
             first = int(np.searchsorted(free, head))
             found[row] = free[first : first + n_each] if first + n_each <= len(free) else np.roll(free, -first)[:n_each]
         return Slot(streams, found)
@@ -286,7 +286,7 @@ class KVCache:
     def apply(self, part: MicroBatch, slot: Slot) -> None:
         """Take the cells of a micro-batch.
 
-        A sequence of which a position is overwritten loses all up to that: what is left has no holes.
+        If a position of a sequence is overwritten, the sequence loses all positions up to it, so that no gap is left.
 
         Notes
         -----
@@ -305,7 +305,7 @@ class KVCache:
     # -- what graphs see -----------------------------------------------------
 
     def view(self, slot: Slot) -> CacheView:
-        """Return the part of the cache that a micro-batch's graph reads, after `apply`.
+        """Return the part of the cache that a micro-batch's graph reads; call it after `apply`.
 
         Notes
         -----
@@ -316,7 +316,7 @@ class KVCache:
         return CacheView(self, n_kv, min(slot.streams), max(slot.streams) - min(slot.streams) + 1)
 
     def full_view(self) -> CacheView:
-        """Return the view of the whole cache, with which memory is reserved.
+        """Return a view of the whole cache, for reserving memory.
 
         Notes
         -----
@@ -332,7 +332,7 @@ class KVCache:
         return (offsets + slot.cells).reshape(-1)
 
     def v_idxs(self, slot: Slot) -> npt.NDArray[np.int64]:
-        """Return where V goes: int64, (n_token,), or (n_token * n_embd_v_gqa,) where each element is a row."""
+        """Return the rows that V goes to: int64, (n_token,), or (n_token * n_embd_v_gqa,) if each element is a row."""
         if not self.v_trans:
             return self.k_idxs(slot)
         n_embd = self.hparams.n_embd_v_gqa_max
@@ -345,8 +345,8 @@ class KVCache:
 
         Notes
         -----
-        Mirrors `llama_kv_cache::set_input_kq_mask`, causal: a token sees its own sequence up to its own position, as far
-        back as the window reaches.
+        Mirrors `llama_kv_cache::set_input_kq_mask`, causal: a token sees the earlier tokens of its own sequence that
+        are within the window, and itself.
         """
         if self.n_stream == 1 and len(part.seqs_unq) == 1:
             cells = self.streams[0]
@@ -370,7 +370,7 @@ class KVCache:
 
 
 def _rotation(type: Type, n_embd_head: int, *, grow: bool) -> int:
-    """Mirrors the constructor of `llama_kv_cache`: quantised caches of whole 64s are rotated."""
+    """Return the size of the rotation; 0 for caches that are not quantised. Mirrors `llama_kv_cache`'s constructor."""
     if not type.is_quantized or n_embd_head % 64:
         return 0
     n = 64

@@ -1,4 +1,4 @@
-"""`SlidingKVCache`: two caches, for models of which some layers see only the last tokens."""
+"""`SlidingKVCache`: two KV caches, for models with sliding windows in some layers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .kv_cache import KVCache, Slot
 
 __all__ = ["SlidingKVCache"]
 
-#: The cells of layers with a window come in steps of so many.
+#: The cells of layers with a window are a multiple of this.
 _STEP = 256
 
 
 class SlidingKVCache(KVCache):
-    """The cache of the layers that see everything, with a smaller one (`swa`) of those with a sliding window beside it.
+    """The cache of layers without a window; `swa` is the smaller cache of the layers with a sliding window.
 
-    A cell of the smaller one is written again once no token to come can see it. So it holds any number of tokens, but a
-    sequence cannot be taken back further than it reaches: see `reaches_back_to`.
+    A cell of `swa` is reused once later tokens cannot see it. A sequence can therefore only go back to
+    `reaches_back_to`.
 
     Notes
     -----
@@ -46,7 +46,7 @@ class SlidingKVCache(KVCache):
         self._is_unified = params.kv_unified
 
     def tensors(self) -> list[tuple[int, Tensor]]:
-        """Return the tensors of both, with their layers."""
+        """Return the tensors of both caches, with their layers."""
         return super().tensors() + self.swa.tensors()
 
     def is_like(self, other: KVCache) -> bool:
@@ -69,17 +69,17 @@ class SlidingKVCache(KVCache):
         self.swa.seq_cp(src, dst, p0, p1)
 
     def reaches_back_to(self, seq: int) -> int:
-        """Return the first position from which a sequence can go on with all that it would see."""
+        """Return the first position from which a sequence can continue: all that it sees is still in `swa`."""
         first = self.swa.seq_pos_min(seq)
         return 0 if first <= 0 else first + self.swa.window - 1
 
     def prepare(self, batch: Batch, n_ubatch: int) -> list[tuple[MicroBatch, Slot]]:
-        """Cut a batch and find cells in both caches for all of it; nothing is taken yet.
+        """Cut a batch into micro-batches and find cells in both caches; none is taken yet.
 
         Notes
         -----
-        Mirrors `llama_kv_cache_iswa::init_batch`. Differs: a unified cache in which runs do not fit is not tried again
-        with parts of equal lengths, which need as many cells.
+        Mirrors `llama_kv_cache_iswa::init_batch`. Differs: if `split_simple` does not fit into a unified cache,
+        `split_equal` is not tried, which needs as many cells.
         """
         parts = split_simple(batch, n_ubatch) if self._is_unified else split_equal(batch, n_ubatch)
         slots = zip(parts, self.find_slots(parts), self.swa.find_slots(parts), strict=True)
@@ -88,14 +88,14 @@ class SlidingKVCache(KVCache):
     def apply(self, part: MicroBatch, slot: Slot) -> None:
         """Take the cells of a micro-batch."""
         super().apply(part, slot)
-        if slot.swa is not None:  # not while `find_slots` tries the other cache alone
+        if slot.swa is not None:  # None while `find_slots` tries the other cache alone
             self.swa.apply(part, slot.swa)
 
     def view(self, slot: Slot) -> CacheView:
-        """Return the parts of both that a micro-batch's graph reads, after `apply`."""
+        """Return the parts of both caches that a micro-batch's graph reads; call it after `apply`."""
         assert slot.swa is not None
         return replace(super().view(slot), swa=self.swa.view(slot.swa))
 
     def full_view(self) -> CacheView:
-        """Return the view of both whole, with which memory is reserved."""
+        """Return a view of both whole caches, for reserving memory."""
         return replace(super().full_view(), swa=self.swa.full_view())

@@ -1,4 +1,4 @@
-"""`Cells`: which token of which sequences each cell of one stream of a KV cache holds."""
+"""`Cells`: the position and sequences of each cell in one stream of a KV cache."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy.typing as npt
 __all__ = ["Cells", "sequence_bit"]
 
 
-#: Cells that a book has from the beginning.
+#: Initial length of the arrays.
 _N_FIRST = 4096
 
 
 def sequence_bit(seq: int) -> np.uint64:
-    """Return the bit that stands for a sequence in a cell's set of them."""
+    """Return the bit of a sequence in `Cells.seqs`."""
     return np.uint64(1 << seq)
 
 
 class Cells:
-    """The book of one stream: what its first cells hold; those behind are empty, and take no room until `grow` is asked.
+    """The cells of one stream. The arrays cover only the first cells, the rest is empty; `grow` extends them.
 
     Notes
     -----
@@ -34,7 +34,7 @@ class Cells:
         self.head = 0  #: where the search for cells starts
 
     def grow(self, n: int) -> None:
-        """Have at least so many cells in the book, as far as there are so many."""
+        """Extend the arrays to at least ``n`` cells, at most those of the stream."""
         n_now, n = len(self.pos), min(n, self.n)
         if n <= n_now:
             return
@@ -44,12 +44,12 @@ class Cells:
 
     @property
     def n_used(self) -> int:
-        """Cells in use."""
+        """Number of used cells."""
         return int(np.count_nonzero(self.pos >= 0))
 
     @property
     def used_end(self) -> int:
-        """One past the last cell in use."""
+        """Index after the last used cell."""
         used = np.flatnonzero(self.pos >= 0)
         return int(used[-1]) + 1 if len(used) else 0
 
@@ -69,10 +69,7 @@ class Cells:
         return int(own.max()) if len(own) else -1
 
     def reusable(self, window: int) -> npt.NDArray[np.bool_]:
-        """Return which cells may be written: empty ones, and those that the next token of their sequence cannot see.
-
-        A cell that several sequences share is kept.
-        """
+        """Return which cells may be written: empty ones, and those of one sequence that its next token cannot see."""
         usable = self.pos < 0
         if window:
             seqs = np.unique(self.seqs[~usable])
@@ -81,7 +78,7 @@ class Cells:
         return usable
 
     def overwritten(self, chosen: npt.NDArray[np.int64]) -> dict[int, int]:
-        """Return the last position that each sequence has in some cells, of one sequence each."""
+        """Return, by sequence, the last position in the chosen cells, each of which belongs to one sequence."""
         lost: dict[int, int] = {}
         for i in chosen[self.pos[chosen] >= 0]:
             seq = int(self.seqs[i]).bit_length() - 1
@@ -89,7 +86,7 @@ class Cells:
         return lost
 
     def copy(self) -> Cells:
-        """Return a book that may be written without this one changing."""
+        """Return an independent copy."""
         other = Cells(0)
         other.n = self.n
         other.pos, other.seqs, other.head = self.pos.copy(), self.seqs.copy(), self.head

@@ -1,4 +1,4 @@
-"""Weights into memory, where `Placement` says: in place where the file is mapped, else into device buffers."""
+"""Loads weights to their placement: host weights in place in the mapped file, others into device buffers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .weights import Weights
 
 __all__ = ["LoadedWeights", "Progress", "allocate_cache", "load_weights", "plan_cache", "plan_weights"]
 
-#: Told the bytes copied so far and in all; may raise to stop the load.
+#: Called with the bytes copied so far and in total; it may raise to stop the load.
 Progress = Callable[[int, int], None]
-#: Copied at once, so that progress moves and a load can be stopped.
+#: Bytes copied between two calls of `Progress`.
 _STEP_BYTES = 16 * 1024**2
 #: Address of the first tensor of each buffer type in a plan; no process has memory there.
 _NOWHERE = 1 << 60
@@ -35,11 +35,11 @@ class LoadedWeights:
     Attributes
     ----------
     weights : Weights
-        By name and layer.
+        The tensors, by name and layer.
     buffers : list of Buffer
-        Those over the mapped file among them.
+        Their buffers, including those over the mapped file.
     mapped_bytes, copied_bytes : int
-        Bytes of weights used in place, and copied.
+        Bytes of weights used in place, and of those copied.
     """
 
     weights: Weights
@@ -49,7 +49,7 @@ class LoadedWeights:
     uses: Sequence[Tensor] = ()  #: the tensor of each use, in the order of the placement
 
     def close(self) -> None:
-        """Give the memory back; the weights have none afterwards."""
+        """Free the memory; the weights have no buffer afterwards."""
         EDITS.note()
         for tensor in self.weights.tensors:
             tensor.buffer = tensor.data = None
@@ -61,7 +61,7 @@ class LoadedWeights:
 def _make_tensors(
     placement: Placement, n_layer: int
 ) -> tuple[Weights, dict[tuple[BufferType, str], Tensor], list[Tensor]]:
-    """Return the tensors without memory, also by use; uses of one tensor in one buffer type share it."""
+    """Return the tensors without memory: as `Weights`, by buffer type and name, and by use."""
     made: dict[tuple[BufferType, str], Tensor] = {}
     in_order: list[Tensor] = []
     for w in placement.weights:
@@ -75,7 +75,7 @@ def _make_tensors(
 def _same_tensors(
     placement: Placement, before: LoadedWeights | None
 ) -> tuple[Weights, dict[tuple[BufferType, str], Tensor], Sequence[Tensor]] | None:
-    """Return the tensors of the same weights placed otherwise, or None if other uses share a tensor then."""
+    """Return the tensors of ``before`` for a new placement, or None if other uses would share a tensor."""
     if before is None or len(before.uses) != len(placement.weights):
         return None
     made: dict[tuple[BufferType, str], Tensor] = {}
@@ -86,14 +86,14 @@ def _same_tensors(
 
 
 def plan_weights(placement: Placement, hparams: HParams, before: LoadedWeights | None = None) -> LoadedWeights:
-    """Return weights that lie in buffers of no bytes: enough to plan with, and nothing is read or allocated.
+    """Return weights in buffers without bytes, for plans: nothing is read or allocated.
 
-    Each has an address that no process has, so that a plan can go through the motions of computing.
+    Each weight has an address that no process uses, because simulated computes calculate with addresses.
 
     Parameters
     ----------
     before : LoadedWeights, optional
-        The same weights placed otherwise, whose tensors move if they can.
+        The same weights with another placement; their tensors are reused if possible.
 
     Notes
     -----
@@ -111,7 +111,7 @@ def plan_weights(placement: Placement, hparams: HParams, before: LoadedWeights |
 
 
 def _place_nowhere(tensor: Tensor, buffer: Buffer, ends: dict[BufferType, int]) -> None:
-    """Give a tensor an address in a buffer of no bytes, after those before it."""
+    """Give a tensor the next address of a buffer without bytes."""
     buft = buffer.buft
     tensor.buffer = buffer
     tensor.data = ends.get(buft, _NOWHERE)
@@ -121,21 +121,21 @@ def _place_nowhere(tensor: Tensor, buffer: Buffer, ends: dict[BufferType, int]) 
 def load_weights(
     file: GGUFFile, placement: Placement, hparams: HParams, *, progress: Progress | None = None
 ) -> LoadedWeights:
-    """Bring the weights of a file to where they are placed.
+    """Load the weights of a file to their placement.
 
     Parameters
     ----------
     progress : callable, optional
-        Told ``(done_bytes, total_bytes)`` of what is copied; what is used in place is not.
+        Called with ``(done_bytes, total_bytes)`` of the copied weights; those used in place do not count.
 
     Raises
     ------
     OutOfMemoryError
-        A device has not enough memory; nothing stays allocated.
+        A device has too little free memory; everything is freed again.
 
-    Notes
-    -----
-    Mirrors `llama_model_base::load_tensors` and `llama_model_loader::load_all_data`.
+        Notes
+        -----
+        Mirrors `llama_model_base::load_tensors` and `llama_model_loader::load_all_data`.
     """
     weights, made, _ = _make_tensors(placement, hparams.n_layer)
     loaded = LoadedWeights(weights, [], 0, 0)
@@ -159,7 +159,7 @@ def load_weights(
 
 
 def _map_weights(file: GGUFFile, buft: BufferType, pairs: Sequence[tuple[WeightPlace, Tensor]]) -> list[Buffer]:
-    """Return buffers over the mapped file, one for each part, from the first to the last of some weights; none if that cannot be."""
+    """Return buffers over the mapped file, one per part, from first to last weight; [] if that is not possible."""
     by_part: dict[int, list[tuple[WeightPlace, Tensor]]] = {}
     for pair in pairs:
         by_part.setdefault(pair[0].info.part, []).append(pair)
@@ -226,12 +226,12 @@ def _cache_groups(cache: KVCache, placement: Placement, params: ContextParams) -
 
 
 def allocate_cache(cache: KVCache, placement: Placement, params: ContextParams) -> list[Buffer]:
-    """Allocate the KV cache, zeroed: what masks hide must not be NaN.
+    """Allocate the KV cache, zeroed: masked values must not be NaN.
 
     Raises
     ------
     OutOfMemoryError
-        A device has not enough memory; nothing stays allocated.
+        A device has too little free memory; everything is freed again.
     """
     buffers: list[Buffer] = []
     try:
@@ -254,7 +254,7 @@ def allocate_cache(cache: KVCache, placement: Placement, params: ContextParams) 
 
 
 def plan_cache(cache: KVCache, placement: Placement, params: ContextParams) -> dict[BufferType, int]:
-    """Put the KV cache into buffers of no bytes, and return what it would take of each buffer type."""
+    """Put the KV cache into buffers without bytes, and return the bytes that it would need, by buffer type."""
     sizes: dict[BufferType, int] = {}
     for buft, tensors in _cache_groups(cache, placement, params).items():
         buffer = buft.alloc_buffer(0)

@@ -1,6 +1,6 @@
-r"""Patterns of ``-ot``: llama.cpp reads them by `std::regex`, whose ECMAScript is not Python's; this makes one of the other.
+r"""Patterns of ``-ot``: translates the ECMAScript of `std::regex`, which llama.cpp uses, to Python's syntax.
 
-What means something else in Python, or nothing in one of the two, is refused by name instead of matched otherwise.
+A form that cannot be translated raises an error that names it, instead of matching differently.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..errors import GraphError
 
 __all__ = ["compile_pattern"]
 
-#: Letters that mean something after a backslash; ECMAScript takes any other character as itself.
+#: Letters with a meaning after a backslash; in ECMAScript any other character stands for itself.
 _CLASSES = "dDsSwWbB"
 _CONTROLS = {"f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "0": "\0"}
 #: POSIX classes that `std::regex` knows inside of brackets, as Python spells them in ASCII.
@@ -30,7 +30,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     Raises
     ------
     GraphError
-        The pattern is no regular expression of ECMAScript, or has a form that is not translated; the text names it.
+        The pattern is not a regular expression of ECMAScript, or has a form that is not translated; the text names it.
 
     Examples
     --------
@@ -91,7 +91,7 @@ class _Translator:
         return text
 
     def _quantifier(self) -> str:
-        """Return ``*``, ``+``, ``?`` or braces, lazy or not; what Python takes for a possessive one is refused."""
+        """Return a quantifier, lazy or not; raise for one that Python would read as possessive."""
         found = _QUANTIFIER.match(self.pattern, self.at)
         if self.pattern[self.at] == "{" and found is None:
             raise self.refuse("'{' that begins no count such as {2} or {1,} (ECMAScript wants it escaped)")
@@ -104,7 +104,7 @@ class _Translator:
         return text + lazy
 
     def _escape(self, *, in_set: bool) -> str:
-        """Return an escape; of letters that mean nothing in ECMAScript, the letter."""
+        """Return an escape, or the letter alone if the escape has no meaning in ECMAScript."""
         start = self.at
         char = self.pattern[start + 1 : start + 2]
         self.at += 2
@@ -123,7 +123,7 @@ class _Translator:
         if char == "c" or (in_set and char.isdigit() and char != "0"):
             raise self.refuse(f"'\\{char}'")
         if char.isdigit() and char != "0":
-            # a digit that follows belongs to the number in both; a bracket keeps what comes from being read as one
+            # digits that follow belong to the number in both; the bracket ends the number
             number = re.match(r"\d+", self.pattern[start + 1 :])
             assert number is not None
             self.at = start + 1 + number.end()

@@ -1,8 +1,8 @@
 """Where each tensor of a model goes, decided from the header alone: `place` returns a `Placement`, which is data.
 
-Each layer has a device (`-ngl`, `-ts`). Its weights go to the first buffer type of the device's list that the device can
-use for the op that reads the weight. `-ot`, `--cpu-moe` and `--n-cpu-moe` move single tensors by name. Loading uses the
-placement, the KV cache is on the devices of the layers, and `pyggml splits` shows both without reading weights.
+Each layer has a device (`-ngl`, `-ts`). Its weights go to the first buffer type of the device's list that the device
+can use for the op that reads the weight. `-ot`, `--cpu-moe` and `--n-cpu-moe` move single tensors by name. Loading uses
+the placement, the KV cache is on the devices of the layers, and `pyggml splits` shows both without reading weights.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-#: Names of expert weights, as ``--cpu-moe`` means them (`LLM_FFN_EXPS_REGEX`).
+#: Names of expert weights, as ``--cpu-moe`` matches them (`LLM_FFN_EXPS_REGEX`).
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
-#: Names of weights of dense feed-forward layers, as ``--n-cpu-ffn`` means them (`LLM_FFN_DENSE_REGEX`).
+#: Names of weights of dense feed-forward layers, as ``--n-cpu-ffn`` matches them (`LLM_FFN_DENSE_REGEX`).
 DENSE_FFN = r"\.ffn_(up|down|gate)\."
-#: Short forms among overrides, and what they stand for: a pattern, of all layers or of the first N.
+#: Short forms in `PlacementFlags.overrides`, and the pattern that each stands for, in all or the first N layers.
 _SHORTHANDS = {"--cpu-moe": EXPERTS, "--n-cpu-moe": EXPERTS, "--n-cpu-ffn": DENSE_FFN}
-#: Tokens with which support of a weight's op is asked (`weight_buft_supported`).
+#: Tokens of the op with which a device's support is checked (`weight_buft_supported`).
 _N_PROBE = 512
-#: Batches below so many tokens have their norms pinned to the layer's device, whatever is offloaded.
+#: Micro-batches with fewer tokens have their norms pinned to the layer's device, even without full offload.
 _PIN_BELOW = 32
 
 
@@ -64,8 +64,8 @@ class PlacementFlags:
     fit : bool
         ``-ngl auto``: layers, experts and the context become fewer until the model fits; see `pyggml.fit`.
     overrides : tuple of str
-        In the order of the command line; the first that matches a name counts: ``REGEX=BUFT`` of ``-ot``, or several
-        separated by commas; ``--cpu-moe``, ``--n-cpu-moe N``, ``--n-cpu-ffn N``.
+        In the order of the command line; the first that matches a name applies. Each is ``REGEX=BUFT`` of ``-ot``,
+        several of them separated by commas, ``--cpu-moe``, ``--n-cpu-moe N`` or ``--n-cpu-ffn N``.
     cpu_moe : bool
         ``--cpu-moe``, applied after the overrides: experts stay in host memory.
     n_cpu_moe : int
@@ -142,7 +142,7 @@ class Placement:
         return self.n_gpu_layers > len(self.layers)
 
     def cache_buft(self, layer: int, params: ContextParams) -> BufferType:
-        """Return the buffer type of a layer's K and V."""
+        """Return the buffer type of a layer's K and V: the host's with ``--no-kv-offload``."""
         return (self.layers[layer] if params.offload_kqv else self.cpu).buffer_type
 
     def by_buft(self) -> dict[BufferType, list[WeightPlace]]:
@@ -192,8 +192,8 @@ def parse_overrides(flags: PlacementFlags, devices: Sequence[Device], cpu: Devic
 
     Notes
     -----
-    Mirrors `parse_tensor_buffer_overrides` and `llm_add_n_cpu_ffn_overrides`: commas separate overrides, so a pattern cannot
-    contain one. Differs: an empty pattern, which matches every name, is refused.
+    Mirrors `parse_tensor_buffer_overrides` and `llm_add_n_cpu_ffn_overrides`: commas separate overrides, so a pattern
+    cannot contain one. Differs: an empty pattern, which matches every name, is refused.
     """
     if flags.n_cpu_moe < 0:
         raise GraphError(f"--n-cpu-moe is {flags.n_cpu_moe}, at least 0 is needed")
@@ -257,7 +257,7 @@ def layer_devices(
 
     Notes
     -----
-    Mirrors `llama_model_base::load_tensors`: the last layers go to devices, in shares by free memory or as told.
+    Mirrors `llama_model_base::load_tensors`: the last layers go to devices, in shares of free memory or of ``-ts``.
     """
     if not devices:
         return [cpu] * (n_layer + 1)
@@ -317,8 +317,8 @@ class _Support:
 
         Notes
         -----
-        Mirrors `weight_buft_supported`. Differs: the rows of ROPE are turned by as many factors as there are, from a base above 0; upstream
-        asks for none, which a backend may refuse as senseless.
+        Mirrors `weight_buft_supported`. Differs: ROPE has all its factors and a base above 0. Upstream asks about ROPE
+        without rotation, which a backend may refuse.
         """
         weight = Tensor(info.type, info.ne, name=spec.name)
         weight.buffer = buft.alloc_buffer(0)
@@ -354,7 +354,7 @@ BuftList = list[tuple[Device, BufferType]]
 
 
 def _cpu_bufts(devices: Sequence[Device], cpu: Device) -> BuftList:
-    """Mirrors `make_cpu_buft_list`: pinned memory of the first device that has it, then the CPU's own."""
+    """Return pinned memory of the first device that has it, then the CPU's own. Mirrors `make_cpu_buft_list`."""
     out: BuftList = []
     for device in devices:
         host = device.host_buffer_type
@@ -389,7 +389,7 @@ def place(
     GraphError
         A flag or an override is invalid.
     UnsupportedOpError
-        There is no buffer type for a weight with which its op can run.
+        No buffer type of the device's list can hold a weight so that its op runs.
 
     Notes
     -----
@@ -463,7 +463,8 @@ def norm_pins(norms: Iterable[tuple[Tensor, int]], n_tokens: int, placement: Pla
 
     Notes
     -----
-    Mirrors `llama_context::graph_get_cb`: otherwise a norm may run on the previous layer's device and its input be copied.
+    Mirrors `llama_context::graph_get_cb`: otherwise a norm may run on the previous layer's device and its input be
+    copied.
     """
     if n_tokens >= _PIN_BELOW and not placement.is_full_offload:
         return []

@@ -1,8 +1,8 @@
-"""`RecurrentStates`: what layers without attention keep of a sequence, and `HybridCache`: that beside the K and V of the others.
+"""`RecurrentStates`: the state of each sequence in recurrent layers; `HybridCache`: with the KV cache of other layers.
 
-A recurrent layer keeps two rows for each sequence: the last inputs of its convolution, and the state of its delta net. They
-are in cells, one for a sequence; the cells of a micro-batch's sequences are made neighbours, which the graph does by copying
-rows as it reads them. A state stands for all tokens so far: it cannot go back to an earlier one.
+A recurrent layer keeps two rows for each sequence: the last inputs of its convolution, and the state of its delta net.
+Each sequence has a cell. The sequences of a micro-batch need adjacent cells, so the graph copies rows when it reads
+them. A state includes all tokens so far and cannot return to an earlier one.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["HybridCache", "RecurrentStates"]
 
 @dataclass(slots=True)
 class _Cell:
-    """One place for a state."""
+    """A cell: one row of each state tensor."""
 
     pos: int = -1  #: of the last token in it; -1: empty
-    src: int = -1  #: the cell that holds its rows; -1: none, they are to be zeros
-    src0: int = -1  #: the same, for the graph that is next computed
+    src: int = -1  #: the cell that holds its rows; -1: none, they start as zeros
+    src0: int = -1  #: the same, for the next graph
     seqs: set[int] = field(default_factory=set)
 
 
@@ -43,10 +43,10 @@ class _Book:
         self.cells = [_Cell() for _ in range(n_cells)]
         self.tails: list[int | None] = [None] * n_cells  #: of each sequence, its cell
         self.head = self.n = self.n_used = 0
-        self.zero = -1  #: the cell whose rows are made zeros, from which others are cleared; -1: none is
+        self.zero = -1  #: the cell that is zeroed and copied to cells that start; -1: none
 
     def take(self, part: MicroBatch) -> None:
-        """Take neighbouring cells for the sequences of a micro-batch.
+        """Take adjacent cells for the sequences of a micro-batch.
 
         Notes
         -----
@@ -74,7 +74,7 @@ class _Book:
         return tail
 
     def _own_cell(self, seq: int) -> None:
-        """Give a sequence a cell that it shares with no other; what it had comes along."""
+        """Give a sequence a cell of its own, with its state."""
         tail = self.tails[seq]
         if tail is not None and len(self.cells[tail].seqs) == 1:
             return
@@ -88,14 +88,14 @@ class _Book:
         self.tails[seq] = free
 
     def _swap(self, a: int, b: int) -> None:
-        """Let two cells change places."""
+        """Swap two cells."""
         if a == b:
             return
         self.cells[a], self.cells[b] = self.cells[b], self.cells[a]
         self.tails = [b if tail == a else a if tail == b else tail for tail in self.tails]
 
     def _stage(self, low: int, high: int) -> None:
-        """Say from where the graph copies the rows of each cell from ``low`` to ``high``."""
+        """Set the cell from which the graph copies the rows of each cell from ``low`` to ``high``."""
         used = {cell.src for cell in self.cells}
         self.zero = next((i for i in range(low, high + 1) if i not in used), -1)
         for i in range(low, high + 1):
@@ -106,7 +106,7 @@ class _Book:
         self.n_used = sum(bool(cell.seqs) for cell in self.cells)
 
     def remove(self, seq: int) -> None:
-        """Forget a sequence; a cell that no other shares is empty then."""
+        """Forget a sequence; its cell is empty unless another sequence shares it."""
         tail, self.tails[seq] = self.tails[seq], None
         if tail is not None:
             cell = self.cells[tail]
@@ -117,7 +117,7 @@ class _Book:
                 self.head = min(self.head, tail)
 
     def share(self, src: int, dst: int) -> None:
-        """Let a sequence share another's state until it goes on."""
+        """Let a sequence share another's state until one of them continues."""
         self.remove(dst)
         tail = self.tails[src]
         if tail is not None:
@@ -143,7 +143,7 @@ class RecurrentStates:
 
     Notes
     -----
-    Mirrors `llama_memory_recurrent`, without snapshots to roll back to.
+    Mirrors `llama_memory_recurrent`. Differs: no snapshots to roll back to.
     """
 
     def __init__(self, hparams: HParams, n_cells: int) -> None:
@@ -158,7 +158,7 @@ class RecurrentStates:
         return [(i, own[i]) for i in self.r for own in (self.r, self.s)]
 
     def sources(self) -> npt.NDArray[np.int32]:
-        """Return from which cell the rows of each cell of the micro-batch come: int32, (n_cell,)."""
+        """Return the cell from which each cell of the micro-batch is copied: int32, (n_cell,)."""
         book = self.book
         return np.array([cell.src0 for cell in book.cells[book.head : book.head + book.n]], np.int32)
 
@@ -167,17 +167,17 @@ class RecurrentStates:
         return StatesView(self.r, self.s, self.book.n, self.book.head, self.book.zero)
 
     def full_view(self) -> StatesView:
-        """Return the view of all cells, with which memory is reserved."""
+        """Return a view of all cells, for reserving memory."""
         return StatesView(self.r, self.s, self.n_cells, 0, 0)
 
     def lost(self, seqs: tuple[int, ...]) -> set[int]:
-        """Return the sequences whose states a micro-batch that failed has spoilt: its own, and any that it moved."""
+        """Return the sequences whose states a failed micro-batch may have changed: its own, and those that it moved."""
         book = self.book
         moved = (i for i in range(book.head, book.head + book.n) if book.cells[i].src0 != i)
         return set(seqs).union(*(book.cells[i].seqs for i in moved))
 
     def wipe(self, seq: int) -> None:
-        """Make the rows of a sequence zeros: what is not a number stays so when it is multiplied by 0."""
+        """Zero the rows of a sequence, because a NaN would remain when multiplied by 0."""
         tail = self.book.tails[seq]
         for _, tensor in self.tensors():
             if tail is not None and tensor.buffer is not None:
@@ -185,9 +185,9 @@ class RecurrentStates:
 
 
 class HybridCache(KVCache):
-    """The K and V of layers with attention, with the states of the others beside them.
+    """The KV cache of layers with attention, with the states of recurrent layers.
 
-    A sequence can go on from its last token only, or from its beginning: see `reaches_back_to`.
+    A sequence can only continue after its last token, or start again: see `reaches_back_to`.
 
     Notes
     -----
@@ -208,17 +208,17 @@ class HybridCache(KVCache):
     # -- sequences -----------------------------------------------------------
 
     def clear(self) -> None:
-        """Forget all tokens; states are zeros when a sequence begins again."""
+        """Forget all tokens; states start as zeros again."""
         super().clear()
         self.states.book = _Book(self.states.n_cells)
 
     def seq_rm(self, seq: int, p0: int = 0, p1: int | None = None) -> None:
-        """Forget a sequence, or tokens that it has not.
+        """Forget a whole sequence; a range without any of its tokens does nothing.
 
         Raises
         ------
         AllocError
-            Some of its tokens would stay, and its state stands for all of them; nothing was forgotten.
+            The range has some of its tokens but not all, and the state includes all. Nothing was forgotten.
         """
         last = self.states.book.pos(seq)
         end = last + 1 if p1 is None else p1
@@ -232,12 +232,12 @@ class HybridCache(KVCache):
         super().seq_rm(seq, p0, p1)
 
     def seq_cp(self, src: int, dst: int, p0: int = 0, p1: int | None = None) -> None:
-        """Let a sequence share another's tokens, all of them; each has a state of its own as soon as it goes on.
+        """Let a sequence share all tokens of another; each has its own state once it continues.
 
         Raises
         ------
         AllocError
-            They are in different streams, or some of the tokens are left out, for which there is no state.
+            The sequences are in different streams, or the range does not have all tokens of ``src``.
         """
         last = self.states.book.pos(src)
         if last >= 0 and (p0 > 0 or (p1 is not None and p1 <= last)):
@@ -254,29 +254,29 @@ class HybridCache(KVCache):
         return min(super().seq_pos_max(seq), self.states.book.pos(seq)) if self.k else self.states.book.pos(seq)
 
     def reaches_back_to(self, seq: int) -> int:
-        """Return the first position from which a sequence can go on: behind its last token."""
+        """Return the first position from which a sequence can continue: the one after its last token."""
         return self.states.book.pos(seq) + 1
 
     def forget(self, part: MicroBatch) -> None:
-        """Forget the sequences of a micro-batch that failed, whole: their states are neither old nor new."""
+        """Forget the whole sequences of a failed micro-batch: their states may be half updated."""
         for seq in self.states.lost(part.seqs_unq):
             self.states.wipe(seq)
             self.seq_rm(seq)
 
-    # -- places for a batch --------------------------------------------------
+    # -- cells for a batch ---------------------------------------------------
 
     def prepare(self, batch: Batch, n_ubatch: int) -> list[tuple[MicroBatch, Slot]]:
-        """Cut a batch into equal parts of its sequences and find cells for all of it; nothing is taken yet.
+        """Cut a batch with `split_equal` and find cells for all micro-batches; none is taken yet.
 
         Notes
         -----
-        Mirrors `llama_memory_hybrid::init_batch`: each sequence has a cell for its state, so that these always fit.
+        Mirrors `llama_memory_hybrid::init_batch`. States always fit: each sequence has a cell.
         """
         parts = split_equal(batch, n_ubatch, is_sequential=self.n_stream > 1)
         return list(zip(parts, self.find_slots(parts), strict=True))
 
     def find_slots(self, parts: list[MicroBatch]) -> list[Slot]:
-        """Return cells for all of some micro-batches; nothing is taken yet."""
+        """Return cells for all given micro-batches; none is taken yet."""
         kept = self.states.book
         self.states.book = copy.deepcopy(kept)
         try:
@@ -290,9 +290,9 @@ class HybridCache(KVCache):
         self.states.book.take(part)
 
     def view(self, slot: Slot) -> CacheView:
-        """Return the parts of both that a micro-batch's graph reads, after `apply`."""
+        """Return the parts of KV cache and states that a micro-batch's graph reads; call it after `apply`."""
         return replace(super().view(slot), states=self.states.view())
 
     def full_view(self) -> CacheView:
-        """Return the view of both whole, with which memory is reserved."""
+        """Return a view of the whole KV cache and all states, for reserving memory."""
         return replace(super().full_view(), states=self.states.full_view())

@@ -1,6 +1,6 @@
-"""`GraphSource`: where a planner has a model's graphs, weights and caches from; `BuiltSource` builds them itself.
+"""`GraphSource`: provides a planner with a model's graphs, weights and caches; `BuiltSource` builds the graphs itself.
 
-The other source is `pyggml.llama.CapturedSource`, whose graphs come from llama.cpp. A planner does not tell them apart.
+The other source is `pyggml.llama.CapturedSource`, which captures graphs from llama.cpp.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["BuiltSource", "GraphSource", "ModelFacts", "PlannableGraph"]
 
 
 class ModelFacts(Protocol):
-    """What plans and reports say of a model, whatever its family."""
+    """Facts about a model of any family, for plans and reports."""
 
     @property
     def arch(self) -> str:
@@ -44,31 +44,31 @@ class ModelFacts(Protocol):
 
     @property
     def n_vocab(self) -> int:
-        """Tokens of the vocabulary."""
+        """Number of tokens in the vocabulary."""
 
     @property
     def n_ctx_train(self) -> int:
-        """Context that it was trained with."""
+        """Context that the model was trained with, in tokens."""
 
     @property
     def n_layer(self) -> int:
-        """Layers."""
+        """Number of layers."""
 
     @property
     def n_expert(self) -> int:
-        """Experts of a layer; 0 without."""
+        """Number of experts of a layer; 0 for dense models."""
 
     @property
     def n_expert_used(self) -> int:
-        """Experts that a token goes through."""
+        """Number of experts that each token uses."""
 
     @property
     def n_layer_dense_lead(self) -> int:
-        """Layers without experts, before those with."""
+        """Number of layers before the first with experts."""
 
 
 class PlannableGraph(Protocol):
-    """What a planner needs of the graph of a micro-batch."""
+    """What a planner reads of the graph of a micro-batch."""
 
     @property
     def graph(self) -> Graph:
@@ -76,7 +76,7 @@ class PlannableGraph(Protocol):
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the micro-batch."""
+        """Number of tokens of the micro-batch."""
 
     @property
     def logits(self) -> Tensor:
@@ -88,29 +88,29 @@ class PlannableGraph(Protocol):
 
     @property
     def attn_outputs(self) -> list[Tensor]:
-        """Nodes that stay with a KV cache on the CPU."""
+        """Nodes that are pinned to the CPU if the KV cache is there."""
 
     @property
     def delta_nodes(self) -> list[tuple[Tensor, int]]:
-        """GATED_DELTA_NET nodes with their layers, while it is not settled whether it stays on."""
+        """GATED_DELTA_NET nodes with their layers, until a probe has decided whether the op stays on."""
 
     @property
     def flash_nodes(self) -> list[tuple[Tensor, int]]:
-        """FLASH_ATTN_EXT nodes with their layers, while it is not settled whether it stays on."""
+        """FLASH_ATTN_EXT nodes with their layers, until a probe has decided whether the op stays on."""
 
     @property
     def pins(self) -> list[tuple[Tensor, Backend]]:
-        """Nodes that must run on a backend."""
+        """Nodes that must run on a given backend."""
 
 
-#: Graphs that a plan keeps, the latest used; a decode has two or three.
+#: Most graphs that are kept for plans; the least recently used is dropped. A decode has two or three.
 _N_GRAPHS = 16
-#: Makes a graph, when the scheduler has been reset; None: the graph before can be used again.
+#: Makes a graph after a reset of the scheduler; None: the previous graph is used again.
 Build = Callable[[], PlannableGraph] | None
 
 
 class GraphSource(ABC):
-    """Where a planner has a model's graphs from.
+    """Provides a planner with a model's graphs, weights and caches.
 
     Attributes
     ----------
@@ -126,21 +126,21 @@ class GraphSource(ABC):
     params: ContextParams
     placement: Placement
     tensor_split: tuple[float, ...] = ()  #: the user's shares of the devices, if any
-    banks: ExpertBanks | None = None  #: what the graphs read in place of expert weights
+    banks: ExpertBanks | None = None  #: what the graphs read instead of expert weights
 
     @abstractmethod
     def expert_weights(self) -> dict[int, list[Tensor]]:
-        """Return the expert weights of each layer: gate and up in one, or gate, up; and down.
+        """Return the expert weights of each layer: gate and up, fused or separate, and down.
 
         Raises
         ------
         SchedError
-            The graphs cannot read anything in their place.
+            The graphs cannot read anything else instead of them.
         """
 
     @abstractmethod
     def load(self, *, data: bool, progress: Progress | None) -> None:
-        """Bring weights to their places; without data, into buffers of no bytes."""
+        """Load weights to their placement; with ``data=False``, into buffers without bytes."""
 
     @abstractmethod
     def make_cache(self, *, data: bool) -> Mapping[BufferType, int]:
@@ -148,51 +148,51 @@ class GraphSource(ABC):
 
     @abstractmethod
     def reserved(self, n_tokens: int, n_seqs: int, n_outputs: int) -> PlannableGraph:
-        """Return the graph of so many tokens over the whole cache, with which memory is reserved."""
+        """Return a graph of ``n_tokens`` tokens over the whole cache, for reserving memory."""
 
     @abstractmethod
     def parts(
         self, n_tokens: int, outputs: Outputs, *, is_generated: bool = False
     ) -> Iterator[tuple[MicroBatch, Build]]:
-        """Yield the micro-batches of a decode of so many tokens of one sequence, from an empty cache.
+        """Yield the micro-batches of a decode of one sequence with ``n_tokens`` tokens, starting with an empty cache.
 
         Parameters
         ----------
         is_generated : bool
-            One token a step.
+            Decode one token at a time.
         """
 
     def settle_flash_attention(self, on: bool) -> None:
-        """Note what the probe of flash attention decided."""
+        """Record whether flash attention stays on, as its probe decided."""
         self.params = replace(self.params, flash_attn=on, auto_flash_attn=False)
 
-    #: Tokens of each sequence of the graphs with which it is settled whether GATED_DELTA_NET stays on.
+    #: Tokens per sequence of the graphs that decide whether GATED_DELTA_NET stays on.
     delta_probes: tuple[int, ...] = ()
 
     def settle_delta_net(self, n_each: int, on: bool) -> None:
-        """Note what the probe of GATED_DELTA_NET for so many tokens of each sequence decided."""
+        """Record whether GATED_DELTA_NET stays on for ``n_each`` tokens per sequence, as its probe decided."""
         if n_each == 1:
             self.params = replace(self.params, fused_delta_one=on)
         else:
             self.params = replace(self.params, fused_delta_many=on)
 
     def forget_graphs(self) -> None:
-        """Keep no graph that was made for a plan before; by default none is kept."""
+        """Drop graphs kept from earlier plans; a source that keeps none does nothing."""
         return
 
     @abstractmethod
     def changed(self, placement: PlacementFlags, context: ContextFlags) -> GraphSource:
-        """Return a source of the same model with other flags, for plans; this one is not used any more.
+        """Return a source of the same model with other flags, for plans; it replaces this one.
 
         Raises
         ------
         GraphError
-            A flag cannot be. This source is as it was.
+            A flag is invalid. This source is unchanged.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
 
 
 class BuiltSource(GraphSource):
@@ -201,7 +201,7 @@ class BuiltSource(GraphSource):
     Attributes
     ----------
     cache : KVCache
-        The book of tokens seen.
+        The KV cache and the tokens in it.
     loaded : LoadedWeights
         The weights and their buffers.
 
@@ -210,7 +210,7 @@ class BuiltSource(GraphSource):
     FormatError
         The file is damaged, incomplete, or of an architecture that is not supported.
     GraphError
-        A flag cannot be.
+        A flag is invalid.
     """
 
     hparams: HParams
@@ -233,7 +233,7 @@ class BuiltSource(GraphSource):
         self.cache: KVCache = make_cache(hp, self.params, v_trans=not self.params.flash_attn)
         self._cache_buffers: list[Buffer] = []
         self.delta_probes = (1, 16) if hp.n_ssm_state else ()
-        #: graphs for plans, which change nothing but where their weights are; None with data
+        #: graphs kept for plans, in which only the places of weights change; None with data
         self._graphs: dict[tuple[KVCache, ContextParams, GraphKey], ModelGraph] | None = None
 
     def load(self, *, data: bool, progress: Progress | None) -> None:
@@ -259,10 +259,10 @@ class BuiltSource(GraphSource):
         return sizes
 
     def build(self, p: GraphParams) -> ModelGraph:
-        """Return the graph of a micro-batch; one that a plan asked for before is the same object again."""
+        """Return the graph of a micro-batch; for plans, equal keys give the same object."""
         if self._graphs is None or p.banks is not None:
             return build_graph(p, self.loaded.weights)
-        # what no builder reads
+        # these have no effect on the graph
         params = replace(p.params, n_batch=0, n_ubatch=0, op_offload=True, n_outputs_max=0)
         key = self.cache, params, p.key
         graph = self._graphs.pop(key, None) or build_graph(p, self.loaded.weights)
@@ -272,7 +272,7 @@ class BuiltSource(GraphSource):
         return graph
 
     def changed(self, placement: PlacementFlags, context: ContextFlags) -> BuiltSource:
-        """Return a source with other flags, that keeps weights, cache and graphs as far as they are the same but for their places."""
+        """Return a source with other flags; weights, cache and graphs are reused if only their places change."""
         made = copy(self)
         made.banks, made.tensor_split = None, placement.tensor_split
         hp = self.hparams
@@ -291,7 +291,7 @@ class BuiltSource(GraphSource):
             self._graphs = {}
 
     def _make_views_follow(self) -> None:
-        """Let views in graphs that are kept look at where weights and cache are now."""
+        """Update views in kept graphs to the current addresses of weights and cache."""
         for graph in (self._graphs or {}).values():
             for node in graph.graph.nodes:
                 root = node.view_src
@@ -316,7 +316,7 @@ class BuiltSource(GraphSource):
         """Yield the micro-batches of a decode; the cache is empty afterwards."""
         n_ubatch = 1 if is_generated else self.params.n_ubatch
         self.cache.clear()
-        if n_tokens > self.cache.n_cells:  # before that many are made
+        if n_tokens > self.cache.n_cells:  # before making that many micro-batches
             raise CacheFullError(n_tokens, 0, self.cache.n_cells)
         key: GraphKey | None = None
         try:
@@ -330,12 +330,12 @@ class BuiltSource(GraphSource):
             self.cache.clear()
 
     def batches(self, tokens: Sequence[int], seq: int, outputs: Outputs) -> list[Batch]:
-        """Cut a sequence's next tokens by ``n_batch``, after checking all of them.
+        """Return a sequence's next tokens in batches of at most ``n_batch``, after checking all of them.
 
         Raises
         ------
         GraphError
-            An id or the sequence is out of bounds.
+            An id or the sequence is out of range.
         CacheFullError
             The tokens do not fit into the context.
         """
@@ -348,7 +348,7 @@ class BuiltSource(GraphSource):
         return whole.cut(self.params.n_batch)
 
     def close(self) -> None:
-        """Give weights and cache back."""
+        """Free weights and cache."""
         for _, tensor in self.cache.tensors():
             tensor.buffer = tensor.data = None
         for buffer in self._cache_buffers:

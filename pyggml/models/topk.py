@@ -1,4 +1,4 @@
-"""`TopK`: which experts each layer chose, read while a graph is computed."""
+"""`TopK`: reads the experts that each layer chose while a graph is computed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["TopK"]
 
 
 class TopK:
-    """Takes the experts that each MoE layer chooses.
+    """Collects the experts that each layer with experts chooses.
 
     Attributes
     ----------
     ids : int32, (n_moe_layer, n_token, n_used)
-        Of all tokens decoded with it, in order; -1 where a layer did not run for a token, as the last does not where
-        its logits are not wanted.
+        Of all tokens in order; -1 if a layer did not run for a token. The last layer runs only for tokens whose logits
+        are wanted.
     """
 
     def __init__(self) -> None:
@@ -30,18 +30,18 @@ class TopK:
         self._n_before = 0
 
     def start(self, hparams: HParams, n_tokens: int) -> None:
-        """Make room for the tokens of a batch."""
+        """Add ``n_tokens`` tokens to `ids`, all -1."""
         self._start(hparams.n_layer_moe, n_tokens, hparams.n_expert_used)
 
     def take(self, chosen: Mapping[int, npt.NDArray[np.int32]], n_tokens: int, n_layers: int) -> None:
-        """Take the experts of one micro-batch: for each layer that has experts, ``(n_row, n_used)``.
+        """Add the experts of one micro-batch: for each layer with experts, int32, (n_row, n_used).
 
         Parameters
         ----------
         n_tokens : int
-            Of the micro-batch; fewer rows are those of its last tokens.
+            Tokens of the micro-batch; if there are fewer rows, they are those of its last tokens.
         n_layers : int
-            How many layers have experts: those of ``chosen`` in order, all of which ran.
+            Number of layers with experts.
         """
         n_used = next((rows.shape[1] for rows in chosen.values()), 0)
         self._start(n_layers, n_tokens, n_used)

@@ -1,7 +1,7 @@
-"""What tensors a model is made of (`WeightSpec`), and the tensors themselves by name (`Weights`).
+"""`WeightSpec`: a tensor that a model needs; `Weights`: the tensors by name.
 
-An architecture lists its tensors once; placement decides from the list where each goes, loading makes them, and graph
-builders ask for them by the names that they have in the file.
+An architecture lists its tensors. Placement decides where each goes, loading makes them, and graph builders read them
+by their names in the file.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ __all__ = [
     "trunk_specs",
 ]
 
-#: A tensor of a layer: its name without ``blk.N.``, ne, the op that uses it, whether it is optional.
+#: A tensor of a layer: name without ``blk.N.``, ``ne``, op that uses it, whether it is optional.
 SpecRow = tuple[str, tuple[int, ...], Op, bool]
 Part = Literal["input", "repeating", "output"]
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """One tensor that a model uses, in one place.
+    """One use of a tensor by a model.
 
     Attributes
     ----------
     name : str
-        In the file.
+        Name in the file.
     ne : tuple of int
-        Shape it must have, ggml order.
+        Required ``ne``.
     part : str
-        input, repeating or output: which of the devices' lists it is placed by.
+        ``input``, ``repeating`` or ``output``: which device it is placed on.
     layer : int
-        Of a repeating one; -1 else.
+        The layer of a repeating tensor; otherwise -1.
     op : Op
-        The op that uses it: a device must support that on the buffer type.
+        The op that uses it, which the device must support with the buffer type.
     is_optional, is_duplicate, is_skipped : bool
-        It may be missing; it is another use of a tensor listed before; it is known and not used.
+        The file may lack it; it is another use of an earlier tensor; it is in files but no graph uses it.
     """
 
     name: str
@@ -71,7 +71,7 @@ class WeightSpec:
 
 
 def spec(name: str, ne: Iterable[int], part: Part, layer: int, op: Op, *, optional: bool = False) -> WeightSpec:
-    """Return a `WeightSpec`; the bias of a multiplication is added, whatever op its weight has."""
+    """Return a `WeightSpec`; the op of a ``.bias`` is ADD or ADD_ID."""
     if name.endswith(".bias"):
         op = Op.ADD_ID if op is Op.MUL_MAT_ID else Op.ADD
     return WeightSpec(name, pad_ne(tuple(ne)), part, layer, op, optional)
@@ -103,9 +103,9 @@ def expert_rows(
     n_ff : int
         Width of one expert.
     is_gate_optional : bool
-        Whether experts may do without a gate.
+        Whether the gate may be missing.
     bias : str
-        Whether there is a bias by which experts are chosen and not weighed.
+        Whether the router has a bias that affects the choice of experts but not their weights.
     """
     return [
         ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
@@ -117,7 +117,7 @@ def expert_rows(
 
 
 def gate_up_rows(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
-    """Return the rows of the experts' gates and ups, in one tensor if the file has them so.
+    """Return the rows of the experts' gate and up weights, fused if the file has them fused.
 
     Notes
     -----
@@ -130,7 +130,7 @@ def gate_up_rows(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> 
 
 
 def shared_rows(hp: HParams, n_ff: int) -> list[SpecRow]:
-    """Return the rows of an expert that every token goes through."""
+    """Return the rows of a shared expert."""
     return [
         ("ffn_gate_shexp.weight", (hp.n_embd, n_ff), Op.MUL_MAT, False),
         ("ffn_down_shexp.weight", (n_ff, hp.n_embd), Op.MUL_MAT, False),
@@ -139,7 +139,7 @@ def shared_rows(hp: HParams, n_ff: int) -> list[SpecRow]:
 
 
 def nextn_rows(hp: HParams) -> list[SpecRow]:
-    """Return the rows that a layer has beside those of others where it predicts the token after the next."""
+    """Return the additional rows of a layer that predicts the token after the next."""
     return [
         ("nextn.eh_proj.weight", (2 * hp.n_embd, hp.n_embd), Op.MUL_MAT, True),
         ("nextn.enorm.weight", (hp.n_embd,), Op.MUL, True),
@@ -151,12 +151,12 @@ def nextn_rows(hp: HParams) -> list[SpecRow]:
 
 
 def skipped(specs: Iterable[WeightSpec]) -> list[WeightSpec]:
-    """Return specs of tensors that files have and nothing here uses."""
+    """Return the specs marked as in files but unused."""
     return [replace(s, is_skipped=True) for s in specs]
 
 
 def trunk_specs(hp: HParams, present: Mapping[str, TensorInfo], *, tied_head: bool = True) -> list[WeightSpec]:
-    """Return the specs of the embedding, the last norm and the head, which may be the embedding once more if tied."""
+    """Return the specs of the embedding, the last norm and the head; if tied, the embedding can be the head."""
     ne = pad_ne((hp.n_embd, hp.n_vocab))
     out = [
         WeightSpec("token_embd.weight", ne, "input", -1, Op.GET_ROWS),
@@ -170,12 +170,12 @@ def trunk_specs(hp: HParams, present: Mapping[str, TensorInfo], *, tied_head: bo
 
 
 def qkv_specs(hp: HParams, layer: int, present: Mapping[str, TensorInfo], *, n_q_each: int = 1) -> list[WeightSpec]:
-    """Return the specs of one layer's projections to Q, K and V, fused if the file has them so.
+    """Return the specs of one layer's projections to Q, K and V, fused if the file has them fused.
 
     Parameters
     ----------
     n_q_each : int
-        Q has so many times the elements that its heads need.
+        Q has this many times the elements of its heads.
 
     Notes
     -----
@@ -201,7 +201,7 @@ def qkv_specs(hp: HParams, layer: int, present: Mapping[str, TensorInfo], *, n_q
 
 
 def rope_factor_specs(hp: HParams, layer: int) -> list[WeightSpec]:
-    """Return the frequency factors, which every layer uses and the file has once."""
+    """Return the specs of the frequency factors: one tensor that every layer uses."""
     names = ("rope_factors_long", "rope_factors_short") if hp.rope_scaling == "longrope" else ("rope_freqs",)
     ne = (hp.n_rot // 2, 1, 1, 1)
     return [
@@ -210,28 +210,28 @@ def rope_factor_specs(hp: HParams, layer: int) -> list[WeightSpec]:
     ]
 
 
-#: Weights beside which files may have ``.scale`` and ``.input_scale``, in the order in which llama.cpp asks for them.
+#: Weights that may have a ``.scale`` and an ``.input_scale``, in llama.cpp's order.
 _SCALED = (
     *("attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "attn_gate", "ffn_gate", "ffn_down", "ffn_up"),
     *("ffn_gate_shexp", "ffn_down_shexp", "ffn_up_shexp", "ffn_gate_exps", "ffn_down_exps", "ffn_up_exps"),
     *("ssm_in", "ssm_out", "ssm_alpha", "ssm_beta"),
 )
-#: Beginnings of names of those in recurrent layers.
+#: Prefixes of those in recurrent layers.
 _RECURRENT = ("ssm_", "attn_gate")
 
 
 def scale_specs(
     hp: HParams, specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo], *, of_ffn: bool, of_recurrent: bool
 ) -> list[WeightSpec]:
-    """Return the specs of scales beside weights: one for each matrix, or one for each expert.
+    """Return the specs of the scales of weights: one value for each matrix, or for each expert.
 
-    Files whose weights are NVFP4 have them; ``.input_scale`` is read and used by no graph, and scales of the feed-forward
-    only where ``of_ffn``, those of recurrent layers only where ``of_recurrent``.
+    Files with NVFP4 weights have them. No graph uses ``.input_scale``. Scales of the feed-forward are used with
+    ``of_ffn``, those of recurrent layers with ``of_recurrent``.
 
     Notes
     -----
-    Mirrors the generic pass of `llama_model_base::load_tensors`. Differs: scales that llama.cpp reads and leaves out of
-    its graph are not listed, so that such a file is refused.
+    Mirrors the generic pass of `llama_model_base::load_tensors`. Differs: scales that llama.cpp reads but does not use
+    are not listed, so such a file is refused.
     """
     by_name = {s.name: s for s in specs if not s.is_skipped}
     wanted: list[tuple[str, str]] = [(f"blk.{i}.", stem) for i in range(hp.n_layer) for stem in _SCALED]
@@ -251,12 +251,12 @@ def scale_specs(
 
 
 def resolve_specs(specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo], path: str) -> list[WeightSpec]:
-    """Return the specs whose tensors are there and used, after checking each.
+    """Return the specs whose tensors are in the file and used, after checking each.
 
     Raises
     ------
     FormatError
-        A tensor is missing or of another shape, or the file has tensors that the architecture does not use.
+        A tensor is missing or has another shape, or the file has tensors that the architecture does not know.
 
     Notes
     -----
@@ -305,7 +305,7 @@ class LayerWeights:
         return self._by_name[name]
 
     def get(self, name: str) -> Tensor | None:
-        """Return a weight, or None where the model has none of that name."""
+        """Return a weight by name, or None."""
         return self._by_name.get(name)
 
 
@@ -315,11 +315,11 @@ class Weights:
     Attributes
     ----------
     output : Tensor
-        The head, which may be the embedding once more.
+        The head; if the file has none, the embedding.
     layers : list of LayerWeights
-        By layer.
+        The weights of each layer.
     tensors : list of Tensor
-        Each once.
+        All tensors, each once.
     """
 
     __slots__ = ("_trunk", "layers", "output", "tensors")
@@ -346,5 +346,5 @@ class Weights:
         return self._trunk[name]
 
     def get(self, name: str) -> Tensor | None:
-        """Return a weight of no layer, or None where the model has none of that name."""
+        """Return a weight outside the layers by name, or None."""
         return self._trunk.get(name)

@@ -1,1 +1,1 @@
-"""A module for each family of models that is built here; each ends in an `Architecture`, and needs no other entry."""
+"""One module for each family that pyggml builds; each ends in an `Architecture` and is found by that."""

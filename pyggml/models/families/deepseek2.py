@@ -1,7 +1,7 @@
 """The architecture deepseek2 (DeepSeek V2, V3, R1): attention over a latent space, experts in groups beside a shared one.
 
-A token's K and V are one short vector, which the cache holds instead; what would unfold K is applied to Q, what would
-unfold V to the result.
+The cache holds one short vector per token instead of K and V. The weight that would expand K is applied to Q, the one
+that would expand V to the result.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["ARCHITECTURE"]
 
 
 def _hparams(keys: KeyReader, hp: HParams) -> HParams:
-    """Add the sizes of the latent space, and how experts are chosen.
+    """Add the sizes of the latent space and the routing.
 
     Notes
     -----
-    Mirrors `llama_model_deepseek2::load_arch_hparams`. Differs: files from before K and V were unfolded by weights of
-    their own, and scaling by the position, are refused.
+    Mirrors `llama_model_deepseek2::load_arch_hparams`. Differs: files without separate weights for K and V, and scaling
+    by position, are refused.
     """
     if keys.number("attention.temperature_scale", 0.0):
         raise keys.error("attention.temperature_scale", "is set, which is not supported")
@@ -42,7 +42,7 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     if (head_k, hp.n_head_kv) != (rank + n_rot, 1) or k_mla <= n_rot or n_rot % 2:
         sizes = f"{head_k} (K), {rank} (V), {k_mla} (K unfolded), {n_rot} rotated, {hp.n_head_kv} heads"
         raise keys.error("attention.kv_lora_rank", f"is {rank}, which does not go with {sizes}")
-    # which models have no narrow space for Q, and which choose by sigmoids without a key, is known by their size alone
+    # models without a latent space for Q, and with sigmoid routing but no key, are recognised by their size
     is_lite = hp.n_layer in (26, 27) or (hp.n_layer == 48 and keys.size_vocab() == 128256)
     is_flash = hp.n_layer in (47, 48) and keys.size_vocab() == 154880
     log_mul = round_f32(keys.number("rope.scaling.yarn_log_multiplier", 0.0))
@@ -107,7 +107,7 @@ def _moe_rows(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[Sp
 
 
 def _mla_scale(hp: HParams, cp: ContextParams) -> float:
-    """Return the factor of Q times K, with what YaRN adds to it, as float32 arithmetic gives it."""
+    """Return the factor of Q times K, with YaRN's part, computed in float32."""
     log = round_f32(math.log(round_f32(1.0 / cp.freq_scale)))
     tenth = round_f32(0.1)
     attn_factor = round_f32(cp.attn_factor * round_f32(1.0 + round_f32(tenth * log)))
@@ -151,7 +151,7 @@ def _latent_qkv(b: Builder, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tenso
 
 
 def _project_q(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return Q: [n_embd_head_k_mla, n_head, n_token], through a narrow space where the model has one."""
+    """Return Q: [n_embd_head_k_mla, n_head, n_token], through its latent space if the model has one."""
     hp, il = b.hp, w.layer
     if hp.n_lora_q:
         q = b.name(ops.mul_mat(w["attn_q_a.weight"], cur), "q", il)
@@ -163,7 +163,7 @@ def _project_q(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
 
 
 def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return what the chosen experts and the shared one make of each token."""
+    """Return the sum of the chosen experts' outputs and the shared expert's."""
     routed = routed_ffn(b, w, cur)
     shared = b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp", w.layer)
     return ops.add(routed, shared)

@@ -68,7 +68,7 @@ def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
 
 
 def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return what the chosen experts and the shared one make of each token."""
+    """Return the sum of the chosen experts' outputs and the shared expert's."""
     routed = routed_ffn(b, w, cur)
     if not b.hp.n_ff_exp * b.hp.n_expert_shared:
         return routed

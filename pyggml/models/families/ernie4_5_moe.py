@@ -1,4 +1,4 @@
-"""The architecture ernie4_5-moe: dense layers first, then experts, whose choice may have a bias, beside a shared one."""
+"""The architecture ernie4_5-moe: dense layers first, then experts with a shared one; the choice may have a bias."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
 
 
 def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return what the chosen experts, and the shared one if there is one, make of each token."""
+    """Return the sum of the chosen experts' outputs and the shared expert's, if there is one."""
     routed = moe_ffn(b, w, cur)
     if not b.hp.n_ff_shexp:
         return routed

@@ -20,7 +20,7 @@ __all__ = ["ARCHITECTURE"]
 
 
 def _hparams(keys: KeyReader, hp: HParams) -> HParams:
-    """Mirrors `llama_model_gemma3::load_arch_hparams`, which knows the largest model by its layers."""
+    """Mirrors `llama_model_gemma3::load_arch_hparams`, which recognises the largest model by its number of layers."""
     head = hp.n_embd // hp.n_head if hp.n_layer == 62 else hp.n_embd_head_k
     has_window = keys.integer("attention.sliding_window", 0, least=0) > 0
     return replace(
@@ -37,7 +37,7 @@ def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[Wei
 
     Notes
     -----
-    Mirrors `llama_model_gemma3::load_arch_tensors`. Differs: layers behind the head of models of embeddings are not known.
+    Mirrors `llama_model_gemma3::load_arch_tensors`. Differs: the dense layers of embedding models are not supported.
     """
     n_embd, head = (hp.n_embd,), (hp.n_embd_head_k,)
     return [

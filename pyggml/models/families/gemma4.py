@@ -1,6 +1,6 @@
-"""The architecture gemma4: layers of two kinds of heads, some of which use K and V of others; dense or with experts.
+"""The architecture gemma4: two kinds of heads, last layers that share K and V of earlier ones; dense or with experts.
 
-Dense models may embed each token once more for each layer, which the layer adds behind its feed-forward.
+Dense models may have a second embedding of each token for each layer, which the layer adds after its feed-forward.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
 
     Notes
     -----
-    Mirrors `llama_model_gemma4::load_arch_hparams`. Differs: sizes that do not go together, and a last layer of its own K
-    and V that is not of the kind that is used again, are refused; upstream ends the process at them.
+    Mirrors `llama_model_gemma4::load_arch_hparams`. Differs: contradicting sizes, and shared layers without an earlier
+    layer of their kind, are refused; upstream ends the process.
     """
     head, head_v = (keys.integer(f"attention.{which}_length_swa") for which in ("key", "value"))
     n_rot = keys.integer("rope.dimension_count_swa", hp.n_rot)
@@ -66,7 +66,7 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
 
 
 def _more_weights(hp: HParams) -> list[WeightSpec]:
-    """Return the weights that embed each token for each layer."""
+    """Return the specs of the per-layer embeddings."""
     if not hp.n_embd_per_layer:
         return []
     n_all = hp.n_embd_per_layer * hp.n_layer
@@ -139,8 +139,8 @@ def _graph(p: GraphParams, weights: Weights) -> ModelGraph:
 
     Notes
     -----
-    Mirrors `llama_model_gemma4::graph` as of b11549. Differs from b11434, which embeds tokens for the layers after the model's
-    own embedding, and crops after the last norm.
+    Mirrors `llama_model_gemma4::graph` as of b11549. Differs from b11434, which makes the per-layer embeddings after
+    the model's own, and crops after the last norm.
     """
     b = Builder(p, weights)
     hp, by_layer = p.hparams, None
@@ -157,7 +157,7 @@ def _graph(p: GraphParams, weights: Weights) -> ModelGraph:
 
 
 def _project_layers(b: Builder, w: LayerWeights, cur: Tensor, by_layer: Tensor) -> Tensor:
-    """Return what each layer is given of each token: f32, [n_embd_per_layer, n_token, n_layer]."""
+    """Return the per-layer embeddings: f32, [n_embd_per_layer, n_token, n_layer]."""
     hp, n = b.hp, b.hp.n_embd_per_layer
     by_layer = ops.scale(by_layer, round_f32(math.sqrt(n)))
     by_layer = ops.reshape_3d(by_layer, n, hp.n_layer, b.n_tokens)
@@ -222,7 +222,7 @@ def _part(fused: Tensor, size: int, n_tokens: int, start: int) -> Tensor:
 
 
 def _experts(b: Builder, w: LayerWeights, after: Tensor) -> Tensor:
-    """Return a dense feed-forward and that of the chosen experts, each with norms of its own, added up."""
+    """Return the sum of a dense feed-forward and the chosen experts' outputs, each with its own norms."""
     hp, il = b.hp, w.layer
     dense = b.ffn(w, b.norm_by(w, "ffn_norm", after, "ffn_norm_1"), activation="geglu")
     dense = b.norm_by(w, "post_ffw_norm_1", dense, "ffn_mlp")
@@ -235,7 +235,7 @@ def _experts(b: Builder, w: LayerWeights, after: Tensor) -> Tensor:
 
 
 def _add_layer_input(b: Builder, w: LayerWeights, cur: Tensor, by_layer: Tensor) -> Tensor:
-    """Return the residual stream with what the layer is given of each token, by a gate."""
+    """Return the residual stream plus the gated per-layer embedding."""
     il, size = w.layer, by_layer.ne[0] * by_layer.ne[1] * by_layer.type.type_size
     b.name(cur, "pe_in", il)
     gate = ops.gelu(b.project(w, "inp_gate", cur))

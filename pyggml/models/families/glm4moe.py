@@ -72,7 +72,7 @@ def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
 
 
 def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return what the chosen experts and the shared one make of each token."""
+    """Return the sum of the chosen experts' outputs and the shared expert's."""
     routed = routed_ffn(b, w, cur)
     return ops.add(routed, b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp_out", w.layer))
 

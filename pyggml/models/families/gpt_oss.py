@@ -52,7 +52,7 @@ def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[Wei
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
-    """Run for all tokens, the last layer, too: the rows whose logits are wanted are chosen after it.
+    """Add a layer. The last layer also runs for all tokens; the rows of wanted logits are chosen after it.
 
     Notes
     -----

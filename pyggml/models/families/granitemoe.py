@@ -71,12 +71,12 @@ def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
 
 
 def _scaled(hp: HParams, cur: Tensor) -> Tensor:
-    """Return what is added to the residual stream, scaled if the model says so."""
+    """Return a layer's output times `residual_scale`, if the model has one."""
     return ops.scale(cur, hp.residual_scale) if hp.residual_scale else cur
 
 
 def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return what the chosen experts, and the shared one if there is one, make of each token."""
+    """Return the sum of the chosen experts' outputs and the shared expert's, if there is one."""
     routed = moe_ffn(b, w, cur)
     if not b.hp.n_ff_shexp:
         return routed

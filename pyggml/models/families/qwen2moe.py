@@ -1,4 +1,4 @@
-"""The architecture qwen2moe: qwen2 with experts beside a shared one behind a gate."""
+"""The architecture qwen2moe: qwen2 with experts, and a shared expert with a gate."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
 
 
 def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return what the chosen experts make of each token, and the shared one by its gate, a sigmoid as SiLU over input."""
+    """Return the chosen experts' outputs plus the gated shared expert's; upstream's sigmoid is SiLU divided by its input."""
     il = w.layer
     routed = moe_ffn(b, w, cur, norm_weights=False)
     gate_in = b.name(ops.mul_mat(w["ffn_gate_inp_shexp.weight"], cur), "ffn_shexp_gate_inp", il)

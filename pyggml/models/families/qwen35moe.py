@@ -1,4 +1,4 @@
-"""The architecture qwen35moe (Qwen3.5, Qwen3.6): qwen3next with rows that rotate by three positions, and weights apart."""
+"""The architecture qwen35moe (Qwen3.5, Qwen3.6): qwen3next with M-RoPE and separate projection weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
 
 
 def _attention(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return attention by its gate: Q comes with a gate of its size, head by head."""
+    """Return gated attention: the projection of Q also contains the gate, head by head."""
     hp, n, il = b.hp, b.n_tokens, w.layer
     head = hp.n_embd_head_v
     both, k, v = b.qkv_rows(w, cur, n_q_each=2)
@@ -73,7 +73,7 @@ def _attention(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
 
 
 def _delta(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return a gated delta net."""
+    """Return the output of a gated delta net."""
     hp, il, n_each, n_seqs = b.hp, w.layer, b.part.n_seq_tokens, b.part.n_seqs
     qkv = b.project(w, "attn_qkv", cur)
     qkv = b.name(ops.reshape_3d(qkv, qkv.ne[0], n_each, n_seqs), "linear_attn_qkv_mixed", il)

@@ -1,4 +1,4 @@
-"""The architecture qwen3next: gated delta nets in three layers of four, gated attention in the fourth, many small experts."""
+"""The architecture qwen3next: gated delta nets in three of four layers, gated attention in the fourth; many experts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[Wei
 def gated_layer_specs(
     hp: HParams, i: int, present: Mapping[str, TensorInfo], recurrent: list[SpecRow]
 ) -> list[WeightSpec]:
-    """Return the weights of a layer, with attention or with the given recurrent part."""
+    """Return the specs of a layer with attention or, if recurrent, with the given rows."""
     norms: list[SpecRow] = [(f"{n}.weight", (hp.n_embd,), Op.MUL, False) for n in ("attn_norm", "post_attention_norm")]
     if i in hp.recurrent_layers:
         return layer_specs(i, [*norms, *recurrent, *moe_rows(hp, i, present)])
@@ -64,7 +64,7 @@ def gated_layer_specs(
 
 
 def recurrent_rows(hp: HParams, qkvz: list[SpecRow], beta_alpha: list[SpecRow]) -> list[SpecRow]:
-    """Return the rows of a gated delta net around those of its projections."""
+    """Return the rows of a gated delta net, with those of its projections."""
     return [
         *qkvz,
         ("ssm_conv1d.weight", (hp.n_ssm_kernel, hp.n_conv_channels), Op.SSM_CONV, False),
@@ -77,7 +77,7 @@ def recurrent_rows(hp: HParams, qkvz: list[SpecRow], beta_alpha: list[SpecRow]) 
 
 
 def moe_rows(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
-    """Return the rows of experts beside a shared one behind a gate."""
+    """Return the rows of experts and of a shared expert with a gate."""
     return [
         ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
         ("ffn_down_exps.weight", (hp.n_ff_expert, hp.n_embd, hp.n_expert), Op.MUL_MAT_ID, False),
@@ -112,7 +112,7 @@ def finish_layer(
 
 
 def _attention(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return attention by its gate: Q comes with a gate of its size, head by head."""
+    """Return gated attention: the projection of Q also contains the gate, head by head."""
     hp, n, il = b.hp, b.n_tokens, w.layer
     head = hp.n_embd_head_v
     both, k, v = b.qkv_rows(w, cur, n_q_each=2)
@@ -134,14 +134,14 @@ def _attention(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
 
 
 def gate_and_project(b: Builder, w: LayerWeights, cur: Tensor, gate: Tensor) -> Tensor:
-    """Return attention times the sigmoid of its gate, through ``attn_output``."""
+    """Return attention times the sigmoid of its gate, multiplied with ``attn_output``."""
     gate = b.name(ops.sigmoid(gate), "gate_sigmoid", w.layer)
     cur = b.name(ops.mul(cur, gate), "attn_gated", w.layer)
     return b.name(b.project(w, "attn_output", cur), "attn_output", w.layer)
 
 
 def _delta(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return a gated delta net whose beta and alpha are one product, group by group."""
+    """Return the output of a gated delta net; beta and alpha are one product, group by group."""
     hp, il, n_each, n_seqs = b.hp, w.layer, b.part.n_seq_tokens, b.part.n_seqs
     qkv, z = _qkvz(b, w, cur)
     n_group, n_times = hp.n_ssm_group, hp.n_ssm_head // hp.n_ssm_group
@@ -162,13 +162,13 @@ def _delta(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
 
 
 def decay(b: Builder, w: LayerWeights, alpha: Tensor) -> Tensor:
-    """Return the logarithm of how much of its state each head keeps: [n_head, n_seq_token, n_seq]."""
+    """Return the logarithm of the decay of each head's state: [n_head, n_seq_token, n_seq]."""
     cur = b.name(ops.softplus(ops.add(alpha, w["ssm_dt.bias"])), "a_softplus", w.layer)
     return b.name(ops.mul(cur, w["ssm_a"]), "gate", w.layer)
 
 
 def _qkvz(b: Builder, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q, K and V in one row a token, and the gate of the result; older files have them in one product, by groups."""
+    """Return Q, K and V in one row per token, and the result's gate; older files have them in one product, by groups."""
     hp, il, n_each, n_seqs = b.hp, w.layer, b.part.n_seq_tokens, b.part.n_seqs
     if w.get("attn_qkv.weight") is not None:
         qkv = ops.mul_mat(w["attn_qkv.weight"], cur)
@@ -194,7 +194,7 @@ def _qkvz(b: Builder, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gated_experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return what the chosen experts make of each token, and the shared one by the sigmoid of its gate."""
+    """Return the chosen experts' outputs plus the shared expert's times the sigmoid of its gate."""
     il = w.layer
     routed = moe_ffn(b, w, cur)
     shared = b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp", il)
