@@ -206,7 +206,7 @@ class KVCache:
         return 0
 
     def n_free(self, seq: int) -> int:
-        """Number of free cells that a sequence could take."""
+        """Return the number of free cells that a sequence could take."""
         return self.n_cells - self.streams[self._stream_of(seq)].n_used
 
     @property

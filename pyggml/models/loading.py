@@ -133,9 +133,9 @@ def load_weights(
     OutOfMemoryError
         A device has too little free memory; everything is freed again.
 
-        Notes
-        -----
-        Mirrors `llama_model_base::load_tensors` and `llama_model_loader::load_all_data`.
+    Notes
+    -----
+    Mirrors `llama_model_base::load_tensors` and `llama_model_loader::load_all_data`.
     """
     weights, made, _ = _make_tensors(placement, hparams.n_layer)
     loaded = LoadedWeights(weights, [], 0, 0)

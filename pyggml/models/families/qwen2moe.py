@@ -52,7 +52,7 @@ def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
 
 
 def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return the chosen experts' outputs plus the gated shared expert's; upstream's sigmoid is SiLU divided by its input."""
+    """Return the chosen experts' outputs plus the gated shared expert's; the sigmoid is SiLU divided by its input."""
     il = w.layer
     routed = moe_ffn(b, w, cur, norm_weights=False)
     gate_in = b.name(ops.mul_mat(w["ffn_gate_inp_shexp.weight"], cur), "ffn_shexp_gate_inp", il)

@@ -168,7 +168,7 @@ def decay(b: Builder, w: LayerWeights, alpha: Tensor) -> Tensor:
 
 
 def _qkvz(b: Builder, w: LayerWeights, cur: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q, K and V in one row per token, and the result's gate; older files have them in one product, by groups."""
+    """Return Q, K and V in one row per token, and the gate; older files have them in one product, by groups."""
     hp, il, n_each, n_seqs = b.hp, w.layer, b.part.n_seq_tokens, b.part.n_seqs
     if w.get("attn_qkv.weight") is not None:
         qkv = ops.mul_mat(w["attn_qkv.weight"], cur)
