@@ -1,8 +1,9 @@
-"""The expert lab: routing traces in, cache policies compared.
+"""The expert lab: compares cache policies on routing traces.
 
-`trace.py` has the one form of a trace, `formats/` reads and writes files, `validate.py` names what misleads in them. `replay.py` says what a policy
-and a capacity would have read, by a stated contract. `cache.py` is a pool that is decided event by event, in a replay or while a model runs;
-`evictions.py` and `admissions.py` are the policies, and `policies.py` their names.
+`trace.py` has the trace, `formats/` reads and writes files, `validate.py` finds what makes them misleading. `replay.py`
+counts what a policy with a capacity would have read, by a stated contract. `cache.py` is a pool that decides event by
+event, in a replay or while a model runs. `evictions.py` and `admissions.py` are the policies, `policies.py` their
+names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Policies for what may enter a cache; each is an `Admission`. A miss that may not enter is read all the same, and not kept."""
+"""Policies for what may enter a cache; each is an `Admission`. A miss that may not enter is read but not kept."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Hotter(Admission):
         self._t = -1
 
     def begin(self, step: int, layer: int, keys: Sequence[int]) -> None:
-        """Heat an event's keys."""
+        """Add a use to each key of an event."""
         self._t += 1
         for key in keys:
             self._heat[key] = (self._now(key) + 1.0, self._t)
@@ -84,7 +84,7 @@ class AtMost(Admission):
 
 
 class NextStep(Admission):
-    """Misses are filled behind the step's back, and are there from the next step on."""
+    """Misses are loaded during the step and can be hit from the next step on."""
 
     must_admit = False
     publishes_next_step = True
@@ -96,7 +96,7 @@ def parse_admission(text: str) -> Admission:
     Raises
     ------
     GraphError
-        It names none.
+        There is no such admission.
     """
     kind, _, value = text.partition(":")
     try:

@@ -1,6 +1,7 @@
-"""`Cache`: one pool, decided event by event; a policy for what leaves, another for what may enter.
+"""`Cache`: one pool that decides event by event, with a policy for what leaves and one for what may enter.
 
-The same object serves a replay and a cache that runs: `Cache.event` takes the keys of an event and returns what to copy where.
+The same object serves replays and running models: `Cache.event` takes the keys of an event and returns what to copy
+where.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ class Load(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What an event does to a cache.
+    """The effect of an event on a cache.
 
     Attributes
     ----------
     hits : tuple of int
-        Keys that were there before.
+        Keys that were resident before.
     loads : tuple of Load
         Misses that enter now; their bytes are to be copied into the slots.
     declined : tuple of int
-        Misses that do not enter: their bytes are needed all the same, elsewhere.
+        Misses that do not enter: their bytes are needed, but elsewhere.
     evicted : tuple of int
     prefetched : tuple of Load
-        Keys that enter without having been asked for.
+        Keys that enter although no event has used them yet.
     """
 
     hits: tuple[int, ...]
@@ -45,10 +46,10 @@ class Decision(NamedTuple):
 
 
 class Eviction(ABC):
-    """Chooses what leaves. An instance serves one pool, and is told of everything that happens there.
+    """Chooses what leaves. An instance serves one pool; its methods are called for everything that happens there.
 
-    Called in this order: `begin` with the event; `used` for each of its keys, in slot order; `entered` for each that enters, and before that
-    `victim` until there is room, `left` for what it chose.
+    The order of calls: `begin` with the event; `used` for each of its keys, in slot order. For each key that enters,
+    `victim` and `left` until there is room, then `entered`.
     """
 
     #: Whether keys are kept apart from the event's need, so that `Cache` must not admit others.
@@ -58,44 +59,44 @@ class Eviction(ABC):
         self.n_slot, self.n_key = n_slot, n_key
 
     def begin(self, step: int, layer: int, keys: Sequence[int]) -> None:
-        """Take note of an event before it is decided."""
+        """Receive an event before it is decided."""
         return
 
     @abstractmethod
     def used(self, key: int, is_hit: bool) -> None:
-        """Take note that an event uses a key."""
+        """Receive a key that an event uses."""
 
     def entered(self, key: int) -> None:
-        """Take note that a key is resident now."""
+        """Receive a key that is resident now."""
         return
 
     def left(self, key: int) -> None:
-        """Take note that a key is not resident any more."""
+        """Receive a key that was evicted."""
         return
 
     @abstractmethod
     def victim(self, resident: Collection[int], protected: Collection[int]) -> int | None:
-        """Return the resident key that is worth least and not protected; None if there is none."""
+        """Return the resident key to evict, which must not be protected; None if there is none."""
 
     def worth(self, key: int) -> float:
-        """Return what a key is worth, for admissions that compare: how often it was used, lately counting more."""
+        """Return a key's worth, for admissions that compare: by default its uses, recent ones counting more."""
         return 0.0
 
 
 class Admission:
-    """Says which misses may enter. An instance serves one pool; this one lets all in."""
+    """Decides which misses may enter. An instance serves one pool; this class admits all."""
 
     #: Whether an event's misses always enter.
     must_admit = True
 
     def begin(self, step: int, layer: int, keys: Sequence[int]) -> None:
-        """Take note of an event before it is decided."""
+        """Receive an event before it is decided."""
 
     def may_enter(self, key: int, victim: int | None) -> bool:
-        """Return whether a miss may enter, in the place of a victim if the pool is full."""
+        """Return whether a miss may enter, replacing ``victim`` if the pool is full."""
         return True
 
-    #: Whether what enters is there from the next step on only, and victims stay until then.
+    #: Whether keys become resident only with the next step, and victims stay until then.
     publishes_next_step = False
 
 
@@ -103,7 +104,7 @@ Always = Admission
 
 
 class Cache:
-    """A pool of slots, or of bytes, and what is in it.
+    """A pool of slots or bytes, and the keys in it.
 
     Parameters
     ----------
@@ -112,7 +113,7 @@ class Cache:
     eviction : Eviction
     admission : Admission
     sizes : sequence of int, optional
-        Bytes of each key. Without them each takes a slot, and `slot_of` tells which.
+        Bytes of each key. Without sizes, each key takes one slot, see `slot_of`.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Cache:
         return key in self.slot_of
 
     def event(self, step: int, layer: int, keys: Sequence[int]) -> Decision:
-        """Decide an event: hits are judged first, then its misses enter in slot order, none of its keys leaving.
+        """Decide an event: first its hits are counted, then its misses enter in slot order. None of its keys leaves.
 
         Parameters
         ----------
@@ -171,7 +172,7 @@ class Cache:
         return Decision(hits, tuple(loads), tuple(declined), tuple(evicted))
 
     def prefetch(self, keys: Sequence[int], protected: Collection[int] = ()) -> Decision:
-        """Let keys enter that no event has asked for yet; those that find no victim stay out."""
+        """Let keys enter that no event has used yet; those without a victim to replace stay out."""
         loads: list[Load] = []
         evicted: list[int] = []
         shield = {*protected, *keys}
@@ -181,7 +182,7 @@ class Cache:
         return Decision((), (), (), tuple(evicted), tuple(loads))
 
     def _publish(self, loads: list[Load], evicted: list[int]) -> None:
-        """Let in what the step before asked for."""
+        """Make the keys of the previous step resident."""
         pending, self._pending = list(dict.fromkeys(self._pending)), []
         for key in pending:
             if key not in self.slot_of:

@@ -1,4 +1,4 @@
-"""Policies by size: what `pyggml experts compare` reports, as values."""
+"""Policies by capacity: the values that `pyggml experts compare` reports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Row:
     gap: float | None  #: points of hit rate below the Belady of its own admission
 
     def json(self) -> dict[str, Any]:
-        """Return the row as reports have it."""
+        """Return the row as `--json` prints it."""
         r = self.result
         rates = [q.hit_rate for q in r.requests]
         ms = None if self.time is None else round(1e3 * self.time.total_s, 6)
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What `compare` returns."""
+    """The result of `compare`."""
 
     trace: Trace
     setting: Setting
@@ -137,7 +137,7 @@ def compare(
     *,
     dense_bytes: int = 0,
 ) -> Comparison:
-    """Return what policies do at some capacities, and what the same bytes do as resident layers."""
+    """Replay policies at several capacities, and compute what the same bytes give as resident layers."""
     work = Workload.of(trace, setting, dense_bytes=dense_bytes)
     results = list(replay(trace, policies, capacities, setting))
     rows, refused = [], []
@@ -180,7 +180,7 @@ def _steps(trace: Trace, setting: Setting) -> tuple[int, int]:
 
 
 def _warnings(made: Comparison) -> list[str]:
-    """Return sentences on what misleads."""
+    """Return sentences about what may mislead in the numbers."""
     said = [f"{f.name}: {f.text}" for f in made.trace.findings]
     if made.setting.contract == "sequential":
         said.append(

@@ -1,4 +1,4 @@
-"""Policies for what leaves a cache; each is an `Eviction`, and a user's own are no different."""
+"""Policies for what leaves a cache; each is an `Eviction`. A user's own policy is a subclass, too."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class LRU(Eviction):
 
 
 class LeastStale(LRU):
-    """Keys that the current step has not used leave first, the oldest of them first (SpecMD, arXiv 2602.03921).
+    """Keys that the current step has not used leave first, least recently used first (SpecMD, arXiv 2602.03921).
 
-    Without prefetch the order is that of LRU. A prefetched key counts as of the current step.
+    Without prefetch the order is that of LRU. A prefetched key counts as used in the current step.
     """
 
     def __init__(self, n_slot: int, n_key: int) -> None:
@@ -91,7 +91,7 @@ class FIFO(Eviction):
 
 
 class _Scored(Eviction):
-    """The key of the lowest score leaves, the one used longest ago among equals."""
+    """The key with the lowest score leaves; among equals, the least recently used."""
 
     def __init__(self, n_slot: int, n_key: int) -> None:
         super().__init__(n_slot, n_key)
@@ -124,7 +124,7 @@ class _Scored(Eviction):
 
 
 class LFU(_Scored):
-    """The key that was used least often leaves; counts are over all history, also while a key is not resident."""
+    """The key with the fewest uses leaves; uses are counted from the start, also while a key is not resident."""
 
     def __init__(self, n_slot: int, n_key: int) -> None:
         super().__init__(n_slot, n_key)
@@ -141,7 +141,7 @@ class LFU(_Scored):
 
 
 class LFRU(LFU):
-    """The key of the lowest frequency over age leaves: ``count / (t - last + 1)``, ``t`` in events of the pool (vLLM, pull request 37190)."""
+    """The key with the lowest ``count / (t - last + 1)`` leaves; ``t`` counts events (vLLM, pull request 37190)."""
 
     def __init__(self, n_slot: int, n_key: int) -> None:
         super().__init__(n_slot, n_key)
@@ -166,18 +166,21 @@ class LFUDecay(_Scored):
         self._rank: dict[int, float] = {}
 
     def used(self, key: int, is_hit: bool) -> None:
-        """Let a key's count fade, and add one."""
+        """Decay a key's count, and add one."""
         super().used(key, is_hit)
         age = self._rank.get(key, -math.inf) - self._t / self.half_life
         self._rank[key] = math.log2(2.0**age + 1.0) + self._t / self.half_life
 
     def worth(self, key: int) -> float:
-        """Return the logarithm of the faded count, in a form that does not age."""
+        """Return the logarithm of the decayed count, relative to a fixed time."""
         return self._rank.get(key, -math.inf)
 
 
 class SLRU(Eviction):
-    """Two LRU lists: keys enter on probation, a second use protects them, at most ``share`` of the slots; victims are on probation if any is."""
+    """Two LRU lists: keys enter on probation; a second use protects them, in at most ``share`` of the slots.
+
+    Victims come from probation, and from the protected list only if probation is empty.
+    """
 
     def __init__(self, n_slot: int, n_key: int, *, share: float = 0.5) -> None:
         super().__init__(n_slot, n_key)
@@ -186,7 +189,7 @@ class SLRU(Eviction):
         self._protected: OrderedDict[int, None] = OrderedDict()
 
     def used(self, key: int, is_hit: bool) -> None:
-        """Protect a key that was there; the oldest protected one gives way."""
+        """Protect a hit; if too many are protected, the oldest returns to probation."""
         if not is_hit:
             return
         self._probation.pop(key, None)
@@ -215,7 +218,7 @@ class SLRU(Eviction):
 
 
 class CLOCK(Eviction):
-    """LRU by one bit a key: a hand goes round, clears the bits of used keys, and takes the first key without one."""
+    """LRU with one bit per key: a hand goes round, clears bits of used keys, and evicts the first key without one."""
 
     def __init__(self, n_slot: int, n_key: int) -> None:
         super().__init__(n_slot, n_key)
@@ -246,7 +249,7 @@ class CLOCK(Eviction):
 
 
 class ARC(Eviction):
-    """Recency against frequency, the share of each learned from keys that left lately (Megiddo and Modha, 2003)."""
+    """Balances recency and frequency by hits on recently evicted keys (Megiddo and Modha, 2003)."""
 
     def __init__(self, n_slot: int, n_key: int) -> None:
         super().__init__(n_slot, n_key)
@@ -301,12 +304,12 @@ class ARC(Eviction):
 
 
 class Static(Eviction):
-    """The keys that were used most elsewhere; nothing enters or leaves.
+    """The keys that other requests used most; nothing enters or leaves.
 
     Parameters
     ----------
     counts : mapping of int to int
-        Uses of each key, of other requests.
+        Uses of each key in other requests.
     """
 
     must_admit = False

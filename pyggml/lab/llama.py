@@ -1,4 +1,4 @@
-"""llama.cpp's own two policies, as `pyggml.moe_cache` has them, decided event by event like any other."""
+"""llama.cpp's two policies from `pyggml.moe_cache`, with the interface of `Cache`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ __all__ = ["LlamaCache"]
 
 
 class LlamaCache:
-    """A pool of llama.cpp's cache: hits go to the recent end in order of appearance, then misses take slots by ascending id.
+    """A pool of llama.cpp's expert cache: hits become most recent in order of appearance, then misses enter by id.
 
     Parameters
     ----------
     rule : type of EvictionPolicy
         LRU of b11549, or SLRU of b11739.
     n_slot, n_expert : int
-        Slots of the pool; experts of a layer. A key is a layer's place in the pool times ``n_expert``, and the expert.
+        Slots of the pool; experts of a layer. A key is the layer's index in the pool times ``n_expert``, plus the
+        expert.
 
     Notes
     -----
-    llama.cpp decides events of 1 to 32 tokens; larger ones only read what is there, which is not replayed here.
+    llama.cpp decides events of 1 to 32 tokens. Larger ones only read resident experts, which is not replayed.
     """
 
     def __init__(self, rule: type[EvictionPolicy], n_slot: int, n_expert: int) -> None:

@@ -1,8 +1,9 @@
-"""What a cache costs in time: a sum of named terms on a named machine, so that one can see which number an answer hangs on.
+"""The time of a token with a cache, as a sum of named terms on a named machine.
 
-Per token: the device reads the experts it computes with and what else of the model is known (``device_s``); misses come over the link, a copy for each
-expert and projection (``copy_s``); the host reads each layer's ids and waits for them (``sync_s``); layers that are not on the device are read by
-the CPU (``cpu_s``). Nothing overlaps, as in llama.cpp, whose copies of experts go in the device's own stream.
+``device_s``: the device reads the experts in use and the dense weights, if their size is known. ``copy_s``: misses are
+copied over the link, one copy for each expert and projection. ``sync_s``: the host waits for each layer's ids and reads
+them. ``cpu_s``: the CPU reads layers that are not on the device. Nothing overlaps, as in llama.cpp, which copies
+experts in the device's own stream.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .trace import Trace
 
 __all__ = ["Machine", "ResidentLayers", "TokenTime", "Workload", "break_even", "resident_layers"]
 
-#: Launches of a layer's mixture of experts, its attention aside: norm, router, top-k, three products, activation, weighting, sum.
+#: Launches of a layer's experts, without attention: norm, router, top-k, three products, activation, weighting, sum.
 _KERNELS_OF_EXPERTS = 12
 
 
@@ -50,7 +51,7 @@ class Machine:
     host: DeviceProfile = CPU_PROFILE
 
     def json(self) -> dict[str, float | str]:
-        """Return the rates that times rest on."""
+        """Return the rates from which times are computed."""
         return {
             "name": self.device.name,
             "link_gb_per_s": self.device.link.bytes_per_s / 1e9,
@@ -63,18 +64,18 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What the tokens of a trace need, whatever cache there is: sums over tokens.
+    """The bytes and waits of a trace's tokens without a cache, summed over tokens.
 
     Attributes
     ----------
     n_token, n_layer_step : int
-        Tokens; evaluations of a layer with experts.
+        Tokens; computes of a layer with experts.
     expert_bytes : int
-        Of the distinct experts of all events.
+        Bytes of the distinct experts of all events.
     by_layer : float64, (n_layer_with_experts,)
         The same, by layer.
     n_projection : int
-        Copies that a miss takes.
+        Copies per miss.
     """
 
     n_token: int
@@ -87,7 +88,7 @@ class Workload:
 
     @classmethod
     def of(cls, trace: Trace, setting: Setting, *, dense_bytes: int = 0) -> Workload:
-        """Return the workload of a trace's phase; ``dense_bytes`` are read for each step beside the experts."""
+        """Return the workload of a trace's phase; each step also reads ``dense_bytes`` of other weights."""
         pools = Pools.of(trace, "layer")
         n_token = n_layer_step = 0
         touches = np.zeros(pools.n_pool, np.int64)
@@ -109,7 +110,7 @@ class Workload:
         )  # fmt: skip
 
     def seconds(self, machine: Machine, bytes_read: int, n_miss: int) -> TokenTime:
-        """Return a token's time with a cache that read some bytes in some misses."""
+        """Return the mean time of a token with a cache that copied ``bytes_read`` for ``n_miss`` misses."""
         device = machine.device.seconds(
             Work(read_bytes=self.expert_bytes + self.dense_bytes, n_kernels=_KERNELS_OF_EXPERTS * self.n_layer_step)
         )
@@ -119,7 +120,7 @@ class Workload:
         return TokenTime(device / n, copy / n, sync / n)
 
     def of_result(self, machine: Machine, result: Result) -> TokenTime | None:
-        """Return a token's time with a replayed cache; None if bytes are not known."""
+        """Return the mean time of a token with a replayed cache; None if the experts' bytes are unknown."""
         if result.bytes_read is None:
             return None
         return self.seconds(machine, result.bytes_read - result.preload_bytes, result.touches - result.hits)
@@ -131,7 +132,7 @@ def _steps(run: Run) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ResidentLayers:
-    """The same bytes spent on whole layers: their experts are on the device, the CPU computes the others'."""
+    """The cache's bytes used for whole layers: their experts are on the device, the CPU computes the other layers'."""
 
     capacity_bytes: int
     n_resident: int
@@ -140,7 +141,7 @@ class ResidentLayers:
 
 
 def resident_layers(trace: Trace, work: Workload, machine: Machine, capacity_bytes: int) -> ResidentLayers:
-    """Return what the bytes of a cache give as resident layers, the last layers first, as ``--n-cpu-moe`` has it."""
+    """Return the layers that fit into a cache's bytes, the last layers first, as with ``--n-cpu-moe``."""
     sizes = [int(n) * trace.n_expert for n in trace.bytes_of_layer[trace.layers]]
     left, resident = capacity_bytes, 0
     while resident < len(sizes) and sizes[-1 - resident] <= left:
@@ -157,23 +158,23 @@ def resident_layers(trace: Trace, work: Workload, machine: Machine, capacity_byt
         )
     )
     cpu_s = machine.host.seconds(Work(read_bytes=host_bytes, n_kernels=4 * host_steps)) if host_steps else 0.0
-    # activations there and back: a wait for each layer that the CPU computes
+    # activations are copied to the host and back: a wait for each layer that the CPU computes
     sync_s = host_steps * (machine.device.link.latency_s + machine.device.from_device.latency_s)
     return ResidentLayers(capacity_bytes, resident, len(sizes), TokenTime(device_s / n, 0.0, sync_s / n, cpu_s / n))
 
 
 def break_even(machine: Machine, expert_bytes: float, n_projection: int, hidden_s: float) -> float | None:
-    """Return the precision from which on prefetching one expert pays.
+    """Return the precision above which prefetching an expert saves time.
 
-    A right guess hides up to ``hidden_s`` of a copy behind what is computed meanwhile; a wrong one occupies the link, and delays the next copy by
-    what is not hidden. None if no precision pays: a copy is over before anything can be gained.
+    A right guess hides up to ``hidden_s`` of a copy behind a compute. A wrong one occupies the link and delays the next
+    copy by the part that is not hidden. None if no precision is enough: a copy ends before anything can be gained.
 
     Parameters
     ----------
     expert_bytes : float
-        Of one expert.
+        Bytes of one expert.
     hidden_s : float
-        What is computed between the guess and the need.
+        Seconds of compute between the guess and the use.
     """
     copy_s = machine.device.link.seconds(round(expert_bytes), n_copies=n_projection)
     gain = min(copy_s, hidden_s)

@@ -1,4 +1,4 @@
-"""Pages of the expert lab: a comparison, experts used, and predictions; a table beside each plot."""
+"""Pages of the expert lab: comparison, used experts and prefetchers; each plot has a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["write_comparison", "write_prediction", "write_usage"]
 
 
 def write_comparison(path: Path, made: Comparison) -> None:
-    """Write the page of a comparison: cost against size, experts used, and where a token's time goes."""
+    """Write the page of a comparison: hit rate and bytes by capacity, used experts, and the terms of a token's time."""
     report = made.json()
     told, machine = report["report"], report["machine"]
     about = (
@@ -32,7 +32,7 @@ def write_comparison(path: Path, made: Comparison) -> None:
 
 
 def write_usage(path: Path, trace: Trace, used: Usage, *, phase: str) -> None:
-    """Write the page of experts used: by layer, and by tokens that are evaluated together."""
+    """Write the page of used experts: by layer, and by the number of tokens of an event."""
     about = f"{phase}; {len(trace.requests) or 1} requests"
     _write(path, "Used experts", trace, {"about": about, "warnings": _warnings(trace), "usage": _used(used, trace)})
 
@@ -40,7 +40,7 @@ def write_usage(path: Path, trace: Trace, used: Usage, *, phase: str) -> None:
 def write_prediction(
     path: Path, trace: Trace, scores: Sequence[Score], *, phase: str, policy: str, machine: Machine
 ) -> None:
-    """Write the page of prefetchers: recall, and precision on what is not in the cache, by cache size."""
+    """Write the page of prefetchers: recall, and precision on experts that are not resident, by capacity."""
     about = f"{phase}; {scores[0].n_guess} guesses a layer beside {policy}, which they do not change; {machine.json()['name']}"
     data = {"about": about, "warnings": _warnings(trace), "scores": [score.json() for score in scores]}
     _write(path, "Predicted experts", trace, data)
@@ -67,7 +67,7 @@ def _write(path: Path, kind: str, trace: Trace, data: dict[str, Any]) -> None:
 
 
 def _used(used: Usage, trace: Trace) -> dict[str, Any]:
-    """Return what the page draws of experts used."""
+    """Return the data of the plots of used experts."""
     shares = used.counts / used.events.clip(1)[:, None]
     return {
         "layers": used.layers,
@@ -78,7 +78,7 @@ def _used(used: Usage, trace: Trace) -> dict[str, Any]:
 
 
 def _bars(made: Comparison) -> list[dict[str, Any]]:
-    """Return a token's time by term, of no cache, each policy, and each policy with prefetch that is always right."""
+    """Return a token's time by term: without a cache, with each policy, and with each policy and perfect prefetch."""
     if made.trace.expert_bytes is None:
         return []
     bars = []
@@ -90,7 +90,7 @@ def _bars(made: Comparison) -> list[dict[str, Any]]:
         for row in made.rows:
             if row.result.capacity == capacity and row.time is not None:
                 bars.append(_bar(str(capacity), row.result.policy.name, row.time, 0.0))
-                # what is computed of a layer can hide a copy of the next
+                # computing a layer can hide a copy of the next
                 bars.append(
                     _bar(
                         str(capacity),

@@ -1,7 +1,7 @@
-"""The policies by name: how each is replayed fast, how it is made to run, and what it may do.
+"""The policies by name: how each is replayed and run.
 
-A name is an eviction, and if wanted an admission behind a plus: ``lru``, ``lfu-decay:32``, ``lru+hotter:64``, ``lfru+2of8``. ``module:Class`` names an
-`Eviction` of one's own.
+A name is an eviction, optionally with ``+`` and an admission: ``lru``, ``lfu-decay:32``, ``lru+hotter:64``,
+``lfru+2of8``. ``module:Class`` names a user's own `Eviction`.
 """
 
 from __future__ import annotations
@@ -27,26 +27,28 @@ _HALF_LIFE = 64.0
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A policy that can be replayed, and made to run unless it knows the future.
+    """A policy that can be replayed and, unless it knows the future, run.
 
     Attributes
     ----------
     name : str
-        As it was given.
+        The name as given.
     make : callable or None
-        Makes the eviction of a pool from its slots and keys; None for those that know the future.
+        Makes the eviction of a pool with ``n_slot`` slots and ``n_key`` keys; None for policies that know the future.
     admission : str
         See `parse_admission`.
     code : int or None
-        Of the compiled replay; None if it is replayed by the object itself. Policies of `kernels.lab.listed` are compiled for slots only.
+        Number of the compiled replay; None if the `Eviction` itself is replayed. Those of `kernels.lab.listed` are only
+        compiled for slots.
     has_stack : bool
-        Whether one pass gives all sizes.
+        Whether one pass gives the hits of all capacities.
     must_admit : bool
         Whether each event's misses always enter, so that a pool must hold an event.
     llama : type or None
-        The rule, if the policy is one of llama.cpp's, which decide a whole pool.
+        llama.cpp's rule, for its own policies.
     fit : str
-        ``""``; ``"others"`` if counts of other requests are needed, ``"same"`` if those of the request itself are taken.
+        Counts that the policy needs: ``""`` none, ``"others"`` those of other requests, ``"same"`` those of the request
+        itself.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Policy:
     llama: type[EvictionPolicy] | None = None
 
     def cache(self, n_slot: int, pools: Pools, counts: Mapping[int, int] | None = None) -> Cache | LlamaCache:
-        """Return a pool of slots under this policy; see `eviction` for what is raised."""
+        """Return a pool of slots with this policy; raises as `eviction`."""
         if self.llama is not None:
             return LlamaCache(self.llama, n_slot, pools.n_expert)
         return Cache(n_slot, self.eviction(n_slot, pools.n_key, counts), self.new_admission())
@@ -87,7 +89,7 @@ class Policy:
         return parse_admission(self.admission)
 
 
-#: All that have a name, in the order of reports.
+#: Policies by name, in the order of reports.
 POLICIES: dict[str, Policy] = {
     p.name: p
     for p in (
@@ -117,7 +119,7 @@ def parse_policy(text: str) -> Policy:
     Raises
     ------
     GraphError
-        It names none.
+        There is no such policy.
     """
     text = text.strip()
     base, _, admission = text.partition("+")
@@ -149,7 +151,7 @@ def parse_policy(text: str) -> Policy:
 
 
 def _own(text: str) -> Policy | None:
-    """Return the policy of a class elsewhere."""
+    """Return the policy of ``module:Class``, or None if there is no such class."""
     module, _, name = text.partition(":")
     try:
         made = getattr(importlib.import_module(module), name)

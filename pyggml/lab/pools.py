@@ -1,4 +1,4 @@
-"""What shares a cache, and how large it is: pools of slots or bytes, capacities, and events as keys of pools."""
+"""`Pools`: which experts share a cache; `Capacity`: its size; `Run`: the events of a request as keys of pools."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BANK_ALIGNMENT = 128
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """How much a cache holds: one of a fraction of the experts, slots of each pool, or bytes of all pools.
+    """The size of a cache: a fraction of the experts, slots of each pool, or bytes of all pools.
 
     Examples
     --------
@@ -42,12 +42,12 @@ class Capacity:
 
     @classmethod
     def parse(cls, text: str) -> Capacity:
-        """Return the capacity that a text states: ``10%``, ``6`` (slots of each pool) or ``512MiB``.
+        """Parse a capacity: ``10%``, ``6`` (slots of each pool) or ``512MiB``.
 
         Raises
         ------
         GraphError
-            It is none of these.
+            The text is none of these.
         """
         text = text.strip()
         try:
@@ -64,7 +64,7 @@ class Capacity:
         raise GraphError(f"'{text}' is no capacity", hint="10% of the experts, 6 slots a pool, or 512MiB in all")
 
     def json(self) -> dict[str, float | int]:
-        """Return the capacity as reports have it."""
+        """Return the capacity as `--json` prints it."""
         if self.fraction is not None:
             return {"fraction": self.fraction}
         return {"slots": self.slots} if self.slots is not None else {"bytes": self.n_bytes or 0}
@@ -78,7 +78,7 @@ class Capacity:
 
 
 def parse_capacities(text: str) -> list[Capacity]:
-    """Return the capacities of a list such as ``10%,20%,512MiB``."""
+    """Parse a list such as ``10%,20%,512MiB``."""
     return [Capacity.parse(part) for part in text.split(",") if part.strip()]
 
 
@@ -86,15 +86,15 @@ def parse_capacities(text: str) -> list[Capacity]:
 class Pools:
     """Experts that share slots.
 
-    A key is an expert within its pool: the expert's number where a pool is a layer, else its layer's place in the pool times the experts of a layer,
-    and the expert's number.
+    A key is the number of an expert within its pool: the layer's index in the pool times ``n_expert``, plus the expert.
 
     Attributes
     ----------
     scope : str
-        ``layer``; ``global``: one pool; ``group``: layers whose experts agree in the bytes of every projection, as llama.cpp's cache has it.
+        ``layer``: a pool per layer; ``global``: one pool; ``group``: a pool per set of layers whose experts have equal
+        bytes in every projection, as in llama.cpp.
     layers : list of list of int
-        Of each pool.
+        The layers of each pool.
     n_expert : int
     sizes : int64, (n_pool, n_key)
         Bytes of each key; 0 if unknown.
@@ -139,21 +139,21 @@ class Pools:
 
     @property
     def n_key(self) -> int:
-        """Keys of the largest pool."""
+        """Number of keys of the largest pool."""
         return int(self.sizes.shape[1])
 
     @property
     def is_sized(self) -> bool:
-        """Whether bytes are known."""
+        """Whether the experts' bytes are known."""
         return bool((self.sizes[:, 0] > 0).all())
 
     def is_even(self, p: int) -> bool:
-        """Whether all experts of a pool have one size."""
+        """Whether all experts of a pool have the same size."""
         row = self.sizes[p, : len(self.layers[p]) * self.n_expert]
         return bool((row == row[0]).all())
 
     def place(self) -> tuple[Ints, Ints]:
-        """Return each layer's pool and its place there: int64, (n_layer,) each; -1 for layers without experts."""
+        """Return each layer's pool and its index there: int64, (n_layer,) each; -1 for layers without experts."""
         n = 1 + max(layer for members in self.layers for layer in members)
         pool, at = np.full(n, -1, np.int64), np.zeros(n, np.int64)
         for p, members in enumerate(self.layers):
@@ -162,15 +162,15 @@ class Pools:
         return pool, at
 
     def slots(self, capacity: Capacity) -> Ints | None:
-        """Return the slots of each pool: int64, (n_pool,); None if a pool's experts differ and bytes are what is given.
+        """Return the slots of each pool: int64, (n_pool,); None for bytes if experts of a pool differ in size.
 
-        A fraction is of a pool's experts, rounded. Bytes are shared out as llama.cpp does it: among pools in proportion to the bytes of their
-        experts. In scope ``group`` a bank has one slot more than it uses, and each bank is aligned.
+        A fraction applies to each pool's experts, rounded. Bytes are divided as in llama.cpp: in proportion to the
+        bytes of each pool's experts. In scope ``group`` each bank is aligned and has one spare slot.
 
         Raises
         ------
         GraphError
-            Bytes are given, and those of experts are not known.
+            The capacity is in bytes, and the experts' bytes are unknown.
         """
         n_experts = [len(members) * self.n_expert for members in self.layers]
         if capacity.fraction is not None:
@@ -197,13 +197,13 @@ class Pools:
         return np.array([capacity.n_bytes * int(w) // int(weights.sum()) for w in weights], np.int64)
 
     def n_bytes(self, slots: Ints) -> int:
-        """Return the bytes that slots hold, of the pools' mean expert."""
+        """Return the bytes of slots, by each pool's mean expert."""
         means = [float(self.sizes[p, : len(m) * self.n_expert].mean()) for p, m in enumerate(self.layers)]
         return round(float(np.dot(slots, means)))
 
 
 def _banked(projections: Ints, budget: int) -> int:
-    """Return the slots of banks, one for each projection, that fit a budget with the spare slot that llama.cpp adds."""
+    """Return the slots that fit into a budget, with a bank per projection and llama.cpp's spare slot."""
     sizes = [int(n) for n in projections]
 
     def needed(slots: int) -> int:
@@ -218,7 +218,7 @@ def _banked(projections: Ints, budget: int) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """One request's events as distinct keys of pools: what a cache sees, starting empty.
+    """The events of one request as distinct keys of pools, for a cache that starts empty.
 
     Attributes
     ----------
@@ -226,9 +226,9 @@ class Run:
         Keys of event ``i`` are ``keys[offsets[i]:offsets[i + 1]]``, each once, in the order of their last slot.
     pool, layer, step : int64, (n_event,)
     is_counted : bool, (n_touch,)
-        Whether a touch is of the phase that is asked for; others only warm the cache.
+        Whether a touch is of the requested phase; others only warm the cache.
     n_token : int
-        Tokens of the phase that is asked for.
+        Tokens of the requested phase.
     """
 
     request: int
@@ -246,7 +246,7 @@ class Run:
         return np.repeat(self.pool, np.diff(self.offsets))
 
     def most(self) -> Ints:
-        """Return the most keys of an event, by pool: int64, as many as pools with events."""
+        """Return the most keys of an event, by pool: int64, for each pool with events."""
         most = np.zeros(int(self.pool.max(initial=0)) + 1, np.int64)
         np.maximum.at(most, self.pool, np.diff(self.offsets))
         return most
@@ -255,12 +255,12 @@ class Run:
 def runs_of(
     trace: Trace, pools: Pools, *, phase: str = "decode", contract: str = "event", by_first: bool = False
 ) -> Iterator[Run]:
-    """Yield the runs of a trace: one a request, or one in all where requests take turns or the contract keeps the cache.
+    """Yield the runs of a trace: one per request, or one in all if requests interleave or the contract keeps the cache.
 
     Raises
     ------
     GraphError
-        There is no such phase or contract, or the trace has no events of the phase.
+        The phase or contract is unknown, or the trace has no events of the phase.
     """
     if phase not in PHASES or contract not in CONTRACTS:
         raise GraphError(
@@ -270,7 +270,7 @@ def runs_of(
     wanted = np.ones(trace.n_event, bool) if phase == "all" else trace.phase == Phase[phase.upper()]
     if not wanted.any():
         raise GraphError(f"{trace.source or 'the trace'} has no events of phase {phase}")
-    if contract != "bigmoeonedge":  # which replays the prompt to warm the cache
+    if contract != "bigmoeonedge":  # that one replays the prompt to warm the cache
         trace, wanted = trace.select(wanted), wanted[wanted]
     together = contract == "bigmoeonedge" or are_interleaved(trace.request)
     group = np.zeros(trace.n_event, np.int64) if together else trace.request
@@ -292,6 +292,6 @@ def runs_of(
 
 
 def are_interleaved(request: Ints) -> bool:
-    """Return whether requests take turns, so that they share a cache whatever one wishes."""
+    """Return whether events of requests interleave, so that the requests share a cache."""
     changes = int((np.diff(request) != 0).sum())
     return changes + 1 > len(np.unique(request))

@@ -1,6 +1,6 @@
-"""Prefetchers: how often they are right, and how often where it matters, on experts that are not there.
+"""Prefetchers: how often they are right, over all experts and over those that are not resident.
 
-A prefetcher is told of every event in order and asked for the next event's experts before it is told. Those that learn are fitted on other requests.
+A prefetcher predicts each event's experts before it receives the event. Those that learn are fitted on other requests.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ __all__ = [
 
 Floats = npt.NDArray[np.float64]
 _DEFAULT = Setting()
-Events = Sequence[tuple[int, Sequence[int]]]  # place of the layer, experts
+Events = Sequence[tuple[int, Sequence[int]]]  # index of the layer, experts
 
 
 class Prefetcher(Protocol):
     """Ranks the experts of the next event. An instance serves one model's layers."""
 
     def learn(self, request: Events, n_layer: int, n_expert: int) -> Floats:
-        """Return what a request teaches, as numbers that are added up over requests."""
+        """Return counts of a request, which are summed over requests."""
 
     def fit(self, learned: Floats) -> None:
-        """Take what other requests taught, in sum."""
+        """Receive the summed counts of other requests."""
 
     def start(self, request: Events) -> None:
-        """Forget what a request told; another begins (only an oracle looks at it)."""
+        """Begin a request: forget the previous one. Only `Oracle` reads its events."""
 
     def scores(self, layer: int) -> Floats:
-        """Return what speaks for each expert of a layer, the next event: float64, (n_expert,)."""
+        """Return a score for each expert in the next event, of ``layer``: float64, (n_expert,)."""
 
     def saw(self, layer: int, experts: Sequence[int]) -> None:
-        """Take note of an event."""
+        """Receive an event."""
 
 
 class Popularity:
@@ -73,18 +73,18 @@ class Popularity:
         self.counts = learned
 
     def start(self, request: Events) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def scores(self, layer: int) -> Floats:
         """Return the counts."""
         return np.asarray(self.counts[layer])
 
     def saw(self, layer: int, experts: Sequence[int]) -> None:
-        """Nothing is learned on the way."""
+        """Do nothing."""
 
 
 class Average(Popularity):
-    """An exponential average of what the layer's last tokens used; popularity among equals."""
+    """An exponential average of the experts of the layer's last tokens; ties are broken by popularity."""
 
     keep = 0.8
 
@@ -101,22 +101,22 @@ class Average(Popularity):
         return np.asarray(self.average[layer] + self.ties[layer])
 
     def saw(self, layer: int, experts: Sequence[int]) -> None:
-        """Let the past fade, and add."""
+        """Decay the average, and add the event."""
         self.average[layer] *= self.keep
         self.average[layer, experts] += 1
 
 
 class Previous(Average):
-    """What the layer used for the token before."""
+    """The experts that the layer used for the previous token."""
 
     keep = 0.0
 
 
 class PreviousLayer:
-    """A table of which experts follow those of the layer before; the first layer follows the last one of the token before."""
+    """A table of which experts follow those of the previous layer; layer 0 follows the previous token's last layer."""
 
     def learn(self, request: Events, n_layer: int, n_expert: int) -> Floats:
-        """Return how often an expert followed one of the layer before: float64, (n_layer, n_expert, n_expert)."""
+        """Return how often an expert followed one of the previous layer: float64, (n_layer, n_expert, n_expert)."""
         table = np.zeros((n_layer, n_expert, n_expert))
         before: Sequence[int] = ()
         for layer, experts in request:
@@ -133,20 +133,20 @@ class PreviousLayer:
         self.table = table / table.sum(axis=2, keepdims=True)
 
     def start(self, request: Events) -> None:
-        """Forget the layer before."""
+        """Forget the previous layer."""
         self.before: list[int] = []
 
     def scores(self, layer: int) -> Floats:
-        """Return the sum of what follows each expert of the layer before."""
+        """Return the sum of the table's rows for the previous layer's experts."""
         return np.asarray(self.table[layer, self.before].sum(axis=0))
 
     def saw(self, layer: int, experts: Sequence[int]) -> None:
-        """Keep an event for the next."""
+        """Keep the event for the next layer."""
         self.before = list(experts)
 
 
 class Both(PreviousLayer):
-    """The layer before, and the average of the layer's last tokens."""
+    """`PreviousLayer` combined with `Average`."""
 
     def start(self, request: Events) -> None:
         """Begin again."""
@@ -154,7 +154,7 @@ class Both(PreviousLayer):
         self.average = np.zeros(self.table.shape[:2])
 
     def scores(self, layer: int) -> Floats:
-        """Return a sum in which the average has a fifth of the layer before's weight."""
+        """Return the sum of both; the average has a fifth of the other's weight."""
         return np.asarray(super().scores(layer) + 0.2 * self.average[layer])
 
     def saw(self, layer: int, experts: Sequence[int]) -> None:
@@ -168,7 +168,7 @@ class Oracle:
     """The next event itself: the limit of all prefetchers."""
 
     def learn(self, request: Events, n_layer: int, n_expert: int) -> Floats:
-        """Return the number of experts alone."""
+        """Return only the number of experts."""
         return np.zeros(n_expert)
 
     def fit(self, learned: Floats) -> None:
@@ -176,21 +176,21 @@ class Oracle:
         self.n_expert = len(learned)
 
     def start(self, request: Events) -> None:
-        """Look at what will come."""
+        """Keep the events to come."""
         self.request, self.at = request, 0
 
     def scores(self, layer: int) -> Floats:
-        """Return 1 for what comes."""
+        """Return 1 for each expert of the next event."""
         scores = np.zeros(self.n_expert)
         scores[list(self.request[self.at][1])] = 1
         return scores
 
     def saw(self, layer: int, experts: Sequence[int]) -> None:
-        """Go on."""
+        """Advance to the next event."""
         self.at += 1
 
 
-#: By name.
+#: Prefetchers by name.
 PREFETCHERS: dict[str, type[Prefetcher]] = {
     "popularity": Popularity,
     "previous": Previous,
@@ -203,22 +203,23 @@ PREFETCHERS: dict[str, type[Prefetcher]] = {
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How a prefetcher does beside a cache.
+    """The accuracy of a prefetcher, beside a cache.
 
     Attributes
     ----------
     recall : float
-        Share of the used experts that were among the guesses, there or not.
+        Share of the used experts that were guessed, resident or not.
     precision_missing : float or None
-        Share of the guesses that were not there and then used: what copies are worth.
+        Share of the guesses of experts that were not resident which were then used.
     covered : float
         Share of the misses that were guessed.
-    wasted_bytes : int or None
-        Of guesses that were not there and were not used, a token.
+    wasted_bytes : float or None
+        Bytes per token of guesses that were neither resident nor used.
     late : float or None
-        Share of the right guesses' copies that are not done when the experts are needed, on a machine: the guess is made when the layer before is known.
+        Share of the right guesses whose copies are not done when the experts are needed, on a machine, if the guess is
+        made when the previous layer's experts are known.
     break_even : float or None
-        The precision from which on a guess pays on this machine.
+        The precision above which a guess saves time on this machine.
     """
 
     prefetcher: str
@@ -247,12 +248,14 @@ def predict(
     setting: Setting = _DEFAULT,
     machine: Machine | None = None,
 ) -> list[Score]:
-    """Return how prefetchers do beside a policy's cache, which they do not change: each request is guessed by what others taught.
+    """Return the accuracy of prefetchers beside a policy's cache, which they do not change.
+
+    Prefetchers that learn are fitted on other requests.
 
     Raises
     ------
     GraphError
-        There is no such prefetcher, or only one request to learn from and be tested on.
+        A prefetcher is unknown, or must learn and the trace has only one request.
     """
     unknown = [name for name in names if name not in PREFETCHERS]
     if unknown:
@@ -305,7 +308,7 @@ def _guesses(prefetcher: Prefetcher, requests: Sequence[Events], pools: Pools, n
 
 
 def _resident(run: Run, pools: Pools, policy: Policy, slots: list[int]) -> list[set[int]]:
-    """Return what is there before each event."""
+    """Return the resident keys before each event."""
     caches = [
         Cache(slots[p], policy.eviction(slots[p], pools.n_key), policy.new_admission()) for p in range(pools.n_pool)
     ]
@@ -369,7 +372,7 @@ def _late(
     copy_s: float,
     window_s: float,
 ) -> float | None:
-    """Return the share of right guesses whose copy ends after the layer before does; copies of one guess go one after another."""
+    """Return the share of right guesses whose copy is late; copies of one event's guesses follow one another."""
     right = late = 0
     for request, guessed, there in zip(requests, guesses, resident, strict=True):
         for (_, experts), guess, held in zip(request, guessed, there, strict=True):

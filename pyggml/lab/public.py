@@ -1,4 +1,4 @@
-"""Public routing traces, by hash: other people's files, fetched from where they published them."""
+"""Public routing traces, identified by hash and fetched from where their authors published them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GPT = "AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting/72b368f60045221f21eeb65de
 
 
 class PublicTrace(NamedTuple):
-    """Where a file goes, where it is from (repository, commit, path), and the SHA-256 of what is there."""
+    """A file's name, its source (repository, commit, path), and its SHA-256."""
 
     name: str
     source: str
@@ -61,14 +61,14 @@ TRACES = (
 
 
 def fetch(folder: Path, report: Callable[[str], None] = lambda name: None) -> list[Path]:
-    """Put the public traces into a folder, as `PYGGML_TRACES` wants it; files that are there and right are kept.
+    """Download the public traces into a folder for `PYGGML_TRACES`; files with the right hash are kept.
 
     Raises
     ------
     PyggmlError
-        A file cannot be fetched.
+        A download fails.
     FormatError
-        What came is not the file.
+        A downloaded file has another hash.
     """
     made = []
     for trace in TRACES:

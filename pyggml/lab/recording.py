@@ -1,4 +1,4 @@
-"""`RoutingRecorder`: takes the experts that a session's model chooses, micro-batch by micro-batch, and makes a `Trace`."""
+"""`RoutingRecorder`: records the experts that a session's model chooses, and makes a `Trace`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _PROJECTIONS = ("gate_up", "gate", "up", "down")
 
 
 class RoutingRecorder:
-    """Reads ``ffn_moe_topk`` of every layer while graphs are computed; give it to `Session.watcher`.
+    """Reads ``ffn_moe_topk`` of every layer while graphs are computed; set `Session.watcher` to it.
 
-    A micro-batch is a step. The ids are a view of all experts sorted, whose rows are ``n_expert`` apart; they are read by their strides.
+    A micro-batch is a step. The ids are a view of all experts, sorted; they are read by their strides.
 
     Attributes
     ----------
     phase : Phase
-        Of the steps that follow.
+        Phase of the steps that follow.
     """
 
     def __init__(self, path: str, hparams: ModelFacts, file: GGUFFile | None = None) -> None:
@@ -47,14 +47,14 @@ class RoutingRecorder:
             layer = layers.get(tensor)
             if not ask and layer is not None:
                 rows = tensor.numpy().reshape(-1, tensor.ne[0])
-                # the last layer runs for tokens whose logits are wanted only
+                # the last layer runs only for tokens whose logits are wanted
                 self._add(layer, rows, part.seqs if len(rows) == part.n_tokens else part.seqs[part.outputs])
             return not ask or layer is not None
 
         return see
 
     def take(self, chosen: Mapping[int, npt.NDArray[np.int32]], *, seq: int = 0) -> None:
-        """Take the experts of one micro-batch of a sequence: for each layer, ``(n_token, n_used)``."""
+        """Add the experts of one micro-batch of a sequence: for each layer, int32, (n_token, n_used)."""
         self._step += 1
         for layer, rows in chosen.items():
             self._add(layer, rows, np.full(len(rows), seq))
@@ -68,7 +68,7 @@ class RoutingRecorder:
         Raises
         ------
         FormatError
-            Nothing was: the model has no experts, or nothing was computed.
+            Nothing was recorded: the model has no experts, or nothing was computed.
         """
         hp = self._hparams
         sizes, projections = (None, ("all",)) if self._file is None else expert_bytes_of(self._file, hp.n_layer)
@@ -79,7 +79,7 @@ class RoutingRecorder:
 
 
 def expert_bytes_of(file: GGUFFile, n_layer: int) -> tuple[npt.NDArray[np.int64] | None, tuple[str, ...]]:
-    """Return bytes of one expert by layer and projection, and the projections' names; None if the file has no experts."""
+    """Return the bytes of one expert, int64, (n_layer, n_projection), or None, and the projections' names."""
     found = {
         name: {
             layer: file.tensors[key]

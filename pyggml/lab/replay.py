@@ -1,9 +1,9 @@
-"""Replay: what a policy and a capacity would have read, by a stated contract.
+"""Replay: what a policy with a capacity would have read, by a stated contract.
 
-``event``: an event is all ids of one layer of one step. Hits are judged before it; its distinct experts stay while the rest makes room; recency
-runs in slot order, the last slot newest. Requests start with an empty cache, unless they take turns. ``bigmoeonedge`` is that engine's: the prompt warms
-the cache, requests follow each other in one cache, and what a single event needs may stand above the budget. ``sequential`` takes the ids one
-by one, as some tools do; it overstates misses by up to a third.
+``event``: an event is all ids of one layer of one step. Hits are counted before anything enters; none of the event's
+experts leaves. The last slot is the most recent. Each request starts with an empty cache, unless requests interleave.
+``bigmoeonedge``, as in that engine: the prompt warms the cache, all requests share one cache, and a single event may
+exceed the budget. ``sequential`` takes the ids one by one, as some tools do; it overstates misses by up to a third.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Refusal", "RequestResult", "Result", "Setting", "lru_begins", "repla
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all replays of a comparison share."""
+    """The setting that all replays of a comparison share."""
 
     scope: str = "layer"
     phase: str = "decode"
@@ -37,7 +37,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class RequestResult:
-    """Of one request."""
+    """The result of one request."""
 
     request: int
     touches: int
@@ -48,24 +48,24 @@ class RequestResult:
 
     @property
     def hit_rate(self) -> float:
-        """Hits over touches."""
+        """Hits divided by touches."""
         return self.hits / self.touches if self.touches else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Of one policy at one capacity.
+    """The result of one policy at one capacity.
 
     Attributes
     ----------
     slots : int or None
-        Of all pools; None where bytes are the budget and experts differ in size.
+        Slots of all pools; None if the budget is in bytes and experts differ in size.
     capacity_bytes : int
-        That the cache takes; 0 if bytes are not known.
+        Size of the cache; 0 if the experts' bytes are unknown.
     touches, hits : int
-        Distinct experts of events, and those that were there.
+        Distinct experts of events, and those of them that were resident.
     bytes_read : int or None
-        Of misses, and of the preload of static sets; None if bytes are not known.
+        Bytes of misses and of the preload of static sets; None if the experts' bytes are unknown.
     preload_bytes : int
         Part of ``bytes_read``.
     """
@@ -86,12 +86,12 @@ class Result:
 
     @property
     def hits(self) -> int:
-        """Touches of what was there."""
+        """Touches of resident experts."""
         return sum(r.hits for r in self.requests)
 
     @property
     def n_token(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return sum(r.n_token for r in self.requests)
 
     @property
@@ -101,7 +101,7 @@ class Result:
 
     @property
     def hit_rate(self) -> float:
-        """Mean over requests."""
+        """Mean hit rate over requests."""
         return float(np.mean([r.hit_rate for r in self.requests]))
 
 
@@ -120,14 +120,14 @@ def replay(
     capacities: Sequence[Capacity],
     setting: Setting = Setting(),  # frozen
 ) -> Iterator[Result | Refusal]:
-    """Yield what each policy does at each capacity, policy by policy.
+    """Yield the result of each policy at each capacity, policy by policy.
 
     Raises
     ------
     FormatError
-        Something in the events that are asked for misleads.
+        A finding of the trace forbids replaying the requested phase.
     GraphError
-        There is no such policy, scope, phase or contract.
+        A policy, scope, phase or contract is unknown.
     """
     chosen = [policy if isinstance(policy, Policy) else parse_policy(policy) for policy in policies]
     wanted = (
@@ -152,7 +152,7 @@ def replay(
 
 
 class _Replayer:
-    """The runs of a trace, and what is computed once for all policies."""
+    """The runs of a trace, with values that are computed once for all policies."""
 
     def __init__(self, pools: Pools, runs: list[Run], setting: Setting) -> None:
         self.pools, self.runs, self.setting = pools, runs, setting
@@ -185,9 +185,9 @@ class _Replayer:
                 yield self._one_size(policy, capacity, slots)
 
     def _refusal(self, policy: Policy, slots: Ints | None, capacity: Capacity) -> str:
-        """Return why a policy cannot have a capacity; empty if it can."""
+        """Return why a policy cannot be replayed at a capacity; empty if it can."""
         if self.setting.contract == "bigmoeonedge":
-            return ""  # there an event may stand above the budget
+            return ""  # there an event may exceed the budget
         if slots is None:
             sizes = self.pools.sizes.max(axis=1) * self.most
             short = np.flatnonzero(self.pools.budgets(capacity) < sizes)
@@ -202,7 +202,7 @@ class _Replayer:
         return ""
 
     def _is_stacked(self, policy: Policy, slots: Ints | None) -> bool:
-        """Whether one pass over all sizes is right, and cheaper: for pools of one layer, or LRU."""
+        """Return whether one pass gives all capacities correctly and faster: for pools of one layer, or LRU."""
         if slots is None or policy.code is None or not policy.has_stack or self.setting.contract == "bigmoeonedge":
             return False
         one_size = all(self.pools.is_even(p) for p in range(self.pools.n_pool))
@@ -224,7 +224,7 @@ class _Replayer:
         return hist
 
     def _one_size(self, policy: Policy, capacity: Capacity, slots: Ints | None) -> Result | Refusal:
-        """Replay one size; each touch is known to be a hit or not."""
+        """Replay one capacity, touch by touch."""
         in_bytes = slots is None or (self.setting.contract == "bigmoeonedge" and capacity.n_bytes is not None)
         budgets = self.pools.budgets(capacity) if slots is None or in_bytes else slots
         sizes = self.pools.sizes if in_bytes else np.ones_like(self.pools.sizes)
@@ -262,7 +262,7 @@ class _Replayer:
         return self._result(policy, capacity, slots, [c[0] for c in counted], [c[1] for c in counted], preload)
 
     def _listed(self, policy: Policy, i: int, slots: Ints, hit: npt.NDArray[np.bool_]) -> int:
-        """Replay a policy of lists, and return the bytes that were loaded before.
+        """Replay a policy of `kernels.lab.listed`, and return the bytes of its preload.
 
         Raises
         ------
@@ -287,7 +287,7 @@ class _Replayer:
         return preload
 
     def _counts(self, policy: Policy, i: int) -> list[dict[int, int]] | None:
-        """Return the uses of each pool's keys that a static set is fitted on."""
+        """Return the uses of each pool's keys, to which a static set is fitted."""
         if not policy.fit:
             return None
         fitted = [run for j, run in enumerate(self.runs) if (j == i) == (policy.fit == "same")]
@@ -309,7 +309,7 @@ class _Replayer:
         missed: list[int] | None = None,
         preload: int = 0,
     ) -> Result:
-        """Return a result from touches and hits by pool: int64, (n_pool, 2), of each run."""
+        """Return the result, from touches and hits by pool of each run: int64, (n_pool, 2)."""
         requests = []
         for i, (run, counts) in enumerate(zip(self.runs, by_pool, strict=True)):
             touches, hits = (int(n) for n in counts.sum(axis=0))
@@ -352,7 +352,7 @@ def _objects(
     counts: Sequence[Mapping[int, int]] | None,
     hit: npt.NDArray[np.bool_],
 ) -> int:
-    """Replay a policy by its own objects, one cache a pool, and return the bytes that were loaded before."""
+    """Replay a policy with its own objects, one cache per pool, and return the bytes of its preload."""
     caches: list[Cache | LlamaCache] = []
     preload = 0
     for p in range(pools.n_pool):
@@ -383,9 +383,10 @@ def _objects(
 
 
 def lru_begins(trace: Trace, setting: Setting = Setting()) -> dict[str, int | None]:  # frozen
-    """Return the fewest slots of a pool, and the bytes of all pools, with which LRU hits anything.
+    """Return the fewest slots of a pool, and the bytes of all pools, with which LRU has any hit.
 
-    In one pool for all layers a key is used again after a whole sweep of the layers at the earliest, so with fewer slots than a sweep LRU hits nothing.
+    In one pool for all layers, a key is used again after a whole sweep of the layers at the earliest. With fewer slots
+    than the experts of a sweep, LRU has no hits.
     """
     pools = Pools.of(trace, setting.scope)
     runs = list(runs_of(trace, pools, phase=setting.phase, contract=setting.contract))

@@ -1,7 +1,7 @@
-"""The lab's policies in a cache that runs: `LabRule` gives `pyggml.moe_cache.MoeCache` the pools of a replay.
+"""The lab's policies in a running model: `LabRule` gives `pyggml.moe_cache.MoeCache` the pools of a replay.
 
-A replay and a run ask the same objects: an `Eviction` and an `Admission` in a `Cache`, event by event. `TraceRouting` lets a plan
-without data choose the experts of a trace.
+Replays and runs use the same objects: an `Eviction` and an `Admission` in a `Cache`. `TraceRouting` lets a plan use the
+experts of a trace.
 """
 
 from __future__ import annotations
@@ -19,28 +19,30 @@ from .trace import Trace
 
 __all__ = ["LabRule", "TraceRouting", "counts_of", "parse_rule"]
 
-#: Uses of each expert of each layer: what static sets are fitted on.
+#: Uses of each expert by layer, to which static sets are fitted.
 Counts = Mapping[int, Mapping[int, int]]
 
 
 class LabRule:
-    """A policy of the lab as the rule of an expert cache; a `moe_cache.CacheRule`.
+    """A policy of the lab as a `moe_cache.CacheRule`, the rule of an expert cache.
 
     Parameters
     ----------
     policy : str or Policy
         As `parse_policy` reads it. One that knows the future cannot run.
     capacity : Capacity
-        Of the experts in host memory. Bytes are divided as in a replay, not by free memory.
+        The size of the cache. A fraction is of the experts in host memory. Bytes are divided as in a replay, not by
+        free memory.
     scope : str
-        ``layer``: each layer has its own slots; ``group``: equal layers of a device share them; ``global``: all layers do.
+        ``layer``: each layer has its own slots; ``group``: equal layers of a device share them; ``global``: all layers
+        do.
     counts : mapping, optional
-        By layer, how often each expert was used elsewhere; static sets need it.
+        By layer, the uses of each expert in other requests; required for static sets.
 
     Raises
     ------
     GraphError
-        There is no such policy or scope, or the policy cannot run.
+        The policy or scope is unknown, or the policy cannot run.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class LabRule:
     def groups(
         self, layers: Sequence[HostLayer], *, n_used: int, alignments: Sequence[int], weights: Sequence[float]
     ) -> list[CacheGroup]:
-        """Return groups of equal layers, with as many slots as their pools have."""
+        """Return groups of equal layers, with the slots of their pools."""
         groups = group_layers(layers)
         if self.scope == "global" and len(groups) > 1:
             raise GraphError(f"the layers form {len(groups)} groups, which cannot share slots", hint="use scope group")
@@ -102,17 +104,17 @@ class LabRule:
 
 
 def parse_rule(text: str, scope: str, trace: Trace | None = None) -> LabRule:
-    """Return the rule that ``POLICY:SIZE`` names, as in ``lfru:20%``, ``lru+hotter:64:512MiB`` or ``lfu:6``.
+    """Parse ``POLICY:SIZE``, such as ``lfru:20%``, ``lru+hotter:64:512MiB`` or ``lfu:6``.
 
     Parameters
     ----------
     trace : Trace, optional
-        What static sets are fitted on.
+        The trace to which static sets are fitted.
 
     Raises
     ------
     GraphError
-        There is no such policy, size or scope.
+        The policy, size or scope is unknown.
     """
     policy, colon, size = text.rpartition(":")
     if not colon or not policy:
@@ -121,7 +123,7 @@ def parse_rule(text: str, scope: str, trace: Trace | None = None) -> LabRule:
 
 
 def counts_of(trace: Trace) -> dict[int, dict[int, int]]:
-    """Return how often each expert of each layer was used in a trace, once per event."""
+    """Return the uses of each expert by layer in a trace, counted once per event."""
     counts: dict[int, dict[int, int]] = {}
     for event, layer in enumerate(trace.layer.tolist()):
         of_layer = counts.setdefault(layer, {})
@@ -150,7 +152,7 @@ class _Table(SlotTable):
         self.n_slots, self.n_expert, self.n_transit = group.n_slots, group.n_expert, group.n_transit
         self._pool: dict[int, tuple[Cache, int, int]] = {}  # by layer: cache, its first slot, the layer's first key
         self._layer_of: dict[int, list[int]] = {}  # by first slot: the pool's layers
-        self._waiting: dict[int, list[Upload]] = {}  # what a static set still has to load, by layer
+        self._waiting: dict[int, list[Upload]] = {}  # uploads of a static set that are not made yet, by layer
         self._step = -1
         self._least = min(n for n, layers in zip(slots, pools.layers, strict=True) if layers[0] in group.layers)
         first = 0
@@ -163,7 +165,7 @@ class _Table(SlotTable):
                 for expert, count in counts.get(il, {}).items()
             }
             cache = policy.cache(n, pools, uses if policy.fit else None)
-            assert isinstance(cache, Cache)  # llama.cpp's own have another table
+            assert isinstance(cache, Cache)  # llama.cpp's own policies have another table
             self._layer_of[first] = layers
             for place, il in enumerate(layers):
                 self._pool[il] = cache, first, place * self.n_expert
@@ -174,7 +176,7 @@ class _Table(SlotTable):
 
     @property
     def most(self) -> int:
-        """Distinct experts that one lookup may ask for."""
+        """Most distinct experts of a lookup."""
         return self.n_transit or self._least
 
     def begin(self) -> None:
@@ -182,7 +184,7 @@ class _Table(SlotTable):
         self._step += 1
 
     def lookup(self, layer: int, ids: Iterable[int]) -> Lookup:
-        """Decide an event of one layer: its experts in the order of their last slots, as a replay has them."""
+        """Decide an event of one layer: its experts in the order of their last slots, as in a replay."""
         cache, first, base = self._pool[layer]
         experts = list(dict.fromkeys(reversed(list(ids))))[::-1]
         decision = cache.event(self._step, layer, [base + e for e in experts])
@@ -204,7 +206,7 @@ class _Table(SlotTable):
         return Lookup(slots, hits, misses, tuple(sorted(uploads)), evicted)
 
     def slot_of(self, layer: int, expert: int) -> int | None:
-        """Return where an expert is kept; None if it is not in the cache, or not loaded yet."""
+        """Return the slot of an expert; None if it is not in the cache or not loaded yet."""
         cache, first, base = self._pool[layer]
         slot = cache.slot_of.get(base + expert)
         is_waiting = any(upload.expert == expert for upload in self._waiting.get(layer, ()))
@@ -217,13 +219,12 @@ class TraceRouting:
     Parameters
     ----------
     trace : Trace
-        The rows of all its steps are the tokens, in order.
-        Its first layer is the first one with experts.
+        The rows of its steps, in order, are the tokens. Its first layer is the model's first layer with experts.
 
     Raises
     ------
     GraphError
-        Layers have different numbers of rows.
+        Layers of the trace have different numbers of rows.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -241,11 +242,11 @@ class TraceRouting:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the trace."""
+        """Number of tokens of the trace."""
         return len(next(iter(self._rows.values())))
 
     def rows(self, layer: int, tokens: Sequence[int], n_expert: int, n_used: int) -> list[list[int]]:
-        """Return what each token chose, in slot order.
+        """Return the experts of each token, in slot order.
 
         Raises
         ------

@@ -1,7 +1,7 @@
-"""`Trace`: which experts a model chose, as columns; every format is read into it.
+"""`Trace`: which experts a model chose, as columns. Every format is read into it.
 
-An *event* is one layer of one step: the ids of all rows that were routed together. A row is one token of one sequence. Caches decide
-once per event, so events are what is replayed.
+An *event* is one layer of one step: the ids of all rows that were routed together. A row is one token of one sequence.
+Caches decide once per event.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ __all__ = ["Finding", "Phase", "Trace", "TraceBuilder"]
 Ints = npt.NDArray[np.int64]
 _T = TypeVar("_T", bound=np.generic)
 
-#: Limits of what a file may claim: far above any model, far below what would not fit in memory.
+#: Largest numbers that a file may claim: far above any model, and small enough for memory.
 MAX_LAYERS, MAX_EXPERTS, MAX_SLOTS, MAX_IDS = 4096, 65536, 4096, 1 << 28
 
 
 class Phase(IntEnum):
-    """What a step was for."""
+    """Whether a step was prefill or decode."""
 
     PREFILL = 0
     DECODE = 1
 
 
 class Finding(NamedTuple):
-    """Something in a trace that misleads.
+    """Something in a trace that makes results misleading.
 
     Attributes
     ----------
     name : str
-        The trap, such as ``strided-ids``.
+        The kind, such as ``strided-ids``.
     text : str
         What was found, and where.
     phases : tuple of Phase
-        Phases whose events must not be replayed for it; empty if it is only a warning.
+        Phases that must not be replayed because of it; empty for a warning.
     """
 
     name: str
@@ -58,26 +58,26 @@ class Trace:
     Attributes
     ----------
     n_layer, n_expert, n_used : int
-        Of the model: layers (dense ones included), experts of a layer, experts of a token.
+        Layers of the model (including dense ones), experts of a layer, experts of a token.
     request, step, phase, layer : int64, (n_event,)
-        Of each event: the request it belongs to (requests do not share a cache), the step (one evaluation of the model, counted in the request),
-        `Phase`, and the layer.
+        Of each event: its request (requests do not share a cache), its step (one compute of the model, counted by
+        request), `Phase` and layer.
     first_row : int64, (n_event + 1,)
         Rows of event ``i`` are ``first_row[i]:first_row[i + 1]``.
     sequence : int64, (n_row,)
-        Which sequence of a batch a row belongs to.
+        The sequence of each row.
     ids : int32, (n_row, n_slot)
-        Experts of each row in slot order (the router's first choice first); -1 is no expert.
+        Experts of each row in slot order (the router's first choice first); -1: none.
     weights : float32, (n_row, n_slot), or None
-        What the router gave each; NaN if unknown.
+        The router's weight of each; NaN if unknown.
     expert_bytes : int64, (n_layer, n_projection), or None
         Bytes of one expert of a layer, by projection; None if unknown.
     projections : tuple of str
         Names of the projections; ``("all",)`` if only the sum is known.
     n_used_model : int or None
-        Experts of a token as the model was trained, where that is known and differs from `n_used` or is confirmed by it.
+        Experts of a token in training, if known.
     is_merged : bool
-        Whether rows are unions of tokens whose own choices are not known.
+        Whether rows are unions over tokens whose own experts are unknown.
     requests : tuple of str
         Names of the requests.
     """
@@ -110,12 +110,12 @@ class Trace:
 
     @property
     def layers(self) -> list[int]:
-        """The layers that have experts, ascending."""
+        """The layers with experts, ascending."""
         return [int(i) for i in np.unique(self.layer)]
 
     @property
     def bytes_of_layer(self) -> Ints:
-        """Bytes of one expert by layer, all projections: int64, (n_layer,); 0 where unknown."""
+        """Bytes of one expert by layer, over all projections: int64, (n_layer,); 0 if unknown."""
         if self.expert_bytes is None:
             return np.zeros(self.n_layer, np.int64)
         total: Ints = self.expert_bytes.sum(axis=1)
@@ -126,7 +126,7 @@ class Trace:
         return self.ids[self.first_row[event] : self.first_row[event + 1]]
 
     def select(self, events: npt.NDArray[np.bool_]) -> Trace:
-        """Return the trace of some events: bool, (n_event,)."""
+        """Return the trace of the events for which ``events``, bool, (n_event,), is True."""
         n_rows = np.diff(self.first_row)
         rows = np.repeat(events, n_rows)
         first = np.concatenate(([0], np.cumsum(n_rows[events]))).astype(np.int64)
@@ -137,7 +137,7 @@ class Trace:
         )  # fmt: skip
 
     def with_expert_bytes(self, n_bytes: int) -> Trace:
-        """Return the trace with one size for the experts of every layer."""
+        """Return the trace with experts of ``n_bytes`` bytes in every layer."""
         return replace(self, expert_bytes=np.full((self.n_layer, 1), n_bytes, np.int64), projections=("all",))
 
     def __str__(self) -> str:
@@ -146,7 +146,7 @@ class Trace:
 
     @staticmethod
     def joined(traces: Sequence[Trace]) -> Trace:
-        """Return several traces of one model as one, their requests one after another.
+        """Return several traces of one model as one, with their requests one after another.
 
         Raises
         ------
@@ -191,7 +191,7 @@ def _padded(rows: npt.NDArray[_T], width: int, value: float) -> npt.NDArray[_T]:
 
 
 class TraceBuilder:
-    """Collects events in the order of time, in flat arrays, and makes a `Trace`.
+    """Collects events in chronological order, and makes a `Trace`.
 
     Parameters
     ----------
@@ -224,7 +224,7 @@ class TraceBuilder:
         Raises
         ------
         FormatError
-            The trace would be larger than any real one.
+            The trace is too large, or the numbers of rows and sequences differ.
         """
         n_row = 0
         for row in rows:
@@ -258,12 +258,12 @@ class TraceBuilder:
         requests: tuple[str, ...] = (),
         n_used_model: int | None = None,
     ) -> Trace:
-        """Return the trace. What the file does not tell is taken from the ids, and noted as a finding.
+        """Return the trace. Numbers that the file lacks are derived from the ids, and named in a finding.
 
         Raises
         ------
         FormatError
-            There are no events, or ids and layers do not fit what the file says.
+            There are no events, or ids and layers contradict the file's numbers.
         """
         if not self._events:
             raise FormatError(self.path, "no routing in it")
@@ -310,7 +310,7 @@ class TraceBuilder:
 
 
 def check_shape(path: str, n_layer: int, n_expert: int, n_used: int) -> None:
-    """Raise `FormatError` unless a model can have this shape."""
+    """Raise `FormatError` unless the numbers are possible for a model."""
     for what, n, most in (("layers", n_layer, MAX_LAYERS), ("experts", n_expert, MAX_EXPERTS)):
         if not 1 <= n <= most:
             raise FormatError(path, f"{n:,} {what}; 1 to {most:,} are possible")

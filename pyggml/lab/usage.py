@@ -1,4 +1,4 @@
-"""Which experts are used: by layer, and by how many tokens are evaluated together, consecutive or independent."""
+"""Which experts are used: by layer, and by the number of tokens of an event, consecutive or independent."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _MAX_DRAWS = 400
 
 @dataclass(frozen=True, slots=True)
 class Union:
-    """Distinct experts of a layer for a number of tokens: means over layers and places in the trace; None where the trace is too short."""
+    """Mean number of distinct experts of a layer for a number of tokens; None if the trace is too short."""
 
     n_token: int
     consecutive: float | None  #: tokens of one sequence, one after another
-    independent: float | None  #: the same step of as many requests
-    uniform: float  #: a router that takes any expert as likely
+    independent: float | None  #: the same step of different requests
+    uniform: float  #: a router that chooses all experts with equal probability
 
     def json(self) -> dict[str, float | int | None]:
         """Return the numbers."""
@@ -39,7 +39,7 @@ class Union:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Usage:
-    """What `usage` returns.
+    """The result of `usage`.
 
     Attributes
     ----------
@@ -49,9 +49,9 @@ class Usage:
     events : int64, (n_layer_with_experts,)
     unions : list of Union
     coverage : list of (float, float)
-        Share of all uses that the most used share of experts carries.
+        Share of experts, most used first, and their share of all uses.
     repeat : float
-        Share of a token's experts that the token before used, too; NaN where no two tokens follow each other.
+        Share of a token's experts that the previous token used, too; NaN if there are no consecutive tokens.
     """
 
     layers: list[int]
@@ -62,7 +62,7 @@ class Usage:
     repeat: float
 
     def sentences(self, trace: Trace) -> list[str]:
-        """Return what the counts say of the trace that they are of."""
+        """Return sentences that summarise the usage."""
         said = ["Most used experts: " + ", ".join(f"{s:.0%} carry {c:.0%}" for s, c in self.coverage) + " of all uses."]
         if not math.isnan(self.repeat):
             by_chance = trace.n_used / trace.n_expert
@@ -73,7 +73,7 @@ class Usage:
 
 
 def usage(trace: Trace, *, phase: str = "decode") -> Usage:
-    """Return how a trace uses experts."""
+    """Count the experts that a trace uses."""
     pools = Pools.of(trace, "layer")
     runs = list(runs_of(trace, pools, phase=phase))
     counts = np.zeros((pools.n_pool, pools.n_key), np.int64)
@@ -99,7 +99,7 @@ def usage(trace: Trace, *, phase: str = "decode") -> Usage:
 
 
 def _rows(trace: Trace, phase: str) -> list[npt.NDArray[np.bool_]]:
-    """Return each sequence's tokens: bool, (n_token, n_layer, n_expert); tokens that lack layers are left out."""
+    """Return each sequence's tokens: bool, (n_token, n_layer, n_expert), without tokens that lack layers."""
     if trace.is_merged:
         return []
     wanted = np.ones(trace.n_event, bool) if phase == "all" else trace.phase == Phase[phase.upper()]
@@ -129,7 +129,7 @@ def _consecutive(used: list[npt.NDArray[np.bool_]], n: int) -> float | None:
 
 
 def _independent(used: list[npt.NDArray[np.bool_]], n: int) -> float | None:
-    """Return the union of the same step of several sequences, neighbours in the order of the file."""
+    """Return the mean union of the same step of ``n`` adjacent sequences of the file."""
     if n > len(used):
         return None
     length = min(len(rows) for rows in used)

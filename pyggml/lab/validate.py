@@ -1,4 +1,4 @@
-"""The traps of routing traces: each gave somebody wrong numbers, and each is named here."""
+"""Checks for known mistakes in routing traces."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .trace import Finding, Phase, Trace
 
 __all__ = ["CHECKS", "refuse", "validated", "with_finding"]
 
-#: Events of several rows from which on rows that never share an expert are no accident.
+#: Events of several rows after which rows that never share an expert cannot be chance.
 _MIN_EVENTS = 8
 
 
 def _strided(trace: Trace) -> Iterator[Finding]:
-    """Find ids of several tokens that were read flat from a view with strides: whole rows of the sorted experts.
+    """Find ids of several tokens that were read without the strides of their view.
 
-    ``ffn_moe_topk`` is a view of all experts sorted; its rows are ``n_expert`` apart. Read without its strides, an event's ids are permutations of all
-    experts one after another, so that no expert comes twice before all have come.
+    ``ffn_moe_topk`` is a view of all experts, sorted; its rows are ``n_expert`` apart. Read without its strides, an
+    event's ids are permutations of all experts, so that none repeats before all have occurred.
     """
     n_rows = np.diff(trace.first_row)
     if trace.is_merged:
@@ -52,7 +52,7 @@ def _strided(trace: Trace) -> Iterator[Finding]:
 
 
 def _cut(trace: Trace) -> Iterator[Finding]:
-    """Find fewer experts a token than the model was trained with."""
+    """Find fewer experts per token than the model was trained with."""
     if trace.n_used_model is not None and trace.n_used < trace.n_used_model:
         yield Finding(
             "experts-cut",
@@ -83,7 +83,7 @@ def _last_layer(trace: Trace) -> Iterator[Finding]:
 
 
 def _duplicates(trace: Trace) -> Iterator[Finding]:
-    """Find an expert twice in one row, or an event told twice."""
+    """Find repeated experts in a row, and repeated events."""
     ordered = np.sort(trace.ids, axis=1)
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
     if twice.any():
@@ -101,7 +101,7 @@ def _duplicates(trace: Trace) -> Iterator[Finding]:
 
 
 def _order(trace: Trace) -> Iterator[Finding]:
-    """Find steps that go back, layers out of order or missing."""
+    """Find steps that decrease, and layers out of order or missing."""
     same = np.diff(trace.request) == 0
     steps, layers = np.diff(trace.step), np.diff(trace.layer)
     back = same & (steps < 0)
@@ -121,12 +121,12 @@ def _order(trace: Trace) -> Iterator[Finding]:
         yield Finding("layers-missing", f"{short:,} of {len(counts):,} steps lack some of the {n_layer} layers")
 
 
-#: Each looks for one trap.
+#: Each finds one kind of mistake.
 CHECKS: tuple[Callable[[Trace], Iterator[Finding]], ...] = (_strided, _cut, _last_layer, _duplicates, _order)
 
 
 def validated(trace: Trace) -> Trace:
-    """Return the trace with what was found in it."""
+    """Return the trace with the findings of all checks."""
     return replace(trace, findings=(*trace.findings, *(found for check in CHECKS for found in check(trace))))
 
 
@@ -136,7 +136,7 @@ def with_finding(trace: Trace, name: str, text: str) -> Trace:
 
 
 def refuse(trace: Trace, phases: npt.NDArray[np.int64]) -> None:
-    """Raise `FormatError` if events of these phases must not be replayed for what was found in them."""
+    """Raise `FormatError` if a finding forbids replaying these phases."""
     for finding in trace.findings:
         hit = [phase for phase in finding.phases if (phases == phase).any()]
         if hit:

@@ -1,8 +1,8 @@
-"""The expert cache: device memory that keeps experts of layers whose weights lie on the host.
+"""The expert cache: slots in device memory for experts of layers with host weights.
 
-`policies.py` decides which experts stay (`LRU`, `SLRU`), `budget.py` how many fit (`plan_cache`), `cache.py` what moves and
-what is counted (`ExpertCache`): these know ids, slots and bytes, and no device. `running.py` has the memory and what a graph
-reads (`MoeCache`), `policy.py` the copies (`MoeCachePolicy`).
+`policies.py` decides which experts stay (`LRU`, `SLRU`), `budget.py` how many slots fit (`plan_cache`), `cache.py` what
+is copied and counted (`ExpertCache`). These know ids, slots and bytes, but no device. `running.py` has the memory that
+graphs read (`MoeCache`), `policy.py` makes the copies (`MoeCachePolicy`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many experts a cache of so many bytes holds: which layers share it, and who gets how much."""
+"""How many slots a cache of a given size has: which layers share slots, and how the budget is divided."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class ExpertTensor:
     ----------
     name : str
     layout : tuple
-        Type, ``ne`` and strides: what two layers must have in common to share slots.
+        Type, ``ne`` and strides, which layers that share slots must have in common.
     n_expert : int
     expert_bytes : int
-        From one expert to the next, ``nb[2]``.
+        Bytes from one expert to the next, ``nb[2]``.
     """
 
     name: str
@@ -37,14 +37,14 @@ class ExpertTensor:
 
 @dataclass(frozen=True, slots=True)
 class HostLayer:
-    """A layer all of whose experts lie in host memory, and the device that computes it.
+    """A layer whose experts are all in host memory, and the device that computes it.
 
     Attributes
     ----------
     index : int
     device : int
     experts : tuple of ExpertTensor
-        Gate and up in one, or gate, up; and down; those that there are, in this order.
+        Gate and up (fused or separate) and down, as far as the layer has them, in this order.
     """
 
     index: int
@@ -54,20 +54,20 @@ class HostLayer:
 
 @dataclass(slots=True)
 class CacheGroup:
-    """Layers of one device whose expert tensors are alike: they share slots.
+    """Layers of one device with equal expert tensors, which share slots.
 
     Attributes
     ----------
     device : int
     experts : tuple of ExpertTensor
-        Of its first layer; the banks are made like them.
+        Expert tensors of its first layer; the banks have the same layouts.
     layers : list of int
     host_bytes : int
         Bytes of all experts of its layers.
     n_slots : int
-        0: the budget is too small, and the layers are not cached.
+        Slots; 0: the budget is too small, and the layers are not cached.
     n_transit : int
-        Slots beside these, for experts that pass through; llama.cpp has none.
+        Further slots, for experts that are used once and not kept; llama.cpp has none.
     """
 
     device: int
@@ -79,21 +79,21 @@ class CacheGroup:
 
     @property
     def n_expert(self) -> int:
-        """Experts of each layer."""
+        """Number of experts of each layer."""
         return self.experts[0].n_expert
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes that a slot holds: one expert, of all the layer's tensors."""
+        """Bytes of a slot: one expert in all tensors of a layer."""
         return sum(t.expert_bytes for t in self.experts)
 
     @property
     def share(self) -> float:
-        """Slots, of all experts of its layers."""
+        """Slots divided by all experts of its layers."""
         return self.n_slots / (len(self.layers) * self.n_expert)
 
     def bank_bytes(self, n_slots: int, alignment: int) -> int:
-        """Return the device memory that so many slots take; one slot more is spare, as kernels read past the last."""
+        """Return the device memory of slots, in bytes, with a spare one because kernels read past the last."""
         return sum(-(-t.expert_bytes * (n_slots + 1) // alignment) * alignment for t in self.experts)
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ class CacheGroup:
 
 
 def slots_that_fit(group: CacheGroup, budget_bytes: int, alignment: int) -> int:
-    """Return how many slots a group gets of a budget: never more than it has experts."""
+    """Return the number of slots that fit into a budget, at most the experts of the group."""
     low, high = 0, len(group.layers) * group.n_expert
     while low < high:
         middle = (low + high + 1) // 2
@@ -121,21 +121,21 @@ def plan_cache(
     alignments: Sequence[int],
     weights: Sequence[float],
 ) -> list[CacheGroup]:
-    """Return the groups of layers that share slots, and how many each gets.
+    """Return the groups of layers that share slots, with the slots of each.
 
     Parameters
     ----------
     layers : sequence of HostLayer
         In order; at least one.
     size_bytes : int
-        Of the cache, over all devices.
+        Size of the cache, over all devices.
     n_used : int
-        Experts that a token uses, at most over the layers.
+        Most experts that a token uses in any layer.
     alignments : sequence of int
-        Of each device's memory.
+        Alignment of each device's memory, in bytes.
     weights : sequence of float
-        What each device gets of the budget, relative to each other: its share of the layers if the user gave shares, else
-        its free memory. Only devices that have layers here count; all alike if these weigh nothing.
+        Relative share of the budget for each device: its share of the layers (``-ts``) if given, else its free memory.
+        Devices without layers here do not count. If all weights are 0, devices get equal shares.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def plan_cache(
 
     Notes
     -----
-    Mirrors the constructor of `llama_moe_cache::impl`: the sums are made in the same order, as they are rounded.
+    Mirrors the constructor of `llama_moe_cache::impl`, with the same order of rounded sums.
     """
     groups = group_layers(layers)
     host_bytes = [0] * len(weights)
@@ -168,7 +168,7 @@ def plan_cache(
 
 
 def group_layers(layers: Sequence[HostLayer]) -> list[CacheGroup]:
-    """Return the groups of layers that can share a bank, without slots: equal expert tensors on one device."""
+    """Return the groups of layers that can share a bank (equal expert tensors, one device), without slots."""
     groups: list[CacheGroup] = []
     for layer in layers:
         group = next((g for g in groups if g.device == layer.device and _are_alike(g.experts, layer.experts)), None)

@@ -1,4 +1,4 @@
-"""`ExpertCache`: what is copied to the slots of one group, and from them, and what is counted."""
+"""`ExpertCache`: what is copied to and from the slots of one group, with counters."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .policies import Lookup, SlotTable, Upload
 
 __all__ = ["MAX_CACHED_TOKENS", "Counters", "ExpertCache", "PartialCopy", "Transfer", "merge_uploads"]
 
-#: Larger micro-batches use most experts of a layer: they gain little, and would evict what generation uses
+#: Larger micro-batches bypass the cache: they use most experts, and would evict those of generation
 #: (`llama_moe_cache::impl::max_batch`).
 MAX_CACHED_TOKENS = 32
-#: Up to so many tokens a lookup is counted as one of a small micro-batch (`llama_moe_cache::impl::stats_small`).
+#: Most tokens of a lookup that is counted as small (`llama_moe_cache::impl::stats_small`).
 SMALL_TOKENS = 8
 _MIB = 1024 * 1024
 
 
 class Transfer(NamedTuple):
-    """Neighbouring experts that go to neighbouring slots: one copy for each tensor of the layer."""
+    """Adjacent experts that go to adjacent slots: one copy for each tensor of the layer."""
 
     expert: int
     slot: int
@@ -28,16 +28,16 @@ class Transfer(NamedTuple):
 
 
 class PartialCopy(NamedTuple):
-    """A part of the copy of a whole weight, for a micro-batch that goes past the cache.
+    """A part of the copy of a whole weight, for a micro-batch that bypasses the cache.
 
     Attributes
     ----------
     expert, n_experts : int
-        Which experts; none where only padding is left.
+        The first expert, and how many; 0: only padding.
     slot : int or None
-        Where they are in the cache, to be copied within the device; None: they come from the host.
+        The slot to copy from, within the device; None: the host.
     pad_bytes : int
-        Bytes of the next expert that the host sends too.
+        Bytes of the next expert that are also sent from the host.
     """
 
     expert: int
@@ -62,14 +62,14 @@ class _Count:
 
 @dataclass(slots=True)
 class Counters:
-    """What a cache did, in one group or in all.
+    """Counts of a cache, in one group or in all.
 
     Attributes
     ----------
     small, large
         Hits, misses and uploaded bytes of micro-batches of at most 8 tokens, and of more.
     copied : int
-        Experts that micro-batches past the cache took out of it.
+        Experts that micro-batches which bypass the cache copied from it.
     copied_bytes : int
     """
 
@@ -80,28 +80,28 @@ class Counters:
 
     @property
     def hits(self) -> int:
-        """Experts that were found."""
+        """Number of lookups of an expert that found it."""
         return self.small.hits + self.large.hits
 
     @property
     def misses(self) -> int:
-        """Experts that had to be uploaded."""
+        """Number of lookups of an expert after which it was uploaded."""
         return self.small.misses + self.large.misses
 
     @property
     def uploaded_bytes(self) -> int:
-        """Bytes that went into slots."""
+        """Bytes copied into slots."""
         return self.small.n_bytes + self.large.n_bytes
 
     @property
     def hit_rate(self) -> float | None:
-        """Hits of all lookups; None if there were none."""
+        """Hits divided by hits and misses; None without lookups."""
         total = self.hits + self.misses
         return self.hits / total if total else None
 
     @classmethod
     def sum(cls, parts: Iterable[Counters]) -> Counters:
-        """Return the sum of several."""
+        """Return the sum of several counters."""
         total = cls()
         for part in parts:
             for own, more in ((total.small, part.small), (total.large, part.large)):
@@ -115,14 +115,14 @@ class Counters:
         return total
 
     def as_dict(self) -> dict[str, int | float | None]:
-        """Return them for JSON."""
+        """Return the counts for JSON."""
         return {
             "hits": self.hits, "misses": self.misses, "hit_rate": self.hit_rate, "uploaded_bytes": self.uploaded_bytes,
             "copied_experts": self.copied, "copied_bytes": self.copied_bytes,
         }  # fmt: skip
 
     def lines(self) -> list[str]:
-        """Return what llama.cpp prints when it frees the cache; a line that would tell of nothing is left out."""
+        """Return the lines that llama.cpp prints when it frees the cache, without those whose counts are 0."""
         named = (("ubatch <= 8", self.small), ("ubatch  > 8", self.large))
         lines = [count.line(name) for name, count in named if count.hits + count.misses]
         if self.copied:
@@ -138,11 +138,11 @@ class ExpertCache:
     Parameters
     ----------
     policy : SlotTable
-        Who stays.
+        Decides which experts stay.
     expert_bytes : sequence of int
         Bytes of one expert in each of a layer's tensors.
     n_used : int
-        Experts that a token uses, at most over the model's layers.
+        Most experts that a token uses in any layer of the model.
     counters : Counters, optional
         Shared by the groups of a model.
     """
@@ -161,7 +161,7 @@ class ExpertCache:
         self.counters = Counters() if counters is None else counters
 
     def serves(self, n_tokens: int, n_used: int) -> bool:
-        """Whether a layer of a micro-batch reads its experts from the slots.
+        """Return whether a layer reads its experts from the slots, for a micro-batch of ``n_tokens``.
 
         Notes
         -----
@@ -171,19 +171,19 @@ class ExpertCache:
         return 0 < n_tokens <= MAX_CACHED_TOKENS and min(n_tokens * n_used, policy.n_expert) <= policy.most
 
     def update(self, layer: int, ids: Sequence[int]) -> tuple[Lookup, list[Transfer]]:
-        """Make room for the experts that a layer chose.
+        """Give slots to the experts that a layer chose.
 
         Parameters
         ----------
         ids : sequence of int32
-            All of the layer's, repeats included: their number tells small micro-batches from large ones.
+            All ids of the layer, with repeats: small and large micro-batches are counted separately by their number.
 
         Returns
         -------
         Lookup
-            Where the experts are now.
+            The slots of the experts.
         list of Transfer
-            What must be uploaded for that, in order.
+            The uploads to make, in order.
 
         Notes
         -----
@@ -197,15 +197,15 @@ class ExpertCache:
         return found, merge_uploads(found.uploads)
 
     def partial_copies(self, layer: int, used: Iterable[int], i_tensor: int) -> list[PartialCopy]:
-        """Return how the used experts of a weight get into its copy, for a micro-batch that goes past the cache.
+        """Return the copies of a weight's used experts to its input copy, for a micro-batch that bypasses the cache.
 
-        Those that are in the cache are copied within the device, the others come from the host; the cache itself does not
-        change. What is taken out of it is counted.
+        Experts in the cache are copied within the device and counted, the others come from the host. The cache does not
+        change.
 
         Notes
         -----
         Mirrors `llama_context::sched_copy_experts` with a cache, and `llama_moe_cache::copy_experts`: a run of used
-        experts is cut where it is in the cache; the last part brings padding, even if nothing else is left of it.
+        experts is divided at cached ones. The last part sends padding, even if no expert is left in it.
         """
         n_expert = self.policy.n_expert
         pad = min(self.expert_bytes[i_tensor], EXPERT_PAD_BYTES)
@@ -229,7 +229,7 @@ class ExpertCache:
                 while at + n < end and self.policy.slot_of(layer, at + n) == slot + n:
                     n += 1
                 parts.append(PartialCopy(at, n, slot))
-                if start < at:  # upstream sends what comes before it afterwards
+                if start < at:  # upstream sends the experts before it afterwards
                     parts.append(PartialCopy(start, at - start, None))
                 self.counters.copied += n
                 self.counters.copied_bytes += n * self.expert_bytes[i_tensor]
@@ -243,7 +243,7 @@ class ExpertCache:
 
 
 def merge_uploads(uploads: Sequence[Upload]) -> list[Transfer]:
-    """Put uploads together whose experts and slots are neighbours."""
+    """Merge uploads with adjacent experts and slots."""
     merged: list[Transfer] = []
     for expert, slot in uploads:
         if merged:

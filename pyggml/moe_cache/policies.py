@@ -1,7 +1,7 @@
-"""Which experts stay in the slots of a cache: llama.cpp's two rules, and the bound below which neither ever hits.
+"""Which experts stay in the slots of a cache: llama.cpp's two rules, and the size below which neither has any hit.
 
-A policy serves a group of layers that share their slots. It is asked once for each layer of each micro-batch, with the
-ids that the router chose, and answers where each expert is from then on.
+A policy serves a group of layers that share slots. For each layer of each micro-batch, `lookup` receives the ids that
+the router chose and returns the slot of each expert.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["EVICTIONS", "LRU", "SLRU", "EvictionPolicy", "Lookup", "SlotTable", 
 
 
 class Upload(NamedTuple):
-    """An expert of the asked layer that must be copied into a slot."""
+    """An expert of the layer that must be copied into a slot."""
 
     expert: int
     slot: int
@@ -26,20 +26,20 @@ class Upload(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """What became of the experts that one layer chose.
+    """The slots of the experts that one layer chose, and what changed.
 
     Attributes
     ----------
     slots : dict of int to int
         Slot of each distinct expert, in the order in which they were chosen.
     hits : tuple of int
-        Experts that were there, in the order in which they were chosen.
+        Experts that were in the cache, in the order in which they were chosen.
     misses : tuple of int
-        Experts that were not, ascending.
+        Experts that were not in the cache, ascending.
     uploads : tuple of Upload
-        What must be copied before the layer is computed, in the order of copying.
+        Copies to make before the layer is computed, in order.
     evicted : tuple of (int, int)
-        Layer and expert of each that lost its slot.
+        Layer and expert of each expert that lost its slot.
     """
 
     slots: dict[int, int]
@@ -59,7 +59,7 @@ class SlotTable(ABC):
     n_expert : int
         Experts of each layer.
     n_transit : int
-        Slots behind these for experts that are not kept: of each layer for itself, until the next layer needs them.
+        Slots after these for experts that are not kept: each layer overwrites those of the previous layer.
     """
 
     n_slots: int
@@ -68,19 +68,19 @@ class SlotTable(ABC):
 
     @property
     def most(self) -> int:
-        """Distinct experts that one lookup may ask for."""
+        """Most distinct experts of a lookup."""
         return self.n_slots
 
     @abstractmethod
     def lookup(self, layer: int, ids: Iterable[int]) -> Lookup:
-        """Give every chosen expert of a layer a slot, for now at least."""
+        """Give every chosen expert of a layer a slot, at least until the next layer's lookup."""
 
     @abstractmethod
     def slot_of(self, layer: int, expert: int) -> int | None:
-        """Return where an expert is kept; None if it is not in the cache."""
+        """Return the slot of an expert; None if it is not kept."""
 
     def begin(self) -> None:
-        """Take note that a computing starts."""
+        """Begin a compute."""
         return
 
 
@@ -96,10 +96,10 @@ class EvictionPolicy(SlotTable):
 
     Notes
     -----
-    A rule of one's own defines `_hit`, which takes note of a use, and `_victim`, which gives up a slot.
+    A subclass defines `_hit`, called for each use, and `_victim`, which returns the slot to fill next.
     """
 
-    #: what llama.cpp's users know the rule as
+    #: Name of the rule for users.
     name = ""
 
     def __init__(self, n_slots: int, n_expert: int) -> None:
@@ -116,17 +116,17 @@ class EvictionPolicy(SlotTable):
         layer : int
             Any number that names the layer.
         ids : iterable of int
-            As the router chose them: all rows of the micro-batch, repeats included.
+            All ids of the micro-batch, in the router's order, with repeats.
 
         Raises
         ------
         SchedError
-            An id is no expert, or there are more distinct ids than slots: upstream aborts.
+            An id is not an expert, or there are more distinct ids than slots. Upstream aborts.
 
         Notes
         -----
-        Mirrors `moe_cache_lru::plan`: hits first, then the misses by id, so that neighbours tend to get neighbouring
-        slots and one copy serves them.
+        Mirrors `moe_cache_lru::plan`: hits first, then misses by id, so that adjacent experts tend to get adjacent
+        slots and need one copy.
         """
         chosen = list(dict.fromkeys(ids))
         if chosen and not (min(chosen) >= 0 and max(chosen) < self.n_expert):
@@ -156,25 +156,25 @@ class EvictionPolicy(SlotTable):
         return Lookup({e: slots[e] for e in chosen}, hits, misses, tuple(uploads), tuple(evicted))
 
     def slot_of(self, layer: int, expert: int) -> int | None:
-        """Return where an expert is; None if it is not in the cache."""
+        """Return the slot of an expert; None if it is not in the cache."""
         return self._slots.get(layer, {}).get(expert)
 
     def slot_map(self, layer: int) -> list[int]:
-        """Return the slot of each expert of a layer, -1 for those that are absent: what the device looks up."""
+        """Return the slot of each expert of a layer, or -1: the table that the device reads."""
         slots = self._slots.get(layer, {})
         return [slots.get(e, -1) for e in range(self.n_expert)]
 
     @abstractmethod
     def _hit(self, slot: int) -> None:
-        """Take note that the expert in a slot is used."""
+        """Receive the slot of an expert that is used."""
 
     @abstractmethod
     def _victim(self, needed: set[tuple[int, int]]) -> int:
-        """Return the slot to fill next, none of whose experts is needed now, and count it as just used."""
+        """Return the slot to fill next and count it as just used; its expert must not be in ``needed``."""
 
 
 class LRU(EvictionPolicy):
-    """The least recently used expert goes.
+    """Evicts the least recently used expert.
 
     Notes
     -----
@@ -199,20 +199,20 @@ class LRU(EvictionPolicy):
         self._order.move_to_end(slot)
 
     def _victim(self, needed: set[tuple[int, int]]) -> int:
-        slot = next(iter(self._order))  # hits went to the end, and there are as many slots as experts are needed
+        slot = next(iter(self._order))  # hits moved to the end, and lookup checked that the slots are enough
         self._order.move_to_end(slot)
         return slot
 
 
 class SLRU(EvictionPolicy):
-    """An expert that was used twice is protected: those that were used once go first.
+    """Evicts experts that were used once before those that were used again.
 
     Notes
     -----
-    What llama.cpp b11739 does, decoded from its machine code and held to recordings of it: two lists, on probation and
-    protected, of which the second has at most half of the slots. A hit goes to the recent end of the protected list,
-    whose oldest then may go back to the recent end of the other. A miss takes the oldest slot on probation, then of the
-    protected, that the layer does not choose now, and is on probation.
+    The rule of llama.cpp b11739, decoded from its machine code and tested against recordings. There are two lists,
+    probation and protected; the latter has at most half of the slots. A hit moves to the recent end of the protected
+    list, whose oldest entry may return to the recent end of probation. A miss takes the oldest slot on probation, else
+    the oldest protected, that the layer does not need now, and is on probation.
     """
 
     name = "slru"
@@ -239,7 +239,7 @@ class SLRU(EvictionPolicy):
                     del kept[slot]
                     self._probation[slot] = None
                     return slot
-        raise AssertionError("fewer slots than experts that are needed")  # lookup has counted them
+        raise AssertionError("fewer slots than experts that are needed")  # lookup has checked this
 
 
 #: The rules by name, oldest first.
@@ -247,18 +247,18 @@ EVICTIONS: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in 
 
 
 def slots_without_hits(n_layer: int, n_distinct: int) -> int:
-    """Return up to how many shared slots no expert is ever found again.
+    """Return the largest number of shared slots with which there is no hit.
 
-    Between two turns of a layer the others choose ``(n_layer - 1) * n_distinct`` experts, which no layer shares. With no
-    more slots than that each expert is gone before its layer's next turn: `LRU` and `SLRU` hit in exactly 0 % of all
-    lookups, whatever the router does. (For `SLRU` as for `LRU`: without a hit nothing is ever protected.)
+    Between two lookups of a layer, the other layers choose ``(n_layer - 1) * n_distinct`` other experts. With at most
+    that many slots, each expert is evicted before its layer's next lookup, whatever the router chooses. This holds for
+    `LRU` and for `SLRU`, which protects nothing without a hit.
 
     Parameters
     ----------
     n_layer : int
         Layers of the group.
     n_distinct : int
-        Distinct experts that each layer chooses in a step: with one token, all that it uses.
+        Distinct experts that each layer chooses in a step; with one token, all that the token uses.
 
     Notes
     -----

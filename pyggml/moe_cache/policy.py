@@ -1,4 +1,4 @@
-"""`MoeCachePolicy`: the copy policy that fills an expert cache, and takes experts out of it for large micro-batches."""
+"""`MoeCachePolicy`: the copy policy that fills an expert cache, and copies from it for large micro-batches."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["MoeCachePolicy"]
 
 
 class MoeCachePolicy(CopyPolicy):
-    """Fills the slots of a cache when a layer's slot map is copied; all else is copied by another policy.
+    """Fills the slots of a cache when a layer's slot map is copied; other inputs are copied by another policy.
 
     Parameters
     ----------
     cache : MoeCache
     inner : CopyPolicy, optional
-        How inputs are copied that are no slot maps; `UsedExpertCopier` if not given. If it is one, the used experts of a weight
-        that is copied to its layer's device come out of the cache where they are there.
+        Copies inputs that are not slot maps; by default `UsedExpertCopier`. If it is one, used experts of a weight that
+        is copied to its layer's device are copied from the cache if they are in it.
 
     Notes
     -----
-    Mirrors `llama_context::sched_copy_experts` and `llama_moe_cache::copy`. A computing that fails empties the cache, as nobody
-    knows which uploads were made.
+    Mirrors `llama_context::sched_copy_experts` and `llama_moe_cache::copy`. A failed compute empties the cache, because
+    it is unknown which uploads were made.
     """
 
     def __init__(self, cache: MoeCache, inner: CopyPolicy | None = None) -> None:
@@ -43,7 +43,7 @@ class MoeCachePolicy(CopyPolicy):
         self._is_running = False
 
     def reserve(self, plan: Plan) -> None:
-        """Make the cache's banks known, and what feeds them; find lookups that come too late."""
+        """Lend the cache's banks to the plan, request the feeds, and check the lookups."""
         if self.inner.overrides("reserve"):
             self.inner.reserve(plan)
         for backend, bank in self.cache.banks:
@@ -59,7 +59,7 @@ class MoeCachePolicy(CopyPolicy):
                     self._feeds[layer] = [(plan.feed(w, transfer.backend), bank) for w, bank in pairs]
 
     def _check(self, plan: Plan, transfer: Transfer, layer: int) -> None:
-        """Refuse a lookup whose ids are made in its own split: nobody could read them before (upstream aborts)."""
+        """Raise `SchedError` if a lookup's ids are computed in its own split, so that they cannot be read before it."""
         lookup = transfer.node
         if lookup is None or lookup.op is not Op.GET_ROWS or transfer.backend is not self.cache.backend(layer):
             raise SchedError(
@@ -71,7 +71,7 @@ class MoeCachePolicy(CopyPolicy):
             raise SchedError(f"the experts of layer {layer} are chosen in the split that looks up their slots")
 
     def before_split(self, i_split: int) -> None:
-        """Notice that a computing starts, and whether the one before came to its end."""
+        """Before the first split: begin a compute, and clear the cache if the previous compute failed."""
         if i_split == 0:
             if self._is_running:
                 self.cache.clear()
@@ -81,14 +81,14 @@ class MoeCachePolicy(CopyPolicy):
             self.inner.before_split(i_split)
 
     def after_split(self, i_split: int) -> None:
-        """Notice that a computing came to its end."""
+        """After the last split: mark the compute as complete."""
         if self.inner.overrides("after_split"):
             self.inner.after_split(i_split)
         if i_split == self._last:
             self._is_running = False
 
     def copy(self, transfer: Transfer) -> bool:
-        """Bring a layer's experts into their slots before its slot map, or hand on."""
+        """Upload a layer's experts, then copy its slot map; pass other transfers to the inner policy."""
         layer = self.cache.layer_of.get(transfer.source)
         if layer is not None:
             self._fill(transfer, layer)
@@ -101,7 +101,7 @@ class MoeCachePolicy(CopyPolicy):
         return self.inner.copy(transfer)
 
     def _fill(self, transfer: Transfer, layer: int) -> None:
-        """Upload what a layer needs and does not find, and send the map that says where all of it is."""
+        """Upload the layer's missing experts, and send its slot map."""
         lookup = transfer.node
         assert lookup is not None
         ids = lookup.src[1]
@@ -120,7 +120,7 @@ class MoeCachePolicy(CopyPolicy):
         transfer.send()
 
     def _take(self, transfer: Transfer, layer: int, i_tensor: int, bank: Tensor) -> None:
-        """Copy used experts of a weight: from the cache what is there, the rest from the host."""
+        """Copy the used experts of a weight, from the cache if they are in it, else from the host."""
         size = transfer.expert_bytes
         for part in self.cache.cache(layer).partial_copies(layer, transfer.ids(), i_tensor):
             if part.slot is None:

@@ -1,8 +1,8 @@
-"""`MoeCache`: the banks and slot maps of an expert cache, and what a graph reads in place of the weights.
+"""`MoeCache`: the banks and slot maps of an expert cache, which graphs read instead of weights.
 
-A layer whose experts are cached multiplies by a bank instead of its weights, and by slots instead of ids: the slots are looked
-up on the device, in a table of the layer (its slot map) that is copied there once the missing experts are in the bank. Who
-brings them is `MoeCachePolicy`; which stay is a `SlotTable`.
+A cached layer multiplies with a bank instead of its weights, and with slots instead of ids. The device looks the slots
+up in the layer's slot map, which is copied there after the missing experts. `MoeCachePolicy` makes these copies, a
+`SlotTable` decides which experts stay.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .policies import EVICTIONS, SlotTable, slots_without_hits
 
 __all__ = ["CacheRule", "LlamaCache", "MoeCache"]
 
-#: Address of the first tensor of each buffer of no bytes; no process has memory there.
+#: Address of the first tensor of each buffer without bytes; no process has memory there.
 _NOWHERE = 1 << 60
 _MIB = 1024 * 1024
 
 
 class CacheRule(Protocol):
-    """How large a cache is, who shares it, and who stays."""
+    """The size of a cache, which layers share slots, and which experts stay."""
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Name for reports."""
 
     def groups(
         self, layers: Sequence[HostLayer], *, n_used: int, alignments: Sequence[int], weights: Sequence[float]
@@ -43,7 +43,7 @@ class CacheRule(Protocol):
         """Return the groups of layers that share a bank, with their slots; see `plan_cache`."""
 
     def table(self, group: CacheGroup) -> SlotTable:
-        """Return the slots of a group, empty."""
+        """Return an empty table for the slots of a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class LlamaCache:
     Attributes
     ----------
     size_bytes : int
-        Over all devices.
+        Bytes over all devices.
     eviction : str
         ``"lru"`` (b11549, release 0.7.0) or ``"slru"`` (b11739).
     """
@@ -63,17 +63,17 @@ class LlamaCache:
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Name for reports."""
         return self.eviction
 
     def groups(
         self, layers: Sequence[HostLayer], *, n_used: int, alignments: Sequence[int], weights: Sequence[float]
     ) -> list[CacheGroup]:
-        """Return llama.cpp's groups and their slots."""
+        """Return llama.cpp's groups, with their slots."""
         return plan_cache(layers, self.size_bytes, n_used=n_used, alignments=alignments, weights=weights)
 
     def table(self, group: CacheGroup) -> SlotTable:
-        """Return the slots of a group, empty."""
+        """Return an empty table for the slots of a group."""
         return EVICTIONS[self.eviction](group.n_slots, group.n_expert)
 
 
@@ -85,44 +85,45 @@ class _Group:
     backend: Backend
     cache: ExpertCache
     banks: list[Tensor] = field(default_factory=list)  #: one for each expert tensor of a layer
-    transient: list[tuple[int, int]] = field(default_factory=list)  #: layer and expert in slots of passage
+    transient: list[tuple[int, int]] = field(default_factory=list)  #: layer and expert in the transit slots
 
 
 class MoeCache:
-    """Device memory that keeps experts of layers whose weights lie on the host.
+    """Slots in device memory for experts of layers with host weights.
 
     Parameters
     ----------
     layers : mapping of int to sequence of Tensor
-        By layer, its expert weights: gate and up in one, or gate, up; then down; those that there are.
+        By layer, its expert weights: gate and up (fused or separate) and down, as far as the layer has them.
     homes : mapping of int to Backend
-        By layer, the backend that computes it.
+        The backend that computes each layer.
     backends : sequence of Backend
-        The scheduler's; the last is a CPU.
+        The scheduler's backends; the last is a CPU.
     rule : CacheRule
-        `LlamaCache`, or one of one's own.
+        `LlamaCache`, or a user's own.
     n_used : int
-        Experts that a token uses, at most over the layers.
+        Most experts that a token uses in any layer.
     weights : mapping of Backend to float, optional
-        What each device gets of the budget, relative to each other; its free memory if not given.
+        Relative share of the budget for each device; by default its free memory.
     has_data : bool
-        False: banks and maps take no memory, for plans.
+        False: banks and slot maps have no memory, for plans.
 
     Attributes
     ----------
     groups : list of CacheGroup
-        Also those that the budget is too small for, which have no slots; empty if no layer has all experts on the host.
+        Groups, including those without slots because the budget is too small; empty if no layer has all experts in host
+        memory.
 
     Raises
     ------
     SchedError
-        No backend is a GPU's, the model has no experts, or no group holds the experts of one token.
+        No backend is on a GPU, the model has no experts, or no group can hold the experts of one token.
     OutOfMemoryError
         A device has too little memory.
 
     Notes
     -----
-    Mirrors `llama_moe_cache`. The weights must not change while they are cached; `clear` forgets them.
+    Mirrors `llama_moe_cache`. The weights must not change while they are cached; call `clear` if they do.
     """
 
     def __init__(
@@ -148,9 +149,9 @@ class MoeCache:
         self._group_of: dict[int, _Group] = {}
         self._experts: dict[int, Sequence[Tensor]] = {}
         self._banks: dict[Tensor, Tensor] = {}  # weight -> its bank
-        self._views: dict[Tensor, Tensor] = {}  # weight -> what a graph reads
+        self._views: dict[Tensor, Tensor] = {}  # weight -> the view of its bank that graphs read
         self._maps: dict[int, Tensor] = {}
-        self._words: dict[int, ctypes.Array[ctypes.c_int32]] = {}  # what the maps hold; none in a plan
+        self._words: dict[int, ctypes.Array[ctypes.c_int32]] = {}  # contents of the slot maps; none in a plan
         self.layer_of: dict[Tensor, int] = {}  #: layer of each slot map
         self._buffers: list[Buffer] = []
         self._sizes: dict[BufferType, int] = {}
@@ -209,7 +210,7 @@ class MoeCache:
                 self._words[il] = (ctypes.c_int32 * made.ne[1])(*[-1] * made.ne[1])
 
     def _place(self, tensors: list[Tensor], backend: Backend, value: int) -> None:
-        """Allocate tensors and set all their bytes; in a plan, give them addresses that no process has."""
+        """Allocate tensors and set all their bytes; in a plan, give them addresses that no process uses."""
         buft = backend.buffer_type
         size = sum(_padded(t, buft) for t in tensors)
         self._sizes[buft] = self._sizes.get(buft, 0) + size
@@ -235,11 +236,11 @@ class MoeCache:
         self._buffers.append(buffer)
 
     def sizes(self) -> dict[BufferType, int]:
-        """Return the bytes that banks and slot maps take of each buffer type, or would take."""
+        """Return the bytes of banks and slot maps by buffer type, in a plan those that they would need."""
         return dict(self._sizes)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._words.clear()
         for tensor in (*self._banks.values(), *self._views.values(), *self._maps.values()):
             tensor.buffer = tensor.data = None
@@ -253,7 +254,7 @@ class MoeCache:
         return ExpertCache(self.rule.table(plan), sizes, n_used=self.n_used, counters=counters)
 
     def clear(self, *, counters: bool = False) -> None:
-        """Forget what the slots hold; counters go on, if they are not to be cleared, too."""
+        """Empty the slots; ``counters=True`` also resets the counters."""
         for group in self._held:
             group.cache = self._new_cache(group.plan, Counters() if counters else group.cache.counters)
             group.transient.clear()
@@ -261,23 +262,23 @@ class MoeCache:
             ctypes.memset(words, 0xFF, ctypes.sizeof(words))
             self._write(il)
 
-    # -- what a graph reads --------------------------------------------------
+    # -- for graphs ----------------------------------------------------------
 
     def slots(self, layer: int, ids: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Make the nodes that turn the ids that a layer chose into slots; None if the layer reads its weights.
+        """Make the nodes that turn a layer's ids into slots; return None if the layer reads its weights.
 
         Parameters
         ----------
         ids : Tensor
             i32, [n_used, n_token]
         weights : sequence of Tensor
-            Those that the layer's products take.
+            The weights of the layer's products.
 
         Returns
         -------
         Tensor, Tensor
-            The slots, in the place of the ids: i32, [n_used, n_token]. And the node that looks them up, which must be pinned
-            to the layer's device.
+            The slots to use as ids: i32, [n_used, n_token]; and the node that looks them up, which must be pinned to
+            the layer's device.
 
         Notes
         -----
@@ -296,14 +297,14 @@ class MoeCache:
         return ops.reshape_2d(found, n_used, n_token), found
 
     def bank(self, weight: Tensor) -> Tensor:
-        """Return what a product reads in place of a weight: a view of its bank, without the spare slot."""
+        """Return the tensor that a product reads instead of a weight: a view of its bank without the spare slot."""
         return self._views[weight]
 
     def backend(self, layer: int) -> Backend:
         """Return the backend that computes a cached layer."""
         return self._group_of[layer].backend
 
-    # -- what the policy asks ------------------------------------------------
+    # -- for the policy ------------------------------------------------------
 
     @property
     def banks(self) -> list[tuple[Backend, Tensor]]:
@@ -319,7 +320,7 @@ class MoeCache:
         return self._group_of[layer].cache
 
     def place_of(self, weight: Tensor, backend: Backend) -> tuple[int, int, Tensor] | None:
-        """Return layer, position among the layer's tensors and bank of a weight that is cached on a backend."""
+        """Return layer, index among the layer's tensors, and bank of a weight cached on ``backend``, or None."""
         bank = self._banks.get(weight)
         if bank is None:
             return None
@@ -329,7 +330,7 @@ class MoeCache:
         return layer, list(self._experts[layer]).index(weight), bank
 
     def begin(self) -> None:
-        """Take note that a computing starts."""
+        """Begin a compute."""
         for group in self._held:
             group.cache.policy.begin()
 
@@ -340,7 +341,7 @@ class MoeCache:
         evicted: Sequence[tuple[int, int]],
         uploads: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Write into the slot maps where a layer's chosen experts are now, and that others have lost their slots."""
+        """Update the slot maps with a layer's slots and with the evicted experts."""
         group = self._group_of[layer]
         if not self._words:
             return
@@ -355,18 +356,18 @@ class MoeCache:
         group.transient = [(layer, expert) for expert, slot in slots.items() if slot >= n]
 
     def _write(self, layer: int) -> None:
-        """Write a slot map, which no device may read any more."""
+        """Write a slot map; no device may be reading it."""
         made = self._maps[layer]
         tensor_set(made, ctypes.addressof(self._words[layer]), 0, made.nbytes)
 
-    # -- what reports say ----------------------------------------------------
+    # -- for reports ---------------------------------------------------------
 
     def hopeless_up_to(self, group: CacheGroup) -> int:
-        """Return up to how many slots of a group one token a step never hits, with llama.cpp's rules."""
+        """Return the largest number of slots with which one token per step has no hit, by llama.cpp's rules."""
         return slots_without_hits(len(group.layers), self.n_used)
 
     def mib_for_hits(self, group: CacheGroup) -> int:
-        """Return the least size of llama.cpp's whole cache, in MiB, with which a group hits; 0 if none does."""
+        """Return the smallest size of llama.cpp's cache, in MiB, with which a group has hits; 0 if there is none."""
         i, bound = self.groups.index(group), self.hopeless_up_to(group)
 
         def is_enough(mib: int) -> bool:
@@ -382,7 +383,7 @@ class MoeCache:
         return _least(is_enough, 1 << 24)
 
     def warnings(self) -> list[str]:
-        """Return what a user must know; llama.cpp says the first two itself."""
+        """Return warnings for the user; llama.cpp prints the first two, too."""
         if not self.groups:
             return ["no layer has all of its experts in host memory: the expert cache is off"]
         told = []
@@ -403,11 +404,11 @@ class MoeCache:
 
     @property
     def counters(self) -> Counters:
-        """What was found and uploaded, over all groups."""
+        """Counters over all groups."""
         return Counters.sum(group.cache.counters for group in self._held)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return groups, memory and counts for JSON."""
+        """Return groups, memory and counters for JSON."""
         held = {id(group.plan): group for group in self._held}
         groups = []
         for plan in self.groups:
@@ -434,7 +435,7 @@ class MoeCache:
         return sum(_padded(made, self._cpu.buffer_type) for made in self._maps.values())
 
     def start_lines(self) -> list[str]:
-        """Return what llama.cpp logs of the cache when a context is made."""
+        """Return the lines about the cache that llama.cpp logs when it makes a context."""
         lines = []
         for i, backend in enumerate(self._gpus):
             own = [group for group in self.groups if group.device == i]
@@ -455,12 +456,12 @@ class MoeCache:
 
 
 def _padded(tensor: Tensor, buft: BufferType) -> int:
-    """Return the bytes that a tensor takes in a buffer."""
+    """Return the bytes of a tensor in a buffer, with alignment."""
     return -(-buft.alloc_size(tensor) // buft.alignment) * buft.alignment
 
 
 def _least(is_enough: Callable[[int], bool], most: int) -> int:
-    """Return the least number that is enough; 0 if ``most`` is not."""
+    """Return the smallest number that is enough; 0 if ``most`` is not."""
     low, high = 0, most
     if not is_enough(high):
         return 0

@@ -1,4 +1,4 @@
-"""Files that hold routing: each format is a module with ``sniff`` and ``read``; ``write`` where pyggml writes it, too."""
+"""Files of routing traces: each format is a module with ``sniff``, ``read`` and, if pyggml writes it, ``write``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._text import read_start
 
 __all__ = ["FORMATS", "open_trace", "save_trace"]
 
-#: Readers by name, in the order in which they are asked whether a file is theirs.
+#: ``sniff`` and ``read`` by name, in the order in which a file is tried.
 FORMATS: dict[str, tuple[Callable[[bytes], bool], Callable[[Path], Trace]]] = {
     "jsonl": (jsonl.sniff, jsonl.read),
     "bigmoeonedge": (bigmoeonedge.sniff, bigmoeonedge.read),
@@ -27,19 +27,19 @@ _START = 1 << 16
 
 
 def open_trace(path: Path | str, *, format: str = "") -> Trace:
-    """Return the trace of a file, checked for what misleads (`Trace.findings`).
+    """Read the trace of a file, with what may mislead in `Trace.findings`.
 
     Parameters
     ----------
     path : Path or str
-        Compressed by gzip or not.
+        May be compressed with gzip.
     format : str
-        Its format, a key of `FORMATS`; found by the file's start if empty.
+        A key of `FORMATS`; if empty, found from the file's first bytes.
 
     Raises
     ------
     FormatError
-        The file is not there, of no known format, or not what it says.
+        The file does not exist, has an unknown format, or contradicts its format.
     """
     path = Path(path)
     start = read_start(path, _START)
@@ -58,5 +58,5 @@ def open_trace(path: Path | str, *, format: str = "") -> Trace:
 
 
 def save_trace(trace: Trace, path: Path) -> None:
-    """Write a trace as moe-cache-eval's NPZ if the file is called so, else as JSON lines."""
+    """Write a trace: as moe-cache-eval's NPZ if ``path`` ends in ``.npz``, otherwise as JSON lines."""
     (moe_cache_eval.write if path.suffix == ".npz" else jsonl.write)(trace, path)

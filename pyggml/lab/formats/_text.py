@@ -1,4 +1,4 @@
-"""Reading files that other programs wrote: bounded in memory, and with errors that say where."""
+"""Reads text files of other programs with bounded memory, and errors that say where."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...errors import FormatError
 
 __all__ = ["as_ids", "as_int", "load_json", "open_lines", "read_start", "read_text"]
 
-#: Bytes of text that are read at most, after decompression.
+#: Most bytes of text that are read, after decompression.
 MAX_TEXT = 1 << 30
 MAX_LINE = 1 << 26
 
@@ -29,7 +29,7 @@ def read_start(path: Path, n_bytes: int) -> bytes:
     Raises
     ------
     FormatError
-        The file is not there, or its compression is broken.
+        The file does not exist, or its compression is damaged.
     """
     try:
         if _is_gzip(path):
@@ -49,7 +49,7 @@ def read_text(path: Path) -> str:
     Raises
     ------
     FormatError
-        It is not text, or larger than any trace.
+        It is not UTF-8 text, or longer than `MAX_TEXT`.
     """
     data = read_start(path, MAX_TEXT + 1)
     if len(data) > MAX_TEXT:
@@ -66,7 +66,7 @@ def open_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises
     ------
     FormatError
-        A line is not text, or longer than any trace's; or there is more than `MAX_TEXT`.
+        A line is not UTF-8 text, or the file is longer than `MAX_TEXT`.
     """
     n_read = 0
     try:
@@ -101,12 +101,12 @@ def load_json(path: Path | str, text: str, *, where: str = "") -> Any:  # of JSO
 
 
 def as_int(path: Path | str, where: str, value: Any, low: int = 0, high: int = 1 << 40) -> int:  # of JSON's values
-    """Return a whole number within bounds.
+    """Return ``value`` if it is an integer from ``low`` to ``high``.
 
     Raises
     ------
     FormatError
-        It is none.
+        It is not.
     """
     if type(value) is not int or not low <= value <= high:
         raise FormatError(str(path), f"{where} is {_short(value)}, not a whole number from {low} to {high:,}")
@@ -114,12 +114,12 @@ def as_int(path: Path | str, where: str, value: Any, low: int = 0, high: int = 1
 
 
 def as_ids(path: Path | str, where: str, value: Any) -> list[int]:  # of JSON's values
-    """Return a list of expert ids.
+    """Return ``value`` if it is a list of expert ids.
 
     Raises
     ------
     FormatError
-        It is no list of whole numbers.
+        It is not a list of integers.
     """
     if not isinstance(value, list) or any(type(i) is not int or not -1 <= i < 1 << 31 for i in value):
         raise FormatError(str(path), f"{where} is {_short(value)}, not a list of expert ids")

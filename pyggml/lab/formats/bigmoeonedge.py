@@ -1,6 +1,7 @@
-"""A: BigMoeOnEdge's ``--route-trace`` (CSV, ``# route_trace v1``): a row for each expert of each token.
+"""BigMoeOnEdge's ``--route-trace`` (CSV, ``# route_trace v1``): a row for each expert of each token.
 
-Prefill is one event a layer with the rows of all its tokens, as the engine evaluates it; decode one a step and layer.
+Prefill has one event per layer with the rows of all its tokens, as the engine evaluates it; decode has one per step
+and layer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _TRAINED = {"qwen3moe": 8, "gpt-oss": 4, "gemma4": 8, "olmoe": 8, "granitemoe": 
 
 
 def sniff(start: bytes) -> bool:
-    """Return whether a file starts like one of these."""
+    """Return whether a file starts like this format."""
     return start.startswith((b"# route_trace", _COLUMNS.encode()))
 
 
@@ -35,7 +36,7 @@ def read(path: Path) -> Trace:
     Raises
     ------
     FormatError
-        It is not what it says.
+        The file contradicts the format.
     """
     facts: dict[str, str] = {}
     n_bytes: dict[int, int] = {}

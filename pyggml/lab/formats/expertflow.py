@@ -1,4 +1,4 @@
-"""I: Expertflow's JSONL 1.0.0: a line for each token and layer. Lines of one ``forward_id`` are one step."""
+"""Expertflow's JSONL 1.0.0: a line for each token and layer. Lines of one ``forward_id`` are one step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PHASES = {"prefill": Phase.PREFILL, "decode": Phase.DECODE}
 
 
 def sniff(start: bytes) -> bool:
-    """Return whether a file starts like one of these."""
+    """Return whether a file starts like this format."""
     first = start.lstrip().partition(b"\n")[0]
     return first[:1] == b"{" and b'"schema_version"' in first and b'"selected_expert_ids"' in first
 
@@ -26,7 +26,7 @@ def read(path: Path) -> Trace:
     Raises
     ------
     FormatError
-        It is not what it says.
+        The file contradicts the format.
     """
     requests: dict[str, int] = {}
     # (request, forward, layer): phase, place in the file, rows by token

@@ -1,4 +1,4 @@
-"""T: GPT-OSS-MoE-ExpertFingerprinting's examples: one prompt, ``router_data`` with each generated token's experts by layer."""
+"""GPT-OSS-MoE-ExpertFingerprinting's examples: one prompt; ``router_data`` has each generated token's experts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ._text import as_ids, load_json, read_text
 
 __all__ = ["read", "sniff"]
 
-_N_EXPERT = 32  # of gpt-oss-20b, the one model of the data set; its larger sister has 36 layers of 128
+_N_EXPERT = 32  # of gpt-oss-20b, the only model of the data set
 _N_EXPERT_BY_LAYERS = {24: 32, 36: 128}
 
 
 def sniff(start: bytes) -> bool:
-    """Return whether a file starts like one of these."""
+    """Return whether a file starts like this format."""
     head = start.lstrip()
     return head[:1] == b"{" and (b'"router_data"' in start or (b'"row_index"' in start and b'"dataset"' in start))
 
@@ -27,7 +27,7 @@ def read(path: Path) -> Trace:
     Raises
     ------
     FormatError
-        It is not what it says.
+        The file contradicts the format.
     """
     whole = load_json(path, read_text(path))
     tokens = whole.get("router_data") if isinstance(whole, dict) else None

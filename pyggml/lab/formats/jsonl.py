@@ -1,16 +1,19 @@
-"""pyggml's own format, and the way in for every other: JSON lines, the first of which describes the rest.
+"""pyggml's own format, to which others can be mapped: JSON lines, the first of which describes the rest.
 
 ::
 
     {"format": "pyggml-routing", "version": 1, "model": "...", "n_layer": 24, "n_expert": 32, "n_used": 4,
      "projections": ["gate", "up", "down"], "expert_bytes": [[...], ...], "requests": ["a", "b"]}
-    {"request": 0, "step": 0, "phase": "decode", "layer": 0, "sequence": [0], "ids": [[3, 17, 5, 1]], "weights": [[...]]}
+    {"request": 0, "step": 0, "phase": "decode", "layer": 0, "sequence": [0], "ids": [[3, 17, 5, 1]], "weights":
+    [[...]]}
 
-A line is an event, or rows of one: neighbouring lines of the same request, step and layer are joined. ``ids`` may be one row. All but
-``layer`` and ``ids`` may be missing: the request is then 0, a step begins where the layer is not above the one before, and a step of one row is decode.
+A line is an event or some rows of one: adjacent lines with the same request, step and layer are joined. ``ids`` may be
+one row. Only ``layer`` and ``ids`` are required. By default the request is 0, a step begins when the layer is not above
+the previous one, and a step of one row is decode.
 
-Files of other programs need only a first line that says what their fields are called:
-``{"format": "pyggml-routing", "version": 1, "n_expert": 64, "fields": {"layer": "layer_idx", "step": "token_idx", "ids": "selected_ids"}, "phases": {"prompt": "prefill"}}``.
+Files of other programs only need a first line that maps their names of fields:
+``{"format": "pyggml-routing", "version": 1, "n_expert": 64, "fields": {"layer": "layer_idx", "step": "token_idx",
+"ids": "selected_ids"}, "phases": {"prompt": "prefill"}}``.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ _FIELDS = ("request", "step", "phase", "layer", "sequence", "ids", "weights")
 
 
 def sniff(start: bytes) -> bool:
-    """Return whether a file starts like one of these."""
+    """Return whether a file starts like this format."""
     return NAME.encode() in start.partition(b"\n")[0]
 
 
@@ -45,7 +48,7 @@ def read(path: Path) -> Trace:
     Raises
     ------
     FormatError
-        It is not what it says.
+        The file contradicts the format.
     """
     lines = open_lines(path)
     _, first = next(lines, (1, ""))
@@ -172,7 +175,7 @@ def _phases(path: Path, given: Any) -> dict[str, Phase]:  # of JSON's values
 
 
 def _sizes(path: Path, header: dict[str, Any]) -> tuple[npt.NDArray[np.int64] | None, int | None]:
-    """Return the table of bytes, and the number of layers if the header tells it."""
+    """Return the bytes of experts, and the number of layers if the header has it."""
     told = header.get("n_layer")
     n_layer = None if told is None else as_int(path, "line 1: n_layer", told, 1, MAX_LAYERS)
     given = header.get("expert_bytes")
@@ -203,7 +206,7 @@ def _projections(header: dict[str, Any], sizes: npt.NDArray[np.int64] | None) ->
 
 
 def write(trace: Trace, path: Path) -> None:
-    """Write a trace; `read` gives it back."""
+    """Write a trace, which `read` can read."""
     with aside(path) as part, part.open("w", encoding="utf-8") as file:
         for line in lines_of(trace):
             file.write(line + "\n")

@@ -1,7 +1,8 @@
 """``MCT1``: the lookups of llama.cpp's expert cache (``LLAMA_MOE_CACHE_TRACE=FILE``, b12211 and later).
 
-The file has no steps: one begins where a layer is not above the one before it. It has no phases either: a lookup of one token is taken for
-decode, one of several for prefill (lookups have at most 32 tokens; several sequences that decode together look the same).
+The file has no steps: one begins when a layer is not above the previous one. It has no phases: a lookup of one token
+counts as decode, of several as prefill. Lookups have at most 32 tokens. Several sequences that decode together cannot
+be told from prefill.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _MAX_TOKENS = 4096
 
 
 def sniff(start: bytes) -> bool:
-    """Return whether a file starts like one of these."""
+    """Return whether a file starts like this format."""
     return start.startswith(b"MCT1")
 
 
@@ -32,7 +33,7 @@ def read(path: Path) -> Trace:
     Raises
     ------
     FormatError
-        It is not what it says.
+        The file contradicts the format.
     """
     with path.open("rb") as file:
         if file.read(4) != b"MCT1":

@@ -1,9 +1,10 @@
-"""P: moe-cache-eval's events as NPZ: columns by event, and the distinct experts of each as slices of one array.
+"""moe-cache-eval's events as NPZ: columns by event, and the distinct experts of each as slices of one array.
 
-Read and written. The arrays are ``request_indices``, ``scheduler_steps``, ``forward_cycles``, ``phases``, ``layer_ids``, ``token_counts`` by event;
-``offsets``; ``expert_ids``, ``assignment_counts``, ``gate_mass`` by distinct expert. The model's shape is in ``num_layers``, ``num_experts``, ``top_k``,
-or in a ``manifest.json`` beside the file. What tokens of one event chose is not in the format, so `write` adds ``first_row``, ``sequences``,
-``ids``, ``weights``, ``expert_bytes`` and ``projections``, which other readers ignore.
+By event: ``request_indices``, ``scheduler_steps``, ``forward_cycles``, ``phases``, ``layer_ids``, ``token_counts``,
+and ``offsets``. By distinct expert: ``expert_ids``, ``assignment_counts``, ``gate_mass``. The model's shape is in
+``num_layers``, ``num_experts``, ``top_k``, or in a ``manifest.json`` beside the file. The format lacks the choice of
+each token, so `write` adds ``first_row``, ``sequences``, ``ids``, ``weights``, ``expert_bytes`` and ``projections``,
+which other readers ignore.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _MOST_BYTES = 8 * MAX_IDS
 
 
 def sniff(start: bytes) -> bool:
-    """Return whether a file starts like one of these."""
+    """Return whether a file starts like this format."""
     return start.startswith(b"PK\x03\x04")
 
 
@@ -40,7 +41,7 @@ def read(path: Path) -> Trace:
     Raises
     ------
     FormatError
-        It is not what it says.
+        The file contradicts the format.
     """
     columns = _arrays(path)
     missing = [name for name in (*_BY_EVENT, "offsets", "expert_ids") if name not in columns]
@@ -84,7 +85,7 @@ def read(path: Path) -> Trace:
 
 
 def write(trace: Trace, path: Path) -> None:
-    """Write a trace; `read` gives it back."""
+    """Write a trace, which `read` can read."""
     n_event = trace.n_event
     offsets = np.zeros(n_event + 1, np.int64)
     distinct, counts, masses = [], [], []
@@ -124,7 +125,7 @@ def write(trace: Trace, path: Path) -> None:
 
 
 def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:  # of any element type
-    """Return the arrays of a file, after a look at their headers: none may be larger than a trace's."""
+    """Return the arrays of a file, after checking that their headers claim no more than a trace can have."""
     found: dict[str, npt.NDArray[Any]] = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -170,7 +171,7 @@ def _whole(path: Path, name: str, column: npt.NDArray[Any]) -> npt.NDArray[np.in
 
 
 def _model(path: Path, columns: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:  # numbers, and a name
-    """Return the model's shape, from the file or the manifest beside it; 0 where neither tells."""
+    """Return the model's shape, from the file or the manifest beside it; 0 if neither has it."""
     told: dict[str, Any] = {"num_layers": 0, "num_experts": 0, "top_k": 0, "id": ""}
     beside = path.with_name("manifest.json")
     if beside.is_file() and "num_layers" not in columns:
@@ -197,7 +198,7 @@ def _rows(
     flat: npt.NDArray[np.int64],
     n_token: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float32] | None, bool]:
-    """Return first rows, ids, sequences and weights; where the file has only unions, a row for each."""
+    """Return first rows, ids, sequences and weights; if the file has only unions, each is one row."""
     n_event = len(n_token)
     if {"first_row", "sequences", "ids"} <= set(columns):
         first_row, sequence = (
@@ -225,7 +226,7 @@ def _rows(
 
 
 def _used(columns: dict[str, npt.NDArray[Any]], n_token: npt.NDArray[np.int64], ids: npt.NDArray[np.int32]) -> int:
-    """Return the experts of a token, as counts tell them."""
+    """Return the experts per token, derived from counts."""
     counts = columns.get("assignment_counts")
     if counts is not None and counts.ndim == 1 and counts.dtype.kind in "iu" and n_token.sum() > 0:
         return round(float(counts.sum()) / float(n_token.sum()))

@@ -1,4 +1,4 @@
-"""G: onnx-genai's ``moe_expert_trace.json``: prompts by name, ``prefill`` and ``decode`` as ``[token][layer][slot]``.
+"""onnx-genai's ``moe_expert_trace.json``: prompts by name, ``prefill`` and ``decode`` as ``[token][layer][slot]``.
 
 A prompt's prefill is one step with all its tokens; each decoded token is a step.
 """
@@ -16,7 +16,7 @@ __all__ = ["read", "sniff"]
 
 
 def sniff(start: bytes) -> bool:
-    """Return whether a file starts like one of these."""
+    """Return whether a file starts like this format."""
     return start.lstrip()[:1] == b"{" and b'"num_layers"' in start and b'"num_experts"' in start
 
 
@@ -26,7 +26,7 @@ def read(path: Path) -> Trace:
     Raises
     ------
     FormatError
-        It is not what it says.
+        The file contradicts the format.
     """
     whole = load_json(path, read_text(path))
     prompts = whole.get("prompts") if isinstance(whole, dict) else None
