@@ -96,15 +96,15 @@ def _product(
     sums = [e.add(s, e.mul(n4, 3)) for s in scales]
     powers = e.table("e8m0", F32, [2.0 ** (exponent - 128) for exponent in range(256)]) if typ == MXFP4 else None
 
-    def take_minima(r: int, minima: ir.Value, i4: ir.Value, n: int, first: int) -> None:
+    def take_minima(r: int, minima: ir.Value, i4: ir.Value, n: int) -> None:
         for t, s in enumerate(sums):
             m = b.fmul(minima, e.load(vec(F32, n), e.add(s, i4)))
-            if n == 1:
-                m = e.shuffle(m, e.const(m.type, 0.0), [int(lane != first) for lane in range(4)])
+            if n < 4:
+                m = e.shuffle(m, e.const(m.type, 0.0), [min(n, lane) for lane in range(4)])
             b.store(b.fadd(m, b.load(minimum_acc[r][t])), minimum_acc[r][t])
 
-    def step(i: ir.Value, n: int, first: int) -> None:
-        """Take n blocks from i on into the sums from the first on."""
+    def step(i: ir.Value, n: int) -> None:
+        """Take n blocks from i on into the first n sums."""
         i4, at_w = e.mul(i, 4), e.mul(i, SIZE[typ])
         at = [e.add(row, at_w) for row in rows]
         factors: list[list[ir.Value]] = []
@@ -114,7 +114,7 @@ def _product(
                 dw, minima = _scales(e, typ, block, n)
                 factors.append([b.fmul(dw, e.load(vec(F32, n), e.add(s, i4))) for s in scales])
                 if minima is not None:
-                    take_minima(r, minima, i4, n, first)
+                    take_minima(r, minima, i4, n)
         for j in range(n):
             ints = [e.const(I32x8, 0)] * len(xs)
             if OFFSET[typ]:
@@ -130,17 +130,16 @@ def _product(
                     dw = e.splat(e.load(F32, e.add(powers, e.mul(exponent, 4))), 8)
                     own = [b.fmul(dw, d) for d in dx]
                 for t, factor in enumerate(own):
-                    p = acc[r][t][first + j]
+                    p = acc[r][t][j]
                     b.store(e.fma(e.to_f32(e.dpbusd(ints[t], u, v[t])), factor, b.load(p)), p)
 
     fours, twos = b.and_(n_blocks, I64(-4)), b.and_(n_blocks, I64(-2))
     with e.loop(fours, 4) as (i, _):
-        step(i, 4, 0)
-    with e.loop(twos, 2, fours) as (i, _):
-        step(i, 1, 0)
-        step(e.add(i, 1), 1, 1)
+        step(i, 4)
+    with e.when(b.icmp_signed("<", fours, twos)):
+        step(fours, 2)
     with e.when(b.icmp_signed("<", twos, n_blocks)):
-        step(twos, 1, 0)
+        step(twos, 1)
 
     def total(r: int, t: int) -> ir.Value:
         a, b_, c, d = (b.load(p) for p in acc[r][t])

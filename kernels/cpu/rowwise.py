@@ -11,14 +11,16 @@ from collections.abc import Callable
 from .emit import I64, Emit, ir
 from .kernel import Kernel, micro_kernel
 
-#: ``product(e, rows, ahead, n_blocks, xs)``: the products of each row with each token. ``ahead``: where as many bytes lie
-#: as the rows have, which are to be fetched meanwhile (`fetch`).
+#: ``product(e, rows, ahead, n_blocks, xs)``: the products of each row with each token. ``ahead``: where what is to be
+#: fetched meanwhile begins, as many bytes as the rows have (`fetch`).
 Product = Callable[[Emit, list[ir.Value], ir.Value, ir.Value, list[ir.Value]], list[list[ir.Value]]]
 
 #: Rows that are taken together for one token, and for two, where a CPU has 32 registers; with four, memory is slower.
 TOGETHER = {1: 2, 2: 2}
 #: The same with 16 registers.
 TOGETHER_NARROW = {1: 2, 2: 1}
+#: How far ahead is fetched at least: the next two rows are too near where rows are short.
+AHEAD_BYTES = 4096
 #: Rows that stay in L2 while tokens pass.
 KEPT_ROWS = 64
 
@@ -59,6 +61,11 @@ def make_rows_kernel(name: str, product: Product, *, one_by_one: bool = False, r
         if one_by_one:
             together[1] = 1
         last = e.add(n_rows, -1)
+        least_ahead = I64(AHEAD_BYTES)
+        distance = {}
+        for n, n_together in together.items():
+            group = e.mul(stride, n_together)
+            distance[n] = b.select(b.icmp_signed(">", group, least_ahead), group, least_ahead)
 
         def least(r: ir.Value, most: ir.Value) -> ir.Value:
             return b.select(b.icmp_signed("<", r, most), r, most)
@@ -70,7 +77,7 @@ def make_rows_kernel(name: str, product: Product, *, one_by_one: bool = False, r
             with e.loop(end, together[n], begin) as (first, _):
                 # behind the last row comes the last again
                 group = [first, *[least(e.add(first, i), last) for i in range(1, together[n])]]
-                ahead = e.add(w, e.mul(e.add(first, together[n]), stride))
+                ahead = e.add(e.add(w, e.mul(first, stride)), distance[n])
                 values = product(e, [e.add(w, e.mul(r, stride)) for r in group], ahead, n_blocks, x)
                 for r, of_row in zip(group, values, strict=True):
                     for t, value in enumerate(of_row):
