@@ -30,9 +30,7 @@ The steps of a graph: `assign` (which backend), `split` (where to cut, what to c
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, Self
 from weakref import ref
 
@@ -51,6 +49,7 @@ from .assign import OffloadOp
 from .check import check_allocation
 from .compute import EvalCallback, SplitRun, compute_splits
 from .describe import split_records, splits_table
+from .exclusive import Exclusive
 from .kept import KeptAlloc
 from .observed import Observed
 from .passes import Passes
@@ -121,8 +120,8 @@ class Scheduler(Observed):
 
     Notes
     -----
-    Mirrors `ggml_backend_sched`. Differs: no limits of graph size, backends or names; use by two threads at once is an
-    error; the scheduler is usable after an error; a graph can be allocated again after `reset`.
+    Mirrors `ggml_backend_sched`. Differs: no limits of graph size, backends or names; use by two threads at once, and by its
+    own callbacks, is an error; the scheduler is usable after an error; a graph can be allocated again after `reset`.
     """
 
     def __init__(
@@ -189,7 +188,7 @@ class Scheduler(Observed):
         self._snapshot = Snapshot(())  # of the allocated graph
         self._tenancy = Tenancy(self.sched_graph, ())  # in the compute buffers
         self._kept: KeptAlloc | None = None
-        self._thread = threading.RLock()
+        self._alone = Exclusive()
 
     # -- questions -----------------------------------------------------------
 
@@ -251,7 +250,7 @@ class Scheduler(Observed):
         Mirrors `ggml_backend_sched_set_tensor_backend`. Differs: if the backend cannot run the op, allocating the graph
         raises an error, and a view stays with the tensor that it shows (`Repairs.unsupported_ops`).
         """
-        with self._one_thread():
+        with self._alone:
             self.assignment.set(tensor, self.machine.index(backend), Cause.USER)
             self.is_reset = False
 
@@ -273,7 +272,7 @@ class Scheduler(Observed):
         -----
         Mirrors `ggml_backend_sched_split_graph`.
         """
-        with self._one_thread():
+        with self._alone:
             return self._split(graph)
 
     def _split(self, graph: Graph) -> list[Split]:
@@ -303,7 +302,7 @@ class Scheduler(Observed):
         -----
         Mirrors `ggml_backend_sched_reserve`.
         """
-        with self._one_thread():
+        with self._alone:
             self._synchronize()
             self._split(graph)
             self._reserve_sched_graph()
@@ -317,7 +316,7 @@ class Scheduler(Observed):
         -----
         Mirrors `ggml_backend_sched_reserve_size`. Differs: a graph that is allocated next gets its buffers.
         """
-        with self._one_thread():
+        with self._alone:
             self._reset()
             self._synchronize()
             self._split(graph)
@@ -356,7 +355,7 @@ class Scheduler(Observed):
         Differs: a failed reserve is an error in every dialect (`reserve_failure`: upstream before 0.26 continues with a
         null buffer).
         """
-        with self._one_thread():
+        with self._alone:
             self._alloc(graph)
 
     def _alloc(self, graph: Graph) -> None:
@@ -444,7 +443,7 @@ class Scheduler(Observed):
         -----
         Mirrors `ggml_backend_sched_graph_compute`.
         """
-        with self._one_thread():
+        with self._alone:
             try:
                 self._compute_async(graph)
             finally:
@@ -457,7 +456,7 @@ class Scheduler(Observed):
         -----
         Mirrors `ggml_backend_sched_graph_compute_async`.
         """
-        with self._one_thread():
+        with self._alone:
             self._compute_async(graph)
 
     def _compute_async(self, graph: Graph) -> None:
@@ -500,7 +499,7 @@ class Scheduler(Observed):
         -----
         Mirrors `ggml_backend_sched_synchronize`: if nothing is allocated, the next pipeline copy is the first again.
         """
-        with self._one_thread():
+        with self._alone:
             self._synchronize()
 
     def _synchronize(self) -> None:
@@ -525,7 +524,7 @@ class Scheduler(Observed):
         -----
         Mirrors `ggml_backend_sched_reset`.
         """
-        with self._one_thread():
+        with self._alone:
             self._reset()
 
     def _reset(self) -> None:
@@ -542,7 +541,7 @@ class Scheduler(Observed):
 
     def close(self) -> None:
         """Free the compute buffers, and restore the sources of graphs. The backends stay open."""
-        with self._one_thread():
+        with self._alone:
             self._synchronize()
             self._reset()
             self._passes.restore_all()
@@ -557,16 +556,6 @@ class Scheduler(Observed):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    @contextmanager
-    def _one_thread(self) -> Iterator[None]:
-        if not self._thread.acquire(blocking=False):
-            hint = "use one scheduler per thread, or a lock of your own"
-            raise SchedError("the scheduler is in use by another thread", hint=hint)
-        try:
-            yield
-        finally:
-            self._thread.release()
 
     def show(self, path: str | os.PathLike[str] | None = None) -> Page:
         """Open a page in the browser: of the run if the recorder is a `Recording`, otherwise of the latest plan.
