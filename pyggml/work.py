@@ -144,10 +144,23 @@ def _gated_delta_net(node: Tensor, used_experts: UsedExperts) -> Work:
     return Work(Kind.STATE, 8.0 * v.ne[0] * v.numel, 2.0 * state.nbytes)
 
 
+#: Operations for each token and element of the state: forget, learn, read; RWKV 6 has a bonus, RWKV 7 moves what it reads.
+_LINEAR_FLOPS = {Op.GATED_LINEAR_ATTN: 5.0, Op.RWKV_WKV6: 7.0, Op.RWKV_WKV7: 9.0}
+
+
 def _linear_attention(node: Tensor, used_experts: UsedExperts) -> Work:
-    """WKV and gated linear attention: forget, learn and read, for each token and element of the state."""
     v = _src(node, 1)
-    return Work(Kind.STATE, 6.0 * v.ne[0] * v.numel, _moved(node))
+    return Work(Kind.STATE, _LINEAR_FLOPS[node.op] * v.ne[0] * v.numel, _moved(node))
+
+
+def _hyper_connections(node: Tensor, used_experts: UsedExperts) -> Work:
+    """Multiply and add for each stream that is summed up; DSV4_HC_COMB divides its matrix by sums again and again."""
+    if node.op is Op.DSV4_HC_COMB:
+        return Work(flops=4.0 * node.param_i32(1) * node.numel, moved_bytes=_moved(node))
+    if node.op is Op.DSV4_HC_PRE:
+        return Work(flops=2.0 * _src(node, 0).numel, moved_bytes=_moved(node))
+    n_sum = 1 + (node.ne[1] if len(node.src) > 3 and node.src[3] is not None else 1)
+    return Work(flops=2.0 * n_sum * node.numel, moved_bytes=_moved(node))
 
 
 def _ssm_scan(node: Tensor, used_experts: UsedExperts) -> Work:
@@ -175,9 +188,8 @@ RULES: dict[Op, Rule] = {
     Op.OUT_PROD: _outer_product,
     Op.FLASH_ATTN_EXT: _flash_attention,
     Op.GATED_DELTA_NET: _gated_delta_net,
-    Op.GATED_LINEAR_ATTN: _linear_attention,
-    Op.RWKV_WKV6: _linear_attention,
-    Op.RWKV_WKV7: _linear_attention,
+    **dict.fromkeys(_LINEAR_FLOPS, _linear_attention),
+    **dict.fromkeys((Op.DSV4_HC_COMB, Op.DSV4_HC_PRE, Op.DSV4_HC_POST), _hyper_connections),
     Op.SSM_SCAN: _ssm_scan,
     Op.SOLVE_TRI: _solve_tri,
     Op.LIGHTNING_INDEXER: _lightning_indexer,

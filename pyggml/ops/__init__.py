@@ -132,6 +132,12 @@ from .attention import (
     soft_max_ext_inplace,
     soft_max_inplace,
 )
+from .hyper_connections import (
+    dsv4_hc_comb,
+    dsv4_hc_post,
+    dsv4_hc_pre,
+    dsv4_hc_pre_gated,
+)
 from .layout import (
     cast,
     cont,
@@ -174,6 +180,9 @@ from .modes import (
 )
 from .recurrent import (
     gated_delta_net,
+    gated_linear_attn,
+    rwkv_wkv6,
+    rwkv_wkv7,
     solve_tri,
     ssm_conv,
     ssm_scan,
@@ -262,6 +271,10 @@ __all__ = [
     "diag_mask_zero_inplace",
     "div",
     "div_inplace",
+    "dsv4_hc_comb",
+    "dsv4_hc_post",
+    "dsv4_hc_pre",
+    "dsv4_hc_pre_gated",
     "dup",
     "dup_inplace",
     "dup_tensor",
@@ -281,6 +294,7 @@ __all__ = [
     "floor",
     "floor_inplace",
     "gated_delta_net",
+    "gated_linear_attn",
     "geglu",
     "geglu_erf",
     "geglu_erf_split",
@@ -354,6 +368,8 @@ __all__ = [
     "rope_set_offset",
     "round",
     "round_inplace",
+    "rwkv_wkv6",
+    "rwkv_wkv7",
     "scale",
     "scale_bias",
     "scale_bias_inplace",

@@ -1,10 +1,10 @@
-"""Ops of layers with a state from token to token: SSM_CONV, SSM_SCAN, GATED_DELTA_NET, and SOLVE_TRI, which some use."""
+"""Ops of layers with a state from token to token: SSM_CONV, SSM_SCAN, GATED_DELTA_NET, RWKV's and gated linear attention, and SOLVE_TRI, which some use."""
 
 from __future__ import annotations
 
 from ..tensor import Tensor
 from ..types import Op, Type
-from ._make import is_contiguous_rows, is_matrix, is_vector, new, refuse
+from ._make import f32, is_contiguous_rows, is_matrix, is_vector, new, refuse
 from .rows import INT32_MAX
 
 
@@ -151,6 +151,105 @@ def gated_delta_net(
         refuse("gated_delta_net", f"the state does not fit v, or {K} states cannot be returned", state=state, v=v)
     ne = (n * n_head, n_token * n_seq + K * n * n_seq)
     return new(Op.GATED_DELTA_NET, Type.F32, ne, (q, k, v, g, beta, state), (int(K),))
+
+
+def rwkv_wkv6(k: Tensor, v: Tensor, r: Tensor, tf: Tensor, td: Tensor, state: Tensor) -> Tensor:
+    """Update a state token by token, as RWKV 6 does: forget by td, learn v at k, read with r; tf weighs the token itself.
+
+    Parameters
+    ----------
+    k, v, r, td : Tensor, [n, n_head, n_token]
+        Tokens of a sequence side by side, as many of each sequence.
+    tf : Tensor, [n, n_head]
+    state : Tensor, [n * n * n_head, n_seq]
+
+    Returns
+    -------
+    Tensor
+        f32, [n * n_head, n_token + n * n_seq]: outputs, then states.
+
+    Raises
+    ------
+    ShapeError
+        Shapes do not fit, or a source has gaps.
+
+    Notes
+    -----
+    Mirrors `ggml_rwkv_wkv6`.
+    """
+    return _linear("rwkv_wkv6", Op.RWKV_WKV6, {"k": k, "v": v, "r": r, "tf": tf, "td": td, "state": state})
+
+
+def gated_linear_attn(k: Tensor, v: Tensor, q: Tensor, g: Tensor, state: Tensor, scale: float) -> Tensor:
+    """Update a state token by token: forget by g, learn v at k, read with q times ``scale``.
+
+    Parameters
+    ----------
+    k, v, q, g : Tensor, [n, n_head, n_token]
+        Tokens of a sequence side by side, as many of each sequence.
+    state : Tensor, [n * n * n_head, n_seq]
+    scale : float
+
+    Returns
+    -------
+    Tensor
+        f32, [n * n_head, n_token + n * n_seq]: outputs, then states.
+
+    Raises
+    ------
+    ShapeError
+        Shapes do not fit, or a source has gaps.
+
+    Notes
+    -----
+    Mirrors `ggml_gated_linear_attn`.
+    """
+    tensors = {"k": k, "v": v, "q": q, "g": g, "state": state}
+    return _linear("gated_linear_attn", Op.GATED_LINEAR_ATTN, tensors, (f32(scale),))
+
+
+def rwkv_wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> Tensor:
+    """Update a state token by token, as RWKV 7 does: forget by w, move what a reads to b, learn v at k, read with r.
+
+    Parameters
+    ----------
+    r, w, k, v, a, b : Tensor, [n, n_head, n_token]
+        Tokens of a sequence side by side, as many of each sequence.
+    state : Tensor, [n * n * n_head, n_seq]
+
+    Returns
+    -------
+    Tensor
+        f32, [n * n_head, n_token + n * n_seq]: outputs, then states.
+
+    Raises
+    ------
+    ShapeError
+        Shapes do not fit, or a source has gaps.
+
+    Notes
+    -----
+    Mirrors `ggml_rwkv_wkv7`, which does not look at the shape of r.
+    """
+    tensors = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b, "state": state}
+    return _linear("rwkv_wkv7", Op.RWKV_WKV7, tensors)
+
+
+def _linear(name: str, op: Op, tensors: dict[str, Tensor], params: tuple[int, ...] = ()) -> Tensor:
+    """Check what the three have in common and make the node."""
+    for key, t in tensors.items():
+        if not t.is_contiguous():
+            refuse(name, f"{key} is not contiguous", **{key: t})
+    k, state = tensors["k"], tensors["state"]
+    n, n_head, n_token, _ = k.ne
+    unchecked = ("state", "tf", "r" if op is Op.RWKV_WKV7 else "")
+    for key, t in tensors.items():
+        if key not in unchecked and t.ne[:3] != k.ne[:3]:
+            refuse(name, f"{key} and k differ in shape", k=k, **{key: t})
+    if state.numel != n * n * n_head * state.ne[1]:
+        refuse(name, f"there is not a state of {n} times {n} for each of {n_head} heads and sequences", state=state)
+    ne = (n * n_head, n_token + n * state.ne[1])
+    return new(op, Type.F32, ne, tuple(tensors.values()), params)
 
 
 def solve_tri(a: Tensor, b: Tensor, left: bool, lower: bool, uni: bool) -> Tensor:

@@ -350,6 +350,45 @@ def gated_delta_net(c: Case) -> list[Any]:
     ]
 
 
+def linear_attention(op: str) -> Arguments:
+    """Return arguments of RWKV_WKV6, RWKV_WKV7 or GATED_LINEAR_ATTN: heads of 64, as the library's kernels need."""
+
+    def arguments(c: Case) -> list[Any]:
+        n, n_head, n_seq = 64, c.choice(1, 2, 3), c.choice(1, 2)
+        n_token = n_seq * c.choice(1, 3)
+
+        def tensor(low: float = -0.3, high: float = 0.3) -> dict[str, int]:
+            return c.tensor([n, n_head, n_token], low=low, high=high, plain=True)
+
+        state = [n * n * n_head, n_seq]
+        if op == "rwkv_wkv7":
+            sources = [tensor(), tensor(0.2, 0.95), *(tensor() for _ in range(4))]
+            return [*sources, c.tensor(state, plain=True)]
+        sources = [tensor() for _ in range(3)]
+        if op == "rwkv_wkv6":
+            sources.append(c.tensor([n, n_head], plain=True))
+        scale = [0.125] if op == "gated_linear_attn" else []
+        return [*sources, tensor(0.2, 0.95), c.tensor(state, plain=True), *scale]
+
+    return arguments
+
+
+def dsv4_hc_comb(c: Case) -> list[Any]:
+    mixes, base = c.tensor([24, c.dim()], low=-3, high=3), c.tensor([24], plain=True)
+    return [mixes, c.tensor([c.choice(3, 4)], plain=True), base, c.choice(1e-6, 1e-2), c.choice(1, 2, 20)]
+
+
+def dsv4_hc_pre(c: Case) -> list[Any]:
+    n_stream, n_token = c.choice(1, 4), c.dim()
+    return [c.tensor([c.choice(33, 600), n_stream, n_token]), c.tensor([n_stream, n_token])]
+
+
+def dsv4_hc_post(c: Case) -> list[Any]:
+    n, n_stream, n_token = c.choice(33, 600), c.choice(1, 4), c.dim()
+    x, residual = c.tensor([n, n_token]), c.tensor([n, n_stream, n_token])
+    return [x, residual, c.tensor([n_stream, n_token]), c.tensor([n_stream, n_stream, n_token])]
+
+
 def solve_tri(c: Case) -> list[Any]:
     n, ne2, ne3 = c.choice(1, 5, 33), c.dim(), c.choice(1, 2)
     matrix = np.tril(c.numbers.uniform(-0.3, 0.3, (ne3, ne2, n, n))) + np.eye(n)
@@ -435,6 +474,10 @@ OPS: dict[str, Arguments] = {
     "ssm_scan": ssm_scan,
     "gated_delta_net": gated_delta_net,
     "solve_tri": solve_tri,
+    **{op: linear_attention(op) for op in ("rwkv_wkv6", "rwkv_wkv7", "gated_linear_attn")},
+    "dsv4_hc_comb": dsv4_hc_comb,
+    "dsv4_hc_pre": dsv4_hc_pre,
+    "dsv4_hc_post": dsv4_hc_post,
 }
 
 

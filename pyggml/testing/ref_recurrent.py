@@ -1,4 +1,4 @@
-"""Definitions for `pyggml.testing.ref`: layers that carry a state from token to token, and triangular systems."""
+"""Definitions for `pyggml.testing.ref`: layers that carry a state from token to token, streams of residuals, and triangular systems."""
 # numpy types what it makes of arrays of any dtype as Any:
 # mypy: disable-error-code="no-any-return"
 
@@ -55,6 +55,58 @@ def _gated_delta_net(t: Tensor, src: Sources) -> Array:
         outputs[:, i] = np.einsum("shji,shi->shj", state, q[:, i]) / np.sqrt(n)
         states.append(state)
     return _concatenated(outputs, states, t.param_i32(0))
+
+
+@define(Op.RWKV_WKV6, Op.RWKV_WKV7, Op.GATED_LINEAR_ATTN)
+def _linear_attention(t: Tensor, src: Sources) -> Array:
+    *tokens, state = src
+    n_token, n_head, n = tokens[1][0].shape
+    n_seq = t.src[len(src) - 1].ne[1]  # type: ignore[union-attr]  # a state is never absent
+    state, outputs = state.reshape(n_seq, n_head, n, n), np.empty((n_seq, n_token // n_seq, n_head, n))
+    bonus = tokens.pop(3).reshape(-1)[: n_head * n].reshape(n_head, n, 1) if t.op is Op.RWKV_WKV6 else None
+    rows = [x[0].reshape(n_seq, n_token // n_seq, n_head, n) for x in tokens]
+    for i in range(n_token // n_seq):
+        if t.op is Op.RWKV_WKV7:
+            r, w, k, v, a, b = (x[:, i] for x in rows)
+            removed = np.einsum("shij,shj->shi", state, a)
+            state = state * w[:, :, None] + v[..., None] * k[:, :, None] + removed[..., None] * b[:, :, None]
+            outputs[:, i] = np.einsum("shij,shj->shi", state, r)
+            continue
+        k, v, read, forget = (x[:, i] for x in rows)
+        kv, kept = k[..., None] * v[:, :, None], state * forget[..., None]
+        seen = state + bonus * kv if bonus is not None else (kept + kv) * t.param_f32(0)
+        outputs[:, i] = np.einsum("shij,shi->shj", seen, read)
+        state = kept + kv
+    return np.concatenate([outputs.reshape(-1), state.reshape(-1)])
+
+
+@define(Op.DSV4_HC_COMB)
+def _dsv4_hc_comb(t: Tensor, src: Sources) -> Array:
+    mixes, scale, base = (x[0, 0] for x in src)
+    eps = t.param_f32(0)
+    logits = (mixes[:, 8:] * scale[0, 2] + base[0, 8:]).reshape(-1, 4, 4)  # token, from, to
+    comb = np.exp(logits - logits.max(axis=2, keepdims=True))
+    comb = comb / comb.sum(axis=2, keepdims=True) + eps
+    for turn in range(t.param_i32(1)):
+        if turn:
+            comb = comb / (comb.sum(axis=2, keepdims=True) + eps)
+        comb = comb / (comb.sum(axis=1, keepdims=True) + eps)
+    return comb
+
+
+@define(Op.DSV4_HC_PRE)
+def _dsv4_hc_pre(t: Tensor, src: Sources) -> Array:
+    x, weights = src[0][0], src[1]
+    if t.param_i32(1):
+        return t.param_f32(0) * (x / (1 + np.exp(-weights[0]))).sum(axis=1)
+    return (x * weights[0, 0][..., None]).sum(axis=1)
+
+
+@define(Op.DSV4_HC_POST)
+def _dsv4_hc_post(t: Tensor, src: Sources) -> Array:
+    x, residual, post = src[0][0, 0], src[1][0], src[2][0, 0]
+    mixed = residual if len(t.src) < 4 or t.src[3] is None else np.einsum("tfn,tfs->tsn", residual, src[3][0])
+    return mixed + x[:, None] * post[..., None]
 
 
 @define(Op.SOLVE_TRI)

@@ -357,6 +357,39 @@ def gated_delta_net(d: Draw) -> list[Any]:
     ]
 
 
+def linear_attention(op: str) -> Arguments:
+    """Return arguments of an op of linear attention, at times with a source that does not fit."""
+
+    def arguments(d: Draw) -> list[Any]:
+        n, n_head, n_token, n_seq = (d.dim() for _ in range(4))
+        exact = not d.one_in(3)
+
+        def tensor(*ne: int) -> dict[str, int]:
+            return d.add("new", "f32", [*ne], "x") if exact else d.tensor([*ne])
+
+        sources = [tensor(n, n_head, n_token) for _ in range(6 if op == "rwkv_wkv7" else 3)]
+        if op != "rwkv_wkv7":
+            sources += (
+                [tensor(n, n_head), tensor(n, n_head, n_token)] if op == "rwkv_wkv6" else [tensor(n, n_head, n_token)]
+            )
+        sources.append(tensor(n * n * n_head, n_seq))
+        return [*sources, *([d.draw(FLOATS)] if op == "gated_linear_attn" else [])]
+
+    return arguments
+
+
+def dsv4_hc_comb(d: Draw) -> list[Any]:
+    n = d.draw(st.sampled_from([24, 24, 15]))
+    scale, base = d.tensor([d.draw(st.sampled_from([3, 4, 2]))]), d.tensor([n])
+    return [d.tensor([n, d.dim()]), scale, base, d.draw(FLOATS), d.draw(st.sampled_from([1, 3, 0]))]
+
+
+def dsv4_hc_post(d: Draw) -> list[Any]:
+    n, n_stream, n_token = (d.dim() for _ in range(3))
+    x, residual = d.tensor([n, n_token]), d.tensor([n, n_stream, n_token])
+    return [x, residual, d.tensor([n_stream, n_token]), d.tensor([n_stream, n_stream, n_token])]
+
+
 def solve_tri(d: Draw) -> list[Any]:
     n, ne2, ne3 = d.dim(), d.dim(), d.dim()
     kind = [False, True, True] if d.one_in(6) else [True, True, False]
@@ -505,5 +538,8 @@ FAMILIES: dict[str, dict[str, Arguments]] = {
         "ssm_scan": ssm_scan,
         "gated_delta_net": gated_delta_net,
         "solve_tri": solve_tri,
+        **{op: linear_attention(op) for op in ("rwkv_wkv6", "rwkv_wkv7", "gated_linear_attn")},
+        "dsv4_hc_comb": dsv4_hc_comb,
+        "dsv4_hc_post": dsv4_hc_post,
     },
 }

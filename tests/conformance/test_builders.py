@@ -30,6 +30,8 @@ DIFFERS = {
     "prec_set_src": "new in 0.26",
     "rope_set_offset": "new in 0.26",
     "flash_attn_ext_set_n_kv_max": "new in 0.26",
+    "dsv4_hc_pre": "0.20.2 sets no parameters, as it has no gates (0.26: ggml_dsv4_hc_pre_impl)",
+    "dsv4_hc_pre_gated": "new in 0.26",
     "dup_tensor": "makes a leaf, which a program has its own step for; compared by name in test_leafs",
     "view_tensor": "as dup_tensor",
     "flash_attn_ext_get_prec": "returns a number: tested with flash_attn_ext_set_prec in tests/unit/test_ops.py",

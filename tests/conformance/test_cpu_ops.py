@@ -20,6 +20,7 @@ from pyggml.testing.op_cases import OPS, Case, of_op
 from pyggml.types import Op
 
 from .computed import Computed
+from .test_sched_live import b11549
 
 N_CASE = 6
 #: Ops that have more kinds than six cases would meet.
@@ -115,3 +116,20 @@ def test_sinks(cpu: ggml.Backend, child: Child, op: str, setter: str) -> None:
         assert made.src[0] is not None
         case.add(setter, {"t": case.result}, case.tensor([made.src[0].ne[2]], low=-2, high=2, plain=True))
         check(cpu, child, case)
+
+
+def test_hyper_connections_of_later_versions(cpu: ggml.Backend) -> None:
+    """Streams weighted by gates and streams that are not mixed, which ggml 0.20 has not, give what b11549 computes."""
+    with Child("oracle.programs", b11549()) as child:
+        for op in ("dsv4_hc_pre", "dsv4_hc_pre_gated", "dsv4_hc_post"):
+            for i in range(N_CASE):
+                case = Case(zlib.crc32(f"{op} later {i}".encode()))
+                arguments = OPS["dsv4_hc_post" if op == "dsv4_hc_post" else "dsv4_hc_pre"](case)
+                if op == "dsv4_hc_post":
+                    arguments[3] = None
+                elif op == "dsv4_hc_pre_gated":
+                    x = case.build()[arguments[0]["t"]]
+                    assert x is not None
+                    arguments[1:] = [case.tensor([*x.ne[:3]], low=-3, high=3), 0.5]
+                case.result = case.add(op, *arguments)["t"]
+                check(cpu, child, case)

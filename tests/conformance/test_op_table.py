@@ -32,9 +32,6 @@ WHY = {
         "CONV_TRANSPOSE_2D", "POOL_1D", "POOL_2D", "UPSCALE", "PAD_REFLECT_1D", "TIMESTEP_EMBEDDING", "WIN_PART",
         "WIN_UNPART", "GET_REL_POS", "ADD_REL_POS",
     },
-    "models that are not supported (RWKV, DeepSeek 4)": {
-        "RWKV_WKV6", "RWKV_WKV7", "GATED_LINEAR_ATTN", "DSV4_HC_COMB", "DSV4_HC_PRE", "DSV4_HC_POST",
-    },
     "a C function of the caller": {"MAP_CUSTOM1", "MAP_CUSTOM2", "MAP_CUSTOM3", "CUSTOM"},
 }  # fmt: skip
 

@@ -45,6 +45,11 @@ _ALWAYS = (
     "ggml_new_graph", "ggml_build_forward_expand", "ggml_graph_overhead", "ggml_tensor_overhead",
     "ggml_graph_compute_with_ctx", "ggml_cpu_init",
 )  # fmt: skip
+#: Functions that are newer than the headers of the package.
+_NEWER = {
+    "ggml_dsv4_hc_pre_gated": "struct ggml_tensor * ggml_dsv4_hc_pre_gated(struct ggml_context * ctx, struct ggml_tensor * x, "
+    "struct ggml_tensor * gate, float scale);",
+}
 _PROTOTYPE = re.compile(r"GGML_(?:BACKEND_)?API\s+([\w\s*]+?\b(ggml_\w+)\s*\([^()]*\))")
 
 
@@ -112,6 +117,7 @@ class Library:
             for h in ("ggml.h", "ggml-cpu.h")
             for k, v in read_prototypes((root / "include" / h).read_text()).items()
         }
+        prototypes.update(_NEWER)
         ffi.cdef(_STRUCTS)
         for name in dict.fromkeys((*_ALWAYS, *functions)):
             if name in prototypes:

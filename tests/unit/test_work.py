@@ -120,6 +120,22 @@ def test_recurrent_ops_count_their_state_for_each_token():
     assert node_work(y, _no_experts).flops == 7 * 8 * 4 * 2 * 5
 
 
+def test_linear_attention_and_hyper_connections_count_what_they_add_up():
+    """RWKV's ops and gated linear attention count each element of the state and token; hyper-connections each stream that is read."""
+    with ggml.Graph() as graph:
+        k, v, r, w, a, b = (graph.input("f32", (16, 4, 3), name=name) for name in "kvrwab")
+        state, bonus = graph.input("f32", (16 * 16 * 4, 1), name="s"), graph.input("f32", (16, 4), name="f")
+        six, gated = ggml.rwkv_wkv6(k, v, r, bonus, w, state), ggml.gated_linear_attn(k, v, r, w, state, 1.0)
+        seven = ggml.rwkv_wkv7(r, w, k, v, a, b, state)
+        streams, block = graph.input("f32", (32, 4, 3), name="x"), graph.input("f32", (32, 3), name="y")
+        weights, mixed = graph.input("f32", (4, 3), name="w"), graph.input("f32", (4, 4, 3), name="c")
+        pre, post = ggml.dsv4_hc_pre(streams, weights), ggml.dsv4_hc_post(block, streams, weights, mixed)
+        kept = ggml.dsv4_hc_post(block, streams, weights, None)
+    flops = [node_work(node, _no_experts).flops for node in (gated, six, seven)]
+    assert flops == [n * 16 * 16 * 4 * 3 for n in (5, 7, 9)]
+    assert [node_work(node, _no_experts).flops for node in (pre, post, kept)] == [n * 32 * 4 * 3 for n in (2, 10, 4)]
+
+
 def test_products_that_are_no_mul_mat_count_what_they_sum_over():
     """OUT_PROD, SOLVE_TRI and LIGHTNING_INDEXER are charged by the length of their sums, not by the size of their result alone."""
     with ggml.Graph() as graph:

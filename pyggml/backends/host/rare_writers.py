@@ -5,7 +5,17 @@ Merged into `_host_writers.WRITERS`.
 
 from __future__ import annotations
 
-from pyggml.kernels.cpu import copy, elementwise, indexer, norms, recurrent, reduce, shape
+from pyggml.kernels.cpu import (
+    copy,
+    elementwise,
+    hyper_connections,
+    indexer,
+    linear_attention,
+    norms,
+    recurrent,
+    reduce,
+    shape,
+)
 from pyggml.kernels.cpu.dequantise import dequantise_row
 
 from ...ops.modes import TriType
@@ -22,6 +32,7 @@ from .writing import (
     by_elements,
     by_rows,
     flat,
+    optional,
     source,
 )
 
@@ -189,6 +200,50 @@ def _lightning_indexer(plan: HostPlan, t: Tensor) -> None:
     )
 
 
+_LINEAR = {
+    Op.RWKV_WKV6: (linear_attention.rwkv_wkv6, 6),
+    Op.RWKV_WKV7: (linear_attention.rwkv_wkv7, 7),
+    Op.GATED_LINEAR_ATTN: (linear_attention.gated_linear_attn, 5),
+}
+
+
+def _linear_attention(plan: HostPlan, t: Tensor) -> None:
+    kernel, n_source = _LINEAR[t.op]
+    n = source(t, 1).ne[0] * source(t, 1).numel
+    plan.add(
+        kernel.address,
+        t,
+        (t, *(source(t, i) for i in range(n_source))),
+        (source(t, n_source - 1).ne[1], t.param_i32(0)),
+        serial=n < SERIAL_ELEMENTS,
+        cost=3 * n / ELEMENTS_PER_S,
+    )
+
+
+def _dsv4_hc_comb(plan: HostPlan, t: Tensor) -> None:
+    n = t.numel * t.param_i32(1)
+    plan.add(
+        hyper_connections.dsv4_hc_comb.address,
+        t,
+        (t, *(source(t, i) for i in range(3))),
+        (t.param_i32(0), t.param_i32(1)),
+        serial=n < SERIAL_ELEMENTS,
+        cost=n / ELEMENTS_PER_S,
+    )
+
+
+def _dsv4_hc_pre(plan: HostPlan, t: Tensor) -> None:
+    x = source(t, 0)
+    params = (t.param_i32(0), 1) if t.param_i32(1) else (bits(1.0), 0)  # before ggml 0.26 no scale was set
+    plan.add(hyper_connections.dsv4_hc_pre.address, t, (t, x, source(t, 1)), params, **by_elements(x))
+
+
+def _dsv4_hc_post(plan: HostPlan, t: Tensor) -> None:
+    comb = optional(t, 3)
+    tensors = (t, *(source(t, i) for i in range(3)), *([comb] if comb is not None else []))
+    plan.add(hyper_connections.dsv4_hc_post.address, t, tensors, (comb is not None,), **by_elements(t))
+
+
 RARE_WRITERS: dict[Op, Writer] = {
     Op.ADD1: _add1,
     Op.ACC: _write_into,
@@ -207,4 +262,8 @@ RARE_WRITERS: dict[Op, Writer] = {
     Op.GATED_DELTA_NET: _gated_delta_net,
     Op.SOLVE_TRI: _solve_tri,
     Op.LIGHTNING_INDEXER: _lightning_indexer,
+    **dict.fromkeys(_LINEAR, _linear_attention),
+    Op.DSV4_HC_COMB: _dsv4_hc_comb,
+    Op.DSV4_HC_PRE: _dsv4_hc_pre,
+    Op.DSV4_HC_POST: _dsv4_hc_post,
 }

@@ -223,6 +223,50 @@ def _state(t: Tensor) -> str:
     return _types(t, *kinds) or _dense_rows(t, *range(n + 1))
 
 
+def _linear_attention(t: Tensor) -> str:
+    """RWKV_WKV6, RWKV_WKV7, GATED_LINEAR_ATTN: F32 without gaps, and as many tokens of each sequence."""
+    *tokens, state = [x for x in t.src if x is not None]
+    n, n_head, n_token, _ = tokens[1].ne
+    if t.op is Op.RWKV_WKV6 and tokens.pop(3).numel < n * n_head:
+        return f"src3 has not a bonus for each of {n * n_head} channels"
+    if any(x.ne != (n, n_head, n_token, 1) for x in tokens):
+        return f"sources have not the shape of src1, {list(tokens[1].ne)}"
+    if not state.ne[1] or n_token % state.ne[1] or state.numel != n * n * n_head * state.ne[1]:
+        return f"{n_token} tokens do not divide into the {state.ne[1]} sequences of the states {list(state.ne)}"
+    want = (n * n_head, n_token + n * state.ne[1], 1, 1)
+    return _contiguous(t) if t.ne == want else f"dst is {list(t.ne)}, not {list(want)}"
+
+
+def _hyper_connections(t: Tensor) -> str:
+    """DSV4_HC_COMB, DSV4_HC_PRE, DSV4_HC_POST: F32, streams without gaps in rows."""
+    x, y, post, comb = ([*t.src, None, None, None])[:4]
+    assert x is not None
+    assert y is not None
+    n, n_stream, n_token = x.ne[0], (x if t.op is Op.DSV4_HC_PRE else y).ne[1], t.ne[2]
+    rows: tuple[int, ...] = (0, 1, 2)
+    if t.op is Op.DSV4_HC_COMB:
+        rows = (0,)
+        fits = (
+            post is not None
+            and x.ne == (24, n_token, 1, 1)
+            and y.ne[0] >= 3
+            and post.ne[0] == 24
+            and t.param_i32(1) > 0
+        )
+        fits = fits and t.ne == (4, 4, n_token, 1) and t.is_contiguous()
+    elif t.op is Op.DSV4_HC_PRE:
+        gated = bool(t.param_i32(1))
+        rows = (0, 1, 2) if gated else (0, 1)
+        fits = y.ne == (x.ne if gated else (*x.ne[1:3], 1, 1)) and t.ne == (n, x.ne[2], 1, 1) and x.ne[3] == 1
+    else:
+        fits = post is not None and post.ne == (n_stream, n_token, 1, 1) and t.ne == y.ne == (n, n_stream, n_token, 1)
+        fits = fits and x.ne == (n, n_token, 1, 1)
+        fits = fits and (comb is None or comb.ne == (n_stream, n_stream, n_token, 1))
+    if not fits:
+        return "shapes of sources do not fit"
+    return _types(t, *[_F32] * 5) or _dense_rows(t, *rows)
+
+
 _CHECKS: dict[Op, Callable[[Tensor], str]] = {
     **dict.fromkeys((Op.SUB, Op.MUL, Op.DIV), _binary),
     Op.ADD: _add,
@@ -239,6 +283,8 @@ _CHECKS: dict[Op, Callable[[Tensor], str]] = {
     **dict.fromkeys((Op.SSM_CONV, Op.SSM_SCAN, Op.GATED_DELTA_NET), _state),
     **dict.fromkeys((Op.GROUP_NORM, Op.SOLVE_TRI), _contiguous),
     Op.LIGHTNING_INDEXER: _indexer,
+    **dict.fromkeys((Op.RWKV_WKV6, Op.RWKV_WKV7, Op.GATED_LINEAR_ATTN), _linear_attention),
+    **dict.fromkeys((Op.DSV4_HC_COMB, Op.DSV4_HC_PRE, Op.DSV4_HC_POST), _hyper_connections),
     Op.ADD1: _binary,
     Op.COUNT_EQUAL: _count_equal,
     Op.OUT_PROD: _out_prod,
@@ -277,7 +323,7 @@ def supports_op(tensor: Tensor) -> bool:
 def plans_op(tensor: Tensor) -> bool:
     """Whether a device that computes nothing should count as able to run a node.
 
-    An op for which there is no kernel here at all, such as RWKV_WKV6, is one that ggml's backends run.
+    An op for which there is no kernel here at all, such as CONV_2D, is one that ggml's backends run.
 
     Notes
     -----
@@ -292,12 +338,13 @@ def plans_op(tensor: Tensor) -> bool:
 _N_SOURCES = {
     **dict.fromkeys(
         (Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.ADD1, Op.ACC, Op.SET, Op.CONCAT, Op.MUL_MAT, Op.OUT_PROD, Op.GET_ROWS, Op.ROPE,
-         Op.ROPE_BACK, Op.SOLVE_TRI, Op.COUNT_EQUAL, Op.SSM_CONV, Op.SET_ROWS), 2,
+         Op.ROPE_BACK, Op.SOLVE_TRI, Op.COUNT_EQUAL, Op.SSM_CONV, Op.SET_ROWS, Op.DSV4_HC_PRE), 2,
     ),
-    **dict.fromkeys((Op.MUL_MAT_ID, Op.ADD_ID, Op.FLASH_ATTN_EXT), 3),
+    **dict.fromkeys((Op.MUL_MAT_ID, Op.ADD_ID, Op.FLASH_ATTN_EXT, Op.DSV4_HC_COMB, Op.DSV4_HC_POST), 3),
     Op.LIGHTNING_INDEXER: 4,
-    Op.GATED_DELTA_NET: 6,
-    Op.SSM_SCAN: 7,
+    Op.GATED_LINEAR_ATTN: 5,
+    **dict.fromkeys((Op.GATED_DELTA_NET, Op.RWKV_WKV6), 6),
+    **dict.fromkeys((Op.SSM_SCAN, Op.RWKV_WKV7), 7),
     Op.ARANGE: 0,
 }  # fmt: skip
 #: Ops whose result has the shape of their first source.

@@ -57,6 +57,32 @@ def test_gated_delta_net(memory, n_gate):
     assert ref.nmse(want.reshape(got.shape), got) < 1e-7
 
 
+@pytest.mark.parametrize("op", ["rwkv_wkv6", "rwkv_wkv7", "gated_linear_attn"])
+def test_linear_attention_of_short_heads(memory, op):
+    """Heads shorter than a vector, which upstream's kernels cannot take, are computed as defined; sequences do not mix."""
+    n, n_head, n_token, n_seq = 10, 3, 6, 2
+    n_source = {"rwkv_wkv6": 5, "rwkv_wkv7": 6, "gated_linear_attn": 4}[op]
+    arrays = [normal(n_token, n_head, n, seed=i) / 4 for i in range(n_source)]
+    if op == "rwkv_wkv6":
+        arrays[3] = arrays[3][0]
+    arrays.append(normal(n_seq, n * n * n_head, seed=9))
+    src = [memory.tensor(a) for a in arrays]
+    made = getattr(ops, op)(*src, *([0.5] if op == "gated_linear_attn" else []))
+    assert not reason_unsupported(made)
+    got = memory.compute(made.op, made.ne, *src, params=made.op_params)
+    want = ref.compute(made, [memory.values(t) for t in src])
+    assert ref.nmse(want.reshape(got.shape), got) < 1e-7
+
+
+@pytest.mark.parametrize(("i", "ne"), [(0, (8, 2, 5)), (6, (128, 3)), (6, (128, 0))])
+def test_linear_attention_that_would_read_past_a_source(i, ne):
+    """A source that upstream does not look at, and sequences that tokens do not divide into, are refused with the reason."""
+    src = [Tensor("f32", (8, 2, 4)) for _ in range(6)] + [Tensor("f32", (128, 1))]
+    made = ops.rwkv_wkv7(*src)
+    made.src = tuple(Tensor("f32", ne) if j == i else t for j, t in enumerate(src))
+    assert "shape" in reason_unsupported(made) or "do not divide" in reason_unsupported(made)
+
+
 def test_pads_that_cut(memory):
     """A negative pad takes elements off."""
     x = normal(3, 4, 10)
