@@ -115,7 +115,7 @@ def _other_answers(arch: str, folder: Path) -> list[str]:
     return out
 
 
-@pytest.mark.parametrize("arch", ["qwen35moe", "deepseek32", "rwkv6", "wavtokenizer-dec"])
+@pytest.mark.parametrize("arch", ["qwen35moe", "deepseek32", "deepseek4", "rwkv6", "wavtokenizer-dec"])
 def test_the_cpu_answers_as_llama_cpps(arch: str, tmp_path: Path) -> None:
     """The CPU of a plan says yes and no to the nodes of captured graphs as llama.cpp's CPU does."""
     assert not _other_answers(arch, tmp_path)
