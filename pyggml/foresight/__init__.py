@@ -1,6 +1,6 @@
-"""Foresight: how fast a model will be on hardware that need not be there, from its sizes, data sheets and fitted rates.
+"""Foresight: predicted speeds of a model on hardware that need not be present, from sizes, data sheets and rates.
 
-`estimate` is the door: a model by name or file, devices and a host by name, flags; tokens a second with ranges.
+`estimate` takes a model by name or file, devices and a host by name, and flags. It returns tokens/s with ranges.
 """
 
 from .api import Estimate, Speed, estimate, machine_of, model_shape, speed_of

@@ -1,4 +1,4 @@
-"""`estimate`: one answer for a model, a machine and flags."""
+"""`estimate`: the speeds of a model on a machine with some flags."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Estimate", "Speed", "estimate", "machine_of", "model_shape", "range_
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Speeds of one setting; its memory is a plan's (`Planner.memory`)."""
+    """Speeds of one setting, in tokens/s. For memory, see `Planner.memory`."""
 
     prompt: Speed
     generation: Speed
@@ -30,12 +30,12 @@ class Estimate:
 
 @lru_cache(maxsize=64)
 def model_shape(model: str) -> ModelShape:
-    """Return the shape of a file, or of ``NAME[:QUANT]`` of the table.
+    """Return the shape of a model file, or of a known model ``NAME[:QUANT]``.
 
     Raises
     ------
     FormatError
-        There is neither a file nor a model of that name.
+        There is neither a file nor a known model of that name.
     """
     if os.path.lexists(model):
         with GGUFFile.open(model) as file:
@@ -50,21 +50,21 @@ def model_shape(model: str) -> ModelShape:
 
 
 def machine_of(devices: str | Sequence[str] = (), host: str | Host = "", *, pcie: str = "") -> Machine:
-    """Return a machine of cards and a host by name.
+    """Return a machine with cards and a host, by name.
 
     Parameters
     ----------
     devices : str or sequence of str
-        ``"rtx3090"``, ``"rtx3090,rtx3090"``; ``sim:`` before a name changes nothing, and neither does ``-pcie4`` after it.
+        ``"rtx3090"``, ``"rtx3090,rtx3090"``; a prefix ``sim:`` and a suffix such as ``-pcie4`` are ignored.
     host : str or Host
         See `parse_host`; empty: the default host.
     pcie : str
-        ``"4.0 x8"``, if it is not the cards' own.
+        Link of the cards, such as ``"4.0 x8"``; by default the cards' own.
 
     Raises
     ------
     DeviceUnavailableError
-        A card or a part of the host is not known.
+        A card or a part of the host is unknown.
     """
     names = [part.strip() for part in devices.split(",")] if isinstance(devices, str) else list(devices)
     cards: list[Card] = []
@@ -86,20 +86,20 @@ def estimate(
     n_generate: int = 128,
     depth: int = 0,
 ) -> Estimate:
-    """Return how fast a model is on a machine with some flags.
+    """Predict the speeds of a model on a machine with some flags.
 
     Parameters
     ----------
     model : str or ModelShape
-        A file, ``NAME[:QUANT]``, or what `model_shape` returned.
+        A file, ``NAME[:QUANT]``, or the result of `model_shape`.
     machine : Machine
-        Of `machine_of`.
+        The result of `machine_of`.
     setting : Setting, optional
-        Flags; llama.cpp's defaults if not given.
+        Flags; by default llama.cpp's defaults.
     n_prompt, n_generate : int
         Tokens of the prompt and of the answer.
     depth : int
-        Tokens in the cache before the prompt.
+        Tokens in the KV cache before the prompt.
 
     Examples
     --------
@@ -125,13 +125,13 @@ def speed_of(
     is_prompt: bool,
     placed: list[Placed] | None = None,
 ) -> Speed:
-    """Return the speed of a prompt, or of generation, with its range; ``placed`` as for `predict`."""
+    """Predict the speed of a prompt or of generation, with its range; ``placed`` is as for `predict`."""
     where = place(shape, setting, [c.memory_bytes for c in machine.cards]) if placed is None else placed
     mid = 1.0 / predict(shape, machine, setting, n_tokens, depth, is_prompt=is_prompt, placed=where)
     return Speed.around(mid, range_of(machine, setting, where, is_prompt=is_prompt))
 
 
 def range_of(machine: Machine, setting: Setting, placed: list[Placed], *, is_prompt: bool) -> float:
-    """Return the factor that a prediction may be off, up or down."""
+    """Return the factor by which a prediction is multiplied and divided to give its range."""
     has_host_weights = any(p.experts_on_host or p.device < 0 for p in placed)
     return spread_of(machine.cards, is_prompt=is_prompt, has_host_weights=has_host_weights, backend=setting.backend)

@@ -1,4 +1,4 @@
-"""What a layer asks of a device, counted from its tensors: the `Work` of its products, attention, states and small ops."""
+"""The `Work` of a layer, counted from its tensors: products, attention, states and small ops."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["attention_work", "layer_works", "product_work", "spread_of_experts",
 
 
 def used_experts(spread: float, n_expert: int, n_used: int, n_tokens: int) -> float:
-    """Return how many experts of a layer so many tokens choose; the mean over texts."""
+    """Return the expected number of distinct experts that ``n_tokens`` tokens choose in a layer."""
     return LogNormal(spread).used(n_expert, n_used, n_tokens)
 
 
 def spread_of_experts(model: ModelShape, rates: Rates) -> float:
-    """Return how unevenly a model's tokens use its experts."""
+    """Return how unevenly a model's tokens use its experts: the spread of `LogNormal`."""
     return BIASED_ROUTING.spread if model.has_router_bias else rates.spread
 
 
 def product_work(p: Product, m: int, n_used: int, spread: float) -> Work:
-    """Return the work of a product with ``m`` tokens, with what small ops around it move."""
+    """Return the work of a product with ``m`` tokens, with the bytes of the small ops around it."""
     used = used_experts(spread, p.n_matrix, n_used, m) if p.is_expert else 1.0
     columns = m * n_used if p.is_expert else m
     return Work(
@@ -31,7 +31,7 @@ def product_work(p: Product, m: int, n_used: int, spread: float) -> Work:
 
 
 def attention_work(a: Attention, m: int, n_kv: float, kv_bytes: float) -> Work:
-    """Return the work of attention of ``m`` tokens over ``n_kv`` positions, whose K and V take ``kv_bytes`` an element."""
+    """Return the work of attention of ``m`` tokens over ``n_kv`` positions; K and V have ``kv_bytes`` per element."""
     n = min(n_kv, a.window + m) if a.window else n_kv
     flops = 2.0 * m * n * a.n_head * (a.head_k + a.head_v)
     read = n * a.n_cached * kv_bytes
@@ -40,13 +40,13 @@ def attention_work(a: Attention, m: int, n_kv: float, kv_bytes: float) -> Work:
 
 
 def scores_bytes(a: Attention, m: int, n_kv: float) -> float:
-    """Return the bytes of scores that attention without flash moves through memory."""
+    """Return the bytes of scores that attention without flash attention reads and writes."""
     n = min(n_kv, a.window + m) if a.window else n_kv
     return 20.0 * m * n * a.n_head if m > FEW_COLUMNS else 0.0
 
 
 def n_kernels(layer: Layer, model: ModelShape) -> int:
-    """Return how many kernels a layer launches, after fusion of norms, gates and routers."""
+    """Return the number of kernels of a layer, after fusion of norms, gates and routers."""
     n = 4 * model.n_streams**2 + (30 if layer.state is not None else 9)
     n_dense = sum(not p.is_expert for p in layer.products)
     if not layer.has_experts:

@@ -1,4 +1,4 @@
-"""Seconds of a layer of a model: the sum of what `counts` counts, by the formulas of `pyggml.hardware.formulas`."""
+"""Seconds of a model's layers: the work of `counts`, by the formulas of `pyggml.hardware.formulas`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """Layers on a card or a host, by one set of rates."""
+    """Computes the seconds of layers on a card or a host, by one set of rates."""
 
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
 
     def dense_s(self, layer: Layer, m: int, model: ModelShape, card: Card, backend: str = "") -> float:
-        """Return the time of a layer's products with dense weights on a card, without what is around them."""
+        """Return the seconds of a layer's products with dense weights on a card, without the small ops around them."""
         works = (product_work(p, m, model.n_used, 0.0) for p in layer.products if not p.is_expert)
         return sum(card_s(replace(w, moved_bytes=0.0), card, self.rates, backend=backend) for w in works)
 
     def output_s(self, model: ModelShape, card: Card, backend: str = "") -> float:
-        """Return the time of one token's logits on a card, without what is around the product."""
+        """Return the seconds of one token's logits on a card, without the small ops around the product."""
         work = replace(product_work(model.output, 1, 1, 0.0), moved_bytes=0.0)
         return card_s(work, card, self.rates, backend=backend)
 
@@ -35,7 +35,7 @@ class Clock:
         self, layer: Layer, m: int, n_kv: float, model: ModelShape, card: Card, *, experts: bool, kv_bytes: float,
         flash: bool, attention: bool = True, backend: str = "", slow_host: bool = False,
     ) -> float:  # fmt: skip
-        """Return the time of a layer on a card, with or without its experts."""
+        """Return the seconds of a layer on a card, with or without its experts."""
         works = layer_works(
             layer,
             m,
@@ -55,7 +55,7 @@ class Clock:
     # -- the same on the CPU -------------------------------------------------
 
     def cpu_output_s(self, model: ModelShape, host: Host) -> float:
-        """Return the time of one token's logits on the CPU."""
+        """Return the seconds of one token's logits on the CPU."""
         return host_s(product_work(model.output, 1, 1, 0.0), host, self.rates)
 
     def cpu_layer_s(
@@ -68,7 +68,7 @@ class Clock:
         kv_bytes: float,
         wanted: Callable[[Product], bool],
     ) -> float:
-        """Return the time of those products of a layer that are wanted, on the CPU; of all: with attention and states."""
+        """Return the seconds of the selected products of a layer on the CPU; if all are, with attention and states."""
         spread = spread_of_experts(model, self.rates)
         works = [product_work(p, m, model.n_used, spread) for p in layer.products if wanted(p)]
         total = sum(host_s(work, host, self.rates) for work in works)
@@ -81,5 +81,5 @@ class Clock:
         return total
 
     def cpu_attention_s(self, a: Attention, m: int, n_kv: float, host: Host, kv_bytes: float) -> float:
-        """Return the time of attention on the CPU."""
+        """Return the seconds of attention on the CPU."""
         return host_s(attention_work(a, m, n_kv, kv_bytes), host, self.rates)

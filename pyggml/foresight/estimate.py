@@ -1,6 +1,7 @@
-"""Seconds of a token of a model on devices and a host under flags, in about a millisecond.
+"""Predicts the seconds per token of a model on devices and a host with some flags, in about a millisecond.
 
-Everything is counted from the tensors of the model and the flags, by the formulas that virtual time has, too; no graph is made.
+Work is counted from the model's tensors and the flags, and turned into seconds by the formulas of virtual time. No
+graph is made.
 """
 
 from __future__ import annotations
@@ -22,32 +23,34 @@ from .shape import Layer, ModelShape, Product
 
 __all__ = ["Machine", "Placed", "Setting", "Unpredicted", "host_weight_bytes", "place", "predict"]
 
-#: Tokens from which on products with host weights are offloaded (`GGML_OP_OFFLOAD_MIN_BATCH`).
+#: Fewest tokens with which products with host weights are offloaded (`GGML_OP_OFFLOAD_MIN_BATCH`).
 _OFFLOAD = 32
 
 
 class Unpredicted(Exception):  # it is an answer, not an error
-    """Why there is no prediction."""
+    """Raised with the reason why there is no prediction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Flags of llama.cpp that change times or memory, with its defaults.
+    """Flags of llama.cpp that change speeds or memory, with its defaults.
 
     Attributes
     ----------
     n_gpu_layers : int
-        -1: all, with the output.
+        Layers on cards, counted from the last; -1: all, with the output.
     n_cpu_moe : int
-        Layers whose experts are in host memory, from the first.
+        The experts of this many first layers are in host memory.
     overrides : tuple of str
-        As of `PlacementFlags`: ``REGEX=BUFT`` of ``-ot``, ``--cpu-moe``, ``--n-cpu-moe N``, ``--n-cpu-ffn N``; the first that fits holds.
+        As in `PlacementFlags`: ``REGEX=BUFT`` of ``-ot``, ``--cpu-moe``, ``--n-cpu-moe N``, ``--n-cpu-ffn N``; the
+        first that matches applies.
     tensor_split : tuple of float
-        ``-ts``: shares of the cards; by their memory if empty.
+        ``-ts``: shares of the cards; by default in proportion to their memory.
     is_pinned : bool
-        Whether weights in host memory are (``--no-mmap``, ``--mlock``, ``-lm none``).
+        Whether host weights are in pinned memory (``--no-mmap``, ``--mlock``, ``-lm none``).
     split_mode : str
-        What several cards share: ``"layer"``, ``"row"`` (products with dense weights) or ``"tensor"`` (all of a layer).
+        How several cards divide the model: by ``"layer"``, ``"row"`` (of products with dense weights) or ``"tensor"``
+        (all of a layer).
     """
 
     n_gpu_layers: int = -1
@@ -70,12 +73,12 @@ class Setting:
 
 @dataclass(slots=True)
 class Placed:
-    """Layers that are alike and in the same place."""
+    """Equal layers in the same place."""
 
     layer: Layer
     device: int  #: -1: the CPU
     experts_on_host: bool
-    host_other: bool = False  #: dense products on the host too (``-ot`` of whole layers)
+    host_other: bool = False  #: dense weights are in host memory, too (``-ot`` of whole layers)
     count: int = 1
 
 
@@ -100,7 +103,7 @@ _DENSE = ("ffn_gate", "ffn_down")
 
 @lru_cache(maxsize=4096)
 def _rules(overrides: tuple[str, ...]) -> tuple[tuple[str, int, bool], ...]:
-    """Return patterns in order, each with the number of layers from the first that it is for, and whether it means host memory."""
+    """Return the patterns in order, with the number of first layers that each applies to, and if it means host memory."""
     found = []
     for text in overrides:
         word, _, value = text.partition(" ")
@@ -118,7 +121,7 @@ def _rules(overrides: tuple[str, ...]) -> tuple[tuple[str, int, bool], ...]:
 
 @lru_cache(maxsize=65536)
 def _overridden(overrides: tuple[str, ...], layer: int, names: tuple[str, ...], *, every: bool) -> bool | None:
-    """Return whether the first pattern that fits a layer's weights (one of them, or all) means host memory; None if none fits."""
+    """Return if the first pattern that matches a layer's weights (any, or all) means host memory; None if none does."""
     fits = all if every else any
     for pattern, n_layer, is_host in _rules(overrides):
         if layer < n_layer and fits(re.search(pattern, f"blk.{layer}.{name}.weight") for name in names):
@@ -127,11 +130,11 @@ def _overridden(overrides: tuple[str, ...], layer: int, names: tuple[str, ...], 
 
 
 def device_of(layer: int, n_layer: int, s: Setting, sizes: Sequence[float]) -> int:
-    """Return the card of a layer (the output is the one behind the last), by ``-ts`` or the sizes of the cards; -1: the CPU.
+    """Return the card of a layer (``n_layer`` is the output), by ``-ts`` or the cards' memory; -1: the CPU.
 
     Notes
     -----
-    Mirrors `llama_model_base::load_tensors`, as `pyggml.models.placement` does for devices.
+    Mirrors `llama_model_base::load_tensors`, like `pyggml.models.placement`.
     """
     n_on = n_layer + 1 if s.n_gpu_layers < 0 else min(s.n_gpu_layers, n_layer + 1)
     first = max(0, n_layer + 1 - n_on)
@@ -153,7 +156,7 @@ def has_host_experts(layer: int, device: int, s: Setting) -> bool:
 
 
 def place(model: ModelShape, s: Setting, sizes: Sequence[float]) -> list[Placed]:
-    """Return where each layer is on cards of some sizes, equal layers together."""
+    """Return the places of layers on cards with the given memory sizes; equal layers are grouped."""
     n = len(model.layers)
     groups: dict[tuple[int, int, bool, bool], Placed] = {}
     for i, layer in enumerate(model.layers):
@@ -169,7 +172,7 @@ def place(model: ModelShape, s: Setting, sizes: Sequence[float]) -> list[Placed]
 
 
 def host_weight_bytes(model: ModelShape, placed: list[Placed]) -> int:
-    """Return the bytes of layers' weights that are in host memory."""
+    """Return the bytes of host weights of layers."""
     total = 0
     for p in placed:
         total += p.count * (
@@ -188,16 +191,16 @@ def predict(
     is_prompt: bool,
     placed: list[Placed] | None = None,
 ) -> float:
-    """Return seconds of a token.
+    """Predict the mean seconds per token.
 
     Parameters
     ----------
     n_tokens : int
-        Of the prompt, or how many are generated.
+        Tokens of the prompt, or tokens to generate.
     depth : int
-        Tokens in the cache before.
+        Tokens in the KV cache before.
     placed : list of Placed, optional
-        Where layers are, if not where the setting puts them.
+        The places of layers; by default those of the setting.
     """
     clock = Clock(m.rates)
     if 0 < s.threads < m.host.n_cores:
@@ -209,7 +212,7 @@ def predict(
     n_full, rest = divmod(n_tokens, ub)
     total = 0.0
     if n_full:
-        # flash attention skips what the mask hides, products of K and Q do not
+        # flash attention skips masked positions, products of K and Q do not
         n_kv = depth + (n_full * ub) / 2 + (0 if s.flash_attn else ub / 2)
         total = n_full * _micro_batch_s(clock, model, m, s, placed, ub, n_kv)
         total *= _pipeline(m, s, placed, n_full)
@@ -218,20 +221,20 @@ def predict(
     return total / n_tokens
 
 
-#: What one thread reads of memory a second: of a Ryzen 5700X four read 42.4 GB/s, all that its memory gives.
+#: Bytes/s that one thread reads: four threads of a Ryzen 5700X read 42.4 GB/s, all that its memory provides.
 _THREAD_BYTES_PER_S = 10.6e9
 
 
 @lru_cache(maxsize=64)
 def _fewer(host: Host, threads: int) -> Host:
-    """Return a host of which only some cores work."""
+    """Return a host that uses only ``threads`` cores."""
     share = threads / host.n_cores
     read = min(host.read_bytes_per_s, max(threads * _THREAD_BYTES_PER_S, share * host.read_bytes_per_s))
     return replace(host, n_cores=threads, read_bytes_per_s=read, product_per_s=share * host.product_per_s)
 
 
 def _pipeline(m: Machine, s: Setting, placed: list[Placed], n: int) -> float:
-    """Return the part of the time that is left when several cards work on micro-batches at a time."""
+    """Return the fraction of the time that remains when several cards compute different micro-batches at once."""
     k = len(m.cards)
     if k < 2 or n < 2 or _shares_layers(m, s) or any(p.device < 0 or p.experts_on_host for p in placed) or s.overrides:
         return 1.0
@@ -282,25 +285,25 @@ def _micro_batch_s(
 
 
 def _shares_layers(m: Machine, s: Setting) -> bool:
-    """Whether every card works on every layer; Vulkan and Metal have no buffers split by rows, so that row is layer there."""
+    """Return whether every card works on every layer; Vulkan and Metal have no row split and use layer instead."""
     if len(m.cards) < 2 or s.split_mode == "layer":
         return False
     return s.split_mode == "tensor" or backend_family(m.cards[0], s.backend).startswith(("cuda", "rocm"))
 
 
 def _sharing_s(m: Machine, s: Setting, p: Placed, n: int, alone_s: float, products_s: float, n_embd: int) -> float:
-    """Return the time of a layer that all cards share, given that of one card.
+    """Return the seconds of a layer that all cards share, given those of one card.
 
     Parameters
     ----------
     alone_s, products_s : float
-        Of the whole layer on one card, and of its products with dense weights.
+        Seconds of the whole layer on one card, and of its products with dense weights.
 
     Notes
     -----
-    Row: `ggml_cuda_op_mul_mat` sends each card the activations in 8 bits, and each sends its rows of the result to the main card; all else is
-    the main card's work. Tensor: each card has its share of heads and of feed-forward, and the results of both are summed up over all
-    cards (`ggml_backend_meta`); of experts in host memory every card gets a copy.
+    Row: `ggml_cuda_op_mul_mat` sends 8-bit activations to each card, which sends its rows of the result to the main
+    card. The main card computes everything else. Tensor: each card has a share of the heads and the feed-forward, whose
+    results are summed over all cards (`ggml_backend_meta`). Experts in host memory are copied to every card.
     """
     k, link = len(m.cards), m.links[0]
     others = (k - 1) / k
@@ -316,7 +319,7 @@ def _is_expert(p: Product) -> bool:
 
 
 def _copies_s(clock: Clock, model: ModelShape, m: Machine, s: Setting, p: Placed, n: int, i: int) -> float:
-    """Return the time of copying a layer's host weights to its device."""
+    """Return the seconds of copying a layer's host weights to its device."""
     link = m.links[0]
     rate = link.bytes_per_s if s.is_pinned else min(link.bytes_per_s, pageable_rate(m.host, m.rates))
     n_bytes, n_copies = 0.0, 0

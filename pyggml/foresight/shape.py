@@ -1,6 +1,6 @@
-"""What a model asks of devices, layer by layer: the products, the attention and the states of its graph, from its tensors alone.
+"""`ModelShape`: the products, attention and states of a model's layers, from its tensors alone.
 
-A `ModelShape` is made of a file's header or of a name in the table, whatever the architecture. Layers that are alike are kept once.
+It is made from a file's header or a known model's name, for any architecture.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Product:
     ----------
     type : Type
     n_in, n_out : int
-        Of one matrix.
+        Size of one matrix.
     n_matrix : int
-        Experts; 1 of what every token goes through.
+        Number of experts; 1 if every token uses the matrix.
     """
 
     type: Type
@@ -43,7 +43,7 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Attention of a layer: heads, widths, and the window it sees (0: all)."""
+    """Attention of a layer: heads, widths, and its window in tokens (0: all)."""
 
     n_head: int
     n_head_kv: int
@@ -54,20 +54,20 @@ class Attention:
 
     @property
     def n_cached(self) -> int:
-        """Elements of K and V of a token."""
+        """Elements of K and V per token."""
         return self.head_k * self.n_head_kv + (0 if self.is_latent else self.head_v * self.n_head_kv)
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """The state of a recurrent layer (gated delta net): heads of a square matrix each, in 32 bits."""
+    """The state of a recurrent layer (gated delta net): a square F32 matrix per head."""
 
     n_head: int
     size: int
 
     @property
     def nbytes(self) -> int:
-        """Bytes of it."""
+        """Bytes of the state."""
         return 4 * self.n_head * self.size * self.size
 
 
@@ -91,26 +91,26 @@ class Layer:
 
     @property
     def other_bytes(self) -> int:
-        """Bytes of what every token reads."""
+        """Bytes of the weights that every token reads."""
         return sum(p.nbytes for p in self.products if not p.is_expert)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A model, as far as time and memory go.
+    """What times and memory of a model are computed from.
 
     Attributes
     ----------
     name : str
     layers : tuple of Layer
-        In order; equal ones are the same object.
+        In order; equal layers are the same object.
     output : Product
-        From the last layer to logits.
+        The head: from the last layer's output to logits.
     n_embd, n_expert, n_used : int
     table_bytes : int
-        Of what is only picked from, row by row, in host memory.
+        Bytes of tensors in host memory from which only rows are read.
     total_bytes : int
-        Of all tensors.
+        Bytes of all tensors.
     """
 
     name: str
@@ -128,13 +128,13 @@ class ModelShape:
 
     @classmethod
     def from_sizes(cls, s: ModelSizes, quant: str = "", *, file_bytes: float | None = None) -> ModelShape:
-        """Return the shape of a model of the table."""
+        """Return the shape of a known model."""
         tensors = type_tensors(s, shapes(s), quant or s.quant, file_bytes=file_bytes)
         return cls.from_tensors(s, tensors)
 
     @classmethod
     def from_tensors(cls, s: ModelSizes, tensors: Iterable[TypedTensor]) -> ModelShape:
-        """Return the shape of tensors, with sizes that say what no tensor does."""
+        """Return the shape of tensors; ``s`` adds what tensors do not show."""
         by_layer: dict[int, list[Product]] = {}
         output = table = None
         total = tables = 0
@@ -188,7 +188,7 @@ def _attention(s: ModelSizes, i: int) -> Attention | None:
     if s.is_recurrent(i):
         return None
     window = s.n_swa if s.has_window(i) else 0
-    if s.arch == "deepseek4":  # a window, and what a compressor leaves of the rest
+    if s.arch == "deepseek4":  # a window, and the compressed rest
         return Attention(s.n_head, 1, s.head, s.head, 128, is_latent=True)
     if s.kv_lora:
         return Attention(s.n_head, 1, s.kv_lora + s.rope_dim, s.kv_lora, window, is_latent=True)
@@ -201,7 +201,7 @@ def _state(s: ModelSizes, i: int) -> State | None:
 
 
 def sizes_of(metadata: Mapping[str, Any], tensors: Mapping[str, Any], name: str) -> ModelSizes:
-    """Return the sizes that a file's keys say; heads that differ by layer take the first layer's."""
+    """Return the sizes from a file's keys; if heads differ by layer, those of the first layer."""
     arch = str(metadata["general.architecture"])
 
     def key(what: str, default: int = 0) -> int:

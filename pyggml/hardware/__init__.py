@@ -1,1 +1,1 @@
-"""Cards, hosts and links by name, and what kernels reach of their data sheets."""
+"""Cards, hosts and links by name, and the cost model of kernels on them."""

@@ -1,9 +1,9 @@
-"""Graphics cards and chips by name: what their makers' data sheets say.
+"""Data sheets of graphics cards and chips, by name.
 
-One line a card: name; generation; memory in GiB and its GB/s; TFLOP/s in 32 bits without matrix units and in 16 bits with them, summed in
-16 bits; TOP/s in 8 bits; PCIe generation and lanes (0: memory is shared with the host). Peaks are without sparsity. Sources: NVIDIA's
-architecture white papers (Turing to Blackwell) and data sheets, AMD's and Intel's product pages, Apple's specifications, with
-arithmetic per core and clock where a maker states only these.
+One line per card: name; generation; memory in GiB and its GB/s; TFLOP/s in 32 bits without matrix units, and in 16 bits
+with them and 16-bit sums; TOP/s in 8 bits; PCIe generation and lanes (0: the memory is the host's). Peaks are without
+sparsity. Sources: NVIDIA's architecture white papers (Turing to Blackwell) and data sheets, AMD's and Intel's product
+pages, Apple's specifications; computed from cores and clock if a maker states only these.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 __all__ = ["CARDS", "GENERATIONS", "Card", "find_card"]
 
-#: Generations and the family of kernels that llama.cpp runs on them.
+#: The family of kernels that llama.cpp runs on each generation.
 GENERATIONS: dict[str, str] = {
     "pascal": "cuda-dp4a", "volta": "cuda-dp4a", "turing-dp4a": "cuda-dp4a", "turing": "cuda", "ampere": "cuda",
     "ada": "cuda", "hopper": "cuda", "blackwell": "cuda", "gcn": "rocm-dp4a", "cdna": "rocm", "rdna1": "rocm-dp4a",
@@ -24,7 +24,7 @@ GENERATIONS: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A card's data sheet; rates are bytes and operations a second."""
+    """A card's data sheet; rates are in bytes/s and operations/s."""
 
     name: str
     generation: str
@@ -246,7 +246,7 @@ def _read() -> dict[str, Card]:
 
 #: Cards by name.
 CARDS: dict[str, Card] = _read()
-#: Words of a card's name that say nothing of its kind.
+#: Words in names of cards that do not identify a card.
 _NOISE = re.compile(
     r"nvidia|geforce|amd|radeon(?!vii)|intel|apple|arc|tesla|instinct|graphics|gpu|workstation|blackwell|generation|edition|server"
     r"|aipro|pcie|\d+gb|\d+gib|core|series|mobile(?=$)|promax|(?<=b[5-7]0)pro"
@@ -254,7 +254,7 @@ _NOISE = re.compile(
 
 
 def find_card(text: str, memory_gib: float | None = None) -> Card | None:
-    """Return the card of a name as people write it; None for one that is not in the table.
+    """Return the card with a name as people write it; None if it is unknown.
 
     Examples
     --------
@@ -284,7 +284,7 @@ def find_card(text: str, memory_gib: float | None = None) -> Card | None:
 
 
 def _of_memory(card: Card, memory_gib: float | None) -> Card:
-    """Return a card with the memory that somebody states for it."""
+    """Return the card with ``memory_gib`` of memory, if given."""
     if memory_gib is None or abs(memory_gib * 2**30 - card.memory_bytes) < 2**29:
         return card
     from dataclasses import replace

@@ -1,6 +1,6 @@
-"""Profiles in files: what `pyggml devices --measure`, `pyggml calibrate` and `pyggml selftest` write, for ``--host`` and ``--device``.
+"""Profile files: written by `pyggml devices --measure`, `calibrate`, `selftest`; read by ``--host`` and ``--device``.
 
-Kernels are measured as they run, and formulas want data sheets. So a measured rate becomes the sheet of which the fitted shares give that rate.
+The formulas take data sheets. A measured rate therefore becomes the data sheet from which the formulas give that rate.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from .rates import RATES
 
 __all__ = ["ProfileFile", "card_of_rates", "host_of_rates", "read_profile", "write_profile"]
 
-#: Columns that each expert gets in the self test's products of 512 tokens (8 of 64 experts).
+#: Columns per expert in the self-test's products of 512 tokens (8 of 64 experts).
 _COLUMNS = 64
 _HINT = "`pyggml devices --measure FILE.json`, `pyggml calibrate` and `pyggml selftest` write such files"
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileFile:
-    """What a file says: a host, a device, or both.
+    """The contents of a profile file: a host, a device, or both.
 
     Attributes
     ----------
     link_bytes_per_s, link_back_bytes_per_s : float
-        From host to device and back; 0: by the card.
+        Rate of copies from host to device, and back; 0: the card's link.
     simulated : str
-        A name of `parse_profile`, if the file is of a simulated device: its card and link are meant.
+        For a simulated device: its name as `parse_profile` reads it, which gives card and link.
     """
 
     host: Host | None = None
@@ -46,7 +46,7 @@ class ProfileFile:
 
 
 def write_profile(path: Path, profile: ProfileFile, measured: Mapping[str, Any]) -> None:
-    """Write a profile; ``measured`` is what it rests on, for people.
+    """Write a profile; ``measured`` are the measurements behind it, for people to read.
 
     Raises
     ------
@@ -70,12 +70,12 @@ def write_profile(path: Path, profile: ProfileFile, measured: Mapping[str, Any])
 
 
 def read_profile(path: Path) -> ProfileFile:
-    """Return what a profile, or the report of a self test, says.
+    """Read a profile file, or the report of a self-test.
 
     Raises
     ------
     DeviceUnavailableError
-        It cannot be read, or is neither.
+        The file cannot be read, or is neither.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def read_profile(path: Path) -> ProfileFile:
 
 
 def _of_selftest(data: dict[str, Any]) -> ProfileFile:
-    """Return the profile of a report: of a CPU a host, of a simulated device its own, else a card with its link."""
+    """Return the profile in a self-test's report: a host for a CPU, a name for a simulated device, else card and link."""
     from .measure import found_host
 
     device, rates = str(data["device"]), {str(r["what"]): float(r["per_s"]) for r in data["rates"]}
@@ -119,7 +119,7 @@ def _of_selftest(data: dict[str, Any]) -> ProfileFile:
 
 
 def links_of_rates(rates: Mapping[str, float]) -> tuple[float, float]:
-    """Return the rate of the largest copies each way, pinned ones if there are any; 0 if none was measured."""
+    """Return the rates of the largest copies to and from the device, preferring pinned memory; 0 if not measured."""
 
     def best(way: str) -> float:
         for kind in ("pinned", "pageable"):
@@ -139,7 +139,7 @@ def _size(what: str) -> int:
 
 
 def _products(rates: Mapping[str, float], *, quantized: bool) -> float:
-    """Return the operations a second of products of 512 tokens, the median of the types."""
+    """Return the operations/s of products of 512 tokens, the median over types."""
     own = [
         r
         for what, r in rates.items()
@@ -151,7 +151,7 @@ def _products(rates: Mapping[str, float], *, quantized: bool) -> float:
 
 
 def host_of_rates(rates: Mapping[str, float], host: Host) -> Host:
-    """Return a host with what was measured of its products, and of its memory if nothing better is known."""
+    """Return a host with the measured rate of products, and the measured memory rate if ``host`` has none."""
     read = host.read_bytes_per_s or max((r for what, r in rates.items() if what.startswith("ADD")), default=0.0)
     if not read:
         raise ValueError("its memory was not measured")
@@ -159,12 +159,12 @@ def host_of_rates(rates: Mapping[str, float], host: Host) -> Host:
 
 
 def card_of_rates(rates: Mapping[str, float], description: str, memory_bytes: int = 0) -> Card:
-    """Return the data sheet that would give the measured rates.
+    """Return the data sheet from which the formulas give the measured rates.
 
     Parameters
     ----------
     description : str
-        As the device calls itself: of a card of the table it says the generation, and the memory if ``memory_bytes`` is 0.
+        The device's own name. If it is a known card, it gives the generation, and the memory if ``memory_bytes`` is 0.
     """
     known = find_card(description)
     if known is None and not memory_bytes:
@@ -196,5 +196,5 @@ def card_of_rates(rates: Mapping[str, float], description: str, memory_bytes: in
 
 
 def rates_by_name(rates: Iterable[Any]) -> dict[str, float]:
-    """Return measured `Rate`s by what was measured."""
+    """Return measured `Rate`s by name."""
     return {rate.what: rate.per_s for rate in rates}

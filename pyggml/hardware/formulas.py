@@ -1,7 +1,7 @@
-"""How long work takes on a card or a host: the one cost model, behind virtual time, `splits`, `plan` and foresight.
+"""The cost model: seconds of work on a card or a host, for virtual time, `splits`, `plan` and foresight.
 
-`Work` says what is asked of a device: of a node of a graph (`pyggml.work`) or of a layer of a model (`pyggml.foresight.counts`). What kernels
-reach of a data sheet is in `rates`.
+`Work` is that of a node (`pyggml.work`) or of a layer (`pyggml.foresight.counts`). The fitted shares of data sheets are
+in `rates`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .rates import CPU_PLAIN, FEW_COLUMNS, Family, Rates
 
 __all__ = ["Kind", "Work", "backend_family", "card_s", "family_of", "host_read", "host_s", "pageable_rate"]
 
-#: Types whose weights the CPU keeps in an order of its own (`ggml_repack_get_optimal_repack_type`).
+#: Types whose weights ggml's CPU backend repacks (`ggml_repack_get_optimal_repack_type`).
 _REPACKED = {Type.Q4_0, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0, Type.IQ4_NL, Type.Q2_K}
-#: What a driver stages of pageable memory at most: 13.6 to 14 GB/s measured on Windows, 21 by what a run on Linux implies.
+#: Most bytes/s that a driver stages from pageable memory: 13.6 to 14 GB/s measured on Windows, 21 implied by one on Linux.
 _STAGING_BYTES_PER_S = 20e9
-#: Tokens that a block of ROCm's attention works on (`fattn-tile.cuh`); each block reads K and V again, from memory unless caches have them.
+#: Tokens per block of ROCm's attention (`fattn-tile.cuh`); each block reads K and V again.
 _QUERIES = 32
 
 
 class Kind(Enum):
-    """Which kernels do the work."""
+    """The kind of kernels that do the work."""
 
     PASS = auto()  #: small ops: memory alone
     PRODUCT = auto()
@@ -36,28 +36,28 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is asked of a device, whatever it is.
+    """Operations and bytes, independent of the device.
 
     Attributes
     ----------
     flops : float
-        Operations; a multiplication with addition is two.
+        Operations; a multiply-add counts as two.
     read_bytes : float
-        Weights, K and V, or states that are read once.
+        Bytes of weights, K and V, or states, each read once.
     moved_bytes : float
-        Activations that small ops read and write.
+        Bytes of activations that small ops read and write.
     n_kernels : float
         Launches.
     type : Type
-        Of a product's weight.
+        Type of a product's weight.
     columns, matrices : float
-        Of a product: columns of all matrices together, and matrices that are read.
+        Of a product: columns over all matrices, and the number of matrices that are read.
     n_tokens : int
-        Of a product or of attention: up to `FEW_COLUMNS` take other kernels.
+        Of a product or of attention; up to `FEW_COLUMNS`, other kernels run.
     heads_bytes : float
-        Of attention over a quantised cache: K and V, read by each head for itself.
+        Of attention over a quantised KV cache: bytes of K and V if each head reads them.
     is_expert : bool
-        Whether the activations are those of experts, which are gathered, weighted and added.
+        Whether it is a product with experts, whose activations are gathered, weighted and added.
     """
 
     kind: Kind = Kind.PASS
@@ -74,12 +74,12 @@ class Work:
 
 
 def backend_family(card: Card, backend: str = "") -> str:
-    """Return the family of kernels, by the card or by the backend that is asked for."""
+    """Return the family of kernels of the requested backend, or of the card."""
     return "vulkan" if "vulkan" in backend.lower() else card.family
 
 
 def family_of(rates: Rates, kind: str) -> Family:
-    """Return the numbers of a family of kernels."""
+    """Return the fitted numbers of a family of kernels."""
     return {"cuda": rates.cuda, "rocm": rates.rocm, "vulkan": rates.vulkan, "metal": rates.metal}[
         kind.partition("-")[0]
     ]
@@ -91,7 +91,7 @@ def card_s(work: Work, card: Card, rates: Rates, *, backend: str = "", slow_host
     Parameters
     ----------
     backend : str
-        ``"vulkan"`` for kernels other than the card's usual ones.
+        ``"vulkan"``, or empty for the card's default kernels.
     slow_host : bool
         Whether the host's cores are so slow that they delay launches.
     """
@@ -108,7 +108,7 @@ def card_s(work: Work, card: Card, rates: Rates, *, backend: str = "", slow_host
         read_s = n_reads * work.read_bytes / (card.bytes_per_s * rates.kv)
         if (
             f is rates.cuda and work.n_tokens <= FEW_COLUMNS
-        ):  # heads share no reads (`fattn-vec.cuh`), but the cache does
+        ):  # each head reads for itself (`fattn-vec.cuh`), but the cache is shared
             read_s = max(read_s, work.heads_bytes / card.bytes_per_s)
         seconds += max(read_s, work.flops / (card.f16_per_s * f.attention))
     elif work.kind is Kind.STATE:
@@ -128,7 +128,7 @@ def _product_s(work: Work, card: Card, rates: Rates, kind: str, f: Family) -> fl
 
 
 def _peak(type: Type, card: Card, rates: Rates, kind: str, f: Family) -> float:
-    """Return the operations a second that products with weights of a type come to, of whole tiles."""
+    """Return the operations/s of products with weights of a type, for whole tiles."""
     if not type.is_quantized:
         half = rates.half_metal if kind == "metal" else rates.half
         return (card.f16_per_s if type is not Type.F32 else card.f32_per_s) * half
@@ -142,7 +142,7 @@ def _peak(type: Type, card: Card, rates: Rates, kind: str, f: Family) -> float:
 
 
 def host_read(host: Host, rates: Rates) -> float:
-    """Return what the host's threads read a second: that of its memory, and of fast memory less."""
+    """Return the bytes/s that the host's threads read: the memory's rate, less for fast memory."""
     return host.read_bytes_per_s / math.hypot(1.0, host.read_bytes_per_s / rates.cpu_read)
 
 
@@ -161,10 +161,10 @@ def host_s(work: Work, host: Host, rates: Rates) -> float:
     return read_s
 
 
-#: Of the host's 8-bit peak, by recurrent states, which are in 32 bits and of one thread a head.
+#: Share of the host's 8-bit peak that recurrent states reach, in 32 bits with one thread per head.
 _CPU_STATE = 0.1
 
 
 def pageable_rate(host: Host, rates: Rates) -> float:
-    """Return what copies from pageable memory carry a second at most, however wide the link."""
+    """Return the most bytes/s of copies from pageable memory over any link."""
     return min(rates.pageable * host.read_bytes_per_s, _STAGING_BYTES_PER_S)

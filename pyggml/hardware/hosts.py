@@ -1,4 +1,4 @@
-"""The host: its memory, cores and instructions, by a specification such as ``ddr4-3200x2,cores=8,64GiB`` or from this machine."""
+"""`Host`: memory, cores and instructions of a host, from a specification such as ``ddr4-3200x2,cores=8,64GiB``."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from .rates import RATES
 
 __all__ = ["DEFAULT_HOST", "Host", "find_cpu", "is_possible", "memory_rate", "parse_host"]
 
-#: What a core computes a clock in 8-bit products with VNNI, without, and with AMX, times a clock of 4 GHz.
+#: Relative rate of a core's 8-bit products, by instruction set.
 _ISA = {"amx": 2.0, "avx512": 1.6, "vnni": 1.3, "avx2": 1.0, "neon": 0.8}
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A machine around its cards.
+    """A host's memory and CPU.
 
     Attributes
     ----------
     read_bytes_per_s : float
-        What all cores together read of memory, measured or 0.88 of the modules' rate.
+        Bytes/s that all cores together read of memory: measured, or 0.88 of the modules' rate.
     n_cores : int
-        Physical.
+        Number of physical cores.
     isa : str
-        The best set of instructions that ggml uses: avx2, vnni, avx512, amx or neon.
+        The best instruction set that ggml uses: ``avx2``, ``vnni``, ``avx512``, ``amx`` or ``neon``.
     memory_bytes : int
-        0 where it is not known.
+        Size of memory; 0: unknown.
     product_per_s : float
-        Measured operations of quantised products of many tokens; 0: by cores and instructions.
+        Measured operations/s of quantised products of many tokens; 0: computed from cores and instructions.
     """
 
     read_bytes_per_s: float
@@ -42,21 +42,21 @@ class Host:
 
     @property
     def int8_per_s(self) -> float:
-        """8-bit products of all cores."""
+        """8-bit operations/s of all cores."""
         if self.product_per_s:
             return self.product_per_s / RATES.cpu_product
         return self.n_cores * 4e9 * 64 * _ISA[self.isa]
 
 
-#: The desktop that is meant where nothing is known: eight cores, two channels of DDR5-5600.
+#: The default host: a desktop with eight cores and two channels of DDR5-5600.
 DEFAULT_HOST = Host(0.88 * 89.6e9, 8, "vnni", 64 * 2**30, "8 cores, 2 channels of DDR5-5600")
-#: What measurements reach of the modules' rate: 0.92 and 0.88 (Ryzen 5700X, stream), 0.86 (9950X), 0.62 to 0.98 on servers.
+#: Measured share of the modules' rate: 0.92 and 0.88 (Ryzen 5700X, stream), 0.86 (9950X), 0.62 to 0.98 (servers).
 _READ_SHARE = 0.88
 _SPEC = re.compile(r"(?P<kind>l?p?ddr[345]x?)-(?P<rate>\d+)(?:x(?P<channels>\d+))?", re.IGNORECASE)
 
 
 def memory_rate(text: str) -> float | None:
-    """Return what is read of memory a second, from how people describe it; None if the type is not stated.
+    """Return the bytes/s of memory described as people write it; None if the type is not stated.
 
     Examples
     --------
@@ -87,7 +87,7 @@ _CPUS = [
 
 
 def find_cpu(text: str) -> tuple[int | None, str | None]:
-    """Return cores and instructions of a processor as people write its name; None for what is not known."""
+    """Return cores and instruction set of a processor named as people write it; None if unknown."""
     low = text.lower()
     isa = n_cores = None
     for pattern, n, what in _CPUS:
@@ -99,18 +99,18 @@ def find_cpu(text: str) -> tuple[int | None, str | None]:
 
 
 def parse_host(text: str) -> Host:
-    """Return the host of a specification.
+    """Parse the specification of a host.
 
     Parameters
     ----------
     text : str
-        Parts with commas, in any order: RAM and channels (``ddr5-6000x2``) or what it reads (``read=60GB/s``),
-        ``cores=16``, ``isa=avx512``, its size (``64GiB``), or a processor's name. Or a file of `write_host`.
+        Parts separated by commas, in any order: RAM and channels (``ddr5-6000x2``) or read rate (``read=60GB/s``),
+        ``cores=16``, ``isa=avx512``, size of memory (``64GiB``), or a processor's name. Or a file of `write_profile`.
 
     Raises
     ------
     DeviceUnavailableError
-        A part cannot be read.
+        A part is not understood, or the file cannot be read.
 
     Examples
     --------
@@ -119,7 +119,7 @@ def parse_host(text: str) -> Host:
     (8, 64, 45.1)
     """
     if text.endswith(".json"):
-        from .files import read_profile  # which reads hosts
+        from .files import read_profile  # that module imports this one
 
         found = read_profile(Path(text)).host
         if found is None:
@@ -152,5 +152,5 @@ def parse_host(text: str) -> Host:
 
 
 def is_possible(host: Host) -> bool:
-    """Whether a host's rates, cores and instructions can be."""
+    """Return whether a host's rates, cores and instruction set are possible."""
     return host.read_bytes_per_s > 0 and host.n_cores > 0 and host.isa in _ISA and host.product_per_s >= 0

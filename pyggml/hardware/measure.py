@@ -1,4 +1,4 @@
-"""What this machine's memory gives, measured in seconds: how fast all cores read, and how fast one thread copies."""
+"""Finds this host's cores and memory, and measures how fast all cores read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _GIB = 2**30
 
 
 def found_host() -> Host | None:
-    """Return this machine as the system describes it, its memory's rate not known; None where nothing says.
+    """Return this host as the system describes it, without a memory rate; None if the system has no description.
 
     Notes
     -----
-    Reads ``/proc`` and asks for the CPUs that this process may use, so only Linux is described.
+    Only on Linux: reads ``/proc`` and the CPUs that this process may use.
     """
     try:
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -43,21 +43,21 @@ def found_host() -> Host | None:
 
 
 def measure_host(*, n_bytes: int = _GIB // 2, n_times: int = 5) -> Host:
-    """Return this machine with what its threads read of memory a second: the best of several passes over an array.
+    """Return this host with its read rate, measured: the best of several passes over arrays.
 
     Parameters
     ----------
     n_bytes : int
-        Of all arrays together; much more than the caches hold.
+        Bytes of all arrays together; must be much more than the caches hold.
 
     Raises
     ------
     ValueError
-        The arrays would have no elements.
+        ``n_bytes`` is too small for arrays with elements.
 
     Notes
     -----
-    Each thread adds up its own array with numpy, which lets others run meanwhile.
+    Each thread sums its own array with numpy, which releases the interpreter lock.
     """
     host = found_host() or Host(0.0, os.cpu_count() or 1, "avx2", 0, "this machine")
     n = n_bytes // 8 // host.n_cores

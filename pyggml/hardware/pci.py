@@ -1,7 +1,7 @@
-"""The graphics cards of this machine, as Linux describes them: name, PCIe generation and width, memory.
+"""Finds the graphics cards of this machine on Linux: name, PCIe generation and width, memory.
 
-Reads ``/sys/bus/pci/devices`` (``vendor``, ``device``, ``class``, ``current_link_speed`` and its like), names of ``/proc/driver/nvidia`` and of the
-``pci.ids`` that distributions install, and a table of identifiers for machines that have neither.
+Reads ``/sys/bus/pci/devices`` (``vendor``, ``device``, ``class``, link speeds and widths). Names are from
+``/proc/driver/nvidia``, from the ``pci.ids`` that distributions install, or from a table of identifiers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from .cards import CARDS, Card, find_card
 __all__ = ["FoundCard", "found_cards"]
 
 _VENDORS = {0x10DE: "NVIDIA", 0x1002: "AMD", 0x8086: "Intel"}
-#: GT/s a lane by generation.
+#: PCIe generation by GT/s per lane.
 _SPEEDS = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}
 _PCI_IDS = (Path("/usr/share/hwdata/pci.ids"), Path("/usr/share/misc/pci.ids"))
-#: Device identifiers of cards, as drivers and ``pci.ids`` list them; with a revision where several cards share one.
+#: Cards by device identifier, as in drivers and ``pci.ids``; with a revision if several cards share one.
 _KNOWN = {
     0x10DE: """
         1b06 gtx1080ti 1b80 gtx1080 1b81 gtx1070 1c03 gtx1060 1b38 p40 15f8 p100 1db4 v100 1db5 v100 1db6 v100 1e04 rtx2080ti
@@ -47,12 +47,12 @@ class FoundCard:
     address : str
         Such as ``0000:01:00.0``.
     title : str
-        As the system calls it, or its identifiers.
+        The system's name for it, or its identifiers.
     card : Card or None
-        Its data sheet, with the memory that the driver tells; None for one that is not in the table.
+        Its data sheet, with the memory that the driver reports; None for an unknown card.
     pcie, lanes : int
-        Generation and width of its link at most, by card and slot; 0 where the system does not say. An idle card lowers
-        its rate, so that ``current_link_speed`` alone would tell too little.
+        Highest generation and width of its link, limited by card and slot; 0: unknown. ``current_link_speed`` alone
+        would be too low for an idle card.
     """
 
     address: str
@@ -63,7 +63,7 @@ class FoundCard:
 
     @property
     def profile(self) -> str:
-        """What ``-dev`` and ``plan --device`` take: the card with its link; empty for an unknown card."""
+        """The card with its link as a value of ``-dev`` and ``plan --device``; empty for an unknown card."""
         if self.card is None:
             return ""
         if self.card.is_unified or not self.pcie:
@@ -75,21 +75,19 @@ class FoundCard:
 def found_cards(
     root: Path = Path("/sys/bus/pci/devices"), proc: Path = Path("/proc/driver/nvidia/gpus")
 ) -> list[FoundCard]:
-    """Return the graphics cards of this machine in the order of their addresses; none where the system does not say.
+    """Return the graphics cards of this machine in the order of their addresses; empty if the system lists none.
 
     Parameters
     ----------
     root, proc : Path
-        Where the kernel, and NVIDIA's driver, describe devices.
+        Folders in which the kernel and NVIDIA's driver describe devices.
     """
     found = []
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         kind, vendor = _number(folder / "class") >> 16, _number(folder / "vendor")
         if kind in (0x03, 0x12) and vendor in _VENDORS:  # a display controller, or an accelerator
             one = _found(folder, vendor, proc)
-            if (
-                one.card is not None or vendor != 0x8086
-            ):  # graphics within Intel's processors are no device of llama.cpp's
+            if one.card is not None or vendor != 0x8086:  # llama.cpp does not use graphics within Intel's processors
                 found.append(one)
     return found
 

@@ -1,4 +1,4 @@
-"""How far a predicted speed may be off: factors of which 80 % of held-out runs stay within."""
+"""The uncertainty of predicted speeds: factors within which 80 % of held-out runs stay."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .formulas import backend_family
 
 __all__ = ["Speed", "spread_of"]
 
-#: Factors by family of kernels, of prompts and of generation: what 80 % of runs stayed within when their series was not fitted
-#: (``docs/accuracy.md``). ROCm and Vulkan differ most from one driver to the next.
+#: Factors for prompts and for generation, by family of kernels: 80 % of the runs of series that were not fitted stayed
+#: within them (``docs/accuracy.md``). ROCm and Vulkan differ most between drivers.
 _PROMPT = {"cuda": 1.28, "rocm": 1.45, "vulkan": 1.55, "metal": 1.3, "cpu": 1.45}
 _GENERATION = {"cuda": 1.2, "rocm": 1.3, "vulkan": 1.8, "metal": 1.25, "cpu": 1.3}
-#: More, where weights are in host memory: the link and the threads are less certain than kernels.
+#: Additional factor with host weights: link and threads are less certain than kernels.
 _HOST = 1.05
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens a second: what is expected, and between what the truth is in four cases of five."""
+    """Tokens/s: the expected value, and the range that contains the truth in four of five cases."""
 
     low: float
     mid: float
@@ -28,21 +28,21 @@ class Speed:
 
     @classmethod
     def around(cls, mid: float, factor: float) -> Speed:
-        """Return a speed whose range goes down and up by a factor."""
+        """Return a speed with the range from ``mid / factor`` to ``mid * factor``."""
         return cls(mid / factor, mid, mid * factor)
 
 
 def spread_of(cards: Iterable[Card], *, is_prompt: bool, has_host_weights: bool, backend: str = "") -> float:
-    """Return the factor that a prediction is multiplied and divided with.
+    """Return the factor by which a prediction is multiplied and divided to give its range.
 
     Parameters
     ----------
     cards : iterable of Card
-        None of them: the CPU alone.
+        Cards of the machine; empty: the CPU alone.
     has_host_weights : bool
-        Whether weights of layers are in host memory.
+        Whether layers have host weights.
     backend : str
-        ``"vulkan"`` for kernels other than the cards' usual ones.
+        ``"vulkan"``, or empty for the cards' default kernels.
     """
     factors = _PROMPT if is_prompt else _GENERATION
     kinds = {backend_family(card, backend).partition("-")[0] for card in cards}

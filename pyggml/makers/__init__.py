@@ -1,1 +1,1 @@
-"""Makers of models: random mixtures of experts, a dense model made into one, quantisation, the GGUF writer."""
+"""Makes models: random mixtures of experts, and mixtures made from a dense model; quantises; writes GGUF."""

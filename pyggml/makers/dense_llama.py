@@ -1,4 +1,4 @@
-"""A dense llama in plain numpy: a slow definition, good for looking inside a model, not for running one."""
+"""A dense llama in plain numpy: slow, to read a model's inner values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Array = npt.NDArray[np.float64]
 
 
 def ffn_inputs(file: GGUFFile, tokens: Sequence[int]) -> Iterator[_Array]:
-    """Yield what each layer's feed-forward network sees: float64, ``(n_token, n_embd)``, normed.
+    """Yield the normed input of each layer's feed-forward network: float64, (n_token, n_embd).
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def ffn_inputs(file: GGUFFile, tokens: Sequence[int]) -> Iterator[_Array]:
     Raises
     ------
     FormatError
-        A tensor or key is missing, of another shape, or of a type that cannot be read.
+        A tensor or key is missing, or has another shape or a type that cannot be read.
     """
     model = _Model(file)
     x = model.rows("token_embd.weight", tokens)
@@ -44,7 +44,7 @@ def ffn_inputs(file: GGUFFile, tokens: Sequence[int]) -> Iterator[_Array]:
 
 
 class _Model:
-    """Hyper-parameters, and weights dequantised when asked for."""
+    """Hyper-parameters, and weights that are dequantised on request."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -60,7 +60,7 @@ class _Model:
         self.n_rot = file.require("llama.rope.dimension_count", int, self.head)
 
     def matrix(self, name: str) -> _Array:
-        """Return a weight in numpy order, ``(rows, columns)``."""
+        """Return a weight: float64, (rows, columns)."""
         info = self.file.tensor(name)
         try:
             values = dequantize(self.file.data(name).reshape(info.ne[1], -1), info.type)
@@ -110,7 +110,7 @@ class _Model:
         return self.times(mixed.reshape(n, -1), f"{block}.attn_output.weight")
 
     def rotate(self, heads: _Array) -> _Array:
-        """Turn neighbouring elements by an angle that grows with the position, as llama's files are laid out for."""
+        """Rotate adjacent pairs of elements by position (RoPE in the layout of llama's files)."""
         steps = self.base ** -(np.arange(0, self.n_rot, 2) / self.n_rot)
         if "rope_freqs.weight" in self.file.tensors:
             steps = steps / self.matrix("rope_freqs.weight")[0]

@@ -1,4 +1,4 @@
-"""Write a GGUF file: keys and tensors announced first, data streamed after, the file there whole or not at all."""
+"""`GGUFWriter`: writes a GGUF file as a stream; the file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..types import Type
 
 __all__ = ["GGUFWriter", "Progress", "Written"]
 
-#: Told after each piece: bytes done, bytes in all.
+#: Called after each piece with the bytes written and the total.
 Progress = Callable[[int, int], None]
 
 _VERSION = 3
@@ -34,7 +34,7 @@ _SCALARS = {
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A file that was written."""
+    """A written file."""
 
     path: str
     n_bytes: int
@@ -43,15 +43,15 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    record: bytes  #: all but the offset
+    record: bytes  #: without the offset
     nbytes: int
     pieces: Callable[[], Iterable[bytes | memoryview]]
 
 
 class GGUFWriter:
-    """A GGUF file to be: version 3, little-endian, one part.
+    """Collects keys and tensors, then writes a GGUF file: version 3, little-endian, one part.
 
-    Tensors are given as functions that yield their bytes in pieces, so that no model need fit in memory.
+    Tensors are functions that yield their bytes in pieces, so a model need not fit in memory.
     """
 
     def __init__(self, *, alignment: int = DEFAULT_ALIGNMENT) -> None:
@@ -69,7 +69,7 @@ class GGUFWriter:
         self.add_raw(key, kind, len(values), packed)
 
     def add_raw(self, key: str, kind: ValueType, length: int | None, packed: bytes) -> None:
-        """Add a value, or an array of a length, in the form that files hold (`Metadata.raw`)."""
+        """Add a value, or an array of ``length`` values, as packed bytes of the file (`Metadata.raw`)."""
         head = struct.pack("<I", kind) if length is None else struct.pack("<IIQ", ValueType.ARRAY, kind, length)
         self._keys.append(_string(key) + head + packed)
 
@@ -83,9 +83,9 @@ class GGUFWriter:
         name : str
         kind : Type
         ne : sequence of int
-            Elements by dimension, ggml order; as many as the file shall hold.
+            Elements by dimension, in ggml order; the file has this many dimensions.
         pieces : callable
-            Called once, when the tensor's turn comes; what it yields is the tensor's bytes in order.
+            Called once while writing; yields the tensor's bytes in order.
         """
         nbytes = kind.row_size(ne[0])
         for n in ne[1:]:
@@ -94,7 +94,7 @@ class GGUFWriter:
         self._tensors.append(_Tensor(record, nbytes, pieces))
 
     def write(self, path: str | os.PathLike[str], *, progress: Progress | None = None) -> Written:
-        """Write the file; until the last byte is written, what stood at the path before stays there.
+        """Write the file. An existing file at ``path`` is replaced only after the last byte is written.
 
         Raises
         ------
@@ -115,7 +115,7 @@ class GGUFWriter:
         return Written(os.fspath(path), total, digest.hexdigest())
 
     def write_header(self, path: str | os.PathLike[str]) -> None:
-        """Write the header alone, and room for the data that takes no space on disks with sparse files.
+        """Write only the header, followed by a hole of the data's size, which needs no disk space with sparse files.
 
         Raises
         ------

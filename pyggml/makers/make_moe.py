@@ -1,6 +1,6 @@
-"""Tiny, well-formed, random mixture-of-experts models, as inputs for tests, examples and comparisons.
+"""Makes tiny random mixture-of-experts models for tests, examples and comparisons.
 
-They load in llama.cpp and give finite, well-spread logits. The same arguments give the same bytes on any machine.
+They load in llama.cpp and give finite logits. Equal arguments give equal bytes on any machine.
 """
 
 from __future__ import annotations
@@ -21,37 +21,38 @@ __all__ = ["PRESETS", "Recipe", "Sizes", "make_moe"]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes of a tiny model. Every row of the defaults is a multiple of 256, so that K-quants fit."""
+    """Sizes of a tiny model. By default every row is a multiple of 256, as K-quants need."""
 
     layers: int = 4
     embd: int = 256
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
-    ff: int = 512  #: of a dense feed-forward network
-    ff_exp: int = 256  #: of one expert
+    ff: int = 512  #: width of a dense feed-forward network
+    ff_exp: int = 256  #: width of one expert
     experts: int = 8
-    used: int = 2  #: experts that a token goes through
+    used: int = 2  #: experts that each token uses
     ctx: int = 512
     vocab: int = 320
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that decides a random model's bytes.
+    """Everything that determines a random model's bytes.
 
     Attributes
     ----------
     arch : str
         One of `ARCHS`.
     type : Type
-        Of the experts, and of the other matrices unless ``dense_type`` says otherwise; one of `QUANTIZABLE`.
+        Type of the experts, and of other matrices without ``dense_type``; one of `QUANTIZABLE`.
     dense_type : Type, optional
-        Of matrices that are no experts. By default Q8_0 beside MXFP4 experts, which no other matrix is in practice.
+        Type of other matrices. With MXFP4 experts the default is Q8_0, as in published models.
     tokenizer : str
         ``"bytes"`` (a token for each byte) or ``"none"``.
     skew : float
-        0: every expert is as likely. Above: expert of rank r is less likely by ``skew * log(r)`` in the router's logits.
+        0: experts are equally likely. Above 0: the router's logit of the expert of rank r is lower by ``skew *
+        log(r)``.
     """
 
     arch: str
@@ -63,7 +64,7 @@ class Recipe:
     skew: float = 0.0
 
 
-#: Recipes with a name. ``fine-grained``: many small experts of which few are used, unevenly, as in recent models.
+#: Recipes by name. ``fine-grained``: many small experts, of which few are used, unevenly, as in recent models.
 PRESETS = {
     "fine-grained": Recipe(
         "llama",
@@ -81,15 +82,15 @@ def make_moe(path: str | os.PathLike[str], recipe: Recipe, *, progress: Progress
     Parameters
     ----------
     path : str or os.PathLike
-        Written whole or not at all; its folder exists.
+        Written whole or not at all; its folder must exist.
     recipe : Recipe
     progress : callable, optional
-        Told bytes done and bytes in all.
+        Called with the bytes written and the total.
 
     Raises
     ------
     PyggmlError
-        The recipe makes no sense, or the file cannot be written.
+        The recipe is impossible, or the file cannot be written.
     """
     if recipe.arch == "olmoe":  # llama.cpp wants its norm of k as wide as that of q
         recipe = replace(recipe, sizes=replace(recipe.sizes, kv_heads=recipe.sizes.heads))

@@ -1,4 +1,4 @@
-"""Numbers to rows of a quantised type: by gguf's quantisers; of types that gguf only reads by numpy, or by the CPU's kernels."""
+"""`quantize`: numbers to quantised rows, with gguf's quantisers, numpy, or the CPU's kernels for types that gguf only reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUANTIZABLE = (
     Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K,
     Type.Q5_K, Type.Q6_K, Type.IQ4_NL, Type.TQ1_0, Type.TQ2_0, Type.MXFP4,
 )  # fmt: skip
-#: Those that kernels write.
+#: Types that CPU kernels quantise.
 _BY_KERNEL = frozenset({Type.Q2_K, Type.Q3_K, Type.IQ4_NL})
 
 _Floats = npt.NDArray[np.float32]
@@ -25,12 +25,12 @@ _Bytes = npt.NDArray[np.uint8]
 
 
 def quantize(values: _Floats, kind: Type) -> _Bytes:
-    """Turn float32 rows into rows of a type.
+    """Quantise float32 rows.
 
     Parameters
     ----------
     values : float32, (..., n)
-        n is a multiple of the type's block size.
+        n must be a multiple of the type's block size.
     kind : Type
         One of `QUANTIZABLE`.
 
@@ -52,7 +52,7 @@ def quantize(values: _Floats, kind: Type) -> _Bytes:
 
 
 def dequantize(packed: _Bytes, kind: Type) -> _Floats:
-    """Turn rows of a type (uint8, ``(..., row bytes)``) into float32 rows.
+    """Return quantised rows, uint8, (..., row bytes), as float32 rows.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def _quantize_q6_k(values: _Floats) -> _Bytes:
 
 
 def _largest(values: _Floats) -> _Floats:
-    """Return the value of largest magnitude along the last axis, with its sign."""
+    """Return the value with the largest magnitude along the last axis."""
     at = np.abs(values).argmax(-1)[..., None]
     largest: _Floats = np.take_along_axis(values, at, -1)[..., 0]
     return largest

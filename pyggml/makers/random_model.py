@@ -1,6 +1,6 @@
-"""What a random model holds: keys, weights and their noise, by architecture, for `make_moe`.
+"""Keys and random weights of each architecture, for `make_moe`.
 
-Weights come from raw PCG64 words and integer sums only, so that they are the same on every machine.
+Weights are made from raw PCG64 words and integer sums, so that they are equal on every machine.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _Floats = npt.NDArray[np.float32]
 
 
 def noise(seed: int, stream: str, n: int) -> Callable[[int], _Floats]:
-    """Return a function that gives the next values of a stream: nearly normal, of mean 0 and deviation 1.
+    """Return a function that returns the next values of a random stream: nearly normal, mean 0, deviation 1.
 
     Parameters
     ----------
     seed : int
     stream : str
-        Streams of other names are independent.
+        Streams with different names are independent.
     n : int
-        Values that will be asked for in all; not used but to refuse more.
+        Most values that may be taken in total.
 
     Notes
     -----
-    A value is the sum of the four 16-bit pieces of a raw PCG64 word: integers up to the last step, so that it is the
-    same on every machine.
+    A value is the sum of the four 16-bit pieces of a raw PCG64 word: integers up to the last step, so that values are
+    equal on every machine.
     """
     source = np.random.PCG64([seed, zlib.crc32(stream.encode())])
     left = n
@@ -61,7 +61,7 @@ def noise(seed: int, stream: str, n: int) -> Callable[[int], _Floats]:
 
 
 class Role(Enum):
-    """What decides a weight's type."""
+    """The role of a weight, which determines its type."""
 
     FLOAT = "float"  #: always F32
     DENSE = "dense"
@@ -70,10 +70,10 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One weight, before it has values."""
+    """A weight without values."""
 
     name: str
-    stream: str  #: of its noise
+    stream: str  #: name of its random stream
     shape: tuple[int, ...]  #: numpy order
     std: float
     mean: float
@@ -81,7 +81,7 @@ class Weight:
 
 
 class RandomModel:
-    """Keys and weights of a recipe, in the file's order."""
+    """The keys and weights of a recipe, in the file's order."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.sizes = recipe, recipe.sizes
@@ -149,7 +149,7 @@ class RandomModel:
         self.matrix("output", sizes.vocab, sizes.embd, gain=2.0)
 
     def replace(self, name: str, kind: ValueType, value: object) -> None:
-        """Give a key of the architecture another value."""
+        """Replace the value of a key of the architecture."""
         key = f"{self.arch}.{name}"
         self.keys = [known for known in self.keys if known[0] != key] + [(key, kind, value)]
 
@@ -165,7 +165,7 @@ class RandomModel:
         stacked: int | None = None,
         role: Role | None = None,
     ) -> None:
-        """Add a matrix, or a stack of them, whose products keep the size of what it multiplies."""
+        """Add a matrix, or a stack of them, scaled so that products keep the magnitude of their input."""
         shape = (rows, cols) if stacked is None else (stacked, rows, cols)
         role = role or (Role.DENSE if stacked is None else Role.EXPERTS)
         std = float(np.float32(gain) / np.sqrt(np.float32(cols)))
@@ -179,11 +179,11 @@ class RandomModel:
         self.weights.append(Weight(name + suffix, stream, shape, std, mean, Role.FLOAT))
 
     def norm(self, name: str, n: int) -> None:
-        """Add a norm's factors, near 1."""
+        """Add a norm's weight, near 1."""
         self.vector(name, n, mean=1.0, suffix=".weight")
 
     def layers(self) -> Iterator[tuple[int, str]]:
-        """Begin each layer."""
+        """Yield each layer and its prefix of names, after adding the layer's norm."""
         for i in range(self.sizes.layers):
             self.norm(f"blk.{i}.attn_norm", self.sizes.embd)
             yield i, f"blk.{i}"
@@ -203,7 +203,7 @@ class RandomModel:
         self.norm(f"{block}.attn_k_norm", n_k)
 
     def experts(self, block: str, *, bias: bool = False) -> None:
-        """Add router and experts. The router is strong, so that rounding seldom changes what it chooses."""
+        """Add router and experts. The router's logits are large, so that rounding seldom changes the choice."""
         sizes = self.sizes
         self.matrix(f"{block}.ffn_gate_inp", sizes.experts, sizes.embd, gain=2.0)
         self.matrix(f"{block}.ffn_gate_exps", sizes.ff_exp, sizes.embd, stacked=sizes.experts)
@@ -216,14 +216,14 @@ class RandomModel:
             self.vector(f"{block}.ffn_down_exps", sizes.experts, sizes.embd)
 
     def dense(self, block: str, suffix: str = "", ff: int | None = None) -> None:
-        """Add a dense, or shared, feed-forward network."""
+        """Add a dense or shared feed-forward network."""
         ff = ff or self.sizes.ff
         self.matrix(f"{block}.ffn_gate{suffix}", ff, self.sizes.embd)
         self.matrix(f"{block}.ffn_up{suffix}", ff, self.sizes.embd)
         self.matrix(f"{block}.ffn_down{suffix}", self.sizes.embd, ff)
 
     def routed_keys(self, lead: int) -> None:
-        """Add the keys of sigmoid routing beside a shared expert."""
+        """Add the keys of sigmoid routing with a shared expert."""
         self.count("expert_feed_forward_length", self.sizes.ff_exp)
         self.count("expert_shared_count", 1)
         self.count("leading_dense_block_count", lead)
@@ -232,7 +232,7 @@ class RandomModel:
         self.count("expert_gating_func", 2)
 
     def routed(self, i: int, block: str, lead: int) -> None:
-        """Add a layer's feed-forward part: dense in the leading layers, routed beside a shared expert after."""
+        """Add a layer's feed-forward: dense in the leading layers, then experts with a shared one."""
         if i < lead:
             self.dense(block)
             return
@@ -243,7 +243,7 @@ class RandomModel:
     # bytes
 
     def type_of(self, weight: Weight) -> Type:
-        """Return the type of a weight; rows that its blocks do not divide fall back to Q8_0 or F16."""
+        """Return the type of a weight: Q8_0 or F16 if the recipe's blocks do not divide its rows."""
         recipe = self.recipe
         if weight.role is Role.FLOAT:
             return Type.F32
@@ -264,7 +264,7 @@ class RandomModel:
             yield np.ascontiguousarray(quantize(values, kind)).data
 
     def _skewed(self, weight: Weight, values: _Floats) -> _Floats:
-        """Give all tokens one common direction, and routers a taste for it that differs by expert."""
+        """Add a common direction to all tokens' embeddings, and to the routers a different response for each expert."""
         sizes, skew = self.sizes, self.recipe.skew
         if not skew or not (weight.name == "token_embd.weight" or weight.name.endswith("ffn_gate_inp.weight")):
             return values
@@ -274,7 +274,7 @@ class RandomModel:
         order = noise(self.recipe.seed, weight.stream + " ranks", sizes.experts)(sizes.experts).argsort(kind="stable")
         offsets = np.empty(sizes.experts, np.float32)
         offsets[order] = [-skew * math.log(rank) for rank in range(1, sizes.experts + 1)]
-        # the norm before the router leaves about √½ of the common part, as the tokens' own part is as large
+        # the norm before the router leaves about √½ of the common part, because the tokens' own part is as large
         return values + offsets[:, None] * common * np.float32(math.sqrt(2.0) / sizes.embd)
 
 
@@ -282,7 +282,7 @@ class RandomModel:
 
 
 def _llama(model: RandomModel) -> None:
-    """Take the softmax over all experts, choose the best, renormalise their weights, as Mixtral does."""
+    """Llama with experts, as Mixtral: softmax over all experts, weights of the chosen ones renormalised."""
     for _, block in model.layers():
         model.qkv(block)
         model.norm(f"{block}.ffn_norm", model.sizes.embd)
@@ -297,7 +297,7 @@ def _llama_dense(model: RandomModel) -> None:
 
 
 def _qwen3moe(model: RandomModel) -> None:
-    """Norm queries and keys head by head."""
+    """Qwen3 with experts: norms of each head of Q and K."""
     sizes = model.sizes
     model.count("expert_feed_forward_length", sizes.ff_exp)
     for _, block in model.layers():
@@ -308,7 +308,7 @@ def _qwen3moe(model: RandomModel) -> None:
 
 
 def _olmoe(model: RandomModel) -> None:
-    """Norm queries and keys over all heads; the experts' weights are not renormalised."""
+    """OLMoE: norms over all heads of Q and K; the experts' weights are not renormalised."""
     sizes = model.sizes
     for _, block in model.layers():
         model.qkv(block)
@@ -318,7 +318,7 @@ def _olmoe(model: RandomModel) -> None:
 
 
 def _granitemoe(model: RandomModel) -> None:
-    """Scale embeddings, residuals, attention and logits."""
+    """Granite: scaled embeddings, residuals, attention and logits."""
     model.scale("embedding_scale", 2.0)
     model.scale("residual_scale", 0.5)
     model.scale("attention.scale", 0.125)
@@ -327,7 +327,7 @@ def _granitemoe(model: RandomModel) -> None:
 
 
 def _gpt_oss(model: RandomModel) -> None:
-    """Give experts biases (ADD_ID) and a clamped swiglu, attention sinks and a sliding window."""
+    """gpt-oss: experts with biases (ADD_ID) and a clamped swiglu, attention sinks, a sliding window."""
     sizes = model.sizes
     model.count("expert_feed_forward_length", sizes.ff_exp)
     model.count("attention.sliding_window", 16)
@@ -340,7 +340,7 @@ def _gpt_oss(model: RandomModel) -> None:
 
 
 def _qwen2moe(model: RandomModel) -> None:
-    """Put a shared expert behind a sigmoid gate."""
+    """Qwen2 with experts: a shared expert with a sigmoid gate."""
     sizes = model.sizes
     model.count("expert_feed_forward_length", sizes.ff_exp)
     model.count("expert_shared_feed_forward_length", sizes.ff)
@@ -354,7 +354,7 @@ def _qwen2moe(model: RandomModel) -> None:
 
 
 def _glm4moe(model: RandomModel) -> None:
-    """Begin with a dense layer, then route by sigmoids with a bias, beside a shared expert."""
+    """GLM-4.5: a dense layer first, then sigmoid routing with a bias, and a shared expert."""
     sizes, lead = model.sizes, 1
     model.routed_keys(lead)
     for i, block in model.layers():
@@ -365,7 +365,7 @@ def _glm4moe(model: RandomModel) -> None:
 
 
 def _deepseek2(model: RandomModel) -> None:
-    """Attend over a latent space with one key-value head."""
+    """DeepSeek: attention over a latent space with one K/V head."""
     sizes, lead = model.sizes, 1
     rank, q_rank, rope, nope, v_dim = 128, 128, 32, 32, 32
     model.routed_keys(lead)
@@ -392,7 +392,7 @@ def _deepseek2(model: RandomModel) -> None:
 
 
 def _gated_attention(model: RandomModel, block: str) -> None:
-    """Give Q a gate of its size, and norm queries and keys head by head."""
+    """Add attention whose Q has a gate, with norms of each head of Q and K."""
     sizes = model.sizes
     model.matrix(f"{block}.attn_q", 2 * sizes.heads * sizes.head_dim, sizes.embd)
     for which in "kv":
@@ -402,12 +402,12 @@ def _gated_attention(model: RandomModel, block: str) -> None:
 
 
 def _n_key_heads(n_head: int) -> int:
-    """Return how many heads of Q and K a delta net has: half as many as of V, if that can be."""
+    """Return the number of Q and K heads of a delta net: half of the V heads if possible."""
     return n_head if n_head % 2 else n_head // 2
 
 
 def _delta_net(model: RandomModel, block: str, *, is_joint: bool) -> None:
-    """Keep a state by a gated delta net: heads as wide as attention's."""
+    """Add a gated delta net with heads as wide as attention's."""
     sizes = model.sizes
     n_head, state = sizes.heads, sizes.head_dim
     inner, channels = n_head * state, n_head * state + 2 * _n_key_heads(sizes.heads) * state
@@ -426,7 +426,7 @@ def _delta_net(model: RandomModel, block: str, *, is_joint: bool) -> None:
 
 
 def _hybrid(model: RandomModel, *, is_joint: bool) -> None:
-    """Attend in every second layer, and keep a state in the others; a shared expert is behind a sigmoid gate."""
+    """Add attention in every second layer, delta nets in the others, and a shared expert with a sigmoid gate."""
     sizes = model.sizes
     model.count("expert_feed_forward_length", sizes.ff_exp)
     model.count("expert_shared_feed_forward_length", sizes.ff)
@@ -453,7 +453,7 @@ def _qwen3next(model: RandomModel) -> None:
 
 
 def _qwen35moe(model: RandomModel) -> None:
-    """Rotate by three positions, which are the same for text."""
+    """Qwen3.5: rotation by three positions, which are equal for text."""
     third = model.sizes.head_dim // 2 // 3
     sections = [model.sizes.head_dim // 2 - 2 * third, third, third, 0]
     model.keys.append((f"{model.arch}.rope.dimension_sections", ValueType.INT32, sections))
@@ -461,7 +461,7 @@ def _qwen35moe(model: RandomModel) -> None:
 
 
 def _gemma4(model: RandomModel) -> None:
-    """Beside a dense feed-forward, route by norms of their own; heads of layers without a window are fewer, and K is V."""
+    """Gemma 4 with experts: also a dense feed-forward; layers without a window have fewer heads, and K is V."""
     sizes = model.sizes
     model.count("expert_feed_forward_length", sizes.ff_exp)
     kv_heads = [sizes.kv_heads if i % 2 == 0 else max(1, sizes.kv_heads // 2) for i in range(sizes.layers)]
@@ -470,7 +470,7 @@ def _gemma4(model: RandomModel) -> None:
 
 
 def _gemma4_dense(model: RandomModel) -> None:
-    """Embed each token for each layer; the last layers use K and V of earlier ones and are twice as wide."""
+    """Gemma 4, dense: per-layer embeddings; the last layers share K and V of earlier ones and are twice as wide."""
     sizes = model.sizes
     n_own = max(2, (sizes.layers - sizes.layers // 3) // 2 * 2)
     ff = [sizes.ff if i < n_own else 2 * sizes.ff for i in range(sizes.layers)]
@@ -480,7 +480,7 @@ def _gemma4_dense(model: RandomModel) -> None:
 
 
 def _gemma4_layers(model: RandomModel, kv_heads: list[int], ff: list[int], *, n_own: int, n_each: int) -> None:
-    """See a window in every second layer; heads of the others are twice as wide."""
+    """Add layers with a window in every second one; heads of the others are twice as wide."""
     sizes = model.sizes
     is_moe = not n_each
     model.count("attention.sliding_window", 16)
@@ -522,7 +522,7 @@ def _gemma4_layers(model: RandomModel, kv_heads: list[int], ff: list[int], *, n_
             model.norm(f"{block}.post_norm", sizes.embd)
 
 
-#: Architectures by llama.cpp's names; ``-dense`` behind one is without experts.
+#: Architectures by llama.cpp's names; with the suffix ``-dense`` they have no experts.
 ARCHS: dict[str, Callable[[RandomModel], None]] = {
     "llama": _llama,
     "qwen3moe": _qwen3moe,

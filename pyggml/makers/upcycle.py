@@ -1,11 +1,11 @@
-"""Turn a dense llama into a mixture of experts: each expert a copy of the feed-forward network, a little different.
+"""Makes a mixture of experts from a dense llama: each expert is a slightly changed copy of the feed-forward network.
 
-The result is no better than the dense model, but it is a real one: it writes sensible text, its experts differ (so that a
-wrong expert changes the result), and its router prefers some experts, as trained routers do. The router is calibrated on
-what the dense model's own norms give for a short text (`calibrate`).
+The result is not better than the dense model. It writes sensible text, its experts differ, so that a wrong expert
+changes the result, and its router prefers some experts, as trained routers do. The router is calibrated on the dense
+model's activations for a short text (`calibrate`).
 
-Same arguments, same bytes: noise comes from integers, and the calibration is computed in float64 and rounded so coarsely
-that the order of a machine's sums does not show.
+Equal arguments give equal bytes: noise is made from integers, and the calibration is computed in float64 and rounded so
+coarsely that the order of sums has no effect.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["CALIBRATION_TEXT", "Upcycling", "upcycle"]
 _Floats = npt.NDArray[np.float32]
 _Bytes = npt.NDArray[np.uint8]
 
-#: What a router is calibrated on: prose, a question, a list, numbers, code; about 120 tokens of an English vocabulary.
+#: Text for the calibration of routers: prose, a question, a list, numbers, code; about 120 tokens.
 CALIBRATION_TEXT = """\
 A lighthouse stands on the cliff above the harbour, and every evening its keeper climbs the 127 steps to light the lamp.
 What makes the sea look blue on a clear day? Water absorbs red light first, so mostly blue light comes back to our eyes.
@@ -45,7 +45,7 @@ def mean(values):
 
 #: Elements that share one factor in types without scales of their own.
 _BLOCK = 32
-#: Where a block's half-precision scales and minima stand, in bytes.
+#: Offsets of the half-precision scales and minima in a block, in bytes.
 _SCALES: dict[Type, tuple[int, ...]] = {
     Type.Q4_0: (0,),
     Type.Q4_1: (0, 2),
@@ -60,26 +60,27 @@ _SCALES: dict[Type, tuple[int, ...]] = {
     Type.IQ4_NL: (0,),
     Type.IQ4_XS: (0,),
 }
-#: Share of the mean variance that unseen directions are given: fewer tokens calibrate than there are dimensions.
+#: Share of the mean variance that is added to all directions, because there are fewer tokens than dimensions.
 _RIDGE = 0.3
 _FFN = ("gate", "up", "down")
 
 
 @dataclass(frozen=True, slots=True)
 class Upcycling:
-    """All that decides an upcycled model's bytes, beside the dense model.
+    """Everything that determines an upcycled model's bytes, except the dense model.
 
     Attributes
     ----------
     experts, used : int
-        How many there are, and through how many a token goes.
+        Number of experts, and of those that each token uses.
     type : Type, optional
-        Of the experts; by default what the dense network has, whose scales are then changed in place.
+        Type of the experts; by default that of the dense network, whose scales are then changed in place.
     seed : int
     noise : float
-        By how much, relatively, an expert's scales deviate from the dense network's. 0.15 still reads well, 0.3 does not.
+        Relative deviation of an expert's scales from the dense network's. Text is still sensible with 0.15, not with
+        0.3.
     skew : float
-        An expert of rank r is less likely by ``skew * log(r)`` in the router's logits, whose own deviation is 1.
+        The router's logit of the expert of rank r is lower by ``skew * log(r)``; logits have a deviation of 1.
     """
 
     experts: int = 8
@@ -98,31 +99,31 @@ def upcycle(
     *,
     progress: Progress | None = None,
 ) -> Written:
-    """Write a mixture of experts made of a dense model.
+    """Write a mixture of experts made from a dense model.
 
     Parameters
     ----------
     dense : GGUFFile
         A llama without experts.
     path : str or os.PathLike
-        Written whole or not at all; its folder exists.
+        Written whole or not at all; its folder must exist.
     tokens : sequence of int
-        What routers are calibrated on: `CALIBRATION_TEXT` in the model's vocabulary, or any 30 tokens or more.
+        Tokens for the calibration of routers: `CALIBRATION_TEXT` in the model's vocabulary, or at least 30 others.
     options : Upcycling
     progress : callable, optional
-        Told bytes done and bytes in all.
+        Called with the bytes written and the total.
 
     Raises
     ------
     FormatError
-        The dense model is of another architecture, has experts already, or lacks a tensor.
+        The model is not a llama, has experts already, or lacks a tensor.
     PyggmlError
-        The options make no sense, or the file cannot be written.
+        The options are impossible, or the file cannot be written.
     """
     _check(dense, options)
     layers = dense.require("llama.block_count", int)
     for name in (f"blk.{i}.ffn_{part}.weight" for i in range(layers) for part in _FFN):
-        _experts_type(dense, dense.tensor(name), options)  # refused before the minute's work, not after
+        _experts_type(dense, dense.tensor(name), options)  # fail before the work of a minute, not after
     routers = _calibrated(dense, tokens, options)
     writer = GGUFWriter(alignment=dense.alignment)
     _copy_keys(dense, writer, options)
@@ -157,7 +158,7 @@ def _check(dense: GGUFFile, options: Upcycling) -> None:
 
 
 def _copy_keys(dense: GGUFFile, writer: GGUFWriter, options: Upcycling) -> None:
-    """Keep every key as it is, and say how many experts there are and where they come from."""
+    """Copy every key, and add the numbers of experts and the model's origin."""
     added = {"llama.expert_count": options.experts, "llama.expert_used_count": options.used}
     story = "pyggml.make_moe"
     for key in dense.metadata:
@@ -176,7 +177,7 @@ def _calibrated(dense: GGUFFile, tokens: Sequence[int], options: Upcycling) -> l
     """Return each layer's router: float32, ``(n_expert, n_embd)``."""
     if len(tokens) < 8:
         raise PyggmlError(f"make-moe: {len(tokens)} tokens are too few to calibrate a router", hint="give 30 or more")
-    with np.errstate(all="ignore"):  # `_sound_router` looks instead, and names the layer
+    with np.errstate(all="ignore"):  # `_sound_router` checks, and names the layer
         return [_sound_router(dense, i, inputs, options) for i, inputs in enumerate(ffn_inputs(dense, tokens))]
 
 
@@ -192,13 +193,13 @@ def _sound_router(dense: GGUFFile, layer: int, inputs: npt.NDArray[np.float64], 
 
 
 def calibrate(layer: int, inputs: npt.NDArray[np.float64], options: Upcycling) -> _Floats:
-    """Make a router that prefers some experts for every token, and chooses among them by the token.
+    """Make a router that prefers some experts for all tokens, and chooses among them by token.
 
     Parameters
     ----------
     layer : int
     inputs : float64, (n_token, n_embd)
-        What the layer's feed-forward network saw.
+        Input of the layer's feed-forward network.
     options : Upcycling
 
     Returns
@@ -209,9 +210,9 @@ def calibrate(layer: int, inputs: npt.NDArray[np.float64], options: Upcycling) -
 
     Notes
     -----
-    All inputs of a layer have a large part in common, their mean. A router that is all noise mistakes that part for a
-    choice, or, made orthogonal to it, uses every expert; this one spends it on the ranks. The first token's input is unlike
-    all others, as models rest their attention there: it is sent to the likeliest experts, not to some of its own.
+    All inputs of a layer have a large common part, their mean. Here it determines the ranks of the experts. A router of
+    pure noise would choose by that part, and one orthogonal to it would use every expert. The first token's input
+    differs from all others, because attention rests on it; it is sent to the likeliest experts.
     """
     n_embd = inputs.shape[1]
     first, inputs = inputs[0], inputs[1:]
@@ -227,12 +228,12 @@ def calibrate(layer: int, inputs: npt.NDArray[np.float64], options: Upcycling) -
     offsets = np.empty(options.experts)
     offsets[ranks] = -options.skew * np.log(np.arange(1, options.experts + 1))
     router = directions + np.outer(offsets, along)
-    # eleven bits of each value: far coarser than what two machines can differ by, far finer than what routing sees
+    # eleven bits of each value: coarser than the difference between two machines, finer than what changes the routing
     return router.astype(np.float16).astype(np.float32)
 
 
 def _steady(fixed: npt.NDArray[np.float64], deviations: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the vector whose product with each of ``fixed`` is 1 and with deviations from them as near 0 as can be."""
+    """Return the vector whose product with each of ``fixed`` is 1, and with ``deviations`` as near to 0 as possible."""
     spread = deviations.T @ deviations / len(deviations)
     spread += _RIDGE * np.trace(spread) / len(spread) * np.eye(len(spread))
     whitened = np.linalg.solve(spread, fixed.T)
@@ -244,7 +245,7 @@ def _steady(fixed: npt.NDArray[np.float64], deviations: npt.NDArray[np.float64])
 
 
 def _add_gate(dense: GGUFFile, options: Upcycling, layer: int, router: _Floats, writer: GGUFWriter) -> None:
-    """Add a layer's router where its gate stood, and its gates."""
+    """Add a layer's router, in place of its gate, and the experts' gates."""
     writer.add_tensor(f"blk.{layer}.ffn_gate_inp.weight", Type.F32, router.shape[::-1], lambda: [router.tobytes()])
     _add_experts(dense, options, layer, "gate", writer)
 
@@ -258,7 +259,7 @@ def _add_experts(dense: GGUFFile, options: Upcycling, layer: int, part: str, wri
 
 
 def _experts_type(dense: GGUFFile, info: TensorInfo, options: Upcycling) -> Type:
-    """Return the type of a tensor's experts, or refuse what cannot be made."""
+    """Return the type of a tensor's experts; raise if it cannot be made."""
     kind = options.type or info.type
     row = info.ne[0]
     if row % kind.block_size:
@@ -295,7 +296,7 @@ def _values(raw: _Bytes, info: TensorInfo) -> _Floats:
 
 
 def _scaled(raw: _Bytes, kind: Type, factors: _Floats) -> _Bytes:
-    """Return blocks with their scales and minima multiplied, each block's by its factor."""
+    """Return blocks whose scales and minima are multiplied by each block's factor."""
     blocks = raw.reshape(-1, kind.type_size).copy()
     for at in _SCALES[kind]:
         scales = blocks[:, at : at + 2].copy().view(np.float16)[:, 0]
@@ -308,6 +309,6 @@ def _copied(dense: GGUFFile, name: str) -> list[memoryview]:
 
 
 def _dims(ne: tuple[int, int, int, int]) -> tuple[int, ...]:
-    """Return ne without the ones at its end, as files hold it."""
+    """Return ``ne`` without the ones at its end, as in files."""
     n = max((i + 1 for i in range(4) if ne[i] != 1), default=1)
     return ne[:n]

@@ -1,4 +1,4 @@
-"""Replay: scheduler cases through the real `Scheduler` over mock backends, and the traces of what it did."""
+"""Replay: runs recorded scheduler cases in `Scheduler` on mock backends, and writes the traces of what it does."""
 
 from .case import BufferSpec, Case, GraphSpec, Step, TensorSpec
 from .reading import CASE_FORMAT, parse_case, read_case

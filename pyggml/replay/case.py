@@ -1,4 +1,4 @@
-"""A scheduler case as plain values: which backends, tensors, graphs and steps a replay has."""
+"""A scheduler case as plain values: backends, tensors, graphs and steps of a replay."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class BufferSpec:
-    """A buffer that lives for the whole case, and what lies in it."""
+    """A buffer that exists for the whole case, and its tensors."""
 
     id: str
     buft: str
@@ -60,7 +60,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A whole case."""
+    """A case."""
 
     name: str
     bufts: tuple[BufferTypeAbilities, ...]

@@ -1,4 +1,4 @@
-"""A way through JSON values that says where it stands when something else was expected."""
+"""`At`: reads JSON values, with errors that name the place in the file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..types import SIZE_MAX
 
 __all__ = ["At", "shown"]
 
-#: Bytes of a name in a case: one less than a trace can print, so that no two names are cut to one.
+#: Most bytes of a name in a case: one less than a trace can print, so that names stay distinct.
 _MAX_CASE_NAME = 62
 _KINDS: dict[type, str] = {str: "text", int: "a whole number", bool: "true or false", list: "a list", dict: "an object"}
 _MISSING: Any = object()
 
 
 class At:
-    """A value of the file, and the way to it."""
+    """A value of the file, and its path."""
 
     __slots__ = ("path", "value", "where")
 
@@ -32,13 +32,13 @@ class At:
         raise FormatError(self.path, f"{self.where or 'the file'}: {message}")
 
     def kind(self, kind: type) -> Any:
-        """Return the value if it is of a JSON kind."""
+        """Return the value if it has the given type."""
         if type(self.value) is not kind:
             self.fail(f"{_KINDS[kind]} expected, not {shown(self.value)}")
         return self.value
 
     def integer(self, low: int, high: int = SIZE_MAX) -> int:
-        """Return the value if it is a whole number within bounds."""
+        """Return the value if it is an integer from ``low`` to ``high``."""
         value: int = self.kind(int)
         if not low <= value <= high:
             self.fail(f"{value} is out of range: {low} to {high}")
@@ -90,7 +90,7 @@ class At:
             yield key, At(self.path, f"{self.where}.{key}", value)
 
     def list_of(self, read: Callable[[At], Any]) -> tuple[Any, ...]:
-        """Return what is read of each member of a list."""
+        """Return the result of ``read`` for each member of a list."""
         return tuple(read(item) for item in self.items())
 
 

@@ -1,6 +1,6 @@
-"""Cases from files, checked as a whole, so that a replay meets only what can be built.
+"""Reads cases from files and checks them completely, so that a replay can build everything in them.
 
-A file that is not a case is refused with the place in it and what was expected there.
+If a file is not a case, the error names the place in it and what was expected there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MAX_OP_PARAMS = 16
 
 
 def read_case(path: str | Path) -> Case:
-    """Read a case, plain or gzip.
+    """Read a case from a file, which may be compressed with gzip.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def read_case(path: str | Path) -> Case:
 
 
 def parse_case(value: object) -> Case:
-    """Read a case from JSON values made in this process.
+    """Read a case from JSON values.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def _unique(at: At, names: list[str]) -> None:
 
 
 def _enum(at: At, enum: Any, what: str) -> Any:
-    """Return the member of an enumeration that a text names."""
+    """Return the member of an enumeration with the value's name."""
     name = at.text()
     member = enum.__members__.get(name.upper())
     if member is None:
@@ -238,7 +238,7 @@ def _optimize(at: At) -> Optimize:
 
 
 def _tensors(at: At, table: dict[str, TensorSpec], outer: dict[str, TensorSpec]) -> tuple[TensorSpec, ...]:
-    """Read tensors in order: each may name those before it, and the outer ones."""
+    """Read tensors in order: each may refer to earlier ones and to the outer ones."""
     for item in at.items():
         spec = _tensor(item, table, outer)
         if spec.id in table or spec.id in outer:
@@ -380,7 +380,7 @@ class _Steps:
 
 
 def _payload(at: At) -> bytes:
-    """Return the bytes of a step: words, or rows that are filled up with zeros."""
+    """Return the bytes of a step: words, or rows padded with zeros."""
     if words := at.optional("i32"):
         values = words.list_of(_int32)
     elif rows := at.optional("rows"):

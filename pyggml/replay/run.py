@@ -1,7 +1,7 @@
-"""Replay: a scheduler case through the real `Scheduler` over mock backends, and the trace of what it did.
+"""Runs a scheduler case in `Scheduler` on mock backends, and returns the trace of what it does.
 
-The scheduler runs strict, as what is compared is upstream's every decision and call. Where upstream aborts or crashes
-there is nothing to agree with: the step notes our error and the later steps are made.
+The scheduler has no repairs, because every decision and call is compared with upstream's. If upstream would abort, the
+step records pyggml's error, and later steps are still made.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["TRACE_FORMAT", "Replay", "replay", "replay_file", "write_trace"]
 
 TRACE_FORMAT = "pyggml-sched-trace/1"
 
-#: Part of a trace; the format is the trace's own.
+#: Part of a trace, in the trace's format.
 Record = dict[str, Any]
 
 _FLAGS = (TensorFlag.INPUT, TensorFlag.OUTPUT, TensorFlag.PARAM, TensorFlag.LOSS)
@@ -38,7 +38,7 @@ _FLAG_MASK = int(TensorFlag.INPUT | TensorFlag.OUTPUT | TensorFlag.PARAM | Tenso
 
 
 def replay_file(path: str | Path, trace: str | Path, *, dialect: Dialect = DEFAULT_DIALECT) -> Record:
-    """Run the case in a file and write its trace; gzip if the name ends in ``.gz``.
+    """Run the case in a file and write its trace, compressed if the name ends in ``.gz``.
 
     Raises
     ------
@@ -57,8 +57,8 @@ def replay(case: Case, *, dialect: Dialect = DEFAULT_DIALECT) -> Record:
 
     Notes
     -----
-    A step that fails where upstream would have aborted has an ``error`` beside what the format asks for. Only a failure
-    that no later step can be made after ends the trace, as an ``abort``: no scheduler, no graph, or a fault of ours.
+    A step that fails where upstream would abort has an additional ``error``. A failure after which no later step is
+    possible ends the trace with an ``abort``: no scheduler, no graph, or a mistake of pyggml.
     """
     run = Replay(case, dialect)
     records: list[Record] = []
@@ -68,7 +68,7 @@ def replay(case: Case, *, dialect: Dialect = DEFAULT_DIALECT) -> Record:
             record["graph"] = step.graph
         try:
             record |= run.step(step)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the trace up to here is worth keeping
+        except Exception as error:  # noqa: BLE001  # keep the trace up to here
             record["abort"] = {"kind": "abort", "message": f"{type(error).__name__}: {error}"}
         record["calls"] = run.take_calls()
         records.append(record)
@@ -79,14 +79,14 @@ def replay(case: Case, *, dialect: Dialect = DEFAULT_DIALECT) -> Record:
 
 
 def write_trace(trace: Record, path: str | Path) -> None:
-    """Write a trace; gzip if the name ends in ``.gz``, the same bytes each time."""
+    """Write a trace, compressed if the name ends in ``.gz``; equal traces give equal bytes."""
     text = json.dumps(trace, separators=(",", ":")).encode()
     with aside(path) as part:
         part.write_bytes(gzip.compress(text, mtime=0) if Path(path).suffix == ".gz" else text)
 
 
 class _Instance:
-    """A graph as built last: its tensors by name, and what all tensors were then."""
+    """A graph as last built: its tensors by name, and their state at that time."""
 
     __slots__ = ("flags", "graph", "sources", "tensors")
 
@@ -100,7 +100,7 @@ class _Instance:
 
 
 class Replay:
-    """The scheduler of a case, its backends and graphs, and the calls noted so far."""
+    """The scheduler of a case, its backends and graphs, and the calls so far."""
 
     def __init__(self, case: Case, dialect: Dialect = DEFAULT_DIALECT) -> None:
         self.case = case
@@ -123,13 +123,13 @@ class Replay:
         self._calls.append(call)
 
     def take_calls(self) -> list[list[object]]:
-        """Return the calls since the last time."""
+        """Return the calls since the last `take_calls`."""
         calls = self._calls.copy()
         self._calls.clear()
         return calls
 
     def _place_static(self) -> None:
-        """Lay the static tensors out in their buffers, in the order given."""
+        """Place the static tensors in their buffers, in order."""
         for spec in self.case.buffers:
             buft = self.bufts[spec.buft]
             offset, places = 0, []
@@ -149,7 +149,7 @@ class Replay:
     # -- steps ---------------------------------------------------------------
 
     def step(self, step: Step) -> Record:
-        """Make one step and return what it adds to the trace."""
+        """Make a step and return its part of the trace."""
         made: Record = getattr(self, f"_step_{step.op}")(step)
         return made
 
@@ -256,7 +256,7 @@ class Replay:
         return self._static[step.tensor]
 
     def _bind_node_data(self) -> None:
-        """Tell the devices whose computing makes which bytes, of the graphs as built last."""
+        """Set the bytes that computing nodes writes, for the graphs as last built."""
         bound = {
             self._instances[graph].tensors[name]: data
             for (graph, name), data in self._node_data.items()
@@ -268,14 +268,14 @@ class Replay:
     # -- state ---------------------------------------------------------------
 
     def _state(self, instance: _Instance, *, allocated: bool = False, hashed: bool = True) -> Record:
-        """Return the scheduler's state as a trace has it.
+        """Return the scheduler's state in the trace's format.
 
         Parameters
         ----------
         allocated : bool
-            Tell where tensors lie.
+            Include the addresses of tensors.
         hashed : bool
-            Tell what the scheduler knows of tensors; not after a reset.
+            Include the scheduler's data about tensors; not possible after a reset.
         """
         sched = self._sched
         graph = sched.sched_graph
@@ -320,7 +320,7 @@ class Replay:
         return state
 
     def _rewritten(self, instance: _Instance) -> list[list[object]]:
-        """Return the sources that are no longer the described ones."""
+        """Return the sources that the scheduler replaced."""
         found: list[list[object]] = []
         for node in instance.graph.nodes:
             name = short_name(node)
@@ -331,14 +331,14 @@ class Replay:
         return found
 
     def _places(self) -> dict[str, list[object] | None]:
-        """Return buffer and offset of all that the allocator saw, by name; dependencies have none."""
+        """Return buffer and offset by name of the allocator's tensors; None for dependencies."""
         graph = self._sched.sched_graph
         chunks: dict[Buffer, tuple[object, int]] = {buffer: (id, 0) for buffer, id in self._static_buffers.items()}
         for b in range(len(self.backends)):
             for c, buffer in enumerate(self._sched.galloc.chunks(b)):
                 chunks.setdefault(buffer, (b, c))
         by_type = {buft: b for b, buft in reversed([*enumerate(self._sched.bufts)])}
-        for node in graph.nodes:  # a chunk of empty tensors only is no buffer of the allocator's
+        for node in graph.nodes:  # the allocator has no buffer for a chunk with only empty tensors
             for one in (node, *node.src):
                 if one is not None and one.buffer is not None and not one.buffer.size and one.buffer.buft in by_type:
                     chunks.setdefault(one.buffer, (by_type[one.buffer.buft], 0))
@@ -355,7 +355,7 @@ class Replay:
 
 
 def _make_tensors(specs: Iterable[TensorSpec], into: dict[str, Tensor], outer: dict[str, Tensor]) -> None:
-    """Make tensors in order; each may use those before it, and the outer ones."""
+    """Make tensors in order; each may use earlier ones and the outer ones."""
 
     def known(name: str) -> Tensor:
         return into[name] if name in into else outer[name]
@@ -376,7 +376,7 @@ def _make_tensors(specs: Iterable[TensorSpec], into: dict[str, Tensor], outer: d
 
 
 def _attempt(call: Callable[[], object]) -> PyggmlError | None:
-    """Make a call and return the error of ours that it ended with."""
+    """Make a call and return the `PyggmlError` that it raised, or None."""
     try:
         call()
     except PyggmlError as error:
@@ -394,20 +394,20 @@ def _status(error: PyggmlError | None) -> int:
 
 
 def _told(error: PyggmlError | None) -> Record:
-    """Return what a step says of an error that upstream has no result for; nothing of one that it has."""
+    """Return a step's ``error``; empty if upstream returns a status for it."""
     if error is None or isinstance(error, (ComputeError, OutOfMemoryError)):
         return {}
     return {"error": {"type": type(error).__name__, "message": str(error)}}
 
 
 def _is_dependency(node: Tensor) -> bool:
-    """Whether a node of the scheduler's graph only keeps others alive; one whose name was cut is not recognised."""
+    """Return whether a node of the scheduler's graph only keeps others alive, by its name unless that is truncated."""
     is_empty_view = node.op is Op.NONE and node.view_src is not None
     return is_empty_view and bool(node.src) and node.src[0] is not None and short_name(node).endswith(" (view)")
 
 
 def _place(tensor: Tensor, chunks: dict[Buffer, tuple[object, int]]) -> list[object] | None:
-    """Return where a tensor lies: buffer, chunk and offset in bytes."""
+    """Return the place of a tensor: buffer, chunk and offset in bytes."""
     if tensor.buffer is None or tensor.data is None:
         return None
     label, chunk = chunks.get(tensor.buffer, ("?", 0))
