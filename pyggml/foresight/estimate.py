@@ -103,7 +103,7 @@ _DENSE = ("ffn_gate", "ffn_down")
 
 @lru_cache(maxsize=4096)
 def _rules(overrides: tuple[str, ...]) -> tuple[tuple[str, int, bool], ...]:
-    """Return the patterns in order, with the number of first layers that each applies to, and if it means host memory."""
+    """Return the patterns in order, with the number of first layers of each, and whether it means host memory."""
     found = []
     for text in overrides:
         word, _, value = text.partition(" ")

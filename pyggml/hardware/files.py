@@ -102,7 +102,7 @@ def read_profile(path: Path) -> ProfileFile:
 
 
 def _of_selftest(data: dict[str, Any]) -> ProfileFile:
-    """Return the profile in a self-test's report: a host for a CPU, a name for a simulated device, else card and link."""
+    """Return the profile in a self-test's report: for a CPU a host, for a simulated device its name, else a card."""
     from .measure import found_host
 
     device, rates = str(data["device"]), {str(r["what"]): float(r["per_s"]) for r in data["rates"]}

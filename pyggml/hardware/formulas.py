@@ -19,7 +19,7 @@ __all__ = ["Kind", "Work", "backend_family", "card_s", "family_of", "host_read",
 
 #: Types whose weights ggml's CPU backend repacks (`ggml_repack_get_optimal_repack_type`).
 _REPACKED = {Type.Q4_0, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0, Type.IQ4_NL, Type.Q2_K}
-#: Most bytes/s that a driver stages from pageable memory: 13.6 to 14 GB/s measured on Windows, 21 implied by one on Linux.
+#: Most bytes/s that a driver stages from pageable memory: 13.6 to 14 GB/s measured on Windows, 21 implied on Linux.
 _STAGING_BYTES_PER_S = 20e9
 #: Tokens per block of ROCm's attention (`fattn-tile.cuh`); each block reads K and V again.
 _QUERIES = 32

@@ -1,4 +1,4 @@
-"""`quantize`: numbers to quantised rows, with gguf's quantisers, numpy, or the CPU's kernels for types that gguf only reads."""
+"""`quantize`: quantises rows with gguf, and with numpy or the CPU's kernels where gguf cannot."""
 
 from __future__ import annotations
 
