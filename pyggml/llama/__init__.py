@@ -1,13 +1,13 @@
-"""llama.cpp in a child process: the graphs that it builds, and models that it runs on devices of pyggml.
+"""llama.cpp in a child process: captures its graphs, and runs its models on pyggml's devices.
 
-pyggml builds the graphs of some families itself. Every other family that llama.cpp knows is *captured*: a child process
-loads the real llama.cpp, opens the model's header without data, and gives it a device that is written in Python. The
-device sees every graph whole. `CapturedSource` turns what the child reports into the graphs that a `Planner` splits.
+pyggml builds the graphs of some families itself. Graphs of other families are *captured*: a child process loads
+llama.cpp, opens the model's header without data, and gives it a device written in Python, which receives every graph
+whole. `CapturedSource` turns the child's answers into graphs that a `Planner` splits.
 
 ===============  ===========================================================================================
 `source`         from captured graphs to a `GraphSource`
 `model`          `LlamaModel`: a model that llama.cpp runs
-`store`          what was captured, kept in files; `process` starts the child that answers what is not kept
+`store`          keeps captured graphs in files; `process` starts the child for those that are not kept
 `child`          the child: reads requests, answers them with `capture` or `engine`
 `capture`        one model and one context in llama.cpp, and the graphs that they make
 `engine`         one model and one context in llama.cpp that compute
@@ -17,8 +17,8 @@ device sees every graph whole. `CapturedSource` turns what the child reports int
 `library`        the functions of llama.cpp; `slots`: where this build keeps its interfaces
 ===============  ===========================================================================================
 
-Only what `child` imports touches llama.cpp, and it runs in the child: an assertion that fails there costs the child its life,
-and the parent gets a `ModelError`.
+Only modules that `child` imports call llama.cpp. If an assertion fails there, the child ends, and the parent raises a
+`ModelError`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["LlamaModel"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, when it is: planners need no models."""
+    """Import names on first use, because planners do not need models."""
     if name == "LlamaModel":
         from .model import LlamaModel
 

@@ -1,6 +1,6 @@
-"""A model's header in llama.cpp, one context, and the graphs that it makes; in the child.
+"""Opens a model's header and a context in llama.cpp, and captures the graphs; in the child.
 
-Everything is data in and out: `Capture` is made of a request, and answers with lists and dicts that go through JSON.
+Requests and answers are plain data that JSON can hold.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ __all__ = ["Capture", "CaptureFailed", "Host"]
 
 Message = dict[str, Any]  # what goes through JSON
 
-#: Buffer usages of upstream: weights, and what its scheduler allocates.
+#: Upstream's `GGML_BACKEND_BUFFER_USAGE_COMPUTE`.
 _COMPUTE_USAGE = 2
-#: Where weights and caches without memory are said to be while a decode is gone through.
+#: Address of weights and caches without memory during a simulated decode.
 _NOWHERE = 1 << 45
 _PAGE = 4096
 
@@ -32,11 +32,11 @@ _PINNED = re.compile(rb"(?:norm|l_last)-(\d+)")
 
 
 class CaptureFailed(Exception):
-    """llama.cpp refused; the text is its own."""
+    """Raised if llama.cpp refuses, with its own text."""
 
 
 class Host:
-    """llama.cpp in this process, and the devices that were registered so far."""
+    """llama.cpp in this process, and the devices registered so far."""
 
     def __init__(self, path: Path) -> None:
         self.library = LlamaLibrary(path)
@@ -46,7 +46,7 @@ class Host:
         self.cpu = CapturingCPU(self.library, self._nobody)
 
     def device(self, about: Message, watcher: Capture) -> CapturingDevice:
-        """Return the device of a name, registered once."""
+        """Return the device with a name; it is registered once."""
         name = about["name"]
         made = self.devices.get(name)
         if made is None:
@@ -59,24 +59,24 @@ class Host:
         return made
 
     def leave(self) -> None:
-        """Let nothing of a capture that was closed be asked."""
+        """Stop calls to a closed capture."""
         self.cpu.watcher = self._nobody
         self.library.on_line = lambda line: None
 
 
 class _Nobody:
-    """Takes no notes."""
+    """Ignores everything."""
 
     is_relaxed = False
 
     def asked(self, device: str, tensor: Handle, answer: bool) -> None:
-        """Take no note."""
+        """Do nothing."""
 
     def computed(self, graph: Handle) -> None:
-        """Take no note."""
+        """Do nothing."""
 
     def failed(self, error: BaseException) -> None:
-        """Take no note."""
+        """Do nothing."""
 
 
 class Capture:
@@ -85,14 +85,14 @@ class Capture:
     Parameters
     ----------
     host : Host
-        Of this process; one capture at a time.
+        llama.cpp in this process; it has one capture at a time.
     request : dict
         ``model``, ``placement`` and ``context``, as `pyggml.llama.source` writes them.
 
     Raises
     ------
     CaptureFailed
-        llama.cpp does not take the model or the flags.
+        llama.cpp refuses the model or the flags.
     """
 
     def __init__(self, host: Host, request: Message) -> None:
@@ -134,10 +134,10 @@ class Capture:
             self.weights.pop()
 
     def asked(self, device: str, tensor: Handle, answer: bool) -> None:
-        """Note the op and place of a weight that is being loaded, or a norm that may be pinned.
+        """Record the op and place of a weight that is being loaded, or a norm that may be pinned.
 
-        The loader asks for an op whose one named source is the weight; the first device that can run it has the
-        weight. While a graph is built, a norm's device is asked when the norm has the name by which it is pinned.
+        The loader asks about an op whose only named source is the weight; the first device that supports it gets the
+        weight. While llama.cpp builds a graph, it asks a norm's device when the norm has its name.
         """
         if self._model == self.ffi.NULL:
             if not self.weights or not answer:
@@ -153,11 +153,11 @@ class Capture:
             self._pins[self.library.address(tensor)] = int(found[1])
 
     def computed(self, graph: Handle) -> None:
-        """Keep the nodes of a split, in order."""
+        """Record the nodes of a split, in order."""
         self._computed += [self.lib.ggml_graph_node(graph, i) for i in range(self.lib.ggml_graph_n_nodes(graph))]
 
     def failed(self, error: BaseException) -> None:
-        """Keep an exception of the two above; the answer is then an error."""
+        """Record an exception of the two above, which becomes the answer."""
         self.error = self.error or error
 
     def _text(self, kind: str, number: int) -> str:
@@ -168,7 +168,7 @@ class Capture:
         return known
 
     def _failure(self, what: str) -> CaptureFailed:
-        """Return llama.cpp's last words; what it says at the end sums up what it said before."""
+        """Return an error with llama.cpp's last line, which usually sums up those before."""
         said = [line.strip() for line in self.lines if re.search(r"error|failed|unsupported|missing|invalid", line)]
         told = re.sub(r"^\w+: ", "", said[0]) if said else "no reason was given"
         return CaptureFailed(f"{what}: {told}")
@@ -197,7 +197,7 @@ class Capture:
         self._ctx = made
 
     def facts(self) -> Message:
-        """Return what a plan needs to know beside graphs."""
+        """Return what a plan needs in addition to graphs."""
         lib = self.lib
         return {
             "build": {
@@ -228,23 +228,23 @@ class Capture:
         return graph
 
     def reserve(self, n_tokens: int, n_seqs: int, n_outputs: int) -> Message:
-        """Return the graph with which memory is reserved: it sees the whole cache."""
+        """Return the graph for reserving memory, over the whole cache."""
         self._relax()
         graph = self._reserve(n_tokens, n_seqs, n_outputs)
         nodes = [self.lib.ggml_graph_node(graph, i) for i in range(self.lib.ggml_graph_n_nodes(graph))]
         return self._read(nodes, self._leafs_of(graph))
 
     def printed(self, n_tokens: int, n_seqs: int, n_outputs: int) -> list[str]:
-        """Return what llama.cpp's scheduler prints of that graph; ``GGML_SCHED_DEBUG`` was 2 when it was made."""
+        """Return what llama.cpp's scheduler prints of that graph; requires ``GGML_SCHED_DEBUG=2``."""
         self.is_relaxed = False
         self._reserve(n_tokens, n_seqs, n_outputs)
         text = "".join(self.lines)
         return [line for line in text.split("\n") if line.startswith(("## SPLIT", "node #"))]
 
     def decode(self, n_tokens: int, outputs: str, *, is_full: bool = False) -> Message:
-        """Go through a decode from an empty cache, and return the graph of each micro-batch.
+        """Simulate a decode from an empty cache, and return the graph of each micro-batch.
 
-        Where llama.cpp does not go through with it, or if ``is_full``, the graphs are those of `reserve`.
+        If llama.cpp fails on it, or with ``is_full``, the graphs are those of `reserve`.
         """
         self._relax()
         n_batch, n_ubatch = self.lib.llama_n_batch(self._ctx), self.lib.llama_n_ubatch(self._ctx)
@@ -271,7 +271,7 @@ class Capture:
     def _decode(self, n: int, first: int, n_outputs: int) -> Message | None:
         lib = self.lib
         if not self._is_placed:
-            # without memory of its own a decode would follow null pointers
+            # without addresses a decode would follow null pointers
             self._is_placed = True
             self._place_nowhere(self._reserve(min(lib.llama_n_ubatch(self._ctx), lib.llama_n_ctx(self._ctx)), 1, 1))
         batch = lib.llama_batch_init(n, 0, 1)
@@ -291,7 +291,7 @@ class Capture:
         return self._with_leafs(graph, n, n_outputs)
 
     def _with_leafs(self, graph: Message, n_tokens: int, n_outputs: int) -> Message | None:
-        """Give a graph that was seen while it was computed the leafs of the reserved one, in their order."""
+        """Add to a graph captured during computing the leafs of the reserved graph, in their order."""
         key = (n_tokens, max(n_outputs, 1))
         if key not in self._leaf_names:
             reserved = self.reserve(n_tokens, 1, key[1])
@@ -305,13 +305,13 @@ class Capture:
         for name in self._leaf_names[key]:
             if mine.get(name):
                 graph["leafs"].append(mine[name].pop(0))
-            else:  # one without a user, such as the embeddings of a batch of tokens
+            else:  # a leaf without a reader, such as the embeddings of a batch of tokens
                 graph["leafs"].append(len(tensors))
                 tensors.append(dict(self._spare[name]))
         return None if any(mine.values()) else graph
 
     def _leafs_of(self, graph: Handle) -> list[Handle]:
-        """Return the leafs in upstream's order; from the head of the struct, where that agrees with public functions."""
+        """Return the leafs in upstream's order, from the head of the struct if it agrees with public functions."""
         head = self.ffi.cast("struct cgraph_head *", graph)
         n = self.lib.ggml_graph_n_nodes(graph)
         ends = (0, n - 1) if n else ()
@@ -323,7 +323,7 @@ class Capture:
         return leafs if all(t.op == 0 for t in leafs) else []
 
     def _place_nowhere(self, graph: Handle) -> None:
-        """Give weights and caches, which have buffers without bytes, addresses that no process has."""
+        """Give weights and caches, whose buffers have no bytes, addresses that no process uses."""
         null, at, done = self.ffi.NULL, _NOWHERE, set()
         todo = [self.lib.ggml_graph_node(graph, i) for i in range(self.lib.ggml_graph_n_nodes(graph))]
         while todo:
@@ -338,7 +338,7 @@ class Capture:
                 at += -(-self.lib.ggml_nbytes(t) // _PAGE) * _PAGE
 
     def _read(self, nodes: list[Handle], leafs: list[Handle]) -> Message:
-        """Return nodes in order, then leafs, then what else they reach; tensors name each other by their index."""
+        """Return nodes in order, then leafs, then other reachable tensors, which refer to each other by index."""
         ffi, lib, null = self.ffi, self.lib, self.ffi.NULL
         address = self.library.address
         todo = [*nodes, *leafs]

@@ -1,9 +1,9 @@
-"""The device that graphs are captured with, and what is changed of llama.cpp's own CPU device for that; in the child.
+"""The device that captures graphs, and hooks in llama.cpp's CPU device; in the child.
 
-The scheduler of llama.cpp asks devices what they support. While a model is loaded and a context is made, the devices
-here answer as cards that run everything in their own memory, and the CPU answers for itself: placement and choices are
-those of a real run. Then the answers are *relaxed*: the devices can use any memory and the CPU runs nothing. A graph
-is then one split without copies, and no source of a node is rewritten. Nothing is ever computed.
+llama.cpp's scheduler asks devices what they support. While a model is loaded and a context is made, these devices
+answer like cards that run everything in their own memory, and the CPU answers for itself, so that placement and choices
+are those of a real run. Then the answers are *relaxed*: the devices can use any memory, and the CPU runs nothing. A
+graph is then one split without copies, and no source of a node is replaced. Nothing is computed.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ _STEP = 1 << 16
 
 
 class Watcher(Protocol):
-    """Is told what llama.cpp asks devices, and decides whether answers are relaxed."""
+    """Receives llama.cpp's questions to devices, and decides whether answers are relaxed."""
 
     is_relaxed: bool
 
     def asked(self, device: str, tensor: Handle, answer: bool) -> None:
-        """Take note of a question whether a device supports an op."""
+        """Receive a question whether a device supports an op."""
 
     def computed(self, graph: Handle) -> None:
-        """Take note of a graph that is to be computed."""
+        """Receive a graph to compute."""
 
     def failed(self, error: BaseException) -> None:
-        """Take note of an exception in one of these."""
+        """Receive an exception of the other methods."""
 
 
 class CapturingDevice(PythonDevice):
-    """A card that runs everything, and computes nothing.
+    """A card that supports every op but computes nothing.
 
     Parameters
     ----------
     free, total : int
         Bytes of its memory.
     min_batch : int or None
-        Rows from which on it offers to run an op whose weight is in host memory; None: it never does.
+        Fewest rows with which it offers to run an op with a host weight; None: never.
     watcher : Watcher
-        See there.
+        Receives questions and graphs.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class CapturingDevice(PythonDevice):
         }
 
     def memory(self) -> tuple[int, int]:
-        """Bytes free and in all."""
+        """Return free and total bytes."""
         return self.free, self.total
 
     def failed(self, error: BaseException) -> None:
-        """Hand an exception to the watcher."""
+        """Pass an exception to the watcher."""
         self.watcher.failed(error)
 
     def _alloc_buffer(self, _: Handle, size: int) -> Handle:
@@ -123,12 +123,12 @@ class CapturingDevice(PythonDevice):
 
 
 class CapturingCPU(CPUHooks):
-    """What llama.cpp asks its CPU is watched, and nothing is computed.
+    """Watches llama.cpp's calls of its CPU; nothing is computed.
 
     Attributes
     ----------
     watcher : Watcher
-        May be changed at any time.
+        Receives questions and graphs; may be changed at any time.
     """
 
     def __init__(self, library: LlamaLibrary, watcher: Watcher) -> None:
@@ -142,7 +142,7 @@ class CapturingCPU(CPUHooks):
         return {"supports_op": self._supports_op, "init_backend": self._init_backend}
 
     def failed(self, error: BaseException) -> None:
-        """Hand an exception to the watcher."""
+        """Pass an exception to the watcher."""
         self.watcher.failed(error)
 
     def _supports_op(self, device: Handle, tensor: Handle) -> bool:

@@ -1,7 +1,7 @@
-"""Why each node of llama.cpp's is where it is: from pyggml's plan of the same batch, for records of the real scheduler.
+"""Adds causes to records of llama.cpp's scheduler, from pyggml's plan of the same batch.
 
-In ggml the notes of the passes are compiled out. pyggml's passes over the same graph decide the same, and know why; a cause
-is taken over only where both put the node on the same backend.
+Builds of ggml do not keep causes. pyggml's passes over the same graph do; a cause is used only if both put the node on
+the same backend.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Planned = dict[str, tuple[str, str]]  #: backend and cause, by name of a node
 
 
 class Causes:
-    """Writes causes into records.
+    """Adds causes to records.
 
     Parameters
     ----------
     planner : Planner
-        Of the same model and flags, and ``recording`` its recorder.
+        A planner of the same model and flags; ``recording`` is its recorder.
 
     Attributes
     ----------
     n_known, n_unknown : int
-        Nodes whose cause was found, and those that the plan has elsewhere or not at all.
+        Nodes whose cause was found, and those that the plan has on another backend or not at all.
     """
 
     def __init__(self, planner: Planner, recording: Recording) -> None:
@@ -75,7 +75,7 @@ class Causes:
         return replace(given, cause=self._cause(given.tensor, given.src), user_cause=self._cause(given.user, backend))
 
     def _plan(self, batch: MicroBatchRecord) -> Planned:
-        """Return the plan of a batch of as many tokens, made once; empty where there is none."""
+        """Return the plan of a batch with the same number of tokens, made once; empty if planning fails."""
         outputs: Outputs = "all" if batch.n_outputs == batch.n_tokens > 1 else "last"
         key = batch.n_tokens, outputs
         found = self._planned.get(key)
@@ -84,7 +84,7 @@ class Causes:
             found = {}
             try:
                 self.planner.plan_batch(batch.n_tokens, outputs=outputs)
-            except PyggmlError:  # a plan is a help, and the run goes on without
+            except PyggmlError:  # without a plan, records have no causes
                 self._recording.clear()
             for record in self._recording.records:
                 if isinstance(record, AssignRecord):
@@ -95,5 +95,5 @@ class Causes:
         return found
 
     def close(self) -> None:
-        """Let go of the plan."""
+        """Close the planner."""
         self.planner.close()

@@ -1,8 +1,7 @@
 """The child: ``python -m pyggml.llama.child LIBRARY capture|compute`` answers requests about llama.cpp until its input ends.
 
-A request is a length of 8 bytes and so many bytes of a pickle, an answer likewise: what was asked for, or the error of pyggml's that
-came of it. Both ends are pyggml. The process ends itself if a request takes longer than it may: an alarm ends even code that
-is stuck in C.
+A request is a length (8 bytes) and a pickle of that length, and so is an answer: the result, or a `PyggmlError`. Both
+ends are pyggml. If a request takes too long, an alarm ends the process, even in C code.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class _Server(Protocol):
 
 
 class _Captures:
-    """Keeps the last model and context open: the next request may be about the same."""
+    """Captures graphs; keeps the last model and context open for the next request."""
 
     def __init__(self, library: Path) -> None:
         from .capture import Capture, Host
@@ -110,9 +109,9 @@ def _server(kind: str, library: Path) -> _Server:
 
 
 def main(path: str, kind: str) -> None:
-    """Answer until the input ends."""
+    """Answer requests until the input ends."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the library prints must not stand between answers
+    os.dup2(2, 1)  # output of the library must not mix with answers
     server: _Server | None = None
     while (request := read_message(requests)) is not None:
         if hasattr(signal, "alarm") and request["timeout_s"] is not None:
@@ -125,7 +124,7 @@ def main(path: str, kind: str) -> None:
         write_message(answers, answer)
         if hasattr(signal, "alarm"):
             signal.alarm(0)
-    os._exit(0)  # destructors of the library and of Python need not agree on an order
+    os._exit(0)  # skip the destructors of the library and of Python
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A device of pyggml as a device of llama.cpp: its memory, its kernels, its streams and events; in the child.
+"""Makes a pyggml device available to llama.cpp: its memory, kernels, streams and events; in the child.
 
-llama.cpp's scheduler calls the device through the slots of ggml's interfaces; each call becomes the call of the same
-name of `Device`, `Backend` or `Buffer`, and is told to a `Ledger`. Addresses in ggml's tensors are the device's own, so C code
-that takes them for host memory dies at once.
+llama.cpp's scheduler calls the device through ggml's interfaces. Each call becomes the call of the same name of
+`Device`, `Backend` or `Buffer`, and is reported to a `Ledger`. Addresses in ggml's tensors are the device's own, so C
+code that uses them as host memory fails at once.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _WEIGHTS = 1  # upstream's `GGML_BACKEND_BUFFER_USAGE_WEIGHTS`
 
 
 class HostMemory:
-    """Which of llama.cpp's buffers are host memory, and where.
+    """Finds llama.cpp's host buffers by address.
 
     Attributes
     ----------
     pageable, pinned : HostBuffer
-        Stand for any buffer of the CPU's, and of the first device's host memory.
+        Stand for all CPU buffers, and for all pinned buffers of the first device.
     weights : HostBuffer
-        Stands for weights in host memory that is not pinned.
+        Stands for host weights in pageable memory.
     """
 
     def __init__(self, library: DeviceLibrary, cpu: Device) -> None:
@@ -50,27 +50,27 @@ class HostMemory:
         self.pinned = self.pinned_weights = self.pageable
 
     def use_pinned(self, buft: BufferType) -> None:
-        """Take a buffer type for pinned memory."""
+        """Use a buffer type for pinned memory."""
         self.pinned, self.pinned_weights = _stand_in(buft), _stand_in(buft, BufferUsage.WEIGHTS)
 
     def add(self, buffer: Handle, name: str) -> None:
-        """Take note of a buffer."""
+        """Add a buffer."""
         lib = self.library.lib
         base = self.library.address(lib.ggml_backend_buffer_get_base(buffer))
         self._buffers[self.library.address(buffer)] = base, lib.ggml_backend_buffer_get_size(buffer), name
         self.on_change()
 
     def remove(self, address: int) -> None:
-        """Take note that a buffer was given back."""
+        """Remove a freed buffer."""
         self._buffers.pop(address, None)
         self.on_change()
 
     def holds_results(self) -> None:
-        """Take note that the latest buffer is for logits."""
+        """Mark the latest buffer as the one for logits."""
         self._results = next(reversed(self._buffers), 0)
 
     def at(self, address: int) -> HostBuffer:
-        """Return what stands for the buffer that an address lies in."""
+        """Return the stand-in for the buffer that contains an address."""
         for buffer, (base, size, name) in self._buffers.items():
             if base <= address < base + size:
                 usage = self.library.lib.ggml_backend_buffer_get_usage(self.library.pointer(buffer))
@@ -78,7 +78,7 @@ class HostMemory:
         return self.pageable
 
     def of(self, buffer: int) -> HostBuffer:
-        """Return what stands for a buffer, of any address."""
+        """Return the stand-in for a buffer."""
         _, _, name = self._buffers.get(buffer, (0, 0, ""))
         return self._stand_in_of(name, self.library.lib.ggml_backend_buffer_get_usage(self.library.pointer(buffer)))
 
@@ -88,7 +88,7 @@ class HostMemory:
         return self.weights if usage == _WEIGHTS else self.pageable
 
     def sizes(self) -> list[tuple[str, int, int]]:
-        """Return name, size and usage of each buffer but the one for logits."""
+        """Return name, size and usage of each buffer except the one for logits."""
         lib, pointer = self.library.lib, self.library.pointer
         return [
             (name, size, lib.ggml_backend_buffer_get_usage(pointer(buffer)))
@@ -105,17 +105,17 @@ def _stand_in(buft: BufferType, usage: BufferUsage | None = None) -> HostBuffer:
 
 
 class Machine:
-    """All devices of pyggml that llama.cpp has in this process, and what they share.
+    """All pyggml devices in this process's llama.cpp.
 
     Attributes
     ----------
     devices : list of ComputingDevice
     error : BaseException or None
-        The first exception that ended a call of llama.cpp's since it was last taken.
+        The first exception in a call by llama.cpp since the last `take_error`.
     on_graph : callable or None
-        Sees each graph that a device is given, and its stream; True if it had it computed.
+        Receives each graph that a device is given, and its stream; returns True if it computed the graph.
     dropped : set of str
-        Waits that devices do not make although they are asked to, by slot: an experiment.
+        Waits that devices skip although llama.cpp requests them, by slot; for experiments.
     """
 
     def __init__(self, library: DeviceLibrary, cpu: Device) -> None:
@@ -133,21 +133,21 @@ class Machine:
         self.ledger: Ledger
 
     def buffer_of(self, address: int) -> Buffer:
-        """Return what a buffer of ggml's is here."""
+        """Return pyggml's buffer for one of ggml's."""
         return self.buffers.get(address) or self.host.of(address)
 
     def forget(self) -> None:
-        """Forget what is known of tensors by where they are: a buffer was given back."""
+        """Forget tensors by address, because a buffer was freed."""
         self.translator.forget()
         self.ledger.forget()
 
     def failed(self, error: BaseException) -> None:
-        """Keep the first exception: what follows from it is no news."""
+        """Record the first exception; later ones follow from it."""
         if self.error is None:
             self.error = error
 
     def take_error(self) -> BaseException | None:
-        """Return the first exception since the last time, as an error of our tree, and forget it."""
+        """Return the first exception since the last call as a `PyggmlError`, and forget it."""
         error, self.error = self.error, None
         if error is None or isinstance(error, PyggmlError):
             return error
@@ -157,14 +157,14 @@ class Machine:
 
 
 class ComputingDevice(PythonDevice):
-    """A device of pyggml in llama.cpp's registry.
+    """A pyggml device in llama.cpp's registry.
 
     Parameters
     ----------
     index : int
-        Of the machine's.
+        Index among the machine's devices.
     threads : int, optional
-        That stand for a simulated device.
+        Threads that run the kernels of a simulated device.
     """
 
     is_async = has_events = True
@@ -216,11 +216,11 @@ class ComputingDevice(PythonDevice):
         }
 
     def memory(self) -> tuple[int, int]:
-        """Bytes free and in all."""
+        """Return free and total bytes."""
         return self.device.memory()
 
     def failed(self, error: BaseException) -> None:
-        """Hand an exception to the machine."""
+        """Pass an exception to the machine."""
         self.machine.failed(error)
 
     # -- memory --------------------------------------------------------------
@@ -243,7 +243,7 @@ class ComputingDevice(PythonDevice):
 
     @property
     def host_buft(self) -> Handle:
-        """Host memory of the device's own kind, made when first asked for; null if it has no such."""
+        """Return the device's pinned buffer type, made on first use; null if it has none."""
         buft = self.device.host_buffer_type
         if buft is None:
             return self.ffi.NULL
@@ -382,7 +382,7 @@ class ComputingDevice(PythonDevice):
 
 
 def _pinned_type(device: ComputingDevice, buft: BufferType) -> Handle:
-    """Return a buffer type of ggml's for host memory of a device of ours; its buffers are the CPU's but for their type.
+    """Return a ggml buffer type for pinned memory of a pyggml device; its buffers are CPU buffers with another type.
 
     Notes
     -----
@@ -422,7 +422,7 @@ def _pinned_type(device: ComputingDevice, buft: BufferType) -> Handle:
 
 
 class ComputingCPU(CPUHooks):
-    """llama.cpp's own CPU: it computes as ever, and what it computes and holds is told to the ledger."""
+    """llama.cpp's CPU device, which computes as usual; its computes and buffers are reported to the ledger."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -434,7 +434,7 @@ class ComputingCPU(CPUHooks):
         return {"init_backend": self._init_backend, "buffer_from_host_ptr": self._from_host}
 
     def failed(self, error: BaseException) -> None:
-        """Hand an exception to the machine."""
+        """Pass an exception to the machine."""
         self.machine.failed(error)
 
     def _hook_memory(self, library: DeviceLibrary, buft: Handle) -> None:
@@ -453,7 +453,7 @@ class ComputingCPU(CPUHooks):
         return self._added(made, self.library.text(lib.ggml_backend_buft_name(lib.ggml_backend_buffer_get_type(made))))
 
     def _added(self, buffer: Handle, name: str) -> Handle:
-        """Take note of a buffer, and of its end."""
+        """Add a buffer, and remove it when it is freed."""
         library = self.library
         if buffer == library.ffi.NULL:
             return buffer

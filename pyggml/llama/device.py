@@ -1,7 +1,7 @@
-"""A device of ggml that is written in Python, and a stand between llama.cpp and its own CPU device; in the child.
+"""`PythonDevice`: a ggml device written in Python; `CPUHooks`: hooks in llama.cpp's CPU device; in the child.
 
-What all such devices share: objects whose words are functions of ours, registered in llama.cpp. What they answer is for
-those who derive from them: `capturing` sees graphs and computes nothing, `computing` runs them on a device of pyggml.
+Both consist of objects whose words are Python functions, registered in llama.cpp. Subclasses define the functions:
+`capturing` receives graphs and computes nothing, `computing` runs them on a pyggml device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Functions = dict[str, Callable[..., Any]]
 #: The registry keeps pointers to a device for as long as the process lives.
 _alive: list[object] = []
 
-#: The C types of the functions that are given here.
+#: The C types of the functions.
 _SIGNATURES = {
     "buffer_type": {
         "get_name": "void *(void *)",
@@ -78,19 +78,19 @@ _SIGNATURES = {
         "get_device": "void *(void *, size_t)",
     },
 }
-#: What C gets of a function that raised, where nothing or zero would not tell it.
+#: The result for C of a function that raised, if 0 does not mean failure.
 _FAILED = {"graph_compute": -1}
 
 OnError = Callable[[BaseException], None]
 
 
 def keep_for_ever(thing: object) -> None:
-    """Keep what llama.cpp may have a pointer to."""
+    """Keep an object alive because llama.cpp may have a pointer to it."""
     _alive.append(thing)
 
 
 def put(library: DeviceLibrary, words: Handle, kind: str, functions: Functions, on_error: OnError) -> None:
-    """Write functions into the slots of an object; an exception in one of them is handed on, and C gets a failure."""
+    """Write functions into the slots of an object; if one raises, ``on_error`` gets the exception and C a failure."""
     table: Table = getattr(library.interfaces, kind)
 
     def told(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
@@ -105,14 +105,14 @@ def put(library: DeviceLibrary, words: Handle, kind: str, functions: Functions, 
 
 
 class PythonDevice(ABC):
-    """A device with a registry, a buffer type, buffers and streams of its own.
+    """A device with its own registry, buffer type, buffers and streams.
 
     Parameters
     ----------
     library : DeviceLibrary
-        Where it is registered, for as long as the process lives.
+        The library in which it is registered until the process ends.
     name : str
-        Of the device and its buffer type.
+        Name of the device and its buffer type.
 
     Attributes
     ----------
@@ -171,7 +171,7 @@ class PythonDevice(ABC):
         return self._c_name
 
     def new_buffer(self, size: int) -> Handle:
-        """Return a new buffer of ggml's of the device's buffer type."""
+        """Return a new ggml buffer of the device's buffer type."""
         lib = self.library.lib
         return lib.ggml_backend_buffer_init(self.buft, self._buffer_functions[0], self.ffi.NULL, size)
 
@@ -195,7 +195,7 @@ class PythonDevice(ABC):
         self.stream_freed(address)
         self._backends.pop(address, None)
 
-    # -- of those who derive from it -----------------------------------------
+    # -- for subclasses ------------------------------------------------------
 
     @abstractmethod
     def _functions(self) -> dict[str, Functions]:
@@ -203,23 +203,23 @@ class PythonDevice(ABC):
 
     @abstractmethod
     def memory(self) -> tuple[int, int]:
-        """Bytes free and in all."""
+        """Return free and total bytes."""
 
     @abstractmethod
     def failed(self, error: BaseException) -> None:
-        """Take an exception that ended a function which llama.cpp had called."""
+        """Receive an exception of a function that llama.cpp called."""
 
     def stream_made(self, address: int) -> None:
-        """Take note of a new stream; by default none is taken."""
+        """Receive a new stream; by default do nothing."""
         return
 
     def stream_freed(self, address: int) -> None:
-        """Take note of the end of a stream; by default none is taken."""
+        """Receive the end of a stream; by default do nothing."""
         return
 
 
 class CPUHooks(ABC):
-    """Stands between llama.cpp and its CPU device.
+    """Replaces functions of llama.cpp's CPU device.
 
     The original functions are kept in ``original``, by slot.
     """
@@ -234,20 +234,20 @@ class CPUHooks(ABC):
         put(library, words, "device", own, self.failed)
 
     def supports(self, tensor: Handle) -> bool:
-        """Whether llama.cpp's CPU runs an op, asked past the hooks."""
+        """Return whether llama.cpp's CPU supports an op, without the hooks."""
         return bool(self.original["supports_op"](self.handle, tensor))
 
     @abstractmethod
     def _functions(self) -> Functions:
-        """Return what replaces functions of the CPU's device, by slot."""
+        """Return the replacements of the CPU device's functions, by slot."""
 
     @abstractmethod
     def failed(self, error: BaseException) -> None:
-        """Take an exception that ended a function which llama.cpp had called."""
+        """Receive an exception of a function that llama.cpp called."""
 
 
 def functions_of(library: DeviceLibrary, words: Handle, kind: str, names: list[str]) -> dict[str, Handle]:
-    """Return functions that stand in slots of an object of ggml's own, to be called."""
+    """Return callable functions from the slots of one of ggml's objects."""
     table: Table = getattr(library.interfaces, kind)
     found = {}
     for name in names:

@@ -1,6 +1,6 @@
-"""A model and a context in llama.cpp that compute on devices of pyggml; in the child.
+"""`Engine`: a model and a context in llama.cpp that compute on pyggml's devices; in the child.
 
-One model in a process: requests come from `pyggml.llama.model.LlamaModel`, and answers are plain data and numpy arrays.
+A process has one model. Requests come from `pyggml.llama.model.LlamaModel`; answers are plain data and numpy arrays.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["Engine", "FoundHazard", "LateRun"]
 Message = dict[str, Any]  # what a request or an answer holds
 Outputs = Literal["last", "all", "none"]
 
-#: Tokens of a text at most, at first; more room is made where it does not fit.
+#: First size of the buffer for a token's text, in bytes; it grows if the text does not fit.
 _PIECE_BYTES = 256
 #: The ids of the experts that a layer chose, and its number.
 _CHOSEN = re.compile(rb"ffn_moe_topk-(\d+)")
@@ -59,28 +59,28 @@ _STATUS = {
 
 @dataclass(frozen=True, slots=True)
 class FoundHazard:
-    """A hazard, and where llama.cpp's scheduler was when it came about."""
+    """A hazard, and the micro-batch and split at which it occurred."""
 
     device: str
     micro_batch: int  #: of the decode
-    split: int  #: which was made ready or launched
+    split: int  #: whose inputs were copied, or which was launched
     hazard: Hazard
 
 
 @dataclass(frozen=True, slots=True)
 class LateRun:
-    """What a decode over late devices came to.
+    """The result of a decode on late devices.
 
     Attributes
     ----------
     logits : float32, (n_vocab,), or None
-        Of the last token; None if it failed.
+        Logits of the last token; None if the decode failed.
     hazards : list of FoundHazard
-        Uses of memory that no wait orders, in the order in which they were found.
+        Accesses to memory that no wait orders, in the order in which they were found.
     error : PyggmlError or None
-        What it failed with.
+        The error of a failed decode.
     splits : dict of str to int
-        Of the last micro-batch, by backend.
+        Splits of the last micro-batch, by backend.
     """
 
     logits: npt.NDArray[np.float32] | None
@@ -90,20 +90,20 @@ class LateRun:
 
 
 class _Noted(list[Hazard]):
-    """Takes hazards for a device's watch, and notes where the scheduler is."""
+    """Receives hazards of a device, and adds the scheduler's position."""
 
     def __init__(self, device: str, ledger: Ledger, into: list[FoundHazard]) -> None:
         super().__init__()
         self.device, self.ledger, self.into = device, ledger, into
 
     def append(self, hazard: Hazard) -> None:
-        """Take a hazard that is found now."""
+        """Add a hazard with the scheduler's position."""
         super().append(hazard)
         self.into.append(FoundHazard(self.device, *self.ledger.place(), hazard))
 
 
 class Engine:
-    """llama.cpp in this process; see the module's text.
+    """llama.cpp in this process, with one model.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ class Engine:
         Raises
         ------
         PyggmlError
-            As the method of the request's name says.
+            As the method named in the request.
         """
         do = request["do"]
         if do == "open":
@@ -159,7 +159,7 @@ class Engine:
         ModelError
             llama.cpp refuses the model or the flags.
         PyggmlError
-            A device failed: `OutOfMemoryError` where it has not enough memory.
+            A device failed; `OutOfMemoryError` if it has too little free memory.
         """
         if self._path:
             raise SchedError("the child has a model already", hint="open another LlamaModel, which has its own child")
@@ -203,7 +203,7 @@ class Engine:
             p.cb_eval = self.ffi.cast("void *", self._see)
         self._ctx = self.lib.llama_init_from_model(self._model, p)
         if self._ctx != self.ffi.NULL and isinstance(self.machine.error, OutOfMemoryError):
-            self.machine.error = None  # llama.cpp went on without a pipeline
+            self.machine.error = None  # llama.cpp continued without pipeline copies
         self._raise_of("make a context")
         if self._ctx == self.ffi.NULL:
             raise self._refusal("does not make a context")
@@ -213,7 +213,7 @@ class Engine:
         self.machine.failed(error)
 
     def _seen(self, t: Any, ask: bool, _: Any) -> bool:
-        """Take the experts that a layer chose, as llama.cpp's eval callback."""
+        """Record the experts that a layer chose; llama.cpp's eval callback."""
         found = _CHOSEN.fullmatch(self.ffi.string(t.name))
         if ask:
             return found is not None
@@ -229,7 +229,7 @@ class Engine:
         return True
 
     def _raise_of(self, what: str) -> None:
-        """Raise the exception that a callback ended with, if one did."""
+        """Raise the exception of a callback, if there was one."""
         error = self.machine.take_error()
         if error is not None:
             if isinstance(error, PyggmlError) and hasattr(error, "add_note"):
@@ -237,12 +237,12 @@ class Engine:
             raise error
 
     def _refusal(self, what: str) -> ModelError:
-        """Return llama.cpp's own reason; what it says at the end sums up what it said before."""
+        """Return an error with llama.cpp's last line, which usually sums up those before."""
         said = [line.strip() for line in self.lines if re.search(r"error|failed|unsupported|missing|invalid", line)]
         return ModelError(self._path, f"llama.cpp {what}", words=re.sub(r"^\w+: ", "", said[0]) if said else "")
 
     def facts(self) -> Message:
-        """Return what is known once a model is open."""
+        """Return facts about the open model."""
         lib = self.lib
         return {
             "build": self.library.text(lib.llama_version()) if self.library.has("llama_version") else "",
@@ -257,7 +257,7 @@ class Engine:
         } | self.state()
 
     def memory(self) -> list[tuple[str, str, int]]:
-        """Return buffer types, purposes and bytes of all that is held."""
+        """Return buffer type, purpose and bytes of all allocated memory."""
         lib, found = self.lib, []
         for address, buffer in self.machine.buffers.items():
             usage = lib.ggml_backend_buffer_get_usage(self.library.pointer(address))
@@ -267,7 +267,7 @@ class Engine:
     # -- decoding ------------------------------------------------------------
 
     def n_past(self, seq: int) -> int:
-        """Return how many tokens of a sequence the context has."""
+        """Return the number of tokens of a sequence in the context."""
         return int(self.lib.llama_memory_seq_pos_max(self._memory, seq)) + 1 if self._has_memory else 0
 
     @property
@@ -275,12 +275,12 @@ class Engine:
         return bool(self._memory != self.ffi.NULL)
 
     def decode(self, tokens: list[int], outputs: Outputs, seq: int) -> Message:
-        """Evaluate the next tokens of a sequence.
+        """Decode the next tokens of a sequence.
 
         Raises
         ------
         GraphError
-            An id or the sequence is out of bounds; nothing was computed.
+            An id or the sequence is out of range; nothing was computed.
         CacheFullError
             The tokens do not fit; nothing was computed.
         ComputeError, BackendError
@@ -364,19 +364,19 @@ class Engine:
         return np.frombuffer(bytes_, np.float32).reshape(n_out, self.n_vocab).copy()
 
     def keep(self, n_past: int, seq: int) -> Message:
-        """Forget a sequence's tokens from a position on; the answer says whether that was possible."""
+        """Forget a sequence's tokens from position ``n_past`` on; the answer says whether that was possible."""
         is_done = not self._has_memory or bool(self.lib.llama_memory_seq_rm(self._memory, seq, n_past, -1))
         return {"is_done": is_done} | self.state()
 
     def _reaches_back_to(self, seq: int) -> int:
-        """Return the first position to which a sequence can go back: a recurrent state goes back to none but its own."""
+        """Return the first position from which a sequence can continue; with a recurrent state, only the last."""
         if not self._has_memory:
             return 0
         first = int(self.lib.llama_memory_seq_pos_min(self._memory, seq))
         return first + 1 if first > 0 else 0
 
     def state(self) -> Message:
-        """Return counters, the clock, and the records since the last time."""
+        """Return statistics, the clock, and the records since the last call."""
         ledger = self.machine.ledger
         seqs = range(self.lib.llama_n_seq_max(self._ctx))
         return {
@@ -390,14 +390,14 @@ class Engine:
     # -- races ---------------------------------------------------------------
 
     def late(self, seed: int | None, chunks: list[list[int]], dropped: list[str]) -> LateRun:
-        """Evaluate chunks of a new sequence one after the other, and wait at the end alone; as a server does with a prompt.
+        """Decode chunks of a new sequence one after another and wait only at the end, as a server does with a prompt.
 
         Parameters
         ----------
         seed : int or None
-            Of the devices; None: they work at once.
+            Seed of the devices' order of work; None: they work at once.
         dropped : list of str
-            Waits that devices leave out.
+            Waits that devices skip.
         """
         lib, found = self.lib, list[FoundHazard]()
         self.keep(0, 0)
@@ -420,7 +420,7 @@ class Engine:
             lib.llama_synchronize(self._ctx)
         finally:
             self.machine.dropped = set()
-            for device in sims:  # what nobody waited for must not come later
+            for device in sims:  # finish work that nothing waited for
                 device.finish()
             self.machine.ledger.end()
             self.machine.ledger.take_records()
@@ -460,12 +460,12 @@ class Engine:
     # -- devices -------------------------------------------------------------
 
     def device(self, index: int, call: str, arguments: Message) -> Any:
-        """Ask a simulated device, or tell it something: hazards, traffic, faults.
+        """Call a method of a simulated device, for hazards, traffic and faults.
 
         Raises
         ------
         BackendError
-            The device is no simulated one.
+            The device is not simulated.
         """
         device = self.devices[index]
         if not isinstance(device, SimDevice):
@@ -477,12 +477,12 @@ class Engine:
 
 
 def _open_device(name: str, index: int, seed: int | None) -> Device:
-    """Return a device of pyggml's by its name.
+    """Return a pyggml device by name.
 
     Raises
     ------
     DeviceUnavailableError
-        There is none, or it cannot be one of llama.cpp's.
+        There is no such device, or llama.cpp cannot use it.
     """
     kind, _, spec = name.partition(":")
     if kind == "sim":

@@ -1,9 +1,9 @@
-"""What llama.cpp's scheduler does, seen from its devices: statistics, records and virtual time; in the child.
+"""`Ledger`: statistics, records and virtual time of llama.cpp's scheduler, from the calls of its devices; in the child.
 
-Devices see calls: bytes written, read and moved, graphs to compute, waits. The ledger makes of them what pyggml's own scheduler
-tells of itself, through the same `RunLog`: which split a copy is for, why, and what it costs on a virtual clock. What is needed
-for that is in the calls: a copy's place is named ``SIM0#blk.0.ffn_up_exps.weight#0``, splits of one graph lie one after the other
-in memory, and an expert weight is sent in parts.
+Devices receive calls: bytes written, read and copied, graphs to compute, waits. From these the ledger derives the
+split, the reason and the virtual time of each copy, and reports them through `RunLog` like pyggml's own scheduler. The
+calls contain enough: an input copy is named ``SIM0#blk.0.ffn_up_exps.weight#0``, splits of a graph are consecutive in
+memory, and an expert weight is sent in parts.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from ..types import BufferUsage, Type
 
 __all__ = ["ComputedBatch", "Ledger"]
 
-#: Where a record stands for a split that is not known until it is launched.
+#: Split number of records whose split is not known before its launch.
 _NEXT = -1
 _POINTER_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ComputedBatch:
-    """What one micro-batch came to; see `pyggml.session.BatchRecord`."""
+    """The result of one micro-batch; see `pyggml.session.BatchRecord`."""
 
     n_tokens: int
     n_outputs: int
@@ -85,21 +85,21 @@ class _Named:
 
 
 class _NoCauses:
-    """Stands for an `Assignment`: llama.cpp does not tell why a node is where it is."""
+    """Stands for an `Assignment`: llama.cpp has no causes."""
 
     def cause_counts(self, _: GraphView) -> tuple[tuple[str, int], ...]:
         return ()
 
 
 class _Ids(IdsSource):
-    """Knows how many experts the ids of a name choose; a copy's name is its source's."""
+    """Knows the number of experts that ids choose, by name; an input copy has its source's name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.n_used: dict[str, int] = {}
 
     def count(self, node: Tensor) -> float:
-        """Return how many experts a MUL_MAT_ID reads: as copied, else as the default routing has it."""
+        """Return the number of experts that a MUL_MAT_ID reads: as copied, else by the default routing."""
         ids = node.src[2]
         assert ids is not None
         known = self.n_used.get(_source_name(ids.name))
@@ -114,7 +114,7 @@ class _Split:
 
 
 class _Mark(NamedTuple):
-    """Where the counters were."""
+    """Values of the counters at one time."""
 
     time_s: float
     virtual_s: float
@@ -123,7 +123,7 @@ class _Mark(NamedTuple):
 
 
 def _source_name(name: str) -> str:
-    """Return the tensor that a split's copy is made of.
+    """Return the source's name of an input copy.
 
     Examples
     --------
@@ -135,18 +135,18 @@ def _source_name(name: str) -> str:
 
 
 class Ledger:
-    """Takes calls; see the module's text.
+    """Receives the devices' calls and reports them.
 
     Parameters
     ----------
     devices : sequence of Device
         In llama.cpp's order, the CPU last.
     host_at : callable
-        Given an address, returns what stands for the host's buffer there.
+        Returns the stand-in for the host buffer at an address.
     clock : VirtualClock or None
-        Of the same devices.
+        Virtual clock of the same devices.
     takes_records : bool
-        Whether records are kept.
+        Whether to keep records.
     n_copies : int
         Events of each scheduler and device (`GGML_SCHED_MAX_COPIES`).
 
@@ -155,9 +155,9 @@ class Ledger:
     stats : Statistics
         As a `Scheduler` keeps it.
     batches : list of ComputedBatch
-        Of the latest decode.
+        Micro-batches of the latest decode.
     splits : list of (str, int)
-        Backend of each split of the latest graph, and how many inputs were copied for it.
+        Backend of each split of the latest graph, and the number of its copied inputs.
     """
 
     n_copies = 4
@@ -178,11 +178,11 @@ class Ledger:
         self.batches: list[ComputedBatch] = []
         self._expected: list[tuple[int, int, int]] = []  # tokens, past, outputs of micro-batches to come
         self._splits: list[_Split] = []
-        self._body: list[Record] = []  # records of the computing at hand
+        self._body: list[Record] = []  # records of the current compute
         self._n_graphs = self._n_runs = 0
         self._inputs: list[tuple[Tensor, CopyReason, int]] = []
         self._made: list[set[str]] = []  # names of nodes computed so far
-        self._next_nodes = 0  # where the nodes of the next split of this graph begin
+        self._next_nodes = 0  # address of the nodes of this graph's next split
         self._first: tuple[int, int] = (0, 0)
         self._is_reused = False
         self._is_computing = self._looks_away = self._is_over = False
@@ -196,7 +196,7 @@ class Ledger:
     # -- the session's side --------------------------------------------------
 
     def now(self) -> float:
-        """Return the host's time; 0 if nobody takes records."""
+        """Return the host's time in seconds; 0 if no records are kept."""
         return self._log.now()
 
     def begin(self, parts: Sequence[tuple[int, int, int]]) -> None:
@@ -205,29 +205,29 @@ class Ledger:
         self._mark = self._counters()
 
     def end(self) -> None:
-        """End a decode: llama.cpp has waited for all."""
+        """End a decode: llama.cpp has waited for all work."""
         self._mark = self._counters()
         self._finish()
 
     def forget(self) -> None:
-        """Forget what is known of host memory: a buffer was given back, or is new."""
+        """Forget tensors in host memory, because a buffer was freed or added."""
         self._sources.clear()
         self._reasons.clear()
 
     def take_records(self) -> list[Record]:
-        """Return what was recorded since the last time."""
+        """Return the records since the last call."""
         records, self.records = self.records + self._pending, []
         self._pending.clear()
         return records
 
     def place(self) -> tuple[int, int]:
-        """Return the number of the micro-batch in its decode, and of the split that is made ready or launched."""
+        """Return the indices of the current micro-batch and split."""
         if self._is_computing and not self._is_over:
             return len(self.batches), len(self._splits)
         return len(self.batches) + int(self._is_computing), 0
 
     def count_splits(self) -> tuple[dict[str, int], int]:
-        """Return how many splits of the latest graph each backend has, and how many inputs all have."""
+        """Return the splits of the latest graph by backend, and the number of their inputs."""
         by_name: dict[str, int] = {}
         for split in self._splits:
             name = self.names[split.backend_id]
@@ -236,7 +236,7 @@ class Ledger:
 
     @contextmanager
     def looks_away(self) -> Iterator[None]:
-        """Take no note of reads within the block: they are none of the scheduler's."""
+        """Ignore reads within the block, which are not the scheduler's."""
         self._looks_away = True
         try:
             yield
@@ -245,7 +245,7 @@ class Ledger:
 
     @property
     def _is_idle(self) -> bool:
-        """Whether calls are none of a decode's scheduler."""
+        """Return whether calls do not belong to a decode."""
         return self._looks_away or not (self._expected or self._is_computing)
 
     def _counters(self) -> _Mark:
@@ -257,7 +257,7 @@ class Ledger:
     def wrote(
         self, index: int, dst: Tensor, address: int, offset: int, size: int, start_s: float, *, is_async: bool
     ) -> None:
-        """Take note of bytes that came from host memory."""
+        """Receive a copy from host memory."""
         if "#" not in dst.name or self._is_idle:
             return
         source = self._sources.get((dst, address))
@@ -271,13 +271,13 @@ class Ledger:
     def moved(
         self, src_index: int | None, dst_index: int, src: Tensor, dst: Tensor, start_s: float, *, is_async: bool
     ) -> None:
-        """Take note of a tensor that a device got from another, or from itself (None: the memory's own device)."""
+        """Receive a copy of a tensor from another device or the same (None: the device of the memory)."""
         if "#" not in dst.name or src_index is None:
             return
         self._copied(dst_index, src_index, self._source(dst, src.buffer), 0, src.nbytes, start_s, is_async=is_async)
 
     def read(self, index: int, src: Tensor, address: int, size: int, start_s: float, *, is_async: bool) -> None:
-        """Take note of bytes that went to host memory: a split's input, or what the host wants to know."""
+        """Receive a copy to host memory: a split's input, or results and ids for the host."""
         if self._is_idle:
             return
         if not is_async:
@@ -292,12 +292,12 @@ class Ledger:
     def _log_read(self, index: int, src: Tensor, start_s: float) -> None:
         n_waits, n_records = self.stats.n_waits, len(self._pending)
         self._log.was_read(None, src, index, start_s)
-        self.stats.n_waits = n_waits  # the call that waits comes by itself
+        self.stats.n_waits = n_waits  # the wait is reported by its own call
         if self._takes_records:
             del self._pending[n_records]
 
     def _source(self, dst: Tensor, buffer: Buffer | None) -> Tensor:
-        """Return what a copy was made of, for reports."""
+        """Return the source of an input copy, for reports."""
         source = Tensor(dst.type, dst.ne, dst.nb, name=_source_name(dst.name), flags=dst.flags)
         source.buffer = buffer
         return source
@@ -318,7 +318,7 @@ class Ledger:
         self._log.copied(sent, _NEXT, src, reason, start_s, offset, size, source.nbytes, is_async=is_async)
 
     def _sent_experts(self, index: int, weight: Tensor, offset: int, size: int, start_s: float) -> None:
-        """Take note of experts that were sent; before the first of a weight, of which are used."""
+        """Report sent experts; before the first part of a weight, also which experts are used."""
         key = weight.name, len(self._splits)
         if self._experts != key:
             self._experts = key
@@ -331,7 +331,7 @@ class Ledger:
         self._log.copied(sent, _NEXT, self.cpu, "experts", start_s, offset, size, weight.nbytes, is_async=True)
 
     def _read_ids(self) -> Tensor | None:
-        """Return the ids that llama.cpp read last; what they name is kept."""
+        """Return the ids that llama.cpp read last, and keep the experts that they name."""
         if self._ids_read is None:
             self._used = set()
             return None
@@ -346,7 +346,7 @@ class Ledger:
     # -- launches and waits --------------------------------------------------
 
     def launched(self, backend_id: int, view: GraphView, nodes: int, uid: int, start_s: float) -> None:
-        """Take note of a graph that was given to a backend: a split, or a part of one; see `Translator.view`."""
+        """Receive a graph given to a backend: a split or a part of one; see `Translator.view`."""
         if self._is_idle:
             return
         if nodes != self._next_nodes or not self._is_computing:
@@ -372,17 +372,17 @@ class Ledger:
         self._mark = self._counters()
 
     def waited(self, what: Wait, backend_id: int, copy: int | None, start_s: float) -> None:
-        """Take note of a wait of the host for a backend or its event, or of a backend for its event."""
+        """Receive a wait of the host for a backend or its event, or of a backend for its event."""
         if not self._is_idle:
             self._log.waited(None, what, backend_id, copy, start_s)
 
     def recorded_event(self, backend_id: int, copy: int, start_s: float) -> None:
-        """Take note of an event that was recorded after a split."""
+        """Receive an event recorded after a split."""
         if self._is_idle:
             return
         self._log.recorded_event(max(len(self._splits) - 1, 0), backend_id, copy, start_s)
 
-    # -- computings ----------------------------------------------------------
+    # -- computes ------------------------------------------------------------
 
     def _begin(self, nodes: int, uid: int) -> None:
         self._is_reused = uid != 0 and (nodes, uid) == self._first
@@ -393,7 +393,7 @@ class Ledger:
         self._start = self._mark
 
     def _finish(self) -> None:
-        """Close the computing at hand, if there is one: its batch, its plan, its records."""
+        """End the current compute, if any: its batch, its plan, its records."""
         if not self._is_computing:
             return
         self._is_computing = False
@@ -417,7 +417,7 @@ class Ledger:
             self._body = []
 
     def _plan(self) -> list[Record]:
-        """Return where each node was computed, and the splits: as seen."""
+        """Return records of the nodes' backends and of the splits."""
         assigned: list[Record] = []
         splits: list[Record] = []
         i_start = 0
@@ -461,13 +461,13 @@ class _Machine:
 
 
 class _Taker:
-    """Keeps each record in a list of somebody else's."""
+    """Appends each record to a list."""
 
     def __init__(self, into: list[Record]) -> None:
         self.into = into
 
     def record(self, record: Record) -> None:
-        """Keep one record."""
+        """Append a record."""
         self.into.append(record)
 
 
@@ -475,7 +475,7 @@ _NO_CAUSES = _NoCauses()
 
 
 def _placed(record: Record, i_split: int) -> Record:
-    """Return a record of the split that it turned out to be for."""
+    """Return a record with the number of its split."""
     if isinstance(record, CopyRecord | UsedExpertsRecord) and record.split == _NEXT:
         return replace(record, split=i_split)
     if isinstance(record, WaitRecord) and record.split is None:
@@ -484,7 +484,7 @@ def _placed(record: Record, i_split: int) -> Record:
 
 
 def _renamed(tensor: Tensor, name: str) -> Tensor:
-    """Return a tensor of the same kind under another name."""
+    """Return an equal tensor with another name."""
     made = Tensor(tensor.type, tensor.ne, tensor.nb, name=name)
     made.buffer = tensor.buffer
     return made

@@ -1,7 +1,7 @@
-"""llama.cpp, loaded into the child: `find_llama` finds the shared object, `LlamaLibrary` declares its functions.
+"""`find_llama` finds the shared object of llama.cpp; `LlamaLibrary` loads it and declares its functions.
 
-The structs of llama.cpp's C interface are checked by their defaults, and by functions that came with a field. What the
-C interface lacks is one C++ symbol, `llama_graph_reserve`: builds that do not export it are refused.
+The layout of llama.cpp's C structs is checked by their defaults, and by functions that came with a field. One function
+is not in the C interface: the C++ symbol `llama_graph_reserve`. Builds that do not export it are refused.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ def find_llama(given: str = "") -> Path:
     Parameters
     ----------
     given : str
-        A file, or the folder of a build; if empty, what ``PYGGML_LIBLLAMA`` says, else the installed package's.
+        A file, or the folder of a build; if empty, ``PYGGML_LIBLLAMA``, else the installed package.
 
     Raises
     ------
     DeviceUnavailableError
-        There is none.
+        There is no llama.cpp.
     """
     given = given or config.libllama_path()
     if given:
@@ -148,7 +148,7 @@ def find_llama(given: str = "") -> Path:
 
 
 def library_files(path: Path) -> list[Path]:
-    """Return the shared objects that a library consists of: itself, and those of ggml beside it."""
+    """Return the library's shared objects: itself, and those of ggml in the same folder."""
     beside = [
         p for p in path.parent.iterdir() if p.name.startswith(("libggml", "ggml", "libllama")) and ".so" in p.name
     ]
@@ -156,19 +156,19 @@ def library_files(path: Path) -> list[Path]:
 
 
 class DeviceLibrary(Library):
-    """A ggml in this process, into which devices in Python can be put.
+    """A ggml in this process that accepts devices written in Python.
 
     Attributes
     ----------
     interfaces : Interfaces
-        Where the build keeps them.
+        Layout of the build's interfaces.
     has_uids : bool
-        Whether ``cgraph_head.uid`` is the number of a graph.
+        Whether ``cgraph_head.uid`` is a graph's number.
 
     Raises
     ------
     DeviceUnavailableError
-        It cannot be loaded, is no ggml, or its structs are laid out in a way that is not known here.
+        It cannot be loaded, is not a ggml, or its structs have an unknown layout.
     """
 
     interfaces: Interfaces
@@ -181,7 +181,7 @@ class DeviceLibrary(Library):
         self.has_uids = self._numbers_graphs()
 
     def _numbers_graphs(self) -> bool:
-        """Whether a graph has the number by which the scheduler tells it from others, where it is looked for here."""
+        """Return whether the scheduler's number of a graph is at the expected place in the struct."""
         context = self.new_context(1, graph_size=16)
         head = self.ffi.cast("struct cgraph_head *", self.lib.ggml_new_graph_custom(context, 16, False))
         sizes = (head.size, head.n_nodes, head.n_leafs, head.order, head.uid)
@@ -199,7 +199,7 @@ class LlamaLibrary(DeviceLibrary):
     Raises
     ------
     DeviceUnavailableError
-        It cannot be loaded, is no llama.cpp, or its structs are laid out in a way that is not known here.
+        It cannot be loaded, is not a llama.cpp, or its structs have an unknown layout.
     """
 
     def __init__(self, path: Path) -> None:
@@ -214,7 +214,7 @@ class LlamaLibrary(DeviceLibrary):
         self._check_params()
 
     def _take_llama_log(self) -> None:
-        """Hand each line to `on_line`; warnings and errors go to standard error at once, as last words."""
+        """Pass each line to `on_line`; warnings and errors also go to standard error, in case the process ends."""
         is_loud = False
 
         def write(level: int, text: Handle, _: Handle) -> None:
@@ -230,7 +230,7 @@ class LlamaLibrary(DeviceLibrary):
         self.lib.llama_log_set(self._llama_log, self.ffi.NULL)
 
     def _check_params(self) -> None:
-        """Compare the defaults of llama.cpp's structs with what they must be."""
+        """Compare the defaults of llama.cpp's structs with the expected values."""
         c = self.lib.llama_context_default_params()
         m = self.lib.llama_model_default_params()
         context = (c.n_ctx, c.n_ubatch, c.type_k, c.type_v, c.offload_kqv, c.op_offload, c.n_samplers)
@@ -239,16 +239,16 @@ class LlamaLibrary(DeviceLibrary):
             raise self._refuse("its llama_context_params or llama_model_params are laid out in another way")
 
     def check_reserves(self) -> None:
-        """Refuse a build from which graphs cannot be taken.
+        """Verify that graphs can be captured from this build.
 
         Raises
         ------
         DeviceUnavailableError
-            It lacks the function.
+            It does not export `llama_graph_reserve`.
         """
         if not self.has(_RESERVE):
             raise self._refuse("it does not export llama_graph_reserve, from which graphs are taken")
 
     def reserve(self, ctx: Handle, n_tokens: int, n_seqs: int, n_outputs: int) -> Handle:
-        """Return the graph that llama.cpp reserves memory with; it is valid until the next one."""
+        """Return the graph with which llama.cpp reserves memory; it is valid until the next call."""
         return getattr(self.lib, _RESERVE)(ctx, n_tokens, n_seqs, n_outputs)

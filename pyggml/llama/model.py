@@ -1,4 +1,4 @@
-"""`LlamaModel`: a model in the real llama.cpp, whose devices are pyggml's.
+"""`LlamaModel`: a model that llama.cpp runs on pyggml's devices.
 
 ::
 
@@ -7,9 +7,8 @@
             ...
         model.stats, model.clock.host_s           # what was copied, and how long it would have taken
 
-llama.cpp places weights, builds graphs and schedules them; pyggml's devices hold the memory and run the kernels. It all
-happens in a child process of the model's own, so that whatever llama.cpp does there, an assertion or a crash, ends as a
-`ModelError` here.
+llama.cpp places weights, builds graphs and schedules them; pyggml's devices have the memory and run the kernels. Each
+model has its own child process, so that a failed assertion or a crash in llama.cpp becomes a `ModelError`.
 """
 
 from __future__ import annotations
@@ -59,10 +58,10 @@ TIMEOUT_S = 600.0
 
 
 class RoutingTaker(Protocol):
-    """Takes the experts that tokens choose."""
+    """Receives the experts that tokens choose."""
 
     def take(self, chosen: Mapping[int, npt.NDArray[np.int32]], *, seq: int = 0) -> None:
-        """Take those of one micro-batch of a sequence: for each layer, ``(n_token, n_used)``."""
+        """Receive the experts of one micro-batch of a sequence: for each layer, int32, (n_token, n_used)."""
 
 
 class LlamaModel(Generator):
@@ -73,52 +72,54 @@ class LlamaModel(Generator):
     path : path-like
         The model's file.
     devices : sequence of str
-        ``sim:PROFILE`` or a card's name, ``cuda:N``; the CPU, which is llama.cpp's own, is there without being asked for.
+        ``sim:PROFILE``, a card's name, or ``cuda:N``. llama.cpp's CPU is always the last device and must not be listed.
     placement : PlacementFlags, optional
         ``-ngl``, ``-ot``, ``--cpu-moe``, ``-ts``, ...
     context : ContextFlags, optional
         ``-c``, ``-b``, ``-ub``, ``-fa``, ...
     threads : int, optional
-        Of llama.cpp's CPU, and of the kernels that stand for simulated devices; one for each core if not given.
+        Threads of llama.cpp's CPU, and of the kernels of simulated devices; by default one per core.
     seed : int, optional
-        Simulated devices do their work late, in an order drawn from it; see `hazards`.
+        If given, simulated devices do their work late, in an order drawn from the seed; see `hazards`.
     recorder : Recorder, optional
-        Takes a record of each copy, launch and wait of llama.cpp's scheduler; causes are those of pyggml's plan.
+        Receives a record of each copy, launch and wait of llama.cpp's scheduler; causes are from pyggml's plan.
     watches_experts : bool
-        llama.cpp's eval callback takes the experts that each layer chooses, for `watcher`; graphs are then computed in parts.
+        Let llama.cpp's eval callback read the experts that each layer chooses, for `watcher`; graphs are then computed
+        in parts.
     faults : sequence of (int, str, int)
-        What is to fail while the model is loaded: index of a simulated device, moment, and how many of its kind go well before; see
-        `fail_at`.
+        What fails while the model is loaded: index of a simulated device, moment, and the number of successes before;
+        see `fail_at`.
     host : DeviceProfile or None
-        What llama.cpp's CPU is taken to be on the virtual clock, which there is if all devices have a profile.
+        Profile of llama.cpp's CPU on the virtual clock, which exists if all devices have a profile.
     library : str
-        llama.cpp's shared object or its folder; if empty, what ``PYGGML_LIBLLAMA`` says, else the installed one.
+        llama.cpp's shared object or its folder; if empty, ``PYGGML_LIBLLAMA``, else the installed package.
     timeout_s : float or None
-        Seconds that loading or one decode may take before the child is ended; None: as long as it likes.
+        Seconds after which the child is ended while loading or in one decode; None: no limit.
 
     Attributes
     ----------
     stats : Statistics
-        What llama.cpp's scheduler copied and computed, counted as a `Scheduler` counts.
+        Counts of llama.cpp's scheduler, as those of a `Scheduler`.
     clock : VirtualClock or None
-        As of the latest call.
+        The virtual clock after the latest call.
     on_batch : callable or None
-        Told of each micro-batch, as a `BatchRecord`, once its results are there.
+        Called with a `BatchRecord` after each micro-batch.
     watcher : RoutingTaker or None
-        Takes the experts of each micro-batch, as a `pyggml.lab.recording.RoutingRecorder` does; see ``watches_experts``.
+        Receives the experts of each micro-batch, such as a `pyggml.lab.recording.RoutingRecorder`; see
+        ``watches_experts``.
     build : str
-        What llama.cpp calls its version.
+        llama.cpp's version.
 
     Raises
     ------
     DeviceUnavailableError
-        There is no llama.cpp, or no such device.
+        llama.cpp is not installed, or there is no such device.
     FormatError
-        The file is damaged or no model.
+        The file is damaged or not a model.
     GraphError
-        A flag cannot be.
+        A flag is invalid.
     OutOfMemoryError
-        A device has not enough memory.
+        A device has too little free memory.
     ModelError
         llama.cpp refuses the model, fails on it, or took too long.
     """
@@ -159,7 +160,7 @@ class LlamaModel(Generator):
         self._process = LlamaProcess(find_llama(library), kind="compute", timeout_s=timeout_s)
         self._request = {"model": str(self.path.absolute())}
         kinds = [name.partition(":")[0] for name in names]
-        #: the request that opened the model in its child
+        #: the request that opened the model in the child
         self.opened_with: dict[str, Any] = self._request | {
             "do": "open",
             "devices": [{"name": n, "index": kinds[:i].count(kinds[i]), "seed": seed} for i, n in enumerate(names)],
@@ -195,7 +196,7 @@ class LlamaModel(Generator):
 
     @property
     def is_closed(self) -> bool:
-        """Whether it was closed, or its child is gone."""
+        """Whether the model was closed or its child has ended."""
         return not self._process.is_alive
 
     def _ask(self, do: str, **more: object) -> Any:
@@ -224,7 +225,7 @@ class LlamaModel(Generator):
                 self._recorder.record(record)
 
     def _explainer(self) -> Causes | None:
-        """Return who knows the causes of nodes: a plan of the same flags, made with the first records."""
+        """Return the `Causes` of a plan with the same flags, made with the first records."""
         if self._causes is None and self._can_explain:
             recording = Recording()
             try:
@@ -242,27 +243,27 @@ class LlamaModel(Generator):
     # -- decoding ------------------------------------------------------------
 
     def n_past_of(self, seq: int) -> int:
-        """Return how many tokens of a sequence are in the cache."""
+        """Return the number of tokens of a sequence in the cache."""
         return self._n_past[seq]
 
     @property
     def n_past(self) -> int:
-        """Tokens of sequence 0 in the cache."""
+        """Number of tokens of sequence 0 in the cache."""
         return self._n_past[0]
 
     def decode(
         self, tokens: Sequence[int], *, outputs: Outputs = "last", seq: int = 0, topk: TopK | None = None
     ) -> npt.NDArray[np.float32]:
-        """Evaluate the next tokens of a sequence.
+        """Decode the next tokens of a sequence.
 
         Parameters
         ----------
         tokens : sequence of int
-            Ids, which follow what the cache holds of the sequence.
+            Ids, which follow the sequence's tokens in the cache.
         outputs : str
-            Whose logits are wanted: ``"last"``, ``"all"`` or ``"none"``.
+            Which tokens' logits are wanted: ``"last"``, ``"all"`` or ``"none"``.
         topk : TopK, optional
-            Takes the experts that each MoE layer chose for each of the tokens; see ``watches_experts``.
+            Receives the experts that each layer chose for each token; requires ``watches_experts``.
 
         Returns
         -------
@@ -271,11 +272,12 @@ class LlamaModel(Generator):
         Raises
         ------
         GraphError
-            An id or the sequence is out of bounds; nothing was computed.
+            An id or the sequence is out of range; nothing was computed.
         CacheFullError
             The tokens do not fit into the context; nothing was computed.
         BackendError, OutOfMemoryError
-            A device failed. The tokens of the failed micro-batch and after are not in the cache; the model can go on.
+            A device failed. The tokens of the failed micro-batch and later ones are not in the cache; the model is
+            still usable.
         ModelError
             llama.cpp ended the child; the model is closed.
         SchedError
@@ -301,11 +303,11 @@ class LlamaModel(Generator):
         return logits
 
     def count_splits(self) -> tuple[dict[str, int], int]:
-        """Return how many splits of the latest graph each backend has, and how many inputs all have."""
+        """Return the splits of the latest graph by backend, and the number of their inputs."""
         return self._splits
 
     def rewind(self, n_past: int, *, seq: int = 0) -> None:
-        """Forget a sequence's tokens from position ``n_past`` on, so that decoding goes on there.
+        """Forget a sequence's tokens from position ``n_past`` on, so that decoding continues there.
 
         Raises
         ------
@@ -318,11 +320,11 @@ class LlamaModel(Generator):
             raise AllocError(f"llama.cpp's memory of this model cannot go back to {n_past} tokens", hint="rewind to 0")
 
     def can_rewind(self, n_past: int, *, seq: int = 0) -> bool:
-        """Whether decoding can go on from position ``n_past`` of a sequence.
+        """Return whether decoding can continue at position ``n_past`` of a sequence.
 
         Notes
         -----
-        True where only llama.cpp itself can tell: `rewind` then raises.
+        If only llama.cpp can decide, the result is True, and `rewind` may raise.
         """
         return n_past == 0 or n_past >= self._reaches_back[seq]
 
@@ -343,10 +345,10 @@ class LlamaModel(Generator):
         found: list[bytes] = self._ask("pieces", tokens=list(tokens), special=special)
         return found
 
-    # -- what is held --------------------------------------------------------
+    # -- memory --------------------------------------------------------------
 
     def memory(self) -> MemoryRows:
-        """Return what llama.cpp holds of each buffer type."""
+        """Return llama.cpp's memory by buffer type."""
         names = dict.fromkeys(name for name, _, _ in self._memory)
 
         def held(name: str, purpose: AllocPurpose) -> int:
@@ -366,21 +368,21 @@ class LlamaModel(Generator):
         return self._ask("device", index=index, call=call, arguments=arguments)
 
     def hazards(self, index: int = 0) -> list[Hazard]:
-        """Return uses of a simulated device's memory, or by it of the host's, that no wait orders; with a seed only."""
+        """Return the hazards of a simulated device's accesses to its memory and the host's; requires a seed."""
         found: list[Hazard] = self._device(index, "hazards")
         return found
 
     def decode_late(
         self, chunks: Sequence[Sequence[int]], *, seed: int | None, dropped: Collection[str] = ()
     ) -> LateRun:
-        """Evaluate chunks of a new sequence, each a decode, and wait after the last alone; simulated devices work late.
+        """Decode chunks of a new sequence and wait only after the last; simulated devices work late.
 
         Parameters
         ----------
         seed : int or None
-            Of the order in which devices do their work; None: at once.
+            Seed of the order in which devices do their work; None: they work at once.
         dropped : collection of str
-            Waits that devices leave out although llama.cpp asks for them: ``synchronize``, ``event_record``, ``event_wait``,
+            Waits that devices skip although llama.cpp requests them: ``synchronize``, ``event_record``, ``event_wait``,
             ``event_synchronize``.
         """
         found: LateRun = self._ask(
@@ -389,21 +391,21 @@ class LlamaModel(Generator):
         return found
 
     def traffic(self, index: int = 0) -> Traffic:
-        """Return what crossed the border of a simulated device's memory."""
+        """Return the bytes copied to and from a simulated device's memory."""
         found: Traffic = self._device(index, "traffic")
         return found
 
     def fail_at(self, moment: Moment, *, after: int = 0, index: int = 0) -> None:
-        """Let an allocation, copy or computing of a simulated device fail; see `SimDevice.fail_at`."""
+        """Let an allocation, copy or compute of a simulated device fail; see `SimDevice.fail_at`."""
         if moment not in get_args(Moment):
             raise GraphError(f"nothing fails at {moment!r}", hint=f"there are {', '.join(get_args(Moment))}")
         self._device(index, "fail_at", moment=moment, after=after)
 
     def recover(self, index: int = 0) -> None:
-        """Bring a lost device back, its memory empty."""
+        """Restore a lost device, with empty memory."""
         self._device(index, "recover")
 
-    # -- the end -------------------------------------------------------------
+    # -- closing -------------------------------------------------------------
 
     def close(self) -> None:
         """End the child."""
@@ -425,12 +427,12 @@ class LlamaModel(Generator):
 
 
 def _device_name(device: object) -> str:
-    """Return the name of a device that llama.cpp can be given.
+    """Return the name of a device that llama.cpp can use.
 
     Raises
     ------
     DeviceUnavailableError
-        It is the CPU, an opened device, or of a kind that cannot be given.
+        It is the CPU, an opened device, or of a kind that llama.cpp cannot use.
     """
     if not isinstance(device, str):
         raise DeviceUnavailableError(

@@ -1,4 +1,4 @@
-"""Flags of a placement and a context as llama.cpp's parameters; in the child."""
+"""Converts flags of placement and context to llama.cpp's parameters; in the child."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _COPIED = (
 def model_params(
     library: LlamaLibrary, placement: Message, devices: Sequence[Handle], bufts: Mapping[str, Handle]
 ) -> tuple[Handle, list[Handle]]:
-    """Return ``llama_model_params``, and what must live as long as the model.
+    """Return ``llama_model_params``, and objects that must live as long as the model.
 
     Parameters
     ----------
     placement : dict
-        As `about_placement` writes it.
+        From `about_placement`.
     devices : sequence of pointer
         In order.
     bufts : mapping of str to pointer
-        Buffer types by the names that overrides use.
+        Buffer types by their names in overrides.
     """
     ffi, lib = library.ffi, library.lib
     p = lib.llama_model_default_params()
@@ -55,7 +55,7 @@ def model_params(
 
 
 def context_params(library: LlamaLibrary, context: Message, *, threads: int = 1) -> Handle:
-    """Return ``llama_context_params`` of what `about_context` writes."""
+    """Return ``llama_context_params`` for a dict from `about_context`."""
     p = library.lib.llama_context_default_params()
     for name in _COPIED:
         setattr(p, name, context[name])

@@ -1,7 +1,7 @@
-"""The parent's end of the child that has llama.cpp in it.
+"""`LlamaProcess`: a child process with llama.cpp, seen from the parent.
 
-A child is thrown away when its work is done or when anything goes wrong: it has a process group of its own, which is
-killed as a whole. What it wrote to standard error last becomes the text of a `ModelError`.
+A child is ended when its work is done or anything fails: it has its own process group, which is killed as a whole. Its
+last lines on standard error become the text of a `ModelError`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["TIMEOUT_S", "LlamaProcess", "shared_process"]
 
 Message = dict[str, Any]  # what a request or an answer holds
 
-#: Seconds that one answer may take; a plan of 94 layers takes less than one.
+#: Most seconds for one answer; a plan of 94 layers needs less than one.
 TIMEOUT_S = 60.0
 _TAIL_BYTES = 16_384
 _HEAD = struct.Struct("<Q")
 
 
 def _end(process: subprocess.Popen[bytes], words: IO[bytes]) -> None:
-    """Kill the child and all that it started, and wait for it."""
+    """Kill the child and all processes that it started, and wait for it."""
     words.close()
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -51,18 +51,18 @@ def _end(process: subprocess.Popen[bytes], words: IO[bytes]) -> None:
 
 
 class LlamaProcess:
-    """A child with llama.cpp in it; it is started by the first request, and again after it has failed.
+    """A child with llama.cpp; it is started by the first request, and again after a failure.
 
     Parameters
     ----------
     library : Path
         The shared object of llama.cpp.
     kind : str
-        What it does: it captures graphs, or computes.
+        ``"capture"``: graphs; ``"compute"``: run a model.
     prints : bool
-        The scheduler in it prints its splits (``GGML_SCHED_DEBUG=2``).
+        Let its scheduler print splits (``GGML_SCHED_DEBUG=2``).
     timeout_s : float or None
-        Seconds that one answer may take; None: as long as it likes.
+        Most seconds for one answer; None: no limit.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class LlamaProcess:
         environment = {
             k: v for k, v in os.environ.items() if k not in ("GGML_SCHED_DEBUG", "GGML_OP_OFFLOAD_MIN_BATCH")
         }
-        environment["GGML_NO_BACKTRACE"] = "1"  # else a failed assertion starts a debugger
+        environment["GGML_NO_BACKTRACE"] = "1"  # otherwise a failed assertion starts a debugger
         if self.prints:
             environment["GGML_SCHED_DEBUG"] = "2"
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the child
@@ -98,7 +98,7 @@ class LlamaProcess:
 
     @property
     def is_alive(self) -> bool:
-        """Whether there is a child, as far as is known."""
+        """Whether a child was started and has not been seen to end."""
         return self._process is not None
 
     def ask(self, request: Message) -> Any:
@@ -107,12 +107,12 @@ class LlamaProcess:
         Raises
         ------
         ModelError
-            llama.cpp refused the model or the flags, an assertion of it failed, it crashed, or took too long. The next
-            request starts a new child.
+            llama.cpp refused the model or the flags, one of its assertions failed, it crashed, or took too long. The
+            next request starts a new child.
         DeviceUnavailableError
             The library cannot be used.
         PyggmlError
-            Any other that the child raised; it is still there.
+            Any other error that the child raised; the child is still running.
         """
         path = str(request["model"])
         process = self._process or self._start()
@@ -161,7 +161,7 @@ class LlamaProcess:
         return b"".join(parts)
 
     def _last_words(self) -> str:
-        """Return the last line that says what was wrong; else the last line."""
+        """Return the last line about an error, or else the last line."""
         if self._words is None:
             return ""
         self._words.seek(0, os.SEEK_END)
@@ -192,9 +192,9 @@ _shared: dict[tuple[Path, bool], tuple[LlamaProcess, int]] = {}
 
 @contextlib.contextmanager
 def shared_process(library: Path, *, prints: bool = False) -> Iterator[LlamaProcess]:
-    """Give the one child of a library that all planners of this process share, until the last lets go of it.
+    """Provide the child of a library that all planners of this process share; it ends with the last of them.
 
-    A program that plans many times holds it meanwhile, so that llama.cpp is loaded once.
+    A program that plans repeatedly can hold it, so that llama.cpp is loaded once.
     """
     key = (library, prints)
     process, n_users = _shared.get(key) or (LlamaProcess(library, prints=prints), 0)

@@ -1,8 +1,8 @@
-"""Races in llama.cpp's scheduler: it runs over simulated devices that work late, and what no wait orders is named.
+"""Finds races in llama.cpp's scheduler by running it on simulated devices that work late.
 
-A world is a way to run the model: one device or two, experts in host memory or not, with pipeline copies where llama.cpp uses
-them. In each, the same chunks of a prompt are decoded once with devices that work at once, then with a seed many
-times; a hazard is a use of memory that nothing orders, whether it happened to give a wrong number or not.
+A world is a way to run the model: one device or two, experts in host memory or not, with pipeline copies if llama.cpp
+uses them. In each world the same chunks of a prompt are decoded once with devices that work at once, then once per seed
+with late devices. A hazard is reported whether or not it changed a result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["WAITS", "RaceReport", "World", "WorldReport", "find_races", "worlds_
 
 #: The waits of a scheduler, by the slots of ggml's interfaces.
 WAITS = ("synchronize", "event_record", "event_wait", "event_synchronize")
-#: Chunks of a prompt: more than the four copies that a pipeline has, and each of another size, so that each has a graph of its own.
+#: Sizes of a prompt's chunks: more than there are pipeline copies, and all different, so that each has its own graph.
 _CHUNKS = tuple(range(33, 40))
 
 
@@ -44,7 +44,7 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class NamedHazard:
-    """One hazard, and in how many runs it came about; texts, split and micro-batch are of the first time."""
+    """A hazard, and the number of runs that had it; texts, split and micro-batch are those of the first run."""
 
     device: str
     split: int
@@ -60,12 +60,12 @@ class NamedHazard:
 
 @dataclass(slots=True)
 class WorldReport:
-    """What the runs of a world came to.
+    """The results of a world's runs.
 
     Attributes
     ----------
     n_wrong, n_failed : int
-        Runs whose logits differ from those of devices that work at once, and runs that ended with an error.
+        Runs whose logits differ from those with devices that work at once, and runs that ended with an error.
     """
 
     world: World
@@ -86,7 +86,7 @@ class WorldReport:
 
 @dataclass(slots=True)
 class RaceReport:
-    """What all worlds came to."""
+    """The results of all worlds."""
 
     model: str
     build: str
@@ -95,7 +95,7 @@ class RaceReport:
 
     @property
     def n_hazards(self) -> int:
-        """Hazards of all worlds."""
+        """Number of hazards in all worlds."""
         return sum(len(w.hazards) for w in self.worlds)
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class RaceReport:
 
 
 def worlds_of(facts: CapturedFacts, device: str = "sim:rtx4090-pcie4") -> list[World]:
-    """Return the worlds for a model: its layers on one device and on two, its experts there and on the host."""
+    """Return the worlds for a model: layers on one device and on two, experts there and in host memory."""
     half = max(facts.n_layer // 2, 1)
     two = (device, device)
     worlds = [
@@ -135,21 +135,21 @@ def find_races(
     timeout_s: float | None = 600.0,
     progress: Callable[[str, int, int], None] = lambda world, done, total: None,
 ) -> RaceReport:
-    """Run a model in llama.cpp over late devices, in each world with each seed.
+    """Run a model in llama.cpp on late devices, in each world with each seed.
 
     Parameters
     ----------
     dropped : collection of str
-        Of `WAITS`: waits that devices leave out, to see whether their loss is noticed.
+        Waits (of `WAITS`) that devices skip, to test whether the missing wait is found.
     worlds : sequence of World, optional
-        `worlds_of` the model if not given.
+        By default `worlds_of` the model.
     progress : callable
-        Told of a world, and how many of its runs are done.
+        Called with a world and the number of its finished runs.
 
     Raises
     ------
     GraphError
-        No wait is called so.
+        There is no such wait.
     ModelError
         llama.cpp refuses the model, or fails on it.
     """
@@ -164,7 +164,7 @@ def find_races(
         made = WorldReport(world)
         report.worlds.append(made)
         todo = list(seeds)
-        while todo:  # more than once only if the child does not survive a run without its waits
+        while todo:  # repeats only if the child ends in a run without its waits
             with LlamaModel(
                 model, devices=world.devices, placement=world.placement, context=context, threads=threads, seed=0,
                 host=None, library=library, timeout_s=timeout_s,
@@ -181,7 +181,7 @@ def _run(
     dropped: Collection[str],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Take seeds until there are none left, or the child is gone."""
+    """Run the seeds until none is left or the child has ended."""
     chunks = list(_chunks(model.n_vocab))
     alone = model.decode_late(chunks, seed=None)
     if alone.error is not None:
@@ -209,7 +209,7 @@ def _failed(report: WorldReport, error: BaseException) -> None:
 
 
 def _take(report: WorldReport, found: Sequence[FoundHazard]) -> None:
-    """Add the hazards of a run; those that differ in the number of a pipeline copy alone are one."""
+    """Add the hazards of a run; hazards that differ only in the number of a pipeline copy count as one."""
     known = {_key(h.device, h): i for i, h in enumerate(report.hazards)}
     seen = set()
     for one in found:
@@ -235,5 +235,5 @@ def _chunks(n_vocab: int) -> Iterator[list[int]]:
 
 
 def _key(device: str, hazard: Hazard | NamedHazard) -> tuple[str, ...]:
-    """Return what hazards that are one have in common: all but the number of a pipeline copy."""
+    """Return the key by which hazards count as one: all fields without the number of a pipeline copy."""
     return device, *(re.sub(r"#\d+'", "'", text) for text in (hazard.earlier, hazard.later, hazard.missing))

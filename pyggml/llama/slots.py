@@ -1,8 +1,8 @@
-"""Where a build of ggml keeps the functions of its backend interfaces, found by calling the build; no header is read.
+"""Finds the layout of ggml's backend interfaces in a build by calling it, without headers.
 
-The interfaces are tables of function pointers inside ggml's objects, and they grow from version to version. Here an
-object is a block of words, each the address of its own small function. A public function of ggml is called with the
-block as its object: the function that gets called tells the slot, a word that comes back tells a field.
+The interfaces are tables of function pointers in ggml's objects, and they grow from version to version. To probe them,
+a block of words is made, each the address of its own small function, and passed as the object to a public function of
+ggml. The function that is called shows the slot; a returned word shows a field.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["FUNCTIONS", "N_WORDS", "Interfaces", "Table", "find_interfaces"]
 
 #: Words of a block; the largest object of any version has 22.
 N_WORDS = 40
-#: What a slot's function returns: an address that is aligned and belongs to no one.
+#: Result of a slot's function: an aligned address that is not in use.
 _NOWHERE = 1 << 20
 
-#: Functions that are called here and that `Library` does not declare.
+#: Functions that are called here but not declared by `Library`.
 FUNCTIONS = """
 void * ggml_backend_buft_get_device(void * buft);
 void ggml_backend_tensor_memset(struct ggml_tensor * tensor, uint8_t value, size_t offset, size_t size);
@@ -41,12 +41,12 @@ void * ggml_backend_cpu_buffer_type(void);
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One kind of object, in words from its start.
+    """The layout of one kind of object, in words from its start.
 
     Attributes
     ----------
     slots : dict of str to int
-        Functions, by the names that upstream gives them.
+        Functions by upstream's names.
     fields : dict of str to int
         Values that public functions return.
     """
@@ -57,12 +57,12 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Interfaces:
-    """The layout of every object of ggml that a device in Python makes or changes.
+    """The layout of each kind of object that a device in Python makes or changes.
 
     Attributes
     ----------
     api_version : int
-        `GGML_BACKEND_API_VERSION` of the build: a registry must state it.
+        `GGML_BACKEND_API_VERSION` of the build, which a registry must state.
     """
 
     buffer_type: Table
@@ -73,7 +73,7 @@ class Interfaces:
     api_version: int
 
 
-#: What a device in Python needs of each object; a build that lacks one of these cannot be used.
+#: Slots and fields that a device in Python needs of each kind of object.
 _NEEDED = {
     "buffer_type": "get_name alloc_buffer get_alignment get_alloc_size is_host .device",
     "buffer": "free_buffer get_base set_tensor get_tensor memset_tensor clear .buft",
@@ -86,7 +86,7 @@ _NEEDED = {
 
 
 class _Prober:
-    """Blocks of words, and which of their functions is called."""
+    """Makes blocks of words, and finds which of their functions is called."""
 
     def __init__(self, library: Library) -> None:
         self.ffi = library.ffi
@@ -105,13 +105,13 @@ class _Prober:
         return called
 
     def block(self) -> Handle:
-        """Return an object whose every word is a function of its own."""
+        """Return an object in which every word is a different function."""
         made = self.ffi.new("intptr_t[]", self.words)
         self._blocks.append(made)
         return self.ffi.cast("void *", made)
 
     def ask(self, table: Table, name: str, call: Callable[[], Any], *, answer: int = _NOWHERE) -> None:
-        """Note the slot that a call reaches, or the field that it returns."""
+        """Record the slot that a call reaches, or the field that it returns."""
         self.called.clear()
         self.answer = answer
         returned = call()
@@ -127,12 +127,12 @@ class _Prober:
 
 
 def find_interfaces(library: Library) -> Interfaces:
-    """Return where a build keeps its interfaces.
+    """Return the layout of a build's interfaces.
 
     Raises
     ------
     DeviceUnavailableError
-        A function that is needed was not found.
+        A required function was not found.
     """
     ffi, lib, probe = library.ffi, library.lib, _Prober(library)
     null = ffi.NULL
@@ -154,7 +154,7 @@ def find_interfaces(library: Library) -> Interfaces:
 
     buffer, of_buffer = probe.block(), Table()
     probe.ask(of_buffer, "buft", lambda: lib.ggml_backend_buffer_get_type(buffer))
-    if "buft" in of_buffer.fields:  # functions of a buffer ask its type, too
+    if "buft" in of_buffer.fields:  # functions of a buffer also call its type
         ffi.cast("intptr_t *", buffer)[of_buffer.fields["buft"]] = int(ffi.cast("intptr_t", buft))
     x.buffer = buffer
     x.data = ffi.cast("void *", _NOWHERE)
@@ -226,11 +226,11 @@ def find_interfaces(library: Library) -> Interfaces:
 
 
 def _find_free_buffer(library: Library, probe: _Prober, table: Table) -> None:
-    """Find the function that frees a buffer: of a real one, as the library deletes the object that it is called of."""
+    """Find the function that frees a buffer, with a real buffer because the library deletes the object."""
     ffi, lib = library.ffi, library.lib
     real = lib.ggml_backend_buft_alloc_buffer(lib.ggml_backend_cpu_buffer_type(), 64)
     words = ffi.cast("intptr_t *", real)
-    for i in range(table.fields["buft"]):  # its 64 bytes are never given back
+    for i in range(table.fields["buft"]):  # its 64 bytes are never freed
         words[i] = probe.words[i]
     probe.ask(table, "free_buffer", lambda: lib.ggml_backend_buffer_free(real))
 

@@ -1,8 +1,7 @@
-"""`CapturedSource`: graphs, placement and caches as llama.cpp has them, for a planner.
+"""`CapturedSource`: provides a planner with llama.cpp's graphs, placement and caches.
 
-llama.cpp decides everything that depends on the model: its graph, which buffer type each weight and cache goes to, which
-device each layer belongs to, whether flash attention and other fused ops stay on. What the scheduler then does with that
-is decided here, by pyggml's own.
+llama.cpp decides everything that depends on the model: the graph, the buffer type of each weight and cache, the device
+of each layer, and whether flash attention and other fused ops stay on. pyggml's scheduler decides the rest.
 """
 
 from __future__ import annotations
@@ -58,14 +57,14 @@ _WEIGHTS = 1  #: upstream's `GGML_BACKEND_BUFFER_USAGE_WEIGHTS`
 
 
 def _n_dense_lead(names: Iterable[str]) -> int:
-    """Return how many layers come before the first with experts; what a key says of it, not every family reads."""
+    """Return the number of layers before the first with experts, from names, because not every family reads the key."""
     layers = (re.match(rf"blk\.(\d+){EXPERTS}", name) for name in names)
     return min((int(found[1]) for found in layers if found), default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class CapturedFacts:
-    """What a plan says of a model; from llama.cpp and from the header."""
+    """Facts about a model for plans, from llama.cpp and the header."""
 
     arch: str
     name: str
@@ -82,7 +81,7 @@ class CapturedFacts:
         arch = file.require("general.architecture", str)
 
         def number(key: str) -> int:
-            """Return a number; of one for each layer, the largest."""
+            """Return a number; of an array by layer, the largest."""
             value = file.metadata.get(f"{arch}.{key}", 0)
             if isinstance(value, str):
                 return 0
@@ -105,7 +104,7 @@ class CapturedFacts:
 
 @dataclass(eq=False, slots=True)
 class CapturedGraph:
-    """A graph of llama.cpp; see `PlannableGraph`."""
+    """A captured graph; see `PlannableGraph`."""
 
     graph: Graph
     n_tokens: int
@@ -113,7 +112,7 @@ class CapturedGraph:
     norms: list[tuple[Tensor, int]]
     attn_outputs: list[Tensor]
     delta_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty, likewise
-    flash_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty: llama.cpp has settled it
+    flash_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty: llama.cpp has decided it
     pins: list[tuple[Tensor, Backend]] = field(default_factory=list)  #: empty: there is no expert cache
 
     def __repr__(self) -> str:
@@ -121,7 +120,7 @@ class CapturedGraph:
 
 
 def about_placement(placement: PlacementFlags, devices: Sequence[Device], overrides: Sequence[Override]) -> Message:
-    """Return what the child is told of devices and of flags about weights."""
+    """Return devices and placement flags for the child."""
     return {
         "devices": [
             {
@@ -139,13 +138,13 @@ def about_placement(placement: PlacementFlags, devices: Sequence[Device], overri
 
 
 def _offers(device: Device) -> bool:
-    """Whether a device offers to run ops whose weights are in host memory."""
+    """Return whether a device offers to run ops with host weights."""
     weight = Tensor(Type.F32, (32, 32), name="weight")
     return device.offload_op(ops.mul_mat(weight, Tensor(Type.F32, (32, 1 << 20))))
 
 
 def about_context(context: ContextFlags) -> Message:
-    """Return what the child is told of the context."""
+    """Return the context's flags for the child."""
     return {
         "n_ctx": context.n_ctx,
         "n_batch": context.n_batch,
@@ -164,14 +163,14 @@ def about_context(context: ContextFlags) -> Message:
 
 
 class CapturedSource(GraphSource):
-    """Graphs that llama.cpp builds, of any model that it loads; for plans only.
+    """Graphs from llama.cpp, of any model that it loads; only for plans.
 
     Parameters
     ----------
     file : GGUFFile
         The model.
     devices, cpu
-        As of `Planner`.
+        As for `Planner`.
     placement, context
         Flags.
 
@@ -182,7 +181,7 @@ class CapturedSource(GraphSource):
     ModelError
         llama.cpp refuses the model, or fails on it.
     GraphError
-        A flag cannot be.
+        A flag is invalid.
     """
 
     hparams: CapturedFacts
@@ -261,7 +260,7 @@ class CapturedSource(GraphSource):
         )
 
     def _weights(self, facts: Message) -> list[Message]:
-        """Return the weights as llama.cpp loads them; where it does not tell, those of the graph."""
+        """Return the weights as llama.cpp loads them; if it does not report them, those of the graph."""
         told = [w for w in facts["weights"] if w["buft"] is not None]
         known = {(w["name"], w["buft"]) for w in told}
         for t in self._largest["tensors"]:
@@ -291,24 +290,24 @@ class CapturedSource(GraphSource):
     # -- memory --------------------------------------------------------------
 
     def changed(self, placement: PlacementFlags, context: ContextFlags) -> CapturedSource:
-        """Return a source of the same model with other flags; llama.cpp is asked for it."""
+        """Return a source of the same model with other flags, from llama.cpp."""
         made = CapturedSource(self.file, self.placement.devices, self.cpu, placement=placement, context=context)
         self.close()
         return made
 
     def load(self, *, data: bool, progress: Progress | None) -> None:
-        """Put weights into buffers of no bytes."""
+        """Put weights into buffers without bytes."""
         assert not data, "captured graphs are for plans"
 
     def expert_weights(self) -> dict[int, list[Tensor]]:
-        """Refuse: llama.cpp has built the graphs, and they read the weights."""
+        """Raise `SchedError`: llama.cpp's graphs always read the weights."""
         raise SchedError(
             f"graphs of {self.hparams.arch} come from llama.cpp, and are planned without an expert cache",
             hint="leave the cache out, or replay a trace: `pyggml experts compare --scope group`",
         )
 
     def make_cache(self, *, data: bool) -> Mapping[BufferType, int]:
-        """Return what caches would take, those of recurrent layers included."""
+        """Return the bytes that caches need, including recurrent states."""
         sizes: dict[BufferType, int] = {}
         seen = set()
         for t in self._largest["tensors"]:
@@ -321,7 +320,7 @@ class CapturedSource(GraphSource):
         return sizes
 
     def _leaf(self, about: Message, n_before: int) -> Tensor:
-        """Return a weight or a cache, the same in every graph; where it is."""
+        """Return the tensor of a weight or cache, which is the same in every graph."""
         where, usage = about["where"]
         key = (about["name"], where, n_before)
         made = self._leafs.get(key)
@@ -340,7 +339,7 @@ class CapturedSource(GraphSource):
     # -- graphs --------------------------------------------------------------
 
     def reserved(self, n_tokens: int, n_seqs: int, n_outputs: int) -> CapturedGraph:
-        """Return the graph of so many tokens over the whole cache."""
+        """Return a graph of ``n_tokens`` tokens over the whole cache."""
         p = self.params
         largest = min(p.n_ctx, p.n_ubatch)
         if (n_tokens, n_seqs, n_outputs) == (largest, p.n_seq_max, min(largest, p.n_batch)):
@@ -350,7 +349,7 @@ class CapturedSource(GraphSource):
     def parts(
         self, n_tokens: int, outputs: Outputs, *, is_generated: bool = False
     ) -> Iterator[tuple[MicroBatch, Build]]:
-        """Yield the micro-batches of a decode; of a generation, all with the graph of the first."""
+        """Yield the micro-batches of a decode; in generation, all use the graph of the first."""
         if n_tokens > self.params.n_ctx_seq:
             raise CacheFullError(n_tokens, 0, self.params.n_ctx_seq)
         if is_generated:
@@ -367,7 +366,7 @@ class CapturedSource(GraphSource):
             first, last = first + n, i
 
     def _decode(self, n_tokens: int, outputs: Outputs) -> Message:
-        """Ask for the graphs of a decode; where llama.cpp fails on it, for those over the whole cache."""
+        """Return the graphs of a decode; if llama.cpp fails on it, those over the whole cache."""
         try:
             return self.captures.ask("decode", n_tokens=n_tokens, outputs=outputs, is_full=False)
         except ModelError as error:
@@ -383,7 +382,7 @@ class CapturedSource(GraphSource):
             ) from None
 
     def close(self) -> None:
-        """Let go of the child, and give the buffers back."""
+        """Release the child and free the buffers."""
         self._held.close()
         for tensor in self._leafs.values():
             tensor.buffer = tensor.data = None
@@ -392,7 +391,7 @@ class CapturedSource(GraphSource):
 
 
 def _home(name: str, op: str | None, layers: Sequence[Device], cpu: Device) -> tuple[Part, int, Device, str]:
-    """Return to which part of the model a weight belongs, and the device of that part."""
+    """Return a weight's part of the model, layer, device and reason."""
     if found := re.match(r"(?:\w+\.)?blk\.(\d+)\.", name):
         layer = int(found[1])
         return "repeating", layer, layers[min(layer, len(layers) - 1)], f"layer {layer}"
@@ -428,12 +427,13 @@ def _tensor(about: Message) -> Tensor:
 
 
 def read_graph(captured: Message, n_tokens: int, leaf: Any) -> CapturedGraph:
-    """Turn what the child reports into a graph.
+    """Return the graph of a child's answer.
 
     Parameters
     ----------
     leaf : callable
-        Given a weight or cache, and how many of that name and place came before it in the graph; returns its tensor.
+        Returns the tensor of a weight or cache, from its description and the number of earlier ones in the graph with
+        that name and place.
     """
     tensors, n_nodes = captured["tensors"], captured["n_nodes"]
     made: list[Tensor] = []
@@ -464,12 +464,12 @@ def read_graph(captured: Message, n_tokens: int, leaf: Any) -> CapturedGraph:
 
 
 def _is_attn_output(node: Tensor) -> bool:
-    """Whether a node is the result of attention without FLASH_ATTN_EXT, by its shape: names may be changed later.
+    """Return whether a node is the result of attention without FLASH_ATTN_EXT, by its sources: names may change.
 
     Notes
     -----
-    Mirrors what `llm_graph_context::build_attn_mha` pins to the CPU: CONT of PERMUTE of ``kqv``, which MLA multiplies
-    once more.
+    Mirrors the nodes that `llm_graph_context::build_attn_mha` pins to the CPU: CONT of PERMUTE of ``kqv``, which MLA
+    multiplies once more.
     """
     permuted = node.src[0] if node.op is Op.CONT else None
     product = permuted.src[0] if permuted is not None and permuted.op is Op.PERMUTE else None

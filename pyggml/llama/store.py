@@ -1,6 +1,6 @@
-"""What was captured, kept in files: a second plan of the same model with the same flags starts no child.
+"""Keeps captured graphs in files, so that another plan of the same model and flags starts no child.
 
-An answer belongs to the model's files and the library's files, by path, size and time of change, and to the request.
+An answer is identified by the request and by path, size and modification time of the model's and the library's files.
 Failures are not kept.
 """
 
@@ -25,9 +25,9 @@ __all__ = ["Captures"]
 
 Message = dict[str, Any]  # what goes through JSON
 
-#: To be raised when the child's answers change.
+#: Increment it when the format of answers changes.
 _VERSION = 1
-#: Answers that are kept; the oldest go first.
+#: Most kept answers; the oldest are deleted first.
 _MOST_FILES = 256
 
 
@@ -40,14 +40,14 @@ def _identity(paths: Iterable[str | Path]) -> list[tuple[str, int, int]]:
 
 
 class Captures:
-    """Answers about one model with one set of flags, from files where they were kept.
+    """Answers about one model with one set of flags, from files if they were kept.
 
     Parameters
     ----------
     process : LlamaProcess
-        Answers what is not kept.
+        The child for answers that are not kept.
     paths : iterable of str
-        The model's files, the first first.
+        The model's files, in order.
     about : dict
         ``placement`` and ``context`` of each request.
     """
@@ -56,7 +56,7 @@ class Captures:
         self.process, self.paths, self.about = process, tuple(paths), about
 
     def request(self, do: str, **more: object) -> Message:
-        """Return what the child is asked."""
+        """Return a request for the child."""
         return {"model": str(Path(self.paths[0]).absolute()), "do": do, **self.about, **more}
 
     def ask(self, do: str, **more: object) -> Message:
@@ -75,7 +75,7 @@ class Captures:
                 return found
         answer: Message = self.process.ask(request)
         if kept is not None:
-            with contextlib.suppress(OSError, PyggmlError):  # a folder that cannot be written costs time, nothing else
+            with contextlib.suppress(OSError, PyggmlError):  # without a writable folder, answers are not kept
                 _write(kept, answer)
         return answer
 
@@ -90,7 +90,7 @@ class Captures:
 
 
 def _write(path: Path, answer: Message) -> None:
-    """Write an answer so that no reader sees a part of it."""
+    """Write an answer atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = sorted(path.parent.glob("*.z"), key=lambda p: p.stat().st_mtime)
     for old in kept[: max(len(kept) + 1 - _MOST_FILES, 0)]:

@@ -1,4 +1,4 @@
-"""Tensors and graphs of ggml as pyggml's: what they are, and where they lie; in the child."""
+"""Converts ggml's tensors and graphs to pyggml's; in the child."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .library import DeviceLibrary
 
 __all__ = ["Translator"]
 
-#: Bytes of ``struct ggml_tensor`` that come before its sources.
+#: Offset of the sources in ``struct ggml_tensor``, in bytes.
 _HEAD_BYTES = 152
-#: Graphs of splits that are kept; a model has some hundreds for a batch size.
+#: Most kept graphs of splits; a model has some hundreds per batch size.
 _MAX_VIEWS = 4096
 _MAX_ANSWERS = 20_000
 
 
 class Translator:
-    """Reads tensors of a library.
+    """Converts the tensors of a library.
 
     Parameters
     ----------
     buffer_of : callable
-        Given the address of a buffer of ggml's, returns ours.
+        Returns pyggml's buffer for the address of a ggml buffer.
     """
 
     def __init__(self, library: DeviceLibrary, buffer_of: Callable[[int], Buffer | None]) -> None:
@@ -48,7 +48,7 @@ class Translator:
         return type is not None and type.is_quantized
 
     def known(self, t: Handle) -> Tensor:
-        """Return `tensor`, the same object for equal structs until `forget`: copies name the same tensors over and over."""
+        """Return `tensor`; until `forget`, equal structs give the same object, because copies repeat tensors."""
         key = bytes(self.ffi.buffer(t, self._struct_bytes))
         found = self._known.get(key)
         if found is None:
@@ -58,16 +58,16 @@ class Translator:
         return found
 
     def forget(self) -> None:
-        """Forget tensors: a buffer was given back, and another may get its address."""
+        """Forget tensors, because a buffer was freed and its address may be reused."""
         self._known.clear()
 
     def tensor(self, t: Handle, *, has_op: bool = False) -> Tensor:
-        """Return a tensor: what it is and where; a view is a tensor at its own place.
+        """Return a tensor with its address; a view becomes a tensor at its own address.
 
         Parameters
         ----------
         has_op : bool
-            With its op and parameters; sources are for the caller.
+            Include op and parameters; the caller sets the sources.
         """
         null = self.ffi.NULL
         type = self._types.get(t.type)
@@ -92,7 +92,7 @@ class Translator:
         return name.decode("utf-8", "replace")
 
     def ask(self, t: Handle, supports: Callable[[Tensor], bool]) -> bool:
-        """Return what a device says to a node, asked once for all of its kind; no to ops and types that pyggml lacks."""
+        """Return a device's answer for a node, asked once for equal nodes; False for unknown ops and types."""
         null = self.ffi.NULL
         key = (
             supports,
@@ -118,9 +118,9 @@ class Translator:
         return made
 
     def view(self, graph: Handle) -> tuple[GraphView, int, int]:
-        """Return a graph that a device was given, the address of its list of nodes, and its number (0: it has none).
+        """Return a graph given to a device, the address of its list of nodes, and its number (0: none).
 
-        It is the same object for the same graph, if the library numbers graphs.
+        The same graph gives the same object if the library numbers graphs.
         """
         uid = graph.uid if self.library.has_uids else 0
         nodes = self.library.address(graph.nodes)
@@ -130,7 +130,7 @@ class Translator:
         made = self._translate(graph)
         self.n_translated += 1
         if uid:
-            made.is_verified = True  # a number stands for one graph, whose tensors stay where they are
+            made.is_verified = True  # tensors of a numbered graph do not move
             self._views[uid] = made
             if len(self._views) > _MAX_VIEWS:
                 self._views.popitem(last=False)
@@ -167,7 +167,7 @@ class Translator:
 
 
 def _trimmed(sources: list[Tensor | None]) -> list[Tensor | None]:
-    """Return sources without the absent ones at the end."""
+    """Return sources without trailing None."""
     while sources and sources[-1] is None:
         sources.pop()
     return sources

@@ -1,8 +1,8 @@
-"""Is pyggml's plan of a model what llama.cpp's scheduler does? Both split the same graph; their texts are compared.
+"""Compares pyggml's plan of a model with llama.cpp's scheduler: both split the same graph and print it.
 
-The real scheduler splits in a child of its own, in a context that was made with the flags in question, and prints its
-splits, the inputs and sizes of each, and every node with its backend. pyggml's scheduler gets the graph that llama.cpp
-built, and the placement that llama.cpp decided, so that only the scheduler is compared.
+llama.cpp's scheduler runs in a child, in a context with the same flags, and prints its splits, their inputs with sizes,
+and every node with its backend. pyggml's scheduler gets llama.cpp's graph and placement, so that only the scheduler is
+compared.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .source import CapturedSource
 
 __all__ = ["DEVICE", "Difference", "Verification", "VerifiedPlan", "verify"]
 
-#: One device that takes every op, and offers to run those of 32 rows or more whose weights are in host memory.
+#: A device that supports every op, and offers to run those with host weights and at least 32 rows.
 DEVICE = "mock:CUDA0:offload=32"
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first line in which two texts differ; empty where one has ended."""
+    """The first line that differs between two texts; empty if a text has ended."""
 
     line: int
     llama: str
@@ -41,18 +41,18 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class VerifiedPlan:
-    """One micro-batch, planned by both.
+    """The comparison of one micro-batch.
 
     Attributes
     ----------
     batch : int
-        Of how many tokens the batch is that it belongs to.
+        Tokens of its batch.
     n_tokens : int
-        Of the micro-batch.
+        Tokens of the micro-batch.
     n_splits, n_lines : int
-        What the real scheduler printed.
+        Splits and lines that llama.cpp's scheduler printed.
     first_difference : Difference or None
-        Where the texts differ first.
+        The first difference of the texts.
     """
 
     batch: int
@@ -63,7 +63,7 @@ class VerifiedPlan:
 
     @property
     def equal(self) -> bool:
-        """Whether both texts are the same."""
+        """Whether both texts are equal."""
         return self.first_difference is None
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,14 +81,14 @@ class VerifiedPlan:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a comparison came to.
+    """The result of a comparison.
 
     Attributes
     ----------
     build : dict
-        Of llama.cpp: ``llama``, ``ggml`` and ``path``.
+        llama.cpp's build: ``llama``, ``ggml`` and ``path``.
     plans : list of VerifiedPlan
-        In the order of batches.
+        Micro-batches, in the order of batches.
     """
 
     model: str
@@ -98,11 +98,11 @@ class Verification:
 
     @property
     def equal(self) -> bool:
-        """Whether all texts are the same."""
+        """Whether all texts are equal."""
         return all(plan.equal for plan in self.plans)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the result for JSON."""
         return {
             "equal": self.equal,
             "model": self.model,
@@ -122,18 +122,18 @@ def verify(
     outputs: Literal["last", "all"] = "last",
     offload_rule: OffloadOp | None = None,
 ) -> Verification:
-    """Compare pyggml's splits of a model with those of the real scheduler.
+    """Compare pyggml's splits of a model with those of llama.cpp's scheduler.
 
     Parameters
     ----------
     sizes : sequence of int
-        Tokens of batches, each cut into micro-batches; the cache is taken to be full.
+        Tokens of batches, each cut into micro-batches; the cache is assumed to be full.
     devices : sequence
-        As of `Planner.open`. The real devices run every op in their own memory, whatever these support.
+        As for `Planner.open`. llama.cpp's devices support every op in their own memory, whatever these support.
     outputs : str
-        Whose logits are wanted: ``"last"`` or ``"all"``.
+        Which tokens' logits are wanted: ``"last"`` or ``"all"``.
     offload_rule : callable, optional
-        Of pyggml's scheduler only: another rule than the devices' gives a difference.
+        Rule of pyggml's scheduler only; a rule other than the devices' gives a difference.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def verify(
 
 
 def _micro_batches(sizes: Sequence[int], n_ubatch: int) -> list[tuple[int, int]]:
-    """Return each batch with the sizes of its micro-batches, every size once."""
+    """Return each batch with each distinct size of its micro-batches."""
     out: list[tuple[int, int]] = []
     for batch in sizes:
         for n in (min(batch, n_ubatch), batch % n_ubatch):
