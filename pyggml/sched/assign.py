@@ -17,7 +17,7 @@ from .state import CAUSES_OF_WEIGHTS, Assignment, Cause, Machine, is_computed
 
 __all__ = ["OffloadOp", "assign", "assign_from_location", "expand", "inherit", "settle", "upgrade"]
 
-#: Whether a backend wants an op whose weights lie in host memory; None: nothing is ever offloaded.
+#: Whether a backend takes an op with host weights; None: nothing is offloaded.
 OffloadOp = Callable[[Backend, Tensor], bool]
 #: Whether a backend can run a node.
 Supports = Callable[[Tensor], bool]
@@ -46,12 +46,12 @@ _HAS_SMALL_WEIGHTS = (Op.ROPE, Op.FLASH_ATTN_EXT)
 
 
 def assign_from_location(graph: Graph, asg: Assignment, machine: Machine, offload_op: OffloadOp | None) -> None:
-    """Assign what is in memory already, inputs, and ops with weights.
+    """Assign tensors that are already in memory, inputs, and ops with weights.
 
     Notes
     -----
     Mirrors `ggml_backend_sched_split_graph`, pass 1, and `ggml_backend_sched_backend_id_from_cur`: leafs first, then
-    nodes; what the user pinned stays. Upstream's separate look at ``view_src`` (1.vsrc) never decides: the first look
+    nodes; pinned tensors stay. Upstream's separate rule for ``view_src`` (1.vsrc) has no effect, because the first rule
     follows ``view_src`` already.
     """
     ids, causes = asg.ids, asg.causes
@@ -80,7 +80,7 @@ def assign_from_location(graph: Graph, asg: Assignment, machine: Machine, offloa
 
 
 def _from_own_buffer(tensor: Tensor, buffer: Buffer, machine: Machine, supports_op: Sequence[Supports]) -> int:
-    """Return the first backend that can use the buffer that a tensor is in already, and run the op."""
+    """Return the first backend that can use the tensor's buffer and run its op."""
     for b in machine.users[buffer.buft]:
         if supports_op[b](tensor):
             return b
@@ -100,7 +100,7 @@ def _from_weight(
     supports_op: Sequence[Supports],
     offload_op: OffloadOp | None,
 ) -> tuple[int, Cause] | None:
-    """Return the backend that a node's first weight tells, and why: a device that offers to take it, or where the weight is.
+    """Return the backend by a node's first weight, and the cause: a device that offloads it, or the weight's backend.
 
     Notes
     -----
@@ -128,8 +128,8 @@ def expand(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
 
     Notes
     -----
-    Mirrors `ggml_backend_sched_split_graph`, pass 2: the sweeps down and up are made twice, at first with the CPU as a
-    barrier, so that it takes only what lies between its own nodes. Only unassigned nodes change, so only they are visited.
+    Mirrors `ggml_backend_sched_split_graph`, pass 2: sweeps down and up are made twice, first with the CPU as a
+    barrier, so that it takes only nodes between its own. Only unassigned nodes change, so only they are visited.
     """
     ids = asg.ids
     computed = [node for node in nodes if not node.op.is_view]
@@ -159,7 +159,7 @@ def _sweep(
     """
     ids, causes = asg.ids, asg.causes
     still_left: list[int] = []
-    current: int | None = None  # the backend that goes on
+    current: int | None = None  # the backend to continue
     previous = -step if step > 0 else len(computed)
     for i in left:
         if i != previous + step:  # between them are assigned nodes
@@ -176,7 +176,7 @@ def _sweep(
     return still_left
 
 
-# pass 3: better backends for the same memory, and the best for what is left
+# pass 3: better backends for the same memory, and the best for unassigned nodes
 
 
 def upgrade(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
@@ -230,11 +230,11 @@ def _upgrade_node(node: Tensor, assigned: int, asg: Assignment, machine: Machine
             return
 
 
-# pass 4: what is left follows its view or its user
+# pass 4: remaining tensors follow their view or their reader
 
 
 def inherit(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
-    """Assign views with what they view, and remaining sources with the node that uses them.
+    """Assign views to the backend of their source, and remaining sources to that of the node that reads them.
 
     Raises
     ------
@@ -273,23 +273,23 @@ def _assign_first(node: Tensor, asg: Assignment, machine: Machine) -> None:
     raise unsupported_op(node, machine.backends)
 
 
-# after pass 4: what was assigned without a question
+# after pass 4: tensors that were assigned without asking the backend
 
 #: The passes asked the backend before they gave these causes.
 _WAS_ASKED = frozenset({Cause.DST, Cause.OFFLOADED, Cause.EXPANDED, Cause.BEST, Cause.UPGRADED, *CAUSES_OF_WEIGHTS})
 
 
 def settle(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
-    """Verify that each node can run where it is; move one whose result is in memory that its backend cannot write.
+    """Verify that each node's backend can run it; move a node whose backend cannot write to the memory of its result.
 
     Raises
     ------
     UnsupportedOpError
-        A node was pinned to a backend that cannot run it, or none that uses the memory of its result can.
+        A node was pinned to a backend that cannot run it, or no backend that uses the memory of its result can run it.
 
     Notes
     -----
-    Differs: upstream asks no backend about what the user pinned and what follows its view, and runs it
+    Differs: upstream runs pinned nodes and nodes that follow their view without asking the backend
     (`Repairs.unsupported_ops`).
     """
     causes, supports_op = asg.causes, machine.op_checks
@@ -298,7 +298,7 @@ def settle(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
         if root is None and causes[node] in _WAS_ASKED:
             continue
         if root is not None and node.op.is_empty and asg.ids.get(root, asg.ids[node]) != asg.ids[node]:
-            asg.set(node, asg.ids[root], Cause.VIEWED)  # it was pinned away from the memory that it looks at
+            asg.set(node, asg.ids[root], Cause.VIEWED)  # it was pinned to another backend than the memory that it views
             continue
         if not is_computed(node):
             continue
@@ -337,7 +337,7 @@ def settle(nodes: Sequence[Tensor], asg: Assignment, machine: Machine) -> None:
 
 
 def _users_of(root: Tensor, asg: Assignment, machine: Machine) -> tuple[int, ...]:
-    """Return the backends that can use the memory of a tensor, its own first; none if it is nowhere yet."""
+    """Return the backends that can use a tensor's memory, its own first; empty if it has none yet."""
     at = asg.ids.get(root)
     if root.buffer is not None:
         users = machine.users[root.buffer.buft]

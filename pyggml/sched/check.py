@@ -1,4 +1,4 @@
-"""Invariants of what was decided, verified when ``PYGGML_CHECK=1``: a wrong decision is an error at once, not a wrong number later."""
+"""With ``PYGGML_CHECK=1``, verifies assignment, splits and allocation: a wrong decision raises an error at once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["check_allocation", "check_assignment", "check_splits"]
 
 
 def check_assignment(graph: Graph, asg: Assignment, machine: Machine) -> None:
-    """Verify passes 1 to 4: each node has a backend that supports its op, or was pinned by the user of a strict scheduler.
+    """Verify passes 1 to 4: each node has a backend that supports its op, or was pinned in a strict scheduler.
 
     Raises
     ------
     SchedError
-        One has not; the text names node and backend, the causes say how it came there.
+        A node does not; the text names node, backend and causes.
     """
     for node in graph.nodes:
         backend_id = asg.get(node)
@@ -40,12 +40,12 @@ def check_assignment(graph: Graph, asg: Assignment, machine: Machine) -> None:
 
 
 def check_splits(graph: Graph, cutter: Cutter) -> None:
-    """Verify pass 5: the splits are all of the graph, in order, and each finds on its backend what its nodes read.
+    """Verify pass 5: the splits are the whole graph, in order, and their backends can use all that their nodes read.
 
     Raises
     ------
     SchedError
-        They are not, a node comes before its source, or a source is neither usable where it is nor copied by this or an earlier split.
+        They are not, a node is before its source, or a source is neither usable nor copied by this or an earlier split.
     """
     _check_order(graph, cutter)
     at = 0
@@ -65,7 +65,7 @@ def check_splits(graph: Graph, cutter: Cutter) -> None:
 
 
 def _check_order(graph: Graph, cutter: Cutter) -> None:
-    """Verify that no backend put a node of its split before a source of it."""
+    """Verify that no backend moved a node of its split before one of its sources."""
     waiting = set(graph.nodes)
     for i, node in enumerate(graph.nodes):
         waiting.discard(node)
@@ -107,26 +107,26 @@ def _error(message: str, node: Tensor, asg: Assignment) -> SchedError:
 
 @dataclass(eq=False, slots=True)
 class _Stay:
-    """A tensor in a compute buffer, and from which to which node of the play it is needed."""
+    """A tensor in a compute buffer, with the first and the last node that need it."""
 
     tensor: Tensor
     start: int
     end: int
     lo: int  #: first byte
-    hi: int  #: first byte behind it
+    hi: int  #: first byte after it
 
 
 def check_allocation(sched_graph: SchedGraph, galloc: Gallocr) -> None:
-    """Verify that no two tensors that are needed at the same time share a byte, and that all lie inside their buffers.
+    """Verify that no two tensors that are needed at the same time overlap, and that all are inside their buffers.
 
     Raises
     ------
     SchedError
-        Two do, or one lies outside or has no memory.
+        Two overlap, or one is outside its buffer or has no memory.
 
     Notes
     -----
-    A result may take the memory of a source that nobody needs after it, if its op computes in place.
+    A result may use the memory of a source that is not needed later, if its op computes in place.
     """
     chunks = {chunk for i in range(len(galloc.bufts)) for chunk in galloc.chunks(i)}
     by_chunk: dict[Buffer, list[_Stay]] = {}
@@ -145,7 +145,7 @@ def check_allocation(sched_graph: SchedGraph, galloc: Gallocr) -> None:
 
 
 def _lives(sched_graph: SchedGraph) -> dict[Tensor, tuple[int, int]]:
-    """Return for each tensor that owns memory the first and the last node of the play that need it."""
+    """Return, for each tensor that owns memory, the first and the last node that need it."""
     forever = len(sched_graph.nodes)
     starts: dict[Tensor, int] = {leaf: -1 for leaf in sched_graph.leafs if leaf.view_src is None}
     ends: dict[Tensor, int] = {}
@@ -154,7 +154,7 @@ def _lives(sched_graph: SchedGraph) -> dict[Tensor, tuple[int, int]]:
             if tensor is None:
                 continue
             if node.op is Op.NONE and tensor is node and tensor.view_src is not None:
-                continue  # a dependency of the scheduler's own: its sources count
+                continue  # a dependency made by the scheduler: its sources count
             root = tensor if tensor.view_src is None else tensor.view_src
             starts.setdefault(root, -1 if root.flags & TensorFlag.INPUT else i)
             ends[root] = i
@@ -176,7 +176,7 @@ def _check_chunk(stays: Sequence[_Stay], galloc: Gallocr) -> None:
 
 
 def _takes_over(stay: _Stay, other: _Stay, galloc: Gallocr) -> bool:
-    """Whether a result was computed in place of a source that ends with it."""
+    """Return whether a result was computed in place of a source that is not needed later."""
     return (
         other.end == stay.start
         and other.lo == stay.lo

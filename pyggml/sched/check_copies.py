@@ -1,19 +1,20 @@
 """Copies of split inputs, verified before each launch when ``PYGGML_CHECK`` is set.
 
-Two things, each derived from the graph, the ids and the memory, and never by the functions that policies use:
+It verifies two properties from the graph, the ids and the memory, without the functions that policies use:
 
-- *Every copy covers what is read.* `CopyCheck` is told of each range that is sent, and knows what the nodes of a split
-  read: of an expert weight under MUL_MAT_ID the experts that the ids name now, with the padding that kernels may touch;
-  of all else every byte. What a node wrote at the source since it was copied is not covered any more.
-- *Results equal the full copy.* The bytes that were to be copied are compared with the source. With ``PYGGML_CHECK=2`` a
-  split with experts copied in part is computed once more with whole copies, and each of its results compared bit for bit.
+- *Copies cover what is read.* `CopyCheck` receives each range that is sent, and knows what the nodes of a split read:
+of
+ an expert weight under MUL_MAT_ID the experts that the ids name now, with the padding that kernels may read; of other
+ inputs every byte. Bytes that a node wrote in the source after the copy are not covered.
+- *Results equal those of a full copy.* The bytes to be copied are compared with the source. With ``PYGGML_CHECK=2`` a
+split
+ with partly copied experts is computed again with full copies, and each result is compared bit for bit.
 
-Memory is looked at by `Buffer.peek`, of which devices take no notice: traces, counts, faults and virtual time are the same
-with and without the check. What cannot be seen so (a plan without data, a device that works late or is another machine's)
-is left out; there ids are not known, and only what is read whole must be covered.
+Memory is read with `Buffer.peek`, which devices do not count: traces, counts, faults and virtual time are the same with
+and without the check. Memory without `peek` (a plan without data, a late or remote device) is not compared. Its ids are
+unknown, so only inputs that are read whole must be covered.
 
-The check stands where `Repairs` promise right results. A scheduler that replays upstream (``strict=True``), which
-forgets later users of a copy and ids that were rewritten, is not checked.
+A scheduler with ``strict=True`` is not checked: like upstream, it ignores later readers of a copy and rewritten ids.
 """
 
 from __future__ import annotations
@@ -42,22 +43,22 @@ __all__ = ["CopyCheck"]
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A node that reads a copy."""
+    """A read of an input copy by a node."""
 
     node: Tensor
     source: Tensor
     copy: Tensor
-    #: what names the experts that are read; None: every byte is
+    #: the ids of the experts that are read; None: every byte is read
     ids: Tensor | None
 
 
 class CopyCheck(Observer):
-    """Follows the copies of an allocated graph, and verifies them when a split is about to be computed.
+    """Follows the copies of an allocated graph, and verifies them before each launch.
 
     Parameters
     ----------
     cutter : Cutter
-        With splits and copies of the graph, its backends' reordering done.
+        Splits and copies of the graph, after the backends have reordered their splits.
     """
 
     def __init__(self, cutter: Cutter) -> None:
@@ -71,8 +72,8 @@ class CopyCheck(Observer):
         self._writes: list[list[tuple[Tensor, Tensor]]] = []  # by split: node, and copy whose source it writes
         self._find_users(cutter)
         self._present: dict[Tensor, Ranges] = {}
-        self._fresh: set[Tensor] = set()  # copies that were put since the last launch
-        self._stale: dict[Tensor, tuple[Tensor, int]] = {}  # copy -> who wrote at its source, in which split
+        self._fresh: set[Tensor] = set()  # copies made since the last launch
+        self._stale: dict[Tensor, tuple[Tensor, int]] = {}  # copy -> the node that wrote to its source, and its split
         self._rerun: Rerun | None = None
 
     def _find_users(self, cutter: Cutter) -> None:
@@ -91,7 +92,7 @@ class CopyCheck(Observer):
                     if src is not None and src in sources:
                         ids = node.src[2] if node.op is Op.MUL_MAT_ID and j == 0 else None
                         if ids is not None and (ids.view_src or ids) in written:
-                            ids = None  # nobody can know them before the launch
+                            ids = None  # unknown before the launch
                         reads.setdefault((src, ids), _Read(node, sources[src], src, ids))
                 root = node.view_src or node
                 written.add(root)
@@ -102,13 +103,13 @@ class CopyCheck(Observer):
     # -- what happens --------------------------------------------------------
 
     def on_begin(self, run: SplitRun) -> None:
-        """Forget all copies: a computing starts."""
+        """Forget all copies, because a compute starts."""
         self._present.clear()
         self._fresh.clear()
         self._stale.clear()
 
     def on_sent(self, transfer: Transfer, offset: int, size: int) -> None:
-        """Note that bytes of a split's input were copied to its backend."""
+        """Record that bytes of a split's input were copied to its backend."""
         copy = transfer.copy
         if copy in self._stale:
             del self._stale[copy]
@@ -117,13 +118,13 @@ class CopyCheck(Observer):
         self._fresh.add(copy)
 
     def before_launch(self, run: SplitRun, i_split: int) -> None:
-        """Verify all that the nodes of a split read of copies.
+        """Verify the copies that the nodes of a split read.
 
         Raises
         ------
         SchedError
-            Something was not copied, or its bytes are not the source's; the text names who reads what of which layer
-            where, and the experts that lack.
+            Bytes were not copied, or differ from the source. The text names node, input, layer and backend, and the
+            missing experts.
         """
         is_partial = False
         for read in self._reads[i_split]:
@@ -140,12 +141,12 @@ class CopyCheck(Observer):
             self._rerun = Rerun.prepare(run.plan.splits[i_split].graph, copies)
 
     def after_launch(self, run: SplitRun, i_split: int) -> None:
-        """Compare results with those of whole copies, if asked to, and take note of what the split wrote.
+        """Compare results with those of full copies if requested, and record what the split wrote.
 
         Raises
         ------
         SchedError
-            A result is another with whole copies.
+            A result differs from that with full copies.
         """
         rerun, self._rerun = self._rerun, None
         if rerun is not None:
@@ -164,7 +165,7 @@ class CopyCheck(Observer):
     # -- what must hold ------------------------------------------------------
 
     def _experts(self, read: _Read) -> list[int] | None:
-        """Return the experts that a node reads, as its ids name them now; None: all bytes, or unknown."""
+        """Return the experts that a node reads by its current ids; None: all bytes, or unknown."""
         ids = read.ids
         if ids is None or ids.storage is None:
             return None
@@ -176,7 +177,7 @@ class CopyCheck(Observer):
         import numpy as np
 
         rows = np.ndarray((ids.ne[1], ids.ne[0]), np.int32, seen, strides=(ids.nb[1], ids.nb[0]))
-        # an id that is no expert is for the run or the backend to refuse
+        # the run or the backend refuses ids out of range
         return [int(e) for e in np.unique(rows) if 0 <= e < read.source.ne[2]]
 
     def _verify_cover(self, run: SplitRun, i_split: int, read: _Read, experts: list[int] | None) -> None:
@@ -200,7 +201,7 @@ class CopyCheck(Observer):
             raise self._error(run, i_split, read, f"lacks the padding after {_experts_text(padded)}")
 
     def _verify_bytes(self, run: SplitRun, i_split: int, read: _Read, experts: list[int] | None) -> None:
-        """Compare what was to be copied with the source, where both can be seen."""
+        """Compare the bytes to be copied with the source, if both can be read."""
         import numpy as np
 
         source, copy = read.source, read.copy
@@ -235,7 +236,7 @@ class CopyCheck(Observer):
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors that share their memory's owner share a byte."""
+    """Return whether two tensors with the same memory owner overlap."""
     return a.view_offs < b.view_offs + b.nbytes and b.view_offs < a.view_offs + a.nbytes
 
 
@@ -244,12 +245,12 @@ def _is_weight(tensor: Tensor) -> bool:
 
 
 def _expert_bytes(weight: Tensor) -> int:
-    """Return the bytes of one expert; in a strided view less than from one to the next."""
+    """Return the bytes of one expert; in a strided view less than the distance to the next."""
     return weight.nbytes - (weight.ne[2] - 1) * weight.nb[2]
 
 
 def _bytes_of(weight: Tensor, experts: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield for each expert the first byte that must be there, and the first that need not, padding included."""
+    """Yield each expert with the range of bytes that must be copied, including padding."""
     size = _expert_bytes(weight)
     for expert in experts:
         start = expert * weight.nb[2]

@@ -1,4 +1,4 @@
-"""`Rerun`: a split computed once more with whole copies of its inputs, and its results compared bit for bit (``PYGGML_CHECK=2``)."""
+"""`Rerun`: computes a split again with full copies and compares its results bit for bit (``PYGGML_CHECK=2``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Rerun"]
 
 
 class Rerun:
-    """What a split is about to write over, kept so that it can be computed twice.
+    """The memory that a split will overwrite, saved so that the split can be computed twice.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class Rerun:
 
     @classmethod
     def prepare(cls, graph: GraphView, copies: Mapping[Tensor, Tensor]) -> Self | None:
-        """Keep what a split is about to write over; None if some of its memory cannot be seen.
+        """Save the memory that a split will overwrite; return None if some of it cannot be read.
 
         Parameters
         ----------
@@ -61,16 +61,16 @@ class Rerun:
         return cls(graph, results, pairs)
 
     def first_difference(self, backend: Backend) -> Tensor | None:
-        """Compute the nodes again with whole copies; return the first whose result is another.
+        """Compute the nodes again with full copies; return the first whose result differs.
 
-        All memory is as before the call when it returns.
+        All memory is restored before it returns.
         """
         backend.synchronize()
         after = [bytes(memory) for _, memory in self.results]
         copies_after = [bytes(to) for to, _ in self.copies]
         for (_, memory), content in zip(self.results, self.before, strict=True):
             memory[:] = content
-        for to, whole in self.copies:  # last: results may lie where a copy was that nobody needs any more
+        for to, whole in self.copies:  # last: results may use the memory of copies that are not needed later
             to[:] = whole
         backend.graph_compute(self.graph)
         backend.synchronize()

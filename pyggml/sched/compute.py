@@ -22,15 +22,16 @@ from .transfer import Feed, Transfer
 
 __all__ = ["EvalCallback", "SplitRun", "compute_splits"]
 
-#: Called with a node and True: is its data wanted? Then, if so, with False once it is there: False ends the split.
+#: Called with a node and True, it returns whether the node's data is wanted. If so, it is called again with False after
+#: the node is computed; returning False then ends the split.
 EvalCallback = Callable[[Tensor, bool], bool]
 
 
 class SplitRun:
     """One compute of an allocated graph: its data, its waits, and its reports.
 
-    Every wait is a method with the name of its place in the code (``place``), so that a test can use a subclass that leaves
-    one out (`Scheduler.run_type`).
+    Every wait is a method with the name of its place in the code (``place``), so that a test can use a subclass that
+    leaves one out (`Scheduler.run_type`).
 
     Attributes
     ----------
@@ -71,8 +72,8 @@ class SplitRun:
         self.policy, self.repairs, self.ids = policy, repairs, ids
         self.eval_callback, self.log, self.resources = eval_callback, log, resources
         self.i_split = 0
-        self._present: dict[Tensor, Ranges] = {}  # of copies that several nodes read: what is there
-        self._forked: set[CopyQueue] = set()  # queues that wait for all that this split's backend was given
+        self._present: dict[Tensor, Ranges] = {}  # copied bytes of input copies that several nodes read
+        self._forked: set[CopyQueue] = set()  # queues that wait for all submitted work of this split's backend
         self._joins: set[CopyQueue] = set()  # queues that this split must wait for
 
     def original_of(self, tensor: Tensor) -> Tensor:
@@ -314,7 +315,7 @@ def _transfer(run: SplitRun, transfer: Transfer) -> None:
     i_split, b, source = transfer.split, transfer.backend_id, transfer.source
     storage = source.storage
     if storage is not None:
-        storage.check_open(source)  # its address is all that copies use
+        storage.check_open(source)  # copies only use its address
     if transfer.kind == "input":
         # at once: the user may overwrite an input as soon as compute_async returns
         run.host_wait(i_split, b, "input")

@@ -1,6 +1,6 @@
-"""The text of `GGML_SCHED_DEBUG`: which node runs where, and what each split copies.
+"""The text of `GGML_SCHED_DEBUG`: the backend of each node, and the inputs of each split.
 
-Levels 1 and 2 are upstream's to the letter, so that they can be compared with a log of llama.cpp; 3 fills the causes.
+Levels 1 and 2 are exactly upstream's, so that they can be compared with a log of llama.cpp. Level 3 adds causes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def assignments_text(graph: Graph, splits: Sequence[Split], asg: Assignment, mac
     Parameters
     ----------
     level : int
-        1: splits with their inputs; 2: nodes too; 3: and why each is where it is.
+        1: splits with their inputs; 2: also nodes; 3: also causes.
 
     Notes
     -----

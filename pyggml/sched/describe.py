@@ -1,4 +1,4 @@
-"""What the splits of a graph are, as records: where each runs, what it needs from elsewhere, and why."""
+"""The splits of a graph as records and as a table: backend, cause, inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def split_records(cutter: Cutter, of: Identity) -> list[SplitRecord]:
 
     Notes
     -----
-    A copy that several splits of a backend read is an input of the first of them, and the users of all count there.
+    An input copy that several splits of a backend read is an input of the first, with the readers of all.
     """
     asg, machine = cutter.asg, cutter.machine
     users: dict[tuple[Tensor, int], list[Tensor]] = {}
@@ -76,7 +76,7 @@ def split_records(cutter: Cutter, of: Identity) -> list[SplitRecord]:
 
 
 def splits_table(title: str, splits: Sequence[Split], asg: Assignment, backends: Sequence[Backend]) -> str:
-    """Return splits as HTML: where, why, and what copies of their inputs would move."""
+    """Return splits as an HTML table: backend, cause, and the bytes of their inputs."""
     columns = ("split", "backend", "nodes", "first", "because", "inputs", "bytes if whole")
     rows = (_split_row(i, split, asg, backends) for i, split in enumerate(splits))
     return html_table(title, columns, rows, n_rows=len(splits), right=("split", "nodes", "bytes if whole"))

@@ -10,16 +10,16 @@ __all__ = ["Exclusive"]
 
 
 class Exclusive:
-    """A block that is never entered twice: neither by a second thread nor by a callback of the call that is in it.
+    """A block that cannot be entered twice: neither by a second thread nor by a callback of the call in it.
 
     Raises
     ------
     SchedError
-        On entry, if a call is in progress. That call goes on, unless the callback lets the error pass.
+        On entry, if a call is in progress. That call continues, unless its callback does not catch the error.
 
     Notes
     -----
-    Differs: upstream checks neither; a callback that resets its scheduler frees what the computing loop reads next.
+    Differs: upstream does not check. There, a callback that resets its scheduler frees memory that the loop reads next.
     """
 
     __slots__ = ("_lock", "_thread")

@@ -1,4 +1,4 @@
-"""The experts that a micro-batch uses, and the bytes of a weight that hold them. Pure functions, without devices or tensors."""
+"""The used experts of a micro-batch, and the byte ranges of a weight that contain them: pure functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 __all__ = ["EXPERT_PAD_BYTES", "CopyRange", "expert_copy_ranges", "find_bad_id", "layer_of", "used_experts"]
 
-#: MMQ reads past the last expert of a run; what is there must be no NaN (`ggml_backend_sched_compute_splits`).
+#: MMQ reads past the last expert of a range; there must be no NaN (`ggml_backend_sched_compute_splits`).
 EXPERT_PAD_BYTES = 512
 
 

@@ -21,7 +21,7 @@ def _flags(graph: Graph) -> list[int]:
 
 
 class KeptAlloc:
-    """An allocation that a `reset` forgot, and all that it rests on."""
+    """An allocation that `reset` removed, with the conditions under which it is still valid."""
 
     __slots__ = ("assignment", "buffers", "copies", "flags", "graph", "rules", "version")
 
@@ -35,7 +35,7 @@ class KeptAlloc:
         self.rules = rules
 
     def serves(self, graph: Graph, rules: tuple[object, ...]) -> bool:
-        """Whether nothing changed since. Pins are for one graph."""
+        """Return whether nothing has changed since. Pins apply to one graph only."""
         return (
             self.graph() is graph
             and self.version == graph.version
@@ -47,7 +47,7 @@ class KeptAlloc:
 
 
 class IdTable:
-    """Backend ids by position in the graph, as upstream's arrays: what a shorter graph does not write stays."""
+    """Backend ids by position in the graph, like upstream's arrays: a shorter graph leaves the rest unchanged."""
 
     __slots__ = ("ids",)
 
@@ -55,13 +55,13 @@ class IdTable:
         self.ids: list[int] = []
 
     def write(self, ids: Sequence[int]) -> None:
-        """Put the ids of a graph over those of the graph before."""
+        """Write the ids of a graph over those of the previous graph."""
         self.ids[: len(ids)] = ids
 
     def moved(self, previous: IdTable, n: int, bufts: Sequence[BufferType]) -> bool:
-        """Whether one of the first n positions has another buffer type than in the previous graph.
+        """Return whether one of the first n positions has another buffer type than in the previous graph.
 
-        No backend (-1) is like another buffer type: upstream reads before its array, where no buffer type is.
+        No backend (-1) counts as another buffer type: upstream reads before its array, where there is no buffer type.
         """
         if self.ids[:n] == previous.ids[:n]:
             return False

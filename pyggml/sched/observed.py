@@ -87,7 +87,7 @@ class Observed:
 
     @property
     def clock(self) -> VirtualClock | None:
-        """Keeps the times that everything would take on other machines; may be set between two calls."""
+        """The virtual clock; may be set between two calls."""
         return self._clock
 
     @clock.setter
@@ -102,19 +102,19 @@ class Observed:
 
     @property
     def planned(self) -> Identity:
-        """Number of the latest graph, and of the run that it is planned for; -1: of none."""
+        """Numbers of the latest graph and of its run; -1: none."""
         i_run = self._n_runs - 1 if self._is_announced else -1
         return Identity(i_graph=self._n_graphs - 1, i_run=i_run, i_clock=self._i_clock)
 
     def announce(self, n_tokens: int, n_past: int, n_outputs: int) -> None:
-        """Record that what follows is for some tokens: the next run begins here.
+        """Record the micro-batch of the next run, which begins here.
 
         Parameters
         ----------
         n_tokens : int
-            Of the micro-batch.
+            Tokens of the micro-batch.
         n_past : int
-            Tokens in the cache before.
+            Tokens in the KV cache before.
         n_outputs : int
             Tokens whose logits are wanted.
         """
@@ -125,7 +125,7 @@ class Observed:
             self._told.record(MicroBatchRecord(n_tokens, n_past, n_outputs, **of))
 
     def _begin_run(self) -> None:
-        """Give the compute that begins its number."""
+        """Give the compute that begins a number."""
         if not self._is_announced:
             self._n_runs += 1
         self._is_announced = False
@@ -141,16 +141,16 @@ class Observed:
         Parameters
         ----------
         observers : Observers, optional
-            Those of the scheduler if not given.
+            By default those of the scheduler.
         of : Identity, optional
-            The graph and run of its records; the latest ones if not given.
+            The graph and run of its records; by default the latest.
         """
         if of is None:
             of = Identity(i_graph=self._n_graphs - 1, i_run=self._n_runs - 1, i_clock=self._i_clock)
         return RunLog(self.machine, self.stats, observers or self._told, self._clock, self.ids_source, of)
 
     def _checking_observers(self, cutter: Cutter) -> Observers | None:
-        """Return the observers; with ``PYGGML_CHECK``, and unless strict, one more that verifies copies."""
+        """Return the observers; with ``PYGGML_CHECK``, unless strict, also one that verifies copies."""
         mended = self.machine.repairs
         if not config.check() or not (mended.shared_experts and mended.stale_ids and mended.stale_copies):
             return self._told

@@ -1,4 +1,4 @@
-"""`CostOffload`: an op with host weights runs on a device if copying its weights and computing there takes less time."""
+"""`CostOffload`: offloads an op if copying its weights and computing on the device takes less time than on the CPU."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class CostOffload:
     Parameters
     ----------
     backends : sequence of Backend
-        The scheduler's, the CPU last.
+        The scheduler's backends, the CPU last.
     clock : VirtualClock
-        With their profiles.
+        The clock, with the backends' profiles.
     routing : Routing
-        How many experts a micro-batch uses.
+        Gives the number of experts that a micro-batch uses.
 
     Notes
     -----
-    Upstream offloads every op with at least 32 rows (`GGML_OP_OFFLOAD_MIN_BATCH`), whatever the link. Counted are the bytes of the
-    used experts over the link, the product there and the product on the CPU; activations are not. A bias of experts goes with
-    its product, any other op by the device's own rule.
+    Upstream offloads every op with at least 32 rows (`GGML_OP_OFFLOAD_MIN_BATCH`), whatever the link. Here the copy of
+    the used experts and the product on the device are compared with the product on the CPU; copies of activations are
+    not counted. A bias of experts follows its product; other ops follow the device's own rule.
     """
 
     def __init__(self, backends: Sequence[Backend], clock: VirtualClock, routing: Routing) -> None:
@@ -38,7 +38,7 @@ class CostOffload:
         self._cpu = backends[-1]
 
     def __call__(self, backend: Backend, op: Tensor) -> bool:
-        """Return whether a device should take an op whose weight lies in host memory."""
+        """Return whether a device should run an op with a host weight."""
         if op.op is Op.ADD_ID and op.src[0] is not None and op.src[0].op is Op.MUL_MAT_ID:
             return self(backend, op.src[0])
         if op.op not in (Op.MUL_MAT, Op.MUL_MAT_ID):
@@ -47,7 +47,7 @@ class CostOffload:
         return on_device < on_cpu
 
     def seconds(self, backend: Backend, op: Tensor) -> tuple[float, float]:
-        """Return how long a product takes on a device, its weight's copy included, and how long on the CPU."""
+        """Return the seconds of a product on a device, including the copy of its weight, and on the CPU."""
         weight = op.src[0]
         assert weight is not None
         n_used, n_bytes = 0.0, weight.nbytes

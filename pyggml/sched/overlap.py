@@ -1,4 +1,4 @@
-"""`OverlappedExperts`: used-expert copies that overlap with compute and still copy only what is used."""
+"""`OverlappedExperts`: used-expert copies that overlap with launches."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["OverlappedExperts"]
 
 
 class OverlappedExperts(UsedExpertCopier):
-    """Copies the used experts of a layer's later products on a second queue, while its first product is computed.
+    """Copies the used experts of a layer's later products on a queue while its first product is computed.
 
-    The ids of a layer are known when its first expert weight is copied. The used experts of its other weights then travel on a
-    queue into memory of the policy, and are copied within the device when their split comes. The bytes over the link are those
-    of `UsedExpertCopier`.
+    The ids of a layer are known when its first expert weight is copied. The used experts of its other weights are then
+    sent on a queue to the policy's own memory, and copied within the device for their split. The bytes over the link
+    are those of `UsedExpertCopier`.
 
     Parameters
     ----------
@@ -31,10 +31,10 @@ class OverlappedExperts(UsedExpertCopier):
 
     Notes
     -----
-    Upstream copies them in the order of the backend's stream, one product after the other (llama.cpp 25859). The policy needs
-    device memory for one layer's other expert weights. It gains nothing where the weights are pageable, as in a mapped file: a
-    copy from there blocks the host. In virtual time on an RTX 4090, with ``--no-mmap``, a prompt of Qwen3-30B-A3B takes 4 % less
-    time with ``-ub 512`` and 14 % less with ``-ub 2048``; of gpt-oss-120b 2 % more and 0.5 % less.
+    Upstream copies them in the backend's stream, one product after another (llama.cpp 25859). The policy needs device
+    memory for one layer's other expert weights. It gains nothing with pageable weights, as in a mapped file, because
+    copies from them block the host. In virtual time on an RTX 4090 with ``--no-mmap``, a prompt of Qwen3-30B-A3B takes
+    4 % less time with ``-ub 512`` and 14 % less with ``-ub 2048``; of gpt-oss-120b 2 % more and 0.5 % less.
     """
 
     def __init__(self, repairs: Repairs | None = None) -> None:
@@ -44,7 +44,7 @@ class OverlappedExperts(UsedExpertCopier):
         self._sent: dict[Transfer, tuple[Tensor, set[int]]] = {}
 
     def reserve(self, plan: Plan) -> None:
-        """Find the weights that share ids with the one before, and ask for their memory and a queue."""
+        """Find the weights that share ids with an earlier one, and request memory and a queue for them."""
         self._followers.clear()
         self._queues.clear()
         self._sent.clear()
@@ -70,7 +70,7 @@ class OverlappedExperts(UsedExpertCopier):
                 ]
 
     def copy(self, transfer: Transfer) -> bool:
-        """Send the used experts of a first weight and, on the queue, those of the others; or take what was sent before."""
+        """Send the used experts of a first weight and, on the queue, of the others; copy weights sent before."""
         if transfer.kind != "experts":
             return False
         used = transfer.ids()
@@ -88,7 +88,7 @@ class OverlappedExperts(UsedExpertCopier):
         return True
 
     def before_split(self, i_split: int) -> None:
-        """Forget what a compute that failed has sent."""
+        """Forget what a failed compute has sent."""
         if i_split == 0:
             self._sent.clear()
 

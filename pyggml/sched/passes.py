@@ -1,4 +1,4 @@
-"""`Passes`: takes one graph after the other through the six passes, and keeps what upstream keeps from one to the next."""
+"""`Passes`: runs the six passes on one graph after another, and keeps what upstream keeps between graphs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Passes:
         self._machine = machine
         self._memory = CutMemory()
         self.precedents = Precedents(machine)
-        self.precedent: Precedent | None = None  #: what the latest graph is laid out as
+        self.precedent: Precedent | None = None  #: of the latest graph
         self._node_ids, self._prev_node_ids = IdTable(), IdTable()
         self._leaf_ids, self._prev_leaf_ids = IdTable(), IdTable()
         self._graph_size = self._prev_graph_size = 0  # of the latest cut and the one before, as upstream counts
@@ -55,7 +55,7 @@ class Passes:
         Parameters
         ----------
         asg : Assignment
-            Has what the user pinned; is filled.
+            Has the user's pins; the passes add the rest.
         offload_rule : callable or None
             None: nothing is offloaded.
         debug : int
@@ -69,7 +69,7 @@ class Passes:
         Raises
         ------
         UnsupportedOpError
-            No backend can run a node, or not the one that it is pinned to.
+            No backend can run a node, or the backend that it is pinned to cannot.
 
         Notes
         -----
@@ -100,7 +100,7 @@ class Passes:
         return cutter, sched_graph
 
     def snapshot(self, graph: Graph) -> Snapshot:
-        """Return the facts of the latest graph, once it is allocated."""
+        """Return the snapshot of the latest graph, after it is allocated."""
         if self.precedent is None:
             return Snapshot(graph.nodes)
         _, copies = self._replaced_sources[graph]
@@ -108,24 +108,24 @@ class Passes:
 
     @property
     def is_resized(self) -> bool:
-        """Whether the latest graph has another size than the one before, as upstream counts."""
+        """Return whether the latest graph has another size than the previous one, by upstream's count."""
         return self._graph_size != self._prev_graph_size
 
     def moved(self, graph: SchedGraph, bufts: Sequence[BufferType]) -> bool:
-        """Whether a tensor of the latest graph is in another buffer type than what stood at its position before."""
+        """Return whether a tensor of the latest graph has another buffer type than the previous one at its position."""
         return self._node_ids.moved(self._prev_node_ids, len(graph.nodes), bufts) or self._leaf_ids.moved(
             self._prev_leaf_ids, len(graph.leafs), bufts
         )
 
     def restore(self, graph: Graph) -> None:
-        """Undo what an earlier splitting and allocation of the same graph did to its tensors."""
+        """Undo the changes that an earlier cut and allocation of the same graph made to its tensors."""
         undo = self._replaced_sources.pop(graph, None)
         if undo is None:
             return
         replaced, copies = undo
         for node, j, src in replaced:
             made = copies.get(src, {}).values()
-            if j < len(node.src) and any(node.src[j] in c for c in made):  # else somebody replaced it since
+            if j < len(node.src) and any(node.src[j] in c for c in made):  # otherwise the user replaced it since
                 node.src[j] = src
         for tensor in (*graph.leafs, *graph.nodes):
             storage = tensor.storage
@@ -133,6 +133,6 @@ class Passes:
                 tensor.buffer = tensor.data = None
 
     def restore_all(self) -> None:
-        """Undo it for every graph that is still there."""
+        """Undo the changes of every graph that still exists."""
         for graph in list(self._replaced_sources):
             self.restore(graph)

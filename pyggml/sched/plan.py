@@ -66,7 +66,7 @@ class Plan:
         """Return the transfers of kind "experts", in the order of computation."""
         return [t for transfers in self.transfers for t in transfers if t.kind == "experts"]
 
-    # -- what a policy may ask for -------------------------------------------
+    # -- for policies --------------------------------------------------------
 
     def memory(self, backend: Backend, n_bytes: int, name: str) -> Tensor:
         """Return device memory for a policy: the same for a name in all plans; if it grows, its content is lost.
@@ -190,7 +190,7 @@ def _readers_of_experts(
             written.update((root, *copied_from.get(root, ())))
     further: dict[int, list[Transfer]] = {}
     shared: Tensor | None
-    if len(users) > len(firsts):  # else nobody shares a copy
+    if len(users) > len(firsts):  # otherwise no copy is shared
         for i, split in enumerate(cutter.splits):
             inside = set(split.graph.nodes)
             for node, j, weight in users:

@@ -1,9 +1,9 @@
 """`Precedents`: how graphs were assigned and cut before, for graphs of the same structure.
 
-Passes 1 to 5 are functions of a graph's structure, of the memory that its tensors are in already, and of what backends
-answer about its nodes. So where a new graph has the structure of an earlier one, only the nodes that have another shape or
-other parameters are asked about again; if every answer is the one before, the assignment and the cut are, too. The rules
-themselves are in `assign` and `split`, and nowhere else.
+Passes 1 to 5 depend on a graph's structure, on the memory that its tensors already have, and on the backends' answers
+about its nodes. If a new graph has the structure of an earlier one, backends are only asked about nodes with another
+shape or other parameters. If all answers are equal, so are assignment and cut. The rules themselves are only in
+`assign` and `split`.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from .state import Cause, Copies, Machine, Split
 
 __all__ = ["Precedent", "Precedents"]
 
-#: Graphs that are kept; a session has one for prompts and one for single tokens, and the same for another length.
+#: Most kept graphs; a session has one for prompts and one for single tokens, each in up to two lengths.
 N_KEPT = 4
 
 _sources_of, _view_of, _buffer_of = map(attrgetter, ("src", "view_src", "buffer"))
-#: What the passes read of a tensor themselves.
+#: Fields of a tensor that the passes read.
 _KIND = tuple(map(attrgetter, ("op", "flags")))
-#: What only backends look at, when they are asked about a node or its sources.
+#: Fields that only backends read, when they are asked about a node or its sources.
 _LAYOUT = tuple(map(attrgetter, ("type", "ne", "nb", "_op_params")))
-#: What others than ours may look at, too; see `answers_by_kind`.
+#: Fields that third-party backends may also read; see `answers_by_kind`.
 _REST = tuple(map(attrgetter, ("view_offs", "name")))
 
 
-#: A rule of offloading, and the question whether it runs a node to each backend.
+#: The offload rule, and each backend's `supports_op`.
 _Rules = tuple[Any, ...]
 
 
 class _Shape:
-    """What decides of a graph: first its tensors, leafs before nodes, then only what is compared."""
+    """The facts of a graph that determine passes 1 to 5: first with its tensors, leafs before nodes, later without."""
 
     __slots__ = ("kinds", "layouts", "memory", "n_leafs", "n_sources", "roots", "sources", "tensors")
 
     tensors: list[Tensor]
-    sources: list[Any]  #: of all tensors, one after the other: tensors, later their positions, -1 for None
-    roots: list[Any]  #: which tensor each views, likewise
+    sources: list[Any]  #: of all tensors: tensors, later their positions, -1 for None
+    roots: list[Any]  #: the tensor that each views, likewise
     n_sources: list[int]
-    kinds: list[list[Any]]  #: of each tensor, what the passes read themselves
-    layouts: list[list[Any]]  #: of each tensor, what only backends look at
-    memory: list[Any]  #: what is known of each tensor's buffer
+    kinds: list[list[Any]]  #: fields that the passes read, by tensor
+    layouts: list[list[Any]]  #: fields that only backends read, by tensor
+    memory: list[Any]  #: facts about each tensor's buffer
 
     def __init__(self, graph: Graph, *, by_kind: bool) -> None:
         self.n_leafs = len(graph.leafs)
@@ -68,7 +68,7 @@ class _Shape:
         self.layouts = [list(map(attribute_of, tensors)) for attribute_of in looked_at]
 
     def is_built_as(self, kept: _Shape) -> bool:
-        """Whether this graph has the structure of one that is kept: all but layouts."""
+        """Return whether this graph has the structure of a kept one: everything except layouts."""
         if self.n_leafs != kept.n_leafs or self.n_sources != kept.n_sources or self.kinds != kept.kinds:
             return False
         at = [*self.tensors, None].__getitem__  # -1 is the last
@@ -79,7 +79,7 @@ class _Shape:
         )
 
     def forget_tensors(self) -> dict[Tensor | None, int] | None:
-        """Replace tensors by their positions; return these, or None if a source or what is viewed is not in the graph."""
+        """Replace tensors by their positions; return these, or None if a source or viewed tensor is outside."""
         position: dict[Tensor | None, int] = dict(zip(self.tensors, count()))
         position[None] = -1
         self.sources = list(map(position.get, self.sources))
@@ -88,13 +88,13 @@ class _Shape:
         return None if None in self.sources or None in self.roots else position
 
     def changed_since(self, kept: _Shape) -> set[int]:
-        """Return the positions whose layout, or that of a source or of what they view, may be another; the structure is the same."""
+        """Return the positions whose layout, or that of a source or viewed tensor, may differ."""
         changed: set[int] = set()
         for now, was in zip(self.layouts, kept.layouts, strict=True):
             if now != was:
                 changed.update(compress(count(), map(ne, now, was)))
         if 2 * len(changed) > len(kept.n_sources):
-            return set(range(len(kept.n_sources)))  # asking about all is quicker than to find out about which
+            return set(range(len(kept.n_sources)))  # asking about all nodes is faster than finding those that differ
         starts = accumulate(kept.n_sources, initial=0)
         return {
             i
@@ -104,7 +104,7 @@ class _Shape:
 
 
 class Precedent:
-    """How one graph was assigned and cut, by positions. Two graphs of one precedent are laid out alike."""
+    """How a graph was assigned and cut, by positions. Graphs with the same precedent have the same layout."""
 
     __slots__ = (
         "answers", "assigned", "backends", "causes", "copies", "memory", "memory_before", "replaced", "rules", "shape",
@@ -112,10 +112,10 @@ class Precedent:
     )  # fmt: skip
 
     shape: _Shape  #: without tensors
-    rules: _Rules  #: whom the passes ask
+    rules: _Rules  #: the functions that the passes call
     answers: list[tuple[int, int, bool]]  #: node; whether a backend runs it, or (inverted) wants it; the answer
-    wishes: list[tuple[int, int, bool]]  #: those of the answers that a user's rule may have given
-    assigned: list[int]  #: positions of what has a backend
+    wishes: list[tuple[int, int, bool]]  #: the answers that a user's rule may have given
+    assigned: list[int]  #: positions of assigned tensors
     backends: list[int]
     causes: list[Cause]
     splits: list[tuple[int, int, int, list[int]]]  #: backend, first node, end, inputs
@@ -127,7 +127,7 @@ class Precedent:
     unused: frozenset[int]  #: leafs that no node reads
 
     def of(self, shape: _Shape) -> Precedent:
-        """Return the precedent of another graph whose answers are the same."""
+        """Return the precedent of another graph with the same answers."""
         made = Precedent()
         for name in self.__slots__:
             setattr(made, name, getattr(self, name))
@@ -136,7 +136,7 @@ class Precedent:
         return made
 
     def snapshot(self, graph: Graph, all_copies: Copies) -> Snapshot:
-        """Return the snapshot of a graph that was decided after this; what is known here is not looked up again."""
+        """Return the snapshot of a graph that follows this precedent, from the facts known here."""
         tensors = [*graph.leafs, *graph.nodes]
         copies = [made[0] for by_backend in all_copies.values() for made in by_backend.values()]
         shape, used = self.shape, tensors
@@ -174,11 +174,11 @@ class Precedents:
         self._kept: list[Precedent] = []
 
     def follow(self, other: Precedents) -> None:
-        """Take over what another has; questions are to the same backends only if these are the same."""
+        """Use the precedents of another scheduler."""
         self._kept = list(other._kept)
 
     def decide(self, graph: Graph, cutter: Cutter, offload: OffloadOp | None) -> Precedent | None:
-        """Run passes 1 to 5, or do as for a graph before; return what later graphs can follow, if they can.
+        """Run passes 1 to 5, or follow an earlier graph; return the precedent for later graphs, or None.
 
         Raises
         ------
@@ -193,7 +193,7 @@ class Precedents:
             shape = _Shape(graph, by_kind=all(map(is_answered_by_kind, checks)))
             found = self._find(shape, cutter, rules)
         if found is not None:
-            del shape  # so that the garbage collector, which new copies may wake, has less to look at
+            del shape  # so that the garbage collector has less to visit
             _follow(found, [*graph.leafs, *graph.nodes], cutter)
         else:
             if machine.repairs.other_graph:
@@ -208,14 +208,14 @@ class Precedents:
         return found
 
     def _find(self, shape: _Shape, cutter: Cutter, rules: _Rules) -> Precedent | None:
-        """Return the precedent of a graph, or a new one after one whose answers are the same."""
+        """Return the precedent of a graph, or a new one that follows a precedent with the same answers."""
         memory, (offload, *checks) = _memory_of(cutter), rules
         alike = [p for p in self._kept if p.memory_before == memory and p.rules == rules]
         built = {s for s, kept in {p.structure: p.shape for p in alike}.items() if shape.is_built_as(kept)}
         alike = [p for p in alike if p.structure in built]
         if not alike:
             return None
-        # a user's rule may say something else than before, whatever it is asked
+        # a user's rule may answer differently each time
         is_fixed = offload is None or (
             offload is default_offload
             and all(is_answered_by_kind(b.device.offload_op) for b in cutter.machine.backends[:-1])
@@ -238,7 +238,7 @@ class Precedents:
         return None
 
     def _first(self, graph: Graph, shape: _Shape, cutter: Cutter, rules: _Rules) -> Precedent | None:
-        """Run the passes and keep what they did, unless the graph has sources elsewhere."""
+        """Run the passes and keep the result, unless the graph has sources outside itself."""
         before, offload = _memory_of(cutter), rules[0]
         self._answers.clear()
         asg = cutter.asg
@@ -279,13 +279,13 @@ class Precedents:
 
 
 def _memory_of(cutter: Cutter) -> tuple[int, tuple[int, ...]]:
-    """Return what the cutter knows of graphs before, as far as the dialect looks at it."""
+    """Return what the cutter keeps of earlier graphs, as far as the dialect uses it."""
     memory = cutter.memory
     return memory.backend_id, tuple(memory.capacities) if cutter.machine.dialect.cut_at_input_capacity else ()
 
 
 def _follow(precedent: Precedent, tensors: list[Tensor], cutter: Cutter) -> None:
-    """Assign and cut as the precedent was."""
+    """Assign and cut a graph like its precedent."""
     EDITS.note()
     for backend_id, i_start, i_end, inputs in precedent.splits:
         cutter.splits.append(Split(backend_id, i_start, i_end, [tensors[i] for i in inputs]))

@@ -1,4 +1,4 @@
-"""`Ranges`: which bytes of a copy are there."""
+"""`Ranges`: the copied bytes of an input copy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Ranges:
         self.ends[i:j] = [end]
 
     def first_hole(self, start: int, end: int) -> int | None:
-        """Return the first of the bytes ``start .. end - 1`` that is missing; None if all are there."""
+        """Return the first missing byte of ``start .. end - 1``; None if all were added."""
         i = bisect_right(self.starts, start) - 1
         reached = max(start, self.ends[i]) if i >= 0 else start
         return None if reached >= end else reached

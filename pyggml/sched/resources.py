@@ -41,7 +41,7 @@ class Mark:
     """A point in the work of a stream that others can wait for."""
 
     event: Event | None  #: None: the device has none, and the host waits instead
-    stream: Backend | None = None  #: that it was recorded on; None: not yet
+    stream: Backend | None = None  #: the stream that it was recorded on; None: not yet
     virtual_s: float = 0.0  #: when the stream gets there, on the virtual clock
 
 
@@ -54,7 +54,7 @@ class OwnMemory:
     backend_id: int
     written: Mark
     read: Mark
-    has_queues: bool = True  #: else its users are in the order of one stream
+    has_queues: bool = True  #: False: all its uses are in one stream
 
 
 class Resources:

@@ -25,7 +25,8 @@ Example::
     print(y.numpy(), sched.splits, sched.stats)
     sched.show()                      # a page: splits, what is copied for them, and why
 
-The steps of a graph: `assign` (which backend), `split` (where to cut, what to copy), `alloc` (where in memory), `compute`.
+The steps of a graph: `assign` (which backend), `split` (where to cut, what to copy), `alloc` (where in memory),
+`compute`.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class Scheduler(Observed):
         Which of upstream's errors are corrected; by default all, or none if strict.
     policy : CopyPolicy, "used" or None
         The policy that copies inputs. The default, "used", copies used experts in every dialect, as llama.cpp does:
-        `UsedExpertCopier`, or `UpstreamCopier` if strict. None behaves like ggml without llama.cpp, which copies experts
-        whole since 0.27 (`Dialect.expert_copy`).
+        `UsedExpertCopier`, or `UpstreamCopier` if strict. None behaves like ggml without llama.cpp, which copies
+        experts whole since 0.27 (`Dialect.expert_copy`).
     copy_callback : callable, optional
         Instead of a policy: a function with the arguments of ggml's copy callback; see `CopyCallback`.
     realloc_callback : callable, optional
@@ -115,13 +116,14 @@ class Scheduler(Observed):
     Raises
     ------
     SchedError
-        There is no backend, the last is not a CPU, or a backend cannot use its buffer type; a policy and a copy callback
-        are both given; a realloc callback is given, but the dialect has none.
+        There is no backend, the last is not a CPU, or a backend cannot use its buffer type; a policy and a copy
+        callback are both given; a realloc callback is given, but the dialect has none.
 
     Notes
     -----
-    Mirrors `ggml_backend_sched`. Differs: no limits of graph size, backends or names; use by two threads at once, and by its
-    own callbacks, is an error; the scheduler is usable after an error; a graph can be allocated again after `reset`.
+    Mirrors `ggml_backend_sched`. Differs: no limits of graph size, backends or names; use by two threads at once, and
+    by its own callbacks, is an error; the scheduler is usable after an error; a graph can be allocated again after
+    `reset`.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class Scheduler(Observed):
         self.realloc_callback = realloc_callback
         self.eval_callback = eval_callback
         self.debug = config.sched_debug() if debug is None else debug
-        #: what `compute` makes; a test may put one in place that leaves a wait out
+        #: type of a compute; a test may set a subclass that leaves out a wait
         self.run_type: type[SplitRun] = SplitRun
         #: device memory and queues of the copy policy
         self.resources = Resources(self.backends, lambda: self._note_resources(self.resources))
@@ -183,7 +185,7 @@ class Scheduler(Observed):
         self._cutter: Cutter | None = None
         self._cut_graph: ref[Graph] | None = None
         self._plan: Plan | None = None  # of the latest cut, once asked for
-        self._reserved_by: CopyPolicy | None = None  # who has seen the plan
+        self._reserved_by: CopyPolicy | None = None  # the policy that has read the plan
         self._allocated: ref[Graph] | None = None
         self._snapshot = Snapshot(())  # of the allocated graph
         self._tenancy = Tenancy(self.sched_graph, ())  # in the compute buffers
@@ -266,7 +268,7 @@ class Scheduler(Observed):
         Raises
         ------
         UnsupportedOpError
-            No backend can run a node, or not the one that it is pinned to.
+            No backend can run a node, or the backend that it is pinned to cannot.
 
         Notes
         -----
@@ -345,7 +347,7 @@ class Scheduler(Observed):
         SchedError
             Another graph is allocated: call `reset` first.
         UnsupportedOpError
-            No backend can run a node, or not the one that it is pinned to.
+            No backend can run a node, or the backend that it is pinned to cannot.
         OutOfMemoryError
             A device has too little memory for the compute buffer.
 
@@ -403,7 +405,7 @@ class Scheduler(Observed):
 
     @property
     def _rules(self) -> tuple[object, ...]:
-        """What else decides where a graph goes."""
+        """Return the other settings on which assignment and cut depend."""
         return self.op_offload, self.offload_rule
 
     def _alloc_splits(self) -> None:
@@ -477,7 +479,7 @@ class Scheduler(Observed):
                     f"the graph was changed since it was allocated: {change}",
                     hint="call reset() and alloc_graph(), then set the inputs again",
                 )
-        self.reserve_policy()  # the policy may be another one by now
+        self.reserve_policy()  # the policy may have been replaced
         policy, cutter = self.policy, self._cutter
         assert cutter is not None
         self._tenancy.begin()
@@ -572,7 +574,7 @@ class Scheduler(Observed):
         Page
             Its ``path`` is the file.
         """
-        from ..viz.objects import view_of_scheduler  # what draws knows schedulers, so they ask for it only here
+        from ..viz.objects import view_of_scheduler  # viz imports the scheduler
         from ..viz.show import show_page
 
         return show_page(view_of_scheduler(self), path=path)

@@ -1,4 +1,4 @@
-"""Passes 5 and 6: cut the graph into splits, find what must be copied, and make the graph that the allocator sees."""
+"""Passes 5 and 6: cut the graph into splits, find the inputs to copy, and make the graph for the allocator."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["CutMemory", "Cutter", "graph_size", "make_sched_graph", "optimize_sp
 
 
 class CutMemory:
-    """What upstream's split records keep from one graph to the next.
+    """State that upstream's split records keep between graphs.
 
     Attributes
     ----------
     backend_id : int
         Backend of the first split; a graph without computed nodes keeps it (`Repairs.empty_split`).
     capacities : list of int
-        Inputs that each split's record has room for (`Dialect.cut_at_input_capacity`).
+        Capacity for inputs of each split's record (`Dialect.cut_at_input_capacity`).
     """
 
     __slots__ = ("backend_id", "capacities")
@@ -32,28 +32,28 @@ class CutMemory:
         self.capacities: list[int] = []
 
     def capacity(self, i_split: int) -> int:
-        """Return the room of a split's record."""
+        """Return the capacity of a split's record."""
         return self.capacities[i_split] if i_split < len(self.capacities) else 0
 
     def grow(self, i_split: int) -> None:
-        """Double the room of a split's record for good."""
+        """Double the capacity of a split's record permanently."""
         self.capacities.extend([0] * (i_split + 1 - len(self.capacities)))
         self.capacities[i_split] = 2 * self.capacities[i_split] or SCHED_MAX_SPLIT_INPUTS
 
 
 class Cutter:
-    """Pass 5, and 6 with pipeline copies: one use for one graph.
+    """Pass 5, and pass 6 with pipeline copies; used once, for one graph.
 
     Attributes
     ----------
     splits : list of Split
-        In the order of computing.
+        In the order of computation.
     copies : Copies
         Copies of split inputs and of graph inputs.
     graph_inputs : list of Tensor
         Inputs that have pipeline copies.
     replaced_sources : list of (Tensor, int, Tensor)
-        Node, index and former source, for every source that now is a copy.
+        Node, index and original source, for every source that was replaced by a copy.
     """
 
     __slots__ = (
@@ -87,7 +87,7 @@ class Cutter:
         Notes
         -----
         Mirrors `ggml_backend_sched_split_graph`, pass 5. A split that starts for its weight lets the allocator reuse
-        the memory of the weight before.
+        the memory of the previous weight.
         """
         EDITS.note()
         nodes = graph.nodes
@@ -111,7 +111,7 @@ class Cutter:
                     if at != backend_id:
                         break
                 else:
-                    continue  # all is where it is needed: most nodes
+                    continue  # all sources are usable: most nodes
             if backend_id != split.backend_id or (split.inputs and self._must_start(node, split)):
                 split.i_end = i
                 split = Split(backend_id, i, len(nodes))
@@ -122,7 +122,7 @@ class Cutter:
                 if by_source and self.n_copies > 1 and src.flags & TensorFlag.INPUT:
                     self._copy_graph_input(src)
                 if ids.get(src) == backend_id and not suspect:
-                    continue  # where it is needed: most sources are
+                    continue  # usable: most sources
                 if self._needs_copy(src, split.backend_id):
                     if split.backend_id not in self.copies.get(src, ()):
                         self.copy_to(src, split.backend_id)
@@ -136,10 +136,10 @@ class Cutter:
     def replace_source(self, node: Tensor, j: int, src: Tensor, backend_id: int) -> None:
         """Let a node read the copy of its source."""
         self.replaced_sources.append((node, j, src))
-        list.__setitem__(node.src, j, self.copies[src][backend_id][self.cur_copy])  # whoever calls counts the change
+        list.__setitem__(node.src, j, self.copies[src][backend_id][self.cur_copy])  # the caller counts the change
 
     def _needs_copy(self, src: Tensor, backend_id: int) -> bool:
-        """Whether a backend cannot use a source where it is.
+        """Return whether a backend cannot use a source where it is.
 
         Notes
         -----
@@ -153,11 +153,11 @@ class Cutter:
         return not self.machine.buffer_supported(src, backend_id, self.asg)
 
     def _is_pinned_in_memory(self, tensor: Tensor) -> bool:
-        """Whether the user pinned a tensor that has memory already, perhaps elsewhere."""
+        """Return whether the user pinned a tensor that already has memory, perhaps on another backend."""
         return self.asg.causes.get(tensor) is Cause.USER and tensor.storage is not None
 
     def _must_start(self, node: Tensor, split: Split) -> bool:
-        """Whether a node on the split's own backend starts a new one."""
+        """Return whether a node on the split's backend starts a new split."""
         is_full = self.machine.dialect.cut_at_input_capacity and len(split.inputs) == self.memory.capacity(
             len(self.splits) - 1
         )
@@ -192,7 +192,7 @@ class Cutter:
     # pass 6: pipeline copies of the graph's inputs
 
     def copy_graph_inputs(self, graph: Graph) -> None:
-        """Give every input leaf its pipeline copies, used or not.
+        """Make the pipeline copies of every input leaf, used or not.
 
         Notes
         -----
@@ -204,7 +204,7 @@ class Cutter:
                     self._copy_graph_input(leaf, always_listed=True)
 
     def _copy_graph_input(self, tensor: Tensor, *, always_listed: bool = False) -> None:
-        """Make the other copies of an input; it is itself the current one."""
+        """Make the other copies of an input, which is itself the current copy."""
         backend_id = self.asg.ids[tensor]
         by_backend = self.copies.setdefault(tensor, {})
         is_new = backend_id not in by_backend
@@ -223,16 +223,16 @@ class Cutter:
 
 
 def overwritten_sources(graph: Graph, cutter: Cutter) -> dict[int, list[tuple[Tensor, int]]]:
-    """Return, by split, the sources of copies that its nodes write although splits behind it read the copy.
+    """Return, by split, the sources that its nodes write although later splits read their copy.
 
     Returns
     -------
     dict
-        Source, and the backend that the copy is on.
+        Source, and the backend of the copy.
 
     Notes
     -----
-    Differs: upstream copies a tensor once to a backend, and its later users there read what it was then
+    Differs: upstream copies a tensor once to a backend, and later readers there read the old value
     (`Repairs.stale_copies`).
     """
     roots = {source.view_src or source for source in cutter.copies}
@@ -252,7 +252,7 @@ def overwritten_sources(graph: Graph, cutter: Cutter) -> dict[int, list[tuple[Te
     return found
 
 
-#: Tensors that are to stay allocated until a node: by node, in the order of asking.
+#: Tensors that must stay allocated until a node, by node, in the order of the requests.
 AllocDeps = dict[Tensor, list[Tensor]]
 
 
@@ -262,7 +262,7 @@ def optimize_splits(graph: Graph, splits: Sequence[Split], machine: Machine) -> 
     Returns
     -------
     dict
-        The tensors that a backend asked to keep until a node; empty in dialects without `alloc_deps`.
+        The tensors that backends asked to keep, by node; empty in dialects without `alloc_deps`.
     """
     deps: AllocDeps = {}
 
@@ -272,7 +272,7 @@ def optimize_splits(graph: Graph, splits: Sequence[Split], machine: Machine) -> 
             kept.append(tensor)
 
     def ignore(tensor: Tensor, until: Tensor) -> None:
-        """Before 0.26 there was no such means."""
+        """Ignore the request, as before 0.26."""
 
     ask: Callable[[Tensor, Tensor], None] = add_alloc_dep if machine.dialect.alloc_deps else ignore
     for split in splits:
@@ -284,12 +284,12 @@ def optimize_splits(graph: Graph, splits: Sequence[Split], machine: Machine) -> 
 def make_sched_graph(graph: Graph, cutter: Cutter, deps: AllocDeps) -> SchedGraph:
     """Return the graph for the allocator.
 
-    Before each split stand, for each input, a view that keeps its source alive and the copy that is to be allocated.
+    Before each split it has, for each input, a view that keeps the source alive, and the copy to allocate.
 
     Raises
     ------
     SchedError
-        A backend asked to keep a tensor until one that is no node of a split.
+        A backend asked to keep a tensor until another that is not a node of a split.
 
     Notes
     -----
@@ -342,11 +342,11 @@ def _add_leafs(graph: Graph, cutter: Cutter, made: SchedGraph) -> None:
                 made.leafs += copies[tensor][split.backend_id]
                 made.leaf_backend_ids += [split.backend_id] * cutter.n_copies
     made.leafs += graph.leafs
-    made.leaf_backend_ids += [ids.get(leaf, -1) for leaf in graph.leafs]  # -1: nothing uses it, and it is no input
+    made.leaf_backend_ids += [ids.get(leaf, -1) for leaf in graph.leafs]  # -1: no node reads it, and it is not an input
 
 
 def graph_size(graph: Graph, cutter: Cutter, copy: SchedGraph) -> int:
-    """Return the room that upstream takes for its copy of a graph: what tells a realloc callback that it changed.
+    """Return the size of upstream's copy of a graph; a realloc callback is told whether it changed.
 
     Notes
     -----

@@ -28,7 +28,7 @@ Interval = tuple[float, float]
 
 
 class _Described(NamedTuple):
-    """What an event shows beside its times."""
+    """What an event shows in addition to its times."""
 
     how: Shown
     split: int
@@ -51,15 +51,15 @@ class _Table:
 
 @dataclass(slots=True)
 class Columns:
-    """Takes records, and keeps what a view shows of them.
+    """Collects the columns of a view from records.
 
     Attributes
     ----------
     events : dict of str to list of int
-        A column for each of: kind, a number of `KINDS`; lane; name, a number of ``strings``; run; split, -1 if it is of
-        none; amount, bytes of a copy or a read, nodes of work; offset and whole, bytes of the tensor; ref, of copied
-        experts a number of ``experts``, of work one of ``cause_sets``; engines, of copies and reads a number of
-        ``engine_sets``. -1 where there is none.
+        Columns by name: ``kind``, an index of `KINDS`; ``lane``; ``name``, an index of ``strings``; ``run``; ``split``;
+        ``amount``: bytes of a copy or a read, nodes of a launch; ``offset`` and ``whole``: bytes of the tensor;
+        ``ref``: for copied experts an index of ``experts``, for launches of ``cause_sets``; ``engines``: for copies and
+        reads an index of ``engine_sets``. -1: none.
     wall, virtual : list of (float, float) or None
         Times of each event.
     """
@@ -79,9 +79,9 @@ class Columns:
     activities: list[tuple[int, str, str, str]] = field(default_factory=list)  #: event, what, source, target
     _experts: dict[tuple[int, int], int] = field(default_factory=dict)  # by run, and number in it
     _planned_at: float | None = None
-    _run: int = -1  # of the record at hand
+    _run: int = -1  # of the current record
     _clock: int = 0  # the virtual clock of the latest record
-    _clock_start_s: float = 0.0  # what is added to its times: another clock goes on where the one before ended
+    _clock_start_s: float = 0.0  # added to its times: each clock continues where the previous one ended
     _virtual_end_s: float = 0.0
 
     def take(self, record: Record) -> None:
@@ -155,7 +155,7 @@ class Columns:
         self.virtual.append(virtual)
 
     def _place_virtual(self, record: Any) -> Interval | None:
-        """Return virtual times; those of another clock go on from the end of the one before."""
+        """Return virtual times; those of another clock continue at the end of the previous one."""
         span = getattr(record, "virtual", None)
         if span is None:
             return None
@@ -165,7 +165,7 @@ class Columns:
         return placed
 
     def add_plan(self) -> None:
-        """Add an event for each input and each split of the planned graphs: what a run would do at most."""
+        """Add an event for each input and each split of the planned graphs."""
         for i, graph in enumerate(self.runs.graphs):
             self.runs.runs.append(RecordedRun(graph=i))
             for split in graph.splits:

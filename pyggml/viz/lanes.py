@@ -8,7 +8,7 @@ from ..record import CallbackRecord, ComputeRecord, CopyReason, CopyRecord, Even
 
 __all__ = ["HOST", "KINDS", "Lane", "Shown", "compute_lane", "link_lane", "shown"]
 
-#: Kinds of what is shown; the page has a colour for each.
+#: Kinds of events; the page has a colour for each.
 KINDS = (*get_args(CopyReason), "compute", "read", "wait", "callback", "event", "plan", "other")
 
 
@@ -17,11 +17,11 @@ class Lane(NamedTuple):
 
     kind: str  #: host, link, compute or waits
     name: str  #: as the page shows it
-    backend: str  #: whose lane it is, of a link the target; empty for the host
+    backend: str  #: the lane's backend, for a link the target; empty for the host
 
     @property
     def perfetto_name(self) -> str:
-        """Its name in Perfetto."""
+        """The lane's name in Perfetto."""
         if self.kind == "link":
             return f"link {self.name}"
         return f"{self.backend} compute" if self.kind == "compute" else self.name

@@ -1,4 +1,4 @@
-"""Numbers for the records of old timeline files, which carry neither graph nor run."""
+"""Numbers the records of old timeline files, which have neither graph nor run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ def number_records(records: Iterable[Record]) -> list[Record]:
     Parameters
     ----------
     records : iterable of Record
-        As files of layout 1 have them, in their order.
+        Records of a file of layout 1, in order.
 
     Notes
     -----
-    A run begins at a micro-batch; without any, where a split comes that is before the latest one. A graph begins where
-    nodes are assigned after something else happened. A virtual clock was set back where the host's time is earlier than
-    it was.
+    A run begins at a micro-batch or, without any, at a split before the latest one. A graph begins when nodes are
+    assigned after another record. A virtual clock was reset when the host's time decreases.
     """
     i_graph = i_run = -1
     i_clock, host_s, split, n_experts = 0, 0.0, -1, 0
@@ -71,7 +70,7 @@ def number_records(records: Iterable[Record]) -> list[Record]:
 
 
 def _is_hosts(record: Record) -> bool:
-    """Whether the end of a record's virtual times is the host's time."""
+    """Return whether the end of a record's virtual times is the host's time."""
     if isinstance(record, WaitRecord):
         return record.what != "event_wait"
     return isinstance(record, AssignRecord | AllocRecord | CallbackRecord | ReadRecord)

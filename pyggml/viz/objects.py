@@ -26,7 +26,7 @@ def view_of_scheduler(sched: Scheduler, *, name: str = "", about: Mapping[str, A
     sched : Scheduler
         The scheduler.
     name : str
-        Shown above it; the backends' names if not given.
+        Shown above it; by default the backends' names.
     about : mapping, optional
         See `view_of_records`.
     """
@@ -34,7 +34,7 @@ def view_of_scheduler(sched: Scheduler, *, name: str = "", about: Mapping[str, A
     told = {"devices": [{"name": b.name, "description": b.device.description} for b in sched.backends], **(about or {})}
     if isinstance(sched.recorder, Recording) and sched.recorder.records:
         records = sched.recorder.records
-        if not any(isinstance(r, SplitRecord) for r in records):  # it came to a graph that was cut already
+        if not any(isinstance(r, SplitRecord) for r in records):  # the graph was cut before the recording began
             records = [*_plan(sched), *records]
         return view_of_records(records, name=title, about=told)
     return view_of_records(_plan(sched), name=title, about=told)
@@ -68,7 +68,7 @@ def view_of_graph(graph: Graph, *, name: str = "") -> View:
     tensors = list(
         dict.fromkeys([*graph.leafs, *graph.nodes, *(s for n in graph.nodes for s in n.src if s is not None)])
     )
-    numbers = {t: i for i, t in enumerate(tensors)}  # copies that a scheduler put in come last
+    numbers = {t: i for i, t in enumerate(tensors)}  # a scheduler's input copies come last
     model = dict(view_of_records([], name=name).model)
     model["graph"] = {
         "n_leafs": len(graph.leafs),

@@ -13,7 +13,7 @@ from .view import View
 
 __all__ = ["page_html", "static_text", "write_page"]
 
-#: In the order in which they need each other.
+#: In the order of their dependencies.
 _VENDOR = ("dispatch", "timer", "ease", "color", "interpolate", "selection", "transition", "drag", "zoom", "array")
 _SCRIPTS = (
     "model.js", "words.js", "totals.js", "timeline.js", "timeline_draw.js", "find.js", "detail.js", "tables.js", "heatmap.js",
@@ -40,7 +40,7 @@ def page_html(*views: View, title: str = "") -> str:
         raise ValueError(f"a page shows one view or two, not {len(views)}")
     shown = title or " against ".join(v.name for v in views if v.name) or "pyggml"
     data = {"title": shown, "version": __version__, "views": [{**v.model, "name": v.name} for v in views]}
-    # what the program does not write stands in here: no text of a model may end the element, or begin a comment
+    # texts of a model must not end the element or begin a comment
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     scripts = [static_text(f"vendor/d3-{name}.min.js") for name in _VENDOR] + [static_text(name) for name in _SCRIPTS]
@@ -54,10 +54,10 @@ def page_html(*views: View, title: str = "") -> str:
     page = static_text("page.html")
     before, *pieces = page.split("{{")
     out = [before]
-    for piece in pieces:  # one pass, so that nothing inside a part is taken for a place
+    for piece in pieces:  # one pass, so that text inside a part is not replaced
         key, _, rest = piece.partition("}}")
         out += [parts[key], rest]
-    # names that are not UTF-8 hold lone surrogates, which JSON spells
+    # names that are not UTF-8 have lone surrogates, which JSON escapes
     return "".join(out).encode("utf-8", "backslashreplace").decode()
 
 

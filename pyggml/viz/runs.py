@@ -1,4 +1,4 @@
-"""The graphs and runs that records belong to, each graph and each run once."""
+"""The graphs and runs of records, each once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RecordedGraph:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What it has in common with the same graph planned at another time."""
+        """Key that equals that of the same graph planned at another time."""
         nodes = tuple((n.tensor, n.op, n.backend, n.cause) for n in self.nodes)
         return nodes, tuple((s.backend, s.i_start, s.i_end, s.cause, s.inputs) for s in self.splits)
 
@@ -33,7 +33,7 @@ class RecordedRun:
 
 @dataclass(slots=True)
 class Runs:
-    """Collects graphs and runs by the numbers that records carry (`Identified`).
+    """Collects graphs and runs by the numbers of records (`Identified`).
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class Runs:
     _graph_of: dict[int, int] = field(default_factory=dict)  # number of a run's graph, by the run's index
 
     def take(self, record: Record) -> int:
-        """Take the next record and return the index of its run; -1 if it belongs to none."""
+        """Add the next record and return the index of its run; -1 if it has none."""
         if isinstance(record, AssignRecord):
             self._plan(record.i_graph)[0].append(record)
         elif isinstance(record, SplitRecord):
@@ -70,7 +70,7 @@ class Runs:
         return self._plans.setdefault(i_graph, ([], []))
 
     def settle(self) -> None:
-        """Make the graphs, once all records were taken; those that no run computed are left out, unless there is no run."""
+        """Complete `graphs` after the last record. Graphs without a run are left out if there are runs."""
         used = set(self._graph_of.values()) & self._plans.keys() or self._plans.keys()
         known: dict[tuple[object, ...], int] = {}
         index: dict[int, int] = {}

@@ -15,7 +15,7 @@ from .view import View
 
 __all__ = ["Page", "show_page"]
 
-#: Of the page inside a notebook, in CSS pixels.
+#: Height of the page inside a notebook, in CSS pixels.
 _HEIGHT = 720
 
 
@@ -72,7 +72,7 @@ def show_page(*views: View, title: str = "", path: str | os.PathLike[str] | None
 
 
 def _is_notebook() -> bool:
-    """Return whether this runs in a kernel of Jupyter, whose last value of a cell is shown by its ``_repr_html_``."""
+    """Return whether this runs in a Jupyter kernel, which shows the last value of a cell."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return hasattr(shell, "kernel")

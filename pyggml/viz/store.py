@@ -1,4 +1,4 @@
-"""Records as JSON and back: columns by kind of record, each string once, so that 50,000 events stay a few megabytes."""
+"""Records as JSON and back: columns by kind of record, each string once, so that 50,000 events need a few megabytes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .numbering import number_records
 
 __all__ = ["VERSION", "pack_records", "unpack_records"]
 
-#: Of the layout; a reader refuses a larger one. 2: records carry their graph, run and clock.
+#: Version of the layout; readers refuse a larger one. 2: records have their graph, run and clock.
 VERSION = 2
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Record)}  # classes of different fields
 
-#: How JSON's values become a field's, by the field's name.
+#: Functions from JSON's values to a field's, by the field's name.
 _READERS: dict[str, Callable[[Any], Any]] = {
     "virtual": lambda span: None if span is None else Span(*span),
     "used": tuple,
@@ -37,7 +37,7 @@ def _input(row: list[Any]) -> SplitInput:
 
 
 def pack_records(records: Iterable[Record]) -> dict[str, Any]:
-    """Return records as a value of JSON.
+    """Return records as a JSON value.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def pack_records(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def _plain(value: Any, strings: dict[str, int]) -> Any:
-    """Return a field's value for JSON; a string becomes its number in an object, as nothing else is one."""
+    """Return a field's value for JSON; a string becomes an object with its number."""
     if isinstance(value, str):
         return {"s": strings.setdefault(value, len(strings))}
     if isinstance(value, SplitInput):
@@ -79,19 +79,19 @@ def _plain(value: Any, strings: dict[str, int]) -> Any:
 
 
 def unpack_records(packed: Mapping[str, Any], path: str) -> list[Record]:
-    """Return the records of a file; kinds and fields that a later version added are left out.
+    """Return the records of a file, without kinds and fields that a later version added.
 
     Parameters
     ----------
     packed : mapping
-        As `pack_records` returned it.
+        A value of `pack_records`.
     path : str
-        Whose errors tell.
+        The file's name, for errors.
 
     Raises
     ------
     FormatError
-        The value is none of `pack_records`, or of a version that is not known.
+        The value is not from `pack_records`, or has an unknown version.
     """
     try:
         if packed["version"] > VERSION:
@@ -107,7 +107,7 @@ def unpack_records(packed: Mapping[str, Any], path: str) -> list[Record]:
 
 
 def _unpack(kind: str, packed: Mapping[str, Any], strings: list[str]) -> Iterator[Any]:
-    """Yield the records of one kind in their order; None for each of a kind that is not known."""
+    """Yield the records of one kind in order; None for each record of an unknown kind."""
     cls = _KINDS.get(kind)
     if cls is None:
         yield from repeat(None)

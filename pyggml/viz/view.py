@@ -40,8 +40,8 @@ def view_of_records(records: Iterable[Record], *, name: str = "", about: Mapping
     Parameters
     ----------
     records : iterable of Record
-        In the order in which things happened, from a `Recording` or from `read_timeline`. If no record has a time, the
-        view is that of a plan, with one step for each input and each split.
+        In chronological order, from a `Recording` or from `read_timeline`. If no record has a time, the view is that of
+        a plan, with one step for each input and each split.
     name : str
         Shown above it.
     about : mapping, optional
@@ -53,8 +53,8 @@ def view_of_records(records: Iterable[Record], *, name: str = "", about: Mapping
     -------
     View
         Its model has ``strings``; ``kinds``, ``lanes``; ``events``, the columns of `Columns`; ``times``, by clock the
-        columns ``start`` and ``length`` in ns, -1 where there is none; ``runs``, ``graphs`` with ``splits`` and
-        ``nodes``; ``experts`` and ``used_sets``; ``memory``; ``phases`` with what each device waited for; ``causes``.
+        columns ``start`` and ``length`` in ns, -1: none; ``runs``, ``graphs`` with ``splits`` and ``nodes``;
+        ``experts`` and ``used_sets``; ``memory``; ``phases`` with what each device waited for; ``causes``.
     """
     columns = Columns()
     for record in records:
@@ -67,7 +67,7 @@ def view_of_records(records: Iterable[Record], *, name: str = "", about: Mapping
     for graph in runs.graphs:
         for split in graph.splits:
             columns.backends(split.backend)
-    has_wall = not (about or {}).get("is_plan")  # of a plan, wall times are those of planning
+    has_wall = not (about or {}).get("is_plan")  # wall times of a plan are those of planning
     times = _times(columns, has_wall=has_wall)
     graphs = [_graph(g, columns) for g in runs.graphs]  # before strings are complete
     model: dict[str, Any] = {
@@ -108,7 +108,7 @@ class _Times(NamedTuple):
 
 
 def _times(columns: Columns, *, has_wall: bool) -> dict[Clock, _Times]:
-    """Return the columns of each clock, the one of the simulated machine first; of a plan one step for each event."""
+    """Return the columns of each clock, virtual time first; for a plan, one step for each event."""
     made: dict[Clock, _Times] = {}
     both: tuple[tuple[Clock, Sequence[Interval | None]], ...] = (("virtual", columns.virtual), ("wall", columns.wall))
     for clock, spans in both:
@@ -157,7 +157,7 @@ def _graph(graph: RecordedGraph, columns: Columns) -> dict[str, Any]:
 
 
 def _step(step: dict[str, Any], times: Mapping[Clock, _Times]) -> dict[str, Any]:
-    """Return a step of memory with its times in ns from the first event; what was there before is at 0."""
+    """Return a step of memory with its times in ns from the first event; earlier ones are at 0."""
     found = dict(step)
     for clock in ("virtual", "wall"):
         t = times.get(clock)
@@ -167,7 +167,7 @@ def _step(step: dict[str, Any], times: Mapping[Clock, _Times]) -> dict[str, Any]
 
 
 def _phases(columns: Columns, times: Mapping[Clock, _Times]) -> list[dict[str, Any]]:
-    """Return how the backends spent the runs, by clock: all, those of several tokens, and those of one."""
+    """Return how the backends spent their time, by clock: in all runs, in those of several tokens, in those of one."""
     n_tokens = [None if r.batch is None else r.batch.n_tokens for r in columns.runs.runs]
     kinds = {"prompt": [n is not None and n > 1 for n in n_tokens], "generate": [n == 1 for n in n_tokens]}
     chosen = {"all": [True] * len(n_tokens)} | {k: v for k, v in kinds.items() if any(v)}

@@ -1,4 +1,4 @@
-"""What a device waited for: the times in which it did not compute, and what else went on in them."""
+"""What a device waited for: the times in which it did not compute, and the activities during them."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import NamedTuple
 
 __all__ = ["Activity", "BackendTime", "device_times", "merge", "overlap", "subtract"]
 
-#: Start and end, of any unit.
+#: Start and end, in any unit.
 Interval = tuple[int, int]
 
 
 class Activity(NamedTuple):
-    """Something that took time: a computing, a copy, a read."""
+    """Something that took time: a launch, a copy, a read."""
 
-    what: str  #: compute, a reason of a copy, read, or plan
-    src: str  #: who computes, or where bytes come from
-    dst: str  #: where bytes go; else empty
+    what: str  #: ``compute``, the reason of a copy, ``read`` or ``plan``
+    src: str  #: the backend that computes, or from which bytes are copied
+    dst: str  #: the backend to which bytes are copied; otherwise empty
     start: int
     end: int
 
 
 class BackendTime(NamedTuple):
-    """How a backend spent a time; the parts add up to ``total``."""
+    """How a backend spent its time; the parts add up to ``total``."""
 
     backend: str
     total: int
     computing: int
-    waits: dict[str, int]  #: by what went on meanwhile, in the order of `_claims`
+    waits: dict[str, int]  #: by the activity during the wait, in the order of `_claims`
 
 
 def merge(intervals: Iterable[Interval]) -> list[Interval]:
@@ -51,7 +51,7 @@ def merge(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def overlap(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
-    """Return what two unions have in common.
+    """Return the intersection of two unions.
 
     Examples
     --------
@@ -72,7 +72,7 @@ def overlap(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
 
 
 def subtract(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
-    """Return what of one union is not in another.
+    """Return the part of one union that is not in another.
 
     Examples
     --------
@@ -96,10 +96,10 @@ def subtract(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
 
 
 def _claims(activity: Activity, backend: str) -> tuple[int, str] | None:
-    """Return what a backend that does not compute waits for while an activity goes on, and how strong that claim is.
+    """Return rank and name of an activity as the reason why an idle backend waits; None if it is not one.
 
-    Where several things go on at once the nearest cause counts: bytes on their way to the backend, then what is read
-    from it, then the work of others.
+    Of several activities the one with the lowest rank counts: copies to the backend, then reads from it, then
+    work of other backends.
     """
     what, src, dst, *_ = activity
     copies = ("experts", "weight", "activation", "input")
@@ -117,16 +117,16 @@ def _claims(activity: Activity, backend: str) -> tuple[int, str] | None:
 def device_times(
     activities: Sequence[Activity], backends: Iterable[str], windows: Sequence[Interval]
 ) -> list[BackendTime]:
-    """Return how each backend spent some windows of time.
+    """Return how each backend spent its time within windows.
 
     Parameters
     ----------
     activities : sequence of Activity
         Of all backends, in any order.
     backends : iterable of str
-        Whose times are asked for.
+        Names of the backends.
     windows : sequence of (int, int)
-        What is looked at: a union as `merge` returns it.
+        The times to count: a union from `merge`.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The CPU, and what every backend that runs its kernels shares: plans of kernel calls, host memory, the race watch."""
+"""The CPU, and what backends that run its kernels share: plans of kernel calls, host memory, the race watch."""
 
 from .cpu import CPU, CPUBackend, CPUDevice, devices, open_device, why_missing
 

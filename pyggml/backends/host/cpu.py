@@ -1,7 +1,7 @@
-"""The CPU: host memory, and Numba kernels that run a split as one plan.
+"""The CPU: host memory, and Numba kernels that compute a split as one plan.
 
-A mapped file is used in place (`CPUDevice.buffer_from_host`). The alignment is that of upstream's buffer type, 32, and
-kernels assume no more, else no tensor of a mapped GGUF could be used where it lies.
+A mapped file is used in place (`CPUDevice.buffer_from_host`). The alignment is that of upstream's buffer type, 32
+bytes. Kernels assume no more, because tensors in a mapped GGUF have no larger alignment.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class CPUDevice(Device):
-    """The machine's processors and memory."""
+    """The host's CPU and memory."""
 
     def __init__(self) -> None:
         self.name = "CPU"
@@ -50,37 +50,37 @@ class CPUDevice(Device):
         return self._buft
 
     def memory(self) -> tuple[int, int]:
-        """Bytes available and in all."""
+        """Available and total bytes."""
         return physical_memory()
 
     @answers_by_kind
     def supports_op(self, op: Tensor) -> bool:
-        """Whether there is a kernel."""
+        """Return whether the kernels can run a node."""
         return supports_op(op)
 
     def supports_buft(self, buft: BufferType) -> bool:
-        """Whether the memory is host memory."""
+        """Return whether a buffer type is host memory."""
         return buft.is_host
 
     def buffer_from_host(self, address: int, size: int, owner: object) -> HostBuffer | None:
-        """Return a buffer over existing memory, which ``owner`` keeps alive; None if its address is not aligned.
+        """Return a buffer over existing memory, which ``owner`` keeps alive; None if the address is not aligned.
 
         Parameters
         ----------
         owner : object
-            If it has Python's buffer interface and is read-only, so is the buffer.
+            If it has Python's buffer interface and is read-only, the buffer is read-only.
 
         Notes
         -----
-        Mirrors `ggml_backend_cpu_buffer_from_ptr`. Differs: read-only memory stays so; an address that is not aligned
-        gives None, upstream aborts.
+        Mirrors `ggml_backend_cpu_buffer_from_ptr`. Differs: read-only memory stays read-only. An unaligned address
+        gives None; upstream aborts.
         """
         if address % TENSOR_ALIGNMENT:
             return None
         return HostBuffer(self._mapped_buft, address, size, owner, is_writable=is_writable(owner))
 
     def backend(self, *, threads: int | None = None) -> CPUBackend:
-        """Return a new stream of work."""
+        """Return a new backend."""
         return CPUBackend(self, threads=threads)
 
 
@@ -90,7 +90,7 @@ class CPUBackend(Backend):
     Parameters
     ----------
     threads : int, optional
-        Of the kernels' own pool; one for each core that the process may use if not given. Results do not depend on it.
+        Threads of the kernels; by default one for each core that the process may use. Results do not depend on it.
     """
 
     def __init__(self, device: CPUDevice, *, threads: int | None = None) -> None:
@@ -103,22 +103,22 @@ class CPUBackend(Backend):
 
     @property
     def pool(self) -> Pool:
-        """The threads, started at the first use and shared with all backends that have as many."""
+        """The threads, started on first use and shared by all backends with the same number."""
         if self._pool is None:
             self._pool = shared_pool(self.threads)
         return self._pool
 
     def graph_compute(self, graph: GraphView) -> None:
-        """Run the nodes' plan, which is made at the first time.
+        """Run the plan of the nodes, which is made on first use.
 
         Raises
         ------
         ComputeError
-            A row index is out of bounds, or the computation was stopped.
+            A row index is out of range, or the compute was stopped.
         ExpertIdError
-            An id that is no expert.
+            An id is not an expert.
         BackendError
-            A tensor lies in another device's memory, or in a buffer that was closed.
+            A tensor is in another device's memory, or in a closed buffer.
         """
         plan = plan_of(graph, self.device, self.name, self._address)
         if HOST.is_busy:
@@ -127,7 +127,7 @@ class CPUBackend(Backend):
             plan.run(self.pool)
 
     def _address(self, tensor: Tensor) -> int:
-        """Return where kernels find a tensor's bytes: host addresses are what they are."""
+        """Return the address of a tensor's bytes for kernels."""
         storage = tensor.storage
         if storage is None or not storage.is_host or tensor.data is None:
             where = "in no memory" if storage is None else f"in {storage.buft.name}"
@@ -136,7 +136,7 @@ class CPUBackend(Backend):
         return tensor.data
 
     def close(self) -> None:
-        """Let the threads go; they start again when needed."""
+        """Release the threads; they start again when needed."""
         self._pool = None
 
 
@@ -157,7 +157,7 @@ _device: CPUDevice | None = None
 
 
 def devices() -> list[CPUDevice]:
-    """Return the one CPU; schedulers share it, so that their buffers have one type."""
+    """Return the CPU; all schedulers share the object, so that their buffers have one type."""
     global _device
     if _device is None:
         _device = CPUDevice()
@@ -165,12 +165,12 @@ def devices() -> list[CPUDevice]:
 
 
 def open_device(spec: str, *, index: int = 0, data: bool = True) -> Device:
-    """Return the CPU of the name ``cpu``; without data, one that only plans.
+    """Return the CPU for the name ``cpu``; with ``data=False`` one that only plans.
 
     Raises
     ------
     DeviceUnavailableError
-        Something follows the name.
+        ``spec`` is not empty.
     """
     if spec:
         raise DeviceUnavailableError("cpu", f"there is no 'cpu:{spec}'", hint="the name is `cpu`")
@@ -178,12 +178,12 @@ def open_device(spec: str, *, index: int = 0, data: bool = True) -> Device:
 
 
 def why_missing() -> str:
-    """Return nothing: there is always a CPU."""
+    """Return "": the CPU is never missing."""
     return ""
 
 
 def CPU(threads: int | None = None) -> CPUBackend:
-    """Return a backend that computes on the machine's processors.
+    """Return a backend that computes on the host's CPU.
 
     Examples
     --------

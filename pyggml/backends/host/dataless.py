@@ -1,7 +1,7 @@
-"""Host memory that has a size and addresses but no bytes, and a CPU that computes nothing: for plans of any size.
+"""Host memory with sizes and addresses but no bytes, and a CPU that computes nothing: for plans of any size.
 
-Addresses are numbers that no process can have. Whatever the scheduler does goes through as with data: allocation,
-copies, launches. Reading a number fails with an error that says so.
+Addresses are numbers that no process uses. The scheduler allocates, copies and launches as with data. Reading a value
+raises an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .support import plans_op
 
 __all__ = ["FIRST_ADDRESS", "DatalessCPU", "DatalessHostBufferType"]
 
-#: No process has memory here or above, on any machine that Python runs on.
+#: First address; no process has memory at or above it.
 FIRST_ADDRESS = 1 << 56
 _FIRST_HOST_ADDRESS = 1 << 61
 _addresses = itertools.count(_FIRST_HOST_ADDRESS, 1 << 44)
@@ -31,10 +31,10 @@ class DatalessHostBuffer(Buffer):
     __slots__ = ()
 
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
-        """Take no bytes."""
+        """Do nothing."""
 
     def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
-        """Give no bytes to memory that has none; refuse any other."""
+        """Do nothing if the target has no bytes either; otherwise raise `BackendError`."""
         if address < FIRST_ADDRESS:
             raise BackendError(
                 self.buft.name,
@@ -43,14 +43,14 @@ class DatalessHostBuffer(Buffer):
             )
 
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
-        """Set no bytes."""
+        """Do nothing."""
 
     def clear(self, value: int) -> None:
-        """Set no bytes."""
+        """Do nothing."""
 
 
 class DatalessHostBufferType(BufferType):
-    """Host memory without bytes, laid out as `HostBufferType`."""
+    """Host memory without bytes, with the sizes of `HostBufferType`."""
 
     __slots__ = ()
 
@@ -62,7 +62,7 @@ class DatalessHostBufferType(BufferType):
 
 
 class DatalessCPU(Device):
-    """The machine's processors, for plans: the same answers, no memory, no work."""
+    """The CPU for plans: it answers like `CPUDevice`, but has no memory and computes nothing."""
 
     def __init__(self) -> None:
         self.name = "CPU"
@@ -78,37 +78,37 @@ class DatalessCPU(Device):
         return self._buft
 
     def memory(self) -> tuple[int, int]:
-        """Bytes available and in all, of this machine."""
+        """Available and total bytes of this machine."""
         return physical_memory()
 
     @answers_by_kind
     def supports_op(self, op: Tensor) -> bool:
-        """Return whether our CPU's kernels can run the node, as `run` would; ops without any kernel here count as ggml's."""
+        """Return whether the CPU's kernels can run a node; ops without any kernel in pyggml count as supported."""
         return plans_op(op)
 
     def supports_buft(self, buft: BufferType) -> bool:
-        """Whether the memory is host memory."""
+        """Return whether a buffer type is host memory."""
         return buft.is_host
 
     def backend(self) -> DatalessCPUBackend:
-        """Return a new stream of no work."""
+        """Return a new backend."""
         return DatalessCPUBackend(self)
 
 
 class DatalessCPUBackend(Backend):
-    """Computes nothing, and checks that it could."""
+    """Computes nothing, but checks that the nodes could be computed."""
 
     def __init__(self, device: DatalessCPU) -> None:
         self.device = device
         self.name = device.name
 
     def graph_compute(self, graph: GraphView) -> None:
-        """Check where the tensors of the nodes lie.
+        """Check that the tensors of the nodes are in host memory.
 
         Raises
         ------
         BackendError
-            A tensor of a node is in another device's memory: a split input was not copied.
+            A tensor of a node is in another device's memory: an input of the split was not copied.
         """
         for node in graph.nodes:
             if node.op.is_empty or node.is_empty:

@@ -1,7 +1,7 @@
-"""Nodes that the library's CPU says it supports and then ends the process at: which they are, told beforehand.
+"""Finds nodes that ggml's CPU backend claims to support but at which it ends the process.
 
-Its `supports_op` says yes to nearly everything; its kernels assert what they expect of types and strides. Allowed is
-what was compared with those kernels. Devices of other kinds say no themselves.
+Its `supports_op` accepts nearly everything, and its kernels assert types and strides. Allowed is what those kernels
+were compared with. Other devices refuse such nodes themselves.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from .support import reason_unsupported
 __all__ = ["is_safe_on_cpu"]
 
 _FLOATS = {Type.F32, Type.F16, Type.BF16}
-#: Formats of activations between kernels; no weights.
+#: Formats of activations inside kernels; no weights have them.
 _INNER = {Type.Q8_1, Type.Q8_K}
-#: Row i is taken to be at ``i * nb[1]``.
+#: Kernels assume that row i is at ``i * nb[1]``.
 _ROW_BY_ROW = {
     Op.SQR, Op.SQRT, Op.LOG, Op.SIN, Op.COS, Op.UNARY, Op.GLU, Op.CLAMP, Op.ARGSORT, Op.TOP_K,
 }  # fmt: skip
-#: One pass over elements without gaps.
+#: Kernels assume elements without gaps.
 _DENSE = {Op.SCALE, Op.LEAKY_RELU, Op.SOFT_MAX, Op.CUMSUM, Op.DIAG_MASK_INF}
-#: Ops whose kernels were read; there are more in ggml, and in ours.
+#: Ops whose kernels were checked.
 _READ = _ROW_BY_ROW | _DENSE | {
     Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.FILL, Op.RMS_NORM, Op.NORM, Op.L2_NORM, Op.SUM_ROWS, Op.MEAN,
     Op.SUM, Op.CPY, Op.CONT, Op.DUP, Op.ARGMAX, Op.REPEAT, Op.CONCAT,
@@ -31,7 +31,7 @@ _ROPE_MODES = {0, 2}
 
 
 def is_safe_on_cpu(node: Tensor) -> bool:
-    """Whether the library's CPU kernels take a node's types and strides."""
+    """Return whether ggml's CPU kernels accept a node's types and strides."""
     if node.op.is_empty:
         return True
     if node.op not in _READ or (node.op is Op.ROPE and node.param_i32(2) not in _ROPE_MODES):
@@ -55,7 +55,7 @@ def is_safe_on_cpu(node: Tensor) -> bool:
 
 
 def _has_rows_at_one_distance(t: Tensor) -> bool:
-    """Whether every row is ``nb[1]`` bytes after the one before, also where dimension 1 has one row."""
+    """Return whether every row is ``nb[1]`` bytes after the previous one, also if dimension 1 has one row."""
     return all(n == 1 for n in t.ne[1:]) or (
         t.ne[2] * t.ne[3] == 1 or (t.nb[2] == t.nb[1] * t.ne[1] and (t.ne[3] == 1 or t.nb[3] == t.nb[2] * t.ne[2]))
     )
@@ -80,7 +80,7 @@ def _is_plain_product(node: Tensor) -> bool:
 
 
 def _copy(node: Tensor) -> bool:
-    """Mirrors what `ggml_compute_forward_dup` has a way for."""
+    """Mirrors the cases that `ggml_compute_forward_dup` supports."""
     src, dst = _first(node).type, node.type
     if src is dst:
         return not reason_unsupported(node)

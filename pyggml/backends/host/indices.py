@@ -1,7 +1,7 @@
-"""Indices that a node chooses rows or experts with: where a bad one could come from, and the error that names it.
+"""Checks the indices with which nodes choose rows or experts.
 
-A library or a remote server ends its process at an index out of bounds. So indices are read and compared before the
-nodes that use them are given away, unless they are in bounds by what made them: positions from ARGSORT or TOP_K.
+A library or a remote server ends its process at an index out of range. So indices are read and checked before the nodes
+that use them are submitted, unless they cannot be out of range: positions from ARGSORT or TOP_K.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ...types import Op, TensorFlag, Type
 
 __all__ = ["IndexUse", "bad_index_error", "cut_at_indices", "find_bad_index", "nodes_to_give"]
 
-#: Ops that choose by indices: which source holds them, and which tensor is chosen from, -1 for the result.
+#: Ops with indices: the source that contains them, and the source that is indexed; -1: the result.
 _USERS = {Op.MUL_MAT_ID: (2, 0), Op.ADD_ID: (2, 1), Op.GET_ROWS: (1, 0), Op.SET_ROWS: (1, -1), Op.SSM_SCAN: (6, 0)}
-#: Dimension of what is chosen, where it is not rows.
+#: The indexed dimension, if it is not 1 (rows).
 _CHOSEN_DIM = {Op.MUL_MAT_ID: 2, Op.SSM_SCAN: 3}
 _POSITIONS = {Op.ARGSORT, Op.TOP_K, Op.ARGMAX}
 _PASS_ON = {Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE, Op.CONT, Op.DUP}
@@ -27,7 +27,7 @@ _PASS_ON = {Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE, Op.CONT, Op.DUP}
 
 @dataclass(frozen=True, slots=True)
 class IndexUse:
-    """A node and the indices it uses, each to be at least 0 and below ``limit``."""
+    """A node and its indices, which must be in ``0 .. limit - 1``."""
 
     node: Tensor
     indices: Tensor
@@ -35,12 +35,12 @@ class IndexUse:
 
 
 def bad_index_error(node: Tensor, backend: str, position: int, value: int, limit: int) -> PyggmlError:
-    """Return the error for an index out of bounds.
+    """Return the error for an index out of range.
 
     Parameters
     ----------
     position : int
-        Of the index, counted over ``ne`` of the indices' tensor.
+        Position of the index, counted over ``ne`` of the indices' tensor.
     """
     which, chosen_src = _USERS[node.op]
     indices = node.src[which]
@@ -62,9 +62,9 @@ def bad_index_error(node: Tensor, backend: str, position: int, value: int, limit
 
 
 def nodes_to_give(nodes: Sequence[Tensor], backend: Backend) -> list[Tensor]:
-    """Return the nodes that a library or a server is given: not empty ones, nor views of memory that it cannot use.
+    """Return the nodes to submit to a library or a server: without empty ones and views of memory that it cannot use.
 
-    What reads such a view reads a copy.
+    Readers of such a view read a copy.
     """
     return [
         node
@@ -76,10 +76,10 @@ def nodes_to_give(nodes: Sequence[Tensor], backend: Backend) -> list[Tensor]:
 
 
 def cut_at_indices(nodes: Sequence[Tensor]) -> list[tuple[int, list[IndexUse]]]:
-    """Return where nodes are to be cut: the first node of each part, and what to check before it.
+    """Return the first node of each part in which nodes are submitted, and the indices to check before it.
 
-    The first part starts at 0. Another starts at a node whose indices an earlier node of its part makes, if nothing
-    says that they are in bounds.
+    The first part starts at 0. A new part starts at a node whose indices are computed by an earlier node of the part
+    and may be out of range.
     """
     parts: list[tuple[int, list[IndexUse]]] = [(0, [])]
     made: set[Tensor] = set()  # memory that the part so far writes
@@ -97,7 +97,7 @@ def cut_at_indices(nodes: Sequence[Tensor]) -> list[tuple[int, list[IndexUse]]]:
 
 
 def _distinct(uses: list[IndexUse]) -> list[IndexUse]:
-    """Return of uses of the same indices with the same limit only the first."""
+    """Return the uses without repeated indices with the same limit."""
     return list({(use.indices, use.limit): use for use in reversed(uses)}.values())[::-1]
 
 
@@ -117,7 +117,7 @@ def _use_of(node: Tensor) -> IndexUse | None:
 
 
 def _bound(indices: Tensor) -> int | None:
-    """Return what indices are below by what made them; None if that says nothing."""
+    """Return an upper bound of indices from the op that computes them; None if it has none."""
     at: Tensor | None = indices
     while at is not None and at.op in _PASS_ON and at.type is indices.type:
         at = at.src[0]
@@ -127,7 +127,7 @@ def _bound(indices: Tensor) -> int | None:
 
 
 def find_bad_index(indices: Tensor, limit: int) -> tuple[int, int] | None:
-    """Return position and value of the first index out of bounds; None if all are in.
+    """Return position and value of the first index out of range; None if there is none.
 
     Raises
     ------

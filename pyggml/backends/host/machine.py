@@ -1,6 +1,6 @@
-"""What the process can have of the machine: pages of memory, buffers in them, and cores.
+"""Memory and cores of the host: pages, buffers in them, thread pools, and the plans that run on them.
 
-Shared by the backends that compute on host memory, so that they know nothing of each other.
+Shared by the backends that compute on host memory, which do not import each other.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ __all__ = [
     "shared_pool",
 ]
 
-#: Mirrors `TENSOR_ALIGNMENT`; kernels assume no more, else no tensor of a mapped GGUF could be used where it lies.
+#: Mirrors `TENSOR_ALIGNMENT`; tensors in a mapped GGUF have no larger alignment, so kernels assume no more.
 TENSOR_ALIGNMENT = 32
 
 
 def physical_memory() -> tuple[int, int]:
-    """Return the machine's memory, available and in all, in bytes; zeros where the system does not tell."""
+    """Return the machine's available and total memory in bytes; zeros if the system does not report them."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
@@ -55,12 +55,12 @@ def physical_memory() -> tuple[int, int]:
 
 
 def available_cores() -> int:
-    """Return how many cores the process may use."""
+    """Return the number of cores that the process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _map_pages(size: int) -> mmap.mmap:
-    if hasattr(mmap, "MAP_PRIVATE"):  # the default is shared memory, which gets no huge pages
+    if hasattr(mmap, "MAP_PRIVATE"):  # the default, shared memory, has no huge pages
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return mmap.mmap(-1, size)
 
@@ -71,14 +71,14 @@ class HostBlock:
     Attributes
     ----------
     address : int
-        Of the first byte, a multiple of the page size.
+        Address of the first byte, a multiple of the page size.
     size : int
         Bytes.
 
     Raises
     ------
     OutOfMemoryError
-        The machine has not so much memory.
+        The machine has too little memory.
     """
 
     __slots__ = ("_map", "address", "size")
@@ -101,7 +101,7 @@ class HostBlock:
         ctypes.memset(self.address, value, self.size)
 
     def close(self) -> None:
-        """Give the pages back now; every address in them becomes invalid."""
+        """Free the pages; every address in them becomes invalid."""
         if self._map is not None:
             block, self._map = self._map, None
             block.close()
@@ -129,17 +129,17 @@ class HostBufferType(BufferType):
 
 
 def bytes_at(address: int, size: int) -> memoryview:
-    """Return memory of the process as bytes, which the caller does not outlive."""
+    """Return memory of the process as bytes; the caller keeps it alive."""
     return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
 
 
 class HostBuffer(Buffer):
-    """Host memory: its own, or somebody else's that ``owner`` keeps alive.
+    """Host memory: its own, or other memory that ``owner`` keeps alive.
 
     Parameters
     ----------
     is_writable : bool
-        Whether the pages may be written; a mapped file's may not.
+        Whether the pages may be written; False for a mapped file.
     """
 
     __slots__ = ("n_users", "owner")
@@ -148,7 +148,7 @@ class HostBuffer(Buffer):
         super().__init__(buft, size, address)
         self.owner = owner
         self.is_writable = is_writable
-        self.n_users = 0  #: computations at work in it; under `_USE`
+        self.n_users = 0  #: computes in progress that use it; guarded by `_USE`
 
     def _writable(self, tensor: Tensor) -> int:
         if not self.is_writable:
@@ -174,7 +174,7 @@ class HostBuffer(Buffer):
         ctypes.memmove(address, self._address(tensor) + offset, size)
 
     def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
-        """Return the bytes where they are."""
+        """Return the tensor's bytes without copying."""
         return None if self.owner is None else bytes_at(self._address(tensor) + offset, size)
 
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
@@ -183,7 +183,7 @@ class HostBuffer(Buffer):
         ctypes.memset(self._writable(tensor) + offset, value, size)
 
     def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
-        """Copy from host memory; anything else goes the caller's way."""
+        """Copy from host memory; return False for other sources."""
         storage = src.storage
         if storage is None or not storage.is_host or src.data is None:
             return False
@@ -199,11 +199,11 @@ class HostBuffer(Buffer):
 
     @property
     def is_closed(self) -> bool:
-        """Whether the memory was given back."""
+        """Whether the memory was freed."""
         return self.owner is None
 
     def close(self) -> None:
-        """Give own pages back; a mapping stays with its owner.
+        """Free own pages; memory of an ``owner`` stays with it.
 
         Raises
         ------
@@ -227,12 +227,12 @@ _USE = threading.Lock()
 
 @contextmanager
 def in_use(buffers: Iterable[Buffer], backend: str) -> Iterator[None]:
-    """Keep buffers from being closed within the block.
+    """Prevent closing buffers within the block.
 
     Raises
     ------
     BackendError
-        One was closed already.
+        A buffer is closed already.
     """
     held = [b for b in buffers if isinstance(b, HostBuffer)]
     with _USE:
@@ -249,13 +249,13 @@ def in_use(buffers: Iterable[Buffer], backend: str) -> Iterator[None]:
 
 
 def _watch(tensor: Tensor, offset: int, size: int, *, is_write: bool) -> None:
-    """Let the host's use of its memory be checked, while a simulated device works late."""
+    """Check the host's access for hazards while a simulated device works late."""
     if HOST.is_busy and tensor.data is not None:
         HOST.by_host([access_to(tensor, is_write=is_write, offset=offset, size=size)])
 
 
 def is_writable(owner: object) -> bool:
-    """Whether memory of an owner may be written: not if it has Python's buffer interface and is read-only."""
+    """Return whether an owner's memory may be written: not if it has Python's buffer interface and is read-only."""
     try:
         with memoryview(owner) as view:  # type: ignore[arg-type]  # whether it can be viewed is the question
             return not view.readonly
@@ -270,9 +270,9 @@ _pools_lock = threading.Lock()
 
 
 def shared_pool(threads: int) -> Pool:
-    """Return the pool of so many threads; it ends with its last user.
+    """Return the pool of ``threads`` threads; it ends with its last user.
 
-    Backends share it: threads of two pools that wait for work would take each other's cores.
+    Backends share it, because waiting threads of two pools would compete for the cores.
     """
     from pyggml.kernels.cpu.pool import Pool
 
@@ -284,7 +284,7 @@ def shared_pool(threads: int) -> Pool:
 
 
 class _KeptPlan:
-    """A plan, and what it rests on."""
+    """A plan with the conditions under which it is valid."""
 
     __slots__ = ("buffers", "owner", "plan", "snapshot")
 
@@ -296,18 +296,18 @@ class _KeptPlan:
 
 
 def plan_of(graph: GraphView, owner: object, name: str, address_of: Callable[[Tensor], int]) -> HostPlan:
-    """Return the plan of a range of nodes, made at the first time and kept in the range.
+    """Return the plan of a range of nodes, which is made on first use and kept in the range.
 
-    A new one is made if the nodes changed in any way, a tensor moved in memory, a buffer was closed, or another device asks.
+    A new plan is made if a node changed, a tensor moved in memory, a buffer was closed, or ``owner`` is another device.
 
     Parameters
     ----------
     owner : object
-        Whose plan it is.
+        The device of the plan.
     name : str
-        Of the backend, for errors.
+        The backend's name, for errors.
     address_of : callable
-        Host address of a tensor; raises if the backend cannot reach it.
+        Returns the host address of a tensor; raises if the backend cannot reach it.
 
     Raises
     ------

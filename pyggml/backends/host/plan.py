@@ -1,12 +1,12 @@
 """`HostPlan`: the nodes of a split as a plan of kernel calls, made once and run in one call.
 
-Used by every backend that computes on host memory. The plan is an array of int64 words (`pyggml.kernels.cpu.words`);
-what each op writes into it is in `_host_writers`. Two things are found out here, because only here the order of nodes
-is known:
+Used by every backend that computes on host memory. A plan is an array of int64 words (`pyggml.kernels.cpu.words`),
+which `writers.py` writes for each op. This module decides two things that depend on the order of nodes:
 
-- where stages begin: at a descriptor that touches what an earlier one of the stage makes, or makes what that reads;
-- what can be shared: activations quantised for one product serve the next that reads them, likewise the grouping of
-  ids by expert and the angles of ROPE, until a node writes over what they were made from.
+- where a stage begins: at a descriptor that reads or writes memory that an earlier one of the stage writes, or writes
+ memory that one reads;
+- what is shared: quantised activations, ids grouped by expert, and ROPE's angles are used again by later nodes until a
+ node overwrites their source.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Range = tuple[int, int]
 
 
 class Layout(NamedTuple):
-    """A tensor's memory seen in another shape; stands where a tensor does in `HostPlan.add`."""
+    """A tensor's memory in another shape, for `HostPlan.add`."""
 
     address: int
     type: int
@@ -52,12 +52,12 @@ class Layout(NamedTuple):
     nbytes: int
 
 
-#: Ranges of a stage that are looked through one by one; most stages have fewer.
+#: Most ranges of a stage that are compared one by one; most stages have fewer.
 _FEW = 48
 
 
 class _Ranges:
-    """Ranges of bytes, joined where they meet, so that one look-up finds out whether another meets them."""
+    """Ranges of bytes, merged if they overlap, with fast look-up of overlaps."""
 
     __slots__ = ("ends", "starts")
 
@@ -66,7 +66,7 @@ class _Ranges:
         self.ends: list[int] = []
 
     def meets(self, first: int, end: int) -> bool:
-        """Return whether a range shares a byte with one of these."""
+        """Return whether a range overlaps one of these."""
         i = bisect_right(self.ends, first)
         return i < len(self.starts) and self.starts[i] < end
 
@@ -80,7 +80,7 @@ class _Ranges:
 
 
 class _Touched:
-    """What the descriptors of a stage read and write: a plain list, and joined ranges once there are many."""
+    """The ranges that a stage's descriptors read and write: a list, or merged ranges if there are many."""
 
     __slots__ = ("few", "many", "many_parallel")
 
@@ -90,7 +90,7 @@ class _Touched:
         self.many_parallel: tuple[_Ranges, _Ranges] | None = None  #: by descriptors that all threads run
 
     def conflicts(self, ranges: Sequence[tuple[int, int, bool]], serial: bool) -> bool:
-        """Whether ranges meet written ones of the stage, or written ones its others; serial descriptors keep order."""
+        """Return whether ranges conflict with the stage's: they overlap, one is written, and not both are serial."""
         many = self.many_parallel if serial else self.many
         if many is not None:
             reads, writes = many
@@ -106,7 +106,7 @@ class _Touched:
         return False
 
     def add(self, ranges: Sequence[tuple[int, int, bool]], serial: bool) -> None:
-        """Note what a descriptor touches."""
+        """Add the ranges of a descriptor."""
         if self.many is None:
             self.few += [(first, end, is_write, serial) for first, end, is_write in ranges]
             if len(self.few) <= _FEW:
@@ -123,7 +123,7 @@ class _Touched:
 
 
 class HostPlan:
-    """A plan for nodes whose data lies in host memory.
+    """A plan for nodes whose data is in host memory.
 
     Parameters
     ----------
@@ -134,16 +134,16 @@ class HostPlan:
     backend : str
         Name for errors.
     share : bool
-        Whether nodes may use what earlier ones prepared. False makes `run_node` possible.
+        Whether nodes may use prepared data of earlier ones; `run_node` needs False.
 
     Raises
     ------
     UnsupportedOpError
-        No kernel can run a node. Every way to a kernel passes here, once for each plan.
+        No kernel can run a node.
 
     Notes
     -----
-    The addresses are written into the plan: it is good for as long as no tensor moves.
+    A plan contains addresses and is valid until a tensor moves.
     """
 
     def __init__(
@@ -155,10 +155,10 @@ class HostPlan:
         share: bool = True,
     ) -> None:
         self.backend = backend
-        self.buffers: tuple[Buffer, ...] = ()  #: in which the tensors are, where who made the plan knows
+        self.buffers: tuple[Buffer, ...] = ()  #: buffers of the tensors, if known
         self.address_of = address_of
         self.share = share
-        self.times = 0  #: where cycles are added up, if anywhere; see `Pool.run`
+        self.times = 0  #: address of counters of cycles, or 0; see `Pool.run`
         self.thread_bytes = 0
         self._words: Any = array("q")  # Any: array's type parameter is not subscriptable at run time
         self._starts: list[int] = []  #: first word of each descriptor
@@ -167,7 +167,7 @@ class HostPlan:
         self._node_spans: list[tuple[int, int]] = []
         self._stages: list[int] = []  #: first descriptor of each stage
         self._stage_cost = 0.0  #: seconds of the stage so far
-        self._new_stage = True  #: whether the next descriptor begins one, whatever it touches
+        self._new_stage = True  #: whether the next descriptor begins a stage in any case
         self._touched = _Touched()  #: by this stage
         self._shared: dict[tuple[Any, ...], tuple[Range, tuple[str, int]]] = {}
         self._fixups: list[tuple[int, str, int]] = []  #: word, slot kind, slot number
@@ -195,7 +195,7 @@ class HostPlan:
             self._node_spans.append((first, len(self._starts)))
         self._finish()
 
-    # -- what writers use --------------------------------------------------------
+    # -- for writers -------------------------------------------------------------
 
     def add(
         self,
@@ -223,11 +223,11 @@ class HostPlan:
         params : sequence of int
             Parameter words.
         serial : bool
-            Whether one thread alone runs it.
+            Whether a single thread runs it.
         cost : float
-            Seconds that it may take.
+            Estimated seconds.
         reads, writes : sequence of (int, int)
-            Ranges of scratch that it touches, besides the tensors; see `slot_range`.
+            Ranges of scratch that it reads and writes, in addition to the tensors; see `slot_range`.
         scratch : int
             Byte offset in the shared scratch.
         """
@@ -260,12 +260,12 @@ class HostPlan:
         return start
 
     def prepared(self, key: tuple[Any, ...]) -> tuple[str, int] | None:
-        """Return the slot of what was prepared under a key, if it still holds."""
+        """Return the slot of data prepared under a key, or None if it is no longer valid."""
         found = self._shared.get(key)
         return None if found is None else found[1]
 
     def new_slot(self, kind: str, size: int, key: tuple[Any, ...], source: Tensor) -> tuple[str, int]:
-        """Return a slot of the scratch for what is prepared from a source; an older holder of the slot is forgotten."""
+        """Return a slot of scratch for data prepared from a source; the slot's older data is dropped."""
         n = self._next_slot[kind]
         self._next_slot[kind] = (n + 1) % N_SLOTS[kind]
         self._slot_bytes[kind] = max(self._slot_bytes[kind], size)
@@ -275,36 +275,36 @@ class HostPlan:
         return slot
 
     def new_table(self, size: int, key: tuple[Any, ...], source: Tensor) -> tuple[str, int]:
-        """Return a piece of scratch that is never reused; its number is its offset."""
+        """Return scratch that is never reused; its number is its offset."""
         slot = ("table", self._table_bytes)
         self._table_bytes += -(-size // 64) * 64
         self.remember(key, source, slot)
         return slot
 
     def remember(self, key: tuple[Any, ...], source: Tensor, slot: tuple[str, int]) -> None:
-        """Note that a slot holds what was made from a source."""
+        """Record that a slot has data prepared from a source."""
         at = self.address_of(source)
         self._shared[key] = ((at, at + source.nbytes), slot)
 
     @staticmethod
     def slot_range(slot: tuple[str, int]) -> Range:
-        """Return a range that stands for a slot where stages are decided; no tensor lies there."""
+        """Return a range that represents a slot when stages are decided; no tensor has these addresses."""
         kind, n = slot
         at = {"rows": -1000, "groups": -2000, "table": -(1 << 40)}[kind] - 2 * n
         return at, at + 1
 
     def fix(self, word: int, slot: tuple[str, int]) -> None:
-        """Ask for a word to become the slot's byte offset, once sizes are known."""
+        """Set a word to the slot's byte offset, once sizes are known."""
         self._fixups.append((word, *slot))
 
     def need_thread_bytes(self, size: int) -> None:
-        """Ask for scratch for each thread."""
+        """Request scratch for each thread, in bytes."""
         self.thread_bytes = max(self.thread_bytes, -(-size // 64) * 64)
 
     # -- closing ---------------------------------------------------------------------
 
     def _forget(self, node: Tensor) -> None:
-        """Drop what was prepared from memory that a node wrote over."""
+        """Drop data prepared from memory that a node writes."""
         if self._shared:
             first = self.address_of(node)
             end = first + node.nbytes
@@ -325,7 +325,7 @@ class HostPlan:
         self._shared.clear()
 
     def _cut(self) -> list[tuple[int, int]]:
-        """Write the stages' headers; return pieces of whole stages that take some time each."""
+        """Write the headers of stages, and return pieces of whole stages, each with about `PIECE_S` of work."""
         words, starts = self._words, self._starts
         pieces: list[tuple[int, int]] = []
         first, total = 0, 0.0
@@ -355,16 +355,16 @@ class HostPlan:
         Raises
         ------
         ExpertIdError
-            An expert id is out of bounds. Nothing after its node is computed.
+            An expert id is out of range. No later node is computed.
         ComputeError
-            A row index is out of bounds, or the pool was told to stop.
+            A row index is out of range, or the pool was stopped.
         """
         bad = pool.run(self._pieces, self.shared_bytes, self.thread_bytes, self.times)
         if bad is not None:
             self._raise(bad)
 
     def run_node(self, i: int, pool: Pool) -> None:
-        """Compute node i alone; only of a plan made with ``share=False``. Raises as `run`."""
+        """Compute only node i of a plan made with ``share=False``. Raises as `run`."""
         if self.share:
             raise ValueError("a plan whose nodes share prepared data cannot run them one by one; use share=False")
         first, end = self._node_spans[i]

@@ -1,9 +1,9 @@
-"""Hazards: memory of a simulated device, or of the host, that two pieces of work touch, at least one writes, and no wait orders.
+"""Finds hazards: two accesses to memory of a simulated device or the host, at least one a write, that no wait orders.
 
-Whether work happens to be done in a wrong order depends on the seed; whether anything orders it does not. So each piece
-of work leaves what it touches, and the next that touches the same is checked against the waits alone: those of the host,
-and those of streams for each other. What the host has waited for is forgotten. Each device watches its own memory; `HOST`
-watches the host's, which streams read and write behind the host's back, and tells the devices whose streams did.
+The order in which late work is done depends on the seed, but the waits do not. So the accesses of each piece of work
+are recorded, and a later access to the same bytes is checked against the waits of the host and of streams. Work that
+the host has waited for is forgotten. Each device has a watch of its own memory; `HOST` watches host memory, which
+streams access while the host continues, and reports hazards to the devices of these streams.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["HOST", "Access", "Hazard", "HazardWatch", "HostWatch", "Stream", "ac
 
 @dataclass(frozen=True, slots=True)
 class Hazard:
-    """Two uses of the same memory in no order."""
+    """Two accesses to the same memory that no wait orders."""
 
-    earlier: str  #: what was given first: who reads or writes which tensor
+    earlier: str  #: the access that was submitted first: who reads or writes which tensor
     later: str
     missing: str  #: the wait that would order them
 
@@ -38,30 +38,30 @@ class Hazard:
 class Access(NamedTuple):
     """Bytes that a piece of work reads or writes."""
 
-    what: str  #: whose bytes, for people
+    what: str  #: name of the tensor, for people
     start: int
     end: int
     is_write: bool
     by: str  #: the node that is computed; empty for a copy
 
     def text(self, who: str) -> str:
-        """Return who does what, for people."""
+        """Return a description of the access by ``who``, for people."""
         verb = "writes" if self.is_write else "reads"
         return f"{who} {verb} {self.what}" + (f" in {self.by}" if self.by else "")
 
 
 class _Sorted:
-    """Accesses by where they begin, so that those which meet another are found at once."""
+    """Accesses sorted by their first byte, with fast look-up of overlaps."""
 
     __slots__ = ("accesses", "ends", "starts")
 
     def __init__(self, accesses: Iterable[Access]) -> None:
         self.accesses = sorted(accesses, key=lambda access: access.start)
         self.starts = [access.start for access in self.accesses]
-        self.ends = list(accumulate((access.end for access in self.accesses), max))  # the largest so far
+        self.ends = list(accumulate((access.end for access in self.accesses), max))  # the largest end so far
 
     def meeting(self, other: Access) -> Iterator[Access]:
-        """Yield those that share a byte with another."""
+        """Yield the accesses that overlap ``other``."""
         i = bisect_left(self.starts, other.end) - 1
         while i >= 0 and self.ends[i] > other.start:
             if self.accesses[i].end > other.start:
@@ -70,16 +70,16 @@ class _Sorted:
 
 
 class Stream:
-    """What orders the work of one stream.
+    """The waits that order the work of a stream.
 
     Attributes
     ----------
     n_host : int
         Pieces of work that the host has waited for.
     waits : list of (int, Stream, int)
-        Which piece waits for another stream, and for how much of it.
+        A piece of work, the stream that it waits for, and the number of that stream's pieces.
     watch : HazardWatch or None
-        Of its device.
+        The watch of its device.
     """
 
     __slots__ = ("__weakref__", "n_host", "name", "waits", "watch")
@@ -90,7 +90,7 @@ class Stream:
         self.waits: list[tuple[int, Stream, int]] = []
 
     def host_waits(self, n: int) -> None:
-        """Take note that the host waits for n pieces, and so for all that they waited for."""
+        """Record that the host waits for n pieces, and for all work that these waited for."""
         if not self.waits:
             self.n_host = max(self.n_host, n)
             return
@@ -99,7 +99,7 @@ class Stream:
             stream.waits = [wait for wait in stream.waits if wait[0] > reached]
 
     def before(self, n: int) -> dict[Stream, int]:
-        """Return how much of each stream is done once n pieces of this one are, by waits of streams alone."""
+        """Return the pieces of each stream that are done once n pieces of this one are, by waits between streams."""
         found: dict[Stream, int] = {}
         todo: list[tuple[Stream, int]] = [(self, n)]
         while todo:
@@ -111,12 +111,12 @@ class Stream:
 
 
 class HazardWatch:
-    """What work that the host did not wait for does with the memory of one device.
+    """Accesses to one device's memory by work that the host has not waited for.
 
     Attributes
     ----------
     hazards : list of Hazard
-        Found so far, each once.
+        Hazards found so far, each once.
     """
 
     def __init__(self) -> None:
@@ -124,13 +124,13 @@ class HazardWatch:
         self._pending: WeakKeyDictionary[Stream, deque[tuple[int, Access]]] = WeakKeyDictionary()
 
     def by_stream(self, stream: Stream, n: int, accesses: Iterable[Access]) -> None:
-        """Take note of what the n-th piece of work of a stream does."""
+        """Record the accesses of the n-th piece of work of a stream."""
         kept = list(accesses)
         self._check(kept, stream.before(n), stream)
         self._pending.setdefault(stream, deque()).extend((n, access) for access in kept)
 
     def by_host(self, accesses: Sequence[Access]) -> None:
-        """Take note of what the host does now; all work that comes later comes after it."""
+        """Check accesses of the host; all later work is ordered after them."""
         self._check(accesses, {}, None)
 
     def _check(self, accesses: Sequence[Access], before: dict[Stream, int], stream: Stream | None) -> None:
@@ -158,17 +158,17 @@ class HazardWatch:
         self.add(hazard)
 
     def add(self, hazard: Hazard) -> None:
-        """Keep a hazard, once."""
+        """Add a hazard, unless it is known."""
         if hazard not in self.hazards:
             self.hazards.append(hazard)
 
 
 class HostWatch(HazardWatch):
-    """What streams of all devices do with the host's memory while the host does not wait for them."""
+    """Accesses to host memory by streams of all devices that the host has not waited for."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is such work; if not, nothing that the host does matters."""
+        """Return whether there is such work; without it, accesses of the host need no check."""
         return bool(self._pending)
 
     def _found(self, hazard: Hazard, earlier: Stream, later: Stream | None) -> None:
@@ -177,12 +177,12 @@ class HostWatch(HazardWatch):
                 stream.watch.add(hazard)
 
 
-#: Of this process; streams are in it only while a device that works late has work.
+#: The watch of this process's memory; it has streams only while a late device has work.
 HOST = HostWatch()
 
 
 def accesses_of(graph: GraphView) -> list[Access]:
-    """Return what computing a range of nodes reads and writes."""
+    """Return the accesses of computing a range of nodes."""
     found: dict[Access, None] = {}
     for node in graph.nodes:
         if node.flags & TensorFlag.COMPUTE and not node.op.is_empty and not node.is_empty:
@@ -195,13 +195,13 @@ def accesses_of(graph: GraphView) -> list[Access]:
 
 
 def access_to(tensor: Tensor, *, is_write: bool, offset: int = 0, size: int | None = None, by: str = "") -> Access:
-    """Return the use of some bytes of a tensor, of all if no size is given."""
+    """Return the access to bytes of a tensor, by default to all."""
     assert tensor.data is not None
     start = tensor.data + offset
     return Access(f"'{tensor.name}'", start, start + (tensor.nbytes if size is None else size), is_write, by)
 
 
 def host_access(address: int, size: int, tensor: Tensor, *, is_write: bool) -> Access:
-    """Return the use of host memory at the other end of a copy from or to a device's tensor."""
+    """Return the access to host memory of a copy from or to a device's tensor."""
     way = "from" if is_write else "for"
     return Access(f"host memory {way} '{tensor.name}'", address, address + size, is_write, "")

@@ -1,6 +1,6 @@
-"""Writers of ops that fewer models use: elements placed and padded, sums over groups, and layers with a state.
+"""Writers of rarer ops: placing and padding elements, sums over groups, recurrent layers.
 
-Merged into `_host_writers.WRITERS`.
+Merged into `writers.WRITERS`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from .writing import (
 
 __all__ = ["RARE_WRITERS"]
 
-#: Further from the diagonal than any element.
+#: A distance from the diagonal larger than any element's.
 _FAR = 1 << 40
-#: What a row of TRI keeps, less its number: from, to.
+#: The columns that a row of TRI keeps, relative to the row's number: first, end.
 _KEPT = {
     TriType.UPPER_DIAG: (0, _FAR),
     TriType.UPPER: (1, _FAR),
@@ -54,7 +54,7 @@ def _add1(plan: HostPlan, t: Tensor) -> None:
 
 
 def _write_into(plan: HostPlan, t: Tensor) -> None:
-    """ACC, SET: a copy of src0, unless in place, then src1 in a part of it."""
+    """ACC, SET: copy src0 unless in place, then write src1 into a part of it."""
     a, b = source(t, 0), source(t, 1)
     if plan.address_of(a) != plan.address_of(t):
         plan.add(copy.copy_rows.address, t, flat(plan, t, a), (copy.RAW_ROWS, t.nbytes, 0, 0), **by_elements(t))
@@ -135,7 +135,7 @@ def _out_prod(plan: HostPlan, t: Tensor) -> None:
     )
 
 
-# -- layers with a state -------------------------------------------------------------------
+# -- recurrent layers ----------------------------------------------------------------------
 
 
 def _ssm_conv(plan: HostPlan, t: Tensor) -> None:

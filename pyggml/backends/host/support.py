@@ -1,4 +1,4 @@
-"""Which nodes the host's kernels can run; `reason_unsupported` says why not. Needs neither kernels nor Numba."""
+"""`reason_unsupported`: why the host's kernels cannot run a node. Needs neither kernels nor Numba."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...types import GluOp, Op, Type, UnaryOp
 __all__ = ["plans_op", "reason_malformed", "reason_unsupported", "supports_op"]
 
 _FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
-#: What rows of floats can be turned into, and the other way round.
+#: Types to which and from which rows of floats can be converted.
 _QUANTISED = frozenset({
     Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
     Type.MXFP4, Type.IQ4_NL,
 })  # fmt: skip
-#: What is read and never written.
+#: Types that are read but never written.
 _CODED = frozenset({
     Type.IQ4_XS, Type.IQ3_S, Type.IQ3_XXS, Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS, Type.IQ1_M, Type.IQ1_S, Type.TQ1_0,
     Type.TQ2_0, Type.NVFP4, Type.Q1_0, Type.Q2_0,
@@ -28,7 +28,7 @@ _KV_TYPES = _FLOATS | _QUANTISED
 
 
 def _types(t: Tensor, *allowed: frozenset[Type] | set[Type]) -> str:
-    """Compare the types of dst and sources with what is allowed for each, absent ones aside."""
+    """Return why the type of dst or a source is not allowed; empty if all are. Missing sources are ignored."""
     tensors = [t, *t.src]
     for i, types in enumerate(allowed):
         x = tensors[i] if i < len(tensors) else None
@@ -39,7 +39,7 @@ def _types(t: Tensor, *allowed: frozenset[Type] | set[Type]) -> str:
 
 
 def _dense_rows(t: Tensor, *which: int) -> str:
-    """Ask for elements side by side in dst (0) and sources (1, 2, ...)."""
+    """Require contiguous rows in dst (0) and sources (1, 2, ...)."""
     tensors = [t, *t.src]
     for i in which:
         x = tensors[i] if i < len(tensors) else None
@@ -85,7 +85,7 @@ def _glu(t: Tensor) -> str:
 
 
 def _activations(t: Tensor) -> frozenset[Type]:
-    """Float weights take any floats, quantised ones F32."""
+    """Return the types of activations: any floats for float weights, F32 for quantised ones."""
     return _FLOATS if t.src[0] is not None and t.src[0].type in _FLOATS else _F32
 
 
@@ -185,7 +185,7 @@ def _write_into(t: Tensor) -> str:
 
 
 def _contiguous(t: Tensor) -> str:
-    """F32 without gaps everywhere."""
+    """Require contiguous F32 tensors."""
     for i, x in enumerate((t, *t.src)):
         if x is not None and not x.is_contiguous():
             return f"{'dst' if i == 0 else f'src{i - 1}'} '{x.name}' has gaps (nb {x.nb})"
@@ -209,7 +209,7 @@ def _indexer(t: Tensor) -> str:
 
 
 def _state(t: Tensor) -> str:
-    """SSM_CONV, SSM_SCAN, GATED_DELTA_NET: F32 but for ids, rows without gaps."""
+    """SSM_CONV, SSM_SCAN, GATED_DELTA_NET: F32 except ids, contiguous rows."""
     n = len(t.src)
     kinds = [_F32] * (n + 1)
     if t.op is Op.SSM_SCAN:
@@ -224,7 +224,7 @@ def _state(t: Tensor) -> str:
 
 
 def _linear_attention(t: Tensor) -> str:
-    """RWKV_WKV6, RWKV_WKV7, GATED_LINEAR_ATTN: F32 without gaps, and as many tokens of each sequence."""
+    """RWKV_WKV6, RWKV_WKV7, GATED_LINEAR_ATTN: contiguous F32, and equally many tokens of each sequence."""
     *tokens, state = [x for x in t.src if x is not None]
     n, n_head, n_token, _ = tokens[1].ne
     if t.op is Op.RWKV_WKV6 and tokens.pop(3).numel < n * n_head:
@@ -238,7 +238,7 @@ def _linear_attention(t: Tensor) -> str:
 
 
 def _hyper_connections(t: Tensor) -> str:
-    """DSV4_HC_COMB, DSV4_HC_PRE, DSV4_HC_POST: F32, streams without gaps in rows."""
+    """DSV4_HC_COMB, DSV4_HC_PRE, DSV4_HC_POST: F32 with contiguous rows."""
     x, y, post, comb = ([*t.src, None, None, None])[:4]
     assert x is not None
     assert y is not None
@@ -316,25 +316,25 @@ def reason_unsupported(tensor: Tensor) -> str:
 
 
 def supports_op(tensor: Tensor) -> bool:
-    """Whether the kernels can run a node; views and nodes that compute nothing count as supported."""
+    """Return whether the kernels can run a node; views and nodes without COMPUTE count as supported."""
     return not reason_unsupported(tensor)
 
 
 def plans_op(tensor: Tensor) -> bool:
-    """Whether a device that computes nothing should count as able to run a node.
+    """Return whether a device that only plans counts as able to run a node.
 
-    An op for which there is no kernel here at all, such as CONV_2D, is one that ggml's backends run.
+    Ops without any kernel in pyggml, such as CONV_2D, count as supported, because ggml's backends run them.
 
     Notes
     -----
-    Mirrors `ggml_backend_cpu_device_supports_op`, which says yes to every op that it does not name.
+    Mirrors `ggml_backend_cpu_device_supports_op`, which accepts every op that it does not name.
     """
     return tensor.op not in _CHECKS or supports_op(tensor)
 
 
-# -- nodes that no builder made ----------------------------------------------------
+# -- nodes that were not made by builders ------------------------------------------
 
-#: Sources that an op cannot be without, where that is not one.
+#: Number of required sources, if it is not 1.
 _N_SOURCES = {
     **dict.fromkeys(
         (Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.ADD1, Op.ACC, Op.SET, Op.CONCAT, Op.MUL_MAT, Op.OUT_PROD, Op.GET_ROWS, Op.ROPE,
@@ -356,9 +356,9 @@ _SHAPE_OF_SOURCE = frozenset({
 
 
 def reason_malformed(t: Tensor) -> str:
-    """Return why a node cannot be what a builder makes: missing sources, other shapes, memory that may not be written.
+    """Return why a node is malformed: missing sources, wrong shapes, or read-only memory; empty if it is not.
 
-    Asked once for each node of a plan, as kernels trust shapes.
+    Called once for each node of a plan, because kernels do not check shapes.
     """
     root = t.view_src
     if root is not None and root.buffer is not None and not root.buffer.is_writable:

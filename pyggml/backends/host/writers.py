@@ -1,7 +1,7 @@
-"""What each op writes into a `HostPlan`: kernel, tensors, parameters, and whether one thread does it alone.
+"""Writes ops into a `HostPlan`: kernel, tensors, parameters, and whether a single thread runs it.
 
-Imported when the first plan is made, because the kernels bring Numba with them. `WRITERS` has an entry for every op
-that `_host_support` accepts.
+Imported when the first plan is made, because the kernels import Numba. `WRITERS` has an entry for every op that
+`support.py` accepts.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _join(code: int) -> Writer:
 
 
 def _prepare_rows(plan: HostPlan, t: Tensor, weights: Tensor, x: Tensor) -> tuple[tuple[str, int] | None, int]:
-    """Have activations quantised, or turned into floats; return their slot (None: as they are) and bytes of a row."""
+    """Prepare activations (quantised or as floats); return their slot (None: unchanged) and the bytes of a row."""
     k = x.ne[0]
     if weights.type in matmul.FLOAT_TYPES:
         if x.type is Type.F32:
@@ -206,7 +206,7 @@ def _sum(plan: HostPlan, t: Tensor) -> None:
 
 
 def _slopes(n_head: int, max_bias: float) -> tuple[int, int, int]:
-    """Return ALiBi's two bases and the number of heads of the first."""
+    """Return ALiBi's two bases, and the number of heads that use the first."""
     max_bias = max(0.0, max_bias)
     n_head_log2 = 1 << max(0, n_head.bit_length() - 1)
     return bits(2.0 ** (-max_bias / n_head_log2)), bits(2.0 ** (-max_bias / 2.0 / n_head_log2)), n_head_log2
@@ -262,7 +262,7 @@ def _yarn_range(n_dims: int, n_ctx_orig: int, base: float, beta_fast: float, bet
     return max(0.0, math.floor(pair(beta_fast))), min(n_dims - 1.0, math.ceil(pair(beta_slow)))
 
 
-#: How pairs find their position, by mode; the others have one for all.
+#: How pairs choose among several positions, by mode; other modes have one position.
 _AXES: dict[int, int] = {
     RopeType.MROPE: rope.IN_SECTIONS,
     RopeType.IMROPE: rope.IN_TURNS,
@@ -319,12 +319,12 @@ def _rope(sine_sign: float) -> Writer:
 
 
 def _quantiser(t: Tensor) -> int:
-    """Return the address of what writes a node's quantised rows; 0 if they are not, to compile nothing."""
+    """Return the address of the function that quantises a node's rows; 0 if the type is not quantised."""
     return int(quantiser(t.type).address) if t.type.is_quantized else 0
 
 
 def _dequantiser(t: Tensor) -> int:
-    """Return the address of what reads a tensor's quantised rows."""
+    """Return the address of the function that dequantises a tensor's rows."""
     kernel = coded.dequantise_kernel(t.type) if t.type in coded.TYPES else dequantise_row
     return int(kernel.address)
 

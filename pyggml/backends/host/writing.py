@@ -1,4 +1,4 @@
-"""What the writers of a `HostPlan` share: sources, layouts, and when one thread does an op alone."""
+"""Helpers of the writers of a `HostPlan`: sources, layouts, and when a single thread runs an op."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .plan import HostPlan, Layout
 
 Writer = Callable[[HostPlan, Tensor], None]
 
-#: Elements below which one thread is as fast as all: a meeting of threads costs what it does with some thousands.
+#: Elements below which one thread is as fast as all, because of the cost of synchronising threads.
 SERIAL_ELEMENTS = 4096
 SERIAL_PRODUCTS = 20_000
-#: What beginning a row costs, in elements; measured for softmax.
+#: Cost of starting a row, in elements; measured for softmax.
 ROW_ELEMENTS = 64
-#: Rough speeds, for `HostPlan._cut`.
+#: Approximate speeds, for `HostPlan._cut`.
 PRODUCTS_PER_S = 5e10
 ELEMENTS_PER_S = 5e8
 
@@ -29,19 +29,19 @@ def bits(value: float) -> int:
 
 
 def source(t: Tensor, i: int) -> Tensor:
-    """Return a source that an op cannot be without."""
+    """Return a required source."""
     found = t.src[i]
     assert found is not None, f"{t.op.name} '{t.name}' has no source {i}"
     return found
 
 
 def optional(t: Tensor, i: int) -> Tensor | None:
-    """Return a source that may be absent."""
+    """Return a source, or None if the node does not have it."""
     return t.src[i] if i < len(t.src) else None
 
 
 def flat(plan: HostPlan, *tensors: Tensor) -> tuple[Tensor | Layout, ...]:
-    """Return contiguous tensors as single rows; as they are, if one has gaps."""
+    """Return contiguous tensors as single rows; unchanged if one has gaps."""
     if not all(t.is_contiguous() for t in tensors):
         return tensors
     return tuple(
@@ -57,19 +57,19 @@ def flat(plan: HostPlan, *tensors: Tensor) -> tuple[Tensor | Layout, ...]:
 
 
 class Run(TypedDict):
-    """How an op is run: arguments of `HostPlan.add`."""
+    """Arguments of `HostPlan.add` that say how an op is run."""
 
     serial: bool
     cost: float
 
 
 def by_elements(t: Tensor) -> Run:
-    """Return how an op of so many elements is run."""
+    """Return how an element-wise op is run."""
     n = t.numel
     return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
 
 
 def by_rows(t: Tensor) -> Run:
-    """Return how an op is run that has some work for each row besides its elements."""
+    """Return how an op is run that has a cost per row in addition to that of elements."""
     n = t.numel + ROW_ELEMENTS * t.nrows
     return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
