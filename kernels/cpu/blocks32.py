@@ -68,11 +68,14 @@ def _codes(e: Emit, typ: int, block: ir.Value) -> ir.Value:
         return b.xor(e.load(U8x32, block, HEAD[typ]), e.const(U8x32, 128))
     packed = e.load(U8x16, block, HEAD[typ])
     twice = e.cast(e.cat(packed, packed), I64x4)
-    u = b.and_(e.cast(b.lshr(twice, ir.Constant(I64x4, [0, 0, 4, 4])), U8x32), e.const(U8x32, 15))
+    u = e.cast(b.lshr(twice, ir.Constant(I64x4, [0, 0, 4, 4])), U8x32)
+    if typ in BYTES:
+        return e.lookup(BYTES[typ], u)
+    u = b.and_(u, e.const(U8x32, 15))
     if typ in FIFTH_BITS:
         fifth = e.cast(e.load(I32, block, FIFTH_BITS[typ]), vec(I1, 32))
         u = b.or_(u, b.select(fifth, e.const(U8x32, 16), e.const(U8x32, 0)))
-    return e.lookup(BYTES[typ], u) if typ in BYTES else u
+    return u
 
 
 def _scales(e: Emit, typ: int, block: ir.Value, n: int) -> tuple[ir.Value, ir.Value | None]:
@@ -94,6 +97,7 @@ def _product(
     scales = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
     starts8 = [e.add(s, e.mul(n4, 2)) for s in scales]
     sums = [e.add(s, e.mul(n4, 3)) for s in scales]
+    aside = typ != Q8_0  # whose rows are taken alone and would wait for what was stored
     powers = e.table("e8m0", F32, [2.0 ** (exponent - 128) for exponent in range(256)]) if typ == MXFP4 else None
 
     def take_minima(r: int, minima: ir.Value, i4: ir.Value, n: int) -> None:
@@ -112,7 +116,8 @@ def _product(
         for r, block in enumerate(at):
             if powers is None:
                 dw, minima = _scales(e, typ, block, n)
-                factors.append([b.fmul(dw, e.load(vec(F32, n), e.add(s, i4))) for s in scales])
+                products = [b.fmul(dw, e.load(vec(F32, n), e.add(s, i4))) for s in scales]
+                factors.append([e.put_aside(f) for f in products] if aside and n == 4 else products)
                 if minima is not None:
                     take_minima(r, minima, i4, n)
         for j in range(n):
@@ -121,10 +126,16 @@ def _product(
                 ints = [e.splat(e.load(I32, e.add(s, i4), 4 * j), 8) for s in starts8]
             v = [e.load(U8x32, e.add(x, e.mul(i, 32)), 32 * j) for x in xs]
             dx = [e.splat(e.load(F32, e.add(s, i4), 4 * j), 8) for s in scales]
+            dx = (
+                [e.opaque(d) for d in dx] if powers is not None else dx
+            )  # else scalars would be multiplied, then spread
             for r, block in enumerate(at):
                 u = _codes(e, typ, e.add(block, SIZE[typ] * j))
                 if powers is None:
-                    own = [e.shuffle(f, f, [j] * 8) for f in factors[r]]
+                    own = [
+                        e.splat(e.load(F32, f, 4 * j), 8) if aside and n == 4 else e.shuffle(f, f, [j] * 8)
+                        for f in factors[r]
+                    ]
                 else:  # cheaper than spreading what was computed
                     exponent = b.zext(e.load(I8, block, SIZE[typ] * j), I64)
                     dw = e.splat(e.load(F32, e.add(powers, e.mul(exponent, 4))), 8)

@@ -144,8 +144,11 @@ class Emit:
         return v
 
     def opaque(self, v: ir.Value) -> ir.Value:
-        """Return an integer of a general register, so that LLVM does not see how it was made."""
-        return self.b.call(ir.InlineAsm(ir.FunctionType(v.type, [v.type]), "", "=r,0"), [v])
+        """Return a value of a register, so that LLVM does not see how it was made: an integer, or a vector of 256 bits."""
+        wide = isinstance(v.type, ir.VectorType)
+        if wide and not self.has("avx"):
+            return v
+        return self.b.call(ir.InlineAsm(ir.FunctionType(v.type, [v.type]), "", "=x,0" if wide else "=r,0"), [v])
 
     def put_aside(self, v: ir.Value) -> ir.Value:
         """Store a vector on the stack and return its address: an element that is loaded from there is spread for nothing."""
@@ -281,8 +284,12 @@ class Emit:
     # -- bytes ---------------------------------------------------------------------
 
     def lookup(self, table: Iterable[int], v: ir.Value) -> ir.Value:
-        """Return the entries of a table of sixteen bytes at the indices in 32 or 64 lanes."""
+        """Return the entries of a table of sixteen bytes at the indices in 32 or 64 lanes; their upper four bits are ignored."""
         entries, n = [x & 255 for x in table], v.type.count
+        if n == 32 and self.has("avx512vbmi", "avx512vl"):
+            f = self.fn("llvm.x86.avx512.permvar.qi.256", U8x32, U8x32, U8x32)
+            return self.b.call(f, [ir.Constant(U8x32, entries * 2), v])
+        v = self.b.and_(v, self.const(v.type, 15))
         if self.has("avx512bw") and n == 64:
             f = self.fn("llvm.x86.avx512.pshuf.b.512", U8x64, U8x64, U8x64)
             return self.b.call(f, [ir.Constant(U8x64, entries * 4), v])
