@@ -186,8 +186,27 @@ class _Fitter:
         for m in self.planner.memory():
             i = own.get(m.buft, -1 if backends else 0)
             if i >= 0:
-                used[i] += m.total
+                used[i] += m.total - m.compute
+        for i, size in enumerate(self._compute_bytes()[: len(used)]):
+            used[i] += size
         return used
+
+    def _compute_bytes(self) -> list[int]:
+        """Return the compute memory of each device, then of the host, as ``--fit`` sees it.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_sched_reserve_size`, which resets the scheduler and thereby drops the pins of norms. With several devices
+        it measures more than a context then takes: where a device's first layer begins, two tensors are copied instead of one.
+        """
+        planner, p = self.planner, self.planner.params
+        if len(planner.backends) < 3 and p.offload_kqv:  # a pin to the only device changes nothing
+            return [m.compute for m in planner.memory()]
+        planner.sched.reset()
+        n_tokens = min(p.n_ctx, p.n_ubatch)
+        n_outputs = min(n_tokens, p.n_outputs_max or p.n_batch)
+        planner.sched.split_graph(planner.source.reserved(n_tokens, p.n_seq_max, n_outputs).graph)
+        return planner.size_of_split()
 
     def _measure_shares(self, shares: Sequence[_Share]) -> list[int]:
         return self._measure(self._flags(shares))

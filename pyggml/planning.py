@@ -419,9 +419,9 @@ class Planner:
             return
         self.sched.split_graph(graph.graph)
         self.sched.reserve_policy()
-        self._planned_compute = self._size_of_split()
+        self._planned_compute = self.size_of_split()
 
-    def _size_of_split(self) -> list[int]:
+    def size_of_split(self) -> list[int]:
         """Return the sizes of the compute buffers that the last split graph needs."""
         copy = self.sched.sched_graph
         return self.sched.galloc.measure(copy, copy.node_backend_ids, copy.leaf_buffer_ids(self.sched.machine.cpu))
@@ -483,7 +483,7 @@ class Planner:
             if planned and planned[-1].graph is graph:
                 continue
             self.sched.split_graph(graph.graph)
-            planned.append(PlannedGraph(graph, part, self.sched.plan, self._size_of_split()))
+            planned.append(PlannedGraph(graph, part, self.sched.plan, self.size_of_split()))
         return planned
 
     def plan_reserved(self, n_tokens: int, n_seqs: int, n_outputs: int) -> PlannedGraph:
@@ -491,7 +491,7 @@ class Planner:
         graph = self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_outputs))
         self.sched.split_graph(graph.graph)
         part = MicroBatch.reserve(n_tokens, n_seqs, n_outputs)
-        return PlannedGraph(graph, part, self.sched.plan, self._size_of_split())
+        return PlannedGraph(graph, part, self.sched.plan, self.size_of_split())
 
     def micro_batches(
         self, n_tokens: int, *, outputs: Outputs = "last", is_generated: bool = False

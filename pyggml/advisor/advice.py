@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..hardware.measure import measure_host
 from ..hardware.pci import found_cards
 from ..simulation import simulate_batch
 from ..types import Type
-from .memory import DeviceMemory, MemoryModel, fit_setting
+from .memory import DeviceMemory, MemoryModel, ask_llama, fit_setting
 from .search import Goal, Scored, Search, pays_from, plain_first
 from .settings import Space, command, flags_of, ik_flags_of
 
@@ -119,7 +120,7 @@ class Advice:
         The number of settings with predicted times; `n_planned` of them were planned by the scheduler.
     fit : Recommendation or None
         What llama.cpp's ``--fit`` chooses with its own margin of 1 GiB and default flags; None without a card. `fit_note`: what it
-        could not reach.
+        could not reach; `fit_by`: whether llama.cpp itself answered, or pyggml's rule.
     points : list of tuple
         For the page, for each setting that fits: device bytes, tokens/s of prompt and answer, flags.
     """
@@ -132,6 +133,7 @@ class Advice:
     compared: list[Recommendation] = field(default_factory=list)
     fit: Recommendation | None = None
     fit_note: str = ""
+    fit_by: str = ""
     helps: list[Help] = field(default_factory=list)
     pays_from: int | None = None
     missing_bytes: int = 0
@@ -213,6 +215,8 @@ def plan(
                 MemoryModel(file, backends, context, host_bytes=machine.host.memory_bytes, margin_bytes=margin_bytes)
             )
         )
+        threads = held.enter_context(ThreadPoolExecutor(1))
+        asked = threads.submit(ask_llama, file, backends, context)  # llama.cpp answers in a process of its own
         search = Search(shape, machine, goal, memory)
         space = _space(shape, machine, goal, kv_types)
         shown = name if os.path.lexists(name) or name.startswith("hf:") else f"{name.replace(':', '-')}.gguf"
@@ -220,15 +224,18 @@ def plan(
         maker = _Maker(search, shown, advice)
         tell(f"timing {len(space)} settings")
         settings = list(space.settings(machine.host.n_cores))
+        search.ranked(settings, lambda s: s.seconds)  # meanwhile
+        chosen = None
         if machine.cards:
             tell("what llama.cpp's --fit chooses")
-            chosen, advice.fit_note = fit_setting(memory, machine.host.n_cores)
-            if memory.exact(chosen) is not None:
-                advice.fit = maker.make("what llama.cpp's --fit chooses", search.score(chosen))
+            choice = fit_setting(memory, machine.host.n_cores, asked.result)
+            chosen, advice.fit_note, advice.fit_by = choice.setting, choice.note, choice.by
             if not chosen.overrides:  # shares that no grid has
                 settings += [s for s in space.around(chosen) if s not in settings]
         settings.sort(key=plain_first)
         advice.plans = maker.best_plans(settings, n_plans, Type.of(kv_types[0]), tell)
+        if chosen is not None and memory.exact(chosen) is not None:
+            advice.fit = maker.make("what llama.cpp's --fit chooses", search.score(chosen))
         advice.compared = [maker.make("yours", search.score(setting)) for setting in compare]
         if advice.plans:
             best = advice.plans[0]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..backend import Backend
-from ..errors import PyggmlError
-from ..fit import fit_flags
+from ..errors import DeviceUnavailableError, ModelError, PyggmlError
+from ..fit import Fit, fit_flags
 from ..foresight.estimate import Setting, device_of, has_host_experts
 from ..gguf import GGUFFile
 from ..memory_rows import Memory
 from ..planning import Planner
 from .settings import context_flags, is_experts_only, placement_flags
 
-__all__ = ["DeviceMemory", "MemoryModel", "fit_setting"]
+__all__ = ["DeviceMemory", "FitChoice", "MemoryModel", "ask_llama", "fit_setting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,22 +184,62 @@ class MemoryModel:
         )  # fmt: skip
 
 
-def fit_setting(memory: MemoryModel, threads: int) -> tuple[Setting, str]:
-    """Return the setting that llama.cpp's ``--fit`` chooses for defaults and the context, and what it could not reach.
+@dataclass(frozen=True, slots=True)
+class FitChoice:
+    """The setting that llama.cpp's ``--fit`` chooses for default flags and a context.
+
+    Attributes
+    ----------
+    note : str
+        What it could not reach.
+    by : str
+        Who answered: llama.cpp itself, or pyggml's rule and why.
+    """
+
+    setting: Setting
+    note: str
+    by: str
+
+
+def fit_setting(memory: MemoryModel, threads: int, ask: Callable[[], tuple[Fit, str]]) -> FitChoice:
+    """Return what llama.cpp's ``--fit`` chooses; where it cannot be asked, by `pyggml.fit`, which is the same rule.
+
+    Parameters
+    ----------
+    ask : callable
+        Returns the answer of `ask_llama`, or raises its error.
 
     Notes
     -----
     Its margin is that of llama.cpp (``--fit-target``), 1 GiB, not the one of the plans.
     """
     start = Setting(threads=threads)
-    found = fit_flags(memory.planner(start), placement_flags(start), context_flags(start, memory.n_ctx))
+    try:
+        found, build = ask()
+        by = f"llama.cpp {build}, asked live (common_fit_params)"
+    except (DeviceUnavailableError, ModelError) as error:
+        found = fit_flags(memory.planner(start), placement_flags(start), context_flags(start, memory.n_ctx))
+        by = f"pyggml's own rule, as llama.cpp was not asked: {error.message}"
     placement = found.placement
-    is_all = placement.n_gpu_layers > memory.n_layer
+    is_all = placement.n_gpu_layers < 0 or placement.n_gpu_layers > memory.n_layer
     setting = replace(
         start, n_gpu_layers=-1 if is_all else placement.n_gpu_layers, overrides=_merged(placement.overrides),
         tensor_split=placement.tensor_split,
     )  # fmt: skip
-    return setting, found.note
+    return FitChoice(setting, found.note, by)
+
+
+def ask_llama(file: GGUFFile, backends: Sequence[Backend], n_ctx: int) -> tuple[Fit, str]:
+    """Return what llama.cpp's own ``--fit`` chooses with these devices, and its version.
+
+    Raises
+    ------
+    DeviceUnavailableError, ModelError
+        See `live_fit`.
+    """
+    from ..llama.live_fit import live_fit
+
+    return live_fit(file, [b.device for b in backends[:-1]], context_flags(Setting(), n_ctx))
 
 
 def _merged(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -55,9 +55,16 @@ class Search:
         self.shape, self.machine, self.goal, self.memory = shape, machine, goal, memory
         self.n_timed = 0
         self._generation: dict[Setting, float] = {}
+        self._scored: dict[Setting, Scored] = {}
 
     def score(self, setting: Setting) -> Scored:
         """Return the times of a setting."""
+        known = self._scored.get(setting)
+        if known is None:
+            known = self._scored[setting] = self._score(setting)
+        return known
+
+    def _score(self, setting: Setting) -> Scored:
         self.n_timed += 1
         goal = self.goal
         prompt = predict(self.shape, self.machine, setting, goal.prompt, 0, is_prompt=True) * goal.prompt

@@ -237,7 +237,7 @@ def as_dict(advice: Advice) -> dict[str, Any]:
         "assumed": advice.assumed,
         "plans": [_plan_dict(p) for p in advice.plans],
         "compared": [_plan_dict(p) for p in advice.compared],
-        "fit": None if advice.fit is None else {**_plan_dict(advice.fit), "note": advice.fit_note},
+        "fit": None if advice.fit is None else {**_plan_dict(advice.fit), "note": advice.fit_note, "by": advice.fit_by},
         "helps": [asdict(h) for h in advice.helps],
         "offload_pays_from_tokens": advice.pays_from,
         "missing_bytes": advice.missing_bytes,
@@ -276,8 +276,10 @@ def _print(advice: Advice) -> None:
         for m in plan.memory:
             if not m.fits:
                 out.print(f"{m.device} lacks {n_bytes(m.missing_bytes)}, margin included.", style="red")
-        if plan is advice.fit and advice.fit_note:
-            out.print(f"--fit: {advice.fit_note}.", style="red")
+        if plan is advice.fit:
+            out.print(f"Chosen by {advice.fit_by}.", style="dim")
+            if advice.fit_note:
+                out.print(f"--fit: {advice.fit_note}.", style="red")
     if advice.plans:
         out.print()
         if advice.pays_from is not None:

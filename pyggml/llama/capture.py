@@ -52,9 +52,10 @@ class Host:
         if made is None:
             made = self.devices[name] = CapturingDevice(
                 self.library, name, free=about["free"], total=about["total"], min_batch=about["min_batch"],
-                watcher=watcher,
+                row_padding=about["row_padding"], watcher=watcher,
             )  # fmt: skip
         made.free, made.total, made.min_batch = about["free"], about["total"], about["min_batch"]
+        made.row_padding = about["row_padding"]
         made.watcher = watcher
         return made
 

@@ -46,14 +46,25 @@ class CapturingDevice(PythonDevice):
         Bytes of its memory.
     min_batch : int or None
         Fewest rows with which it offers to run an op with a host weight; None: never.
+    row_padding : int
+        Elements to a multiple of which the last row of a tensor of a quantised type is padded; 1: none are added.
     watcher : Watcher
         Receives questions and graphs.
     """
 
     def __init__(
-        self, library: LlamaLibrary, name: str, *, free: int, total: int, min_batch: int | None, watcher: Watcher
+        self,
+        library: LlamaLibrary,
+        name: str,
+        *,
+        free: int,
+        total: int,
+        min_batch: int | None,
+        row_padding: int,
+        watcher: Watcher,
     ) -> None:
         self.watcher, self.free, self.total, self.min_batch = watcher, free, total, min_batch
+        self.row_padding = row_padding
         self._next = _NOWHERE
         self._op_names: dict[int, str] = {}
         self._bases: dict[int, int] = {}
@@ -64,6 +75,7 @@ class CapturingDevice(PythonDevice):
             "buffer_type": {
                 "alloc_buffer": self._alloc_buffer,
                 "get_alignment": lambda _: _ALIGNMENT,
+                "get_alloc_size": self._alloc_size,
                 "is_host": lambda _: self.watcher.is_relaxed,
             },
             "buffer": {
@@ -94,6 +106,14 @@ class CapturingDevice(PythonDevice):
         self._bases[self.library.address(made)] = self._next
         self._next += -(-(size + 1) // _STEP) * _STEP
         return made
+
+    def _alloc_size(self, _: Handle, tensor: Handle) -> int:
+        """Mirrors `ggml_backend_cuda_buffer_type_get_alloc_size`."""
+        lib, rest = self.library.lib, tensor.ne[0] % self.row_padding
+        size = int(lib.ggml_nbytes(tensor))
+        if rest and lib.ggml_is_quantized(tensor.type):
+            size += int(lib.ggml_row_size(tensor.type, self.row_padding - rest))
+        return size
 
     def _supports_op(self, _: Handle, tensor: Handle) -> bool:
         self.watcher.asked(self.name, tensor, True)

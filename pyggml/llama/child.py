@@ -74,7 +74,13 @@ class _Captures:
 
     def _answer(self, request: Message) -> Message:
         from .capture import Capture
+        from .fitting import fit
 
+        if request["do"] == "fit":
+            if self._capture is not None:
+                self._capture.close()
+                self._capture = None
+            return fit(self.host, request)
         about = {key: request[key] for key in ("model", "placement", "context")}
         with contextlib.suppress(OSError):
             found = os.stat(request["model"])

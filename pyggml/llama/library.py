@@ -41,6 +41,8 @@ void * ggml_backend_dev_by_name(const char * name);
 struct ggml_tensor * ggml_graph_node(void * graph, int i);
 const char * ggml_op_desc(const struct ggml_tensor * t);
 size_t ggml_nbytes(const struct ggml_tensor * t);
+bool ggml_is_quantized(int type);
+size_t ggml_row_size(int type, int64_t ne);
 void ggml_backend_sched_set_copy_callback(void *, void *, void *);
 """
 
@@ -102,12 +104,21 @@ int32_t llama_token_to_piece(
     const void * vocab, int32_t token, char * into, int32_t n_most, int32_t n_stripped, bool special);
 size_t llama_max_devices(void);
 void * _Z19llama_graph_reserveP13llama_contextjjj(void * ctx, uint32_t n_tokens, uint32_t n_seqs, uint32_t n_outputs);
+size_t llama_max_tensor_buft_overrides(void);
+int _Z17common_fit_paramsPKcP18llama_model_paramsP20llama_context_paramsPfP32llama_model_tensor_buft_overridePmjPK22common_fit_extra_model14ggml_log_level(
+    const char * path, struct llama_model_params * model, struct llama_context_params * context, float * tensor_split,
+    struct llama_model_tensor_buft_override * overrides, size_t * margins, uint32_t n_ctx_min, const void * extra,
+    int log_level);
 struct gguf_init_params { bool no_alloc; void ** ctx; };
 void * gguf_init_from_file(const char * fname, struct gguf_init_params params);
 void gguf_free(void * ctx);
 void * llama_model_init_from_user(void * metadata, void * set_tensor_data, void * data, struct llama_model_params params);
 """
 _RESERVE = "_Z19llama_graph_reserveP13llama_contextjjj"
+_FIT = (
+    "_Z17common_fit_paramsPKcP18llama_model_paramsP20llama_context_paramsPfP32llama_model_tensor_buft_overridePmj"
+    "PK22common_fit_extra_model14ggml_log_level"
+)
 _WARNING, _CONTINUED = 3, 5
 
 
@@ -252,3 +263,25 @@ class LlamaLibrary(DeviceLibrary):
     def reserve(self, ctx: Handle, n_tokens: int, n_seqs: int, n_outputs: int) -> Handle:
         """Return the graph with which llama.cpp reserves memory; it is valid until the next call."""
         return getattr(self.lib, _RESERVE)(ctx, n_tokens, n_seqs, n_outputs)
+
+    def fit(
+        self,
+        path: str,
+        model: Handle,
+        context: Handle,
+        shares: Handle,
+        overrides: Handle,
+        margins: Handle,
+        n_ctx_min: int,
+    ) -> int:
+        """Change parameters so that a model fits, by `common_fit_params`; return its status, 0 for success.
+
+        Raises
+        ------
+        DeviceUnavailableError
+            The build does not export it.
+        """
+        if not self.has(_FIT):
+            raise self._refuse("it does not export common_fit_params")
+        call = getattr(self.lib, _FIT)
+        return int(call(path.encode(), model, context, shares, overrides, margins, n_ctx_min, self.ffi.NULL, _WARNING))

@@ -128,6 +128,7 @@ def about_placement(placement: PlacementFlags, devices: Sequence[Device], overri
                 "free": d.memory()[0],
                 "total": d.memory()[1],
                 "min_batch": op_offload_min_batch() if _offers(d) else None,
+                "row_padding": _row_padding(d),
             }
             for d in devices
         ],
@@ -141,6 +142,13 @@ def _offers(device: Device) -> bool:
     """Return whether a device offers to run ops with host weights."""
     weight = Tensor(Type.F32, (32, 32), name="weight")
     return device.offload_op(ops.mul_mat(weight, Tensor(Type.F32, (32, 1 << 20))))
+
+
+def _row_padding(device: Device) -> int:
+    """Return the multiple to which a device pads the last row of a quantised tensor; 1 if it does not."""
+    row = Tensor(Type.Q8_0, (32, 1))
+    added = device.buffer_type.alloc_size(row) - row.nbytes
+    return 32 + added * 32 // Type.Q8_0.row_size(32) if added else 1
 
 
 def about_context(context: ContextFlags) -> Message:

@@ -280,3 +280,19 @@ def test_a_title_is_true() -> None:
         if fastest := plans.get("fastest prompt"):
             assert fastest.pp_tps.mid * 1.01 > max(p.pp_tps.mid for p in plans.values() if p.setting.type_k is Type.F16)
         assert best.seconds <= 1.01 * min(p.seconds for p in plans.values() if p.setting.type_k is Type.F16)
+
+
+def test_without_llama_the_rule_of_pyggml_answers_for_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row names who chose: llama.cpp itself, or pyggml's rule and why it was not asked; both choose the same."""
+    args = ("gpt-oss-20b", "--device", "rtx3060", "-c", "4096", "--plans", "1")
+    live = run(*args)["fit"]
+
+    def missing(given: str = "") -> Path:
+        raise DeviceUnavailableError("llama", "llama.cpp is not installed")
+
+    monkeypatch.setattr("pyggml.llama.live_fit.find_llama", missing)
+    own = run(*args)["fit"]
+    assert "common_fit_params" in live["by"]
+    assert "llama.cpp is not installed" in own["by"]
+    assert own["flags"] == live["flags"]
+    assert own["memory"] == live["memory"]

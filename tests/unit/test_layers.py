@@ -49,6 +49,7 @@ _SIDEWAYS = {
     ("planning", "llama"): "graphs may come from llama.cpp",
     ("planning", "plan_report"): "a planner reports its plans",
     ("plan_report", "simulation"): "a report has what a plan came to",
+    ("llama", "fit"): "what llama.cpp chooses is the same answer",
     ("llama", "planning"): "captured graphs are compared with plans",
     ("llama", "plan_report"): "captured graphs are compared with plans",
     ("session", "planning"): "a session is a planner that computes",
