@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.libggml.library import Handle
-from .capturing import CapturingCPU, CapturingDevice
+from .capturing import CapturingCPU, CapturingDevice, Watcher
 from .library import LlamaLibrary
 from .params import context_params, model_params
 
@@ -45,7 +45,7 @@ class Host:
         self._nobody = _Nobody()
         self.cpu = CapturingCPU(self.library, self._nobody)
 
-    def device(self, about: Message, watcher: Capture) -> CapturingDevice:
+    def device(self, about: Message, watcher: Watcher) -> CapturingDevice:
         """Return the device with a name; it is registered once."""
         name = about["name"]
         made = self.devices.get(name)
