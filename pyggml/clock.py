@@ -19,8 +19,8 @@ from typing import NamedTuple
 from .cost import DeviceProfile
 from .hardware.formulas import Work, pageable_rate
 from .hardware.hosts import Host
+from .opset import UsedExperts, node_work
 from .tensor import Tensor
-from .work import UsedExperts, node_work
 
 __all__ = ["Reading", "Span", "VirtualClock"]
 

@@ -1,6 +1,6 @@
 """The cost model: seconds of work on a card or a host, for virtual time, `splits`, `plan` and foresight.
 
-`Work` is that of a node (`pyggml.work`) or of a layer (`pyggml.foresight.counts`). The fitted shares of data sheets are
+`Work` is that of a node (`pyggml.opset`) or of a layer (`pyggml.foresight.counts`). The fitted shares of data sheets are
 in `rates`.
 """
 

@@ -14,7 +14,7 @@ import pytest
 from oracle.child import Child
 
 import pyggml as ggml
-from pyggml.backends.host.support import reason_unsupported
+from pyggml.opset import reason_unsupported
 from pyggml.testing import ref
 from pyggml.testing.op_cases import OPS, Case, of_op
 from pyggml.types import Op

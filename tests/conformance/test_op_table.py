@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from pyggml import ops
-from pyggml.backends.host.support import supports_op
+from pyggml.opset import supports_op
 from pyggml.tensor import Tensor
 from pyggml.testing import ref
 from pyggml.testing.op_cases import OPS, of_op

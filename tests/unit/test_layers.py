@@ -17,7 +17,7 @@ _ROOMS = {
     "errors": 0, "files": 0, "edits": 0, "config": 0, "types": 0, "dialect": 0, "notebook": 0,
     "record": 1, "values": 1, "memory_rows": 1, "cost": 2, "hardware": 1, "gguf": 1, "routing": 1,
     "tensor": 2,
-    "ops": 3, "graph": 3, "graph_context": 3, "buffer": 3, "work": 3, "clock": 3,
+    "ops": 3, "graph": 3, "graph_context": 3, "buffer": 3, "opset": 3, "clock": 3,
     "alloc": 4, "backend": 4,
     "sched": 5, "moe_cache": 5,
     "backends": 6, "models": 6, "makers": 6, "tokenizer": 6, "sampling": 6,
@@ -38,7 +38,8 @@ _INSIDE = {("graph", "viz"), ("sched.scheduler", "viz")}
 _SIDEWAYS = {
     ("types", "errors"): "a type that is not known is an error of the tree",
     ("files", "errors"): "a file that cannot be written is an error of the tree",
-    ("clock", "work"): "what a node costs is worked out from its work",
+    ("clock", "opset"): "the cost of a node follows from the cost rule of its op",
+    ("opset", "ops"): "parameters of ops are named as their builders name them",
     ("graph", "graph_context"): "a graph collects what ops make",
     ("ops", "graph_context"): "ops add what they make to the graph at hand",
     ("routing", "hardware"): "how evenly experts are used is one of the fitted rates",

@@ -12,6 +12,7 @@ from ...backend import Backend, Device, answers_by_kind
 from ...buffer import BufferType
 from ...errors import BackendError, DeviceUnavailableError
 from ...graph import GraphView
+from ...opset import supports_op
 from ...tensor import Tensor
 from ...types import DeviceType
 from .dataless import DatalessCPU
@@ -26,7 +27,6 @@ from .machine import (
     plan_of,
     shared_pool,
 )
-from .plan import supports_op
 from .race_watch import HOST, accesses_of
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from ...backend import Backend, Device, answers_by_kind
 from ...buffer import Buffer, BufferType
 from ...errors import BackendError
 from ...graph import GraphView
+from ...opset import plans_op
 from ...tensor import Tensor
 from ...types import DeviceType
 from .machine import TENSOR_ALIGNMENT, physical_memory
-from .support import plans_op
 
 __all__ = ["FIRST_ADDRESS", "DatalessCPU", "DatalessHostBufferType"]
 

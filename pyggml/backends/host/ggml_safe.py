@@ -6,9 +6,9 @@ were compared with. Other devices refuse such nodes themselves.
 
 from __future__ import annotations
 
+from ...opset import reason_unsupported
 from ...tensor import Tensor
 from ...types import Op, Type
-from .support import reason_unsupported
 
 __all__ = ["is_safe_on_cpu"]
 

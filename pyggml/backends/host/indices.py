@@ -12,16 +12,12 @@ from dataclasses import dataclass
 
 from ...backend import Backend
 from ...errors import ComputeError, ExpertIdError, PyggmlError
+from ...opset import OPS, Choice, Role, role_of
 from ...tensor import Tensor
 from ...types import Op, TensorFlag, Type
 
 __all__ = ["IndexUse", "bad_index_error", "cut_at_indices", "find_bad_index", "nodes_to_give"]
 
-#: Ops with indices: the source that contains them, and the source that is indexed; -1: the result.
-_USERS = {Op.MUL_MAT_ID: (2, 0), Op.ADD_ID: (2, 1), Op.GET_ROWS: (1, 0), Op.SET_ROWS: (1, -1), Op.SSM_SCAN: (6, 0)}
-#: The indexed dimension, if it is not 1 (rows).
-_CHOSEN_DIM = {Op.MUL_MAT_ID: 2, Op.SSM_SCAN: 3}
-_POSITIONS = {Op.ARGSORT, Op.TOP_K, Op.ARGMAX}
 _PASS_ON = {Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE, Op.CONT, Op.DUP}
 
 
@@ -42,12 +38,11 @@ def bad_index_error(node: Tensor, backend: str, position: int, value: int, limit
     position : int
         Position of the index, counted over ``ne`` of the indices' tensor.
     """
-    which, chosen_src = _USERS[node.op]
-    indices = node.src[which]
+    use = OPS[node.op].chooses
+    assert use is not None
+    indices, chosen = node.src[use.indices], _chosen(node, use)
     assert indices is not None
-    if node.op in (Op.MUL_MAT_ID, Op.ADD_ID):
-        chosen = node.src[chosen_src]
-        assert chosen is not None
+    if use.is_expert:
         token, slot = divmod(position, indices.ne[0])
         layer = re.search(r"(?:blk\.|-)(\d+)", chosen.name)
         return ExpertIdError(
@@ -102,18 +97,23 @@ def _distinct(uses: list[IndexUse]) -> list[IndexUse]:
 
 
 def _use_of(node: Tensor) -> IndexUse | None:
-    if node.op not in _USERS:
+    declared = OPS.get(node.op)
+    if declared is None or declared.chooses is None:
         return None
-    which, chosen_src = _USERS[node.op]
-    indices = node.src[which]
-    chosen = node if chosen_src < 0 else node.src[chosen_src]
+    use = declared.chooses
+    indices, limit = node.src[use.indices], _chosen(node, use).ne[use.dim]
     assert indices is not None
-    assert chosen is not None
-    limit = chosen.ne[_CHOSEN_DIM.get(node.op, 1)]
     bound = _bound(indices)
     if indices.is_empty or (bound is not None and bound <= limit):
         return None
     return IndexUse(node, indices, limit)
+
+
+def _chosen(node: Tensor, use: Choice) -> Tensor:
+    """Return the tensor that a node chooses from."""
+    chosen = node if use.chosen < 0 else node.src[use.chosen]
+    assert chosen is not None
+    return chosen
 
 
 def _bound(indices: Tensor) -> int | None:
@@ -121,7 +121,7 @@ def _bound(indices: Tensor) -> int | None:
     at: Tensor | None = indices
     while at is not None and at.op in _PASS_ON and at.type is indices.type:
         at = at.src[0]
-    if at is None or at.op not in _POSITIONS or at.src[0] is None:
+    if at is None or role_of(at.op) is not Role.POSITIONS or at.src[0] is None:
         return None
     return at.src[0].ne[0]
 

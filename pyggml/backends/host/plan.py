@@ -1,7 +1,7 @@
 """`HostPlan`: the nodes of a split as a plan of kernel calls, made once and run in one call.
 
 Used by every backend that computes on host memory. A plan is an array of int64 words (`pyggml.kernels.cpu.words`),
-which `writers.py` writes for each op. This module decides two things that depend on the order of nodes:
+which ops add to as declared in `pyggml.opset`. This module decides two things that depend on the order of nodes:
 
 - where a stage begins: at a descriptor that reads or writes memory that an earlier one of the stage writes, or writes
  memory that one reads;
@@ -15,22 +15,22 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pyggml.kernels.cpu import words as w
 
 from ...errors import ComputeError, UnsupportedOpError
+from ...opset import OPS, Layout, reason_malformed, reason_unsupported
 from ...tensor import Tensor
 from ...types import TensorFlag
 from .indices import bad_index_error
-from .support import reason_malformed, reason_unsupported, supports_op
 
 if TYPE_CHECKING:
     from pyggml.kernels.cpu.pool import BadIndex, Pool
 
     from ...buffer import Buffer
 
-__all__ = ["HostPlan", "Layout", "reason_unsupported", "supports_op"]
+__all__ = ["HostPlan"]
 
 #: Seconds of work after which Python may look for signals (Ctrl-C).
 PIECE_S = 0.05
@@ -40,16 +40,6 @@ _ABSENT = (0, 0, 1, 1, 1, 1, 0, 0, 0, 0)
 _PADDING = [(0,) * (w.N_PARAMS - n) for n in range(w.N_PARAMS + 1)]
 
 Range = tuple[int, int]
-
-
-class Layout(NamedTuple):
-    """A tensor's memory in another shape, for `HostPlan.add`."""
-
-    address: int
-    type: int
-    ne: tuple[int, int, int, int]
-    nb: tuple[int, int, int, int]
-    nbytes: int
 
 
 #: Most ranges of a stage that are compared one by one; most stages have fewer.
@@ -177,8 +167,6 @@ class HostPlan:
         self._build(nodes)
 
     def _build(self, nodes: Sequence[Tensor]) -> None:
-        from .writers import WRITERS
-
         compute = TensorFlag.COMPUTE
         for node in nodes:
             first = len(self._starts)
@@ -186,7 +174,9 @@ class HostPlan:
                 reason = reason_unsupported(node) or reason_malformed(node)
                 if reason:  # kernels trust their descriptors
                     raise UnsupportedOpError(node.name, node.op_desc, (self.backend,), reason=reason)
-                WRITERS[node.op](self, node)
+                call = OPS[node.op].call
+                assert call is not None
+                call(self, node)
                 if self.share:
                     self._forget(node)
                 else:
@@ -195,7 +185,7 @@ class HostPlan:
             self._node_spans.append((first, len(self._starts)))
         self._finish()
 
-    # -- for writers -------------------------------------------------------------
+    # -- for calls of ops --------------------------------------------------------
 
     def add(
         self,

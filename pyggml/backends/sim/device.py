@@ -22,12 +22,12 @@ from ...buffer import BufferType
 from ...cost import DeviceProfile, parse_profile
 from ...errors import BackendError, ComputeError, DeviceUnavailableError, OutOfMemoryError
 from ...graph import GraphView
+from ...opset import plans_op, supports_op
 from ...tensor import Tensor
 from ...types import DeviceType, TensorFlag
 from ..host.dataless import FIRST_ADDRESS, DatalessHostBufferType
 from ..host.machine import HostBlock, HostBufferType, available_cores, plan_of, shared_pool
 from ..host.race_watch import HOST, Access, Hazard, HazardWatch, Stream, access_to, accesses_of, host_access
-from ..host.support import plans_op, supports_op
 from .faults import Faults, Moment
 from .memory import POISON, SimBuffer, SimBufferType, Traffic
 

@@ -167,7 +167,7 @@ def test_hidden_keys_are_never_read(memory, kv_type):
 
 def test_attention_types_are_kept_apart():
     """The node's types decide support: a mask of floats is refused with its name."""
-    from pyggml.backends.host.plan import reason_unsupported, supports_op
+    from pyggml.opset import reason_unsupported, supports_op
     from pyggml.tensor import Tensor
 
     q, k = Tensor(Type.F32, (32, 4, 1)), Tensor(Type.F16, (32, 8, 1))

@@ -139,7 +139,8 @@ def test_kernels_are_made_when_needed_and_not_before():
     """Importing what plans products compiles none of them and reads no codebook; nor does warming up."""
     code = """
 import sys
-import pyggml.backends.host.writers
+from pyggml.opset import kernels
+kernels.matmul, kernels.attention
 from pyggml.kernels.cpu import coded
 from pyggml.kernels.cpu.kernel import KERNELS
 assert not [k for k in KERNELS.values() if k.rare and (k._address or k.name.startswith(("rows_", "unpack_")))]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pyggml import ops
-from pyggml.backends.host.support import reason_unsupported
 from pyggml.errors import ComputeError
+from pyggml.opset import reason_unsupported
 from pyggml.tensor import Tensor
 from pyggml.testing import ref
 from pyggml.types import Op

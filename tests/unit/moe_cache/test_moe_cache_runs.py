@@ -11,8 +11,8 @@ from expert_worlds import N_EXPERT, N_LAYER, N_USED, SLOT_BYTES, Layers, N, batc
 import pyggml as ggml
 from pyggml.dialect import DIALECTS
 from pyggml.moe_cache import EVICTIONS, Counters, ExpertCache, LlamaCache, MoeCachePolicy, SlotTable
+from pyggml.opset import node_work
 from pyggml.sched.compute import SplitRun
-from pyggml.work import node_work
 
 
 def _mib(n_slots: int, n_devices: int = 1) -> int:

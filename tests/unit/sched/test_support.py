@@ -10,7 +10,7 @@ import pytest
 
 import pyggml as ggml
 from pyggml import ops
-from pyggml.backends.host.support import supports_op
+from pyggml.opset import supports_op
 from pyggml.types import Op, Type
 
 #: Ops of one tensor, of all that kernels take as floats; with a type that they do not take.

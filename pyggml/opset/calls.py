@@ -1,16 +1,15 @@
-"""Helpers of the writers of a `HostPlan`: sources, layouts, and when a single thread runs an op."""
+"""Helpers of the calls that ops add to a `HostPlan`: layouts, and when a single thread runs an op."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from functools import lru_cache
-from typing import TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
-from ...tensor import Tensor
-from .plan import HostPlan, Layout
+from ..tensor import Tensor
 
-Writer = Callable[[HostPlan, Tensor], None]
+if TYPE_CHECKING:
+    from ..backends.host.plan import HostPlan
 
 #: Elements below which one thread is as fast as all, because of the cost of synchronising threads.
 SERIAL_ELEMENTS = 4096
@@ -22,22 +21,20 @@ PRODUCTS_PER_S = 5e10
 ELEMENTS_PER_S = 5e8
 
 
+class Layout(NamedTuple):
+    """A tensor's memory in another shape, for `HostPlan.add`."""
+
+    address: int
+    type: int
+    ne: tuple[int, int, int, int]
+    nb: tuple[int, int, int, int]
+    nbytes: int
+
+
 @lru_cache(maxsize=1024)
 def bits(value: float) -> int:
     """Return a float's bits as a parameter word."""
     return int(struct.unpack("<i", struct.pack("<f", value))[0])
-
-
-def source(t: Tensor, i: int) -> Tensor:
-    """Return a required source."""
-    found = t.src[i]
-    assert found is not None, f"{t.op.name} '{t.name}' has no source {i}"
-    return found
-
-
-def optional(t: Tensor, i: int) -> Tensor | None:
-    """Return a source, or None if the node does not have it."""
-    return t.src[i] if i < len(t.src) else None
 
 
 def flat(plan: HostPlan, *tensors: Tensor) -> tuple[Tensor | Layout, ...]:
