@@ -196,6 +196,8 @@ class Capture:
         if made == self.ffi.NULL:
             raise self._failure("llama.cpp does not make a context")
         self._ctx = made
+        #: Parts of the KV cache; a graph that sees all of them has as many tokens for each.
+        self._n_stream = 1 if context["kv_unified"] else lib.llama_n_seq_max(made)
 
     def facts(self) -> Message:
         """Return what a plan needs in addition to graphs."""
@@ -263,6 +265,11 @@ class Capture:
             graph = None if is_full else self._decode(n, first, n_outputs)
             if graph is None:
                 is_full = True
+                if n % self._n_stream:
+                    raise CaptureFailed(
+                        f"a graph over the caches of {self._n_stream} sequences has as many tokens of each, "
+                        f"and {n} cannot be divided among them; plan with -np 1, or with --kv-unified"
+                    )
                 graph = self.reserve(n, 1, max(n_outputs, 1))
             if not graphs or graphs[-1] != graph:
                 graphs.append(graph)
@@ -274,7 +281,8 @@ class Capture:
         if not self._is_placed:
             # without addresses a decode would follow null pointers
             self._is_placed = True
-            self._place_nowhere(self._reserve(min(lib.llama_n_ubatch(self._ctx), lib.llama_n_ctx(self._ctx)), 1, 1))
+            n_tokens, n_seqs = min(lib.llama_n_ubatch(self._ctx), lib.llama_n_ctx(self._ctx)), self._n_stream
+            self._place_nowhere(self._reserve(n_tokens, n_seqs, n_seqs))
         batch = lib.llama_batch_init(n, 0, 1)
         for i in range(n):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = 0, first + i, 1
@@ -292,12 +300,16 @@ class Capture:
         return self._with_leafs(graph, n, n_outputs)
 
     def _with_leafs(self, graph: Message, n_tokens: int, n_outputs: int) -> Message | None:
-        """Add to a graph captured during computing the leafs of the reserved graph, in their order."""
-        key = (n_tokens, max(n_outputs, 1))
+        """Add to a graph captured during computing the leafs of the reserved graph, in their order.
+
+        A reserved graph sees the caches of all sequences, with as many tokens for each.
+        """
+        key, n = (n_tokens, max(n_outputs, 1)), self._n_stream
         if key not in self._leaf_names:
-            reserved = self.reserve(n_tokens, 1, key[1])
-            self._leaf_names[key] = [reserved["tensors"][i]["name"] for i in reserved["leafs"]]
-            self._spare = {t["name"]: t for t in (reserved["tensors"][i] for i in reserved["leafs"])}
+            reserved = self.reserve(n * key[0], n, n * key[1])
+            leafs = [reserved["tensors"][i] for i in reserved["leafs"]]
+            self._leaf_names[key] = [t["name"] for t in leafs]
+            self._spare = {t["name"]: _with_tokens(t, n * n_tokens, n_tokens) for t in leafs}
         tensors = graph["tensors"]
         mine: dict[str, list[int]] = {}
         for i in range(graph["n_nodes"], len(tensors)):
@@ -393,3 +405,12 @@ class Capture:
             self.lib.llama_model_free(self._model)
         self._ctx = self._model = self.ffi.NULL
         self.host.leave()
+
+
+def _with_tokens(leaf: Message, n: int, to: int) -> Message:
+    """Return a leaf without gaps with ``to`` in place of n tokens, its last dimension of that length."""
+    i = max((i for i in range(4) if leaf["ne"][i] == n), default=None)
+    if i is None or n == to:
+        return leaf
+    nb = [b if j <= i else b // n * to for j, b in enumerate(leaf["nb"])]
+    return {**leaf, "ne": [to if j == i else ne for j, ne in enumerate(leaf["ne"])], "nb": nb}

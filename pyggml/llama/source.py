@@ -347,8 +347,8 @@ class CapturedSource(GraphSource):
     # -- graphs --------------------------------------------------------------
 
     def reserved(self, n_tokens: int, n_seqs: int, n_outputs: int) -> CapturedGraph:
-        """Return a graph of ``n_tokens`` tokens over the whole cache."""
-        p = self.params
+        """Return a graph over the whole cache of ``n_tokens`` tokens, rounded up to as many for each sequence."""
+        p, n_tokens = self.params, -(-n_tokens // n_seqs) * n_seqs
         largest = min(p.n_ctx, p.n_ubatch)
         if (n_tokens, n_seqs, n_outputs) == (largest, p.n_seq_max, min(largest, p.n_batch)):
             return self._graph(self._largest, n_tokens)

@@ -98,6 +98,40 @@ def test_a_batch_sees_the_cells_that_it_needs(tmp_path: Path) -> None:
     assert [max(cells) for cells in seen] == [256, 512, 768]
 
 
+@pytest.mark.parametrize("arch", ["jamba", "falcon-h1"])
+def test_batches_of_one_of_several_sequences(arch: str, tmp_path: Path) -> None:
+    """A batch of few tokens has the same nodes and inputs whether one or two sequences have caches, of attention and recurrent layers."""
+    path = write_known(arch, tmp_path)
+
+    def seen(n_seq_max: int) -> list[object]:
+        context = ContextFlags(n_ctx=512 * n_seq_max, n_batch=64, n_ubatch=64, n_seq_max=n_seq_max)
+        with Planner.open(path, devices=[DEVICE], context=context, graph="llama", data=False) as planner:
+            graphs = [p.graph.graph for n in (1, 3) for p in planner.plan_batch(n)]
+            nodes = [[n.op_desc for n in g.nodes if not n.op.is_view] for g in graphs]
+            return [nodes, [[(t.name, t.ne, t.nb) for t in g.leafs if t.buffer is None] for g in graphs]]
+
+    assert seen(1) == seen(2)
+
+
+def test_a_batch_that_caches_of_several_sequences_cannot_share(tmp_path: Path) -> None:
+    """Over whole caches each sequence has as many tokens: other numbers are refused, and planning goes on."""
+    context = ContextFlags(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=2)
+    with Planner.open(
+        write_known("phi3", tmp_path), devices=[DEVICE], context=context, graph="llama", data=False
+    ) as planner:
+        assert isinstance(planner.source, CapturedSource)
+        with pytest.raises(ModelError, match="3 cannot be divided among them; plan with -np 1"):
+            planner.source.captures.ask("decode", n_tokens=3, outputs="last", is_full=True)
+        assert planner.plan_batch(3)
+
+
+def test_reserved_batches_are_rounded_up_to_sequences(tmp_path: Path) -> None:
+    """31 tokens of two sequences are 32: with so many llama.cpp pins no norm, and pyggml does not either."""
+    context = ContextFlags(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=2)
+    found = verify(write_known("llama", tmp_path), (31, 1), placement=PlacementFlags(n_gpu_layers=1), context=context)
+    assert [p.first_difference for p in found.plans] == [None, None]
+
+
 def _other_answers(arch: str, folder: Path) -> list[str]:
     """Return the nodes of an architecture's graphs for which a plan's CPU answers otherwise than llama.cpp's."""
     path, cpu, out = write_known(arch, folder), DatalessCPU(), []
