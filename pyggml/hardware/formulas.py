@@ -155,7 +155,8 @@ def host_s(work: Work, host: Host, rates: Rates) -> float:
         rate = host.int8_per_s * rates.cpu_product * (1.0 if work.type in _REPACKED else CPU_PLAIN)
         return max(read_s, work.flops / rate)
     if work.kind is Kind.ATTENTION:
-        return max(read_s, work.flops / (host.int8_per_s * rates.cpu_attention))
+        share = rates.cpu_attention_few if work.n_tokens <= FEW_COLUMNS else rates.cpu_attention
+        return max(read_s, work.flops / (host.int8_per_s * share))
     if work.kind is Kind.STATE:
         return work.flops / (host.int8_per_s * _CPU_STATE)
     return read_s

@@ -133,6 +133,12 @@ def has_flash(row: dict[str, Any]) -> bool:
     return str(row.get("date") or "2026") >= "2025-09"
 
 
+def cache_type(row: dict[str, Any], which: str) -> Type:
+    """Return the type of K's or V's cache, by the field ``ctk`` or ``ctv`` or by the flags."""
+    said = re.search(rf"(?:-ct{which}|--cache-type-{which})[ =](\w+)", str(row.get("flags") or ""))
+    return Type.of(str(row.get(f"ct{which}") or (said[1] if said else "f16")))
+
+
 def overrides_of(flags: str) -> tuple[str, ...]:
     """Return what ``-ot`` says."""
     found = re.findall(r"(?:-ot|--override-tensor)[ =]+(?:\"([^\"]*)\"|'([^']*)'|(\S+))", flags)
@@ -178,8 +184,8 @@ def case_of(row: dict[str, Any], rates: Rates = RATES) -> Case:
         n_batch=max(_int(row.get("b"), max(2048, n_ubatch)), 1),
         threads=_int(row.get("threads"), 0),
         flash_attn=has_flash(row),
-        type_k=Type.of(str(row.get("ctk") or "f16")),
-        type_v=Type.of(str(row.get("ctv") or "f16")),
+        type_k=cache_type(row, "k"),
+        type_v=cache_type(row, "v"),
         is_pinned=bool(pinned),
         kv_offload=not re.search(r"-nkvo 1|--no-kv-offload|-nkvo(?! 0)", flags),
         op_offload="--no-op-offload" not in flags,

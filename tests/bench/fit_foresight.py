@@ -34,10 +34,15 @@ START = Rates(
     cuda=Family(0.30, 0.88, 10.0, 1.6e-6, 0.5), rocm=Family(0.70, 0.86, 40.0, 3.5e-6, 0.2),
     vulkan=Family(0.28, 0.80, 30.0, 4e-6, 0.05), metal=Family(0.65, 0.85, 10.0, 3e-6, 0.3), half=0.45, half_metal=0.8,
     dp4a=0.40, scalar=10.0, few=6.0, few_half=12.0, kv=0.45, state=0.06, passes=1.0, expert_passes=3.0, cpu_read=200e9,
-    cpu_few=1.0, cpu_product=0.4, cpu_attention=0.03, switch_s=60e-6, slow_host=12.0, pageable=0.5, pipeline=0.4, spread=1.2,
+    cpu_few=1.0, cpu_product=0.4, cpu_attention=0.03, cpu_attention_few=0.04, switch_s=60e-6, slow_host=12.0, pageable=0.5, pipeline=0.4, spread=1.2,
 )  # fmt: skip
 #: Numbers that generation is fitted with; the others belong to prompts.
-_GENERATION = {"memory", "cpu_read", "launch_s", "few", "few_half", "kv", "cpu_few", "switch_s", "slow_host"}
+_GENERATION = {"memory", "cpu_read", "launch_s", "few", "few_half", "kv"} | {
+    "cpu_few",
+    "cpu_attention_few",
+    "switch_s",
+    "slow_host",
+}
 _NAMES = [
     (f.name, g.name) if isinstance(getattr(START, f.name), Family) else (f.name, "")
     for f in fields(START)
