@@ -27,7 +27,7 @@ N_FORECAST = 64
 _OPTIONS = cloup.option_group(
     "Expert cache",
     cloup.option("--moe-cache-mib", type=click.IntRange(0), default=0, metavar="N",
-                 help="Size of llama.cpp's cache on devices of experts that lie in host memory. [0: off]"),
+                 help="Size of llama.cpp's expert cache, over all devices. [0: off]"),
     cloup.option("--moe-cache-eviction", type=click.Choice(["lru", "slru"]), default="slru", show_default=True,
                  help="Its rule: lru is llama.cpp b11549 and 0.7.0, slru b11739."),
     cloup.option("--expert-cache", default="", metavar="POLICY:SIZE",

@@ -1,4 +1,4 @@
-"""`pyggml calibrate`: llama-bench's measurements beside predictions, and a profile of the machine that fits them."""
+"""`pyggml calibrate`: compare predictions with llama-bench's measurements, and fit the machine to them."""
 
 from __future__ import annotations
 

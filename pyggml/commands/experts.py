@@ -37,13 +37,13 @@ Examples:
 def command() -> None:
     """Replay recorded routing, and show what caches, prefetch and placement of experts would gain.
 
-    A TRACE is a file from `pyggml run --record-routing`, BigMoeOnEdge, onnx-genai, moe-cache-eval (NPZ), Expertflow, the gpt-oss-20b
-    fingerprints or llama.cpp's MCT1, or JSON lines after a first line that describes them. Several traces are requests of one model.
-    A MODEL.gguf instead is run on the CPU, and its routing recorded.
+    A TRACE is a file from `pyggml run --record-routing`, BigMoeOnEdge, onnx-genai, moe-cache-eval (NPZ), Expertflow,
+    the gpt-oss-20b fingerprints or llama.cpp's MCT1, or JSON lines after a first line that describes them. Several
+    traces are requests of one model. A MODEL.gguf instead is run on the CPU, and its routing recorded.
     """
 
 
-@command.command("compare")
+@command.command("compare", short_help="Compare policies by cache size: bytes, hit rate, tokens/s.")
 @trace_options
 @cloup.option(
     "--policies",
@@ -191,7 +191,7 @@ def _compare_words(made: Comparison) -> list[str]:
     return words
 
 
-@command.command("usage")
+@command.command("usage", short_help="Show which experts are used, and how often.")
 @trace_options
 def usage_command(flags: TraceFlags) -> None:
     """Show which experts are used, and how many distinct experts a group of tokens uses."""
@@ -254,7 +254,7 @@ def _union_table(found: Usage, trace: Trace) -> Table:
     return shown
 
 
-@command.command("predict")
+@command.command("predict", short_help="Show how often prefetchers are right.")
 @trace_options
 @cloup.option(
     "--prefetchers",
@@ -334,7 +334,7 @@ def _predict_table(scores: list[Score], trace: Trace, policy: str) -> Table:
     return shown
 
 
-@command.command("fetch")
+@command.command("fetch", short_help="Download public traces (5 MB), checked by hash.")
 @click.argument("folder", type=click.Path(path_type=Path))
 def fetch_command(folder: Path) -> None:
     """Download public traces, checked by hash: BigMoeOnEdge, onnx-genai, 15 prompts of gpt-oss-20b (5 MB)."""

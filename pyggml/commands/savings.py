@@ -85,9 +85,10 @@ def command(
 ) -> None:
     """Compare used-expert copies with full copies, for batches of several sizes with all experts in host memory.
 
-    Nothing is computed if MODEL is a name from `pyggml models`, if pyggml does not build its graph, or with --routing: tokens
-    then choose experts by the law that the title states. Without MODEL, an example with random weights is used: 32 experts, 4 per token. Here the device computes the experts of
-    every batch, so that you can compare small ones; otherwise it does so from 32 tokens on.
+    Nothing is computed if MODEL is a name from `pyggml models`, if pyggml does not build its graph, or with --routing:
+    tokens then choose experts by the law that the title states. Without MODEL, an example with random weights is used:
+    32 experts, 4 per token. In this command the device computes the experts of every batch, so that you can compare
+    small ones; in others it does so from 32 tokens on.
     """
     path = fine_grained() if model is None else model
     sizes = parse_sizes(batches)

@@ -21,7 +21,7 @@ __all__ = ["command"]
 
 @click.command("selftest", short_help="Test a device: results, copies, races, then speed.")
 @click.option("-dev", "--device", default="cuda:0", show_default=True, metavar="DEVICE",
-              help="Device to test: cuda:0, libggml:CUDA0, libggml:CPU, sim:NAME, cpu, or emulator (our CUDA kernels, emulated).")  # fmt: skip
+              help="Device to test: cuda:0, libggml:CUDA0, libggml:CPU, sim:NAME, cpu, or emulator (pyggml's CUDA kernels, emulated).")  # fmt: skip
 @click.option("--beside", metavar="DEVICE", help="Time this device, too. By default ggml's own for the same card or CPU, "
               "if its library is there; 'none' for none.")  # fmt: skip
 @click.option("--stages", default=",".join(STAGES), show_default=True, metavar="S,S", help="Stages to run, in order.")
