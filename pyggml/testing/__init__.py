@@ -1,1 +1,1 @@
-"""The test kit: definitions of ops, strategies of cases, headers of large models, an emulator of PTX, a server of ggml's RPC."""
+"""The test kit: definitions of ops, Hypothesis strategies, headers of large models, a PTX emulator, an RPC server."""

@@ -1,7 +1,7 @@
-"""Write scheduler cases (``FORMAT.md``, section 1) as one writes graphs: tensors, ops by shape, buffers, steps.
+"""Builds scheduler cases in the way in which graphs are built: tensors, ops, buffers, steps.
 
-The tensors here are descriptions of a case and nothing more: what a replay, the port and the real library build from them
-is theirs alone, so that none of them vouches for another.
+The tensors here only describe a case. A replay, the port and the real library each build their own tensors from them,
+so that they are independent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def contiguous(type: str, ne: Sequence[int]) -> list[int]:
 
 
 class CaseTensor:
-    """One tensor of a case; ``view`` names another and an offset in bytes, and finds its root."""
+    """A tensor of a case; ``view`` is another tensor and an offset in bytes."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class CaseTensor:
             self.view, self.offs = (root, offs) if root.view is None else (root.view, root.offs + offs)
 
     def json(self) -> Json:
-        """Return the description, defaults left out."""
+        """Return the description, without defaults."""
         spec: Json = {"id": self.id, "type": self.type, "ne": self.ne}
         if self.nb != contiguous(self.type, self.ne):
             spec["nb"] = self.nb
@@ -72,7 +72,7 @@ class CaseTensor:
 
 
 class CaseStatic:
-    """Tensors that live in buffers for the whole case, and those buffers."""
+    """Tensors that are in buffers for the whole case, and these buffers."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, CaseTensor] = {}
@@ -107,7 +107,7 @@ class CaseGraph:
         name: str = "",
         **more: Any,
     ) -> CaseTensor:
-        """Add a tensor; without a name it gets one of its op and number."""
+        """Add a tensor; by default its name is made from its op and number."""
         name = name or f"{op.lower()}_{len(self.tensors)}"
         assert name not in self.tensors, name
         tensor = self.tensors[name] = CaseTensor(name, type, ne, op, src, **more)
@@ -118,7 +118,7 @@ class CaseGraph:
         return self.new(type, ne, name=name, flags=["input"])
 
     def same(self, op: str, a: CaseTensor, *more_src: CaseTensor, name: str = "", **more: Any) -> CaseTensor:
-        """Add an op whose result is like its first source."""
+        """Add an op whose result has the shape and type of its first source."""
         return self.new(a.type, a.ne, op, (a, *more_src), name, **more)
 
     def inplace(self, op: str, a: CaseTensor, *more_src: CaseTensor) -> CaseTensor:
@@ -196,7 +196,7 @@ class CaseGraph:
         return self.new("i32", a.ne, "ARGSORT", (a,), name, op_params=[1])
 
     def reach(self) -> set[str]:
-        """Return the names of what the results need."""
+        """Return the names of the tensors that the results need."""
         seen: set[str] = set()
         open_ = list(self.results)
         while open_:

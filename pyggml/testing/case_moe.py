@@ -1,7 +1,7 @@
-"""Scheduler cases of mixture-of-experts models: Mixtral, Qwen3-MoE, gpt-oss, as llama.cpp lays them out.
+"""Scheduler cases of mixture-of-experts models: Mixtral, Qwen3-MoE and gpt-oss with llama.cpp's placement.
 
-Only names, shapes and order matter here, nothing is ever computed: weights by placement, one graph for each batch, and
-routings from one expert to all.
+Only names, shapes and order matter; nothing is computed. Weights have a placement, each batch has a graph, and routings
+use from one expert to all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["ARCHITECTURES", "PLACEMENTS", "ROUTINGS", "Architecture", "MoeModel"
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The numbers of a model."""
+    """The sizes of a model."""
 
     n_embd: int
     n_head: int
@@ -44,12 +44,12 @@ ARCHITECTURES = {
 PLACEMENTS = ("experts_host", "half", "alternate", "host", "device")
 ROUTINGS = ("uniform", "skewed", "single", "all", "first", "last", "alternate", "runs")
 
-#: Buffer type and usage of a layer's tensor (None: none of a layer), by what it is: attn, exps, cache, embd, out.
+#: Buffer type and usage of a tensor, by its layer (None: no layer) and kind: attn, exps, cache, embd, out.
 Place = Callable[[int | None, str], tuple[str, str]]
 
 
 def placement(kind: str, n_gpu: int, n_layer: int, *, is_pinned: bool) -> Place:
-    """Return where each tensor goes; layers are shared out among the devices in order."""
+    """Return the place of each tensor; layers are divided among the devices in order."""
     host = "GPU_Host" if is_pinned and n_gpu else "CPU"
 
     def place(i_layer: int | None, what: str) -> tuple[str, str]:
@@ -83,7 +83,7 @@ def make_machine(
     max_size: int | None = None,
     min_batch: int | None = 32,
 ) -> Json:
-    """Return buffer types and backends as llama.cpp has them with so many GPUs; ``min_batch`` None: nothing is offloaded."""
+    """Return llama.cpp's buffer types and backends with ``n_gpu`` GPUs; ``min_batch`` None: nothing is offloaded."""
     gpus = [f"GPU{i}" for i in range(n_gpu)]
     hosts = ["CPU", "GPU_Host"] if gpus else ["CPU"]
     bufts: list[Json] = [{"name": name, "host": True, "alignment": 64} for name in hosts]
@@ -109,7 +109,7 @@ class MoeModel:
     Attributes
     ----------
     routers : list of str
-        Of the graph made last: the tensors whose bytes are the ids of each layer.
+        The tensors of the latest graph that contain the ids of each layer.
     """
 
     def __init__(self, arch: Architecture, n_layer: int, place: Place, *, n_ctx: int = 1024) -> None:
@@ -328,7 +328,7 @@ def routing_steps(model: MoeModel, graph: str, kind: str, ids: str, rng: random.
             data = {"ncols": model.arch.n_expert, "data": rows}
             steps.append({"op": "node_data", "graph": graph, "tensor": name, "rows": data})
             continue
-        # around a view lie ids that are none
+        # ids around the view are invalid
         flat = [id for row in rows for id in (row if ids == "input" else [-1, *row, -7, 999])]
         steps.append({"op": "set_data", "graph": graph, "tensor": name, "i32": flat})
     return steps
@@ -351,7 +351,7 @@ def moe_case(
     is_pinned: bool = True,
     reserve: bool = True,
 ) -> Json:
-    """Return a case that reserves as llama.cpp does and evaluates batches one after the other."""
+    """Return a case that reserves like llama.cpp and computes batches one after another."""
     gpus = [b["name"] for b in machine["backends"] if b["device"] == "GPU"]
     model = MoeModel(arch, n_layer, placement(place, len(gpus), n_layer, is_pinned=is_pinned))
     graphs: dict[str, CaseGraph] = {}

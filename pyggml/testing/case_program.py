@@ -1,6 +1,6 @@
-"""Graphs of cases from programs: lists of small tuples of numbers, which an interpreter without choices turns into tensors.
+"""Graphs of cases from programs: lists of small tuples of numbers, which an interpreter turns into tensors.
 
-A strategy that draws programs shrinks by losing instructions, and what is left is small.
+A strategy that draws programs shrinks by removing instructions, so that failing examples are small.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HEADS = 4
 N_KV = 64
 N_ROWS = 96  #: of the embedding
 
-#: What, then three numbers that choose sources and forms.
+#: A kind, and three numbers that choose sources and forms.
 Instruction = tuple[str, int, int, int]
 INSTRUCTIONS = (
     *(
@@ -63,7 +63,7 @@ def interpret(program: list[Instruction], w: Weights, n_token: int) -> tuple[Cas
     CaseGraph
         Every activation is f32, ``(n_embd, n_token)``.
     list of str
-        Tensors that hold expert ids once computed.
+        Tensors that contain expert ids after computing.
     """
     return _Interpreter(w, n_token).run(program)
 

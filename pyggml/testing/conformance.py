@@ -1,4 +1,4 @@
-"""Hold any backend to the definitions of the ops: what a third party runs over a backend of its own.
+"""Tests any backend against the definitions of the ops, for authors of backends.
 
 ::
 
@@ -7,9 +7,9 @@
     results = conformance.run(my_backend)
     wrong = [r for r in results if r.status is Status.WRONG]
 
-Each case is one node over random sources (`op_cases`). The sources are put into the backend's own memory, the backend
-computes the node, and the result is compared with the numpy definition (`ref`) within upstream's bound for the op.
-A node that the backend does not support is counted as that, never as passed.
+Each case is one node with random sources (`op_cases`). The sources are put into the backend's own memory, the backend
+computes the node, and the result is compared with the numpy definition (`ref`) within upstream's bound for the op. A
+node that the backend does not support counts as unsupported, not as passed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from . import op_cases, ref
 
 __all__ = ["CaseResult", "Status", "cases", "compute", "n_cases", "products", "run", "run_case"]
 
-#: Types of weights that the products are tried with, and tokens: one, a full small batch, and more than a tile of 32.
+#: Types of weights for the products, and tokens: one, a full small batch, and more than a tile of 32.
 PRODUCT_TYPES = tuple(
     Type.of(name)
     for name in [
@@ -61,15 +61,15 @@ PRODUCT_TYPES = tuple(
 PRODUCT_TOKENS = (1, 8, 33)
 #: Ops with several kinds of arguments get more cases.
 MANY = ("mul_mat", "mul_mat_id", "get_rows", "set_rows", "cpy", "flash_attn_ext", "rope_ext", "rope_multi")
-#: NMSE that is allowed where a device looks the function up in a table of f16, as ggml's CPU backend does.
+#: Allowed NMSE for devices that compute the function with a table of f16, as ggml's CPU backend does.
 BY_TABLE = {"GELU": 5e-7, "GELU_QUICK": 5e-7, "GEGLU": 5e-7, "GEGLU_QUICK": 5e-7}
 
 
 class Status(Enum):
-    """What came of one case."""
+    """The result of one case."""
 
     PASSED = "passed"
-    WRONG = "wrong"  #: the result is not within the bound
+    WRONG = "wrong"  #: the error is above the bound
     UNSUPPORTED = "unsupported"  #: the backend says that it cannot run the node
     FAILED = "failed"  #: the backend says that it can, and raised an error
 
@@ -87,9 +87,9 @@ class CaseResult:
     node : str
         Types and shapes of the sources, ``ne`` in ggml order.
     error, bound : float or None
-        Normalised mean squared error against the definition, and what is allowed; None if nothing was computed.
+        Normalised mean squared error against the definition, and its bound; None if nothing was computed.
     seconds : float
-        Wall time of computing the node once, launch and wait included.
+        Wall time of computing the node once, including launch and wait.
     message : str
         The backend's error, if it raised one.
     """
@@ -112,25 +112,25 @@ def run(
     with_products: bool = True,
     on_result: Callable[[CaseResult], None] | None = None,
 ) -> list[CaseResult]:
-    """Compute random cases of every op that has a definition, and return what came of each.
+    """Compute random cases of every op that has a definition, and return the results.
 
     Parameters
     ----------
     backend : Backend
-        Any; its memory need not be readable by the host.
+        Any backend; the host need not be able to read its memory.
     ops : iterable of str, optional
-        Names of builders (``"mul_mat_id"``, ``"rope_ext"``); all that `op_cases.OPS` has if not given.
+        Names of builders (``"mul_mat_id"``, ``"rope_ext"``); by default all of `op_cases.OPS`.
     n_case : int
         Cases of each op; four times as many for ops with many kinds of arguments.
     with_products : bool
         Also run `products`.
     on_result : callable, optional
-        Receives each result when it is there, for progress.
+        Called with each result, for progress.
 
     Returns
     -------
     list of CaseResult
-        In a fixed order: the cases are the same in every run.
+        In a fixed order; cases are equal in every run.
     """
     results = []
     for name, case in cases(ops, n_case=n_case, with_products=with_products):
@@ -142,14 +142,14 @@ def run(
 
 
 def n_cases(ops: Iterable[str] | None = None, *, n_case: int = 3, with_products: bool = True) -> int:
-    """Return how many results `run` gives for the same arguments."""
+    """Return the number of results of `run` with the same arguments."""
     return sum(1 for _ in cases(ops, n_case=n_case, with_products=with_products))
 
 
 def cases(
     ops: Iterable[str] | None = None, *, n_case: int = 3, with_products: bool = True
 ) -> Iterator[tuple[str, Callable[[], op_cases.Case]]]:
-    """Yield the cases of `run`, each as its name and what makes it."""
+    """Yield the cases of `run`, each as its name and a function that makes it."""
     for op in op_cases.OPS if ops is None else ops:
         for i in range(n_case * (4 if op in MANY else 1)):
             yield f"{op} {i}", partial(op_cases.of_op, op, i)
@@ -189,7 +189,7 @@ def run_case(backend: Backend, name: str, make: Callable[[], op_cases.Case]) -> 
 
 
 def compute(backend: Backend, case: op_cases.Case) -> tuple[npt.NDArray[Any], Sequence[npt.NDArray[Any] | None], float]:
-    """Let a backend compute the last node of a case alone, over sources in its own memory.
+    """Let a backend compute only the last node of a case, with sources in its own memory.
 
     Returns
     -------

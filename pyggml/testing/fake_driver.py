@@ -1,9 +1,9 @@
 """A CUDA driver with no card behind it: kernels run in the PTX emulator, late, and in any order that CUDA would allow.
 
 Work is queued, and nothing runs until somebody waits for it. Then the queues are worked off in an order chosen by a
-seeded generator among the legal ones: in order on one stream, and after the events that a stream waits for. Fresh memory
-reads as NaN, and host memory given to an asynchronous copy is read or written when the copy runs. So a forgotten event,
-or a wait too few, shows as NaN for some seed, as it would some day on a card.
+seeded generator among the legal ones: in order on one stream, and after the events that a stream waits for. Fresh
+memory reads as NaN, and host memory given to an asynchronous copy is read or written when the copy runs. So a forgotten
+event, or a wait too few, shows as NaN for some seed, as it would some day on a card.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GRANULARITY = 256
 
 @dataclass(slots=True)
 class Traffic:
-    """What one card did."""
+    """Counts of one card."""
 
     bytes_in: int = 0
     bytes_out: int = 0
@@ -43,11 +43,11 @@ class FakeMachine:
     ----------
     n_card : int
     seed : int
-        Of the order; each seed gives one of the orders that the real driver might give.
+        Seed of the order; each gives one of the orders that the real driver may choose.
     memory_bytes : int
         Of each card.
     has_peers : bool
-        Whether cards reach each other's memory.
+        Whether cards can access each other's memory.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class FakeMachine:
         self.cards = [FakeCard(self, i, memory_bytes, cc) for i in range(n_card)]
 
     def run_until(self, is_done: Callable[[], bool]) -> None:
-        """Work off the queues until a condition holds.
+        """Do queued work until a condition holds.
 
         Raises
         ------
         BackendError
-            Every stream waits for an event that nobody will record.
+            Every stream waits for an event that will not be recorded.
         """
         while not is_done():
             ready = [s for s in self.streams if s.queue and s.queue[0][1]()]
@@ -81,7 +81,7 @@ class FakeMachine:
 
 
 class FakeEvent(DriverEvent):
-    """A point in a stream: counts how often it was recorded, and how often those points were reached."""
+    """A point in a stream, with counts of how often it was recorded and reached."""
 
     __slots__ = ("_machine", "n_reached", "n_recorded")
 
@@ -90,7 +90,7 @@ class FakeEvent(DriverEvent):
         self.n_recorded = self.n_reached = 0
 
     def synchronize(self) -> None:
-        """Work until the point that was recorded last is reached."""
+        """Do work until the last recorded point is reached."""
         target = self.n_recorded
         self._machine.run_until(lambda: self.n_reached >= target)
 
@@ -146,7 +146,7 @@ class FakeStream(Stream):
         self._add(lambda: self.card.write(dst, np.full(size, value, np.uint8)))
 
     def launch(self, function: Function, grid: Dim, block: Dim, args: Sequence[float], types: Sequence[str]) -> None:
-        """Queue a kernel; its arguments must fit their types, as a driver would not notice."""
+        """Queue a kernel, after checking its arguments against their types, which a driver does not."""
         for arg, type in zip(args, types, strict=True):
             limit = 2 ** (8 * ctypes.sizeof(PARAM_TYPES[type]))
             if type != "f32" and not (isinstance(arg, int) and 0 <= arg < limit):
@@ -170,13 +170,13 @@ class FakeStream(Stream):
         self._add(work)
 
     def wait(self, event: DriverEvent) -> None:
-        """Queue a wait for the point that was recorded last; none was: nothing to wait for, as in CUDA."""
+        """Queue a wait for the last recorded point; without one it does nothing, as in CUDA."""
         assert isinstance(event, FakeEvent)
         target = event.n_recorded
         self._add(lambda: None, lambda: event.n_reached >= target)
 
     def synchronize(self) -> None:
-        """Work until this queue is empty."""
+        """Do work until this queue is empty."""
         try:
             self.card.machine.run_until(lambda: not self.queue)
         except PtxError as error:
@@ -184,13 +184,13 @@ class FakeStream(Stream):
 
 
 class FakeCard(Card):
-    """A card's memory and what it was asked to do.
+    """A card: its memory and counts.
 
     Attributes
     ----------
     traffic : Traffic
     n_allocs_left : int or None
-        So many more allocations work; None: all that fit.
+        Number of allocations that still succeed; None: all that fit.
     """
 
     def __init__(self, machine: FakeMachine, index: int, memory_bytes: int, cc: tuple[int, int]) -> None:
@@ -201,7 +201,7 @@ class FakeCard(Card):
         self.traffic = Traffic()
         self.n_allocs_left: int | None = None
         self._memory = Memory()
-        # two cards must not share addresses, as with unified addressing
+        # cards have distinct addresses, as with unified addressing
         self._memory.next = 1 + (index << 16)
         self._pinned: dict[int, ctypes.Array[ctypes.c_char]] = {}
 
@@ -221,7 +221,7 @@ class FakeCard(Card):
         return self._memory.alloc(size, f"memory of card {self.index}").addr
 
     def free(self, address: int) -> None:
-        """Give memory back; work that still uses it fails."""
+        """Free memory; work that still uses it fails."""
         buffer, offset = self._memory.locate(address)
         assert offset == 0
         self.used_bytes -= buffer.nbytes
@@ -235,7 +235,7 @@ class FakeCard(Card):
         return address
 
     def free_host(self, address: int) -> None:
-        """Give host memory back."""
+        """Free host memory."""
         del self._pinned[address]
 
     def load(self, ptx: str, entry: str) -> Function:
@@ -251,7 +251,7 @@ class FakeCard(Card):
         return FakeEvent(self.machine)
 
     def can_reach(self, other: Card) -> bool:
-        """Whether memory can be copied straight to another card's."""
+        """Return whether memory can be copied directly to another card."""
         return other is self or self.machine.has_peers
 
     def write(self, address: int, raw: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:

@@ -1,6 +1,6 @@
-"""Headers of large models: GGUF files that have every tensor's name, type and place, and no byte of data.
+"""Headers of large models: GGUF files with every tensor's name, type and offset, but without data.
 
-The files are sparse: 130 GB of a model take some kilobytes of a disk. `splits` needs no more::
+The files are sparse: a model of 130 GB needs some kilobytes on disk. `splits` needs no more::
 
     python -m pyggml.testing.headers gpt-oss-20b gpt.gguf
     pyggml splits gpt.gguf --cpu-moe
@@ -45,7 +45,7 @@ SHAPES = {
 
 
 def write_header(path: Path, shape: ModelShape) -> None:
-    """Write a file of a model's sizes without data.
+    """Write a file with a model's sizes, without data.
 
     Raises
     ------

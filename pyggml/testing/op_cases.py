@@ -1,8 +1,8 @@
 """Random cases of every op that has a definition: programs of builder calls, with the bytes of their leafs.
 
-A program is a list of steps. ``["new", type, ne, name]`` makes a leaf; ``[builder, *arguments]`` calls a builder by its
-name, where ``{"t": i}`` is the result of step i, None is no tensor, a string is a type's name and a list an array of
-integers. Steps are JSON, so that another process, or another library, can run them.
+A program is a list of steps. ``["new", type, ne, name]`` makes a leaf; ``[builder, *arguments]`` calls a builder by
+name. In arguments, ``{"t": i}`` is the result of step i, None is no tensor, a string is a type's name, and a list is an
+array of integers. Steps are JSON, so that another process or library can run them.
 """
 # ruff: noqa: D102, D103 - arguments of an op are named after it, or after what they are
 
@@ -25,7 +25,7 @@ Step = list[Any]
 
 
 def ref(i: int) -> dict[str, int]:
-    """Return what stands for the result of step i in a later step."""
+    """Return the argument that refers to the result of step i."""
     return {"t": i}
 
 
@@ -35,7 +35,7 @@ def run(steps: Sequence[Step]) -> list[Tensor | None]:
     Raises
     ------
     ShapeError
-        A builder refused.
+        A builder refused its arguments.
     """
     values: list[Tensor | None] = []
     for name, *arguments in steps:
@@ -50,7 +50,7 @@ def run(steps: Sequence[Step]) -> list[Tensor | None]:
 
 
 class Case:
-    """A program with the op in question, and the bytes of its leafs."""
+    """A program with the tested op, and the bytes of its leafs."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -64,7 +64,7 @@ class Case:
         return ref(len(self.steps) - 1)
 
     def build(self) -> list[Tensor | None]:
-        """Return new tensors, one a step."""
+        """Return new tensors, one per step."""
         return run(self.steps)
 
     def dim(self) -> int:
@@ -80,7 +80,7 @@ class Case:
         return self.random.choice([d for d in range(1, n + 1) if n % d == 0])
 
     def values(self, values: Any, type: str = "f32") -> dict[str, int]:
-        """Return a contiguous leaf of these values, given in numpy's order."""
+        """Return a contiguous leaf with the given values, in numpy's order."""
         values = np.asarray(values)
         leaf = Tensor(type, values.shape[::-1] or (1,))
         result = self.add("new", type, list(leaf.ne), "x")
@@ -90,7 +90,7 @@ class Case:
     def tensor(
         self, ne: list[int], type: str = "f32", *, low: float = -1, high: float = 1, plain: bool = False
     ) -> dict[str, int]:
-        """Return a leaf of random numbers, perhaps with gaps, or with dimensions 1 to 3 in another order."""
+        """Return a leaf of random numbers, possibly with gaps or with dimensions 1 to 3 permuted."""
         ne = [*ne, *[1] * (4 - len(ne))]
         layout = "plain" if plain else self.choice("plain", "permuted", "strided")
         if layout == "permuted":
@@ -106,7 +106,7 @@ class Case:
         return self.values(self.numbers.uniform(low, high, ne[::-1]), type)
 
     def distinct(self, ne: list[int]) -> dict[str, int]:
-        """Return a leaf of numbers that all differ."""
+        """Return a leaf of distinct numbers."""
         ne = [*ne, *[1] * (4 - len(ne))]
         return self.values(self.numbers.permutation(np.arange(int(np.prod(ne)))).reshape(ne[::-1]) / 7 - 3)
 
@@ -164,7 +164,7 @@ QUANTS = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", "iq4_nl", "q2_K", "q3
 
 
 def weight(c: Case, ne: list[int], type: str) -> dict[str, int]:
-    """Return a matrix of any type; what gguf cannot make is made by the library itself."""
+    """Return a matrix of any type; the library makes types that gguf cannot."""
     if type.endswith("_K") or type == "iq4_nl":
         return c.add("cast", c.tensor(ne, plain=True), type)
     return c.tensor(ne, type)
@@ -214,7 +214,7 @@ def view(c: Case) -> list[Any]:
 
 
 def mask_of(c: Case, ne: list[int], type: str) -> dict[str, int]:
-    """Return a mask that hides about a third, and never a whole row."""
+    """Return a mask that hides about a third, but never a whole row."""
     hidden = c.numbers.random(ne[::-1]) < 0.3
     hidden[..., 0] = False
     return c.values(np.where(hidden, -np.inf, c.numbers.uniform(-1, 1, ne[::-1])), type)
@@ -489,7 +489,7 @@ def of_op(op: str, i: int) -> Case:
 
 
 def product(op: str, type: Type, n_token: int) -> Case:
-    """Return a product of one type of weights: ``"mul_mat"``, or ``"mul_mat_id"`` of 4 experts of which 2 are used."""
+    """Return a product with weights of ``type``: ``"mul_mat"``, or ``"mul_mat_id"`` with 4 experts, 2 used."""
     case = Case(zlib.crc32(f"{op} {type.ggml_name} {n_token}".encode()))
     n_row, n_expert, n_used = 40, 4, 2
     arguments = [weight(case, [256, n_row, n_expert if op == "mul_mat_id" else 1], type.ggml_name)]

@@ -1,7 +1,7 @@
-"""What each op means, in plain numpy: slow, in float64, and checked against the real library op by op.
+"""The definition of each op in plain numpy: slow, in float64, and checked against the real library op by op.
 
-`compute` takes a tensor and the values of its sources and returns its values, both in numpy's order of all four
-dimensions. Kernels of any backend are held against it, within `nmse_bound`.
+`compute` takes a tensor and the values of its sources and returns its values, in numpy's order of all four dimensions.
+Kernels of all backends are compared with it, within `nmse_bound`.
 
 Shape letters are ggml's: the value of a tensor of ``ne`` [n0, n1, n2, n3] has shape (n3, n2, n1, n0).
 """
@@ -49,7 +49,7 @@ def compute(tensor: Tensor, arrays: Sequence[Array | None]) -> Array:
     Parameters
     ----------
     tensor : Tensor
-        Its op, parameters and the shapes of its sources are read; no data is.
+        Its op, parameters and the shapes of its sources are read, but no data.
     arrays : sequence of array or None
         Values of its sources, dequantised, in numpy's order; any shape with the right number of elements.
 
@@ -97,14 +97,14 @@ def store(type: Type, values: Array) -> Array:
 
 
 def nmse(reference: Array, values: Array) -> float:
-    """Return the squared error of values in units of the reference's square; equal infinities are no error."""
+    """Return the squared error divided by the reference's square; equal infinities count as equal."""
     a, b = np.asarray(reference, np.float64), np.asarray(values, np.float64)
     differs = a != b
     error = float(np.sum((a[differs] - b[differs]) ** 2))
     return 0.0 if error == 0 else error / float(np.sum(a**2))
 
 
-#: The bounds of upstream's tests/test-backend-ops.cpp, where they are not 1e-7.
+#: The bounds of upstream's tests/test-backend-ops.cpp that are not 1e-7.
 _BOUNDS = {
     Op.MUL_MAT: 5e-4,
     Op.MUL_MAT_ID: 5e-4,
@@ -119,12 +119,12 @@ _BOUNDS = {
 
 
 def nmse_bound(tensor: Tensor) -> float:
-    """Return the NMSE up to which a backend's result counts as that of the reference.
+    """Return the largest NMSE with which a backend's result counts as correct.
 
     Notes
     -----
-    Mirrors `max_nmse_err` of test-backend-ops. Differs: a quantised result may be off by one step in one element of
-    fifty, whatever their number; upstream allows one element in all, for its shapes and inputs.
+    Mirrors `max_nmse_err` of test-backend-ops. Differs: a quantised result may be off by one step in one of fifty
+    elements; upstream allows one element in total, for its shapes and inputs.
     """
     if tensor.op in (Op.SET_ROWS, Op.CPY) and tensor.type.is_quantized:
         bits = 8 if tensor.type is Type.Q8_0 else 5 if tensor.type in (Type.Q5_0, Type.Q5_1) else 4
@@ -161,7 +161,7 @@ def _transpose(t: Tensor, src: Sources) -> Array:
 
 @define(Op.VIEW)
 def _view(t: Tensor, src: Sources) -> Array:
-    """Look into a contiguous source; where it has gaps, its values alone do not tell what a view sees."""
+    """Return a view of a contiguous source; values of a source with gaps do not determine a view."""
     a = t.src[0]
     assert a is not None
     if not a.is_contiguous() or a.type.block_size != 1:
@@ -441,7 +441,7 @@ def _argsort(t: Tensor, src: Sources) -> Array:
 
 @define(Op.TOP_K)
 def _top_k(t: Tensor, src: Sources) -> Array:
-    """Return the indices by falling value; a backend may order them in any way."""
+    """Return the indices by descending value; a backend may order them in any way."""
     return np.argsort(-src[0], axis=3, kind="stable")[..., : t.ne[0]]
 
 
@@ -481,7 +481,7 @@ def spread(a: Array, b: Array) -> Array:
 
     Notes
     -----
-    Mirrors how MUL_MAT broadcasts: neighbours share a matrix, where ADD repeats the whole.
+    Mirrors how MUL_MAT broadcasts: adjacent slices share a matrix, whereas ADD repeats the whole tensor.
     """
     return a.repeat(b.shape[1] // a.shape[1], axis=1).repeat(b.shape[0] // a.shape[0], axis=0)
 

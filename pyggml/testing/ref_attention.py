@@ -88,11 +88,11 @@ def _lightning_indexer(t: Tensor, src: Sources) -> Array:
 
 
 def _pair_turns(t: Tensor, n_pair: int) -> tuple[Array, Array]:
-    """Return which of a token's four positions turns each pair, and each pair's exponent of the base frequency.
+    """Return which of a token's four positions rotates each pair, and each pair's exponent of the base frequency.
 
     Notes
     -----
-    Mirrors `ggml_mrope_cache_init`. Pairs count on through all sections, but in VISION, where each section begins anew.
+    Mirrors `ggml_mrope_cache_init`. Pairs are counted through all sections, but in VISION from 0 in each section.
     """
     mode = t.param_i32(2)
     axes, exponents = np.zeros(n_pair, int), np.arange(n_pair)

@@ -1,4 +1,4 @@
-"""Definitions for `pyggml.testing.ref`: layers that carry a state from token to token, streams of residuals, and triangular systems."""
+"""Definitions for `pyggml.testing.ref`: recurrent layers, hyper-connections, and triangular systems."""
 # numpy types what it makes of arrays of any dtype as Any:
 # mypy: disable-error-code="no-any-return"
 

@@ -1,7 +1,7 @@
-"""A server of ggml's RPC protocol that computes on our CPU, for tests of clients; it can be told to go wrong.
+"""A server of ggml's RPC protocol that computes on pyggml's CPU, for tests of clients, with faults on request.
 
-It speaks version 7.0 or 8.0, keeps to what upstream's server does (one connection at a time, no answer to seven of the
-commands, the connection closed on anything it does not like), and checks what it gets at least as strictly::
+It has protocol version 7.0 or 8.0 and behaves like upstream's server: one connection at a time, no answer to seven of
+the commands, and a closed connection after an invalid message. It checks messages at least as strictly::
 
     with RPCServer(version=(8, 0, 0)) as server:
         device = REGISTRY.open(f"rpc:{server.host}:{server.port}")
@@ -29,24 +29,24 @@ from ..types import MAX_SRC, Op, Type
 
 __all__ = ["Fault", "RPCServer"]
 
-#: Of a message; larger ones are refused before memory is taken for them.
+#: Most bytes of a message; larger ones are refused before memory is allocated.
 _MAX_BYTES = 1 << 30
-#: How often a sleeping server looks whether it is to end.
+#: Seconds between checks of a sleeping server whether it should end.
 _NAP_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What a server does wrong at a command.
+    """A fault of a server at a command.
 
     Attributes
     ----------
     kind : str
-        ``close``: it closes the connection instead of answering; ``cut``: after half of the answer; ``size``: it says
-        that the answer is larger than it is due; ``stall``: it answers no more; ``trickle``: a byte at a time, slowly;
-        ``lie``: the answer is of the right size, and ``answer`` instead of the truth.
+        ``close``: close the connection instead of answering; ``cut``: close it after half of the answer; ``size``:
+        state a wrong size; ``stall``: stop answering; ``trickle``: send a byte at a time, slowly; ``lie``: send
+        ``answer``, with the right size, instead of the correct answer.
     skip : int
-        How often it does right before.
+        Number of correct answers before the fault.
     """
 
     command: Command
@@ -56,29 +56,29 @@ class Fault:
 
 
 class _Refused(Exception):
-    """A message that a server does not like: it closes the connection."""
+    """An invalid message, after which the server closes the connection."""
 
 
 class RPCServer:
-    """A server on a port of this machine that the system chooses, in a thread.
+    """A server in a thread, on a free port of this machine.
 
     Parameters
     ----------
     version : tuple of int
-        Of the protocol: ``(7, 0, 0)`` or ``(8, 0, 0)``; any other only greets with it.
+        Protocol version: ``(7, 0, 0)`` or ``(8, 0, 0)``; others are only used in the greeting.
     n_devices : int
-        How many devices it offers; all are this CPU.
+        Number of devices, which are all this CPU.
     fault : Fault, optional
-        What it does wrong; may be set at any time.
+        The fault; may be set at any time.
 
     Attributes
     ----------
     host, port : str, int
-        Where it listens.
+        The address on which it listens.
     counts : Counter of Command
-        What it was asked.
+        Number of received commands.
     refused : list of str
-        Why it closed connections.
+        Reasons why it closed connections.
     """
 
     def __init__(
@@ -133,14 +133,14 @@ class RPCServer:
                     pass
 
     def take_fault(self, command: Command) -> Fault | None:
-        """Return what is to go wrong now."""
+        """Return the fault of this command, or None."""
         fault = self.fault
         if fault is None or fault.command is not command or self.counts[command] <= fault.skip:
             return None
         return fault
 
     def nap(self) -> None:
-        """Sleep a little; end the connection if the server is to end."""
+        """Sleep briefly; raise EOFError if the server should end."""
         if self._is_ending:
             raise EOFError
         time.sleep(_NAP_S)
@@ -156,7 +156,7 @@ class _Client:
         self._next = 1
 
     def serve(self) -> None:
-        """Work through commands until one of both sides ends it."""
+        """Process commands until either side ends the connection."""
         first = True
         while True:
             command = Command(self._take(1)[0])
@@ -223,7 +223,7 @@ class _Client:
     # -- commands ------------------------------------------------------------
 
     def _answer(self, command: Command, payload: bytes) -> bytes:
-        """Do what is asked and return the answer; empty for commands without one."""
+        """Process a command and return the answer; empty for commands without one."""
         if command is Command.SET_TENSOR:
             self._set(payload)
             return b""
@@ -286,7 +286,7 @@ class _Client:
         (number,) = struct.unpack("<Q", payload)
         self._buffer(number).close()
         del self.buffers[number]
-        self.graphs.clear()  # their nodes may lie in it
+        self.graphs.clear()  # their nodes may be in it
         self.server.n_open_buffers -= 1
         return b""
 
@@ -385,7 +385,7 @@ class _Client:
         self._run(graph)
 
     def _graph_head(self, payload: bytes) -> tuple[int, int, int]:
-        """Return device, id of the graph, and how long the head is."""
+        """Return device, id of the graph, and length of the head."""
         device = self._device(payload)
         if self.server.version < (8, 0):
             return device, 0, 4
@@ -404,7 +404,7 @@ class _Client:
 
 @dataclass(frozen=True, slots=True)
 class _Received:
-    """A tensor from the wire, and the numbers of others that it names."""
+    """A received tensor, and the ids of the tensors that it names."""
 
     number: int
     tensor: Tensor

@@ -23,7 +23,7 @@ from .case_program import HEADS, INSTRUCTIONS, N_KV, N_ROWS, Instruction, Weight
 
 __all__ = ["DrawnCase", "cases", "machines", "moe_cases", "programs"]
 
-#: Ops that a device may lack without making graphs impossible (what writes into caches is not among them).
+#: Ops that a device may lack without making graphs impossible (ops that write into caches are not among them).
 DENIABLE = (
     *("ROPE", "SOFT_MAX", "GET_ROWS", "FLASH_ATTN_EXT", "UNARY", "ADD_ID", "CONT", "MUL_MAT_ID", "CONCAT", "RMS_NORM"),
     *("MUL_MAT", "ADD", "MUL", "GLU", "SCALE", "ARGSORT"),
@@ -31,7 +31,7 @@ DENIABLE = (
 
 
 def programs(max_size: int = 40) -> st.SearchStrategy[list[Instruction]]:
-    """Return programs; each instruction's numbers are taken modulo what there is to choose from."""
+    """Return programs; each instruction's numbers are taken modulo the number of choices."""
     back = st.sampled_from([0, 0, 0, 0, 1, 2, 5, 11])  # mostly the latest result, so that most results are needed
     number = st.integers(0, 11)
     instruction = st.tuples(st.sampled_from(INSTRUCTIONS), back, number, number)
@@ -44,7 +44,7 @@ def programs(max_size: int = 40) -> st.SearchStrategy[list[Instruction]]:
 
 @st.composite
 def machines(draw: st.DrawFn, *, may_fail: bool = True) -> Json:
-    """Draw buffer types and backends of any abilities; the last backend is a CPU that runs all.
+    """Draw buffer types and backends with random abilities; the last backend is a CPU that runs everything.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def _weights(draw: st.DrawFn, bufts: list[str]) -> Weights:
 
 
 class DrawnCase(dict[str, Any]):
-    """A case whose text is cut where Hypothesis would warn that it is too long to be read."""
+    """A case whose ``repr`` is truncated, because Hypothesis warns about long ones."""
 
     def __repr__(self) -> str:
         text = json.dumps(self)
@@ -174,7 +174,7 @@ def cases(draw: st.DrawFn, *, max_instructions: int = 40, may_fail: bool = True)
     programs_ = draw(st.lists(programs(max_instructions), min_size=1, max_size=2))
     does_optimize = draw(st.integers(0, 4)) == 4
     if does_optimize:
-        del programs_[1:]  # an order of nodes goes by their names, which another program gives to others
+        del programs_[1:]  # an order of nodes refers to names, which differ in other programs
     batches = draw(st.lists(st.sampled_from([1, 3, 32, 48, 200, 0]), min_size=1, max_size=3))
     rng = random.Random(draw(st.integers(0, 2**16)))
     graphs: dict[str, CaseGraph] = {}
@@ -192,7 +192,7 @@ def cases(draw: st.DrawFn, *, max_instructions: int = 40, may_fail: bool = True)
             steps.append({"op": "reset"})
         steps.append({"op": "build", "graph": key})
         steps += draw(_pins(key, graphs[key], backends))
-        if draw(st.integers(0, 3)) < 3:  # else compute allocates
+        if draw(st.integers(0, 3)) < 3:  # otherwise compute allocates
             steps.append({"op": "alloc_graph", "graph": key})
             steps += _inputs(key, graphs[key], w, n_token, rng)
         steps += _node_ids(key, graphs[key], w, n_token, id_nodes, rng)
@@ -273,7 +273,7 @@ def _let_compute_fail(choice: int, graph: CaseGraph, backends: list[Json]) -> No
 
 
 def _let_optimize(choice: int, graph: CaseGraph, backends: list[Json]) -> None:
-    """Let backends reorder the first graph's nodes, sources before users, and keep some results longer."""
+    """Let backends reorder the first graph's nodes, sources before readers, and keep some results longer."""
     rng = random.Random(choice)
     seen = graph.reach()
     waiting = {t.id: t for t in graph.tensors.values() if t.id in seen}
@@ -291,7 +291,7 @@ def _let_optimize(choice: int, graph: CaseGraph, backends: list[Json]) -> None:
 
 @st.composite
 def moe_cases(draw: st.DrawFn, *, names: tuple[str, ...] = tuple(ARCHITECTURES)) -> Json:
-    """Draw a case of a mixture-of-experts model over one to three devices and a CPU."""
+    """Draw a case of a mixture-of-experts model on one to three devices and a CPU."""
     machine = make_machine(
         draw(st.sampled_from([1, 2, 3])),
         has_blas=draw(st.booleans()),

@@ -23,8 +23,8 @@ def no_driver(cc: tuple[int, int]) -> Iterator[None]:
 
     Notes
     -----
-    When it meets one, numba-cuda 0.30.4 asks for the current device (`dispatcher.compile_device`); meanwhile that
-    device is a stand-in of the compute capability asked for.
+    For these, numba-cuda 0.30.4 asks for the current device (`dispatcher.compile_device`). Within the block, that is a
+    stand-in with the given compute capability.
     """
     dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")  # ships no types
 

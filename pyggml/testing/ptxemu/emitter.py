@@ -1,4 +1,4 @@
-"""What the translation of a PTX kernel is made of: basic blocks, registers, constants, addresses, and the lines so far.
+"""The parts of a translated PTX kernel: basic blocks, registers, constants, addresses, and generated lines.
 
 Every register holds a 2-D array of shape (1|B, 1|T): B blocks of the chunk by T threads (padded to whole warps).
 Values that are the same for all threads, for the threads of a block, or for all blocks stay small and are broadcast.
@@ -86,7 +86,7 @@ class BB:
 
 
 def reg_names(s: str) -> list[str]:
-    """Return what may be register names in an operand."""
+    """Return the possible register names in an operand."""
     return re.findall(r"%?[A-Za-z_$][\w$]*", s)
 
 

@@ -35,7 +35,7 @@ def _parse(ptx: str) -> Module:
 
 @lru_cache(maxsize=256)
 def _uses_variables(ptx: str, name: str) -> bool:
-    """Whether a kernel names a variable in global or constant memory, whose address is its memory's own."""
+    """Return whether a kernel names a variable in global or constant memory, whose address depends on the memory."""
     module = _parse(ptx)
     names = {v.name for v in module.vars if v.space in ("global", "const")}
     body = module.kernels[name].body
@@ -189,7 +189,7 @@ class KernelRunner:
         Raises
         ------
         PtxError
-            The kernel did what it must not.
+            The kernel made an error, such as an access out of bounds.
         """
         grid, block = _dim3(grid), _dim3(block)
         n_threads = block[0] * block[1] * block[2]
@@ -226,7 +226,7 @@ class Chunk(Warps):
         return mask
 
     def merge(self, pend: dict[int, Mask], pc: int, m: Mask) -> None:
-        """Let lanes wait at a program counter, beside those that do."""
+        """Let lanes wait at a program counter, with those that already do."""
         if pc in pend:
             o = pend[pc]
             pend[pc] = None if o is None or m is None else self.full(o | m)

@@ -12,11 +12,11 @@ Array = npt.NDArray[Any]
 SEG = 40  #: each allocation owns its own window of 2**40 addresses
 SHARED_BASE = 1 << 62  #: windows of the generic address space
 LOCAL_BASE = 3 << 61
-GUARD = 64  #: bytes behind each allocation that belong to nobody
+GUARD = 64  #: unused bytes after each allocation
 
 
 class PtxError(Exception):
-    """Base of every error that the emulated kernel, not the emulator, made."""
+    """Base of all errors of the emulated kernel."""
 
 
 class OutOfBounds(PtxError):
@@ -24,15 +24,15 @@ class OutOfBounds(PtxError):
 
 
 class Misaligned(PtxError):
-    """An address that is no multiple of the access's size."""
+    """An address that is not a multiple of the access's size."""
 
 
 class Uninitialised(PtxError):
-    """A read of bytes that nobody wrote."""
+    """A read of bytes that were not written."""
 
 
 class Race(PtxError):
-    """Two warps that use one word, one of them writing, with no barrier between."""
+    """Accesses of two warps to one word, at least one a write, without a barrier between."""
 
 
 class BarrierError(PtxError):
@@ -52,7 +52,7 @@ class Buffer:
         self.addr, self.nbytes, self.name, self.readonly = addr, nbytes, name, readonly
         # 0xFF.. is a NaN in every float type: a read of fresh memory poisons what it reaches
         self.raw: Array = np.full((nbytes + 31) // 16 * 16 + GUARD, 0xFF, np.uint8)
-        self.init: Array | None = None  #: a bool for each byte, where uninitialised reads are tracked
+        self.init: Array | None = None  #: a bool for each byte, if uninitialised reads are tracked
         self.views: dict[str, Array] = {}
 
     def view(self, dt: str) -> Array:
@@ -72,7 +72,7 @@ class Memory:
     Parameters
     ----------
     track_init : bool
-        Whether reading bytes that nobody wrote is an error.
+        Whether reading bytes that were not written is an error.
     """
 
     def __init__(self, track_init: bool = False) -> None:
@@ -116,12 +116,12 @@ class Memory:
         return buf.raw[offset : offset + n * dt.itemsize].copy().view(dt).reshape(shape)
 
     def locate(self, address: int) -> tuple[Buffer, int]:
-        """Return the buffer that an address lies in, and the offset in it."""
+        """Return the buffer that contains an address, and the offset in it."""
         b = self.buffers.get(address >> SEG)
         if b is None or not b.addr <= address <= b.addr + b.nbytes:
             raise OutOfBounds(f"{address:#x} lies in no buffer")
         return b, address - b.addr
 
     def free(self, buf: Buffer) -> None:
-        """Give a buffer back; its addresses are never used again."""
+        """Free a buffer; its addresses are never used again."""
         self.buffers.pop(buf.addr >> SEG, None)

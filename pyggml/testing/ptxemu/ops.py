@@ -1,4 +1,4 @@
-"""What PTX arithmetic does that is not one numpy operator. All arguments are 2-D arrays."""
+"""PTX arithmetic that is not a single numpy operator. All arguments are 2-D arrays."""
 
 from __future__ import annotations
 

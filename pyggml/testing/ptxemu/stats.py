@@ -1,4 +1,4 @@
-"""`Stats`: what one launch did."""
+"""`Stats`: counts of one launch."""
 
 from __future__ import annotations
 
