@@ -1,9 +1,8 @@
-"""A CUDA driver with no card behind it: kernels run in the PTX emulator, late, and in any order that CUDA would allow.
+"""A CUDA driver without a card: kernels run in the PTX emulator, late, and in any order that CUDA allows.
 
-Work is queued, and nothing runs until somebody waits for it. Then the queues are worked off in an order chosen by a
-seeded generator among the legal ones: in order on one stream, and after the events that a stream waits for. Fresh
-memory reads as NaN, and host memory given to an asynchronous copy is read or written when the copy runs. So a forgotten
-event, or a wait too few, shows as NaN for some seed, as it would some day on a card.
+Work is queued and runs only when something waits for it, in an order that a seed chooses among those that CUDA allows: in
+order on one stream, and after the events that a stream waits for. New memory is NaN, and host memory of an asynchronous
+copy is read or written when the copy runs. A missing event or wait therefore gives NaN for some seed.
 """
 
 from __future__ import annotations
