@@ -41,7 +41,7 @@ VARIABLES = (
         "HF_ENDPOINT",
         "address",
         "https://huggingface.co",
-        "The hub from which `-hf` reads headers, as huggingface_hub has it.",
+        "The hub from which `-hf` reads headers; the same variable as huggingface_hub's.",
     ),
     Variable(
         "GGML_OP_OFFLOAD_MIN_BATCH",
