@@ -1,1 +1,1 @@
-"""Functions on addresses, arrays and integers; nothing here knows what a tensor is."""
+"""Functions on addresses, arrays and integers, without tensors."""

@@ -1,8 +1,8 @@
-"""What a matrix product does to its right-hand side first: rows of floats become blocks of 32 signed bytes.
+"""Prepares the activations of matrix products: rows of floats become blocks of 32 signed bytes.
 
-A quantised row of K elements begins a line of the cache: K bytes, then four arrays of K/32: the scale d (f32), ``-offset * sum`` (i32), the same
-divided by 8 (i32, for kernels that spread it over 8 lanes), and ``d * sum`` (f32, for types with a minimum). Weights
-are unsigned bytes less an offset; the offset is paid here, in the start value of each dot product.
+A quantised row of K elements begins at a cache line: K bytes, then four arrays of K/32: the scale d (f32),
+``-offset * sum`` (i32), the same divided by 8 (i32, for kernels that spread it over 8 lanes), and ``d * sum`` (f32, for
+types with a minimum). Weights are unsigned bytes minus an offset; the offset is in the start value of each dot product.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .kernel import device, micro_kernel, op_kernel
 from .memory import call4, ld_i64
 from .words import ADDRESS, NB1, NB2, NB3, NE0, NE1, NE2, NE3, PARAM, SCRATCH, SHARED, SRC0, TYPE
 
-#: Parameters: what is made (MODE_*), the offset of the weights, the address of a `quantise_row_*`.
+#: Parameters: the kind of rows (MODE_*), the offset of the weights, the address of a `quantise_row_*`.
 MODE, OFFSET, QUANTISE_ROW = PARAM, PARAM + 1, PARAM + 2
 MODE_BYTES, MODE_F32 = 0, 1
 
@@ -23,7 +23,7 @@ def quantised_row_bytes(k: int) -> int:
     return -(-(k + k // 32 * 16) // 64) * 64
 
 
-#: Below this largest magnitude of a block its inverse is infinite; the block counts as zeros.
+#: If the largest magnitude of a block is smaller, its inverse is infinite, and the block counts as zeros.
 _SMALLEST = F32(1e-36)
 
 
@@ -70,7 +70,7 @@ def quantise_row_q8_0(e, x, q, n_blocks, offset):
 
 @micro_kernel(4)
 def quantise_row_q8_k(e, x, q, n_blocks, offset):
-    """Quantise a row with scales as they are, for types that ggml multiplies with Q8_K."""
+    """Quantise a row with unrounded scales, for types that ggml multiplies with Q8_K."""
     _quantise_row(e, x, q, n_blocks, offset, in_half=False)
 
 
@@ -102,7 +102,7 @@ def quantise_row_halves_q8_0(e, x, q, n_blocks, offset):
 
 @device
 def _rows(d, ctl, first, last):
-    """Make rows first .. last - 1 in the order of ne1, ne2, ne3."""
+    """Prepare rows first .. last - 1 in the order of ne1, ne2, ne3."""
     k, ne1, ne2 = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
     nb1, nb2, nb3 = ld_i64(d + 8 * (SRC0 + NB1)), ld_i64(d + 8 * (SRC0 + NB2)), ld_i64(d + 8 * (SRC0 + NB3))
     x, out = ld_i64(d + 8 * (SRC0 + ADDRESS)), ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
@@ -120,7 +120,7 @@ def _rows(d, ctl, first, last):
 
 @op_kernel
 def prepare_activations(ith, nth, d, ctl):
-    """Make the rows that following products read, in the plan's scratch."""
+    """Prepare the rows that following products read, in the plan's scratch."""
     n = ld_i64(d + 8 * (SRC0 + NE1)) * ld_i64(d + 8 * (SRC0 + NE2)) * ld_i64(d + 8 * (SRC0 + NE3))
     per = (n + nth - 1) // nth
     _rows(d, ctl, ith * per, min(n, ith * per + per))

@@ -3,8 +3,8 @@
 A job is up to `QUERIES` queries (tokens, or heads that share keys) of one key head. Keys come in blocks of `KEYS`:
 transposed into a panel of floats whose lanes are keys; scores; probabilities against the largest score so far, by
 which earlier sums are corrected; values added up with lanes along their row. Blocks and jobs depend on shapes alone,
-so results do not depend on threads. A key that the mask hides from all queries of a job is never read: it may be
-memory that nobody wrote.
+so results do not depend on threads. A key that the mask hides from all queries of a job is never read, because its
+memory may be uninitialised.
 """
 
 from __future__ import annotations
@@ -219,7 +219,9 @@ def soften(e, n_queries, scores, n_keys, factor, softcap, masks, first, states):
     with e.loop(n_queries, LANES) as (q, _):  # corrections of 16 queries at once
         old, new = e.load(F32x16, state(LARGEST, q)), e.load(F32x16, state(BASE, q))
         top = e.fmax(old, new)
-        base = b.select(b.fcmp_ordered(">", top, hidden), top, e.const(F32x16, 0.0))  # all hidden: weights 0, not NaN
+        base = b.select(
+            b.fcmp_ordered(">", top, hidden), top, e.const(F32x16, 0.0)
+        )  # all keys hidden: weights 0, not NaN
         e.store(top, state(LARGEST, q))
         e.store(base, state(BASE, q))
         e.store(exp(V(e, old) - V(e, base)).v, state(CORRECTION, q))
@@ -238,7 +240,7 @@ def soften(e, n_queries, scores, n_keys, factor, softcap, masks, first, states):
 def _visible(e, masks, n_queries, first):
     """Bits of the 64 keys from ``first`` on that some mask (rows of halves at addresses) does not hide.
 
-    Reads whole blocks: only for keys that are there.
+    Reads whole blocks, so all 64 keys must exist.
     """
     b = e.b
     shorts = vec(I16, KEYS)
@@ -278,7 +280,7 @@ def _visible_tail(masks, n_queries, first, n_keys):
 
 @device
 def _address_rows(d, tensor, i2, i3, first, n_keys, seen, rows, floats_at):
-    """Write where the rows of a block's keys lie; hidden keys get the row of a seen one, and weigh nothing."""
+    """Write the addresses of the rows of a block's keys; hidden keys get the row of a visible one, with weight 0."""
     base = (
         ld_i64(d + 8 * (tensor + ADDRESS)) + i2 * ld_i64(d + 8 * (tensor + NB2)) + i3 * ld_i64(d + 8 * (tensor + NB3))
     )
@@ -358,7 +360,7 @@ def _attend(d, first_query, n_queries, kv_head, i3, scratch):
 
 @device
 def _begin(d, first_query, n_queries, first_head, group, i3, queries, masks, states):
-    """Address the queries and their masks, and set out their states."""
+    """Write the addresses of the queries and their masks, and initialise their states."""
     mask = ld_i64(d + 8 * (SRC3 + ADDRESS))
     max_bias, m0, m1 = ld_f32(d + 8 * MAX_BIAS), ld_f32(d + 8 * M0), ld_f32(d + 8 * M1)
     n_head_log2 = ld_i64(d + 8 * N_HEAD_LOG2)
@@ -407,7 +409,7 @@ def flash_attention(ith, nth, d, ctl):
         job = atomic_add(d + 8 * COUNTER, 1)
         if job >= n_jobs:
             break
-        # the last queries see most keys: they come first
+        # the last queries see the most keys, so they are first
         chunk, rest = chunks - 1 - job % chunks, job // chunks
         first = chunk * QUERIES
         _attend(d, first, min(QUERIES, n_shared - first), rest % n_kv_head, rest // n_kv_head, scratch)

@@ -1,7 +1,7 @@
 """Weights in blocks of 32: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, MXFP4, IQ4_NL.
 
-Every type is "unsigned byte less an offset, times a scale", plus a minimum for some. The offset goes into the start
-value of the dot product (`activations`), so it costs nothing. For each type there are two kernels:
+Every type is an unsigned byte minus an offset, times a scale, plus a minimum for some types. The offset is part of the
+start value of the dot product (`activations`), so it costs nothing. Each type has two kernels:
 
 ``rows_TYPE(w, stride, n_rows, n_blocks, n_tokens, xs, outs, out_offset)``
     Few tokens: rows are read as they lie in the file (`rowwise`).
@@ -43,12 +43,12 @@ NAMES = {Q8_0: "q8_0", Q4_0: "q4_0", Q4_1: "q4_1", Q5_0: "q5_0", Q5_1: "q5_1", M
 #: Bytes of a block; bytes before its 16 bytes of nibbles (32 of Q8_0).
 SIZE = {Q8_0: 34, Q4_0: 18, Q4_1: 20, Q5_0: 22, Q5_1: 24, MXFP4: 17, IQ4_NL: 18}
 HEAD = {Q8_0: 2, Q4_0: 2, Q4_1: 4, Q5_0: 6, Q5_1: 8, MXFP4: 1, IQ4_NL: 2}
-#: Where the 32 fifth bits lie.
+#: Offset of the 32 fifth bits, in bytes.
 FIFTH_BITS = {Q5_0: 2, Q5_1: 4}
-#: What is taken off the unsigned bytes; a multiple of 8.
+#: Offset of the unsigned bytes; a multiple of 8.
 OFFSET = {Q8_0: 128, Q4_0: 8, Q4_1: 0, Q5_0: 16, Q5_1: 0, MXFP4: 16, IQ4_NL: 128}
 HAS_MINIMUM = frozenset({Q4_1, Q5_1})
-#: What the sixteen codes of some stand for, plus the offset; MXFP4's are doubled, and its scale is halved in turn.
+#: The values of the sixteen codes of some types, plus the offset; MXFP4's are doubled, and its scale is halved.
 BYTES = {MXFP4: [16 + v for v in MXFP4_DOUBLED], IQ4_NL: [128 + v for v in IQ4_NL_VALUES]}
 
 

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept: a folder of the user's cache, named after a hash of the kernels' sources.
+"""The folder of compiled kernels in the user's cache, named after a hash of the kernels' sources.
 
 Numba checks only the file that holds a function, not the files of what it calls, so one changed source must give a new
 folder. This module is imported before Numba, because Numba reads the folder from the environment once.
@@ -19,14 +19,14 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-#: Folders of older sources are removed after so long without use.
+#: Seconds without use after which folders of older sources are removed.
 KEEP_S = 30 * 24 * 3600
-#: Of the digest before the data of a cached kernel.
+#: Length of the digest before the data of a cached kernel.
 _DIGEST_BYTES = 16
 
 
 def source_hash() -> str:
-    """Return a short hash over all sources beside this file."""
+    """Return a short hash of all sources in this folder."""
     digest = hashlib.sha256(sys.version.encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -97,7 +97,7 @@ CACHE_DIR = set_cache_dir()
 
 
 def guard_files() -> None:
-    """Let Numba keep a digest with what it writes to our folder, so that a damaged file is compiled again.
+    """Make Numba store a digest with each file in the folder, so that a damaged kernel is compiled again.
 
     A file that was cut or changed is dropped, and one that cannot be written is left out. Without this, Numba fails at
     such a file in every process, or runs the damaged code.

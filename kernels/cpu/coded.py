@@ -1,8 +1,8 @@
 """Kernels for the types of `codes`: rows times few tokens, rows into a panel, rows as floats.
 
-They read weights 16 columns a scale, as those of Q6_K do: activations come from `quantise_row_halves`, panels go to
-`tile_halves`. A row for a panel is turned into bytes and scales on the stack first, whatever its type. Kernels are made
-when first asked for, and `warm_up` leaves them out: few files have such weights.
+They use one scale per 16 columns, like Q6_K: activations come from `quantise_row_halves`, panels go to `tile_halves`. A
+row for a panel is first decoded to bytes and scales on the stack. Kernels are made on first use, and `warm_up` leaves
+them out, because few files have such weights.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class Emit:
         return None
 
     def prefetch(self, addr: ir.Value, off: Any = 0, level: int = 3) -> None:
-        """Ask for the cache line at an address; it may lie behind the end of memory."""
+        """Prefetch the cache line at an address, which may be after the end of memory."""
         f = self.fn("llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
         self.b.call(f, [self.pointer(I8, addr, off), I32(0), I32(level), I32(1)])
 
@@ -144,14 +144,14 @@ class Emit:
         return v
 
     def opaque(self, v: ir.Value) -> ir.Value:
-        """Return a value of a register, so that LLVM does not see how it was made: an integer, or a vector of 256 bits."""
+        """Return a value in a register whose origin LLVM does not see: an integer, or a vector of 256 bits."""
         wide = isinstance(v.type, ir.VectorType)
         if wide and not self.has("avx"):
             return v
         return self.b.call(ir.InlineAsm(ir.FunctionType(v.type, [v.type]), "", "=x,0" if wide else "=r,0"), [v])
 
     def put_aside(self, v: ir.Value) -> ir.Value:
-        """Store a vector on the stack and return its address: an element that is loaded from there is spread for nothing."""
+        """Store a vector on the stack and return its address; loading an element from there can also broadcast it."""
         at = self.b.ptrtoint(cgutils.alloca_once(self.b, v.type), I64)
         self.store(v, at)
         hide = ir.InlineAsm(ir.FunctionType(ir.VoidType(), [I64]), "", "r,~{memory}", side_effect=True)

@@ -1,7 +1,7 @@
 """Float weights: rows times up to 4 tokens straight from memory, without a panel; activations stay floats.
 
 For one or two tokens rows are read one after another, with several accumulators each: twice as fast as four rows at
-once, whose four streams memory likes less. For more tokens four rows share what is loaded of the activations.
+once, because memory is slower with four streams. For more tokens, four rows share the loaded activations.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`Kernel`: a function that is compiled, or loaded from the cache, when its address is first asked for.
+"""`Kernel`: a function that is compiled, or loaded from the cache, when its address is first needed.
 
-A plan holds addresses, so a program pays for the kernels it uses, and no kernel is compiled again inside its caller.
+A plan contains addresses, so a program compiles only the kernels it uses, and no kernel is compiled into its caller.
 Op kernels are decorated with `op_kernel`: ``f(ith, nth, d, ctl)`` for thread ith of nth, the descriptor at d and the
 control block at ctl (`words`). `micro_kernel` makes one of an `Emit` body.
 """
@@ -58,7 +58,7 @@ class Kernel:
 
     @property
     def address(self) -> int:
-        """Address of the code, compiled if need be."""
+        """Address of the code, which is compiled if necessary."""
         return self._address or self._compile()
 
     def _compile(self) -> int:
@@ -70,7 +70,7 @@ class Kernel:
 
     @property
     def from_cache(self) -> bool:
-        """Whether the code was found in the cache; False if not asked for yet."""
+        """Whether the code was found in the cache; False before the first use."""
         return self._compiled is not None and self._compiled.cache_hits > 0
 
     def __call__(self, *args: int) -> None:
@@ -133,8 +133,8 @@ def entry(n: int) -> Callable[[Callable[..., int]], Any]:
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
     """Compile all kernels but rare ones, or load them from the cache.
 
-    Where the cache is empty and there is a second core, a second process compiles from the end of the list until the
-    two meet: each finds in the cache what the other has put there.
+    If the cache is empty and there is a second core, a second process compiles from the end of the list until the two
+    meet. Each finds the other's kernels in the cache.
 
     Parameters
     ----------
@@ -159,7 +159,7 @@ def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
 
 
 def is_compiled() -> bool:
-    """Whether the cache has kernels of these sources; what every process compiles when it imports them does not count."""
+    """Return whether the cache has kernels of these sources, apart from those that every import compiles."""
     return any(Path(CACHE_DIR).rglob("matmul.mul_mat-*.nbi"))
 
 
@@ -172,11 +172,11 @@ def common_kernels() -> list[Kernel]:
 
 
 def _helper() -> subprocess.Popen[bytes] | None:
-    """Start a process that compiles the same kernels, the last first."""
+    """Start a process that compiles the same kernels in reverse order."""
     code = f"from {__name__} import common_kernels\nfor kernel in reversed(common_kernels()): kernel.address"
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     quiet = subprocess.DEVNULL
     try:
         return subprocess.Popen([sys.executable, "-c", code], env=env, stdin=quiet, stdout=quiet, stderr=quiet)
-    except OSError:  # there are no processes to be had: one does it alone
+    except OSError:  # no process can be started: this one compiles alone
         return None

@@ -1,8 +1,8 @@
-"""MUL_MAT and MUL_MAT_ID: one op kernel, for a dense product is one with as many groups as matrices.
+"""MUL_MAT and MUL_MAT_ID: one op kernel; a dense product has one group per matrix.
 
-Work is cut into jobs of (matrix, rows), which threads take one by one. A row's result depends neither on the job it
-falls into nor on the thread: panels begin at multiples of 32 rows in any job. What reads the activations was prepared
-before (`activations`), and so was the grouping by expert (`routing`).
+Work is divided into jobs of (matrix, rows), which threads take one by one. A row's result does not depend on its job or
+thread, because panels begin at multiples of 32 rows in every job. Activations (`activations`) and the grouping by
+expert (`routing`) are prepared before.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ QUANTISE_KERNELS = {
     **dict.fromkeys((kquants.Q6_K, kquants.Q3_K, kquants.Q2_K, *coded.TYPES), quantise_row_halves),
     **dict.fromkeys((NVFP4, Q1_0, Q2_0), quantise_row_halves_q8_0),
 }
-#: Rows of a job when there are plenty: shorter streams cost 6 to 10 % where memory limits.
+#: Rows of a job if there are enough: shorter streams cost 6 to 10 % when memory is the limit.
 JOB_ROWS = 256
 #: Tokens for which rows as they lie are faster than a panel; measured.
 FEW_TOKENS = {blocks32.Q8_0: 6, kquants.Q2_K: 1 << 40}  # the last has no panels
 FEW_TOKENS_ELSE = 4
 #: The same for float weights; the kernel takes up to 4.
 FEW_FLOAT_TOKENS = 2
-#: Bytes of float activations that are kept in L2 while rows pass.
+#: Bytes of float activations that stay in L2 while rows are read.
 TOKEN_BLOCK_BYTES = 256 * 1024
-#: Tokens of a job that are addressed at once: where they lie, then where their results go.
+#: Tokens of a job whose addresses, and those of their results, are listed at once.
 _LISTS = 512
 
 

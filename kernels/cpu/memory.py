@@ -152,13 +152,13 @@ call4, call6, call8 = _call(4), _call(6), _call(8)
 
 @micro(types.int64, 2)
 def atomic_add(e, a, v):
-    """Add to an int64 and return what it was."""
+    """Add to an int64 and return the previous value."""
     return e.b.atomic_rmw("add", e.pointer(I64, a), v, "acq_rel")
 
 
 @micro(types.int64, 2)
 def atomic_swap(e, a, v):
-    """Store an int64 and return what was there; a full barrier."""
+    """Store an int64 and return the previous value; a full barrier."""
     return e.b.atomic_rmw("xchg", e.pointer(I64, a), v, "seq_cst")
 
 
@@ -185,13 +185,13 @@ def pause(e, _):
 
 @micro(types.int64, 1)
 def cycles(e, _):
-    """Return a counter that goes up steadily: the processor's own clock, where it has one."""
+    """Return a counter that increases steadily: the processor's clock, if it has one."""
     return e.b.call(e.fn("llvm.readcyclecounter", I64), [])
 
 
 @micro(types.void, 1)
 def sched_yield(e, _):
-    """Let another thread run on this core, where the system has the call."""
+    """Let another thread run on this core, if the system has the call."""
     if "windows" not in e.triple:
         e.b.call(e.fn("sched_yield", I32), [])
 

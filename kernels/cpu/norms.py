@@ -1,4 +1,4 @@
-"""RMS_NORM, NORM, L2_NORM: rows scaled by what the whole row says. Sums are in 64 lanes, always in one order."""
+"""RMS_NORM, NORM, L2_NORM: rows scaled by their norm. Sums are in 64 lanes, always in the same order."""
 
 from __future__ import annotations
 

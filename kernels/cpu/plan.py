@@ -1,9 +1,9 @@
 """Runs plans, stage by stage. Thread 0 drives; workers take parts of stages when they can.
 
-A stage that is worth sharing is published as a ticket: its number, and the next part to be taken. Whoever adds 1 to
-the ticket has that part, thread 0 too, when it is done with part 0. So thread 0 never waits for a worker that has not
-begun: on a busy machine, where a worker may be off its core for milliseconds, a plan is not slower than with one
-thread. It waits only for parts that were taken, then goes on to the next stage.
+A stage that is worth sharing is published as a ticket: its number, and the next free part. A thread takes a part by
+adding 1 to the ticket; thread 0 does so after part 0. Thread 0 therefore never waits for a worker that has not begun:
+on a busy machine, where a worker may not run for milliseconds, a plan is not slower than with one thread. It waits only
+for parts that were taken, then continues with the next stage.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PART_MASK = 0xFFFF
 
 @device
 def report(part, d, ctl, position, value, limit):
-    """Note a value that is not in 0 .. limit - 1, and let no further stage begin; a part's first note stays."""
+    """Record a value that is not in 0 .. limit - 1, and stop after this stage; a part's first record stays."""
     slot = ctl + 8 * (ERRORS + LINE * part)
     if ld_i64(slot + 8 * ERROR_SET) == 0:
         st_i64(slot + 8 * ERROR_POSITION, position)
@@ -73,10 +73,10 @@ def _note(at, start):
 
 @device
 def run_part(part, n_parts, d, n, ctl):
-    """Do a part of a stage of n descriptors, and return the address behind them.
+    """Run a part of a stage of n descriptors, and return the address after them.
 
-    A part that refused an index does nothing more; others go on to the stage's end, so that the report does not
-    depend on which was faster.
+    A part that refused an index stops; others continue to the end of the stage, so that the report does not depend on
+    their speed.
     """
     failed, times, start = ctl + 8 * (ERRORS + LINE * part + ERROR_SET), ld_i64(ctl + 8 * TIMES), 0
     for _ in range(n):
@@ -95,9 +95,9 @@ def run_part(part, n_parts, d, n, ctl):
 
 @device
 def take_part(ctl, n_parts):
-    """Take a part of the stage that is open, if any; else a number not below n_parts.
+    """Take a part of the open stage and return its number; at least n_parts if there is none.
 
-    The ticket may move on between the look and the taking: what the addition returns is a part of the newer stage then.
+    If the ticket changes between reading and adding, the result is a part of the newer stage.
     """
     if atomic_load(ctl + 8 * TICKET) & PART_MASK >= n_parts:
         return n_parts
@@ -106,7 +106,7 @@ def take_part(ctl, n_parts):
 
 @device
 def _share(n_threads, d, n, ctl):
-    """Do a stage together with the workers that come; return the address behind it."""
+    """Run a stage together with available workers; return the address after it."""
     st_i64(ctl + 8 * STAGE_AT, d)
     st_i64(ctl + 8 * STAGE_COUNT, n)
     atomic_store(ctl + 8 * DONE, 0)
@@ -133,7 +133,7 @@ def _share(n_threads, d, n, ctl):
 
 @entry(8)
 def run(n_threads, plan, n, ctl, times, shared, threads, thread_bytes):
-    """Run n descriptors, whole stages, from an address on; 1 if they were stopped.
+    """Run n descriptors (whole stages) from an address on; return 1 if they were stopped.
 
     ``shared``, ``threads``: addresses of scratch for all and, ``thread_bytes`` each, for each part.
 

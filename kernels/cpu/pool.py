@@ -1,8 +1,7 @@
-"""`Pool`: threads of our own that help with plans. They spin a little for the next stage, then sleep.
+"""`Pool`: threads that run plans. Idle threads spin briefly for the next stage, then sleep.
 
-A worker lives in compiled code without the interpreter's lock. On Linux (x86-64) it sleeps on a futex; elsewhere it
-returns to Python and sleeps on a condition. With one thread there is nothing to start. No plan depends on a worker
-being awake (`plan`).
+A worker runs compiled code without the interpreter's lock. On Linux (x86-64) it sleeps on a futex; elsewhere it returns
+to Python and sleeps on a condition. A pool of one thread starts none. No plan depends on a worker being awake (`plan`).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from .words import (
 
 from llvmlite import binding  # isort: skip
 
-#: Turns that an idle thread waits for the next plan before it sleeps: some 0.3 ms.
+#: Turns that an idle thread spins before it sleeps: about 0.3 ms.
 IDLE_SPINS = 20_000
 #: Whether threads can sleep in compiled code.
 CAN_SLEEP = has_futex(binding.get_process_triple())
@@ -45,7 +44,7 @@ CAN_SLEEP = has_futex(binding.get_process_triple())
 
 @entry(3)
 def serve(n_threads, ctl, can_sleep):
-    """Take parts of stages as they come; 1 when told to quit, or 0 when idle where it cannot sleep."""
+    """Take parts of stages until told to quit (1), or until idle if threads cannot sleep here (0)."""
     spins = 0
     while ld_i64(ctl + 8 * QUIT) == 0:
         ticket = atomic_load(ctl + 8 * TICKET)
@@ -146,15 +145,14 @@ class Pool:
     Parameters
     ----------
     threads : int
-        How many threads work on a plan; the caller is one of them.
+        Number of threads that run a plan, including the caller.
     can_sleep : bool, optional
-        Whether waiting threads sleep on a futex; False tests the other way.
+        Whether waiting threads sleep on a futex; False is for tests.
 
     Notes
     -----
-    Any Python thread may run a plan; a lock makes them take turns. After `os.fork` the child has no threads but the one
-    that forked: new ones are started at its first run. Threads are daemons, and end when the pool is closed or
-    collected.
+    Any Python thread may run a plan; a lock allows one at a time. After `os.fork` the child starts new threads at its
+    first run. Threads are daemons, and end when the pool is closed or collected.
     """
 
     def __init__(self, threads: int, *, can_sleep: bool = CAN_SLEEP) -> None:
@@ -179,18 +177,17 @@ class Pool:
         Parameters
         ----------
         pieces : sequence of (int, int)
-            Address of a first descriptor, and how many follow each other there. Python looks for signals between
-            pieces.
+            Address of the first descriptor, and number of descriptors. Python handles signals between pieces.
         shared_bytes, thread_bytes : int
             Scratch that the plan needs: once, and for each thread.
         times : int
-            Address where cycles are added up, or 0: int64, for each descriptor one of each thread, and one more; see
+            Address of counters of cycles, or 0: int64, for each descriptor one per thread, and one more; see
             `plan.run`.
 
         Returns
         -------
         BadIndex or None
-            What stopped the plan: the first index out of bounds, or `ABORTED`.
+            What stopped the plan: the first index out of range, or `ABORTED`.
 
         Raises
         ------
@@ -229,7 +226,7 @@ class Pool:
             self._crew.control[ABORT] = 1
 
     def close(self) -> None:
-        """End the threads; the pool cannot be used any more."""
+        """End the threads; the pool cannot be used afterwards."""
         self._crew = None
         self._finalizer()
 

@@ -1,7 +1,7 @@
 """Rows of floats as quantised elements, byte for byte as ggml's CPU backend writes them; for SET_ROWS and copies.
 
-Blocks of 32 are written here, sixteen elements at a time; super-blocks in `quantise_k`. Q8_0 rounds as upstream does
-on x86-64, where it has code of its own; the rest follow its reference, in which every operation rounds by itself.
+Blocks of 32 are written here, sixteen elements at a time; super-blocks in `quantise_k`. Q8_0 rounds like upstream's
+code for x86-64; other types like upstream's reference, in which each operation rounds separately.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .words import IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K
 
 #: Bytes of a block of 32.
 SIZE = {Q8_0: 34, Q4_0: 18, Q4_1: 20, Q5_0: 22, Q5_1: 24, MXFP4: 17, IQ4_NL: 18}
-#: Largest magnitude of a block that counts as none, where upstream says so.
+#: Blocks whose largest magnitude is at most this count as zeros, in types for which upstream does so.
 ALL_ZERO = 1e-15
 
 Halves = list[ir.Value]

@@ -1,4 +1,4 @@
-"""Layers that carry a state from token to token: SSM_CONV, SSM_SCAN, GATED_DELTA_NET; and SOLVE_TRI, which some use.
+"""Recurrent layers: SSM_CONV, SSM_SCAN, GATED_DELTA_NET, and SOLVE_TRI, which some of them use.
 
 A state and what reads it belong to one head of one sequence, which one thread takes from the first token to the last.
 """
@@ -39,7 +39,7 @@ from .words import (
 
 import numpy as np  # isort: skip
 
-#: Parameter of SSM_SCAN and GATED_DELTA_NET: how many of the last tokens' states are kept.
+#: Parameter of SSM_SCAN and GATED_DELTA_NET: number of last tokens whose states are kept.
 N_KEPT = PARAM
 
 

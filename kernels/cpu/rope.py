@@ -1,4 +1,4 @@
-"""ROPE: pairs of a row's elements turned by angles that grow with the token's position.
+"""ROPE: rotates pairs of a row's elements by angles proportional to the token's position.
 
 Cosines and sines are the same for all layers of a model, so they are an op of their own, run once for all ROPE nodes
 of a plan that share positions and parameters: for each token a row of cosines, one a pair, then as many sines.

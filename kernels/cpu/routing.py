@@ -1,4 +1,4 @@
-"""Which tokens go to which expert: ids sorted by expert once, for all products that share them.
+"""Sorts ids by expert, once for all products that share them.
 
 The result lies in the plan's scratch, in int64 words: ``first[n_expert + 1]`` (the group of expert e is
 order[first[e]] up to order[first[e + 1]]), ``order[n_token * n_used]`` (pairs ``token * n_used + slot``), the number

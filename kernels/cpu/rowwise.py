@@ -1,4 +1,4 @@
-"""Rows of quantised weights as they lie, times few tokens: what the kernels of all types share.
+"""Products of quantised rows, read in place, with few tokens: the part that all types share.
 
 Some rows are taken together: they share what is loaded and spread of the activations, and none waits for its own sums.
 A row's result does not depend on which rows it is taken with.
@@ -19,9 +19,9 @@ Product = Callable[[Emit, list[ir.Value], ir.Value, ir.Value, list[ir.Value]], l
 TOGETHER = {1: 2, 2: 2}
 #: The same with 16 registers.
 TOGETHER_NARROW = {1: 2, 2: 1}
-#: How far ahead is fetched at least: the next two rows are too near where rows are short.
+#: Smallest distance of prefetching: with short rows, the next two rows are too near.
 AHEAD_BYTES = 4096
-#: Rows that stay in L2 while tokens pass.
+#: Rows that stay in L2 while tokens are multiplied.
 KEPT_ROWS = 64
 
 

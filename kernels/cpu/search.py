@@ -1,4 +1,4 @@
-"""Scales of K-quants, found by trying: upstream's three searches for one sub-block, here in a lane for each sub-block.
+"""Searches the scales of K-quants: upstream's three searches, with one lane per sub-block.
 
 A search reads 256 floats sub-block by sub-block across lanes (element i of all, then element i + 1), and writes for
 each lane a scale and what its codes were rounded with, for codes are made anew where a scale turns out to be 0. Sums
@@ -15,7 +15,7 @@ import numpy as np
 
 from .emit import F32, I16, I32, I64, Emit, ir, micro, types, vec
 
-#: Largest magnitude of a sub-block that counts as none.
+#: Sub-blocks whose largest magnitude is at most this count as zeros.
 ALL_ZERO = 1e-15
 #: Adding it leaves the nearest integer in the low 23 bits.
 MAGIC = 12582912.0

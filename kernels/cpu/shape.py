@@ -1,4 +1,4 @@
-"""Ops that place elements: PAD, ROLL, TRI, DIAG, ARANGE; and two that count or add up in their way: COUNT_EQUAL, OUT_PROD."""
+"""Ops that place elements: PAD, ROLL, TRI, DIAG, ARANGE; also COUNT_EQUAL and OUT_PROD."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def pad_rows(ith, nth, d, ctl):
 
 @op_kernel
 def roll_rows(ith, nth, d, ctl):
-    """Shift each dimension by a parameter, what falls off coming in at the other end."""
+    """Rotate each dimension by a parameter."""
     n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
     ne3 = ld_i64(d + 8 * (DST + NE3))
     shift = ld_i64(d + 8 * PARAM) % n

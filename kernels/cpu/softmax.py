@@ -1,4 +1,4 @@
-"""SOFT_MAX with mask, ALiBi slopes and sinks, and what attention shares with it."""
+"""SOFT_MAX with mask, ALiBi slopes and sinks; attention uses parts of it."""
 
 from __future__ import annotations
 

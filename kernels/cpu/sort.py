@@ -1,4 +1,4 @@
-"""ARGSORT and TOP_K. Equal values come in the order that the GNU C++ library's sort leaves them in, as in ggml.
+"""ARGSORT and TOP_K. Equal values have the order in which the GNU C++ library's sort leaves them, as in ggml.
 
 The algorithms are those of its `std::sort` (introsort: quicksort by the median of three, heap sort when that goes too
 deep, insertion sort at the end) and `std::partial_sort` (heap select).
@@ -178,7 +178,7 @@ def argsort_rows(ith, nth, d, ctl):
 
 @op_kernel
 def top_k_rows(ith, nth, d, ctl):
-    """Write the indices of the k largest of each row; the first two swapped, as upstream: order means nothing."""
+    """Write the indices of the k largest of each row, the first two swapped as upstream does; the order is not defined."""
     n, ne1, ne2 = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
     k = ld_i64(d + 8 * (DST + NE0))
     order = ints(ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES))

@@ -22,7 +22,7 @@ from .formats import FORMATS
 from .source import Kernel
 
 FLOATS = ("f32", "f16", "bf16")
-#: what is compiled for; other cards run the PTX of the highest that is not above them
+#: compute capabilities to compile for; other cards run the PTX of the highest that is not above theirs
 TARGETS = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 
 
@@ -62,7 +62,7 @@ def _kernels() -> dict[str, Callable[[], Kernel]]:
     return table | {k.__name__: k for k in (reduce.rms_norm, reduce.sum_rows, reduce.argsort)}
 
 
-#: the modules that decide what is compiled
+#: the modules that determine the compiled code
 SOURCES = ("copies", "float_tile", "formats", "intrinsics", "mmvq", "reduce", "rope", "rows", "source", "tile")
 
 #: every kernel by name
@@ -84,7 +84,7 @@ class Ptx:
 
 
 def target_for(cc: tuple[int, int]) -> tuple[int, int]:
-    """Return what to compile for, for a card of compute capability ``cc``.
+    """Return the compute capability to compile for, for a card of compute capability ``cc``.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def target_for(cc: tuple[int, int]) -> tuple[int, int]:
 
 @cache
 def cache_dir() -> Path | None:
-    """Return the folder for compiled kernels, named after their sources and the compiler; None if there can be none."""
+    """Return the folder for compiled kernels, named after sources and compiler; None if there is no writable one."""
     digest = hashlib.sha256()
     for name in SOURCES:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
@@ -118,12 +118,12 @@ def cache_dir() -> Path | None:
 
 @cache
 def _library(name: str) -> Any:
-    """Return what numba makes of a kernel, before it is compiled for a target: the longest part by far.
+    """Return numba's intermediate form of a kernel, before it is compiled for a target: by far the longest part.
 
     Notes
     -----
-    As `numba.cuda.compile_ptx` does it, which gives a text for one target and forgets the rest. None of the kernels asks
-    for the target, so the lowest serves to begin with.
+    Like `numba.cuda.compile_ptx`, which returns the text for one target and drops the intermediate form. No kernel
+    depends on the target, so the lowest is used here.
     """
     from numba.cuda import compiler
     from numba.cuda.core.compiler_lock import global_compiler_lock
@@ -157,11 +157,11 @@ def ptx(name: str, cc: tuple[int, int]) -> Ptx:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file so that nobody ever sees half of it."""
+    """Write a file atomically."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(handle, "w") as file:
             file.write(text)
         Path(name).replace(path)
     except OSError:
-        return  # a full disk costs time at the next start, nothing else
+        return  # with a full disk, kernels are compiled again at the next start

@@ -1,4 +1,4 @@
-"""Kernels that move values, one a thread, whatever the strides: CPY, SET_ROWS, GET_ROWS.
+"""Kernels that copy values with any strides, one per thread: CPY, SET_ROWS, GET_ROWS.
 
 Grid (values of a matrix, matrices), block `THREADS`.
 """

@@ -1,9 +1,9 @@
-"""How a quantised weight type is taken apart: source text for one unit of a row, shared by both matrix products.
+"""Decodes quantised weight types: source text for one unit of a row, shared by both matrix products.
 
-A *unit* is what one lane takes at a time: 16 bytes of quants, which are 16 values (Q8_0) or 32. Its text reads
-``wrow`` (address of the row), ``u`` (index of the unit) and leaves words of four signed bytes each, in the order of the
-activations they meet. Types whose blocks are not a multiple of 4 bytes are read as aligned words and shifted together:
-one load more than words, and half as many as reading by 16 bits.
+A *unit* is what one lane decodes at a time: 16 bytes of quants, which are 16 values (Q8_0) or 32. Its text reads
+``wrow`` (address of the row) and ``u`` (index of the unit), and makes words of four signed bytes each, in the order of
+the activations. Types whose blocks are not a multiple of 4 bytes are read as aligned words and shifted together: one
+load more than words, and half as many as with 16-bit loads.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Unit:
-    """Source text that takes one unit apart.
+    """Source text that decodes one unit.
 
     Attributes
     ----------
@@ -74,9 +74,10 @@ class Unit:
         Makes words and scales of what was loaded.
     groups : list of Group
     offset : int
-        What every quant is too large by.
+        Offset of every quant.
     minimum : str
-        Name of what is added for each activation (of one of the blocks, where a unit meets two); empty if there is none.
+        Name of what is added for each activation (of one of the blocks, where a unit meets two); empty if there is
+        none.
     """
 
     aim: Text

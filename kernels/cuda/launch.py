@@ -1,4 +1,4 @@
-"""Which kernels an op is, with what grid and arguments: from addresses, counts and strides to a list of launches.
+"""The launches of an op: kernels, grids and arguments, from addresses, counts and strides.
 
 Nothing here touches a device, and nothing waits for one: MUL_MAT_ID never reads its ids on the host.
 """
@@ -13,7 +13,7 @@ from . import mmvq, reduce, rows, tile
 from . import rope as turned
 from .formats import FORMATS
 
-#: up to so many tokens one warp a row is better than a tile (ggml: `MMVQ_MAX_BATCH_SIZE`)
+#: most tokens with which one warp per row is faster than a tile (ggml: `MMVQ_MAX_BATCH_SIZE`)
 FEW_TOKENS = 8
 FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 #: blocks that share one row, at most
@@ -24,7 +24,7 @@ MAX_GRID_YZ = 65535
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """Where a tensor lies: address, type (ggml's name), ``ne`` and ``nb`` in ggml order, 4 each."""
+    """A tensor in memory: address, type (ggml's name), ``ne`` and ``nb`` in ggml order, 4 each."""
 
     address: int
     type: str
@@ -56,16 +56,16 @@ _ACTIVATIONS, _GROUPING, _IDS = range(3)
 
 
 class Workspace:
-    """Memory beside the tensors for the products of one stream, and what lies in it.
+    """Additional memory for the products of one stream, and its contents.
 
-    Gate and up of an expert meet the same activations with the same ids: what the first made of them serves the second
-    too, until somebody writes to them (`forget`). Each kind of thing has a place, for as much as the largest op needs;
-    a first walk over the ops with ``Workspace()`` finds the sizes, a second makes the launches.
+    Gate and up of an expert read the same activations with the same ids, so data prepared for the first is used for the
+    second until the activations are overwritten (`forget`). Each kind of data has a place with the size that the
+    largest op needs. A first pass over the ops with ``Workspace()`` finds the sizes, a second makes the launches.
 
     Attributes
     ----------
     sizes : list of int
-        Bytes that the places need, largest op so far.
+        Bytes that the places need for the largest op so far.
     """
 
     def __init__(self, address: int = 0, sizes: Sequence[int] = (0, 0, 0)) -> None:
@@ -79,12 +79,12 @@ class Workspace:
         return sum(self.sizes)
 
     def take(self, place: int, key: object, source: tuple[int, int], sizes: Sequence[int]) -> tuple[list[int], bool]:
-        """Return addresses of pieces in a place, and whether they hold what ``key`` stands for already.
+        """Return addresses of pieces in a place, and whether they already contain the data of ``key``.
 
         Parameters
         ----------
         source : tuple of int
-            Addresses, first and behind the last, of what it is made of.
+            First and end address of the data's source.
         """
         at = [self._starts[place]]
         for size in sizes:
@@ -96,7 +96,7 @@ class Workspace:
         return at, is_there
 
     def forget(self, start: int, end: int) -> None:
-        """Take note that memory was written: what was made of it is out of date."""
+        """Drop data whose source was overwritten."""
         for i, held in enumerate(self._holds):
             if held is not None and held[1] < end and start < held[2]:
                 self._holds[i] = None

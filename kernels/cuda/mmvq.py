@@ -1,7 +1,7 @@
-"""The matrix product for few tokens: one warp for each row and slot, the expert's id read on the device.
+"""The matrix product for few tokens: one warp for each row and slot; the device reads the expert's id.
 
-Nothing is sorted and nothing is shared; the activations are in q8_1 (`rows.quantize_q8_1`) for quantised weights, and as
-they are for F32, F16 and BF16.
+Tokens are not sorted by expert, and shared memory is not used. For quantised weights the activations are in q8_1
+(`rows.quantize_q8_1`); for F32, F16 and BF16 they are floats.
 """
 
 from __future__ import annotations

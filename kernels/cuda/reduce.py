@@ -1,4 +1,4 @@
-"""Kernels in which the values of a row meet: RMS_NORM, SUM_ROWS, SOFT_MAX, ARGSORT and TOP_K. All of float32 rows.
+"""Kernels over whole float32 rows: RMS_NORM, SUM_ROWS, SOFT_MAX, ARGSORT and TOP_K.
 
 Grid: rows; block: up to `THREADS`, a multiple of 32 (short rows take fewer).
 """
@@ -92,8 +92,8 @@ def soft_max(mask: str) -> Kernel:
 
     Notes
     -----
-    Mirrors `soft_max_f32`. ALiBi's slope of head h is ``base0 ** (h + 1)`` for the first ``n_base0`` heads, then a power
-    of ``base1``; without ALiBi both bases are 1. What a thread wrote it reads again, and nobody else does.
+    Mirrors `soft_max_f32`. ALiBi's slope of head h is ``base0 ** (h + 1)`` for the first ``n_base0`` heads, then a
+    power of ``base1``; without ALiBi both bases are 1. What a thread wrote it reads again, and nobody else does.
     """
     value = "ld_f32(x + u64(i) * u64(4)) * scale"
     head: Text = []

@@ -1,6 +1,6 @@
 """`Kernel`: a kernel as source text, and the function that numba compiles.
 
-Kernels are generated, because NVVM does not unroll the loops that matter, and because one text then serves all types.
+Kernels are generated, because NVVM does not unroll the loops that matter, and so that one text serves all types.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Kernel:
     threads : int
         Most threads of a block.
     blocks : int
-        Blocks that are to fit on a multiprocessor side by side; bounds the registers.
+        Blocks that must fit on a multiprocessor at once; limits the registers.
     helpers : callable
         Returns more names for the body: intrinsics made for this kernel, which unroll what would be slow as text.
     """

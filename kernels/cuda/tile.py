@@ -1,7 +1,7 @@
-"""The matrix product for many tokens: tiles of one expert's rows by `COLUMNS` of its tokens, all in one launch.
+"""The matrix product for many tokens: tiles of one expert's rows and `COLUMNS` of its tokens, all in one launch.
 
-Which tokens an expert has was laid out by `rows.group_ids`, on the device. Quantised weights are taken apart into signed
-bytes in shared memory once for all columns of a tile, and multiplied by dp4a; `float_tile` does floats.
+`rows.group_ids` sorts the tokens by expert on the device. Quantised weights are decoded to signed bytes in shared
+memory once for all columns of a tile, and multiplied by dp4a; `float_tile` has the kernels for floats.
 """
 
 from __future__ import annotations
@@ -278,9 +278,9 @@ def quantized(fmt: Format, *, odd: bool = False) -> Kernel:
 
     Notes
     -----
-    Grid (rows / `ROWS`, places of `rows.group_ids`), block `THREADS`; rows of at least two blocks. The next stage is not
-    loaded ahead: the registers go to more blocks side by side, which hide each other's waiting. ``odd``: also for rows
-    of an odd number of blocks, whose last stage steps back by one and may be aligned differently.
+    Grid (rows / `ROWS`, places of `rows.group_ids`), block `THREADS`; rows of at least two blocks. The next stage is
+    not loaded ahead: the registers go to more blocks side by side, which hide each other's waiting. ``odd``: also for
+    rows of an odd number of blocks, whose last stage steps back by one and may be aligned differently.
     """
     staging = _Staging(fmt, is_steady=fmt.is_steady(1 if odd else STAGE))
     y_where, y_load, y_store = _y_stage(fmt)

@@ -1,6 +1,7 @@
-"""Policies that keep their keys in lists, replayed at one size: each decides as its object of `pyggml.lab.evictions` does.
+"""Replays policies that keep their keys in lists, at one size; each decides like its class in `pyggml.lab.evictions`.
 
-A key is in at most one list. The lists of a pool are chained through its keys, so that any key leaves its list in constant time.
+A key is in at most one list. The lists of a pool are linked through its keys, so that a key is removed in constant
+time.
 """
 
 import numba as nb

@@ -1,4 +1,4 @@
-"""A cache of one size, replayed event by event: entries of unequal bytes, policies whose order depends on the size, one pool for many layers."""
+"""Replays a cache of one size: entries of different bytes, policies whose order depends on the size, shared pools."""
 
 import numba as nb
 import numpy as np

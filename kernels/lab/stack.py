@@ -1,8 +1,9 @@
 """Hits of a cache at all its sizes in one pass over a trace.
 
-For a policy whose order of worth does not depend on the size, a larger cache holds all that a smaller one holds (Mattson et al., 1970). The contents
-of all sizes are then one list, the stack: a cache of ``n`` slots holds its first ``n`` entries. Events of several keys keep this property: with the
-event's keys protected, each size drops its worst others; where the policy may decline, the event's keys compete, too.
+If a policy's order does not depend on the size, a larger cache contains all keys of a smaller one (Mattson et al.,
+1970). The contents of all sizes are then one list, the stack: a cache of ``n`` slots has its first ``n`` entries.
+Events of several keys keep this property: the event's keys are protected and each size drops its worst others; if the
+policy may decline, the event's keys compete, too.
 """
 
 import numba as nb
