@@ -178,7 +178,7 @@ def argsort_rows(ith, nth, d, ctl):
 
 @op_kernel
 def top_k_rows(ith, nth, d, ctl):
-    """Write the indices of the k largest of each row, the first two swapped as upstream does; the order is not defined."""
+    """Write the indices of the k largest of each row, the first two swapped as upstream does."""
     n, ne1, ne2 = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
     k = ld_i64(d + 8 * (DST + NE0))
     order = ints(ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES))
