@@ -221,7 +221,7 @@ def soften(e, n_queries, scores, n_keys, factor, softcap, masks, first, states):
         top = e.fmax(old, new)
         base = b.select(
             b.fcmp_ordered(">", top, hidden), top, e.const(F32x16, 0.0)
-        )  # all keys hidden: weights 0, not NaN
+        )  # all hidden: weights 0, not NaN
         e.store(top, state(LARGEST, q))
         e.store(base, state(BASE, q))
         e.store(exp(V(e, old) - V(e, base)).v, state(CORRECTION, q))
