@@ -245,6 +245,4 @@ def _range(simulated: SimulatedBatch) -> dict[str, float | None]:
 
 def ggml_text(planner: Planner, planned: PlannedGraph) -> str:
     """Return the text that upstream prints for a planned graph with ``GGML_SCHED_DEBUG=2``."""
-    return assignments_text(
-        planned.graph.graph, planned.plan.splits, planned.plan.assignment, planner.sched.machine, level=2
-    )
+    return assignments_text(planned.plan, level=2)

@@ -87,7 +87,7 @@ def test_only_used_experts_are_copied(moe: Moe) -> None:
     y = moe.compute(sched, experts=(1, 2, 6))
     (split,) = sched.splits
     assert sched.backends[split.backend_id] is moe.gpu
-    assert split.inputs == [moe.up, moe.x, moe.ids]
+    assert split.inputs == (moe.up, moe.x, moe.ids)
     assert sched.cause(moe.y) is ggml.Cause.OFFLOADED
     expert = N_EMBD * N_FF * 4
     padding = 2 * 512  # after expert 2, and after expert 6

@@ -294,7 +294,7 @@ class Replay:
                 }
                 for split in sched.splits
             ],
-            "graph_inputs": _names(sched.graph_inputs),
+            "graph_inputs": _names(sched.plan.graph_inputs),
             "copy_nodes": [[short_name(t), b] for t, b in zip(graph.nodes, graph.node_backend_ids, strict=True)],
             "copy_leafs": [[short_name(t), b] for t, b in zip(graph.leafs, graph.leaf_backend_ids, strict=True)],
             "rewritten": self._rewritten(instance),

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from ..alloc import Gallocr
 from ..buffer import Buffer
 from ..errors import SchedError
-from ..graph import Graph
 from ..tensor import Tensor
 from ..types import Op, TensorFlag
-from .split import Cutter
-from .state import Assignment, Cause, Machine, SchedGraph, Split
+from .plan import Plan
+from .state import Assignment, Cause, SchedGraph, Split
 
 __all__ = ["check_allocation", "check_assignment", "check_splits"]
 
 
-def check_assignment(graph: Graph, asg: Assignment, machine: Machine) -> None:
+def check_assignment(plan: Plan) -> None:
     """Verify passes 1 to 4: each node has a backend that supports its op, or was pinned in a strict scheduler.
 
     Raises
@@ -25,7 +24,8 @@ def check_assignment(graph: Graph, asg: Assignment, machine: Machine) -> None:
     SchedError
         A node does not; the text names node, backend and causes.
     """
-    for node in graph.nodes:
+    asg, machine = plan.assignment, plan.machine
+    for node in plan.graph.nodes:
         backend_id = asg.get(node)
         if backend_id is None:
             raise SchedError(f"check: {node.op_desc} '{node.name}' has no backend")
@@ -39,7 +39,7 @@ def check_assignment(graph: Graph, asg: Assignment, machine: Machine) -> None:
                 raise _error(f"source '{src.name}' of '{node.name}' has no backend", node, asg)
 
 
-def check_splits(graph: Graph, cutter: Cutter) -> None:
+def check_splits(plan: Plan) -> None:
     """Verify pass 5: the splits are the whole graph, in order, and their backends can use all that their nodes read.
 
     Raises
@@ -47,37 +47,38 @@ def check_splits(graph: Graph, cutter: Cutter) -> None:
     SchedError
         They are not, a node is before its source, or a source is neither usable nor copied by this or an earlier split.
     """
-    _check_order(graph, cutter)
+    graph = plan.graph
+    _check_order(plan)
     at = 0
     copied: dict[Tensor, int] = {}  # copy -> backend that it is on
-    for i, split in enumerate(cutter.splits):
+    for i, split in enumerate(plan.splits):
         if split.i_start != (at if i else 0) or split.i_end < split.i_start:
             raise SchedError(f"check: split {i} is {split!r}, after one that ends before node {at}")
         at = split.i_end
         for tensor in split.inputs:
-            copy = cutter.copies[tensor][split.backend_id][cutter.cur_copy]
+            copy = plan.copy_of(tensor, split.backend_id)
             copied[copy] = split.backend_id
         for node in graph.nodes[split.i_start : split.i_end]:
             if not node.op.is_view:
-                _check_node(i, split, node, cutter, copied)
+                _check_node(i, split, node, plan, copied)
     if at != len(graph.nodes):
         raise SchedError(f"check: the splits end before node {at} of {len(graph.nodes)}")
 
 
-def _check_order(graph: Graph, cutter: Cutter) -> None:
+def _check_order(plan: Plan) -> None:
     """Verify that no backend moved a node of its split before one of its sources."""
-    waiting = set(graph.nodes)
-    for i, node in enumerate(graph.nodes):
+    waiting = set(plan.graph.nodes)
+    for i, node in enumerate(plan.graph.nodes):
         waiting.discard(node)
         for src in node.src:
             if src in waiting:
-                split = next(s for s in cutter.splits if s.i_start <= i < s.i_end)
-                name = cutter.machine.backends[split.backend_id].name
+                split = next(s for s in plan.splits if s.i_start <= i < s.i_end)
+                name = plan.machine.backends[split.backend_id].name
                 raise SchedError(f"check: {name}'s graph_optimize put '{node.name}' before its source '{src.name}'")
 
 
-def _check_node(i_split: int, split: Split, node: Tensor, cutter: Cutter, copied: dict[Tensor, int]) -> None:
-    asg, machine = cutter.asg, cutter.machine
+def _check_node(i_split: int, split: Split, node: Tensor, plan: Plan, copied: dict[Tensor, int]) -> None:
+    asg, machine = plan.assignment, plan.machine
     if asg.get(node) != split.backend_id:
         where = machine.backends[split.backend_id].name
         raise _error(f"'{node.name}' lies in split {i_split} on {where} and is assigned to another backend", node, asg)

@@ -35,7 +35,7 @@ from .state import is_computed
 
 if TYPE_CHECKING:
     from .compute import SplitRun
-    from .split import Cutter
+    from .plan import Plan
     from .transfer import Transfer
 
 __all__ = ["CopyCheck"]
@@ -57,31 +57,31 @@ class CopyCheck(Observer):
 
     Parameters
     ----------
-    cutter : Cutter
-        Splits and copies of the graph, after the backends have reordered their splits.
+    plan : Plan
+        Of the graph.
     """
 
-    def __init__(self, cutter: Cutter) -> None:
-        self._asg = cutter.asg
+    def __init__(self, plan: Plan) -> None:
+        self._asg = plan.assignment
         self._copies: dict[tuple[Tensor, int], Tensor] = {}  # source and backend -> copy
-        for source, by_backend in cutter.copies.items():
+        for source, by_backend in plan.copies.items():
             for backend_id, made in by_backend.items():
-                if made[cutter.cur_copy] is not source:
-                    self._copies[source, backend_id] = made[cutter.cur_copy]
+                if made[plan.cur_copy] is not source:
+                    self._copies[source, backend_id] = made[plan.cur_copy]
         self._reads: list[list[_Read]] = []
         self._writes: list[list[tuple[Tensor, Tensor]]] = []  # by split: node, and copy whose source it writes
-        self._find_users(cutter)
+        self._find_users(plan)
         self._present: dict[Tensor, Ranges] = {}
         self._fresh: set[Tensor] = set()  # copies made since the last launch
         self._stale: dict[Tensor, tuple[Tensor, int]] = {}  # copy -> the node that wrote to its source, and its split
         self._rerun: Rerun | None = None
 
-    def _find_users(self, cutter: Cutter) -> None:
+    def _find_users(self, plan: Plan) -> None:
         sources = {copy: source for (source, _), copy in self._copies.items()}
         by_root: dict[Tensor, list[Tensor]] = {}
         for copy, source in sources.items():
             by_root.setdefault(source.view_src or source, []).append(copy)
-        for split in cutter.splits:
+        for split in plan.splits:
             reads: dict[tuple[Tensor, Tensor | None], _Read] = {}
             writes: list[tuple[Tensor, Tensor]] = []
             written: set[Tensor] = set()

@@ -266,7 +266,7 @@ def compute_splits(run: SplitRun) -> None:
     Mirrors `ggml_backend_sched_compute_splits`.
     """
     plan, dialect, log, policy = run.plan, run.machine.dialect, run.log, run.policy
-    repairs = run.repairs
+    repairs, transfers = run.repairs, plan.all_transfers
     before_split = policy.before_split if policy.overrides("before_split") else None
     after_split = policy.after_split if policy.overrides("after_split") else None
     run.ids.begin()
@@ -282,10 +282,10 @@ def compute_splits(run: SplitRun) -> None:
             if dialect.wait_previous_split and not split.inputs and previous is not None and previous != b:
                 # the allocator may have given both splits the same memory
                 run.host_wait(i_split, previous, "previous_split")
-            for transfer in plan.transfers[i_split]:
+            for transfer in transfers.by_split[i_split]:
                 _transfer(run, transfer)
             if repairs.shared_experts:
-                for further in plan.further.get(i_split, ()):
+                for further in transfers.further.get(i_split, ()):
                     missing = run.missing(further)
                     if missing:
                         further.offer(policy.copy, missing)
@@ -294,9 +294,9 @@ def compute_splits(run: SplitRun) -> None:
             log.will_launch(run, i_split)
             _launch(run, i_split)
             log.has_launched(run, i_split)
-            if repairs.stale_ids and i_split in plan.written_ids:
-                run.ids.forget(plan.written_ids[i_split])
-            for transfer in plan.overwritten.get(i_split, ()):
+            if repairs.stale_ids and i_split in transfers.written_ids:
+                run.ids.forget(transfers.written_ids[i_split])
+            for transfer in transfers.overwritten.get(i_split, ()):
                 _copy_again(run, i_split, transfer)
             if after_split is not None:
                 after_split(i_split)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ..backend import Backend
 from ..notebook import html_table
 from ..record import Identity, SplitInput, SplitRecord
 from ..tensor import Tensor
-from .split import Cutter
-from .state import Assignment, Split, is_computed
-from .transfer import input_kind
+from .plan import Plan
+from .state import Split, is_computed
 
 __all__ = ["split_records", "splits_table"]
 
 
-def split_records(cutter: Cutter, of: Identity) -> list[SplitRecord]:
-    """Return a record of each split of a graph that was just cut.
+def split_records(plan: Plan, of: Identity) -> list[SplitRecord]:
+    """Return a record of each split of a plan.
 
     Parameters
     ----------
@@ -27,23 +23,23 @@ def split_records(cutter: Cutter, of: Identity) -> list[SplitRecord]:
     -----
     An input copy that several splits of a backend read is an input of the first, with the readers of all.
     """
-    asg, machine = cutter.asg, cutter.machine
+    asg, backends = plan.assignment, plan.backends
     users: dict[tuple[Tensor, int], list[Tensor]] = {}
-    for node, _, src in cutter.replaced_sources:
+    for node, _, src in plan.replaced_sources:
         users.setdefault((src, asg.ids[node]), []).append(node)
 
     def cause(tensor: Tensor) -> str:
         found = asg.cause(tensor)
         return "" if found is None else found.value
 
-    def describe(split: Split, tensor: Tensor) -> SplitInput:
+    def describe(i: int, split: Split, tensor: Tensor) -> SplitInput:
         readers = users.get((tensor, split.backend_id), [])
         first = readers[0] if readers else None
         storage = tensor.storage
         return SplitInput(
             tensor=tensor.name,
-            kind=input_kind(split, tensor, cutter.copies[tensor][split.backend_id][cutter.cur_copy]),
-            src=machine.backends[asg.ids[tensor]].name,
+            kind=kinds[i][tensor],
+            src=backends[asg.ids[tensor]].name,
             cause=cause(tensor),
             buft="" if storage is None else storage.buft.name,
             type=tensor.type.ggml_name,
@@ -55,39 +51,40 @@ def split_records(cutter: Cutter, of: Identity) -> list[SplitRecord]:
             n_users=len(readers),
         )
 
+    kinds = [{t.source: t.kind for t in own} for own in plan.transfers]
     records = []
-    for i, split in enumerate(cutter.splits):
+    for i, split in enumerate(plan.splits):
         nodes = [n for n in split.graph.nodes if is_computed(n)]
         records.append(
             SplitRecord(
                 split=i,
-                backend=machine.backends[split.backend_id].name,
+                backend=backends[split.backend_id].name,
                 i_start=split.i_start,
                 i_end=split.i_end,
                 n_nodes=len(nodes),
                 first=nodes[0].name if nodes else "",
                 op=nodes[0].op_desc if nodes else "",
                 cause=cause(nodes[0]) if nodes else "",
-                inputs=tuple(describe(split, tensor) for tensor in split.inputs),
+                inputs=tuple(describe(i, split, tensor) for tensor in split.inputs),
                 **of,
             )
         )
     return records
 
 
-def splits_table(title: str, splits: Sequence[Split], asg: Assignment, backends: Sequence[Backend]) -> str:
+def splits_table(title: str, plan: Plan | None) -> str:
     """Return splits as an HTML table: backend, cause, and the bytes of their inputs."""
     columns = ("split", "backend", "nodes", "first", "because", "inputs", "bytes if whole")
-    rows = (_split_row(i, split, asg, backends) for i, split in enumerate(splits))
-    return html_table(title, columns, rows, n_rows=len(splits), right=("split", "nodes", "bytes if whole"))
+    rows = [] if plan is None else [_split_row(i, split, plan) for i, split in enumerate(plan.splits)]
+    return html_table(title, columns, rows, n_rows=len(rows), right=("split", "nodes", "bytes if whole"))
 
 
-def _split_row(i: int, split: Split, asg: Assignment, backends: Sequence[Backend]) -> tuple[str, ...]:
+def _split_row(i: int, split: Split, plan: Plan) -> tuple[str, ...]:
     first = next((n for n in split.graph.nodes if not n.op.is_view), None)
-    cause = None if first is None else asg.cause(first)
+    cause = None if first is None else plan.assignment.cause(first)
     return (
         str(i),
-        backends[split.backend_id].name,
+        plan.backends[split.backend_id].name,
         f"{split.i_start}..{split.i_end - 1}",
         "-" if first is None else f"{first.op_desc} {first.name}",
         "-" if cause is None else cause.text,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from weakref import ref
 
 from ..buffer import BufferType
 from ..graph import Graph
-from .state import Assignment, Copies
+from .plan import Plan
 
 __all__ = ["IdTable", "KeptAlloc"]
 
@@ -23,23 +22,21 @@ def _flags(graph: Graph) -> list[int]:
 class KeptAlloc:
     """An allocation that `reset` removed, with the conditions under which it is still valid."""
 
-    __slots__ = ("assignment", "buffers", "copies", "flags", "graph", "rules", "version")
+    __slots__ = ("buffers", "flags", "plan", "rules", "version")
 
-    def __init__(self, graph: Graph, assignment: Assignment, copies: Copies, rules: tuple[object, ...]) -> None:
-        self.graph = ref(graph)
+    def __init__(self, plan: Plan, rules: tuple[object, ...]) -> None:
+        self.plan, graph = plan, plan.graph
         self.version = graph.version
         self.flags = _flags(graph)
         self.buffers = [leaf.buffer for leaf in graph.leafs]
-        self.assignment = assignment
-        self.copies = copies
         self.rules = rules
 
     def serves(self, graph: Graph, rules: tuple[object, ...]) -> bool:
         """Return whether nothing has changed since. Pins apply to one graph only."""
         return (
-            self.graph() is graph
+            self.plan.graph is graph
             and self.version == graph.version
-            and not self.assignment.has_pins
+            and not self.plan.assignment.has_pins
             and self.rules == rules
             and self.flags == _flags(graph)
             and self.buffers == [leaf.buffer for leaf in graph.leafs]

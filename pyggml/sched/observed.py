@@ -17,8 +17,8 @@ from .state import Machine, SchedGraph
 if TYPE_CHECKING:
     from ..alloc import Gallocr
     from ..buffer import BufferType
+    from .plan import Plan
     from .resources import Resources
-    from .split import Cutter
 
 __all__ = ["Observed"]
 
@@ -149,13 +149,13 @@ class Observed:
             of = Identity(i_graph=self._n_graphs - 1, i_run=self._n_runs - 1, i_clock=self._i_clock)
         return RunLog(self.machine, self.stats, observers or self._told, self._clock, self.ids_source, of)
 
-    def _checking_observers(self, cutter: Cutter) -> Observers | None:
+    def _checking_observers(self, plan: Plan) -> Observers | None:
         """Return the observers; with ``PYGGML_CHECK``, unless strict, also one that verifies copies."""
         mended = self.machine.repairs
         if not config.check() or not (mended.shared_experts and mended.stale_ids and mended.stale_copies):
             return self._told
         if self._checked is None:
-            check = CopyCheck(cutter)
+            check = CopyCheck(plan)
             self._checked = check, Observers([check, *self._every_observer])
         return self._checked[1]
 

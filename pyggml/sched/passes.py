@@ -16,7 +16,9 @@ from .check import check_assignment, check_splits
 from .debug import assignments_text
 from .kept import IdTable
 from .log import RunLog
+from .plan import Plan
 from .precedent import Precedent, Precedents
+from .resources import Resources
 from .split import CutMemory, Cutter, graph_size, make_sched_graph, optimize_splits
 from .state import Assignment, Copies, Machine, SchedGraph
 
@@ -24,10 +26,18 @@ __all__ = ["Passes"]
 
 
 class Passes:
-    """The passes over a machine's backends."""
+    """The passes over a machine's backends.
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    Parameters
+    ----------
+    machine : Machine
+        The backends and rules.
+    resources : Resources
+        Of the policies that read the plans.
+    """
+
+    def __init__(self, machine: Machine, resources: Resources) -> None:
+        self._machine, self._resources = machine, resources
         self._memory = CutMemory()
         self.precedents = Precedents(machine)
         self.precedent: Precedent | None = None  #: of the latest graph
@@ -49,7 +59,7 @@ class Passes:
         n_copies: int,
         cur_copy: int,
         debug: int,
-    ) -> tuple[Cutter, SchedGraph]:
+    ) -> tuple[Plan, SchedGraph]:
         """Assign and cut a graph.
 
         Parameters
@@ -63,8 +73,8 @@ class Passes:
 
         Returns
         -------
-        Cutter, SchedGraph
-            The cut, and the graph for the allocator.
+        Plan, SchedGraph
+            What was decided, and the graph for the allocator.
 
         Raises
         ------
@@ -76,28 +86,28 @@ class Passes:
         Mirrors `ggml_backend_sched_split_graph`.
         """
         start_s = log.now()
-        machine = self._machine
-        cutter = Cutter(asg, machine, self._memory, n_copies=n_copies, cur_copy=cur_copy)
+        cutter = Cutter(asg, self._machine, self._memory, n_copies=n_copies, cur_copy=cur_copy)
         self._replaced_sources[graph] = cutter.replaced_sources, cutter.copies
         precedent = self.precedents.decide(graph, cutter, offload_rule)
+        cutter.copy_graph_inputs(graph)
+        plan = cutter.plan(graph, self._resources)
         if debug:
-            sys.stderr.write(assignments_text(graph, cutter.splits, asg, machine, level=debug))
+            sys.stderr.write(assignments_text(plan, level=debug))
         asg.forget_counts()
         log.assigned(graph, asg, start_s)
-        cutter.copy_graph_inputs(graph)
         self._node_ids, self._prev_node_ids = self._prev_node_ids, self._node_ids
         self._leaf_ids, self._prev_leaf_ids = self._prev_leaf_ids, self._leaf_ids
         version = graph.version
-        deps = optimize_splits(graph, cutter.splits, machine)
+        deps = optimize_splits(plan)
         self.precedent = precedent if not deps and graph.version == version else None
-        sched_graph = make_sched_graph(graph, cutter, deps)
+        sched_graph = make_sched_graph(plan, deps)
         self._node_ids.write(sched_graph.node_backend_ids)
         self._leaf_ids.write(sched_graph.leaf_backend_ids)
-        self._prev_graph_size, self._graph_size = self._graph_size, graph_size(graph, cutter, sched_graph)
+        self._prev_graph_size, self._graph_size = self._graph_size, graph_size(plan, sched_graph)
         if config.check():
-            check_assignment(graph, asg, machine)
-            check_splits(graph, cutter)
-        return cutter, sched_graph
+            check_assignment(plan)
+            check_splits(plan)
+        return plan, sched_graph
 
     def snapshot(self, graph: Graph) -> Snapshot:
         """Return the snapshot of the latest graph, after it is allocated."""

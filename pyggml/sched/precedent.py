@@ -20,7 +20,7 @@ from ..tensor import Tensor
 from .assign import OffloadOp, assign
 from .policies import default_offload
 from .split import Cutter
-from .state import Cause, Copies, Machine, Split
+from .state import Cause, Copies, Machine
 
 __all__ = ["Precedent", "Precedents"]
 
@@ -194,7 +194,7 @@ class Precedents:
             found = self._find(shape, cutter, rules)
         if found is not None:
             del shape  # so that the garbage collector has less to visit
-            _follow(found, [*graph.leafs, *graph.nodes], cutter)
+            _follow(found, graph, cutter)
         else:
             if machine.repairs.other_graph:
                 graph.check()
@@ -284,11 +284,12 @@ def _memory_of(cutter: Cutter) -> tuple[int, tuple[int, ...]]:
     return memory.backend_id, tuple(memory.capacities) if cutter.machine.dialect.cut_at_input_capacity else ()
 
 
-def _follow(precedent: Precedent, tensors: list[Tensor], cutter: Cutter) -> None:
+def _follow(precedent: Precedent, graph: Graph, cutter: Cutter) -> None:
     """Assign and cut a graph like its precedent."""
+    tensors = [*graph.leafs, *graph.nodes]
     EDITS.note()
     for backend_id, i_start, i_end, inputs in precedent.splits:
-        cutter.splits.append(Split(backend_id, i_start, i_end, [tensors[i] for i in inputs]))
+        cutter.add_split(graph, backend_id, i_start, i_end, map(tensors.__getitem__, inputs))
     for i, b in precedent.copies:
         cutter.copy_to(tensors[i], b)
     for i, j, i_src, b in precedent.replaced:

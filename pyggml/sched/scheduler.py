@@ -54,10 +54,9 @@ from .exclusive import Exclusive
 from .kept import KeptAlloc
 from .observed import Observed
 from .passes import Passes
-from .plan import Plan, make_plan
+from .plan import Plan
 from .policies import CopyCallback, CopyPolicy, choose_policy, default_offload
 from .resources import Resources
-from .split import Cutter
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split, check_backends, check_bufts
 from .tenancy import Tenancy
 
@@ -172,19 +171,15 @@ class Scheduler(Observed):
         self.resources = Resources(self.backends, lambda: self._note_resources(self.resources))
 
         self.assignment = Assignment()
-        self.splits: list[Split] = []
         self.copies: Copies = {}
-        self.graph_inputs: list[Tensor] = []
         self.sched_graph = SchedGraph()
         self.events: list[list[Event | None]] = [
             [b.device.event_new() if parallel else None for _ in range(self.n_copies)] for b in self.backends
         ]
         self.galloc = Gallocr(self.bufts, dialect=dialect, keeps_outputs=self.repairs.reused_memory)
         self.is_reset, self.is_alloc = True, False
-        self._passes = Passes(self.machine)
-        self._cutter: Cutter | None = None
-        self._cut_graph: ref[Graph] | None = None
-        self._plan: Plan | None = None  # of the latest cut, once asked for
+        self._passes = Passes(self.machine, self.resources)
+        self._plan: Plan | None = None  # of the latest cut
         self._reserved_by: CopyPolicy | None = None  # the policy that has read the plan
         self._allocated: ref[Graph] | None = None
         self._snapshot = Snapshot(())  # of the allocated graph
@@ -195,30 +190,29 @@ class Scheduler(Observed):
     # -- questions -----------------------------------------------------------
 
     @property
+    def splits(self) -> Sequence[Split]:
+        """The splits of the latest graph, in the order of computation."""
+        return () if self._plan is None else self._plan.splits
+
+    @property
     def n_splits(self) -> int:
         """The number of splits of the latest graph."""
         return len(self.splits)
 
     @property
-    def latest_cut(self) -> Cutter | None:
-        """The cut of the latest graph: splits, input copies, and replaced sources; None before the first graph."""
-        return self._cutter
-
-    @property
     def plan(self) -> Plan:
-        """The splits and transfers of the latest graph.
+        """What was decided about the latest graph, with its transfers.
 
         Raises
         ------
         SchedError
             No graph was split.
         """
-        if self._plan is None:
-            graph = self._cut_graph() if self._cut_graph is not None else None
-            if self._cutter is None or graph is None:
-                raise SchedError("no graph was split, so there is no plan", hint="split_graph() or alloc_graph()")
-            self._plan = make_plan(graph, self._cutter, self.resources, self.repairs)
-        return self._plan
+        plan = self._plan
+        if plan is None:
+            raise SchedError("no graph was split, so there is no plan", hint="split_graph() or alloc_graph()")
+        _ = plan.all_transfers  # made while the graph is as it was cut: whoever has the plan may ask later
+        return plan
 
     def tensor_backend(self, tensor: Tensor) -> Backend | None:
         """Return the backend of a tensor."""
@@ -253,7 +247,9 @@ class Scheduler(Observed):
         raises an error, and a view stays with the tensor that it shows (`Repairs.unsupported_ops`).
         """
         with self._alone:
-            self.assignment.set(tensor, self.machine.index(backend), Cause.USER)
+            backend_id = self.machine.index(backend)
+            self._leave_plan()
+            self.assignment.set(tensor, backend_id, Cause.USER)
             self.is_reset = False
 
     def set_eval_callback(self, callback: EvalCallback | None) -> None:
@@ -262,7 +258,7 @@ class Scheduler(Observed):
 
     # -- planning ------------------------------------------------------------
 
-    def split_graph(self, graph: Graph) -> list[Split]:
+    def split_graph(self, graph: Graph) -> Sequence[Split]:
         """Assign and cut a graph without allocating it.
 
         Raises
@@ -275,22 +271,27 @@ class Scheduler(Observed):
         Mirrors `ggml_backend_sched_split_graph`.
         """
         with self._alone:
-            return self._split(graph)
+            return self._split(graph).splits
 
-    def _split(self, graph: Graph) -> list[Split]:
+    def _leave_plan(self) -> None:
+        """Copy the assignment before a change if it belongs to a plan."""
+        if self._plan is not None and self._plan.assignment is self.assignment:
+            self.assignment = self.assignment.copy()
+
+    def _split(self, graph: Graph) -> Plan:
         self._passes.restore(graph)
+        self._leave_plan()
         self.is_reset = False
-        self._cutter = self._plan = self._checked = self._kept = self._reserved_by = None
+        self._plan = self._checked = self._kept = self._reserved_by = None
         self._n_graphs += 1
-        cutter, self.sched_graph = self._passes.cut(
+        plan, self.sched_graph = self._passes.cut(
             graph, self.assignment, self.offload_rule if self.op_offload else None, self.new_log(of=self.planned),
             n_copies=self.n_copies, cur_copy=self.cur_copy, debug=self.debug,
         )  # fmt: skip
-        self.splits, self.copies, self.graph_inputs = cutter.splits, cutter.copies, cutter.graph_inputs
-        self._cutter, self._cut_graph = cutter, ref(graph)
+        self._plan, self.copies = plan, plan.copies
         if self._told is not None and self._told.takes(SplitRecord):
-            self._told.record_all(split_records(cutter, self.planned))
-        return self.splits
+            self._told.record_all(split_records(plan, self.planned))
+        return plan
 
     def reserve(self, graph: Graph) -> None:
         """Allocate the compute buffers that a graph needs, without keeping the graph.
@@ -370,14 +371,14 @@ class Scheduler(Observed):
         self.cur_copy = self.next_copy
         self.next_copy = (self.next_copy + 1) % self.n_copies
         if not self._revive(graph):
-            self._split(graph)
+            plan = self._split(graph)
             self._alloc_splits()
             self.reserve_policy()
-            self._kept = KeptAlloc(graph, self.assignment, self.copies, self._rules)
+            self._kept = KeptAlloc(plan, self._rules)
             self._snapshot = self._passes.snapshot(graph)
             chunks = [c for i in range(len(self.bufts)) for c in self.galloc.chunks(i)]
             self._tenancy = Tenancy(self.sched_graph, chunks if self.repairs.reused_memory else ())
-            for split in self.splits:
+            for split in plan.splits:
                 split.graph.is_verified = self.repairs.other_graph
         self._allocated = ref(graph)
         self.is_alloc = True
@@ -399,7 +400,7 @@ class Scheduler(Observed):
             or not self._snapshot.still_holds(graph.nodes)
         ):
             return False
-        self.assignment, self.copies = kept.assignment, kept.copies
+        self.assignment, self.copies = kept.plan.assignment, kept.plan.copies
         self.is_reset = False
         return True
 
@@ -480,16 +481,15 @@ class Scheduler(Observed):
                     hint="call reset() and alloc_graph(), then set the inputs again",
                 )
         self.reserve_policy()  # the policy may have been replaced
-        policy, cutter = self.policy, self._cutter
-        assert cutter is not None
+        policy, plan = self.policy, self.plan
         self._tenancy.begin()
         self._begin_run()
         compute_splits(
             self.run_type(
-                self.plan, cur_copy=self.cur_copy, events=self.events, policy=policy,
+                plan, cur_copy=self.cur_copy, events=self.events, policy=policy,
                 repairs=self.repairs if policy.repairs is None else policy.repairs, ids=self.ids_source,
                 eval_callback=self.eval_callback, resources=self.resources,
-                log=self.new_log(self._checking_observers(cutter)),
+                log=self.new_log(self._checking_observers(plan)),
             )
         )  # fmt: skip
         self._tenancy.end()
@@ -549,7 +549,7 @@ class Scheduler(Observed):
             self._passes.restore_all()
             self._kept = self._plan = self._checked = None
             self.resources.close()
-            self.splits, self.sched_graph = [], SchedGraph()
+            self.sched_graph = SchedGraph()
             with self._noting_buffers(self.galloc, self.sched_graph):
                 self.galloc.close()
 
@@ -587,4 +587,4 @@ class Scheduler(Observed):
     def _repr_html_(self) -> str:
         """Return a table of the splits, for notebooks: backend, reason, and bytes of their inputs."""
         title = f"Scheduler over {', '.join(b.name for b in self.backends)}: {self.n_splits} splits"
-        return splits_table(title, self.splits, self.assignment, self.backends)
+        return splits_table(title, self._plan)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from ..edits import EDITS
 from ..errors import SchedError
-from ..graph import Graph
+from ..graph import Graph, GraphView
 from ..tensor import Tensor, dup_layout, view_tensor
 from ..types import MAX_SRC, SCHED_MAX_SPLIT_INPUTS, BufferUsage, TensorFlag
-from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split, is_computed
+from .plan import Plan
+from .resources import Resources
+from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split
 
-__all__ = ["CutMemory", "Cutter", "graph_size", "make_sched_graph", "optimize_splits", "overwritten_sources"]
+__all__ = ["CutMemory", "Cutter", "graph_size", "make_sched_graph", "optimize_splits"]
 
 
 class CutMemory:
@@ -42,12 +44,12 @@ class CutMemory:
 
 
 class Cutter:
-    """Pass 5, and pass 6 with pipeline copies; used once, for one graph.
+    """Pass 5, and pass 6 with pipeline copies; used once, for one graph. `plan` is the result.
 
     Attributes
     ----------
     splits : list of Split
-        In the order of computation.
+        In the order of computation; only complete ones.
     copies : Copies
         Copies of split inputs and of graph inputs.
     graph_inputs : list of Tensor
@@ -97,8 +99,8 @@ class Cutter:
             self.memory.backend_id = ids[nodes[i_first]]
         elif self.machine.repairs.empty_split:
             self.memory.backend_id = ids[nodes[0]] if nodes else self.machine.cpu
-        split = Split(self.memory.backend_id, 0, len(nodes))
-        self.splits.append(split)
+        at, i_start = self.memory.backend_id, 0
+        inputs: list[Tensor] = []
         by_source = self.machine.dialect.graph_inputs_from == "sources"
         suspect = self.pins_are_suspect
         looks_at_all = suspect or (by_source and self.n_copies > 1)
@@ -106,16 +108,15 @@ class Cutter:
             if node.op.is_view:
                 continue
             backend_id = ids[node]
-            if backend_id == split.backend_id and not looks_at_all:
-                for at in map(ids.get, node.src):  # type: ignore[arg-type]  # None is nowhere
-                    if at != backend_id:
+            if backend_id == at and not looks_at_all:
+                for src_at in map(ids.get, node.src):  # type: ignore[arg-type]  # None is nowhere
+                    if src_at != backend_id:
                         break
                 else:
                     continue  # all sources are usable: most nodes
-            if backend_id != split.backend_id or (split.inputs and self._must_start(node, split)):
-                split.i_end = i
-                split = Split(backend_id, i, len(nodes))
-                self.splits.append(split)
+            if backend_id != at or (inputs and self._must_start(node, at, len(inputs))):
+                self.add_split(graph, at, i_start, i, inputs)
+                at, i_start, inputs = backend_id, i, []
             for j, src in enumerate(node.src):
                 if src is None:
                     continue
@@ -123,11 +124,17 @@ class Cutter:
                     self._copy_graph_input(src)
                 if ids.get(src) == backend_id and not suspect:
                     continue  # usable: most sources
-                if self._needs_copy(src, split.backend_id):
-                    if split.backend_id not in self.copies.get(src, ()):
-                        self.copy_to(src, split.backend_id)
-                        self._add_input(split, src)
-                    self.replace_source(node, j, src, split.backend_id)
+                if self._needs_copy(src, at):
+                    if at not in self.copies.get(src, ()):
+                        self.copy_to(src, at)
+                        self._note_input(len(inputs))
+                        inputs.append(src)
+                    self.replace_source(node, j, src, at)
+        self.add_split(graph, at, i_start, len(nodes), inputs)
+
+    def add_split(self, graph: Graph, backend_id: int, i_start: int, i_end: int, inputs: Iterable[Tensor]) -> None:
+        """Complete a split."""
+        self.splits.append(Split(backend_id, i_start, i_end, tuple(inputs), GraphView(graph, i_start, i_end)))
 
     def copy_to(self, src: Tensor, backend_id: int) -> None:
         """Make the copies of a tensor on a backend."""
@@ -156,26 +163,24 @@ class Cutter:
         """Return whether the user pinned a tensor that already has memory, perhaps on another backend."""
         return self.asg.causes.get(tensor) is Cause.USER and tensor.storage is not None
 
-    def _must_start(self, node: Tensor, split: Split) -> bool:
+    def _must_start(self, node: Tensor, backend_id: int, n_inputs: int) -> bool:
         """Return whether a node on the split's backend starts a new split."""
-        is_full = self.machine.dialect.cut_at_input_capacity and len(split.inputs) == self.memory.capacity(
-            len(self.splits) - 1
-        )
+        is_full = self.machine.dialect.cut_at_input_capacity and n_inputs == self.memory.capacity(len(self.splits))
         for src in node.src:
             if src is None:
                 continue
             is_weight = src.buffer is not None and src.buffer.usage is BufferUsage.WEIGHTS
-            if is_weight and self._needs_copy(src, split.backend_id):
+            if is_weight and self._needs_copy(src, backend_id):
                 return True
-            if is_full and split.backend_id not in self.copies.get(src, ()) and self._needs_copy(src, split.backend_id):
+            if is_full and backend_id not in self.copies.get(src, ()) and self._needs_copy(src, backend_id):
                 return True
         return False
 
-    def _add_input(self, split: Split, src: Tensor) -> None:
-        i_split = len(self.splits) - 1
-        if len(split.inputs) >= self.memory.capacity(i_split):
+    def _note_input(self, n_before: int) -> None:
+        """Make room for one more input in the record of the incomplete split."""
+        i_split = len(self.splits)
+        if n_before >= self.memory.capacity(i_split):
             self.memory.grow(i_split)
-        split.inputs.append(src)
 
     def _make_copies(self, src: Tensor, backend_id: int) -> list[Tensor]:
         """Return a tensor on the backend for each pipeline copy."""
@@ -188,6 +193,19 @@ class Cutter:
             asg.explain(copy, Cause.COPIED)
             made.append(copy)
         return made
+
+    def plan(self, graph: Graph, resources: Resources) -> Plan:
+        """Return what was decided.
+
+        Parameters
+        ----------
+        resources : Resources
+            Where a policy that reads the plan gets memory and queues.
+        """
+        return Plan(
+            self.machine, graph, self.asg, tuple(self.splits), self.copies, tuple(self.graph_inputs),
+            tuple(self.replaced_sources), self.n_copies, self.cur_copy, resources,
+        )  # fmt: skip
 
     # pass 6: pipeline copies of the graph's inputs
 
@@ -222,42 +240,12 @@ class Cutter:
             self.graph_inputs.append(tensor)
 
 
-def overwritten_sources(graph: Graph, cutter: Cutter) -> dict[int, list[tuple[Tensor, int]]]:
-    """Return, by split, the sources that its nodes write although later splits read their copy.
-
-    Returns
-    -------
-    dict
-        Source, and the backend of the copy.
-
-    Notes
-    -----
-    Differs: upstream copies a tensor once to a backend, and later readers there read the old value
-    (`Repairs.stale_copies`).
-    """
-    roots = {source.view_src or source for source in cutter.copies}
-    writers = [node for node in graph.nodes if node.view_src in roots and is_computed(node)]
-    found: dict[int, list[tuple[Tensor, int]]] = {}
-    if not writers:
-        return found
-    split_of = {node: i for i, split in enumerate(cutter.splits) for node in split.graph.nodes}
-    users: dict[tuple[Tensor, int], list[int]] = {}
-    for node, _, source in cutter.replaced_sources:
-        users.setdefault((source, cutter.asg.ids[node]), []).append(split_of[node])
-    for writer in writers:
-        i = split_of[writer]
-        for (source, backend_id), readers in users.items():
-            if (source.view_src or source) is writer.view_src and min(readers) < i < max(readers):
-                found.setdefault(i, []).append((source, backend_id))
-    return found
-
-
 #: Tensors that must stay allocated until a node, by node, in the order of the requests.
 AllocDeps = dict[Tensor, list[Tensor]]
 
 
-def optimize_splits(graph: Graph, splits: Sequence[Split], machine: Machine) -> AllocDeps:
-    """Make each split's view of the graph and let its backend reorder it.
+def optimize_splits(plan: Plan) -> AllocDeps:
+    """Let the backend of each split reorder its nodes.
 
     Returns
     -------
@@ -274,14 +262,13 @@ def optimize_splits(graph: Graph, splits: Sequence[Split], machine: Machine) -> 
     def ignore(tensor: Tensor, until: Tensor) -> None:
         """Ignore the request, as before 0.26."""
 
-    ask: Callable[[Tensor, Tensor], None] = add_alloc_dep if machine.dialect.alloc_deps else ignore
-    for split in splits:
-        split.graph = graph.view(split.i_start, split.i_end)
-        machine.backends[split.backend_id].graph_optimize(split.graph, ask)
+    ask: Callable[[Tensor, Tensor], None] = add_alloc_dep if plan.machine.dialect.alloc_deps else ignore
+    for split in plan.splits:
+        plan.backends[split.backend_id].graph_optimize(split.graph, ask)
     return deps
 
 
-def make_sched_graph(graph: Graph, cutter: Cutter, deps: AllocDeps) -> SchedGraph:
+def make_sched_graph(plan: Plan, deps: AllocDeps) -> SchedGraph:
     """Return the graph for the allocator.
 
     Before each split it has, for each input, a view that keeps the source alive, and the copy to allocate.
@@ -297,13 +284,13 @@ def make_sched_graph(graph: Graph, cutter: Cutter, deps: AllocDeps) -> SchedGrap
     """
     made = SchedGraph()
     nodes, node_ids = made.nodes, made.node_backend_ids
-    ids, copies = cutter.asg.ids, cutter.copies
+    graph, ids, copies = plan.graph, plan.assignment.ids, plan.copies
     pending = set(deps)
-    for split in cutter.splits:
+    for split in plan.splits:
         for tensor in split.inputs:
             dep = view_tensor(tensor)
             dep.src = [tensor]
-            nodes += (dep, copies[tensor][split.backend_id][cutter.cur_copy])
+            nodes += (dep, copies[tensor][split.backend_id][plan.cur_copy])
             node_ids += (ids[tensor], split.backend_id)
         in_split = graph.nodes[split.i_start : split.i_end]
         if not deps:
@@ -326,33 +313,34 @@ def make_sched_graph(graph: Graph, cutter: Cutter, deps: AllocDeps) -> SchedGrap
             f"a backend asked to keep '{deps[until][0].name}' until '{until.name}', which is no node of a split",
             hint="its graph_optimize is wrong",
         )
-    _add_leafs(graph, cutter, made)
+    _add_leafs(plan, made)
     return made
 
 
-def _add_leafs(graph: Graph, cutter: Cutter, made: SchedGraph) -> None:
+def _add_leafs(plan: Plan, made: SchedGraph) -> None:
     """Append the pipeline copies, which are allocated before all else, then the graph's leafs."""
-    ids, copies = cutter.asg.ids, cutter.copies
-    if cutter.n_copies > 1:
-        for tensor in cutter.graph_inputs:
+    graph, ids, copies = plan.graph, plan.assignment.ids, plan.copies
+    if plan.n_copies > 1:
+        for tensor in plan.graph_inputs:
             made.leafs += copies[tensor][ids[tensor]]
-            made.leaf_backend_ids += [ids[tensor]] * cutter.n_copies
-        for split in cutter.splits:
+            made.leaf_backend_ids += [ids[tensor]] * plan.n_copies
+        for split in plan.splits:
             for tensor in split.inputs:
                 made.leafs += copies[tensor][split.backend_id]
-                made.leaf_backend_ids += [split.backend_id] * cutter.n_copies
+                made.leaf_backend_ids += [split.backend_id] * plan.n_copies
     made.leafs += graph.leafs
     made.leaf_backend_ids += [ids.get(leaf, -1) for leaf in graph.leafs]  # -1: no node reads it, and it is not an input
 
 
-def graph_size(graph: Graph, cutter: Cutter, copy: SchedGraph) -> int:
+def graph_size(plan: Plan, copy: SchedGraph) -> int:
     """Return the size of upstream's copy of a graph; a realloc callback is told whether it changed.
 
     Notes
     -----
     Mirrors `graph_size` in `ggml_backend_sched_split_graph`.
     """
-    n_inputs = sum(len(split.inputs) for split in cutter.splits)
+    graph = plan.graph
+    n_inputs = sum(len(split.inputs) for split in plan.splits)
     n_dep_nodes = len(copy.nodes) - len(graph.nodes) - 2 * n_inputs
-    n_copied = 2 * cutter.n_copies * (len(cutter.graph_inputs) + n_inputs)
+    n_copied = 2 * plan.n_copies * (len(plan.graph_inputs) + n_inputs)
     return max(len(graph.nodes), len(graph.leafs)) + n_copied + n_dep_nodes

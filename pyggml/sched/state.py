@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from ..backend import Backend
 from ..buffer import BufferType
@@ -142,6 +143,12 @@ class Assignment:
     def cause(self, tensor: Tensor) -> Cause | None:
         """Return why a tensor is where it is."""
         return self.causes.get(tensor)
+
+    def copy(self) -> Assignment:
+        """Return an assignment of its own that begins like this one."""
+        made = Assignment()
+        made.ids, made._causes, made.has_pins = dict(self.ids), dict(self.causes), self.has_pins
+        return made
 
     def forget_counts(self) -> None:
         """Discard the counts of causes: the graph was assigned again."""
@@ -280,8 +287,7 @@ def _noting(
     return ask
 
 
-@dataclass(eq=False, slots=True)
-class Split:
+class Split(NamedTuple):
     """A range of nodes that one backend computes in one call, after the split's inputs were copied there.
 
     Notes
@@ -292,8 +298,8 @@ class Split:
     backend_id: int
     i_start: int
     i_end: int
-    inputs: list[Tensor] = field(default_factory=list)
-    graph: GraphView = None  # type: ignore[assignment]  # set once all splits are known
+    inputs: tuple[Tensor, ...]  #: sources of the copies, in upstream's order
+    graph: GraphView  #: the nodes
 
     def __repr__(self) -> str:
         names = ", ".join(t.name for t in self.inputs)

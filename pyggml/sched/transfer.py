@@ -16,16 +16,15 @@ from ..errors import SchedError
 from ..graph import GraphView
 from ..record import CopyReason
 from ..tensor import Tensor
-from ..types import BufferUsage, Op, TensorFlag, Type
+from ..types import BufferUsage, Type
 from .experts import expert_copy_ranges
 from .resources import CopyQueue
-from .state import Split
 
 if TYPE_CHECKING:
     from .compute import SplitRun
     from .state import Machine
 
-__all__ = ["Feed", "RunSlot", "Transfer", "input_kind", "is_host_weight"]
+__all__ = ["Feed", "RunSlot", "Transfer", "is_host_weight"]
 
 
 def is_host_weight(tensor: Tensor) -> bool:
@@ -37,29 +36,6 @@ def is_host_weight(tensor: Tensor) -> bool:
     """
     buffer = tensor.buffer
     return buffer is not None and buffer.usage is BufferUsage.WEIGHTS and buffer.is_host
-
-
-def input_kind(split: Split, tensor: Tensor, copy: Tensor) -> CopyReason:
-    """Return the kind of a split's input, which records, plans and policies use.
-
-    ``"experts"``: a host weight of which the used experts are enough, because the split's first node is a MUL_MAT_ID that
-    reads its input copy.
-
-    Notes
-    -----
-    Mirrors the conditions of the used-expert path in `ggml_backend_sched_compute_splits`, since 0.27 those of
-    `llama_context::sched_copy_experts`: only the first node is looked at.
-    """
-    if tensor.flags & TensorFlag.INPUT:
-        return "input"
-    buffer = tensor.buffer
-    if buffer is None or buffer.usage is not BufferUsage.WEIGHTS:
-        return "activation"
-    if buffer.is_host and len(split.graph):
-        node = split.graph.graph.nodes[split.graph.i_start]
-        if node.op is Op.MUL_MAT_ID and node.src[0] is copy:
-            return "experts"
-    return "weight"
 
 
 class RunSlot:

@@ -41,18 +41,18 @@ def view_of_scheduler(sched: Scheduler, *, name: str = "", about: Mapping[str, A
 
 
 def _plan(sched: Scheduler) -> list[Record]:
-    cutter = sched.latest_cut
-    if cutter is None:
+    if not sched.n_splits:
         return []
-    asg, backends, of = cutter.asg, sched.backends, sched.planned
+    plan, of = sched.plan, sched.planned
+    asg, backends = plan.assignment, plan.backends
     records: list[Record] = []
-    for split in cutter.splits:
+    for split in plan.splits:
         for node in split.graph.nodes:
             if is_computed(node):
                 cause = asg.cause(node)
                 text = "" if cause is None else cause.value
                 records.append(AssignRecord(node.name, node.op_desc, backends[asg.ids[node]].name, text, **of))
-    return [*records, *split_records(cutter, of)]
+    return [*records, *split_records(plan, of)]
 
 
 def view_of_graph(graph: Graph, *, name: str = "") -> View:

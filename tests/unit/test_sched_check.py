@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -85,10 +86,11 @@ def test_without_the_variable_nothing_is_checked(monkeypatch: pytest.MonkeyPatch
 
 def test_a_node_without_backend_is_noticed() -> None:
     """A node that no pass assigned is an error that names it."""
-    sched, graph, nodes = _decided()
-    del sched.assignment.ids[nodes[0]]
+    sched, _, nodes = _decided()
+    plan = sched.plan
+    del plan.assignment.ids[nodes[0]]
     with pytest.raises(SchedError, match="CONT 'a' has no backend"):
-        check_assignment(graph, sched.assignment, sched.machine)
+        check_assignment(plan)
 
 
 def test_a_node_where_it_cannot_run_is_noticed() -> None:
@@ -97,36 +99,33 @@ def test_a_node_where_it_cannot_run_is_noticed() -> None:
     graph, nodes = _chain()
     sched.set_tensor_backend(nodes[1], sched.backends[0])
     sched.alloc_graph(graph)
-    check_assignment(graph, sched.assignment, sched.machine)
+    check_assignment(sched.plan)
     sched.assignment.set(nodes[0], 0, Cause.EXPANDED)
     with pytest.raises(SchedError, match="'a' is on GPU, which cannot run it") as caught:
-        check_assignment(graph, sched.assignment, sched.machine)
+        check_assignment(sched.plan)
     assert caught.value.causes == ("2.sup",)
 
 
 def test_a_missing_input_is_noticed() -> None:
     """A split that reads what no split copied to its backend is an error that names reader and source."""
-    sched, graph, nodes = _decided()
-    cutter = sched._cutter
-    assert cutter is not None
-    check_splits(graph, cutter)
-    split = next(s for s in cutter.splits if s.backend_id == 0)
-    split.inputs.clear()
+    sched, _, nodes = _decided()
+    plan = sched.plan
+    check_splits(plan)
+    without = replace(plan, splits=[s._replace(inputs=()) if s.backend_id == 0 else s for s in plan.splits])
     with pytest.raises(SchedError, match="'b' in split 1 reads 'GPU#a#0', which GPU cannot reach"):
-        check_splits(graph, cutter)
+        check_splits(without)
     nodes[1].src[0] = nodes[0]
     with pytest.raises(SchedError, match="'b' in split 1 reads 'a', which GPU cannot reach"):
-        check_splits(graph, cutter)
+        check_splits(without)
 
 
 def test_a_gap_between_splits_is_noticed() -> None:
     """Splits that leave nodes out are an error."""
-    sched, graph, _ = _decided()
-    cutter = sched._cutter
-    assert cutter is not None
-    cutter.splits[-1].i_end -= 1
+    sched, _, _ = _decided()
+    *splits, last = sched.plan.splits
+    short = replace(sched.plan, splits=[*splits, last._replace(i_end=last.i_end - 1)])
     with pytest.raises(SchedError, match="the splits end before node 2 of 3"):
-        check_splits(graph, cutter)
+        check_splits(short)
 
 
 def test_a_wrong_reordering_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,7 +272,7 @@ def test_ids_that_were_rewritten_are_looked_at_anew() -> None:
 
 def test_an_old_copy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy whose source was written since, and that was not made again, is named with who wrote."""
-    monkeypatch.setattr(plan, "overwritten_sources", lambda *_: {})
+    monkeypatch.setattr(plan, "_overwritten_sources", lambda *_: {})
     world = _World()
     text = "SCALE 'after' in split 2 on CPU reads 'kept', but its copy is older than what 'write' wrote in split 1"
     with pytest.raises(ggml.SchedError, match=text):

@@ -16,9 +16,9 @@ from pyggml.backends.mock import (
 )
 from pyggml.dialect import DEFAULT_DIALECT, Repairs
 from pyggml.sched.assign import assign_from_location, expand, inherit, upgrade
+from pyggml.sched.resources import Resources
 from pyggml.sched.split import CutMemory, Cutter
 from pyggml.sched.state import Assignment, Cause, Machine
-from pyggml.sched.transfer import input_kind
 
 GPU, CPU = 0, 1
 
@@ -109,11 +109,10 @@ def test_pass_5_cuts_where_the_backend_changes(host_weight: bool) -> None:
     inherit(bench.graph.nodes, bench.asg, bench.machine)
     cutter = Cutter(bench.asg, bench.machine, CutMemory(), n_copies=1, cur_copy=0)
     cutter.cut(bench.graph)
-    for split in cutter.splits:
-        split.graph = bench.graph.view(split.i_start, split.i_end)
+    plan = cutter.plan(bench.graph, Resources(bench.machine.backends, lambda: None))
     kinds = [
-        (s.backend_id, [(t.name, input_kind(s, t, cutter.copies[t][s.backend_id][0])) for t in s.inputs])
-        for s in cutter.splits
+        (split.backend_id, [(t.source.name, t.kind) for t in transfers])
+        for split, transfers in zip(plan.splits, plan.transfers, strict=True)
     ]
     if host_weight:
         assert kinds[-1][0] == GPU

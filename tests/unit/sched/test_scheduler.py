@@ -102,6 +102,35 @@ def test_unchanged_graph_keeps_its_allocation():
     assert backend is gpu
 
 
+def test_a_plan_does_not_change():
+    """Pins, a reset, another plan of the same graph and the end of the scheduler leave a plan as it was."""
+    gpu, cpu, _ = machine(offload=1)
+    graph, _, y = moe(cpu)
+    sched = ggml.Scheduler([gpu, cpu])
+    sched.split_graph(graph)
+    plan = sched.plan
+
+    def facts(plan: ggml.Plan) -> list[object]:
+        places = [(plan.assignment.get(n), plan.assignment.cause(n)) for n in graph.nodes]
+        splits = [(s.backend_id, s.i_start, s.i_end, s.inputs) for s in plan.splits]
+        transfers = [[(t.source, t.copy, t.kind, t.node) for t in own] for own in plan.transfers]
+        return [places, splits, transfers, dict(plan.copies)]
+
+    before = facts(plan)
+    sched.set_tensor_backend(y, cpu)
+    assert facts(plan) == before
+    sched.split_graph(graph)
+    assert sched.tensor_backend(y) is cpu
+    assert facts(plan) == before
+    sched.reset()
+    sched.alloc_graph(graph)
+    assert facts(sched.plan) != before  # copies are other tensors
+    sched.close()
+    assert facts(plan) == before
+    with pytest.raises(AttributeError):
+        plan.splits[0].inputs = ()  # type: ignore[misc]
+
+
 def test_changed_graph_is_laid_out_anew():
     """A flag, a pin, another node: each is seen, and sources are what they were before."""
     gpu, cpu, _ = machine(offload=1)
