@@ -17,6 +17,7 @@ from .graph import Graph
 from .hardware.cards import Card
 from .hardware.ranges import Speed, spread_of
 from .models.batch import Outputs
+from .moe_cache import prefetch_of
 from .record import CopyReason
 from .routing import Routing, routing_of
 from .sched.experts import layer_of
@@ -195,6 +196,8 @@ def simulate_batch(
     planner.reserve()
     if planner.expert_cache is not None:
         planner.expert_cache.clear(counters=True)
+    if (prefetch := prefetch_of(sched.policy)) is not None:
+        prefetch.clear()
     began = None if clock is None else clock.reading()
     before = (sched.stats.bytes_copied, sched.stats.bytes_full, dict(sched.stats.bytes_by_reason))
     n_before, allocated = 0, None

@@ -45,7 +45,7 @@ class Layers:
         if rule is not None:
             backends = [*self.gpus, self.cpu]
             self.cache = MoeCache(self.layers, self.homes, backends, rule, n_used=N_USED)
-            policy = MoeCachePolicy(self.cache)
+            policy = MoeCachePolicy(self.cache, None if policy == "used" else policy)
         self.sched = ggml.Scheduler(
             [*self.gpus, self.cpu], policy=policy, debug=0, offload_rule=lambda _, op: op.op is ggml.Op.MUL_MAT_ID,
             **options,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -35,7 +36,8 @@ __all__ = [
 
 #: What computes if nothing is asked for: a device that every machine has, and the CPU.
 DEFAULT_DEVICES = "sim:rtx4090-pcie4,cpu"
-EXPERT_COPIES = ("used", "overlap", "upstream", "full")
+EXPERT_COPIES = ("used", "overlap", "prefetch", "upstream", "full")
+PREFETCHER = "online"
 #: What `models.context.CACHE_TYPES` holds, for the text of help, which imports no model.
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 _CACHE_TYPE = click.Choice(CACHE_TYPES, case_sensitive=False)
@@ -88,6 +90,8 @@ class ModelFlags:
     n_seq_max: int | None
     kv_unified: bool
     expert_copy: str
+    prefetcher: str
+    prefetch_fit: Path | None
 
     def placement(self) -> PlacementFlags:
         """Return the flags that place weights."""
@@ -132,11 +136,26 @@ class ModelFlags:
         from ..sched.overlap import OverlappedExperts
         from ..sched.policies import FullCopier, UpstreamCopier
 
+        if self.expert_copy != "prefetch" and (self.prefetch_fit is not None or self.prefetcher != PREFETCHER):
+            raise click.UsageError("--prefetcher and --prefetch-fit need --expert-copy prefetch")
         if self.expert_copy == "used":
             return "used"
+        if self.expert_copy == "prefetch":
+            return self._prefetched()
         if self.expert_copy == "overlap":
             return OverlappedExperts()
         return UpstreamCopier() if self.expert_copy == "upstream" else FullCopier()
+
+    def _prefetched(self) -> CopyPolicy:
+        from ..lab.formats import open_trace
+        from ..lab.running import RunningPredictor
+        from ..sched.prefetch import ExpertPrefetch, PrefetchedExperts
+
+        name, colon, n = self.prefetcher.partition(":")
+        if colon and not (n.isdigit() and int(n)):
+            raise click.UsageError(f"--prefetcher {self.prefetcher}: '{n}' is not a number of experts")
+        trace = None if self.prefetch_fit is None else open_trace(self.prefetch_fit)
+        return PrefetchedExperts(ExpertPrefetch(RunningPredictor(name, trace), n_guess=int(n) if colon else None))
 
 
 _PLACEMENT = cloup.option_group(
@@ -186,7 +205,11 @@ _COMPUTING = cloup.option_group(
                  help="CPU threads. [cores]"),
     cloup.option("--op-offload/--no-op-offload", default=True, help="Let devices run ops with host weights. [on]"),
     cloup.option("--expert-copy", type=click.Choice(EXPERT_COPIES), default="used", show_default=True,
-                 help="used: used experts; overlap: the same on a second queue while a layer computes (with --no-mmap); upstream: as ggml; full: whole weights."),
+                 help="used: used experts; overlap: the same on a second queue while a layer computes (with --no-mmap); prefetch: also the next layer's, guessed; upstream: as ggml; full: whole weights."),
+    cloup.option("--prefetcher", default=PREFETCHER, show_default=True, metavar="NAME[:N]",
+                 help="With --expert-copy prefetch: who guesses (see `pyggml experts predict`), and how many experts. [as many as are used]"),
+    cloup.option("--prefetch-fit", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="TRACE",
+                 help="Routing trace of other requests, for prefetchers that learn from them."),
 )  # fmt: skip
 
 

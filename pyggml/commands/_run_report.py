@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 
+from ..moe_cache import prefetch_of
 from ..plan_report import MemoryFit, memory_fits
 from ..report import CopyAccount, LayerCopies, Phase
+from ..session import Session
 from ._cache_options import cache_table
 from ._console import Bar, n_bytes, n_seconds, table
 from ._tables import memory_table
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from ..cost import LinkProfile
     from ..llama import LlamaModel
     from ..moe_cache import MoeCache
-    from ..session import BatchRecord, Session
+    from ..sched.prefetch import ExpertPrefetch
+    from ..session import BatchRecord
     from ._virtual import VirtualReport
 
 __all__ = ["BatchShape", "RunReport"]
@@ -63,6 +66,7 @@ class RunReport:
     stopped: str = ""
     virtual: VirtualReport | None = None
     expert_cache: MoeCache | None = None
+    prefetch: ExpertPrefetch | None = None
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -78,6 +82,7 @@ class RunReport:
         """Record the session's memory, and every micro-batch from now on."""
         self.memory = memory_fits([m for m in session.memory() if m.total], backends)
         self.expert_cache = getattr(session, "expert_cache", None)  # llama.cpp's is its own
+        self.prefetch = prefetch_of(session.sched.policy) if isinstance(session, Session) else None  # not llama.cpp
 
         def on_batch(batch: BatchRecord) -> None:
             key = (batch.n_tokens, batch.n_splits)
@@ -120,6 +125,7 @@ class RunReport:
             "memory": [f.as_dict() for f in self.memory],
             "virtual": None if self.virtual is None else self.virtual.as_dict(self._counts()),
             "expert_cache": self._cache_dict(),
+            "expert_prefetch": None if self.prefetch is None else self.prefetch.as_dict(),
         }
 
     def _cache_dict(self) -> dict[str, Any] | None:
@@ -155,6 +161,8 @@ class RunReport:
         if self.expert_cache is not None:
             parts.append(cache_table(self.expert_cache))
             parts += ["\n".join(lines)] if (lines := self.expert_cache.counters.lines()) else []
+        if self.prefetch is not None:
+            parts.append(self.prefetch.counters.line())
         parts += [memory_table(self.memory), self._time_table()]
         if self.virtual is not None and self.virtual.phases:
             parts.append(self.virtual.table(self._counts()))

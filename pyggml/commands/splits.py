@@ -197,6 +197,9 @@ def command(
             for text in cached.warnings():
                 warn(text)
             generated = _generate(planner, assumed)
+        from ..moe_cache import prefetch_of
+
+        prefetch = prefetch_of(planner.sched.policy)
         fits = memory_fits(planner.memory(), planner.backends, host_bytes=around.memory_bytes if host else None)
         if recording is not None:
             write_records(
@@ -208,11 +211,15 @@ def command(
                 found["expert_cache"] = {
                     **cached.as_dict(), "generated": _generated_dict(generated), "generated_without": _generated_dict(without)
                 }  # fmt: skip
+            if prefetch is not None:
+                found["expert_prefetch"] = prefetch.as_dict()
             print_json(found)
         else:
             _print(planner, plans, assumed, fits, all_splits=all_splits)
             if cached is not None:
                 print_forecast(cached, generated, without)
+            if prefetch is not None:
+                report().print(prefetch.counters.line())
         if any(f.missing_bytes for f in fits):
             click.get_current_context().exit(EXIT_DOES_NOT_FIT)
 

@@ -21,15 +21,19 @@ from .replay import Setting
 from .trace import Trace
 
 __all__ = [
+    "FITTED",
     "PREFETCHERS",
     "Average",
     "Both",
+    "Online",
     "Oracle",
     "Popularity",
     "Prefetcher",
     "Previous",
     "PreviousLayer",
     "Score",
+    "best_of",
+    "events_of",
     "predict",
 ]
 
@@ -145,6 +149,29 @@ class PreviousLayer:
         self.before = list(experts)
 
 
+class Online(PreviousLayer):
+    """The same table, learned from what the request itself told before; it needs no other requests."""
+
+    def learn(self, request: Events, n_layer: int, n_expert: int) -> Floats:
+        """Return the shape of the table alone."""
+        return np.zeros((n_layer, n_expert, n_expert))
+
+    def fit(self, learned: Floats) -> None:
+        """Keep the shape."""
+        self.shape = learned.shape
+
+    def start(self, request: Events) -> None:
+        """Forget what was learned."""
+        super().start(request)
+        self.table = np.zeros(self.shape)
+
+    def saw(self, layer: int, experts: Sequence[int]) -> None:
+        """Count what follows the layer before."""
+        if self.before:
+            self.table[layer, np.asarray(self.before)[:, None], np.asarray(experts)] += 1
+        super().saw(layer, experts)
+
+
 class Both(PreviousLayer):
     """`PreviousLayer` combined with `Average`."""
 
@@ -197,8 +224,13 @@ PREFETCHERS: dict[str, type[Prefetcher]] = {
     "average": Average,
     "previous-layer": PreviousLayer,
     "both": Both,
+    "online": Online,
     "oracle": Oracle,
 }
+
+
+#: Those that know nothing without other requests.
+FITTED = frozenset(("popularity", "previous-layer", "both"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +294,8 @@ def predict(
         raise GraphError(f"there is no prefetcher '{unknown[0]}'", hint=f"one of {', '.join(PREFETCHERS)}")
     pools = Pools.of(trace, "layer")
     runs = list(runs_of(trace, pools, phase=setting.phase))
-    requests = [_events(run) for run in runs]
-    if len(runs) < 2 and set(names) & {"popularity", "previous-layer", "both"}:
+    requests = [events_of(run) for run in runs]
+    if len(runs) < 2 and FITTED & set(names):
         raise GraphError(
             "prefetchers that learn need other requests: the trace has one",
             hint="give several traces, or --prefetchers previous,average",
@@ -284,9 +316,17 @@ def predict(
     return scores
 
 
-def _events(run: Run) -> Events:
+def events_of(run: Run) -> Events:
+    """Return the events of a request: the place of the layer among the trace's, and its experts."""
     keys, offsets = run.keys.tolist(), run.offsets.tolist()
     return [(p, keys[offsets[i] : offsets[i + 1]]) for i, p in enumerate(run.pool.tolist())]
+
+
+def best_of(scores: Floats, n: int) -> list[int]:
+    """Return the experts that most speaks for, at most ``n``; none for which nothing does."""
+    best = np.argsort(-scores, kind="stable")[:n]
+    found: list[int] = best[scores[best] > 0].tolist()
+    return found
 
 
 def _guesses(prefetcher: Prefetcher, requests: Sequence[Events], pools: Pools, n: int) -> list[list[list[int]]]:
@@ -299,9 +339,7 @@ def _guesses(prefetcher: Prefetcher, requests: Sequence[Events], pools: Pools, n
         prefetcher.start(request)
         mine = []
         for layer, experts in request:
-            scores = prefetcher.scores(layer)
-            best = np.argsort(-scores, kind="stable")[:n]
-            mine.append(best[scores[best] > 0].tolist())
+            mine.append(best_of(prefetcher.scores(layer), n))
             prefetcher.saw(layer, experts)
         made.append(mine)
     return made
@@ -313,7 +351,7 @@ def _resident(run: Run, pools: Pools, policy: Policy, slots: list[int]) -> list[
         Cache(slots[p], policy.eviction(slots[p], pools.n_key), policy.new_admission()) for p in range(pools.n_pool)
     ]
     there = []
-    for (p, keys), step, layer in zip(_events(run), run.step.tolist(), run.layer.tolist(), strict=True):
+    for (p, keys), step, layer in zip(events_of(run), run.step.tolist(), run.layer.tolist(), strict=True):
         there.append(set(caches[p].slot_of))
         caches[p].event(step, layer, keys)
     return there

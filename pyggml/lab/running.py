@@ -14,10 +14,11 @@ from ..errors import GraphError
 from ..moe_cache import CacheGroup, HostLayer, Lookup, SlotTable, Upload, group_layers
 from .cache import Cache
 from .policies import Policy, parse_policy
-from .pools import SCOPES, Capacity, Pools
+from .pools import SCOPES, Capacity, Pools, runs_of
+from .predict import FITTED, PREFETCHERS, Prefetcher, best_of, events_of
 from .trace import Trace
 
-__all__ = ["LabRule", "TraceRouting", "counts_of", "parse_rule"]
+__all__ = ["LabRule", "RunningPredictor", "TraceRouting", "counts_of", "parse_rule"]
 
 #: Uses of each expert by layer, to which static sets are fitted.
 Counts = Mapping[int, Mapping[int, int]]
@@ -211,6 +212,84 @@ class _Table(SlotTable):
         slot = cache.slot_of.get(base + expert)
         is_waiting = any(upload.expert == expert for upload in self._waiting.get(layer, ()))
         return None if slot is None or is_waiting else first + slot
+
+
+class RunningPredictor:
+    """A prefetcher of the lab for a run: what `pyggml.sched.prefetch.ExpertPrefetch` asks.
+
+    Parameters
+    ----------
+    name : str
+        As in `predict.PREFETCHERS`, except ``oracle``.
+    trace : Trace, optional
+        Other requests, from which prefetchers learn that need them.
+
+    Raises
+    ------
+    GraphError
+        There is no such prefetcher, it cannot run, or it needs a trace.
+    """
+
+    def __init__(self, name: str = "online", trace: Trace | None = None) -> None:
+        self._name, self._trace = name, trace
+        can_run = [known for known in PREFETCHERS if known != "oracle"]
+        if name not in can_run:
+            raise GraphError(f"there is no prefetcher '{name}' that can run", hint=f"one of {', '.join(can_run)}")
+        if trace is None and name in FITTED:
+            raise GraphError(
+                f"prefetcher {name} learns from other requests", hint="give a trace of them, or use online"
+            )
+        self._made: Prefetcher | None = None
+        self._place: dict[int, int] = {}
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self._name if self._trace is None else f"{self._name}, fitted on {self._trace.source or 'a trace'}"
+
+    def begin(self, layers: Sequence[int], n_expert: int) -> None:
+        """Make the prefetcher for these layers; what it knows of the same layers stays.
+
+        Raises
+        ------
+        GraphError
+            The trace is of another model.
+        """
+        place = {il: i for i, il in enumerate(sorted(layers))}
+        if self._made is not None and place == self._place:
+            return
+        made, trace = PREFETCHERS[self._name](), self._trace
+        if trace is None:
+            made.fit(made.learn([], len(place), n_expert))
+        else:
+            known = sorted(set(trace.layer.tolist()))
+            offset = 0 if place.keys() <= set(known) else known[0] - min(place)  # some number layers with experts only
+            if not {il + offset for il in place} <= set(known) or trace.n_expert != n_expert:
+                raise GraphError(
+                    f"the trace has {len(known)} layers of {trace.n_expert} experts, the run has layers {min(place)} to {max(place)} of {n_expert}",
+                    hint="fit on a trace of this model",
+                )
+            mine = trace.select(np.isin(trace.layer - offset, list(place)))
+            pools = Pools.of(mine, "layer")
+            learned = [made.learn(events_of(run), pools.n_pool, n_expert) for run in runs_of(mine, pools, phase="all")]
+            made.fit(np.sum(learned, axis=0))
+        made.start([])
+        self._made, self._place = made, place
+
+    def restart(self) -> None:
+        """Begin another request."""
+        if self._made is not None:
+            self._made.start([])
+
+    def saw(self, layer: int, experts: Sequence[int]) -> None:
+        """Pass on what a layer chose."""
+        assert self._made is not None
+        self._made.saw(self._place[layer], experts)
+
+    def best(self, layer: int, n: int) -> list[int]:
+        """Return the experts with the highest scores."""
+        assert self._made is not None
+        return best_of(self._made.scores(self._place[layer]), n)
 
 
 class TraceRouting:

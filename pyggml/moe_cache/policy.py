@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import SchedError
 from ..sched.policies import CopyPolicy, UsedExpertCopier
+from ..sched.prefetch import ExpertPrefetch, Guess, PrefetchedExperts
+from ..sched.resources import CopyQueue
 from ..tensor import Tensor
 from ..types import Op
 from .running import MoeCache
@@ -13,8 +17,9 @@ from .running import MoeCache
 if TYPE_CHECKING:
     from ..sched.plan import Plan
     from ..sched.transfer import Feed, Transfer
+    from .cache import Transfer as Uploads
 
-__all__ = ["MoeCachePolicy"]
+__all__ = ["MoeCachePolicy", "prefetch_of"]
 
 
 class MoeCachePolicy(CopyPolicy):
@@ -25,7 +30,8 @@ class MoeCachePolicy(CopyPolicy):
     cache : MoeCache
     inner : CopyPolicy, optional
         Copies inputs that are not slot maps; by default `UsedExpertCopier`. If it is one, used experts of a weight that
-        is copied to its layer's device are copied from the cache if they are in it.
+        is copied to its layer's device are copied from the cache if they are in it. With `PrefetchedExperts`, misses of
+        the next cached layer are guessed and sent ahead; what the cache holds and evicts does not change.
 
     Notes
     -----
@@ -41,6 +47,9 @@ class MoeCachePolicy(CopyPolicy):
         self._plan: Plan | None = None
         self._last = -1
         self._is_running = False
+        self.prefetch = self.inner.prefetch if isinstance(self.inner, PrefetchedExperts) else None
+        self._ahead: dict[int, _Ahead] = {}  # by backend
+        self._guess: tuple[tuple[int, int], Guess] | None = None  # the latest, and the layer that it is for
 
     def reserve(self, plan: Plan) -> None:
         """Lend the cache's banks to the plan, request the feeds, and check the lookups."""
@@ -57,6 +66,25 @@ class MoeCachePolicy(CopyPolicy):
                     self._check(plan, transfer, layer)
                     pairs = self.cache.experts(layer)
                     self._feeds[layer] = [(plan.feed(w, transfer.backend), bank) for w, bank in pairs]
+        if self.prefetch is not None and self._feeds:
+            self._reserve_ahead(plan, self.prefetch)
+
+    def _reserve_ahead(self, plan: Plan, prefetch: ExpertPrefetch) -> None:
+        """Ask for a queue and memory of as many experts as are guessed, on each device."""
+        layers = sorted(self._feeds)
+        prefetch.predictor.begin(layers, self._feeds[layers[0]][0][0].n_expert)
+        n, sizes = prefetch.n_guess or self.cache.n_used, dict[int, int]()
+        backends = {self._feeds[il][0][0].backend_id: self._feeds[il][0][0].backend for il in layers}
+        for il in layers:
+            b = self._feeds[il][0][0].backend_id
+            sizes[b] = max(sizes.get(b, 0), sum(self.cache.cache(il).expert_bytes))
+        made = {
+            b: _Ahead(plan.queue(backend), [plan.memory(backend, sizes[b], f"prefetched expert {i}") for i in range(n)])
+            for b, backend in backends.items()
+        }
+        if {b: a.memory for b, a in made.items()} != {b: a.memory for b, a in self._ahead.items()}:
+            self._guess = None
+        self._ahead = made
 
     def _check(self, plan: Plan, transfer: Transfer, layer: int) -> None:
         """Raise `SchedError` if a lookup's ids are computed in its own split, so that they cannot be read before it."""
@@ -75,6 +103,7 @@ class MoeCachePolicy(CopyPolicy):
         if i_split == 0:
             if self._is_running:
                 self.cache.clear()
+                self._guess = None
             self._is_running = True
             self.cache.begin()
         if self.inner.overrides("before_split"):
@@ -109,15 +138,51 @@ class MoeCachePolicy(CopyPolicy):
         feeds = self._feeds[layer]
         cache = self.cache.cache(layer)
         chosen = transfer.read_ids(ids, feeds[0][0].source, cache.n_used)
+        ahead = {} if self.prefetch is None else self._judge(layer, chosen, self.prefetch)
         found, uploads = cache.update(layer, chosen)
         self.cache.note(layer, found.slots, found.evicted, found.uploads)
         used = set(found.slots)
+        at = 0
         for (feed, bank), size in zip(feeds, cache.expert_bytes, strict=True):
             feed.announce(ids, used)
-            for upload in uploads:
-                feed.send(upload.expert * size, upload.n_experts * size, into=bank, at=upload.slot * size)
+            for upload in _cut(uploads, ahead):
+                memory = ahead.get(upload.expert)
+                if memory is None:
+                    feed.send(upload.expert * size, upload.n_experts * size, into=bank, at=upload.slot * size)
+                else:
+                    feed.send_within(memory, at, size, into=bank, to=upload.slot * size)
+            at += size
         transfer.note_count(lookup, len(used))
         transfer.send()
+        if self.prefetch is not None:
+            self._send_ahead(layer, self.prefetch)
+
+    def _judge(self, layer: int, chosen: Sequence[int], prefetch: ExpertPrefetch) -> dict[int, Tensor]:
+        """Judge the guess of a layer whose ids are known, and return where its experts are that were sent ahead."""
+        cache, feed = self.cache.cache(layer), self._feeds[layer][0][0]
+        found, self._guess = self._guess, None
+        guess = Guess([]) if found is None or found[0] != (prefetch.n_clears, layer) else found[1]
+        prefetch.judge(
+            guess, set(chosen), lambda e: cache.policy.slot_of(layer, e) is not None, sum(cache.expert_bytes), feed.virtual_s()
+        )  # fmt: skip
+        prefetch.predictor.saw(layer, list(dict.fromkeys(chosen)))
+        return dict(zip(guess.sent, self._ahead[feed.backend_id].memory, strict=False))
+
+    def _send_ahead(self, layer: int, prefetch: ExpertPrefetch) -> None:
+        """Send what the next cached layer is expected to use and does not hold; the first layer comes after the last one."""
+        layers = sorted(self._feeds)
+        after = layers[(layers.index(layer) + 1) % len(layers)]
+        feeds, cache = self._feeds[after], self.cache.cache(after)
+        ahead = self._ahead[feeds[0][0].backend_id]
+        guess = Guess(prefetch.predictor.best(after, len(ahead.memory)))
+        absent = [e for e in guess.experts if cache.policy.slot_of(after, e) is None]
+        for expert, memory in zip(absent, ahead.memory, strict=False):
+            at = 0
+            for (feed, _), size in zip(feeds, cache.expert_bytes, strict=True):
+                feed.send(expert * size, size, into=memory, at=at, queue=ahead.queue)
+                at += size
+            guess.sent[expert] = feeds[0][0].arrives_s(memory)
+        self._guess = (prefetch.n_clears, after), guess
 
     def _take(self, transfer: Transfer, layer: int, i_tensor: int, bank: Tensor) -> None:
         """Copy the used experts of a weight, from the cache if they are in it, else from the host."""
@@ -127,3 +192,31 @@ class MoeCachePolicy(CopyPolicy):
                 transfer.send(part.expert * size, part.n_experts * size + part.pad_bytes)
             else:
                 transfer.send_from(bank, part.slot * size, part.expert * size, part.n_experts * size)
+
+
+def prefetch_of(policy: CopyPolicy) -> ExpertPrefetch | None:
+    """Return the prefetch of a copy policy, if it has one."""
+    return policy.prefetch if isinstance(policy, MoeCachePolicy | PrefetchedExperts) else None
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """A device's queue, and memory for the experts of one guess."""
+
+    queue: CopyQueue
+    memory: list[Tensor]
+
+
+def _cut(uploads: Sequence[Uploads], ahead: Collection[int]) -> list[Uploads]:
+    """Return uploads of which those that were sent ahead are single."""
+    made: list[Uploads] = []
+    for upload in uploads:
+        joined = False
+        for i in range(upload.n_experts):
+            expert = upload.expert + i
+            if joined and expert not in ahead:
+                made[-1] = made[-1]._replace(n_experts=made[-1].n_experts + 1)
+            else:
+                made.append(upload._replace(expert=expert, slot=upload.slot + i, n_experts=1))
+            joined = expert not in ahead
+    return made

@@ -95,6 +95,15 @@ class Feed:
         """Return the host's time in seconds; 0 if nobody observes."""
         return self._running("ask").log.now()
 
+    def virtual_s(self) -> float | None:
+        """Return the host's virtual time in seconds; None without a virtual clock."""
+        clock = self._running("ask").log.clock
+        return None if clock is None else clock.host_s
+
+    def arrives_s(self, memory: Tensor) -> float:
+        """Return when the latest send to memory of the policy's own arrives, in virtual seconds; 0 without a virtual clock."""
+        return self._running("ask").resources.owned[memory].written.virtual_s
+
     def synchronize(self) -> None:
         """Make the host wait for all work of the backend."""
         run = self._running("wait for")
@@ -111,6 +120,35 @@ class Feed:
         """Send bytes of the source to the policy's own memory; see `Transfer.send`."""
         n = self.source.nbytes - offset if size is None else size
         self._send(self._running("send"), offset, n, into, at, into, queue)
+
+    def send_within(self, other: Tensor, at: int, size: int, *, into: Tensor, to: int) -> None:
+        """Copy bytes from one memory of the policy's own to another, within the device.
+
+        Parameters
+        ----------
+        other, into : Tensor
+            Memory of the policy's own on the backend's device.
+        at, to : int
+            The first byte in each.
+        size : int
+            Bytes.
+        """
+        run = self._running("send")
+        if min(at, size, to) < 0 or at + size > other.nbytes or to + size > into.nbytes:
+            raise SchedError(
+                f"{self!r}: {size:,} bytes from {at:,} of '{other.name}' do not fit '{into.name}' at {to:,}"
+            )
+        run.before_send(self, into, None)
+        stream = run.before_send(self, other, None, is_read=True)
+        start_s = run.log.now()
+        src, dst = _bytes_of(other, at, size), _bytes_of(into, to, size)
+        is_async = stream.cpy_tensor_async(stream, src, dst)
+        if not is_async:
+            stream.synchronize()
+            tensor_copy(src, dst)
+        self._report(run, at, size, start_s, self.backend_id, None, is_async=is_async, is_own=True)
+        run.after_send(self, other, None, is_read=True)
+        run.after_send(self, into, None)
 
     def _send(
         self, run: SplitRun, offset: int, n: int, target: Tensor, at: int, own: Tensor | None, queue: CopyQueue | None

@@ -203,3 +203,30 @@ def test_a_policy_of_the_lab_runs_and_is_planned_from_its_own_trace(model, capsy
     status, _, err = _run(model, capsys, *DEVICE, "--cpu-moe", "--expert-cache", "belady:20%")
     assert status == 1
     assert "knows the future" in err
+
+
+def test_guesses_of_a_run_and_of_a_plan_are_told(model, capsys, tmp_path) -> None:
+    """`--expert-copy prefetch`: the same text; recall, precision and waste in JSON and in the table; options without it are refused."""
+    path = tmp_path / "trace.jsonl"
+    plain, _ = _runs(model, capsys)
+    words = ("--expert-cache", "lru:50%", "--expert-copy", "prefetch")
+    told, _ = _runs(model, capsys, *words, "--record-routing", str(path))
+    assert told["tokens"] == plain["tokens"]
+    assert told["expert_prefetch"]["sent"] > 0
+    assert told["expert_prefetch"]["predictor"] == "online"
+    fitted = ("--prefetcher", "previous-layer:2", "--prefetch-fit", str(path), "--routing", f"trace:{path}")
+    status, out, err = _run(model, capsys, *DEVICE, "--cpu-moe", *words, *fitted, "--json")
+    assert status == 0, err
+    planned = json.loads(out)["expert_prefetch"]
+    assert planned["n_guess"] == 2
+    assert 0 < planned["recall"] <= 0.5
+    assert planned["late"] is not None
+    status, out, err = _run(model, capsys, *DEVICE, "--cpu-moe", *words, *fitted)
+    assert "Prefetch: recall" in out
+    for wrong, text in (
+        (("--prefetcher", "average"), "need --expert-copy prefetch"),
+        (("--expert-copy", "prefetch", "--prefetcher", "average:x"), "is not a number"),
+    ):
+        status, _, err = _run(model, capsys, *DEVICE, *wrong)
+        assert status == 2
+        assert text in err

@@ -10,13 +10,16 @@ from pyggml.backend import REGISTRY
 from pyggml.errors import GraphError
 from pyggml.gguf import GGUFFile
 from pyggml.lab import Phase
+from pyggml.lab.policies import parse_policy
 from pyggml.lab.pools import Capacity
+from pyggml.lab.predict import predict
 from pyggml.lab.recording import RoutingRecorder
 from pyggml.lab.replay import Result, Setting, replay
-from pyggml.lab.running import LabRule, TraceRouting, counts_of, parse_rule
+from pyggml.lab.running import LabRule, RunningPredictor, TraceRouting, counts_of, parse_rule
 from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.models.placement import PlacementFlags
 from pyggml.planning import Planner, virtual_clock
+from pyggml.sched.prefetch import ExpertPrefetch, PrefetchedExperts
 from pyggml.session import Session
 from pyggml.simulation import simulate_batch
 
@@ -39,9 +42,9 @@ def model(tmp_path_factory):
     return path
 
 
-def _run(model, rule, *, recorder=None, device=DEVICE, tokens=TOKENS):
+def _run(model, rule, *, recorder=None, device=DEVICE, tokens=TOKENS, prefetch="used"):
     flags = PlacementFlags(cpu_moe=True)
-    with Session.open(model, devices=[device], placement=flags, expert_cache=rule) as session:
+    with Session.open(model, devices=[device], placement=flags, expert_cache=rule, policy=prefetch) as session:
         session.watcher = recorder
         logits = np.concatenate([session.decode([token]) for token in tokens])
         cache, stats = session.expert_cache, session.sched.stats
@@ -81,6 +84,39 @@ def test_a_run_a_plan_and_a_replay_agree(model, plain, policy, size, scope):
         assert planned.bytes_by_reason == reasons
         assert planner.sched.stats.n_copies == n_copies
         assert planned.seconds > 0
+
+
+@pytest.mark.parametrize(("policy", "size"), [("lru", "6"), ("lfu+2of8", "40%")])
+@pytest.mark.parametrize("name", ["online", "average", "previous"])
+def test_guesses_of_a_run_are_judged_as_in_a_replay(model, plain, policy, size, name):
+    """Prefetch changes neither logits nor hits, and recall, precision and waste are those that `predict` says of the trace."""
+    logits, trace = plain
+    ahead = ExpertPrefetch(RunningPredictor(name))
+    found, (counters, _), reasons, _ = _run(
+        model, LabRule(policy, Capacity.parse(size)), prefetch=PrefetchedExperts(ahead)
+    )
+    np.testing.assert_array_equal(found, logits)
+    (result,) = replay(trace, [policy], [Capacity.parse(size)])
+    assert (counters.hits, counters.misses) == (result.hits, result.touches - result.hits)
+    told = ahead.as_dict()
+    (score,) = predict(trace, [name], [Capacity.parse(size)], parse_policy(policy))
+    assert (told["recall"], told["precision_missing"], told["covered"]) == (
+        score.recall, score.precision_missing, score.covered,
+    )  # fmt: skip
+    assert told["wasted_bytes"] == score.wasted_bytes * STEPS
+    waiting = reasons["experts"] - counters.uploaded_bytes - told["wasted_bytes"]  # the guess after the last event
+    assert 0 <= waiting <= USED * int(trace.bytes_of_layer[0])
+
+
+def test_a_fitted_prefetcher_runs(model, plain):
+    """It guesses from what it learned of other requests; a trace of another model is refused."""
+    logits, trace = plain
+    ahead = ExpertPrefetch(RunningPredictor("previous-layer", trace), n_guess=6)
+    found, *_ = _run(model, LabRule("lru", Capacity(slots=5)), prefetch=PrefetchedExperts(ahead))
+    np.testing.assert_array_equal(found, logits)
+    assert ahead.counters.right_sent > 0
+    with pytest.raises(GraphError, match=f"has 3 layers of {EXPERTS} experts, the run has layers 0 to 7"):
+        RunningPredictor("popularity", trace).begin(range(8), EXPERTS)
 
 
 def test_static_sets_are_loaded_once_and_charged(model, plain):
