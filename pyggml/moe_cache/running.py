@@ -138,7 +138,12 @@ class MoeCache:
         has_data: bool = True,
     ) -> None:
         self.rule, self.n_used, self._has_data = rule, n_used, has_data
-        self._gpus = [b for b in backends if b.device.type in (DeviceType.GPU, DeviceType.IGPU)]
+        taken = (
+            DeviceType.GPU,
+            DeviceType.IGPU,
+            DeviceType.CPU,
+        )  # a library's CPU beside the last backend is a device, too
+        self._gpus = [b for b in backends[:-1] if b.device.type in taken]
         self._cpu = backends[-1]
         if not self._gpus:
             raise SchedError("the expert cache needs a GPU", hint="leave out --moe-cache-mib, or give a device")

@@ -44,11 +44,19 @@ def model(tmp_path_factory):
 
 def _run(model, rule, *, recorder=None, device=DEVICE, tokens=TOKENS, prefetch="used"):
     flags = PlacementFlags(cpu_moe=True)
-    with Session.open(model, devices=[device], placement=flags, expert_cache=rule, policy=prefetch) as session:
+    with Session.open(
+        model,
+        devices=device if isinstance(device, str) else [device],
+        placement=flags,
+        expert_cache=rule,
+        policy=prefetch,
+    ) as session:
         session.watcher = recorder
         logits = np.concatenate([session.decode([token]) for token in tokens])
         cache, stats = session.expert_cache, session.sched.stats
-        banks = {} if cache is None else {b.storage: b.storage.traffic for _, b in cache.banks}
+        banks = (
+            {} if cache is None or device == "libggml:CPU" else {b.storage: b.storage.traffic for _, b in cache.banks}
+        )
         counted = None if cache is None else (cache.counters, sum(t.bytes_in for t in banks.values()))
         return logits, counted, dict(stats.bytes_by_reason), stats.n_copies
 
@@ -173,3 +181,16 @@ def test_late_devices_in_any_order(model, plain, policy, size, scope):
         found, *_ = _run(model, LabRule(policy, Capacity.parse(size), scope), device=device, tokens=tokens)
         np.testing.assert_array_equal(found, plain[0][: len(found)])
         assert not device.device.hazards
+
+
+@pytest.mark.parametrize(("policy", "size", "scope"), [("lru", "6", "layer"), ("lfru+hotter", "30%", "group")])
+@pytest.mark.parametrize("prefetch", [None, "average"])
+def test_a_device_of_the_real_library_has_a_cache(model, policy, size, scope, prefetch):
+    """`libggml:CPU` beside our CPU: bit for bit its own logits without a cache, with prefetch and without; its banks get what was counted."""
+    plain, *_ = _run(model, None, device="libggml:CPU")
+    rule = LabRule(policy, Capacity.parse(size), scope)
+    ahead = "used" if prefetch is None else PrefetchedExperts(ExpertPrefetch(RunningPredictor(prefetch)))
+    found, (counters, _), reasons, _ = _run(model, rule, device="libggml:CPU", prefetch=ahead)
+    np.testing.assert_array_equal(found, plain)
+    assert counters.hits > 0
+    assert reasons["experts"] >= counters.uploaded_bytes > 0
