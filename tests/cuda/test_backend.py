@@ -9,7 +9,8 @@ from pyggml.kernels.cuda import copies, formats, launch, reduce, rope, rows, til
 import pyggml as ggml
 from pyggml.backends import cuda
 from pyggml.backends.cuda import ops as cuda_ops
-from pyggml.backends.cuda.ops import WEIGHT_TYPES, supports_op
+from pyggml.backends.cuda.ops import WEIGHT_TYPES, reason_refused
+from pyggml.opset import checks
 from pyggml.testing.fake_driver import FakeMachine
 
 N_IN, N_FF, N_EXPERT, N_USED = 64, 96, 8, 2
@@ -272,8 +273,9 @@ def test_supported_ops():
             *(ggml.mul_mat(odd, y), ggml.add(half, half), ggml.get_rows(w, at), ggml.top_k(long, 2), ggml.elu(x)),
             ggml.rope_multi(heads, at4, None, 32, (8, 8, 8, 8), 8, 4096, 1e4, 1.0, 0.0, 1.0, 32.0, 1.0),
         ]
-    assert [supports_op(op) for op in yes] == [True] * len(yes)
-    assert [supports_op(op) for op in no] == [False] * len(no)
+    assert [reason_refused(op) for op in yes] == [""] * len(yes)
+    assert all(reason_refused(op) for op in no)
+    assert "iq4_xs" in reason_refused(no[0])
 
 
 def test_limits_are_the_kernels():
@@ -291,7 +293,7 @@ def test_limits_are_the_kernels():
         launch.MAX_GRID_YZ,
     )
     assert {t.ggml_name for t in cuda_ops._GETS} == set(copies.GETS)
-    assert {t.ggml_name for t in cuda_ops._ROPED} == set(rope.TYPES)
+    assert {t.ggml_name for t in checks.F16_F32} == set(rope.TYPES)
     assert {*cuda_ops._UNARY.values(), "clamp"} == set(rows.UNARY)
 
 

@@ -20,7 +20,7 @@ from ...tensor import Tensor
 from ...types import DeviceType, TensorFlag
 from ..host.machine import HostBuffer
 from .driver import Card, DriverEvent, Function, Stream, system_cards
-from .ops import launches_of, supports_op
+from .ops import launches_of, reason_refused
 
 if TYPE_CHECKING:
     from ...kernels.cuda.launch import Launch
@@ -226,7 +226,7 @@ class CudaDevice(Device):
     @answers_by_kind
     def supports_op(self, op: Tensor) -> bool:
         """Whether there is a kernel for the op, its types and its strides."""
-        return supports_op(op)
+        return not reason_refused(op)
 
     def supports_buft(self, buft: BufferType) -> bool:
         """Whether it is this card's own memory."""
@@ -341,8 +341,9 @@ class CudaBackend(Backend):
         return [one for node in nodes for one in launches_of(node, work)]
 
     def _check(self, node: Tensor) -> None:
-        if not supports_op(node):
-            raise unsupported_op(node, (self,))
+        reason = reason_refused(node)
+        if reason:
+            raise unsupported_op(node, (self,), reason=reason)
         for tensor in (node, *node.src):
             if tensor is not None and not tensor.is_empty:
                 self._own(tensor)
