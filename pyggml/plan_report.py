@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from .notebook import Bar, html_table
 from .routing import Routing
 from .sched.debug import assignments_text
+from .sched.describe import split_records
+from .sched.state import Cause
 from .simulation import SimulatedBatch, can_simulate, simulate_batch
 from .types import DeviceType
 
@@ -17,17 +18,13 @@ if TYPE_CHECKING:
     from .backend import Backend
     from .memory_rows import Memory
     from .planning import PlannedGraph, Planner
-    from .record import CopyReason
-    from .sched.plan import Plan
-    from .sched.transfer import Transfer
+    from .record import SplitInput, SplitRecord
 
 __all__ = [
     "BatchPlan",
     "BatchPlans",
     "GraphPlan",
-    "InputPlan",
     "MemoryFit",
-    "SplitPlan",
     "ggml_text",
     "memory_fits",
     "plan_batches",
@@ -88,51 +85,55 @@ def memory_fits(
 
 
 @dataclass(frozen=True, slots=True)
-class InputPlan:
-    """One tensor that a split copies to its backend."""
-
-    name: str
-    kind: CopyReason
-    bytes_max: int  #: if copied whole
-    bytes_expected: int  #: with the assumed routing
-    experts_expected: float | None  #: number of used experts, for kind "experts"
-    n_expert: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class SplitPlan:
-    """One split."""
-
-    index: int
-    backend: str
-    i_start: int
-    i_end: int
-    first_node: str  #: name of the first computed node
-    first_op: str
-    cause: str  #: why that node is on this backend, as a phrase
-    note: str  #: the same as upstream's note
-    causes: dict[str, int]  #: number of computed nodes by upstream's note
-    inputs: list[InputPlan]
-
-
-@dataclass(frozen=True, slots=True)
 class GraphPlan:
     """One micro-batch."""
 
     n_tokens: int
     n_nodes: int
-    splits: list[SplitPlan]
+    splits: tuple[SplitRecord, ...]
     compute_bytes: dict[str, int]  #: by backend
+    routing: Routing  #: assumed where ids are not known
 
     @property
     def bytes_max(self) -> int:
         """Bytes that its splits copy if all inputs are copied whole."""
-        return sum(i.bytes_max for s in self.splits for i in s.inputs)
+        return sum(i.size_bytes for s in self.splits for i in s.inputs)
 
     @property
     def bytes_expected(self) -> int:
         """Bytes that its splits copy with the assumed routing."""
-        return sum(i.bytes_expected for s in self.splits for i in s.inputs)
+        return sum(self.expected_bytes(i) for s in self.splits for i in s.inputs)
+
+    def expected_experts(self, i: SplitInput) -> float | None:
+        """Return how many experts of an input are used with the assumed routing; None unless its kind is "experts"."""
+        return self.routing.used(i.ne[2], *i.ids_ne[:2]) if i.ids_ne else None
+
+    def expected_bytes(self, i: SplitInput) -> int:
+        """Return the bytes of an input that are copied with the assumed routing."""
+        used = self.expected_experts(i)
+        return i.size_bytes if used is None else round(i.size_bytes * used / i.ne[2])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan for JSON."""
+        return {
+            "n_tokens": self.n_tokens, "n_nodes": self.n_nodes, "splits": [self._split_dict(s) for s in self.splits],
+            "compute_bytes": self.compute_bytes, "n_splits": len(self.splits), "bytes_max": self.bytes_max,
+            "bytes_expected": self.bytes_expected,
+        }  # fmt: skip
+
+    def _split_dict(self, split: SplitRecord) -> dict[str, Any]:
+        return {
+            "index": split.split, "backend": split.backend, "i_start": split.i_start, "i_end": split.i_end,
+            "first_node": split.first, "first_op": split.op, "cause": Cause(split.cause).text if split.cause else "",
+            "note": split.cause, "causes": dict(split.causes), "inputs": [self._input_dict(i) for i in split.inputs],
+        }  # fmt: skip
+
+    def _input_dict(self, i: SplitInput) -> dict[str, Any]:
+        used = self.expected_experts(i)
+        return {
+            "name": i.tensor, "kind": i.kind, "bytes_max": i.size_bytes, "bytes_expected": self.expected_bytes(i),
+            "experts_expected": used, "n_expert": None if used is None else i.ne[2],
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +150,7 @@ class BatchPlan:
             "n_tokens": self.n_tokens,
             "bytes_max": sum(g.bytes_max for g in self.graphs),
             "bytes_expected": sum(g.bytes_expected for g in self.graphs),
-            "graphs": [
-                {**asdict(g), "n_splits": len(g.splits), "bytes_max": g.bytes_max, "bytes_expected": g.bytes_expected}
-                for g in self.graphs
-            ],
+            "graphs": [g.as_dict() for g in self.graphs],
             "virtual": None
             if self.simulated is None
             else {**asdict(self.simulated), "tokens_per_s": self.simulated.tokens_per_s, **_range(self.simulated)},
@@ -205,37 +203,9 @@ def plan_batches(
 
 
 def _graph_plan(planner: Planner, planned: PlannedGraph, routing: Routing) -> GraphPlan:
-    splits = [_split_plan(planned.plan, i, routing) for i in range(len(planned.plan.splits))]
     compute = {b.name: n for b, n in zip(planner.backends, planned.compute_bytes, strict=True)}
-    return GraphPlan(planned.part.n_tokens, len(planned.graph.graph.nodes), splits, compute)
-
-
-def _split_plan(plan: Plan, i: int, routing: Routing) -> SplitPlan:
-    split, transfers = plan.splits[i], {t.source: t for t in plan.transfers[i]}
-    nodes = [n for n in split.graph.nodes if not n.op.is_view]
-    causes = Counter(c.value for n in nodes if (c := plan.assignment.cause(n)) is not None)
-    cause = plan.assignment.cause(nodes[0]) if nodes else None
-    return SplitPlan(
-        index=i,
-        backend=plan.backends[split.backend_id].name,
-        i_start=split.i_start,
-        i_end=split.i_end,
-        first_node=nodes[0].name if nodes else "",
-        first_op=nodes[0].op_desc if nodes else "",
-        cause="" if cause is None else cause.text,
-        note="" if cause is None else cause.value,
-        causes=dict(causes),
-        inputs=[_input_plan(transfers[tensor], routing) for tensor in split.inputs],
-    )
-
-
-def _input_plan(transfer: Transfer, routing: Routing) -> InputPlan:
-    tensor, ids = transfer.source, transfer.ids_tensor
-    size, n_expert = tensor.nbytes, tensor.ne[2]
-    if transfer.kind != "experts" or ids is None:
-        return InputPlan(tensor.name, transfer.kind, size, size, None, None)
-    used = routing.used(n_expert, ids.ne[0], ids.ne[1])
-    return InputPlan(tensor.name, "experts", size, round(size * used / n_expert), used, n_expert)
+    splits = tuple(split_records(planned.plan))
+    return GraphPlan(planned.part.n_tokens, len(planned.graph.graph.nodes), splits, compute, routing)
 
 
 def _range(simulated: SimulatedBatch) -> dict[str, float | None]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .sched.transfer import Transfer
 
 __all__ = [
+    "UNKNOWN",
     "AllocPurpose",
     "AllocRecord",
     "AssignRecord",
@@ -54,6 +55,10 @@ class Identity(TypedDict):
     i_graph: int
     i_run: int
     i_clock: int
+
+
+#: Identity of what no scheduler numbered, such as a plan that is only reported.
+UNKNOWN: Identity = {"i_graph": -1, "i_run": -1, "i_clock": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +208,7 @@ class SplitInput:
     user_op: str
     user_cause: str  #: why that node is on the backend
     n_users: int
+    ids_ne: tuple[int, ...] = ()  #: for kind "experts": dimensions of the ids that name them
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +224,7 @@ class SplitRecord(Identified):
     op: str
     cause: str  #: why that one is on the backend, upstream's note
     inputs: tuple[SplitInput, ...]
+    causes: tuple[tuple[str, int], ...] = ()  #: why its computed nodes are there, and how many for each cause
 
 
 @dataclass(frozen=True, slots=True)

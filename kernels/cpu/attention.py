@@ -219,9 +219,7 @@ def soften(e, n_queries, scores, n_keys, factor, softcap, masks, first, states):
     with e.loop(n_queries, LANES) as (q, _):  # corrections of 16 queries at once
         old, new = e.load(F32x16, state(LARGEST, q)), e.load(F32x16, state(BASE, q))
         top = e.fmax(old, new)
-        base = b.select(
-            b.fcmp_ordered(">", top, hidden), top, e.const(F32x16, 0.0)
-        )  # all hidden: weights 0, not NaN
+        base = b.select(b.fcmp_ordered(">", top, hidden), top, e.const(F32x16, 0.0))  # all hidden: weights 0, not NaN
         e.store(top, state(LARGEST, q))
         e.store(base, state(BASE, q))
         e.store(exp(V(e, old) - V(e, base)).v, state(CORRECTION, q))

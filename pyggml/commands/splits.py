@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from ..models.context import ContextFlags
     from ..moe_cache import CacheRule
-    from ..plan_report import BatchPlan, GraphPlan, MemoryFit, SplitPlan
+    from ..plan_report import BatchPlan, GraphPlan, MemoryFit
     from ..planning import GraphChoice, Planner
-    from ..record import Recorder
+    from ..record import Recorder, SplitRecord
     from ..routing import Routing
     from ..simulation import SimulatedBatch
 
@@ -345,7 +345,7 @@ def _print(
         console.print(_splits_table(same, all_splits=all_splits, has_bars=has_bars))
     console.print()
     console.print(f"(×N): N splits that differ only by layer{'; bars: share of all copied bytes' if has_bars else ''}")
-    notes = {split.note for plan in plans for graph in plan.graphs for split in graph.splits} - {""}
+    notes = {split.cause for plan in plans for graph in plan.graphs for split in graph.splits} - {""}
     for note in sorted(notes):
         console.print(f"{note:<7} {Cause(note).text}")
     if Cause.OFFLOADED.value in notes:
@@ -397,7 +397,7 @@ def _same_splits(plans: Iterable[BatchPlan]) -> list[list[GraphPlan]]:
     """Group the micro-batches of one size that have the same splits with the same inputs."""
 
     def pattern(graph: GraphPlan) -> tuple[Any, ...]:
-        splits = ((s.backend, s.first_node, s.note, *(i.name for i in s.inputs)) for s in graph.splits)
+        splits = ((s.backend, s.first, s.cause, *(i.tensor for i in s.inputs)) for s in graph.splits)
         return graph.n_tokens, *splits
 
     found: dict[tuple[Any, ...], list[GraphPlan]] = {}
@@ -418,38 +418,38 @@ def _splits_table(same: list[GraphPlan], *, all_splits: bool, has_bars: bool) ->
     for splits in _alike(graph.splits, all_splits=all_splits):
         first = splits[0]
         inputs = [i for s in splits for i in s.inputs]
-        expected = sum(i.bytes_expected for i in inputs)
+        expected = sum(graph.expected_bytes(i) for i in inputs)
         made.add_row(
-            str(first.index) if len(splits) == 1 else f"{first.index} … {splits[-1].index} (×{len(splits)})",
-            first.backend, first.note, _story(first, is_one=len(splits) == 1), n_bytes(expected),
-            n_bytes(sum(i.bytes_max for i in inputs)),
+            str(first.split) if len(splits) == 1 else f"{first.split} … {splits[-1].split} (×{len(splits)})",
+            first.backend, first.cause, _story(first, is_one=len(splits) == 1), n_bytes(expected),
+            n_bytes(sum(i.size_bytes for i in inputs)),
             *([Bar(expected / graph.bytes_expected if graph.bytes_expected else 0.0)] if has_bars else []),
         )  # fmt: skip
     return made
 
 
-def _story(split: SplitPlan, *, is_one: bool) -> Text:
+def _story(split: SplitRecord, *, is_one: bool) -> Text:
     """Return the first node and, below it, the inputs; for splits that differ by layer, without the layer's number."""
     name: Callable[[str], str] = str if is_one else _without_layer
-    told = Text(f"{split.first_op} {name(split.first_node)}")
+    told = Text(f"{split.op} {name(split.first)}")
     if split.inputs:
-        told.append("\n← " + ", ".join(name(i.name) for i in split.inputs), style="dim")
+        told.append("\n← " + ", ".join(name(i.tensor) for i in split.inputs), style="dim")
     return told
 
 
-def _alike(splits: list[SplitPlan], *, all_splits: bool) -> list[list[SplitPlan]]:
+def _alike(splits: Sequence[SplitRecord], *, all_splits: bool) -> list[list[SplitRecord]]:
     """Group the splits that differ only by their layer."""
     if all_splits:
         return [[s] for s in splits]
 
-    def pattern(split: SplitPlan) -> tuple[Any, ...]:
-        names = tuple(_without_layer(i.name) for i in split.inputs)
-        return split.backend, split.first_op, _without_layer(split.first_node), split.cause, names
+    def pattern(split: SplitRecord) -> tuple[Any, ...]:
+        names = tuple(_without_layer(i.tensor) for i in split.inputs)
+        return split.backend, split.op, _without_layer(split.first), split.cause, names
 
     order: dict[tuple[Any, ...], int] = {}
     for split in splits:
-        order.setdefault(pattern(split), split.index)
-    ranked = sorted(splits, key=lambda s: (order[pattern(s)], s.index))
+        order.setdefault(pattern(split), split.split)
+    ranked = sorted(splits, key=lambda s: (order[pattern(s)], s.split))
     return [list(group) for _, group in groupby(ranked, key=pattern)]
 
 

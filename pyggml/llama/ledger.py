@@ -102,7 +102,7 @@ class _Ids(IdsSource):
         """Return the number of experts that a MUL_MAT_ID reads: as copied, else by the default routing."""
         ids = node.src[2]
         assert ids is not None
-        known = self.n_used.get(_source_name(ids.name))
+        known = self.n_used.get(_copied_name(ids.name) or ids.name)
         return super().count(node) if known is None else known
 
 
@@ -122,16 +122,22 @@ class _Mark(NamedTuple):
     bytes_full: int
 
 
-def _source_name(name: str) -> str:
-    """Return the source's name of an input copy.
+def _copied_name(name: str) -> str | None:
+    """Return the source's name of an input copy; None for any other tensor.
+
+    Notes
+    -----
+    Only here a name decides. The library's scheduler makes a copy with `ggml_dup_tensor_layout` and keeps in itself what
+    it is a copy of; a device gets the tensor, which refers to no source, and an address of host memory. Its name,
+    "backend#source#number", is all that tells (`ggml_backend_sched_split_graph`).
 
     Examples
     --------
-    >>> _source_name("SIM0#blk.0.ffn_up_exps.weight#0"), _source_name("ffn_out-0")
-    ('blk.0.ffn_up_exps.weight', 'ffn_out-0')
+    >>> _copied_name("SIM0#blk.0.ffn_up_exps.weight#0"), _copied_name("ffn_out-0"), _copied_name("a#b")
+    ('blk.0.ffn_up_exps.weight', None, None)
     """
     parts = name.split("#")
-    return "#".join(parts[1:-1]) if len(parts) >= 3 else name
+    return "#".join(parts[1:-1]) if len(parts) >= 3 else None
 
 
 class Ledger:
@@ -258,11 +264,12 @@ class Ledger:
         self, index: int, dst: Tensor, address: int, offset: int, size: int, start_s: float, *, is_async: bool
     ) -> None:
         """Receive a copy from host memory."""
-        if "#" not in dst.name or self._is_idle:
+        name = _copied_name(dst.name)
+        if name is None or self._is_idle:
             return
         source = self._sources.get((dst, address))
         if source is None:
-            source = self._sources[dst, address] = self._source(dst, self._host_at(address))
+            source = self._sources[dst, address] = self._source(dst, name, self._host_at(address))
         if is_async and source.buffer is not None and source.buffer.usage is BufferUsage.WEIGHTS:
             self._sent_experts(index, source, offset, size, start_s)
             return
@@ -272,9 +279,12 @@ class Ledger:
         self, src_index: int | None, dst_index: int, src: Tensor, dst: Tensor, start_s: float, *, is_async: bool
     ) -> None:
         """Receive a copy of a tensor from another device or the same (None: the device of the memory)."""
-        if "#" not in dst.name or src_index is None:
+        name = _copied_name(dst.name)
+        if name is None or src_index is None:
             return
-        self._copied(dst_index, src_index, self._source(dst, src.buffer), 0, src.nbytes, start_s, is_async=is_async)
+        self._copied(
+            dst_index, src_index, self._source(dst, name, src.buffer), 0, src.nbytes, start_s, is_async=is_async
+        )
 
     def read(self, index: int, src: Tensor, address: int, size: int, start_s: float, *, is_async: bool) -> None:
         """Receive a copy to host memory: a split's input, or results and ids for the host."""
@@ -296,9 +306,9 @@ class Ledger:
         if self._takes_records:
             del self._pending[n_records]
 
-    def _source(self, dst: Tensor, buffer: Buffer | None) -> Tensor:
+    def _source(self, dst: Tensor, name: str, buffer: Buffer | None) -> Tensor:
         """Return the source of an input copy, for reports."""
-        source = Tensor(dst.type, dst.ne, dst.nb, name=_source_name(dst.name), flags=dst.flags)
+        source = Tensor(dst.type, dst.ne, dst.nb, name=name, flags=dst.flags)
         source.buffer = buffer
         return source
 
@@ -325,7 +335,7 @@ class Ledger:
             self._inputs.append((weight, "experts", self.cpu))
             ids = self._read_ids()
             if ids is not None:
-                self._ids.n_used[_source_name(ids.name)] = len(self._used)
+                self._ids.n_used[ids.name] = len(self._used)
             self._log.experts(_NEXT, weight, ids, self._used, is_added=False)
         sent = cast(Transfer, _Sent(weight, index))
         self._log.copied(sent, _NEXT, self.cpu, "experts", start_s, offset, size, weight.nbytes, is_async=True)
@@ -341,7 +351,7 @@ class Ledger:
             strides = ids.nb[0] // 4, ids.nb[1] // 4
             self._used = used_experts(words, n_used=ids.ne[0], n_token=ids.ne[1], strides=strides)
             self._ids_read = ids, 0
-        return _renamed(ids, _source_name(ids.name))
+        return _renamed(ids, _copied_name(ids.name) or ids.name)
 
     # -- launches and waits --------------------------------------------------
 
@@ -426,8 +436,9 @@ class Ledger:
             for view in split.views:
                 for node in view.nodes:
                     for source in node.src:
-                        if source is not None and "#" in source.name:
-                            readers.setdefault((split.backend_id, _source_name(source.name)), []).append(node)
+                        copied = None if source is None else _copied_name(source.name)
+                        if copied is not None:
+                            readers.setdefault((split.backend_id, copied), []).append(node)
         for i, split in enumerate(self._splits):
             nodes = [n for view in split.views for n in view.nodes]
             computed = [n for n in nodes if is_computed(n)]

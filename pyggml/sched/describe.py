@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..notebook import html_table
-from ..record import Identity, SplitInput, SplitRecord
+from ..record import UNKNOWN, Identity, SplitInput, SplitRecord
 from ..tensor import Tensor
 from .plan import Plan
 from .state import Split, is_computed
@@ -11,12 +11,12 @@ from .state import Split, is_computed
 __all__ = ["split_records", "splits_table"]
 
 
-def split_records(plan: Plan, of: Identity) -> list[SplitRecord]:
+def split_records(plan: Plan, of: Identity = UNKNOWN) -> list[SplitRecord]:
     """Return a record of each split of a plan.
 
     Parameters
     ----------
-    of : Identity
+    of : Identity, optional
         The graph's number, and that of the run that it is cut for.
 
     Notes
@@ -35,10 +35,11 @@ def split_records(plan: Plan, of: Identity) -> list[SplitRecord]:
     def describe(i: int, split: Split, tensor: Tensor) -> SplitInput:
         readers = users.get((tensor, split.backend_id), [])
         first = readers[0] if readers else None
-        storage = tensor.storage
+        storage, transfer = tensor.storage, transfers[i][tensor]
+        ids = transfer.ids_tensor if transfer.kind == "experts" else None
         return SplitInput(
             tensor=tensor.name,
-            kind=kinds[i][tensor],
+            kind=transfer.kind,
             src=backends[asg.ids[tensor]].name,
             cause=cause(tensor),
             buft="" if storage is None else storage.buft.name,
@@ -49,9 +50,10 @@ def split_records(plan: Plan, of: Identity) -> list[SplitRecord]:
             user_op="" if first is None else first.op_desc,
             user_cause="" if first is None else cause(first),
             n_users=len(readers),
+            ids_ne=() if ids is None else tuple(ids.ne),
         )
 
-    kinds = [{t.source: t.kind for t in own} for own in plan.transfers]
+    transfers = [{t.source: t for t in own} for own in plan.transfers]
     records = []
     for i, split in enumerate(plan.splits):
         nodes = [n for n in split.graph.nodes if is_computed(n)]
@@ -66,6 +68,7 @@ def split_records(plan: Plan, of: Identity) -> list[SplitRecord]:
                 op=nodes[0].op_desc if nodes else "",
                 cause=cause(nodes[0]) if nodes else "",
                 inputs=tuple(describe(i, split, tensor) for tensor in split.inputs),
+                causes=asg.cause_counts(split.graph),
                 **of,
             )
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from ..clock import Span, VirtualClock
 from ..graph import GraphView
 from ..record import (
+    UNKNOWN,
     AllocPurpose,
     AllocRecord,
     AssignRecord,
@@ -89,7 +90,7 @@ class RunLog:
         self.clock = clock
         self.ids = ids
         #: which graph and run records are of
-        self.of: Identity = Identity(i_graph=-1, i_run=-1, i_clock=0) if of is None else of
+        self.of: Identity = UNKNOWN if of is None else of
         self._announced: dict[tuple[int, str], int] = {}  # split and weight: number of the latest used experts
         self._n_announced = 0
         #: those of them that take records, if there are any

@@ -30,8 +30,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 
 
 def _input(row: list[Any]) -> SplitInput:
+    """Return an input; fields that its file does not have get their defaults."""
     values: dict[str, Any] = {
-        f.name: tuple(v) if isinstance(v, list) else v for f, v in zip(fields(SplitInput), row, strict=True)
+        f.name: tuple(v) if isinstance(v, list) else v for f, v in zip(fields(SplitInput), row, strict=False)
     }
     return SplitInput(**values)
 

@@ -35,9 +35,11 @@ def test_experts_inputs_and_results() -> None:
     graph.expand(z)
     first, second = world.cut()
     assert (first.split, first.backend, first.first, first.op, first.cause) == (0, "SIM0", "y", "MUL_MAT_ID", "1.off")
+    assert (first.causes, second.causes) == ((("1.off", 1),), (("1.wgt0", 1),))
     assert first.inputs[0] == SplitInput(
         tensor="blk.0.ffn_up_exps.weight", kind="experts", src="CPU", cause="1.dst", buft="CPU", type="f32",
         ne=(8, 4, 3, 1), size_bytes=384, user="y", user_op="MUL_MAT_ID", user_cause="1.off", n_users=1,
+        ids_ne=(1, 40, 1, 1),
     )  # fmt: skip
     assert [(i.tensor, i.kind, i.cause) for i in first.inputs[1:]] == [
         ("x", "input", "1.inp"),
