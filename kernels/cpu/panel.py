@@ -17,6 +17,8 @@ PANEL_BLOCK = 1024 + 128 + 128
 SCALES_AT, MINIMA_AT = 1024, 1152
 #: Tokens of the widest tile; more accumulators do not fit 32 registers.
 TILE_TOKENS = 6
+#: The same with 16 registers, of 32 or 16 bytes: so many at a time.
+NARROW_TOKENS = 3
 ROWS = 32
 
 
@@ -108,7 +110,18 @@ def _tile_of_halves(e: Emit, n_tokens: int, args: tuple[ir.Value, ...]) -> None:
 
 def _make_tile(name: str, write: Callable[[Emit, int, tuple[ir.Value, ...]], None]) -> Kernel:
     def tile(e, n_tokens, *args):
-        e.switch(n_tokens, range(1, TILE_TOKENS + 1), lambda n: write(e, n, args))
+        if e.has("avx512f"):
+            e.switch(n_tokens, range(1, TILE_TOKENS + 1), lambda n: write(e, n, args))
+            return
+        panel, n_blocks, xs, outs, out_offset, ahead, step = args
+        b = e.b
+        with e.loop(n_tokens, NARROW_TOKENS) as (t, _):
+            at, is_first = e.mul(t, 8), b.icmp_signed("==", t, I64(0))
+            fetched = [b.select(is_first, v, other) for v, other in ((ahead, panel), (step, I64(0)))]
+            own = (panel, n_blocks, e.add(xs, at), e.add(outs, at), out_offset, *fetched)
+            left = b.sub(n_tokens, t)
+            n = b.select(b.icmp_signed("<", left, I64(NARROW_TOKENS)), left, I64(NARROW_TOKENS))
+            e.switch(n, range(1, NARROW_TOKENS + 1), lambda n: write(e, n, own))
 
     tile.__name__ = name
     tile.__doc__ = (
