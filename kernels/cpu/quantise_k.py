@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from .emit import I8, micro, types
+from .emit import I8, F32x16, I32x16, micro, types, vec
 from .kernel import device
-from .memory import bits_of, floats, ld_f16, ld_u8, st_f16, st_u8, st_u16
-from .search import ALL_ZERO, MAGIC, search_scale_and_minimum, search_scale_q3, search_scale_q6
+from .memory import bits_of, copy_bytes, floats, ld_f16, ld_u8, st_f16, st_u8, st_u16
+from .search import (
+    ALL_ZERO,
+    MAGIC,
+    PAIR_FLOATS,
+    PAIR_FOUND,
+    search_scale_and_minimum,
+    search_scale_q6,
+    search_scales_q3,
+)
 
 import numba  # isort: skip
 import numpy as np  # isort: skip
@@ -43,6 +51,9 @@ def _stack(n_bytes: int):
 _block_memory = _stack(4 * 256)
 _second_memory = _stack(4 * 256)
 _found_memory = _stack(4 * 64)
+_pair_memory = _stack(2 * PAIR_FLOATS)
+_second_pair_memory = _stack(2 * PAIR_FLOATS)
+_found_pair_memory = _stack(2 * PAIR_FOUND)
 
 
 @device
@@ -207,12 +218,10 @@ def _most_extreme(f, n):
 @device
 def _q3_block(x, y, found, across, codes):
     """Pack six-bit scales into 12 bytes, then two bits of each code, and the third apart."""
-    f, code_at = floats(found), floats(codes)
-    # the search's codes lie across lanes: put them in order, in the memory of what it read
+    f = floats(found)
+    # the search's codes, which lie across lanes, stay in the memory of what it read
+    copy_bytes(across, codes, 1024)
     kept = floats(across)
-    for lane in range(16):
-        for i in range(16):
-            kept[16 * lane + i] = code_at[16 * i + lane]
     extreme = _most_extreme(f, 16)
     for i in range(12):
         st_u8(y + 96 + i, 0)
@@ -236,16 +245,30 @@ def _q3_block(x, y, found, across, codes):
             _codes(xs, cs, 16, d, np.float32(0.0), -4, 3, 4)
         else:
             for i in range(16):
-                cs[i] = kept[16 * j + i] + np.float32(4.0)
-    for i in range(32):
-        bits = 0
-        for j in range(8):
-            bits |= (numba.int64(code_at[32 * j + i]) >> 2) << j
-        st_u8(y + i, bits)
-    for i in range(256):
-        code_at[i] = np.float32(numba.int64(code_at[i]) & 3)
-    for j in range(64):
-        st_u8(y + 32 + j, _four_codes(code_at, j // 32 * 128 + j % 32))
+                cs[i] = kept[16 * i + j] + np.float32(4.0)
+    _pack_q3(codes, y)
+
+
+@micro(types.void, 2)
+def _pack_q3(e, codes, y):
+    """Write the third bits of 256 codes (floats), 32 bytes, and their lower pairs of bits, 64."""
+    b = e.b
+
+    def code(i: int) -> ir.Value:
+        return b.fptosi(e.load(F32x16, codes, 4 * i), I32x16)
+
+    def join(parts: list[ir.Value], apart: int) -> ir.Value:
+        out = parts[0]
+        for i, part in enumerate(parts[1:], 1):
+            out = b.or_(out, b.shl(part, e.const(I32x16, apart * i)))
+        return b.trunc(out, vec(I8, 16))
+
+    for first in (0, 16):
+        thirds = [b.lshr(code(32 * j + first), e.const(I32x16, 2)) for j in range(8)]
+        e.store(join(thirds, 1), y, first)
+        for half in range(2):
+            pairs = [b.and_(code(128 * half + 32 * q + first), e.const(I32x16, 3)) for q in range(4)]
+            e.store(join(pairs, 2), y, 32 + 32 * half + first)
 
 
 @device
@@ -256,12 +279,15 @@ def _wrap(v):
 
 @device
 def quantise_q3_k(src, dst, n_blocks):
-    """Write super-blocks of sixteen 16s, codes -4 to 3."""
-    across, second, found = _block_memory(0), _second_memory(0), _found_memory(0)
-    for i in range(n_blocks):
-        _across(src + 1024 * i, across, 16, 16)
-        search_scale_q3(across, second, found)
-        _q3_block(src + 1024 * i, dst + Q3_SIZE * i, found, across, second)
+    """Write super-blocks of sixteen 16s, codes -4 to 3, two at a time; a last one is searched twice."""
+    across, second, found = _pair_memory(0), _second_pair_memory(0), _found_pair_memory(0)
+    for i in range(0, n_blocks, 2):
+        for j in range(2):
+            _across(src + 1024 * min(i + j, n_blocks - 1), across + PAIR_FLOATS * j, 16, 16)
+        search_scales_q3(across, second, found)
+        for j in range(min(2, n_blocks - i)):
+            own, codes = across + PAIR_FLOATS * j, second + PAIR_FLOATS * j
+            _q3_block(src + 1024 * (i + j), dst + Q3_SIZE * (i + j), found + PAIR_FOUND * j, own, codes)
 
 
 @device

@@ -302,29 +302,61 @@ def search_scale_q6(e, x, out):
     s.give(zero.where(none, scale.value), zero.where(none, best_factor.value))
 
 
+#: Bytes of a super-block's floats, and of what is found of it, where two lie one behind the other.
+PAIR_FLOATS, PAIR_FOUND = 1024, 256
+
+
 @micro(types.void, 3)
-def search_scale_q3(e, x, codes, out):
-    """Write the scale and the codes, -4 to 3, of 16 sub-blocks of 16: codes change one by one while that helps.
+def search_scales_q3(e, x, codes, out):
+    """Write the scales and the codes, -4 to 3, of 16 sub-blocks of 16 each of two super-blocks.
+
+    Codes change one by one while that helps. Each change waits for the one before, divisions included; so two
+    super-blocks take turns.
 
     Notes
     -----
     Mirrors `make_q3_quants`.
     """
-    s = _Search(e, x, out, 16, 16)
-    extreme, largest = s.extreme()
-    none = largest < ALL_ZERO
-    factor = -4.0 / extreme
-    sum_lx, sum_l2 = s.var(s.number(0.0)), s.var(s.number(0.0))
+    other = _SearchQ3(e, e.add(x, PAIR_FLOATS), e.add(codes, PAIR_FLOATS), e.add(out, PAIR_FOUND))
+    both = (_SearchQ3(e, x, codes, out), other)
+    changed = e.var(I16(1))
 
-    def begin(i: ir.Value) -> None:
-        v = s.load(x, i)
-        code, weight = (factor * v).nearest(-4, 3), v * v
-        e.store(code.v, s.at(codes, i))
-        sum_lx.value = sum_lx.value + weight * v * code
-        sum_l2.value = sum_l2.value + weight * code * code
+    def each(what: Callable[[_SearchQ3, ir.Value], None]) -> None:
+        with e.loop(I64(16)) as (i, _):
+            for one in both:
+                what(one, i)
 
-    def improve(i: ir.Value) -> None:
-        v, code = s.load(x, i), s.load(codes, i)
+    each(_SearchQ3.begin)
+    with e.loop(I64(5)), e.when(e.b.icmp_unsigned("!=", e.b.load(changed), I16(0))):
+        e.b.store(I16(0), changed)  # a lane that changes nothing in one round changes nothing in the next
+        each(lambda one, i: e.b.store(e.b.or_(e.b.load(changed), e.cast(one.improve(i), I16)), changed))
+    each(_SearchQ3.clear)
+    for one in both:
+        one.give_scale()
+
+
+class _SearchQ3(_Search):
+    """The search of one super-block; see `search_scales_q3`."""
+
+    def __init__(self, e: Emit, x: ir.Value, codes: ir.Value, out: ir.Value) -> None:
+        super().__init__(e, x, out, 16, 16)
+        self.codes = codes
+        extreme, largest = self.extreme()
+        self.none = largest < ALL_ZERO
+        self.factor = -4.0 / extreme
+        self.sum_lx, self.sum_l2 = self.var(self.number(0.0)), self.var(self.number(0.0))
+
+    def begin(self, i: ir.Value) -> None:
+        v = self.load(self.x, i)
+        code, weight = (self.factor * v).nearest(-4, 3), v * v
+        self.e.store(code.v, self.at(self.codes, i))
+        self.sum_lx.value = self.sum_lx.value + weight * v * code
+        self.sum_l2.value = self.sum_l2.value + weight * code * code
+
+    def improve(self, i: ir.Value) -> ir.Value:
+        """Change code i of the lanes that this helps; return which did."""
+        e, sum_lx, sum_l2 = self.e, self.sum_lx, self.sum_l2
+        v, code = self.load(self.x, i), self.load(self.codes, i)
         weight = v * v
         slx, sl2 = sum_lx.value - weight * v * code, sum_l2.value - weight * code * code
         new = (v * sl2 / slx).nearest(-4, 3)
@@ -332,21 +364,16 @@ def search_scale_q3(e, x, codes, out):
         better = new_slx * new_slx * sum_l2.value > sum_lx.value * sum_lx.value * new_sl2
         for condition in (slx > 0.0, e.b.not_(new.equals(code)), new_sl2 > 0.0):
             better = e.b.and_(better, condition)
-        e.store(new.where(better, code).v, s.at(codes, i))
-        e.b.store(e.b.or_(e.b.load(changed), e.cast(better, I16)), changed)
+        e.store(new.where(better, code).v, self.at(self.codes, i))
         sum_lx.value = new_slx.where(better, sum_lx.value)
         sum_l2.value = new_sl2.where(better, sum_l2.value)
+        return better
 
-    s.each(begin)
-    changed = e.var(I16(1))
-    with e.loop(I64(5)), e.when(e.b.icmp_unsigned("!=", e.b.load(changed), I16(0))):
-        e.b.store(I16(0), changed)  # a lane that changes nothing in one round changes nothing in the next
-        s.each(improve)
+    def clear(self, i: ir.Value) -> None:
+        code = self.load(self.codes, i)
+        self.e.store(self.number(-4.0).where(self.none, code).v, self.at(self.codes, i))
 
-    def clear(i: ir.Value) -> None:
-        e.store(s.number(-4.0).where(none, s.load(codes, i)).v, s.at(codes, i))
-
-    s.each(clear)
-    zero = s.number(0.0)
-    scale = (sum_lx.value / sum_l2.value).where(sum_l2.value > 0.0, zero)
-    s.give(zero.where(none, scale))
+    def give_scale(self) -> None:
+        zero = self.number(0.0)
+        scale = (self.sum_lx.value / self.sum_l2.value).where(self.sum_l2.value > 0.0, zero)
+        self.give(zero.where(self.none, scale))
