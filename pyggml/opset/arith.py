@@ -8,7 +8,7 @@ from ..hardware.formulas import Work
 from ..tensor import Tensor
 from ..types import Op, Type
 from . import kernels
-from .calls import Layout, by_elements, by_rows, flat
+from .calls import SERIAL_JOINS, Layout, by_elements, by_rows, flat
 from .checks import (
     F16_F32,
     F32,
@@ -50,7 +50,9 @@ def _call_join(plan: HostPlan, t: Tensor) -> None:
     a, b = source(t, 0), source(t, 1)
     tensors = flat(plan, t, a, b) if a.ne == b.ne else (t, a, b)
     code: int = getattr(kernels.elementwise, t.op.name)
-    plan.add(kernels.elementwise.join_rows.address, t, tensors, (code,), **by_elements(t))
+    run = by_elements(t)
+    run["serial"] = t.numel < SERIAL_JOINS
+    plan.add(kernels.elementwise.join_rows.address, t, tensors, (code,), **run)
 
 
 def _call_add1(plan: HostPlan, t: Tensor) -> None:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 #: Elements below which one thread is as fast as all, because of the cost of synchronising threads.
 SERIAL_ELEMENTS = 4096
-SERIAL_PRODUCTS = 20_000
+SERIAL_PRODUCTS = 40_000
+#: The same for additions and products of elements, which take about 0.1 ns each.
+SERIAL_JOINS = 16_384
 #: Cost of starting a row, in elements; measured for softmax.
 ROW_ELEMENTS = 64
 #: Approximate speeds, for `HostPlan._cut`.
