@@ -78,7 +78,11 @@ class BufferType(ABC):
         -----
         Mirrors `ggml_backend_buft_alloc_buffer`: a size of 0 gives a dummy buffer without device memory.
         """
-        return self._alloc(size) if size > 0 else EmptyBuffer(self, 0)
+        return self._alloc(size) if size > 0 else self._alloc_empty()
+
+    def _alloc_empty(self) -> Buffer:
+        """Return a buffer without bytes; with a device that only plans, copies from and to its tensors go through."""
+        return EmptyBuffer(self, 0)
 
     def alloc_size(self, tensor: Tensor) -> int:
         """Return the bytes that a tensor takes: ``nbytes``, or more if kernels read past the end."""

@@ -209,8 +209,7 @@ def simulate_batch(
             if graph is not allocated:
                 sched.alloc_graph(graph.graph)
                 allocated = graph
-            else:
-                _set_inputs(graph.graph)
+            _set_inputs(graph.graph)
             sched.compute_async(graph.graph)
             if part.n_outputs:
                 _read_logits(planner, graph.logits)
@@ -242,7 +241,7 @@ def _range_factor(planner: Planner, clock: VirtualClock, n_tokens: int) -> float
 
 
 def _set_inputs(graph: Graph) -> None:
-    """Write the inputs of a graph that is computed again, as a session does. There are no bytes."""
+    """Write the inputs of a graph, as a session does before each compute. There are no bytes."""
     for leaf in graph.leafs:
         if leaf.flags & TensorFlag.INPUT and leaf.storage is not None:
             tensor_memset(leaf, 0, 0, leaf.nbytes)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import pyggml as ggml
+from pyggml.backends.host.dataless import FIRST_ADDRESS, DatalessCPU
+from pyggml.commands.make_moe import command as make_moe
 from pyggml.errors import BackendError, FormatError, GraphError, OutOfMemoryError, SchedError
 from pyggml.plan_report import plan_batches
 from pyggml.planning import Planner, virtual_clock
@@ -321,3 +323,37 @@ def test_recorded_routing_goes_through_a_file(tmp_path):
             routing.experts(layer, tokens, n_expert, n_used)
     with pytest.raises(FormatError):
         parse_routing(f"trace:{tmp_path / 'none.npz'}")
+
+
+@pytest.mark.parametrize("usage", ["weights", "any"])
+@pytest.mark.parametrize("user", range(3))
+@pytest.mark.parametrize("home", range(3))
+def test_what_a_plan_places_nowhere_is_copied_between_all_devices(home: int, user: int, usage: str) -> None:
+    """A view of a cache or weight of a plan, which has no memory, can be an input of a split on any other backend."""
+    backends = [ggml.Sim(index=0, data=False), ggml.Sim(index=1, data=False), DatalessCPU().backend()]
+    cache = ggml.Tensor("f32", (64, 32), name="cache_v")
+    cache.buffer, cache.data = backends[home].buffer_type.alloc_buffer(0), FIRST_ADDRESS
+    cache.buffer.set_usage(usage)
+    graph = ggml.Graph()
+    with graph:
+        view = ggml.view_2d(cache, 64, 16, 256, 0)
+        y = ggml.mul(graph.input("f32", (64, 16), name="x"), view)
+    graph.expand(y)
+    sched = ggml.Scheduler(backends)
+    sched.set_tensor_backend(y, backends[user])
+    sched.alloc_graph(graph)
+    sched.compute(graph)
+    copied = {t.source.name for split in sched.plan.transfers for t in split} - {"x"}
+    assert copied == ({view.name} if home != user else set())
+
+
+def test_a_plan_is_simulated_again_with_inputs_set_again(tmp_path) -> None:
+    """A second simulation of the same batch sets the inputs, of which the first one has reused the memory."""
+    path = tmp_path / "tiny.gguf"
+    make_moe.main([str(path), "--layers", "2", "--embd", "64", "--vocab", "320"], standalone_mode=False)
+    context = ContextFlags(n_ctx=512, n_seq_max=4, offload_kqv=False)
+    with Planner.open(
+        path, devices=["sim", "sim"], placement=PlacementFlags(n_gpu_layers=0), context=context, data=False
+    ) as planner:
+        first = simulate_batch(planner, 64)
+        assert simulate_batch(planner, 64) == first

@@ -19,6 +19,7 @@ from pyggml.models.placement import PlacementFlags
 from pyggml.plan_report import ggml_text, plan_batches
 from pyggml.planning import GraphChoice, Planner
 from pyggml.routing import DEFAULT_ROUTING
+from pyggml.simulation import simulate_batch
 from pyggml.types import Type
 
 EXPERTS_ON_HOST = PlacementFlags(cpu_moe=True)
@@ -72,6 +73,28 @@ def test_families_are_captured_as_they_are_built(random_model: Callable[[str], P
     path = random_model(arch)
     with _plan(path, "built") as built, _plan(path, "llama") as captured:
         assert _text(captured, 40, 1) == _text(built, 40, 1)
+
+
+@pytest.mark.parametrize(
+    ("n_cards", "n_seq_max"),
+    [(2, 3), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((1, 2), (1, 3), (2, 2)))],
+)
+@pytest.mark.parametrize("offload_kqv", [True, False], ids=["kvo", "nkvo"])
+@pytest.mark.parametrize("flash_attn", ["off", "auto", "on"])
+def test_captured_plans_of_a_server_equal_built_ones(
+    random_model: Callable[[str], Path], flash_attn: str, offload_kqv: bool, n_seq_max: int, n_cards: int
+) -> None:
+    """With a stream of the cache for each of several sequences plans are equal, whatever the number of tokens, and can be computed."""
+    options = {
+        "devices": ("sim",) * n_cards, "n_seq_max": n_seq_max, "flash_attn": flash_attn, "offload_kqv": offload_kqv,
+        "placement": PlacementFlags(),
+    }  # fmt: skip
+    path = random_model("qwen3moe")
+    with _plan(path, "built", **options) as built, _plan(path, "llama", **options) as captured:
+        assert _text(captured, 150, 3, 1) == _text(built, 150, 3, 1)
+        assert captured.memory() == built.memory()
+        simulated = [[simulate_batch(planner, n) for n in (150, 3, 1, 1)] for planner in (built, captured)]
+    assert simulated[0] == simulated[1]
 
 
 def test_simulated_plans_are_equal(random_model: Callable[[str], Path]) -> None:

@@ -60,6 +60,9 @@ class DatalessHostBufferType(BufferType):
     def _alloc(self, size: int) -> DatalessHostBuffer:
         return DatalessHostBuffer(self, size, next(_addresses))
 
+    def _alloc_empty(self) -> DatalessHostBuffer:
+        return DatalessHostBuffer(self, 0, 0)
+
 
 class DatalessCPU(Device):
     """The CPU for plans: it answers like `CPUDevice`, but has no memory and computes nothing."""

@@ -60,6 +60,9 @@ class SimBufferType(BufferType):
     def _alloc(self, size: int) -> SimBuffer:
         return self.owner.alloc(self, size)
 
+    def _alloc_empty(self) -> Buffer:
+        return super()._alloc_empty() if self.owner.has_data else SimBuffer(self, 0, 0, None)
+
 
 class SimBuffer(Buffer):
     """One allocation in a simulated device's memory.
