@@ -89,7 +89,8 @@ def fit_flags(
 ) -> Fit:
     """Return flags with which a model leaves a margin of each device's memory free.
 
-    The context gets smaller first, if its size was not given; then layers go to the host, or, of a mixture of experts, experts.
+    The context gets smaller first, if its size was not given; then layers go to the host, or, of a mixture of experts,
+    experts.
 
     Parameters
     ----------
@@ -196,8 +197,9 @@ class _Fitter:
 
         Notes
         -----
-        Mirrors `ggml_backend_sched_reserve_size`, which resets the scheduler and thereby drops the pins of norms. With several devices
-        it measures more than a context then takes: where a device's first layer begins, two tensors are copied instead of one.
+        Mirrors `ggml_backend_sched_reserve_size`, which resets the scheduler and thereby drops the pins of norms. With
+        several devices it measures more than a context then takes: where a device's first layer begins, two tensors are
+        copied instead of one.
         """
         planner, p = self.planner, self.planner.params
         if len(planner.backends) < 3 and p.offload_kqv:  # a pin to the only device changes nothing
@@ -216,7 +218,8 @@ class _Fitter:
 
         Notes
         -----
-        Mirrors `set_ngl_tensor_split_tbo`. Differs: its pattern for the layer behind the last, which fits no weight, is left out.
+        Mirrors `set_ngl_tensor_split_tbo`. Differs: its pattern for the layer after the last, which matches no weight,
+        is left out.
         """
         n_layers = sum(s.n_layer for s in shares)
         first = self._n_layer + 1 - n_layers

@@ -7,8 +7,8 @@
         for id in session.generate([3186], 20):                # continues where the cache ends
             ...
 
-A decode divides its tokens into micro-batches and finds cells for all of them. For each it builds a graph, or uses the last
-graph again if only the values of the inputs differ; then a token costs filling a few small arrays and one call.
+A decode divides its tokens into micro-batches and finds cells for all of them. For each it builds a graph, or uses the
+last graph again if only the values of the inputs differ; then a token costs filling a few small arrays and one call.
 `Planner.open(..., data=False)` plans without reading weights: see `Planner.plan_batch`.
 """
 
@@ -140,8 +140,8 @@ class Session(Planner, Generator):
         ComputeError
             The logits contain NaN; the text names the first node that produced NaN.
         ComputeError, ExpertIdError, OutOfMemoryError
-            Raised by the scheduler. The failed micro-batch and later ones are not in the cache; the session stays usable.
-            For a model with recurrent layers, all tokens of its sequences are removed.
+            Raised by the scheduler. The failed micro-batch and later ones are not in the cache; the session stays
+            usable. For a model with recurrent layers, all tokens of its sequences are removed.
         """
         self._check_open()
         batches = self.source.batches(tokens, seq, outputs)
@@ -310,7 +310,7 @@ class Session(Planner, Generator):
         Raises
         ------
         AllocError
-            Layers with a sliding window no longer have tokens that the next token needs, or layers without attention
+            Layers with a sliding window have dropped tokens that the next token needs, or layers without attention
             have one state for all tokens; nothing was removed. See `can_rewind`.
         """
         if not self.can_rewind(n_past, seq=seq):

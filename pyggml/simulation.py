@@ -234,7 +234,7 @@ def simulate_batch(
 
 
 def _range_factor(planner: Planner, clock: VirtualClock, n_tokens: int) -> float:
-    """Return how far the speed of so many tokens may be off."""
+    """Return the factor of the range of a speed of ``n_tokens`` tokens."""
     cards = [p.sheet for p in clock.profiles if isinstance(p.sheet, Card)]
     has_host_weights = any(w.buft.is_host and w.info.name.startswith("blk.") for w in planner.placement.weights)
     return spread_of(cards, is_prompt=n_tokens > 1, has_host_weights=has_host_weights)

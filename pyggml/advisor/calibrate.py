@@ -1,7 +1,7 @@
 """`calibrate`: predictions beside what llama-bench measured, and the machine that fits the measurements best.
 
-Five numbers may move: arithmetic and memory of the cards, the link, memory and arithmetic of the host. Each is held near what data sheets and fitted
-rates say, so that a number that no run depends on stays.
+Five numbers may move: arithmetic and memory of the cards, the link, memory and arithmetic of the host. Each is held
+near what data sheets and fitted rates say, so that a number that no run depends on stays.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _seconds(shape: ModelShape, machine: Machine, run: BenchRun, placed: list[Pl
 
 
 def scaled(machine: Machine, factors: Sequence[float]) -> Machine:
-    """Return a machine whose `PARTS` are so many times as fast."""
+    """Return a machine whose `PARTS` are faster by the given factors."""
     card, memory, link, read, cpu = factors
     cards = [
         replace(
@@ -213,8 +213,8 @@ def calibrate(model: str | ModelShape, machine: Machine, runs: Sequence[BenchRun
     machine : Machine
         As described; `machine_of` makes one from names.
     runs : sequence of BenchRun
-        Of this model on this machine, with as many different settings as there are: generation tells memory, prompts tell
-        arithmetic, weights in host memory tell link and host.
+        Of this model on this machine, with as many different settings as there are: generation tells memory, prompts
+        tell arithmetic, weights in host memory tell link and host.
     """
     shape = model if isinstance(model, ModelShape) else model_shape(model)
     where = [place(shape, run.setting, [c.memory_bytes for c in machine.cards]) for run in runs]

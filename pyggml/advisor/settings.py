@@ -70,8 +70,8 @@ class Space:
     tensor_split : tuple of tuple of float
         ``-ts``; empty: by the memory of the devices.
     n_cpu_moe_last : tuple of int
-        Layers from the last whose experts are on the host (``-ot``); never beside layers from the first. With one device both ends are
-        alike.
+        Layers from the last whose experts are on the host (``-ot``); never beside layers from the first. With one
+        device both ends are alike.
     """
 
     n_gpu_layers: tuple[int, ...] = (-1,)
@@ -223,10 +223,10 @@ def ik_flags_of(flags: Iterable[str]) -> list[str]:
 
     Notes
     -----
-    By its ``common/common.cpp`` (commit 007d6400): ``-ngl`` takes a number only, and ``--no-op-offload`` does not exist; ``-op -1,0``
-    does the same. ``-ncmoe``, ``-ot``, ``-ts``, ``-ub``, ``-nkvo`` and ``--no-mmap`` are as in llama.cpp. Fused experts
-    (``-fmoe``) and copies of used experts only are its defaults. ``-rtr`` is never given: its README warns that repacked
-    weights are not offloaded.
+    By its ``common/common.cpp`` (commit 007d6400): ``-ngl`` takes a number only, and ``--no-op-offload`` does not
+    exist; ``-op -1,0`` does the same. ``-ncmoe``, ``-ot``, ``-ts``, ``-ub``, ``-nkvo`` and ``--no-mmap`` are as in
+    llama.cpp. Fused experts (``-fmoe``) and copies of used experts only are its defaults. ``-rtr`` is never given: its
+    README warns that repacked weights are not offloaded.
 
     Examples
     --------
@@ -245,7 +245,7 @@ def ik_flags_of(flags: Iterable[str]) -> list[str]:
 
 
 def last_experts(n: int, n_layer: int) -> str:
-    """Return the override that keeps the experts of the last ``n`` of so many layers in host memory."""
+    """Return the override that keeps the experts of the last ``n`` layers in host memory."""
     layers = "|".join(str(i) for i in range(n_layer - n, n_layer))
     return rf"blk\.({layers})\.ffn_(up|down|gate|gate_up)_exps=CPU"
 

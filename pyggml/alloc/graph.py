@@ -1,8 +1,8 @@
 """`Gallocr`: the graph allocator, for results.
 
 It first goes through a graph with sizes only (`Gallocr.reserve_n`): each result gets an offset when its node comes, and
-the offset is free again after the last use. Then it allocates one buffer of the required size per buffer type, and places
-the tensors of that graph, or of any other graph that fits (`Gallocr.alloc_graph`). Offsets are upstream's.
+the offset is free again after the last use. Then it allocates one buffer of the required size per buffer type, and
+places the tensors of that graph, or of any other graph that fits (`Gallocr.alloc_graph`). Offsets are upstream's.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Gallocr:
     dialect : Dialect
         Its `clamp_inplace` and `alloc_size_check` are used.
     keeps_outputs : bool
-        Whether a graph gets a new layout if its inputs or outputs differ from the last one's. Upstream does not check this,
-        and reuses an output's memory if the tensor at its position was not an output.
+        Whether a graph gets a new layout if its inputs or outputs differ from the last one's. Upstream does not check
+        this, and reuses an output's memory if the tensor at its position was not an output.
 
     Notes
     -----
@@ -144,8 +144,8 @@ class Gallocr:
 
         Notes
         -----
-        Mirrors `ggml_gallocr_reserve_n_size`. Differs: if a buffer was freed, the next graph gets a new layout; upstream
-        places it at null.
+        Mirrors `ggml_gallocr_reserve_n_size`. Differs: if a buffer was freed, the next graph gets a new layout;
+        upstream places it at null.
         """
         self._lay_out(graph, node_buffer_ids, leaf_buffer_ids)
         self._fit_buffers(allocate=False)
@@ -157,7 +157,7 @@ class Gallocr:
     def measure(
         self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
     ) -> list[int]:
-        """Return the bytes that `reserve_n` would need for each buffer id; buffers stay, and the next graph is laid out anew."""
+        """Return the bytes that `reserve_n` would need by buffer id; buffers stay, the next graph gets a new layout."""
         self._play(graph, node_buffer_ids, leaf_buffer_ids)
         return [sum(chunk.max_size for chunk in talloc.chunks) for talloc in self.tallocs]
 
@@ -277,7 +277,7 @@ class Gallocr:
         return True
 
     def _find_places(self, graph: GallocGraph) -> tuple[list[tuple[Tensor, Place]], list[Tensor]] | None:
-        """Return where the layout at hand puts nodes and sources without memory, and views; None if it does not serve the graph.
+        """Return the places of nodes and sources without memory, and the views; None if the layout does not fit.
 
         Notes
         -----

@@ -74,7 +74,7 @@ class Quant:
     """A parsed name of a quantisation."""
 
     name: str  #: of llama.cpp's rules
-    is_mix: bool = False  #: somebody's own mix, near that rule
+    is_mix: bool = False  #: a mix that differs slightly from that rule
 
 
 def parse_quant(text: str) -> Quant:
@@ -244,8 +244,8 @@ def _rule(s: ModelSizes, row: Shape, name: str, base: Type, seen: dict[str, int]
 
     Notes
     -----
-    Mirrors `llama_tensor_get_type_impl`. Differs: rules of falcon and of names that nobody uses are left out; files of IQ types are
-    taken to be made with an importance matrix, and others without.
+    Mirrors `llama_tensor_get_type_impl`. Differs: rules of falcon and of unused names are left out; files of IQ types
+    are taken to be made with an importance matrix, and others without.
     """
     kind = _category(row.name)
     gqa = s.n_head // s.n_head_kv if s.n_head_kv else 1

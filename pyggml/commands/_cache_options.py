@@ -1,4 +1,4 @@
-"""The options of `run` and `splits` for an expert cache, and what is told of one."""
+"""The options of `run` and `splits` for an expert cache, and its report."""
 
 from __future__ import annotations
 

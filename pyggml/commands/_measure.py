@@ -20,7 +20,7 @@ from ..types import DeviceType
 
 __all__ = ["measure_here"]
 
-#: No piece of work is begun after so many seconds of a device's measurement; two devices and the memory stay within a minute.
+#: Seconds of a device's measurement after which no work starts; two devices and the memory take less than a minute.
 _SECONDS = 15.0
 _LINK_BYTES = 64 << 20
 
@@ -33,7 +33,7 @@ def measure_here(path: Path, device: str, tell: Callable[[str], None]) -> tuple[
     device : str
         What to measure beside the CPU; empty: the first accelerator found, or none.
     tell : callable
-        Told what is done now.
+        Called with the name of each step.
 
     Raises
     ------

@@ -51,7 +51,8 @@ class _Tensor:
 class GGUFWriter:
     """Collects keys and tensors, then writes a GGUF file: version 3, little-endian, one part.
 
-    Tensors are functions that yield their bytes in pieces, so a model need not fit in memory.
+    Tensors are functions that yield their bytes in pieces, so a model need not fit in memory, and keys can be copied
+    unchanged. `gguf.GGUFWriter` needs each tensor as one array, and cannot write empty arrays or unparsed values.
     """
 
     def __init__(self, *, alignment: int = DEFAULT_ALIGNMENT) -> None:

@@ -306,7 +306,7 @@ class BuiltSource(GraphSource):
         return {il: [t for kind in kinds if (t := layer.get(kind)) is not None] for il, layer in layers}
 
     def reserved(self, n_tokens: int, n_seqs: int, n_outputs: int) -> ModelGraph:
-        """Return the graph of so many tokens over the whole cache."""
+        """Return a graph of ``n_tokens`` tokens over the whole cache."""
         part = MicroBatch.reserve(n_tokens, n_seqs, n_outputs)
         return self.build(GraphParams(self.hparams, self.params, part, n_outputs, self.cache.full_view(), self.banks))
 

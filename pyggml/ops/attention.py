@@ -202,7 +202,7 @@ def flash_attn_ext_get_prec(a: Tensor) -> Prec:
 
 
 def flash_attn_ext_set_n_kv_max(a: Tensor, n_kv_max: int) -> None:
-    """Promise at most so many finite mask entries a row; 0 promises nothing.
+    """Promise at most ``n`` finite mask entries per row; 0 promises nothing.
 
     Notes
     -----

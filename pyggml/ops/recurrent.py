@@ -61,7 +61,7 @@ def ssm_scan(
     B, C : Tensor, [d_state, n_group, n_token, n_seq]
     ids : Tensor, i32, [n_seq]
     K : int
-        How many of the last tokens' states are given back.
+        Number of last tokens whose states are returned.
 
     Returns
     -------
@@ -123,7 +123,7 @@ def gated_delta_net(
     beta : Tensor, f32, [1, n_head, n_token, n_seq]
     state : Tensor, f32, [n, n, n_head, n_seq]
     K : int
-        How many of the last tokens' states are given back.
+        Number of last tokens whose states are returned.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""`Tenancy`: who has which bytes of the compute buffers, so that nobody reads memory that was given to something else."""
+"""`Tenancy`: which tensors still own their bytes of the compute buffers, so that overwritten results are not read."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Tenancy"]
 
 
 class Tenancy:
-    """What the compute buffers hold after a graph was computed.
+    """The contents of the compute buffers after a graph was computed.
 
-    Every buffer of the graph's results refers to this; reading a tensor there asks `check_read`. Results are looked
-    for only when asked, so that computing costs nothing.
+    Every compute buffer refers to it, and reading a tensor there calls `check_read`. Overwritten results are only
+    searched then, so that a compute costs nothing.
 
     Parameters
     ----------
@@ -40,18 +40,18 @@ class Tenancy:
         self._position: dict[Tensor, int] | None = None  # of what owns memory, in the order of writing
         self._lost: list[tuple[Tensor, Tensor]] | None = None
         self._by: dict[Tensor, Tensor | None] = {}
-        self.is_over = False  #: whether all was computed
-        self.written_by_hand: set[Tensor] = set()  #: what was written by hand since
+        self.is_over = False  #: whether the compute has ended
+        self.written_by_hand: set[Tensor] = set()  #: tensors that the user has written since
         for buffer in buffers:
             buffer.tenancy = self
 
     def begin(self) -> None:
-        """Verify that every input is there; from now on nothing is checked, as tensors hold what they are to hold.
+        """Verify that every input is set; then allow all reads until `end`.
 
         Raises
         ------
         SchedError
-            An input was overwritten when the graph was computed before, and nobody wrote it again.
+            An input was overwritten by the previous compute and not set again.
         """
         if self.is_over:
             for leaf, by in self._lost_inputs:
@@ -65,7 +65,7 @@ class Tenancy:
         self.written_by_hand.clear()
 
     def end(self) -> None:
-        """Note that all was computed."""
+        """Record that the compute has ended."""
         self.is_over = True
 
     def note_write(self, tensor: Tensor) -> None:

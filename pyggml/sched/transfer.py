@@ -92,7 +92,7 @@ class Feed:
         return self.source.nb[2]
 
     def now(self) -> float:
-        """Return the host's time in seconds; 0 if nobody observes."""
+        """Return the host's time in seconds; 0 without observers."""
         return self._running("ask").log.now()
 
     def virtual_s(self) -> float | None:
@@ -355,7 +355,8 @@ class Transfer(Feed):
         offset, size : int
             Bytes of the source and of the input copy; by default to the end.
         into : Tensor, optional
-            The policy's own memory (`Plan.memory`), from byte ``at``, instead of the input copy. This is allowed at any time.
+            The policy's own memory (`Plan.memory`), from byte ``at``, instead of the input copy. This is allowed at any
+            time.
         queue : CopyQueue, optional
             Send in this queue (`Plan.queue`). The queue is made to wait for users of the target, and the reader for
             the queue.

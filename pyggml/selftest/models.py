@@ -33,7 +33,7 @@ RECIPES = {
     "llama Q4_0": Recipe("llama", Type.Q4_0, sizes=_SIZES),
     "gpt-oss MXFP4": Recipe("gpt-oss", Type.MXFP4, sizes=_SIZES),
 }
-#: For copies: so many experts that the prompt leaves out a part of them in each layer.
+#: For copies: enough experts that the prompt does not use all of them in any layer.
 FINE_GRAINED = Recipe("qwen3moe", Type.Q8_0, sizes=replace(_SIZES, experts=64, used=2, ff_exp=64))
 #: From 32 tokens on a device takes ops whose experts are in host memory.
 PROMPT = list(range(3, 43))

@@ -32,7 +32,7 @@ _RESULTS = {
     Status.FAILED: Result.FAILED,
     Status.UNSUPPORTED: Result.UNSUPPORTED,
 }
-#: Of one op after so many errors in a row nothing more is tried: a device that is lost answers nothing.
+#: Consecutive errors after which an op is no longer tested, because the device may be lost.
 MAX_FAILURES = 5
 
 

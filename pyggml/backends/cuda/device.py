@@ -1,8 +1,8 @@
 """NVIDIA cards: device and pinned memory, streams and events, and the ops that an expert's feed-forward needs.
 
-What has no kernel here (`CudaDevice.supports_op`) the scheduler gives to the CPU. A split becomes a plan of launches once
-(`pyggml.kernels.cuda.launch`); computing it puts the launches on the backend's stream and returns. No op reads anything
-on the host. All that depends on a real driver is behind `_cuda_driver`.
+What has no kernel here (`CudaDevice.supports_op`) the scheduler gives to the CPU. A split becomes a plan of launches
+once (`pyggml.kernels.cuda.launch`); computing it puts the launches on the backend's stream and returns. No op reads
+anything on the host. All that depends on a real driver is behind `_cuda_driver`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class CudaBufferType(BufferType):
 
         Notes
         -----
-        Mirrors `ggml_backend_cuda_buffer_type_get_alloc_size`. Our kernels do not read so far, but sizes stay upstream's.
+        Mirrors `ggml_backend_cuda_buffer_type_get_alloc_size`. Our kernels do not read so far, but sizes stay
+        upstream's.
         """
         size = tensor.nbytes
         if tensor.type.is_quantized and tensor.ne[0] % 512:
@@ -70,7 +71,7 @@ class CudaBuffer(Buffer):
 
     @property
     def is_closed(self) -> bool:
-        """Whether the memory was given back."""
+        """Whether the memory was freed."""
         return not self._is_open
 
     def _at(self, tensor: Tensor, offset: int) -> int:
@@ -214,7 +215,7 @@ class CudaDevice(Device):
 
     @property
     def copies(self) -> Stream:
-        """The stream of copies that somebody waits for."""
+        """The stream of copies for which the host waits."""
         if self._copies is None:
             self._copies = self.card.stream()
         return self._copies

@@ -45,7 +45,7 @@ class LibraryPlan:
     Raises
     ------
     BackendError
-        A tensor of a node lies in memory that the device cannot use: a split input was not copied.
+        A tensor of a node is in memory that the device cannot use: an input of the split was not copied.
     UnsupportedOpError
         The device cannot run a node.
     """
@@ -81,7 +81,7 @@ class LibraryPlan:
         Raises
         ------
         BackendError
-            A buffer was closed that a tensor lies in.
+            The buffer of a tensor was closed.
         ExpertIdError
             An expert id is out of bounds; its node and those after it were not given.
         ComputeError

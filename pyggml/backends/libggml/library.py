@@ -207,7 +207,7 @@ class Library:
     # -- contexts ------------------------------------------------------------
 
     def new_context(self, n_tensors: int, *, graph_size: int = 0) -> Handle:
-        """Return a context for so many tensors, and a graph of a size, without data; freed when nothing refers to it."""
+        """Return a context for ``n_tensors`` tensors and a graph, without data; freed with its last reference."""
         ffi, lib = self.ffi, self.lib
         size = (n_tensors + 1) * int(lib.ggml_tensor_overhead())
         if graph_size:
@@ -382,7 +382,7 @@ def load_library(given: str = "") -> Library:
     Raises
     ------
     DeviceUnavailableError
-        There is none, it cannot be used, or another build that cannot be told from it is loaded already.
+        There is no library, it cannot be used, or an indistinguishable build is already loaded.
     """
     path = find_library(given)
     if path not in _loaded:

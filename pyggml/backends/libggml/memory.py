@@ -104,7 +104,7 @@ class LibraryBuffer(Buffer):
 
     @property
     def is_closed(self) -> bool:
-        """Whether the memory was given back."""
+        """Whether the memory was freed."""
         return self._handle is None
 
     def target(self, tensor: Tensor) -> Handle:

@@ -1,4 +1,4 @@
-"""What mock devices and their memory can be told to be and do, and how their calls are noted."""
+"""The configuration of mock devices and their memory, and the log of their calls."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class OpSupport:
 
 @dataclass(frozen=True, slots=True)
 class OffloadWish:
-    """Which ops a mock device wants although their weights lie in host memory."""
+    """The ops with host weights that a mock device offloads."""
 
     min_batch: int
     ops: frozenset[Op] | None = None  #: None: all
@@ -101,7 +101,7 @@ class FailCompute:
 
     node: str
     status: int = -1
-    times: int | None = None  #: the first so many times; None: always
+    times: int | None = None  #: only the first ``times`` calls; None: all
 
 
 @dataclass(frozen=True, slots=True)

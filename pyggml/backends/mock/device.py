@@ -3,8 +3,8 @@
 A replay gives each backend the abilities of a scheduler case and compares the calls with those of the real scheduler. A
 plan (``mock:CUDA0``) shows what would happen on such a device.
 
-Addresses are invented, far above those of any process, so that a call can take both kinds. Only tensors of type I32 have
-bytes, because no other values influence the scheduler; weights of any size cost nothing.
+Addresses are invented, far above those of any process, so that a call can take both kinds. Only tensors of type I32
+have bytes, because no other values influence the scheduler; weights of any size cost nothing.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class MockDevice(Device):
         return self._buft
 
     def memory(self) -> tuple[int, int]:
-        """Bytes free and in all: so many that they never decide, and the same for every mock."""
+        """Free and total bytes: equal for every mock, and so large that they never decide."""
         return 1 << 50, 1 << 50
 
     @answers_by_kind
@@ -76,7 +76,7 @@ class MockDevice(Device):
 
     @answers_by_kind
     def offload_op(self, op: Tensor) -> bool:
-        """Whether it was told to want an op."""
+        """Return whether the device is configured to offload an op."""
         wish = self.abilities.offload
         return super().offload_op(op) if wish is None else wish(op)
 

@@ -196,7 +196,7 @@ class MockBuffer(Buffer):
         self.note(["buf_clear", self.label, value])
 
     def close(self) -> None:
-        """Note that the memory was given back."""
+        """Record that the memory was freed."""
         self.note(["free", self.label, self.size])
         self.memory.free(self.base)
 

@@ -1,7 +1,8 @@
 """Devices of another machine, through llama.cpp's ``rpc-server``, with its memory and kernels.
 
 A name is ``rpc:HOST:PORT``, or ``rpc:HOST:PORT/1`` for the second device of a server. All devices of a server share one
-connection (`protocol.py`), on which everything happens in order: copies and graphs are sent without waiting, reads wait.
+connection (`protocol.py`), on which everything happens in order: copies and graphs are sent without waiting, reads
+wait.
 
 A server trusts its clients and aborts on unexpected data. So graphs are checked before they are sent (`indices`,
 `ggml_safe`). If a server is gone, late or wrong, `RPCError` names the server and the command. The scheduler can then be
@@ -241,7 +242,7 @@ def _connect(address: Address) -> Connection:
     if connection is not None and connection.is_open:
         try:
             connection.ask(Command.DEVICE_COUNT, b"", 4)
-        except RPCError:  # it went while nobody looked: its users hear of it from the connection itself
+        except RPCError:  # the connection itself reports it to its users
             connection = None
     if connection is None or not connection.is_open:
         connection = _connections[address] = Connection(address)

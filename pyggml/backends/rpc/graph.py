@@ -169,7 +169,7 @@ class RPCPlan:
         Raises
         ------
         BackendError
-            A buffer was closed that a tensor lies in.
+            The buffer of a tensor was closed.
         ExpertIdError
             An expert id is out of bounds; its node and those after it were not sent.
         ComputeError

@@ -108,7 +108,7 @@ class RPCBuffer(Buffer):
 
     @property
     def is_closed(self) -> bool:
-        """Whether the memory was given back."""
+        """Whether the memory was freed."""
         return not self.remote
 
     def _place(self, tensor: Tensor) -> bytes:

@@ -85,16 +85,16 @@ def parse_address(text: str) -> Address | None:
 
 
 class Connection:
-    """A connection to a server; of one server a process needs only one, which serves one at a time.
+    """A connection to a server. A process needs one per server, because a server serves one client at a time.
 
-    Once anything went wrong it is closed, as nobody knows then what the next byte would mean; what is asked of it after
-    that fails at once, with the first cause in the text.
+    After any failure it is closed, because the meaning of the next byte would be unknown. Later calls fail at once,
+    with the first cause in the text.
 
     Parameters
     ----------
     timeout_s : float, optional
-        Seconds in which the server must accept, take a message, or begin to answer; ``PYGGML_RPC_TIMEOUT`` if not given.
-        Answers come after all work before them, so it must be longer than the longest split takes.
+        Seconds in which the server must accept, take a message, or begin to answer; ``PYGGML_RPC_TIMEOUT`` if not
+        given. Answers come after all work before them, so it must be longer than the longest split takes.
 
     Attributes
     ----------
@@ -182,9 +182,9 @@ class Connection:
             self._unanswered.clear()
 
     def synchronize(self, n_graphs: int | None = None) -> None:
-        """Wait until the graphs sent so far, or the first so many, are computed.
+        """Wait until the graphs sent so far, or the first ``n_graphs``, are computed.
 
-        Bytes that were sent need no wait: they left the host's memory, and the server takes them in order.
+        Sent bytes need no wait: they have left the host's memory, and the server processes them in order.
 
         Raises
         ------

@@ -2,8 +2,8 @@
 
 Addresses of its tensors are numbers that no process address can have; only `memory.py` knows where the bytes are. Fresh
 memory is NaN. The device counts everything that goes in or out, independently of the scheduler's statistics. All work
-passes through `SimBackend._submit`. Without a seed it is done at once. With a seed it is done late, in any order that the
-waits between streams and host allow, so that a missing wait can give a wrong number.
+passes through `SimBackend._submit`. Without a seed it is done at once. With a seed it is done late, in any order that
+the waits between streams and host allow, so that a missing wait can give a wrong number.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class SimDevice(Device):
         return Stream(self.name if n == 0 else f"{self.name} (stream {n})", self.watch)
 
     def reseed(self, seed: int | None) -> None:
-        """Do the work of all streams late, in an order drawn anew, or at once (None); hazards found so far are forgotten."""
+        """Do the work of all streams late, in an order of the seed, or at once (None); forget earlier hazards."""
         self.finish()
         self.seed = seed
         self.watch = None if seed is None else HazardWatch()
@@ -380,8 +380,8 @@ class SimBackend(Backend):
 
         Notes
         -----
-        Mirrors `ggml_backend_cuda_cpy_tensor_async`: the receiving stream waits for an event after the copy. The copy does
-        not wait for earlier work of the receiving stream: the scheduler must do that.
+        Mirrors `ggml_backend_cuda_cpy_tensor_async`: the receiving stream waits for an event after the copy. The copy
+        does not wait for earlier work of the receiving stream: the scheduler must do that.
         """
         if not isinstance(src.storage, SimBuffer) or not isinstance(backend_src, SimBackend):
             return False

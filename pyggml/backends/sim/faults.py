@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 __all__ = ["Faults", "Moment"]
 
-#: What is counted and can fail: allocations, copies, computings; ``lost`` comes before any of them.
+#: Calls that are counted and can fail: allocations, copies, computes; ``lost`` is before any of them.
 Moment = Literal["alloc", "copy", "compute", "lost"]
 
 

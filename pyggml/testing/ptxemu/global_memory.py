@@ -42,7 +42,7 @@ class GlobalMemory(Lanes):
     def locate(
         self, flat: Array, size: int, i: int, where: Where, write: bool
     ) -> tuple[Any, Array]:  # Any: a Buffer, or None if they lie in several
-        """Return the buffer that flat addresses lie in and their offsets; no buffer if they lie in several."""
+        """Return the buffer that contains flat addresses, and their offsets; no buffer if they are in several."""
         lo, hi = int(flat.min()), int(flat.max())
         b = self.mem.buffers.get(lo >> SEG)
         if b is None or lo < b.addr or hi + size > b.addr + b.nbytes:

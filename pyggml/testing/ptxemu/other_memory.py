@@ -79,7 +79,7 @@ class AllMemory(SharedMemory):
         ]
 
     def ld_generic(self, base: Array, off: int, dt: str, n: int, m: Mask, i: int) -> Loaded:
-        """Load from the memory that a generic address lies in."""
+        """Load from the memory of a generic address."""
         sp, w = self._generic(base, m)
         return getattr(self, "ld_" + sp)(base - np.uint64(w), off, dt, n, m, i)
 
