@@ -331,7 +331,7 @@ class Planner:
             layers, {il: home[d] for il, d in enumerate(placement.layers)}, self.backends, rule,
             n_used=self.hparams.n_expert_used, weights={home[d]: n for d, n in shares.items()}, has_data=self.data,
         )  # fmt: skip
-        self.source.banks = cache
+        self.source.read_banks(cache, {d: self._free_bytes(d) for d in placement.devices})
         self.sched.policy = MoeCachePolicy(cache, self.sched.policy)
         log.holds("policy", self._where(cache.sizes()), start_s)
 

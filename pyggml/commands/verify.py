@@ -9,6 +9,7 @@ import click
 import cloup
 from click.core import ParameterSource
 
+from ._cache_options import cache_options
 from ._console import print_json, report, table, warn
 from ._model_options import ModelCommand, ModelFlags, model_options, open_backends, parse_sizes
 from ._values import ModelPath
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..backend import Backend, Device
     from ..llama.verify import Verification
+    from ..moe_cache import CacheRule
 
 __all__ = ["command"]
 
@@ -28,6 +30,7 @@ Examples:
   pyggml verify moe.gguf --cpu-moe
   pyggml verify gemma.gguf -ngl 10 -fa on --batches 512,32,31,1
   pyggml verify moe.gguf -ncmoe 24 --json | jq .equal
+  pyggml verify moe.gguf --cpu-moe --moe-cache-mib 512 --batches 64,1
 """
 
 
@@ -42,6 +45,7 @@ Examples:
                  help="Tokens whose logits are computed."),
 )  # fmt: skip
 @model_options
+@cache_options
 @cloup.option_group("Output", cloup.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON."))
 @click.pass_context
 def command(
@@ -50,6 +54,7 @@ def command(
     model: Path,
     batches: str,
     outputs: Literal["last", "all"],
+    expert_cache: CacheRule | None,
     as_json: bool,
 ) -> None:
     """Plan a GGUF model with pyggml and with llama.cpp's own scheduler, and compare splits, inputs, sizes and nodes.
@@ -65,7 +70,10 @@ def command(
     if ctx.get_parameter_source("device") is ParameterSource.COMMANDLINE:
         devices = [*open_backends(flags, data=False)[0]]
     _warn_of_flags(model, flags)
-    found = verify(model, sizes, devices=devices, placement=flags.placement(), context=flags.context(), outputs=outputs)
+    found = verify(
+        model, sizes, devices=devices, placement=flags.placement(), context=flags.context(), outputs=outputs,
+        expert_cache=expert_cache,
+    )  # fmt: skip
     if as_json:
         print_json(found.as_dict())
     else:

@@ -191,6 +191,10 @@ class Capture:
     def _make_context(self, context: Message) -> None:
         lib = self.lib
         p = context_params(self.library, context)
+        for name, free in context[
+            "moe_cache_free"
+        ].items():  # weights have no memory here, so that llama.cpp cannot tell
+            self.host.devices[name].free = free
         del self.lines[:]
         made = lib.llama_init_from_model(self._model, p)
         if made == self.ffi.NULL:
@@ -283,6 +287,7 @@ class Capture:
             self._is_placed = True
             n_tokens, n_seqs = min(lib.llama_n_ubatch(self._ctx), lib.llama_n_ctx(self._ctx)), self._n_stream
             self._place_nowhere(self._reserve(n_tokens, n_seqs, n_seqs))
+            self._place_nowhere(self._reserve(n_seqs, n_seqs, n_seqs))  # of few tokens: banks of an expert cache
         batch = lib.llama_batch_init(n, 0, 1)
         for i in range(n):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = 0, first + i, 1

@@ -215,8 +215,8 @@ class LlamaLibrary(DeviceLibrary):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        has_cache = self.has("ggml_backend_sched_set_copy_callback")
-        self.ffi.cdef(_LLAMA % ("size_t moe_cache_size;" if has_cache else ""))
+        self.has_moe_cache = self.has("ggml_backend_sched_set_copy_callback")
+        self.ffi.cdef(_LLAMA % ("size_t moe_cache_size;" if self.has_moe_cache else ""))
         if not self.has("llama_model_load_from_file"):
             raise self._refuse("it has no llama_model_load_from_file")
         self.on_line: Callable[[str], None] = lambda line: None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..backends.libggml.library import Handle
+from ..errors import SchedError
 from .library import LlamaLibrary
 
 __all__ = ["context_params", "model_params"]
@@ -59,6 +60,13 @@ def context_params(library: LlamaLibrary, context: Message, *, threads: int = 1)
     p = library.lib.llama_context_default_params()
     for name in _COPIED:
         setattr(p, name, context[name])
+    if context["moe_cache_size"]:
+        if not library.has_moe_cache:
+            raise SchedError(
+                f"llama.cpp in {library.path} has no expert cache",
+                hint="use a build since b11549, or leave out --moe-cache-mib",
+            )
+        p.moe_cache_size = context["moe_cache_size"]
     p.flash_attn_type = _FLASH[context["flash_attn"]]
     p.n_threads = p.n_threads_batch = threads
     return p

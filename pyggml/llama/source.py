@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +38,7 @@ from ..models.placement import (
 )
 from ..models.source import Build, GraphSource
 from ..models.weights import Part, WeightSpec
+from ..moe_cache import LlamaCache, MoeCache
 from ..tensor import Tensor
 from ..types import BufferUsage, GluOp, Op, Type, UnaryOp
 from .library import find_llama
@@ -52,6 +53,9 @@ _log = logging.getLogger("pyggml.llama")
 
 #: Address of the first tensor of each buffer type in a plan; no process has memory there.
 _NOWHERE = 1 << 60
+#: Expert weights of a layer, in the order of llama.cpp's cache.
+_EXPERT_KINDS = ("gate_up", "gate", "up", "down")
+_EXPERT_WEIGHT = re.compile(rf"blk\.\d+\.ffn_({'|'.join(_EXPERT_KINDS)})_exps\.weight")
 _TYPES = {t.ggml_name: t for t in Type}
 _WEIGHTS = 1  #: upstream's `GGML_BACKEND_BUFFER_USAGE_WEIGHTS`
 
@@ -113,7 +117,7 @@ class CapturedGraph:
     attn_outputs: list[Tensor]
     delta_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty, likewise
     flash_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty: llama.cpp has decided it
-    pins: list[tuple[Tensor, Backend]] = field(default_factory=list)  #: empty: there is no expert cache
+    pins: list[tuple[Tensor, Backend]] = field(default_factory=list)  #: lookups of slots of an expert cache
 
     def __repr__(self) -> str:
         return f"<CapturedGraph of {self.n_tokens} tokens: {self.graph!r}>"
@@ -151,7 +155,7 @@ def _row_padding(device: Device) -> int:
     return 32 + added * 32 // Type.Q8_0.row_size(32) if added else 1
 
 
-def about_context(context: ContextFlags) -> Message:
+def about_context(context: ContextFlags, moe_cache_bytes: int = 0) -> Message:
     """Return the context's flags for the child."""
     return {
         "n_ctx": context.n_ctx,
@@ -167,6 +171,8 @@ def about_context(context: ContextFlags) -> Message:
         "swa_full": context.swa_full,
         "rope_freq_base": context.rope_freq_base,
         "rope_freq_scale": context.rope_freq_scale,
+        "moe_cache_size": moe_cache_bytes,
+        "moe_cache_free": {},
     }
 
 
@@ -193,6 +199,7 @@ class CapturedSource(GraphSource):
     """
 
     hparams: CapturedFacts
+    banks: MoeCache | None = None
 
     def __init__(
         self,
@@ -308,11 +315,53 @@ class CapturedSource(GraphSource):
         assert not data, "captured graphs are for plans"
 
     def expert_weights(self) -> dict[int, list[Tensor]]:
-        """Raise `SchedError`: llama.cpp's graphs always read the weights."""
-        raise SchedError(
-            f"graphs of {self.hparams.arch} come from llama.cpp, and are planned without an expert cache",
-            hint="leave the cache out, or replay a trace: `pyggml experts compare --scope group`",
-        )
+        """Return the expert weights of each layer."""
+        of_layer: dict[int, dict[str, Tensor]] = {}
+        for place in self.placement.weights:
+            layer, found = place.spec.layer, _EXPERT_WEIGHT.fullmatch(place.spec.name)
+            if found and layer < len(self.placement.layers):
+                info = place.info
+                made = Tensor(info.type, info.ne)
+                about = {
+                    "name": place.spec.name, "where": [place.buft.name, _WEIGHTS], "op": "NONE", "params": [], "flags": 0,
+                    "type": info.type.ggml_name, "ne": list(made.ne), "nb": list(made.nb),
+                }  # fmt: skip
+                of_layer.setdefault(layer, {})[found[1]] = self._leaf(about, 0)
+        return {il: [ws[kind] for kind in _EXPERT_KINDS if kind in ws] for il, ws in of_layer.items()}
+
+    def read_banks(self, cache: MoeCache, free_bytes: Mapping[Device, int]) -> None:
+        """Have llama.cpp build graphs with its expert cache, whose tensors are then those of ``cache``."""
+        if not isinstance(cache.rule, LlamaCache):
+            raise SchedError(
+                f"graphs of {self.hparams.arch} come from llama.cpp, which has its own expert cache",
+                hint="use --moe-cache-mib, or replay a trace: `pyggml experts compare --scope group`",
+            )
+        self.banks = cache
+        context = self.captures.about["context"] | {
+            "moe_cache_size": cache.rule.size_bytes,
+            "moe_cache_free": {d.buffer_type.name: n for d, n in free_bytes.items()},
+        }
+        self.captures.about = self.captures.about | {"context": context}
+        self._cached = {w.name: w for layer in self.expert_weights().values() for w in layer}
+        self._largest = self.captures.ask("facts")["graph"]
+
+    def _bank(self, about: Message) -> Tensor | None:
+        """Return the tensor of the expert cache that a graph names; None for any other tensor."""
+        kind, _, name = about["name"].partition(".")
+        if self.banks is None or kind != "moe_cache":
+            return None
+        if name.startswith("slot_map-"):
+            found = self.banks.slot_map(int(name.removeprefix("slot_map-")))
+        elif about["op"] == "VIEW":
+            found = self.banks.bank(self._cached[name])
+        else:
+            found = self.banks.bank(self._cached[name.partition(".")[2]]).view_src
+        if found is None or list(found.ne) != about["ne"]:
+            shape = None if found is None else list(found.ne)
+            raise SchedError(
+                f"the expert cache of llama.cpp has {about['ne']} as '{about['name']}', that of pyggml {shape}"
+            )
+        return found
 
     def make_cache(self, *, data: bool) -> Mapping[BufferType, int]:
         """Return the bytes that caches need, including recurrent states."""
@@ -383,11 +432,19 @@ class CapturedSource(GraphSource):
 
     def _graph(self, captured: Message, n_tokens: int) -> CapturedGraph:
         try:
-            return read_graph(captured, n_tokens, self._leaf)
+            made = read_graph(captured, n_tokens, self._leaf, self._bank)
         except _UnknownError as error:
             raise ModelError(
                 self.file.path, f"llama.cpp's graph has {error}, which pyggml does not know", hint="a newer pyggml may"
             ) from None
+        if self.banks is not None:
+            layers = self.banks.layer_of  # by slot map
+            made.pins = [
+                (node, self.banks.backend(layers[node.src[0]]))
+                for node in made.graph.nodes
+                if node.op is Op.GET_ROWS and node.src[0] in layers
+            ]
+        return made
 
     def close(self) -> None:
         """Release the child and free the buffers."""
@@ -434,11 +491,15 @@ def _tensor(about: Message) -> Tensor:
     )  # fmt: skip
 
 
-def read_graph(captured: Message, n_tokens: int, leaf: Any) -> CapturedGraph:
+def read_graph(
+    captured: Message, n_tokens: int, leaf: Any, known: Callable[[Message], Tensor | None] = lambda about: None
+) -> CapturedGraph:
     """Return the graph of a child's answer.
 
     Parameters
     ----------
+    known : callable
+        Returns a tensor that exists already, with its sources, from its description; None for others.
     leaf : callable
         Returns the tensor of a weight or cache, from its description and the number of earlier ones in the graph with
         that name and place.
@@ -447,13 +508,16 @@ def read_graph(captured: Message, n_tokens: int, leaf: Any) -> CapturedGraph:
     made: list[Tensor] = []
     n_seen: dict[tuple[str, str], int] = {}
     for about in tensors:
-        if about["where"] is None:
-            made.append(_tensor(about))
+        found = known(about)
+        if found is not None or about["where"] is None:
+            made.append(_tensor(about) if found is None else found)
             continue
         key = (about["name"], about["where"][0])
         made.append(leaf(about, n_seen.get(key, 0)))
         n_seen[key] = n_seen.get(key, 0) + 1
     for about, tensor in zip(tensors, made, strict=True):
+        if tensor.op is Op.VIEW and tensor.view_src is not None:  # a known one
+            continue
         tensor.src[:] = [None if i is None else made[i] for i in about["src"]]
         if about["view"] is not None:
             tensor.view_src, tensor.view_offs = made[about["view"]], about["offs"]

@@ -18,6 +18,7 @@ from ..errors import ModelError
 from ..gguf import GGUFFile
 from ..models.context import ContextFlags
 from ..models.placement import PlacementFlags
+from ..moe_cache import CacheRule
 from ..plan_report import ggml_text
 from ..planning import Planner
 from ..sched.assign import OffloadOp
@@ -121,6 +122,7 @@ def verify(
     context: ContextFlags | None = None,
     outputs: Literal["last", "all"] = "last",
     offload_rule: OffloadOp | None = None,
+    expert_cache: CacheRule | None = None,
 ) -> Verification:
     """Compare pyggml's splits of a model with those of llama.cpp's scheduler.
 
@@ -134,6 +136,8 @@ def verify(
         Which tokens' logits are wanted: ``"last"`` or ``"all"``.
     offload_rule : callable, optional
         Rule of pyggml's scheduler only; a rule other than the devices' gives a difference.
+    expert_cache : CacheRule, optional
+        llama.cpp's expert cache (`pyggml.moe_cache.LlamaCache`), on both sides.
 
     Raises
     ------
@@ -142,7 +146,7 @@ def verify(
     """
     with Planner.open(
         model, devices=devices, placement=placement, context=context, graph="llama", data=False,
-        offload_rule=offload_rule,
+        offload_rule=offload_rule, expert_cache=expert_cache,
     ) as planner:  # fmt: skip
         source = planner.source
         assert isinstance(source, CapturedSource)

@@ -169,7 +169,6 @@ def _slots(b: Builder, w: LayerWeights, chosen: Tensor) -> Tensor | None:
     if found is None:
         return None
     slots, lookup = found
-    b.name(lookup, "ffn_moe_slots", w.layer)
     b.pins.append((lookup, b.banks.backend(w.layer)))
     return slots
 

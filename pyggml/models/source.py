@@ -16,6 +16,7 @@ from ..backend import Backend, Device
 from ..buffer import Buffer, BufferType
 from ..gguf import GGUFFile
 from ..graph import Graph
+from ..moe_cache import MoeCache
 from ..tensor import Tensor
 from .architectures import build_graph, read_hparams, weight_specs
 from .batch import Batch, MicroBatch, Outputs
@@ -137,6 +138,21 @@ class GraphSource(ABC):
         SchedError
             The graphs cannot read anything else instead of them.
         """
+
+    def read_banks(self, cache: MoeCache, free_bytes: Mapping[Device, int]) -> None:
+        """Let graphs read an expert cache instead of weights from now on.
+
+        Parameters
+        ----------
+        free_bytes : mapping of Device to int
+            Free memory of each device besides weights and KV cache.
+
+        Raises
+        ------
+        SchedError
+            The graphs cannot read this cache.
+        """
+        self.banks = cache
 
     @abstractmethod
     def load(self, *, data: bool, progress: Progress | None) -> None:

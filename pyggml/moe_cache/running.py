@@ -299,11 +299,16 @@ class MoeCache:
         found = ops.get_rows(self._maps[layer], ops.reshape_1d(dense, n_used * n_token))
         if not group.backend.device.supports_op(found):
             return None
+        found.name = f"ffn_moe_slots-{layer}"
         return ops.reshape_2d(found, n_used, n_token), found
 
     def bank(self, weight: Tensor) -> Tensor:
         """Return the tensor that a product reads instead of a weight: a view of its bank without the spare slot."""
         return self._views[weight]
+
+    def slot_map(self, layer: int) -> Tensor | None:
+        """Return the slot map of a layer; None if the layer is not cached."""
+        return self._maps.get(layer)
 
     def backend(self, layer: int) -> Backend:
         """Return the backend that computes a cached layer."""
