@@ -10,6 +10,17 @@ from ..tensor import Tensor
 from ..types import GluOp, Op, UnaryOp
 from ._make import f32, is_contiguous_rows, like, member, new, refuse, round_f32
 
+__all__ = [
+    "abs", "abs_inplace", "ceil", "ceil_inplace", "elu", "elu_inplace", "exp", "exp_inplace", "expm1",
+    "expm1_inplace", "floor", "floor_inplace", "geglu", "geglu_erf", "geglu_erf_split", "geglu_erf_swapped",
+    "geglu_quick", "geglu_quick_split", "geglu_quick_swapped", "geglu_split", "geglu_swapped", "gelu", "gelu_erf",
+    "gelu_erf_inplace", "gelu_inplace", "gelu_quick", "gelu_quick_inplace", "glu", "glu_split", "hardsigmoid",
+    "hardswish", "neg", "neg_inplace", "reglu", "reglu_split", "reglu_swapped", "relu", "relu_inplace", "round",
+    "round_inplace", "sgn", "sgn_inplace", "sigmoid", "sigmoid_inplace", "silu", "silu_inplace", "softplus",
+    "softplus_inplace", "step", "step_inplace", "swiglu", "swiglu_clamp", "swiglu_oai", "swiglu_split",
+    "swiglu_swapped", "tanh", "tanh_inplace", "trunc", "trunc_inplace", "unary", "unary_inplace", "xielu",
+]  # fmt: skip
+
 UnaryBuilder = Callable[[Tensor], Tensor]
 GluBuilder = Callable[[Tensor], Tensor]
 GluSplitBuilder = Callable[[Tensor, Tensor], Tensor]

@@ -19,6 +19,14 @@ from ._make import (
 )
 from .modes import TriType
 
+__all__ = [
+    "acc", "acc_inplace", "add", "add1", "add1_inplace", "add_cast", "add_id", "add_inplace", "clamp",
+    "clamp_inplace", "cos", "cos_inplace", "div", "div_inplace", "dup", "dup_inplace", "fill", "fill_inplace",
+    "leaky_relu", "log", "log_inplace", "mul", "mul_inplace", "scale", "scale_bias", "scale_bias_inplace",
+    "scale_inplace", "set", "set_1d", "set_1d_inplace", "set_2d", "set_2d_inplace", "set_inplace", "sin",
+    "sin_inplace", "sqr", "sqr_inplace", "sqrt", "sqrt_inplace", "sub", "sub_inplace", "tri",
+]  # fmt: skip
+
 
 def dup(a: Tensor) -> Tensor:
     """Copy. Mirrors `ggml_dup`."""

@@ -7,6 +7,12 @@ from ..types import Op, Type
 from ._make import can_mul_mat, divides, f32, like, new, refuse, set_param
 from .modes import Prec
 
+__all__ = [
+    "diag_mask_inf", "diag_mask_inf_inplace", "diag_mask_zero", "diag_mask_zero_inplace", "flash_attn_ext",
+    "flash_attn_ext_add_sinks", "flash_attn_ext_get_prec", "flash_attn_ext_set_n_kv_max", "flash_attn_ext_set_prec",
+    "lightning_indexer", "soft_max", "soft_max_add_sinks", "soft_max_ext", "soft_max_ext_inplace", "soft_max_inplace",
+]  # fmt: skip
+
 
 def diag_mask_inf(a: Tensor, n_past: int) -> Tensor:
     """Set elements right of the diagonal, shifted by ``n_past``, to minus infinity. Mirrors `ggml_diag_mask_inf`."""

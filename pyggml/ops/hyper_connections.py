@@ -6,6 +6,8 @@ from ..tensor import Tensor
 from ..types import Op, Type
 from ._make import f32, i32, is_matrix, is_vector, new, refuse
 
+__all__ = ["dsv4_hc_comb", "dsv4_hc_post", "dsv4_hc_pre", "dsv4_hc_pre_gated"]
+
 _N_STREAM = 4
 
 

@@ -9,6 +9,12 @@ from ..tensor import Tensor
 from ..types import MAX_DIMS, Op, Type
 from ._make import divides, i32, is_contiguous_rows, new, refuse, require_sizes, view_of
 
+__all__ = [
+    "cast", "cont", "cont_1d", "cont_2d", "cont_3d", "cont_4d", "cpy", "dup_tensor", "get_rows", "permute", "reshape",
+    "reshape_1d", "reshape_2d", "reshape_3d", "reshape_4d", "set_rows", "transpose", "view_1d", "view_2d", "view_3d",
+    "view_4d", "view_tensor",
+]  # fmt: skip
+
 
 def dup_tensor(src: Tensor) -> Tensor:
     """Return a new contiguous leaf of the same type and shape.

@@ -7,6 +7,10 @@ from ..types import MAX_SRC, Op, Type
 from ._make import can_mul_mat, divides, new, refuse, set_param
 from .modes import OpHint, Prec
 
+__all__ = [
+    "mul_mat", "mul_mat_id", "mul_mat_set_hint", "mul_mat_set_prec", "out_prod", "prec_set_acc", "prec_set_src",
+]  # fmt: skip
+
 
 def mul_mat(a: Tensor, b: Tensor) -> Tensor:
     """Multiply each row of ``b`` by the matrix ``a``: row i of the result has the dot products with b's row i.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+__all__ = ["OpHint", "Prec", "RopeType", "SortOrder", "TriType"]
+
 
 class Prec(IntEnum):
     """Minimum precision of sums, or of a converted source."""

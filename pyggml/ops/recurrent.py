@@ -7,6 +7,10 @@ from ..types import Op, Type
 from ._make import f32, is_contiguous_rows, is_matrix, is_vector, new, refuse
 from .rows import INT32_MAX
 
+__all__ = [
+    "gated_delta_net", "gated_linear_attn", "rwkv_wkv6", "rwkv_wkv7", "solve_tri", "ssm_conv", "ssm_scan",
+]  # fmt: skip
+
 
 def ssm_conv(sx: Tensor, c: Tensor) -> Tensor:
     """Slide each channel's weights over its row.

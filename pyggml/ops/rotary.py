@@ -9,6 +9,11 @@ from ..types import Op, Type
 from ._make import f32, is_vector, like, refuse, set_param
 from .modes import RopeType
 
+__all__ = [
+    "rope", "rope_ext", "rope_ext_back", "rope_ext_inplace", "rope_inplace", "rope_multi", "rope_multi_back",
+    "rope_multi_inplace", "rope_set_offset",
+]  # fmt: skip
+
 
 def _rope(
     a: Tensor,

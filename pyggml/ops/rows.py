@@ -10,6 +10,13 @@ from ._make import can_repeat, divides, f32, is_matrix, like, new, refuse, requi
 from .layout import view_4d
 from .modes import SortOrder
 
+__all__ = [
+    "arange", "argmax", "argsort", "argsort_top_k", "concat", "count_equal", "cumsum", "diag", "group_norm",
+    "group_norm_inplace", "l2_norm", "l2_norm_inplace", "mean", "norm", "norm_inplace", "pad", "pad_circular",
+    "pad_ext", "pad_ext_circular", "repeat", "repeat_4d", "rms_norm", "rms_norm_inplace", "roll", "sum", "sum_rows",
+    "top_k",
+]  # fmt: skip
+
 INT32_MAX = 2**31 - 1
 
 

@@ -12,7 +12,7 @@ import pkgutil
 from ..hardware.formulas import Work
 from ..tensor import Tensor
 from .calls import Layout
-from .declaration import OPS, Choice, Kernel, OpDeclaration, Role, UsedExperts, reason_unsupported, role_of
+from .declaration import OPS, Choice, Kernel, Role, UsedExperts, reason_unsupported, role_of
 from .work import NOTHING, one_pass
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "Choice",
     "Kernel",
     "Layout",
-    "OpDeclaration",
     "Role",
     "UsedExperts",
     "node_work",
@@ -49,8 +48,7 @@ def plans_op(t: Tensor) -> bool:
     -----
     Mirrors `ggml_backend_cpu_device_supports_op`, which accepts every op that it does not name.
     """
-    declared = OPS.get(t.op)
-    return declared is None or declared.call is None or supports_op(t)
+    return t.op not in OPS or supports_op(t)
 
 
 def reason_malformed(t: Tensor) -> str:

@@ -99,10 +99,6 @@ def call_map(plan: HostPlan, t: Tensor) -> None:
     plan.add(kernels.elementwise.map_rows.address, t, flat(plan, t, source(t, 0)), params, **by_elements(t))
 
 
-def _refuses_fill(t: Tensor) -> str:
-    return wrong_type(t, F16_F32, {t.type}) or gaps(t, 0, 1)
-
-
 def _call_fill(plan: HostPlan, t: Tensor) -> None:
     if t.type is Type.F32:
         call_map(plan, t)
@@ -117,14 +113,10 @@ declare(
     fits=like_source,
 )
 declare(Op.CLAMP, refuses=not_f32_rows, call=call_map, work=in_other_kernel, fits=like_source)  # of a router
-declare(Op.FILL, refuses=_refuses_fill, call=_call_fill, fits=like_source)
+declare(Op.FILL, refuses=lambda t: wrong_type(t, F16_F32, {t.type}) or gaps(t, 0, 1), call=_call_fill, fits=like_source)
 
 
 # -- of parts ------------------------------------------------------------------------------
-
-
-def _refuses_add_id(t: Tensor) -> str:
-    return wrong_type(t, F32, F32, F32, I32) or gaps(t, 0, 1, 2)
 
 
 def _call_add_id(plan: HostPlan, t: Tensor) -> None:
@@ -134,7 +126,7 @@ def _call_add_id(plan: HostPlan, t: Tensor) -> None:
 
 declare(
     Op.ADD_ID,
-    refuses=_refuses_add_id,
+    refuses=lambda t: wrong_type(t, F32, F32, F32, I32) or gaps(t, 0, 1, 2),
     call=_call_add_id,
     n_sources=3,
     work=in_other_kernel,

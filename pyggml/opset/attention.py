@@ -31,10 +31,6 @@ def _slopes(n_head: int, max_bias: float) -> tuple[int, int, int]:
 # -- SOFT_MAX ------------------------------------------------------------------------------
 
 
-def _refuses_soft_max(t: Tensor) -> str:
-    return wrong_type(t, F32, F32, F16_F32, F32) or gaps(t, 0, 1, 2)
-
-
 def _call_soft_max(plan: HostPlan, t: Tensor) -> None:
     x = source(t, 0)
     params = (t.param_i32(0), t.param_i32(1), *_slopes(x.ne[2], t.param_f32(1)))
@@ -48,7 +44,13 @@ def _work_of_soft_max(node: Tensor, used_experts: UsedExperts) -> Work:
     return NOTHING if is_fused else one_pass(node, used_experts)
 
 
-declare(Op.SOFT_MAX, refuses=_refuses_soft_max, call=_call_soft_max, work=_work_of_soft_max, fits=like_source)
+declare(
+    Op.SOFT_MAX,
+    refuses=lambda t: wrong_type(t, F32, F32, F16_F32, F32) or gaps(t, 0, 1, 2),
+    call=_call_soft_max,
+    work=_work_of_soft_max,
+    fits=like_source,
+)
 
 
 def _call_mask(plan: HostPlan, t: Tensor) -> None:
@@ -61,10 +63,6 @@ declare(Op.DIAG_MASK_INF, Op.DIAG_MASK_ZERO, refuses=not_f32_rows, call=_call_ma
 
 
 # -- FLASH_ATTN_EXT ------------------------------------------------------------------------
-
-
-def _refuses(t: Tensor) -> str:
-    return wrong_type(t, F32, F32, _CACHED, _CACHED, _F16, F32) or gaps(t, 0, 1, 2, 3, 4)
 
 
 def _call(plan: HostPlan, t: Tensor) -> None:
@@ -110,14 +108,16 @@ def _is_part_of(v: Tensor, k: Tensor) -> bool:
     return v.view_src is not None and v.view_src is k.view_src and v.view_offs == k.view_offs
 
 
-declare(Op.FLASH_ATTN_EXT, refuses=_refuses, call=_call, n_sources=3, work=_work)
+declare(
+    Op.FLASH_ATTN_EXT,
+    refuses=lambda t: wrong_type(t, F32, F32, _CACHED, _CACHED, _F16, F32) or gaps(t, 0, 1, 2, 3, 4),
+    call=_call,
+    n_sources=3,
+    work=_work,
+)
 
 
 # -- LIGHTNING_INDEXER ---------------------------------------------------------------------
-
-
-def _refuses_indexer(t: Tensor) -> str:
-    return wrong_type(t, F32, F32, _CACHED, F32, _F16) or gaps(t, 0, 1, 2, 3, 4)
 
 
 def _call_indexer(plan: HostPlan, t: Tensor) -> None:
@@ -141,4 +141,10 @@ def _work_of_indexer(node: Tensor, used_experts: UsedExperts) -> Work:
     return Work(Kind.ATTENTION, flops, moved_bytes(node), n_tokens=q.ne[2])
 
 
-declare(Op.LIGHTNING_INDEXER, refuses=_refuses_indexer, call=_call_indexer, n_sources=4, work=_work_of_indexer)
+declare(
+    Op.LIGHTNING_INDEXER,
+    refuses=lambda t: wrong_type(t, F32, F32, _CACHED, F32, _F16) or gaps(t, 0, 1, 2, 3, 4),
+    call=_call_indexer,
+    n_sources=4,
+    work=_work_of_indexer,
+)

@@ -98,8 +98,3 @@ def is_broadcast(t: Tensor) -> bool:
 def one_a_row(t: Tensor) -> bool:
     """Whether the result has one element for each row."""
     return t.ne == (1, *source(t, 0).ne[1:])
-
-
-def as_many(t: Tensor) -> bool:
-    """Whether the result has as many elements as its source."""
-    return t.numel == source(t, 0).numel

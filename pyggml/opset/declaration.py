@@ -56,11 +56,6 @@ class Choice:
     is_expert: bool = False
 
 
-def accept(t: Tensor) -> str:
-    """Refuse nothing."""
-    return ""
-
-
 def any_shape(t: Tensor) -> bool:
     """Allow any shape of a result."""
     return True
@@ -74,14 +69,14 @@ class Kernel(Generic[Plan, Made]):
     ----------
     refuses : callable
         Returns why a node with all its sources cannot be computed, for instance because of a type; empty if it can.
-    call : callable or None
-        Adds the node to a plan. It may import kernels; nothing else does. None: there is no kernel.
+    call : callable
+        Adds the node to a plan. It may import kernels; nothing else does.
     n_sources : int
         How many sources the op cannot be without.
     """
 
     refuses: Callable[[Tensor], str]
-    call: Callable[[Plan, Tensor], Made] | None
+    call: Callable[[Plan, Tensor], Made]
     n_sources: int = 1
 
 
@@ -109,8 +104,8 @@ OPS: dict[Op, OpDeclaration] = {}
 
 def declare(
     *ops: Op,
-    refuses: Callable[[Tensor], str] = accept,
-    call: Callable[[HostPlan, Tensor], None] | None = None,
+    refuses: Callable[[Tensor], str],
+    call: Callable[[HostPlan, Tensor], None],
     n_sources: int = 1,
     work: Rule = one_pass,
     fits: Callable[[Tensor], bool] = any_shape,
@@ -143,7 +138,7 @@ def reason_unsupported(t: Tensor, kernels: Mapping[Op, Kernel[Any, Any]] = OPS) 
     if op.is_empty:
         return ""
     kernel = kernels.get(op)
-    if kernel is None or kernel.call is None:
+    if kernel is None:
         return f"there is no kernel for {op.name}"
     n = kernel.n_sources
     if len(t.src) < n or None in t.src[:n]:

@@ -9,7 +9,7 @@ from ..tensor import Tensor
 from ..types import Op, Type
 from . import kernels
 from .calls import Layout, by_elements, by_rows, flat
-from .checks import CODED, F32, FLOATS, I32, QUANTISED, WEIGHTS, as_many, gaps, source, wrong_type
+from .checks import CODED, F32, FLOATS, I32, QUANTISED, WEIGHTS, gaps, source, wrong_type
 from .declaration import Choice, UsedExperts, declare
 from .work import in_other_kernel, rows_bytes
 
@@ -67,7 +67,7 @@ def _call_copy(plan: HostPlan, t: Tensor) -> None:
     plan.add(copy.copy_rows.address, t, tensors, params, **by_elements(t))
 
 
-declare(Op.CPY, Op.CONT, Op.DUP, refuses=_refuses_copy, call=_call_copy, fits=as_many)
+declare(Op.CPY, Op.CONT, Op.DUP, refuses=_refuses_copy, call=_call_copy, fits=lambda t: t.numel == source(t, 0).numel)
 
 
 # -- REPEAT, CONCAT ------------------------------------------------------------------------

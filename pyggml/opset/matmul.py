@@ -157,10 +157,6 @@ declare(
 # -- OUT_PROD ------------------------------------------------------------------------------
 
 
-def _refuses_outer(t: Tensor) -> str:
-    return wrong_type(t, F32, FLOATS | QUANTISED, F32) or gaps(t, 0, 1)
-
-
 def _call_outer(plan: HostPlan, t: Tensor) -> None:
     a = source(t, 0)
     n_products = t.numel * a.ne[1]
@@ -181,4 +177,10 @@ def _work_outer(node: Tensor, used_experts: UsedExperts) -> Work:
     return Work(Kind.PRODUCT, flops, moved_bytes(node), type=Type.F32, columns=node.ne[1], n_tokens=node.ne[1])
 
 
-declare(Op.OUT_PROD, refuses=_refuses_outer, call=_call_outer, n_sources=2, work=_work_outer)
+declare(
+    Op.OUT_PROD,
+    refuses=lambda t: wrong_type(t, F32, FLOATS | QUANTISED, F32) or gaps(t, 0, 1),
+    call=_call_outer,
+    n_sources=2,
+    work=_work_outer,
+)

@@ -150,6 +150,12 @@ def test_products_that_are_no_mul_mat_count_what_they_sum_over():
     assert node_work(scores, _no_experts).flops == 2 * 33 * 4 * 7 * 2
 
 
+def test_a_node_without_sources_has_work():
+    """ARANGE writes its row and reads nothing."""
+    row = ggml.arange(0.0, 5.0, 1.0)
+    assert (node_work(row, _no_experts).flops, node_work(row, _no_experts).moved_bytes) == (5, 20)
+
+
 def test_ops_that_are_declared_compute():
     """No view is declared, nor NONE."""
     assert not [op.name for op in OPS if op.is_empty]

@@ -73,10 +73,8 @@ def reason_refused(t: Tensor) -> str:
 
 def launches_of(t: Tensor, work: Workspace) -> list[Launch]:
     """Return the launches of a node that is not refused, and let the workspace forget what the node writes over."""
-    call = KERNELS[t.op].call
-    assert call is not None
     assert t.data is not None
-    made = call(work, t)
+    made = KERNELS[t.op].call(work, t)
     work.forget(t.data, t.data + t.nbytes)
     return made
 

@@ -174,9 +174,7 @@ class HostPlan:
                 reason = reason_unsupported(node) or reason_malformed(node)
                 if reason:  # kernels trust their descriptors
                     raise UnsupportedOpError(node.name, node.op_desc, (self.backend,), reason=reason)
-                call = OPS[node.op].call
-                assert call is not None
-                call(self, node)
+                OPS[node.op].call(self, node)
                 if self.share:
                     self._forget(node)
                 else:
