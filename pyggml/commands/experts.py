@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
-from ._console import n_bytes, print_json, report, table, warn
+from ._console import n_bytes, n_seconds, print_json, report, table, warn
 from ._expert_traces import TraceFlags, trace_options
 
 if TYPE_CHECKING:
@@ -187,6 +187,11 @@ def _compare_words(made: Comparison) -> list[str]:
         words.append(
             f"Times: {m['name']}, {m['link_gb_per_s']:.1f} GB/s and {m['copy_latency_us']:.0f} µs per copy; only experts and their copies, without overlap. "
             "'as N layers' uses the same bytes for whole layers; the CPU computes the others."
+        )
+    if made.seconds:
+        rate = made.n_replayed / made.seconds / 1e6
+        words.append(
+            f"Replayed {made.n_replayed:,} touches in {n_seconds(made.seconds)}, {rate:,.1f} million per second."
         )
     return words
 

@@ -7,12 +7,15 @@ where.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from ..errors import GraphError
 
-__all__ = ["Admission", "Always", "Cache", "Decision", "Eviction", "Load"]
+__all__ = ["Admission", "Always", "Cache", "Decision", "Events", "Eviction", "Load"]
 
 
 class Load(NamedTuple):
@@ -45,6 +48,32 @@ class Decision(NamedTuple):
     prefetched: tuple[Load, ...] = ()
 
 
+class Events(NamedTuple):
+    """All events of a request, as arrays: what `Eviction.replay_events` gets.
+
+    Attributes
+    ----------
+    offsets : int64, (n_event + 1,)
+        Keys of event ``i`` are ``keys[offsets[i]:offsets[i + 1]]``.
+    keys : int32, (n_touch,)
+        Distinct within an event, in slot order.
+    pool, step, layer : int64, (n_event,)
+        The pool, step and layer of each event.
+    slots : int64, (n_pool,)
+        The size of each pool.
+    n_key : int
+        Keys of a pool are below it.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.int32]
+    pool: npt.NDArray[np.int64]
+    step: npt.NDArray[np.int64]
+    layer: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+    n_key: int
+
+
 class Eviction(ABC):
     """Chooses what leaves. An instance serves one pool; its methods are called for everything that happens there.
 
@@ -54,6 +83,10 @@ class Eviction(ABC):
 
     #: Whether keys are kept apart from the event's need, so that `Cache` must not admit others.
     must_admit = True
+
+    #: Optional: a static method that replays all events at once, with all misses admitted, for replays as fast as the compiled ones.
+    #: It returns which touches hit, bool, (n_touch,), and must agree with the object's own decisions, which a cache that runs asks.
+    replay_events: ClassVar[Callable[[Events], npt.NDArray[np.bool_]] | None] = None
 
     def __init__(self, n_slot: int, n_key: int) -> None:
         self.n_slot, self.n_key = n_slot, n_key

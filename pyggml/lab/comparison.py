@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,13 @@ class Comparison:
     lru_begins: dict[str, int | None]
     n_step: int
     sweep: int  #: most distinct experts of a step, over all layers
+    seconds: float = 0.0  #: that the replays took on this machine
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def n_replayed(self) -> int:
+        """Touches of all replays."""
+        return sum(row.result.touches for row in self.rows)
 
     def json(self) -> dict[str, Any]:
         """Return everything, as `--json` prints it."""
@@ -139,7 +146,9 @@ def compare(
 ) -> Comparison:
     """Replay policies at several capacities, and compute what the same bytes give as resident layers."""
     work = Workload.of(trace, setting, dense_bytes=dense_bytes)
+    start_s = perf_counter()
     results = list(replay(trace, policies, capacities, setting))
+    seconds = perf_counter() - start_s
     rows, refused = [], []
     best = {(r.policy.name, r.capacity): r.hit_rate for r in results if isinstance(r, Result)}
     if any(isinstance(r, Result) for r in results):
@@ -163,7 +172,7 @@ def compare(
             if held:
                 resident.append((capacity, resident_layers(trace, work, machine, held)))
     begins = lru_begins(trace, setting)
-    made = Comparison(trace, setting, machine, work, rows, refused, resident, begins, *_steps(trace, setting))
+    made = Comparison(trace, setting, machine, work, rows, refused, resident, begins, *_steps(trace, setting), seconds)
     made.warnings.extend(_warnings(made))
     return made
 

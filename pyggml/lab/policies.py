@@ -10,18 +10,23 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from .. import moe_cache
 from ..errors import GraphError
 from ..kernels.lab import listed, stack
 from ..moe_cache import EvictionPolicy
 from . import evictions
 from .admissions import parse_admission
-from .cache import Admission, Cache, Eviction
+from .cache import Admission, Cache, Events, Eviction
 from .llama import LlamaCache
 from .pools import Pools
 
-__all__ = ["POLICIES", "Policy", "parse_policy"]
+__all__ = ["POLICIES", "Batch", "Policy", "parse_policy"]
 
+#: See `Eviction.replay_events`.
+Batch = Callable[[Events], npt.NDArray[np.bool_]]
 _HALF_LIFE = 64.0
 
 
@@ -61,6 +66,11 @@ class Policy:
     fit: str = ""
     half_life: float = _HALF_LIFE
     llama: type[EvictionPolicy] | None = None
+
+    @property
+    def batch(self) -> Batch | None:
+        """The eviction's own replay of all events at once; None if it has none, or an admission that it does not know."""
+        return None if self.make is None or self.admission or self.fit else getattr(self.make, "replay_events", None)
 
     def cache(self, n_slot: int, pools: Pools, counts: Mapping[int, int] | None = None) -> Cache | LlamaCache:
         """Return a pool of slots with this policy; raises as `eviction`."""

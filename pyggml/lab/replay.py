@@ -17,9 +17,9 @@ import numpy.typing as npt
 from ..errors import GraphError
 from ..kernels.lab import listed, sized, stack
 from . import validate
-from .cache import Cache
+from .cache import Cache, Events
 from .llama import LlamaCache
-from .policies import Policy, parse_policy
+from .policies import Batch, Policy, parse_policy
 from .pools import Capacity, Ints, Pools, Run, runs_of
 from .trace import Phase, Trace
 
@@ -244,6 +244,8 @@ class _Replayer:
                 )  # fmt: skip
                 if over:
                     return Refusal(policy.name, capacity, f"stands {over:,} bytes above the budget after events")
+            elif policy.batch is not None and slots is not None and not in_bytes:
+                hit[:] = self._batch(policy, policy.batch, run, slots)
             else:
                 counts = self._counts(policy, i)
                 try:
@@ -285,6 +287,24 @@ class _Replayer:
         if failed >= 0:
             raise GraphError(f"a cache of {slots[run.pool[failed]]:,} slots cannot hold the experts of one event")
         return preload
+
+    def _batch(self, policy: Policy, replay_events: Batch, run: Run, slots: Ints) -> npt.NDArray[np.bool_]:
+        """Replay a policy that takes all events at once.
+
+        Raises
+        ------
+        GraphError
+            It does not return a bool for each touch.
+        """
+        hit = np.asarray(
+            replay_events(Events(run.offsets, run.keys, run.pool, run.step, run.layer, slots, self.pools.n_key))
+        )
+        if hit.dtype != np.bool_ or hit.shape != run.keys.shape:
+            raise GraphError(
+                f"replay_events of {policy.name} returns {hit.dtype} {hit.shape}, and there are {len(run.keys):,} touches",
+                hint="return a numpy array of bool, one for each key",
+            )
+        return hit
 
     def _counts(self, policy: Policy, i: int) -> list[dict[int, int]] | None:
         """Return the uses of each pool's keys, to which a static set is fitted."""

@@ -323,6 +323,46 @@ def test_own_policies_are_plugged_in_by_name(tmp_path, monkeypatch):
         parse_policy("nothing")
 
 
+def test_own_policies_may_take_all_events_at_once(tmp_path, monkeypatch):
+    """`replay_events` gets the arrays and gives the hits, and is used only where its misses all enter; what is no mask is refused."""
+    (tmp_path / "atonce.py").write_text(
+        "import numpy as np\nfrom pyggml.lab import replay\nfrom pyggml.lab.evictions import FIFO\n"
+        "class Mine(FIFO):\n"
+        "    calls = []\n"
+        "    @staticmethod\n"
+        "    def replay_events(e):\n"
+        "        Mine.calls.append(e)\n"
+        "        held, hit = {}, np.zeros(len(e.keys), bool)\n"
+        "        for i, p in enumerate(e.pool):\n"
+        "            own, keys = held.setdefault(p, []), e.keys[e.offsets[i]:e.offsets[i + 1]].tolist()\n"
+        "            hit[e.offsets[i]:e.offsets[i + 1]] = [k in own for k in keys]\n"
+        "            for k in [k for k in keys if k not in own]:\n"
+        "                if len(own) == e.slots[p]:\n"
+        "                    own.remove(next(x for x in own if x not in keys))\n"
+        "                own.append(k)\n"
+        "        return hit\n"
+        "class Wrong(FIFO):\n"
+        "    @staticmethod\n"
+        "    def replay_events(e):\n"
+        "        return np.zeros(3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rng = np.random.default_rng(3)
+    trace = make(
+        [[rng.choice(8, 2, replace=False).tolist() for _ in range(3)] for _ in range(60)], n_layer=3, n_expert=8
+    )
+    mine, fifo = replay(trace, ["atonce:Mine", "fifo"], [Capacity(slots=4)])
+    assert mine.requests == fifo.requests
+    policy = parse_policy("atonce:Mine")
+    assert len(policy.make.calls) == 1
+    assert policy.make.calls[0].slots.tolist() == [4, 4, 4]
+    objects, fifo = replay(trace, ["atonce:Mine+2of8", "fifo+2of8"], [Capacity(slots=4)])
+    assert objects.requests == fifo.requests
+    assert len(policy.make.calls) == 1
+    with pytest.raises(GraphError, match="replay_events of atonce:Wrong returns float64"):
+        list(replay(trace, ["atonce:Wrong"], [Capacity(slots=4)]))
+
+
 def test_misleading_events_are_not_replayed(tmp_path):
     """What a validator refuses cannot be replayed, whatever asks for it."""
     rng = np.random.default_rng(0)
