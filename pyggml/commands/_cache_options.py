@@ -29,7 +29,7 @@ _OPTIONS = cloup.option_group(
     cloup.option("--moe-cache-mib", type=click.IntRange(0), default=0, metavar="N",
                  help="Size of llama.cpp's expert cache, over all devices. [0: off]"),
     cloup.option("--moe-cache-eviction", type=click.Choice(["lru", "slru"]), default="slru", show_default=True,
-                 help="Its rule: lru is llama.cpp b11549 and 0.7.0, slru b11739."),
+                 help="Its rule: lru is llama.cpp b11549 and 0.7.0, slru b11739; with --engine llama the library's own."),
     cloup.option("--expert-cache", default="", metavar="POLICY:SIZE",
                  help="A cache with a policy of `pyggml experts` instead: lfru:20%, lru+hotter:512MiB, lfu:6 (slots)."),
     cloup.option("--expert-cache-scope", type=click.Choice(["layer", "group", "global"]), default="layer", show_default=True,

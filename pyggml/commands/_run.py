@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -236,6 +236,9 @@ def _open(
             raise
         finally:
             told.seconds["total"] = time.perf_counter() - start_s
+            if not isinstance(session, Session) and output.expert_cache is not None:
+                with suppress(PyggmlError):  # after an error the child may be gone
+                    told.cache_log = session.finish()
             run.finish()
 
 
@@ -293,6 +296,7 @@ class _Opening:
             threads=self.flags.threads,
             recorder=recorder,
             watches_experts=self.output.logits is not None or self.output.routing is not None,
+            moe_cache_bytes=getattr(self.output.expert_cache, "size_bytes", 0),
         )
 
 

@@ -67,6 +67,7 @@ class RunReport:
     virtual: VirtualReport | None = None
     expert_cache: MoeCache | None = None
     prefetch: ExpertPrefetch | None = None
+    cache_log: list[str] = field(default_factory=list)  #: llama.cpp's own lines about its expert cache
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -130,6 +131,8 @@ class RunReport:
 
     def _cache_dict(self) -> dict[str, Any] | None:
         cache = self.expert_cache
+        if self.cache_log:
+            return {"log": self.cache_log}
         return None if cache is None else {**cache.as_dict(), "log": [*cache.start_lines(), *cache.counters.lines()]}
 
     def _counts(self) -> dict[str, int]:
@@ -161,6 +164,7 @@ class RunReport:
         if self.expert_cache is not None:
             parts.append(cache_table(self.expert_cache))
             parts += ["\n".join(lines)] if (lines := self.expert_cache.counters.lines()) else []
+        parts += ["\n".join(self.cache_log)] if self.cache_log else []
         if self.prefetch is not None:
             parts.append(self.prefetch.counters.line())
         parts += [memory_table(self.memory), self._time_table()]

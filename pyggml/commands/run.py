@@ -157,8 +157,8 @@ def command(
     if interactive and (as_json or tokens is not None or dump_logits is not None or record_routing is not None):
         raise click.UsageError("--interactive does not work with --json, --tokens, --dump-logits or --record-routing")
     check_outputs(model, timeline, html, dump_logits, record_routing)
-    if engine == "llama" and expert_cache is not None:
-        raise click.UsageError("an expert cache of pyggml does not work with --engine llama")
+    if engine == "llama" and expert_cache is not None and not hasattr(expert_cache, "size_bytes"):
+        raise click.UsageError("--expert-cache does not work with --engine llama, which has its own: --moe-cache-mib")
     if engine == "llama" and flags.expert_copy != "used":
         raise click.UsageError("--expert-copy does not work with --engine llama: llama.cpp decides what is copied")
     from ..sampling import SamplerFlags

@@ -144,7 +144,7 @@ class Engine:
             raise SchedError("no model is open in the child")
         methods: dict[str, Callable[..., Any]] = {
             "decode": self.decode, "keep": self.keep, "tokenize": self.tokenize, "pieces": self.pieces,
-            "device": self.device, "state": self.state, "late": self.late,
+            "device": self.device, "state": self.state, "late": self.late, "finish": self.finish,
         }  # fmt: skip
         arguments = {k: v for k, v in request.items() if k not in ("do", "model", "timeout_s")}
         return methods[do](**arguments)
@@ -386,6 +386,12 @@ class Engine:
             "clock": ledger.clock,
             "records": ledger.take_records(),
         }
+
+    def finish(self) -> list[str]:
+        """Free the context and return llama.cpp's lines about the expert cache."""
+        self.lib.llama_free(self._ctx)
+        self._ctx = self.ffi.NULL
+        return [line.strip() for line in self.lines if line.startswith("llama_moe_cache:")]
 
     # -- races ---------------------------------------------------------------
 

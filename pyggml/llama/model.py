@@ -35,6 +35,7 @@ from ..models.batch import Outputs
 from ..models.context import ContextFlags
 from ..models.placement import PlacementFlags, parse_overrides, warn_of_unmatched
 from ..models.topk import TopK
+from ..moe_cache import LlamaCache
 from ..planning import Planner
 from ..record import AllocPurpose, AllocRecord, Recorder, Recording, Statistics
 from ..session import BatchRecord
@@ -89,6 +90,8 @@ class LlamaModel(Generator):
     faults : sequence of (int, str, int)
         What fails while the model is loaded: index of a simulated device, moment, and the number of successes before;
         see `fail_at`.
+    moe_cache_bytes : int
+        Size of llama.cpp's expert cache (``--moe-cache-mib``); 0: none. Which experts stay is the library's rule.
     host : DeviceProfile or None
         Profile of llama.cpp's CPU on the virtual clock, which exists if all devices have a profile.
     library : str
@@ -139,6 +142,7 @@ class LlamaModel(Generator):
         recorder: Recorder | None = None,
         watches_experts: bool = False,
         faults: Sequence[tuple[int, Moment, int]] = (),
+        moe_cache_bytes: int = 0,
         host: DeviceProfile | None = CPU_PROFILE,
         library: str = "",
         timeout_s: float | None = TIMEOUT_S,
@@ -154,6 +158,7 @@ class LlamaModel(Generator):
             self.metadata = dict(file.metadata)
         self.device_names = [d.name for d in here]
         self._names, self._placement, self._context = names, placement, context
+        self._cache_rule = LlamaCache(moe_cache_bytes, "lru") if moe_cache_bytes else None
         self._causes: Causes | None = None
         self._can_explain = recorder is not None and all(name.startswith("sim") for name in names)
         self._use, self._words = threading.Lock(), ""
@@ -165,7 +170,7 @@ class LlamaModel(Generator):
             "do": "open",
             "devices": [{"name": n, "index": kinds[:i].count(kinds[i]), "seed": seed} for i, n in enumerate(names)],
             "placement": about_placement(placement, here, overrides),
-            "context": about_context(context),
+            "context": about_context(context, moe_cache_bytes),
             "threads": threads,
             "host": host,
             "use_mmap": placement.use_mmap,
@@ -231,7 +236,7 @@ class LlamaModel(Generator):
             try:
                 planner = Planner.open(
                     self.path, devices=self._names, placement=self._placement, context=self._context, data=False,
-                    recorder=recording,
+                    recorder=recording, expert_cache=self._cache_rule,
                 )  # fmt: skip
             except PyggmlError as error:
                 _log.info("no plan tells why nodes are where they are: %s", error)
@@ -406,6 +411,11 @@ class LlamaModel(Generator):
         self._device(index, "recover")
 
     # -- closing -------------------------------------------------------------
+
+    def finish(self) -> list[str]:
+        """Free llama.cpp's context and return its log of the expert cache; afterwards nothing can be decoded."""
+        found: list[str] = self._ask("finish")
+        return found
 
     def close(self) -> None:
         """End the child."""

@@ -8,10 +8,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from oracle.moe_cache import Difference, read, replay
 
+from pyggml.llama import LlamaModel
+from pyggml.models.context import ContextFlags
+from pyggml.models.placement import PlacementFlags
+
 TESTS = Path(__file__).parents[1]
+
+
+def test_a_model_in_llama_cpp_with_its_cache_computes_the_same(random_model) -> None:
+    """`LlamaModel` passes the size of the cache on: the same logits, llama.cpp's own counts, fewer bytes in repeated steps."""
+    flags = {"placement": PlacementFlags(cpu_moe=True), "context": ContextFlags(n_ctx=128), "threads": 1}
+    found = []
+    for n_bytes in (0, 12 << 20):
+        with LlamaModel(random_model("qwen3moe"), moe_cache_bytes=n_bytes, **flags) as model:
+            found.append([model.decode([i]).tolist() for i in (1, 5, 5, 5, 5)])
+            log = model.finish()
+        assert bool(log) == bool(n_bytes)
+    assert "hit rate" in log[-1]
+    assert "hits = 0," not in log[-1]
+    for plain, cached in zip(*found, strict=True):
+        np.testing.assert_allclose(cached, plain, atol=1e-4)
 
 
 @pytest.mark.parametrize(("arch", "n_bytes", "n_lines"), [("qwen3moe", 6 << 20, 2), ("gpt-oss", 9 << 20, 3)])
