@@ -265,10 +265,19 @@ class _Opening:
         start_s = time.perf_counter()
         is_llama = self.output.engine == "llama"
         backends, cpu = open_backends(self.flags, data=not is_llama)
-        warm_up(is_for_child=is_llama)
+        if is_llama:
+            warm_up(is_for_child=True)
         loading_s = time.perf_counter()
         opened = self._open_llama(recorder) if is_llama else self._open_session(backends, cpu, recorder, progress)
-        self.kernels_s, self.load_s = loading_s - start_s, time.perf_counter() - loading_s
+        loaded_s = time.perf_counter()
+        if not is_llama:  # compile after opening, so that an error comes first
+            try:
+                warm_up(is_for_child=False)
+            except BaseException:
+                opened.close()
+                raise
+        self.load_s = loaded_s - loading_s
+        self.kernels_s = time.perf_counter() - start_s - self.load_s
         return opened, [*backends, cpu]
 
     def _open_session(self, backends: list[Backend], cpu: Backend, recorder: Recorder, progress: Progress) -> Session:
