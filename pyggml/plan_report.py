@@ -185,9 +185,14 @@ class BatchPlans(list[BatchPlan]):
 
 
 def plan_batches(
-    planner: Planner, sizes: Sequence[int], *, outputs: Literal["last", "all"] = "last", routing: Routing
+    planner: Planner,
+    sizes: Sequence[int],
+    *,
+    outputs: Literal["last", "all"] = "last",
+    routing: Routing,
+    depth: int = 0,
 ) -> BatchPlans:
-    """Return the plan of a decode of each size, from an empty cache.
+    """Return the plan of a decode of each size, with ``depth`` tokens in the cache before.
 
     Raises
     ------
@@ -196,8 +201,12 @@ def plan_batches(
     """
     plans = BatchPlans()
     for n in sizes:
-        graphs = [_graph_plan(planner, planned, routing) for planned in planner.plan_batch(n, outputs=outputs)]
-        simulated = simulate_batch(planner, n, outputs=outputs, routing=routing) if can_simulate(planner) else None
+        graphs = [
+            _graph_plan(planner, planned, routing) for planned in planner.plan_batch(n, outputs=outputs, depth=depth)
+        ]
+        simulated = None
+        if can_simulate(planner):
+            simulated = simulate_batch(planner, n, outputs=outputs, routing=routing, depth=depth)
         plans.append(BatchPlan(n, graphs, simulated))
     return plans
 

@@ -459,8 +459,8 @@ class Planner:
                 self.sched.set_tensor_backend(tensor, self.backends[-1])
         return graph
 
-    def plan_batch(self, n_tokens: int, *, outputs: Outputs = "last") -> list[PlannedGraph]:
-        """Return the graphs and plans of a decode of ``n_tokens`` tokens of one sequence, from an empty cache.
+    def plan_batch(self, n_tokens: int, *, outputs: Outputs = "last", depth: int = 0) -> list[PlannedGraph]:
+        """Return the graphs and plans of a decode of ``n_tokens`` tokens of a sequence with ``depth`` tokens in the cache.
 
         Parameters
         ----------
@@ -479,7 +479,7 @@ class Planner:
         A micro-batch that uses the previous graph again has no entry. The cache is empty afterwards.
         """
         planned: list[PlannedGraph] = []
-        for part, graph in self.micro_batches(n_tokens, outputs=outputs):
+        for part, graph in self.micro_batches(n_tokens, outputs=outputs, depth=depth):
             if planned and planned[-1].graph is graph:
                 continue
             self.sched.split_graph(graph.graph)
@@ -494,15 +494,15 @@ class Planner:
         return PlannedGraph(graph, part, self.sched.plan, self.size_of_split())
 
     def micro_batches(
-        self, n_tokens: int, *, outputs: Outputs = "last", is_generated: bool = False
+        self, n_tokens: int, *, outputs: Outputs = "last", depth: int = 0, is_generated: bool = False
     ) -> Iterator[tuple[MicroBatch, PlannableGraph]]:
-        """Yield each micro-batch of a decode of ``n_tokens`` tokens of one sequence, from an empty cache, with its graph.
+        """Yield each micro-batch of a decode, with its graph; the arguments are those of `plan_batch`.
 
         With ``is_generated`` each micro-batch has one token. For a new graph the scheduler is reset and the pins are set.
         The cache is empty afterwards.
         """
         graph: PlannableGraph | None = None
-        for part, build in self.source.parts(n_tokens, outputs, is_generated=is_generated):
+        for part, build in self.source.parts(n_tokens, outputs, depth=depth, is_generated=is_generated):
             if build is not None:
                 graph = self._adopt(build)
             assert graph is not None

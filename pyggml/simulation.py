@@ -36,7 +36,7 @@ __all__ = ["RoutedIds", "SimulatedBatch", "can_simulate", "simulate_batch"]
 
 @dataclass(slots=True)
 class SimulatedBatch:
-    """The result of a simulated decode from an empty cache.
+    """The result of a simulated decode.
 
     Attributes
     ----------
@@ -156,10 +156,11 @@ def simulate_batch(
     n_tokens: int,
     *,
     outputs: Outputs = "last",
+    depth: int = 0,
     routing: Routing | None = None,
     is_generated: bool = False,
 ) -> SimulatedBatch:
-    """Simulate a decode of ``n_tokens`` tokens from an empty cache; an expert cache is emptied first.
+    """Simulate a decode of ``n_tokens`` tokens; an expert cache is emptied first.
 
     Parameters
     ----------
@@ -167,6 +168,8 @@ def simulate_batch(
         A planner without data.
     outputs : str
         The tokens whose logits are computed: ``"last"`` or ``"all"``.
+    depth : int
+        Tokens of the sequence that are in the cache before.
     routing : Routing, optional
         Which experts the tokens choose, where the scheduler would read ids; `routing_of` the model, if not given.
     is_generated : bool
@@ -200,9 +203,9 @@ def simulate_batch(
         prefetch.clear()
     began = None if clock is None else clock.reading()
     before = (sched.stats.bytes_copied, sched.stats.bytes_full, dict(sched.stats.bytes_by_reason))
-    n_before, allocated = 0, None
+    n_before, allocated = depth, None
     try:
-        for part, graph in planner.micro_batches(n_tokens, outputs=outputs, is_generated=is_generated):
+        for part, graph in planner.micro_batches(n_tokens, outputs=outputs, depth=depth, is_generated=is_generated):
             routed.tokens = range(n_before, n_before + part.n_tokens)
             routed.outputs = [n_before + i for i in _outputs(part)]
             sched.announce(part.n_tokens, n_before, part.n_outputs)

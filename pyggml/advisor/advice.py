@@ -31,6 +31,10 @@ __all__ = ["Advice", "Help", "Recommendation", "open_machine", "plan", "this_mac
 MARGIN_BYTES = 1 << 30
 #: A plan that gives something up must gain this much.
 _NOTEWORTHY = 1.03
+#: Times closer than this are equal.
+_NOTEWORTHY_TIME = 1.005
+#: Of a prompt that is computed on the simulated machine; each takes a tenth of a second.
+_MOST_MICRO_BATCHES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +215,7 @@ def plan(
     with GGUFFile.open(path) as file, ExitStack() as held:
         shape = ModelShape.from_header(file.metadata, file.tensors, Path(name).name)
         memory = held.enter_context(
-            closing(
-                MemoryModel(file, backends, context, host_bytes=machine.host.memory_bytes, margin_bytes=margin_bytes)
-            )
+            closing(MemoryModel(file, backends, context, host=machine.host, margin_bytes=margin_bytes))
         )
         threads = held.enter_context(ThreadPoolExecutor(1))
         asked = threads.submit(ask_llama, file, backends, context)  # llama.cpp answers in a process of its own
@@ -238,6 +240,7 @@ def plan(
             advice.fit = maker.make("what llama.cpp's --fit chooses", search.score(chosen))
         advice.compared = [maker.make("yours", search.score(setting)) for setting in compare]
         if advice.plans:
+            maker.best_first()
             best = advice.plans[0]
             advice.pays_from = pays_from(search, best.setting)
             tell("what would help")
@@ -385,6 +388,20 @@ class _Maker:
         self._points(by_goal)
         return plans
 
+    def best_first(self) -> None:
+        """Put first what the simulated machine finds fastest; formulas ranked before, and may be a few per cent off.
+
+        What the user's flags or ``--fit`` came to counts too. A plan with another KV type than the first never moves up.
+        """
+        advice = self.advice
+        first = advice.plans[0]
+        rivals = [p for p in advice.shown if p.fits and p.setting.type_k is first.setting.type_k]
+        best = min(rivals, key=lambda p: p.seconds)
+        if best.seconds * _NOTEWORTHY_TIME >= first.seconds:
+            return
+        others = [p for p in advice.plans[1:] if p is not best]
+        advice.plans = [replace(best, title=first.title), replace(first, title="nearly as fast"), *others]
+
     def _small(self, ranked: list[Scored], best: Scored) -> list[Scored]:
         """Return settings that are at most 10 % slower, those with the least on the devices first."""
         memory = self.search.memory
@@ -410,11 +427,13 @@ class _Maker:
         if len(set(names)) < len(names):
             names = [f"{name} #{i}" for i, name in enumerate(names)]
         memory = [replace(m, device=name) for m, name in zip(memory, [*names, "host"], strict=False)]
-        pp, tg = search.speed(setting, is_prompt=True), search.speed(setting, is_prompt=False)
-        per_prompt, per_generated = _link_bytes(search, setting) if memory else (0.0, 0.0)
+        times = _times(search, setting) if memory else _Times(*_formulas(search, setting))
+        goal = search.goal
+        exact = Scored(setting, goal.prompt / times.pp.mid, goal.generate / times.tg.mid)
         return Recommendation(
             title, setting, flags, command("llama-server", self.model, flags),
-            command("llama-server", self.model, ik_flags_of(flags)), pp, tg, scored.seconds, memory, per_prompt, per_generated, _bottleneck(search, scored),
+            command("llama-server", self.model, ik_flags_of(flags)), times.pp, times.tg, exact.seconds, memory, times.link_prompt,
+            times.link_generated, _bottleneck(search, scored, exact),
         )  # fmt: skip
 
     def _points(self, ranked: list[Scored]) -> None:
@@ -443,20 +462,48 @@ def _is_same(a: Setting, b: Setting) -> bool:
     return replace(a, n_batch=0) == replace(b, n_batch=0)
 
 
-def _link_bytes(search: Search, setting: Setting) -> tuple[float, float]:
-    """Return the bytes between devices for a token of a full micro-batch, and for a generated one, by the scheduler."""
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Speeds, and bytes over the links per token."""
+
+    pp: Speed
+    tg: Speed
+    link_prompt: float = 0.0
+    link_generated: float = 0.0
+
+
+def _formulas(search: Search, setting: Setting) -> tuple[Speed, Speed]:
+    return search.speed(setting, is_prompt=True), search.speed(setting, is_prompt=False)
+
+
+def _times(search: Search, setting: Setting) -> _Times:
+    """Return speeds by the scheduler on the simulated machine, as `splits` prints them; the search goes by formulas.
+
+    Notes
+    -----
+    A prompt of more than `_MOST_MICRO_BATCHES` micro-batches has the speed of the formulas, as a machine without cards has.
+    """
+    goal = search.goal
+    pp, tg = _formulas(search, setting)
     if not search.machine.cards:
-        return 0.0, 0.0
-    n = min(setting.n_ubatch, search.goal.prompt)
-    planner = search.memory.planner(setting)
-    prompt, one = simulate_batch(planner, n), simulate_batch(planner, 1)
-    return prompt.bytes_copied / n, float(one.bytes_copied)
+        return _Times(pp, tg)
+    planner, n = search.memory.planner(setting), goal.prompt
+    if -(-n // setting.n_ubatch) > _MOST_MICRO_BATCHES:
+        n = setting.n_ubatch
+    prompt = simulate_batch(planner, n)
+    key = search.generation_key(setting)
+    if key not in search.generated:
+        search.generated[key] = simulate_batch(planner, 1, depth=goal.depth)
+    one = search.generated[key]
+    if n == goal.prompt:
+        pp = prompt.speed or pp
+    return _Times(pp, one.speed or tg, prompt.bytes_copied / n, float(one.bytes_copied))
 
 
-def _bottleneck(search: Search, scored: Scored) -> str:
+def _bottleneck(search: Search, scored: Scored, exact: Scored) -> str:
     """Return the bottleneck in one sentence: each resource is doubled in turn, and the one that helps most is named."""
     machine = search.machine
-    phase = "The prompt" if scored.prompt_s > scored.generate_s else "Generation"
+    phase = "The prompt" if exact.prompt_s > exact.generate_s else "Generation"
     best, what = 1.0, "small kernels and their launches"
     for label, faster in _faster(machine):
         other = Search(search.shape, faster, search.goal, search.memory).score(scored.setting)
@@ -467,7 +514,9 @@ def _bottleneck(search: Search, scored: Scored) -> str:
             best, what = now / then, label
     share = 2.0 * (1.0 - 1.0 / best)  # of the time that goes away with half of it
     by = f" for {min(share, 1.0):.0%} of its time" if best > 1.0 else ""
-    return f"{phase} takes {max(scored.prompt_s, scored.generate_s):.1f} of {scored.seconds:.1f} s and waits{by} for {what}."
+    return (
+        f"{phase} takes {max(exact.prompt_s, exact.generate_s):.1f} of {exact.seconds:.1f} s and waits{by} for {what}."
+    )
 
 
 def _faster(machine: Machine) -> list[tuple[str, Machine]]:
@@ -507,15 +556,22 @@ def _helps(search: Search, settings: list[Setting], best: Recommendation) -> lis
         changes.append(("a link twice as fast", replace(machine, links=links), 0))
         changes.append(("4 GiB more memory on the device", machine, 4 << 30))
     found = []
+    alike = [search.score(s) for s in settings if s.type_k is best.setting.type_k]
+    now = sorted(alike, key=lambda s: s.seconds)
     for label, other, more in changes:
-        again = Search(search.shape, other, search.goal, search.memory)
-        kv = best.setting.type_k
-        fits = [s for s in settings if s.type_k is kv and _has_room(search.memory, s, more)]
-        then = min((again.score(s) for s in fits), key=lambda s: s.seconds, default=None)
-        search.n_timed += again.n_timed
+        again = search if other is machine else Search(search.shape, other, search.goal, search.memory)
+        then: Scored | None = None
+        for scored in now:
+            if then is not None and scored.seconds >= 2.0 * then.seconds:
+                break  # a resource twice as fast saves half of the time at most
+            if _has_room(search.memory, scored.setting, more):
+                made = again.score(scored.setting)
+                then = made if then is None or made.seconds < then.seconds else then
+        if again is not search:
+            search.n_timed += again.n_timed
         if then is not None:
             flags = flags_of(then.setting, search.goal.context)
-            found.append(Help(label, best.seconds / then.seconds, flags))
+            found.append(Help(label, search.score(best.setting).seconds / then.seconds, flags))
     return sorted(found, key=lambda h: -h.speedup)
 
 

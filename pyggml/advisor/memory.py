@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..backend import Backend
+from ..cost import host_profile
 from ..errors import DeviceUnavailableError, ModelError, PyggmlError
 from ..fit import Fit, fit_flags
-from ..foresight.estimate import Setting, device_of, has_host_experts
+from ..foresight.estimate import Setting, device_of, has_host_experts, place_key
 from ..gguf import GGUFFile
+from ..hardware.hosts import Host
 from ..memory_rows import Memory
-from ..planning import Planner
+from ..planning import Planner, virtual_clock
 from .settings import context_flags, is_experts_only, placement_flags
 
 __all__ = ["DeviceMemory", "FitChoice", "MemoryModel", "ask_llama", "fit_setting"]
@@ -57,23 +59,25 @@ class MemoryModel:
     ----------
     backends : sequence of Backend
         Backends without data; the last is the CPU.
-    host_bytes : int
-        RAM; 0 if unknown.
+    host : Host
+        Of the machine; a planner's virtual clock and the size of the RAM are its.
     margin_bytes : int
         The bytes to keep free on each device and on the host.
     """
 
     def __init__(
-        self, file: GGUFFile, backends: Sequence[Backend], n_ctx: int, *, host_bytes: int, margin_bytes: int
+        self, file: GGUFFile, backends: Sequence[Backend], n_ctx: int, *, host: Host, margin_bytes: int
     ) -> None:
         self.file, self.backends, self.n_ctx = file, list(backends), n_ctx
-        self.host_bytes, self.margin_bytes = host_bytes, margin_bytes
+        self.host, self.margin_bytes = host, margin_bytes
         self.n_opened = 0
         self._layers, self._experts, self._input, self._output = _weights(file)
         self._rest: dict[tuple[object, ...], list[int]] = {}
         self._exact: dict[Setting, list[DeviceMemory] | None] = {}
         self._sizes = [float(b.device.memory()[1]) for b in self.backends[:-1]]
         self._planner: Planner | None = None
+        self._at: tuple[object, ...] = ()
+        self._weights: dict[tuple[object, ...], list[int]] = {}
 
     @property
     def n_layer(self) -> int:
@@ -84,6 +88,12 @@ class MemoryModel:
 
     def weights(self, setting: Setting) -> list[int]:
         """Return the bytes of weights on each device, then on the host; of overrides those of experts are counted."""
+        key = place_key(setting)
+        if key not in self._weights:
+            self._weights[key] = self._weights_of(setting)
+        return self._weights[key]
+
+    def _weights_of(self, setting: Setting) -> list[int]:
         n, n_dev = len(self._layers), len(self.backends) - 1
         out = [0] * (n_dev + 1)
         for i, (every, experts) in enumerate(zip(self._layers, self._experts, strict=True)):
@@ -148,9 +158,14 @@ class MemoryModel:
     def planner(self, setting: Setting) -> Planner:
         """Return a planner of a setting, without data; it is this model's own, and the next setting changes it."""
         placement, context = placement_flags(setting), context_flags(setting, self.n_ctx)
-        if self._planner is not None and not self._planner.is_closed:
-            self._planner.change(placement, context)
+        host = self.host.with_threads(setting.threads)
+        at = (placement, context, host)
+        if self._planner is not None and not self._planner.is_closed and self._at[2:] == at[2:]:
+            if self._at != at:
+                self._at = ()
+                self._planner.change(placement, context)
         else:
+            self.close()
             self._planner = Planner.open(
                 self.file,
                 devices=self.backends[:-1],
@@ -158,7 +173,10 @@ class MemoryModel:
                 placement=placement,
                 context=context,
                 data=False,
+                strict=True,
+                clock=virtual_clock(self.backends, host_profile(host)),
             )
+        self._at = at
         return self._planner
 
     def _by_device(self, memory: Sequence[Memory]) -> list[int]:
@@ -171,7 +189,7 @@ class MemoryModel:
     def devices(self, taken: Sequence[int]) -> list[DeviceMemory]:
         """Return bytes of each backend beside what its device has."""
         names = [b.name for b in self.backends]
-        sizes = [b.device.memory()[1] for b in self.backends[:-1]] + [self.host_bytes]
+        sizes = [b.device.memory()[1] for b in self.backends[:-1]] + [self.host.memory_bytes]
         return [
             DeviceMemory(name, n, size, self.margin_bytes) for name, n, size in zip(names, taken, sizes, strict=True)
         ]

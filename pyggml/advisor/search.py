@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..foresight import Machine, ModelShape, Setting, Speed, speed_of
-from ..foresight.estimate import predict
+from ..foresight.estimate import Placed, place, place_key, predict
+from ..simulation import SimulatedBatch
 from ..types import Type
 from .memory import MemoryModel
 
@@ -20,6 +21,11 @@ class Goal:
     prompt: int = 2048
     generate: int = 256
     context: int = 8192
+
+    @property
+    def depth(self) -> int:
+        """Tokens in the cache when half of the answer is there: generation is as fast as this token."""
+        return self.prompt + self.generate // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,8 @@ class Search:
         self.n_timed = 0
         self._generation: dict[Setting, float] = {}
         self._scored: dict[Setting, Scored] = {}
+        self.generated: dict[Setting, SimulatedBatch] = {}  #: one token on the simulated machine, by `generation_key`
+        self._places: dict[tuple[object, ...], list[Placed]] = {}
 
     def score(self, setting: Setting) -> Scored:
         """Return the times of a setting."""
@@ -67,19 +75,39 @@ class Search:
     def _score(self, setting: Setting) -> Scored:
         self.n_timed += 1
         goal = self.goal
-        prompt = predict(self.shape, self.machine, setting, goal.prompt, 0, is_prompt=True) * goal.prompt
+        placed = self._placed(setting)
+        prompt = predict(self.shape, self.machine, setting, goal.prompt, 0, is_prompt=True, placed=placed) * goal.prompt
         return Scored(setting, prompt, self._generate_s(setting))
 
-    def _generate_s(self, setting: Setting) -> float:
-        """Return the time of the answer, which no micro-batch and no offloading changes."""
-        key = Setting(
+    def _placed(self, setting: Setting) -> list[Placed]:
+        """Return where the layers of a setting are."""
+        key = place_key(setting)
+        if key not in self._places:
+            self._places[key] = place(self.shape, setting, [c.memory_bytes for c in self.machine.cards])
+        return self._places[key]
+
+    @staticmethod
+    def generation_key(setting: Setting) -> Setting:
+        """Return what of a setting changes the time of the answer: no micro-batch and no offloading does."""
+        return Setting(
             n_gpu_layers=setting.n_gpu_layers, n_cpu_moe=setting.n_cpu_moe, overrides=setting.overrides,
             tensor_split=setting.tensor_split, split_mode=setting.split_mode,
             threads=setting.threads, type_k=setting.type_k, type_v=setting.type_v, kv_offload=setting.kv_offload,
         )  # fmt: skip
+
+    def _generate_s(self, setting: Setting) -> float:
+        key = self.generation_key(setting)
         if key not in self._generation:
             goal = self.goal
-            one = predict(self.shape, self.machine, setting, goal.generate, goal.prompt, is_prompt=False)
+            one = predict(
+                self.shape,
+                self.machine,
+                setting,
+                goal.generate,
+                goal.prompt,
+                is_prompt=False,
+                placed=self._placed(setting),
+            )
             self._generation[key] = one * goal.generate
         return self._generation[key]
 

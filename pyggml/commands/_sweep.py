@@ -58,6 +58,7 @@ def sweep_rows(
     ctx: click.Context,
     model: Path,
     batches: str,
+    depth: int,
     routing: Routing,
     outputs: Literal["last", "all"],
     graph: GraphChoice,
@@ -76,12 +77,12 @@ def sweep_rows(
     from ..plan_report import memory_fits, plan_batches
     from ..planning import Planner, virtual_clock
 
-    machine = host_profile(host or DEFAULT_HOST)
+    around = host or DEFAULT_HOST
     planner: Planner | None = None
     kept: tuple[object, ...] = ()
     try:
         for labels, flags in combinations(ctx):
-            same = device_names(flags), flags.expert_copy
+            same = device_names(flags), flags.expert_copy, flags.threads
             if planner is not None and same == kept:
                 planner.change(flags.placement(), flags.context())
             else:
@@ -91,10 +92,10 @@ def sweep_rows(
                 planner = Planner.open(
                     model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
                     graph=graph, strict=True, dialect=dialect, policy=flags.policy(),
-                    clock=virtual_clock([*backends, cpu], machine),
+                    clock=virtual_clock([*backends, cpu], host_profile(around.with_threads(flags.threads or 0))),
                 )  # fmt: skip
                 kept = same
-            plans = plan_batches(planner, parse_sizes(batches), outputs=outputs, routing=routing)
+            plans = plan_batches(planner, parse_sizes(batches), outputs=outputs, routing=routing, depth=depth)
             fits = memory_fits(planner.memory(), planner.backends, host_bytes=host.memory_bytes if host else None)
             for plan in plans:
                 s = plan.simulated
@@ -103,6 +104,7 @@ def sweep_rows(
                     "model": planner.hparams.name or model.stem,
                     **labels,
                     "test": "tg128" if plan.n_tokens == 1 else f"pp{plan.n_tokens}",
+                    **({"depth": depth} if depth else {}),
                     "t/s": None if speed is None else round(speed.mid, 2),
                     "low": None if speed is None else round(speed.low, 2),
                     "high": None if speed is None else round(speed.high, 2),

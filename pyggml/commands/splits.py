@@ -61,7 +61,17 @@ Examples:
         default="512,1",
         show_default=True,
         metavar="N,N",
-        help="Batch sizes; each starts with an empty cache.",
+        help="Batch sizes; each is planned alone.",
+    ),
+    cloup.option(
+        "-d",
+        "--depth",
+        "--n-depth",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0),
+        metavar="N",
+        help="Tokens in the cache before each batch.",
     ),
     cloup.option(
         "--outputs",
@@ -118,6 +128,7 @@ def command(
     flags: ModelFlags,
     model: Path,
     batches: str,
+    depth: int,
     outputs: Literal["last", "all"],
     form: str,
     graph: GraphChoice,
@@ -143,7 +154,7 @@ def command(
     given = stated_routing(routing) if routing else None
     dialects = _parse_dialects(versions)
     around = parse_host(host) if host else DEFAULT_HOST
-    machine = host_profile(around)
+    machine = host_profile(around.with_threads(flags.threads or 0))
     if len(dialects) > 1 and (form == "ggml" or timeline or html):
         raise click.UsageError("several versions give a table or JSON: remove --format, --timeline and --html")
     if expert_cache is not None and len(dialects) > 1:
@@ -159,7 +170,7 @@ def command(
         if len(dialects) > 1 or expert_cache is not None:
             raise click.UsageError("lists and -o work with one --dialect and without an expert cache")
         stated = around if host else None
-        rows = [*sweep_rows(ctx, model, batches, assumed, outputs, graph, dialects[0], stated)]
+        rows = [*sweep_rows(ctx, model, batches, depth, assumed, outputs, graph, dialects[0], stated)]
         print_sweep(rows, "json" if as_json else bench)
         ctx.exit(0 if any(row["fits"] for row in rows) else EXIT_DOES_NOT_FIT)
     recording = Recording() if timeline or html else None
@@ -188,10 +199,10 @@ def command(
         if form == "ggml":
             for n in sizes:
                 click.echo(f"# batch {n}")
-                for planned in planner.plan_batch(n, outputs=outputs):
+                for planned in planner.plan_batch(n, outputs=outputs, depth=depth):
                     click.echo(ggml_text(planner, planned), nl=False)
             return
-        plans = plan_batches(planner, sizes, outputs=outputs, routing=assumed)
+        plans = plan_batches(planner, sizes, outputs=outputs, routing=assumed, depth=depth)
         cached, generated = planner.expert_cache, None
         if cached is not None:
             for text in cached.warnings():

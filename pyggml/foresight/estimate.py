@@ -21,7 +21,7 @@ from .counts import spread_of_experts, used_experts
 from .engine import Clock
 from .shape import Layer, ModelShape, Product
 
-__all__ = ["Machine", "Placed", "Setting", "Unpredicted", "host_weight_bytes", "place", "predict"]
+__all__ = ["Machine", "Placed", "Setting", "Unpredicted", "host_weight_bytes", "place", "place_key", "predict"]
 
 #: Fewest tokens with which products with host weights are offloaded (`GGML_OP_OFFLOAD_MIN_BATCH`).
 _OFFLOAD = 32
@@ -171,6 +171,11 @@ def place(model: ModelShape, s: Setting, sizes: Sequence[float]) -> list[Placed]
     return list(groups.values())
 
 
+def place_key(s: Setting) -> tuple[object, ...]:
+    """Return the flags that `place` goes by: settings with equal ones have their layers in the same places."""
+    return s.n_gpu_layers, s.n_cpu_moe, s.overrides, s.tensor_split, s.no_gpu
+
+
 def host_weight_bytes(model: ModelShape, placed: list[Placed]) -> int:
     """Return the bytes of host weights of layers."""
     total = 0
@@ -204,7 +209,7 @@ def predict(
     """
     clock = Clock(m.rates)
     if 0 < s.threads < m.host.n_cores:
-        m = replace(m, host=_fewer(m.host, s.threads))
+        m = replace(m, host=m.host.with_threads(s.threads))
     placed = place(model, s, [c.memory_bytes for c in m.cards]) if placed is None else placed
     if not is_prompt:
         return _micro_batch_s(clock, model, m, s, placed, 1, depth + n_tokens / 2)
@@ -219,18 +224,6 @@ def predict(
     if rest:
         total += _micro_batch_s(clock, model, m, s, placed, rest, depth + n_tokens)
     return total / n_tokens
-
-
-#: Bytes/s that one thread reads: four threads of a Ryzen 5700X read 42.4 GB/s, all that its memory provides.
-_THREAD_BYTES_PER_S = 10.6e9
-
-
-@lru_cache(maxsize=64)
-def _fewer(host: Host, threads: int) -> Host:
-    """Return a host that uses only ``threads`` cores."""
-    share = threads / host.n_cores
-    read = min(host.read_bytes_per_s, max(threads * _THREAD_BYTES_PER_S, share * host.read_bytes_per_s))
-    return replace(host, n_cores=threads, read_bytes_per_s=read, product_per_s=share * host.product_per_s)
 
 
 def _pipeline(m: Machine, s: Setting, placed: list[Placed], n: int) -> float:

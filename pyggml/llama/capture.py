@@ -248,8 +248,8 @@ class Capture:
         text = "".join(self.lines)
         return [line for line in text.split("\n") if line.startswith(("## SPLIT", "node #"))]
 
-    def decode(self, n_tokens: int, outputs: str, *, is_full: bool = False) -> Message:
-        """Simulate a decode from an empty cache, and return the graph of each micro-batch.
+    def decode(self, n_tokens: int, outputs: str, *, depth: int = 0, is_full: bool = False) -> Message:
+        """Simulate a decode with ``depth`` tokens in the cache, and return the graph of each micro-batch.
 
         If llama.cpp fails on it, or with ``is_full``, the graphs are those of `reserve`.
         """
@@ -260,13 +260,15 @@ class Capture:
         memory = self.lib.llama_get_memory(self._ctx)
         if memory != self.ffi.NULL:
             self.lib.llama_memory_clear(memory, False)
+        for first in () if is_full else range(0, depth, n_ubatch):
+            self._go_through(min(n_ubatch, depth - first), first, 0)
         starts = [
             i for batch in range(0, n_tokens, n_batch) for i in range(batch, min(batch + n_batch, n_tokens), n_ubatch)
         ]
         for first, after in zip(starts, [*starts[1:], n_tokens], strict=True):
             n = after - first
             n_outputs = n if outputs == "all" else int(first + n == n_tokens)
-            graph = None if is_full else self._decode(n, first, n_outputs)
+            graph = None if is_full else self._decode(n, depth + first, n_outputs)
             if graph is None:
                 is_full = True
                 if n % self._n_stream:
@@ -281,6 +283,14 @@ class Capture:
         return {"parts": parts, "graphs": graphs, "is_full": is_full}
 
     def _decode(self, n: int, first: int, n_outputs: int) -> Message | None:
+        if not self._go_through(n, first, n_outputs):
+            return None
+        graph = self._read(self._computed, [])
+        self._computed = []
+        return self._with_leafs(graph, n, n_outputs)
+
+    def _go_through(self, n: int, first: int, n_outputs: int) -> bool:
+        """Let llama.cpp decode tokens from a position on; return whether it succeeded and its nodes were seen."""
         lib = self.lib
         if not self._is_placed:
             # without addresses a decode would follow null pointers
@@ -298,11 +308,7 @@ class Capture:
         self._pins.clear()
         status = lib.llama_decode(self._ctx, batch)
         lib.llama_batch_free(batch)
-        if status or not self._computed:
-            return None
-        graph = self._read(self._computed, [])
-        self._computed = []
-        return self._with_leafs(graph, n, n_outputs)
+        return not status and bool(self._computed)
 
     def _with_leafs(self, graph: Message, n_tokens: int, n_outputs: int) -> Message | None:
         """Add to a graph captured during computing the leafs of the reserved graph, in their order.

@@ -97,7 +97,9 @@ class _Captures:
             return capture.reserve(*request["size"])
         if request["do"] == "printed":
             return {"lines": capture.printed(*request["size"])}
-        return capture.decode(request["n_tokens"], request["outputs"], is_full=request["is_full"])
+        return capture.decode(
+            request["n_tokens"], request["outputs"], depth=request["depth"], is_full=request["is_full"]
+        )
 
     @staticmethod
     def _largest(facts: Message) -> tuple[int, int, int]:

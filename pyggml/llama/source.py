@@ -404,31 +404,31 @@ class CapturedSource(GraphSource):
         return self._graph(self.captures.ask("reserve", size=[n_tokens, n_seqs, n_outputs]), n_tokens)
 
     def parts(
-        self, n_tokens: int, outputs: Outputs, *, is_generated: bool = False
+        self, n_tokens: int, outputs: Outputs, *, depth: int = 0, is_generated: bool = False
     ) -> Iterator[tuple[MicroBatch, Build]]:
         """Yield the micro-batches of a decode; in generation, all use the graph of the first."""
-        if n_tokens > self.params.n_ctx_seq:
-            raise CacheFullError(n_tokens, 0, self.params.n_ctx_seq)
+        if depth + n_tokens > self.params.n_ctx_seq:
+            raise CacheFullError(n_tokens, depth, self.params.n_ctx_seq)
         if is_generated:
-            about = self._decode(1, "last")["graphs"][0]
+            about = self._decode(1, "last", depth)["graphs"][0]
             for i in range(n_tokens):
-                yield _micro_batch(1, i, 1), None if i else partial(self._graph, about, 1)
+                yield _micro_batch(1, depth + i, 1), None if i else partial(self._graph, about, 1)
             return
-        decoded = self._decode(n_tokens, outputs)
+        decoded = self._decode(n_tokens, outputs, depth)
         graphs, first, last = decoded["graphs"], 0, None
         for about in decoded["parts"]:
             n, i = about["n_tokens"], about["graph"]
-            part = _micro_batch(n, first, about["n_outputs"])
+            part = _micro_batch(n, depth + first, about["n_outputs"])
             yield part, None if i == last else partial(self._graph, graphs[i], n)
             first, last = first + n, i
 
-    def _decode(self, n_tokens: int, outputs: Outputs) -> Message:
+    def _decode(self, n_tokens: int, outputs: Outputs, depth: int) -> Message:
         """Return the graphs of a decode; if llama.cpp fails on it, those over the whole cache."""
         try:
-            return self.captures.ask("decode", n_tokens=n_tokens, outputs=outputs, is_full=False)
+            return self.captures.ask("decode", n_tokens=n_tokens, outputs=outputs, depth=depth, is_full=False)
         except ModelError as error:
             _log.info("%s; the graph of a full cache is taken", error)
-            return self.captures.ask("decode", n_tokens=n_tokens, outputs=outputs, is_full=True)
+            return self.captures.ask("decode", n_tokens=n_tokens, outputs=outputs, depth=depth, is_full=True)
 
     def _graph(self, captured: Message, n_tokens: int) -> CapturedGraph:
         try:

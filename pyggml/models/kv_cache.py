@@ -295,6 +295,7 @@ class KVCache:
         n_each = slot.cells.shape[1]
         for row, stream in enumerate(slot.streams):
             cells, own = self.streams[stream], slice(row * n_each, (row + 1) * n_each)
+            cells.grow(int(slot.cells[row].max()) + 1)
             lost = cells.overwritten(slot.cells[row]) if self.window else {}
             cells.pos[slot.cells[row]] = part.pos[own]
             cells.seqs[slot.cells[row]] = np.uint64(1) << part.seqs[own].astype(np.uint64)

@@ -168,12 +168,14 @@ class GraphSource(ABC):
 
     @abstractmethod
     def parts(
-        self, n_tokens: int, outputs: Outputs, *, is_generated: bool = False
+        self, n_tokens: int, outputs: Outputs, *, depth: int = 0, is_generated: bool = False
     ) -> Iterator[tuple[MicroBatch, Build]]:
-        """Yield the micro-batches of a decode of one sequence with ``n_tokens`` tokens, starting with an empty cache.
+        """Yield the micro-batches of a decode of ``n_tokens`` tokens of one sequence.
 
         Parameters
         ----------
+        depth : int
+            The tokens of the sequence that are in the cache before.
         is_generated : bool
             Decode one token at a time.
         """
@@ -327,15 +329,18 @@ class BuiltSource(GraphSource):
         return self.build(GraphParams(self.hparams, self.params, part, n_outputs, self.cache.full_view(), self.banks))
 
     def parts(
-        self, n_tokens: int, outputs: Outputs, *, is_generated: bool = False
+        self, n_tokens: int, outputs: Outputs, *, depth: int = 0, is_generated: bool = False
     ) -> Iterator[tuple[MicroBatch, Build]]:
         """Yield the micro-batches of a decode; the cache is empty afterwards."""
         n_ubatch = 1 if is_generated else self.params.n_ubatch
         self.cache.clear()
-        if n_tokens > self.cache.n_cells:  # before making that many micro-batches
-            raise CacheFullError(n_tokens, 0, self.cache.n_cells)
+        if depth + n_tokens > self.cache.n_cells:  # before making that many micro-batches
+            raise CacheFullError(n_tokens, depth, self.cache.n_cells)
         key: GraphKey | None = None
         try:
+            for batch in self.batches([0] * depth, 0, "last") if depth else ():
+                for part, slot in self.cache.prepare(batch, self.params.n_ubatch):
+                    self.cache.apply(part, slot)
             for batch in self.batches([0] * n_tokens, 0, "all" if is_generated else outputs):
                 for part, slot in self.cache.prepare(batch, n_ubatch):
                     self.cache.apply(part, slot)

@@ -38,7 +38,7 @@ def search_of(model: str, device: str, goal: Goal) -> tuple[Search, GGUFFile]:
     backends, machine = open_machine(device, HOST)
     file = GGUFFile.open(header_path(model))
     shape = ModelShape.from_header(file.metadata, file.tensors, model)
-    memory = MemoryModel(file, backends, goal.context, host_bytes=machine.host.memory_bytes, margin_bytes=MARGIN_BYTES)
+    memory = MemoryModel(file, backends, goal.context, host=machine.host, margin_bytes=MARGIN_BYTES)
     return Search(shape, machine, goal, memory), file
 
 
@@ -296,3 +296,32 @@ def test_without_llama_the_rule_of_pyggml_answers_for_fit(monkeypatch: pytest.Mo
     assert "llama.cpp is not installed" in own["by"]
     assert own["flags"] == live["flags"]
     assert own["memory"] == live["memory"]
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "threads"),
+    [("gpt-oss-20b", "rtx3060", 8), ("llama-3.2-3b:F16", "gtx1650,gtx1650", 8), ("qwen3-8b", "gtx1650", 3)],
+)
+def test_flags_fed_back_to_splits_give_the_same_times(model: str, device: str, threads: int) -> None:
+    """`splits` with a plan's flags finds the plan's speeds and their ranges, of every plan and row that is printed."""
+    own = f"-ngl 9 -ub 256 --no-mmap -t {threads}"
+    answer = run(model, "--device", device, "-c", "4096", "--prompt", "1024", "--plans", "1", "--compare", own)
+    for made in [*answer["plans"], *answer["compared"], answer["fit"]]:
+        line = ["splits", model, "-dev", f"{device},cpu", "--host", HOST, *made["flags"], "-o", "json"]
+        for speed, size, depth in ((made["pp_tps"], 1024, 0), (made["tg_tps"], 1, 1024 + 128)):
+            result = CliRunner().invoke(group, [*line, "--batches", str(size), "-d", str(depth)])
+            assert result.exit_code == 0, result.output
+            (row,) = json.loads(result.stdout)
+            assert [row["low"], row["t/s"], row["high"]] == [round(speed[k], 2) for k in ("low", "mid", "high")]
+
+
+def test_a_token_behind_others_reads_their_cache() -> None:
+    """With a depth `splits` plans a batch as one that follows so many tokens: it is slower, and must fit in the context."""
+    line = ["splits", "qwen3-8b", "-dev", "rtx3060,cpu", "-c", "8192", "--batches", "1", "-o", "json"]
+    rates = []
+    for depth in (0, 4096, 8000):
+        result = CliRunner().invoke(group, [*line, "-d", str(depth)])
+        rates.append(json.loads(result.stdout)[0]["t/s"])
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 1.05 * rates[2]
+    assert CliRunner().invoke(group, [*line, "-d", "8192"]).exit_code != 0
