@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 
 from ..viz.page import static_text
@@ -24,7 +25,20 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0; font: 12.5px ui-monospace, monospace; }
+pre .w { white-space: nowrap; }
 #shown { min-height: 3.2em; }
+@media (max-width: 640px) {
+  .plans, .plans tbody, .plans td { display: block; }
+  .plans tr.head { display: none; }
+  .plans tr { display: grid; grid-template-columns: auto auto; gap: 2px 16px; padding: 12px 0; border-bottom: 1px solid var(--line-strong); }
+  .plans td { border: 0; padding: 0; overflow-wrap: anywhere; }
+  .plans td:first-child, .plans td:last-child { grid-column: 1 / -1; }
+  .plans td.n { text-align: left; }
+  .plans td.n::before { content: attr(data-label); display: block; color: var(--muted); font-size: 12px; }
+  .plots { grid-template-columns: 1fr; }
+  svg text { font-size: 15px; }
+  circle { stroke: transparent; stroke-width: 6px; }
+}
 """
 _SCRIPT = """
 for (const point of document.querySelectorAll("circle")) {
@@ -75,6 +89,8 @@ def page_html(advice: Advice) -> str:
     helps = "".join(
         f"<li>{escape(h.change)}: {h.speedup:.2f} times as fast</li>" for h in advice.helps if h.speedup > 1.01
     )
+    if advice.pays_from is not None:
+        helps += f"<li>Copying host weights to the device pays from {advice.pays_from} tokens per micro-batch; llama.cpp copies from 32 on</li>"
     if helps:
         body.append(f"<section><h2>What would help</h2><ul>{helps}</ul></section>")
     return (
@@ -97,23 +113,43 @@ def _plans(advice: Advice) -> str:
             for m in plan.memory
         )
         speeds = "".join(
-            f"<td class=n>{s.mid:,.0f}<br><small>{s.low:,.0f} to {s.high:,.0f}</small></td>"
-            for s in (plan.pp_tps, plan.tg_tps)
+            f'<td class=n data-label="{label}">{_number(s.mid)}<br><small>{_number(s.low)} to {_number(s.high)}</small></td>'
+            for label, s in (("prompt t/s", plan.pp_tps), ("answer t/s", plan.tg_tps))
         )
         rows.append(
-            f"<tr><td><b>{escape(plan.title)}</b><pre>{escape(plan.command)}</pre>{_for_ik(plan)}{escape(plan.bottleneck)}</td>"
-            f"{speeds}<td class=n>{memory}</td></tr>"
+            f"<tr><td><b>{escape(plan.title)}</b><pre>{_command(plan.command)}</pre>{_for_ik(plan)}{escape(plan.bottleneck)}"
+            f'{_chosen_by(advice, plan)}</td>{speeds}<td class=n data-label="memory">{memory}</td></tr>'
         )
-    head = (
-        "<tr><th>recommendation</th><th class=n>prompt t/s</th><th class=n>answer t/s</th><th class=n>memory</th></tr>"
-    )
-    return f'{nothing}<section><div class="scroll"><table>{head}{"".join(rows)}</table></div></section>'
+    head = "<tr class=head><th>recommendation</th><th class=n>prompt t/s</th><th class=n>answer t/s</th><th class=n>memory</th></tr>"
+    return f'{nothing}<section><div class="scroll"><table class=plans>{head}{"".join(rows)}</table></div></section>'
+
+
+def _command(line: str) -> str:
+    """Return a command line whose flags stay with their values where a line ends; long patterns may be broken."""
+    words: list[str] = []
+    for word in line.split(" "):
+        if words and words[-1].startswith("-") and not word.startswith("-") and " " not in words[-1]:
+            words[-1] += f" {word}"
+        else:
+            words.append(word)
+    return " ".join(f"<span class=w>{escape(w)}</span>" if len(w) < 32 else escape(w) for w in words)
+
+
+def _number(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"
+
+
+def _chosen_by(advice: Advice, plan: Recommendation) -> str:
+    if plan is not advice.fit:
+        return ""
+    note = f" It falls short: {advice.fit_note}." if advice.fit_note else ""
+    return f"<br><small>Chosen by {escape(advice.fit_by)}.{escape(note)}</small>"
 
 
 def _for_ik(plan: Recommendation) -> str:
     if plan.ik_command == plan.command:
         return ""
-    return f"<details><summary>for ik_llama.cpp</summary><pre>{escape(plan.ik_command)}</pre></details>"
+    return f"<details><summary>for ik_llama.cpp</summary><pre>{_command(plan.ik_command)}</pre></details>"
 
 
 def _plot(x_name: str, y_name: str, at: list[tuple[float, float]], says: list[str], marks: list[bool]) -> str:
@@ -125,11 +161,10 @@ def _plot(x_name: str, y_name: str, at: list[tuple[float, float]], says: list[st
 
     (x0, y0), (x1, y1) = place(0, 0), place(x_max, y_max)
     parts = [f'<path class="axis" fill="none" d="M{x0} {y1}V{y0}H{x1}"/>']
-    for i in range(1, 5):
-        x, y = x_max * i / 4.2, y_max * i / 4.2
-        (px, _), (_, py) = place(x, 0), place(0, y)
-        parts.append(f'<text x="{px:.0f}" y="{y0 + 16:.0f}" text-anchor="middle">{_tick(x)}</text>')
-        parts.append(f'<text x="{x0 - 6}" y="{py + 4:.0f}" text-anchor="end">{_tick(y)}</text>')
+    for x in _ticks(x_max):
+        parts.append(f'<text x="{place(x, 0)[0]:.0f}" y="{y0 + 16:.0f}" text-anchor="middle">{x:,g}</text>')
+    for y in _ticks(y_max):
+        parts.append(f'<text x="{x0 - 6}" y="{place(0, y)[1] + 4:.0f}" text-anchor="end">{y:,g}</text>')
     parts.append(f'<text x="{(x0 + x1) / 2:.0f}" y="{_H - 4}" text-anchor="middle">{escape(x_name)}</text>')
     parts.append(
         f'<text x="12" y="{_H / 2:.0f}" transform="rotate(-90 12 {_H / 2:.0f})" text-anchor="middle">{escape(y_name)}</text>'
@@ -143,5 +178,8 @@ def _plot(x_name: str, y_name: str, at: list[tuple[float, float]], says: list[st
     return f'<svg viewBox="0 0 {_W} {_H}" role="img" aria-label="{escape(y_name)} by {escape(x_name)}">{"".join(parts)}</svg>'
 
 
-def _tick(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+def _ticks(most: float) -> list[float]:
+    """Return two to five round numbers up to the end of an axis."""
+    size = 10.0 ** math.floor(math.log10(most))
+    step = next(size * part for part in (0.2, 0.5, 1.0, 2.0) if most / (size * part) < 6)
+    return [round(step * i, 10) for i in range(1, int(most / step) + 1)]

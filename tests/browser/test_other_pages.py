@@ -8,6 +8,7 @@ import pytest
 from browsing import DESKTOP, PHONE, OpenPage, overflow, overlapping_texts
 
 import pyggml as ggml
+from pyggml.advisor.page import page_html
 from pyggml.record import AllocRecord, ComputeRecord, CopyRecord, MicroBatchRecord
 from pyggml.viz import view_of_graph, view_of_records, view_of_scheduler, write_page
 
@@ -112,3 +113,19 @@ def test_names_are_text(open_page: OpenPage, tmp_path: Path) -> None:
     assert page.title() == EVIL
     assert page.locator("img").count() == 0
     assert page.evaluate("window.bad") is None
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_recommended_flags(open_page: OpenPage, tmp_path: Path, size: tuple[int, int], dark: bool) -> None:
+    """The page of `pyggml plan` is not wider than a phone, and a click on a point shows its flags; without a script it still has all."""
+    advice = ggml.plan("qwen3-0.6b", devices="gtx1650", host="ddr4-3200x2,cores=8,64GiB", n_plans=2)
+    (tmp_path / "flags.html").write_text(page_html(advice), encoding="utf-8")
+    page = open_page(tmp_path / "flags.html", size, dark=dark)
+    assert overflow(page) == 0
+    assert page.locator("table.plans pre").first.inner_text().replace("\n", " ") == advice.plans[0].command
+    page.locator("circle").last.dispatch_event("click")
+    assert "-ngl all" in page.locator("#shown").inner_text()
+    if size == PHONE:
+        assert page.locator("table.plans tr").nth(1).bounding_box()["width"] <= size[0]
+        assert not page.locator("tr.head").is_visible()

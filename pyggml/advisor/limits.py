@@ -1,0 +1,118 @@
+"""What a setting waits for, and what would help most: the machine is changed, and times are predicted again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..foresight import Machine, Setting
+from .memory import MemoryModel
+from .search import Scored, Search
+from .settings import flags_of
+
+__all__ = ["Help", "bottleneck", "helps"]
+
+
+@dataclass(frozen=True, slots=True)
+class Help:
+    """The effect of a change of the machine, from another search.
+
+    Attributes
+    ----------
+    change : str
+        For example ``"4 GiB more memory on the device"``.
+    speedup : float
+        Seconds of the best setting now, divided by those of the best setting after the change.
+    flags : list of str
+        The flags of the best setting after the change.
+    """
+
+    change: str
+    speedup: float
+    flags: list[str]
+
+
+def bottleneck(search: Search, scored: Scored, exact: Scored) -> str:
+    """Return the bottleneck in one sentence: each resource is doubled in turn, and the one that helps most is named."""
+    machine = search.machine
+    phase = "The prompt" if exact.prompt_s > exact.generate_s else "Generation"
+    best, what = 1.0, "small kernels and their launches"
+    for label, faster in _faster(machine):
+        setting = scored.setting
+        if setting.threads == machine.host.n_cores:
+            setting = replace(setting, threads=0)  # all cores, however many there are
+        other = Search(search.shape, faster, search.goal, search.memory).score(setting)
+        now, then = (
+            (scored.prompt_s, other.prompt_s) if phase == "The prompt" else (scored.generate_s, other.generate_s)
+        )
+        if now / then > best + 0.02:
+            best, what = now / then, label
+    share = 2.0 * (1.0 - 1.0 / best)  # of the time that goes away with half of it
+    by = f" for {min(share, 1.0):.0%} of its time" if best > 1.0 else ""
+    return (
+        f"{phase} takes {max(exact.prompt_s, exact.generate_s):.1f} of {exact.seconds:.1f} s and waits{by} for {what}."
+    )
+
+
+def _faster(machine: Machine) -> list[tuple[str, Machine]]:
+    """Return the machine with each of its resources doubled."""
+    host = machine.host
+    made = [
+        ("host memory", replace(machine, host=replace(host, read_bytes_per_s=2 * host.read_bytes_per_s))),
+        ("the CPU's arithmetic", replace(machine, host=replace(host, n_cores=2 * host.n_cores))),
+    ]
+    if machine.cards:
+        links = [replace(link, bytes_per_s=2 * link.bytes_per_s) for link in machine.links]
+        memory = [replace(card, bytes_per_s=2 * card.bytes_per_s) for card in machine.cards]
+        fast = [
+            replace(c, f32_per_s=2 * c.f32_per_s, f16_per_s=2 * c.f16_per_s, int8_per_s=2 * c.int8_per_s)
+            for c in machine.cards
+        ]
+        made += [
+            ("the link to the device", replace(machine, links=links)),
+            ("the device's memory", replace(machine, cards=memory)),
+            ("the device's arithmetic", replace(machine, cards=fast)),
+        ]
+    return made
+
+
+def helps(search: Search, settings: list[Setting], best: Setting) -> list[Help]:
+    """Return the effects of changes of the machine, each from another search, the most helpful first."""
+    machine, host = search.machine, search.machine.host
+    changes: list[tuple[str, Machine, int]] = [
+        (
+            "twice the memory channels of the host",
+            replace(machine, host=replace(host, read_bytes_per_s=2 * host.read_bytes_per_s)),
+            0,
+        )
+    ]
+    if machine.cards and not machine.cards[0].is_unified:
+        links = [replace(link, bytes_per_s=2 * link.bytes_per_s) for link in machine.links]
+        changes.append(("a link twice as fast", replace(machine, links=links), 0))
+        changes.append(("4 GiB more memory on the device", machine, 4 << 30))
+    found = []
+    alike = [search.score(s) for s in settings if s.type_k is best.type_k]
+    now = sorted(alike, key=lambda s: s.seconds)
+    for label, other, more in changes:
+        again = search if other is machine else Search(search.shape, other, search.goal, search.memory)
+        then: Scored | None = None
+        for scored in now:
+            if then is not None and scored.seconds >= 2.0 * then.seconds:
+                break  # a resource twice as fast saves half of the time at most
+            if _has_room(search.memory, scored.setting, more):
+                made = again.score(scored.setting)
+                then = made if then is None or made.seconds < then.seconds else then
+        if again is not search:
+            search.n_timed += again.n_timed
+        if then is not None:
+            flags = flags_of(then.setting, search.goal.context)
+            found.append(Help(label, search.score(best).seconds / then.seconds, flags))
+    return sorted(found, key=lambda h: -h.speedup)
+
+
+def _has_room(memory: MemoryModel, setting: Setting, more_bytes: int) -> bool:
+    """Return whether a setting fits into devices that have more memory, by what is known of settings like it."""
+    taken = memory.estimate(setting)
+    return taken is not None and all(
+        replace(d, of_bytes=d.of_bytes + more_bytes if i < len(taken) - 1 and d.of_bytes else d.of_bytes).fits
+        for i, d in enumerate(taken)
+    )
