@@ -33,7 +33,7 @@ MARGIN_BYTES = 1 << 30
 #: A plan that gives something up must gain this much.
 _NOTEWORTHY = 1.03
 #: Times closer than this are equal.
-_NOTEWORTHY_TIME = 1.005
+_NOTEWORTHY_TIME = 1.01
 #: Of a prompt that is computed on the simulated machine; each takes a tenth of a second.
 _MOST_MICRO_BATCHES = 8
 
@@ -382,7 +382,8 @@ class _Maker:
         if best.seconds * _NOTEWORTHY_TIME >= first.seconds:
             return
         others = [p for p in advice.plans[1:] if p is not best]
-        advice.plans = [replace(best, title=first.title), replace(first, title="nearly as fast"), *others]
+        moved = [replace(best, title=first.title), replace(first, title="nearly as fast"), *others]
+        advice.plans = moved[: max(len(advice.plans), 1)]
 
     def _small(self, ranked: list[Scored], best: Scored) -> list[Scored]:
         """Return settings that are at most 10 % slower, those with the least on the devices first."""
