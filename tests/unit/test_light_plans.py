@@ -11,6 +11,7 @@ import pytest
 from pyggml.models.batch import Batch
 from pyggml.models.context import ContextFlags
 from pyggml.models.kv_cache import CacheFullError
+from pyggml.models.placement import PlacementFlags
 from pyggml.planning import Planner
 
 PLAN = """
@@ -51,3 +52,15 @@ def test_a_batch_beyond_the_context_is_never_made(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(CacheFullError) as caught:
             planner.plan_batch(99_999_999)
         assert "99,999,999" in str(caught.value) or "99999999" in str(caught.value)
+
+
+def test_groups_of_experts_where_no_token_has_an_output() -> None:
+    """The first micro-batches of a long prompt have no outputs, so the last layer has no tokens, and chooses no groups, as in llama.cpp."""
+    with Planner.open(
+        "deepseek-v3", devices=["sim:rtx3090"], placement=PlacementFlags(cpu_moe=True), data=False
+    ) as planner:
+        graphs = planner.plan_batch(1024)
+    names = [{n.name for n in made.graph.graph.nodes} for made in graphs]
+    assert len(names) == 2
+    assert ["ffn_moe_group_topk-60" in found for found in names] == [False, True]
+    assert all("ffn_moe_group_topk-59" in found for found in names)
