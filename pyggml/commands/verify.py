@@ -59,9 +59,8 @@ def command(
 ) -> None:
     """Plan a GGUF model with pyggml and with llama.cpp's own scheduler, and compare splits, inputs, sizes and nodes.
 
-    Both use the graph that llama.cpp builds; no weight is read. The default --device stands for
-    a device that runs every op and offloads from 32 tokens on. Exit status 1: something differs. Needs the packages of
-    the `llama` extra.
+    Both use the graph that llama.cpp builds; no weight is read. The default --device stands for a device that runs
+    every op and offloads from 32 tokens on. Exit status 1: something differs. Needs the packages of the `llama` extra.
     """
     from ..llama.verify import DEVICE, verify
 

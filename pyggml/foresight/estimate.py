@@ -1,7 +1,6 @@
 """Predicts the seconds per token of a model on devices and a host with some flags, in about a millisecond.
 
-Work is counted from the model's tensors and the flags, and turned into seconds by the formulas of virtual time. No
-graph is made.
+Work is counted from the model's tensors and the flags, and turned into seconds by the formulas of virtual time.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 A product of a weight with ``m`` columns takes the longer of reading and multiplying. Multiplying reaches a share of the
 card's peak, times ``m / (m + pad)`` for each matrix, because kernels compute whole tiles of columns. Experts have few
-columns each, so padding matters most for them. Up to 8 columns, kernels read each weight once and are limited by
-memory.
+columns each, so padding matters most for them. Up to 8 columns, kernels read each weight once: memory limits them.
 
 The shares are fitted to published runs (``docs/accuracy.md``), by family of kernels and never by card.
 """

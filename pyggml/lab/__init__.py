@@ -2,8 +2,7 @@
 
 `trace.py` has the trace, `formats/` reads and writes files, `validate.py` finds what makes them misleading. `replay.py`
 counts what a policy with a capacity would have read, by a stated contract. `cache.py` is a pool that decides event by
-event, in a replay or while a model runs. `evictions.py` and `admissions.py` are the policies, `policies.py` their
-names.
+event, in a replay or while a model runs. `evictions.py` and `admissions.py` are policies, `policies.py` names them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """`Cache`: one pool that decides event by event, with a policy for what leaves and one for what may enter.
 
-The same object serves replays and running models: `Cache.event` takes the keys of an event and returns what to copy
-where.
+The same object serves replays and running models: `Cache.event` takes the keys of an event and returns the loads.
 """
 
 from __future__ import annotations

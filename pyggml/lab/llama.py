@@ -18,8 +18,7 @@ class LlamaCache:
     rule : type of EvictionPolicy
         LRU of b11549, or SLRU of b11739.
     n_slot, n_expert : int
-        Slots of the pool; experts of a layer. A key is the layer's index in the pool times ``n_expert``, plus the
-        expert.
+        Slots of the pool; experts of a layer. A key is the layer's index in the pool times ``n_expert``, plus expert.
 
     Notes
     -----

@@ -52,8 +52,7 @@ class Policy:
     llama : type or None
         llama.cpp's rule, for its own policies.
     fit : str
-        Counts that the policy needs: ``""`` none, ``"others"`` those of other requests, ``"same"`` those of the request
-        itself.
+        Counts that the policy needs: ``""`` none, ``"others"`` those of other requests, ``"same"`` the request's own.
     """
 
     name: str

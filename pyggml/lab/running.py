@@ -32,11 +32,9 @@ class LabRule:
     policy : str or Policy
         As `parse_policy` reads it. One that knows the future cannot run.
     capacity : Capacity
-        The size of the cache. A fraction is of the experts in host memory. Bytes are divided as in a replay, not by
-        free memory.
+        The size of the cache. A fraction is of the experts in host memory. Bytes are divided as in a replay.
     scope : str
-        ``layer``: each layer has its own slots; ``group``: equal layers of a device share them; ``global``: all layers
-        do.
+        ``layer``: each layer has its own slots; ``group``: equal layers of a device share; ``global``: all layers.
     counts : mapping, optional
         By layer, the uses of each expert in other requests; required for static sets.
 

@@ -17,8 +17,7 @@ whole. `CapturedSource` turns the child's answers into graphs that a `Planner` s
 `library`        the functions of llama.cpp; `slots`: where this build keeps its interfaces
 ===============  ===========================================================================================
 
-Only modules that `child` imports call llama.cpp. If an assertion fails there, the child ends, and the parent raises a
-`ModelError`.
+Only modules that `child` imports call llama.cpp. If an assertion fails there, and the parent raises a `ModelError`.
 """
 
 from __future__ import annotations

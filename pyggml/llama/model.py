@@ -85,11 +85,9 @@ class LlamaModel(Generator):
     recorder : Recorder, optional
         Receives a record of each copy, launch and wait of llama.cpp's scheduler; causes are from pyggml's plan.
     watches_experts : bool
-        Let llama.cpp's eval callback read the experts that each layer chooses, for `watcher`; graphs are then computed
-        in parts.
+        Let llama.cpp's eval callback read the experts that each layer chooses, for `watcher`, in parts of the graph.
     faults : sequence of (int, str, int)
-        What fails while the model is loaded: index of a simulated device, moment, and the number of successes before;
-        see `fail_at`.
+        What fails while the model is loaded: index of a simulated device, moment, successes before; see `fail_at`.
     moe_cache_bytes : int
         Size of llama.cpp's expert cache (``--moe-cache-mib``); 0: none. Which experts stay is the library's rule.
     host : DeviceProfile or None
@@ -281,8 +279,7 @@ class LlamaModel(Generator):
         CacheFullError
             The tokens do not fit into the context; nothing was computed.
         BackendError, OutOfMemoryError
-            A device failed. The tokens of the failed micro-batch and later ones are not in the cache; the model is
-            still usable.
+            A device failed. The tokens of the failed micro-batch and later ones are not in the cache.
         ModelError
             llama.cpp ended the child; the model is closed.
         SchedError

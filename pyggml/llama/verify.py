@@ -1,8 +1,7 @@
 """Compares pyggml's plan of a model with llama.cpp's scheduler: both split the same graph and print it.
 
 llama.cpp's scheduler runs in a child, in a context with the same flags, and prints its splits, their inputs with sizes,
-and every node with its backend. pyggml's scheduler gets llama.cpp's graph and placement, so that only the scheduler is
-compared.
+and every node with its backend. pyggml's scheduler gets llama.cpp's graph and placement, to compare only the scheduler.
 """
 
 from __future__ import annotations

@@ -51,8 +51,7 @@ class Recipe:
     tokenizer : str
         ``"bytes"`` (a token for each byte) or ``"none"``.
     skew : float
-        0: experts are equally likely. Above 0: the router's logit of the expert of rank r is lower by ``skew *
-        log(r)``.
+        0: experts are equally likely. Above 0: the router's logit of rank r is lower by ``skew * log(r)``.
     """
 
     arch: str

@@ -77,8 +77,7 @@ class Upcycling:
         Type of the experts; by default that of the dense network, whose scales are then changed in place.
     seed : int
     noise : float
-        Relative deviation of an expert's scales from the dense network's. Text is still sensible with 0.15, not with
-        0.3.
+        Relative deviation of an expert's scales from the dense network's. Text is sensible with 0.15, not with 0.3.
     skew : float
         The router's logit of the expert of rank r is lower by ``skew * log(r)``; logits have a deviation of 1.
     """

@@ -39,8 +39,7 @@ class Architecture:
     rope : RopeType
         Which elements of a row rotate together.
     layer_weights : callable
-        Returns the specs of a layer's weights, in upstream's order, from hyper-parameters, layer and the file's
-        tensors.
+        Returns the specs of a layer's weights, from hyper-parameters, layer and the file's tensors.
     layer : callable
         Adds the nodes of a layer to the graph and returns its output: f32, [n_embd, n_token].
     graph : callable

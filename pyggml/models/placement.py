@@ -463,8 +463,7 @@ def norm_pins(norms: Iterable[tuple[Tensor, int]], n_tokens: int, placement: Pla
 
     Notes
     -----
-    Mirrors `llama_context::graph_get_cb`: otherwise a norm may run on the previous layer's device and its input be
-    copied.
+    Mirrors `llama_context::graph_get_cb`: otherwise a norm may run on the previous layer's device, which needs a copy.
     """
     if n_tokens >= _PIN_BELOW and not placement.is_full_offload:
         return []

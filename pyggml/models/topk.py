@@ -21,8 +21,7 @@ class TopK:
     Attributes
     ----------
     ids : int32, (n_moe_layer, n_token, n_used)
-        Of all tokens in order; -1 if a layer did not run for a token. The last layer runs only for tokens whose logits
-        are wanted.
+        Of all tokens in order; -1 if a layer did not run for a token, as the last does only for wanted logits.
     """
 
     def __init__(self) -> None:

@@ -199,8 +199,7 @@ class ExpertCache:
     def partial_copies(self, layer: int, used: Iterable[int], i_tensor: int) -> list[PartialCopy]:
         """Return the copies of a weight's used experts to its input copy, for a micro-batch that bypasses the cache.
 
-        Experts in the cache are copied within the device and counted, the others come from the host. The cache does not
-        change.
+        Experts in the cache are copied within the device and counted, the others from the host; slots do not change.
 
         Notes
         -----

@@ -111,8 +111,7 @@ class MoeCache:
     Attributes
     ----------
     groups : list of CacheGroup
-        Groups, including those without slots because the budget is too small; empty if no layer has all experts in host
-        memory.
+        Groups, including those without slots because the budget is too small; empty if no layer has only host experts.
 
     Raises
     ------

@@ -1,7 +1,6 @@
 """BigMoeOnEdge's ``--route-trace`` (CSV, ``# route_trace v1``): a row for each expert of each token.
 
-Prefill has one event per layer with the rows of all its tokens, as the engine evaluates it; decode has one per step
-and layer.
+Prefill has one event per layer with the rows of all its tokens; decode has one per step and layer.
 """
 
 from __future__ import annotations
