@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar
 
 from .notebook import Bar, html_table
 
@@ -42,6 +42,8 @@ __all__ = [
     "UsedExpertsRecord",
     "WaitRecord",
 ]
+
+_Class = TypeVar("_Class")
 
 #: Why bytes were copied: a user's input, a result of another backend, a whole weight, or the used experts of a weight.
 CopyReason = Literal["input", "activation", "weight", "experts"]
@@ -80,6 +82,27 @@ class Identified:
     i_clock: int = 0
 
 
+def _by_slots(cls: type[_Class]) -> type[_Class]:
+    """Give a frozen dataclass with slots an ``__init__`` that writes through the slots' descriptors.
+
+    The usual one calls ``object.__setattr__``, which looks up every name; without that a record takes half the time, and
+    a run that is recorded makes several for each split.
+    """
+    usual: Any = cls.__init__
+    n_positional, n_keyword = usual.__code__.co_argcount, usual.__code__.co_kwonlyargcount
+    names = usual.__code__.co_varnames[1 : n_positional + n_keyword]
+    parameters = ", ".join(["self", *names[: n_positional - 1], "*", *names[n_positional - 1 :]])
+    writes = "".join(f"\n    set_{name}(self, {name})" for name in names)
+    made: dict[str, Any] = {f"set_{name}": getattr(cls, name).__set__ for name in names}
+    exec(f"def __init__({parameters}):{writes}", made)  # noqa: S102  as dataclasses does
+    init = made["__init__"]
+    init.__defaults__, init.__kwdefaults__ = usual.__defaults__, usual.__kwdefaults__
+    init.__annotations__, init.__qualname__ = usual.__annotations__, usual.__qualname__
+    cls.__init__ = init  # type: ignore[misc]
+    return cls
+
+
+@_by_slots
 @dataclass(frozen=True, slots=True)
 class CopyRecord(Identified):
     """One copy of bytes of a split input to the split's backend."""
@@ -99,6 +122,7 @@ class CopyRecord(Identified):
     i_experts: int = -1  #: the `UsedExpertsRecord` of the same run that it is of; -1: none
 
 
+@_by_slots
 @dataclass(frozen=True, slots=True)
 class UsedExpertsRecord(Identified):
     """The experts of one weight that a split needs; the records of their copies follow."""
@@ -113,6 +137,7 @@ class UsedExpertsRecord(Identified):
     i_experts: int = -1  #: its number in its run, by which copies refer to it
 
 
+@_by_slots
 @dataclass(frozen=True, slots=True)
 class ComputeRecord(Identified):
     """A launch: nodes of one split submitted to its backend (the whole split, or a part with an eval callback)."""
@@ -127,6 +152,7 @@ class ComputeRecord(Identified):
     causes: tuple[tuple[str, int], ...] = ()  #: why its nodes are there, and how many for each cause
 
 
+@_by_slots
 @dataclass(frozen=True, slots=True)
 class WaitRecord(Identified):
     """A wait of the host or of a backend."""
@@ -140,6 +166,7 @@ class WaitRecord(Identified):
     copy: int | None = None  #: of the event waited for; see `EventRecord`
 
 
+@_by_slots
 @dataclass(frozen=True, slots=True)
 class EventRecord(Identified):
     """An event: a mark in a backend's stream that others can wait for."""
@@ -152,6 +179,7 @@ class EventRecord(Identified):
     virtual: Span | None = None  #: the moment at which the backend reaches the mark
 
 
+@_by_slots
 @dataclass(frozen=True, slots=True)
 class ReadRecord(Identified):
     """A read of the host from a backend: ids or results."""

@@ -65,6 +65,7 @@ class RunLog:
     __slots__ = (
         "_announced",
         "_n_announced",
+        "_names",
         "_on_sent",
         "clock",
         "ids",
@@ -95,14 +96,12 @@ class RunLog:
         self._n_announced = 0
         #: those of them that take records, if there are any
         self.records = observers if observers is not None and observers.takes_records else None
+        self._names = () if self.records is None else tuple(b.name for b in machine.backends)
         self._on_sent = () if observers is None else observers.on_sent
 
     def now(self) -> float:
         """Return the host's time in seconds; 0 without observers."""
         return 0.0 if self.records is None else perf_counter()
-
-    def _name(self, backend_id: int) -> str:
-        return self.machine.backends[backend_id].name
 
     def _moment(self) -> Span | None:
         """Return the host's virtual time, for events without duration."""
@@ -174,7 +173,7 @@ class RunLog:
         if self.records is not None:
             self.records.record(
                 CopyRecord(
-                    i_split, transfer.source.name, self._name(src), self._name(dst), offset, n_bytes, tensor_bytes,
+                    i_split, transfer.source.name, self._names[src], self._names[dst], offset, n_bytes, tensor_bytes,
                     reason, start_s, perf_counter(), span, self._engines(src, dst),
                     -1 if is_own else self._announced.get((i_split, transfer.source.name), -1), **self.of,
                 )
@@ -197,14 +196,14 @@ class RunLog:
             span = self.clock.wait_until(None if is_host else backend_id, mark.virtual_s, number)
         if self.records is not None:
             what: Wait = "synchronize" if is_host else "event_wait"
-            name = self._name(backend_id)
+            name = self._names[backend_id]
             self.records.record(WaitRecord(i_split, what, name, start_s, perf_counter(), span, **self.of))
 
     def _engines(self, src: int, dst: int) -> tuple[str, ...]:
         """Return the names of the copy engines between two backends, as the virtual clock has them."""
         if self.clock is None:
             return ()
-        return tuple(f"{self._name(b)} copy engine {engine}" for b, engine in self.clock.engines(src, dst))
+        return tuple(f"{self._names[b]} copy engine {engine}" for b, engine in self.clock.engines(src, dst))
 
     def _slowdown(self, backend_id: int) -> float:
         return self.machine.backends[backend_id].device.link_slowdown()
@@ -241,7 +240,9 @@ class RunLog:
         if self.records is not None:
             end_s, engines = perf_counter(), self._engines(backend_id, len(self.machine.backends) - 1)
             self.records.record(
-                ReadRecord(tensor.name, self._name(backend_id), tensor.nbytes, start_s, end_s, span, engines, **self.of)
+                ReadRecord(
+                    tensor.name, self._names[backend_id], tensor.nbytes, start_s, end_s, span, engines, **self.of
+                )
             )
 
     def waited(self, i_split: int | None, what: Wait, backend_id: int, copy: int | None, start_s: float) -> None:
@@ -258,7 +259,7 @@ class RunLog:
                 span = clock.event_synchronize(backend_id, copy)
         if self.records is not None:
             self.records.record(
-                WaitRecord(i_split, what, self._name(backend_id), start_s, perf_counter(), span, copy, **self.of)
+                WaitRecord(i_split, what, self._names[backend_id], start_s, perf_counter(), span, copy, **self.of)
             )
 
     def recorded_event(self, i_split: int, backend_id: int, copy: int, start_s: float) -> None:
@@ -266,7 +267,7 @@ class RunLog:
         span = None if self.clock is None else self.clock.event_record(backend_id, copy)
         if self.records is not None:
             self.records.record(
-                EventRecord(i_split, self._name(backend_id), copy, start_s, perf_counter(), span, **self.of)
+                EventRecord(i_split, self._names[backend_id], copy, start_s, perf_counter(), span, **self.of)
             )
 
     def launched(self, i_split: int, backend_id: int, graph: GraphView, asg: Assignment, start_s: float) -> None:
@@ -283,7 +284,7 @@ class RunLog:
                 causes = graph.memo["causes"] = asg.cause_counts(graph)
             self.records.record(
                 ComputeRecord(
-                    i_split, self._name(backend_id), len(graph), first, start_s, end_s, span, causes, **self.of
+                    i_split, self._names[backend_id], len(graph), first, start_s, end_s, span, causes, **self.of
                 )
             )
 
@@ -302,7 +303,7 @@ class RunLog:
             if is_computed(node):
                 cause = asg.cause(node)
                 name = "" if cause is None else cause.value
-                backend = self._name(asg.ids[node])
+                backend = self._names[asg.ids[node]]
                 self.records.record(
                     AssignRecord(node.name, node.op_desc, backend, name, start_s, end_s, span, **self.of)
                 )
@@ -320,7 +321,7 @@ class RunLog:
             return
         end_s, span = perf_counter(), self._moment()
         for backend_id, buft, size in held:
-            name = self._name(backend_id)
+            name = self._names[backend_id]
             self.records.record(AllocRecord(graph, name, buft.name, size, purpose, start_s, end_s, span, **self.of))
 
     def _seconds(self, clock: VirtualClock, backend_id: int, graph: GraphView) -> float:
