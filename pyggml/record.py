@@ -98,7 +98,7 @@ def _by_slots(cls: type[_Class]) -> type[_Class]:
     init = made["__init__"]
     init.__defaults__, init.__kwdefaults__ = usual.__defaults__, usual.__kwdefaults__
     init.__annotations__, init.__qualname__ = usual.__annotations__, usual.__qualname__
-    cls.__init__ = init  # type: ignore[misc]
+    cls.__init__ = init  # type: ignore[method-assign]
     return cls
 
 
