@@ -11,7 +11,7 @@ import numpy as np
 
 from .machine import Machine, ResidentLayers, TokenTime, Workload, resident_layers
 from .policies import POLICIES
-from .pools import Capacity, Pools, runs_of
+from .pools import Capacity, Pools, request_keys
 from .replay import Refusal, Result, Setting, lru_begins, replay
 from .trace import Trace
 
@@ -180,7 +180,7 @@ def compare(
 def _steps(trace: Trace, setting: Setting) -> tuple[int, int]:
     """Return the number of steps, and the most distinct experts that one uses over all layers."""
     n = most = 0
-    for run in runs_of(trace, Pools.of(trace, "global"), phase=setting.phase, contract="event"):
+    for run in request_keys(trace, Pools.of(trace, "global"), phase=setting.phase, contract="event"):
         _, steps = np.unique(run.step, return_inverse=True)
         used = np.bincount(steps, weights=np.diff(run.offsets))
         n += len(used)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..cost import CPU_PROFILE, DeviceProfile
 from ..hardware.formulas import Work
-from .pools import Pools, Run, runs_of
+from .pools import Pools, RequestKeys, request_keys
 from .replay import Result, Setting
 from .trace import Trace
 
@@ -94,7 +94,7 @@ class Workload:
         touches = np.zeros(pools.n_pool, np.int64)
         steps = np.zeros(pools.n_pool, np.int64)
         n_step = 0
-        for run in runs_of(trace, pools, phase=setting.phase, contract="event"):
+        for run in request_keys(trace, pools, phase=setting.phase, contract="event"):
             n_token += run.n_token
             n_layer_step += len(run.pool)
             touches += np.bincount(run.touch_pool, minlength=pools.n_pool)
@@ -126,7 +126,7 @@ class Workload:
         return self.seconds(machine, result.bytes_read - result.preload_bytes, result.touches - result.hits)
 
 
-def _steps(run: Run) -> int:
+def _steps(run: RequestKeys) -> int:
     return int((np.diff(run.step) != 0).sum()) + 1
 
 

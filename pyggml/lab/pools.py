@@ -1,4 +1,4 @@
-"""`Pools`: which experts share a cache; `Capacity`: its size; `Run`: the events of a request as keys of pools."""
+"""`Pools`: which experts share a cache; `Capacity`: its size; `RequestKeys`: the events of a request as keys of pools."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import GraphError
 from ..kernels.lab import stack
 from .trace import Phase, Trace
 
-__all__ = ["CONTRACTS", "PHASES", "SCOPES", "Capacity", "Pools", "Run", "parse_capacities", "runs_of"]
+__all__ = ["CONTRACTS", "PHASES", "SCOPES", "Capacity", "Pools", "RequestKeys", "parse_capacities", "request_keys"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -217,7 +217,7 @@ def _banked(projections: Ints, budget: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Run:
+class RequestKeys:
     """The events of one request as distinct keys of pools, for a cache that starts empty.
 
     Attributes
@@ -252,10 +252,10 @@ class Run:
         return most
 
 
-def runs_of(
+def request_keys(
     trace: Trace, pools: Pools, *, phase: str = "decode", contract: str = "event", by_first: bool = False
-) -> Iterator[Run]:
-    """Yield the runs of a trace: one per request, or one in all if requests interleave or the contract keeps the cache.
+) -> Iterator[RequestKeys]:
+    """Yield the keys of a trace: one object per request, or one in all if requests interleave or the contract keeps the cache.
 
     Raises
     ------
@@ -288,7 +288,7 @@ def runs_of(
             layer, pool, step = np.repeat(layer, n), np.repeat(pool, n), np.repeat(step, n)
         first = part.layer == trace.layers[0]
         n_token = int(np.diff(part.first_row)[first & counted].sum())
-        yield Run(int(request), offsets, keys, pool, layer, step, is_counted, n_token)
+        yield RequestKeys(int(request), offsets, keys, pool, layer, step, is_counted, n_token)
 
 
 def are_interleaved(request: Ints) -> bool:

@@ -16,7 +16,7 @@ from ..errors import GraphError
 from .cache import Cache
 from .machine import Machine, Workload, break_even
 from .policies import Policy
-from .pools import Capacity, Pools, Run, runs_of
+from .pools import Capacity, Pools, RequestKeys, request_keys
 from .replay import Setting
 from .trace import Trace
 
@@ -293,7 +293,7 @@ def predict(
     if unknown:
         raise GraphError(f"there is no prefetcher '{unknown[0]}'", hint=f"one of {', '.join(PREFETCHERS)}")
     pools = Pools.of(trace, "layer")
-    runs = list(runs_of(trace, pools, phase=setting.phase))
+    runs = list(request_keys(trace, pools, phase=setting.phase))
     requests = [events_of(run) for run in runs]
     if len(runs) < 2 and FITTED & set(names):
         raise GraphError(
@@ -316,7 +316,7 @@ def predict(
     return scores
 
 
-def events_of(run: Run) -> Events:
+def events_of(run: RequestKeys) -> Events:
     """Return the events of a request: the place of the layer among the trace's, and its experts."""
     keys, offsets = run.keys.tolist(), run.offsets.tolist()
     return [(p, keys[offsets[i] : offsets[i + 1]]) for i, p in enumerate(run.pool.tolist())]
@@ -345,7 +345,7 @@ def _guesses(prefetcher: Prefetcher, requests: Sequence[Events], pools: Pools, n
     return made
 
 
-def _resident(run: Run, pools: Pools, policy: Policy, slots: list[int]) -> list[set[int]]:
+def _resident(run: RequestKeys, pools: Pools, policy: Policy, slots: list[int]) -> list[set[int]]:
     """Return the resident keys before each event."""
     caches = [
         Cache(slots[p], policy.eviction(slots[p], pools.n_key), policy.new_admission()) for p in range(pools.n_pool)
@@ -363,7 +363,7 @@ def _score(
     capacity: Capacity,
     trace: Trace,
     pools: Pools,
-    runs: list[Run],
+    runs: list[RequestKeys],
     requests: Sequence[Events],
     guesses: list[list[list[int]]],
     resident: list[list[set[int]]],

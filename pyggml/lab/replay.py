@@ -20,7 +20,7 @@ from . import validate
 from .cache import Cache, Events
 from .llama import LlamaCache
 from .policies import Batch, Policy, parse_policy
-from .pools import Capacity, Ints, Pools, Run, runs_of
+from .pools import Capacity, Ints, Pools, RequestKeys, request_keys
 from .trace import Phase, Trace
 
 __all__ = ["Refusal", "RequestResult", "Result", "Setting", "lru_begins", "replay"]
@@ -141,12 +141,12 @@ def replay(
         wanted = np.arange(2)
     validate.refuse(trace, wanted)
     pools = Pools.of(trace, setting.scope)
-    runs = list(runs_of(trace, pools, phase=setting.phase, contract=setting.contract))
+    runs = list(request_keys(trace, pools, phase=setting.phase, contract=setting.contract))
     replayer = _Replayer(pools, runs, setting)
     llama = None
     for policy in chosen:
         if policy.llama is not None and llama is None:  # which takes ids in order of appearance
-            firsts = list(runs_of(trace, pools, phase=setting.phase, contract=setting.contract, by_first=True))
+            firsts = list(request_keys(trace, pools, phase=setting.phase, contract=setting.contract, by_first=True))
             llama = _Replayer(pools, firsts, setting)
         yield from (llama if policy.llama is not None and llama is not None else replayer).results(policy, capacities)
 
@@ -154,7 +154,7 @@ def replay(
 class _Replayer:
     """The runs of a trace, with values that are computed once for all policies."""
 
-    def __init__(self, pools: Pools, runs: list[Run], setting: Setting) -> None:
+    def __init__(self, pools: Pools, runs: list[RequestKeys], setting: Setting) -> None:
         self.pools, self.runs, self.setting = pools, runs, setting
         self.after = [stack.next_uses(run.offsets, run.keys, run.pool, pools.n_pool, pools.n_key) for run in runs]
         self.most = np.zeros(pools.n_pool, np.int64)
@@ -288,7 +288,7 @@ class _Replayer:
             raise GraphError(f"a cache of {slots[run.pool[failed]]:,} slots cannot hold the experts of one event")
         return preload
 
-    def _batch(self, policy: Policy, replay_events: Batch, run: Run, slots: Ints) -> npt.NDArray[np.bool_]:
+    def _batch(self, policy: Policy, replay_events: Batch, run: RequestKeys, slots: Ints) -> npt.NDArray[np.bool_]:
         """Replay a policy that takes all events at once.
 
         Raises
@@ -350,7 +350,7 @@ def _name(pools: Pools, p: int) -> str:
     )
 
 
-def _first_touches(run: Run, pools: Pools) -> int:
+def _first_touches(run: RequestKeys, pools: Pools) -> int:
     seen = run.touch_pool * pools.n_key + run.keys
     _, first = np.unique(seen, return_index=True)
     return int(run.is_counted[first].sum())
@@ -366,7 +366,7 @@ def _hits_below(hist: Ints, slots: Ints) -> Ints:
 def _objects(
     policy: Policy,
     pools: Pools,
-    run: Run,
+    run: RequestKeys,
     budgets: Ints,
     sizes: Ints | None,
     counts: Sequence[Mapping[int, int]] | None,
@@ -409,7 +409,7 @@ def lru_begins(trace: Trace, setting: Setting = Setting()) -> dict[str, int | No
     than the experts of a sweep, LRU has no hits.
     """
     pools = Pools.of(trace, setting.scope)
-    runs = list(runs_of(trace, pools, phase=setting.phase, contract=setting.contract))
+    runs = list(request_keys(trace, pools, phase=setting.phase, contract=setting.contract))
     hist = np.zeros((pools.n_pool, pools.n_key + 1), np.int64)
     most = 1
     for run in runs:

@@ -14,7 +14,7 @@ from ..errors import GraphError
 from ..moe_cache import CacheGroup, HostLayer, Lookup, SlotTable, Upload, group_layers
 from .cache import Cache
 from .policies import Policy, parse_policy
-from .pools import SCOPES, Capacity, Pools, runs_of
+from .pools import SCOPES, Capacity, Pools, request_keys
 from .predict import FITTED, PREFETCHERS, Prefetcher, best_of, events_of
 from .trace import Trace
 
@@ -269,7 +269,9 @@ class RunningPredictor:
                 )
             mine = trace.select(np.isin(trace.layer - offset, list(place)))
             pools = Pools.of(mine, "layer")
-            learned = [made.learn(events_of(run), pools.n_pool, n_expert) for run in runs_of(mine, pools, phase="all")]
+            learned = [
+                made.learn(events_of(run), pools.n_pool, n_expert) for run in request_keys(mine, pools, phase="all")
+            ]
             made.fit(np.sum(learned, axis=0))
         made.start([])
         self._made, self._place = made, place

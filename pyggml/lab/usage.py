@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from .pools import Pools, runs_of
+from .pools import Pools, request_keys
 from .trace import Phase, Trace
 
 __all__ = ["Union", "Usage", "usage"]
@@ -75,7 +75,7 @@ class Usage:
 def usage(trace: Trace, *, phase: str = "decode") -> Usage:
     """Count the experts that a trace uses."""
     pools = Pools.of(trace, "layer")
-    runs = list(runs_of(trace, pools, phase=phase))
+    runs = list(request_keys(trace, pools, phase=phase))
     counts = np.zeros((pools.n_pool, pools.n_key), np.int64)
     events = np.zeros(pools.n_pool, np.int64)
     for run in runs:

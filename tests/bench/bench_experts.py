@@ -18,7 +18,7 @@ from pyggml.kernels.lab import listed, sized, stack
 
 from pyggml.lab import Capacity
 from pyggml.lab.policies import POLICIES
-from pyggml.lab.pools import Pools, runs_of
+from pyggml.lab.pools import Pools, request_keys
 from pyggml.lab.running import LabRule
 from pyggml.lab.trace import Phase, Trace, TraceBuilder
 from pyggml.moe_cache import ExpertTensor, HostLayer
@@ -55,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     trace = _trace(options.steps)
     pools = Pools.of(trace, "layer")
-    (run,) = runs_of(trace, pools)
+    (run,) = request_keys(trace, pools)
     after = stack.next_uses(run.offsets, run.keys, run.pool, pools.n_pool, pools.n_key)
     n = len(run.keys)
     slots = np.full(pools.n_pool, N_SLOT, np.int64)
