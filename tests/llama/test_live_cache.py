@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mixed_model import write_mixed
 from oracle.moe_cache import Difference, read, replay
 
 from pyggml.llama import LlamaModel
 from pyggml.models.context import ContextFlags
 from pyggml.models.placement import PlacementFlags
+from pyggml.moe_cache import LlamaCache
+from pyggml.session import Session
 
 TESTS = Path(__file__).parents[1]
 
@@ -32,6 +35,24 @@ def test_a_model_in_llama_cpp_with_its_cache_computes_the_same(random_model) -> 
     assert "hits = 0," not in log[-1]
     for plain, cached in zip(*found, strict=True):
         np.testing.assert_allclose(cached, plain, atol=1e-4)
+
+
+def test_counts_of_two_groups_are_those_of_live_llama_cpp(random_model, tmp_path) -> None:
+    """With experts of two types there are two groups with slots of their own: llama.cpp counts what our LRU counts."""
+    path, n_bytes = write_mixed(tmp_path / "mixed.gguf", random_model("qwen3moe")), 9 << 20
+    flags = {"placement": PlacementFlags(cpu_moe=True), "context": ContextFlags(n_ctx=128, flash_attn="on")}
+    chunks = [[3, 4, 5], *([i % 7] for i in range(1, 15)), list(range(40)), [2], [2]]
+    with LlamaModel(path, moe_cache_bytes=n_bytes, threads=1, **flags) as model:
+        for chunk in chunks:
+            model.decode(chunk)
+        log = model.finish()
+    rule = LlamaCache(n_bytes, "lru")
+    with Session.open(path, devices=["sim:rtx4090-pcie4"], expert_cache=rule, **flags) as session:
+        for chunk in chunks:
+            session.decode(chunk)
+        assert session.expert_cache is not None
+        assert [g.n_slots > 0 for g in session.expert_cache.groups] == [True, True]
+        assert session.expert_cache.counters.lines() == log[-len(session.expert_cache.counters.lines()) :]
 
 
 @pytest.mark.parametrize(("arch", "n_bytes", "n_lines"), [("qwen3moe", 6 << 20, 2), ("gpt-oss", 9 << 20, 3)])
