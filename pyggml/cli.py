@@ -20,7 +20,7 @@ import click
 import cloup
 
 from . import __version__, commands, config
-from .errors import PyggmlError
+from .errors import PyggmlError, visible
 
 __all__ = ["QUESTIONS", "CommandGroup", "group", "main", "run"]
 
@@ -138,12 +138,15 @@ class CommandGroup(cloup.Group):
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
             raise Interrupted("Interrupted.") from None
-        except (click.ClickException, click.exceptions.Exit):
+        except click.exceptions.Exit:
+            raise
+        except click.ClickException as error:
+            error.message = visible(error.message)
             raise
         except Exception as error:
             if config.traceback() or (isinstance(error, OSError) and error.errno == errno.EPIPE):
                 raise
-            raise click.ClickException(_line(error)) from error
+            raise click.ClickException(visible(_line(error))) from error
 
 
 group = CommandGroup(

@@ -208,3 +208,14 @@ def test_control_characters_are_spelled_out():
     assert visible("a\x1b[2J\x07\r\x9b\udcff") == r"a\x1b[2J\x07\r\x9b\udcff"
     assert visible("日本語 é\n\tx") == "日本語 é\n\tx"
     assert str(FormatError("f\x1b", "m")) == r"f\x1b: m"
+
+
+@pytest.mark.parametrize(
+    "words", [["savings", "a\u200d\x1b[2J" + "x" * 300], ["splits", "--no-\x1b[2J"], ["sp\x1b[2J"]]
+)
+def test_escapes_in_what_is_typed_do_not_reach_a_terminal(words, capsys):
+    """A name that is too long for a file, an option and a command are spelled out where an error repeats them."""
+    assert cli.run(words) in (1, 2)
+    told = capsys.readouterr().err
+    assert r"\x1b[2J" in told
+    assert not {c for c in told if not c.isprintable() and c != "\n"}
