@@ -31,5 +31,5 @@ def write_mixed(path: Path, plain: Path) -> Path:
     return path
 
 
-def _bytes(raw: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(raw).view(np.uint8).reshape(-1)
+def _bytes(raw: np.ndarray) -> list[bytes]:
+    return [raw.tobytes()]

@@ -121,7 +121,7 @@ def test_a_batch_that_caches_of_several_sequences_cannot_share(tmp_path: Path) -
     ) as planner:
         assert isinstance(planner.source, CapturedSource)
         with pytest.raises(ModelError, match="3 cannot be divided among them; plan with -np 1"):
-            planner.source.captures.ask("decode", n_tokens=3, outputs="last", is_full=True)
+            planner.source.captures.ask("decode", n_tokens=3, outputs="last", depth=0, is_full=True)
         assert planner.plan_batch(3)
 
 
