@@ -138,10 +138,7 @@ class CommandGroup(cloup.Group):
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
             raise Interrupted("Interrupted.") from None
-        except click.exceptions.Exit:
-            raise
-        except click.ClickException as error:
-            error.message = visible(error.message)
+        except (click.ClickException, click.exceptions.Exit):
             raise
         except Exception as error:
             if config.traceback() or (isinstance(error, OSError) and error.errno == errno.EPIPE):

@@ -98,6 +98,7 @@ def test_builders_make_of_the_cases_what_the_library_does(child: Child, builder:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_builders_soak(child: Child, family: str) -> None:
     """The same, with many more arguments."""

@@ -53,6 +53,7 @@ class Child:
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
+        self._n_asked = 0
 
     def ask(self, do: str, **request: object) -> Message:
         """Return the answer to a request.
@@ -70,12 +71,17 @@ class Child:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+        self._n_asked += 1
+        self._process.stdin.write(json.dumps({"do": do, "i_request": self._n_asked, **request}) + "\n")
         self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the child has ended with status {self._process.wait()}")
-        answer: Message = json.loads(line)
+        answer: Message = {}
+        while (
+            answer.pop("i_request", None) != self._n_asked
+        ):  # before it, answers that nobody read: a time limit came first
+            line = self._process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"the child has ended with status {self._process.wait()}")
+            answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer
@@ -106,14 +112,15 @@ def _answer_and_exit(out: int, answer: Message) -> None:
 
 def _serve_one(library: Library, handlers: dict[str, Handler], request: Message, out: int) -> None:
     """Answer in this process, a fork, and end it."""
-    library.on_abort(lambda message: _answer_and_exit(out, {"refused": message}))
+    i_request = request.pop("i_request")
+    library.on_abort(lambda message: _answer_and_exit(out, {"refused": message, "i_request": i_request}))
     try:
         answer = handlers[request.pop("do")](library, request)
     except Exception as error:  # noqa: BLE001  the parent must hear of it, whatever it is
         import traceback
 
         answer = {"error": f"{error!r}\n{traceback.format_exc()}"}
-    _answer_and_exit(out, answer)
+    _answer_and_exit(out, {**answer, "i_request": i_request})
 
 
 def main(module_name: str, path: str | None = None) -> None:
@@ -126,12 +133,16 @@ def main(module_name: str, path: str | None = None) -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # what the library prints must not stand between answers
     for line in sys.stdin:
+        request = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            _serve_one(library, handlers, json.loads(line), out)
+            _serve_one(library, handlers, request, out)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if status < 0:
-            os.write(out, json.dumps({"died": signal.Signals(-status).name}).encode() + b"\n")
+            os.write(
+                out,
+                json.dumps({"died": signal.Signals(-status).name, "i_request": request["i_request"]}).encode() + b"\n",
+            )
 
 
 if __name__ == "__main__":
