@@ -61,7 +61,9 @@ def _gated_delta_net(t: Tensor, src: Sources) -> Array:
 def _linear_attention(t: Tensor, src: Sources) -> Array:
     *tokens, state = src
     n_token, n_head, n = tokens[1][0].shape
-    n_seq = t.src[len(src) - 1].ne[1]  # type: ignore[union-attr]  # a state is never absent
+    last = t.src[len(src) - 1]
+    assert last is not None
+    n_seq = last.ne[1]
     state, outputs = state.reshape(n_seq, n_head, n, n), np.empty((n_seq, n_token // n_seq, n_head, n))
     bonus = tokens.pop(3).reshape(-1)[: n_head * n].reshape(n_head, n, 1) if t.op is Op.RWKV_WKV6 else None
     rows = [x[0].reshape(n_seq, n_token // n_seq, n_head, n) for x in tokens]
