@@ -49,8 +49,10 @@ def test_odd_rows(card, type, n_k, n_token):
     assert nmse(got, want) <= bound(type)
 
 
-@pytest.mark.parametrize("type", FLOATS)
-@pytest.mark.parametrize("n_token", [3, 12])
+@pytest.mark.parametrize(
+    ("type", "n_token"),
+    [*((t, 3) for t in FLOATS), ("f16", 12), *(pytest.param(t, 12, marks=pytest.mark.slow) for t in ("f32", "bf16"))],
+)
 def test_float_rows_of_any_length(card, type, n_token):
     """A row length that is no multiple of a wide load takes the kernel that loads one value at a time."""
     case = {"n_expert": 3, "n_row": 5, "n_k": 45, "n_used": 2, "n_token": n_token}
