@@ -1,7 +1,8 @@
 """Records of what the scheduler did, and the `Recorder` that receives them.
 
-Reports, traces and timelines are made only from records. A record is a value and contains names, so keeping it keeps no
-tensor alive.
+Reports, traces and timelines are made only from records. A record contains names, so keeping it keeps no
+tensor alive. All observers of a run get the same records and may not change them; they are not frozen, because that makes each four
+times as expensive.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from .notebook import Bar, html_table
 
@@ -43,8 +44,6 @@ __all__ = [
     "WaitRecord",
 ]
 
-_Class = TypeVar("_Class")
-
 #: Why bytes were copied: a user's input, a result of another backend, a whole weight, or the used experts of a weight.
 CopyReason = Literal["input", "activation", "weight", "experts"]
 #: The use of memory: a model's weights, its KV cache, a scheduler's compute buffers, or a copy policy's memory.
@@ -63,7 +62,7 @@ class Identity(TypedDict):
 UNKNOWN: Identity = {"i_graph": -1, "i_run": -1, "i_clock": 0}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Identified:
     """What every record has: numbers that its scheduler gave.
 
@@ -82,28 +81,7 @@ class Identified:
     i_clock: int = 0
 
 
-def _by_slots(cls: type[_Class]) -> type[_Class]:
-    """Give a frozen dataclass with slots an ``__init__`` that writes through the slots' descriptors.
-
-    The usual one calls ``object.__setattr__``, which looks up every name; without that a record takes half the time, and
-    a run that is recorded makes several for each split.
-    """
-    usual: Any = cls.__init__
-    n_positional, n_keyword = usual.__code__.co_argcount, usual.__code__.co_kwonlyargcount
-    names = usual.__code__.co_varnames[1 : n_positional + n_keyword]
-    parameters = ", ".join(["self", *names[: n_positional - 1], "*", *names[n_positional - 1 :]])
-    writes = "".join(f"\n    set_{name}(self, {name})" for name in names)
-    made: dict[str, Any] = {f"set_{name}": getattr(cls, name).__set__ for name in names}
-    exec(f"def __init__({parameters}):{writes}", made)  # noqa: S102  as dataclasses does
-    init = made["__init__"]
-    init.__defaults__, init.__kwdefaults__ = usual.__defaults__, usual.__kwdefaults__
-    init.__annotations__, init.__qualname__ = usual.__annotations__, usual.__qualname__
-    cls.__init__ = init  # type: ignore[method-assign]
-    return cls
-
-
-@_by_slots
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CopyRecord(Identified):
     """One copy of bytes of a split input to the split's backend."""
 
@@ -122,8 +100,7 @@ class CopyRecord(Identified):
     i_experts: int = -1  #: the `UsedExpertsRecord` of the same run that it is of; -1: none
 
 
-@_by_slots
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UsedExpertsRecord(Identified):
     """The experts of one weight that a split needs; the records of their copies follow."""
 
@@ -137,8 +114,7 @@ class UsedExpertsRecord(Identified):
     i_experts: int = -1  #: its number in its run, by which copies refer to it
 
 
-@_by_slots
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ComputeRecord(Identified):
     """A launch: nodes of one split submitted to its backend (the whole split, or a part with an eval callback)."""
 
@@ -152,8 +128,7 @@ class ComputeRecord(Identified):
     causes: tuple[tuple[str, int], ...] = ()  #: why its nodes are there, and how many for each cause
 
 
-@_by_slots
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WaitRecord(Identified):
     """A wait of the host or of a backend."""
 
@@ -166,8 +141,7 @@ class WaitRecord(Identified):
     copy: int | None = None  #: of the event waited for; see `EventRecord`
 
 
-@_by_slots
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EventRecord(Identified):
     """An event: a mark in a backend's stream that others can wait for."""
 
@@ -179,8 +153,7 @@ class EventRecord(Identified):
     virtual: Span | None = None  #: the moment at which the backend reaches the mark
 
 
-@_by_slots
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReadRecord(Identified):
     """A read of the host from a backend: ids or results."""
 
@@ -193,7 +166,7 @@ class ReadRecord(Identified):
     engines: tuple[str, ...] = ()  #: as a copy's
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AllocRecord(Identified):
     """The memory that is held from now on, for one buffer type and purpose: after an allocation, a reserve or a free."""
 
@@ -207,7 +180,7 @@ class AllocRecord(Identified):
     virtual: Span | None = None  #: the moment; allocating takes no virtual time
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AssignRecord(Identified):
     """The backend of a node that will be computed, and why; recorded when its graph is split."""
 
@@ -239,7 +212,7 @@ class SplitInput:
     ids_ne: tuple[int, ...] = ()  #: for kind "experts": dimensions of the ids that name them
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SplitRecord(Identified):
     """One split of a graph; recorded when the graph is split, after the assignments of its nodes."""
 
@@ -255,7 +228,7 @@ class SplitRecord(Identified):
     causes: tuple[tuple[str, int], ...] = ()  #: why its computed nodes are there, and how many for each cause
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class MicroBatchRecord(Identified):
     """A session starts a micro-batch; the records that follow belong to it."""
 
@@ -264,7 +237,7 @@ class MicroBatchRecord(Identified):
     n_outputs: int  #: tokens whose logits are computed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CallbackRecord(Identified):
     """One call of the eval callback."""
 

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 
 import pyggml as ggml
+from pyggml.backend import REGISTRY
+from pyggml.models.context import ContextFlags
+from pyggml.models.placement import PlacementFlags
 from pyggml.moe_cache import MoeCache, MoeCachePolicy
+from pyggml.planning import Planner, virtual_clock
+from pyggml.routing import LogNormal
+from pyggml.simulation import SimulatedBatch, simulate_batch
 
 N, N_EXPERT, N_USED, N_LAYER = 32, 8, 2, 4
 SLOT_BYTES = 3 * 4 * N * N
@@ -123,3 +129,13 @@ def batches(n: int, n_token: int) -> list[tuple[list[np.ndarray], np.ndarray]]:
         ]
         made.append(([i.astype("i4") for i in ids], rng.standard_normal((n_token, N)).astype("f4")))
     return made
+
+
+def simulated_prompt(policy: Any, *, n_ubatch: int, use_mmap: bool) -> SimulatedBatch:
+    """Return a prompt of 2,048 tokens of qwen3-30b-a3b with its experts in host memory, in virtual time."""
+    backends = [d.backend() for d in REGISTRY.open_all(["sim:rtx4090-pcie4", "cpu"], data=False)]
+    with Planner.open(
+        "qwen3-30b-a3b", devices=backends[:1], cpu=backends[1], placement=PlacementFlags(cpu_moe=True, use_mmap=use_mmap),
+        data=False, context=ContextFlags(n_ctx=2048, n_ubatch=n_ubatch), policy=policy, clock=virtual_clock(backends),
+    ) as planner:  # fmt: skip
+        return simulate_batch(planner, 2048, routing=LogNormal(2.4))

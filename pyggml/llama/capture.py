@@ -42,7 +42,7 @@ class Host:
         self.library = LlamaLibrary(path)
         self.library.check_reserves()
         self.devices: dict[str, CapturingDevice] = {}
-        self._nobody = _Nobody()
+        self._nobody = Watcher()
         self.cpu = CapturingCPU(self.library, self._nobody)
 
     def device(self, about: Message, watcher: Watcher) -> CapturingDevice:
@@ -65,22 +65,7 @@ class Host:
         self.library.on_line = lambda line: None
 
 
-class _Nobody:
-    """Ignores everything."""
-
-    is_relaxed = False
-
-    def asked(self, device: str, tensor: Handle, answer: bool) -> None:
-        """Do nothing."""
-
-    def computed(self, graph: Handle) -> None:
-        """Do nothing."""
-
-    def failed(self, error: BaseException) -> None:
-        """Do nothing."""
-
-
-class Capture:
+class Capture(Watcher):
     """A model and a context in llama.cpp.
 
     Parameters

@@ -8,8 +8,6 @@ graph is then one split without copies, and no source of a node is replaced. Not
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from ..backends.libggml.library import Handle
 from .device import CPUHooks, Functions, PythonDevice, keep_for_ever
 from .library import LlamaLibrary
@@ -22,10 +20,10 @@ _NOWHERE = 1 << 44
 _STEP = 1 << 16
 
 
-class Watcher(Protocol):
-    """Receives llama.cpp's questions to devices, and decides whether answers are relaxed."""
+class Watcher:
+    """Receives llama.cpp's questions to devices, and decides whether answers are relaxed. This one ignores them all."""
 
-    is_relaxed: bool
+    is_relaxed = False
 
     def asked(self, device: str, tensor: Handle, answer: bool) -> None:
         """Receive a question whether a device supports an op."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .capture import CaptureFailed, Host
+from .capturing import Watcher
 from .params import context_params, model_params
 
 __all__ = ["fit"]
@@ -15,17 +16,10 @@ __all__ = ["fit"]
 Message = dict[str, Any]  # what goes through JSON
 
 
-class _Watcher:
+class _Failures(Watcher):
     """Keeps the first exception of a device's functions."""
 
-    is_relaxed = False
     error: BaseException | None = None
-
-    def asked(self, device: str, tensor: object, answer: bool) -> None:
-        """Take no note."""
-
-    def computed(self, graph: object) -> None:
-        """Take no note."""
 
     def failed(self, error: BaseException) -> None:
         """Keep an exception."""
@@ -46,7 +40,7 @@ def fit(host: Host, request: Message) -> Message:
         llama.cpp does not load the model.
     """
     library, ffi, lib = host.library, host.library.ffi, host.library.lib
-    watcher, placement = _Watcher(), request["placement"]
+    watcher, placement = _Failures(), request["placement"]
     host.cpu.watcher = watcher
     n_tried = 0
 

@@ -55,20 +55,20 @@ def flat(plan: HostPlan, *tensors: Tensor) -> tuple[Tensor | Layout, ...]:
     )
 
 
-class Run(TypedDict):
+class CallOptions(TypedDict):
     """Arguments of `HostPlan.add` that say how an op is run."""
 
     serial: bool
     cost: float
 
 
-def by_elements(t: Tensor) -> Run:
+def by_elements(t: Tensor) -> CallOptions:
     """Return how an element-wise op is run."""
     n = t.numel
     return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
 
 
-def by_rows(t: Tensor) -> Run:
+def by_rows(t: Tensor) -> CallOptions:
     """Return how an op is run that has a cost per row in addition to that of elements."""
     n = t.numel + ROW_ELEMENTS * t.nrows
     return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}

@@ -68,7 +68,7 @@ def replay(case: Case, *, dialect: Dialect = DEFAULT_DIALECT) -> Record:
             record["graph"] = step.graph
         try:
             record |= run.step(step)
-        except Exception as error:  # noqa: BLE001  # keep the trace up to here
+        except Exception as error:  # noqa: BLE001  # whatever it is, the trace up to here is worth keeping
             record["abort"] = {"kind": "abort", "message": f"{type(error).__name__}: {error}"}
         record["calls"] = run.take_calls()
         records.append(record)

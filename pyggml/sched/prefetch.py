@@ -195,13 +195,7 @@ class PrefetchedExperts(OverlappedExperts):
         self._groups, self._at, self._guess = [], {}, None
         for transfer in plan.expert_transfers():
             last = self._groups[-1] if self._groups else None
-            first = None if last is None else last.weights[0]
-            if (
-                last is None
-                or first is None
-                or transfer.ids_tensor is not first.ids_tensor
-                or transfer.backend is not first.backend
-            ):
+            if last is None or not last.has(transfer):
                 name = layer_of(transfer.source.name)
                 last = _Layer(len(self._groups) if name is None else name)
                 self._groups.append(last)
@@ -286,6 +280,11 @@ class _Layer:
     memory: list[Tensor] = field(default_factory=list)
     there: list[set[int]] = field(default_factory=list)  #: by weight, what was sent to its memory
     queue: CopyQueue | None = None
+
+    def has(self, transfer: Transfer) -> bool:
+        """Return whether a weight is chosen from by the ids of this layer, on its device."""
+        first = self.weights[0]
+        return transfer.ids_tensor is first.ids_tensor and transfer.backend is first.backend
 
 
 def _ranges(weight: Feed, experts: Collection[int]) -> list[tuple[int, int]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+from edited_models import write_retyped
 
-from pyggml.gguf import GGUFFile
-from pyggml.makers.gguf_writer import GGUFWriter
+from pyggml.gguf import TensorInfo
 from pyggml.types import Type
 
 __all__ = ["write_mixed"]
@@ -16,20 +15,10 @@ __all__ = ["write_mixed"]
 
 def write_mixed(path: Path, plain: Path) -> Path:
     """Write an F32 model again with the experts of layer 1 in F16."""
-    writer = GGUFWriter()
-    with GGUFFile.open(plain) as file:
-        for key in file.metadata:
-            entry = file.metadata.entry(key)
-            writer.add_raw(key, entry.type, entry.length, file.metadata.raw(key))
-        for info in file.tensors.values():
-            kind, raw = info.type, np.array(file.data(info.name))
-            if info.name.startswith("blk.1.ffn_") and "_exps.weight" in info.name:
-                kind, raw = Type.F16, raw.view(np.float32).astype(np.float16)
-            n_dims = max(i + 1 for i in range(4) if i == 0 or info.ne[i] != 1)
-            writer.add_tensor(info.name, kind, info.ne[:n_dims], partial(_bytes, raw))
-        writer.write(path)
-    return path
+    return write_retyped(path, plain, _mixed)
 
 
-def _bytes(raw: np.ndarray) -> list[bytes]:
-    return [raw.tobytes()]
+def _mixed(info: TensorInfo, raw: np.ndarray) -> tuple[Type, np.ndarray]:
+    if info.name.startswith("blk.1.ffn_") and "_exps.weight" in info.name:
+        return Type.F16, raw.view(np.float32).astype(np.float16)
+    return info.type, raw

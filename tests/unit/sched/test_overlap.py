@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from expert_worlds import Layers
+from expert_worlds import Layers, simulated_prompt
 
-from pyggml.backend import REGISTRY
-from pyggml.models.context import ContextFlags
-from pyggml.models.placement import PlacementFlags
-from pyggml.planning import Planner, virtual_clock
 from pyggml.record import CopyRecord, Recording
-from pyggml.routing import LogNormal
 from pyggml.sched.compute import SplitRun
 from pyggml.sched.overlap import OverlappedExperts
-from pyggml.simulation import simulate_batch
 
 
 @pytest.fixture(autouse=True)
@@ -66,14 +60,8 @@ def test_copies_overlap_with_products_and_a_prompt_takes_less_time():
 
 
 def _seconds(use_mmap: bool) -> dict[str, float]:  # one flag
-    found = {}
-    for name, policy in (("used", "used"), ("overlap", OverlappedExperts())):
-        backends = [d.backend() for d in REGISTRY.open_all(["sim:rtx4090-pcie4", "cpu"], data=False)]
-        with Planner.open(
-            "qwen3-30b-a3b", devices=backends[:1], cpu=backends[1], placement=PlacementFlags(cpu_moe=True, use_mmap=use_mmap),
-            data=False, context=ContextFlags(n_ctx=2048, n_ubatch=2048), policy=policy, clock=virtual_clock(backends),
-        ) as planner:  # fmt: skip
-            found[name] = simulate_batch(planner, 2048, routing=LogNormal(2.4))
+    policies = {"used": "used", "overlap": OverlappedExperts()}
+    found = {name: simulated_prompt(policy, n_ubatch=2048, use_mmap=use_mmap) for name, policy in policies.items()}
     assert found["overlap"].bytes_copied == found["used"].bytes_copied
     return {name: batch.seconds for name, batch in found.items()}
 

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from expert_worlds import N_LAYER, SLOT_BYTES, Layers
+from expert_worlds import N_LAYER, SLOT_BYTES, Layers, simulated_prompt
 
-from pyggml.backend import REGISTRY
 from pyggml.errors import ExpertIdError, GraphError
 from pyggml.lab.running import RunningPredictor
-from pyggml.models.context import ContextFlags
-from pyggml.models.placement import PlacementFlags
 from pyggml.moe_cache import LlamaCache
-from pyggml.planning import Planner, virtual_clock
 from pyggml.record import CopyRecord, Recording
-from pyggml.routing import LogNormal
 from pyggml.sched.compute import SplitRun
 from pyggml.sched.overlap import OverlappedExperts
 from pyggml.sched.prefetch import ExpertPrefetch, PrefetchedExperts
-from pyggml.simulation import simulate_batch
 
 CACHE = LlamaCache(2 * SLOT_BYTES * 7, "lru")
 
@@ -120,16 +114,10 @@ def test_predictors_that_cannot_run_are_refused(name, words):
 
 def test_a_prompt_takes_less_time():
     """Experts of the next layer travel while a layer computes, from the second micro-batch on, when there is something to guess from."""
-    found = {}
-    for name, policy in (("used", "used"), ("overlap", OverlappedExperts()), ("prefetch", _prefetch())):
-        backends = [d.backend() for d in REGISTRY.open_all(["sim:rtx4090-pcie4", "cpu"], data=False)]
-        with Planner.open(
-            "qwen3-30b-a3b", devices=backends[:1], cpu=backends[1], placement=PlacementFlags(cpu_moe=True, use_mmap=False),
-            data=False, context=ContextFlags(n_ctx=2048, n_ubatch=512), policy=policy, clock=virtual_clock(backends),
-        ) as planner:  # fmt: skip
-            found[name] = simulate_batch(planner, 2048, routing=LogNormal(2.4))
+    policies = {"used": "used", "overlap": OverlappedExperts(), "prefetch": _prefetch()}
+    found = {name: simulated_prompt(policy, n_ubatch=512, use_mmap=False) for name, policy in policies.items()}
     assert found["prefetch"].seconds < found["overlap"].seconds < found["used"].seconds
-    counters = policy.prefetch.counters
+    counters = policies["prefetch"].prefetch.counters
     assert counters.n_late is not None
     assert counters.right_sent > 0.8 * counters.sent > 0
     more = found["prefetch"].bytes_by_reason["experts"] - found["used"].bytes_by_reason["experts"]

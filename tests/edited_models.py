@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyggml.gguf import GGUFFile, ValueType
+from pyggml.gguf import GGUFFile, TensorInfo, ValueType
 from pyggml.makers.gguf_writer import GGUFWriter
 from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.makers.quantize import dequantize
@@ -95,6 +95,21 @@ def write_edited(
     return path
 
 
+def write_retyped(path: Path, plain: Path, change: Callable[[TensorInfo, np.ndarray], tuple[Type, np.ndarray]]) -> Path:
+    """Write a model again; ``change`` returns the type and the bytes of each tensor, given what it was."""
+    writer = GGUFWriter()
+    with GGUFFile.open(plain) as file:
+        for key in file.metadata:
+            entry = file.metadata.entry(key)
+            writer.add_raw(key, entry.type, entry.length, file.metadata.raw(key))
+        for info in file.tensors.values():
+            n_dims = max(i + 1 for i in range(4) if i == 0 or info.ne[i] != 1)
+            kind, raw = change(info, file.data(info.name).copy())
+            writer.add_tensor(info.name, kind, info.ne[:n_dims], partial(_bytes, raw))
+        writer.write(path)
+    return path
+
+
 def write_quantized(path: Path, plain: Path, kind: Type) -> Path:
     """Write a model again with its Q8_0 matrices in another type.
 
@@ -105,25 +120,20 @@ def write_quantized(path: Path, plain: Path, kind: Type) -> Path:
     chunk = ctypes.CDLL(str(folder / "libggml-base.so")).ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
     chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-    writer = GGUFWriter()
-    with GGUFFile.open(plain) as file:
-        for key in file.metadata:
-            entry = file.metadata.entry(key)
-            writer.add_raw(key, entry.type, entry.length, file.metadata.raw(key))
-        for info in file.tensors.values():
-            raw, type = file.data(info.name).copy(), info.type
-            if type is Type.Q8_0:
-                values = dequantize(raw.reshape(-1, type.row_size(info.ne[0])), type)
-                raw, type = np.zeros((len(values), kind.row_size(info.ne[0])), np.uint8), kind
-                if kind in _RANDOM:
-                    raw[:] = _random_rows(kind, raw.shape, float(values.std()))
-                else:
-                    even = np.ones(info.ne[0], np.float32)
-                    chunk(kind, values.ctypes.data, raw.ctypes.data, 0, *values.shape, even.ctypes.data)
-            n_dims = max(i + 1 for i in range(4) if i == 0 or info.ne[i] != 1)
-            writer.add_tensor(info.name, type, info.ne[:n_dims], partial(_bytes, raw))
-        writer.write(path)
-    return path
+
+    def quantized(info: TensorInfo, raw: np.ndarray) -> tuple[Type, np.ndarray]:
+        if info.type is not Type.Q8_0:
+            return info.type, raw
+        values = dequantize(raw.reshape(-1, info.type.row_size(info.ne[0])), info.type)
+        rows = np.zeros((len(values), kind.row_size(info.ne[0])), np.uint8)
+        if kind in _RANDOM:
+            rows[:] = _random_rows(kind, rows.shape, float(values.std()))
+        else:
+            even = np.ones(info.ne[0], np.float32)
+            chunk(kind, values.ctypes.data, rows.ctypes.data, 0, *values.shape, even.ctypes.data)
+        return kind, rows
+
+    return write_retyped(path, plain, quantized)
 
 
 def _random_rows(kind: Type, shape: tuple[int, ...], spread: float) -> np.ndarray:
