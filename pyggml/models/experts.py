@@ -116,9 +116,7 @@ def _choose(b: Builder, w: LayerWeights, probs: Tensor) -> Tensor:
     bias = w.get("exp_probs_b.bias")
     if bias is not None:
         selection = b.name(ops.add(probs, bias), "ffn_moe_probs_biased", il)
-    if (
-        b.hp.n_expert_groups > 1 and selection.ne[1] > 0
-    ):  # of a micro-batch without outputs the last layer has no tokens
+    if b.hp.n_expert_groups > 1 and selection.ne[1]:  # without outputs the last layer has no tokens
         selection = _mask_groups(b, selection, il)
     chosen = ops.argsort_top_k(selection, b.hp.n_expert_used)
     argsort = chosen.src[0]

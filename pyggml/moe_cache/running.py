@@ -137,11 +137,8 @@ class MoeCache:
         has_data: bool = True,
     ) -> None:
         self.rule, self.n_used, self._has_data = rule, n_used, has_data
-        taken = (
-            DeviceType.GPU,
-            DeviceType.IGPU,
-            DeviceType.CPU,
-        )  # a library's CPU beside the last backend is a device, too
+        # a library's CPU beside the last backend is a device, too
+        taken = DeviceType.GPU, DeviceType.IGPU, DeviceType.CPU
         self._gpus = [b for b in backends[:-1] if b.device.type in taken]
         self._cpu = backends[-1]
         if not self._gpus:

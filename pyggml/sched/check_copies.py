@@ -2,13 +2,11 @@
 
 It verifies two properties from the graph, the ids and the memory, without the functions that policies use:
 
-- *Copies cover what is read.* `CopyCheck` receives each range that is sent, and knows what the nodes of a split read:
-of
- an expert weight under MUL_MAT_ID the experts that the ids name now, with the padding that kernels may read; of other
- inputs every byte. Bytes that a node wrote in the source after the copy are not covered.
+- *Copies cover what is read.* `CopyCheck` receives each range that is sent, and knows what the nodes of a split read.
+  Of an expert weight under MUL_MAT_ID, these are the experts that the ids name now, with the padding that kernels may
+  read; of other inputs every byte. Bytes that a node wrote in the source after the copy are not covered.
 - *Results equal those of a full copy.* The bytes to be copied are compared with the source. With ``PYGGML_CHECK=2`` a
-split
- with partly copied experts is computed again with full copies, and each result is compared bit for bit.
+  split with partly copied experts is computed again with full copies, and each result is compared bit for bit.
 
 Memory is read with `Buffer.peek`, which devices do not count: traces, counts, faults and virtual time are the same with
 and without the check. Memory without `peek` (a plan without data, a late or remote device) is not compared. Its ids are

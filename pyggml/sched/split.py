@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from ..edits import EDITS
 from ..errors import SchedError
@@ -94,6 +95,7 @@ class Cutter:
         EDITS.note()
         nodes = graph.nodes
         ids = self.asg.ids
+        backend_of = cast("Callable[[Tensor | None], int | None]", ids.get)  # None is nowhere
         i_first = next((i for i, node in enumerate(nodes) if not node.op.is_view), len(nodes))
         if i_first < len(nodes):
             self.memory.backend_id = ids[nodes[i_first]]
@@ -109,7 +111,7 @@ class Cutter:
                 continue
             backend_id = ids[node]
             if backend_id == at and not looks_at_all:
-                for src_at in map(ids.get, node.src):  # type: ignore[arg-type]  # None is nowhere
+                for src_at in map(backend_of, node.src):
                     if src_at != backend_id:
                         break
                 else:

@@ -4,9 +4,9 @@ Used by every backend that computes on host memory. A plan is an array of int64 
 which ops add to as declared in `pyggml.opset`. This module decides two things that depend on the order of nodes:
 
 - where a stage begins: at a descriptor that reads or writes memory that an earlier one of the stage writes, or writes
- memory that one reads;
+  memory that one reads;
 - what is shared: quantised activations, ids grouped by expert, and ROPE's angles are used again by later nodes until a
- node overwrites their source.
+  node overwrites their source.
 """
 
 from __future__ import annotations
