@@ -15,6 +15,7 @@
     │   ├── ComputeError                   the device could not compute a split
     │   └── RPCError                       a remote device is gone or late, or answers wrongly
     ├── ModelError (RuntimeError)          llama.cpp refuses a model or fails on it
+    ├── DownloadError (RuntimeError)       a file cannot be downloaded
     └── FormatError (ValueError)           a damaged or unexpected file
 
 Each error has the facts in fields and builds its text from them: programs use the fields, people read the text. All can
@@ -30,6 +31,7 @@ __all__ = [
     "BackendError",
     "ComputeError",
     "DeviceUnavailableError",
+    "DownloadError",
     "ExpertIdError",
     "FormatError",
     "GraphError",
@@ -314,3 +316,22 @@ class ModelError(PyggmlError, RuntimeError):
     def __init__(self, path: str, message: str, *, words: str = "", hint: str = "") -> None:
         super().__init__(f"{path}: {message}{': ' if words else ''}{words}", hint=hint)
         self.path, self.words = path, words
+
+
+class DownloadError(PyggmlError, RuntimeError):
+    """A file cannot be downloaded.
+
+    Attributes
+    ----------
+    name, source : str
+        The file, and its address or the index that it is from; the text has only the host.
+    reason : str
+        What the network or the host says.
+    """
+
+    def __init__(self, name: str, source: str, reason: str, *, hint: str = "") -> None:
+        host = source.partition("://")[2].partition("/")[0] or source
+        super().__init__(
+            f"cannot download {name} from {host}: {reason}", hint=hint or "check the network, then try again"
+        )
+        self.name, self.source, self.reason = name, source, reason

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .errors import PyggmlError
 
-__all__ = ["aside"]
+__all__ = ["aside", "writing"]
 
 #: A writer touches its temporary file all the time; one left alone for this long has lost its writer.
 _ABANDONED_S = 600.0
@@ -27,6 +27,16 @@ _HINTS = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "the name is a link to itself: remove it, or choose another",
 }
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an error of the operating system while ``path`` is written into a `PyggmlError` with path, reason and what to try."""
+    try:
+        yield
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "choose a folder that you may write to")
+        raise PyggmlError(f"{path}: cannot write: {error.strerror or error}", hint=hint) from None
 
 
 @contextlib.contextmanager
@@ -52,7 +62,7 @@ def aside(path: str | os.PathLike[str], n_bytes: int | None = None) -> Iterator[
     removes it once it is ten minutes old.
     """
     asked = Path(path)
-    try:
+    with writing(asked):
         target = Path(os.path.realpath(asked))
         if target.is_dir():
             raise OSError(errno.EISDIR, "this is a folder")
@@ -71,9 +81,6 @@ def aside(path: str | os.PathLike[str], n_bytes: int | None = None) -> Iterator[
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-    except OSError as error:
-        hint = _HINTS.get(error.errno or 0, "choose a folder that you may write to")
-        raise PyggmlError(f"{asked}: cannot write: {error.strerror or error}", hint=hint) from None
 
 
 def _remove_abandoned(target: Path) -> None:

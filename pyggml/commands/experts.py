@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
-from ._console import n_bytes, n_seconds, print_json, report, table, warn
+from ._console import n_bytes, n_seconds, print_json, progress, report, table, warn
 from ._expert_traces import TraceFlags, trace_options
 
 if TYPE_CHECKING:
@@ -340,9 +340,16 @@ def _predict_table(scores: list[Score], trace: Trace, policy: str) -> Table:
 
 
 @command.command("fetch", short_help="Download public traces (5 MB), checked by hash.")
-@click.argument("folder", type=click.Path(path_type=Path))
-def fetch_command(folder: Path) -> None:
-    """Download public traces, checked by hash: BigMoeOnEdge, onnx-genai, 15 prompts of gpt-oss-20b (5 MB)."""
-    from ..lab.public import fetch
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+def fetch_command(folder: Path | None) -> None:
+    """Download public traces, checked by hash: BigMoeOnEdge, onnx-genai, 15 prompts of gpt-oss-20b (5 MB, unpacked 53 MB).
 
-    report().print(f"{len(fetch(folder, click.echo))} files in {folder}")
+    Without FOLDER they are kept in pyggml's cache folder.
+    """
+    from ..lab.public import fetch, traces_folder
+
+    folder = folder or traces_folder()
+    with progress() as bar:
+        task = bar.add_task("", total=None)
+        paths = fetch(folder, lambda name, done, n: bar.update(task, description=name, completed=done, total=n))
+    report().print(f"{len(paths)} files in {folder}")

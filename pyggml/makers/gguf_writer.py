@@ -51,8 +51,10 @@ class _Tensor:
 class GGUFWriter:
     """Collects keys and tensors, then writes a GGUF file: version 3, little-endian, one part.
 
-    Tensors are functions that yield their bytes in pieces, so a model need not fit in memory, and keys can be copied
-    unchanged. `gguf.GGUFWriter` needs each tensor as one array, and cannot write empty arrays or unparsed values.
+    Tensors are functions that yield their bytes in pieces, so a tensor need not fit in memory, and keys can be copied
+    unchanged. gguf 0.19's `GGUFWriter` takes a tensor only as one array (`write_tensor_data`), leaves out empty arrays
+    (`add_array`) or refuses them (`add_key_value`), and has no call for a key's bytes: a key must be parsed and packed
+    again. It writes in place and computes no checksum.
     """
 
     def __init__(self, *, alignment: int = DEFAULT_ALIGNMENT) -> None:

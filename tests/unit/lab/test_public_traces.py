@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,13 +13,13 @@ import pytest
 
 from pyggml.lab import Trace, open_trace
 from pyggml.lab.pools import Capacity, parse_capacities
-from pyggml.lab.public import fetch
+from pyggml.lab.public import TRACES
 from pyggml.lab.replay import Refusal, Result, Setting, lru_begins, replay
 
 FOLDER = Path(os.environ.get("PYGGML_TRACES", ""))
 pytestmark = pytest.mark.skipif(
     not os.environ.get("PYGGML_TRACES"),
-    reason="PYGGML_TRACES names no folder of public traces (pyggml experts fetch FOLDER fetches them)",
+    reason="PYGGML_TRACES names no folder of public traces (`pyggml experts fetch FOLDER` downloads them)",
 )
 
 #: Per cent of hits, mean of 15 prompts, by slots of 32.
@@ -32,7 +34,7 @@ TABLE = {
 @pytest.fixture(scope="module")
 def prompts() -> Trace:
     """Give the 15 prompts of gpt-oss-20b as requests of one trace."""
-    return Trace.joined([open_trace(path) for path in sorted((FOLDER / "gpt-oss-20b").glob("*.json.gz"))])
+    return Trace.joined([open_trace(path) for path in sorted((FOLDER / "gpt-oss-20b").glob("*.json*"))])
 
 
 def test_gpt_oss_20b_has_the_published_hits(prompts):
@@ -117,15 +119,18 @@ def test_held_out_static_sets_lose_to_lru(prompts):
 
 
 def test_files_have_the_hashes_that_are_fetched():
-    """What `pyggml experts fetch` checks is what results were published of: nothing is fetched anew where the files are."""
-    assert all(path.is_file() for path in fetch(FOLDER, lambda name: pytest.fail(f"{name} is another file")))
+    """What `pyggml experts fetch` checks is what results were published of."""
+    for trace in TRACES:
+        path, packed = FOLDER / trace.name, FOLDER / f"{trace.name}.gz"
+        data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+        assert hashlib.sha256(data).hexdigest() == trace.sha256, path
 
 
 def test_public_traces_are_sound():
     """No trap that forbids a replay is found in any public trace."""
     paths = [
         *(FOLDER / "bigmoeonedge").glob("*.route.csv"),
-        *(FOLDER / "gpt-oss-20b").glob("*.gz"),
+        *(FOLDER / "gpt-oss-20b").glob("*.json*"),
         FOLDER / "onnx-genai/moe_expert_trace.json",
     ]
     assert len(paths) == 19
