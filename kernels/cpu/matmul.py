@@ -10,7 +10,7 @@ from __future__ import annotations
 from . import blocks32, coded, floatrows, kquants, panel
 from .activations import quantise_row_halves, quantise_row_halves_q8_0, quantise_row_q8_0, quantise_row_q8_k
 from .kernel import device, op_kernel
-from .memory import atomic_add, atomic_store, call4, call8, ld_i64, st_i64
+from .memory import atomic_add, atomic_store, call4, call8, ld_i64, st_i32, st_i64
 from .panel import PANEL_BLOCK, ROWS, TILE_TOKENS
 from .routing import active_at
 from .words import (
@@ -20,6 +20,7 @@ from .words import (
     DST,
     F16,
     F32,
+    NB0,
     NB1,
     NB2,
     NB3,
@@ -172,6 +173,18 @@ def _job_rows(n_rows, n_matrices, nth):
     return max(ROWS, min(JOB_ROWS, (share + ROWS - 1) // ROWS * ROWS))
 
 
+@device
+def _clear_skipped(ith, nth, d, order, n_pairs, total):
+    """Set the results of pairs without an expert to 0; this thread's share of them."""
+    out, n_used = ld_i64(d + 8 * (DST + ADDRESS)), ld_i64(d + 8 * N_USED)
+    nb0, nb1, nb2 = ld_i64(d + 8 * (DST + NB0)), ld_i64(d + 8 * (DST + NB1)), ld_i64(d + 8 * (DST + NB2))
+    for j in range(total + ith, n_pairs, nth):
+        pair = ld_i64(order + 8 * j)
+        row = out + pair % n_used * nb1 + pair // n_used * nb2
+        for i in range(ld_i64(d + 8 * (DST + NE0))):
+            st_i32(row + i * nb0, 0)
+
+
 @op_kernel
 def mul_mat(ith, nth, d, ctl):
     """Multiply matrices src0 with the tokens of src1 that belong to each."""
@@ -188,6 +201,8 @@ def mul_mat(ith, nth, d, ctl):
     lists = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
     thread_panel = lists + 2 * 8 * _LISTS
     job_rows = _job_rows(n_rows, n_matrices, nth)
+    if groups >= 0:
+        _clear_skipped(ith, nth, d, order, n_outs, ld_i64(first + 8 * ne02))
     per_matrix = (n_rows + job_rows - 1) // job_rows
     n_jobs = n_matrices * per_matrix
     while True:

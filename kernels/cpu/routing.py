@@ -1,8 +1,8 @@
 """Sorts ids by expert, once for all products that share them.
 
 The result lies in the plan's scratch, in int64 words: ``first[n_expert + 1]`` (the group of expert e is
-order[first[e]] up to order[first[e + 1]]), ``order[n_token * n_used]`` (pairs ``token * n_used + slot``), the number
-of experts that are used, and their numbers.
+order[first[e]] up to order[first[e + 1]]), ``order[n_token * n_used]`` (pairs ``token * n_used + slot``; after the last
+group those that are skipped), the number of experts that are used, and their numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from .memory import ld_i32, ld_i64, st_i64
 from .plan import report
 from .words import ADDRESS, NB0, NB1, NE0, NE1, PARAM, SCRATCH, SHARED, SRC0
 
-N_EXPERT = PARAM
+#: SKIPS: whether negative ids are skipped; otherwise they are reported.
+N_EXPERT, SKIPS = PARAM, PARAM + 1
 
 
 def routing_bytes(n_expert: int, n_pairs: int) -> int:
@@ -32,7 +33,7 @@ def group_by_expert(ith, nth, d, ctl):
     ids = ld_i64(d + 8 * (SRC0 + ADDRESS))
     n_used, n_token = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1))
     nb0, nb1 = ld_i64(d + 8 * (SRC0 + NB0)), ld_i64(d + 8 * (SRC0 + NB1))
-    n_expert = ld_i64(d + 8 * N_EXPERT)
+    n_expert, skips = ld_i64(d + 8 * N_EXPERT), ld_i64(d + 8 * SKIPS)
     first = ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
     order = first + 8 * (n_expert + 1)
     active = active_at(first, n_expert, n_token * n_used)
@@ -41,6 +42,8 @@ def group_by_expert(ith, nth, d, ctl):
     for t in range(n_token):
         for u in range(n_used):
             e = ld_i32(ids + t * nb1 + u * nb0)
+            if e < 0 and skips != 0:
+                continue
             if e < 0 or e >= n_expert:
                 report(ith, d, ctl, t * n_used + u, e, n_expert)
                 return
@@ -56,8 +59,14 @@ def group_by_expert(ith, nth, d, ctl):
         st_i64(first + 8 * e, total)  # the group's end: filling from the back makes it the start
     st_i64(active, n_active)
     st_i64(first + 8 * n_expert, total)
+    end = n_token * n_used
     for t in range(n_token - 1, -1, -1):
         for u in range(n_used - 1, -1, -1):
-            at = first + 8 * ld_i32(ids + t * nb1 + u * nb0)
+            e = ld_i32(ids + t * nb1 + u * nb0)
+            if e < 0:
+                end -= 1
+                st_i64(order + 8 * end, t * n_used + u)
+                continue
+            at = first + 8 * e
             st_i64(at, ld_i64(at) - 1)
             st_i64(order + 8 * ld_i64(at), t * n_used + u)

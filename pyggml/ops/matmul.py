@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..tensor import Tensor
 from ..types import MAX_SRC, Op, Type
 from ._make import can_mul_mat, divides, new, refuse, set_param
-from .modes import OpHint, Prec
+from .modes import SKIP_PARAM, OpHint, Prec
 
 __all__ = [
     "mul_mat", "mul_mat_id", "mul_mat_set_hint", "mul_mat_set_prec", "out_prod", "prec_set_acc", "prec_set_src",
@@ -43,7 +43,7 @@ def mul_mat(a: Tensor, b: Tensor) -> Tensor:
     return new(Op.MUL_MAT, Type.F32, ne, (a, b))
 
 
-def mul_mat_id(as_: Tensor, b: Tensor, ids: Tensor) -> Tensor:
+def mul_mat_id(as_: Tensor, b: Tensor, ids: Tensor, *, skip_negative: bool = False) -> Tensor:
     """Multiply each token's rows of ``b`` by the matrices of the experts that its ids name.
 
     Parameters
@@ -51,6 +51,8 @@ def mul_mat_id(as_: Tensor, b: Tensor, ids: Tensor) -> Tensor:
     as_ : Tensor, [k, n, n_expert]
     b : Tensor, [k, n_used or a divisor of it, n_token]
     ids : Tensor, i32, [n_used, n_token]
+    skip_negative : bool
+        Allow negative ids: their rows of the result are 0, and no expert is read for them.
 
     Returns
     -------
@@ -64,7 +66,7 @@ def mul_mat_id(as_: Tensor, b: Tensor, ids: Tensor) -> Tensor:
 
     Notes
     -----
-    Mirrors `ggml_mul_mat_id`.
+    Mirrors `ggml_mul_mat_id`. Differs: upstream has no ``skip_negative``; only the host's kernels compute it.
     """
     if as_.is_transposed:
         refuse("mul_mat_id", "as is transposed; make it contiguous first", **{"as": as_})
@@ -79,7 +81,10 @@ def mul_mat_id(as_: Tensor, b: Tensor, ids: Tensor) -> Tensor:
         refuse("mul_mat_id", "the rows of as and b differ in length", **{"as": as_}, b=b)
     if not divides(ne_b[1], ne_i[0]):
         refuse("mul_mat_id", f"{ne_b[1]} rows per token do not broadcast to {ne_i[0]} ids", b=b, ids=ids)
-    return new(Op.MUL_MAT_ID, Type.F32, (ne_a[1], ne_i[0], ne_b[2], 1), (as_, b, ids))
+    made = new(Op.MUL_MAT_ID, Type.F32, (ne_a[1], ne_i[0], ne_b[2], 1), (as_, b, ids))
+    if skip_negative:
+        set_param(made, SKIP_PARAM, 1)
+    return made
 
 
 def out_prod(a: Tensor, b: Tensor) -> Tensor:

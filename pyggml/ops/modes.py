@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["OpHint", "Prec", "RopeType", "SortOrder", "TriType"]
+from ..tensor import Tensor
+from ..types import Op
+
+__all__ = ["OpHint", "Prec", "RopeType", "SortOrder", "TriType", "skips_ids"]
+
+#: The parameter of a MUL_MAT_ID that may have negative ids; upstream has none.
+SKIP_PARAM = 1
 
 
 class Prec(IntEnum):
@@ -49,3 +55,8 @@ class TriType(IntEnum):
     UPPER = 1
     LOWER_DIAG = 2
     LOWER = 3
+
+
+def skips_ids(node: Tensor) -> bool:
+    """Return whether a product with experts leaves out pairs of token and slot with a negative id."""
+    return node.op is Op.MUL_MAT_ID and node.param_i32(SKIP_PARAM) != 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pyggml.kernels.cpu import words
 
 from ..hardware.formulas import Kind, Work
+from ..ops.modes import skips_ids
 from ..tensor import Tensor
 from ..types import Op, Type
 from . import kernels
@@ -56,7 +57,8 @@ def _prepare_rows(plan: HostPlan, t: Tensor, weights: Tensor, x: Tensor) -> tupl
 
 
 def _group(plan: HostPlan, t: Tensor, ids: Tensor, n_expert: int) -> tuple[str, int]:
-    key = ("groups", plan.address_of(ids), ids.ne, ids.nb, n_expert)
+    skips = skips_ids(t)
+    key = ("groups", plan.address_of(ids), ids.ne, ids.nb, n_expert, skips)
     slot = plan.prepared(key)
     if slot is None:
         n_pairs = ids.ne[0] * ids.ne[1]
@@ -65,7 +67,7 @@ def _group(plan: HostPlan, t: Tensor, ids: Tensor, n_expert: int) -> tuple[str, 
             kernels.routing.group_by_expert.address,
             t,
             (None, ids),
-            (n_expert,),
+            (n_expert, int(skips)),
             serial=True,
             cost=n_pairs / ELEMENTS_PER_S,
             writes=(plan.slot_range(slot),),
@@ -110,19 +112,21 @@ def _call(plan: HostPlan, t: Tensor) -> None:
 def _work(node: Tensor, used_experts: UsedExperts) -> Work:
     weight, x = source(node, 0), source(node, 1)
     is_expert = node.op is Op.MUL_MAT_ID
-    flops = 2.0 * weight.ne[0] * node.numel
+    columns = node.numel / weight.ne[1]
     read = float(rows_bytes(weight))
     is_view = not weight.op.is_empty or weight.view_src is not None
     if is_view and not is_expert:  # K or V: attention without flash; a bank of experts is a view, too
-        return Work(Kind.ATTENTION, flops, read, n_tokens=x.ne[1])
+        return Work(Kind.ATTENTION, 2.0 * weight.ne[0] * node.numel, read, n_tokens=x.ne[1])
     n_matrix, n_tokens = float(weight.ne[2] * weight.ne[3]), x.nrows
     if is_expert:
         used = min(used_experts(node), weight.ne[2])
         read *= used / max(weight.ne[2], 1)
         n_matrix, n_tokens = used, node.ne[2]
+        if skips_ids(node):  # at most: each expert that is left serves every token
+            columns = min(columns, used * n_tokens)
     elif n_matrix > 1:
         n_tokens = x.ne[1]
-    columns = node.numel / weight.ne[1]
+    flops = 2.0 * weight.ne[0] * weight.ne[1] * columns
     moved = 4.0 * columns * (0.75 * weight.ne[0] + 1.5 * weight.ne[1])
     return Work(
         Kind.PRODUCT, flops, read, moved, type=weight.type, columns=columns, matrices=n_matrix, n_tokens=n_tokens,

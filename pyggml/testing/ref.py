@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ..errors import UnsupportedOpError
 from ..ops import SortOrder, TriType
+from ..ops.modes import skips_ids
 from ..tensor import Tensor
 from ..types import GluOp, Op, Type, UnaryOp
 from ..values import decode_array, encode_array
@@ -500,7 +501,8 @@ def _mul_mat_id(t: Tensor, src: Sources) -> Array:
     out = np.empty((n_token, n_used, experts.shape[1]))
     for token in range(n_token):
         for slot in range(n_used):
-            out[token, slot] = experts[ids[token, slot]] @ rows[token, slot]
+            expert = ids[token, slot]
+            out[token, slot] = experts[expert] @ rows[token, slot] if expert >= 0 or not skips_ids(t) else 0.0
     return out
 
 

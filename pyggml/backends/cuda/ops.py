@@ -9,7 +9,7 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...ops.modes import RopeType, SortOrder
+from ...ops.modes import RopeType, SortOrder, skips_ids
 from ...opset import Kernel, reason_unsupported
 from ...opset.checks import F16_F32, F32, FLOATS, I32, source, wrong_type
 from ...tensor import Tensor
@@ -107,6 +107,8 @@ def _too_many(t: Tensor) -> str:
 
 def _refuses_product(t: Tensor) -> str:
     weight = source(t, 0)
+    if skips_ids(t):
+        return "negative ids are to be skipped"
     if weight.is_transposed or weight.ne[3] != 1 or (t.op is Op.MUL_MAT and source(t, 1).ne[3] != 1):
         return "a source is transposed or has four dimensions"
     if not t.is_contiguous():

@@ -6,6 +6,7 @@ were compared with. Other devices refuse such nodes themselves.
 
 from __future__ import annotations
 
+from ...ops.modes import skips_ids
 from ...opset import reason_unsupported
 from ...tensor import Tensor
 from ...types import Op, Type
@@ -75,7 +76,7 @@ def _is_plain_product(node: Tensor) -> bool:
         return False
     if node.op is Op.MUL_MAT_ID:
         ids = node.src[2]
-        return other.type is Type.F32 and ids is not None and ids.nb[0] == ids.type.type_size
+        return not skips_ids(node) and other.type is Type.F32 and ids is not None and ids.nb[0] == ids.type.type_size
     return True
 
 

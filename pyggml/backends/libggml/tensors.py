@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...errors import AllocError, BackendError
+from ...ops.modes import skips_ids
 from ...tensor import Tensor
 from ...types import Op
 from .library import Handle, Library
@@ -78,6 +79,8 @@ def place(buffer: LibraryBuffer, made: Handle, tensor: Tensor, root: Handle | No
 def can_translate(library: Library, tensor: Tensor) -> bool:
     """Whether the library has the op and all types of a node."""
     if tensor.op not in library.ops or (tensor.op in (Op.UNARY, Op.GLU) and _sub_op(library, tensor) is None):
+        return False
+    if skips_ids(tensor):
         return False
     return tensor.type in library.types and all(s is None or s.type in library.types for s in tensor.src)
 

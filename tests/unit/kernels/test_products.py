@@ -129,6 +129,20 @@ def test_all_tokens_choose_one_expert_twice(memory, typ):
     assert nmse(got, want) < BOUND[typ]
 
 
+@pytest.mark.parametrize("n_token", [1, 2, 40])
+@pytest.mark.parametrize("typ", [Type.F32, Type.Q8_0, Type.MXFP4], ids=lambda t: t.name)
+def test_negative_ids_are_skipped_if_asked_for(memory, typ, n_token):
+    """Without some experts their rows are 0, and the others bit-equal to the product of all; none, some, and all left out."""
+    rng = np.random.default_rng(n_token)
+    w, x, ids, _ = experts_case(memory, rng, typ, n_token, 2)
+    whole = memory.compute(Op.MUL_MAT_ID, (70, 2, n_token), w, x, memory.tensor(ids)).reshape(n_token, 2, 70)
+    for left_out in ([], [0, 2, 3], range(6)):
+        skipped = np.isin(ids, left_out)
+        which = memory.tensor(np.where(skipped, -1 - rng.integers(0, 9, ids.shape), ids).astype("i4"))
+        got = memory.compute(Op.MUL_MAT_ID, (70, 2, n_token), w, x, which, params=(0, 1)).reshape(whole.shape)
+        np.testing.assert_array_equal(got, np.where(skipped[:, :, None], np.float32(0), whole))
+
+
 def test_ids_are_columns_of_a_longer_row(memory):
     """Ids are a view of the sorted order of all experts, as models make them."""
     rng = np.random.default_rng(4)
