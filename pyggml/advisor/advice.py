@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..backend import REGISTRY, Backend, split_devices
 from ..catalog import header_path
+from ..collector import rare_collections
 from ..errors import DeviceUnavailableError, GraphError
 from ..foresight import Machine, ModelShape, Setting, Speed
 from ..gguf import GGUFFile
@@ -135,6 +136,7 @@ class Advice:
         return [*self.plans, *self.compared, *([] if self.fit is None else [self.fit])]
 
 
+@rare_collections
 def plan(
     model: str | os.PathLike[str],
     *,

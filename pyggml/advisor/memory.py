@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -78,6 +79,7 @@ class MemoryModel:
         self._planner: Planner | None = None
         self._at: tuple[object, ...] = ()
         self._weights: dict[tuple[object, ...], list[int]] = {}
+        self._devices: dict[tuple[object, ...], list[int]] = {}
 
     @property
     def n_layer(self) -> int:
@@ -94,13 +96,12 @@ class MemoryModel:
         return self._weights[key]
 
     def _weights_of(self, setting: Setting) -> list[int]:
-        n, n_dev = len(self._layers), len(self.backends) - 1
+        n_dev = len(self.backends) - 1
         out = [0] * (n_dev + 1)
-        for i, (every, experts) in enumerate(zip(self._layers, self._experts, strict=True)):
-            device = device_of(i, n, setting, self._sizes)
+        *devices, last = self._devices_of(setting)
+        for i, (device, every, experts) in enumerate(zip(devices, self._layers, self._experts, strict=True)):
             out[device if device >= 0 else n_dev] += every
             out[n_dev if device < 0 or has_host_experts(i, device, setting) else device] += experts
-        last = device_of(n, n, setting, self._sizes)
         out[last if last >= 0 else n_dev] += self._output
         out[n_dev] += self._input
         return out
@@ -119,11 +120,19 @@ class MemoryModel:
     def _cache_of(self, setting: Setting, total: int) -> list[int]:
         """Return the bytes of the KV cache on each device, then on the host: layers have equal parts."""
         n, n_dev = len(self._layers), len(self.backends) - 1
-        out = [0] * (n_dev + 1)
-        for i in range(n):
-            device = device_of(i, n, setting, self._sizes) if setting.kv_offload else -1
-            out[device if device >= 0 else n_dev] += -(-total // n)
-        return out
+        each = -(-total // max(n, 1))
+        if not setting.kv_offload:
+            return [0] * n_dev + [n * each]
+        n_on = Counter(self._devices_of(setting)[:-1])
+        return [*(n_on[i] * each for i in range(n_dev)), n_on[-1] * each]
+
+    def _devices_of(self, setting: Setting) -> list[int]:
+        """Return the device of each layer, then of the output; -1: the host."""
+        key = setting.n_gpu_layers, setting.tensor_split, setting.no_gpu
+        if key not in self._devices:
+            n = len(self._layers)
+            self._devices[key] = [device_of(i, n, setting, self._sizes) for i in range(n + 1)]
+        return self._devices[key]
 
     def may_fit(self, setting: Setting) -> bool:
         """Return whether nothing known speaks against a setting: its weights alone, or with the rest of one that is alike."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..foresight import Machine, ModelShape, Setting, Speed, speed_of
-from ..foresight.estimate import Placed, place, place_key, predict
+from ..foresight.estimate import LayerTimes, Placed, place, place_key, predict
 from ..simulation import SimulatedBatch
 from ..types import Type
 from .memory import MemoryModel
@@ -64,6 +64,7 @@ class Search:
         self._scored: dict[Setting, Scored] = {}
         self.generated: dict[Setting, SimulatedBatch] = {}  #: one token on the simulated machine, by `generation_key`
         self._places: dict[tuple[object, ...], list[Placed]] = {}
+        self._layer_s: LayerTimes = {}
 
     def score(self, setting: Setting) -> Scored:
         """Return the times of a setting."""
@@ -76,8 +77,10 @@ class Search:
         self.n_timed += 1
         goal = self.goal
         placed = self._placed(setting)
-        prompt = predict(self.shape, self.machine, setting, goal.prompt, 0, is_prompt=True, placed=placed) * goal.prompt
-        return Scored(setting, prompt, self._generate_s(setting))
+        each = predict(
+            self.shape, self.machine, setting, goal.prompt, 0, is_prompt=True, placed=placed, known=self._layer_s
+        )
+        return Scored(setting, each * goal.prompt, self._generate_s(setting))
 
     def _placed(self, setting: Setting) -> list[Placed]:
         """Return where the layers of a setting are."""
@@ -107,6 +110,7 @@ class Search:
                 goal.prompt,
                 is_prompt=False,
                 placed=self._placed(setting),
+                known=self._layer_s,
             )
             self._generation[key] = one * goal.generate
         return self._generation[key]

@@ -20,7 +20,17 @@ from .counts import spread_of_experts, used_experts
 from .engine import Clock
 from .shape import Layer, ModelShape, Product
 
-__all__ = ["Machine", "Placed", "Setting", "Unpredicted", "host_weight_bytes", "place", "place_key", "predict"]
+__all__ = [
+    "LayerTimes",
+    "Machine",
+    "Placed",
+    "Setting",
+    "Unpredicted",
+    "host_weight_bytes",
+    "place",
+    "place_key",
+    "predict",
+]
 
 #: Fewest tokens with which products with host weights are offloaded (`GGML_OP_OFFLOAD_MIN_BATCH`).
 _OFFLOAD = 32
@@ -95,6 +105,9 @@ class Machine:
         """Return the machine of simulated devices and a host."""
         return cls([p.sheet for p in profiles if isinstance(p.sheet, Card)], [p.link for p in profiles], host)
 
+
+#: Seconds of layers of one model on one machine, by layer, place, tokens and flags.
+LayerTimes = dict[tuple[object, ...], float]
 
 _EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _DENSE = ("ffn_gate", "ffn_down")
@@ -194,6 +207,7 @@ def predict(
     *,
     is_prompt: bool,
     placed: list[Placed] | None = None,
+    known: LayerTimes | None = None,
 ) -> float:
     """Predict the mean seconds per token.
 
@@ -205,23 +219,26 @@ def predict(
         Tokens in the KV cache before.
     placed : list of Placed, optional
         The places of layers; by default those of the setting.
+    known : dict, optional
+        Seconds of layers of this model on this machine, kept by a caller that predicts many settings.
     """
     clock = Clock(m.rates)
     if 0 < s.threads < m.host.n_cores:
         m = replace(m, host=m.host.with_threads(s.threads))
     placed = place(model, s, [c.memory_bytes for c in m.cards]) if placed is None else placed
+    known = {} if known is None else known
     if not is_prompt:
-        return _micro_batch_s(clock, model, m, s, placed, 1, depth + n_tokens / 2)
+        return _micro_batch_s(clock, model, m, s, placed, 1, depth + n_tokens / 2, known)
     ub = min(s.n_ubatch, s.n_batch, n_tokens)
     n_full, rest = divmod(n_tokens, ub)
     total = 0.0
     if n_full:
         # flash attention skips masked positions, products of K and Q do not
         n_kv = depth + (n_full * ub) / 2 + (0 if s.flash_attn else ub / 2)
-        total = n_full * _micro_batch_s(clock, model, m, s, placed, ub, n_kv)
+        total = n_full * _micro_batch_s(clock, model, m, s, placed, ub, n_kv, known)
         total *= _pipeline(m, s, placed, n_full)
     if rest:
-        total += _micro_batch_s(clock, model, m, s, placed, rest, depth + n_tokens)
+        total += _micro_batch_s(clock, model, m, s, placed, rest, depth + n_tokens, known)
     return total / n_tokens
 
 
@@ -235,45 +252,64 @@ def _pipeline(m: Machine, s: Setting, placed: list[Placed], n: int) -> float:
 
 
 def _micro_batch_s(
-    clock: Clock, model: ModelShape, m: Machine, s: Setting, placed: list[Placed], n: int, n_kv: float
+    clock: Clock,
+    model: ModelShape,
+    m: Machine,
+    s: Setting,
+    placed: list[Placed],
+    n: int,
+    n_kv: float,
+    known: LayerTimes,
 ) -> float:
     total = 0.0
-    kv_bytes = (s.type_k.row_size(256) + s.type_v.row_size(256)) / 512
     offloads = n >= _OFFLOAD and s.op_offload and bool(m.cards)
+    flags = (
+        n, n_kv, offloads, s.threads, s.type_k, s.type_v, s.flash_attn, s.kv_offload, s.is_pinned, s.backend, s.split_mode,
+    )  # fmt: skip
     for p in placed:
-        i = max(p.device, 0)
-        if p.device < 0 and not offloads:
-            seconds = clock.cpu_layer_s(p.layer, n, n_kv, model, m.host, kv_bytes, lambda _: True)
-        else:
-            card = m.cards[i]
-            on_card = not p.experts_on_host or offloads
-            seconds = clock.layer_s(
-                p.layer,
-                n,
-                n_kv,
-                model,
-                card,
-                experts=on_card,
-                kv_bytes=kv_bytes,
-                flash=s.flash_attn,
-                backend=s.backend,
-                attention=s.kv_offload,
-                slow_host=m.host.isa == "neon",
-            )
-            if _shares_layers(m, s):
-                dense_s = clock.dense_s(p.layer, n, model, card, s.backend)
-                seconds = _sharing_s(m, s, p, n, seconds, dense_s, model.n_embd)
-            if not s.kv_offload and p.layer.attention is not None:
-                seconds += m.rates.switch_s + clock.cpu_attention_s(p.layer.attention, n, n_kv, m.host, kv_bytes)
-            if p.experts_on_host and not offloads:
-                seconds += m.rates.switch_s + clock.cpu_layer_s(p.layer, n, 0, model, m.host, kv_bytes, _is_expert)
-            elif not card.is_unified and offloads:
-                seconds += _copies_s(clock, model, m, s, p, n, i)
+        key = (id(p.layer), p.device, p.experts_on_host, flags)
+        seconds = known.get(key)
+        if seconds is None:
+            seconds = known[key] = _layer_s(clock, model, m, s, p, n, n_kv, offloads=offloads)
         total += p.count * seconds
     total += _output_s(clock, model, m, s, placed, n)
     if len(m.cards) > 1 and not _shares_layers(m, s):
         total += (len(m.cards) - 1) * (50e-6 + 4.0 * n * model.n_embd / 10e9)
     return total
+
+
+def _layer_s(
+    clock: Clock, model: ModelShape, m: Machine, s: Setting, p: Placed, n: int, n_kv: float, *, offloads: bool
+) -> float:
+    """Return the seconds of one layer; of a setting it reads the flags that `_micro_batch_s` names."""
+    kv_bytes = (s.type_k.row_size(256) + s.type_v.row_size(256)) / 512
+    i = max(p.device, 0)
+    if p.device < 0 and not offloads:
+        return clock.cpu_layer_s(p.layer, n, n_kv, model, m.host, kv_bytes, lambda _: True)
+    card = m.cards[i]
+    seconds = clock.layer_s(
+        p.layer,
+        n,
+        n_kv,
+        model,
+        card,
+        experts=not p.experts_on_host or offloads,
+        kv_bytes=kv_bytes,
+        flash=s.flash_attn,
+        backend=s.backend,
+        attention=s.kv_offload,
+        slow_host=m.host.isa == "neon",
+    )
+    if _shares_layers(m, s):
+        dense_s = clock.dense_s(p.layer, n, model, card, s.backend)
+        seconds = _sharing_s(m, s, p, n, seconds, dense_s, model.n_embd)
+    if not s.kv_offload and p.layer.attention is not None:
+        seconds += m.rates.switch_s + clock.cpu_attention_s(p.layer.attention, n, n_kv, m.host, kv_bytes)
+    if p.experts_on_host and not offloads:
+        seconds += m.rates.switch_s + clock.cpu_layer_s(p.layer, n, 0, model, m.host, kv_bytes, _is_expert)
+    elif not card.is_unified and offloads:
+        seconds += _copies_s(clock, model, m, s, p, n, i)
+    return seconds
 
 
 def _shares_layers(m: Machine, s: Setting) -> bool:

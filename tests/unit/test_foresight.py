@@ -19,7 +19,7 @@ from pyggml.cost import host_profile, parse_profile
 from pyggml.errors import DeviceUnavailableError, FormatError
 from pyggml.foresight import Machine, Setting, estimate, machine_of, model_shape, speed_of
 from pyggml.foresight.counts import used_experts
-from pyggml.foresight.estimate import place, predict
+from pyggml.foresight.estimate import LayerTimes, place, predict
 from pyggml.hardware.cards import CARDS, GENERATIONS, Card, find_card
 from pyggml.hardware.hosts import find_cpu, memory_rate, parse_host
 from pyggml.hardware.rates import RATES, n_fitted
@@ -27,6 +27,7 @@ from pyggml.models.context import ContextFlags
 from pyggml.models.placement import PlacementFlags
 from pyggml.planning import Planner, virtual_clock
 from pyggml.simulation import simulate_batch
+from pyggml.types import Type
 
 BENCH = Path(__file__).parents[1] / "bench" / "bench_foresight.py"
 MACHINE = machine_of("rtx3090", "ddr4-3200x2,cores=8,64GiB")
@@ -131,6 +132,26 @@ def test_what_moves_times_the_right_way() -> None:
     narrow = machine_of("rtx3090", MACHINE.host, pcie="3.0 x4")
     assert _seconds(model, narrow, 512, n_cpu_moe=48, is_pinned=True) > 3 * pinned
     assert _seconds(model, narrow, 1, n_cpu_moe=48) == all_  # nothing is copied for one token
+
+
+def test_times_of_layers_that_are_kept_change_nothing() -> None:
+    """Settings that share the times of their layers are predicted as each alone, to the last bit."""
+    for model, machine in (("gpt-oss-20b", machine_of("rtx3090,rtx3060")), ("gemma-3-12b", machine_of("rtx4090"))):
+        shape = model_shape(model)
+        known: LayerTimes = {}
+        some = [
+            replace(s, **flag)
+            for s in (Setting(), Setting(n_gpu_layers=5), Setting(n_cpu_moe=7, overrides=(r"blk\.9\.ffn=CPU",)))
+            for flag in (
+                {}, {"threads": 2}, {"is_pinned": True}, {"type_k": Type.Q8_0}, {"type_v": Type.Q8_0}, {"kv_offload": False},
+                {"op_offload": False}, {"flash_attn": False}, {"backend": "vulkan"}, {"split_mode": "row"}, {"n_ubatch": 96},
+            )
+        ]  # fmt: skip
+        for s in some:
+            for n, depth, is_prompt in ((1000, 0, True), (128, 1000, False)):
+                alone = predict(shape, machine, s, n, depth, is_prompt=is_prompt)
+                assert predict(shape, machine, s, n, depth, is_prompt=is_prompt, known=known) == alone, s
+        assert known
 
 
 def test_larger_micro_batches_amortise_copies_and_padding() -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 #: Rooms by the first name that fits a module's path below ``pyggml``; a module may import rooms of lower numbers, and
 #: those of its own number where `_SIDEWAYS` says so.
 _ROOMS = {
-    "errors": 0, "files": 0, "edits": 0, "config": 0, "types": 0, "dialect": 0, "notebook": 0,
+    "errors": 0, "files": 0, "edits": 0, "collector": 0, "config": 0, "types": 0, "dialect": 0, "notebook": 0,
     "record": 1, "values": 1, "memory_rows": 1, "cost": 2, "hardware": 1, "gguf": 1, "routing": 1,
     "tensor": 2,
     "ops": 3, "graph": 3, "graph_context": 3, "buffer": 3, "opset": 3, "clock": 3,
