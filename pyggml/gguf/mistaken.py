@@ -34,7 +34,7 @@ def require_model(file: GGUFFile) -> None:
     kinds = [metadata.get("general.type"), metadata.get("general.architecture")]
     if "imatrix.chunk_count" in metadata or "imatrix.datasets" in metadata:
         kinds.append("imatrix")
-    if "adapter.type" in metadata or any(name.endswith((".lora_a", ".lora_b")) for name in tensors):
+    if "adapter.type" in metadata or (tensors and all(name.endswith((".lora_a", ".lora_b")) for name in tensors)):
         kinds.insert(0, "adapter")
     if not tensors:
         kinds.append("vocab")

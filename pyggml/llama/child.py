@@ -67,7 +67,8 @@ class _Captures:
         try:
             answer = self._answer(request)
         except CaptureFailed as error:
-            raise ModelError(str(request["model"]), str(error)) from None
+            hint = "it drafts tokens for another model, and llama.cpp needs both" if "ctx_other" in str(error) else ""
+            raise ModelError(str(request["model"]), str(error), hint=hint) from None
         if self._capture is not None and self._capture.error is not None:
             raise self._capture.error
         return answer

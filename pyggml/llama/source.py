@@ -536,12 +536,12 @@ def read_graph(
 
 
 def _is_attn_output(node: Tensor) -> bool:
-    """Return whether a node is the result of attention without FLASH_ATTN_EXT, by its sources: names may change.
+    """Return whether a node is the result of attention without FLASH_ATTN_EXT, by its sources: its own name may change.
 
     Notes
     -----
     Mirrors the nodes that `llm_graph_context::build_attn_mha` pins to the CPU: CONT of PERMUTE of ``kqv``, which MLA
-    multiplies once more.
+    multiplies once more. Attention that a model writes out itself has another name for its SOFT_MAX and no pin.
     """
     permuted = node.src[0] if node.op is Op.CONT else None
     product = permuted.src[0] if permuted is not None and permuted.op is Op.PERMUTE else None
@@ -550,5 +550,5 @@ def _is_attn_output(node: Tensor) -> bool:
             return False
         product = product.src[1]
         if product is not None and product.op is Op.SOFT_MAX:
-            return True
+            return product.name.startswith("kq_soft_max")
     return False

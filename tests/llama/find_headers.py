@@ -19,7 +19,7 @@ from typing import Any
 
 from headers import DATA, write_header
 
-from pyggml.llama.device import PythonDevice
+from pyggml.llama.capturing import CapturingDevice, Watcher
 from pyggml.llama.library import LlamaLibrary, find_llama
 
 Keys = dict[str, Any]
@@ -31,7 +31,6 @@ def _names(text: str) -> frozenset[str]:
 
 MLA = _names("""
     deepseek2 deepseek32 glm-dsa dots3note kimi-linear bailingmoe3 kimi-k3 glm5-next mistral4 hy_v4
-    deepseek2-ocr
 """)
 PER_LAYER_HEADS = _names("""
     plamo2 jamba nemotron_h nemotron_h_moe granitehybrid lfm2 lfm2moe kimi-linear bailingmoe3 kimi-k3
@@ -73,6 +72,7 @@ def _sizes(arch: str) -> dict[str, int]:
         "chameleon": {"vocab": 10240},
         "qwen3tts": {"vocab": 3072},
         "hrm_text": {"layers": 6},
+        "eagle3": {"layers": 1},
     }.get(arch, {"embd": 128, "heads": 1, "ff": 192} if arch in MLA else {})
     s["heads_kv"] = {"qwen3": 1, "muse-glimmer": 2, "afmoe": 2, "deepseek4": 1}.get(arch, s["heads"])
     return s
@@ -155,8 +155,21 @@ def _own_keys(arch: str, n: int, embd: int, head: int, windows: list[int]) -> Ke
         },
         "hrm_text": {"hrm.layers_per_stack": 1, "hrm.h_cycles": 2, "hrm.l_cycles": 2},
         "maple": {"swiglu_clamp_exp": 7.0},
-        "eagle3": {"extract_layers": [0, 1, 1], "target_layers": [0, 1, 1]},
-        "dflash": {"extract_layers": [0, 1, 1], "target_layers": [0, 1, 1]},
+        "eagle3": {"target_layers": [0, 1, 1], "target_hidden_size": embd},
+        "dflash": {"target_layers": [0, 1, 1], "attention.sliding_window_pattern": windows},
+        "gemma4-assistant": {
+            "nextn_predict_layers": n, "embedding_length_out": 2 * embd, "attention.sliding_window_pattern": windows,
+            "attention.key_length_swa": head, "attention.value_length_swa": head,
+        },
+        "graniteswitch": {
+            "adapters.count": 2, "adapters.lora_rank": 8, "adapters.token_ids_activate": [5, 6],
+            "adapters.token_ids_substitute": [7, 8],
+        },
+        "plm": {"rope.dimension_count": head // 2},
+        "rwkv7": {"attention.gate_lora_rank": 8},
+        "arwkv7": {"attention.gate_lora_rank": 8, "token_shift_count": 1},
+        "rwkv6qwen2": {"token_shift_count": 1},
+        "clef": {"decision.routing_block_count": 1, "decision.block_count": 1, "decision.head_count": 2},
         "qwen4exp": {**sinkhorn, "hyper_connection.low_rank": 8},
         "glm5-next": {**sinkhorn, "hyper_connection.low_rank": 8},
     }  # fmt: skip
@@ -164,26 +177,32 @@ def _own_keys(arch: str, n: int, embd: int, head: int, windows: list[int]) -> Ke
     return out | {"tokenizer.ggml.token_type_count": 2} if "bert" in arch else out
 
 
-class _Quiet:
-    """Takes no notes of what devices are asked."""
+#: Tensors by which llama.cpp decides what to make; it looks for them in the file only.
+_DECIDING: dict[str, dict[str, list[int]]] = {
+    "eagle3": {"token_embd.weight": [256, 128]},
+    "gemma4-assistant": {"token_embd.weight": [256, 128]},
+    "clef": {"decision.proj_memory.weight": [256, 64], "dec.blk.0.ffn_up.weight": [64, 96]},
+}
+#: Optional tensors with which llama.cpp builds a graph that it fails on, as published files do not have them.
+_LEFT_OUT = {"rwkv6qwen2": "time_mix_first"}
+#: Architectures whose other tensors are those of another one, or all only found by what llama.cpp misses in a file.
+_LIKE = {"clef": "qwen35", "gemma4-assistant": ""}
 
-    is_relaxed = False
 
-    def asked(self, *_: object) -> None:
-        pass
-
-    def computed(self, *_: object) -> None:
-        pass
-
-
-def find(arch: str, tries: int = 60) -> tuple[Keys, dict[str, list[int]]]:
+def find(arch: str, tries: int = 200) -> tuple[Keys, dict[str, list[int]]]:
     """Return keys and tensors with which llama.cpp loads a model of an architecture."""
     library = LlamaLibrary(find_llama())
     ffi, lib = library.ffi, library.lib
-    device = PythonDevice(library, "FIND", free=1 << 40, total=1 << 40, min_batch=None, watcher=_Quiet())
+    device = CapturingDevice(
+        library, "FIND", free=1 << 40, total=1 << 40, min_batch=None, row_padding=1, watcher=Watcher()
+    )
     devices = ffi.new("void *[]", [device.handle, ffi.NULL])
-    keys, tensors, said = first_keys(arch), {}, []
+    said: list[str] = []
     library.on_line = said.append
+    params = lib.llama_model_default_params()
+    params.devices, params.use_extra_bufts, params.load_mode, params.lazy_mode = devices, False, 0, 0
+    path = Path(tempfile.mkdtemp()) / "header.gguf"
+    keys, tensors = first_keys(arch), {}
 
     def see(tensor: Any, _: Any) -> None:
         ne = list(tensor.ne)
@@ -192,20 +211,33 @@ def find(arch: str, tries: int = 60) -> tuple[Keys, dict[str, list[int]]]:
         tensors.setdefault(library.text(tensor.name), ne)
 
     seen = ffi.callback("void(struct ggml_tensor *, void *)", see)
-    path = Path(tempfile.mkdtemp()) / "header.gguf"
-    for _ in range(tries):
-        write_header(path, arch, keys, {})
+    like = _LIKE.get(arch, arch)
+    for _ in range(tries if like else 0):
+        write_header(path, like, keys, {})
         gguf = lib.gguf_init_from_file(str(path).encode(), ffi.new("struct gguf_init_params *", [True, ffi.NULL])[0])
-        params = lib.llama_model_default_params()
-        params.devices, params.use_extra_bufts, params.load_mode, params.lazy_mode = devices, False, 0, 0
         said.clear()
         tensors.clear()
         model = lib.llama_model_init_from_user(gguf, seen, ffi.NULL, params)
         lib.gguf_free(gguf)
         if model != ffi.NULL:
-            return keys, tensors
-        _mend(arch, keys, "".join(said))
-    raise RuntimeError("too many tries")
+            break
+        _mend(like, keys, "".join(said))
+    tensors = {name: ne for name, ne in tensors.items() if _LEFT_OUT.get(arch, " ") not in name}
+    tensors |= _DECIDING.get(arch, {})
+    params.no_alloc = True
+    for _ in range(tries if arch in _DECIDING else 0):
+        write_header(path, arch, keys, tensors)
+        said.clear()
+        if lib.llama_model_load_from_file(str(path).encode(), params) != ffi.NULL:
+            break
+        text = "".join(said)
+        if found := re.search(r"tensor '(\S+)' not found", text):
+            tensors[found[1]] = [1]
+        elif found := re.search(r"tensor '(\S+)' has wrong shape; expected ([\d, ]+), got", text):
+            tensors[found[1]] = [int(n) for n in found[2].split(",") if n.strip()]
+        else:
+            _mend(arch, keys, text)
+    return keys, tensors
 
 
 def _mend(arch: str, keys: Keys, text: str) -> None:

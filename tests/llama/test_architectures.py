@@ -29,7 +29,7 @@ SIZES = (40, 1)
 FEW = (
     *("gemma3", "gemma4", "qwen3next", "qwen35moe", "llama4", "deepseek32", "glm4moe", "gpt-oss", "mamba2", "jamba"),
     *("falcon-h1", "nemotron_h_moe", "phi3", "bert", "t5", "lfm2moe", "hunyuan-moe", "kimi-linear", "minimax-m2"),
-    *("granitehybrid", "cohere2", "exaone4"),
+    *("granitehybrid", "cohere2", "exaone4", "clef"),
 )
 #: What llama.cpp of the tests does not take at all.
 REFUSED = {name: about["why_not"] for name, about in known().items() if "why_not" in about}
@@ -53,27 +53,33 @@ def test_plans_equal_llama_cpps(arch: str, tmp_path: Path) -> None:
     assert not _differences(write_known(arch, tmp_path), cases)
 
 
-#: Headers that llama.cpp loads and then fails on, with its words.
-NOT_CAPTURED = {
-    "arwkv7": r"GGML_ASSERT\(n_embd == hparams\.n_embd_r\(\)\)",
-    "deepseek2-ocr": r"GGML_ASSERT\(n_embed_head == n_embd_head_k",
-    "eagle3": "too many tensors created",
-    "plm": r"GGML_ASSERT\(a->ne\[0\] == b->ne\[0\]\)",
-    "rwkv6qwen2": r"GGML_ASSERT\(n_embd == hparams\.n_embd_r\(\)\)",
-}
+#: Headers that llama.cpp loads and then fails on whatever the flags, or with flash attention, with its words.
+FAILS = {"gemma4-assistant": "Gemma4Assistant requires ctx_other to be set"}
+FAILS_WITH_FLASH = {"plm": r"GGML_ASSERT\(a->ne\[0\] == b->ne\[0\]\)"}
+CAPTURED = sorted(set(known()) - set(REFUSED) - set(FAILS))
+
+
+def _flash(arch: str) -> tuple[str, ...]:
+    return ("off",) if arch in FAILS_WITH_FLASH else ("on", "off")
+
+
+def test_all_names_but_two_are_captured() -> None:
+    """Of 155 names llama.cpp has no model for one, and does not plan another without the model that it drafts for."""
+    assert (len(known()), len(CAPTURED)) == (155, 153)
+    assert REFUSED == {"gptj": "RuntimeError: unsupported model architecture: 'gptj'"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", sorted(set(known()) - set(REFUSED) - set(NOT_CAPTURED)))
+@pytest.mark.parametrize("arch", CAPTURED)
 def test_twenty_plans_of_every_architecture(arch: str, tmp_path: Path) -> None:
     """Flash attention on and off, five placements, two sizes: every plan equals the real scheduler's."""
-    assert not _differences(write_known(arch, tmp_path), list(product(("on", "off"), PLACES)))
+    assert not _differences(write_known(arch, tmp_path), list(product(_flash(arch), PLACES)))
 
 
-@pytest.mark.parametrize("arch", NOT_CAPTURED)
-def test_what_llama_cpp_fails_on(arch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arch", "words"), (FAILS | FAILS_WITH_FLASH).items())
+def test_what_llama_cpp_fails_on(arch: str, words: str, tmp_path: Path) -> None:
     """Headers on which llama.cpp fails are refused with its words."""
-    with pytest.raises(ModelError, match=NOT_CAPTURED[arch]):
+    with pytest.raises(ModelError, match=words):
         _differences(write_known(arch, tmp_path), [("on", "all")])
 
 
@@ -135,7 +141,7 @@ def test_reserved_batches_are_rounded_up_to_sequences(tmp_path: Path) -> None:
 def _other_answers(arch: str, folder: Path) -> list[str]:
     """Return the nodes of an architecture's graphs for which a plan's CPU answers otherwise than llama.cpp's."""
     path, cpu, out = write_known(arch, folder), DatalessCPU(), []
-    for flash in ("on", "off"):
+    for flash in _flash(arch):
         context = ContextFlags(n_ctx=512, n_batch=64, n_ubatch=64, flash_attn=flash)
         with Planner.open(path, devices=["mock:CUDA0"], context=context, graph="llama", data=False) as planner:
             source = planner.source
@@ -149,14 +155,14 @@ def _other_answers(arch: str, folder: Path) -> list[str]:
     return out
 
 
-@pytest.mark.parametrize("arch", ["qwen35moe", "deepseek32", "deepseek4", "rwkv6", "wavtokenizer-dec"])
+@pytest.mark.parametrize("arch", ["qwen35moe", "deepseek32", "deepseek4", "rwkv7", "wavtokenizer-dec"])
 def test_the_cpu_answers_as_llama_cpps(arch: str, tmp_path: Path) -> None:
     """The CPU of a plan says yes and no to the nodes of captured graphs as llama.cpp's CPU does."""
     assert not _other_answers(arch, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", sorted(set(known()) - set(REFUSED) - set(NOT_CAPTURED)))
+@pytest.mark.parametrize("arch", CAPTURED)
 def test_the_cpu_answers_as_llama_cpps_for_every_architecture(arch: str, tmp_path: Path) -> None:
     """Likewise for every architecture."""
     assert not _other_answers(arch, tmp_path)
