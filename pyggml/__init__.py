@@ -1,43 +1,29 @@
 """ggml's backend scheduler in Python: the same decisions, with reasons, and with policies that you can replace.
 
-The names in ``__all__`` are the public API. Ops have upstream's names without the prefix, here and in `pyggml.ops`. `CPU`
-and `Sim` open devices, `Scheduler` runs graphs on them, `Planner` plans models, `Session` runs them, and `plan`
-recommends llama.cpp's flags.
+The names in ``__all__`` are the public API. Ops have upstream's names without the prefix, here and in `pyggml.ops`. Errors
+are in `pyggml.errors`; all are `PyggmlError`. `CPU` and `Sim` open devices, `Scheduler` runs graphs on them, `Planner` plans
+models, `Session` runs them, and `plan` recommends llama.cpp's flags.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import ops
+from . import errors, ops
 from .alloc import Context
-from .backend import REGISTRY, Backend, Device, Event
+from .backend import Backend, Device, Event
 from .buffer import Buffer, BufferType
 from .clock import VirtualClock
 from .dialect import DIALECTS, Dialect, Repairs
-from .errors import (
-    AllocError,
-    BackendError,
-    ComputeError,
-    DeviceUnavailableError,
-    ExpertIdError,
-    FormatError,
-    GraphError,
-    OutOfMemoryError,
-    PyggmlError,
-    RPCError,
-    SchedError,
-    ShapeError,
-    UnsupportedOpError,
-)
+from .errors import PyggmlError
 from .graph import Graph, GraphView
 from .ops import *  # pyggml.mul_mat is an op; `import *` gives the namespace alone, so that no built-in name is hidden
 from .record import (
     ComputeRecord,
     CopyRecord,
+    EventRecord,
     Observer,
     ReadRecord,
-    Recorder,
     Recording,
     SplitRecord,
     Statistics,
@@ -45,7 +31,7 @@ from .record import (
     WaitRecord,
 )
 from .sched.plan import Plan
-from .sched.policies import CopyPolicy, FullCopier, UpstreamCopier, UsedExpertCopier
+from .sched.policies import CopyPolicy, FullCopier, UsedExpertCopier
 from .sched.scheduler import Scheduler
 from .sched.state import Cause, Split
 from .sched.transfer import Transfer
@@ -65,46 +51,34 @@ __version__ = "0.1.0"
 __all__ = [
     "CPU",
     "DIALECTS",
-    "REGISTRY",
-    "AllocError",
     "Backend",
-    "BackendError",
     "Buffer",
     "BufferType",
     "BufferUsage",
     "Cause",
-    "ComputeError",
     "ComputeRecord",
     "Context",
     "CopyPolicy",
     "CopyRecord",
     "Device",
     "DeviceType",
-    "DeviceUnavailableError",
     "Dialect",
     "Event",
-    "ExpertIdError",
-    "FormatError",
+    "EventRecord",
     "FullCopier",
     "GGUFFile",
     "Graph",
-    "GraphError",
     "GraphView",
     "Observer",
     "Op",
-    "OutOfMemoryError",
     "Plan",
     "Planner",
     "PyggmlError",
-    "RPCError",
     "ReadRecord",
-    "Recorder",
     "Recording",
     "Repairs",
-    "SchedError",
     "Scheduler",
     "Session",
-    "ShapeError",
     "Sim",
     "Split",
     "SplitRecord",
@@ -113,12 +87,11 @@ __all__ = [
     "TensorFlag",
     "Transfer",
     "Type",
-    "UnsupportedOpError",
-    "UpstreamCopier",
     "UsedExpertCopier",
     "UsedExpertsRecord",
     "VirtualClock",
     "WaitRecord",
+    "errors",
     "ops",
     "plan",
 ]

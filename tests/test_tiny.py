@@ -117,7 +117,7 @@ def test_plan_without_data(moe: Moe) -> None:
 def test_error_then_on(moe: Moe) -> None:
     """An id that is no expert is an error with the facts in fields, and the scheduler goes on."""
     sched = ggml.Scheduler([moe.gpu, moe.cpu])
-    with pytest.raises(ggml.ExpertIdError) as caught:
+    with pytest.raises(ggml.errors.ExpertIdError) as caught:
         moe.compute(sched, experts=(0, 8))
     error = caught.value
     assert (error.layer, error.ids, error.token, error.slot, error.id, error.n_expert) == (0, "ids", 0, 1, 8, 8)

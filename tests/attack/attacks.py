@@ -22,6 +22,7 @@ from pyggml.kernels.cpu.kernel import warm_up
 
 import pyggml as ggml
 from pyggml import ops
+from pyggml.backend import REGISTRY
 from pyggml.makers.make_moe import ARCHS, Recipe, Sizes, make_moe
 from pyggml.session import ContextFlags
 from pyggml.types import Type
@@ -199,7 +200,7 @@ def pins(seed: int, folder: Path) -> str:
     wild = rng.random() < 0.5
     graph, inputs = _program(seed, wild=wild)
     names = [rng.choice(("sim:rtx4090-pcie4", "sim:h100-pcie5", "libggml:CPU")) for _ in range(rng.randrange(1, 3))]
-    gpus = [ggml.REGISTRY.open(name).backend() for name in dict.fromkeys(names)]
+    gpus = [REGISTRY.open(name).backend() for name in dict.fromkeys(names)]
     sched = ggml.Scheduler(
         [*gpus, _CPU],
         parallel=rng.random() < 0.3,

@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 
-from pyggml import REGISTRY
+from pyggml.backend import REGISTRY
 from pyggml.planning import ContextFlags, PlacementFlags, Planner, virtual_clock
 from pyggml.simulation import simulate_batch
 

@@ -108,7 +108,7 @@ def test_cached_ids_are_checked_for_each_weight() -> None:
     world = World()
     with world.graph:
         outputs = _two_sizes(world, (64, 8), np.resize([2, 63], (N_TOKEN, 2)))
-    with pytest.raises(ggml.ExpertIdError) as caught:
+    with pytest.raises(ggml.errors.ExpertIdError) as caught:
         world.run(*outputs)
     assert (caught.value.tensor, caught.value.id, caught.value.n_expert) == ("blk.8.exps", 63, 8)
     world.assert_usable()
@@ -160,7 +160,7 @@ def test_a_pinned_host_weight_is_copied() -> None:
     world = World(strict=True)
     with world.graph:
         outputs = _pinned_weight(world)
-    with pytest.raises(ggml.BackendError, match=r"'pinned\.weight' is in CPU, not in the device's memory"):
+    with pytest.raises(ggml.errors.BackendError, match=r"'pinned\.weight' is in CPU, not in the device's memory"):
         world.run(*outputs)
     world.assert_usable()
 
@@ -215,7 +215,7 @@ def test_another_graph_is_not_computed_in_its_place() -> None:
         if strict:
             world.sched.compute(other)
         else:
-            with pytest.raises(ggml.SchedError, match=r"is allocated, .* was to be computed") as caught:
+            with pytest.raises(ggml.errors.SchedError, match=r"is allocated, .* was to be computed") as caught:
                 world.sched.compute(other)
             assert "reset()" in str(caught.value)
             world.sched.compute(world.graph)

@@ -35,7 +35,7 @@ def test_a_bad_id_is_located(bad: int, strict: bool) -> None:
     with world.graph:
         w = world.weight("f32", (D, F, E), "blk.5.ffn_up_exps.weight")
         y = ggml.mul_mat_id(w, world.activations(D), world.ids(rows))
-    with pytest.raises(ggml.ExpertIdError) as caught:
+    with pytest.raises(ggml.errors.ExpertIdError) as caught:
         world.run(y)
     error = caught.value
     assert (error.tensor, error.layer, error.ids) == ("blk.5.ffn_up_exps.weight", 5, "ids")
@@ -58,7 +58,7 @@ def test_a_bad_id_made_on_the_device_is_located() -> None:
         w = world.weight("f32", (D, F, E), "exps.weight")
         y = ggml.mul_mat_id(w, world.activations(D), ids)
     world.pin(ids, y)
-    with pytest.raises(ggml.ExpertIdError) as caught:
+    with pytest.raises(ggml.errors.ExpertIdError) as caught:
         world.run(y)
     error = caught.value
     assert (error.backend, error.layer, error.token, error.slot, error.id) == ("SIM0", None, 6, 1, 99)
@@ -103,7 +103,7 @@ def test_too_small_a_device(attempt: Callable[[World], None], version: str) -> N
     world = World(profile="custom:1MiB,100GB/s,10GB/s", dialect=ggml.DIALECTS[version])
     for _ in range(2):  # the same graph again fails in the same way
         _wide(world, 4096)
-        with pytest.raises(ggml.OutOfMemoryError) as caught:
+        with pytest.raises(ggml.errors.OutOfMemoryError) as caught:
             attempt(world)
         error = caught.value
         assert error.buft == "SIM0"
@@ -130,7 +130,7 @@ def test_too_small_a_device_when_computing(version: str) -> None:
         w = world.weight("f32", (256, 256, 16), "huge_exps.weight")
         y = ggml.mul_mat_id(w, world.activations(256), world.ids(np.zeros((N_TOKEN, 1), "i4")))
     world.graph.expand(y)
-    with pytest.raises(ggml.OutOfMemoryError) as caught:
+    with pytest.raises(ggml.errors.OutOfMemoryError) as caught:
         world.sched.compute(world.graph)
     assert caught.value.requested_bytes >= w.nbytes
     world.assert_usable()
@@ -230,7 +230,7 @@ def test_allocating_twice() -> None:
     y = _wide(world, 4)
     world.allocate()
     world.set_inputs()
-    with pytest.raises(ggml.SchedError, match="allocated already") as caught:
+    with pytest.raises(ggml.errors.SchedError, match="allocated already") as caught:
         world.sched.alloc_graph(world.graph)
     assert "reset()" in str(caught.value)
     world.sched.compute(world.graph)
@@ -268,7 +268,7 @@ def test_an_op_that_nobody_can_run() -> None:
     x = ggml.Tensor("f32", (4,), name="x", flags=ggml.TensorFlag.INPUT)
     odd = ggml.Tensor("f32", (4,), name="odd", op=ggml.Op.CROSS_ENTROPY_LOSS, src=[x, x])
     world.graph.expand(odd)
-    with pytest.raises(ggml.UnsupportedOpError) as caught:
+    with pytest.raises(ggml.errors.UnsupportedOpError) as caught:
         world.sched.alloc_graph(world.graph)
     assert (caught.value.tensor, caught.value.op, caught.value.backends) == (
         "odd",
@@ -288,7 +288,7 @@ def test_a_result_where_its_op_cannot_run() -> None:
     state.alloc(world.gpu)
     odd = ggml.Tensor("f32", (4,), name="odd", op=ggml.Op.CROSS_ENTROPY_LOSS, src=[cache, cache], view_src=cache)
     world.graph.expand(odd)
-    with pytest.raises(ggml.UnsupportedOpError, match="already in a buffer of SIM0") as caught:
+    with pytest.raises(ggml.errors.UnsupportedOpError, match="already in a buffer of SIM0") as caught:
         world.sched.alloc_graph(world.graph)
     assert caught.value.tensor == "odd"
     world.assert_usable()
@@ -298,11 +298,11 @@ def test_a_result_where_its_op_cannot_run() -> None:
 def test_schedulers_that_cannot_be() -> None:
     """Without a CPU at the end, or with memory that a backend cannot use, there is a clear error and no scheduler."""
     cpu, gpu = ggml.CPU(threads=1), ggml.Sim()
-    with pytest.raises(ggml.SchedError, match="the last backend must be a CPU, not SIM0"):
+    with pytest.raises(ggml.errors.SchedError, match="the last backend must be a CPU, not SIM0"):
         ggml.Scheduler([cpu, gpu])
-    with pytest.raises(ggml.SchedError, match="SIM0 cannot use memory of type CPU"):
+    with pytest.raises(ggml.errors.SchedError, match="SIM0 cannot use memory of type CPU"):
         ggml.Scheduler([gpu, cpu], bufts=[cpu.buffer_type, cpu.buffer_type])
-    with pytest.raises(ggml.SchedError, match="at least one backend"):
+    with pytest.raises(ggml.errors.SchedError, match="at least one backend"):
         ggml.Scheduler([])
 
 
@@ -316,7 +316,7 @@ def test_keeping_a_tensor_until_no_node() -> None:
     graph, nodes = _small_graph()
     for node in nodes:
         sched.set_tensor_backend(node, sched.backends[0])
-    with pytest.raises(ggml.SchedError, match="to keep 'a' until 'GPU#x#0', which is no node of a split"):
+    with pytest.raises(ggml.errors.SchedError, match="to keep 'a' until 'GPU#x#0', which is no node of a split"):
         sched.alloc_graph(graph)
     sched.reset()
     graph, nodes = _small_graph()
@@ -333,7 +333,7 @@ def test_a_buffer_type_that_asks_for_too_much() -> None:
     graph, nodes = _small_graph()
     for node in nodes:
         sched.set_tensor_backend(node, sched.backends[0])
-    with pytest.raises(ggml.AllocError, match="GPU asks for 296 bytes for CONT 'a' of 256 bytes"):
+    with pytest.raises(ggml.errors.AllocError, match="GPU asks for 296 bytes for CONT 'a' of 256 bytes"):
         sched.alloc_graph(graph)
     sched.reset()
     graph, nodes = _small_graph()

@@ -68,7 +68,7 @@ class Bindings:
     def cuMemAlloc(self, size):
         try:
             return Result.CUDA_SUCCESS, self.card.alloc(size)
-        except ggml.OutOfMemoryError:
+        except ggml.errors.OutOfMemoryError:
             return Result.CUDA_ERROR_OUT_OF_MEMORY, None
 
     def cuMemFree(self, address):

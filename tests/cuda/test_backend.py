@@ -153,7 +153,7 @@ def test_a_forgotten_wait_shows_as_nan(monkeypatch):
     for seed in range(4):
         try:
             worst = run(Experts(n_token=33), [cuda.CudaDevice(FakeMachine(seed=seed).cards[0]).backend()])
-        except ggml.BackendError:  # memory was given back while kernels still used it
+        except ggml.errors.BackendError:  # memory was given back while kernels still used it
             continue
         assert not worst < 5e-4
 
@@ -184,7 +184,7 @@ def test_allocation_failure():
     device = cuda.CudaDevice(machine.cards[0])
     experts = Experts(n_token=33)
     sched = ggml.Scheduler([device.backend(), experts.cpu])
-    with pytest.raises(ggml.OutOfMemoryError) as caught:
+    with pytest.raises(ggml.errors.OutOfMemoryError) as caught:
         sched.alloc_graph(experts.graph)
     assert caught.value.buft == "CUDA0"
     machine.cards[0].memory_bytes = 1 << 30
@@ -225,7 +225,7 @@ def test_memory_is_given_back():
     buffer.close()
     backend.close()
     assert card.used_bytes == 0
-    with pytest.raises(ggml.BackendError, match="closed"):
+    with pytest.raises(ggml.errors.BackendError, match="closed"):
         t.numpy()
 
 
@@ -299,7 +299,7 @@ def test_limits_are_the_kernels():
 
 def test_an_old_card_is_refused():
     """A card below the oldest target says so, with what is needed."""
-    with pytest.raises(ggml.DeviceUnavailableError, match=r"6\.1 is too old: 7\.5 is needed"):
+    with pytest.raises(ggml.errors.DeviceUnavailableError, match=r"6\.1 is too old: 7\.5 is needed"):
         cuda.CudaDevice(FakeMachine(cc=(6, 1)).cards[0])
 
 

@@ -45,7 +45,7 @@ def test_the_real_half(seed):
 def test_the_real_half_reports_a_full_card():
     """Out of memory is the library's own error, with what is free."""
     _, (device,) = stand_in_devices(memory_bytes=4096)
-    with pytest.raises(ggml.OutOfMemoryError) as caught:
+    with pytest.raises(ggml.errors.OutOfMemoryError) as caught:
         device.buffer_type.alloc_buffer(5000)
     assert (caught.value.buft, caught.value.requested_bytes, caught.value.available_bytes) == ("CUDA0", 5000, 4096)
 
@@ -85,7 +85,7 @@ def test_why_there_is_no_card():
     reason = cuda.why_missing()
     assert reason
     assert "\n" not in reason
-    with pytest.raises(ggml.DeviceUnavailableError) as caught:
+    with pytest.raises(ggml.errors.DeviceUnavailableError) as caught:
         cuda.open_device("0")
     assert reason in str(caught.value)
 

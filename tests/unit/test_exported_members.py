@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import pyggml
-from pyggml import ops
+from pyggml import errors, ops
+
+ROOT = Path(__file__).parents[2]
 
 #: The public names. A change here is a change for users: note it in CHANGELOG.md.
 NAMES = {
-    "CPU", "DIALECTS", "REGISTRY", "AllocError", "Backend", "BackendError", "Buffer", "BufferType", "BufferUsage",
-    "Cause", "ComputeError", "ComputeRecord", "Context", "CopyPolicy", "CopyRecord", "Device", "DeviceType",
-    "DeviceUnavailableError", "Dialect", "Event", "ExpertIdError", "FormatError", "FullCopier", "GGUFFile", "Graph",
-    "GraphError", "GraphView", "Observer", "Op", "OutOfMemoryError", "Plan", "Planner", "PyggmlError", "RPCError",
-    "ReadRecord", "Recorder", "Recording", "Repairs", "SchedError", "Scheduler", "Session", "ShapeError", "Sim",
-    "Split", "SplitRecord", "Statistics", "Tensor", "TensorFlag", "Transfer", "Type", "UnsupportedOpError",
-    "UpstreamCopier", "UsedExpertCopier", "UsedExpertsRecord", "VirtualClock", "WaitRecord", "ops", "plan",
+    "CPU", "DIALECTS", "Backend", "Buffer", "BufferType", "BufferUsage", "Cause", "ComputeRecord", "Context", "CopyPolicy",
+    "CopyRecord", "Device", "DeviceType", "Dialect", "Event", "EventRecord", "FullCopier", "GGUFFile", "Graph", "GraphView",
+    "Observer", "Op", "Plan", "Planner", "PyggmlError", "ReadRecord", "Recording", "Repairs", "Scheduler", "Session", "Sim",
+    "Split", "SplitRecord", "Statistics", "Tensor", "TensorFlag", "Transfer", "Type", "UsedExpertCopier",
+    "UsedExpertsRecord", "VirtualClock", "WaitRecord", "errors", "ops", "plan",
 }  # fmt: skip
 
 
 def test_public_names_are_pinned() -> None:
     """The names are these, each once; ops are reached by their namespace, and as attributes of the package."""
     assert set(pyggml.__all__) == NAMES
+    assert len(NAMES) <= 45
     assert len(pyggml.__all__) == len(set(pyggml.__all__))
     assert not NAMES & set(ops.__all__)
     assert all(getattr(pyggml, name) is getattr(ops, name) for name in ops.__all__)
+
+
+def test_errors_are_reached_by_their_namespace() -> None:
+    """Beside the root of the tree, an error is in `pyggml.errors` and nowhere else."""
+    assert not (set(errors.__all__) - {"PyggmlError"}) & set(vars(pyggml))
+    assert pyggml.PyggmlError is errors.PyggmlError
+
+
+def test_pages_import_public_names_from_the_top() -> None:
+    """No page takes a public name from an inner module."""
+    inner = {}
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for module, names in re.findall(
+            r"^from pyggml\.([\w.]+) import (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            if found := NAMES & set(re.split(r",\s*", names)):
+                inner[path.name, module] = found
+    assert inner == {}
 
 
 def test_import_of_all_names_hides_no_builtin() -> None:

@@ -34,7 +34,7 @@ class Broken:
     def graph_compute(self, graph: GraphView) -> None:
         """Compute, then spoil SQR."""
         if any(node.op is Op.SIN for node in graph.nodes):
-            raise ggml.ComputeError("CPU", "the card fell off the bus")
+            raise ggml.errors.ComputeError("CPU", "the card fell off the bus")
         self.compute(graph)
         for node in graph.nodes:
             if node.op is Op.SQR:

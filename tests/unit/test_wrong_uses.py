@@ -75,36 +75,36 @@ def _write(kind: str, value: object) -> None:
 _X = ggml.Tensor("f32", (8, 4), name="x")
 
 WRONG: dict[str, tuple[Callable[[], object], type[ggml.PyggmlError], str]] = {
-    "a type that is none": (lambda: ggml.Tensor("f33", (4,)), ggml.GraphError, r"no type is called 'f33' \(there are f32,"),
-    "a usage that is none": (lambda: _alloc_with_usage("wieghts"), ggml.GraphError, r"'wieghts' \(there are any, weights"),
-    "elements below none": (lambda: ggml.Tensor("f32", (-4, 3)), ggml.ShapeError, "cannot have -4 elements"),
-    "rows of broken blocks": (lambda: ggml.Tensor("q4_0", (33, 2)), ggml.ShapeError, "a row of 33 elements does not consist of whole"),
-    "a name for a backend": (lambda: ggml.Scheduler(["cpu"]), ggml.SchedError, r"'cpu' is no backend \(pyggml.CPU\(\)"),
-    "a text for a dialect": (lambda: ggml.Scheduler([ggml.CPU(threads=1)], dialect="0.26"), ggml.SchedError, "'0.26' is not a dialect"),
-    "no backend": (lambda: ggml.Scheduler([]), ggml.SchedError, "needs at least one backend"),
-    "a device that is none": (lambda: ggml.Sim("rtx9999"), ggml.DeviceUnavailableError, "no such profile"),
-    "no thread": (lambda: ggml.CPU(threads=0), ggml.DeviceUnavailableError, "0 threads cannot compute"),
-    "a function that is none": (lambda: ggml.unary(_X, -1), ggml.ShapeError, r"UnaryOp: there is no -1; the values are 0 \(ABS\)"),
-    "a gate that is none": (lambda: ggml.glu(_X, 1000, False), ggml.ShapeError, "GluOp: there is no 1000"),
-    "a triangle that is none": (lambda: ggml.tri(ggml.Tensor("f32", (4, 4)), 16), ggml.ShapeError, "TriType: there is no 16"),
-    "a range without end": (lambda: ggml.arange(0.0, float("inf"), 1.0), ggml.ShapeError, "too many elements"),
-    "a range of steps too small": (lambda: ggml.arange(0.0, 1e30, 1.0), ggml.ShapeError, "too many elements"),
-    "sections that are one number": (lambda: _sections(3), ggml.ShapeError, "sections must be 4 numbers"),
-    "sections that are three": (lambda: _sections((1, 1, 1)), ggml.ShapeError, "sections must be 4 numbers"),
-    "no groups": (lambda: _compute(lambda g: ggml.group_norm(g.input("f32", (4, 4, 4)), 0, 1e-5)), ggml.UnsupportedOpError, "f32"),
-    "a base frequency of 0": (lambda: _rope(0.0, 0, 0.0), ggml.UnsupportedOpError, "cannot run ROPE"),
-    "a base frequency below 0": (lambda: _rope(-1.0, 0, 0.0), ggml.UnsupportedOpError, "cannot run ROPE"),
-    "YaRN without a trained context": (lambda: _rope(1e4, 0, 1.0), ggml.UnsupportedOpError, "cannot run ROPE"),
-    "YaRN with no scale": (lambda: _rope(1e4, 64, 1.0, 0.0), ggml.UnsupportedOpError, "cannot run ROPE"),
+    "a type that is none": (lambda: ggml.Tensor("f33", (4,)), ggml.errors.GraphError, r"no type is called 'f33' \(there are f32,"),
+    "a usage that is none": (lambda: _alloc_with_usage("wieghts"), ggml.errors.GraphError, r"'wieghts' \(there are any, weights"),
+    "elements below none": (lambda: ggml.Tensor("f32", (-4, 3)), ggml.errors.ShapeError, "cannot have -4 elements"),
+    "rows of broken blocks": (lambda: ggml.Tensor("q4_0", (33, 2)), ggml.errors.ShapeError, "a row of 33 elements does not consist of whole"),
+    "a name for a backend": (lambda: ggml.Scheduler(["cpu"]), ggml.errors.SchedError, r"'cpu' is no backend \(pyggml.CPU\(\)"),
+    "a text for a dialect": (lambda: ggml.Scheduler([ggml.CPU(threads=1)], dialect="0.26"), ggml.errors.SchedError, "'0.26' is not a dialect"),
+    "no backend": (lambda: ggml.Scheduler([]), ggml.errors.SchedError, "needs at least one backend"),
+    "a device that is none": (lambda: ggml.Sim("rtx9999"), ggml.errors.DeviceUnavailableError, "no such profile"),
+    "no thread": (lambda: ggml.CPU(threads=0), ggml.errors.DeviceUnavailableError, "0 threads cannot compute"),
+    "a function that is none": (lambda: ggml.unary(_X, -1), ggml.errors.ShapeError, r"UnaryOp: there is no -1; the values are 0 \(ABS\)"),
+    "a gate that is none": (lambda: ggml.glu(_X, 1000, False), ggml.errors.ShapeError, "GluOp: there is no 1000"),
+    "a triangle that is none": (lambda: ggml.tri(ggml.Tensor("f32", (4, 4)), 16), ggml.errors.ShapeError, "TriType: there is no 16"),
+    "a range without end": (lambda: ggml.arange(0.0, float("inf"), 1.0), ggml.errors.ShapeError, "too many elements"),
+    "a range of steps too small": (lambda: ggml.arange(0.0, 1e30, 1.0), ggml.errors.ShapeError, "too many elements"),
+    "sections that are one number": (lambda: _sections(3), ggml.errors.ShapeError, "sections must be 4 numbers"),
+    "sections that are three": (lambda: _sections((1, 1, 1)), ggml.errors.ShapeError, "sections must be 4 numbers"),
+    "no groups": (lambda: _compute(lambda g: ggml.group_norm(g.input("f32", (4, 4, 4)), 0, 1e-5)), ggml.errors.UnsupportedOpError, "f32"),
+    "a base frequency of 0": (lambda: _rope(0.0, 0, 0.0), ggml.errors.UnsupportedOpError, "cannot run ROPE"),
+    "a base frequency below 0": (lambda: _rope(-1.0, 0, 0.0), ggml.errors.UnsupportedOpError, "cannot run ROPE"),
+    "YaRN without a trained context": (lambda: _rope(1e4, 0, 1.0), ggml.errors.UnsupportedOpError, "cannot run ROPE"),
+    "YaRN with no scale": (lambda: _rope(1e4, 64, 1.0, 0.0), ggml.errors.UnsupportedOpError, "cannot run ROPE"),
     **{
-        f"{value} into {kind}": (lambda kind=kind, value=value: _write(kind, value), ggml.GraphError, f"'t' is {kind} and cannot hold")
+        f"{value} into {kind}": (lambda kind=kind, value=value: _write(kind, value), ggml.errors.GraphError, f"'t' is {kind} and cannot hold")
         for kind, value in (
             ("i32", 2**31), ("i32", -(2**31) - 1), ("i32", 1.5), ("i32", float("nan")), ("i32", float("inf")), ("i8", 128),
             ("i8", 0.5), ("i16", -32769), ("i64", 1e30),
         )
     },
-    "a text into i32": (lambda: _write("i32", "one"), ggml.GraphError, "cannot be written into it"),
-    "no file": (lambda: ggml.Session.open("nowhere.gguf"), ggml.FormatError, r"no such file \(check the path\)"),
+    "a text into i32": (lambda: _write("i32", "one"), ggml.errors.GraphError, "cannot be written into it"),
+    "no file": (lambda: ggml.Session.open("nowhere.gguf"), ggml.errors.FormatError, r"no such file \(check the path\)"),
 }  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_wrong_uses_are_told(name: str) -> None:
 
 def test_the_cpu_is_no_device_beside_itself(model: Path) -> None:
     """`devices` are those beside the CPU: naming it there would give it a device's share of the layers."""
-    with pytest.raises(ggml.DeviceUnavailableError, match='remove "cpu" from the devices'):
+    with pytest.raises(ggml.errors.DeviceUnavailableError, match='remove "cpu" from the devices'):
         ggml.Session.open(model, devices=["sim", "cpu"])
 
 
@@ -133,7 +133,7 @@ def test_a_closed_file_is_told(model: Path) -> None:
     """A file that was closed cannot be opened as a session."""
     file = ggml.GGUFFile.open(model)
     file.close()
-    with pytest.raises(ggml.FormatError, match=r"was closed \(open it again\)"):
+    with pytest.raises(ggml.errors.FormatError, match=r"was closed \(open it again\)"):
         ggml.Session.open(file)
 
 
@@ -141,7 +141,7 @@ def test_a_closed_file_is_told(model: Path) -> None:
 def test_ids_that_no_token_has_are_refused(model: Path, tokens: list[object]) -> None:
     """An id beyond 32 bits, or none at all, is an error before anything is computed, and the session goes on."""
     with ggml.Session.open(model) as session:
-        with pytest.raises(ggml.GraphError):
+        with pytest.raises(ggml.errors.GraphError):
             session.decode(tokens)
         assert np.isfinite(session.decode([5])).all()
 
@@ -175,5 +175,5 @@ def test_hyper_parameters_of_a_wrong_kind_are_named(model: Path, tmp_path: Path,
                 info.name, info.type, info.ne[:n], partial(lambda raw: [raw.tobytes()], file.data(info.name).copy())
             )
         writer.write(tmp_path / "odd.gguf")
-    with pytest.raises(ggml.FormatError, match=key):
+    with pytest.raises(ggml.errors.FormatError, match=key):
         ggml.Session.open(tmp_path / "odd.gguf")

@@ -38,7 +38,7 @@ def test_a_closed_weight_is_an_error_that_names_it(with_device: bool, is_compute
     if is_computed_before:
         _compute(sched, graph, x)
     weights.tensors[0].buffer.close()
-    with pytest.raises(ggml.BackendError, match="'weight' is in a buffer that was closed"):
+    with pytest.raises(ggml.errors.BackendError, match="'weight' is in a buffer that was closed"):
         _compute(sched, graph, x)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 import pyggml as ggml
 from pyggml import ops
+from pyggml.backend import REGISTRY
 
 Build = Callable[[ggml.Tensor], ggml.Tensor]
 LAYOUTS: dict[str, Build] = {
@@ -65,7 +66,7 @@ def _result(backend: ggml.Backend, build: Build, ne: tuple[int, ...], values: np
         graph = ggml.Graph()
         try:
             y = build(x)
-        except ggml.ShapeError:
+        except ggml.errors.ShapeError:
             return None
         graph.expand(y)
         if not all(backend.supports_op(node) for node in graph.nodes):
@@ -81,7 +82,7 @@ def _result(backend: ggml.Backend, build: Build, ne: tuple[int, ...], values: np
 
 def _compare() -> None:
     """Run all cases, naming each first: the last line says at which the process ended."""
-    library, cpu = ggml.REGISTRY.open("libggml:CPU").backend(), ggml.CPU(threads=1)
+    library, cpu = REGISTRY.open("libggml:CPU").backend(), ggml.CPU(threads=1)
     rng, n = np.random.default_rng(3), 0
     wrong: list[str] = []
     for name, build, ne in _cases():
@@ -109,7 +110,7 @@ def test_the_librarys_cpu_survives_every_layout() -> None:
 
 def test_rows_with_gaps_are_computed_there() -> None:
     """A part of the columns of an input is copied to the library's memory with its gaps, and its squares are right."""
-    backend = ggml.REGISTRY.open("libggml:CPU").backend()
+    backend = REGISTRY.open("libggml:CPU").backend()
     graph = ggml.Graph()
     with graph:
         x = graph.input("f32", (64, 8), name="x")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyggml import SchedError
+from pyggml.errors import SchedError
 from pyggml.moe_cache import (
     LRU,
     CacheGroup,

@@ -149,7 +149,7 @@ def test_wrong_ids_are_an_error_and_the_cache_goes_on():
     chosen, x = batches(1, 1)[0]
     bad = [ids.copy() for ids in chosen]
     bad[2][0, 1] = N_EXPERT
-    with pytest.raises(ggml.ExpertIdError) as caught:
+    with pytest.raises(ggml.errors.ExpertIdError) as caught:
         world.compute(bad, x)
     assert (caught.value.layer, caught.value.token, caught.value.slot, caught.value.id) == (2, 0, 1, N_EXPERT)
     np.testing.assert_array_equal(world.run(), Layers().run())
@@ -164,12 +164,12 @@ def test_a_device_that_fails_leaves_no_wrong_experts(monkeypatch):
     def fail(self, tensor, address, offset, size):
         if tensor.name.startswith("moe_cache.0"):
             calls.append(tensor)
-            raise ggml.ComputeError(self.name, "the link is gone")
+            raise ggml.errors.ComputeError(self.name, "the link is gone")
         real(self, tensor, address, offset, size)
 
     with monkeypatch.context() as patched:
         patched.setattr(type(world.gpus[0]), "set_tensor_async", fail)
-        with pytest.raises(ggml.ComputeError, match="the link is gone"):
+        with pytest.raises(ggml.errors.ComputeError, match="the link is gone"):
             world.run(20)
     assert calls
     np.testing.assert_array_equal(world.run(), Layers().run())
@@ -201,7 +201,7 @@ def test_ids_made_in_the_split_of_their_lookup_are_refused():
         y = ggml.mul_mat_id(world.cache.bank(world.layers[0][0]), row, found[0])
     graph.expand(y)
     world.sched.set_tensor_backend(found[1], world.gpus[0])
-    with pytest.raises(ggml.SchedError, match="chosen in the split that looks up"):
+    with pytest.raises(ggml.errors.SchedError, match="chosen in the split that looks up"):
         world.sched.alloc_graph(graph)
 
 

@@ -7,7 +7,7 @@ from collections import deque
 
 import pytest
 
-from pyggml import SchedError
+from pyggml.errors import SchedError
 from pyggml.moe_cache import EVICTIONS, LRU, SLRU, EvictionPolicy, Upload, slots_without_hits
 
 

@@ -85,7 +85,7 @@ class World:
     """A product with experts in host memory, over a simulated device and the CPU, whose hooks call the scheduler."""
 
     def __init__(self, hook: str, calls: list[str], *, catches: bool = False) -> None:
-        self.errors: list[ggml.SchedError] = []
+        self.errors: list[ggml.errors.SchedError] = []
         self.is_calling, self.catches = True, catches
         self.calls = [CALLS[call] for call in calls]
         gpu, cpu = ggml.Sim(threads=1), ggml.CPU(threads=1)
@@ -115,7 +115,7 @@ class World:
         for call in self.calls:
             try:
                 call(self.sched, self.graph)
-            except ggml.SchedError as error:
+            except ggml.errors.SchedError as error:
                 self.errors.append(error)
                 if not self.catches:
                     raise
@@ -135,7 +135,7 @@ class World:
 def test_a_hook_may_not_call_its_scheduler(call: str, hook: str) -> None:
     """A call from a hook is an error, which passes through the call that is in progress; the scheduler works afterwards."""
     world = World(hook, [call])
-    with pytest.raises(ggml.SchedError, match="called by its own callback, policy or observer"):
+    with pytest.raises(ggml.errors.SchedError, match="called by its own callback, policy or observer"):
         world.run()
     assert len(world.errors) == 1, "the hook was not called"
     world.sched.reset()

@@ -9,6 +9,7 @@ import pytest
 
 import pyggml as ggml
 from pyggml import ops
+from pyggml.backend import REGISTRY
 
 
 class World:
@@ -80,11 +81,11 @@ def test_a_change_after_allocation_is_refused(name: str, computed_before: bool) 
         assert (a.z.numpy() == 2).all()
     change, text = CHANGES[name]
     change(a)
-    with pytest.raises(ggml.SchedError, match=text):
+    with pytest.raises(ggml.errors.SchedError, match=text):
         a.sched.compute(a.graph)
     a.sched.reset()
     if name == "nodes in another order":
-        with pytest.raises(ggml.GraphError, match="comes before its source"):
+        with pytest.raises(ggml.errors.GraphError, match="comes before its source"):
             a.alloc()
         return
     a.alloc()
@@ -102,7 +103,7 @@ def test_a_change_after_allocation_is_refused(name: str, computed_before: bool) 
 @pytest.mark.parametrize("device", ["cpu", "sim", "libggml:CPU"])
 def test_a_backend_used_by_hand_plans_a_changed_range_again(device: str) -> None:
     """Another source, parameter or place of a tensor, and the same range gives what is right now."""
-    backend = ggml.CPU(threads=1) if device == "cpu" else ggml.REGISTRY.open(device).backend()
+    backend = ggml.CPU(threads=1) if device == "cpu" else REGISTRY.open(device).backend()
     context = ggml.Context()
     x, other = (context.new_tensor("f32", (8, 4), name=name) for name in ("x", "other"))
     graph = ggml.Graph()
@@ -135,7 +136,7 @@ def test_a_graph_out_of_order_is_refused_before_it_is_allocated() -> None:
     """A node before its source is an error of the graph, which names both."""
     a = World()
     a.graph.nodes.reverse()
-    with pytest.raises(ggml.GraphError, match="node 0 'z' comes before its source 0 'y'"):
+    with pytest.raises(ggml.errors.GraphError, match="node 0 'z' comes before its source 0 'y'"):
         a.sched.alloc_graph(a.graph)
 
 
@@ -163,5 +164,5 @@ def test_a_source_that_was_replaced_is_not_put_back() -> None:
         assert (y.numpy() == want).all()
     y.src.clear()
     sched.reset()
-    with pytest.raises(ggml.UnsupportedOpError):
+    with pytest.raises(ggml.errors.UnsupportedOpError):
         sched.alloc_graph(graph)

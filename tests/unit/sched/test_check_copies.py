@@ -223,7 +223,7 @@ def test_wrong_copies_are_named(policy: ggml.UsedExpertCopier, text: str) -> Non
     """The error says which node in which split and where reads which experts, of which layer, and what is wrong with them."""
     world = _World(policy=policy)
     outputs = _one_user(world, [1, 5])
-    with pytest.raises(ggml.SchedError) as caught:
+    with pytest.raises(ggml.errors.SchedError) as caught:
         world.run(*outputs)
     message = str(caught.value)
     assert f"MUL_MAT_ID 'y' in split 0 on SIM0 reads '{NAME}' (layer 3) by 'SIM0#ids#0', but its copy {text}" in message
@@ -234,7 +234,7 @@ def test_wrong_copies_are_named(policy: ggml.UsedExpertCopier, text: str) -> Non
 def test_the_scheduler_is_usable_after_a_wrong_copy() -> None:
     """The next graph computes with the same scheduler, once its policy does right."""
     world = _World(policy=_Drops())
-    with pytest.raises(ggml.SchedError, match="lacks expert 5"):
+    with pytest.raises(ggml.errors.SchedError, match="lacks expert 5"):
         world.run(*_one_user(world, [1, 5]))
     world.sched.policy = ggml.UsedExpertCopier()
     world.graph = ggml.Graph()
@@ -247,7 +247,7 @@ def test_a_forgotten_later_user_is_named() -> None:
     """A second user whose experts were not added is named with the experts that its copy lacks."""
     world = _World(policy=ggml.UsedExpertCopier(replace(Repairs(), shared_experts=False)))
     text = r"MUL_MAT_ID 'second' in split \d on SIM0 .* by 'SIM0#high#0', but its copy lacks experts 5, 7"
-    with pytest.raises(ggml.SchedError, match=text):
+    with pytest.raises(ggml.errors.SchedError, match=text):
         world.run(*_two_users(world))
 
 
@@ -259,14 +259,18 @@ def test_a_forgotten_dense_user_is_named() -> None:
         dense = world.input("f32", (D, N_TOKEN, E), "dense", np.ones((E, N_TOKEN, D)))
         outputs = [first, ggml.mul_mat(world.w, dense).named("whole")]
     lacking = 2 * D * F * 4 + 512
-    with pytest.raises(ggml.SchedError, match=f"MUL_MAT 'whole' .* lacks bytes {lacking:,}..{E * D * F * 4 - 1:,}"):
+    with pytest.raises(
+        ggml.errors.SchedError, match=f"MUL_MAT 'whole' .* lacks bytes {lacking:,}..{E * D * F * 4 - 1:,}"
+    ):
         world.run(*outputs)
 
 
 def test_ids_that_were_rewritten_are_looked_at_anew() -> None:
     """A policy that goes by ids as they were before a node rewrote them is named."""
     world = _World(policy=ggml.UsedExpertCopier(replace(Repairs(), stale_ids=False)))
-    with pytest.raises(ggml.SchedError, match=r"'second' .* \(layer 4\) by 'kept', but its copy lacks experts 2, 3"):
+    with pytest.raises(
+        ggml.errors.SchedError, match=r"'second' .* \(layer 4\) by 'kept', but its copy lacks experts 2, 3"
+    ):
         world.run(*_rewritten_ids(world))
 
 
@@ -275,7 +279,7 @@ def test_an_old_copy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_overwritten_sources", lambda *_: {})
     world = _World()
     text = "SCALE 'after' in split 2 on CPU reads 'kept', but its copy is older than what 'write' wrote in split 1"
-    with pytest.raises(ggml.SchedError, match=text):
+    with pytest.raises(ggml.errors.SchedError, match=text):
         world.run(*_rewritten_source(world))
 
 
@@ -307,7 +311,7 @@ def test_mocks_are_checked_by_their_ids() -> None:
     """Mock memory has no weights, but ids: what must be covered is known."""
     gpu, cpu = _mocks()
     world = _World(gpu, cpu, policy=_Drops())
-    with pytest.raises(ggml.SchedError, match=r"on GPU .* lacks expert 5"):
+    with pytest.raises(ggml.errors.SchedError, match=r"on GPU .* lacks expert 5"):
         world.run(*_one_user(world, [1, 5]))
 
 
@@ -326,7 +330,7 @@ def test_late_devices_are_not_looked_into(policy: ggml.UsedExpertCopier, is_noti
     if not is_noticed:
         world.run(y)
         return
-    with pytest.raises(ggml.SchedError, match=r"reads 'dense.weight', but its copy lacks bytes 0\.\."):
+    with pytest.raises(ggml.errors.SchedError, match=r"reads 'dense.weight', but its copy lacks bytes 0\.\."):
         world.run(y)
 
 
@@ -361,7 +365,7 @@ def test_results_that_rest_on_what_was_not_copied_are_named(monkeypatch: pytest.
             world.run(*outputs)
             continue
         with pytest.raises(
-            ggml.SchedError, match=r"\(layer 3\) .* is partial, and if it were whole 'y' would be another"
+            ggml.errors.SchedError, match=r"\(layer 3\) .* is partial, and if it were whole 'y' would be another"
         ):
             world.run(*outputs)
 
@@ -384,6 +388,6 @@ def test_graph_inputs_with_pipeline_copies_are_followed() -> None:
     world = _World(parallel=True, policy=_Drops())
     outputs = _one_user(world, [1, 5])
     for _ in range(2):
-        with pytest.raises(ggml.SchedError, match="lacks expert 5"):
+        with pytest.raises(ggml.errors.SchedError, match="lacks expert 5"):
             world.run(*outputs)
     assert world.sched._checked is not None

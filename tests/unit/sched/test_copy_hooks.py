@@ -112,7 +112,7 @@ def test_ids_that_are_a_host_weight_choose_the_right_experts(version: str) -> No
 def test_ids_that_are_a_host_weight_are_read_too_early_upstream() -> None:
     """Without the repair 0.27 reads what the memory of the copy held before: on a simulated device, poison."""
     world = World(ids_are_weight=True, repairs=replace(Repairs(), host_weight_ids=False))
-    with pytest.raises(ggml.ExpertIdError) as caught:
+    with pytest.raises(ggml.errors.ExpertIdError) as caught:
         world.compute()
     assert caught.value.ids == "table"
 
@@ -174,7 +174,7 @@ def test_realloc_callback_is_told_of_reserves() -> None:
 
 def test_hooks_that_contradict_each_other_are_refused() -> None:
     """A policy beside a copy callback, and a realloc callback in a dialect without one, are named."""
-    with pytest.raises(ggml.SchedError, match="a policy and a copy callback"):
+    with pytest.raises(ggml.errors.SchedError, match="a policy and a copy callback"):
         World(policy=ggml.FullCopier(), copy_callback=lambda *_: False)
-    with pytest.raises(ggml.SchedError, match=r"0\.26 has no realloc callback"):
+    with pytest.raises(ggml.errors.SchedError, match=r"0\.26 has no realloc callback"):
         World(dialect=DIALECTS["0.26"], realloc_callback=lambda *_: None)

@@ -268,7 +268,7 @@ def test_sending_into_a_copy_before_its_turn_is_refused():
             if i_split == 0:
                 self.last.send()
 
-    with pytest.raises(ggml.SchedError, match="it is not offered now") as caught:
+    with pytest.raises(ggml.errors.SchedError, match="it is not offered now") as caught:
         World(Racing()).run(1)
     assert "send ahead with `into=`" in str(caught.value)
 

@@ -149,5 +149,5 @@ def test_an_order_by_hand_is_still_verified(monkeypatch: pytest.MonkeyPatch) -> 
     bench.causes(bench.graph(4))
     graph = bench.graph(4)
     graph.nodes.reverse()
-    with pytest.raises(ggml.GraphError, match="comes before its source"):
+    with pytest.raises(ggml.errors.GraphError, match="comes before its source"):
         bench.causes(graph)

@@ -70,7 +70,7 @@ def test_second_thread_is_refused():
     def intrude() -> None:
         try:
             sched.reset()
-        except ggml.SchedError as error:
+        except ggml.errors.SchedError as error:
             seen.append(error)
 
     def callback(tensor: ggml.Tensor, ask: bool) -> bool:
@@ -190,9 +190,9 @@ def test_another_graph_than_the_allocated_one_is_refused():
     (a, _, _), (b, _, _) = moe(cpu), moe(cpu)
     sched = ggml.Scheduler([gpu, cpu])
     sched.alloc_graph(a)
-    with pytest.raises(ggml.SchedError, match="is allocated"):
+    with pytest.raises(ggml.errors.SchedError, match="is allocated"):
         sched.compute(b)
-    with pytest.raises(ggml.SchedError, match="allocated already"):
+    with pytest.raises(ggml.errors.SchedError, match="allocated already"):
         sched.alloc_graph(b)
     sched.compute(a)
     strict = ggml.Scheduler([gpu, cpu], strict=True)
@@ -203,14 +203,14 @@ def test_another_graph_than_the_allocated_one_is_refused():
 def test_backends_are_checked():
     """No backend, no CPU at the end, a buffer type that a backend cannot use: each has its own words."""
     gpu, cpu, _ = machine()
-    with pytest.raises(ggml.SchedError, match="at least one"):
+    with pytest.raises(ggml.errors.SchedError, match="at least one"):
         ggml.Scheduler([])
-    with pytest.raises(ggml.SchedError, match="last backend must be a CPU"):
+    with pytest.raises(ggml.errors.SchedError, match="last backend must be a CPU"):
         ggml.Scheduler([cpu, gpu])
-    with pytest.raises(ggml.SchedError, match="cannot use memory"):
+    with pytest.raises(ggml.errors.SchedError, match="cannot use memory"):
         ggml.Scheduler([gpu, cpu], bufts=[cpu.buffer_type, cpu.buffer_type])
     stranger, _, _ = machine()
-    with pytest.raises(ggml.SchedError, match="not a backend of this scheduler"):
+    with pytest.raises(ggml.errors.SchedError, match="not a backend of this scheduler"):
         ggml.Scheduler([gpu, cpu]).buffer_size(stranger)
 
 
@@ -219,7 +219,7 @@ def test_failed_allocation_leaves_the_scheduler_usable():
     gpu, cpu, _ = machine(offload=1, alloc_limit=40_000)
     (big, _, _), (small, _, y) = moe(cpu, n_token=400), moe(cpu)
     sched = ggml.Scheduler([gpu, cpu])
-    with pytest.raises(ggml.OutOfMemoryError) as caught:
+    with pytest.raises(ggml.errors.OutOfMemoryError) as caught:
         sched.alloc_graph(big)
     assert caught.value.requested_bytes > 40_000
     sched.reset()

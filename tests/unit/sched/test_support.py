@@ -10,6 +10,7 @@ import pytest
 
 import pyggml as ggml
 from pyggml import ops
+from pyggml.backend import REGISTRY
 from pyggml.opset import supports_op
 from pyggml.types import Op, Type
 
@@ -51,7 +52,7 @@ def _built(build: Callable[[ggml.Tensor], ggml.Tensor], kind: str) -> tuple[ggml
         x = graph.input(kind, (256, 64) if Type.of(kind).block_size > 64 else (64, 96), name="x")
         try:
             y = build(x)
-        except ggml.ShapeError:
+        except ggml.errors.ShapeError:
             return None
     if supports_op(y):
         return None
@@ -75,7 +76,7 @@ def test_a_node_that_cannot_run_is_refused_when_it_is_allocated(way: str) -> Non
         sched = ggml.Scheduler([gpu, cpu])
         if way != "alone":
             sched.set_tensor_backend(y, cpu if way == "pinned to the CPU" else gpu)
-        with pytest.raises(ggml.UnsupportedOpError) as caught:
+        with pytest.raises(ggml.errors.UnsupportedOpError) as caught:
             sched.alloc_graph(graph)
         error = caught.value
         assert error.op == y.op_desc, name
@@ -89,7 +90,7 @@ def test_a_node_that_cannot_run_is_refused_when_it_is_allocated(way: str) -> Non
 @pytest.mark.parametrize("device", ["cpu", "sim", "libggml:CPU"])
 def test_a_backend_used_by_hand_refuses_the_same(device: str) -> None:
     """`graph_compute` of what the kernels cannot run is `UnsupportedOpError`; the result keeps what it held."""
-    backend = ggml.CPU(threads=1) if device == "cpu" else ggml.REGISTRY.open(device).backend()
+    backend = ggml.CPU(threads=1) if device == "cpu" else REGISTRY.open(device).backend()
     n = 0
     for (name, build), kind in product(ONE.items(), ("q4_0", "i64")):
         made = _built(build, kind)
@@ -101,7 +102,7 @@ def test_a_backend_used_by_hand_refuses_the_same(device: str) -> None:
                 context.add(tensor)
             context.alloc(backend.device)
             before = y.tobytes() if y.last_byte == y.nbytes else b""
-            with pytest.raises(ggml.UnsupportedOpError, match=backend.name):
+            with pytest.raises(ggml.errors.UnsupportedOpError, match=backend.name):
                 backend.graph_compute(graph.view(0, len(graph.nodes)))
             assert not before or y.tobytes() == before, name
         n += 1
@@ -114,7 +115,7 @@ def test_a_strict_scheduler_obeys_pins_and_computes_nothing_that_it_cannot() -> 
     sched = ggml.Scheduler([cpu := ggml.CPU(threads=1)], strict=True)
     sched.set_tensor_backend(y, cpu)
     sched.alloc_graph(graph)
-    with pytest.raises(ggml.UnsupportedOpError, match="CPU cannot run SQR"):
+    with pytest.raises(ggml.errors.UnsupportedOpError, match="CPU cannot run SQR"):
         sched.compute(graph)
 
 
@@ -157,7 +158,7 @@ def test_an_op_in_place_pinned_away_from_its_memory_says_so() -> None:
     gpu = ggml.Sim("rtx4090-pcie4")
     sched = ggml.Scheduler([gpu, ggml.CPU(threads=1)])
     sched.set_tensor_backend(y, gpu)
-    with pytest.raises(ggml.UnsupportedOpError, match="it writes into 'x', which is in memory of CPU"):
+    with pytest.raises(ggml.errors.UnsupportedOpError, match="it writes into 'x', which is in memory of CPU"):
         sched.alloc_graph(graph)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import pyggml as ggml
 from pyggml import ops
+from pyggml.backend import REGISTRY
 
 RNG = np.random.default_rng(7)
 A, U, V = (RNG.standard_normal(shape).astype("f4") for shape in ((5, 6), (5, 4), (6, 4)))
@@ -36,7 +37,7 @@ def _machine(where: str) -> list[ggml.Backend]:
     cpu = ggml.CPU(threads=1)
     if where == "cpu":
         return [cpu]
-    return [ggml.Sim("rtx4090-pcie4") if where == "sim" else ggml.REGISTRY.open(where).backend(), cpu]
+    return [ggml.Sim("rtx4090-pcie4") if where == "sim" else REGISTRY.open(where).backend(), cpu]
 
 
 @pytest.mark.parametrize("where", ["cpu", "sim", "libggml:CPU"])
@@ -56,7 +57,7 @@ def test_a_result_is_read_right_or_not_at_all(marked: bool, view: bool, where: s
         sched.compute(graph)
         try:
             found = kept.numpy().reshape(5, 6)
-        except ggml.GraphError as error:
+        except ggml.errors.GraphError as error:
             assert not marked
             assert "its memory was given to SUB 'difference'" in str(error)  # noqa: PT017
             assert "mark it as output" in str(error)  # noqa: PT017
@@ -87,7 +88,7 @@ def test_an_input_that_was_overwritten_cannot_be_read() -> None:
     x.set_array(np.ones((4, 64)))
     assert (x.numpy() == 1).all()
     sched.compute(graph)
-    with pytest.raises(ggml.GraphError, match="'x' cannot be read: its memory was given to SCALE"):
+    with pytest.raises(ggml.errors.GraphError, match="'x' cannot be read: its memory was given to SCALE"):
         x.numpy()
     x.set_array(np.full((4, 64), 3.0))
     assert (x.numpy() == 3).all()
@@ -104,7 +105,7 @@ def test_computing_again_asks_for_inputs_that_were_overwritten() -> None:
         if revive:
             sched.reset()
             sched.alloc_graph(graph)
-        with pytest.raises(ggml.SchedError, match="'x' must be set again"):
+        with pytest.raises(ggml.errors.SchedError, match="'x' must be set again"):
             sched.compute(graph)
         x.set_array(np.ones((4, 64)))
         sched.compute(graph)
@@ -133,7 +134,7 @@ def test_results_of_a_graph_before_are_not_those_of_the_next() -> None:
     x2.set_array(np.zeros((4, 64)))
     sched.compute(after)
     assert (y2.numpy() == 0).all()
-    with pytest.raises(ggml.GraphError, match="another graph was computed in its memory"):
+    with pytest.raises(ggml.errors.GraphError, match="another graph was computed in its memory"):
         y.numpy()
 
 

@@ -48,7 +48,7 @@ def test_read_only_memory_is_not_written(name: str, strict: bool, tmp_path: Path
         y = INTO[name](w)
     graph.expand(y)
     sched = ggml.Scheduler([cpu], strict=strict)
-    with pytest.raises(ggml.UnsupportedOpError, match="'w', which is in read-only memory"):
+    with pytest.raises(ggml.errors.UnsupportedOpError, match="'w', which is in read-only memory"):
         sched.compute(graph)
     assert path.read_bytes() == raw.tobytes()
 
@@ -79,7 +79,7 @@ def test_a_buffer_is_not_closed_under_a_computation() -> None:
             if w.buffer.n_users:
                 try:
                     context.close()
-                except ggml.BackendError as error:
+                except ggml.errors.BackendError as error:
                     assert "another thread computes in it" in str(error)  # noqa: PT017
                     refused += 1
                 else:
@@ -124,5 +124,5 @@ def test_nodes_that_no_builder_made_are_refused(name: str) -> None:
         for tensor in (*graph.leafs, *graph.nodes):
             context.add(tensor)
         context.alloc(cpu)
-        with pytest.raises(ggml.UnsupportedOpError, match="CPU cannot run"):
+        with pytest.raises(ggml.errors.UnsupportedOpError, match="CPU cannot run"):
             cpu.graph_compute(graph.view(0, 1))
