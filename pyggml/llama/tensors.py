@@ -136,25 +136,25 @@ class Translator:
                 self._views.popitem(last=False)
         return made, nodes, uid
 
+    def _linked(self, t: Handle, made: dict[int, Tensor], *, has_op: bool = False) -> Tensor:
+        """Return `tensor` and add it to a graph's by address; a view knows its owner, which costs of attention go by."""
+        tensor = made[self.library.address(t)] = self.tensor(t, has_op=has_op)
+        if t.view_src != self.ffi.NULL:
+            owner = made.get(self.library.address(t.view_src))
+            tensor.view_src = self._linked(t.view_src, made) if owner is None else owner
+            tensor.view_offs = t.view_offs
+        return tensor
+
     def _translate(self, head: Handle) -> GraphView:
         null, address = self.ffi.NULL, self.library.address
         made: dict[int, Tensor] = {}
         graph = Graph()
         for i in range(head.n_nodes):
             t = head.nodes[i]
-            node = self.tensor(t, has_op=True)
-            sources: list[Tensor | None] = []
-            for s in t.src:
-                if s == null:
-                    sources.append(None)
-                    continue
-                key = address(s)
-                source = made.get(key)
-                if source is None:
-                    source = made[key] = self.tensor(s)
-                sources.append(source)
-            node.src[:] = _trimmed(sources)
-            made[address(t)] = node
+            node = self._linked(t, made, has_op=True)
+            node.src[:] = _trimmed(
+                [None if s == null else made.get(address(s)) or self._linked(s, made) for s in t.src]
+            )
             graph.nodes.append(node)
         counts: dict[Tensor, int] = {}
         for node in graph.nodes:
