@@ -204,12 +204,19 @@ class Buffer(ABC):
         return False
 
     def check_open(self, tensor: Tensor) -> None:
-        """Raise `BackendError` if the buffer of the tensor was closed."""
+        """Raise `BackendError` if the buffer of the tensor was closed, or if what it views has other memory since."""
         if self.is_closed:
             raise BackendError(
                 self.buft.name,
                 f"'{tensor.name}' is in a buffer that was closed",
                 hint="keep buffers open while their tensors are used",
+            )
+        if tensor.is_stale_view:
+            assert tensor.view_src is not None
+            raise BackendError(
+                self.buft.name,
+                f"'{tensor.name}' views memory that '{tensor.view_src.name}' had before",
+                hint="make the view again, or allocate its graph again",
             )
 
     def __repr__(self) -> str:

@@ -270,6 +270,14 @@ class Tensor:
         return self.view_src is not None
 
     @property
+    def is_stale_view(self) -> bool:
+        """Whether it has the memory that the tensor that it views had before."""
+        root = self.view_src
+        if root is None or self.data is None:
+            return False
+        return root.data is None or self.data != root.data + self.view_offs
+
+    @property
     def is_empty(self) -> bool:
         """Whether the tensor has no elements."""
         return 0 in self.ne

@@ -128,18 +128,20 @@ class Passes:
         )
 
     def restore(self, graph: Graph) -> None:
-        """Undo the changes that an earlier cut and allocation of the same graph made to its tensors."""
+        """Undo the changes that an earlier cut and allocation made to a graph's tensors; forget views of memory that moved."""
         undo = self._replaced_sources.pop(graph, None)
-        if undo is None:
-            return
-        replaced, copies = undo
-        for node, j, src in replaced:
-            made = copies.get(src, {}).values()
-            if j < len(node.src) and any(node.src[j] in c for c in made):  # otherwise the user replaced it since
-                node.src[j] = src
+        if undo is not None:
+            replaced, copies = undo
+            for node, j, src in replaced:
+                made = copies.get(src, {}).values()
+                if j < len(node.src) and any(node.src[j] in c for c in made):  # otherwise the user replaced it since
+                    node.src[j] = src
+            for tensor in (*graph.leafs, *graph.nodes):
+                storage = tensor.storage
+                if storage is not None and storage.usage is BufferUsage.COMPUTE:
+                    tensor.buffer = tensor.data = None
         for tensor in (*graph.leafs, *graph.nodes):
-            storage = tensor.storage
-            if storage is not None and storage.usage is BufferUsage.COMPUTE:
+            if tensor.view_src is not None and tensor.data is not None and tensor.is_stale_view:
                 tensor.buffer = tensor.data = None
 
     def restore_all(self) -> None:

@@ -177,3 +177,61 @@ def test_hyper_parameters_of_a_wrong_kind_are_named(model: Path, tmp_path: Path,
         writer.write(tmp_path / "odd.gguf")
     with pytest.raises(ggml.errors.FormatError, match=key):
         ggml.Session.open(tmp_path / "odd.gguf")
+
+
+def _moved(context: ggml.Context, w: ggml.Tensor, cpu: ggml.CPU) -> list[ggml.Context]:
+    """Free the memory of a context's only tensor, and allocate it elsewhere; return what is where it was."""
+    before, others = w.data, []
+    context.close()
+    for _ in range(100):
+        others.append(ggml.Context())
+        other = others[-1].new_tensor("f32", (64, 4))
+        others[-1].alloc(cpu)
+        if other.data == before:
+            break
+    context.alloc(cpu)
+    return others
+
+
+def test_a_view_of_memory_that_moved_is_told_or_follows() -> None:
+    """A view keeps no address of memory that its tensor had before: reading it is an error, and the next allocation gives it the new one."""
+    cpu, context, graph = ggml.CPU(threads=1), ggml.Context(), ggml.Graph()
+    with graph:
+        w = graph.input("f32", (64, 4), name="w")
+        v = ggml.view_2d(w, 64, 2, w.nb[1], w.nb[1])
+        y = ggml.scale(v, 2.0)
+    graph.expand(y)
+    context.add(w)
+    context.alloc(cpu)
+    first, second = ggml.Scheduler([cpu]), ggml.Scheduler([cpu])
+    first.alloc_graph(graph)
+    others: list[ggml.Context] = []
+    for sched in (first, second):
+        others += _moved(context, w, cpu)
+        assert v.is_stale_view
+        for use in (v.numpy, lambda: v.set_array(np.zeros((2, 64))), lambda: cpu.graph_compute(graph.view(0, 2))):
+            with pytest.raises(ggml.BackendError, match=r"'w \(view\)' views memory that 'w' had before"):
+                use()
+        w.set_array(np.arange(256).reshape(4, 64))
+        sched.reset()
+        sched.alloc_graph(graph)
+        sched.compute(graph)
+        assert y.numpy()[:, 0].tolist() == [128.0, 256.0]
+
+
+def test_an_input_written_in_place_follows_after_close() -> None:
+    """A closed scheduler leaves no memory behind in views of inputs: the next compute writes where the input is."""
+    graph = ggml.Graph()
+    with graph:
+        x = graph.input("f32", (64,), name="x")
+        y = ggml.add_inplace(x, x)
+    graph.expand(y)
+    sched = ggml.Scheduler([ggml.CPU(threads=1)])
+    for _ in range(2):
+        sched.alloc_graph(graph)
+        assert y.data == x.data
+        x.set_array(np.ones(64))
+        sched.compute(graph)
+        assert y.numpy().tolist() == [2.0] * 64
+        sched.close()
+        assert x.data is y.data is None
