@@ -15,7 +15,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -69,10 +70,24 @@ class Child:
         RuntimeError
             The child is gone, or the handler failed.
         """
+        answer = self._answer({"do": do, **request})
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def ask_each(self, do: str, requests: Sequence[Message]) -> list[Message]:
+        """Return the answers to many requests, which share a process until one ends it; raises as `ask`."""
+        answers: list[Message] = self._answer({"do": do, "each": list(requests)})["answers"]
+        for answer in answers:
+            if "error" in answer:
+                raise RuntimeError(answer["error"])
+        return answers
+
+    def _answer(self, request: Message) -> Message:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._n_asked += 1
-        self._process.stdin.write(json.dumps({"do": do, "i_request": self._n_asked, **request}) + "\n")
+        self._process.stdin.write(json.dumps({"i_request": self._n_asked, **request}) + "\n")
         self._process.stdin.flush()
         answer: Message = {}
         while (
@@ -82,8 +97,6 @@ class Child:
             if not line:
                 raise RuntimeError(f"the child has ended with status {self._process.wait()}")
             answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
         return answer
 
     def close(self) -> None:
@@ -103,24 +116,46 @@ class Child:
         self.close()
 
 
-def _answer_and_exit(out: int, answer: Message) -> None:
+def _write(out: int, answer: Message) -> None:
     data = json.dumps(answer).encode() + b"\n"
     while data:
         data = data[os.write(out, data) :]
+
+
+def _refuse(out: int, message: str) -> None:
+    _write(out, {"refused": message})
     os._exit(0)
 
 
-def _serve_one(library: Library, handlers: dict[str, Handler], request: Message, out: int) -> None:
-    """Answer in this process, a fork, and end it."""
-    i_request = request.pop("i_request")
-    library.on_abort(lambda message: _answer_and_exit(out, {"refused": message, "i_request": i_request}))
-    try:
-        answer = handlers[request.pop("do")](library, request)
-    except Exception as error:  # noqa: BLE001  the parent must hear of it, whatever it is
-        import traceback
+def _serve(library: Library, handler: Handler, requests: Sequence[Message], out: int) -> None:
+    """Answer in this process, a fork, and end it; an assertion that fails ends it, too."""
+    library.on_abort(partial(_refuse, out))
+    for request in requests:
+        try:
+            answer = handler(library, request)
+        except Exception as error:  # noqa: BLE001  the parent must hear of it, whatever it is
+            import traceback
 
-        answer = {"error": f"{error!r}\n{traceback.format_exc()}"}
-    _answer_and_exit(out, {**answer, "i_request": i_request})
+            answer = {"error": f"{error!r}\n{traceback.format_exc()}"}
+        _write(out, answer)
+    os._exit(0)
+
+
+def _answers(library: Library, handler: Handler, requests: Sequence[Message]) -> list[Message]:
+    """Have forks answer, a new one after each request that ends one."""
+    answers: list[Message] = []
+    while len(answers) < len(requests):
+        end, out = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            _serve(library, handler, requests[len(answers) :], out)
+        os.close(out)
+        with os.fdopen(end) as lines:
+            answers += map(json.loads, lines)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status < 0:
+            answers.append({"died": signal.Signals(-status).name})
+    return answers
 
 
 def main(module_name: str, path: str | None = None) -> None:
@@ -134,15 +169,9 @@ def main(module_name: str, path: str | None = None) -> None:
     os.dup2(2, 1)  # what the library prints must not stand between answers
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _serve_one(library, handlers, request, out)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if status < 0:
-            os.write(
-                out,
-                json.dumps({"died": signal.Signals(-status).name, "i_request": request["i_request"]}).encode() + b"\n",
-            )
+        i_request, handler, each = request.pop("i_request"), handlers[request.pop("do")], request.pop("each", None)
+        answers = _answers(library, handler, [request] if each is None else each)
+        _write(out, {"i_request": i_request, **(answers[0] if each is None else {"answers": answers})})
 
 
 if __name__ == "__main__":
