@@ -444,14 +444,19 @@ def tensor_copy(src: Tensor, dst: Tensor) -> None:
     if src_buffer is None or dst_buffer is None or src.data is None or dst.data is None:
         bare = src if src_buffer is None or src.data is None else dst
         raise GraphError(f"'{src.name}' cannot be copied to '{dst.name}': '{bare.name}' has no memory yet")
-    _checked(src, 0, src.nbytes, "read")
+    size = src.nbytes
+    _checked(src, 0, size, "read")
     if src_buffer.is_host:
-        tensor_set(dst, src.data, 0, src.nbytes)
+        if size:
+            if dst_buffer.tenancy is not None:
+                dst_buffer.tenancy.note_write(dst)
+            dst_buffer.set_tensor(dst, src.data, 0, size)
     elif dst_buffer.is_host:
-        tensor_get(src, dst.data, 0, src.nbytes)
+        if size:
+            src_buffer.get_tensor(src, dst.data, 0, size)
     elif not dst_buffer.cpy_tensor(src, dst):
         import numpy as np
 
-        staging = np.empty(src.nbytes, np.uint8)
-        tensor_get(src, staging.ctypes.data, 0, src.nbytes)
-        tensor_set(dst, staging.ctypes.data, 0, src.nbytes)
+        staging = np.empty(size, np.uint8)
+        tensor_get(src, staging.ctypes.data, 0, size)
+        tensor_set(dst, staging.ctypes.data, 0, size)

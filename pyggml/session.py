@@ -14,6 +14,7 @@ last graph again if only the values of the inputs differ; then a token costs fil
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -162,10 +163,13 @@ class Session(Planner, Generator):
     def _decode(self, batch: Batch, topk: TopK | None) -> npt.NDArray[np.float32]:
         """Evaluate a checked batch."""
         parts = self.cache.prepare(batch, self.params.n_ubatch)
-        rows = np.cumsum(batch.outputs) - 1  # the row of each token whose logits are returned
         logits = np.empty((int(np.count_nonzero(batch.outputs)), self.hparams.n_vocab), np.float32)
         if topk is not None:
             topk.start(self.hparams, batch.n_tokens)
+        if len(parts) == 1 and not parts[0][0].equal_seqs:  # in the batch's order
+            self._run(*parts[0], logits, topk)
+            return logits
+        rows = np.cumsum(batch.outputs) - 1  # the row of each token whose logits are returned
         for part, slot in parts:
             own = rows[part.idxs[part.outputs]]
             in_place = len(own) < 2 or bool((np.diff(own) == 1).all())
@@ -197,21 +201,22 @@ class Session(Planner, Generator):
                 raise ComputeError(self.backends[-1].name, "aborted", status=1)
             self.sched.announce(part.n_tokens, n_past, part.n_outputs)
             graph, is_reused = self._graph_for(part, slot)
+            sched = self.sched
             assert self._filler is not None
             self._filler.fill(part, slot)
             looks = [watcher.watch(graph, part) for watcher in (self.watcher, topk) if watcher is not None]
-            self.sched.set_eval_callback(_all_look(looks) if looks else None)
-            self.sched.compute_async(graph.graph)
+            sched.set_eval_callback(_all_look(looks) if looks else None)
+            sched.compute_async(graph.graph)
             if into.size:
-                backend = self.sched.tensor_backend(graph.logits)
+                backend = sched.tensor_backend(graph.logits)
                 assert backend is not None
-                log = self.sched.new_log()
+                log = sched.new_log()
                 read_s = log.now()
                 backend.get_tensor_async(graph.logits, into.ctypes.data, 0, into.nbytes)
                 backend.synchronize()
                 log.was_read(None, graph.logits, self.backends.index(backend), read_s)
-            self.sched.synchronize()
-            if into.size and np.isnan(into.max()):
+            sched.synchronize()
+            if into.size and math.isnan(np.maximum.reduce(into, axis=None)):  # the largest is NaN if one is
                 raise self._nan_error(graph, part, slot)
         except BaseException:
             self._forget(part)

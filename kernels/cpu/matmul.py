@@ -10,7 +10,7 @@ from __future__ import annotations
 from . import blocks32, coded, floatrows, kquants, panel
 from .activations import quantise_row_halves, quantise_row_halves_q8_0, quantise_row_q8_0, quantise_row_q8_k
 from .kernel import device, op_kernel
-from .memory import atomic_add, atomic_store, call4, call8, ld_i64, st_i32, st_i64
+from .memory import atomic_add, atomic_store, call4, call8, copy_bytes, ld_i64, st_i32, st_i64
 from .panel import PANEL_BLOCK, ROWS, TILE_TOKENS
 from .routing import active_at
 from .words import (
@@ -32,6 +32,7 @@ from .words import (
     PARAM,
     Q1_0,
     Q2_0,
+    SCRATCH,
     SHARED,
     SRC0,
     SRC1,
@@ -40,9 +41,12 @@ from .words import (
 )
 
 #: Parameters. X_BASE: byte offset of prepared rows in the shared scratch, or -1: src1 itself. GROUPS: the same of the
-#: grouping by expert, or -1: dense. FEW: up to so many tokens rows are taken as they lie.
+#: grouping by expert, or -1: dense. FEW: up to so many tokens rows are taken as they lie. OUT_BASE: byte offset in the
+#: shared scratch of the result, laid out as dst, or -1: dst itself.
 X_BASE, X_ROW_BYTES, GROUPS, FEW, ROWS_KERNEL, UNPACK_KERNEL, TILE_KERNEL, N_USED = (PARAM + i for i in range(8))
-IS_FLOAT = PARAM + 8
+IS_FLOAT, OUT_BASE = PARAM + 8, PARAM + 9
+#: Parameter of `place_product`.
+N_BYTES = PARAM
 
 FLOAT_TYPES = frozenset({F32, F16, BF16})
 QUANTISED_TYPES = frozenset(blocks32.NAMES) | frozenset(kquants.NAMES)
@@ -102,7 +106,8 @@ def _address_tokens(d, ctl, i02, i03, order, j, n, lists):
     nb11, nb12, nb13 = ld_i64(d + 8 * (SRC1 + NB1)), ld_i64(d + 8 * (SRC1 + NB2)), ld_i64(d + 8 * (SRC1 + NB3))
     nb1, nb2, nb3 = ld_i64(d + 8 * (DST + NB1)), ld_i64(d + 8 * (DST + NB2)), ld_i64(d + 8 * (DST + NB3))
     x = ld_i64(d + 8 * (SRC1 + ADDRESS)) if x_base < 0 else ld_i64(ctl + 8 * SHARED) + x_base
-    out = ld_i64(d + 8 * (DST + ADDRESS))
+    out_base = ld_i64(d + 8 * OUT_BASE)
+    out = ld_i64(d + 8 * (DST + ADDRESS)) if out_base < 0 else ld_i64(ctl + 8 * SHARED) + out_base
     r2 = max(1, ne12 // ld_i64(d + 8 * (SRC0 + NE2)))
     r3 = max(1, ld_i64(d + 8 * (SRC1 + NE3)) // ld_i64(d + 8 * (SRC0 + NE3)))
     n_used = ld_i64(d + 8 * N_USED)
@@ -227,3 +232,11 @@ def mul_mat(ith, nth, d, ctl):
                 _quantised_job(d, w, r0, r1, n, few, thread_panel, lists)
     if job == n_jobs + nth - 1:  # the last to ask leaves the counter as it was
         atomic_store(d + 8 * COUNTER, 0)
+
+
+@op_kernel
+def place_product(ith, nth, d, ctl):
+    """Copy a product's result from scratch to its own memory."""
+    copy_bytes(
+        ld_i64(d + 8 * (DST + ADDRESS)), ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH), ld_i64(d + 8 * N_BYTES)
+    )

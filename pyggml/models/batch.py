@@ -131,8 +131,9 @@ class Batch:
             ids = np.asarray(tokens, np.int64).reshape(n)
         except (OverflowError, TypeError, ValueError) as error:
             raise GraphError(f"the tokens are not ids: {error}") from error
-        if n and not -(1 << 31) <= int(ids.min()) <= int(ids.max()) < 1 << 31:
-            raise GraphError(f"no token has an id of {int(ids.max()) if ids.max() >= 1 << 31 else int(ids.min())}")
+        known = ids.tolist()  # of few tokens, lists are faster than arrays
+        if n and not -(1 << 31) <= min(known) <= max(known) < 1 << 31:
+            raise GraphError(f"no token has an id of {max(known) if max(known) >= 1 << 31 else min(known)}")
         return cls(
             ids.astype(np.int32),
             np.arange(pos, pos + n, dtype=np.int32),
@@ -150,14 +151,14 @@ class Batch:
         """
         if not self.n_tokens:
             raise GraphError("a batch without tokens cannot be decoded")
-        lows, highs = int(self.tokens.min()), int(self.tokens.max())
-        if lows < 0 or highs >= n_vocab:
+        ids, seqs = self.tokens.tolist(), self.seqs.tolist()
+        if min(ids) < 0 or max(ids) >= n_vocab:
             i = int(np.flatnonzero((self.tokens < 0) | (self.tokens >= n_vocab))[0])
             raise GraphError(
                 f"token {i} of the batch has the id {int(self.tokens[i])}",
                 hint=f"the vocabulary has the ids 0..{n_vocab - 1}",
             )
-        if int(self.seqs.min()) < 0 or int(self.seqs.max()) >= n_seq_max:
+        if min(seqs) < 0 or max(seqs) >= n_seq_max:
             i = int(np.flatnonzero((self.seqs < 0) | (self.seqs >= n_seq_max))[0])
             raise GraphError(
                 f"token {i} of the batch belongs to sequence {int(self.seqs[i])}",
@@ -166,6 +167,8 @@ class Batch:
 
     def cut(self, n: int) -> list[Batch]:
         """Return consecutive batches of at most ``n`` tokens."""
+        if self.n_tokens <= n:
+            return [self]
         parts = [slice(i, i + n) for i in range(0, self.n_tokens, n)]
         return [Batch(self.tokens[p], self.pos[p], self.seqs[p], self.outputs[p]) for p in parts]
 
@@ -193,8 +196,13 @@ def split_simple(batch: Batch, n_ubatch: int) -> list[MicroBatch]:
     Mirrors `llama_batch_allocr::split_simple`.
     """
     idxs = np.arange(batch.n_tokens)
-    parts = (idxs[i : i + n_ubatch] for i in range(0, batch.n_tokens, n_ubatch))
-    return [batch.take(part, len(part), equal_seqs=False) for part in parts]
+    return [
+        MicroBatch(
+            part.tokens, part.pos, part.seqs, part.outputs, idxs[i : i + part.n_tokens], part.n_tokens, 1,
+            tuple(sorted(set(part.seqs.tolist()))), equal_seqs=False,
+        )
+        for i, part in zip(range(0, batch.n_tokens, n_ubatch), batch.cut(n_ubatch), strict=True)
+    ]  # fmt: skip
 
 
 def split_equal(batch: Batch, n_ubatch: int, *, is_sequential: bool = True) -> list[MicroBatch]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..backend import Backend
 from ..graph import Graph
@@ -68,8 +68,7 @@ class GraphParams:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class GraphKey:
+class GraphKey(NamedTuple):
     """A graph can be used for another micro-batch if its key is equal.
 
     Notes

@@ -15,8 +15,27 @@ from .kv_cache import KVCache, Slot, hadamard
 __all__ = ["InputFiller"]
 
 
-def _write(tensor: Tensor, values: npt.NDArray[np.generic]) -> None:
-    tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
+_DTYPES = {Type.F32: np.float32, Type.F16: np.float16, Type.I32: np.int32, Type.I64: np.int64}
+
+
+class _Input:
+    """An input of a graph, with an array in host memory from which it is written."""
+
+    __slots__ = ("_address", "_tensor", "array")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self.array: npt.NDArray[np.generic] = np.empty(tensor.numel, _DTYPES[tensor.type])
+        self._address = self.array.ctypes.data
+
+    def write(self, values: npt.NDArray[np.generic]) -> None:
+        """Write the tensor."""
+        self.array[:] = values
+        self.send()
+
+    def send(self) -> None:
+        """Write the tensor from the array."""
+        tensor_set(self._tensor, self._address, 0, self.array.nbytes)
 
 
 class InputFiller:
@@ -29,8 +48,17 @@ class InputFiller:
     """
 
     def __init__(self, inputs: GraphInputs, cache: KVCache) -> None:
-        self.inputs = inputs
-        self._token_scale, self._n_pos = cache.hparams.token_scale, cache.hparams.n_pos_per_token
+        self._tokens, self._pos = _Input(inputs.tokens), _Input(inputs.pos)
+        self._layer_tokens = None if inputs.layer_tokens is None else _Input(inputs.layer_tokens)
+        self._out_ids = _Input(inputs.out_ids) if inputs.out_ids.ne[0] else None
+        self._state_sources = None
+        if inputs.state_sources is not None and inputs.state_sources.buffer is not None:
+            self._state_sources = _Input(inputs.state_sources)
+        self._token_scale = None
+        if inputs.token_scale is not None:
+            self._token_scale = _Input(inputs.token_scale)
+            self._token_scale.array.fill(cache.hparams.token_scale)
+        self._n_pos = cache.hparams.n_pos_per_token
         self._states = cache.states
         self._attn = _AttnFiller(inputs.attn, cache)
         self._attn_swa: _AttnFiller | None = None
@@ -40,18 +68,18 @@ class InputFiller:
 
     def fill(self, part: MicroBatch, slot: Slot) -> None:
         """Write the inputs for a micro-batch whose cells are taken."""
-        inputs = self.inputs
-        _write(inputs.tokens, part.tokens)
-        _write(inputs.pos, part.pos if self._n_pos == 1 else np.concatenate([*[part.pos] * 3, np.zeros_like(part.pos)]))
-        if inputs.state_sources is not None and inputs.state_sources.buffer is not None:
+        self._tokens.write(part.tokens)
+        pos = part.pos
+        self._pos.write(pos if self._n_pos == 1 else np.concatenate([pos, pos, pos, np.zeros_like(pos)]))
+        if self._state_sources is not None:
             assert self._states is not None
-            _write(inputs.state_sources, self._states.sources())
-        if inputs.layer_tokens is not None:
-            _write(inputs.layer_tokens, part.tokens)
-        if inputs.token_scale is not None:
-            _write(inputs.token_scale, np.full(part.n_tokens, self._token_scale, np.float32))
-        if inputs.out_ids.ne[0]:
-            _write(inputs.out_ids, np.flatnonzero(part.outputs).astype(np.int32))
+            self._state_sources.write(self._states.sources())
+        if self._layer_tokens is not None:
+            self._layer_tokens.write(part.tokens)
+        if self._token_scale is not None:
+            self._token_scale.send()
+        if self._out_ids is not None:
+            self._out_ids.write(part.outputs.nonzero()[0])
         self._attn.fill(part, slot)
         if self._attn_swa is not None:
             assert slot.swa is not None
@@ -67,25 +95,28 @@ class _AttnFiller:
     """
 
     def __init__(self, inputs: AttnInputs, cache: KVCache) -> None:
-        self.inputs, self.cache = inputs, cache
-        mask = inputs.kq_mask
-        self._mask = np.empty(
-            (mask.ne[1] * mask.ne[3], mask.ne[0]), np.float16 if mask.type is Type.F16 else np.float32
-        )
+        self.cache = cache
+        self._is_used = inputs.kq_mask.buffer is not None  # else no layer is of this kind, and the graph has no such input
+        self._k_idxs = _Input(inputs.k_idxs)
+        self._v_idxs = None if inputs.v_idxs is None else _Input(inputs.v_idxs)
+        self._kq_mask, self._n_kv = _Input(inputs.kq_mask), inputs.kq_mask.ne[0]
+        self._mask = self._kq_mask.array.reshape(-1, self._n_kv)
         self._drop = self._mask.dtype.type(-np.inf)
-        self._rotations = [(t, hadamard(t.ne[0])) for t in (inputs.k_rot, inputs.v_rot) if t is not None]
+        self._rotations = [_Input(t) for t in (inputs.k_rot, inputs.v_rot) if t is not None]
+        for rotation, t in zip(self._rotations, (t for t in (inputs.k_rot, inputs.v_rot) if t is not None), strict=True):
+            rotation.array[:] = hadamard(t.ne[0]).reshape(-1)
 
     def fill(self, part: MicroBatch, slot: Slot) -> None:
         """Write the inputs for a micro-batch whose cells are taken."""
-        inputs, cache = self.inputs, self.cache
-        if inputs.kq_mask.buffer is None:  # no layer is of this kind, so the graph has no such input
+        if not self._is_used:
             return
+        cache = self.cache
         k_idxs = cache.k_idxs(slot)
-        _write(inputs.k_idxs, k_idxs)
-        if inputs.v_idxs is not None:
-            _write(inputs.v_idxs, cache.v_idxs(slot) if cache.v_trans else k_idxs)
+        self._k_idxs.write(k_idxs)
+        if self._v_idxs is not None:
+            self._v_idxs.write(cache.v_idxs(slot) if cache.v_trans else k_idxs)
         self._mask.fill(0)
-        self._mask[cache.mask(part, inputs.kq_mask.ne[0])] = self._drop
-        _write(inputs.kq_mask, self._mask)
-        for tensor, values in self._rotations:
-            _write(tensor, values)
+        np.copyto(self._mask, self._drop, where=cache.mask(part, self._n_kv))
+        self._kq_mask.send()
+        for rotation in self._rotations:
+            rotation.send()

@@ -160,11 +160,7 @@ class KVCache:
         chosen = (cells.pos >= max(p0, 0)) & cells.of(seq)
         if p1 is not None:
             chosen &= cells.pos < p1
-        cells.seqs[chosen] &= ~sequence_bit(seq)
-        freed = np.flatnonzero(chosen & (cells.seqs == 0))
-        if len(freed):
-            cells.pos[freed] = -1
-            cells.head = min(cells.head, int(freed[0]))
+        cells.remove(chosen, seq)
 
     def forget(self, part: MicroBatch) -> None:
         """Forget the tokens of a failed micro-batch, and later tokens of its sequences."""
@@ -191,7 +187,7 @@ class KVCache:
         chosen = (cells.pos >= max(p0, 0)) & cells.of(src)
         if p1 is not None:
             chosen &= cells.pos < p1
-        cells.seqs[chosen] |= sequence_bit(dst)
+        cells.share(chosen, dst)
 
     def seq_pos_max(self, seq: int) -> int:
         """Last position of a sequence; -1 if it has none."""
@@ -268,10 +264,14 @@ class KVCache:
         found = np.empty((len(streams), n_each), np.int64)
         for row, stream in enumerate(streams):
             cells = self.streams[stream]
-            cells.grow(max(cells.head, cells.used_end) + n_each)
-            ahead = cells.pos[cells.head : cells.head + n_each]
-            if len(ahead) == n_each and bool((ahead < 0).all()) and cells.head <= cells.n_used + 2 * n_each:
-                found[row] = np.arange(cells.head, cells.head + n_each)  # the common case: right after the last token
+            start, end = cells.head, cells.used_end
+            cells.grow(max(start, end) + n_each)
+            if (
+                start + n_each <= cells.n
+                and start <= cells.n_used + 2 * n_each
+                and (start >= end or bool((cells.pos[start : start + n_each] < 0).all()))
+            ):
+                found[row] = np.arange(start, start + n_each)  # the common case: right after the last token
                 continue
             free = np.flatnonzero(cells.reusable(self.window))
             if len(free) < n_each:
@@ -295,13 +295,12 @@ class KVCache:
         n_each = slot.cells.shape[1]
         for row, stream in enumerate(slot.streams):
             cells, own = self.streams[stream], slice(row * n_each, (row + 1) * n_each)
-            cells.grow(int(slot.cells[row].max()) + 1)
-            lost = cells.overwritten(slot.cells[row]) if self.window else {}
-            cells.pos[slot.cells[row]] = part.pos[own]
-            cells.seqs[slot.cells[row]] = np.uint64(1) << part.seqs[own].astype(np.uint64)
+            chosen = slot.cells[row]
+            lost = cells.overwritten(chosen) if self.window else {}
+            cells.take(chosen, part.pos[own], part.seqs[own])
             for seq, last in lost.items():
                 self.seq_rm(seq, 0, last + 1)
-            cells.head = int(slot.cells[row, -1]) + 1
+            cells.head = int(chosen[-1]) + 1
 
     # -- what graphs see -----------------------------------------------------
 
@@ -329,6 +328,8 @@ class KVCache:
 
     def k_idxs(self, slot: Slot) -> npt.NDArray[np.int64]:
         """Return the row of the cache that each token's K goes to: int64, (n_token,)."""
+        if slot.streams == (0,):
+            return slot.cells[0]
         offsets = np.asarray(slot.streams, np.int64)[:, None] * self.n_cells
         return (offsets + slot.cells).reshape(-1)
 

@@ -91,22 +91,31 @@ def _call(plan: HostPlan, t: Tensor) -> None:
         *matmul.kernels_of(weights.type),
         t.ne[1],
         is_float,
+        -1,
     )
     n_products = weights.ne[0] * t.numel
+    serial = n_products < SERIAL_PRODUCTS
     reads = [plan.slot_range(s) for s in (slot, groups) if s is not None]
+    moved = None if serial or groups is not None else plan.move(t, (weights, x), reads)
     start = plan.add(
         matmul.mul_mat.address,
         t,
         (t, weights, x),
         params,
-        serial=n_products < SERIAL_PRODUCTS,
+        serial=serial,
         cost=n_products / PRODUCTS_PER_S,
         reads=reads,
+        moved=moved,
     )
     if slot is not None:
         plan.fix(start + matmul.X_BASE, slot)
     if groups is not None:
         plan.fix(start + matmul.GROUPS, groups)
+    if moved is not None and moved.slot is not None:
+        plan.fix(start + matmul.OUT_BASE, moved.slot)
+        result = (plan.slot_range(moved.slot),)
+        start = plan.add(matmul.place_product.address, t, (t,), (t.nbytes,), serial=True, reads=result)
+        plan.fix(start + words.SCRATCH, moved.slot)
 
 
 def _work(node: Tensor, used_experts: UsedExperts) -> Work:

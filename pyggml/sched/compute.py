@@ -93,9 +93,10 @@ class SplitRun:
 
     def synchronize(self, i_split: int, backend_id: int, place: str) -> None:
         """Make the host wait for all work of a backend."""
-        start_s = self.log.now()
+        log = self.log
+        start_s = log.now()
         self.machine.backends[backend_id].synchronize()
-        self.log.waited(i_split, "synchronize", backend_id, None, start_s)
+        log.waited(i_split, "synchronize", backend_id, None, start_s)
 
     def host_wait(self, i_split: int, backend_id: int, place: str) -> None:
         """Make the host wait until a backend's last use of this pipeline copy is done."""
@@ -267,6 +268,7 @@ def compute_splits(run: SplitRun) -> None:
     """
     plan, dialect, log, policy = run.plan, run.machine.dialect, run.log, run.policy
     repairs, transfers = run.repairs, plan.all_transfers
+    is_observed = log.observers is not None
     before_split = policy.before_split if policy.overrides("before_split") else None
     after_split = policy.after_split if policy.overrides("after_split") else None
     run.ids.begin()
@@ -291,9 +293,14 @@ def compute_splits(run: SplitRun) -> None:
                         further.offer(policy.copy, missing)
             if run._joins:
                 run.join_queues(b)
-            log.will_launch(run, i_split)
-            _launch(run, i_split)
-            log.has_launched(run, i_split)
+            if is_observed:
+                log.will_launch(run, i_split)
+            if run.eval_callback is None:
+                _compute(run, i_split, split.graph)
+            else:
+                _launch_in_parts(run, i_split, run.eval_callback)
+            if is_observed:
+                log.has_launched(run, i_split)
             if repairs.stale_ids and i_split in transfers.written_ids:
                 run.ids.forget(transfers.written_ids[i_split])
             for transfer in transfers.overwritten.get(i_split, ()):
@@ -314,8 +321,8 @@ def _transfer(run: SplitRun, transfer: Transfer) -> None:
     """Copy an input to its split's backend: a user's input at once, any other with the policy."""
     i_split, b, source = transfer.split, transfer.backend_id, transfer.source
     storage = source.storage
-    if storage is not None:
-        storage.check_open(source)  # copies only use its address
+    if storage is not None and storage.is_closed:
+        storage.check_open(source)  # raises; copies only use its address
     if transfer.kind == "input":
         # at once: the user may overwrite an input as soon as compute_async returns
         run.host_wait(i_split, b, "input")
@@ -336,13 +343,9 @@ def _copy_again(run: SplitRun, i_split: int, transfer: Transfer) -> None:
     run.report_whole(transfer, i_split, "activation", start_s, is_async=False)
 
 
-def _launch(run: SplitRun, i_split: int) -> None:
-    """Submit a split's nodes to its backend: all at once, or in parts that end where the eval callback needs data."""
+def _launch_in_parts(run: SplitRun, i_split: int, callback: EvalCallback) -> None:
+    """Submit a split's nodes to its backend in parts that end where the eval callback needs data."""
     split = run.plan.splits[i_split]
-    callback = run.eval_callback
-    if callback is None:
-        _compute(run, i_split, split.graph)
-        return
     nodes = split.graph.nodes
     start = 0
     while start < len(nodes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -60,6 +60,11 @@ class RunLog:
         Returns how many experts a node reads, for its cost.
     of : Identity, optional
         The graph, run and clock of its records.
+
+    Attributes
+    ----------
+    now : callable
+        Returns the host's time in seconds; 0 without observers of records.
     """
 
     __slots__ = (
@@ -70,6 +75,7 @@ class RunLog:
         "clock",
         "ids",
         "machine",
+        "now",
         "observers",
         "of",
         "records",
@@ -98,10 +104,7 @@ class RunLog:
         self.records = observers if observers is not None and observers.takes_records else None
         self._names = () if self.records is None else tuple(b.name for b in machine.backends)
         self._on_sent = () if observers is None else observers.on_sent
-
-    def now(self) -> float:
-        """Return the host's time in seconds; 0 without observers."""
-        return 0.0 if self.records is None else perf_counter()
+        self.now: Callable[[], float] = float if self.records is None else perf_counter  # float() is 0.0
 
     def _moment(self) -> Span | None:
         """Return the host's virtual time, for events without duration."""

@@ -437,18 +437,20 @@ class Transfer(Feed):
         Mirrors the copy of a split's input in `ggml_backend_sched_compute_splits`: `cpy_tensor_async`; if that is not
         possible, the host waits for the source's backend and for the last use of the input copy, and copies.
         """
-        run = self._offered("send into the copy of")
+        run = self._slot.run
+        if run is None or not self._is_offered:
+            run = self._offered("send into the copy of")  # raises
         if self._missing is not None:
             self.send_experts(self._missing)
             return
-        b = self.backend_id
-        start_s = run.log.now()
-        is_async = self.backend.cpy_tensor_async(self.source_backend, self.source, self.copy)
+        now, source, copy = run.log.now, self.source, self.copy
+        start_s = now()
+        is_async = self.backend.cpy_tensor_async(self.source_backend, source, copy)
         if not is_async:
             run.synchronize(self.split, self._source_id, "source")
-            run.host_wait(self.split, b, "fallback")
-            start_s = run.log.now()
-            tensor_copy(self.source, self.copy)
+            run.host_wait(self.split, self.backend_id, "fallback")
+            start_s = now()
+            tensor_copy(source, copy)
         run.report_whole(
             self, self.split, "weight" if self.kind == "experts" else self.kind, start_s, is_async=is_async
         )

@@ -21,7 +21,6 @@ from .machine import (
     HostBuffer,
     HostBufferType,
     available_cores,
-    in_use,
     is_writable,
     physical_memory,
     plan_of,
@@ -123,7 +122,7 @@ class CPUBackend(Backend):
         plan = plan_of(graph, self.device, self.name, self._address)
         if HOST.is_busy:
             HOST.by_host(accesses_of(graph))
-        with in_use(plan.buffers, self.name):
+        with plan.in_use:
             plan.run(self.pool)
 
     def _address(self, tensor: Tensor) -> int:

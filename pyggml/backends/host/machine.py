@@ -10,8 +10,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ...buffer import Buffer, BufferType
@@ -225,26 +224,39 @@ class HostBuffer(Buffer):
 _USE = threading.Lock()
 
 
-@contextmanager
-def in_use(buffers: Iterable[Buffer], backend: str) -> Iterator[None]:
-    """Prevent closing buffers within the block.
+class InUse:
+    """A block in which host buffers cannot be closed.
+
+    Parameters
+    ----------
+    buffers : iterable of Buffer
+        Those in host memory are held.
+    backend : str
+        Name for errors.
 
     Raises
     ------
     BackendError
-        A buffer is closed already.
+        On entry, if a buffer is closed already.
     """
-    held = [b for b in buffers if isinstance(b, HostBuffer)]
-    with _USE:
-        if any(b.is_closed for b in held):
-            raise BackendError(backend, "a buffer that the nodes use was closed")
-        for b in held:
-            b.n_users += 1
-    try:
-        yield
-    finally:
+
+    __slots__ = ("_backend", "_held")
+
+    def __init__(self, buffers: Iterable[Buffer], backend: str) -> None:
+        self._held = [b for b in buffers if isinstance(b, HostBuffer)]
+        self._backend = backend
+
+    def __enter__(self) -> None:
         with _USE:
-            for b in held:
+            for b in self._held:
+                if b.owner is None:
+                    raise BackendError(self._backend, "a buffer that the nodes use was closed")
+            for b in self._held:
+                b.n_users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with _USE:
+            for b in self._held:
                 b.n_users -= 1
 
 
@@ -321,14 +333,17 @@ def plan_of(graph: GraphView, owner: object, name: str, address_of: Callable[[Te
         isinstance(kept, _KeptPlan)
         and kept.owner is owner
         and kept.snapshot.serves(graph)
-        and not any(buffer.is_closed for buffer in kept.buffers)
     ):
-        return kept.plan
+        for buffer in kept.buffers:
+            if buffer.is_closed:
+                break
+        else:
+            return kept.plan
     nodes = graph.nodes
     for node in nodes:
         if not node.op.is_empty and not node.is_empty and node.data is None:
             raise ComputeError(name, "a node has no memory yet", node=node.name, hint="allocate the graph first")
     plan = HostPlan(nodes, address_of, backend=name)
     graph.plan = kept = _KeptPlan(plan, owner, nodes)
-    plan.buffers = kept.buffers
+    plan.in_use = InUse(kept.buffers, name)
     return plan

@@ -5,6 +5,8 @@ which ops add to as declared in `pyggml.opset`. This module decides two things t
 
 - where a stage begins: at a descriptor that reads or writes memory that an earlier one of the stage writes, or writes
   memory that one reads;
+- which products move to the shared stage before: those that need nothing of what one thread does in between, such as
+  K and V beside Q. If their own memory is still in use, they write to scratch, from where the result is copied;
 - what is shared: quantised activations, ids grouped by expert, and ROPE's angles are used again by later nodes until a
   node overwrites their source.
 """
@@ -14,8 +16,9 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyggml.kernels.cpu import words as w
 
@@ -28,14 +31,14 @@ from .indices import bad_index_error
 if TYPE_CHECKING:
     from pyggml.kernels.cpu.pool import BadIndex, Pool
 
-    from ...buffer import Buffer
-
-__all__ = ["HostPlan"]
+__all__ = ["HostPlan", "Moved"]
 
 #: Seconds of work after which Python may look for signals (Ctrl-C).
 PIECE_S = 0.05
-#: Scratch slots for prepared activations and for groupings; each is reused only in a later stage.
-N_SLOTS = {"rows": 3, "groups": 2}
+#: Scratch slots for prepared activations, groupings, and results of moved products; each is reused only in a later stage.
+N_SLOTS = {"rows": 3, "groups": 2, "results": 2}
+#: Largest result of a moved product that is copied.
+MOVED_BYTES = 1 << 16
 _ABSENT = (0, 0, 1, 1, 1, 1, 0, 0, 0, 0)
 _PADDING = [(0,) * (w.N_PARAMS - n) for n in range(w.N_PARAMS + 1)]
 
@@ -112,6 +115,24 @@ class _Touched:
                 self.many_parallel[is_write].add(first, end)
 
 
+class _Stage:
+    """The latest stage, or the one before, while descriptors are added."""
+
+    __slots__ = ("can_fail", "cost", "is_shared", "touched")
+
+    def __init__(self) -> None:
+        self.touched = _Touched()
+        self.cost = 0.0  #: seconds
+        self.is_shared = False  #: whether all threads run a descriptor of it
+        self.can_fail = False  #: whether an index can end it
+
+
+class Moved(NamedTuple):
+    """Where a product is computed that moves to the stage before the latest."""
+
+    slot: tuple[str, int] | None  #: scratch for its result; None: its own memory
+
+
 class HostPlan:
     """A plan for nodes whose data is in host memory.
 
@@ -145,7 +166,7 @@ class HostPlan:
         share: bool = True,
     ) -> None:
         self.backend = backend
-        self.buffers: tuple[Buffer, ...] = ()  #: buffers of the tensors, if known
+        self.in_use: AbstractContextManager[None] = nullcontext()  #: holds the buffers of the tensors, if they are known
         self.address_of = address_of
         self.share = share
         self.times = 0  #: address of counters of cycles, or 0; see `Pool.run`
@@ -155,14 +176,15 @@ class HostPlan:
         self._owners: list[Tensor] = []  #: node of each descriptor
         self._costs: list[float] = []  #: seconds, roughly
         self._node_spans: list[tuple[int, int]] = []
+        self._stage_of: list[int] = []  #: stage of each descriptor
         self._stages: list[int] = []  #: first descriptor of each stage
-        self._stage_cost = 0.0  #: seconds of the stage so far
+        self._n_stages = 0
         self._new_stage = True  #: whether the next descriptor begins a stage in any case
-        self._touched = _Touched()  #: by this stage
+        self._before, self._latest = _Stage(), _Stage()
         self._shared: dict[tuple[Any, ...], tuple[Range, tuple[str, int]]] = {}
         self._fixups: list[tuple[int, str, int]] = []  #: word, slot kind, slot number
-        self._slot_bytes = {"rows": 0, "groups": 0}
-        self._next_slot = {"rows": 0, "groups": 0}
+        self._slot_bytes = dict.fromkeys(N_SLOTS, 0)
+        self._next_slot = dict.fromkeys(N_SLOTS, 0)
         self._table_bytes = 0
         self._build(nodes)
 
@@ -197,6 +219,7 @@ class HostPlan:
         reads: Sequence[Range] = (),
         writes: Sequence[Range] = (),
         scratch: int = 0,
+        moved: Moved | None = None,
     ) -> int:
         """Append a descriptor and return the index of its first word.
 
@@ -218,6 +241,8 @@ class HostPlan:
             Ranges of scratch that it reads and writes, in addition to the tensors; see `slot_range`.
         scratch : int
             Byte offset in the shared scratch.
+        moved : Moved, optional
+            Run it in the stage before the latest; see `move`.
         """
         words, start = self._words, len(self._words)
         length = w.DST + w.TENSOR * len(tensors)
@@ -227,25 +252,75 @@ class HostPlan:
         address_of = self.address_of
         ranges = [(a, b, False) for a, b in reads] + [(a, b, True) for a, b in writes]
         is_write = True
+        if moved is not None and moved.slot is not None:
+            ranges.append((*self.slot_range(moved.slot), True))
         for t in tensors:
             if t is None:
                 words.extend(_ABSENT)
             else:
                 at = t.address if isinstance(t, Layout) else address_of(t)
                 words.extend((at, t.type, *t.ne, *t.nb))
-                ranges.append((at, at + t.nbytes, is_write))
+                if not is_write or moved is None or moved.slot is None:
+                    ranges.append((at, at + t.nbytes, is_write))
             is_write = False
-        if self._new_stage or self._touched.conflicts(ranges, serial):
-            self._new_stage, self._stage_cost = False, 0.0
-            self._stages.append(len(self._starts))
-            self._touched = _Touched()
-        self._touched.add(ranges, serial)
-        self._stage_cost += cost
-        self._new_stage = self._stage_cost > PIECE_S
+        stage = self._latest
+        if moved is not None:
+            stage = self._before
+        elif self._new_stage or stage.touched.conflicts(ranges, serial):
+            self._before, self._latest = stage, _Stage()
+            stage = self._latest
+            self._new_stage = False
+            self._n_stages += 1
+        stage.touched.add(ranges, serial)
+        stage.cost += cost
+        stage.is_shared |= not serial
+        stage.can_fail |= OPS[node.op].chooses is not None
+        self._new_stage |= stage.cost > PIECE_S
+        self._stage_of.append(self._n_stages - (1 if moved is None else 2))
         self._starts.append(start)
         self._owners.append(node)
         self._costs.append(cost)
         return start
+
+    def move(self, node: Tensor, tensors: Sequence[Tensor], reads: Sequence[Range]) -> Moved | None:
+        """Return how a shared product can run in the stage before the latest; None if it cannot.
+
+        It can if one thread does the latest stage, the one before is shared, and the product reads nothing that either
+        writes. No result is computed before an earlier node that may stop the plan.
+
+        Parameters
+        ----------
+        node : Tensor
+            The result.
+        tensors : sequence of Tensor
+            What it reads.
+        reads : sequence of (int, int)
+            Ranges of scratch that it reads.
+        """
+        before, latest = self._before, self._latest
+        if not self.share or self._new_stage or latest.is_shared or latest.can_fail or not before.is_shared:
+            return None
+        ranges = [(a, b, False) for a, b in reads]
+        for t in tensors:
+            at = self.address_of(t)
+            ranges.append((at, at + t.nbytes, False))
+        if self._meets(ranges):
+            return None
+        at = self.address_of(node)
+        if not self._meets([(at, at + node.nbytes, True)]):
+            return Moved(None)
+        if node.nbytes > MOVED_BYTES or not node.is_contiguous():
+            return None
+        slot = ("results", self._next_slot["results"])
+        if self._meets([(*self.slot_range(slot), True)]):
+            return None
+        self._next_slot["results"] = (slot[1] + 1) % N_SLOTS["results"]
+        self._slot_bytes["results"] = max(self._slot_bytes["results"], node.nbytes)
+        return Moved(slot)
+
+    def _meets(self, ranges: Sequence[tuple[int, int, bool]]) -> bool:
+        """Return whether ranges conflict with those of the latest two stages."""
+        return any(stage.touched.conflicts(ranges, False) for stage in (self._before, self._latest))
 
     def prepared(self, key: tuple[Any, ...]) -> tuple[str, int] | None:
         """Return the slot of data prepared under a key, or None if it is no longer valid."""
@@ -278,7 +353,7 @@ class HostPlan:
     def slot_range(slot: tuple[str, int]) -> Range:
         """Return a range that represents a slot when stages are decided; no tensor has these addresses."""
         kind, n = slot
-        at = {"rows": -1000, "groups": -2000, "table": -(1 << 40)}[kind] - 2 * n
+        at = {"rows": -1000, "groups": -2000, "results": -3000, "table": -(1 << 40)}[kind] - 2 * n
         return at, at + 1
 
     def fix(self, word: int, slot: tuple[str, int]) -> None:
@@ -303,14 +378,36 @@ class HostPlan:
     def _finish(self) -> None:
         base = {"table": 0, "rows": self._table_bytes}
         size = {kind: -(-n // 64) * 64 for kind, n in self._slot_bytes.items()}
-        base["groups"] = base["rows"] + N_SLOTS["rows"] * size["rows"]
+        end = base["rows"]
+        for kind in N_SLOTS:
+            base[kind] = end
+            end += N_SLOTS[kind] * size[kind]
         for word, kind, n in self._fixups:
             self._words[word] = n if kind == "table" else base[kind] + n * size[kind]
-        self.shared_bytes = base["groups"] + N_SLOTS["groups"] * size["groups"]
+        self.shared_bytes = end
+        self._sort()
         self._address = self._words.buffer_info()[0]
         self._pieces = self._cut()
-        self._touched = _Touched()
+        self._before = self._latest = _Stage()
         self._shared.clear()
+
+    def _sort(self) -> None:
+        """Put the descriptors in the order of their stages, and note where each stage begins."""
+        stages = self._stage_of
+        order = sorted(range(len(stages)), key=stages.__getitem__)
+        if order != list(range(len(order))):
+            words, ends = self._words, [*self._starts[1:], len(self._words)]
+            self._words, starts = array("q"), []
+            for index, i in enumerate(order):
+                start = len(self._words)
+                starts.append(start)
+                self._words.extend(words[self._starts[i] : ends[i]])
+                self._words[start + w.INDEX] = index
+            self._starts = starts
+            self._owners = [self._owners[i] for i in order]
+            self._costs = [self._costs[i] for i in order]
+            stages = [stages[i] for i in order]
+        self._stages = [i for i, stage in enumerate(stages) if i == 0 or stages[i - 1] != stage]
 
     def _cut(self) -> list[tuple[int, int]]:
         """Write the headers of stages, and return pieces of whole stages, each with about `PIECE_S` of work."""

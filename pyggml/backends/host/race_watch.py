@@ -92,7 +92,8 @@ class Stream:
     def host_waits(self, n: int) -> None:
         """Record that the host waits for n pieces, and for all work that these waited for."""
         if not self.waits:
-            self.n_host = max(self.n_host, n)
+            if n > self.n_host:
+                self.n_host = n
             return
         for stream, reached in self.before(n).items():
             stream.n_host = max(stream.n_host, reached)
@@ -169,7 +170,7 @@ class HostWatch(HazardWatch):
     @property
     def is_busy(self) -> bool:
         """Return whether there is such work; without it, accesses of the host need no check."""
-        return bool(self._pending)
+        return bool(self._pending.data)  # without a call of Python code
 
     def _found(self, hazard: Hazard, earlier: Stream, later: Stream | None) -> None:
         for stream in (earlier, later):

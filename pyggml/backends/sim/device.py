@@ -235,13 +235,19 @@ class SimDevice(Device):
 
     def at(self, moment: Moment, what: str) -> None:
         """Raise a pending fault if its moment has come."""
-        if self._faults.comes("lost"):
+        faults = self._faults
+        if faults.is_quiet and not self.is_lost:
+            counts = faults.counts
+            counts["lost"] += 1
+            counts[moment] += 1
+            return
+        if faults.comes("lost"):
             self.is_lost = True
         if self.is_lost:
             raise DeviceUnavailableError(
                 self.name, f"the device was lost before {moment} of '{what}'", hint="recover() brings it back, empty"
             )
-        if not self._faults.comes(moment):
+        if not faults.comes(moment):
             return
         if moment == "compute":
             raise ComputeError(self.name, "computing failed (a fault that was asked for)", node=what)
@@ -324,8 +330,10 @@ class SimBackend(Backend):
 
     def synchronize(self) -> None:
         """Make the host wait until all work is done."""
-        self.stream.host_waits(self.n_submitted)
-        self.wait_for(self.n_submitted)
+        n = self.n_submitted
+        self.stream.host_waits(n)
+        if self.n_done < n:
+            self.wait_for(n)
 
     def event_record(self, event: Event) -> None:
         """Record an event after all work submitted so far."""

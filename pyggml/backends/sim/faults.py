@@ -11,25 +11,36 @@ Moment = Literal["alloc", "copy", "compute", "lost"]
 
 
 class Faults:
-    """The pending faults, and the counts so far."""
+    """The pending faults, and the counts so far.
+
+    Attributes
+    ----------
+    counts : dict
+        How often each moment has come.
+    is_quiet : bool
+        Whether no fault is pending.
+    """
 
     def __init__(self) -> None:
-        self._counts: dict[Moment, int] = dict.fromkeys(get_args(Moment), 0)
-        self._pending: dict[Moment, set[int]] = {moment: set() for moment in self._counts}
+        self.counts: dict[Moment, int] = dict.fromkeys(get_args(Moment), 0)
+        self.is_quiet = True
+        self._pending: dict[Moment, set[int]] = {moment: set() for moment in self.counts}
         self._slow_from: dict[int, float] = {}  #: factors, by the copy from which on they hold
         self._slowdown, self._n_carried = 1.0, 0
 
     def ask(self, moment: Moment, after: int) -> None:
         """Make a moment fail once, after ``after`` more of its kind."""
-        self._pending[moment].add(self._counts[moment] + after)
+        self._pending[moment].add(self.counts[moment] + after)
+        self.is_quiet = False
 
     def comes(self, moment: Moment) -> bool:
         """Count a moment, and return whether it fails."""
-        count = self._counts[moment]
-        self._counts[moment] = count + 1
+        count = self.counts[moment]
+        self.counts[moment] = count + 1
         if count not in self._pending[moment]:
             return False
         self._pending[moment].remove(count)
+        self.is_quiet = not any(self._pending.values())
         return True
 
     def slow_down(self, factor: float, after: int) -> None:
@@ -46,5 +57,6 @@ class Faults:
         """Remove all pending faults, and restore the speed of the link."""
         for pending in self._pending.values():
             pending.clear()
+        self.is_quiet = True
         self._slow_from.clear()
         self._slowdown = 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ...buffer import Buffer, BufferType
@@ -33,6 +34,16 @@ class Traffic:
     n_in: int = 0
     bytes_out: int = 0
     n_out: int = 0
+
+    def count_in(self, size: int) -> None:
+        """Count a copy to the memory."""
+        self.bytes_in += size
+        self.n_in += 1
+
+    def count_out(self, size: int) -> None:
+        """Count a copy from the memory."""
+        self.bytes_out += size
+        self.n_out += 1
 
 
 class SimBufferType(BufferType):
@@ -84,7 +95,8 @@ class SimBuffer(Buffer):
 
     def _arena(self, tensor: Tensor) -> int:
         """Return where the bytes of a tensor are stored."""
-        self.check_open(tensor)
+        if not self._is_open:
+            self.check_open(tensor)
         if self._block is None:
             raise BackendError(
                 self.device.name,
@@ -101,45 +113,58 @@ class SimBuffer(Buffer):
 
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into the tensor."""
-        self._watch(tensor, offset, size, is_write=True)
-        self._watch_host(tensor, address, size, is_write=False)
-        self.writing(tensor, address, offset, size)()
+        if self.device.watch is not None:
+            self._watch(tensor, offset, size, is_write=True)
+        if HOST.is_busy:
+            HOST.by_host([host_access(address, size, tensor, is_write=False)])
+        self._write(self._where(tensor, address, offset), address, size, tensor.name)
 
     def writing(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
         """Return a function that copies host memory into the tensor at its current place."""
-        self.check_open(tensor)
-        where = None if self._block is None else self._arena(tensor) + offset
-        if where is not None and address >= FIRST_ADDRESS:
+        return partial(self._write, self._where(tensor, address, offset), address, size, tensor.name)
+
+    def _where(self, tensor: Tensor, address: int, offset: int) -> int | None:
+        """Return where host memory is copied to; None if the device has no data."""
+        if self._block is None:
+            self.check_open(tensor)
+            return None
+        where = self._arena(tensor) + offset
+        if address >= FIRST_ADDRESS:
             raise BackendError(self.device.name, f"what is copied to '{tensor.name}' has no data, the device has")
-        name = tensor.name
+        return where
 
-        def write() -> None:
-            self.device.at("copy", name)
-            if where is not None:
-                ctypes.memmove(where, address, size)
-            self._count_in(size)
-
-        return write
+    def _write(self, where: int | None, address: int, size: int, name: str) -> None:
+        device = self.device
+        device.at("copy", name)
+        if where is not None:
+            ctypes.memmove(where, address, size)
+        self.traffic.count_in(size)
+        device.traffic.count_in(size)
 
     def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of the tensor to host memory."""
-        self._watch(tensor, offset, size, is_write=False)
-        self._watch_host(tensor, address, size, is_write=True)
-        self.reading(tensor, address, offset, size)()
+        if self.device.watch is not None:
+            self._watch(tensor, offset, size, is_write=False)
+        if HOST.is_busy:
+            HOST.by_host([host_access(address, size, tensor, is_write=True)])
+        self._read(self._from(tensor, address, offset), address, size, tensor.name)
 
     def reading(self, tensor: Tensor, address: int, offset: int, size: int) -> Callable[[], None]:
         """Return a function that copies bytes of the tensor at its current place to host memory."""
-        is_bare = self._block is None and address >= FIRST_ADDRESS  # neither end has data
-        where = None if is_bare else self._arena(tensor) + offset
-        name = tensor.name
+        return partial(self._read, self._from(tensor, address, offset), address, size, tensor.name)
 
-        def read() -> None:
-            self.device.at("copy", name)
-            if where is not None:
-                ctypes.memmove(address, where, size)
-            self._count_out(size)
+    def _from(self, tensor: Tensor, address: int, offset: int) -> int | None:
+        """Return where bytes for the host are; None if neither end has data."""
+        is_bare = self._block is None and address >= FIRST_ADDRESS
+        return None if is_bare else self._arena(tensor) + offset
 
-        return read
+    def _read(self, where: int | None, address: int, size: int, name: str) -> None:
+        device = self.device
+        device.at("copy", name)
+        if where is not None:
+            ctypes.memmove(address, where, size)
+        self.traffic.count_out(size)
+        device.traffic.count_out(size)
 
     def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
         """Return the bytes in place; None if there are none, or if work can be late."""
@@ -177,8 +202,10 @@ class SimBuffer(Buffer):
             if to is not None and start is not None:
                 ctypes.memmove(to, start, n_bytes)
             if storage.device is not self.device:
-                storage._count_out(n_bytes)
-                self._count_in(n_bytes)
+                for traffic in (storage.traffic, storage.device.traffic):
+                    traffic.count_out(n_bytes)
+                for traffic in (self.traffic, self.device.traffic):
+                    traffic.count_in(n_bytes)
 
         return copy
 
@@ -187,21 +214,6 @@ class SimBuffer(Buffer):
         watch = self.device.watch
         if watch is not None and tensor.data is not None:
             watch.by_host([access_to(tensor, is_write=is_write, offset=offset, size=size)])
-
-    @staticmethod
-    def _watch_host(tensor: Tensor, address: int, size: int, *, is_write: bool) -> None:
-        if HOST.is_busy:
-            HOST.by_host([host_access(address, size, tensor, is_write=is_write)])
-
-    def _count_in(self, size: int) -> None:
-        for traffic in (self.traffic, self.device.traffic):
-            traffic.bytes_in += size
-            traffic.n_in += 1
-
-    def _count_out(self, size: int) -> None:
-        for traffic in (self.traffic, self.device.traffic):
-            traffic.bytes_out += size
-            traffic.n_out += 1
 
     def clear(self, value: int) -> None:
         """Set all bytes to a value."""
