@@ -124,9 +124,10 @@ class Batch:
             Which tokens' logits are wanted: ``"last"``, ``"all"`` or ``"none"``.
         """
         n = len(tokens)
-        flags = np.full(n, outputs == "all", np.bool_)
-        if outputs == "last" and n:
-            flags[-1] = True
+        flags, seqs = np.zeros(n, np.bool_), np.empty(n, np.int32)
+        first = {"all": 0, "last": max(n - 1, 0), "none": n}[outputs]
+        flags[first:] = True
+        seqs.fill(seq)
         try:
             ids = np.asarray(tokens, np.int64).reshape(n)
         except (OverflowError, TypeError, ValueError) as error:
@@ -137,7 +138,7 @@ class Batch:
         return cls(
             ids.astype(np.int32),
             np.arange(pos, pos + n, dtype=np.int32),
-            np.full(n, seq, np.int32),
+            seqs,
             flags,
         )
 

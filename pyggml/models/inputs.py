@@ -96,14 +96,18 @@ class _AttnFiller:
 
     def __init__(self, inputs: AttnInputs, cache: KVCache) -> None:
         self.cache = cache
-        self._is_used = inputs.kq_mask.buffer is not None  # else no layer is of this kind, and the graph has no such input
+        self._is_used = (
+            inputs.kq_mask.buffer is not None
+        )  # else no layer is of this kind, and the graph has no such input
         self._k_idxs = _Input(inputs.k_idxs)
         self._v_idxs = None if inputs.v_idxs is None else _Input(inputs.v_idxs)
         self._kq_mask, self._n_kv = _Input(inputs.kq_mask), inputs.kq_mask.ne[0]
         self._mask = self._kq_mask.array.reshape(-1, self._n_kv)
         self._drop = self._mask.dtype.type(-np.inf)
         self._rotations = [_Input(t) for t in (inputs.k_rot, inputs.v_rot) if t is not None]
-        for rotation, t in zip(self._rotations, (t for t in (inputs.k_rot, inputs.v_rot) if t is not None), strict=True):
+        for rotation, t in zip(
+            self._rotations, (t for t in (inputs.k_rot, inputs.v_rot) if t is not None), strict=True
+        ):
             rotation.array[:] = hadamard(t.ne[0]).reshape(-1)
 
     def fill(self, part: MicroBatch, slot: Slot) -> None:

@@ -329,7 +329,8 @@ class KVCache:
     def k_idxs(self, slot: Slot) -> npt.NDArray[np.int64]:
         """Return the row of the cache that each token's K goes to: int64, (n_token,)."""
         if slot.streams == (0,):
-            return slot.cells[0]
+            own: npt.NDArray[np.int64] = slot.cells[0]
+            return own
         offsets = np.asarray(slot.streams, np.int64)[:, None] * self.n_cells
         return (offsets + slot.cells).reshape(-1)
 

@@ -164,13 +164,21 @@ class HostBuffer(Buffer):
 
     def set_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy host memory into the tensor."""
-        _watch(tensor, offset, size, is_write=True)
-        ctypes.memmove(self._writable(tensor) + offset, address, size)
+        if HOST.is_busy:
+            _watch(tensor, offset, size, is_write=True)
+        at = tensor.data
+        if at is None or self.owner is None or not self.is_writable:
+            at = self._writable(tensor)  # raises
+        ctypes.memmove(at + offset, address, size)
 
     def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of the tensor to host memory."""
-        _watch(tensor, offset, size, is_write=False)
-        ctypes.memmove(address, self._address(tensor) + offset, size)
+        if HOST.is_busy:
+            _watch(tensor, offset, size, is_write=False)
+        at = tensor.data
+        if at is None or self.owner is None:
+            at = self._address(tensor)  # raises
+        ctypes.memmove(address, at + offset, size)
 
     def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
         """Return the tensor's bytes without copying."""
@@ -329,11 +337,7 @@ def plan_of(graph: GraphView, owner: object, name: str, address_of: Callable[[Te
         A node has no memory yet.
     """
     kept = graph.plan
-    if (
-        isinstance(kept, _KeptPlan)
-        and kept.owner is owner
-        and kept.snapshot.serves(graph)
-    ):
+    if isinstance(kept, _KeptPlan) and kept.owner is owner and kept.snapshot.serves(graph):
         for buffer in kept.buffers:
             if buffer.is_closed:
                 break

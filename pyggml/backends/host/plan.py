@@ -166,7 +166,9 @@ class HostPlan:
         share: bool = True,
     ) -> None:
         self.backend = backend
-        self.in_use: AbstractContextManager[None] = nullcontext()  #: holds the buffers of the tensors, if they are known
+        self.in_use: AbstractContextManager[None] = (
+            nullcontext()
+        )  #: holds the buffers of the tensors, if they are known
         self.address_of = address_of
         self.share = share
         self.times = 0  #: address of counters of cycles, or 0; see `Pool.run`
@@ -379,9 +381,9 @@ class HostPlan:
         base = {"table": 0, "rows": self._table_bytes}
         size = {kind: -(-n // 64) * 64 for kind, n in self._slot_bytes.items()}
         end = base["rows"]
-        for kind in N_SLOTS:
+        for kind, n in N_SLOTS.items():
             base[kind] = end
-            end += N_SLOTS[kind] * size[kind]
+            end += n * size[kind]
         for word, kind, n in self._fixups:
             self._words[word] = n if kind == "table" else base[kind] + n * size[kind]
         self.shared_bytes = end

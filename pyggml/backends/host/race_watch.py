@@ -92,8 +92,7 @@ class Stream:
     def host_waits(self, n: int) -> None:
         """Record that the host waits for n pieces, and for all work that these waited for."""
         if not self.waits:
-            if n > self.n_host:
-                self.n_host = n
+            self.n_host = max(self.n_host, n)
             return
         for stream, reached in self.before(n).items():
             stream.n_host = max(stream.n_host, reached)
@@ -118,10 +117,13 @@ class HazardWatch:
     ----------
     hazards : list of Hazard
         Hazards found so far, each once.
+    is_busy : bool
+        Whether there may be such work; without it, accesses of the host need no check.
     """
 
     def __init__(self) -> None:
         self.hazards: list[Hazard] = []
+        self.is_busy = False
         self._pending: WeakKeyDictionary[Stream, deque[tuple[int, Access]]] = WeakKeyDictionary()
 
     def by_stream(self, stream: Stream, n: int, accesses: Iterable[Access]) -> None:
@@ -129,6 +131,7 @@ class HazardWatch:
         kept = list(accesses)
         self._check(kept, stream.before(n), stream)
         self._pending.setdefault(stream, deque()).extend((n, access) for access in kept)
+        self.is_busy = True
 
     def by_host(self, accesses: Sequence[Access]) -> None:
         """Check accesses of the host; all later work is ordered after them."""
@@ -154,6 +157,7 @@ class HazardWatch:
                     if first.is_write or then.is_write:
                         missing = f"{who} does not wait for {other.name}"
                         self._found(Hazard(first.text(other.name), then.text(who), missing), other, stream)
+        self.is_busy = bool(self._pending)
 
     def _found(self, hazard: Hazard, earlier: Stream, later: Stream | None) -> None:
         self.add(hazard)
@@ -166,11 +170,6 @@ class HazardWatch:
 
 class HostWatch(HazardWatch):
     """Accesses to host memory by streams of all devices that the host has not waited for."""
-
-    @property
-    def is_busy(self) -> bool:
-        """Return whether there is such work; without it, accesses of the host need no check."""
-        return bool(self._pending.data)  # without a call of Python code
 
     def _found(self, hazard: Hazard, earlier: Stream, later: Stream | None) -> None:
         for stream in (earlier, later):

@@ -11,6 +11,7 @@ from pyggml.models.caches import make_cache
 from pyggml.models.context import ContextFlags, ContextParams
 from pyggml.models.kv_cache import CacheFullError, KVCache, hadamard
 from pyggml.models.kv_cache_iswa import SlidingKVCache
+from pyggml.models.kv_cells import Cells
 
 
 def cache(n_ctx: int = 512, **flags: object) -> KVCache:
@@ -238,3 +239,28 @@ def test_preparing_takes_nothing_in_either_cache():
     with pytest.raises(CacheFullError):
         c.prepare(Batch.of([0] * 1100, 0), 64)
     assert (c.n_used, c.swa.n_used) == (0, 0)
+
+
+def test_counts_of_cells_are_those_of_a_count():
+    """Whatever tokens are put into cells, shared and removed, cells used, their end and the last position are what a look at all cells finds."""
+    rng = np.random.default_rng(5)
+    cells = Cells(64)
+    for _ in range(400):
+        what = rng.integers(6)
+        if what < 4:
+            n = int(rng.integers(1, 4)) if what == 3 else 1
+            first = int(rng.integers(0, 61)) if what == 2 else min(cells.used_end, 60)
+            chosen = np.arange(first, first + n)
+            seqs = np.full(n, rng.integers(3), np.int32)
+            cells.take(chosen, rng.integers(0, 99, n).astype(np.int32), seqs)
+        elif what == 4:
+            cells.remove(cells.of(1) & (rng.random(len(cells.pos)) < 0.6), 1)
+        else:
+            cells.share(cells.of(0), 2)
+        if rng.random() < 0.7:
+            used = np.flatnonzero(cells.pos >= 0)
+            assert cells.n_used == len(used)
+            assert cells.used_end == (used[-1] + 1 if len(used) else 0)
+            for seq in range(3):
+                own = cells.pos[(cells.seqs >> np.uint64(seq)) & np.uint64(1) == 1]
+                assert cells.last(seq) == (own.max() if len(own) else -1)
