@@ -17,6 +17,7 @@ from .cost import DeviceProfile
 from .errors import BackendError, DeviceUnavailableError, UnsupportedOpError
 from .graph import GraphView
 from .hardware.cards import find_card
+from .opset import uses_experts
 from .tensor import Tensor
 from .types import DeviceType, Op
 
@@ -282,7 +283,7 @@ def op_batch_size(op: Tensor) -> int:
         return 0
     if op.op is Op.MUL_MAT:
         return op.ne[1]
-    if op.op in (Op.MUL_MAT_ID, Op.ROPE, Op.ROPE_BACK):
+    if op.op in (Op.ROPE, Op.ROPE_BACK) or uses_experts(op.op) is not None:
         return op.ne[2]
     return op.nrows
 

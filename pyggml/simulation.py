@@ -18,6 +18,7 @@ from .hardware.cards import Card
 from .hardware.ranges import Speed, spread_of
 from .models.batch import Outputs
 from .moe_cache import prefetch_of
+from .opset import expert_sources
 from .record import CopyReason
 from .routing import Routing, routing_of
 from .sched.experts import layer_of
@@ -130,10 +131,8 @@ class RoutedIds(IdsSource):
         return [expert for row in chosen for expert in row]
 
     def count(self, node: Tensor) -> float:
-        """Return how many experts a MUL_MAT_ID reads, also if its weight is not copied."""
-        weight, ids = node.src[0], node.src[2]
-        assert ids is not None
-        assert weight is not None
+        """Return how many experts a node reads, also if its weight is not copied."""
+        weight, ids = expert_sources(node)
         known = self._known(ids)
         if known is None:
             known = self._counts[ids] = len(self.choose(ids, weight))

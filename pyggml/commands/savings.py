@@ -220,9 +220,9 @@ def _row(n: int, account: CopyAccount, backends: list[Backend]) -> Saving:
 
 def _every_product(backend: Backend, op: Tensor) -> bool:
     """Offload every product with expert weights, for any batch size."""
-    from ..types import Op
+    from ..opset import uses_experts
 
-    return op.op is Op.MUL_MAT_ID
+    return uses_experts(op.op) is not None
 
 
 def _saving(n: int, used: float, n_expert: int, copied: int, full: int, backends: list[Backend]) -> Saving:

@@ -21,6 +21,7 @@ from ..backends.host.machine import bytes_at
 from ..buffer import Buffer
 from ..clock import VirtualClock
 from ..graph import GraphView
+from ..opset import expert_sources
 from ..record import (
     AssignRecord,
     CopyReason,
@@ -99,9 +100,8 @@ class _Ids(IdsSource):
         self.n_used: dict[str, int] = {}
 
     def count(self, node: Tensor) -> float:
-        """Return the number of experts that a MUL_MAT_ID reads: as copied, else by the default routing."""
-        ids = node.src[2]
-        assert ids is not None
+        """Return the number of experts that a node reads: as copied, else by the default routing."""
+        _, ids = expert_sources(node)
         known = self.n_used.get(_copied_name(ids.name) or ids.name)
         return super().count(node) if known is None else known
 

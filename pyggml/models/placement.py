@@ -24,7 +24,7 @@ from ..types import Op, Type
 from .context import ContextParams
 from .hparams import MAX_LAYERS, HParams, round_f32
 from .override_patterns import compile_pattern
-from .weights import WeightSpec
+from .weights import EXPERT_OP, WeightSpec
 
 __all__ = [
     "EXPERTS",
@@ -330,7 +330,7 @@ class _Support:
             return ops.get_rows(w, Tensor(Type.I32, (_N_PROBE,)))
         if op is Op.MUL_MAT:
             return ops.mul_mat(w, Tensor(Type.F32, (w.ne[0], _N_PROBE, w.ne[2], w.ne[3])))
-        if op is Op.MUL_MAT_ID:
+        if op is EXPERT_OP:
             ids = Tensor(Type.I32, (n_used, _N_PROBE))
             return ops.mul_mat_id(w, Tensor(Type.F32, (w.ne[0], n_used, _N_PROBE)), ids)
         if op is Op.ADD_ID:

@@ -17,6 +17,7 @@ from ..types import Op, Type
 from .hparams import HParams
 
 __all__ = [
+    "EXPERT_OP",
     "LayerWeights",
     "SpecRow",
     "WeightSpec",
@@ -35,6 +36,8 @@ __all__ = [
     "trunk_specs",
 ]
 
+#: The op that uses weights of experts.
+EXPERT_OP = Op.MUL_MAT_ID
 #: A tensor of a layer: name without ``blk.N.``, ``ne``, op that uses it, whether it is optional.
 SpecRow = tuple[str, tuple[int, ...], Op, bool]
 Part = Literal["input", "repeating", "output"]
@@ -73,7 +76,7 @@ class WeightSpec:
 def spec(name: str, ne: Iterable[int], part: Part, layer: int, op: Op, *, optional: bool = False) -> WeightSpec:
     """Return a `WeightSpec`; the op of a ``.bias`` is ADD or ADD_ID."""
     if name.endswith(".bias"):
-        op = Op.ADD_ID if op is Op.MUL_MAT_ID else Op.ADD
+        op = Op.ADD_ID if op is EXPERT_OP else Op.ADD
     return WeightSpec(name, pad_ne(tuple(ne)), part, layer, op, optional)
 
 
@@ -110,9 +113,9 @@ def expert_rows(
     return [
         ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
         *([("exp_probs_b.bias", (hp.n_expert,), Op.ADD, bias == "optional")] if bias != "none" else []),
-        ("ffn_gate_exps.weight", (hp.n_embd, n_ff, hp.n_expert), Op.MUL_MAT_ID, is_gate_optional),
-        ("ffn_down_exps.weight", (n_ff, hp.n_embd, hp.n_expert), Op.MUL_MAT_ID, False),
-        ("ffn_up_exps.weight", (hp.n_embd, n_ff, hp.n_expert), Op.MUL_MAT_ID, False),
+        ("ffn_gate_exps.weight", (hp.n_embd, n_ff, hp.n_expert), EXPERT_OP, is_gate_optional),
+        ("ffn_down_exps.weight", (n_ff, hp.n_embd, hp.n_expert), EXPERT_OP, False),
+        ("ffn_up_exps.weight", (hp.n_embd, n_ff, hp.n_expert), EXPERT_OP, False),
     ]
 
 
@@ -125,8 +128,8 @@ def gate_up_rows(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> 
     """
     n_embd, n_ff, n_expert = hp.n_embd, hp.n_ff_expert, hp.n_expert
     if f"blk.{layer}.ffn_gate_up_exps.weight" in present:
-        return [("ffn_gate_up_exps.weight", (n_embd, 2 * n_ff, n_expert), Op.MUL_MAT_ID, False)]
-    return [(f"ffn_{which}_exps.weight", (n_embd, n_ff, n_expert), Op.MUL_MAT_ID, False) for which in ("gate", "up")]
+        return [("ffn_gate_up_exps.weight", (n_embd, 2 * n_ff, n_expert), EXPERT_OP, False)]
+    return [(f"ffn_{which}_exps.weight", (n_embd, n_ff, n_expert), EXPERT_OP, False) for which in ("gate", "up")]
 
 
 def shared_rows(hp: HParams, n_ff: int) -> list[SpecRow]:

@@ -12,7 +12,18 @@ import pkgutil
 from ..hardware.formulas import Work
 from ..tensor import Tensor
 from .calls import Layout
-from .declaration import OPS, Choice, Kernel, Role, UsedExperts, reason_unsupported, role_of
+from .declaration import (
+    OPS,
+    Choice,
+    Kernel,
+    Role,
+    UsedExperts,
+    expert_sources,
+    ids_of,
+    reason_unsupported,
+    role_of,
+    uses_experts,
+)
 from .work import NOTHING, one_pass
 
 __all__ = [
@@ -22,12 +33,15 @@ __all__ = [
     "Layout",
     "Role",
     "UsedExperts",
+    "expert_sources",
+    "ids_of",
     "node_work",
     "plans_op",
     "reason_malformed",
     "reason_unsupported",
     "role_of",
     "supports_op",
+    "uses_experts",
 ]
 
 for _module in pkgutil.iter_modules(__path__):
@@ -71,7 +85,7 @@ def node_work(node: Tensor, used_experts: UsedExperts) -> Work:
     node : Tensor
         With its sources; views, nodes without elements and what another node's kernel does take nothing.
     used_experts : callable
-        Called for MUL_MAT_ID; only these experts of its weight are read.
+        Called for a product with experts; only these experts of its weight are read.
 
     Notes
     -----

@@ -24,11 +24,14 @@ __all__ = [
     "Rule",
     "UsedExperts",
     "declare",
+    "expert_sources",
+    "ids_of",
     "reason_unsupported",
     "role_of",
+    "uses_experts",
 ]
 
-#: Returns the number of distinct experts that the ids of a MUL_MAT_ID name.
+#: Returns the number of distinct experts that a node's ids name.
 UsedExperts = Callable[[Tensor], float]
 #: Returns the work of a node.
 Rule = Callable[[Tensor, UsedExperts], Work]
@@ -54,6 +57,9 @@ class Choice:
     chosen: int  #: the source that is chosen from; -1 for the result
     dim: int = 1  #: the dimension whose size the indices are below
     is_expert: bool = False
+    used_only: bool = (
+        False  #: of a host weight that is chosen from, the scheduler copies only the experts that are used
+    )
 
 
 def any_shape(t: Tensor) -> bool:
@@ -124,6 +130,29 @@ def role_of(op: Op) -> Role:
     """Return the role of an op; OTHER of one that is not declared."""
     found = OPS.get(op)
     return Role.OTHER if found is None else found.role
+
+
+def uses_experts(op: Op) -> Choice | None:
+    """Return how an op chooses experts from a weight of which only the used ones need be copied; None of other ops."""
+    declared = OPS.get(op)
+    choice = None if declared is None else declared.chooses
+    return choice if choice is not None and choice.used_only else None
+
+
+def ids_of(node: Tensor, i_source: int) -> Tensor | None:
+    """Return the ids that choose from source ``i_source`` of a node; None if the node needs the whole source."""
+    choice = uses_experts(node.op)
+    return node.src[choice.indices] if choice is not None and choice.chosen == i_source else None
+
+
+def expert_sources(node: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weight and the ids of a node that `uses_experts`."""
+    choice = uses_experts(node.op)
+    assert choice is not None
+    weight, ids = node.src[choice.chosen], node.src[choice.indices]
+    assert weight is not None
+    assert ids is not None
+    return weight, ids
 
 
 def reason_unsupported(t: Tensor, kernels: Mapping[Op, Kernel[Any, Any]] = OPS) -> str:

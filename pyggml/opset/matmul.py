@@ -162,7 +162,7 @@ declare(
     n_sources=3,
     work=_work,
     fits=_fits_id,
-    chooses=Choice(indices=2, chosen=0, dim=2, is_expert=True),
+    chooses=Choice(indices=2, chosen=0, dim=2, is_expert=True, used_only=True),
     role=Role.PRODUCT,
 )
 

@@ -3,7 +3,7 @@
 It verifies two properties from the graph, the ids and the memory, without the functions that policies use:
 
 - *Copies cover what is read.* `CopyCheck` receives each range that is sent, and knows what the nodes of a split read.
-  Of an expert weight under MUL_MAT_ID, these are the experts that the ids name now, with the padding that kernels may
+  Of a weight from which a node chooses experts, these are the experts that the ids name now, with the padding that kernels may
   read; of other inputs every byte. Bytes that a node wrote in the source after the copy are not covered.
 - *Results equal those of a full copy.* The bytes to be copied are compared with the source. With ``PYGGML_CHECK=2`` a
   split with partly copied experts is computed again with full copies, and each result is compared bit for bit.
@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING
 
 from .. import config
 from ..errors import SchedError
+from ..opset import ids_of
 from ..record import Observer
 from ..tensor import Tensor
-from ..types import BufferUsage, Op
+from ..types import BufferUsage
 from .check_results import Rerun
 from .experts import EXPERT_PAD_BYTES, layer_of
 from .ranges import Ranges
@@ -88,7 +89,7 @@ class CopyCheck(Observer):
                     continue
                 for j, src in enumerate(node.src):
                     if src is not None and src in sources:
-                        ids = node.src[2] if node.op is Op.MUL_MAT_ID and j == 0 else None
+                        ids = ids_of(node, j)
                         if ids is not None and (ids.view_src or ids) in written:
                             ids = None  # unknown before the launch
                         reads.setdefault((src, ids), _Read(node, sources[src], src, ids))

@@ -6,6 +6,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from ..errors import ExpertIdError
+from ..opset import expert_sources
 from ..routing import DEFAULT_ROUTING
 from ..tensor import Tensor
 from .experts import find_bad_id, layer_of, used_experts
@@ -112,9 +113,7 @@ class IdsSource:
         return self._counts.get(ids.view_src) if known is None and ids.view_src is not None else known
 
     def count(self, node: Tensor) -> float:
-        """Return how many experts a MUL_MAT_ID reads: those that were copied, or else those of the default routing."""
-        weight, ids = node.src[0], node.src[2]
-        assert ids is not None
-        assert weight is not None
+        """Return how many experts a node reads: those that were copied, or else those of the default routing."""
+        weight, ids = expert_sources(node)
         known = self._known(ids)
         return DEFAULT_ROUTING.used(weight.ne[2], ids.ne[0], ids.ne[1]) if known is None else known

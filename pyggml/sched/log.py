@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from ..clock import Span, VirtualClock
 from ..graph import GraphView
+from ..opset import uses_experts
 from ..record import (
     UNKNOWN,
     AllocPurpose,
@@ -26,7 +27,6 @@ from ..record import (
     WaitRecord,
 )
 from ..tensor import Tensor
-from ..types import Op
 from .state import is_computed
 
 if TYPE_CHECKING:
@@ -332,8 +332,8 @@ class RunLog:
         kept = graph.memo.get("work")
         if kept is None or kept[0] is not clock:
             nodes = graph.nodes
-            products = [n for n in nodes if n.op is Op.MUL_MAT_ID]
-            others = (n for n in nodes if n.op is not Op.MUL_MAT_ID)
+            products = [n for n in nodes if uses_experts(n.op) is not None]
+            others = (n for n in nodes if uses_experts(n.op) is None)
             fixed_s = clock.seconds(backend_id, others, self._count_experts)
             kept = graph.memo["work"] = (clock, fixed_s, products, {})
         fixed: float = kept[1]
@@ -347,6 +347,6 @@ class RunLog:
         return seconds
 
     def _count_experts(self, node: Tensor) -> float:
-        """Return how many experts a MUL_MAT_ID reads."""
+        """Return how many experts a node reads."""
         assert self.ids is not None
         return self.ids.count(node)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..backend import Backend
 from ..clock import VirtualClock
+from ..opset import Role, ids_of, role_of
 from ..routing import Routing
 from ..tensor import Tensor
 from ..types import Op
@@ -39,9 +40,10 @@ class CostOffload:
 
     def __call__(self, backend: Backend, op: Tensor) -> bool:
         """Return whether a device should run an op with a host weight."""
-        if op.op is Op.ADD_ID and op.src[0] is not None and op.src[0].op is Op.MUL_MAT_ID:
-            return self(backend, op.src[0])
-        if op.op not in (Op.MUL_MAT, Op.MUL_MAT_ID):
+        first = op.src[0] if op.src else None
+        if first is not None and role_of(first.op) is Role.PRODUCT and op.op is Op.ADD_ID:
+            return self(backend, first)
+        if role_of(op.op) is not Role.PRODUCT:
             return backend.offload_op(op)
         on_device, on_cpu = self.seconds(backend, op)
         return on_device < on_cpu
@@ -51,9 +53,8 @@ class CostOffload:
         weight = op.src[0]
         assert weight is not None
         n_used, n_bytes = 0.0, weight.nbytes
-        if op.op is Op.MUL_MAT_ID:
-            ids = op.src[2]
-            assert ids is not None
+        ids = ids_of(op, 0)
+        if ids is not None:
             n_used = self.routing.used(weight.ne[2], ids.ne[0], ids.ne[1])
             n_bytes = round(n_bytes * n_used / weight.ne[2])
 

@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..backend import Backend
-from ..errors import SchedError
 from ..graph import Graph
+from ..opset import expert_sources, ids_of, uses_experts
 from ..record import CopyReason
 from ..tensor import Tensor
-from ..types import BufferUsage, Op, TensorFlag
+from ..types import BufferUsage, TensorFlag
 from .state import Assignment, Copies, Machine, Split, is_computed
 from .transfer import Feed, RunSlot, Transfer, is_host_weight
 
@@ -26,8 +26,8 @@ __all__ = ["Plan", "Transfers", "input_kind"]
 def input_kind(split: Split, tensor: Tensor, copy: Tensor) -> CopyReason:
     """Return the kind of a split's input; all others ask its `Transfer`.
 
-    ``"experts"``: a host weight of which the used experts are enough, because the split's first node is a MUL_MAT_ID that
-    reads its input copy.
+    ``"experts"``: a host weight of which the used experts are enough, because the split's first node chooses experts
+    from its input copy (`uses_experts`).
 
     Notes
     -----
@@ -41,7 +41,8 @@ def input_kind(split: Split, tensor: Tensor, copy: Tensor) -> CopyReason:
         return "activation"
     if buffer.is_host and len(split.graph):
         node = split.graph.graph.nodes[split.graph.i_start]
-        if node.op is Op.MUL_MAT_ID and node.src[0] is copy:
+        choice = uses_experts(node.op)
+        if choice is not None and node.src[choice.chosen] is copy:
             return "experts"
     return "weight"
 
@@ -191,7 +192,8 @@ def _make_transfers(plan: Plan) -> Transfers:
             first = split.graph.graph.nodes[split.i_start] if kind == "experts" else readers.get(copy)
             transfer = Transfer(
                 plan.slot, machine, tensor, copy, source_id=asg.ids[tensor], backend_id=b, split=i, position=len(own),
-                node=first, kind=kind, ids_tensor=first.src[2] if kind == "experts" and first is not None else None,
+                node=first, kind=kind,
+                ids_tensor=expert_sources(first)[1] if kind == "experts" and first is not None else None,
             )  # fmt: skip
             own.append(transfer)
             of_copy[tensor, b] = transfer
@@ -248,7 +250,7 @@ def _readers_of_experts(
 ) -> tuple[dict[int, list[Transfer]], dict[int, set[Tensor]]]:
     """Find the later readers of expert copies, by split, and the splits that write ids; note which weights are written."""
     users = [(node, j, src) for node, j, src in plan.replaced_sources if node.src[j] in firsts]
-    ids_roots = {_root(node.src[2]) for node, _, _ in users if node.op is Op.MUL_MAT_ID and node.src[2] is not None}
+    ids_roots = {_root(ids) for node, j, _ in users if (ids := ids_of(node, j)) is not None}
     # ids that are copies change when their source is written, too (`Repairs.stale_copies`)
     copied_from: dict[Tensor, list[Tensor]] = {}
     for source, by_backend in plan.copies.items():
@@ -280,7 +282,7 @@ def _readers_of_experts(
                 first = firsts[shared]
                 if first.split == i and node is split.graph.nodes[0]:
                     continue
-                ids = node.src[2] if node.op is Op.MUL_MAT_ID and j == 0 else None
+                ids = ids_of(node, j)
                 is_known = ids is not None and _root(ids) not in writes.get(i, ())
                 first.has_later_readers = True
                 more = Transfer(
@@ -293,8 +295,6 @@ def _readers_of_experts(
     return further, writes
 
 
-def _root(tensor: Tensor | None) -> Tensor:
+def _root(tensor: Tensor) -> Tensor:
     """Return the tensor that owns the memory."""
-    if tensor is None:
-        raise SchedError("MUL_MAT_ID without ids")
     return tensor if tensor.view_src is None else tensor.view_src

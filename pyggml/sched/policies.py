@@ -101,7 +101,7 @@ class FullCopier(CopyPolicy):
 
 
 class UsedExpertCopier(CopyPolicy):
-    """The default: copies only the used experts of a weight whose first reader is a MUL_MAT_ID.
+    """The default: copies only the used experts of a weight whose first reader chooses experts.
 
     Parameters
     ----------

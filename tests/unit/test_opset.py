@@ -12,10 +12,10 @@ import pytest
 import pyggml as ggml
 from pyggml.backends.cuda.ops import KERNELS
 from pyggml.hardware.formulas import Work
-from pyggml.opset import OPS, kernels, node_work, reason_unsupported
+from pyggml.opset import OPS, Role, kernels, node_work, reason_unsupported
 from pyggml.opset.calls import by_elements, flat
 from pyggml.opset.checks import not_f32_rows, source
-from pyggml.opset.declaration import declare
+from pyggml.opset.declaration import Choice, declare
 from pyggml.tensor import Tensor
 from pyggml.testing import op_cases, ref
 from pyggml.types import Op
@@ -44,8 +44,7 @@ MEANING = {
     "GLU": {"tensor.py"},
     "CLAMP": {"alloc"},  # in place or not, by dialect
     "ADD_ID": {"sched"},
-    "MUL_MAT": {"backend.py", "sched"},  # which weights are worth copying
-    "MUL_MAT_ID": {"backend.py", "sched", "commands"},
+    "MUL_MAT": {"backend.py"},  # how many rows it works on
     "GET_ROWS": {"backend.py", "moe_cache"},
     "ROPE": {"backend.py", "sched"},
     "ROPE_BACK": {"backend.py"},
@@ -75,6 +74,12 @@ def test_an_op_is_named_in_few_files() -> None:
         for op, found in naming().items()
     }
     assert {op: files for op, files in left.items() if files} == {}
+
+
+def test_no_room_knows_the_op_of_experts() -> None:
+    """Scheduler, caches, clock and commands ask what is declared: a second op with experts would be a declaration alone."""
+    found = {f for f in naming()["MUL_MAT_ID"] if not f.startswith(OWN)}
+    assert found == {"backends/host/ggml_safe.py", "backends/libggml/library.py", "models/weights.py"}
 
 
 def test_an_op_is_declared_in_one_file() -> None:
@@ -135,3 +140,34 @@ def test_a_new_op_is_one_declaration() -> None:
         assert (y.numpy() == np.arange(32, dtype="f4").reshape(4, 8) ** 2).all()
     finally:
         del OPS[Op.MAP_CUSTOM1]
+
+
+def test_a_second_op_with_experts_is_one_declaration() -> None:
+    """Of an op that is declared to use experts, wherever its sources are, the scheduler copies the experts that its ids name."""
+    declare(
+        Op.MAP_CUSTOM2, refuses=lambda t: "", call=lambda plan, t: None, n_sources=3, role=Role.PRODUCT,
+        chooses=Choice(indices=1, chosen=2, dim=2, is_expert=True, used_only=True),
+    )  # fmt: skip
+    try:
+        cpu, gpu = ggml.CPU(threads=1), ggml.Sim("rtx4090-pcie4", threads=1)
+        weights = ggml.Context()
+        up = weights.new_tensor("f32", (64, 8, 32), name="up")
+        weights.alloc(cpu, usage="weights")
+        with ggml.Graph() as graph:
+            x, ids = graph.input("f32", (64, 1, 64), name="x"), graph.input("i32", (2, 64), name="ids")
+            y = Tensor("f32", (8, 2, 64), name="y", op=Op.MAP_CUSTOM2, src=(x, ids, up))
+            graph.expand(y)
+        recording = ggml.Recording()
+        sched = ggml.Scheduler([gpu, cpu], recorder=recording)
+        sched.alloc_graph(graph)
+        assert sched.tensor_backend(y) is gpu
+        x.set_array(np.zeros((64, 1, 64)))
+        ids.set_array(np.resize([3, 9, 4], (64, 2)))
+        sched.compute(graph)
+        sent = [r for r in recording.records if isinstance(r, ggml.CopyRecord) and r.tensor == "up"]
+        assert {r.reason for r in sent} == {"experts"}
+        assert up.nbytes * 3 / 32 <= sum(r.size_bytes for r in sent) < up.nbytes * 4 / 32
+        (used,) = [r.used for r in recording.records if isinstance(r, ggml.UsedExpertsRecord)]
+        assert list(used) == [3, 4, 9]
+    finally:
+        del OPS[Op.MAP_CUSTOM2]

@@ -20,7 +20,7 @@ from ..blocks import Builder
 from ..context import ContextParams
 from ..experts import routed_ffn
 from ..hparams import HParams, KeyReader, round_f32
-from ..weights import LayerWeights, SpecRow, WeightSpec, dense_rows, layer_specs, shared_rows
+from ..weights import EXPERT_OP, LayerWeights, SpecRow, WeightSpec, dense_rows, layer_specs, shared_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -92,15 +92,15 @@ def _rows(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[SpecRo
 def _moe_rows(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
     n_ff, n_expert = hp.n_ff_exp, hp.n_expert
     if f"blk.{i}.ffn_gate_up_exps.weight" in present:
-        gate_up: list[SpecRow] = [("ffn_gate_up_exps.weight", (hp.n_embd, 2 * n_ff, n_expert), Op.MUL_MAT_ID, False)]
+        gate_up: list[SpecRow] = [("ffn_gate_up_exps.weight", (hp.n_embd, 2 * n_ff, n_expert), EXPERT_OP, False)]
     else:
         gate_up = [
-            (f"ffn_{which}_exps.weight", (hp.n_embd, n_ff, n_expert), Op.MUL_MAT_ID, False) for which in ("gate", "up")
+            (f"ffn_{which}_exps.weight", (hp.n_embd, n_ff, n_expert), EXPERT_OP, False) for which in ("gate", "up")
         ]
     return [
         ("ffn_gate_inp.weight", (hp.n_embd, n_expert), Op.MUL_MAT, False),
         ("exp_probs_b.bias", (n_expert,), Op.ADD, True),
-        ("ffn_down_exps.weight", (n_ff, hp.n_embd, n_expert), Op.MUL_MAT_ID, False),
+        ("ffn_down_exps.weight", (n_ff, hp.n_embd, n_expert), EXPERT_OP, False),
         *gate_up,
         *shared_rows(hp, n_ff * hp.n_expert_shared),
     ]

@@ -19,7 +19,7 @@ from ..blocks import Builder
 from ..experts import moe_ffn
 from ..graph import GraphParams, ModelGraph
 from ..hparams import HParams, KeyReader, round_f32
-from ..weights import LayerWeights, SpecRow, Weights, WeightSpec, dense_rows, gate_up_rows, layer_specs
+from ..weights import EXPERT_OP, LayerWeights, SpecRow, Weights, WeightSpec, dense_rows, gate_up_rows, layer_specs
 
 __all__ = ["ARCHITECTURE"]
 
@@ -119,7 +119,7 @@ def _feed_forward_rows(own: HParams, i: int, present: Mapping[str, TensorInfo]) 
         ("ffn_gate_inp.scale", norm, Op.MUL_MAT, False),
         *[(f"{name}.weight", norm, Op.MUL, False) for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")],
         *gate_up_rows(own, i, present),
-        ("ffn_down_exps.weight", (own.n_ff_expert, own.n_embd, own.n_expert), Op.MUL_MAT_ID, False),
+        ("ffn_down_exps.weight", (own.n_ff_expert, own.n_embd, own.n_expert), EXPERT_OP, False),
     ]
 
 

@@ -14,7 +14,7 @@ from ..architecture import Architecture
 from ..blocks import Builder, kq_scale
 from ..experts import moe_ffn
 from ..hparams import HParams, KeyReader
-from ..weights import LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_specs
+from ..weights import EXPERT_OP, LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_specs
 
 __all__ = ["ARCHITECTURE"]
 
@@ -43,9 +43,9 @@ def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[Wei
                 *expert_rows(hp, n_ff),
                 ("attn_output.bias", (hp.n_embd,), Op.MUL_MAT, False),
                 ("ffn_gate_inp.bias", (n_expert,), Op.MUL_MAT, False),
-                ("ffn_gate_exps.bias", (n_ff, n_expert), Op.MUL_MAT_ID, False),
-                ("ffn_down_exps.bias", (hp.n_embd, n_expert), Op.MUL_MAT_ID, False),
-                ("ffn_up_exps.bias", (n_ff, n_expert), Op.MUL_MAT_ID, False),
+                ("ffn_gate_exps.bias", (n_ff, n_expert), EXPERT_OP, False),
+                ("ffn_down_exps.bias", (hp.n_embd, n_expert), EXPERT_OP, False),
+                ("ffn_up_exps.bias", (n_ff, n_expert), EXPERT_OP, False),
             ],
         ),
     ]

@@ -15,7 +15,7 @@ from ..blocks import Builder
 from ..delta_net import DeltaInputs, delta_layer
 from ..experts import moe_ffn
 from ..hparams import HParams, KeyReader
-from ..weights import LayerWeights, SpecRow, WeightSpec, gate_up_rows, layer_specs, qkv_specs, shared_rows
+from ..weights import EXPERT_OP, LayerWeights, SpecRow, WeightSpec, gate_up_rows, layer_specs, qkv_specs, shared_rows
 
 __all__ = [
     "ARCHITECTURE",
@@ -80,7 +80,7 @@ def moe_rows(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[Spe
     """Return the rows of experts and of a shared expert with a gate."""
     return [
         ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),
-        ("ffn_down_exps.weight", (hp.n_ff_expert, hp.n_embd, hp.n_expert), Op.MUL_MAT_ID, False),
+        ("ffn_down_exps.weight", (hp.n_ff_expert, hp.n_embd, hp.n_expert), EXPERT_OP, False),
         *gate_up_rows(hp, i, present),
         ("ffn_gate_inp_shexp.weight", (hp.n_embd,), Op.MUL_MAT, False),
         *shared_rows(hp, hp.n_ff_shexp or hp.n_ff),
