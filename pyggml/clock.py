@@ -13,8 +13,10 @@ bytes arrive. Launches take time on the device, not on the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 from .cost import DeviceProfile
 from .hardware.formulas import Work, pageable_rate
@@ -23,6 +25,19 @@ from .opset import UsedExperts, node_work
 from .tensor import Tensor
 
 __all__ = ["Reading", "Span", "VirtualClock"]
+
+#: Calls that change the times, for `VirtualClock.taped`; those that lengthen a stream or not by what happened before; where the
+#: backend is not the first argument.
+_TAPED = (
+    "_send", "_read", "_copy_within", "spend", "synchronize", "event_record", "event_wait", "event_synchronize",
+    "wait_until",
+)  # fmt: skip
+_MAY_WAIT = {"event_wait", "wait_until"}
+_BACKEND_OF = {"_send": 1}
+_TIMES = (
+    "n_resets", "host_s", "stream_s", "busy_s", "to_device_busy_s", "from_device_busy_s", "_to_device_s", "_from_device_s",
+    "_events", "_queue_s",
+)  # fmt: skip
 
 
 class Span(NamedTuple):
@@ -103,6 +118,7 @@ class VirtualClock:
         assert isinstance(sheet, Host), "the last backend is the host"
         self._pageable = pageable_rate(sheet, rates)
         self._has_slow_host = sheet.isa == "neon"
+        self._has_one_engine = [p.copy_engines == 1 for p in self.profiles]
         #: What a host that waits for a device takes, beside the latencies of one copy back and two there.
         self._switch_s = max(0.0, rates.switch_s - 3 * 10e-6)
         self.n_resets = -1  #: how often it was set back since it was made
@@ -125,6 +141,14 @@ class VirtualClock:
     def reading(self) -> Reading:
         """Return the current times."""
         return Reading(self.host_s, tuple(self.busy_s), tuple(self.to_device_busy_s), tuple(self.from_device_busy_s))
+
+    def times(self) -> dict[str, Any]:
+        """Return all times, for a clock of the same profiles; see `set_times`."""
+        return {name: getattr(self, name) for name in _TIMES}
+
+    def set_times(self, times: dict[str, Any]) -> None:
+        """Set all times to those of another clock; the two share them afterwards."""
+        vars(self).update(times)
 
     # -- copies --------------------------------------------------------------
 
@@ -155,17 +179,23 @@ class VirtualClock:
         queue : int
             The number of the receiving backend's queue; 0: its own stream.
         """
+        at_most = math.inf if is_pinned or self.cpu not in (src, dst) else self._pageable
         if dst == self.cpu:
-            return self._read(src, n_bytes, is_pinned=is_pinned, slow=slow_src)
+            return self._read(src, self.profiles[src].from_device.seconds(n_bytes, at_most=at_most) * slow_src)
         if src == dst:
             return self._copy_within(dst, n_bytes, queue, is_async=is_async)
-        at_most = math.inf if is_pinned or src != self.cpu else self._pageable
         seconds = self.profiles[dst].link.seconds(n_bytes, at_most=at_most) * slow_dst
+        if src != self.cpu:  # from device to device: through both links at the pace of the slower
+            seconds = max(seconds, self.profiles[src].from_device.seconds(n_bytes) * slow_src)
+        host_waits = not is_async or (src == self.cpu and not is_pinned)
+        return self._send(src, dst, seconds, queue, is_async=is_async, host_waits=host_waits)
+
+    def _send(self, src: int, dst: int, seconds: float, queue: int, *, is_async: bool, host_waits: bool) -> Span:
+        """Copy to a device."""
         start = max(self.host_s, self._to_device_s[dst])
         if is_async:
             start = max(start, self.ready_s(dst, queue))
-        if src != self.cpu:  # from device to device: through both links at the pace of the slower
-            seconds = max(seconds, self.profiles[src].from_device.seconds(n_bytes) * slow_src)
+        if src != self.cpu:
             start = max(start, self._from_device_s[src], self.stream_s[src])
             self._use_link(src, self._from_device_s, start + seconds)
             self.from_device_busy_s[src] += seconds
@@ -173,7 +203,7 @@ class VirtualClock:
         self.to_device_busy_s[dst] += seconds
         self._use_link(dst, self._to_device_s, end)
         self._set_ready(dst, queue, max(self.ready_s(dst, queue), end))
-        if not is_async or (src == self.cpu and not is_pinned):
+        if host_waits:
             self.host_s = end
         return Span(start, end)
 
@@ -211,15 +241,15 @@ class VirtualClock:
     def _use_link(self, backend: int, way: list[float], until_s: float) -> None:
         """Use a link in one direction; with a single copy engine the other direction is busy as well."""
         way[backend] = until_s
-        if self.profiles[backend].copy_engines == 1:
+        if self._has_one_engine[backend]:
             self._to_device_s[backend] = self._from_device_s[backend] = until_s
 
-    def _read(self, src: int, n_bytes: int, *, is_pinned: bool, slow: float) -> Span:
-        """Copy bytes to the host, which waits for them."""
-        link, start = self.profiles[src].from_device, self.host_s
+    def _read(self, src: int, seconds: float) -> Span:
+        """Copy to the host, which waits for it."""
+        start = self.host_s
         if src != self.cpu:
             start = max(start, self._from_device_s[src])
-        end = start + link.seconds(n_bytes, at_most=math.inf if is_pinned else self._pageable) * slow
+        end = start + seconds
         if src != self.cpu:
             self._use_link(src, self._from_device_s, end)
             self.from_device_busy_s[src] += end - start
@@ -286,3 +316,38 @@ class VirtualClock:
         start = self.host_s
         self.host_s = max(start, when_s)
         return Span(start, self.host_s)
+
+    @contextmanager
+    def taped(self) -> Iterator[list[Callable[[], Span]]]:
+        """Collect the calls within the block, so that the same can be made again.
+
+        Yields
+        ------
+        list of callable
+            The calls, without waits for a stream that has no new work since the last one.
+        """
+        calls: list[Callable[[], Span]] = []
+        waited: set[int] = set()  # backends for all of whose work the host has waited
+
+        def taping(name: str) -> Callable[..., Span]:
+            method: Callable[..., Span] = getattr(self, name)
+
+            def call(*args: Any, **more: Any) -> Span:
+                span = method(*args, **more)
+                backend = args[_BACKEND_OF.get(name, 0)]
+                if name != "synchronize" or backend not in waited:
+                    calls.append(partial(method, *args, **more))
+                if backend in waited and (name in _MAY_WAIT or self.stream_s[backend] > self.host_s):
+                    waited.remove(backend)
+                elif name == "synchronize":
+                    waited.add(backend)
+                return span
+
+            return call
+
+        vars(self).update({name: taping(name) for name in _TAPED})
+        try:
+            yield calls
+        finally:
+            for name in _TAPED:
+                del vars(self)[name]

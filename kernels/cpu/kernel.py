@@ -31,7 +31,7 @@ _OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "boundscheck"
 
 
 class Kernel:
-    """A function with C's calling convention: int64 arguments, no result.
+    """A function with C's calling convention: int64 arguments, and no result or an int64.
 
     Parameters
     ----------
@@ -41,12 +41,14 @@ class Kernel:
         Number of arguments.
     rare : bool
         Whether `warm_up` leaves it out.
+    answers : bool
+        Whether it has a result.
     """
 
-    __slots__ = ("_address", "_compiled", "_prototype", "function", "n", "name", "rare")
+    __slots__ = ("_address", "_compiled", "_prototype", "answers", "function", "n", "name", "rare")
 
-    def __init__(self, function: Callable[..., None], n: int, *, rare: bool = False) -> None:
-        self.rare = rare
+    def __init__(self, function: Callable[..., Any], n: int, *, rare: bool = False, answers: bool = False) -> None:
+        self.rare, self.answers = rare, answers
         self.name: str = function.__name__
         self.function = function
         self.n = n
@@ -64,7 +66,8 @@ class Kernel:
     def _compile(self) -> int:
         with _LOCK:
             if not self._address:
-                self._compiled = cfunc(types.void(*[types.int64] * self.n), **_OPTIONS)(self.function)
+                result = types.int64 if self.answers else types.void
+                self._compiled = cfunc(result(*[types.int64] * self.n), **_OPTIONS)(self.function)
                 self._address = self._compiled.address
         return self._address
 
@@ -73,19 +76,20 @@ class Kernel:
         """Whether the code was found in the cache; False before the first use."""
         return self._compiled is not None and self._compiled.cache_hits > 0
 
-    def __call__(self, *args: int) -> None:
+    def __call__(self, *args: int) -> Any:
         """Run it, without the interpreter's lock."""
         if self._prototype is None:
-            self._prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * self.n)(self.address)
-        self._prototype(*args)
+            result = ctypes.c_int64 if self.answers else None
+            self._prototype = ctypes.CFUNCTYPE(result, *[ctypes.c_int64] * self.n)(self.address)
+        return self._prototype(*args)
 
     def __repr__(self) -> str:
         return f"<Kernel {self.name}>"
 
 
-def kernel(n: int, *, rare: bool = False) -> Callable[[Callable[..., None]], Kernel]:
+def kernel(n: int, *, rare: bool = False, answers: bool = False) -> Callable[[Callable[..., Any]], Kernel]:
     """Return a decorator that makes a kernel of a function of n arguments."""
-    return lambda function: Kernel(function, n, rare=rare)
+    return lambda function: Kernel(function, n, rare=rare, answers=answers)
 
 
 def op_kernel(function: Callable[[int, int, int, int], None]) -> Kernel:

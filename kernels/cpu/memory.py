@@ -147,6 +147,12 @@ def _call(n: int) -> Any:
 call4, call6, call8 = _call(4), _call(6), _call(8)
 
 
+@micro(types.int64, 6)
+def ask5(e, function, *args):
+    """Call the function at an address with five int64 arguments, and return its result."""
+    return e.b.call(e.b.inttoptr(function, ir.FunctionType(I64, [I64] * 5).as_pointer()), args)
+
+
 # -- atomics and waiting --------------------------------------------------------------
 
 

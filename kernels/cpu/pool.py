@@ -206,10 +206,20 @@ class Pool:
                 crew.reserve(need)
             for plan, n in pieces:
                 if crew.run(plan, n, times, shared_bytes, thread_bytes):
-                    return self._take_error(crew)
+                    return self.take_error()
         return None
 
-    def _take_error(self, crew: _Crew) -> BadIndex:
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        """Address of the control block, and address and bytes of the scratch, until a plan needs more."""
+        crew = self._crew
+        assert crew is not None
+        return crew.ctl, crew.base, crew.n_scratch
+
+    def take_error(self) -> BadIndex:
+        """Return what stopped a plan, and forget it."""
+        crew = self._crew
+        assert crew is not None
         errors = crew.control[ERRORS:].reshape(self.n_threads, LINE)
         found = [
             BadIndex(int(e[ERROR_SET]) - 1, int(e[ERROR_POSITION]), int(e[ERROR_VALUE]), int(e[ERROR_LIMIT]))

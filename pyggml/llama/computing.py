@@ -7,22 +7,30 @@ code that uses them as host memory fails at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..backend import Backend, Device, Event
 from ..backends.host.machine import HostBlock, HostBuffer, available_cores
+from ..backends.host.plan import HostPlan
 from ..backends.host.race_watch import HOST, accesses_of
 from ..backends.libggml.library import Handle
+from ..backends.sim.device import SimBackend, SimDevice
+from ..backends.sim.memory import SimBuffer
 from ..buffer import Buffer, BufferType
 from ..errors import BackendError, PyggmlError
+from ..graph import GraphView
 from ..tensor import Tensor
-from ..types import BufferUsage
+from ..types import BufferUsage, Type
 from .device import CPUHooks, Functions, PythonDevice, functions_of, keep_for_ever, put
-from .ledger import Ledger
+from .known import KnownCalls, repeats
+from .ledger import Ledger, copied_name
 from .library import DeviceLibrary
 from .slots import N_WORDS
 from .tensors import Translator
+
+if TYPE_CHECKING:
+    from pyggml.kernels.cpu.pool import Pool
 
 __all__ = ["ComputingCPU", "ComputingDevice", "HostMemory", "Machine"]
 
@@ -130,6 +138,7 @@ class Machine:
         self.error: BaseException | None = None
         self.dropped: set[str] = set()
         self.on_graph: Callable[[int, Handle], bool] | None = None
+        self.known = KnownCalls(library, self._refused, self.failed)
         self.ledger: Ledger
 
     def buffer_of(self, address: int) -> Buffer:
@@ -138,11 +147,38 @@ class Machine:
 
     def forget(self) -> None:
         """Forget tensors by address, because a buffer was freed."""
+        self.known.take_events(None)
+        self.known.forget()
         self.translator.forget()
         self.ledger.forget()
 
+    # -- decodes -------------------------------------------------------------
+
+    def begin(self, parts: Sequence[tuple[int, int, int]]) -> None:
+        """Begin a decode of micro-batches: tokens, tokens in the cache before, and outputs of each."""
+        is_plain = len(parts) == 1 and not (self.ledger.takes_records or self.dropped or self.on_graph)
+        self.known.begin(is_on=is_plain and repeats([d.device for d in self.devices]))
+        self.ledger.begin(parts)
+
+    def end(self) -> None:
+        """End a decode: llama.cpp has waited for all work."""
+        self.known.take_events(self.ledger)
+        self.known.stop()
+        self.ledger.end()
+
+    def start(self) -> float:
+        """Return the time at which a call begins, after those that were answered without Python."""
+        self.known.take_events(None)
+        return self.ledger.now()
+
+    # -- failures ------------------------------------------------------------
+
+    def _refused(self, plan: HostPlan, pool: Pool) -> None:
+        plan.refuse(pool.take_error())
+
     def failed(self, error: BaseException) -> None:
         """Record the first exception; later ones follow from it."""
+        self.known.stop()
         if self.error is None:
             self.error = error
 
@@ -176,6 +212,10 @@ class ComputingDevice(PythonDevice):
         self._events: dict[int, Handle] = {}
         super().__init__(machine.library, device.buffer_type.name)
         machine.devices.append(self)
+        at = machine.library.interfaces
+        machine.known.cover(self._buffer_functions.word, _covered(at.buffer.slots, "set_tensor", "get_tensor"))
+        waits = ("get_tensor_async", "cpy_tensor_async", "synchronize", "graph_compute")
+        machine.known.cover(self._backend_words, _covered(at.backend.slots, *waits))
 
     def _functions(self) -> dict[str, Functions]:
         buft = self.device.buffer_type
@@ -184,7 +224,6 @@ class ComputingDevice(PythonDevice):
                 "alloc_buffer": self._alloc_buffer,
                 "get_alignment": lambda _: buft.alignment,
                 "get_alloc_size": self._alloc_size,
-                "is_host": lambda _: False,
             },
             "buffer": {
                 "free_buffer": self._free_buffer,
@@ -265,19 +304,46 @@ class ComputingDevice(PythonDevice):
 
     def _set(self, _: int, t: Handle, data: int, offset: int, size: int) -> None:
         tensor, buffer = self._placed(t)
-        start_s = self.machine.ledger.now()
+        start_s = self.machine.start()
         buffer.set_tensor(tensor, data, offset, size)
         self.machine.ledger.wrote(self.index, tensor, data, offset, size, start_s, is_async=False)
+        if self.machine.known.is_on and isinstance(buffer, SimBuffer):
+            ledger, name = self.machine.ledger, copied_name(tensor.name)
+
+            def repeat(data: int, offset: int, size: int) -> None:
+                buffer.device.at("copy", tensor.name)
+                for traffic in buffer.counters:
+                    traffic.count_in(size)
+                if name is not None:
+                    ledger.wrote(self.index, tensor, data, offset, size, 0.0, is_async=False)
+
+            self.machine.known.learn_copy(
+                "set_tensor", t, buffer.arena(tensor), buffer.counters, repeat, tells_address=name is not None
+            )
 
     def _get(self, _: int, t: Handle, data: int, offset: int, size: int) -> None:
         tensor, buffer = self._placed(t)
-        start_s = self.machine.ledger.now()
+        start_s = self.machine.start()
         buffer.get_tensor(tensor, data, offset, size)
         self.machine.ledger.read(self.index, tensor, data, size, start_s, is_async=False)
+        self._learn_read("get_tensor", t, tensor, buffer, is_async=False)
+
+    def _learn_read(self, kind: str, t: Handle, tensor: Tensor, buffer: Buffer, *, is_async: bool) -> None:
+        if not (self.machine.known.is_on and isinstance(buffer, SimBuffer)):
+            return
+        ledger = self.machine.ledger
+
+        def repeat(_: int, offset: int, size: int) -> None:
+            buffer.device.at("copy", tensor.name)
+            for traffic in buffer.counters:
+                traffic.count_out(size)
+            ledger.read(self.index, tensor, 0, size, 0.0, is_async=is_async)
+
+        self.machine.known.learn_copy(kind, t, buffer.arena(tensor), buffer.counters, repeat, tells_address=False)
 
     def _copy(self, _: int, src: Handle, dst: Handle) -> bool:
         (source, _buffer), (target, buffer) = self._placed(src), self._placed(dst)
-        start_s = self.machine.ledger.now()
+        start_s = self.machine.start()
         if not buffer.cpy_tensor(source, target):
             return False
         self.machine.ledger.moved(None, self.index, source, target, start_s, is_async=False)
@@ -285,21 +351,25 @@ class ComputingDevice(PythonDevice):
 
     def _set_async(self, stream: int, t: Handle, data: int, offset: int, size: int) -> None:
         tensor, _ = self._placed(t)
-        start_s = self.machine.ledger.now()
+        start_s = self.machine.start()
         self.machine.streams[stream][1].set_tensor_async(tensor, data, offset, size)
         self.machine.ledger.wrote(self.index, tensor, data, offset, size, start_s, is_async=True)
 
     def _get_async(self, stream: int, t: Handle, data: int, offset: int, size: int) -> None:
-        tensor, _ = self._placed(t)
-        start_s = self.machine.ledger.now()
+        tensor, buffer = self._placed(t)
+        start_s = self.machine.start()
         self.machine.streams[stream][1].get_tensor_async(tensor, data, offset, size)
         self.machine.ledger.read(self.index, tensor, data, size, start_s, is_async=True)
+        if tensor.type is not Type.I32:  # not ids of experts, which are read at once
+            self._learn_read("get_tensor_async", t, tensor, buffer, is_async=True)
 
     def _copy_async(self, stream_src: int, stream_dst: int, src: Handle, dst: Handle) -> bool:
         source = self.machine.streams.get(stream_src)
         if source is None:
+            if self.machine.known.is_on:
+                self.machine.known.learn_stream("cpy_tensor_async", stream_src, None)
             return False
-        start_s = self.machine.ledger.now()
+        start_s = self.machine.start()
         tensors = self._placed(src)[0], self._placed(dst)[0]
         if not self.machine.streams[stream_dst][1].cpy_tensor_async(source[1], *tensors):
             return False
@@ -310,6 +380,7 @@ class ComputingDevice(PythonDevice):
 
     def stream_made(self, address: int) -> None:
         """Open a stream of the device."""
+        self.machine.known.forget()
         open_stream: Callable[..., Backend] = self.device.backend
         threads = available_cores() if self.threads is None else self.threads
         self.machine.streams[address] = self.index, open_stream(threads=threads)
@@ -323,9 +394,14 @@ class ComputingDevice(PythonDevice):
     def _synchronize(self, stream: int) -> None:
         if "synchronize" in self.machine.dropped:
             return
-        start_s = self.machine.ledger.now()
+        start_s = self.machine.start()
         self.machine.streams[stream][1].synchronize()
         self.machine.ledger.waited("synchronize", self.index, None, start_s)
+        if self.machine.known.is_on:
+            ledger = self.machine.ledger
+            self.machine.known.learn_stream(
+                "synchronize", stream, lambda *_: ledger.waited("synchronize", self.index, None, 0.0)
+            )
 
     def _compute(self, stream: int, graph: Handle) -> int:
         machine = self.machine
@@ -334,10 +410,25 @@ class ComputingDevice(PythonDevice):
         if machine.on_graph is not None and machine.on_graph(stream, graph):
             return 0
         view, nodes, uid = machine.translator.view(graph)
-        start_s = machine.ledger.now()
+        start_s = machine.start()
         machine.streams[stream][1].graph_compute(view)
         machine.ledger.launched(self.index, view, nodes, uid, start_s)
+        if machine.known.is_on and uid:
+            self._learn_graph(stream, view, nodes, uid)
         return 0
+
+    def _learn_graph(self, stream: int, view: GraphView, nodes: int, uid: int) -> None:
+        backend, ledger, device = self.machine.streams[stream][1], self.machine.ledger, self.device
+        if not (isinstance(backend, SimBackend) and isinstance(device, SimDevice)):
+            return
+        first = view.nodes[0].name if len(view) else ""
+
+        def repeat(*_: int) -> None:
+            device.at("compute", first)
+            ledger.launched(self.index, view, nodes, uid, 0.0)
+
+        plan = backend.plan_of(view)
+        self.machine.known.learn_graph(stream, uid, nodes, plan, backend.pool, 0, repeat)
 
     # -- events --------------------------------------------------------------
 
@@ -360,7 +451,7 @@ class ComputingDevice(PythonDevice):
         if "event_record" in self.machine.dropped:
             return
         _, copy, event = self.machine.events[address]
-        start_s = self.machine.ledger.now()
+        start_s = self.machine.start()
         self.machine.streams[stream][1].event_record(event)
         self.machine.ledger.recorded_event(self.index, copy, start_s)
 
@@ -368,7 +459,7 @@ class ComputingDevice(PythonDevice):
         if "event_wait" in self.machine.dropped:
             return
         _, copy, event = self.machine.events[address]
-        start_s = self.machine.ledger.now()
+        start_s = self.machine.start()
         self.machine.streams[stream][1].event_wait(event)
         self.machine.ledger.waited("event_wait", self.index, copy, start_s)
 
@@ -376,9 +467,13 @@ class ComputingDevice(PythonDevice):
         if "event_synchronize" in self.machine.dropped:
             return
         of, copy, event = self.machine.events[address]
-        start_s = self.machine.ledger.now()
+        start_s = self.machine.start()
         event.synchronize()
         self.machine.ledger.waited("event_synchronize", of, copy, start_s)
+
+
+def _covered(slots: dict[str, int], *names: str) -> dict[str, int]:
+    return {name: slots[name] for name in names}
 
 
 def _pinned_type(device: ComputingDevice, buft: BufferType) -> Handle:
@@ -472,11 +567,6 @@ class ComputingCPU(CPUHooks):
         put(library, words, "buffer", {"free_buffer": freed}, self.failed)
         return buffer
 
-    @staticmethod
-    def run(compute: Callable[[int, Handle], int], stream: int, graph: Handle) -> int:
-        """Let ggml compute a graph, and return its status."""
-        return int(compute(stream, graph))
-
     def _init_backend(self, device: Handle, params: Handle) -> Handle:
         made = self.original["init_backend"](device, params)
         words = self.library.ffi.cast("void **", made)
@@ -489,10 +579,19 @@ class ComputingCPU(CPUHooks):
             view, nodes, uid = machine.translator.view(graph)
             if HOST.is_busy:
                 HOST.by_host(accesses_of(view))
-            start_s = machine.ledger.now()
-            status = self.run(compute, stream, graph)
-            machine.ledger.launched(machine.ledger.cpu, view, nodes, uid, start_s)
+            start_s = machine.start()
+            status = int(compute(stream, graph))
+            ledger = machine.ledger
+            ledger.launched(ledger.cpu, view, nodes, uid, start_s)
+            if machine.known.is_on and uid:
+                machine.known.learn_graph(
+                    stream, uid, nodes, None, None, own, lambda *_: ledger.launched(ledger.cpu, view, nodes, uid, 0.0)
+                )
             return status
 
+        own = int(self.library.ffi.cast("intptr_t", compute))
+        self.machine.known.forget()
         put(self.library, words, "backend", {"graph_compute": computing}, self.failed)
+        slots = self.library.interfaces.backend.slots
+        self.machine.known.cover(words, {"graph_compute": slots["graph_compute"]})
         return made

@@ -254,6 +254,7 @@ class Engine:
             "n_seq_max": lib.llama_n_seq_max(self._ctx),
             "eog": [t for t in range(self.n_vocab) if lib.llama_vocab_is_eog(self._vocab, t)],
             "memory": self.memory(),
+            "profiles": None if self.machine.ledger.clock is None else self.machine.ledger.clock.profiles,
         } | self.state()
 
     def memory(self) -> list[tuple[str, str, int]]:
@@ -311,13 +312,14 @@ class Engine:
             if outputs == "last" and n_out:
                 n_outs[-1] = 1
             starts = [n_past + first + i * n_ubatch for i in range(len(cuts))]
-            self.machine.ledger.begin([(len(c), s, n) for c, s, n in zip(cuts, starts, n_outs, strict=True)])
+            self.machine.begin([(len(c), s, n) for c, s, n in zip(cuts, starts, n_outs, strict=True)])
             try:
                 rows.append(self._decode(part, n_past + first, n_out, seq))
             finally:
-                self.machine.ledger.end()
+                self.machine.end()
             batches += self.machine.ledger.batches
-        return {"logits": np.concatenate(rows), "batches": batches, "chosen": self._chosen} | self.state()
+        logits = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        return {"logits": logits, "batches": batches, "chosen": self._chosen} | self.state()
 
     def _decode(self, tokens: list[int], start: int, n_out: int, seq: int) -> npt.NDArray[np.float32]:
         lib = self.lib
@@ -337,7 +339,7 @@ class Engine:
                 "llama", f"llama_decode {_STATUS.get(status, f'returned {status}')}", status=status
             )
         logits = self._logits(n_out)
-        if n_out and np.isnan(logits).any():
+        if n_out and np.isnan(logits.max()):  # NaN if any is
             self._forget_from(seq, start)
             raise ComputeError("llama", "the logits are not numbers", node="result_output", hint=_NAN_HINT)
         return logits
@@ -383,7 +385,7 @@ class Engine:
             "n_past": [self.n_past(seq) for seq in seqs],
             "reaches_back": [self._reaches_back_to(seq) for seq in seqs],
             "stats": ledger.stats,
-            "clock": ledger.clock,
+            "clock": None if ledger.clock is None else ledger.clock.times(),
             "records": ledger.take_records(),
         }
 
@@ -416,7 +418,7 @@ class Engine:
         self.machine.dropped = set(dropped)
         starts = [sum(map(len, chunks[:i])) for i in range(len(chunks))]
         n_outs = [1] * len(chunks)
-        self.machine.ledger.begin([(len(c), s, n) for c, s, n in zip(chunks, starts, n_outs, strict=True)])
+        self.machine.begin([(len(c), s, n) for c, s, n in zip(chunks, starts, n_outs, strict=True)])
         status = 0
         try:
             for chunk, start, n_out in zip(chunks, starts, n_outs, strict=True):
@@ -428,7 +430,7 @@ class Engine:
             self.machine.dropped = set()
             for device in sims:  # finish work that nothing waited for
                 device.finish()
-            self.machine.ledger.end()
+            self.machine.end()
             self.machine.ledger.take_records()
         error = self.machine.take_error()
         if error is None and status:

@@ -9,6 +9,7 @@ memory, and an expert weight is sent in parts.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ import numpy as np
 
 from ..backend import Device
 from ..backends.host.machine import bytes_at
+from ..backends.sim.device import SimDevice
 from ..buffer import Buffer
 from ..clock import VirtualClock
 from ..graph import GraphView
@@ -45,7 +47,7 @@ from ..sched.transfer import Transfer
 from ..tensor import Tensor
 from ..types import BufferUsage, Type
 
-__all__ = ["ComputedBatch", "Ledger"]
+__all__ = ["Compute", "ComputedBatch", "Ledger", "copied_name"]
 
 #: Split number of records whose split is not known before its launch.
 _NEXT = -1
@@ -102,8 +104,28 @@ class _Ids(IdsSource):
     def count(self, node: Tensor) -> float:
         """Return the number of experts that a node reads: as copied, else by the default routing."""
         _, ids = expert_sources(node)
-        known = self.n_used.get(_copied_name(ids.name) or ids.name)
+        known = self.n_used.get(copied_name(ids.name) or ids.name)
         return super().count(node) if known is None else known
+
+
+class _Tally(NamedTuple):
+    """The splits of a graph by backend, the number of their inputs, and its nodes."""
+
+    splits: dict[str, int]
+    n_inputs: int
+    n_nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """What a compute of a reused graph leaves in a ledger before it is finished."""
+
+    first: tuple[int, int]
+    next_nodes: int
+    is_over: bool
+    splits: list[_Split]
+    made: list[set[str]]
+    tally: _Tally
 
 
 @dataclass(slots=True)
@@ -122,7 +144,7 @@ class _Mark(NamedTuple):
     bytes_full: int
 
 
-def _copied_name(name: str) -> str | None:
+def copied_name(name: str) -> str | None:
     """Return the source's name of an input copy; None for any other tensor.
 
     Notes
@@ -133,7 +155,7 @@ def _copied_name(name: str) -> str | None:
 
     Examples
     --------
-    >>> _copied_name("SIM0#blk.0.ffn_up_exps.weight#0"), _copied_name("ffn_out-0"), _copied_name("a#b")
+    >>> copied_name("SIM0#blk.0.ffn_up_exps.weight#0"), copied_name("ffn_out-0"), copied_name("a#b")
     ('blk.0.ffn_up_exps.weight', None, None)
     """
     parts = name.split("#")
@@ -172,11 +194,12 @@ class Ledger:
         self, devices: Sequence[Device], host_at: Any, *, clock: VirtualClock | None, takes_records: bool
     ) -> None:
         self.names = [d.name for d in devices]
+        self._devices = devices
         self.cpu = len(devices) - 1
         self._host_at = host_at
         self.stats, self.clock, self._ids = Statistics(), clock, _Ids()
         self.records: list[Record] = []
-        self._takes_records = takes_records
+        self.takes_records = takes_records
         self._pending: list[Record] = []  # of the split that is launched next
         machine = cast(SchedMachine, _Machine([_Named(d.name, d) for d in devices]))
         observers = Observers([_Taker(self._pending)]) if takes_records else None
@@ -184,6 +207,7 @@ class Ledger:
         self.batches: list[ComputedBatch] = []
         self._expected: list[tuple[int, int, int]] = []  # tokens, past, outputs of micro-batches to come
         self._splits: list[_Split] = []
+        self._tally: _Tally | None = None  # of those of a compute before, or counted when it is finished
         self._body: list[Record] = []  # records of the current compute
         self._n_graphs = self._n_runs = 0
         self._inputs: list[tuple[Tensor, CopyReason, int]] = []
@@ -214,6 +238,7 @@ class Ledger:
         """End a decode: llama.cpp has waited for all work."""
         self._mark = self._counters()
         self._finish()
+        self._inputs, self._experts = [], None  # of a split that was not launched
 
     def forget(self) -> None:
         """Forget tensors in host memory, because a buffer was freed or added."""
@@ -226,6 +251,29 @@ class Ledger:
         self._pending.clear()
         return records
 
+    def counters(self) -> list[tuple[Any, str]]:
+        """Return what calls count: an object and the name of the attribute, or a dict and the key."""
+        stats = self.stats
+        found: list[tuple[Any, str]] = [(stats.bytes_by_reason, reason) for reason in stats.bytes_by_reason]
+        found += [(stats, name) for name in Statistics.__slots__ if name != "bytes_by_reason"]
+        return found + [c for d in self._devices if isinstance(d, SimDevice) for c in d.counters()]
+
+    def compute(self) -> Compute | None:
+        """Return what the current compute has left, if it is one of a reused graph."""
+        if not self._is_reused or self._inputs or self._experts is not None:
+            return None
+        return Compute(self._first, self._next_nodes, self._is_over, self._splits, self._made, self._count())
+
+    def repeats(self, compute: Compute) -> bool:
+        """Begin a compute as one before left it; False, and nothing is changed, if another graph was computed last."""
+        if self._is_computing or compute.first != self._first:
+            return False
+        self._begin(0, 0)
+        self._is_reused, self._first, self._next_nodes = True, compute.first, compute.next_nodes
+        self._is_over, self._splits, self._made = compute.is_over, compute.splits, compute.made
+        self._tally = compute.tally
+        return True
+
     def place(self) -> tuple[int, int]:
         """Return the indices of the current micro-batch and split."""
         if self._is_computing and not self._is_over:
@@ -234,11 +282,13 @@ class Ledger:
 
     def count_splits(self) -> tuple[dict[str, int], int]:
         """Return the splits of the latest graph by backend, and the number of their inputs."""
-        by_name: dict[str, int] = {}
-        for split in self._splits:
-            name = self.names[split.backend_id]
-            by_name[name] = by_name.get(name, 0) + 1
-        return by_name, sum(len(s.inputs) for s in self._splits)
+        tally = self._tally or self._count()
+        return tally.splits, tally.n_inputs
+
+    def _count(self) -> _Tally:
+        by_name = dict(Counter(self.names[split.backend_id] for split in self._splits))
+        n_nodes = sum(len(view) for split in self._splits for view in split.views)
+        return _Tally(by_name, sum(len(s.inputs) for s in self._splits), n_nodes)
 
     @contextmanager
     def looks_away(self) -> Iterator[None]:
@@ -264,7 +314,7 @@ class Ledger:
         self, index: int, dst: Tensor, address: int, offset: int, size: int, start_s: float, *, is_async: bool
     ) -> None:
         """Receive a copy from host memory."""
-        name = _copied_name(dst.name)
+        name = copied_name(dst.name)
         if name is None or self._is_idle:
             return
         source = self._sources.get((dst, address))
@@ -279,7 +329,7 @@ class Ledger:
         self, src_index: int | None, dst_index: int, src: Tensor, dst: Tensor, start_s: float, *, is_async: bool
     ) -> None:
         """Receive a copy of a tensor from another device or the same (None: the device of the memory)."""
-        name = _copied_name(dst.name)
+        name = copied_name(dst.name)
         if name is None or src_index is None:
             return
         self._copied(
@@ -303,7 +353,7 @@ class Ledger:
         n_waits, n_records = self.stats.n_waits, len(self._pending)
         self._log.was_read(None, src, index, start_s)
         self.stats.n_waits = n_waits  # the wait is reported by its own call
-        if self._takes_records:
+        if self.takes_records:
             del self._pending[n_records]
 
     def _source(self, dst: Tensor, name: str, buffer: Buffer | None) -> Tensor:
@@ -351,7 +401,7 @@ class Ledger:
             strides = ids.nb[0] // 4, ids.nb[1] // 4
             self._used = used_experts(words, n_used=ids.ne[0], n_token=ids.ne[1], strides=strides)
             self._ids_read = ids, 0
-        return _renamed(ids, _copied_name(ids.name) or ids.name)
+        return _renamed(ids, copied_name(ids.name) or ids.name)
 
     # -- launches and waits --------------------------------------------------
 
@@ -376,7 +426,7 @@ class Ledger:
         self._made.append(names)
         i_split = len(self._splits) - 1
         self._log.launched(i_split, backend_id, view, cast(Assignment, _NO_CAUSES), start_s)
-        if self._takes_records:
+        if self.takes_records:
             self._body += [_placed(record, i_split) for record in self._pending]
             self._pending.clear()
         self._mark = self._counters()
@@ -398,7 +448,7 @@ class Ledger:
         self._is_reused = uid != 0 and (nodes, uid) == self._first
         self._first = nodes, uid
         self._is_computing, self._is_over = True, False
-        self._splits, self._made, self._body = [], [], []
+        self._splits, self._made, self._body, self._tally = [], [], [], None
         self._ids.n_used.clear()
         self._start = self._mark
 
@@ -409,15 +459,14 @@ class Ledger:
         self._is_computing = False
         n_tokens, n_past, n_outputs = self._expected.pop(0) if self._expected else (0, 0, 0)
         start, end = self._start, self._mark
-        by_name, n_inputs = self.count_splits()
+        by_name, n_inputs, n_nodes = self._tally or self._count()
         self.batches.append(
             ComputedBatch(
-                n_tokens, n_outputs, n_past, by_name, n_inputs, sum(len(v) for s in self._splits for v in s.views),
-                self._is_reused, end.time_s - start.time_s, end.bytes_copied - start.bytes_copied,
-                end.bytes_full - start.bytes_full, None if self.clock is None else end.virtual_s - start.virtual_s,
+                n_tokens, n_outputs, n_past, by_name, n_inputs, n_nodes, self._is_reused, end.time_s - start.time_s,
+                end.bytes_copied - start.bytes_copied, end.bytes_full - start.bytes_full, None if self.clock is None else end.virtual_s - start.virtual_s,
             )
         )  # fmt: skip
-        if self._takes_records:
+        if self.takes_records:
             self._n_graphs += not self._is_reused
             self._n_runs += 1
             of = Identity(i_graph=self._n_graphs - 1, i_run=self._n_runs - 1, i_clock=0)
@@ -436,7 +485,7 @@ class Ledger:
             for view in split.views:
                 for node in view.nodes:
                     for source in node.src:
-                        copied = None if source is None else _copied_name(source.name)
+                        copied = None if source is None else copied_name(source.name)
                         if copied is not None:
                             readers.setdefault((split.backend_id, copied), []).append(node)
         for i, split in enumerate(self._splits):

@@ -186,7 +186,7 @@ class LlamaModel(Generator):
         self.n_ubatch, self.n_seq_max = facts["n_ubatch"], facts["n_seq_max"]
         self.eog_ids = frozenset(facts["eog"])
         self._memory: list[tuple[str, AllocPurpose, int]] = facts["memory"]
-        self.stats, self.clock = Statistics(), None if facts["clock"] is None else VirtualClock(facts["clock"].profiles)
+        self.stats, self.clock = Statistics(), None if facts["profiles"] is None else VirtualClock(facts["profiles"])
         self._splits: tuple[dict[str, int], int] = ({}, 0)
         self._take_state(facts)
         if recorder is not None:
@@ -221,7 +221,7 @@ class LlamaModel(Generator):
         self._reaches_back: list[int] = state["reaches_back"]
         self.stats = state["stats"]
         if self.clock is not None:
-            vars(self.clock).update(vars(state["clock"]))
+            self.clock.set_times(state["clock"])
         if self._recorder is not None and state["records"]:
             causes = self._explainer()
             for record in state["records"] if causes is None else causes.fill(state["records"]):

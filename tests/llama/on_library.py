@@ -2,6 +2,7 @@
 
 ``ops``: `ggml_backend_compare_graph_backend` of the library between its CPU and a simulated device, over the op cases of the test kit.
 ``model``: the same over the graphs that llama.cpp gives the device while it decodes.
+``known``: decodes whose calls are answered in compiled code, and the same with all calls answered by Python.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from pyggml.backends.host.ggml_safe import is_safe_on_cpu
 from pyggml.backends.libggml.tensors import can_translate, new_tensor, set_op
 from pyggml.backends.sim.device import SimDevice
 from pyggml.cost import parse_profile
+from pyggml.errors import ComputeError
 from pyggml.llama.computing import ComputingDevice, Machine
 from pyggml.llama.engine import Engine
 from pyggml.llama.ledger import Ledger
@@ -176,15 +179,60 @@ def model(path: Path, request: dict[str, Any]) -> Found:
     return found
 
 
+def known(path: Path, request: dict[str, Any]) -> Found:
+    """Decode a prompt and tokens with known calls, without them, and with a kernel that stops."""
+    engine = Engine(path)
+    engine.open(request)
+    machine, sim = engine.machine, engine.devices[0]
+    calls, ledger = machine.known, machine.ledger
+    assert isinstance(sim, SimDevice)
+    assert ledger.clock is not None
+    begin = calls.begin
+    # the scheduler's counts, those of the device and those of its buffers
+    counters = ledger.counters() + [
+        (t, n) for t in (sim.traffic, *(b.traffic for b in sim._buffers)) for n in t.__slots__
+    ]
+
+    def run() -> dict[str, Any]:
+        engine.keep(0, 0)
+        before = [c[0][c[1]] if isinstance(c[0], dict) else getattr(*c) for c in counters]
+        about: dict[str, Any] = {"logits": [], "batches": [], "virtual_s": []}
+        tokens = list(range(40))
+        for _ in range(6):
+            found = engine.decode(tokens, "last", 0)
+            tokens = [int(found["logits"][-1].argmax())]
+            about["logits"].append(found["logits"].tobytes().hex()[:4000])
+            (batch,) = found["batches"]
+            about["batches"].append([batch.splits, batch.n_inputs, batch.n_nodes, batch.bytes_copied, batch.bytes_full])
+            about["virtual_s"].append(batch.virtual_s)
+        after = [c[0][c[1]] if isinstance(c[0], dict) else getattr(*c) for c in counters]
+        about["counts"] = [b - a for a, b in zip(before, after, strict=True)]
+        return about
+
+    found: Found = []
+    for is_on in (True, True, False):
+        calls.begin = lambda *, is_on, allowed=is_on: begin(is_on=is_on and allowed)  # type: ignore[method-assign]
+        cycles = calls.cycles
+        found.append(run() | {"was_known": calls.cycles > cycles})
+    calls.begin = begin  # type: ignore[method-assign]
+    stream = next(iter(machine.streams.values()))[1]
+    stream.pool.abort()  # type: ignore[attr-defined]  # of a simulated device
+    try:
+        engine.decode([1], "last", 0)
+    except ComputeError as error:
+        found.append({"error": str(error)})
+    found.append(run())
+    return found
+
+
 def main(what: str, library: str, out: str, arguments: str) -> None:
     """Run, and write what was found as JSON."""
     given = json.loads(arguments)
     if what == "ops":
         found = ops(Path(library), **given)
     else:
-        import pickle
-
-        found = model(Path(library), pickle.loads(Path(given["request"]).read_bytes()))
+        run = {"model": model, "known": known}[what]
+        found = run(Path(library), pickle.loads(Path(given["request"]).read_bytes()))
     Path(out).write_text(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)  # destructors of the library and of Python need not agree on an order

@@ -48,16 +48,34 @@ def test_many_cases_of_ops(tmp_path: Path, seed: int | None) -> None:
     _check_ops(_run("ops", find_llama(), tmp_path, seed=seed, n_case=4), 500)
 
 
+def _request(path: Path, folder: Path, **more: Any) -> str:
+    """Return a file with the request that opens a model with experts on the host."""
+    context, placement = ContextFlags(n_ctx=256, n_ubatch=64), PlacementFlags(cpu_moe=True)
+    with LlamaModel(path, context=context, placement=placement, threads=1, **more) as model:
+        request = folder / "request"
+        request.write_bytes(pickle.dumps(model.opened_with))
+    return str(request)
+
+
 @pytest.mark.parametrize("arch", ["qwen3moe", pytest.param("gpt-oss", marks=pytest.mark.slow),
                                   pytest.param("deepseek2", marks=pytest.mark.slow)])  # fmt: skip
 def test_graphs_of_a_model(random_model: Callable[[str], Path], tmp_path: Path, arch: str) -> None:
     """The same over each graph that llama.cpp gives the device in a prompt and a token, with experts on the host."""
-    with LlamaModel(
-        random_model(arch), context=ContextFlags(n_ctx=256, n_ubatch=64), placement=PlacementFlags(cpu_moe=True),
-        threads=1, host=None,
-    ) as model:  # fmt: skip
-        request = tmp_path / "request"
-        request.write_bytes(pickle.dumps(model.opened_with))
-    found = _run("model", find_llama(), tmp_path, request=str(request))
+    found = _run("model", find_llama(), tmp_path, request=_request(random_model(arch), tmp_path, host=None))
     assert len(found) > 100
     assert [f for f in found if not f["is_right"]] == []
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", pytest.param("gpt-oss", marks=pytest.mark.slow)])
+def test_known_calls_have_the_effects_of_others(random_model: Callable[[str], Path], tmp_path: Path, arch: str) -> None:
+    """Calls that compiled code answers give the bits, counts and virtual times that Python gives; so it is after a kernel stopped."""
+    first, known, python, stopped, after = _run(
+        "known", find_llama(), tmp_path, request=_request(random_model(arch), tmp_path)
+    )
+    assert (known.pop("was_known"), python.pop("was_known")) == (True, False)
+    assert stopped["error"].startswith("SIM0")
+    assert "stopped" in stopped["error"]
+    for other in (known, first, after):
+        assert other["virtual_s"] == pytest.approx(python["virtual_s"], rel=1e-9)
+        assert other["counts"] == python["counts"]
+        assert (other["logits"], other["batches"]) == (python["logits"], python["batches"])

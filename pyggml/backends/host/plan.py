@@ -432,6 +432,11 @@ class HostPlan:
     # -- running -----------------------------------------------------------------------
 
     @property
+    def pieces(self) -> Sequence[tuple[int, int]]:
+        """Address of the first kernel call of each piece, and their number; see `Pool.run`."""
+        return self._pieces
+
+    @property
     def n_descriptors(self) -> int:
         """Number of kernel calls."""
         return len(self._starts)
@@ -448,7 +453,7 @@ class HostPlan:
         """
         bad = pool.run(self._pieces, self.shared_bytes, self.thread_bytes, self.times)
         if bad is not None:
-            self._raise(bad)
+            self.refuse(bad)
 
     def run_node(self, i: int, pool: Pool) -> None:
         """Compute only node i of a plan made with ``share=False``. Raises as `run`."""
@@ -459,9 +464,10 @@ class HostPlan:
             return
         bad = pool.run([(self._address + 8 * self._starts[first], end - first)], self.shared_bytes, self.thread_bytes)
         if bad is not None:
-            self._raise(bad)
+            self.refuse(bad)
 
-    def _raise(self, bad: BadIndex) -> None:
+    def refuse(self, bad: BadIndex) -> None:
+        """Raise the error of a plan that stopped; see `run`."""
         for start in self._starts:  # a stopped op may have left jobs counted
             self._words[start + w.COUNTER] = 0
         if bad.descriptor < 0:

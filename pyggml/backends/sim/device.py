@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ... import config
 from ...backend import Backend, Device, Event, answers_by_kind, op_batch_size
@@ -33,6 +33,7 @@ from .memory import POISON, SimBuffer, SimBufferType, Traffic
 
 if TYPE_CHECKING:
     from ...kernels.cpu.pool import Pool
+    from ..host.plan import HostPlan
 
 
 #: Each device and each buffer has its own piece of the addresses that no process has.
@@ -226,6 +227,15 @@ class SimDevice(Device):
         """Remove all pending faults, and restore the speed of the link."""
         self._faults.clear()
 
+    @property
+    def repeats(self) -> bool:
+        """Whether equal work has equal effects: it is done at once, and no fault is pending."""
+        return self.has_data and self.seed is None and not self.is_lost and self._faults.is_clear
+
+    def counters(self) -> list[tuple[Any, str]]:
+        """Return what is counted of calls: an object and the name of the attribute, or a dict and the key."""
+        return self._faults.counters()
+
     def recover(self) -> None:
         """Bring a lost device back with fresh memory; its contents are lost."""
         self.finish()
@@ -416,7 +426,7 @@ class SimBackend(Backend):
             An id is out of range.
         """
         first = graph.graph.nodes[graph.i_start].name if len(graph) else ""
-        plan = plan_of(graph, self.device, self.name, self._arena_address) if self.device.has_data else None
+        plan = self.plan_of(graph) if self.device.has_data else None
         if plan is None:
             self._check_places(graph.nodes)
 
@@ -428,6 +438,10 @@ class SimBackend(Backend):
         if self.device.watch is not None:
             self._watch(self.device, *accesses_of(graph))
         self._submit(compute)
+
+    def plan_of(self, graph: GraphView) -> HostPlan:
+        """Return the plan of a range of nodes; see `pyggml.backends.host.machine.plan_of`."""
+        return plan_of(graph, self.device, self.name, self._arena_address)
 
     def _check_places(self, nodes: Sequence[Tensor]) -> None:
         for node in nodes:
@@ -450,7 +464,7 @@ class SimBackend(Backend):
         return tensor.storage
 
     def _arena_address(self, tensor: Tensor) -> int:
-        return self._own(tensor)._arena(tensor)
+        return self._own(tensor).arena(tensor)
 
     def close(self) -> None:
         """Stop the threads; they start again when needed."""

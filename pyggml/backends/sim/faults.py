@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 __all__ = ["Faults", "Moment"]
 
@@ -52,6 +52,15 @@ class Faults:
         self._slowdown = self._slow_from.pop(self._n_carried, self._slowdown)
         self._n_carried += 1
         return self._slowdown
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether no fault is pending and links have their speed."""
+        return self.is_quiet and not self._slow_from and self._slowdown == 1.0
+
+    def counters(self) -> list[tuple[Any, str]]:
+        """Return what is counted: an object and the name of the attribute, or a dict and the key."""
+        return [(self.counts, moment) for moment in self.counts] + [(self, "_n_carried")]
 
     def clear(self) -> None:
         """Remove all pending faults, and restore the speed of the link."""

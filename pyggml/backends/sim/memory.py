@@ -93,7 +93,7 @@ class SimBuffer(Buffer):
         self._block = block
         self._is_open = True
 
-    def _arena(self, tensor: Tensor) -> int:
+    def arena(self, tensor: Tensor) -> int:
         """Return where the bytes of a tensor are stored."""
         if not self._is_open:
             self.check_open(tensor)
@@ -128,7 +128,7 @@ class SimBuffer(Buffer):
         if self._block is None:
             self.check_open(tensor)
             return None
-        where = self._arena(tensor) + offset
+        where = self.arena(tensor) + offset
         if address >= FIRST_ADDRESS:
             raise BackendError(self.device.name, f"what is copied to '{tensor.name}' has no data, the device has")
         return where
@@ -156,7 +156,7 @@ class SimBuffer(Buffer):
     def _from(self, tensor: Tensor, address: int, offset: int) -> int | None:
         """Return where bytes for the host are; None if neither end has data."""
         is_bare = self._block is None and address >= FIRST_ADDRESS
-        return None if is_bare else self._arena(tensor) + offset
+        return None if is_bare else self.arena(tensor) + offset
 
     def _read(self, where: int | None, address: int, size: int, name: str) -> None:
         device = self.device
@@ -170,14 +170,14 @@ class SimBuffer(Buffer):
         """Return the bytes in place; None if there are none, or if work can be late."""
         if self._block is None or self.device.seed is not None:
             return None
-        return bytes_at(self._arena(tensor) + offset, size)
+        return bytes_at(self.arena(tensor) + offset, size)
 
     def memset_tensor(self, tensor: Tensor, value: int, offset: int, size: int) -> None:
         """Set bytes of the tensor."""
         self.check_open(tensor)
         self._watch(tensor, offset, size, is_write=True)
         if self._block is not None:
-            ctypes.memset(self._arena(tensor) + offset, value, size)
+            ctypes.memset(self.arena(tensor) + offset, value, size)
 
     def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
         """Copy within the device, or from another simulated one; return False for any other memory."""
@@ -193,7 +193,7 @@ class SimBuffer(Buffer):
         storage = src.storage
         assert isinstance(storage, SimBuffer)
         self.check_open(dst)
-        to, start = (None, None) if self._block is None else (self._arena(dst), storage._arena(src))
+        to, start = (None, None) if self._block is None else (self.arena(dst), storage.arena(src))
         n_bytes, name = src.nbytes, dst.name
 
         def copy() -> None:
@@ -214,6 +214,11 @@ class SimBuffer(Buffer):
         watch = self.device.watch
         if watch is not None and tensor.data is not None:
             watch.by_host([access_to(tensor, is_write=is_write, offset=offset, size=size)])
+
+    @property
+    def counters(self) -> tuple[Traffic, Traffic]:
+        """The counts of its bytes: its own, and the device's."""
+        return self.traffic, self.device.traffic
 
     def clear(self, value: int) -> None:
         """Set all bytes to a value."""
