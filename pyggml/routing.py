@@ -39,6 +39,9 @@ __all__ = [
 class Routing(Protocol):
     """Which experts tokens choose. ``str(routing)`` names the assumption in reports."""
 
+    def __hash__(self) -> int:
+        """Return a hash: what is counted of a routing is kept by it."""
+
     @property
     def n_tokens(self) -> int | None:
         """Tokens that it knows of; None: any number."""
@@ -105,7 +108,8 @@ class _Popularity(ABC):
         key = (layer, n_expert, n_used)
         chosen = self._drawn.get(key)
         if chosen is None or len(chosen) <= max(tokens):
-            chosen = self._drawn[key] = self._draw(layer, max(tokens) + 1, n_expert, n_used)
+            n_token = max(max(tokens) + 1, 0 if chosen is None else 2 * len(chosen))  # not all again for each token
+            chosen = self._drawn[key] = self._draw(layer, n_token, n_expert, n_used)
         found: list[list[int]] = chosen[list(tokens)].tolist()
         return found
 

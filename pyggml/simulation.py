@@ -32,7 +32,13 @@ if TYPE_CHECKING:
     from .planning import Planner
     from .sched.compute import SplitRun
 
-__all__ = ["RoutedIds", "SimulatedBatch", "can_simulate", "simulate_batch"]
+__all__ = ["RoutedIds", "SimulatedBatch", "can_simulate", "simulate_batch", "simulate_generation"]
+
+#: A generation of more tokens is sampled, at about `_N_SAMPLES` of them.
+_MOST_WHOLE = 64
+_N_SAMPLES = 32
+#: The factor within which the misses of recorded texts are those of the assumed routing (`docs/accuracy.md`).
+_MISSES = 2.0
 
 
 @dataclass(slots=True)
@@ -41,6 +47,8 @@ class SimulatedBatch:
 
     Attributes
     ----------
+    n_tokens : int
+        The tokens that were carried out.
     seconds : float or None
         Virtual time; None without a clock.
     compute_s : dict
@@ -138,6 +146,11 @@ class RoutedIds(IdsSource):
             known = self._counts[ids] = len(self.choose(ids, weight))
         return known
 
+    def ids_of(self, layer: int, n_expert: int, n_used: int) -> list[int]:
+        """Return the ids that the next tokens choose in a layer."""
+        chosen = self.routing.rows(layer - self._n_lead, self.tokens, n_expert, n_used)
+        return [expert for row in chosen for expert in row]
+
     def choose(self, ids: Tensor, weight: Tensor) -> set[int]:
         """Return the experts of a weight that its layer's tokens choose."""
         layer = layer_of(weight.name)
@@ -158,6 +171,7 @@ def simulate_batch(
     depth: int = 0,
     routing: Routing | None = None,
     is_generated: bool = False,
+    every: int = 1,
 ) -> SimulatedBatch:
     """Simulate a decode of ``n_tokens`` tokens; an expert cache is emptied first.
 
@@ -173,6 +187,8 @@ def simulate_batch(
         Which experts the tokens choose, where the scheduler would read ids; `routing_of` the model, if not given.
     is_generated : bool
         One token per step, with logits for each.
+    every : int
+        Of a generation, carry out only each so-manieth token; the others take their turn in the expert cache without.
 
     Raises
     ------
@@ -207,6 +223,11 @@ def simulate_batch(
         for part, graph in planner.micro_batches(n_tokens, outputs=outputs, depth=depth, is_generated=is_generated):
             routed.tokens = range(n_before, n_before + part.n_tokens)
             routed.outputs = [n_before + i for i in _outputs(part)]
+            if (n_before - depth) % every != every // 2:
+                if planner.expert_cache is not None:
+                    planner.expert_cache.advance(routed.ids_of)
+                n_before += part.n_tokens
+                continue
             sched.announce(part.n_tokens, n_before, part.n_outputs)
             if graph is not allocated:
                 sched.alloc_graph(graph.graph)
@@ -221,6 +242,8 @@ def simulate_batch(
     finally:
         sched.ids_source = kept
         sched.reset()
+    if is_generated:
+        result.n_tokens = result.n_micro_batches
     stats = sched.stats
     result.bytes_copied, result.bytes_full = stats.bytes_copied - before[0], stats.bytes_full - before[1]
     result.bytes_by_reason = {k: n - before[2][k] for k, n in stats.bytes_by_reason.items()}
@@ -228,18 +251,37 @@ def simulate_batch(
         names = [b.name for b in planner.backends]
         took = Reading.zero(len(planner.backends)).plus(clock.reading(), began)
         result.seconds = took.host_s
-        result.range_factor = _range_factor(planner, clock, n_tokens)
         result.compute_s = dict(zip(names, took.busy_s, strict=True))
         result.copy_to_s = dict(zip(names[:-1], took.to_device_busy_s, strict=False))
         result.copy_from_s = dict(zip(names[:-1], took.from_device_busy_s, strict=False))
+        result.range_factor = _range_factor(planner, clock, result, is_generated=is_generated)
     return result
 
 
-def _range_factor(planner: Planner, clock: VirtualClock, n_tokens: int) -> float:
-    """Return the factor of the range of a speed of ``n_tokens`` tokens."""
+def simulate_generation(
+    planner: Planner, n_tokens: int, *, depth: int = 0, routing: Routing | None = None
+) -> SimulatedBatch:
+    """Simulate a generation, token by token, from an empty expert cache on; see `simulate_batch`.
+
+    Notes
+    -----
+    Of more than 64 tokens about 32 are carried out, evenly spaced; the expert cache sees all. With a prefetch all are.
+    """
+    is_whole = n_tokens <= _MOST_WHOLE or prefetch_of(planner.sched.policy) is not None
+    every = 1 if is_whole else -(-n_tokens // _N_SAMPLES)
+    return simulate_batch(planner, n_tokens, depth=depth, routing=routing, is_generated=True, every=every)
+
+
+def _range_factor(planner: Planner, clock: VirtualClock, made: SimulatedBatch, *, is_generated: bool) -> float:
+    """Return the factor of the range of a speed; with an expert cache the misses may be off as well."""
     cards = [p.sheet for p in clock.profiles if isinstance(p.sheet, Card)]
     has_host_weights = any(w.buft.is_host and w.info.name.startswith("blk.") for w in planner.placement.weights)
-    return spread_of(cards, is_prompt=n_tokens > 1, has_host_weights=has_host_weights)
+    is_prompt = made.n_tokens > 1 and not is_generated
+    factor = spread_of(cards, is_prompt=is_prompt, has_host_weights=has_host_weights)
+    if planner.expert_cache is None or is_prompt or not made.seconds:
+        return factor
+    uploads = min(sum(made.copy_to_s.values()) / made.seconds, 1.0)
+    return math.exp(math.hypot(math.log(factor), uploads * math.log(_MISSES)))
 
 
 def _set_inputs(graph: Graph) -> None:

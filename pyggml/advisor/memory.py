@@ -15,6 +15,7 @@ from ..foresight.estimate import Setting, device_of, has_host_experts, place_key
 from ..gguf import GGUFFile
 from ..hardware.hosts import Host
 from ..memory_rows import Memory
+from ..moe_cache import LlamaCache
 from ..planning import Planner, virtual_clock
 from .settings import context_flags, is_experts_only, placement_flags
 
@@ -75,6 +76,7 @@ class MemoryModel:
         self._layers, self._experts, self._input, self._output = _weights(file)
         self._rest: dict[tuple[object, ...], list[int]] = {}
         self._exact: dict[Setting, list[DeviceMemory] | None] = {}
+        self.refused: dict[Setting, str] = {}  #: why a setting cannot be planned at all
         self._sizes = [float(b.device.memory()[1]) for b in self.backends[:-1]]
         self._planner: Planner | None = None
         self._at: tuple[object, ...] = ()
@@ -114,8 +116,19 @@ class MemoryModel:
         rest = self._rest.get(self._key(setting))
         if rest is None:
             return None
-        parts = zip(self.weights(setting), self._cache_of(setting, rest[-1]), rest, strict=False)
+        parts = zip(
+            self.weights(setting), self._cache_of(setting, rest[-1]), self._slots_of(setting), rest, strict=False
+        )
         return self.devices([sum(own) for own in parts])
+
+    def _slots_of(self, setting: Setting) -> list[int]:
+        """Return the bytes of the expert cache on each device, then on the host: all of its budget."""
+        out = [0] * len(self.backends)
+        if setting.moe_cache_mib:
+            shares = setting.tensor_split if any(setting.tensor_split) else self._sizes
+            for i, share in enumerate(shares):
+                out[i] = int((setting.moe_cache_mib << 20) * share / sum(shares))
+        return out
 
     def _cache_of(self, setting: Setting, total: int) -> list[int]:
         """Return the bytes of the KV cache on each device, then on the host: layers have equal parts."""
@@ -134,9 +147,17 @@ class MemoryModel:
             self._devices[key] = [device_of(i, n, setting, self._sizes) for i in range(n + 1)]
         return self._devices[key]
 
+    def kv_bytes(self, setting: Setting) -> int:
+        """Return the bytes of the KV cache of a setting that was planned, or is like one; 0 if none was."""
+        return self._rest.get(self._key(setting), [0])[-1]
+
     def may_fit(self, setting: Setting) -> bool:
-        """Return whether nothing known speaks against a setting: its weights alone, or with the rest of one that is alike."""
-        return all(d.fits for d in self.estimate(setting) or self.devices(self.weights(setting)))
+        """Return whether nothing known speaks against a setting: its weights and slots alone, or with the rest of one that is alike."""
+        taken = self.estimate(setting)
+        if taken is None:
+            parts = zip(self.weights(setting), self._slots_of(setting), strict=True)
+            taken = self.devices([a + b for a, b in parts])
+        return all(d.fits for d in taken)
 
     def exact(self, setting: Setting) -> list[DeviceMemory] | None:
         """Return the memory of a setting as the scheduler reserves it; None if it cannot be planned at all."""
@@ -148,10 +169,11 @@ class MemoryModel:
         self.n_opened += 1
         try:
             rows = self.planner(setting).memory()
-        except PyggmlError:
+        except PyggmlError as error:
+            self.refused[setting] = error.message
             return None
         taken, cache = self._by_device(rows), sum(m.cache for m in rows)
-        if setting.overrides and not is_experts_only(setting):
+        if setting.moe_cache_mib or (setting.overrides and not is_experts_only(setting)):
             return self.devices(taken)  # what follows from the header is not what was planned
         known = [a + b for a, b in zip(self.weights(setting), self._cache_of(setting, cache), strict=True)]
         rest = [*(a - b for a, b in zip(taken, known, strict=True)), cache]
@@ -168,13 +190,14 @@ class MemoryModel:
         """Return a planner of a setting, without data; it is this model's own, and the next setting changes it."""
         placement, context = placement_flags(setting), context_flags(setting, self.n_ctx)
         host = self.host.with_threads(setting.threads)
-        at = (placement, context, host)
+        rule = LlamaCache(setting.moe_cache_mib << 20) if setting.moe_cache_mib else None
+        at = (placement, context, host, rule)
         if self._planner is not None and not self._planner.is_closed and self._at[2:] == at[2:]:
             if self._at != at:
                 self._at = ()
                 self._planner.change(placement, context)
         else:
-            self.close()
+            self.close()  # before the next: both would hold memory of the devices
             self._planner = Planner.open(
                 self.file,
                 devices=self.backends[:-1],
@@ -184,6 +207,7 @@ class MemoryModel:
                 data=False,
                 strict=True,
                 clock=virtual_clock(self.backends, host_profile(host)),
+                expert_cache=rule,
             )
         self._at = at
         return self._planner
@@ -207,7 +231,7 @@ class MemoryModel:
         has_host = setting.n_cpu_moe > 0 or setting.n_gpu_layers >= 0 or bool(setting.overrides)
         return (
             setting.n_ubatch, setting.type_k, setting.type_v, setting.kv_offload, setting.op_offload and has_host,
-            min(setting.n_gpu_layers, 1), setting.tensor_split,
+            min(setting.n_gpu_layers, 1), setting.tensor_split, setting.flash_attn,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import math
 from html import escape
 
 from ..viz.page import static_text
-from .advice import Advice, Recommendation
+from .answer import Advice, Recommendation
 
 __all__ = ["page_html"]
 
@@ -19,6 +19,7 @@ svg text { fill: var(--muted); font: 11px system-ui, sans-serif; }
 svg .axis { stroke: var(--line-strong); }
 circle { fill: var(--compute); fill-opacity: 0.55; cursor: pointer; }
 circle:hover, circle:focus, circle.chosen { fill: var(--experts); fill-opacity: 1; outline: none; stroke: var(--text); }
+circle.cached { fill: var(--input); }
 circle.plan { fill: var(--activation); fill-opacity: 1; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
@@ -69,7 +70,7 @@ def page_html(advice: Advice) -> str:
         ("Memory and answer", "GiB on devices", "answer tokens/s", [(p[0], p[2]) for p in points]),
         ("Prompt and answer", "prompt tokens/s", "answer tokens/s", [(p[1], p[2]) for p in points]),
     ]
-    marks = [flags in chosen for *_, flags in points]
+    marks = ["plan" if flags in chosen else "cached" if "--moe-cache-mib" in flags else "" for *_, flags in points]
     title = f"Flags for {advice.model}"
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -78,12 +79,13 @@ def page_html(advice: Advice) -> str:
         _plans(advice),
     ]
     if points:
+        cached = " Purple: with an expert cache, of its best size." if "cached" in marks else ""
         shown = "".join(
             f"<figure><figcaption>{escape(name)}</figcaption>{_plot(x, y, at, says, marks)}</figure>"
             for name, x, y, at in plots
         )
         body.append(
-            f"<section><h2>{len(points)} settings that fit</h2><p id=shown class=hint>Click a point to see its flags. Green: the recommendations above.</p>"
+            f"<section><h2>{len(points)} settings that fit</h2><p id=shown class=hint>Click a point to see its flags. Green: the recommendations above.{cached}</p>"
             f'<div class="plots">{shown}</div></section>'
         )
     helps = "".join(
@@ -117,7 +119,7 @@ def _plans(advice: Advice) -> str:
             for label, s in (("prompt t/s", plan.pp_tps), ("answer t/s", plan.tg_tps))
         )
         rows.append(
-            f"<tr><td><b>{escape(plan.title)}</b><pre>{_command(plan.command)}</pre>{_for_ik(plan)}{escape(plan.bottleneck)}"
+            f"<tr><td><b>{escape(plan.title)}</b><pre>{_command(plan.command)}</pre>{_for_ik(plan)}{escape(_said(plan))}"
             f'{_chosen_by(advice, plan)}</td>{speeds}<td class=n data-label="memory">{memory}</td></tr>'
         )
     head = "<tr class=head><th>recommendation</th><th class=n>prompt t/s</th><th class=n>answer t/s</th><th class=n>memory</th></tr>"
@@ -146,13 +148,20 @@ def _chosen_by(advice: Advice, plan: Recommendation) -> str:
     return f"<br><small>Chosen by {escape(advice.fit_by)}.{escape(note)}</small>"
 
 
+def _said(plan: Recommendation) -> str:
+    if plan.refused:
+        return f"llama.cpp cannot run this: {plan.refused}."
+    return " ".join(filter(None, (plan.bottleneck, plan.cache_line)))
+
+
 def _for_ik(plan: Recommendation) -> str:
     if plan.ik_command == plan.command:
         return ""
-    return f"<details><summary>for ik_llama.cpp</summary><pre>{_command(plan.ik_command)}</pre></details>"
+    note = f", {plan.ik_note}" if plan.ik_note else ""
+    return f"<details><summary>for ik_llama.cpp{note}</summary><pre>{_command(plan.ik_command)}</pre></details>"
 
 
-def _plot(x_name: str, y_name: str, at: list[tuple[float, float]], says: list[str], marks: list[bool]) -> str:
+def _plot(x_name: str, y_name: str, at: list[tuple[float, float]], says: list[str], marks: list[str]) -> str:
     """Return a scatter plot; plans are drawn last, so that they are on top."""
     x_max, y_max = (1.05 * max((p[i] for p in at), default=1.0) or 1.0 for i in (0, 1))
 
@@ -169,9 +178,10 @@ def _plot(x_name: str, y_name: str, at: list[tuple[float, float]], says: list[st
     parts.append(
         f'<text x="12" y="{_H / 2:.0f}" transform="rotate(-90 12 {_H / 2:.0f})" text-anchor="middle">{escape(y_name)}</text>'
     )
-    for i in sorted(range(len(at)), key=lambda i: marks[i]):
+    for i in sorted(range(len(at)), key=lambda i: marks[i] == "plan"):
         px, py = place(*at[i])
-        kind, r = ('class="plan" tabindex="0" ', 6) if marks[i] else ("", 3.5)
+        kind = f'class="{marks[i]}" ' if marks[i] else ""
+        kind, r = (f'{kind}tabindex="0" ', 6) if marks[i] == "plan" else (kind, 3.5)
         parts.append(
             f'<circle {kind}cx="{px:.1f}" cy="{py:.1f}" r="{r}" data-says="{escape(says[i])}"><title>{escape(says[i])}</title></circle>'
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..foresight import Machine, ModelShape, Setting, Speed, speed_of
 from ..foresight.estimate import LayerTimes, Placed, place, place_key, predict
@@ -61,8 +61,10 @@ class Search:
         self.shape, self.machine, self.goal, self.memory = shape, machine, goal, memory
         self.n_timed = 0
         self._generation: dict[Setting, float] = {}
+        self._prompt: dict[Setting, float] = {}
         self._scored: dict[Setting, Scored] = {}
-        self.generated: dict[Setting, SimulatedBatch] = {}  #: one token on the simulated machine, by `generation_key`
+        #: The answer on the simulated machine and its hits in the expert cache, by `generation_key`.
+        self.generated: dict[Setting, tuple[SimulatedBatch, float | None]] = {}
         self._places: dict[tuple[object, ...], list[Placed]] = {}
         self._layer_s: LayerTimes = {}
 
@@ -75,12 +77,18 @@ class Search:
 
     def _score(self, setting: Setting) -> Scored:
         self.n_timed += 1
-        goal = self.goal
-        placed = self._placed(setting)
-        each = predict(
-            self.shape, self.machine, setting, goal.prompt, 0, is_prompt=True, placed=placed, known=self._layer_s
-        )
-        return Scored(setting, each * goal.prompt, self._generate_s(setting))
+        return Scored(setting, self._prompt_s(setting), self._generate_s(setting))
+
+    def _prompt_s(self, setting: Setting) -> float:
+        """Return the time of the prompt; large micro-batches do not use an expert cache."""
+        key = replace(setting, moe_cache_mib=0) if setting.moe_cache_mib else setting
+        if key not in self._prompt:
+            n = self.goal.prompt
+            one = predict(
+                self.shape, self.machine, key, n, 0, is_prompt=True, placed=self._placed(key), known=self._layer_s
+            )
+            self._prompt[key] = one * n
+        return self._prompt[key]
 
     def _placed(self, setting: Setting) -> list[Placed]:
         """Return where the layers of a setting are."""
@@ -91,11 +99,15 @@ class Search:
 
     @staticmethod
     def generation_key(setting: Setting) -> Setting:
-        """Return what of a setting changes the time of the answer: no micro-batch and no offloading does."""
+        """Return what of a setting changes the time of the answer: no micro-batch and no offloading does.
+
+        The load mode does with an expert cache, to which experts are sent.
+        """
         return Setting(
             n_gpu_layers=setting.n_gpu_layers, n_cpu_moe=setting.n_cpu_moe, overrides=setting.overrides,
             tensor_split=setting.tensor_split, split_mode=setting.split_mode,
-            threads=setting.threads, type_k=setting.type_k, type_v=setting.type_v, kv_offload=setting.kv_offload,
+            threads=setting.threads, type_k=setting.type_k, type_v=setting.type_v, kv_offload=setting.kv_offload, flash_attn=setting.flash_attn,
+            moe_cache_mib=setting.moe_cache_mib, is_pinned=setting.is_pinned and setting.moe_cache_mib > 0,
         )  # fmt: skip
 
     def _generate_s(self, setting: Setting) -> float:
@@ -127,12 +139,28 @@ class Search:
 
     def best(self, ranked: Iterable[Scored]) -> Iterator[Scored]:
         """Yield those of a ranked list that fit, by the scheduler's own reserve."""
+        memory = self.memory
         for scored in ranked:
-            if not self.memory.may_fit(scored.setting):
+            setting = scored.setting
+            if setting.moe_cache_mib and memory.may_fit(setting) and memory.estimate(setting) is None:
+                memory.exact(
+                    replace(setting, moe_cache_mib=0)
+                )  # tells the rest, and is planned without another planner
+            if not memory.may_fit(setting):
                 continue
-            taken = self.memory.exact(scored.setting)
+            taken = memory.exact(setting)
             if taken is not None and all(device.fits for device in taken):
                 yield scored
+
+    def filled(self, scored: Scored) -> Scored:
+        """Return a setting with an expert cache that takes what is left of the devices' memory, if that is faster."""
+        setting, taken = scored.setting, self.memory.exact(scored.setting)
+        if taken is None or len(taken) != 2:
+            return scored
+        left = taken[0].of_bytes - taken[0].margin_bytes - taken[0].bytes
+        more = self.score(replace(setting, moe_cache_mib=setting.moe_cache_mib + (left >> 20)))
+        filled = self.memory.exact(more.setting) if more.seconds < scored.seconds else None
+        return more if filled is not None and all(d.fits for d in filled) else scored
 
 
 def pays_from(search: Search, setting: Setting) -> int | None:
@@ -143,8 +171,6 @@ def pays_from(search: Search, setting: Setting) -> int | None:
     int or None
         The smallest number of tokens of a micro-batch; None if it never is up to 4096, or nothing is on the host.
     """
-    from dataclasses import replace
-
     if not search.machine.cards or (setting.n_cpu_moe == 0 and setting.n_gpu_layers < 0 and not setting.overrides):
         return None
 
@@ -156,8 +182,9 @@ def pays_from(search: Search, setting: Setting) -> int | None:
         )
         return copied < on_cpu
 
-    low, high = 32, 4096  # llama.cpp's own threshold is 32: below it nothing is copied
-    if not is_faster(high):
+    known = None if search.shape.routing is None else search.shape.routing.n_tokens
+    low, high = 32, min(4096, known or 4096)  # llama.cpp's own threshold is 32: below it nothing is copied
+    if high < low or not is_faster(high):
         return None
     while low < high:
         middle = (low + high) // 2

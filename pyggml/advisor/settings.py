@@ -53,6 +53,10 @@ EXPLAIN = {
     "-ot": "weights whose names fit a pattern go to a memory. With several cards it is used to keep the experts of the last layers in host "
     "memory, which makes room on the last card, where -ncmoe makes room on the first.",
     "-t": "threads: one for each physical core.",
+    "--moe-cache-mib": "MiB of device memory in which experts of layers on the host are kept after their first use (llama.cpp from b11481 on; "
+    "ik_llama.cpp at 007d6400 has no such flag). The device computes these layers for up to 32 tokens, and each expert that is absent "
+    "crosses the link, where the CPU would have read it from host memory. So it pays if hits are many and the link is fast. It has no hits "
+    "at all up to (layers - 1) * (experts per token) slots. More layers on the host make room for a larger cache.",
     "-c": "tokens that the KV cache holds.",
 }
 
@@ -72,6 +76,9 @@ class Space:
     n_cpu_moe_last : tuple of int
         Layers from the last whose experts are on the host (``-ot``); never beside layers from the first. With one
         device both ends are alike.
+    moe_cache_mib : tuple of int
+        Sizes of the expert cache. One is tried with experts on the host and all else on devices, as far as llama.cpp
+        caches: not with shares of cards or experts from the last layers.
     """
 
     n_gpu_layers: tuple[int, ...] = (-1,)
@@ -84,9 +91,10 @@ class Space:
     tensor_split: tuple[tuple[float, ...], ...] = ((),)
     n_cpu_moe_last: tuple[int, ...] = (0,)
     n_layer: int = 0
+    moe_cache_mib: tuple[int, ...] = (0,)
 
     @classmethod
-    def of(cls, model: ModelShape, *, n_ctx: int, n_devices: int, has_unified: bool) -> Space:
+    def of(cls, model: ModelShape, *, n_ctx: int, n_devices: int, has_unified: bool, device_bytes: int = 0) -> Space:
         """Return the space of a model over a number of devices.
 
         Parameters
@@ -95,6 +103,8 @@ class Space:
             Micro-batches above it are left out.
         has_unified : bool
             Whether a device's memory is the host's: then nothing is copied, and pinning changes nothing.
+        device_bytes : int
+            Memory of all devices, of which an expert cache takes a part; 0: none is tried.
         """
         n_layer = len(model.layers)
         n_moe = sum(layer.has_experts for layer in model.layers)
@@ -106,14 +116,15 @@ class Space:
         layers = (-1, 0) if n_moe else (-1, *range(n_layer, -1, -1))
         pinned = (False,) if has_unified else (False, True)
         offload = (True,) if has_unified else (True, False)
+        caches = (0,) if has_unified else (0, *_cache_sizes(model, device_bytes, n_devices))
         if n_devices < 2:
-            return cls(layers, moe, sizes, pinned, offload)
+            return cls(layers, moe, sizes, pinned, offload, moe_cache_mib=caches)
         few = tuple(n for n in sizes if n in (512, 2048))
         step = max(1, n_layer // 12)
         last = (0, *range(step, n_layer - first, step)) if n_moe else (0,)
         return cls(
             layers, moe, few or sizes[:1], pinned, offload, tensor_split=_splits(n_layer, n_devices), n_cpu_moe_last=last,
-            n_layer=n_layer,
+            n_layer=n_layer, moe_cache_mib=caches,
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -122,7 +133,8 @@ class Space:
             self.n_gpu_layers, self.n_ubatch, self.is_pinned, self.op_offload, self.kv_offload, self.kv_types, self.tensor_split,
         ):  # fmt: skip
             n *= len(values)
-        return n * (len(self.n_cpu_moe) + len(self.n_cpu_moe_last) - 1)
+        cached = (len(self.moe_cache_mib) - 1) * (len(self.n_cpu_moe) - 1) * len(self.n_ubatch) * len(self.is_pinned)
+        return n * (len(self.n_cpu_moe) + len(self.n_cpu_moe_last) - 1) + cached * len(self.kv_types)
 
     def settings(self, threads: int) -> Iterator[Setting]:
         """Yield every distinct setting.
@@ -143,11 +155,14 @@ class Space:
                 continue  # all is on the host already
             if not offload and pinned:
                 continue  # nothing is copied
-            yield Setting(
+            made = Setting(
                 n_gpu_layers=ngl, n_cpu_moe=ncmoe, overrides=(last_experts(last, self.n_layer),) if last else (), n_ubatch=ub,
                 n_batch=max(ub, DEFAULT_BATCH), threads=threads, type_k=kv_type, type_v=kv_type, is_pinned=pinned,
                 op_offload=offload, kv_offload=kv, tensor_split=split,
             )  # fmt: skip
+            yield made
+            if ngl < 0 and ncmoe and offload and kv and not split:
+                yield from (replace(made, moe_cache_mib=mib) for mib in self.moe_cache_mib if mib)
 
     def around(self, setting: Setting) -> Iterator[Setting]:
         """Yield a setting with each micro-batch, load mode and KV type of the space."""
@@ -167,6 +182,18 @@ def _splits(n_layer: int, n_devices: int) -> tuple[tuple[float, ...], ...]:
     return ((), *((float(k), float(n - k)) for k in steps))
 
 
+def _cache_sizes(model: ModelShape, device_bytes: int, n_devices: int) -> tuple[int, ...]:
+    """Return the sizes of an expert cache that are tried, in MiB: with the smallest a quarter of the layers has hits."""
+    layer = next((layer for layer in model.layers if layer.has_experts), None)
+    if layer is None or not device_bytes:
+        return ()
+    n_moe = sum(layer.has_experts for layer in model.layers)
+    least = n_moe * model.n_used * layer.expert_bytes / model.n_expert / 4
+    parts = (1, 2, 3, 4, 6, 8, 10, 12, 14) if n_devices < 2 else (4, 8, 12)
+    sizes = (device_bytes * part / 16 for part in parts)
+    return tuple(int(size) >> 20 for size in sizes if size >= least)
+
+
 def placement_flags(setting: Setting) -> PlacementFlags:
     """Return the flags that place weights."""
     return PlacementFlags(
@@ -179,7 +206,7 @@ def context_flags(setting: Setting, n_ctx: int) -> ContextFlags:
     """Return the flags of the context."""
     return ContextFlags(
         n_ctx=n_ctx, n_batch=setting.n_batch, n_ubatch=setting.n_ubatch, type_k=setting.type_k, type_v=setting.type_v,
-        flash_attn="on", offload_kqv=setting.kv_offload, op_offload=setting.op_offload,
+        flash_attn="on" if setting.flash_attn else "off", offload_kqv=setting.kv_offload, op_offload=setting.op_offload,
     )  # fmt: skip
 
 
@@ -204,7 +231,7 @@ def flags_of(setting: Setting, n_ctx: int, *, has_devices: bool = True) -> list[
         flags += ["-ub", str(setting.n_ubatch)]
     if setting.n_batch != DEFAULT_BATCH:
         flags += ["-b", str(setting.n_batch)]
-    flags += ["-fa", "on"]
+    flags += ["-fa", "on" if setting.flash_attn else "off"]
     if setting.type_k is not Type.F16:
         flags += ["-ctk", setting.type_k.ggml_name, "-ctv", setting.type_v.ggml_name]
     if not setting.kv_offload:
@@ -213,6 +240,8 @@ def flags_of(setting: Setting, n_ctx: int, *, has_devices: bool = True) -> list[
         flags.append("--no-mmap")
     if not setting.op_offload:
         flags.append("--no-op-offload")
+    if setting.moe_cache_mib:
+        flags += ["--moe-cache-mib", str(setting.moe_cache_mib)]
     if setting.threads:
         flags += ["-t", str(setting.threads)]
     return flags
@@ -226,16 +255,19 @@ def ik_flags_of(flags: Iterable[str]) -> list[str]:
     By its ``common/common.cpp`` (commit 007d6400): ``-ngl`` takes a number only, and ``--no-op-offload`` does not
     exist; ``-op -1,0`` does the same. ``-ncmoe``, ``-ot``, ``-ts``, ``-ub``, ``-nkvo`` and ``--no-mmap`` are as in
     llama.cpp. Fused experts (``-fmoe``) and copies of used experts only are its defaults. ``-rtr`` is never given: its
-    README warns that repacked weights are not offloaded.
+    README warns that repacked weights are not offloaded. An expert cache (``--moe-cache-mib``) does not exist there.
 
     Examples
     --------
-    >>> ik_flags_of(["-ngl", "all", "-ncmoe", "24", "--no-op-offload"])
+    >>> ik_flags_of(["-ngl", "all", "-ncmoe", "24", "--no-op-offload", "--moe-cache-mib", "4096"])
     ['-ngl', '999', '-ncmoe', '24', '-op', '-1,0']
     """
     made: list[str] = []
-    for flag in flags:
-        if flag == "--no-op-offload":
+    given = iter(flags)
+    for flag in given:
+        if flag == "--moe-cache-mib":
+            next(given)
+        elif flag == "--no-op-offload":
             made += ["-op", "-1,0"]
         elif flag == "all" and made[-1:] == ["-ngl"]:
             made.append("999")

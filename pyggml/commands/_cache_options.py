@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..moe_cache import CacheRule, MoeCache
+    from ..planning import Planner
     from ..routing import Routing
     from ..simulation import SimulatedBatch
 
-__all__ = ["N_FORECAST", "cache_options", "cache_table", "print_forecast", "stated_routing"]
+__all__ = ["N_FORECAST", "cache_options", "cache_table", "forecast", "print_forecast", "stated_routing"]
 
-#: Tokens of generation that `splits` carries out, from an empty cache on.
+#: Tokens that `splits` generates, from an empty cache on.
 N_FORECAST = 64
 
 _OPTIONS = cloup.option_group(
@@ -129,6 +130,16 @@ def _forecast_table(runs: dict[str, SimulatedBatch]) -> Table:
         times = (f"{1e3 * s.seconds / n_tokens:.3f}", f"{s.tokens_per_s:,.1f}") if s.seconds else ("-", "-")
         made.add_row(name, n_bytes(s.bytes_copied // n_tokens), *times)
     return made
+
+
+def forecast(planner: Planner, routing: Routing, n_tokens: int, depth: int) -> SimulatedBatch | None:
+    """Simulate a generation from an empty cache; None if a device has data."""
+    from ..simulation import can_simulate, simulate_generation
+
+    if not can_simulate(planner):
+        return None
+    n = min(n_tokens, planner.params.n_ctx - depth, n_tokens if routing.n_tokens is None else routing.n_tokens - depth)
+    return simulate_generation(planner, max(n, 1), depth=depth, routing=routing)
 
 
 def print_forecast(cache: MoeCache, generated: SimulatedBatch | None, without: SimulatedBatch | None) -> None:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ..routing import Routing
+from ._cache_options import forecast
 from ._console import n_bytes, report, table
 from ._model_options import ModelCommand, ModelFlags, device_names, flags_of, open_backends, parse_sizes
 
 if TYPE_CHECKING:
     from ..dialect import Dialect
     from ..hardware.hosts import Host
+    from ..moe_cache import CacheRule
     from ..planning import GraphChoice
 
 __all__ = ["FORMATS", "SweepCommand", "combinations", "print_sweep", "sweep_rows"]
@@ -64,13 +66,15 @@ def sweep_rows(
     graph: GraphChoice,
     dialect: Dialect,
     host: Host | None,
+    expert_cache: CacheRule | None,
+    generate: int,
 ) -> Iterator[dict[str, Any]]:
     """Plan every combination and yield a row for each batch size.
 
     Notes
     -----
     A batch of one token is called tg128: all 128 tokens use the graph of the first, because a cache of up to 256 tokens
-    is read as one of 256.
+    is read as one of 256. With an expert cache ``generate`` tokens are generated, from an empty cache on.
     """
     from ..cost import host_profile
     from ..hardware.hosts import DEFAULT_HOST
@@ -93,17 +97,19 @@ def sweep_rows(
                     model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
                     graph=graph, strict=True, dialect=dialect, policy=flags.policy(),
                     clock=virtual_clock([*backends, cpu], host_profile(around.with_threads(flags.threads or 0))),
+                    expert_cache=expert_cache,
                 )  # fmt: skip
                 kept = same
             plans = plan_batches(planner, parse_sizes(batches), outputs=outputs, routing=routing, depth=depth)
             fits = memory_fits(planner.memory(), planner.backends, host_bytes=host.memory_bytes if host else None)
             for plan in plans:
-                s = plan.simulated
+                is_cached = planner.expert_cache is not None and plan.n_tokens == 1
+                s = forecast(planner, routing, generate, depth) if is_cached else plan.simulated
                 speed = None if s is None else s.speed
                 yield {
                     "model": planner.hparams.name or model.stem,
                     **labels,
-                    "test": "tg128" if plan.n_tokens == 1 else f"pp{plan.n_tokens}",
+                    "test": f"pp{plan.n_tokens}" if plan.n_tokens > 1 else f"tg{generate if is_cached else 128}",
                     **({"depth": depth} if depth else {}),
                     "t/s": None if speed is None else round(speed.mid, 2),
                     "low": None if speed is None else round(speed.low, 2),

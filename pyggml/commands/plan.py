@@ -10,13 +10,14 @@ import click
 import cloup
 
 from ..files import aside
+from ._cache_options import cache_options, stated_routing
 from ._console import n_bytes, print_json, progress, report, table
 from ._values import DeviceList, ModelPath
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..advisor import Advice, Recommendation
+    from ..advisor import Advice, Explanation, Recommendation
     from ..foresight import Setting, Speed
 
 __all__ = ["EXIT_DOES_NOT_FIT", "command"]
@@ -93,12 +94,18 @@ Examples:
         metavar="T,T",
         help="Allowed types of the KV cache; the first is preferred.",
     ),
+    cloup.option(
+        "--routing",
+        default="",
+        metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
+        help="How tokens choose experts, as for `splits`: it decides the hits of an expert cache. [default: by the model's router]",
+    ),
 )
 @cloup.option_group(
     "Output",
     cloup.option("--plans", default=4, show_default=True, type=click.IntRange(1, 20), metavar="N", help="Maximum number of recommendations."),
     cloup.option("--compare", multiple=True, metavar="FLAGS", help="Add a row for your own flags, such as \"-ngl 99 -ncmoe 30\"; repeatable."),
-    cloup.option("--explain", metavar="FLAG", help="Explain a flag and exit."),
+    cloup.option("--explain", metavar="FLAG", help="Say what a flag does. With MODEL also what its other values come to on this machine, and why it is chosen or not."),
     cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page that plots memory against speed for all settings."),
     cloup.option("--json", "as_json", is_flag=True, help="Print the recommendations as JSON."),
 )  # fmt: skip
@@ -112,6 +119,7 @@ def command(
     generate: int,
     context: int,
     kv_types: str,
+    routing: str,
     plans: int,
     compare: tuple[str, ...],
     explain: str | None,
@@ -124,10 +132,11 @@ def command(
     complete llama-server command line with its speed, the range that holds in four cases of five, and its memory.
     Exit status 3: nothing fits.
     """
-    from ..advisor import plan
+    from ..advisor import EXPLAIN, plan
 
-    if explain is not None:
-        click.echo(_explained(explain))
+    flag = "" if explain is None else _flag_to_explain(explain)
+    if flag and model is None and hf_repo is None:
+        click.echo(f"{flag}: {EXPLAIN[flag]}")
         return
     if hf_repo is not None:
         if model is not None:
@@ -141,7 +150,8 @@ def command(
         advice = plan(
             model, devices=device, host=host, prompt=prompt, generate=generate, context=context,
             margin_bytes=int(margin * 2**30), kv_types=[t.strip() for t in kv_types.split(",")], n_plans=plans,
-            compare=own, on_progress=lambda what: bar.update(task, description=what[:40].ljust(40)),
+            routing=stated_routing(routing) if routing else None, compare=own, explain=flag,
+            on_progress=lambda what: bar.update(task, description=what[:40].ljust(40)),
         )  # fmt: skip
     if html is not None:
         from ..advisor.page import page_html
@@ -150,21 +160,45 @@ def command(
             part.write_text(page_html(advice), encoding="utf-8")
     if as_json:
         print_json(as_dict(advice))
+    elif flag and advice.plans:
+        click.echo(f"{flag}: {EXPLAIN[flag]}\n")
+        _print_plan(advice.plans[0])
+        if advice.explained is not None:
+            click.echo()
+            _print_explanation(advice.explained)
     else:
         _print(advice)
     if not advice.plans:
         click.get_current_context().exit(EXIT_DOES_NOT_FIT)
 
 
-def _explained(flag: str) -> str:
-    from ..advisor import EXPLAIN
+def _flag_to_explain(flag: str) -> str:
+    from ..advisor import EXPLAIN, flag_name
 
-    names = {"--n-cpu-moe": "-ncmoe", "--n-gpu-layers": "-ngl", "--ubatch-size": "-ub", "--batch-size": "-b",
-             "--flash-attn": "-fa", "--threads": "-t", "--ctx-size": "-c", "--cpu-moe": "-ncmoe"}  # fmt: skip
-    name = names.get(flag, flag if flag.startswith("-") else f"-{flag}")
-    if name not in EXPLAIN:
+    name = flag_name(flag)
+    if name is None:
         raise click.UsageError(f"`pyggml plan` does not choose {flag}; it chooses {', '.join(EXPLAIN)}")
-    return f"{name}: {EXPLAIN[name]}"
+    return name
+
+
+def _print_explanation(told: Explanation) -> None:
+    """Print what a flag's values come to."""
+    out = report()
+    if told.choices:
+        columns = ("seconds", "prompt s", "answer s", "fits")
+        made = table(
+            f"{told.flag} and the other flags of the best plan",
+            "",
+            *columns,
+            right=columns[:3],
+        )
+        for c in told.choices:
+            fits = f"lacks {n_bytes(c.missing_bytes)}" if c.missing_bytes else "yes"
+            style = "bold" if c.is_chosen else "red" if c.missing_bytes else None
+            made.add_row(c.flags, f"{c.seconds:.1f}", f"{c.prompt_s:.1f}", f"{c.generate_s:.1f}", fits, style=style)
+        out.print(made)
+        out.print("Bold: the best plan's value. Seconds are those of the formulas that rank settings.", style="dim")
+    out.print(told.verdict)
 
 
 def _setting(text: str) -> Setting:
@@ -173,15 +207,17 @@ def _setting(text: str) -> Setting:
 
     from ..advisor.settings import overrides_of
     from ..foresight import Setting
+    from ..moe_cache import CacheRule, LlamaCache
     from ..types import Type
     from ._model_options import ModelCommand, ModelFlags, model_options
 
-    found: list[ModelFlags] = []
+    found: list[tuple[ModelFlags, CacheRule | None]] = []
 
     @cloup.command("--compare", cls=ModelCommand)
     @model_options
-    def read(flags: ModelFlags) -> None:
-        found.append(flags)
+    @cache_options
+    def read(flags: ModelFlags, expert_cache: CacheRule | None) -> None:
+        found.append((flags, expert_cache))
 
     try:
         with read.make_context("--compare", shlex.split(text)) as ctx:
@@ -189,15 +225,17 @@ def _setting(text: str) -> Setting:
     except (click.ClickException, ValueError) as error:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
         raise click.UsageError(f"--compare {text!r}: {reason}") from None
-    (flags,) = found
+    ((flags, cache),) = found
+    if cache is not None and not (isinstance(cache, LlamaCache) and cache == LlamaCache(cache.size_bytes)):
+        raise click.UsageError(f"--compare {text!r}: of caches --moe-cache-mib with its default eviction is compared")
     placement, made = flags.placement(), flags.context()
     if placement.fit:
         raise click.UsageError(f"--compare {text!r}: a number of layers is compared, not -ngl auto")
     return Setting(
         n_gpu_layers=placement.n_gpu_layers, overrides=overrides_of(placement.overrides), n_cpu_moe=placement.n_cpu_moe,
-        tensor_split=placement.tensor_split, n_ubatch=made.n_ubatch, n_batch=made.n_batch, threads=flags.threads or 0, type_k=Type.of(made.type_k),
+        tensor_split=placement.tensor_split, n_ubatch=made.n_ubatch, n_batch=made.n_batch, threads=flags.threads or 0, flash_attn=made.flash_attn != "off", type_k=Type.of(made.type_k),
         type_v=Type.of(made.type_v), is_pinned=not placement.use_mmap, kv_offload=made.offload_kqv,
-        op_offload=made.op_offload,
+        op_offload=made.op_offload, moe_cache_mib=0 if cache is None else cache.size_bytes >> 20,
     )  # fmt: skip
 
 
@@ -225,6 +263,9 @@ def _plan_dict(plan: Recommendation) -> dict[str, Any]:
         "link_bytes_per_prompt_token": plan.link_bytes_per_token,
         "link_bytes_per_generated_token": plan.link_bytes_per_generated,
         "bottleneck": plan.bottleneck,
+        "refused": plan.refused,
+        "moe_cache_mib": plan.setting.moe_cache_mib,
+        "cache_hit_rate": plan.hit_rate,
     }  # fmt: skip
 
 
@@ -239,6 +280,7 @@ def as_dict(advice: Advice) -> dict[str, Any]:
         "compared": [_plan_dict(p) for p in advice.compared],
         "fit": None if advice.fit is None else {**_plan_dict(advice.fit), "note": advice.fit_note, "by": advice.fit_by},
         "helps": [asdict(h) for h in advice.helps],
+        "explained": None if advice.explained is None else asdict(advice.explained),
         "offload_pays_from_tokens": advice.pays_from,
         "missing_bytes": advice.missing_bytes,
         "smaller": advice.smaller,
@@ -268,14 +310,7 @@ def _print(advice: Advice) -> None:
         out.print(_table(advice))
     for plan in shown:
         out.print()
-        out.print(f"{plan.title}:", style="bold")
-        out.print(plan.command, soft_wrap=True)
-        if plan.ik_command != plan.command:
-            out.print(f"ik_llama.cpp: {plan.ik_command}", soft_wrap=True, style="dim")
-        out.print(plan.bottleneck)
-        for m in plan.memory:
-            if not m.fits:
-                out.print(f"{m.device} lacks {n_bytes(m.missing_bytes)}, margin included.", style="red")
+        _print_plan(plan)
         if plan is advice.fit:
             out.print(f"Chosen by {advice.fit_by}.", style="dim")
             if advice.fit_note:
@@ -294,6 +329,23 @@ def _print(advice: Advice) -> None:
             f"{advice.tried} settings predicted, {advice.n_planned} planned by the scheduler, {advice.seconds:.1f} s",
             style="dim",
         )
+
+
+def _print_plan(plan: Recommendation) -> None:
+    """Print a plan's command lines and what is said of it."""
+    out = report()
+    out.print(f"{plan.title}:", style="bold")
+    out.print(plan.command, soft_wrap=True)
+    if plan.ik_command != plan.command:
+        note = f", {plan.ik_note}" if plan.ik_note else ""
+        out.print(f"ik_llama.cpp{note}: {plan.ik_command}", soft_wrap=True, style="dim")
+    if plan.refused:
+        out.print(f"llama.cpp cannot run this: {plan.refused}.", style="red")
+        return
+    out.print(" ".join(filter(None, (plan.bottleneck, plan.cache_line))))
+    for m in plan.memory:
+        if not m.fits:
+            out.print(f"{m.device} lacks {n_bytes(m.missing_bytes)}, margin included.", style="red")
 
 
 def _table(advice: Advice) -> Table:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect
 from ..sched.state import Cause
-from ._cache_options import N_FORECAST, cache_options, print_forecast, stated_routing
+from ._cache_options import N_FORECAST, cache_options, forecast, print_forecast, stated_routing
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table, warn
 from ._header import print_header, why_not_captured
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
@@ -74,6 +74,14 @@ Examples:
         help="Tokens in the cache before each batch.",
     ),
     cloup.option(
+        "--generate",
+        default=N_FORECAST,
+        show_default=True,
+        type=click.IntRange(1),
+        metavar="N",
+        help="With an expert cache: tokens that are generated, one by one after --depth, from an empty cache on.",
+    ),
+    cloup.option(
         "--outputs",
         type=click.Choice(["last", "all"]),
         default="last",
@@ -129,6 +137,7 @@ def command(
     model: Path,
     batches: str,
     depth: int,
+    generate: int,
     outputs: Literal["last", "all"],
     form: str,
     graph: GraphChoice,
@@ -167,10 +176,12 @@ def command(
     if bench is not None or len(combinations(ctx)) > 1:
         if timeline or html or form == "ggml":
             raise click.UsageError("lists and -o print only rows: remove --html, --timeline and --format ggml")
-        if len(dialects) > 1 or expert_cache is not None:
-            raise click.UsageError("lists and -o work with one --dialect and without an expert cache")
+        if len(dialects) > 1:
+            raise click.UsageError("lists and -o work with one --dialect")
         stated = around if host else None
-        rows = [*sweep_rows(ctx, model, batches, depth, assumed, outputs, graph, dialects[0], stated)]
+        rows = [*sweep_rows(
+            ctx, model, batches, depth, assumed, outputs, graph, dialects[0], stated, expert_cache, generate
+        )]  # fmt: skip
         print_sweep(rows, "json" if as_json else bench)
         ctx.exit(0 if any(row["fits"] for row in rows) else EXIT_DOES_NOT_FIT)
     recording = Recording() if timeline or html else None
@@ -194,7 +205,7 @@ def command(
     without = None
     if expert_cache is not None and form != "ggml":
         with open_planner(dialects[0], None) as planner:
-            without = _generate(planner, assumed)
+            without = forecast(planner, assumed, generate, depth)
     with open_planner(dialects[0], recording, expert_cache) as planner:
         if form == "ggml":
             for n in sizes:
@@ -207,7 +218,7 @@ def command(
         if cached is not None:
             for text in cached.warnings():
                 warn(text)
-            generated = _generate(planner, assumed)
+            generated = forecast(planner, assumed, generate, depth)
         from ..moe_cache import prefetch_of
 
         prefetch = prefetch_of(planner.sched.policy)
@@ -235,18 +246,12 @@ def command(
             click.get_current_context().exit(EXIT_DOES_NOT_FIT)
 
 
-def _generate(planner: Planner, routing: Routing) -> SimulatedBatch | None:
-    """Simulate a generation from an empty cache; None if a device has data."""
-    from ..simulation import can_simulate, simulate_batch
-
-    if not can_simulate(planner):
-        return None
-    n = min(N_FORECAST, planner.params.n_ctx, routing.n_tokens or N_FORECAST)
-    return simulate_batch(planner, n, routing=routing, is_generated=True)
-
-
 def _generated_dict(made: SimulatedBatch | None) -> dict[str, Any] | None:
-    return None if made is None else {**asdict(made), "tokens_per_s": made.tokens_per_s}
+    if made is None:
+        return None
+    return {
+        **asdict(made), "tokens_per_s": made.tokens_per_s, "speed": None if made.speed is None else asdict(made.speed)
+    }  # fmt: skip
 
 
 def _context(flags: ModelFlags) -> ContextFlags:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from ..hardware.formulas import Kind, Work
 from ..hardware.rates import FEW_COLUMNS, Rates
-from ..routing import BIASED_ROUTING, LogNormal
+from ..routing import BIASED_ROUTING, LogNormal, Routing
 from .shape import Attention, Layer, ModelShape, Product
 
-__all__ = ["attention_work", "layer_works", "product_work", "spread_of_experts", "used_experts"]
+__all__ = ["attention_work", "layer_works", "product_work", "routing_in", "used_experts"]
 
 
-def used_experts(spread: float, n_expert: int, n_used: int, n_tokens: int) -> float:
-    """Return the expected number of distinct experts that ``n_tokens`` tokens choose in a layer."""
-    return LogNormal(spread).used(n_expert, n_used, n_tokens)
+def routing_in(model: ModelShape, rates: Rates) -> Routing:
+    """Return how a model's tokens choose experts: as stated, or by its router."""
+    if model.routing is not None:
+        return model.routing
+    return BIASED_ROUTING if model.has_router_bias else LogNormal(rates.spread)
 
 
-def spread_of_experts(model: ModelShape, rates: Rates) -> float:
-    """Return how unevenly a model's tokens use its experts: the spread of `LogNormal`."""
-    return BIASED_ROUTING.spread if model.has_router_bias else rates.spread
+@lru_cache(maxsize=4096)
+def used_experts(routing: Routing, n_expert: int, n_used: int, n_tokens: int) -> float:
+    """Return the expected number of distinct experts that ``n_tokens`` tokens choose in a layer; it is kept."""
+    return routing.used(n_expert, n_used, n_tokens)
 
 
-def product_work(p: Product, m: int, n_used: int, spread: float) -> Work:
-    """Return the work of a product with ``m`` tokens, with the bytes of the small ops around it."""
-    used = used_experts(spread, p.n_matrix, n_used, m) if p.is_expert else 1.0
+def product_work(p: Product, m: int, n_used: int, routing: Routing | None = None) -> Work:
+    """Return the work of a product with ``m`` tokens, with the bytes of the small ops around it; experts need a routing."""
+    used = 1.0
+    if p.is_expert:
+        assert routing is not None
+        used = used_experts(routing, p.n_matrix, n_used, m)
     columns = m * n_used if p.is_expert else m
     return Work(
         Kind.PRODUCT, 2.0 * p.n_in * p.n_out * columns, p.nbytes * used / p.n_matrix,
@@ -59,14 +67,14 @@ def layer_works(
     m: int,
     n_kv: float,
     model: ModelShape,
-    spread: float,
+    routing: Routing,
     *,
     experts: bool,
     attention: bool,
     kv_bytes: float,
 ) -> list[Work]:
     """Return the work of a layer on a card, with or without its experts and its attention."""
-    works = [product_work(p, m, model.n_used, spread) for p in layer.products if experts or not p.is_expert]
+    works = [product_work(p, m, model.n_used, routing) for p in layer.products if experts or not p.is_expert]
     moved = 4.0 * m * model.n_embd * 10 * model.n_streams
     if layer.attention is not None and attention:
         works.append(attention_work(layer.attention, m, n_kv, kv_bytes))

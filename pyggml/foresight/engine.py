@@ -9,7 +9,7 @@ from ..hardware.cards import Card
 from ..hardware.formulas import Kind, Work, backend_family, card_s, family_of, host_s
 from ..hardware.hosts import Host
 from ..hardware.rates import Rates
-from .counts import attention_work, layer_works, product_work, scores_bytes, spread_of_experts
+from .counts import attention_work, layer_works, product_work, routing_in, scores_bytes
 from .shape import Attention, Layer, ModelShape, Product
 
 __all__ = ["Clock"]
@@ -23,12 +23,12 @@ class Clock:
 
     def dense_s(self, layer: Layer, m: int, model: ModelShape, card: Card, backend: str = "") -> float:
         """Return the seconds of a layer's products with dense weights on a card, without the small ops around them."""
-        works = (product_work(p, m, model.n_used, 0.0) for p in layer.products if not p.is_expert)
+        works = (product_work(p, m, model.n_used) for p in layer.products if not p.is_expert)
         return sum(card_s(replace(w, moved_bytes=0.0), card, self.rates, backend=backend) for w in works)
 
     def output_s(self, model: ModelShape, card: Card, backend: str = "") -> float:
         """Return the seconds of one token's logits on a card, without the small ops around the product."""
-        work = replace(product_work(model.output, 1, 1, 0.0), moved_bytes=0.0)
+        work = replace(product_work(model.output, 1, 1), moved_bytes=0.0)
         return card_s(work, card, self.rates, backend=backend)
 
     def layer_s(
@@ -41,7 +41,7 @@ class Clock:
             m,
             n_kv,
             model,
-            spread_of_experts(model, self.rates),
+            routing_in(model, self.rates),
             experts=experts,
             attention=attention,
             kv_bytes=kv_bytes,
@@ -56,7 +56,7 @@ class Clock:
 
     def cpu_output_s(self, model: ModelShape, host: Host) -> float:
         """Return the seconds of one token's logits on the CPU."""
-        return host_s(product_work(model.output, 1, 1, 0.0), host, self.rates)
+        return host_s(product_work(model.output, 1, 1), host, self.rates)
 
     def cpu_layer_s(
         self,
@@ -69,8 +69,8 @@ class Clock:
         wanted: Callable[[Product], bool],
     ) -> float:
         """Return the seconds of the selected products of a layer on the CPU; if all are, with attention and states."""
-        spread = spread_of_experts(model, self.rates)
-        works = [product_work(p, m, model.n_used, spread) for p in layer.products if wanted(p)]
+        routing = routing_in(model, self.rates)
+        works = [product_work(p, m, model.n_used, routing) for p in layer.products if wanted(p)]
         total = sum(host_s(work, host, self.rates) for work in works)
         if not layer.products[0].is_expert and wanted(layer.products[0]):
             if layer.attention is not None:

@@ -16,7 +16,8 @@ from ..hardware.formulas import backend_family, pageable_rate
 from ..hardware.hosts import DEFAULT_HOST, Host
 from ..hardware.rates import RATES, Rates
 from ..types import Type
-from .counts import spread_of_experts, used_experts
+from .caching import misses_of_groups
+from .counts import routing_in, used_experts
 from .engine import Clock
 from .shape import Layer, ModelShape, Product
 
@@ -60,6 +61,8 @@ class Setting:
     split_mode : str
         How several cards divide the model: by ``"layer"``, ``"row"`` (of products with dense weights) or ``"tensor"``
         (all of a layer).
+    moe_cache_mib : int
+        Size of llama.cpp's expert cache, over all cards; 0: none.
     """
 
     n_gpu_layers: int = -1
@@ -78,6 +81,7 @@ class Setting:
     backend: str = ""
     split_mode: str = "layer"
     tensor_split: tuple[float, ...] = ()
+    moe_cache_mib: int = 0
 
 
 @dataclass(slots=True)
@@ -228,7 +232,8 @@ def predict(
     placed = place(model, s, [c.memory_bytes for c in m.cards]) if placed is None else placed
     known = {} if known is None else known
     if not is_prompt:
-        return _micro_batch_s(clock, model, m, s, placed, 1, depth + n_tokens / 2, known)
+        misses = _misses(model, m, s, placed, n_tokens) if s.moe_cache_mib else None
+        return _micro_batch_s(clock, model, m, s, placed, 1, depth + n_tokens / 2, known, misses)
     ub = min(s.n_ubatch, s.n_batch, n_tokens)
     n_full, rest = divmod(n_tokens, ub)
     total = 0.0
@@ -260,17 +265,19 @@ def _micro_batch_s(
     n: int,
     n_kv: float,
     known: LayerTimes,
+    misses: list[float] | None = None,
 ) -> float:
     total = 0.0
     offloads = n >= _OFFLOAD and s.op_offload and bool(m.cards)
     flags = (
         n, n_kv, offloads, s.threads, s.type_k, s.type_v, s.flash_attn, s.kv_offload, s.is_pinned, s.backend, s.split_mode,
     )  # fmt: skip
-    for p in placed:
-        key = (id(p.layer), p.device, p.experts_on_host, flags)
+    for i, p in enumerate(placed):
+        missed = -1.0 if misses is None else misses[i]
+        key = (id(p.layer), p.device, p.experts_on_host, missed, flags)
         seconds = known.get(key)
         if seconds is None:
-            seconds = known[key] = _layer_s(clock, model, m, s, p, n, n_kv, offloads=offloads)
+            seconds = known[key] = _layer_s(clock, model, m, s, p, n, n_kv, offloads=offloads, missed=missed)
         total += p.count * seconds
     total += _output_s(clock, model, m, s, placed, n)
     if len(m.cards) > 1 and not _shares_layers(m, s):
@@ -279,9 +286,12 @@ def _micro_batch_s(
 
 
 def _layer_s(
-    clock: Clock, model: ModelShape, m: Machine, s: Setting, p: Placed, n: int, n_kv: float, *, offloads: bool
-) -> float:
-    """Return the seconds of one layer; of a setting it reads the flags that `_micro_batch_s` names."""
+    clock: Clock, model: ModelShape, m: Machine, s: Setting, p: Placed, n: int, n_kv: float, *, offloads: bool, missed: float
+) -> float:  # fmt: skip
+    """Return the seconds of one layer; of a setting it reads the flags that `_micro_batch_s` names.
+
+    ``missed``: misses per token in an expert cache; below 0 the layer is not cached.
+    """
     kv_bytes = (s.type_k.row_size(256) + s.type_v.row_size(256)) / 512
     i = max(p.device, 0)
     if p.device < 0 and not offloads:
@@ -293,7 +303,7 @@ def _layer_s(
         n_kv,
         model,
         card,
-        experts=not p.experts_on_host or offloads,
+        experts=not p.experts_on_host or offloads or missed >= 0,
         kv_bytes=kv_bytes,
         flash=s.flash_attn,
         backend=s.backend,
@@ -305,7 +315,9 @@ def _layer_s(
         seconds = _sharing_s(m, s, p, n, seconds, dense_s, model.n_embd)
     if not s.kv_offload and p.layer.attention is not None:
         seconds += m.rates.switch_s + clock.cpu_attention_s(p.layer.attention, n, n_kv, m.host, kv_bytes)
-    if p.experts_on_host and not offloads:
+    if missed >= 0:
+        seconds += _uploads_s(model, m, s, p, missed)
+    elif p.experts_on_host and not offloads:
         seconds += m.rates.switch_s + clock.cpu_layer_s(p.layer, n, 0, model, m.host, kv_bytes, _is_expert)
     elif not card.is_unified and offloads:
         seconds += _copies_s(clock, model, m, s, p, n, i)
@@ -352,13 +364,44 @@ def _copies_s(clock: Clock, model: ModelShape, m: Machine, s: Setting, p: Placed
     rate = link.bytes_per_s if s.is_pinned else min(link.bytes_per_s, pageable_rate(m.host, m.rates))
     n_bytes, n_copies = 0.0, 0
     if p.experts_on_host:
-        share = used_experts(spread_of_experts(model, m.rates), model.n_expert, model.n_used, n) / model.n_expert
+        share = used_experts(routing_in(model, m.rates), model.n_expert, model.n_used, n) / model.n_expert
         n_bytes += p.layer.expert_bytes * share
         n_copies += 6
     if p.device < 0:
         n_bytes += p.layer.other_bytes
         n_copies += 6
     return n_bytes / rate + n_copies * link.latency_s + (m.rates.switch_s if n_copies else 0.0)
+
+
+def _misses(model: ModelShape, m: Machine, s: Setting, placed: list[Placed], n_tokens: int) -> list[float]:
+    """Return the misses per token of each layer in an expert cache; below 0 for layers that it does not serve."""
+    groups: dict[tuple[int, tuple[Product, ...]], list[Placed]] = {}
+    for p in placed:
+        if p.experts_on_host and p.device >= 0:
+            groups.setdefault((p.device, tuple(x for x in p.layer.products if x.is_expert)), []).append(p)
+    shares = s.tensor_split if any(s.tensor_split) else [c.memory_bytes for c in m.cards]
+    told = [
+        (device, sum(p.count for p in own), own[0].layer.expert_bytes, model.n_expert)
+        for (device, _), own in groups.items()
+    ]
+    found = misses_of_groups(model, told, s.moe_cache_mib << 20, shares, routing_in(model, m.rates), n_tokens)
+    by_place = {id(p): n for own, n in zip(groups.values(), found, strict=True) for p in own}
+    return [by_place.get(id(p), -1.0) for p in placed]
+
+
+def _uploads_s(model: ModelShape, m: Machine, s: Setting, p: Placed, misses: float) -> float:
+    """Return the seconds in which a cached layer's ids are read and its missing experts are uploaded.
+
+    Notes
+    -----
+    Biases of experts stay in host memory: the CPU adds them, after each product.
+    """
+    link = m.links[0]
+    rate = link.bytes_per_s if s.is_pinned else min(link.bytes_per_s, pageable_rate(m.host, m.rates))
+    n_weights = sum(x.is_expert for x in p.layer.products)
+    n_switches = n_weights if model.has_expert_biases else 1
+    uploaded = misses * (p.layer.expert_bytes / model.n_expert / rate + n_weights * link.latency_s)
+    return n_switches * m.rates.switch_s + link.latency_s + uploaded
 
 
 def _output_s(clock: Clock, model: ModelShape, m: Machine, s: Setting, placed: list[Placed], n: int) -> float:

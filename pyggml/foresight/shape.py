@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..catalog import ModelSizes, TypedTensor, shapes, type_tensors
+from ..routing import Routing
 from ..types import Type
 
 __all__ = ["Attention", "Layer", "ModelShape", "Product", "State"]
@@ -124,6 +125,8 @@ class ModelShape:
     total_bytes: int
     n_streams: int = 1  #: residual streams (hyper-connections)
     has_router_bias: bool = False
+    has_expert_biases: bool = False  #: they stay in host memory with the experts, and the CPU adds them
+    routing: Routing | None = None  #: how its tokens choose experts, if that is stated
     _index: dict[Layer, int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -138,9 +141,10 @@ class ModelShape:
         by_layer: dict[int, list[Product]] = {}
         output = table = None
         total = tables = 0
-        has_router_bias = False
+        has_router_bias = has_expert_biases = False
         for t in tensors:
             has_router_bias |= t.name.endswith("ffn_gate_inp.bias")
+            has_expert_biases |= t.name.endswith("_exps.bias")
             total += t.nbytes
             found = re.match(r"blk\.(\d+)\.(.*)", t.name)
             if found:
@@ -162,7 +166,7 @@ class ModelShape:
             layers.append(kept.setdefault(layer, layer))
         return cls(
             s.name, s.arch, tuple(layers), output or table, s.n_embd, s.n_expert, s.n_used, tables, total,
-            4 if s.arch in ("deepseek4", "qwen4exp") else 1, has_router_bias,
+            4 if s.arch in ("deepseek4", "qwen4exp") else 1, has_router_bias, has_expert_biases,
         )  # fmt: skip
 
     @classmethod

@@ -366,6 +366,18 @@ class MoeCache:
         made = self._maps[layer]
         tensor_set(made, ctypes.addressof(self._words[layer]), 0, made.nbytes)
 
+    def advance(self, ids: Callable[[int, int, int], Sequence[int]]) -> None:
+        """Give slots to what a step chooses, in every cached layer, without a copy: of a plan that does not carry it out.
+
+        Parameters
+        ----------
+        ids : callable
+            Returns the ids of a layer, given its number, that of its experts and of those that a token uses.
+        """
+        self.begin()
+        for il, group in sorted(self._group_of.items()):
+            group.cache.update(il, ids(il, group.plan.n_expert, self.n_used))
+
     # -- for reports ---------------------------------------------------------
 
     def hopeless_up_to(self, group: CacheGroup) -> int:

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from pyggml.advisor import EXPLAIN, Goal, MemoryModel, Search, Space, flags_of, plan
-from pyggml.advisor.advice import MARGIN_BYTES, _step, open_machine
+from pyggml.advisor.advice import MARGIN_BYTES, open_machine
+from pyggml.advisor.maker import _step
 from pyggml.advisor.page import page_html
 from pyggml.advisor.search import pays_from, plain_first
 from pyggml.advisor.settings import ik_flags_of

@@ -18,7 +18,6 @@ from pyggml.cli import run
 from pyggml.cost import host_profile, parse_profile
 from pyggml.errors import DeviceUnavailableError, FormatError
 from pyggml.foresight import Machine, Setting, estimate, machine_of, model_shape, speed_of
-from pyggml.foresight.counts import used_experts
 from pyggml.foresight.estimate import LayerTimes, place, predict
 from pyggml.hardware.cards import CARDS, GENERATIONS, Card, find_card
 from pyggml.hardware.hosts import find_cpu, memory_rate, parse_host
@@ -26,6 +25,7 @@ from pyggml.hardware.rates import RATES, n_fitted
 from pyggml.models.context import ContextFlags
 from pyggml.models.placement import PlacementFlags
 from pyggml.planning import Planner, virtual_clock
+from pyggml.routing import LogNormal
 from pyggml.simulation import simulate_batch
 from pyggml.types import Type
 
@@ -205,11 +205,11 @@ def test_depth_costs_by_attention() -> None:
 
 def test_used_experts_grow_with_tokens() -> None:
     """One token uses its experts, many use nearly all, and an even router more than an uneven one."""
-    counts = [used_experts(1.0, 128, 8, n) for n in (1, 8, 64, 512)]
+    counts = [LogNormal(1.0).used(128, 8, n) for n in (1, 8, 64, 512)]
     assert counts[0] == 8
     assert counts == sorted(counts)
     assert counts[-1] > 120
-    assert used_experts(0.1, 128, 8, 16) > used_experts(2.5, 128, 8, 16)
+    assert LogNormal(0.1).used(128, 8, 16) > LogNormal(2.5).used(128, 8, 16)
 
 
 def test_estimate_has_ranges() -> None:

@@ -11,6 +11,7 @@ from pyggml.foresight.counts import product_work
 from pyggml.foresight.shape import Product
 from pyggml.hardware.formulas import Kind
 from pyggml.opset import OPS, node_work
+from pyggml.routing import LogNormal
 from pyggml.types import Op, Type
 
 
@@ -38,9 +39,9 @@ def test_nodes_and_layers_count_alike():
         w = graph.input("q4_0", (64, 32, 8), name="e")
         x, ids = graph.input("f32", (64, 1, 5), name="x1"), graph.input("i32", (2, 5), name="ids")
         z = ggml.mul_mat_id(w, x, ids)
-    counted = product_work(Product(Type.Q8_0, 64, 32), 5, 2, 1.0)
+    counted = product_work(Product(Type.Q8_0, 64, 32), 5, 2, LogNormal(1.0))
     assert node_work(y, _no_experts) == replace(counted, n_kernels=1)
-    counted = product_work(Product(Type.Q4_0, 64, 32, 8, is_expert=True), 5, 2, 1.0)
+    counted = product_work(Product(Type.Q4_0, 64, 32, 8, is_expert=True), 5, 2, LogNormal(1.0))
     assert node_work(z, lambda _: counted.matrices) == replace(counted, n_kernels=1)
 
 

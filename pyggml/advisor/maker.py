@@ -1,0 +1,222 @@
+"""Makes recommendations: the best setting for the goal, and others that are better in one respect, carried out on the simulated machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..foresight import Setting, Speed
+from ..simulation import simulate_batch, simulate_generation
+from ..types import Type
+from .answer import Advice, Recommendation
+from .limits import bottleneck
+from .search import Scored, Search
+from .settings import command, flags_of, ik_flags_of
+
+__all__ = ["BEST", "Maker"]
+
+#: The title of the first plan.
+BEST = "best for this prompt and answer"
+#: A plan that gives something up must gain this much.
+_NOTEWORTHY = 1.03
+#: Times closer than this are equal.
+_NOTEWORTHY_TIME = 1.01
+#: Of a prompt that is computed on the simulated machine; each takes a tenth of a second.
+_MOST_MICRO_BATCHES = 8
+
+
+class Maker:
+    """Makes plans of settings, each distinct from those before."""
+
+    def __init__(self, search: Search, model: str, advice: Advice) -> None:
+        self.search, self.model, self.advice = search, model, advice
+
+    def best_plans(
+        self, settings: list[Setting], n_plans: int, kv_type: Type, tell: Callable[[str], None]
+    ) -> list[Recommendation]:
+        """Return the best setting for the goal, and others that are better in one respect."""
+        search = self.search
+        every = search.ranked(settings, lambda s: _step(s.seconds))
+        by_goal = [s for s in every if not s.setting.moe_cache_mib]
+        plain = [s for s in by_goal if s.setting.type_k is kv_type]
+        tell("planning the best")
+        best = next(search.best(plain), None) or next(search.best(by_goal), None)
+        if best is None:
+            return []
+        plans = [self.make(BEST, best)]
+        self._with_cache(plans, [s for s in every if s.setting.type_k is best.setting.type_k], tell)
+        first = plans[0]
+        wanted: list[tuple[str, list[Scored], Callable[[Recommendation], bool]]] = [
+            ("fastest prompt", sorted(plain, key=lambda s: (_step(s.prompt_s), s.generate_s)), _any),
+            (
+                "fastest generation",
+                sorted(plain, key=lambda s: (_step(s.generate_s), s.prompt_s)),
+                lambda made: made.tg_tps.mid > first.tg_tps.mid,
+            ),
+            (
+                "the same with a KV cache in q8_0",
+                [s for s in by_goal if s.setting.type_k is not kv_type],
+                lambda made: made.seconds * _NOTEWORTHY <= first.seconds,  # else worse results for nothing
+            ),
+            (
+                "less memory on the device",
+                self._small(plain, best),
+                lambda made: made.device_bytes * _NOTEWORTHY <= first.device_bytes,
+            ),
+            ("mapped file, as llama.cpp's default", [s for s in plain if not s.setting.is_pinned], _any),
+            ("micro-batches of 512, as llama.cpp's default", [s for s in plain if s.setting.n_ubatch == 512], _any),
+            ("one step less on the device", self._next(plain, best), _any),
+        ]
+        for title, ranked, is_wanted in wanted:
+            if len(plans) >= n_plans:
+                break
+            tell(f"planning: {title}")
+            found = next(search.best(ranked), None)
+            if found is not None and not any(_is_same(found.setting, p.setting) for p in plans):
+                made = self.make(title, found)
+                if is_wanted(made):
+                    plans.append(made)
+        self._points(every)
+        return plans
+
+    def _with_cache(self, plans: list[Recommendation], ranked: list[Scored], tell: Callable[[str], None]) -> None:
+        """Put the best setting with an expert cache first, if it is noteworthily faster on the simulated machine.
+
+        No other is shown: each takes a second to carry out, and not every llama.cpp has the flag.
+        """
+        without = plans[0]
+        faster = (s for s in ranked if s.setting.moe_cache_mib and s.seconds * _NOTEWORTHY <= without.seconds)
+        found = next(self.search.best(faster), None)
+        if found is None:
+            return
+        tell("planning: an expert cache")
+        made = self.make(BEST, self.search.filled(found))
+        if made.seconds * _NOTEWORTHY <= without.seconds:
+            plans[:] = [made, replace(without, title="without an expert cache")]
+
+    def best_first(self) -> None:
+        """Put first what the simulated machine finds fastest; formulas ranked before, and may be a few per cent off.
+
+        What the user's flags or ``--fit`` came to counts too. A plan with another KV type than the first never moves up.
+        """
+        advice = self.advice
+        first = advice.plans[0]
+        rivals = [p for p in advice.shown if p.fits and p.setting.type_k is first.setting.type_k]
+        best = min(rivals, key=lambda p: p.seconds)
+        if best.seconds * _NOTEWORTHY_TIME >= first.seconds:
+            return
+        others = [p for p in advice.plans[1:] if p is not best]
+        moved = [replace(best, title=first.title), replace(first, title="nearly as fast"), *others]
+        advice.plans = moved[: max(len(advice.plans), 1)]
+
+    def _small(self, ranked: list[Scored], best: Scored) -> list[Scored]:
+        """Return settings that are at most 10 % slower, those with the least on the devices first."""
+        memory = self.search.memory
+
+        def on_devices(scored: Scored) -> tuple[int, int]:
+            taken = memory.estimate(scored.setting) or memory.devices(memory.weights(scored.setting))
+            return sum(d.bytes for d in taken[:-1]), scored.setting.n_ubatch
+
+        return sorted((s for s in ranked if s.seconds <= 1.1 * best.seconds), key=on_devices)
+
+    def _next(self, ranked: list[Scored], best: Scored) -> list[Scored]:
+        """Return settings with the best one's micro-batch and fewer weights on the devices."""
+        on_devices = {s.setting: sum(self.search.memory.weights(s.setting)[:-1]) for s in [best, *ranked]}
+        limit, n_ubatch = on_devices[best.setting], best.setting.n_ubatch
+        return [s for s in ranked if on_devices[s.setting] < limit and s.setting.n_ubatch == n_ubatch]
+
+    def make(self, title: str, scored: Scored) -> Recommendation:
+        """Return the recommendation of a setting."""
+        search, setting = self.search, scored.setting
+        flags = flags_of(setting, search.goal.context, has_devices=bool(search.machine.cards))
+        memory = search.memory.exact(setting) or []
+        names = [card.name for card in search.machine.cards]
+        if len(set(names)) < len(names):
+            names = [f"{name} #{i}" for i, name in enumerate(names)]
+        memory = [replace(m, device=name) for m, name in zip(memory, [*names, "host"], strict=False)]
+        times = _times(search, setting) if memory else _Times(*_formulas(search, setting))
+        goal = search.goal
+        exact = Scored(setting, goal.prompt / times.pp.mid, goal.generate / times.tg.mid)
+        return Recommendation(
+            title, setting, flags, command("llama-server", self.model, flags),
+            command("llama-server", self.model, ik_flags_of(flags)), times.pp, times.tg, exact.seconds, memory, times.link_prompt,
+            times.link_generated, bottleneck(search, scored, exact), times.hit_rate,
+            search.memory.refused.get(setting, ""),
+        )  # fmt: skip
+
+    def _points(self, ranked: list[Scored]) -> None:
+        """Keep what the page draws: settings that fit by what is known."""
+        goal, memory = self.search.goal, self.search.memory
+        cached: set[Setting] = set()
+        for scored in ranked:
+            taken = memory.estimate(scored.setting)
+            if taken is None or not all(d.fits for d in taken):
+                continue
+            if scored.setting.moe_cache_mib:  # only the best size
+                alike = replace(scored.setting, moe_cache_mib=0)
+                if alike in cached:
+                    continue
+                cached.add(alike)
+            flags = " ".join(flags_of(scored.setting, goal.context))
+            n_bytes = sum(d.bytes for d in taken[:-1])
+            prompt, answer = goal.prompt / scored.prompt_s, goal.generate / scored.generate_s
+            self.advice.points.append((n_bytes, prompt, answer, flags))
+
+
+def _step(seconds: float) -> int:
+    """Return a time in steps of half a per cent: at smaller differences the plainer setting wins."""
+    return round(200 * math.log(seconds))
+
+
+def _any(made: Recommendation) -> bool:
+    return True
+
+
+def _is_same(a: Setting, b: Setting) -> bool:
+    return replace(a, n_batch=0) == replace(b, n_batch=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Speeds, and bytes over the links per token."""
+
+    pp: Speed
+    tg: Speed
+    link_prompt: float = 0.0
+    link_generated: float = 0.0
+    hit_rate: float | None = None
+
+
+def _formulas(search: Search, setting: Setting) -> tuple[Speed, Speed]:
+    return search.speed(setting, is_prompt=True), search.speed(setting, is_prompt=False)
+
+
+def _times(search: Search, setting: Setting) -> _Times:
+    """Return speeds by the scheduler on the simulated machine, as `splits` prints them; the search goes by formulas.
+
+    Notes
+    -----
+    A prompt of more than `_MOST_MICRO_BATCHES` micro-batches has the speed of the formulas, as a machine without cards has.
+    """
+    goal = search.goal
+    pp, tg = _formulas(search, setting)
+    if not search.machine.cards:
+        return _Times(pp, tg)
+    planner, n = search.memory.planner(setting), goal.prompt
+    if -(-n // setting.n_ubatch) > _MOST_MICRO_BATCHES:
+        n = setting.n_ubatch
+    routing = search.shape.routing
+    prompt = simulate_batch(planner, n, routing=routing)
+    key = search.generation_key(setting)
+    if key not in search.generated:
+        if setting.moe_cache_mib:
+            answer = simulate_generation(planner, goal.generate, depth=goal.prompt, routing=routing)
+        else:
+            answer = simulate_batch(planner, 1, depth=goal.depth, routing=routing)
+        cache = planner.expert_cache
+        search.generated[key] = answer, None if cache is None else cache.counters.hit_rate
+    answer, hit_rate = search.generated[key]
+    if n == goal.prompt:
+        pp = prompt.speed or pp
+    return _Times(pp, answer.speed or tg, prompt.bytes_copied / n, answer.bytes_copied / answer.n_tokens, hit_rate)
