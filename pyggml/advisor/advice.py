@@ -127,17 +127,16 @@ def plan(
         tell(f"timing {len(space)} settings")
         settings = list(space.settings(machine.host.n_cores))
         search.ranked(settings, lambda s: s.seconds)  # meanwhile
-        chosen = None
+        around_fit: list[Setting] = []
         if machine.cards:
             tell("what llama.cpp's --fit chooses")
             choice = fit_setting(memory, machine.host.n_cores, asked.result)
             chosen, advice.fit_note, advice.fit_by = choice.setting, choice.note, choice.by
-            if not chosen.overrides:  # shares that no grid has
-                settings += [s for s in space.around(chosen) if s not in settings]
+            around_fit = [s for s in space.around(chosen) if s != chosen]
+            if memory.exact(chosen) is not None:
+                advice.fit = maker.make("what llama.cpp's --fit chooses", search.score(chosen))
         settings.sort(key=plain_first)
-        advice.plans = maker.best_plans(settings, n_plans, Type.of(kv_types[0]), tell)
-        if chosen is not None and memory.exact(chosen) is not None:
-            advice.fit = maker.make("what llama.cpp's --fit chooses", search.score(chosen))
+        advice.plans = maker.best_plans(settings, around_fit, n_plans, Type.of(kv_types[0]), tell)
         advice.compared = [maker.make("yours", search.score(setting)) for setting in compare]
         if advice.plans:
             maker.best_first()

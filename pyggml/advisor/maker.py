@@ -20,6 +20,8 @@ __all__ = ["BEST", "Maker"]
 BEST = "best for this prompt and answer"
 #: A plan that gives something up must gain this much.
 _NOTEWORTHY = 1.03
+#: By so much formulas may be off for a layer of which a part is on the host.
+_NEAR = 1.1
 #: Times closer than this are equal.
 _NOTEWORTHY_TIME = 1.01
 #: Of a prompt that is computed on the simulated machine; each takes a tenth of a second.
@@ -33,9 +35,23 @@ class Maker:
         self.search, self.model, self.advice = search, model, advice
 
     def best_plans(
-        self, settings: list[Setting], n_plans: int, kv_type: Type, tell: Callable[[str], None]
+        self,
+        settings: list[Setting],
+        around_fit: list[Setting],
+        n_plans: int,
+        kv_type: Type,
+        tell: Callable[[str], None],
     ) -> list[Recommendation]:
-        """Return the best setting for the goal, and others that are better in one respect."""
+        """Return the best setting for the goal, and others that are better in one respect.
+
+        Parameters
+        ----------
+        settings : list of Setting
+            The grid, the plainer first.
+        around_fit : list of Setting
+            What ``--fit`` chooses, with other micro-batches, load modes and KV types: its shares and its layer of which a part is
+            on the host are in no grid.
+        """
         search = self.search
         every = search.ranked(settings, lambda s: _step(s.seconds))
         by_goal = [s for s in every if not s.setting.moe_cache_mib]
@@ -45,6 +61,7 @@ class Maker:
         if best is None:
             return []
         plans = [self.make(BEST, best)]
+        self._with_fit(plans, around_fit, tell)
         self._with_cache(plans, [s for s in every if s.setting.type_k is best.setting.type_k], tell)
         first = plans[0]
         wanted: list[tuple[str, list[Scored], Callable[[Recommendation], bool]]] = [
@@ -78,7 +95,23 @@ class Maker:
                 if is_wanted(made):
                     plans.append(made)
         self._points(every)
-        return plans
+        return plans[:n_plans]
+
+    def _with_fit(self, plans: list[Recommendation], around_fit: list[Setting], tell: Callable[[str], None]) -> None:
+        """Put first what is faster than the best of the grid: what ``--fit`` chooses, or that with another micro-batch or load mode."""
+        best, search = plans[0], self.search
+        by_formula = search.score(best.setting).seconds
+        rivals = [p for p in [self.advice.fit] if p is not None and p.setting.type_k is best.setting.type_k]
+        tell("planning: around --fit")
+        for scored in sorted(map(search.score, around_fit), key=lambda s: s.seconds):
+            if scored.seconds > _NEAR * by_formula:
+                break
+            if scored.setting.type_k is best.setting.type_k and next(search.best([scored]), None) is not None:
+                rivals.append(self.make(BEST, scored))
+        found = min((p for p in rivals if p.fits), key=lambda p: p.seconds, default=best)
+        if found.seconds < best.seconds:
+            shown_below = self.advice.fit is not None and _is_same(self.advice.fit.setting, best.setting)
+            plans[:] = [replace(found, title=BEST), *([] if shown_below else [replace(best, title="nearly as fast")])]
 
     def _with_cache(self, plans: list[Recommendation], ranked: list[Scored], tell: Callable[[str], None]) -> None:
         """Put the best setting with an expert cache first, if it is noteworthily faster on the simulated machine.

@@ -16,7 +16,7 @@ from pyggml.advisor.maker import _step
 from pyggml.advisor.page import page_html
 from pyggml.advisor.search import pays_from, plain_first
 from pyggml.advisor.settings import ik_flags_of
-from pyggml.catalog import header_path
+from pyggml.catalog import MODELS, header_path
 from pyggml.cli import group
 from pyggml.commands.plan import command
 from pyggml.errors import DeviceUnavailableError, FormatError, GraphError
@@ -170,6 +170,22 @@ def test_what_fit_chooses_stands_beside_the_plans(model: str, device: str) -> No
         ):
             assert m["total"] == chosen["memory"][i]["bytes"]
             assert m["total"] + MARGIN_BYTES <= chosen["memory"][i]["of_bytes"]
+
+
+_MACHINES = ("rtx3060", "rtx3090", "gtx1650,gtx1650", "rtx4090", "rtx3060,rtx3060", "rtx5090")
+_QUICK = {("gpt-oss-20b", "rtx3060"), ("llama-3.2-3b", "gtx1650,gtx1650")}
+_EACH = [(name, _MACHINES[i % len(_MACHINES)]) for i, name in enumerate(sorted(MODELS))]
+
+
+@pytest.mark.parametrize(
+    ("model", "device"), [*sorted(_QUICK), *(pytest.param(*each, marks=pytest.mark.slow) for each in _EACH)]
+)
+def test_no_plan_is_behind_what_fit_chooses(model: str, device: str) -> None:
+    """For each model of the table the best plan is at least as fast as what --fit chooses, if that keeps the margin."""
+    advice = plan(model, devices=device, host="ddr5-5600x2,cores=16,512GiB", context=4096, n_plans=1)
+    assert advice.plans
+    if advice.fit is not None and advice.fit.fits:
+        assert advice.plans[0].seconds <= advice.fit.seconds
 
 
 def test_a_command_for_ik_llama_differs_where_its_flags_do() -> None:
