@@ -46,14 +46,18 @@ def main() -> None:
             continue
         key = (path.parent.name, len(routing._rows), routing._n_expert, routing._n_used)
         texts.setdefault(key, []).append(routing)
-    print(f"{'texts':28} {'share':>5}  {'recorded, lowest and highest':30} {str(BIASED_ROUTING):>14} {str(DEFAULT_ROUTING):>14}")
+    print(
+        f"{'texts':28} {'share':>5}  {'recorded, lowest and highest':30} {str(BIASED_ROUTING):>14} {str(DEFAULT_ROUTING):>14}"
+    )
     for (name, n_layer, n_expert, n_used), found in texts.items():
         n = min(N_TOKENS, *(r.n_tokens for r in found))
         for share in SHARES:
             rates = [hits(r, n_layer, n_expert, n_used, share, n) for r in found]
             laws = (hits(law, n_layer, n_expert, n_used, share, n) for law in (BIASED_ROUTING, DEFAULT_ROUTING))
             told = f"{statistics.median(rates):.1%} ({min(rates):.1%} to {max(rates):.1%})"
-            print(f"{f'{name} ({len(found)}, {n} tokens)':28} {share:5.0%}  {told:30}", *(f"{law:>14.1%}" for law in laws))
+            print(
+                f"{f'{name} ({len(found)}, {n} tokens)':28} {share:5.0%}  {told:30}", *(f"{law:>14.1%}" for law in laws)
+            )
 
 
 if __name__ == "__main__":
