@@ -47,7 +47,7 @@ def main() -> None:
         key = (path.parent.name, len(routing._rows), routing._n_expert, routing._n_used)
         texts.setdefault(key, []).append(routing)
     print(
-        f"{'texts':28} {'share':>5}  {'recorded, lowest and highest':30} {str(BIASED_ROUTING):>14} {str(DEFAULT_ROUTING):>14}"
+        f"{'texts':28} {'share':>5}  {'recorded, lowest and highest':30} {BIASED_ROUTING!s:>14} {DEFAULT_ROUTING!s:>14}"
     )
     for (name, n_layer, n_expert, n_used), found in texts.items():
         n = min(N_TOKENS, *(r.n_tokens for r in found))
