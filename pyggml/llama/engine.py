@@ -276,7 +276,7 @@ class Engine:
         return bool(self._memory != self.ffi.NULL)
 
     def decode(self, tokens: list[int], outputs: Outputs, seq: int) -> Message:
-        """Decode the next tokens of a sequence.
+        """Decode the next tokens of a sequence. The next decode overwrites the logits.
 
         Raises
         ------
@@ -314,11 +314,13 @@ class Engine:
             starts = [n_past + first + i * n_ubatch for i in range(len(cuts))]
             self.machine.begin([(len(c), s, n) for c, s, n in zip(cuts, starts, n_outs, strict=True)])
             try:
-                rows.append(self._decode(part, n_past + first, n_out, seq))
+                logits = self._decode(part, n_past + first, n_out, seq)
             finally:
                 self.machine.end()
             batches += self.machine.ledger.batches
-        logits = rows[0] if len(rows) == 1 else np.concatenate(rows)
+            rows.append(logits if len(part) == len(tokens) else logits.copy())
+        if len(rows) > 1:
+            logits = np.concatenate(rows)
         return {"logits": logits, "batches": batches, "chosen": self._chosen} | self.state()
 
     def _decode(self, tokens: list[int], start: int, n_out: int, seq: int) -> npt.NDArray[np.float32]:
@@ -359,11 +361,12 @@ class Engine:
         return batch
 
     def _logits(self, n_out: int) -> npt.NDArray[np.float32]:
+        """Return llama.cpp's own rows, which the next decode overwrites."""
         if not n_out:
             return np.empty((0, self.n_vocab), np.float32)
         lib = self.lib
         bytes_ = self.ffi.buffer(lib.llama_get_logits(self._ctx), 4 * n_out * self.n_vocab)
-        return np.frombuffer(bytes_, np.float32).reshape(n_out, self.n_vocab).copy()
+        return np.frombuffer(bytes_, np.float32).reshape(n_out, self.n_vocab)
 
     def keep(self, n_past: int, seq: int) -> Message:
         """Forget a sequence's tokens from position ``n_past`` on; the answer says whether that was possible."""
