@@ -201,16 +201,20 @@ class ComputingDevice(PythonDevice):
         Index among the machine's devices.
     threads : int, optional
         Threads that run the kernels of a simulated device.
+    name : str
+        Its name in llama.cpp; by default that of the device's memory.
     """
 
     is_async = has_events = True
 
-    def __init__(self, machine: Machine, device: Device, index: int, *, threads: int | None = None) -> None:
+    def __init__(
+        self, machine: Machine, device: Device, index: int, *, threads: int | None = None, name: str = ""
+    ) -> None:
         self.machine, self.device, self.index, self.threads = machine, device, index, threads
         self._n_events = 0
         self._host_words: Handle = None
         self._events: dict[int, Handle] = {}
-        super().__init__(machine.library, device.buffer_type.name)
+        super().__init__(machine.library, name or device.buffer_type.name)
         machine.devices.append(self)
         at = machine.library.interfaces
         machine.known.cover(self._buffer_functions.word, _covered(at.buffer.slots, "set_tensor", "get_tensor"))
