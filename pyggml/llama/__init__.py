@@ -12,6 +12,7 @@ whole. `CapturedSource` turns the child's answers into graphs that a `Planner` s
 `capture`        one model and one context in llama.cpp, and the graphs that they make
 `engine`         one model and one context in llama.cpp that compute
 `device`         a device in Python: `capturing` sees graphs, `computing` runs them on a device of pyggml
+`host_memory`    llama.cpp's buffers in host memory
 `known`          calls that repeat, answered in compiled code
 `ledger`         statistics, records and virtual time of what the devices see
 `tensors`        ggml's tensors and graphs as pyggml's; `params`: flags as llama.cpp's structs
