@@ -215,6 +215,13 @@ class Backend(ABC):
         """Reorder the nodes of a split, or keep the memory of tensors longer; by default neither."""
         return
 
+    def will_read(self, tensor: Tensor, parts: Sequence[tuple[int, int]]) -> None:
+        """Receive which bytes of a tensor nodes read from now on (offset, size), because their indices name no others.
+
+        A device that looks for hazards would otherwise assume that they read the whole tensor; others ignore it.
+        """
+        return
+
     # -- questions, passed on to the device ----------------------------------
 
     @property

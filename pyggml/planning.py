@@ -330,6 +330,7 @@ class Planner:
         cache = self.expert_cache = MoeCache(
             layers, {il: home[d] for il, d in enumerate(placement.layers)}, self.backends, rule,
             n_used=self.hparams.n_expert_used, weights={home[d]: n for d, n in shares.items()}, has_data=self.data,
+            vectors=self.source.expert_vectors() if layers and rule.misses == "cpu" else None,
         )  # fmt: skip
         self.source.read_banks(cache, {d: self._free_bytes(d) for d in placement.devices})
         self.sched.policy = MoeCachePolicy(cache, self.sched.policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,10 @@ class Layers:
         gate, up, down = self.layers[il]
         ids = self.ids[il]
         row = ggml.reshape_3d(x, N, 1, self.n_token)
+        if self.cache is not None and self.cache.host is not None:
+            out = self._on_both_sides(il, row)
+            first, second = (ggml.view_2d(out, N, self.n_token, out.nb[2], i * out.nb[1]) for i in range(2))
+            return ggml.add(x, ggml.add(first, second))
         found = None if self.cache is None else self.cache.slots(il, ids, (gate, up, down))
         if found is not None:
             assert self.cache is not None
@@ -85,6 +90,26 @@ class Layers:
         out = ggml.mul_mat_id(down, both, ids)
         first, second = (ggml.view_2d(out, N, self.n_token, out.nb[2], i * out.nb[1]) for i in range(2))
         return ggml.add(x, ggml.add(first, second))
+
+    def _on_both_sides(self, il: int, row: ggml.Tensor) -> ggml.Tensor:
+        """Return the outputs of a layer whose missing experts are the CPU's, as `models.experts` does."""
+        assert self.cache is not None
+        sides = self.cache.sides(il, self.ids[il], self.layers[il])
+        assert sides is not None
+        self.lookups |= dict.fromkeys(sides.on_device, self.homes[il]) | dict.fromkeys(sides.on_host, self.cpu)
+        gate, up, down = map(self.cache.bank, self.layers[il])
+        both = ggml.mul(ggml.mul_mat_id(gate, row, sides.slots), ggml.mul_mat_id(up, row, sides.slots))
+        there = ggml.mul_mat_id(down, both, sides.slots)
+        self.graph.expand(there)
+        gate, up, down = (partial(ggml.mul_mat_id, w, ids=sides.missing, skip_negative=True) for w in self.layers[il])
+        parts = [gate(row), up(row)]
+        parts.append(ggml.mul(*parts))
+        parts.append(down(parts[-1]))
+        self.lookups |= dict.fromkeys(parts, self.cpu)
+        n = N_USED * self.n_token
+        rows = ggml.concat(ggml.reshape_3d(there, N, 1, n), ggml.reshape_3d(parts[-1], N, 1, n), 1)
+        self.lookups[rows] = self.homes[il]
+        return ggml.reshape_3d(ggml.get_rows(rows, sides.side), N, N_USED, self.n_token)
 
     def compute(self, chosen: Sequence[np.ndarray], x: np.ndarray, *, wait: bool = True) -> None:
         """Compute one batch; each layer has its ids."""

@@ -15,7 +15,7 @@ from ._console import n_bytes, report, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..moe_cache import CacheRule, MoeCache
+    from ..moe_cache import CacheRule, Misses, MoeCache
     from ..planning import Planner
     from ..routing import Routing
     from ..simulation import SimulatedBatch
@@ -31,6 +31,8 @@ _OPTIONS = cloup.option_group(
                  help="Size of llama.cpp's expert cache, over all devices. [0: off]"),
     cloup.option("--moe-cache-eviction", type=click.Choice(["lru", "slru"]), default="slru", show_default=True,
                  help="Its rule: lru is llama.cpp b11549 and 0.7.0, slru b11739; with --engine llama the library's own."),
+    cloup.option("--moe-cache-misses", type=click.Choice(["copy", "cpu"]), default="copy", show_default=True,
+                 help="copy: what the cache lacks is copied there first, as in llama.cpp; cpu: the CPU computes it, while the device computes the rest."),
     cloup.option("--expert-cache", default="", metavar="POLICY:SIZE",
                  help="A cache with a policy of `pyggml experts` instead: lfru:20%, lru+hotter:512MiB, lfu:6 (slots)."),
     cloup.option("--expert-cache-scope", type=click.Choice(["layer", "group", "global"]), default="layer", show_default=True,
@@ -38,7 +40,14 @@ _OPTIONS = cloup.option_group(
     cloup.option("--expert-cache-fit", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="TRACE",
                  help="Routing trace of other requests, for static and half-pinned."),
 )  # fmt: skip
-_NAMES = ("moe_cache_mib", "moe_cache_eviction", "expert_cache", "expert_cache_scope", "expert_cache_fit")
+_NAMES = (
+    "moe_cache_mib",
+    "moe_cache_eviction",
+    "moe_cache_misses",
+    "expert_cache",
+    "expert_cache_scope",
+    "expert_cache_fit",
+)
 
 
 def cache_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,6 +65,7 @@ def cache_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def _rule(
     moe_cache_mib: int,
     moe_cache_eviction: str,
+    moe_cache_misses: Misses,
     expert_cache: str,
     expert_cache_scope: str,
     expert_cache_fit: Path | None,
@@ -69,9 +79,12 @@ def _rule(
         from ..lab.running import parse_rule
 
         return parse_rule(
-            expert_cache, expert_cache_scope, None if expert_cache_fit is None else open_trace(expert_cache_fit)
-        )
-    return LlamaCache(moe_cache_mib << 20, moe_cache_eviction) if moe_cache_mib else None
+            expert_cache, expert_cache_scope, None if expert_cache_fit is None else open_trace(expert_cache_fit),
+            misses=moe_cache_misses,
+        )  # fmt: skip
+    if not moe_cache_mib and moe_cache_misses != "copy":
+        raise click.UsageError("--moe-cache-misses needs a cache: --moe-cache-mib or --expert-cache")
+    return LlamaCache(moe_cache_mib << 20, moe_cache_eviction, moe_cache_misses) if moe_cache_mib else None
 
 
 def stated_routing(text: str) -> Routing:
@@ -110,7 +123,8 @@ def cache_table(cache: MoeCache, n_tokens: int = 0) -> Table:
         "uploaded/token" if n_tokens else "uploaded",
     )
     told = cache.as_dict()
-    made = table(f"Expert cache, {told['rule']}", "device", "type", *columns, right=columns)
+    where = ", misses on the CPU" if told["misses_on"] == "cpu" else ""
+    made = table(f"Expert cache, {told['rule']}{where}", "device", "type", *columns, right=columns)
     for g in told["groups"]:
         rate = g["hit_rate"]
         made.add_row(

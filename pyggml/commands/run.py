@@ -159,6 +159,8 @@ def command(
     check_outputs(model, timeline, html, dump_logits, record_routing)
     if engine == "llama" and expert_cache is not None and not hasattr(expert_cache, "size_bytes"):
         raise click.UsageError("--expert-cache does not work with --engine llama, which has its own: --moe-cache-mib")
+    if engine == "llama" and expert_cache is not None and expert_cache.misses != "copy":
+        raise click.UsageError("--moe-cache-misses does not work with --engine llama: llama.cpp copies what is missing")
     if engine == "llama" and flags.expert_copy != "used":
         raise click.UsageError("--expert-copy does not work with --engine llama: llama.cpp decides what is copied")
     from ..sampling import SamplerFlags

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from ..errors import GraphError
-from ..moe_cache import CacheGroup, HostLayer, Lookup, SlotTable, Upload, group_layers
+from ..moe_cache import CacheGroup, HostLayer, Lookup, Misses, SlotTable, Upload, group_layers
 from .cache import Cache
 from .policies import Policy, parse_policy
 from .pools import SCOPES, Capacity, Pools, request_keys
@@ -37,6 +37,8 @@ class LabRule:
         ``layer``: each layer has its own slots; ``group``: equal layers of a device share; ``global``: all layers.
     counts : mapping, optional
         By layer, the uses of each expert in other requests; required for static sets.
+    misses : str
+        ``"copy"``, or ``"cpu"``: the CPU computes what is missing; see `CacheRule.misses`.
 
     Raises
     ------
@@ -45,8 +47,15 @@ class LabRule:
     """
 
     def __init__(
-        self, policy: str | Policy, capacity: Capacity, scope: str = "layer", *, counts: Counts | None = None
+        self,
+        policy: str | Policy,
+        capacity: Capacity,
+        scope: str = "layer",
+        *,
+        counts: Counts | None = None,
+        misses: Misses = "copy",
     ) -> None:
+        self.misses: Misses = misses
         self.policy = policy if isinstance(policy, Policy) else parse_policy(policy)
         self.capacity, self.scope, self._counts = capacity, scope, counts
         if scope not in SCOPES:
@@ -102,7 +111,7 @@ class LabRule:
         return _Table(self.policy, group, self._pools, self._slots, self._counts or {})
 
 
-def parse_rule(text: str, scope: str, trace: Trace | None = None) -> LabRule:
+def parse_rule(text: str, scope: str, trace: Trace | None = None, *, misses: Misses = "copy") -> LabRule:
     """Parse ``POLICY:SIZE``, such as ``lfru:20%``, ``lru+hotter:64:512MiB`` or ``lfu:6``.
 
     Parameters
@@ -118,7 +127,8 @@ def parse_rule(text: str, scope: str, trace: Trace | None = None) -> LabRule:
     policy, colon, size = text.rpartition(":")
     if not colon or not policy:
         raise GraphError(f"'{text}' is not POLICY:SIZE", hint="such as lfru:20%, lru+hotter:512MiB or lfu:6")
-    return LabRule(policy, Capacity.parse(size), scope, counts=None if trace is None else counts_of(trace))
+    counts = None if trace is None else counts_of(trace)
+    return LabRule(policy, Capacity.parse(size), scope, counts=counts, misses=misses)
 
 
 def counts_of(trace: Trace) -> dict[int, dict[int, int]]:

@@ -336,6 +336,11 @@ class CapturedSource(GraphSource):
                 f"graphs of {self.hparams.arch} come from llama.cpp, which has its own expert cache",
                 hint="use --moe-cache-mib, or replay a trace: `pyggml experts compare --scope group`",
             )
+        if cache.host is not None:
+            raise SchedError(
+                f"graphs of {self.hparams.arch} come from llama.cpp, which copies missing experts to the device",
+                hint="leave out --moe-cache-misses cpu",
+            )
         self.banks = cache
         context = self.captures.about["context"] | {
             "moe_cache_size": cache.rule.size_bytes,

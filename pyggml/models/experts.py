@@ -6,13 +6,19 @@ The order of calls is the order of nodes, as in `blocks.py`.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from .. import ops
+from ..backend import Backend
 from ..tensor import Tensor
 from .blocks import Builder
+from .graph import ExpertBanks
 from .hparams import Gating
 from .weights import LayerWeights
+
+if TYPE_CHECKING:
+    from ..moe_cache import ExpertSides
 
 __all__ = ["moe_ffn", "routed_ffn"]
 
@@ -74,8 +80,7 @@ def moe_ffn(
     if weights_scale not in (0.0, 1.0):
         weights = b.name(ops.scale(weights, weights_scale), "ffn_moe_weights_scaled", il)
     b.graph.expand(weights)
-    slots = _slots(b, w, chosen)
-    experts = _experts(b, w, ops.reshape_3d(cur, n_embd, 1, n_tokens), chosen, slots, activation)
+    experts = _chosen_experts(b, w, ops.reshape_3d(cur, n_embd, 1, n_tokens), chosen, activation)
     experts = b.name(ops.mul(experts, weights), "ffn_moe_weighted", il)
     b.graph.expand(experts)
     views = [ops.view_2d(experts, n_embd, n_tokens, experts.nb[2], i * experts.nb[1]) for i in range(n_used)]
@@ -161,66 +166,138 @@ def _weigh(b: Builder, probs: Tensor, chosen: Tensor, il: int, *, is_softmax: bo
 _KINDS = tuple(f"ffn_{which}_exps.weight" for which in ("up", "gate", "down", "gate_up"))
 
 
-def _slots(b: Builder, w: LayerWeights, chosen: Tensor) -> Tensor | None:
-    """Return the expert cache's slots of the chosen experts; None: the products read the weights."""
-    if b.banks is None:
-        return None
-    found = b.banks.slots(w.layer, chosen, [t for kind in _KINDS if (t := w.get(kind)) is not None])
-    if found is None:
-        return None
-    slots, lookup = found
-    b.pins.append((lookup, b.banks.backend(w.layer)))
-    return slots
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Where the products of a layer's experts read, and who computes them.
+
+    Attributes
+    ----------
+    chosen, ids : Tensor
+        The chosen experts, and what names them in the weights that are read: i32, [n_used, n_token].
+    banks : ExpertBanks or None
+        What has other tensors to read than the weights.
+    on : Backend or None
+        With banks that leave experts to the host, the layer's device or the host; otherwise the scheduler decides.
+    """
+
+    chosen: Tensor
+    ids: Tensor
+    banks: ExpertBanks | None = None
+    on: Backend | None = None
+
+    @property
+    def is_host(self) -> bool:
+        """Whether it computes what a bank lacks."""
+        return self.banks is not None and self.on is not None and self.on is self.banks.host
+
+    def mul(self, weight: Tensor, cur: Tensor) -> Tensor:
+        """Return the products of rows with the experts that ``ids`` name."""
+        if self.is_host:
+            return ops.mul_mat_id(weight, cur, self.ids, skip_negative=True)
+        return ops.mul_mat_id(weight if self.banks is None else self.banks.bank(weight), cur, self.ids)
+
+    def beside(self, tensor: Tensor | None) -> Tensor | None:
+        """Return biases or scales of all experts where they can be read."""
+        if tensor is None or self.banks is None or self.on is None:
+            return tensor
+        return self.banks.beside(tensor, self.on)
+
+    def name(self, b: Builder, tensor: Tensor, name: str, layer: int) -> Tensor:
+        """Name a node, and keep one of the host there."""
+        if self.is_host:
+            assert self.on is not None
+            b.pins.append((tensor, self.on))
+            name += "_missing"
+        return b.name(tensor, name, layer)
 
 
-def _experts(
-    b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor, slots: Tensor | None, activation: Activation
+def _chosen_experts(b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor, activation: Activation) -> Tensor:
+    """Return the output of each chosen expert for each token, read from weights or from an expert cache: [n_embd, n_used, n_token]."""
+    banks, il = b.banks, w.layer
+    if banks is not None:
+        weights = [t for kind in _KINDS if (t := w.get(kind)) is not None]
+        sides = None if banks.host is None else banks.sides(il, chosen, weights)
+        if sides is not None:
+            return _on_both_sides(b, w, cur, chosen, sides, activation)
+        found = banks.slots(il, chosen, weights) if banks.host is None else None
+        if found is not None:
+            slots, lookup = found
+            b.pins.append((lookup, banks.backend(il)))
+            return _experts(b, w, cur, _Reader(chosen, slots, banks), activation)
+    return _experts(b, w, cur, _Reader(chosen, chosen), activation)
+
+
+def _on_both_sides(
+    b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor, sides: ExpertSides, activation: Activation
 ) -> Tensor:
-    """Return the output of each chosen expert for each token: [n_embd, n_used, n_token]."""
+    """Return the outputs of experts in the cache, from the device, and of the others, from the host.
+
+    Both sides have a row for each token and chosen expert; the right one is taken. So each value is that of the backend that
+    computed it.
+
+    Notes
+    -----
+    Upstream copies missing experts to the device first. The device's nodes are first in the graph: the device is computing
+    them when the host begins with its own.
+    """
+    banks, il = b.banks, w.layer
+    assert banks is not None
+    device, host = banks.backend(il), banks.host
+    assert host is not None
+    b.pins += [(node, device) for node in sides.on_device] + [(node, host) for node in sides.on_host]
+    there = _experts(b, w, cur, _Reader(chosen, sides.slots, banks, device), activation)
+    b.graph.expand(there)
+    here = _experts(b, w, cur, _Reader(sides.chosen, sides.missing, banks, host), activation)
+    n_embd, n_used, n_tokens = there.ne[:3]
+    rows = [ops.reshape_3d(side, n_embd, 1, n_used * n_tokens) for side in (there, here)]
+    both = ops.concat(rows[0], rows[1], 1)
+    b.pins.append((b.name(both, "ffn_moe_both", il), device))
+    return ops.reshape_3d(ops.get_rows(both, sides.side), n_embd, n_used, n_tokens)
+
+
+def _experts(b: Builder, w: LayerWeights, cur: Tensor, reader: _Reader, activation: Activation) -> Tensor:
+    """Return the output of each expert that a reader computes for each token: [n_embd, n_used, n_token]."""
     il = w.layer
     if w.get("ffn_gate_up_exps.weight") is not None:
-        gate, up = _fused_gate_up(b, w, cur, chosen, slots)
+        gate, up = _fused_gate_up(b, w, cur, reader)
         gated = True
     else:
-        up = _expert_mul(b, w, "up", cur, chosen, slots)
+        up = _expert_mul(b, w, "up", cur, reader)
         gated = w.get("ffn_gate_exps.weight") is not None
-        gate = _expert_mul(b, w, "gate", cur, chosen, slots) if gated else up
+        gate = _expert_mul(b, w, "gate", cur, reader) if gated else up
     if activation == "swiglu_oai":
-        cur = b.name(ops.swiglu_oai(gate, up, 1.702, 7.0), "ffn_moe_swiglu_oai", il)
+        cur = reader.name(b, ops.swiglu_oai(gate, up, 1.702, 7.0), "ffn_moe_swiglu_oai", il)
     elif activation == "geglu":
-        cur = b.name(ops.geglu_split(gate, up), "ffn_moe_geglu", il)
+        cur = reader.name(b, ops.geglu_split(gate, up), "ffn_moe_geglu", il)
     elif gated:
-        cur = b.name(ops.swiglu_split(gate, up), "ffn_moe_swiglu", il)
+        cur = reader.name(b, ops.swiglu_split(gate, up), "ffn_moe_swiglu", il)
     else:
-        cur = b.name(ops.silu(gate), "ffn_moe_silu", il)
-    return _expert_mul(b, w, "down", cur, chosen, slots)
+        cur = reader.name(b, ops.silu(gate), "ffn_moe_silu", il)
+    return _expert_mul(b, w, "down", cur, reader)
 
 
-def _fused_gate_up(
-    b: Builder, w: LayerWeights, cur: Tensor, chosen: Tensor, slots: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _fused_gate_up(b: Builder, w: LayerWeights, cur: Tensor, reader: _Reader) -> tuple[Tensor, Tensor]:
     """Return gate and up as the two halves of one product."""
-    both = _expert_mul(b, w, "gate_up", cur, chosen, slots)
+    both = _expert_mul(b, w, "gate_up", cur, reader)
     n_ff = both.ne[0] // 2
     gate, up = (
         ops.view_3d(both, n_ff, both.ne[1], both.ne[2], both.nb[1], both.nb[2], i * n_ff * both.nb[0]) for i in (0, 1)
     )
-    return b.name(gate, "ffn_moe_gate", w.layer), b.name(up, "ffn_moe_up", w.layer)
+    return reader.name(b, gate, "ffn_moe_gate", w.layer), reader.name(b, up, "ffn_moe_up", w.layer)
 
 
-def _expert_mul(b: Builder, w: LayerWeights, which: str, cur: Tensor, chosen: Tensor, slots: Tensor | None) -> Tensor:
-    """Return the product with one weight of the chosen experts, read from the expert cache if there are slots."""
+def _expert_mul(b: Builder, w: LayerWeights, which: str, cur: Tensor, reader: _Reader) -> Tensor:
+    """Return the product with one weight of the chosen experts."""
     il = w.layer
     n_tokens = cur.ne[2]
-    weight = w[f"ffn_{which}_exps.weight"]
-    if slots is None or b.banks is None:
-        cur = ops.mul_mat_id(weight, cur, chosen)
-    else:
-        cur = ops.mul_mat_id(b.banks.bank(weight), cur, slots)
-    factors = w.get(f"ffn_{which}_exps.scale")
+    cur = reader.mul(w[f"ffn_{which}_exps.weight"], cur)
+    factors = reader.beside(w.get(f"ffn_{which}_exps.scale"))
     if factors is not None:  # of each expert; mirrors `build_lora_mm_id`
+        cur = reader.name(b, cur, f"ffn_moe_{which}_unscaled", il) if reader.is_host else cur
         by_token = ops.repeat_4d(ops.reshape_3d(factors, 1, factors.ne[0], 1), 1, factors.ne[0], n_tokens, 1)
-        cur = ops.mul(cur, ops.get_rows(by_token, chosen))
-    cur = b.name(cur, f"ffn_moe_{which}" if factors is None else f"ffn_moe_{which}_scaled", il)
-    bias = w.get(f"ffn_{which}_exps.bias")
-    return cur if bias is None else b.name(ops.add_id(cur, bias, chosen), f"ffn_moe_{which}_biased", il)
+        cur = ops.mul(cur, ops.get_rows(by_token, reader.chosen))
+    cur = reader.name(b, cur, f"ffn_moe_{which}" if factors is None else f"ffn_moe_{which}_scaled", il)
+    bias = reader.beside(w.get(f"ffn_{which}_exps.bias"))
+    if bias is None:
+        return cur
+    return reader.name(b, ops.add_id(cur, bias, reader.chosen), f"ffn_moe_{which}_biased", il)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..backend import Backend
 from ..graph import Graph
@@ -17,6 +17,9 @@ from .batch import MicroBatch
 from .cache_view import CacheView
 from .context import ContextParams
 from .hparams import HParams
+
+if TYPE_CHECKING:
+    from ..moe_cache import ExpertSides
 
 __all__ = ["AttnInputs", "ExpertBanks", "GraphInputs", "GraphKey", "GraphParams", "ModelGraph"]
 
@@ -32,6 +35,16 @@ class ExpertBanks(Protocol):
 
     def backend(self, layer: int) -> Backend:
         """Return the backend that computes a cached layer."""
+
+    @property
+    def host(self) -> Backend | None:
+        """The backend that computes what a bank lacks; None: it is copied into the bank first."""
+
+    def sides(self, layer: int, ids: Tensor, weights: Sequence[Tensor]) -> ExpertSides | None:
+        """Return what device and host read, if there is a `host`; None if the layer reads its weights."""
+
+    def beside(self, tensor: Tensor, backend: Backend) -> Tensor:
+        """Return the biases or scales of experts, or a copy of them, in memory of ``backend``."""
 
 
 @dataclass(frozen=True, slots=True)

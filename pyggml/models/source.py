@@ -139,6 +139,10 @@ class GraphSource(ABC):
             The graphs cannot read anything else instead of them.
         """
 
+    def expert_vectors(self) -> dict[int, list[Tensor]]:
+        """Return the biases and scales of the experts of each layer; none unless the graphs are built here."""
+        return {}
+
     def read_banks(self, cache: MoeCache, free_bytes: Mapping[Device, int]) -> None:
         """Let graphs read an expert cache instead of weights from now on.
 
@@ -320,6 +324,12 @@ class BuiltSource(GraphSource):
     def expert_weights(self) -> dict[int, list[Tensor]]:
         """Return the expert weights of each layer."""
         kinds = [f"ffn_{kind}_exps.weight" for kind in ("gate_up", "gate", "up", "down")]
+        layers = enumerate(self.loaded.weights.layers)
+        return {il: [t for kind in kinds if (t := layer.get(kind)) is not None] for il, layer in layers}
+
+    def expert_vectors(self) -> dict[int, list[Tensor]]:
+        """Return the biases and scales of the experts of each layer."""
+        kinds = [f"ffn_{kind}_exps.{what}" for kind in ("gate_up", "gate", "up", "down") for what in ("bias", "scale")]
         layers = enumerate(self.loaded.weights.layers)
         return {il: [t for kind in kinds if (t := layer.get(kind)) is not None] for il, layer in layers}
 

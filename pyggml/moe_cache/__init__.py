@@ -11,11 +11,12 @@ from .budget import CacheGroup, ExpertTensor, HostLayer, group_layers, plan_cach
 from .cache import MAX_CACHED_TOKENS, Counters, ExpertCache, PartialCopy, Transfer
 from .policies import EVICTIONS, LRU, SLRU, EvictionPolicy, Lookup, SlotTable, Upload, slots_without_hits
 from .policy import MoeCachePolicy, prefetch_of
-from .running import CacheRule, LlamaCache, MoeCache
+from .running import CacheRule, LlamaCache, Misses, MoeCache
+from .sides import ExpertSides
 
 __all__ = [
-    "EVICTIONS", "LRU", "MAX_CACHED_TOKENS", "SLRU", "CacheGroup", "CacheRule", "Counters", "EvictionPolicy", "ExpertCache",
-    "ExpertTensor", "HostLayer", "LlamaCache", "Lookup", "MoeCache", "MoeCachePolicy", "PartialCopy", "SlotTable", "Transfer",
+    "EVICTIONS", "LRU", "MAX_CACHED_TOKENS", "SLRU", "CacheGroup", "CacheRule", "Counters", "EvictionPolicy", "ExpertCache", "ExpertSides",
+    "ExpertTensor", "HostLayer", "LlamaCache", "Lookup", "Misses", "MoeCache", "MoeCachePolicy", "PartialCopy", "SlotTable", "Transfer",
     "Upload", "group_layers", "plan_cache", "prefetch_of", "slots_that_fit",
     "slots_without_hits",
 ]  # fmt: skip

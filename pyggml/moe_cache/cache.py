@@ -170,13 +170,15 @@ class ExpertCache:
         policy = self.policy
         return 0 < n_tokens <= MAX_CACHED_TOKENS and min(n_tokens * n_used, policy.n_expert) <= policy.most
 
-    def update(self, layer: int, ids: Sequence[int]) -> tuple[Lookup, list[Transfer]]:
+    def update(self, layer: int, ids: Sequence[int], *, only_kept: bool = False) -> tuple[Lookup, list[Transfer]]:
         """Give slots to the experts that a layer chose.
 
         Parameters
         ----------
         ids : sequence of int32
             All ids of the layer, with repeats: small and large micro-batches are counted separately by their number.
+        only_kept : bool
+            Upload no experts that the policy does not keep.
 
         Returns
         -------
@@ -193,8 +195,9 @@ class ExpertCache:
         count = self.counters.small if len(ids) <= SMALL_TOKENS * self.n_used else self.counters.large
         count.hits += len(found.hits)
         count.misses += len(found.misses)
-        count.n_bytes += len(found.uploads) * sum(self.expert_bytes)
-        return found, merge_uploads(found.uploads)
+        uploads = [u for u in found.uploads if u.slot < self.policy.n_slots] if only_kept else found.uploads
+        count.n_bytes += len(uploads) * sum(self.expert_bytes)
+        return found, merge_uploads(uploads)
 
     def partial_copies(self, layer: int, used: Iterable[int], i_tensor: int) -> list[PartialCopy]:
         """Return the copies of a weight's used experts to its input copy, for a micro-batch that bypasses the cache.

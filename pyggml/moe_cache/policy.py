@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import SchedError
+from ..opset import expert_sources, uses_experts
 from ..sched.policies import CopyPolicy, UsedExpertCopier
 from ..sched.prefetch import ExpertPrefetch, Guess, PrefetchedExperts
 from ..sched.resources import CopyQueue
@@ -33,10 +34,19 @@ class MoeCachePolicy(CopyPolicy):
         is copied to its layer's device are copied from the cache if they are in it. With `PrefetchedExperts`, misses of
         the next cached layer are guessed and sent ahead; what the cache holds and evicts does not change.
 
+    Raises
+    ------
+    SchedError
+        The cache leaves misses to the CPU, and they are to be sent ahead, too.
+
     Notes
     -----
     Mirrors `llama_context::sched_copy_experts` and `llama_moe_cache::copy`. A failed compute empties the cache, because
     it is unknown which uploads were made.
+
+    Differs: upstream always uploads what is missing first. If the CPU computes it (`CacheRule.misses`), the rows that it
+    needs are read before the device gets the layer's products, so that the CPU does not wait for them; experts that the
+    cache admits are uploaded on a queue meanwhile, and used from the next step on.
     """
 
     def __init__(self, cache: MoeCache, inner: CopyPolicy | None = None) -> None:
@@ -48,6 +58,15 @@ class MoeCachePolicy(CopyPolicy):
         self._last = -1
         self._is_running = False
         self.prefetch = self.inner.prefetch if isinstance(self.inner, PrefetchedExperts) else None
+        if cache.host is not None and self.prefetch is not None:
+            raise SchedError(
+                "misses are computed on the CPU, so no expert is awaited that could be sent ahead",
+                hint="choose one: --moe-cache-misses cpu, or --expert-copy prefetch",
+            )
+        self._sides: dict[int, _Sides] = {}  # by layer, with a host that computes misses
+        self._early: list[Tensor] = []  # host memory, the same for each layer
+        self._fetched: dict[Transfer, Tensor] = {}  # what was read before its transfer is offered
+        self._queues: dict[int, CopyQueue] = {}
         self._ahead: dict[int, _Ahead] = {}  # by backend
         self._guess: tuple[tuple[int, int], Guess] | None = None  # the latest, and the layer that it is for
 
@@ -57,6 +76,7 @@ class MoeCachePolicy(CopyPolicy):
             self.inner.reserve(plan)
         for backend, bank in self.cache.banks:
             plan.lend(backend, bank)
+        self._fetched.clear()
         self._feeds.clear()
         self._last = len(plan.splits) - 1
         for transfers in plan.transfers:
@@ -66,8 +86,44 @@ class MoeCachePolicy(CopyPolicy):
                     self._check(plan, transfer, layer)
                     pairs = self.cache.experts(layer)
                     self._feeds[layer] = [(plan.feed(w, transfer.backend), bank) for w, bank in pairs]
+        if self.cache.host is not None:
+            self._reserve_sides(plan)
         if self.prefetch is not None and self._feeds:
             self._reserve_ahead(plan, self.prefetch)
+
+    def _reserve_sides(self, plan: Plan) -> None:
+        """Find what the products of host and device read; ask for queues, and for memory of what the host's products read."""
+        self._sides = {layer: _Sides() for layer in self._feeds}
+        for i, split in enumerate(plan.splits):
+            for node in split.graph.nodes:
+                if uses_experts(node.op) is None:
+                    continue
+                weight, ids = expert_sources(node)
+                layer = self.cache.layer_read(weight)
+                if layer is None or layer not in self._sides:
+                    continue
+                sides = self._sides[layer]
+                if split.backend_id == plan.machine.cpu:
+                    sides.host_ids, sides.host_split = ids.view_src or ids, i
+                else:
+                    sides.device_ids = ids.view_src or ids
+        sizes: dict[int, int] = {}
+        for layer, sides in self._sides.items():
+            feed = self._feeds[layer][0][0]
+            self._queues.setdefault(feed.backend_id, plan.queue(feed.backend))
+            self._feeds[layer] = [(feed, self.cache.bank(feed.source)) for feed, _ in self._feeds[layer]]
+            for feed, view in self._feeds[layer]:
+                plan.lend(feed.backend, view, has_queues=True)
+            first = next(
+                i for i, ts in enumerate(plan.transfers) if any(self.cache.layer_of.get(t.source) == layer for t in ts)
+            )
+            made = {node for split in plan.splits[first : sides.host_split] for node in split.graph.nodes}
+            for transfer in plan.transfers[sides.host_split]:
+                root = transfer.source.view_src or transfer.source
+                if transfer.kind == "activation" and root not in made:
+                    sizes[len(sides.early)] = max(sizes.get(len(sides.early), 0), transfer.source.nbytes)
+                    sides.early.append(transfer)
+        self._early = [plan.memory(plan.backends[-1], n, f"what misses read {j}") for j, n in sorted(sizes.items())]
 
     def _reserve_ahead(self, plan: Plan, prefetch: ExpertPrefetch) -> None:
         """Ask for a queue and memory of as many experts as are guessed, on each device."""
@@ -105,6 +161,7 @@ class MoeCachePolicy(CopyPolicy):
                 self.cache.clear()
                 self._guess = None
             self._is_running = True
+            self._fetched.clear()
             self.cache.begin()
         if self.inner.overrides("before_split"):
             self.inner.before_split(i_split)
@@ -120,11 +177,16 @@ class MoeCachePolicy(CopyPolicy):
         """Upload a layer's experts, then copy its slot map; pass other transfers to the inner policy."""
         layer = self.cache.layer_of.get(transfer.source)
         if layer is not None:
-            self._fill(transfer, layer)
+            (self._fill if self.cache.host is None else self._fill_one_side)(transfer, layer)
+            return True
+        fetched = self._fetched.pop(transfer, None)
+        if fetched is not None:
+            transfer.send_from(fetched, 0, 0, transfer.source.nbytes)
             return True
         if transfer.kind == "experts" and isinstance(self.inner, UsedExpertCopier):
             place = self.cache.place_of(transfer.source, transfer.backend)
             if place is not None:
+                place = place if self.cache.host is None else (*place[:2], self.cache.bank(transfer.source))
                 self._take(transfer, *place)
                 return True
         return self.inner.copy(transfer)
@@ -156,6 +218,34 @@ class MoeCachePolicy(CopyPolicy):
         transfer.send()
         if self.prefetch is not None:
             self._send_ahead(layer, self.prefetch)
+
+    def _fill_one_side(self, transfer: Transfer, layer: int) -> None:
+        """Tell device and host what each computes, read what the host needs, and upload what the cache admits on a queue."""
+        lookup = transfer.node
+        assert lookup is not None
+        ids = lookup.src[1]
+        assert ids is not None
+        feeds, cache, sides = self._feeds[layer], self.cache.cache(layer), self._sides[layer]
+        chosen = transfer.read_ids(ids, feeds[0][0].source, cache.n_used)
+        found, uploads = cache.update(layer, chosen, only_kept=True)
+        coming = {upload.expert for upload in found.uploads}
+        there = {expert: slot for expert, slot in found.slots.items() if expert not in coming}
+        self.cache.note_sides(layer, found.slots, there)
+        for early, memory in zip(sides.early, self._early, strict=False):
+            early.fetch(memory)
+            self._fetched[early] = memory
+        read = {*there.values(), *([self.cache.other_slot(layer)] if len(there) < len(found.slots) else ())}
+        for (feed, view), size in zip(feeds, cache.expert_bytes, strict=True):
+            feed.await_sent(view, [(slot * size, size) for slot in read])
+            feed.announce(ids, {*there, *(e for u in uploads for e in range(u.expert, u.expert + u.n_experts))})
+        for named, n in ((sides.device_ids, len(read)), (sides.host_ids, len(found.slots) - len(there))):
+            assert named is not None
+            transfer.note_count(named, n)
+        transfer.send()
+        queue = self._queues[transfer.backend_id]
+        for (feed, view), size in zip(feeds, cache.expert_bytes, strict=True):
+            for upload in uploads:
+                feed.send(upload.expert * size, upload.n_experts * size, into=view, at=upload.slot * size, queue=queue)
 
     def _judge(self, layer: int, chosen: Sequence[int], prefetch: ExpertPrefetch) -> dict[int, Tensor]:
         """Judge the guess of a layer whose ids are known, and return where its experts are that were sent ahead."""
@@ -197,6 +287,26 @@ class MoeCachePolicy(CopyPolicy):
 def prefetch_of(policy: CopyPolicy) -> ExpertPrefetch | None:
     """Return the prefetch of a copy policy, if it has one."""
     return policy.prefetch if isinstance(policy, MoeCachePolicy | PrefetchedExperts) else None
+
+
+@dataclass(slots=True)
+class _Sides:
+    """What the products of a layer read, on its device and on the host.
+
+    Attributes
+    ----------
+    device_ids, host_ids : Tensor
+        The roots of their ids.
+    host_split : int
+        The split that has the host's.
+    early : list of Transfer
+        What that split reads of the device, which can be fetched before the device gets its products.
+    """
+
+    device_ids: Tensor | None = None
+    host_ids: Tensor | None = None
+    host_split: int = 0
+    early: list[Transfer] = field(default_factory=list)
 
 
 @dataclass(slots=True)

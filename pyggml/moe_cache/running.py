@@ -8,22 +8,26 @@ up in the layer's slot map, which is copied there after the missing experts. `Mo
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from .. import ops
 from ..alloc import Context
 from ..backend import Backend
-from ..buffer import Buffer, BufferType, tensor_set
+from ..buffer import Buffer, BufferType, tensor_copy, tensor_set
 from ..errors import OutOfMemoryError, SchedError
 from ..tensor import Tensor
 from ..types import BufferUsage, DeviceType, Type
 from .budget import CacheGroup, ExpertTensor, HostLayer, plan_cache
 from .cache import Counters, ExpertCache
 from .policies import EVICTIONS, SlotTable, slots_without_hits
+from .sides import ExpertSides, look_up, make_sides
 
-__all__ = ["CacheRule", "LlamaCache", "MoeCache"]
+__all__ = ["CacheRule", "LlamaCache", "Misses", "MoeCache"]
+
+#: What happens to experts that the cache lacks: they are copied into it first, or the CPU computes them.
+Misses = Literal["copy", "cpu"]
 
 #: Address of the first tensor of each buffer without bytes; no process has memory there.
 _NOWHERE = 1 << 60
@@ -36,6 +40,10 @@ class CacheRule(Protocol):
     @property
     def name(self) -> str:
         """Name for reports."""
+
+    @property
+    def misses(self) -> Misses:
+        """``"copy"``, or ``"cpu"``: the CPU computes what is missing while the device computes the rest."""
 
     def groups(
         self, layers: Sequence[HostLayer], *, n_used: int, alignments: Sequence[int], weights: Sequence[float]
@@ -56,10 +64,13 @@ class LlamaCache:
         Bytes over all devices.
     eviction : str
         ``"lru"`` (b11549, release 0.7.0) or ``"slru"`` (b11739).
+    misses : str
+        See `CacheRule.misses`; llama.cpp copies.
     """
 
     size_bytes: int
     eviction: str = "slru"
+    misses: Misses = "copy"
 
     @property
     def name(self) -> str:
@@ -107,9 +118,13 @@ class MoeCache:
         Relative share of the budget for each device; by default its free memory.
     has_data : bool
         False: banks and slot maps have no memory, for plans.
+    vectors : mapping of int to sequence of Tensor, optional
+        By layer, biases and scales of its experts; if the CPU computes misses, device and host each have them.
 
     Attributes
     ----------
+    host : Backend or None
+        The CPU's backend if it computes what is missing.
     groups : list of CacheGroup
         Groups, including those without slots because the budget is too small; empty if no layer has only host experts.
 
@@ -135,12 +150,14 @@ class MoeCache:
         n_used: int,
         weights: Mapping[Backend, float] | None = None,
         has_data: bool = True,
+        vectors: Mapping[int, Sequence[Tensor]] | None = None,
     ) -> None:
         self.rule, self.n_used, self._has_data = rule, n_used, has_data
         # a library's CPU beside the last backend is a device, too
         taken = DeviceType.GPU, DeviceType.IGPU, DeviceType.CPU
         self._gpus = [b for b in backends[:-1] if b.device.type in taken]
         self._cpu = backends[-1]
+        self.host = self._cpu if rule.misses == "cpu" else None
         if not self._gpus:
             raise SchedError("the expert cache needs a GPU", hint="leave out --moe-cache-mib, or give a device")
         if not any(layers.values()) or not n_used:
@@ -153,6 +170,10 @@ class MoeCache:
         self._views: dict[Tensor, Tensor] = {}  # weight -> the view of its bank that graphs read
         self._maps: dict[int, Tensor] = {}
         self._words: dict[int, ctypes.Array[ctypes.c_int32]] = {}  # contents of the slot maps; none in a plan
+        self._layer_read: dict[Tensor, int] = {}
+        self._missing: dict[int, Tensor] = {}  # what the host computes, and experts by number; with a `host` only
+        self._missing_words: dict[int, ctypes.Array[ctypes.c_int32]] = {}
+        self._twins: dict[Tensor, Tensor] = {}  # biases and scales -> a copy on the other side
         self.layer_of: dict[Tensor, int] = {}  #: layer of each slot map
         self._buffers: list[Buffer] = []
         self._sizes: dict[BufferType, int] = {}
@@ -168,14 +189,14 @@ class MoeCache:
         self._budget = [b.buffer_type.alignment for b in self._gpus], shares
         self.groups = rule.groups(self._host_layers, n_used=n_used, alignments=self._budget[0], weights=shares)
         try:
-            self._allocate(layers)
+            self._allocate(layers, vectors or {})
         except BaseException:
             self.close()
             raise
 
     # -- memory --------------------------------------------------------------
 
-    def _allocate(self, layers: Mapping[int, Sequence[Tensor]]) -> None:
+    def _allocate(self, layers: Mapping[int, Sequence[Tensor]], vectors: Mapping[int, Sequence[Tensor]]) -> None:
         of_device: dict[Backend, list[Tensor]] = {}
         maps: list[Tensor] = []
         for i, plan in enumerate(self.groups):
@@ -184,7 +205,7 @@ class MoeCache:
             cache = self._new_cache(plan, Counters())
             group = _Group(plan, self._gpus[plan.device], cache)
             self._held.append(group)
-            n = plan.n_slots + cache.policy.n_transit
+            n = plan.n_slots + (1 if self.host is not None else cache.policy.n_transit)  # 1: `other_slot`
             for weight in layers[plan.layers[0]]:
                 bank = Tensor(weight.type, (*weight.ne[:2], n + 1), name=f"moe_cache.{i}.{weight.name}")
                 group.banks.append(bank)
@@ -193,10 +214,18 @@ class MoeCache:
                 self._group_of[il] = group
                 self._experts[il] = layers[il]
                 self._banks.update(zip(layers[il], group.banks, strict=True))
-                made = Tensor(Type.I32, (1, plan.n_expert), name=f"moe_cache.slot_map-{il}")
+                n_words = 1 if self.host is None else 2  # slot, and whose row is right
+                made = Tensor(Type.I32, (n_words, plan.n_expert), name=f"moe_cache.slot_map-{il}")
                 self._maps[il] = made
                 self.layer_of[made] = il
                 maps.append(made)
+                if self.host is None:
+                    continue
+                self._missing[il] = Tensor(Type.I32, (2, plan.n_expert), name=f"moe_cache.missing-{il}")
+                maps.append(self._missing[il])
+                for vector in vectors.get(il, ()):
+                    twin = self._twins[vector] = Tensor(vector.type, vector.ne, name=f"moe_cache.{vector.name}")
+                    of_device.setdefault(group.backend if _is_on_host(vector) else self._cpu, []).append(twin)
         for backend, banks in of_device.items():
             self._place(banks, backend, 0)
         for weight, bank in self._banks.items():
@@ -204,11 +233,18 @@ class MoeCache:
             view.name = f"moe_cache.{weight.name}"
             view.buffer, view.data = bank.buffer, bank.data
             self._views[weight] = view
+        self._layer_read = {t: il for il, ws in self._experts.items() for w in ws for t in (w, self._views[w])}
         if maps:
             self._place(maps, self._cpu, 0xFF)
         if self._has_data and self._cpu.device.has_data:
             for il, made in self._maps.items():
-                self._words[il] = (ctypes.c_int32 * made.ne[1])(*[-1] * made.ne[1])
+                self._words[il] = (ctypes.c_int32 * made.numel)(*[-1] * made.numel)
+            for il, made in self._missing.items():
+                self._missing_words[il] = (ctypes.c_int32 * made.numel)(
+                    *(n for e in range(made.ne[1]) for n in (-1, e))
+                )
+            for vector, twin in self._twins.items():
+                tensor_copy(vector, twin)
 
     def _place(self, tensors: list[Tensor], backend: Backend, value: int) -> None:
         """Allocate tensors and set all their bytes; in a plan, give them addresses that no process uses."""
@@ -243,7 +279,10 @@ class MoeCache:
     def close(self) -> None:
         """Free the memory."""
         self._words.clear()
-        for tensor in (*self._banks.values(), *self._views.values(), *self._maps.values()):
+        self._missing_words.clear()
+        for tensor in (
+            *self._banks.values(), *self._views.values(), *self._maps.values(), *self._missing.values(), *self._twins.values()
+        ):  # fmt: skip
             tensor.buffer = tensor.data = None
         for buffer in self._buffers:
             buffer.close()
@@ -291,12 +330,30 @@ class MoeCache:
         n_used, n_token = ids.ne[:2]
         if not group.cache.serves(n_token, n_used):
             return None
-        dense = ids if ids.is_contiguous() else ops.cont(ids)
-        found = ops.get_rows(self._maps[layer], ops.reshape_1d(dense, n_used * n_token))
+        found = look_up(self._maps[layer], ids, f"ffn_moe_slots-{layer}")
         if not group.backend.device.supports_op(found):
             return None
-        found.name = f"ffn_moe_slots-{layer}"
         return ops.reshape_2d(found, n_used, n_token), found
+
+    def sides(self, layer: int, ids: Tensor, weights: Sequence[Tensor]) -> ExpertSides | None:
+        """Make the nodes that tell device and host what each computes; return None if the layer reads its weights.
+
+        Parameters
+        ----------
+        ids, weights
+            As of `slots`.
+        """
+        group = self._group_of.get(layer)
+        n_used, n_token = ids.ne[:2]
+        if group is None or not all(w in self._banks for w in weights) or not group.cache.serves(n_token, n_used):
+            return None
+        made = make_sides(layer, ids, self._maps[layer], self._missing[layer])
+        return made if all(map(group.backend.device.supports_op, made.on_device)) else None
+
+    def beside(self, tensor: Tensor, backend: Backend) -> Tensor:
+        """Return biases or scales of experts in memory that a backend reads: themselves or their copy there."""
+        is_there = _is_on_host(tensor) == (backend is self._cpu)
+        return tensor if is_there else self._twins.get(tensor, tensor)
 
     def bank(self, weight: Tensor) -> Tensor:
         """Return the tensor that a product reads instead of a weight: a view of its bank without the spare slot."""
@@ -324,6 +381,10 @@ class MoeCache:
     def cache(self, layer: int) -> ExpertCache:
         """Return the slots of a cached layer's group."""
         return self._group_of[layer].cache
+
+    def layer_read(self, weight: Tensor) -> int | None:
+        """Return the layer of a weight, or of the view of a bank that its products read instead; None of another tensor."""
+        return self._layer_read.get(weight)
 
     def place_of(self, weight: Tensor, backend: Backend) -> tuple[int, int, Tensor] | None:
         """Return layer, index among the layer's tensors, and bank of a weight cached on ``backend``, or None."""
@@ -361,10 +422,30 @@ class MoeCache:
         n = group.plan.n_slots
         group.transient = [(layer, expert) for expert, slot in slots.items() if slot >= n]
 
+    def other_slot(self, layer: int) -> int:
+        """Return the slot that the device reads for experts that it lacks: zeros, in no pool.
+
+        A product with more rows may sum in another order, so it must not be the slot of an expert that is used.
+        """
+        return self._group_of[layer].plan.n_slots
+
+    def note_sides(self, layer: int, chosen: Iterable[int], there: Mapping[int, int]) -> None:
+        """Update the maps of a layer: the slots of experts that the device computes; the host computes the other chosen ones."""
+        if not self._words:
+            return
+        words, missing = self._words[layer], self._missing_words[layer]
+        other = self.other_slot(layer)
+        for expert in chosen:
+            slot = there.get(expert)
+            words[2 * expert], words[2 * expert + 1] = (other, 1) if slot is None else (slot, 0)
+            missing[2 * expert] = expert if slot is None else -1
+        self._write(layer)
+
     def _write(self, layer: int) -> None:
-        """Write a slot map; no device may be reading it."""
-        made = self._maps[layer]
-        tensor_set(made, ctypes.addressof(self._words[layer]), 0, made.nbytes)
+        """Write a layer's maps; no device may be reading them."""
+        for tensors, words in ((self._maps, self._words), (self._missing, self._missing_words)):
+            if layer in words:
+                tensor_set(tensors[layer], ctypes.addressof(words[layer]), 0, tensors[layer].nbytes)
 
     def advance(self, ids: Callable[[int, int, int], Sequence[int]]) -> None:
         """Give slots to what a step chooses, in every cached layer, without a copy: of a plan that does not carry it out.
@@ -440,7 +521,7 @@ class MoeCache:
                 "hits_from_mib": self.mib_for_hits(plan) or None,
             })  # fmt: skip
         return {
-            "rule": self.rule.name, "n_used": self.n_used, "map_bytes": self._map_bytes(), **self.counters.as_dict(),
+            "rule": self.rule.name, "misses_on": self.rule.misses, "n_used": self.n_used, "map_bytes": self._map_bytes(), **self.counters.as_dict(),
             "groups": groups, "warnings": self.warnings(),
         }  # fmt: skip
 
@@ -450,7 +531,7 @@ class MoeCache:
         return sum(_padded(bank, group.backend.buffer_type) for bank in group.banks)
 
     def _map_bytes(self) -> int:
-        return sum(_padded(made, self._cpu.buffer_type) for made in self._maps.values())
+        return sum(_padded(t, self._cpu.buffer_type) for t in (*self._maps.values(), *self._missing.values()))
 
     def start_lines(self) -> list[str]:
         """Return the lines about the cache that llama.cpp logs when it makes a context."""
@@ -471,6 +552,10 @@ class MoeCache:
 
     def _type(self, group: CacheGroup) -> str:
         return str(group.experts[-1].layout[0])
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.storage is not None and tensor.storage.is_host
 
 
 def _padded(tensor: Tensor, buft: BufferType) -> int:

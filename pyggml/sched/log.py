@@ -202,6 +202,11 @@ class RunLog:
             name = self._names[backend_id]
             self.records.record(WaitRecord(i_split, what, name, start_s, perf_counter(), span, **self.of))
 
+    def waited_for_queue(self, queue: CopyQueue) -> None:
+        """Advance the host's virtual time until a queue is done."""
+        if self.clock is not None:
+            self.clock.wait_until(None, self.clock.ready_s(queue.of, queue.number))
+
     def _engines(self, src: int, dst: int) -> tuple[str, ...]:
         """Return the names of the copy engines between two backends, as the virtual clock has them."""
         if self.clock is None:

@@ -518,6 +518,7 @@ class Scheduler(Observed):
             log.waited(None, "synchronize", i, None, start_s)
         for queue in self.resources.queues.values():
             queue.backend.synchronize()
+            log.waited_for_queue(queue)
 
     def reset(self) -> None:
         """Remove graph, assignments and pins; keep compute buffers.

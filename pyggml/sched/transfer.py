@@ -7,7 +7,7 @@ memory that is not an input of a split: a policy sends it to its own memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..backend import Backend
@@ -113,6 +113,20 @@ class Feed:
         """Report which experts of the source a split needs, whether they are sent or already there."""
         run = self._running("report")
         run.log.experts(run.i_split, self.source, ids, experts, is_added=False)
+
+    def await_sent(self, memory: Tensor, parts: Sequence[tuple[int, int]]) -> None:
+        """Make the backend's stream wait for what queues have sent to memory of the policy's own, which a split reads next.
+
+        Parameters
+        ----------
+        memory : Tensor
+            What nodes of the split read.
+        parts : sequence of (int, int)
+            Offset and size of the bytes that they read. Queues may write others meanwhile.
+        """
+        run = self._running("wait for")
+        run.mark_wait(self.backend_id, None, run.resources.owned[memory].written, "own_written")
+        self.backend.will_read(memory, parts)
 
     def send(
         self, offset: int = 0, size: int | None = None, *, into: Tensor, at: int = 0, queue: CopyQueue | None = None
@@ -428,6 +442,34 @@ class Transfer(Feed):
             tensor_copy(src, dst)
         self._report(run, offset, n, start_s, self.backend_id, queue, is_async=is_async)
         run.after_send(self, other, queue, is_read=True)
+
+    def fetch(self, into: Tensor) -> None:
+        """Read the source from its device into host memory of the policy's own, and wait for it; allowed at any time.
+
+        `send_from` that memory later fills the input copy without waiting for work that the device was given after this.
+
+        Parameters
+        ----------
+        into : Tensor
+            Memory of the policy's own on the transfer's backend (`Plan.memory`), whose device is the host.
+
+        Raises
+        ------
+        SchedError
+            The memory is not the host's, or smaller than the source.
+        """
+        run = self._running("fetch")
+        storage, n = into.storage, self.source.nbytes
+        if storage is None or not storage.is_host or into.data is None or into.nbytes < n:
+            raise SchedError(f"{self!r}: '{into.name}' is not host memory of {n:,} bytes", hint="use Plan.memory")
+        run.before_send(self, into, None)
+        start_s = run.log.now()
+        self.source_backend.get_tensor_async(self.source, into.data, 0, n)
+        run.synchronize(run.i_split, self._source_id, "fetch")
+        run.report(
+            self, run.i_split, self._source_id, self.kind, start_s, 0, n, 0, is_async=False, queue=None, is_own=True
+        )
+        run.after_send(self, into, None)
 
     def send_all(self) -> None:
         """Send everything that is needed: the missing experts for a further transfer, otherwise the whole source.

@@ -165,7 +165,8 @@ def test_models_give_the_same_logits_with_a_cache(arch, tmp_path, monkeypatch) -
     """Prompt and steps, bit for bit, in families with biases, shared experts, groups and several types; checked copy by copy."""
     monkeypatch.setenv("PYGGML_CHECK", "2")
     path = write_edited(tmp_path / "m.gguf", arch)
-    found = [_logits(path, rule) for rule in (None, LlamaCache(1 << 20, "lru"), LlamaCache(1 << 18, "slru"))]
+    rules = (None, LlamaCache(1 << 20, "lru"), LlamaCache(1 << 18, "slru"), LlamaCache(1 << 18, "lru", "cpu"))
+    found = [_logits(path, rule) for rule in rules]
     for logits in found[1:]:
         np.testing.assert_array_equal(logits, found[0])
 

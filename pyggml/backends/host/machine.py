@@ -18,7 +18,7 @@ from ...errors import AllocError, BackendError, ComputeError, OutOfMemoryError
 from ...graph import GraphView, Snapshot
 from ...tensor import Tensor
 from .plan import HostPlan
-from .race_watch import HOST, access_to
+from .race_watch import HOST, access_to, host_access
 
 if TYPE_CHECKING:
     from pyggml.kernels.cpu.pool import Pool
@@ -166,6 +166,7 @@ class HostBuffer(Buffer):
         """Copy host memory into the tensor."""
         if HOST.is_busy:
             _watch(tensor, offset, size, is_write=True)
+            HOST.by_host([host_access(address, size, tensor, is_write=False)])
         at = tensor.data
         if at is None or self.owner is None or not self.is_writable:
             at = self._writable(tensor)  # raises

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -181,15 +181,21 @@ class HostWatch(HazardWatch):
 HOST = HostWatch()
 
 
-def accesses_of(graph: GraphView) -> list[Access]:
-    """Return the accesses of computing a range of nodes."""
+#: One part: all bytes.
+_WHOLE: Sequence[tuple[int, int | None]] = ((0, None),)
+
+
+def accesses_of(graph: GraphView, parts_read: Mapping[Tensor, Sequence[tuple[int, int]]] | None = None) -> list[Access]:
+    """Return the accesses of computing a range of nodes; of some tensors only parts are read (offset, size)."""
     found: dict[Access, None] = {}
     for node in graph.nodes:
         if node.flags & TensorFlag.COMPUTE and not node.op.is_empty and not node.is_empty:
             by = f"{node.op_desc} '{node.name}'"
             for src in node.src:
-                if src is not None and not src.is_empty:
-                    found[access_to(src, is_write=False, by=by)] = None
+                if src is None or src.is_empty:
+                    continue
+                for offset, size in parts_read.get(src, _WHOLE) if parts_read else _WHOLE:
+                    found[access_to(src, is_write=False, offset=offset, size=size, by=by)] = None
             found[access_to(node, is_write=True, by=by)] = None
     return list(found)
 

@@ -311,6 +311,7 @@ class SimBackend(Backend):
         self.n_submitted = self.n_done = 0
         self.stream = device.next_stream()
         self._late: deque[Callable[[], None]] = deque()
+        self._parts_read: dict[Tensor, Sequence[tuple[int, int]]] = {}
         self._random = None if device.seed is None else random.Random(device.next_seed())
         self._pool: Pool | None = None
 
@@ -436,12 +437,17 @@ class SimBackend(Backend):
                 plan.run(self.pool)
 
         if self.device.watch is not None:
-            self._watch(self.device, *accesses_of(graph))
+            self._watch(self.device, *accesses_of(graph, self._parts_read))
         self._submit(compute)
 
     def plan_of(self, graph: GraphView) -> HostPlan:
         """Return the plan of a range of nodes; see `pyggml.backends.host.machine.plan_of`."""
         return plan_of(graph, self.device, self.name, self._arena_address)
+
+    def will_read(self, tensor: Tensor, parts: Sequence[tuple[int, int]]) -> None:
+        """Record which bytes of a tensor nodes read, to find hazards."""
+        if self.device.watch is not None:
+            self._parts_read[tensor] = parts
 
     def _check_places(self, nodes: Sequence[Tensor]) -> None:
         for node in nodes:
