@@ -6,8 +6,9 @@ Requests and answers are plain data that JSON can hold.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..backends.libggml.library import Handle
 from .capturing import CapturingCPU, CapturingDevice, Watcher
@@ -17,6 +18,7 @@ from .params import context_params, model_params
 __all__ = ["Capture", "CaptureFailed", "Host"]
 
 Message = dict[str, Any]  # what goes through JSON
+_T = TypeVar("_T")
 
 #: Upstream's `GGML_BACKEND_BUFFER_USAGE_COMPUTE`.
 _COMPUTE_USAGE = 2
@@ -29,6 +31,9 @@ _LOADING = re.compile(r"loading tensor (\S+)")
 _MOVED = re.compile(r"buffer type overridden to (\S+)")
 _UNUSED = re.compile(r"model has unused tensor (\S+)")
 _PINNED = re.compile(rb"(?:norm|l_last)-(\d+)")
+_RESERVING = re.compile(r"reserving a graph for ubatch with n_tokens = *(\d+), n_seqs = *(\d+), n_outputs = *(\d+)")
+
+Size = tuple[int, int, int]  # tokens, sequences, outputs
 
 
 class CaptureFailed(Exception):
@@ -40,7 +45,6 @@ class Host:
 
     def __init__(self, path: Path) -> None:
         self.library = LlamaLibrary(path)
-        self.library.check_reserves()
         self.devices: dict[str, CapturingDevice] = {}
         self._nobody = Watcher()
         self.cpu = CapturingCPU(self.library, self._nobody)
@@ -84,15 +88,21 @@ class Capture(Watcher):
     def __init__(self, host: Host, request: Message) -> None:
         self.host, self.library = host, host.library
         self.ffi, self.lib = host.library.ffi, host.library.lib
-        self.is_relaxed = False
+        self.is_relaxed, self.has_sizes, self.has_memory = False, True, True
+        self._is_ready = False
         self.lines: list[str] = []
         self.weights: list[Message] = []
         self.layers: dict[int, str] = {}
-        self._pins: dict[int, int] = {}
+        self._asked: dict[int, int] = {}
+        self._pins = self._asked
+        self._end = 0
+        self._keeps = False
         self._computed: list[Handle] = []
+        self._leafs: list[Handle] = []
+        self._reserving: Size | None = None
+        self._reserved: dict[Size, Message] = {}
         self._names: dict[tuple[str, int], str] = {}
-        self._leaf_names: dict[tuple[int, int], list[str]] = {}
-        self._is_placed = False
+        self._next = _NOWHERE
         self.error: BaseException | None = None
         self._model = self._ctx = self.ffi.NULL
         host.cpu.watcher = self
@@ -109,6 +119,10 @@ class Capture(Watcher):
     def _take_line(self, line: str) -> None:
         self.lines.append(line)
         if self._ctx != self.ffi.NULL:
+            if found := _RESERVING.search(line):
+                n, n_seqs, n_outputs = map(int, found.groups())
+                self._reserving = (-(-n // n_seqs) * n_seqs, n_seqs, n_outputs)
+                self._asked = {}
             return
         if found := _LAYER.search(line):
             self.layers[int(found[1])] = found[2]
@@ -136,11 +150,35 @@ class Capture(Watcher):
                         weight["buft"] = device
             return
         if found := _PINNED.fullmatch(self.ffi.string(tensor.name)):
-            self._pins[self.library.address(tensor)] = int(found[1])
+            self._asked[self.library.address(tensor)] = int(found[1])
+
+    def split(self, graph: Handle) -> None:
+        """Give weights and caches addresses before a decode needs them, and keep the pins and graphs of `_own_graphs`."""
+        if self._ctx == self.ffi.NULL:
+            return
+        is_next = self.library.address(graph.nodes) == self._end
+        self._end = self.library.address(graph.nodes + graph.n_nodes)
+        if not self.library.has_heads:
+            self._place_nowhere(self._nodes_of(graph))
+        if is_next:
+            return
+        self._pins, self._asked = self._asked, {}
+        head = self.library.head_of(graph)
+        self._place_nowhere(self._leafs_of(head))
+        if self._keeps and self._reserving is not None and head != self.ffi.NULL:
+            self._reserved[self._reserving] = self._read(self._nodes_of(head), self._leafs_of(head))
+        elif self._reserving is None:
+            self.has_sizes = True
+        self._reserving = None
 
     def computed(self, graph: Handle) -> None:
-        """Record the nodes of a split, in order."""
-        self._computed += [self.lib.ggml_graph_node(graph, i) for i in range(self.lib.ggml_graph_n_nodes(graph))]
+        """Record the nodes of a split, in order, and the leafs of the graph that it is the first of."""
+        if not self._computed:
+            self._leafs = self._leafs_of(self.library.head_of(graph))
+        self._computed += self._nodes_of(graph)
+
+    def _nodes_of(self, graph: Handle) -> list[Handle]:
+        return [self.lib.ggml_graph_node(graph, i) for i in range(self.lib.ggml_graph_n_nodes(graph))]
 
     def failed(self, error: BaseException) -> None:
         """Record an exception of the two above, which becomes the answer."""
@@ -197,6 +235,7 @@ class Capture(Watcher):
                 "ggml": self.library.version,
                 "path": str(self.library.path),
             },
+            "reserves": self.library.reserves,
             "n_vocab": lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)),
             "n_ctx": lib.llama_n_ctx(self._ctx),
             "n_batch": lib.llama_n_batch(self._ctx),
@@ -212,7 +251,6 @@ class Capture(Watcher):
         self.is_relaxed = self.has_devices
 
     def _reserve(self, n_tokens: int, n_seqs: int, n_outputs: int) -> Handle:
-        self._pins.clear()
         del self.lines[:]
         graph = self.library.reserve(self._ctx, n_tokens, n_seqs, n_outputs)
         if graph == self.ffi.NULL:
@@ -222,16 +260,56 @@ class Capture(Watcher):
     def reserve(self, n_tokens: int, n_seqs: int, n_outputs: int) -> Message:
         """Return the graph for reserving memory, over the whole cache."""
         self._relax()
+        if not self.library.reserves:
+            return self._own((n_tokens, n_seqs, n_outputs), self._own_graphs())
         graph = self._reserve(n_tokens, n_seqs, n_outputs)
-        nodes = [self.lib.ggml_graph_node(graph, i) for i in range(self.lib.ggml_graph_n_nodes(graph))]
-        return self._read(nodes, self._leafs_of(graph))
+        return self._read(self._nodes_of(graph), self._leafs_of(self.ffi.cast("struct cgraph_head *", graph)))
 
     def printed(self, n_tokens: int, n_seqs: int, n_outputs: int) -> list[str]:
         """Return what llama.cpp's scheduler prints of that graph; requires ``GGML_SCHED_DEBUG=2``."""
-        self.is_relaxed = False
-        self._reserve(n_tokens, n_seqs, n_outputs)
-        text = "".join(self.lines)
+        if self.library.reserves:
+            self.is_relaxed = False
+            self._reserve(n_tokens, n_seqs, n_outputs)
+            text = "".join(self.lines)
+        else:
+            self.is_relaxed = False
+            text = self._own((n_tokens, n_seqs, n_outputs), self._own_texts())
         return [line for line in text.split("\n") if line.startswith(("## SPLIT", "node #"))]
+
+    # -- without llama_graph_reserve: what llama.cpp itself reserves before a decode -----------------------------------
+
+    def _own_graphs(self) -> dict[Size, Message]:
+        self._relax()
+        if not self._reserved:
+            self._keeps = True
+            self._reserve_anew()
+            self._keeps = False
+        return self._reserved
+
+    def _own_texts(self) -> dict[Size, str]:
+        texts: dict[Size, str] = {}
+        self._reserve_anew()
+        for part in "".join(self.lines).split("reserving a graph for ubatch")[1:]:
+            if found := _RESERVING.search("reserving a graph for ubatch" + part):
+                n, n_seqs, n_outputs = map(int, found.groups())
+                texts[-(-n // n_seqs) * n_seqs, n_seqs, n_outputs] = part.partition("sched_reserve:")[0]
+        return texts
+
+    def _reserve_anew(self) -> None:
+        """Let llama.cpp reserve again, by a decode that then fails for want of memory."""
+        self._is_ready = self.has_memory = False
+        self._clear()
+        self._go_through(1, 0, 1)
+        self._is_ready, self.has_memory = False, True
+
+    def _own(self, size: Size, found: Mapping[Size, _T]) -> _T:
+        if size not in found:
+            known = [f"{n} tokens ({n_outputs} outputs)" for n, _, n_outputs in found]
+            raise CaptureFailed(
+                "this build of llama.cpp does not export llama_graph_reserve: of graphs over a whole cache it gives "
+                f"{'those of ' + ' and '.join(known) if known else 'none'}, not one of {size[0]} tokens ({size[2]} outputs)"
+            )
+        return found[size]
 
     def decode(self, n_tokens: int, outputs: str, *, depth: int = 0, is_full: bool = False) -> Message:
         """Simulate a decode with ``depth`` tokens in the cache, and return the graph of each micro-batch.
@@ -242,9 +320,7 @@ class Capture(Watcher):
         n_batch, n_ubatch = self.lib.llama_n_batch(self._ctx), self.lib.llama_n_ubatch(self._ctx)
         parts: list[Message] = []
         graphs: list[Message] = []
-        memory = self.lib.llama_get_memory(self._ctx)
-        if memory != self.ffi.NULL:
-            self.lib.llama_memory_clear(memory, False)
+        self._clear()
         for first in () if is_full else range(0, depth, n_ubatch):
             self._go_through(min(n_ubatch, depth - first), first, 0)
         starts = [
@@ -253,8 +329,9 @@ class Capture(Watcher):
         for first, after in zip(starts, [*starts[1:], n_tokens], strict=True):
             n = after - first
             n_outputs = n if outputs == "all" else int(first + n == n_tokens)
-            graph = None if is_full else self._decode(n, depth + first, n_outputs)
-            if graph is None:
+            if not is_full and self._go_through(n, depth + first, n_outputs):
+                graph = self._read(self._computed, self._leafs)
+            else:
                 is_full = True
                 if n % self._n_stream:
                     raise CaptureFailed(
@@ -267,22 +344,18 @@ class Capture(Watcher):
             parts.append({"n_tokens": n, "n_outputs": n_outputs, "graph": len(graphs) - 1})
         return {"parts": parts, "graphs": graphs, "is_full": is_full}
 
-    def _decode(self, n: int, first: int, n_outputs: int) -> Message | None:
-        if not self._go_through(n, first, n_outputs):
-            return None
-        graph = self._read(self._computed, [])
-        self._computed = []
-        return self._with_leafs(graph, n, n_outputs)
+    def _clear(self) -> None:
+        memory = self.lib.llama_get_memory(self._ctx)
+        if memory != self.ffi.NULL:
+            self.lib.llama_memory_clear(memory, False)
 
     def _go_through(self, n: int, first: int, n_outputs: int) -> bool:
         """Let llama.cpp decode tokens from a position on; return whether it succeeded and its nodes were seen."""
         lib = self.lib
-        if not self._is_placed:
-            # without addresses a decode would follow null pointers
-            self._is_placed = True
-            n_tokens, n_seqs = min(lib.llama_n_ubatch(self._ctx), lib.llama_n_ctx(self._ctx)), self._n_stream
-            self._place_nowhere(self._reserve(n_tokens, n_seqs, n_seqs))
-            self._place_nowhere(self._reserve(n_seqs, n_seqs, n_seqs))  # of few tokens: banks of an expert cache
+        if not self._is_ready:
+            # another control vector, even none, makes the decode reserve again, and this time without sizes
+            lib.llama_set_adapter_cvec(self._ctx, self.ffi.NULL, 0, 0, 0, 0)
+            self.has_sizes, self._is_ready = False, True
         batch = lib.llama_batch_init(n, 0, 1)
         for i in range(n):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = 0, first + i, 1
@@ -290,51 +363,27 @@ class Capture(Watcher):
             batch.logits[i] = i >= n - n_outputs
         batch.n_tokens = n
         self._computed.clear()
-        self._pins.clear()
+        del self.lines[:]
         status = lib.llama_decode(self._ctx, batch)
         lib.llama_batch_free(batch)
         return not status and bool(self._computed)
 
-    def _with_leafs(self, graph: Message, n_tokens: int, n_outputs: int) -> Message | None:
-        """Add to a graph captured during computing the leafs of the reserved graph, in their order.
-
-        A reserved graph sees the caches of all sequences, with as many tokens for each.
-        """
-        key, n = (n_tokens, max(n_outputs, 1)), self._n_stream
-        if key not in self._leaf_names:
-            reserved = self.reserve(n * key[0], n, n * key[1])
-            leafs = [reserved["tensors"][i] for i in reserved["leafs"]]
-            self._leaf_names[key] = [t["name"] for t in leafs]
-            self._spare = {t["name"]: _with_tokens(t, n * n_tokens, n_tokens) for t in leafs}
-        tensors = graph["tensors"]
-        mine: dict[str, list[int]] = {}
-        for i in range(graph["n_nodes"], len(tensors)):
-            if tensors[i]["op"] == "NONE":
-                mine.setdefault(tensors[i]["name"], []).append(i)
-        for name in self._leaf_names[key]:
-            if mine.get(name):
-                graph["leafs"].append(mine[name].pop(0))
-            else:  # a leaf without a reader, such as the embeddings of a batch of tokens
-                graph["leafs"].append(len(tensors))
-                tensors.append(dict(self._spare[name]))
-        return None if any(mine.values()) else graph
-
-    def _leafs_of(self, graph: Handle) -> list[Handle]:
+    def _leafs_of(self, head: Handle) -> list[Handle]:
         """Return the leafs in upstream's order, from the head of the struct if it agrees with public functions."""
-        head = self.ffi.cast("struct cgraph_head *", graph)
-        n = self.lib.ggml_graph_n_nodes(graph)
+        if head == self.ffi.NULL or not self.library.has_heads:
+            return []
+        n = self.lib.ggml_graph_n_nodes(head)
         ends = (0, n - 1) if n else ()
-        if head.n_nodes != n or any(head.nodes[i] != self.lib.ggml_graph_node(graph, i) for i in ends):
+        if head.n_nodes != n or any(head.nodes[i] != self.lib.ggml_graph_node(head, i) for i in ends):
             return []
         if not 0 <= head.n_leafs <= head.size:
             return []
         leafs = [head.leafs[i] for i in range(head.n_leafs)]
         return leafs if all(t.op == 0 for t in leafs) else []
 
-    def _place_nowhere(self, graph: Handle) -> None:
-        """Give weights and caches, whose buffers have no bytes, addresses that no process uses."""
-        null, at, done = self.ffi.NULL, _NOWHERE, set()
-        todo = [self.lib.ggml_graph_node(graph, i) for i in range(self.lib.ggml_graph_n_nodes(graph))]
+    def _place_nowhere(self, todo: list[Handle]) -> None:
+        """Give weights and caches, whose buffers have no bytes, addresses that no process uses: some tensors and their sources."""
+        null, done = self.ffi.NULL, set()
         while todo:
             t = todo.pop()
             key = self.library.address(t)
@@ -343,8 +392,9 @@ class Capture(Watcher):
             done.add(key)
             todo += [s for s in (*t.src, t.view_src) if s != null]
             if t.op == 0 and t.view_src == null and t.buffer != null and t.data == null:
-                t.data = self.ffi.cast("void *", at)
-                at += -(-self.lib.ggml_nbytes(t) // _PAGE) * _PAGE
+                t.data = self.ffi.cast("void *", self._next)
+                self._next += -(-self.lib.ggml_nbytes(t) // _PAGE) * _PAGE
+                self.host.cpu.fill(t.buffer)
 
     def _read(self, nodes: list[Handle], leafs: list[Handle]) -> Message:
         """Return nodes in order, then leafs, then other reachable tensors, which refer to each other by index."""
@@ -394,19 +444,10 @@ class Capture(Watcher):
 
     def close(self) -> None:
         """Free the context and the model."""
-        self.is_relaxed = False
+        self.is_relaxed, self.has_sizes, self.has_memory = False, True, True
         if self._ctx != self.ffi.NULL:
             self.lib.llama_free(self._ctx)
         if self._model != self.ffi.NULL:
             self.lib.llama_model_free(self._model)
         self._ctx = self._model = self.ffi.NULL
         self.host.leave()
-
-
-def _with_tokens(leaf: Message, n: int, to: int) -> Message:
-    """Return a leaf without gaps with ``to`` in place of n tokens, its last dimension of that length."""
-    i = max((i for i in range(4) if leaf["ne"][i] == n), default=None)
-    if i is None or n == to:
-        return leaf
-    nb = [b if j <= i else b // n * to for j, b in enumerate(leaf["nb"])]
-    return {**leaf, "ne": [to if j == i else ne for j, ne in enumerate(leaf["ne"])], "nb": nb}

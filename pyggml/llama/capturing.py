@@ -9,24 +9,42 @@ graph is then one split without copies, and no source of a node is replaced. Not
 from __future__ import annotations
 
 from ..backends.libggml.library import Handle
-from .device import CPUHooks, Functions, PythonDevice, keep_for_ever
+from .device import CPUHooks, Functions, PythonDevice, put
 from .library import LlamaLibrary
+from .slots import N_WORDS
 
 __all__ = ["CapturingCPU", "CapturingDevice", "Watcher"]
 
 _ALIGNMENT = 128
+#: Functions of a buffer without bytes.
+_NO_BYTES: Functions = dict.fromkeys(("memset_tensor", "set_tensor", "get_tensor", "clear"), lambda *_: None)
 #: Addresses of device memory start here; no process has memory there.
 _NOWHERE = 1 << 44
 _STEP = 1 << 16
 
 
 class Watcher:
-    """Receives llama.cpp's questions to devices, and decides whether answers are relaxed. This one ignores them all."""
+    """Receives llama.cpp's questions to devices, and decides how they are answered. This one ignores them all.
+
+    Attributes
+    ----------
+    is_relaxed : bool
+        Whether answers are relaxed.
+    has_sizes : bool
+        Whether tensors need their bytes. llama.cpp reserves no memory for a model without bytes but counts on what it
+        would have reserved: a decode asks for memory of its own only if its tensors need more than was counted.
+    has_memory : bool
+        Whether devices give memory.
+    """
 
     is_relaxed = False
+    has_sizes = has_memory = True
 
     def asked(self, device: str, tensor: Handle, answer: bool) -> None:
         """Receive a question whether a device supports an op."""
+
+    def split(self, graph: Handle) -> None:
+        """Receive the graph of a split that has just been made."""
 
     def computed(self, graph: Handle) -> None:
         """Receive a graph to compute."""
@@ -78,12 +96,9 @@ class CapturingDevice(PythonDevice):
             },
             "buffer": {
                 "get_base": lambda buffer: self._bases.get(buffer, _NOWHERE),
-                "memset_tensor": lambda *_: None,
-                "set_tensor": lambda *_: None,
-                "get_tensor": lambda *_: None,
-                "clear": lambda *_: None,
+                **_NO_BYTES,
             },
-            "backend": {"graph_compute": self._compute},
+            "backend": {"graph_compute": self._compute, "graph_optimize": self._optimize},
             "device": {
                 "supports_op": self._supports_op,
                 "supports_buft": lambda _, buft: self.watcher.is_relaxed or buft == self.buft,
@@ -100,6 +115,8 @@ class CapturingDevice(PythonDevice):
         self.watcher.failed(error)
 
     def _alloc_buffer(self, _: Handle, size: int) -> Handle:
+        if not self.watcher.has_memory:
+            return self.ffi.NULL
         made = self.new_buffer(size)
         self._bases[self.library.address(made)] = self._next
         self._next += -(-(size + 1) // _STEP) * _STEP
@@ -109,6 +126,8 @@ class CapturingDevice(PythonDevice):
         """Mirrors `ggml_backend_cuda_buffer_type_get_alloc_size`."""
         lib, rest = self.library.lib, tensor.ne[0] % self.row_padding
         size = int(lib.ggml_nbytes(tensor))
+        if not self.watcher.has_sizes:
+            return min(size, 1)
         if rest and lib.ggml_is_quantized(tensor.type):
             size += int(lib.ggml_row_size(tensor.type, self.row_padding - rest))
         return size
@@ -139,6 +158,9 @@ class CapturingDevice(PythonDevice):
         self.watcher.computed(graph)
         return 0
 
+    def _optimize(self, _: int, graph: Handle, __: Handle) -> None:
+        self.watcher.split(graph)
+
 
 class CapturingCPU(CPUHooks):
     """Watches llama.cpp's calls of its CPU; nothing is computed.
@@ -151,10 +173,13 @@ class CapturingCPU(CPUHooks):
 
     def __init__(self, library: LlamaLibrary, watcher: Watcher) -> None:
         self.watcher = watcher
-        compute = library.ffi.callback("int(void *, void *)", self._compute)
-        keep_for_ever(compute)
-        self._compute_pointer = library.ffi.cast("void *", compute)
         super().__init__(library)
+        self._own = {
+            "backend": self._pointers("backend", {"graph_compute": self._compute, "graph_optimize": self._optimize}),
+            "buffer": self._pointers("buffer", _NO_BYTES),
+        }
+        buft = library.ffi.cast("void **", library.lib.ggml_backend_cpu_buffer_type())
+        put(library, buft, "buffer_type", {"get_alloc_size": self._alloc_size}, self.failed)
 
     def _functions(self) -> Functions:
         return {"supports_op": self._supports_op, "init_backend": self._init_backend}
@@ -168,12 +193,34 @@ class CapturingCPU(CPUHooks):
         self.watcher.asked("CPU", tensor, answer)
         return answer
 
+    def _alloc_size(self, _: Handle, tensor: Handle) -> int:
+        size = int(self.library.lib.ggml_nbytes(tensor))
+        return size if self.watcher.has_sizes else min(size, 1)
+
     def _init_backend(self, device: Handle, params: Handle) -> Handle:
         made = self.original["init_backend"](device, params)
-        slot = self.library.interfaces.backend.slots["graph_compute"]
-        self.library.ffi.cast("void **", made)[slot] = self._compute_pointer
+        words = self.library.ffi.cast("void **", made)
+        for slot, function in self._own["backend"].items():
+            words[slot] = function
         return made
 
-    def _compute(self, _: Handle, graph: Handle) -> int:
+    def fill(self, buffer: Handle) -> None:
+        """Give a buffer that ggml made for 0 bytes, which has no functions, those that do nothing."""
+        words = self.library.ffi.cast("void **", buffer)
+        for slot, function in self._own["buffer"].items():
+            if words[slot] == self.library.ffi.NULL:
+                words[slot] = function
+
+    def _pointers(self, kind: str, functions: Functions) -> dict[int, Handle]:
+        """Return C functions by slot."""
+        words = self.library.ffi.new("void *[]", N_WORDS)
+        put(self.library, words, kind, functions, self.failed)
+        slots = getattr(self.library.interfaces, kind).slots
+        return {slots[name]: words[slots[name]] for name in functions}
+
+    def _compute(self, _: int, graph: Handle) -> int:
         self.watcher.computed(graph)
         return 0
+
+    def _optimize(self, _: int, graph: Handle, __: Handle) -> None:
+        self.watcher.split(graph)

@@ -52,6 +52,7 @@ _SIGNATURES = {
         "cpy_tensor_async": f"bool(intptr_t, intptr_t, {_TENSOR}, {_TENSOR})",
         "synchronize": "void(intptr_t)",
         "graph_compute": "int(intptr_t, struct cgraph_head *)",
+        "graph_optimize": "void(intptr_t, struct cgraph_head *, void *)",
         "event_record": "void(intptr_t, intptr_t)",
         "event_wait": "void(intptr_t, intptr_t)",
     },

@@ -1,7 +1,7 @@
 """`find_llama` finds the shared object of llama.cpp; `LlamaLibrary` loads it and declares its functions.
 
 The layout of llama.cpp's C structs is checked by their defaults, and by functions that came with a field. One function
-is not in the C interface: the C++ symbol `llama_graph_reserve`. Builds that do not export it are refused.
+is not in the C interface: the C++ symbol `llama_graph_reserve`. Builds that do not export it give fewer graphs.
 """
 
 from __future__ import annotations
@@ -80,6 +80,9 @@ void * llama_init_from_model(void * model, struct llama_context_params params);
 llama_batch llama_batch_init(int32_t n_tokens, int32_t embd, int32_t n_seq_max);
 void llama_batch_free(llama_batch batch);
 int32_t llama_decode(void * ctx, llama_batch batch);
+int32_t llama_encode(void * ctx, llama_batch batch);
+bool llama_model_has_encoder(const void * model);
+int32_t llama_set_adapter_cvec(void * ctx, void * data, size_t len, int32_t n_embd, int32_t il_start, int32_t il_end);
 void llama_synchronize(void * ctx);
 float * llama_get_logits(void * ctx);
 void llama_set_n_threads(void * ctx, int32_t n_threads, int32_t n_threads_batch);
@@ -173,6 +176,8 @@ class DeviceLibrary(Library):
     ----------
     interfaces : Interfaces
         Layout of the build's interfaces.
+    has_heads : bool
+        Whether the head of a graph is laid out as ``cgraph_head``, with the list of nodes after it.
     has_uids : bool
         Whether ``cgraph_head.uid`` is a graph's number.
 
@@ -189,14 +194,23 @@ class DeviceLibrary(Library):
         self.ffi.cdef(FUNCTIONS)
         self.ffi.cdef(_BACKENDS)
         self.interfaces = find_interfaces(self)
-        self.has_uids = self._numbers_graphs()
+        self._look_at_heads()
 
-    def _numbers_graphs(self) -> bool:
-        """Return whether the scheduler's number of a graph is at the expected place in the struct."""
+    def _look_at_heads(self) -> None:
         context = self.new_context(1, graph_size=16)
         head = self.ffi.cast("struct cgraph_head *", self.lib.ggml_new_graph_custom(context, 16, False))
-        sizes = (head.size, head.n_nodes, head.n_leafs, head.order, head.uid)
-        return self.version_tuple >= (0, 26) and sizes == (16, 0, 0, 0, 0) and 16 <= head.hash_size < 1 << 10
+        sizes = (head.size, head.n_nodes, head.n_leafs, head.order)
+        self.has_heads = sizes == (16, 0, 0, 0) and head.nodes == self.ffi.cast("void *", head + 1)
+        self.has_uids = (
+            self.has_heads and self.version_tuple >= (0, 26) and head.uid == 0 and 16 <= head.hash_size < 1 << 10
+        )
+
+    def head_of(self, view: Handle) -> Handle:
+        """Return the head of the graph whose first nodes a view has; NULL if it is not found."""
+        if not self.has_heads:
+            return self.ffi.NULL
+        head = self.ffi.cast("struct cgraph_head *", view.nodes) - 1
+        return head if head.nodes == view.nodes and head.n_nodes >= view.n_nodes else self.ffi.NULL
 
 
 class LlamaLibrary(DeviceLibrary):
@@ -249,16 +263,10 @@ class LlamaLibrary(DeviceLibrary):
         if context != (512, 512, 1, 1, True, True, 0) or model != (True, False, False, True):
             raise self._refuse("its llama_context_params or llama_model_params are laid out in another way")
 
-    def check_reserves(self) -> None:
-        """Verify that graphs can be captured from this build.
-
-        Raises
-        ------
-        DeviceUnavailableError
-            It does not export `llama_graph_reserve`.
-        """
-        if not self.has(_RESERVE):
-            raise self._refuse("it does not export llama_graph_reserve, from which graphs are taken")
+    @property
+    def reserves(self) -> bool:
+        """Whether the build exports `llama_graph_reserve`."""
+        return self.has(_RESERVE)
 
     def reserve(self, ctx: Handle, n_tokens: int, n_seqs: int, n_outputs: int) -> Handle:
         """Return the graph with which llama.cpp reserves memory; it is valid until the next call."""

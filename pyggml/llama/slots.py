@@ -36,6 +36,9 @@ void * ggml_backend_reg_dev_get(void * reg, size_t index);
 void * ggml_backend_dev_buffer_from_host_ptr(void * device, void * ptr, size_t size, size_t max_tensor_size);
 bool ggml_backend_buffer_copy_tensor(const struct ggml_tensor * src, struct ggml_tensor * dst);
 void * ggml_backend_cpu_buffer_type(void);
+void * ggml_backend_sched_new(void * backends, void * bufts, int n, size_t graph_size, bool parallel, bool op_offload);
+bool ggml_backend_sched_alloc_graph(void * sched, void * graph);
+void ggml_backend_sched_free(void * sched);
 """
 
 
@@ -77,8 +80,8 @@ class Interfaces:
 _NEEDED = {
     "buffer_type": "get_name alloc_buffer get_alignment get_alloc_size is_host .device",
     "buffer": "free_buffer get_base set_tensor get_tensor memset_tensor clear .buft",
-    "backend": "get_name free set_tensor_async get_tensor_async cpy_tensor_async synchronize graph_compute event_record "
-    "event_wait .guid .device",
+    "backend": "get_name free set_tensor_async get_tensor_async cpy_tensor_async synchronize graph_compute "
+    "graph_optimize event_record event_wait .guid .device",
     "device": "get_name get_description get_memory get_type get_props init_backend get_buffer_type get_host_buffer_type "
     "buffer_from_host_ptr supports_op supports_buft offload_op event_new event_free event_synchronize .reg",
     "registry": "get_name get_device_count get_device",
@@ -218,6 +221,8 @@ def find_interfaces(library: Library) -> Interfaces:
     }.items():
         probe.ask(of_registry, name, call)
 
+    _find_graph_optimize(library, probe, of_backend)
+
     cpu = lib.ggml_backend_dev_by_type(0)
     api_version = ffi.cast("int *", lib.ggml_backend_dev_backend_reg(cpu))[0]
     found = Interfaces(of_buft, of_buffer, of_backend, of_device, of_registry, api_version)
@@ -233,6 +238,23 @@ def _find_free_buffer(library: Library, probe: _Prober, table: Table) -> None:
     for i in range(table.fields["buft"]):  # its 64 bytes are never freed
         words[i] = probe.words[i]
     probe.ask(table, "free_buffer", lambda: lib.ggml_backend_buffer_free(real))
+
+
+def _find_graph_optimize(library: Library, probe: _Prober, table: Table) -> None:
+    """Find the function that gets the graph of each split, among those that a CPU stream does not have, with a scheduler."""
+    ffi, lib, null = library.ffi, library.lib, library.ffi.NULL
+    cpu = lib.ggml_backend_dev_init(lib.ggml_backend_dev_by_type(0), null)
+    words = ffi.cast("intptr_t *", cpu)
+    for i in range(1, table.fields["device"]):
+        if not words[i] and i not in table.slots.values():
+            words[i] = probe.words[i]
+    context = library.new_context(8, graph_size=16)
+    graph = lib.ggml_new_graph_custom(context, 16, False)
+    lib.ggml_build_forward_expand(graph, lib.ggml_scale(context, lib.ggml_new_tensor_4d(context, 0, 8, 1, 1, 1), 2.0))
+    sched = lib.ggml_backend_sched_new(ffi.new("void *[]", [cpu]), null, 1, 16, False, False)
+    probe.ask(table, "graph_optimize", lambda: lib.ggml_backend_sched_alloc_graph(sched, graph))
+    lib.ggml_backend_sched_free(sched)
+    lib.ggml_backend_free(cpu)
 
 
 def _check(library: Library, found: Interfaces) -> None:

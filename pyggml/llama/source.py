@@ -199,6 +199,7 @@ class CapturedSource(GraphSource):
     """
 
     hparams: CapturedFacts
+    reserves: bool  #: whether the build exports `llama_graph_reserve`, for graphs of any size over a whole cache
     banks: MoeCache | None = None
 
     def __init__(
@@ -228,6 +229,7 @@ class CapturedSource(GraphSource):
             facts = self.captures.ask("facts")
             self._largest: Message = facts["graph"]
             self.build: dict[str, str] = facts["build"]
+            self.reserves = facts["reserves"]
             self.hparams = CapturedFacts.read(file, facts["n_vocab"])
             self.placement = self._place(facts, devices, placement, overrides)
         except BaseException:

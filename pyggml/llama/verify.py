@@ -152,7 +152,7 @@ def verify(
         plans = []
         with shared_process(source.captures.process.library, prints=True) as real:
             for batch, n in _micro_batches(sizes, planner.params.n_ubatch):
-                n_outputs = n if outputs == "all" else 1
+                n_outputs = n if outputs == "all" or not source.reserves else 1
                 size = [n, planner.params.n_seq_max, n_outputs]
                 printed = real.ask(source.captures.request("printed", size=size))["lines"]
                 planned = planner.plan_reserved(*size)

@@ -28,9 +28,6 @@ from pyggml.testing import ref
 from pyggml.types import Op, Type, UnaryOp
 
 SCHEDULER = """
-void * ggml_backend_sched_new(void ** backends, void ** bufts, int n, size_t graph_size, bool parallel, bool op_offload);
-void ggml_backend_sched_free(void * sched);
-bool ggml_backend_sched_alloc_graph(void * sched, void * graph);
 int ggml_backend_sched_graph_compute_async(void * sched, void * graph);
 void ggml_backend_sched_synchronize(void * sched);
 void ggml_backend_sched_reset(void * sched);

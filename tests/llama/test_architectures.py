@@ -92,6 +92,16 @@ def test_a_decode_that_llama_cpp_does_not_go_through(tmp_path: Path) -> None:
         assert [t.ne[:2] for t in masks] == [(512, 40)]
 
 
+def test_caches_that_are_cleared_before_a_decode(tmp_path: Path) -> None:
+    """DeepSeek 4 clears rows of its caches before each batch, which have no bytes here: its batches are decoded, too."""
+    context = ContextFlags(n_ctx=512, n_batch=64, n_ubatch=64)
+    path = write_known("deepseek4", tmp_path)
+    with Planner.open(path, devices=[DEVICE], context=context, graph="llama", data=False) as planner:
+        assert isinstance(planner.source, CapturedSource)
+        decoded = planner.source.captures.ask("decode", n_tokens=40, outputs="last", depth=0, is_full=False)
+        assert not decoded["is_full"]
+
+
 def test_a_batch_sees_the_cells_that_it_needs(tmp_path: Path) -> None:
     """Batches from an empty cache see 256 cells more at a time, and layers with a window no more than that."""
     context = ContextFlags(n_ctx=2048, n_batch=512, n_ubatch=256)
