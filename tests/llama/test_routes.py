@@ -93,9 +93,7 @@ def test_what_it_cannot_give_is_refused(tmp_path: Path, hidden: Path, monkeypatc
         write_known("t5", tmp_path), devices=["mock:CUDA0"], context=CONTEXT, graph="llama", data=False
     ) as planner:
         assert isinstance(planner.source, CapturedSource)
-        line = (
-            r"does not export llama_graph_reserve: .* of 64 tokens \(64 outputs\) and 1 tokens \(1 outputs\), not one of 40"
-        )
+        line = r"does not export llama_graph_reserve: .* of 64 tokens \(64 outputs\) and 1 tokens \(1 outputs\), not one of 40"
         with pytest.raises(ModelError, match=line):
             planner.plan_batch(40)  # llama.cpp decodes no batch of T5 before it encodes one
         assert planner.plan_reserved(1, 1, 1)
