@@ -43,6 +43,8 @@ def _product(
             fours = [4 * j + lane // 4 for lane in range(16)]
             first = [e.shuffle(s, s, fours) for s in starts]
             v = [e.load(U8x64, e.add(x, e.mul(i, 32)), 64 * j) for x in xs]
+            if kind.in_order:
+                e.keep_order()
             for r, block in enumerate(at):
                 codes = kind.codes(e, block, j)
                 for t, p in enumerate(acc[r]):

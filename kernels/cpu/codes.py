@@ -66,6 +66,8 @@ class Codes:
         ``scales(e, at)``: the scales of a block's columns, 16 by 16.
     codes : callable
         ``codes(e, at, j)``: columns 64j .. 64j+63 of a block, as bytes.
+    in_order : bool
+        Whether products load 64 columns after the other; measured.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Codes:
     unit: int
     scales: Callable[[Emit, ir.Value], ir.Value]
     codes: Callable[[Emit, ir.Value, int], ir.Value]
+    in_order: bool = False
 
 
 # -- what types share -----------------------------------------------------------------
@@ -128,7 +131,8 @@ def _from_book(e: Emit, book: tuple[str, float], indices: list[ir.Value]) -> ir.
     bytes_ = 64 // len(indices)
     type = ir.IntType(8 * bytes_)
     first = e.table(f"codebook.{book[0]}", type, _book(*book, bytes_))
-    return e.cast(e.gather(type, [e.add(first, e.mul(i, bytes_)) for i in indices]), U8x64)
+    addresses = [e.add(first, e.mul(i, bytes_)) for i in indices]
+    return e.gather_longs(addresses) if bytes_ == 8 else e.cast(e.gather(type, addresses), U8x64)
 
 
 def _book(name: str, factor: float, n: int) -> list[int]:
@@ -158,6 +162,8 @@ def _with_parity(e: Emit, sevens: ir.Value) -> ir.Value:
 
 def _four_sevens(e: Emit, word: ir.Value) -> ir.Value:
     """Spread the low 28 bits of a word over four bytes."""
+    if e.has("bmi2"):
+        return e.deposit(word, 0x7F7F7F7F)
     b, out = e.b, _bits(e, word, 0, 0x7F)
     for i in (1, 2, 3):
         out = b.or_(out, b.and_(b.shl(word, I64(i)), I64(0x7F << (8 * i))))
@@ -235,23 +241,40 @@ def _iq3_s(e: Emit, at: ir.Value, j: int) -> ir.Value:
 # -- IQ1: -1, 0 and 1, all moved by an eighth; integers are eighths ---------------------------
 
 
-def _moved(e: Emit, low_at: ir.Value, high: ir.Value, places: list[int], down: ir.Value) -> ir.Value:
-    """Entries of a codebook in eighths, each less 1 where its lane of ``down`` is set, else plus 1.
+def _moved(e: Emit, low_at: ir.Value, high_at: ir.Value, places: list[int], down: list[int]) -> ir.Value:
+    """Entries of a codebook in eighths, each less 1 where its bit is set, else plus 1.
 
     Parameters
     ----------
-    low_at, high : i64
-        Where the lower bytes of the indices lie, and a word with three upper bits of each from some places on.
+    low_at, high_at : i64
+        Where the lower bytes of the eight indices lie, and four bytes with their upper bits.
+    places, down : list of int
+        For each index, the first of its three upper bits in the four bytes, and the bit that says how it is moved.
     """
     b = e.b
     book = [word ^ OFFSET * _ONES for word in _book("IQ1_S", 8, 8)]  # -8, 0, 8 as bytes 120, 128, 136
-    table, addresses = e.table("codebook.IQ1_S", I64, book), []
-    for i, place in enumerate(places):
-        upper = b.shl(high, I64(11 - place)) if place <= 11 else b.lshr(high, I64(place - 11))
-        first = e.add(table, b.and_(upper, I64(7 << 11)))  # of 256 entries of 8 bytes
-        addresses.append(e.add(first, e.mul(_long(e, I8, low_at, i), 8)))
-    step = b.select(down, e.const(I64x8, -_ONES), e.const(I64x8, _ONES))
-    return e.cast(b.add(e.gather(I64, addresses), step), U8x64)  # no byte carries into the next
+    table = e.table("codebook.IQ1_S", I64, book)
+    low, high = e.load(I64, low_at), _long(e, I32, high_at, 0)
+    addresses = []
+    if e.has("bmi2"):
+        for half in range(2):
+            bytes_ = e.deposit(b.lshr(low, I64(32)) if half else _bits(e, low, 0, 0xFFFFFFFF), 0x00FF00FF00FF00FF)
+            bits = b.lshr(high, I64(16 * half))
+            if places[1] == 3:
+                bits = e.deposit(bits, 0x0700070007000700)
+            else:  # fours, the last bit of which does not count
+                bits = e.deposit(b.and_(bits, I64(0x7777)), 0x0F000F000F000F00)
+            four = b.or_(bytes_, bits)
+            addresses += [e.add(table, e.mul(_bits(e, four, 16 * i, 0xFFFF), 8)) for i in range(4)]
+    else:
+        for i, place in enumerate(places):
+            bits = b.shl(high, I64(11 - place)) if place <= 11 else b.lshr(high, I64(place - 11))
+            first = e.add(table, b.and_(bits, I64(7 << 11)))  # of 256 entries of 8 bytes
+            addresses.append(e.add(first, e.mul(_bits(e, low, 8 * i, 0xFF), 8)))
+    words = e.cast(e.splat(e.load(I32, high_at), 16), I64x8)
+    is_down = b.icmp_unsigned("!=", b.and_(words, e.const(I64x8, [1 << bit for bit in down])), e.const(I64x8, 0))
+    step = b.select(is_down, e.const(I64x8, -_ONES), e.const(I64x8, _ONES))
+    return e.cast(b.add(e.cast(e.gather_longs(addresses), I64x8), step), U8x64)  # no byte carries into the next
 
 
 def _iq1_s_scales(e: Emit, at: ir.Value) -> ir.Value:
@@ -262,9 +285,8 @@ def _iq1_s_scales(e: Emit, at: ir.Value) -> ir.Value:
 
 
 def _iq1_s(e: Emit, at: ir.Value, j: int) -> ir.Value:
-    high = _long(e, I32, at, 34 + 4 * j)
-    down = e.b.lshr(e.splat(high, 8), e.const(I64x8, [15] * 4 + [31] * 4))
-    return _moved(e, e.add(at, 2 + 8 * j), high, [0, 3, 6, 9, 16, 19, 22, 25], e.b.trunc(down, vec(I1, 8)))
+    places = [0, 3, 6, 9, 16, 19, 22, 25]
+    return _moved(e, e.add(at, 2 + 8 * j), e.add(at, 34 + 4 * j), places, [15] * 4 + [31] * 4)
 
 
 def _iq1_m_scales(e: Emit, at: ir.Value) -> ir.Value:
@@ -279,9 +301,8 @@ def _iq1_m_scales(e: Emit, at: ir.Value) -> ir.Value:
 
 
 def _iq1_m(e: Emit, at: ir.Value, j: int) -> ir.Value:
-    high = _long(e, I32, at, 32 + 4 * j)
-    down = e.b.lshr(e.splat(high, 8), e.const(I64x8, list(range(3, 32, 4))))
-    return _moved(e, e.add(at, 8 * j), high, list(range(0, 32, 4)), e.b.trunc(down, vec(I1, 8)))
+    places, down = list(range(0, 32, 4)), list(range(3, 32, 4))
+    return _moved(e, e.add(at, 8 * j), e.add(at, 32 + 4 * j), places, down)
 
 
 # -- nibbles ------------------------------------------------------------------------------------
@@ -377,12 +398,12 @@ def _q2_0(e: Emit, at: ir.Value, j: int) -> ir.Value:
 CODES = {
     IQ4_XS: Codes("iq4_xs", 136, 256, _iq4_xs_scales, _iq4_xs),
     IQ2_XXS: Codes("iq2_xxs", 66, 256, _iq2_xxs_scales, _iq2_xxs),
-    IQ2_XS: Codes("iq2_xs", 74, 256, lambda e, at: _nibble_scales(e, at, 66), _iq2_xs),
-    IQ2_S: Codes("iq2_s", 82, 256, lambda e, at: _nibble_scales(e, at, 74), _iq2_s),
-    IQ3_XXS: Codes("iq3_xxs", 98, 256, _iq3_xxs_scales, _iq3_xxs),
-    IQ3_S: Codes("iq3_s", 110, 256, _iq3_s_scales, _iq3_s),
-    IQ1_S: Codes("iq1_s", 50, 256, _iq1_s_scales, _iq1_s),
-    IQ1_M: Codes("iq1_m", 56, 256, _iq1_m_scales, _iq1_m),
+    IQ2_XS: Codes("iq2_xs", 74, 256, lambda e, at: _nibble_scales(e, at, 66), _iq2_xs, in_order=True),
+    IQ2_S: Codes("iq2_s", 82, 256, lambda e, at: _nibble_scales(e, at, 74), _iq2_s, in_order=True),
+    IQ3_XXS: Codes("iq3_xxs", 98, 256, _iq3_xxs_scales, _iq3_xxs, in_order=True),
+    IQ3_S: Codes("iq3_s", 110, 256, _iq3_s_scales, _iq3_s, in_order=True),
+    IQ1_S: Codes("iq1_s", 50, 256, _iq1_s_scales, _iq1_s, in_order=True),
+    IQ1_M: Codes("iq1_m", 56, 256, _iq1_m_scales, _iq1_m, in_order=True),
     TQ1_0: Codes("tq1_0", 54, 256, _one_scale(16, 52), _tq1_0),
     TQ2_0: Codes("tq2_0", 66, 256, _one_scale(16, 64), _tq2_0),
     NVFP4: Codes("nvfp4", 36, 64, _nvfp4_scales, _nvfp4),

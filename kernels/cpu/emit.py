@@ -150,6 +150,27 @@ class Emit:
             return v
         return self.b.call(ir.InlineAsm(ir.FunctionType(v.type, [v.type]), "", "=x,0" if wide else "=r,0"), [v])
 
+    def gather_longs(self, addresses: list[ir.Value]) -> ir.Value:
+        """Return eight bytes of each of eight addresses, loaded as floats: LLVM loads those into a register's upper half."""
+        f64 = ir.DoubleType()
+        pairs = [
+            self.b.insert_element(
+                self.b.insert_element(ir.Constant(vec(f64, 2), ir.Undefined), self.load(f64, low), I32(0)),
+                self.load(f64, high),
+                I32(1),
+            )
+            for low, high in zip(addresses[::2], addresses[1::2], strict=True)
+        ]
+        return self.cast(self.cat(self.cat(pairs[0], pairs[1]), self.cat(pairs[2], pairs[3])), U8x64)
+
+    def deposit(self, value: ir.Value, places: int) -> ir.Value:
+        """Return a word with the low bits of another at the places of the bits that are set; needs "bmi2"."""
+        return self.b.call(self.fn("llvm.x86.bmi.pdep.64", I64, I64, I64), [value, I64(places)])
+
+    def keep_order(self) -> None:
+        """Let no load or store move across here: LLVM would load much at once, and run out of registers."""
+        self.b.call(ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", side_effect=True), [])
+
     def put_aside(self, v: ir.Value) -> ir.Value:
         """Store a vector on the stack and return its address; loading an element from there can also broadcast it."""
         at = self.b.ptrtoint(cgutils.alloca_once(self.b, v.type), I64)
