@@ -317,7 +317,9 @@ def split_devices(text: str, kinds: list[str]) -> list[str]:
 
 def _is_simulated(name: str) -> bool:
     """Whether a name without a kind is a card of the table, or the file of a profile."""
-    return name.strip().endswith(".json") or find_card(name.split("-pcie")[0]) is not None
+    return (
+        name.strip().endswith(".json") or find_card(name.strip().removesuffix("-nvlink").split("-pcie")[0]) is not None
+    )
 
 
 class DeviceModule(Protocol):

@@ -1,7 +1,8 @@
 """`VirtualClock`: when things would happen on simulated devices.
 
 The host makes calls in order, and each backend does its work in order. A link carries one copy at a time in each direction,
-or one copy in total if the device has a single copy engine. The clock receives every call of the scheduler and keeps the
+or one copy in total if the device has a single copy engine. Two devices can have a link of their own (`DeviceProfile.peer`); other
+copies between devices pass through the links of both to the host. The clock receives every call of the scheduler and keeps the
 times of the host, of each backend's stream and of each link. It does not depend on the machine that it runs on, so the
 same calls give the same times.
 
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from .cost import DeviceProfile
+from .cost import DeviceProfile, LinkProfile
 from .hardware.formulas import Work, pageable_rate
 from .hardware.hosts import Host
 from .opset import UsedExperts, node_work
@@ -29,14 +30,14 @@ __all__ = ["Reading", "Span", "VirtualClock"]
 #: Calls that change the times, for `VirtualClock.taped`; those that lengthen a stream or not by what happened before; where the
 #: backend is not the first argument.
 _TAPED = (
-    "_send", "_read", "_copy_within", "spend", "synchronize", "event_record", "event_wait", "event_synchronize",
+    "_send", "_send_to_peer", "_read", "_copy_within", "spend", "synchronize", "event_record", "event_wait", "event_synchronize",
     "wait_until",
 )  # fmt: skip
 _MAY_WAIT = {"event_wait", "wait_until"}
-_BACKEND_OF = {"_send": 1}
+_BACKEND_OF = {"_send": 1, "_send_to_peer": 1}
 _TIMES = (
     "n_resets", "host_s", "stream_s", "busy_s", "to_device_busy_s", "from_device_busy_s", "_to_device_s", "_from_device_s",
-    "_events", "_queue_s",
+    "_peer_s", "link_bytes", "_events", "_queue_s",
 )  # fmt: skip
 
 
@@ -98,6 +99,8 @@ class VirtualClock:
         The time for which each backend computed.
     to_device_busy_s, from_device_busy_s : list of float
         The time for which each backend's link was busy, by direction.
+    link_bytes : dict of (int, int) to int
+        Bytes that passed between two backends, by source and target.
 
     Examples
     --------
@@ -135,6 +138,8 @@ class VirtualClock:
         self.from_device_busy_s = [0.0] * n
         self._to_device_s = [0.0] * n  # when each link is free
         self._from_device_s = [0.0] * n
+        self._peer_s: dict[tuple[int, int], float] = {}  # when each link between two devices is free, by direction
+        self.link_bytes: dict[tuple[int, int], int] = {}
         self._events: dict[tuple[int, int], float] = {}
         self._queue_s: dict[tuple[int, int], float] = {}  # when each second queue of a backend is done
 
@@ -181,17 +186,25 @@ class VirtualClock:
         """
         at_most = math.inf if is_pinned or self.cpu not in (src, dst) else self._pageable
         if dst == self.cpu:
-            return self._read(src, self.profiles[src].from_device.seconds(n_bytes, at_most=at_most) * slow_src)
+            seconds = self.profiles[src].from_device.seconds(n_bytes, at_most=at_most) * slow_src
+            return self._read(src, seconds, n_bytes=n_bytes)
         if src == dst:
             return self._copy_within(dst, n_bytes, queue, is_async=is_async)
+        peer = self.peer_link(src, dst)
+        if peer is not None:
+            seconds = peer.seconds(n_bytes) * max(slow_src, slow_dst)
+            return self._send_to_peer(src, dst, seconds, queue, is_async=is_async, n_bytes=n_bytes)
         seconds = self.profiles[dst].link.seconds(n_bytes, at_most=at_most) * slow_dst
         if src != self.cpu:  # from device to device: through both links at the pace of the slower
             seconds = max(seconds, self.profiles[src].from_device.seconds(n_bytes) * slow_src)
         host_waits = not is_async or (src == self.cpu and not is_pinned)
-        return self._send(src, dst, seconds, queue, is_async=is_async, host_waits=host_waits)
+        return self._send(src, dst, seconds, queue, is_async=is_async, host_waits=host_waits, n_bytes=n_bytes)
 
-    def _send(self, src: int, dst: int, seconds: float, queue: int, *, is_async: bool, host_waits: bool) -> Span:
-        """Copy to a device."""
+    def _send(
+        self, src: int, dst: int, seconds: float, queue: int, *, is_async: bool, host_waits: bool, n_bytes: int
+    ) -> Span:
+        """Copy to a device by its link to the host."""
+        self._count(src, dst, n_bytes)
         start = max(self.host_s, self._to_device_s[dst])
         if is_async:
             start = max(start, self.ready_s(dst, queue))
@@ -207,6 +220,28 @@ class VirtualClock:
             self.host_s = end
         return Span(start, end)
 
+    def peer_link(self, src: int, dst: int) -> LinkProfile | None:
+        """Return the link that two devices have beside those to the host; None if there is none."""
+        ends = [None if i == self.cpu else self.profiles[i].peer for i in (src, dst)]
+        return (
+            None if src == dst or None in ends else min((e for e in ends if e is not None), key=lambda e: e.bytes_per_s)
+        )
+
+    def _send_to_peer(self, src: int, dst: int, seconds: float, queue: int, *, is_async: bool, n_bytes: int) -> Span:
+        """Copy from device to device by their own link."""
+        self._count(src, dst, n_bytes)
+        start = max(self.host_s, self._peer_s.get((src, dst), 0.0), self.stream_s[src])
+        if is_async:
+            start = max(start, self.ready_s(dst, queue))
+        end = self._peer_s[src, dst] = start + seconds
+        self._set_ready(dst, queue, max(self.ready_s(dst, queue), end))
+        if not is_async:
+            self.host_s = end
+        return Span(start, end)
+
+    def _count(self, src: int, dst: int, n_bytes: int) -> None:
+        self.link_bytes[src, dst] = self.link_bytes.get((src, dst), 0) + n_bytes
+
     def engines(self, src: int, dst: int) -> list[tuple[int, int]]:
         """Return the copy engines for a copy between two backends, each as backend and engine number.
 
@@ -215,6 +250,8 @@ class VirtualClock:
         if src == dst:
             return []
         ends = [(dst, 0), (src, 0 if self.profiles[src].copy_engines == 1 else 1)]
+        if self.peer_link(src, dst) is not None:
+            ends = ends[1:]  # the source's engine writes to the other device
         return [(backend, engine) for backend, engine in ends if backend != self.cpu]
 
     def _copy_within(self, backend: int, n_bytes: int, queue: int, *, is_async: bool) -> Span:
@@ -244,10 +281,11 @@ class VirtualClock:
         if self._has_one_engine[backend]:
             self._to_device_s[backend] = self._from_device_s[backend] = until_s
 
-    def _read(self, src: int, seconds: float) -> Span:
+    def _read(self, src: int, seconds: float, *, n_bytes: int) -> Span:
         """Copy to the host, which waits for it."""
         start = self.host_s
         if src != self.cpu:
+            self._count(src, self.cpu, n_bytes)
             start = max(start, self._from_device_s[src])
         end = start + seconds
         if src != self.cpu:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import DeviceUnavailableError
@@ -58,6 +58,9 @@ class DeviceProfile:
     is_pinned: bool = False  #: whether it offers pinned host memory, as CUDA does; what is placed on the CPU goes there
     copy_engines: int = 2  #: copies at a time; with one both ways share it, more than two serve nothing here
     link_back: LinkProfile | None = None  #: from the device to the host, if it differs
+    peer: LinkProfile | None = (
+        None  #: to and from other devices that have one, beside the link to the host, such as NVLink
+    )
     rates: Rates = RATES  #: what kernels reach of the sheet
 
     @property
@@ -125,21 +128,24 @@ _FLOPS_PER_BYTE, _F32_PER_BYTE = 200.0, 50.0
 #: Cards with a single copy engine, as NVIDIA's ``deviceQuery`` prints ``asyncEngineCount``; 2 of RTX 3060 Ti, 3090, 4090 and 5090,
 #: 3 of the A100. CUDA's programming guide has copies both ways at once where it is 2 or more, which is assumed of the others.
 _SINGLE_ENGINE = {"rtx4060ti"}
+#: GB/s each way of an NVLink bridge between two cards, half of what NVIDIA's data sheets state for both ways.
+_NVLINK = {"rtx3090": 56.25, "a100": 300.0, "h100": 300.0}
 _CUSTOM = re.compile(
     r"(?P<memory>[\d.]+)(?P<unit>[MG])i?B,(?P<bandwidth>[\d.]+)GB/s,(?P<link>[\d.]+)(?:/(?P<back>[\d.]+))?GB/s"
     r"(?:,latency=(?P<latency>[\d.]+)us)?(?:,engines=(?P<engines>[1-9]))?(?P<pinned>,pinned)?"
-    r"(?:,gen=(?P<generation>[\w.-]+))?(?:,f32=(?P<f32>[\d.]+)T)?(?:,f16=(?P<f16>[\d.]+)T)?(?:,int8=(?P<int8>[\d.]+)T)?",
+    r"(?:,peer=(?P<peer>[\d.]+)GB/s)?(?:,gen=(?P<generation>[\w.-]+))?(?:,f32=(?P<f32>[\d.]+)T)?(?:,f16=(?P<f16>[\d.]+)T)?(?:,int8=(?P<int8>[\d.]+)T)?",
     re.IGNORECASE,
 )
 
 
 def parse_profile(text: str) -> DeviceProfile:
-    """Return the profile of a name, or of ``custom:MEMORY,BANDWIDTH,LINK[,latency=US][,engines=N][,pinned][,gen=NAME][,f32=NT][,f16=NT][,int8=NT]``.
+    """Return the profile of a name, or of ``custom:MEMORY,BANDWIDTH,LINK[,latency=US][,engines=N][,pinned][,peer=RATE][,gen=NAME][,f32=NT][,f16=NT][,int8=NT]``.
 
     A name is a card of `pyggml.hardware.cards` with its own link (``rtx3060``) or another (``rtx3060-pcie3``, ``rtx3060-pcie4x8``),
-    or a file of `pyggml devices --measure`, `pyggml calibrate` or `pyggml selftest`. For a custom device, ``gen`` is the generation
+    with a bridge to another card (``rtx3090-pcie4-nvlink``), or a file of `pyggml devices --measure`, `pyggml calibrate` or `pyggml selftest`. For a custom device, ``gen`` is the generation
     whose kernels it runs (ada by default), and ``f32``, ``f16`` and ``int8`` are its TFLOP/s and TOP/s; missing values are in
-    proportion to memory. A link of ``25/20GB/s`` is slower from the device than to it.
+    proportion to memory. A link of ``25/20GB/s`` is slower from the device than to it. ``peer=50GB/s`` is the rate, each way, of a
+    link to other devices that have one.
 
     Raises
     ------
@@ -153,11 +159,13 @@ def parse_profile(text: str) -> DeviceProfile:
     """
     if text.endswith(".json"):
         return _of_file(text)
-    named, _, pcie = text.partition("-pcie")
+    plain = text.removesuffix("-nvlink")
+    named, _, pcie = plain.partition("-pcie")
     card = find_card(named) if ":" not in text else None
     slot = re.fullmatch(r"([1-6])(?:x(\d+))?", pcie) if pcie else None
-    if card is not None and (not pcie or slot):
-        return _of_card(text, card, int(slot[1]) if slot else card.pcie, int(slot[2] or 0) if slot else 0)
+    if card is not None and (not pcie or slot) and (plain == text or card.name in _NVLINK):
+        made = _of_card(text, card, int(slot[1]) if slot else card.pcie, int(slot[2] or 0) if slot else 0)
+        return made if plain == text else replace(made, peer=LinkProfile(_NVLINK[card.name] * _GB))
     kind, _, numbers = text.partition(":")
     found = _CUSTOM.fullmatch(numbers) if kind == "custom" else None
     if found is None:
@@ -165,7 +173,8 @@ def parse_profile(text: str) -> DeviceProfile:
             f"sim:{text}",
             "no such profile",
             hint=f"there are {', '.join(PROFILES)}, any other card of the table such as rtx3060 or r9700, and custom:24GiB,1000GB/s,25GB/s (memory, its bandwidth, the link's; "
-            "25/20GB/s for a slower way back; then, if wanted, latency=10us, engines=2, pinned)",
+            "25/20GB/s for a slower way back; then, if wanted, latency=10us, engines=2, pinned, peer=50GB/s); -nvlink works with "
+            f"{', '.join(_NVLINK)}",
         )
     memory = float(found["memory"]) * (_GIB if found["unit"].upper() == "G" else 1024**2)
     latency_s = _LATENCY_S if found["latency"] is None else float(found["latency"]) / 1e6
@@ -193,6 +202,7 @@ def parse_profile(text: str) -> DeviceProfile:
         is_pinned=found["pinned"] is not None,
         copy_engines=int(found["engines"] or 2),
         link_back=None if found["back"] is None else LinkProfile(back, latency_s),
+        peer=None if found["peer"] is None else LinkProfile(float(found["peer"]) * _GB, latency_s),
     )
 
 

@@ -55,6 +55,8 @@ class SimulatedBatch:
         The part of ``seconds`` in which each backend computed.
     copy_to_s, copy_from_s : dict
         The part of ``seconds`` in which the link of each device was busy, by direction.
+    link_bytes : dict
+        Bytes that passed each link, such as ``"CPU to SIM0"``; without a clock none.
     bytes_copied, bytes_full : int
         Copied between backends, and bytes if every input had been copied whole.
     bytes_by_reason : dict
@@ -72,6 +74,7 @@ class SimulatedBatch:
     compute_s: dict[str, float] = field(default_factory=dict)
     copy_to_s: dict[str, float] = field(default_factory=dict)
     copy_from_s: dict[str, float] = field(default_factory=dict)
+    link_bytes: dict[str, int] = field(default_factory=dict)
 
     range_factor: float = 1.0
 
@@ -216,7 +219,7 @@ def simulate_batch(
         planner.expert_cache.clear(counters=True)
     if (prefetch := prefetch_of(sched.policy)) is not None:
         prefetch.clear()
-    began = None if clock is None else clock.reading()
+    began, links = (None, {}) if clock is None else (clock.reading(), dict(clock.link_bytes))
     before = (sched.stats.bytes_copied, sched.stats.bytes_full, dict(sched.stats.bytes_by_reason))
     n_before, allocated = depth, None
     try:
@@ -252,6 +255,9 @@ def simulate_batch(
         took = Reading.zero(len(planner.backends)).plus(clock.reading(), began)
         result.seconds = took.host_s
         result.compute_s = dict(zip(names, took.busy_s, strict=True))
+        result.link_bytes = {
+            f"{names[src]} to {names[dst]}": n - links.get((src, dst), 0) for (src, dst), n in clock.link_bytes.items()
+        }
         result.copy_to_s = dict(zip(names[:-1], took.to_device_busy_s, strict=False))
         result.copy_from_s = dict(zip(names[:-1], took.from_device_busy_s, strict=False))
         result.range_factor = _range_factor(planner, clock, result, is_generated=is_generated)

@@ -36,7 +36,7 @@ __all__ = [
 
 #: What computes if nothing is asked for: a device that every machine has, and the CPU.
 DEFAULT_DEVICES = "sim:rtx4090-pcie4,cpu"
-EXPERT_COPIES = ("used", "overlap", "prefetch", "upstream", "full")
+EXPERT_COPIES = ("used", "overlap", "prefetch", "two-links", "upstream", "full")
 PREFETCHER = "online"
 #: What `models.context.CACHE_TYPES` holds, for the text of help, which imports no model.
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
@@ -92,6 +92,7 @@ class ModelFlags:
     expert_copy: str
     prefetcher: str
     prefetch_fit: Path | None
+    peer_mib: int | None
 
     def placement(self) -> PlacementFlags:
         """Return the flags that place weights."""
@@ -133,13 +134,18 @@ class ModelFlags:
 
     def policy(self) -> CopyPolicy | Literal["used"]:
         """Return the copy policy; "used" is the scheduler's default."""
+        from ..sched.links import TwoLinkExperts
         from ..sched.overlap import OverlappedExperts
         from ..sched.policies import FullCopier, UpstreamCopier
 
         if self.expert_copy != "prefetch" and (self.prefetch_fit is not None or self.prefetcher != PREFETCHER):
             raise click.UsageError("--prefetcher and --prefetch-fit need --expert-copy prefetch")
+        if self.peer_mib is not None and self.expert_copy != "two-links":
+            raise click.UsageError("--peer-mib needs --expert-copy two-links")
         if self.expert_copy == "used":
             return "used"
+        if self.expert_copy == "two-links":
+            return TwoLinkExperts(None if self.peer_mib is None else self.peer_mib << 20)
         if self.expert_copy == "prefetch":
             return self._prefetched()
         if self.expert_copy == "overlap":
@@ -205,11 +211,13 @@ _COMPUTING = cloup.option_group(
                  help="CPU threads. [cores]"),
     cloup.option("--op-offload/--no-op-offload", default=True, help="Let devices run ops with host weights. [on]"),
     cloup.option("--expert-copy", type=click.Choice(EXPERT_COPIES), default="used", show_default=True,
-                 help="used: used experts; overlap: the same on a second queue while a layer computes (with --no-mmap); prefetch: also the next layer's, guessed; upstream: as ggml; full: whole weights."),
+                 help="used: used experts; overlap: the same on a second queue while a layer computes (with --no-mmap); prefetch: also the next layer's, guessed; two-links: part of them from another device that holds a share and has a link of its own; upstream: as ggml; full: whole weights."),
     cloup.option("--prefetcher", default=PREFETCHER, show_default=True, metavar="NAME[:N]",
                  help="With --expert-copy prefetch: who guesses (see `pyggml experts predict`), and how many experts. [as many as are used]"),
     cloup.option("--prefetch-fit", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="TRACE",
                  help="Routing trace of other requests, for prefetchers that learn from them."),
+    cloup.option("--peer-mib", type=click.IntRange(1), default=None, metavar="N",
+                 help="With --expert-copy two-links: most memory for experts on another device. [as both links need]"),
 )  # fmt: skip
 
 

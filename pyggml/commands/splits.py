@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -355,6 +355,8 @@ def _print(
         console.print()
         names = [b.name for b in planner.backends]
         console.print(f"{assumed_text(planner.sched.clock, names)}; routing: {routing}")
+        for line in _links(plans, names[-1]):
+            console.print(line)
     has_bars = console.width >= ROOMY_WIDTH
     for same in _same_splits(plans):
         console.print()
@@ -407,6 +409,14 @@ def _virtual_table(planner: Planner, plans: list[BatchPlan]) -> Table:
             *(f"{share / s.seconds:.0%}" for share in shares),
         )  # fmt: skip
     return made
+
+
+def _links(plans: Iterable[BatchPlan], host: str) -> Iterator[str]:
+    """Yield what each link carries in batches in which devices copy from each other, too."""
+    for plan in plans:
+        links = {} if plan.simulated is None else plan.simulated.link_bytes
+        if any(n and host not in link.split(" to ") for link, n in links.items()):
+            yield f"Links, {plan.n_tokens} tokens: " + ", ".join(f"{link} {n_bytes(n)}" for link, n in links.items())
 
 
 def _same_splits(plans: Iterable[BatchPlan]) -> list[list[GraphPlan]]:

@@ -213,6 +213,13 @@ class SplitRun:
                 raise SchedError(f"'{other.name}' was lent without queues, and {queue!r} is to use it")
         return self._stream(b, queue)
 
+    def send_for(self, src_id: int, backend_id: int, queue: CopyQueue | None) -> Backend:
+        """Make a device that copies to another wait until the receiving stream is there, and return its stream."""
+        mark = self.resources.mark(f"peer {src_id}", queue if queue is not None else backend_id)
+        self._record(backend_id, queue, mark)
+        self.mark_wait(src_id, None, mark, "peer")
+        return self.machine.backends[src_id]
+
     def after_send(
         self, transfer: Feed, other: Tensor | None, queue: CopyQueue | None, *, is_read: bool = False
     ) -> None:

@@ -207,6 +207,15 @@ class RunLog:
         if self.clock is not None:
             self.clock.wait_until(None, self.clock.ready_s(queue.of, queue.number))
 
+    def copy_seconds(self, tensor: Tensor, src: int, dst: int, n_bytes: int) -> float | None:
+        """Return how long a copy of bytes of a tensor takes on idle links; None without a clock."""
+        if self.clock is None:
+            return None
+        link = self.clock.peer_link(src, dst)
+        if link is not None:
+            return link.seconds(n_bytes)
+        return self.clock.copy_seconds(dst, n_bytes, is_pinned=src != self.clock.cpu or self._is_pinned(tensor))
+
     def _engines(self, src: int, dst: int) -> tuple[str, ...]:
         """Return the names of the copy engines between two backends, as the virtual clock has them."""
         if self.clock is None:

@@ -74,7 +74,7 @@ class Resources:
         self.queues: dict[tuple[int, int], CopyQueue] = {}
         self.owned: dict[Tensor, OwnMemory] = {}
         self._by_name: dict[tuple[int, str], OwnMemory] = {}
-        self._marks: dict[tuple[str, CopyQueue], Mark] = {}
+        self._marks: dict[tuple[str, CopyQueue | int], Mark] = {}
 
     def memory(self, backend_id: int, n_bytes: int, name: str) -> Tensor:
         """Return device memory by name: the existing memory if it is large enough, otherwise new memory."""
@@ -111,11 +111,12 @@ class Resources:
             made = self.queues[backend_id, number] = CopyQueue(stream, backend_id, number)
         return made
 
-    def mark(self, what: str, queue: CopyQueue) -> Mark:
-        """Return a mark of a queue by its purpose."""
-        found = self._marks.get((what, queue))
+    def mark(self, what: str, stream: CopyQueue | int) -> Mark:
+        """Return a mark of a queue, or of a backend's own stream, by its purpose."""
+        found = self._marks.get((what, stream))
         if found is None:
-            found = self._marks[what, queue] = Mark(queue.backend.device.event_new())
+            backend = self._backends[stream] if isinstance(stream, int) else stream.backend
+            found = self._marks[what, stream] = Mark(backend.device.event_new())
         return found
 
     def sizes(self) -> dict[BufferType, int]:

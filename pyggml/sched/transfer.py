@@ -104,6 +104,11 @@ class Feed:
         """Return when the latest send to memory of the policy's own arrives, in virtual seconds; 0 without a virtual clock."""
         return self._running("ask").resources.owned[memory].written.virtual_s
 
+    def copy_seconds(self, src_id: int, n_bytes: int) -> float | None:
+        """Return how long a copy of bytes from another backend's memory takes on idle links; None without a virtual clock."""
+        run = self._running("ask")
+        return run.log.copy_seconds(self.source, src_id, self.backend_id, n_bytes)
+
     def synchronize(self) -> None:
         """Make the host wait for all work of the backend."""
         run = self._running("wait for")
@@ -410,7 +415,8 @@ class Transfer(Feed):
         Parameters
         ----------
         other : Tensor
-            A tensor on the backend's device.
+            A tensor on the backend's device, or the policy's own memory on another device. That device then copies, after its
+            own work so far and that of the receiving stream.
         at : int
             The first byte of ``other``.
         offset, size : int
@@ -427,20 +433,23 @@ class Transfer(Feed):
         n = min(other.nbytes - at, self.source.nbytes - offset) if size is None else size
         if min(at, offset, n) < 0 or at + n > other.nbytes or offset + n > self.source.nbytes:
             raise SchedError(f"{self!r}: {n:,} bytes from byte {at:,} of '{other.name}' do not fit byte {offset:,}")
-        storage = other.storage
-        if storage is None or storage.buft.device is not self.backend.device:
+        storage, own = other.storage, run.resources.owned.get(other)
+        src_id = self.backend_id if own is None else own.backend_id
+        if storage is None or storage.buft.device is not run.machine.backends[src_id].device:
             raise SchedError(
                 f"{self!r}: '{other.name}' is not in memory of {self.backend.name}", hint="use Plan.memory"
             )
         self._announce(run)
         stream = run.before_send(self, other, queue, is_read=True)
+        sender = stream if src_id == self.backend_id else run.send_for(src_id, self.backend_id, queue)
         src, dst = _bytes_of(other, at, n), _bytes_of(self.copy, offset, n)
         start_s = run.log.now()
-        is_async = stream.cpy_tensor_async(stream, src, dst)
+        is_async = stream.cpy_tensor_async(sender, src, dst)
         if not is_async:
+            sender.synchronize()
             stream.synchronize()
             tensor_copy(src, dst)
-        self._report(run, offset, n, start_s, self.backend_id, queue, is_async=is_async)
+        self._report(run, offset, n, start_s, src_id, queue, is_async=is_async)
         run.after_send(self, other, queue, is_read=True)
 
     def fetch(self, into: Tensor) -> None:
