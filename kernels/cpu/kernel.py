@@ -12,12 +12,12 @@ import importlib
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .emit import micro, types
+from .loading import LOADING
 
 from numba import cfunc, njit  # isort: skip  (after the cache folder is set)
 from .cache import CACHE_DIR, guard_files  # isort: skip
@@ -26,7 +26,6 @@ guard_files()
 
 #: All kernels by name.
 KERNELS: dict[str, Kernel] = {}
-_LOCK = threading.Lock()
 _OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "boundscheck": False}
 
 
@@ -64,7 +63,7 @@ class Kernel:
         return self._address or self._compile()
 
     def _compile(self) -> int:
-        with _LOCK:
+        with LOADING:
             if not self._address:
                 result = types.int64 if self.answers else types.void
                 self._compiled = cfunc(result(*[types.int64] * self.n), **_OPTIONS)(self.function)

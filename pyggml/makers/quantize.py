@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, quants
 
+from pyggml.kernels.cpu.loading import LOADING
+
 from ..types import Type
 
 __all__ = ["QUANTIZABLE", "dequantize", "quantize"]
@@ -68,7 +70,8 @@ def dequantize(packed: _Bytes, kind: Type) -> _Floats:
 
 
 def _quantize_by_kernel(values: _Floats, kind: Type) -> _Bytes:
-    from pyggml.kernels.cpu.quantise import quantiser  # brings Numba
+    with LOADING:
+        from pyggml.kernels.cpu.quantise import quantiser  # brings Numba
 
     values = np.ascontiguousarray(values, np.float32)
     rows = np.empty((*values.shape[:-1], kind.row_size(values.shape[-1])), np.uint8)

@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from pyggml.kernels.cpu.loading import LOADING
+
 from ...buffer import Buffer, BufferType
 from ...errors import AllocError, BackendError, ComputeError, OutOfMemoryError
 from ...graph import GraphView, Snapshot
@@ -295,7 +297,8 @@ def shared_pool(threads: int) -> Pool:
 
     Backends share it, because waiting threads of two pools would compete for the cores.
     """
-    from pyggml.kernels.cpu.pool import Pool
+    with LOADING:
+        from pyggml.kernels.cpu.pool import Pool
 
     with _pools_lock:
         pool = _pools.get(threads)

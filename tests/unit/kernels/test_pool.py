@@ -279,6 +279,34 @@ sys.exit(os.waitstatus_to_exitcode(status))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_fork_waits_for_kernels_that_another_thread_loads():
+    """No child begins with Numba half imported or its compiler's lock held for ever: it would fail, or never end."""
+    code = """
+import os, sys, threading, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from pyggml.opset import kernels
+from pyggml.kernels.cpu.loading import LOADING
+started, done = threading.Event(), []
+def load():
+    with LOADING:
+        started.set()
+        time.sleep(0.3)
+        kernels.words  # of a module that brings no Numba
+        done.append(True)
+threading.Thread(target=load).start()
+started.wait()
+pid = os.fork()
+if pid == 0:
+    with LOADING:
+        os._exit(0 if done else 1)
+status = os.waitpid(pid, 0)[1]
+with LOADING:
+    sys.exit(os.waitstatus_to_exitcode(status))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_ctrl_c_is_heard_while_a_plan_runs(memory, pool):
     """KeyboardInterrupt comes out of a running plan, and plan and pool can be used again."""
     import _thread
