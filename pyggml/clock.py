@@ -61,14 +61,14 @@ class Reading(NamedTuple):
     to_device_busy_s: tuple[float, ...]
     from_device_busy_s: tuple[float, ...]
 
-    def plus(self, after: Reading, before: Reading) -> Reading:
-        """Return this reading plus the difference of two readings."""
+    def plus(self, after: Reading, before: Reading, weight: float = 1.0) -> Reading:
+        """Return this reading plus the difference of two readings, so many times."""
 
         def add(own: Sequence[float], new: Sequence[float], old: Sequence[float]) -> tuple[float, ...]:
-            return tuple(a + (b - c) for a, b, c in zip(own, new, old, strict=True))
+            return tuple(a + weight * (b - c) for a, b, c in zip(own, new, old, strict=True))
 
         return Reading(
-            self.host_s + (after.host_s - before.host_s),
+            self.host_s + weight * (after.host_s - before.host_s),
             add(self.busy_s, after.busy_s, before.busy_s),
             add(self.to_device_busy_s, after.to_device_busy_s, before.to_device_busy_s),
             add(self.from_device_busy_s, after.from_device_busy_s, before.from_device_busy_s),

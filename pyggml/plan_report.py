@@ -11,7 +11,7 @@ from .routing import Routing
 from .sched.debug import assignments_text
 from .sched.describe import split_records
 from .sched.state import Cause
-from .simulation import SimulatedBatch, can_simulate, simulate_batch
+from .simulation import SimulatedBatch, can_simulate, simulate_prompt
 from .types import DeviceType
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def plan_batches(
         ]
         simulated = None
         if can_simulate(planner):
-            simulated = simulate_batch(planner, n, outputs=outputs, routing=routing, depth=depth)
+            simulated = simulate_prompt(planner, n, outputs=outputs, routing=routing, depth=depth)
         plans.append(BatchPlan(n, graphs, simulated))
     return plans
 

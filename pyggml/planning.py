@@ -27,7 +27,7 @@ from .models.batch import MicroBatch, Outputs
 from .models.context import ContextFlags, ContextParams
 from .models.loading import Progress
 from .models.placement import Placement, PlacementFlags, norm_pins
-from .models.source import BuiltSource, GraphSource, ModelFacts, PlannableGraph
+from .models.source import Build, BuiltSource, GraphSource, ModelFacts, PlannableGraph
 from .moe_cache import CacheRule, MoeCache, MoeCachePolicy
 from .notebook import Bar, html_table
 from .record import Recorder
@@ -502,12 +502,32 @@ class Planner:
         With ``is_generated`` each micro-batch has one token. For a new graph the scheduler is reset and the pins are set.
         The cache is empty afterwards.
         """
+        for part, graph in self.lazy_micro_batches(n_tokens, outputs=outputs, depth=depth, is_generated=is_generated):
+            yield part, graph()
+
+    def micro_batch_sizes(self, n_tokens: int) -> list[int]:
+        """Return the tokens of each micro-batch of a decode."""
+        n_batch, n_ubatch = self.params.n_batch, self.params.n_ubatch
+        batches = (min(n_batch, n_tokens - at) for at in range(0, n_tokens, n_batch))
+        return [min(n_ubatch, n - at) for n in batches for at in range(0, n, n_ubatch)]
+
+    def lazy_micro_batches(
+        self, n_tokens: int, *, outputs: Outputs = "last", depth: int = 0, is_generated: bool = False
+    ) -> Iterator[tuple[MicroBatch, Callable[[], PlannableGraph]]]:
+        """Yield what `micro_batches` does, with a function that returns the graph; graphs that are not asked for are not built."""
+        latest: Build = None
         graph: PlannableGraph | None = None
-        for part, build in self.source.parts(n_tokens, outputs, depth=depth, is_generated=is_generated):
-            if build is not None:
-                graph = self._adopt(build)
+
+        def current() -> PlannableGraph:
+            nonlocal latest, graph
+            if latest is not None:
+                graph, latest = self._adopt(latest), None
             assert graph is not None
-            yield part, graph
+            return graph
+
+        for part, build in self.source.parts(n_tokens, outputs, depth=depth, is_generated=is_generated):
+            latest = build or latest
+            yield part, current
 
     # -- the end -------------------------------------------------------------
 

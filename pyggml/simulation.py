@@ -6,7 +6,7 @@ It uses the scheduler's own `compute_splits`; only the experts that tokens choos
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,10 @@ from .clock import Reading
 from .errors import SchedError
 from .graph import Graph
 from .hardware.cards import Card
+from .hardware.formulas import overlapped
 from .hardware.ranges import Speed, spread_of
 from .models.batch import Outputs
-from .moe_cache import prefetch_of
+from .moe_cache import MAX_CACHED_TOKENS, prefetch_of
 from .opset import expert_sources
 from .record import CopyReason
 from .routing import Routing, routing_of
@@ -32,11 +33,12 @@ if TYPE_CHECKING:
     from .planning import Planner
     from .sched.compute import SplitRun
 
-__all__ = ["RoutedIds", "SimulatedBatch", "can_simulate", "simulate_batch", "simulate_generation"]
+__all__ = ["RoutedIds", "SimulatedBatch", "can_simulate", "simulate_batch", "simulate_generation", "simulate_prompt"]
 
-#: A generation of more tokens is sampled, at about `_N_SAMPLES` of them.
-_MOST_WHOLE = 64
-_N_SAMPLES = 32
+#: A generation of more tokens is sampled, at about so many of them.
+_MOST_TOKENS, _N_TOKENS = 64, 32
+#: A prompt of more micro-batches is sampled, at so many of each size.
+_MOST_MICRO_BATCHES, _N_MICRO_BATCHES = 8, 5
 #: The factor within which the misses of recorded texts are those of the assumed routing (`docs/accuracy.md`).
 _MISSES = 2.0
 
@@ -47,8 +49,8 @@ class SimulatedBatch:
 
     Attributes
     ----------
-    n_tokens : int
-        The tokens that were carried out.
+    n_micro_batches : int
+        How many were carried out; of a sample, all numbers are those of the whole.
     seconds : float or None
         Virtual time; None without a clock.
     compute_s : dict
@@ -63,6 +65,9 @@ class SimulatedBatch:
         ``bytes_copied`` by reason.
     range_factor : float
         How far the speed may be off, up or down, in four cases of five.
+    overlap : float
+        The fraction of ``seconds`` that remains where several devices compute different micro-batches at once, as fitted;
+        virtual time has them one after the other.
     """
 
     n_tokens: int
@@ -77,16 +82,18 @@ class SimulatedBatch:
     link_bytes: dict[str, int] = field(default_factory=dict)
 
     range_factor: float = 1.0
+    overlap: float = 1.0
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens per second of virtual time."""
-        return self.n_tokens / self.seconds if self.seconds else None
+        """Tokens per second of virtual time, less the overlap."""
+        return self.n_tokens / (self.seconds * self.overlap) if self.seconds else None
 
     @property
     def speed(self) -> Speed | None:
         """Tokens a second, and between what the truth is in four cases of five."""
-        return Speed.around(self.n_tokens / self.seconds, self.range_factor) if self.seconds else None
+        mid = self.tokens_per_s
+        return None if mid is None else Speed.around(mid, self.range_factor)
 
 
 class RoutedIds(IdsSource):
@@ -174,7 +181,7 @@ def simulate_batch(
     depth: int = 0,
     routing: Routing | None = None,
     is_generated: bool = False,
-    every: int = 1,
+    weights: Mapping[int, float] | None = None,
 ) -> SimulatedBatch:
     """Simulate a decode of ``n_tokens`` tokens; an expert cache is emptied first.
 
@@ -190,8 +197,9 @@ def simulate_batch(
         Which experts the tokens choose, where the scheduler would read ids; `routing_of` the model, if not given.
     is_generated : bool
         One token per step, with logits for each.
-    every : int
-        Of a generation, carry out only each so-manieth token; the others take their turn in the expert cache without.
+    weights : mapping of int to float, optional
+        Carry out only these micro-batches, by index, each for so many alike. The others take their turn in the expert
+        cache without a copy, and take no time.
 
     Raises
     ------
@@ -219,18 +227,20 @@ def simulate_batch(
         planner.expert_cache.clear(counters=True)
     if (prefetch := prefetch_of(sched.policy)) is not None:
         prefetch.clear()
-    began, links = (None, {}) if clock is None else (clock.reading(), dict(clock.link_bytes))
-    before = (sched.stats.bytes_copied, sched.stats.bytes_full, dict(sched.stats.bytes_by_reason))
-    n_before, allocated = depth, None
+    totals = _Totals(planner)
+    n_before, allocated, n_all = depth, None, 0
+    parts = planner.lazy_micro_batches(n_tokens, outputs=outputs, depth=depth, is_generated=is_generated)
     try:
-        for part, graph in planner.micro_batches(n_tokens, outputs=outputs, depth=depth, is_generated=is_generated):
+        for i, (part, build) in enumerate(parts):
+            n_all += 1
             routed.tokens = range(n_before, n_before + part.n_tokens)
             routed.outputs = [n_before + i for i in _outputs(part)]
-            if (n_before - depth) % every != every // 2:
-                if planner.expert_cache is not None:
+            if weights is not None and i not in weights:
+                if planner.expert_cache is not None and part.n_tokens <= MAX_CACHED_TOKENS:
                     planner.expert_cache.advance(routed.ids_of)
                 n_before += part.n_tokens
                 continue
+            graph = build()
             sched.announce(part.n_tokens, n_before, part.n_outputs)
             if graph is not allocated:
                 sched.alloc_graph(graph.graph)
@@ -240,24 +250,25 @@ def simulate_batch(
             if part.n_outputs:
                 _read_logits(planner, graph.logits)
             sched.synchronize()
+            if weights is not None:
+                totals.add(weights[i])
             n_before += part.n_tokens
             result.n_micro_batches += 1
     finally:
         sched.ids_source = kept
         sched.reset()
-    if is_generated:
-        result.n_tokens = result.n_micro_batches
-    stats = sched.stats
-    result.bytes_copied, result.bytes_full = stats.bytes_copied - before[0], stats.bytes_full - before[1]
-    result.bytes_by_reason = {k: n - before[2][k] for k, n in stats.bytes_by_reason.items()}
-    if clock is not None and began is not None:
+    if weights is None:
+        totals.add(1.0)
+    result.bytes_copied, result.bytes_full = round(totals.bytes_copied), round(totals.bytes_full)
+    result.bytes_by_reason = {k: round(n) for k, n in totals.bytes_by_reason.items()}
+    if clock is not None:
         names = [b.name for b in planner.backends]
-        took = Reading.zero(len(planner.backends)).plus(clock.reading(), began)
+        took = totals.took
         result.seconds = took.host_s
+        if sched.n_copies > 1 and not is_generated:
+            result.overlap = overlapped(n_all, len(planner.placement.devices), clock.profiles[-1].rates)
         result.compute_s = dict(zip(names, took.busy_s, strict=True))
-        result.link_bytes = {
-            f"{names[src]} to {names[dst]}": n - links.get((src, dst), 0) for (src, dst), n in clock.link_bytes.items()
-        }
+        result.link_bytes = {f"{names[src]} to {names[dst]}": round(n) for (src, dst), n in totals.link_bytes.items()}
         result.copy_to_s = dict(zip(names[:-1], took.to_device_busy_s, strict=False))
         result.copy_from_s = dict(zip(names[:-1], took.from_device_busy_s, strict=False))
         result.range_factor = _range_factor(planner, clock, result, is_generated=is_generated)
@@ -273,9 +284,86 @@ def simulate_generation(
     -----
     Of more than 64 tokens about 32 are carried out, evenly spaced; the expert cache sees all. With a prefetch all are.
     """
-    is_whole = n_tokens <= _MOST_WHOLE or prefetch_of(planner.sched.policy) is not None
-    every = 1 if is_whole else -(-n_tokens // _N_SAMPLES)
-    return simulate_batch(planner, n_tokens, depth=depth, routing=routing, is_generated=True, every=every)
+    weights = None
+    if n_tokens > _MOST_TOKENS and prefetch_of(planner.sched.policy) is None:
+        every = -(-n_tokens // _N_TOKENS)
+        chosen = range(every // 2, n_tokens, every)
+        weights = dict.fromkeys(chosen, n_tokens / len(chosen))
+    return simulate_batch(planner, n_tokens, depth=depth, routing=routing, is_generated=True, weights=weights)
+
+
+def simulate_prompt(
+    planner: Planner, n_tokens: int, *, outputs: Outputs = "last", depth: int = 0, routing: Routing | None = None
+) -> SimulatedBatch:
+    """Simulate a decode as `simulate_batch` does; of more than 8 micro-batches a sample.
+
+    Notes
+    -----
+    Of each size of a micro-batch the first, the last and three between are carried out, and times and bytes between two of
+    them are those on a line: attention grows with the tokens before, and all else is alike but for the experts that tokens
+    choose. A recorder sees all micro-batches.
+    """
+    sizes = planner.micro_batch_sizes(n_tokens)
+    weights = None
+    if len(sizes) > _MOST_MICRO_BATCHES and planner.options.recorder is None:
+        weights = sample_weights(sizes, _N_MICRO_BATCHES)
+    return simulate_batch(planner, n_tokens, outputs=outputs, depth=depth, routing=routing, weights=weights)
+
+
+def sample_weights(sizes: Sequence[int], n_samples: int) -> dict[int, float]:
+    """Return which of some things are sampled, and the weight of each in a sum over all that is linear between samples.
+
+    Things of different sizes are sampled separately.
+
+    Examples
+    --------
+    >>> sample_weights([512] * 9 + [100], 3)
+    {0: 2.5, 4: 4.0, 8: 2.5, 9: 1.0}
+    """
+    weights: dict[int, float] = {}
+    for size in dict.fromkeys(sizes):
+        alike = [i for i, s in enumerate(sizes) if s == size]
+        last, n = len(alike) - 1, min(n_samples, len(alike))
+        at = [round(j * last / max(n - 1, 1)) for j in range(n)]
+        own = dict.fromkeys(at, 0.0)
+        for k in range(len(alike)):
+            low = max(a for a in at if a <= k)
+            high = min((a for a in at if a >= k), default=low)
+            share = 0.0 if high == low else (k - low) / (high - low)
+            own[low] += 1.0 - share
+            own[high] += share
+        weights |= {alike[a]: w for a, w in own.items()}
+    return dict(sorted(weights.items()))
+
+
+class _Totals:
+    """Sums of what a planner's scheduler and clock count, with weights, from one `add` to the next."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._stats, self._clock = planner.sched.stats, planner.sched.clock
+        self.bytes_copied = self.bytes_full = 0.0
+        self.bytes_by_reason: dict[CopyReason, float] = {}
+        self.link_bytes: dict[tuple[int, int], float] = {}
+        self.took = Reading.zero(len(planner.backends))
+        self._mark()
+
+    def _mark(self) -> None:
+        stats, clock = self._stats, self._clock
+        self._from = stats.bytes_copied, stats.bytes_full, dict(stats.bytes_by_reason)
+        self._read, self._links = (None, {}) if clock is None else (clock.reading(), dict(clock.link_bytes))
+
+    def add(self, weight: float) -> None:
+        """Add what was counted since the last time."""
+        stats, (copied, full, reasons) = self._stats, self._from
+        self.bytes_copied += weight * (stats.bytes_copied - copied)
+        self.bytes_full += weight * (stats.bytes_full - full)
+        for reason, n in stats.bytes_by_reason.items():
+            self.bytes_by_reason[reason] = self.bytes_by_reason.get(reason, 0.0) + weight * (n - reasons[reason])
+        if self._clock is not None and self._read is not None:
+            self.took = self.took.plus(self._clock.reading(), self._read, weight)
+            for link, n in self._clock.link_bytes.items():
+                self.link_bytes[link] = self.link_bytes.get(link, 0.0) + weight * (n - self._links.get(link, 0))
+        self._mark()
 
 
 def _range_factor(planner: Planner, clock: VirtualClock, made: SimulatedBatch, *, is_generated: bool) -> float:

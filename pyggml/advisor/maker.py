@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..foresight import Setting, Speed
-from ..simulation import simulate_batch, simulate_generation
+from ..simulation import simulate_batch, simulate_generation, simulate_prompt
 from ..types import Type
 from .answer import Advice, Recommendation
 from .limits import bottleneck
@@ -24,8 +24,6 @@ _NOTEWORTHY = 1.03
 _NEAR = 1.1
 #: Times closer than this are equal.
 _NOTEWORTHY_TIME = 1.01
-#: Of a prompt that is computed on the simulated machine; each takes a tenth of a second.
-_MOST_MICRO_BATCHES = 8
 
 
 class Maker:
@@ -230,17 +228,15 @@ def _times(search: Search, setting: Setting) -> _Times:
 
     Notes
     -----
-    A prompt of more than `_MOST_MICRO_BATCHES` micro-batches has the speed of the formulas, as a machine without cards has.
+    A machine without cards has the speeds of the formulas.
     """
     goal = search.goal
     pp, tg = _formulas(search, setting)
     if not search.machine.cards:
         return _Times(pp, tg)
-    planner, n = search.memory.planner(setting), goal.prompt
-    if -(-n // setting.n_ubatch) > _MOST_MICRO_BATCHES:
-        n = setting.n_ubatch
+    planner = search.memory.planner(setting)
     routing = search.shape.routing
-    prompt = simulate_batch(planner, n, routing=routing)
+    prompt = simulate_prompt(planner, goal.prompt, routing=routing)
     key = search.generation_key(setting)
     if key not in search.generated:
         if setting.moe_cache_mib:
@@ -250,6 +246,10 @@ def _times(search: Search, setting: Setting) -> _Times:
         cache = planner.expert_cache
         search.generated[key] = answer, None if cache is None else cache.counters.hit_rate
     answer, hit_rate = search.generated[key]
-    if n == goal.prompt:
-        pp = prompt.speed or pp
-    return _Times(pp, answer.speed or tg, prompt.bytes_copied / n, answer.bytes_copied / answer.n_tokens, hit_rate)
+    return _Times(
+        prompt.speed or pp,
+        answer.speed or tg,
+        prompt.bytes_copied / goal.prompt,
+        answer.bytes_copied / answer.n_tokens,
+        hit_rate,
+    )

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from ..cost import DeviceProfile, LinkProfile
 from ..hardware.cards import Card
-from ..hardware.formulas import backend_family, pageable_rate
+from ..hardware.formulas import backend_family, overlapped, pageable_rate
 from ..hardware.hosts import DEFAULT_HOST, Host
 from ..hardware.rates import RATES, Rates
 from ..types import Type
@@ -252,8 +252,7 @@ def _pipeline(m: Machine, s: Setting, placed: list[Placed], n: int) -> float:
     k = len(m.cards)
     if k < 2 or n < 2 or _shares_layers(m, s) or any(p.device < 0 or p.experts_on_host for p in placed) or s.overrides:
         return 1.0
-    ideal = (n + k - 1) / (n * k)
-    return 1.0 / (1.0 + m.rates.pipeline * (1.0 / ideal - 1.0))
+    return overlapped(n, k, m.rates)
 
 
 def _micro_batch_s(

@@ -15,7 +15,17 @@ from .cards import Card
 from .hosts import Host
 from .rates import CPU_PLAIN, FEW_COLUMNS, Family, Rates
 
-__all__ = ["Kind", "Work", "backend_family", "card_s", "family_of", "host_read", "host_s", "pageable_rate"]
+__all__ = [
+    "Kind",
+    "Work",
+    "backend_family",
+    "card_s",
+    "family_of",
+    "host_read",
+    "host_s",
+    "overlapped",
+    "pageable_rate",
+]
 
 #: Types whose weights ggml's CPU backend repacks (`ggml_repack_get_optimal_repack_type`).
 _REPACKED = {Type.Q4_0, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0, Type.IQ4_NL, Type.Q2_K}
@@ -164,6 +174,12 @@ def host_s(work: Work, host: Host, rates: Rates) -> float:
 
 #: Share of the host's 8-bit peak that recurrent states reach, in 32 bits with one thread per head.
 _CPU_STATE = 0.1
+
+
+def overlapped(n: int, k: int, rates: Rates) -> float:
+    """Return the fraction of the time that remains when ``k`` cards compute ``n`` micro-batches, several of them at once."""
+    ideal = (n + k - 1) / (n * k)
+    return 1.0 / (1.0 + rates.pipeline * (1.0 / ideal - 1.0))
 
 
 def pageable_rate(host: Host, rates: Rates) -> float:

@@ -22,6 +22,8 @@ from pyggml.commands.plan import command
 from pyggml.errors import DeviceUnavailableError, FormatError, GraphError
 from pyggml.foresight import ModelShape, Setting
 from pyggml.gguf import GGUFFile
+from pyggml.hardware.formulas import overlapped
+from pyggml.simulation import simulate_batch, simulate_prompt
 from pyggml.types import Type
 
 HOST = "ddr4-3200x2,cores=8,64GiB"
@@ -330,6 +332,65 @@ def test_flags_fed_back_to_splits_give_the_same_times(model: str, device: str, t
             assert result.exit_code == 0, result.output
             (row,) = json.loads(result.stdout)
             assert [row["low"], row["t/s"], row["high"]] == [round(speed[k], 2) for k in ("low", "mid", "high")]
+
+
+@pytest.mark.parametrize(("model", "device"), [("gpt-oss-20b", "rtx3060"), ("llama-3.2-3b", "gtx1650,gtx1650")])
+def test_long_prompts_fed_back_to_splits_give_the_same_times(model: str, device: str) -> None:
+    """Prompts of many micro-batches, the last one smaller, have the same speed and range in `plan` and `splits`."""
+    args = ("-c", "8192", "--prompt", "5000", "--plans", "1", "--compare", "-ngl 9 -ub 256")
+    answer = run(model, "--device", device, *args)
+    for made in [*answer["plans"], *answer["compared"], answer["fit"]]:
+        line = [
+            "splits",
+            model,
+            "-dev",
+            f"{device},cpu",
+            "--host",
+            HOST,
+            *made["flags"],
+            "-o",
+            "json",
+            "--batches",
+            "5000",
+        ]
+        result = CliRunner().invoke(group, line)
+        assert result.exit_code == 0, result.output
+        (row,) = json.loads(result.stdout)
+        assert [row["low"], row["t/s"], row["high"]] == [round(made["pp_tps"][k], 2) for k in ("low", "mid", "high")]
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "setting", "n"),
+    [
+        ("gpt-oss-20b", "rtx3060", Setting(n_cpu_moe=24, is_pinned=True), 6000),
+        pytest.param("llama-3.2-3b", "rtx3060", Setting(), 16384, marks=pytest.mark.slow),
+        pytest.param("llama-3.2-3b", "gtx1650,gtx1650", Setting(), 8192, marks=pytest.mark.slow),
+        pytest.param("qwen3-30b-a3b", "rtx3060", Setting(n_cpu_moe=30, n_ubatch=500), 6000, marks=pytest.mark.slow),
+        pytest.param("gemma-3-12b", "rtx3060", Setting(n_gpu_layers=30), 8192, marks=pytest.mark.slow),
+    ],
+)
+def test_a_sampled_prompt_is_within_a_hundredth(model: str, device: str, setting: Setting, n: int) -> None:
+    """Five micro-batches of each size stand for all: time and bytes differ by less than 1 %."""
+    search, file = search_of(model, device, Goal(n, 16, n + 256))
+    with file:
+        planner = search.memory.planner(setting)
+        sampled, whole = simulate_prompt(planner, n), simulate_batch(planner, n)
+        assert sampled.n_micro_batches < 11 < whole.n_micro_batches
+        assert sampled.tokens_per_s == pytest.approx(whole.tokens_per_s, rel=0.01)
+        assert sampled.bytes_copied == pytest.approx(whole.bytes_copied, rel=0.01)
+        search.memory.close()
+
+
+def test_several_cards_overlap_as_fitted() -> None:
+    """A prompt of many micro-batches on two cards is faster than their times one after the other, by what was fitted."""
+    search, file = search_of("llama-3.2-3b", "gtx1650,gtx1650", Goal(4096, 16, 8192))
+    with file:
+        made = simulate_prompt(search.memory.planner(Setting(threads=8)), 4096)
+        assert made.seconds is not None
+        assert made.overlap == overlapped(8, 2, search.machine.rates) < 0.9
+        assert made.tokens_per_s == pytest.approx(4096 / made.seconds / made.overlap)
+        assert made.tokens_per_s == pytest.approx(search.speed(Setting(threads=8), is_prompt=True).mid, rel=0.1)
+        search.memory.close()
 
 
 def test_a_token_behind_others_reads_their_cache() -> None:
