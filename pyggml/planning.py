@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import ClassVar, Literal, Self
 
 from .backend import REGISTRY, Backend, Device
@@ -27,7 +28,7 @@ from .models.batch import MicroBatch, Outputs
 from .models.context import ContextFlags, ContextParams
 from .models.loading import Progress
 from .models.placement import Placement, PlacementFlags, norm_pins
-from .models.source import Build, BuiltSource, GraphSource, ModelFacts, PlannableGraph
+from .models.source import BuiltSource, GraphSource, ModelFacts, PlannableGraph
 from .moe_cache import CacheRule, MoeCache, MoeCachePolicy
 from .notebook import Bar, html_table
 from .record import Recorder
@@ -480,7 +481,8 @@ class Planner:
         A micro-batch that uses the previous graph again has no entry. The cache is empty afterwards.
         """
         planned: list[PlannedGraph] = []
-        for part, graph in self.micro_batches(n_tokens, outputs=outputs, depth=depth):
+        for part, current in self.micro_batches(n_tokens, outputs=outputs, depth=depth):
+            graph = current()
             if planned and planned[-1].graph is graph:
                 continue
             self.sched.split_graph(graph.graph)
@@ -496,37 +498,16 @@ class Planner:
 
     def micro_batches(
         self, n_tokens: int, *, outputs: Outputs = "last", depth: int = 0, is_generated: bool = False
-    ) -> Iterator[tuple[MicroBatch, PlannableGraph]]:
-        """Yield each micro-batch of a decode, with its graph; the arguments are those of `plan_batch`.
-
-        With ``is_generated`` each micro-batch has one token. For a new graph the scheduler is reset and the pins are set.
-        The cache is empty afterwards.
-        """
-        for part, graph in self.lazy_micro_batches(n_tokens, outputs=outputs, depth=depth, is_generated=is_generated):
-            yield part, graph()
-
-    def micro_batch_sizes(self, n_tokens: int) -> list[int]:
-        """Return the tokens of each micro-batch of a decode."""
-        n_batch, n_ubatch = self.params.n_batch, self.params.n_ubatch
-        batches = (min(n_batch, n_tokens - at) for at in range(0, n_tokens, n_batch))
-        return [min(n_ubatch, n - at) for n in batches for at in range(0, n, n_ubatch)]
-
-    def lazy_micro_batches(
-        self, n_tokens: int, *, outputs: Outputs = "last", depth: int = 0, is_generated: bool = False
     ) -> Iterator[tuple[MicroBatch, Callable[[], PlannableGraph]]]:
-        """Yield what `micro_batches` does, with a function that returns the graph; graphs that are not asked for are not built."""
-        latest: Build = None
-        graph: PlannableGraph | None = None
+        """Yield each micro-batch of a decode and what builds its graph, resets the scheduler and pins; see `plan_batch`.
 
-        def current() -> PlannableGraph:
-            nonlocal latest, graph
-            if latest is not None:
-                graph, latest = self._adopt(latest), None
-            assert graph is not None
-            return graph
-
+        With ``is_generated`` each has one token. The cache is empty afterwards.
+        """
+        current: Callable[[], PlannableGraph] | None = None
         for part, build in self.source.parts(n_tokens, outputs, depth=depth, is_generated=is_generated):
-            latest = build or latest
+            if build is not None:
+                current = cache(partial(self._adopt, build))
+            assert current is not None
             yield part, current
 
     # -- the end -------------------------------------------------------------

@@ -229,7 +229,7 @@ def simulate_batch(
         prefetch.clear()
     totals = _Totals(planner)
     n_before, allocated, n_all = depth, None, 0
-    parts = planner.lazy_micro_batches(n_tokens, outputs=outputs, depth=depth, is_generated=is_generated)
+    parts = planner.micro_batches(n_tokens, outputs=outputs, depth=depth, is_generated=is_generated)
     try:
         for i, (part, build) in enumerate(parts):
             n_all += 1
@@ -303,7 +303,9 @@ def simulate_prompt(
     them are those on a line: attention grows with the tokens before, and all else is alike but for the experts that tokens
     choose. A recorder sees all micro-batches.
     """
-    sizes = planner.micro_batch_sizes(n_tokens)
+    n_batch, n_ubatch = planner.params.n_batch, planner.params.n_ubatch
+    batches = [min(n_batch, n_tokens - at) for at in range(0, n_tokens, n_batch)]
+    sizes = [min(n_ubatch, n - at) for n in batches for at in range(0, n, n_ubatch)]
     weights = None
     if len(sizes) > _MOST_MICRO_BATCHES and planner.options.recorder is None:
         weights = sample_weights(sizes, _N_MICRO_BATCHES)

@@ -224,7 +224,7 @@ def test_whole_copies_move_what_whole_copies_would(llama):
 def test_numbers_cannot_be_read_where_there_are_none(llama):
     """A tensor of a plan says that it has no data."""
     with _plan(llama) as plan:
-        graph = next(iter(plan.micro_batches(40)))[1]
+        graph = next(iter(plan.micro_batches(40)))[1]()
         plan.sched.alloc_graph(graph.graph)
         for tensor in (graph.logits, graph.inputs.tokens):
             with pytest.raises(BackendError, match="no data"):
