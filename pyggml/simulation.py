@@ -352,7 +352,8 @@ class _Totals:
     def _mark(self) -> None:
         stats, clock = self._stats, self._clock
         self._from = stats.bytes_copied, stats.bytes_full, dict(stats.bytes_by_reason)
-        self._read, self._links = (None, {}) if clock is None else (clock.reading(), dict(clock.link_bytes))
+        self._read = None if clock is None else clock.reading()
+        self._links = {} if clock is None else dict(clock.link_bytes)
 
     def add(self, weight: float) -> None:
         """Add what was counted since the last time."""
