@@ -15,6 +15,7 @@ from pyggml.gguf import GGUFFile, TensorInfo, ValueType
 from pyggml.makers.gguf_writer import GGUFWriter
 from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.makers.quantize import dequantize
+from pyggml.tokenizer.words import bytes_of
 from pyggml.types import Type
 
 _KINDS = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32, str: ValueType.STRING}
@@ -22,6 +23,23 @@ _KINDS = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32,
 _RANDOM = (Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS, Type.IQ1_M, Type.IQ1_S)
 #: Small enough to be written and run in a moment.
 SIZES = Sizes(layers=3, embd=64, heads=4, kv_heads=2, head_dim=16, ff=96, ff_exp=32, experts=8, used=3)
+
+#: A vocabulary of byte pairs.
+SPELLED = [char for char in map(chr, range(0x144)) if len(bytes_of(char)) == 1][:256]
+END = "<|end|>"
+WORDS = ["he", "ll", "hell", "hello", "Ġw", "or", "ld", "Ġwor", "Ġworld", "lo"]
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "l d", "Ġw or", "Ġwor ld", "l o"]
+
+
+def byte_pairs(tokens: list[str], merges: list[str], pre: str = "gpt-2") -> dict[str, Any]:
+    """Return the keys of a byte-pair vocabulary of 320 tokens, whose last is special."""
+    tokens = [*tokens, *(f"<unused{i}>" for i in range(319 - len(tokens))), END]
+    kinds = [5 if token.startswith("<unused") else 3 if token == END else 1 for token in tokens]
+    return {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": merges, "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.scores": None,
+        "tokenizer.ggml.bos_token_id": 319, "tokenizer.ggml.eos_token_id": 319, "tokenizer.ggml.unknown_token_id": None,
+    }  # fmt: skip
 
 
 def write_edited(

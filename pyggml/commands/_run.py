@@ -143,9 +143,15 @@ def evaluate(
     with GGUFFile.open(model) as file:
         require_model(file)
         tokenizer = Tokenizer.from_gguf(file)
-        if ids is None:
+        encodes = ids is None
+        if ids is None and (output.engine == "pyggml" or tokenizer.can_encode):
             ids = _encode(tokenizer, prompt, chat=chat, system=system)
-        with _open(flags, file, tokenizer, output, start_s, n_tokens=len(ids) + n_predict) as run:
+        n_prompt = _most_tokens(tokenizer, prompt, chat=chat, system=system) if ids is None else len(ids)
+        with _open(
+            flags, file, tokenizer, output, start_s, n_tokens=n_prompt + n_predict, is_exact=ids is not None
+        ) as run:
+            if ids is None or (encodes and output.engine == "llama"):
+                ids = _encode(run.tokenizer, prompt, chat=chat, system=system)
             run.report.prompt_tokens = ids
             with run.report.timed("prompt"):
                 logits = _evaluate_prompt(run, ids)
@@ -170,7 +176,7 @@ def converse(
         require_model(file)
         tokenizer = Tokenizer.from_gguf(file)
         with _open(flags, file, tokenizer, output, start_s, n_tokens=None) as run:
-            talk = Conversation(run.session, tokenizer, make_sampler(sampler))
+            talk = Conversation(run.session, run.tokenizer, make_sampler(sampler))
             if system:
                 talk.messages.append({"role": "system", "content": system})
             if sys.stdin.isatty():
@@ -188,7 +194,14 @@ def echo_piece(text: str) -> None:
 
 @contextmanager
 def _open(
-    flags: ModelFlags, file: GGUFFile, tokenizer: Tokenizer, output: Output, start_s: float, *, n_tokens: int | None
+    flags: ModelFlags,
+    file: GGUFFile,
+    tokenizer: Tokenizer,
+    output: Output,
+    start_s: float,
+    *,
+    n_tokens: int | None,
+    is_exact: bool = True,
 ) -> Iterator[_Run]:
     """Open devices and the model for the block. When the block ends, write the records and the report.
 
@@ -198,8 +211,10 @@ def _open(
         Start of the command, from ``time.perf_counter``.
     n_tokens : int or None
         Tokens that the context must hold; None for a conversation.
+    is_exact : bool
+        Whether it must hold so many; False: at most.
     """
-    opened = _Opening(flags, file, output, n_tokens)
+    opened = _Opening(flags, file, output, n_tokens, is_exact=is_exact)
     account = CopyAccount()
     recording = Recording() if output.timeline or output.html else None
     with progress() as bar:
@@ -224,6 +239,10 @@ def _open(
         for text in () if told.expert_cache is None else told.expert_cache.warnings():
             warn(text)
         routing = None if output.routing is None else RoutingRecorder(str(output.routing), opened.facts, file)
+        if not isinstance(session, Session):
+            from ..llama.tokenizer import LlamaTokenizer
+
+            tokenizer = LlamaTokenizer(session, file)
         run = _Run(session, tokenizer, output, told, recording, routing)
         try:
             yield run
@@ -245,7 +264,9 @@ def _open(
 class _Opening:
     """The facts about a run before the model is open; `open` opens it in pyggml or in llama.cpp."""
 
-    def __init__(self, flags: ModelFlags, file: GGUFFile, output: Output, n_tokens: int | None) -> None:
+    def __init__(
+        self, flags: ModelFlags, file: GGUFFile, output: Output, n_tokens: int | None, *, is_exact: bool
+    ) -> None:
         self.flags, self.file, self.output = flags, file, output
         self.facts: ModelFacts
         if output.engine == "llama":
@@ -255,7 +276,8 @@ class _Opening:
         else:
             self.facts = read_hparams(file)
         if n_tokens is not None:
-            _check_room(flags, self.facts, n_tokens)
+            if is_exact:
+                _check_room(flags, self.facts, n_tokens)
             n_tokens = min(max(n_tokens, 1), self.facts.n_ctx_train)
         self.context = flags.context(n_ctx=n_tokens)
         self.kernels_s = self.load_s = 0.0
@@ -371,13 +393,24 @@ def _generate(
         told.stopped = "end of text"
 
 
+def _most_tokens(tokenizer: Tokenizer, prompt: str | None, *, chat: bool, system: str) -> int:
+    """Return how many tokens a prompt has at most: one for each byte, and those that begin and end a text."""
+    text = prompt or ""
+    if chat:
+        text = tokenizer.apply_chat_template(_conversation(prompt, system))
+    return len(text.encode("utf-8", "replace")) + 3
+
+
+def _conversation(prompt: str | None, system: str) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": system}] if system else []
+    return [*messages, {"role": "user", "content": prompt or ""}]
+
+
 def _encode(tokenizer: Tokenizer, prompt: str | None, *, chat: bool, system: str) -> list[int]:
     if not tokenizer.has_vocabulary:
         return [0] if prompt is None else tokenizer.encode(prompt)
     if chat:
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": prompt or ""})
-        return tokenizer.encode_chat(messages)
+        return tokenizer.encode_chat(_conversation(prompt, system))
     ids = tokenizer.encode(prompt or "")
     if not ids:
         start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id

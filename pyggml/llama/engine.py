@@ -143,7 +143,8 @@ class Engine:
         if self._ctx == self.ffi.NULL:
             raise SchedError("no model is open in the child")
         methods: dict[str, Callable[..., Any]] = {
-            "decode": self.decode, "keep": self.keep, "tokenize": self.tokenize, "pieces": self.pieces,
+            "decode": self.decode, "keep": self.keep, "tokenize": self.tokenize, "detokenize": self.detokenize,
+            "pieces": self.pieces,
             "device": self.device, "state": self.state, "late": self.late, "finish": self.finish,
         }  # fmt: skip
         arguments = {k: v for k, v in request.items() if k not in ("do", "model", "timeout_s")}
@@ -291,9 +292,7 @@ class Engine:
         n_seq = lib.llama_n_seq_max(self._ctx)
         if not tokens:
             raise GraphError("a batch needs at least one token")
-        if not 0 <= min(tokens) <= max(tokens) < self.n_vocab:
-            bad = min(tokens) if min(tokens) < 0 else max(tokens)
-            raise GraphError(f"token {bad} is not in 0..{self.n_vocab - 1}")
+        self._check_ids(tokens)
         if not 0 <= seq < n_seq:
             raise GraphError(f"sequence {seq} is not in 0..{n_seq - 1}")
         n_past, n_ctx = self.n_past(seq), lib.llama_n_ctx(self._ctx)
@@ -345,6 +344,11 @@ class Engine:
             self._forget_from(seq, start)
             raise ComputeError("llama", "the logits are not numbers", node="result_output", hint=_NAN_HINT)
         return logits
+
+    def _check_ids(self, tokens: Sequence[int]) -> None:
+        bad = [t for t in tokens if not 0 <= t < self.n_vocab]
+        if bad:
+            raise GraphError(f"token {bad[0]} is not in 0..{self.n_vocab - 1}")
 
     def _forget_from(self, seq: int, start: int) -> None:
         if self._has_memory:
@@ -454,8 +458,20 @@ class Engine:
                 return list(into[0:got])
             n = -got
 
+    def detokenize(self, tokens: list[int], special: bool) -> str:
+        """Return the text of ids."""
+        self._check_ids(tokens)
+        n = 8 * len(tokens) + _PIECE_BYTES
+        while True:
+            into = self.ffi.new("char[]", n)
+            got = self.lib.llama_detokenize(self._vocab, tokens, len(tokens), into, n, not special, special)
+            if got >= 0:
+                return bytes(self.ffi.buffer(into, got)).decode("utf-8", "replace")
+            n = -got
+
     def pieces(self, tokens: list[int], special: bool) -> list[bytes]:
         """Return the bytes of each id."""
+        self._check_ids(tokens)
         found = []
         for token in tokens:
             n = _PIECE_BYTES

@@ -105,6 +105,8 @@ int32_t llama_tokenize(
     const void * vocab, const char * text, int32_t n_text, int32_t * tokens, int32_t n_most, bool special, bool parse);
 int32_t llama_token_to_piece(
     const void * vocab, int32_t token, char * into, int32_t n_most, int32_t n_stripped, bool special);
+int32_t llama_detokenize(
+    const void * vocab, const int32_t * tokens, int32_t n_tokens, char * into, int32_t n_most, bool remove, bool unparse);
 size_t llama_max_devices(void);
 void * _Z19llama_graph_reserveP13llama_contextjjj(void * ctx, uint32_t n_tokens, uint32_t n_seqs, uint32_t n_outputs);
 size_t llama_max_tensor_buft_overrides(void);

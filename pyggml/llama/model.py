@@ -3,8 +3,8 @@
 ::
 
     with LlamaModel("model.gguf", devices=["sim:rtx4090-pcie4"]) as model:
-        for id in model.generate(model.tokenize("Once upon a time"), 20):
-            ...
+        for text in model.generate("Once upon a time", 20):
+            print(text, end="")
         model.stats, model.clock.host_s           # what was copied, and how long it would have taken
 
 llama.cpp places weights, builds graphs and schedules them; pyggml's devices have the memory and run the kernels. Each
@@ -13,13 +13,14 @@ model has its own child process, so that a failed assertion or a crash in llama.
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, get_args
+from typing import TYPE_CHECKING, Any, Protocol, Self, get_args, overload
 
 from ..backend import REGISTRY
 from ..backends.host.race_watch import Hazard
@@ -38,6 +39,7 @@ from ..models.topk import TopK
 from ..moe_cache import LlamaCache
 from ..planning import Planner
 from ..record import AllocPurpose, AllocRecord, Recorder, Recording, Statistics
+from ..sampling import Sampler, greedy
 from ..session import BatchRecord
 from .causes import Causes
 from .library import find_llama
@@ -304,6 +306,62 @@ class LlamaModel(Generator):
         logits: npt.NDArray[np.float32] = answer["logits"]
         return logits
 
+    @overload
+    def generate(
+        self, prompt: str, n_predict: int, sampler: Sampler = ..., *, stop: Collection[int] | None = ..., seq: int = ...
+    ) -> Iterator[str]: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[int], n_predict: int, sampler: Sampler = ..., *, stop: Collection[int] | None = ...,
+        seq: int = ...,
+    ) -> Iterator[int]: ...  # fmt: skip
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        n_predict: int,
+        sampler: Sampler = greedy,
+        *,
+        stop: Collection[int] | None = None,
+        seq: int = 0,
+    ) -> Iterator[str] | Iterator[int]:
+        """Evaluate a prompt and yield what follows, one token at a time: text after a text, ids after ids.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            A text, which llama.cpp tokenizes (with BOS if the sequence is empty), or ids.
+        n_predict : int
+            The maximum number of tokens.
+        sampler : callable
+            Takes logits, float32 ``(n_vocab,)``, and returns an id.
+        stop : collection of int, optional
+            Ids that end the generation; by default `eog_ids` after a text, and none after ids.
+
+        Yields
+        ------
+        str or int
+            A text ends with a whole character; it is empty while the character is incomplete.
+
+        Raises
+        ------
+        GraphError, CacheFullError
+            As `decode`, before the first token.
+        """
+        if not isinstance(prompt, str):
+            return super().generate(prompt, n_predict, sampler, stop=stop or (), seq=seq)
+        ids = self.tokenize(prompt, add_special=self.n_past_of(seq) == 0)
+        stop = self.eog_ids if stop is None else stop
+        return self._texts(super().generate(ids, n_predict, sampler, stop=stop, seq=seq))
+
+    def _texts(self, ids: Iterator[int]) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for id in ids:
+            yield decoder.decode(self.pieces([id])[0])
+        if rest := decoder.decode(b"", True):
+            yield rest
+
     def count_splits(self) -> tuple[dict[str, int], int]:
         """Return the splits of the latest graph by backend, and the number of their inputs."""
         return self._splits
@@ -342,9 +400,14 @@ class LlamaModel(Generator):
         found: list[int] = self._ask("tokenize", text=text, add_special=add_special, parse_special=parse_special)
         return found
 
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Return llama.cpp's text of ids; bytes that are not UTF-8 become U+FFFD."""
+        found: str = self._ask("detokenize", tokens=[int(t) for t in tokens], special=special)
+        return found
+
     def pieces(self, tokens: Sequence[int], *, special: bool = False) -> list[bytes]:
         """Return the bytes of each id, as llama.cpp writes them."""
-        found: list[bytes] = self._ask("pieces", tokens=list(tokens), special=special)
+        found: list[bytes] = self._ask("pieces", tokens=[int(t) for t in tokens], special=special)
         return found
 
     # -- memory --------------------------------------------------------------

@@ -120,6 +120,11 @@ class Tokenizer:
         """Whether tokens have texts; without texts, only ids can be evaluated."""
         return self._has_vocabulary
 
+    @property
+    def can_encode(self) -> bool:
+        """Whether texts can be encoded: the vocabulary has texts, and its kind is supported."""
+        return self._has_vocabulary and self._unreadable is None
+
     # text to ids
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:

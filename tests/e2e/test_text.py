@@ -9,30 +9,12 @@ from typing import Any
 
 import llama_cpp
 import pytest
-from edited_models import write_edited
+from edited_models import END, MERGES, SPELLED, WORDS, byte_pairs, write_edited
 
 from pyggml import cli
 from pyggml.errors import FormatError
 from pyggml.gguf import GGUFFile
 from pyggml.tokenizer import Tokenizer
-from pyggml.tokenizer.words import bytes_of
-
-SPELLED = [char for char in map(chr, range(0x144)) if len(bytes_of(char)) == 1][:256]
-END = "<|end|>"
-WORDS = ["he", "ll", "hell", "hello", "Ġw", "or", "ld", "Ġwor", "Ġworld", "lo"]
-MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "l d", "Ġw or", "Ġwor ld", "l o"]
-
-
-def byte_pairs(tokens: list[str], merges: list[str], pre: str = "gpt-2") -> dict[str, Any]:
-    """Return the keys of a byte-pair vocabulary of 320 tokens, whose last is special."""
-    tokens = [*tokens, *(f"<unused{i}>" for i in range(319 - len(tokens))), END]
-    kinds = [5 if token.startswith("<unused") else 3 if token == END else 1 for token in tokens]
-    return {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": merges, "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.scores": None,
-        "tokenizer.ggml.bos_token_id": 319, "tokenizer.ggml.eos_token_id": 319, "tokenizer.ggml.unknown_token_id": None,
-    }  # fmt: skip
-
 
 KINDS: dict[str, dict[str, Any]] = {"llama": {}, "gpt2": byte_pairs([*SPELLED, *WORDS], MERGES)}
 FLAGS = list(itertools.product((None, True, False), repeat=3))
