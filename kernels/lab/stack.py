@@ -17,6 +17,8 @@ __all__ = [
     "LFU_DECAY",
     "LRU",
     "better",
+    "count_hits",
+    "count_uses",
     "distinct",
     "next_uses",
     "stack_hits",
@@ -68,6 +70,33 @@ def next_uses(offsets, keys, pool, n_pool, n_key):
         for i in range(offsets[event], offsets[event + 1]):
             last[p, keys[i]] = t[p]
     return after
+
+
+@nb.njit(cache=True, nogil=True)
+def count_uses(offsets, keys, pool, n_pool, n_key):
+    """Return how often each key of each pool is used: int64, (n_pool, n_key)."""
+    n = np.zeros((n_pool, n_key), np.int64)
+    for event in range(len(pool)):
+        for i in range(offsets[event], offsets[event + 1]):
+            n[pool[event], keys[i]] += 1
+    return n
+
+
+@nb.njit(cache=True, nogil=True)
+def count_hits(offsets, keys, pool, is_counted, hit, sizes):
+    """Return touches and hits by pool, int64, (n_pool, 2), and the bytes of the misses."""
+    n = np.zeros((len(sizes), 2), np.int64)
+    missed = np.int64(0)
+    for event in range(len(pool)):
+        p = pool[event]
+        for i in range(offsets[event], offsets[event + 1]):
+            if is_counted[i]:
+                n[p, 0] += 1
+                if hit[i]:
+                    n[p, 1] += 1
+                else:
+                    missed += sizes[p, keys[i]]
+    return n, missed
 
 
 @nb.njit(inline="always")

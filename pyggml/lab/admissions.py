@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
 from ..errors import GraphError
+from ..kernels.lab import slots as compiled
 from .cache import Admission
 
 __all__ = ["AtMost", "Hotter", "NOfM", "NextStep", "parse_admission"]
@@ -30,6 +32,10 @@ class NOfM(Admission):
             while uses[0] <= self._t - self.m:
                 uses.popleft()
 
+    def numbers(self) -> tuple[int, int, int, float]:
+        """Return the numbers of the compiled replay."""
+        return compiled.N_OF_M, self.n, self.m, 1.0
+
     def may_enter(self, key: int, victim: int | None) -> bool:
         """Return whether a key was used often enough."""
         return len(self._uses.get(key, ())) >= self.n
@@ -51,13 +57,17 @@ class Hotter(Admission):
         for key in keys:
             self._heat[key] = (self._now(key) + 1.0, self._t)
 
+    def numbers(self) -> tuple[int, int, int, float]:
+        """Return the numbers of the compiled replay."""
+        return compiled.HOTTER, 1, 1, self.half_life
+
     def may_enter(self, key: int, victim: int | None) -> bool:
         """Return whether there is room, or a colder victim."""
         return victim is None or self._now(key) > self._now(victim)
 
     def _now(self, key: int) -> float:
         heat, t = self._heat.get(key, (0.0, 0))
-        return float(heat * 2.0 ** ((t - self._t) / self.half_life))
+        return heat * math.exp2((t - self._t) / self.half_life)
 
 
 class AtMost(Admission):
@@ -75,6 +85,10 @@ class AtMost(Admission):
         if step != self._step:
             self._step, self._entered = step, 0
 
+    def numbers(self) -> tuple[int, int, int, float]:
+        """Return the numbers of the compiled replay."""
+        return compiled.AT_MOST, self.n, 1, 1.0
+
     def may_enter(self, key: int, victim: int | None) -> bool:
         """Return whether the step has let in fewer."""
         if self._entered >= self.n:
@@ -88,6 +102,10 @@ class NextStep(Admission):
 
     must_admit = False
     publishes_next_step = True
+
+    def numbers(self) -> tuple[int, int, int, float]:
+        """Return the numbers of the compiled replay."""
+        return compiled.NEXT_STEP, 1, 1, 1.0
 
 
 def parse_admission(text: str) -> Admission:

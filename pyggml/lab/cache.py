@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import GraphError
+from ..kernels.lab import slots as compiled
 
-__all__ = ["Admission", "Always", "Cache", "Decision", "Events", "Eviction", "Load"]
+__all__ = ["Admission", "Always", "Cache", "Decision", "Events", "Eviction", "Load", "too_small"]
 
 
 class Load(NamedTuple):
@@ -131,8 +132,20 @@ class Admission:
     #: Whether keys become resident only with the next step, and victims stay until then.
     publishes_next_step = False
 
+    def numbers(self) -> tuple[int, int, int, float]:
+        """Return the admission's number in the compiled replay, ``n``, ``m`` and a half-life."""
+        return compiled.ALWAYS, 1, 1, 1.0
+
 
 Always = Admission
+
+
+def too_small(budget: int, *, is_bytes: bool) -> GraphError:
+    """Return the error of a cache whose policy must admit an event that does not fit."""
+    return GraphError(
+        f"a cache of {budget:,} {'bytes' if is_bytes else 'slots'} cannot hold the experts of one event",
+        hint="a larger cache, or a policy that may decline",
+    )
 
 
 class Cache:
@@ -226,10 +239,7 @@ class Cache:
             victim = self.eviction.victim(self.slot_of.keys(), protected)
             if victim is None:
                 if self.must_admit:
-                    raise GraphError(
-                        f"a cache of {self.budget:,} {'slots' if self.sizes is None else 'bytes'} cannot hold the experts of one event",
-                        hint="a larger cache, or a policy that may decline",
-                    )
+                    raise too_small(self.budget, is_bytes=self.sizes is not None)
                 return False
         if not self.admission.may_enter(key, victim):
             return False

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .. import moe_cache
 from ..errors import GraphError
-from ..kernels.lab import listed, stack
+from ..kernels.lab import slots, stack
 from ..moe_cache import EvictionPolicy
 from . import evictions
 from .admissions import parse_admission
@@ -43,8 +43,7 @@ class Policy:
     admission : str
         See `parse_admission`.
     code : int or None
-        Number of the compiled replay; None if the `Eviction` itself is replayed. Those of `kernels.lab.listed` are only
-        compiled for slots.
+        Number of the eviction in the compiled replays (`kernels.lab`); None if the `Eviction` itself is replayed.
     has_stack : bool
         Whether one pass gives the hits of all capacities.
     must_admit : bool
@@ -107,15 +106,15 @@ POLICIES: dict[str, Policy] = {
         Policy("lfu-decay", evictions.LFUDecay, "LFU whose counts halve every 64 events", code=stack.LFU_DECAY),
         Policy("lfru", evictions.LFRU, "lowest count over age leaves", code=stack.LFRU),
         Policy("fifo", evictions.FIFO, "the one that entered first leaves", code=stack.FIFO, has_stack=False),
-        Policy("slru", evictions.SLRU, "a second use protects, half of the slots at most", code=listed.SLRU, has_stack=False),
-        Policy("clock", evictions.CLOCK, "LRU by one bit", code=listed.CLOCK, has_stack=False),
-        Policy("arc", evictions.ARC, "recency and frequency, their shares learned", code=listed.ARC, has_stack=False),
+        Policy("slru", evictions.SLRU, "a second use protects, half of the slots at most", code=slots.SLRU, has_stack=False),
+        Policy("clock", evictions.CLOCK, "LRU by one bit", code=slots.CLOCK, has_stack=False),
+        Policy("arc", evictions.ARC, "recency and frequency, their shares learned", code=slots.ARC, has_stack=False),
         Policy("least-stale", evictions.LeastStale, "unused in this step leaves first", code=stack.LRU),  # without prefetch
-        Policy("llama-lru", None, "llama.cpp b11549: one list a group", llama=moe_cache.LRU),
-        Policy("llama-slru", None, "llama.cpp b11739: used twice is protected, half of the slots at most", llama=moe_cache.SLRU),
-        Policy("static", evictions.Static, "the most used of other requests stay", code=listed.STATIC, has_stack=False, must_admit=False, fit="others"),
-        Policy("static-same-trace", evictions.Static, "the most used of this request stay: misleads", code=listed.STATIC, has_stack=False, must_admit=False, fit="same"),
-        Policy("half-pinned", evictions.HalfPinned, "half static, half LRU", code=listed.HALF_PINNED, has_stack=False, must_admit=False, fit="others"),
+        Policy("llama-lru", None, "llama.cpp b11549: one list a group", code=slots.LLAMA_LRU, has_stack=False, llama=moe_cache.LRU),
+        Policy("llama-slru", None, "llama.cpp b11739: used twice is protected, half of the slots at most", code=slots.LLAMA_SLRU, has_stack=False, llama=moe_cache.SLRU),
+        Policy("static", evictions.Static, "the most used of other requests stay", code=slots.STATIC, has_stack=False, must_admit=False, fit="others"),
+        Policy("static-same-trace", evictions.Static, "the most used of this request stay: misleads", code=slots.STATIC, has_stack=False, must_admit=False, fit="same"),
+        Policy("half-pinned", evictions.HalfPinned, "half static, half LRU", code=slots.HALF_PINNED, has_stack=False, must_admit=False, fit="others"),
         Policy("belady", None, "the one needed last leaves; all misses enter", code=stack.BELADY),
         Policy("belady-bypass", None, "the best there is: may decline", code=stack.BELADY_BYPASS, must_admit=False),
     )
@@ -155,7 +154,7 @@ def parse_policy(text: str) -> Policy:
         if found.make is None:
             raise GraphError(f"policy '{text}': {found.name} has its own admission")
         rule = parse_admission(admission)
-        found = replace(found, admission=admission, code=None, must_admit=found.must_admit and rule.must_admit)
+        found = replace(found, admission=admission, has_stack=False, must_admit=found.must_admit and rule.must_admit)
     return replace(found, name=text)
 
 

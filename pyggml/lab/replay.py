@@ -8,22 +8,24 @@ exceed the budget. ``sequential`` takes the ids one by one, as some tools do; it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import GraphError
-from ..kernels.lab import listed, sized, stack
+from ..kernels.lab import sized, stack
+from ..kernels.lab import slots as compiled
 from . import validate
-from .cache import Cache, Events
+from .cache import Cache, Events, too_small
 from .llama import LlamaCache
 from .policies import Batch, Policy, parse_policy
 from .pools import Capacity, Ints, Pools, RequestKeys, request_keys
 from .trace import Phase, Trace
 
-__all__ = ["Refusal", "RequestResult", "Result", "Setting", "lru_begins", "replay"]
+__all__ = ["Refusal", "Replayer", "RequestResult", "Result", "Setting", "lru_begins", "replay", "replayer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,29 @@ def replay(
         A policy, scope, phase or contract is unknown.
     """
     chosen = [policy if isinstance(policy, Policy) else parse_policy(policy) for policy in policies]
+    ready: dict[bool, Replayer] = {}
+    for policy in chosen:
+        by_first = policy.llama is not None
+        if by_first not in ready:
+            ready[by_first] = replayer(trace, setting, by_first=by_first)
+        yield from ready[by_first].results(policy, capacities)
+
+
+def replayer(trace: Trace, setting: Setting, *, by_first: bool = False) -> Replayer:
+    """Return what replays a trace's requests.
+
+    Parameters
+    ----------
+    by_first : bool
+        Whether ids come in order of appearance, as llama.cpp takes them, instead of that of their last slot.
+
+    Raises
+    ------
+    FormatError
+        A finding of the trace forbids replaying the requested phase.
+    GraphError
+        The scope, phase or contract is unknown.
+    """
     wanted = (
         np.arange(2)
         if setting.phase == "all"
@@ -141,27 +166,32 @@ def replay(
         wanted = np.arange(2)
     validate.refuse(trace, wanted)
     pools = Pools.of(trace, setting.scope)
-    runs = list(request_keys(trace, pools, phase=setting.phase, contract=setting.contract))
-    replayer = _Replayer(pools, runs, setting)
-    llama = None
-    for policy in chosen:
-        if policy.llama is not None and llama is None:  # which takes ids in order of appearance
-            firsts = list(request_keys(trace, pools, phase=setting.phase, contract=setting.contract, by_first=True))
-            llama = _Replayer(pools, firsts, setting)
-        yield from (llama if policy.llama is not None and llama is not None else replayer).results(policy, capacities)
+    runs = request_keys(trace, pools, phase=setting.phase, contract=setting.contract, by_first=by_first)
+    return Replayer(pools, list(runs), setting)
 
 
-class _Replayer:
+class Replayer:
     """The runs of a trace, with values that are computed once for all policies."""
 
     def __init__(self, pools: Pools, runs: list[RequestKeys], setting: Setting) -> None:
         self.pools, self.runs, self.setting = pools, runs, setting
         self.after = [stack.next_uses(run.offsets, run.keys, run.pool, pools.n_pool, pools.n_key) for run in runs]
+        self.order = [np.argsort(run.pool, kind="stable") for run in runs]
+        self.starts = [
+            np.searchsorted(run.pool, np.arange(pools.n_pool + 1), sorter=o)
+            for run, o in zip(runs, self.order, strict=True)
+        ]
         self.most = np.zeros(pools.n_pool, np.int64)
         for run in runs:
             most = run.most()
             self.most[: len(most)] = np.maximum(self.most[: len(most)], most)
         self.first = [_first_touches(run, pools) for run in runs]
+
+    @cached_property
+    def uses(self) -> Ints:
+        """How often each request uses each key: int64, (n_run, n_pool, n_key)."""
+        n_pool, n_key = self.pools.n_pool, self.pools.n_key
+        return np.stack([stack.count_uses(run.offsets, run.keys, run.pool, n_pool, n_key) for run in self.runs])
 
     def results(self, policy: Policy, capacities: Sequence[Capacity]) -> Iterator[Result | Refusal]:
         """Yield one policy's results."""
@@ -231,13 +261,7 @@ class _Replayer:
         hits, preload = [], 0
         for i, run in enumerate(self.runs):
             hit = np.zeros(len(run.keys), np.bool_)
-            is_listed = policy.code is not None and policy.code >= listed.SLRU
-            if is_listed and slots is not None and not in_bytes:
-                try:
-                    preload += self._listed(policy, i, slots, hit)
-                except GraphError as error:
-                    return Refusal(policy.name, capacity, error.message)
-            elif policy.code is not None and not is_listed:
+            if policy.code is not None and policy.code < compiled.SLRU and not policy.admission:
                 _, over = sized.sized_hits(
                     run.offsets, run.keys, run.pool, sizes, budgets, self.pools.n_pool, self.pools.n_key, policy.code,
                     self.after[i], policy.half_life, hit,
@@ -247,45 +271,51 @@ class _Replayer:
             elif policy.batch is not None and slots is not None and not in_bytes:
                 hit[:] = self._batch(policy, policy.batch, run, slots)
             else:
-                counts = self._counts(policy, i)
                 try:
-                    preload += _objects(policy, self.pools, run, budgets, sizes if in_bytes else None, counts, hit)
+                    if policy.llama is not None and in_bytes:
+                        raise GraphError(f"{policy.name} has slots of one size: --scope group")
+                    replayed = self._compiled if policy.code is not None else self._objects
+                    preload += replayed(policy, i, budgets, sizes, hit)
                 except GraphError as error:
                     return Refusal(policy.name, capacity, error.message)
             hits.append(hit)
-        counted = []
-        for run, hit in zip(self.runs, hits, strict=True):
-            by_pool = np.zeros((self.pools.n_pool, 2), np.int64)
-            mine = run.touch_pool[run.is_counted]
-            by_pool[:, 0] = np.bincount(mine, minlength=self.pools.n_pool)
-            by_pool[:, 1] = np.bincount(mine[hit[run.is_counted]], minlength=self.pools.n_pool)
-            missed = self.pools.sizes[mine, run.keys[run.is_counted]][~hit[run.is_counted]].sum()
-            counted.append((by_pool, int(missed)))
-        return self._result(policy, capacity, slots, [c[0] for c in counted], [c[1] for c in counted], preload)
+        counted = [
+            stack.count_hits(run.offsets, run.keys, run.pool, run.is_counted, hit, self.pools.sizes)
+            for run, hit in zip(self.runs, hits, strict=True)
+        ]
+        return self._result(policy, capacity, slots, [c[0] for c in counted], [int(c[1]) for c in counted], preload)
 
-    def _listed(self, policy: Policy, i: int, slots: Ints, hit: npt.NDArray[np.bool_]) -> int:
-        """Replay a policy of `kernels.lab.listed`, and return the bytes of its preload.
+    def _compiled(self, policy: Policy, i: int, budgets: Ints, sizes: Ints, hit: npt.NDArray[np.bool_]) -> int:
+        """Replay a policy of pyggml's own, and return the bytes of its preload.
 
         Raises
         ------
         GraphError
             An event does not fit.
         """
+        assert policy.code is not None
         pools, run, counts = self.pools, self.runs[i], self._counts(policy, i)
+        n_slot = budgets // np.maximum(1, sizes.max(axis=1))
         first = np.zeros((pools.n_pool, pools.n_key), np.int64)
         n_first, n_protected = np.zeros(pools.n_pool, np.int64), np.zeros(pools.n_pool, np.int64)
-        preload = 0
-        for p in range(pools.n_pool):
-            made = policy.eviction(int(slots[p]), pools.n_key, None if counts is None else counts[p])
-            keys = getattr(made, "preload", [])
-            n_first[p], n_protected[p] = len(keys), getattr(made, "n_protected", 0)
-            first[p, : len(keys)] = keys
-            preload += int(pools.sizes[p, keys].sum()) if keys else 0
-        failed = listed.listed_hits(
-            run.offsets, run.keys, run.pool, slots, pools.n_pool, pools.n_key, policy.code, first, n_first, n_protected, hit
+        preload, must_admit = 0, True
+        if policy.llama is not None:
+            n_protected = n_slot // 2
+        else:
+            for p in range(pools.n_pool):
+                made = policy.eviction(int(n_slot[p]), pools.n_key, None if counts is None else counts[p])
+                keys = getattr(made, "preload", [])
+                n_first[p], n_protected[p] = len(keys), getattr(made, "n_protected", 0)
+                first[p, : len(keys)] = keys
+                preload += int(pools.sizes[p, keys].sum()) if keys else 0
+                must_admit = made.must_admit
+        admission = policy.new_admission()
+        failed = compiled.cache_hits(
+            run.offsets, run.keys, self.order[i], self.starts[i], run.step, sizes, budgets, n_slot, policy.code, policy.half_life, first,
+            n_first, n_protected, must_admit and admission.must_admit, *admission.numbers(), hit,
         )  # fmt: skip
         if failed >= 0:
-            raise GraphError(f"a cache of {slots[run.pool[failed]]:,} slots cannot hold the experts of one event")
+            raise too_small(int(budgets[run.pool[failed]]), is_bytes=bool((sizes != 1).any()))
         return preload
 
     def _batch(self, policy: Policy, replay_events: Batch, run: RequestKeys, slots: Ints) -> npt.NDArray[np.bool_]:
@@ -306,15 +336,44 @@ class _Replayer:
             )
         return hit
 
+    def _objects(self, policy: Policy, i: int, budgets: Ints, sizes: Ints, hit: npt.NDArray[np.bool_]) -> int:
+        """Replay a policy's own objects, one cache per pool, and return the bytes of its preload.
+
+        Raises
+        ------
+        GraphError
+            An event does not fit.
+        """
+        pools, run, counts = self.pools, self.runs[i], self._counts(policy, i)
+        caches: list[Cache | LlamaCache] = []
+        preload, is_bytes = 0, bool((sizes != 1).any())
+        for p in range(pools.n_pool):
+            n_slot, of_pool = int(budgets[p]) // max(1, int(sizes[p].max())), None if counts is None else counts[p]
+            cache = policy.cache(n_slot, pools, of_pool)
+            if is_bytes:
+                eviction = policy.eviction(n_slot, pools.n_key, of_pool)
+                cache = Cache(int(budgets[p]), eviction, policy.new_admission(), sizes=sizes[p].tolist())
+            if isinstance(cache, Cache):
+                first = getattr(cache.eviction, "preload", [])
+                cache.prefetch(first)
+                preload += int(pools.sizes[p, [key for key in first if key in cache]].sum()) if first else 0
+            caches.append(cache)
+        keys, offsets = run.keys.tolist(), run.offsets.tolist()
+        for event, (p, step, layer) in enumerate(
+            zip(run.pool.tolist(), run.step.tolist(), run.layer.tolist(), strict=True)
+        ):
+            lo, hi = offsets[event], offsets[event + 1]
+            hits = set(caches[p].event(step, layer, keys[lo:hi]).hits)
+            for j in range(lo, hi):
+                hit[j] = keys[j] in hits
+        return preload
+
     def _counts(self, policy: Policy, i: int) -> list[dict[int, int]] | None:
         """Return the uses of each pool's keys, to which a static set is fitted."""
         if not policy.fit:
             return None
-        fitted = [run for j, run in enumerate(self.runs) if (j == i) == (policy.fit == "same")]
+        total = self.uses[i] if policy.fit == "same" else self.uses.sum(axis=0) - self.uses[i]
         counts: list[dict[int, int]] = [{} for _ in range(self.pools.n_pool)]
-        total = np.zeros((self.pools.n_pool, self.pools.n_key), np.int64)
-        for run in fitted:
-            np.add.at(total, (run.touch_pool, run.keys), 1)
         for p in range(self.pools.n_pool):
             used = np.flatnonzero(total[p])
             counts[p] = dict(zip(used.tolist(), total[p, used].tolist(), strict=True))
@@ -361,45 +420,6 @@ def _hits_below(hist: Ints, slots: Ints) -> Ints:
     below = np.concatenate((np.zeros((len(hist), 1), np.int64), np.cumsum(hist[:, :-1], axis=1)), axis=1)
     hits = np.take_along_axis(below, slots[:, None], axis=1)[:, 0]
     return np.stack((hist.sum(axis=1), hits), axis=1)
-
-
-def _objects(
-    policy: Policy,
-    pools: Pools,
-    run: RequestKeys,
-    budgets: Ints,
-    sizes: Ints | None,
-    counts: Sequence[Mapping[int, int]] | None,
-    hit: npt.NDArray[np.bool_],
-) -> int:
-    """Replay a policy with its own objects, one cache per pool, and return the bytes of its preload."""
-    caches: list[Cache | LlamaCache] = []
-    preload = 0
-    for p in range(pools.n_pool):
-        budget = int(budgets[p])
-        n_slot = budget if sizes is None else budget // max(1, int(sizes[p].max()))
-        of_pool = None if counts is None else counts[p]
-        if sizes is None:
-            cache = policy.cache(n_slot, pools, of_pool)
-        elif policy.llama is not None:
-            raise GraphError(f"{policy.name} has slots of one size: --scope group")
-        else:
-            eviction = policy.eviction(n_slot, pools.n_key, of_pool)
-            cache = Cache(budget, eviction, policy.new_admission(), sizes=sizes[p].tolist())
-        if isinstance(cache, Cache):
-            first = getattr(cache.eviction, "preload", [])
-            cache.prefetch(first)
-            preload += int(pools.sizes[p, [key for key in first if key in cache]].sum()) if first else 0
-        caches.append(cache)
-    keys, offsets = run.keys.tolist(), run.offsets.tolist()
-    for event, (p, step, layer) in enumerate(
-        zip(run.pool.tolist(), run.step.tolist(), run.layer.tolist(), strict=True)
-    ):
-        lo, hi = offsets[event], offsets[event + 1]
-        hits = set(caches[p].event(step, layer, keys[lo:hi]).hits)
-        for i in range(lo, hi):
-            hit[i] = keys[i] in hits
-    return preload
 
 
 def lru_begins(trace: Trace, setting: Setting = Setting()) -> dict[str, int | None]:  # frozen

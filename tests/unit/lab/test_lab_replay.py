@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace as changed
 
 import numpy as np
 import pytest
@@ -19,6 +20,10 @@ from pyggml.lab.replay import Refusal, Result, Setting, lru_begins, replay
 from pyggml.lab.trace import TraceBuilder
 
 CAUSAL = [name for name, p in POLICIES.items() if p.make is not None and not p.fit]
+LLAMA = ("llama-lru", "llama-slru")
+ADMISSIONS = ("+always", "+2of3", "+hotter:2", "+atmost:1", "+next")
+#: Those whose compiled replay in bytes lets an event exceed the budget, as the engine does; objects refuse it.
+SIZED = ("lru", "lfu", "lfu-decay", "lfru", "fifo", "least-stale")
 
 
 def make(steps, *, n_layer=2, n_expert=6, n_used=2, sizes=None, requests=1, phase=1):
@@ -88,22 +93,33 @@ def test_replays_say_what_the_contract_says(trace, scope, data):
         assert result.hits == plain(trace, result.policy.name, slots, scope), result.policy.name
 
 
-@settings(max_examples=60, deadline=None)
-@given(traces(), st.sampled_from(["layer", "global"]), st.data())
-def test_objects_replay_what_compiled_code_replays(trace, scope, data):
-    """A policy's object, which can run, decides as its compiled replay does."""
-    slots = data.draw(st.integers(1, trace.n_expert))
-    for name in (n for n in CAUSAL if parse_policy(n).code is not None):
-        fast, slow = (
-            next(iter(replay(trace, [policy], [Capacity(slots=slots)], Setting(scope, "all"))))
-            for policy in (parse_policy(name), parse_policy(f"{name}+always"))
-        )
-        assert type(fast) is type(slow)
+def check_objects(trace, names, capacity, setting):
+    """Compare the compiled replays of policies with those of their objects, which can run: hits, bytes, preload, refusals."""
+    for name in names:
+        policy = parse_policy(name)
+        assert policy.code is not None
+        fast, slow = (next(iter(replay(trace, [p], [capacity], setting))) for p in (policy, changed(policy, code=None)))
         if isinstance(fast, Result) and isinstance(slow, Result):
-            assert fast.requests == slow.requests, name
+            assert (fast.requests, fast.preload_bytes) == (slow.requests, slow.preload_bytes), (name, capacity, setting)
+        else:
+            assert (type(fast), fast.reason) == (type(slow), slow.reason), (name, capacity, setting)
+
+
+def with_admissions(names):
+    """Return policies with each admission."""
+    return [f"{name}{rule}" for name in names for rule in ADMISSIONS]
 
 
 @settings(max_examples=60, deadline=None)
+@given(traces(most_rows=3), st.sampled_from(["layer", "global"]), st.data())
+def test_objects_replay_what_compiled_code_replays(trace, scope, data):
+    """Every eviction with every admission decides as its objects do, and llama.cpp's two in its groups, too."""
+    capacity = Capacity(slots=data.draw(st.integers(1, trace.n_expert)))
+    check_objects(trace, [*CAUSAL, *with_admissions(CAUSAL), *LLAMA], capacity, Setting(scope, "all"))
+    check_objects(trace, LLAMA, capacity, Setting("group", "all"))
+
+
+@settings(max_examples=40, deadline=None)
 @given(traces(most_rows=3), traces(most_rows=3), st.sampled_from(["layer", "global"]), st.data())
 def test_fitted_objects_replay_what_compiled_code_replays(trace, other, scope, data):
     """Static and half pinned sets of another request, or of the same, decide as objects do, and load as many bytes before."""
@@ -111,31 +127,32 @@ def test_fitted_objects_replay_what_compiled_code_replays(trace, other, scope, d
         both = Trace.joined([trace, other])
     except FormatError:
         both = Trace.joined([trace, trace])
-    slots = data.draw(st.integers(1, trace.n_expert))
-    for name in ("static", "static-same-trace", "half-pinned"):
-        fast, slow = (
-            next(iter(replay(both, [policy], [Capacity(slots=slots)], Setting(scope, "all"))))
-            for policy in (parse_policy(name), parse_policy(f"{name}+always"))
-        )
-        assert type(fast) is type(slow)
-        if isinstance(fast, Result) and isinstance(slow, Result):
-            assert (fast.requests, fast.preload_bytes) == (slow.requests, slow.preload_bytes), name
-        else:
-            assert fast.reason == slow.reason
+    names = ("static", "static-same-trace", "half-pinned")
+    capacity = Capacity(slots=data.draw(st.integers(1, trace.n_expert)))
+    check_objects(both, [*names, *with_admissions(names)], capacity, Setting(scope, "all"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(traces(most_rows=3, even=False), st.integers(3, 60))
+def test_objects_share_bytes_as_compiled_code_does(trace, budget):
+    """With experts of 3 and 5 bytes in one pool, and in the engine's contract, compiled code decides as objects do."""
+    names = [*(n for n in CAUSAL if n not in SIZED), *with_admissions(CAUSAL)]
+    check_objects(trace, names, Capacity(n_bytes=budget), Setting("global", "all"))
+    check_objects(trace, names, Capacity(n_bytes=budget), Setting("global", contract="bigmoeonedge"))
 
 
 def test_long_traces_replay_as_objects_do():
-    """Over thousands of events, in which lists of ARC and CLOCK turn over many times, each touch is judged as by the object."""
+    """Over hundreds of events, in which lists of ARC and CLOCK turn over many times, each touch is judged as by the object."""
     rng = np.random.default_rng(8)
-    score = rng.normal(0, 1.2, (1, 2, 24)) + rng.gumbel(size=(900, 2, 24))
+    score = rng.normal(0, 1.2, (1, 2, 24)) + rng.gumbel(size=(400, 2, 24))
     steps = [[ids.tolist() for ids in np.argsort(-layers, axis=1)[:, :4]] for layers in score]
     trace = make(steps, n_layer=2, n_expert=24, n_used=4, sizes=[[3], [3]])
-    for name in (n for n in CAUSAL if parse_policy(n).code is not None):
-        for scope in ("layer", "global"):
-            for slots in (5, 11, 20):
-                fast, slow = replay(trace, [name, f"{name}+always"], [Capacity(slots=slots)], Setting(scope, "all"))
-                assert fast.requests == slow.requests, (name, scope, slots)
-                assert 0 < fast.hits < fast.touches
+    names = [*CAUSAL, *LLAMA, *with_admissions(("lru", "lfu-decay", "clock", "arc", "slru"))]
+    for scope in ("layer", "global"):
+        for slots in (5, 20):
+            check_objects(trace, names, Capacity(slots=slots), Setting(scope, "all"))
+    (result,) = replay(trace, ["arc+hotter"], [Capacity(slots=11)], Setting("layer", "all"))
+    assert 0 < result.hits < result.touches
 
 
 @settings(max_examples=60, deadline=None)
@@ -306,7 +323,9 @@ def test_objects_count_bytes_in_the_engine_contract():
     steps = [[rng.permutation(12)[:2].tolist()] for _ in range(60)]
     trace = make(steps, n_layer=1, n_expert=12, sizes=[[10]])
     setting = Setting("global", contract="bigmoeonedge")
-    fast, slow, slru = replay(trace, ["lru", "lru+always", "slru"], [Capacity(n_bytes=59)], setting)
+    fast, slow, slru = replay(
+        trace, ["lru", changed(parse_policy("lru"), code=None), "slru"], [Capacity(n_bytes=59)], setting
+    )
     assert isinstance(fast, Result)
     assert fast.requests == slow.requests
     assert slru.hits < 0.8 * slru.touches
