@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,8 +18,11 @@ from ._values import DeviceList
 
 if TYPE_CHECKING:
     from ..backend import Backend
+    from ..clock import VirtualClock
     from ..models.context import ContextFlags
     from ..models.placement import PlacementFlags
+    from ..routing import Routing
+    from ..sched.offload import CostOffload
     from ..sched.policies import CopyPolicy
 
 __all__ = [
@@ -93,6 +96,7 @@ class ModelFlags:
     prefetcher: str
     prefetch_fit: Path | None
     peer_mib: int | None
+    offload_by: str
 
     def placement(self) -> PlacementFlags:
         """Return the flags that place weights."""
@@ -152,6 +156,26 @@ class ModelFlags:
             return OverlappedExperts()
         return UpstreamCopier() if self.expert_copy == "upstream" else FullCopier()
 
+    def offload_rule(
+        self, backends: Sequence[Backend], clock: VirtualClock | None, routing: Routing
+    ) -> CostOffload | None:
+        """Return what decides which ops devices run with host weights; None: the devices.
+
+        Parameters
+        ----------
+        clock : VirtualClock or None
+            Of these backends; None if their speeds are unknown.
+        """
+        from ..sched.offload import CostOffload
+
+        if self.offload_by == "rows":
+            return None
+        if not self.op_offload:
+            raise click.UsageError("--offload-by cost decides what is offloaded, and --no-op-offload forbids it")
+        if clock is None:
+            raise click.UsageError("--offload-by cost needs devices whose speeds are known: simulated ones")
+        return CostOffload(backends, clock, routing)
+
     def _prefetched(self) -> CopyPolicy:
         from ..lab.formats import open_trace
         from ..lab.running import RunningPredictor
@@ -210,6 +234,8 @@ _COMPUTING = cloup.option_group(
     cloup.option("-t", "--threads", type=click.IntRange(1), default=None, metavar="N",
                  help="CPU threads. [cores]"),
     cloup.option("--op-offload/--no-op-offload", default=True, help="Let devices run ops with host weights. [on]"),
+    cloup.option("--offload-by", type=click.Choice(["rows", "cost"]), default="rows", show_default=True,
+                 help="rows: devices run ops with host weights from 32 rows on, as in ggml; cost: if copying and computing takes less time than on the CPU."),
     cloup.option("--expert-copy", type=click.Choice(EXPERT_COPIES), default="used", show_default=True,
                  help="used: used experts; overlap: the same on a second queue while a layer computes (with --no-mmap); prefetch: also the next layer's, guessed; two-links: part of them from another device that holds a share and has a link of its own; upstream: as ggml; full: whole weights."),
     cloup.option("--prefetcher", default=PREFETCHER, show_default=True, metavar="NAME[:N]",

@@ -25,6 +25,7 @@ from ..models.source import ModelFacts
 from ..planning import virtual_clock
 from ..record import Recording
 from ..report import CopyAccount
+from ..routing import routing_of
 from ..sampling import make_sampler
 from ..session import Session, TopK
 from ..tokenizer import StreamDecoder, Tokenizer
@@ -303,6 +304,7 @@ class _Opening:
         return opened, [*backends, cpu]
 
     def _open_session(self, backends: list[Backend], cpu: Backend, recorder: Recorder, progress: Progress) -> Session:
+        clock = virtual_clock([*backends, cpu])
         return Session.open(
             self.file,
             devices=backends,
@@ -311,7 +313,8 @@ class _Opening:
             context=self.context,
             policy=self.flags.policy(),
             recorder=recorder,
-            clock=virtual_clock([*backends, cpu]),
+            clock=clock,
+            offload_rule=self.flags.offload_rule([*backends, cpu], clock, routing_of(self.file.tensors)),
             expert_cache=self.output.expert_cache,
             progress=progress,
         )

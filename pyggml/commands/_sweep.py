@@ -86,18 +86,18 @@ def sweep_rows(
     kept: tuple[object, ...] = ()
     try:
         for labels, flags in combinations(ctx):
-            same = device_names(flags), flags.expert_copy, flags.threads
+            same = device_names(flags), flags.expert_copy, flags.offload_by, flags.threads
             if planner is not None and same == kept:
                 planner.change(flags.placement(), flags.context())
             else:
                 if planner is not None:
                     planner.close()
                 backends, cpu = open_backends(flags, data=False)
+                clock = virtual_clock([*backends, cpu], host_profile(around.with_threads(flags.threads or 0)))
                 planner = Planner.open(
                     model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,
-                    graph=graph, strict=True, dialect=dialect, policy=flags.policy(),
-                    clock=virtual_clock([*backends, cpu], host_profile(around.with_threads(flags.threads or 0))),
-                    expert_cache=expert_cache,
+                    graph=graph, strict=True, dialect=dialect, policy=flags.policy(), clock=clock,
+                    expert_cache=expert_cache, offload_rule=flags.offload_rule([*backends, cpu], clock, routing),
                 )  # fmt: skip
                 kept = same
             plans = plan_batches(planner, parse_sizes(batches), outputs=outputs, routing=routing, depth=depth)

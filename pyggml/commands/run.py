@@ -161,6 +161,8 @@ def command(
         raise click.UsageError("--expert-cache does not work with --engine llama, which has its own: --moe-cache-mib")
     if engine == "llama" and expert_cache is not None and expert_cache.misses != "copy":
         raise click.UsageError("--moe-cache-misses does not work with --engine llama: llama.cpp copies what is missing")
+    if engine == "llama" and flags.offload_by != "rows":
+        raise click.UsageError("--offload-by does not work with --engine llama: llama.cpp decides what is offloaded")
     if engine == "llama" and flags.expert_copy != "used":
         raise click.UsageError("--expert-copy does not work with --engine llama: llama.cpp decides what is copied")
     from ..sampling import SamplerFlags

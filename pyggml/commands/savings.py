@@ -92,6 +92,8 @@ def command(
     """
     path = fine_grained() if model is None else model
     sizes = parse_sizes(batches)
+    if flags.offload_by != "rows":
+        raise click.UsageError("--offload-by does not work with savings, which offloads every product")
     if path.exists() and not routing and graph != "llama" and _is_built(path):
         rows = measure(flags, path, sizes, prompt)
     elif prompt != TEXT:

@@ -191,10 +191,11 @@ def command(
         raise missing
 
     def open_planner(dialect: Dialect, recorder: Recorder | None, rule: CacheRule | None = None) -> Planner:
+        clock = virtual_clock([*backends, cpu], machine)
         return Planner.open(
             model, devices=backends, cpu=cpu, placement=flags.placement(), context=context, data=False,
-            graph=graph, strict=True, dialect=dialect, policy=flags.policy(), clock=virtual_clock([*backends, cpu], machine),
-            recorder=recorder, expert_cache=rule,
+            graph=graph, strict=True, dialect=dialect, policy=flags.policy(), clock=clock, recorder=recorder,
+            expert_cache=rule, offload_rule=flags.offload_rule([*backends, cpu], clock, assumed),
         )  # fmt: skip
 
     if len(dialects) > 1:

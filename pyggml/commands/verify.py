@@ -64,6 +64,8 @@ def command(
     """
     from ..llama.verify import DEVICE, verify
 
+    if flags.offload_by != "rows":
+        raise click.UsageError("--offload-by does not work with verify, which compares llama.cpp's rule")
     sizes = parse_sizes(batches)
     devices: list[str | Device | Backend] = [DEVICE]
     if ctx.get_parameter_source("device") is ParameterSource.COMMANDLINE:
