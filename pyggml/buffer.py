@@ -440,20 +440,23 @@ def tensor_copy(src: Tensor, dst: Tensor) -> None:
         raise GraphError(f"'{src.name}' cannot be copied to '{dst.name}': their layouts differ")
     if src is dst:
         return
-    src_buffer, dst_buffer = src.storage, dst.storage
-    if src_buffer is None or dst_buffer is None or src.data is None or dst.data is None:
-        bare = src if src_buffer is None or src.data is None else dst
+    src_buffer, dst_buffer, at, to = src.storage, dst.storage, src.data, dst.data
+    if src_buffer is None or dst_buffer is None or at is None or to is None:
+        bare = src if src_buffer is None or at is None else dst
         raise GraphError(f"'{src.name}' cannot be copied to '{dst.name}': '{bare.name}' has no memory yet")
     size = src.nbytes
-    _checked(src, 0, size, "read")
-    if src_buffer.is_host:
+    if src.type.block_size > 1:
+        _checked(src, 0, size, "read")
+    elif src_buffer.tenancy is not None:
+        src_buffer.tenancy.check_read(src)
+    if src_buffer.buft.is_host:
         if size:
             if dst_buffer.tenancy is not None:
                 dst_buffer.tenancy.note_write(dst)
-            dst_buffer.set_tensor(dst, src.data, 0, size)
-    elif dst_buffer.is_host:
+            dst_buffer.set_tensor(dst, at, 0, size)
+    elif dst_buffer.buft.is_host:
         if size:
-            src_buffer.get_tensor(src, dst.data, 0, size)
+            src_buffer.get_tensor(src, to, 0, size)
     elif not dst_buffer.cpy_tensor(src, dst):
         import numpy as np
 

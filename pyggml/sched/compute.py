@@ -94,6 +94,10 @@ class SplitRun:
     def synchronize(self, i_split: int, backend_id: int, place: str) -> None:
         """Make the host wait for all work of a backend."""
         log = self.log
+        if log.only_counts:
+            self.machine.backends[backend_id].synchronize()
+            log.stats.n_waits += 1
+            return
         start_s = log.now()
         self.machine.backends[backend_id].synchronize()
         log.waited(i_split, "synchronize", backend_id, None, start_s)

@@ -65,6 +65,8 @@ class RunLog:
     ----------
     now : callable
         Returns the host's time in seconds; 0 without observers of records.
+    only_counts : bool
+        Whether there are neither observers nor a clock.
     """
 
     __slots__ = (
@@ -76,6 +78,7 @@ class RunLog:
         "ids",
         "machine",
         "now",
+        "only_counts",
         "observers",
         "of",
         "records",
@@ -104,6 +107,7 @@ class RunLog:
         self.records = observers if observers is not None and observers.takes_records else None
         self._names = () if self.records is None else tuple(b.name for b in machine.backends)
         self._on_sent = () if observers is None else observers.on_sent
+        self.only_counts = observers is None and clock is None
         self.now: Callable[[], float] = float if self.records is None else perf_counter  # float() is 0.0
 
     def _moment(self) -> Span | None:
@@ -159,6 +163,9 @@ class RunLog:
             The number of the queue; 0: the backend's own stream.
         """
         dst = transfer.backend_id
+        if self.only_counts and src != dst:
+            self.stats.count_copy(n_bytes, tensor_bytes, reason)
+            return
         if self._on_sent and not is_own:
             for tell in self._on_sent:
                 tell(cast("Transfer", transfer), offset, n_bytes)  # what is not sent to own memory is one

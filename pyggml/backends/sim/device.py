@@ -341,8 +341,9 @@ class SimBackend(Backend):
 
     def synchronize(self) -> None:
         """Make the host wait until all work is done."""
-        n = self.n_submitted
-        self.stream.host_waits(n)
+        n, stream = self.n_submitted, self.stream
+        if n > stream.n_host or stream.waits:
+            stream.host_waits(n)
         if self.n_done < n:
             self.wait_for(n)
 
