@@ -60,7 +60,7 @@ from .words import (
 )
 from .words import F32 as TYPE_F32
 
-#: Parameters after those of softmax: logit softcap (0: none), kernels, their types.
+#: Parameters after those of softmax: logit softcap (0: none), kernels; DEQUANTISE: of keys, then of values.
 SOFTCAP, KEYS_KERNEL, VALUES_KERNEL, SCORES_KERNEL, SOFTEN_KERNEL, DEQUANTISE = (PARAM + 5 + i for i in range(6))
 
 KEYS = 64
@@ -283,6 +283,7 @@ def _address_rows(d, tensor, i2, i3, first, n_keys, seen, rows, floats_at):
         ld_i64(d + 8 * (tensor + ADDRESS)) + i2 * ld_i64(d + 8 * (tensor + NB2)) + i3 * ld_i64(d + 8 * (tensor + NB3))
     )
     nb1, typ, n = ld_i64(d + 8 * (tensor + NB1)), ld_i64(d + 8 * (tensor + TYPE)), ld_i64(d + 8 * (tensor + NE0))
+    dequantise = ld_i64(d + 8 * (DEQUANTISE if tensor == SRC1 else DEQUANTISE + 1))
     spare = 0
     while (seen >> spare) & 1 == 0:
         spare += 1
@@ -292,7 +293,7 @@ def _address_rows(d, tensor, i2, i3, first, n_keys, seen, rows, floats_at):
             st_i64(rows + 8 * key, base + (first + use) * nb1)
         else:
             if use == key:
-                row_to_f32(typ, base + (first + key) * nb1, floats_at + 4 * n * key, n, ld_i64(d + 8 * DEQUANTISE))
+                row_to_f32(typ, base + (first + key) * nb1, floats_at + 4 * n * key, n, dequantise)
             st_i64(rows + 8 * key, floats_at + 4 * n * use)
 
 

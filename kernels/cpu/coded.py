@@ -99,7 +99,7 @@ def unpack_kernel(typ: int) -> Kernel:
 
 @cache
 def dequantise_kernel(typ: int) -> Kernel:
-    """Return the kernel ``(type, src, dst, n)`` that writes n elements as floats, as `dequantise_row` does."""
+    """Return the kernel ``(type, src, dst, n)`` that writes n elements as floats, as those of `DEQUANTISE` do."""
     kind = CODES[typ]
 
     def dequantise(e, _type, src, dst, n):

@@ -76,7 +76,7 @@ def _f32_to_i32(e, src, dst, n):
 
 @device
 def row_to_f32(type, src, dst, n, dequantise):
-    """Write n elements of a type as floats; quantised ones by `dequantise_row`, whose address is given."""
+    """Write n elements of a type as floats; quantised ones by a kernel of `DEQUANTISE`, whose address is given."""
     if type == F32:
         copy_bytes(dst, src, 4 * n)
     elif type == F16:

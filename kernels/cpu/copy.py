@@ -26,11 +26,9 @@ from .words import (
     TYPE,
 )
 
-#: Parameters of `copy_rows`. HOW: see below. BYTES: of an element, or of a row for RAW_ROWS. DEQUANTISE: address of
-#: `dequantise_row`; QUANTISE: of `quantiser`.
-HOW, BYTES, DEQUANTISE, QUANTISE = PARAM, PARAM + 1, PARAM + 2, PARAM + 3
-#: Rows as bytes; rows converted; elements strided within rows; elements in any shape.
-RAW_ROWS, CONVERTED_ROWS, STRIDED, RESHAPED = range(4)
+#: Parameters of copies. BYTES: of an element, 0 if it is converted, or of a row for `copy_raw_rows`. DEQUANTISE: address of
+#: a kernel of `DEQUANTISE`; QUANTISE: of `quantiser`.
+BYTES, DEQUANTISE, QUANTISE = PARAM, PARAM + 1, PARAM + 2
 #: Bytes that one thread copies of a single long row.
 PIECE = 1 << 16
 
@@ -50,8 +48,10 @@ def _copy_element(bytes_, src_type, dst_type, at, out):
         st_element(dst_type, out, ld_element(src_type, at))
 
 
-@device
-def _raw_rows(ith, nth, d, row_bytes):
+@op_kernel
+def copy_raw_rows(ith, nth, d, ctl):
+    """Copy rows as bytes."""
+    row_bytes = ld_i64(d + 8 * BYTES)
     ne1, ne2 = ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
     pieces = (row_bytes + PIECE - 1) // PIECE
     first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)) * pieces, ith, nth)
@@ -64,7 +64,14 @@ def _raw_rows(ith, nth, d, row_bytes):
 
 
 @device
-def _converted_rows(ith, nth, d, ctl, src_type, dst_type):
+def _types(d):
+    return ld_i64(d + 8 * (SRC0 + TYPE)), ld_i64(d + 8 * (DST + TYPE))
+
+
+@op_kernel
+def copy_converted_rows(ith, nth, d, ctl):
+    """Copy rows to another element type."""
+    src_type, dst_type = _types(d)
     n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
     dequantise, quantise = ld_i64(d + 8 * DEQUANTISE), ld_i64(d + 8 * QUANTISE)
     floats_at = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
@@ -80,8 +87,11 @@ def _converted_rows(ith, nth, d, ctl, src_type, dst_type):
             row_from_f32(dst_type, floats_at, out, n, quantise)
 
 
-@device
-def _strided(ith, nth, d, bytes_, src_type, dst_type):
+@op_kernel
+def copy_strided_rows(ith, nth, d, ctl):
+    """Copy rows whose elements have gaps between them, perhaps to another element type."""
+    src_type, dst_type = _types(d)
+    bytes_ = ld_i64(d + 8 * BYTES)
     n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
     nb00, nb0 = ld_i64(d + 8 * (SRC0 + NB0)), ld_i64(d + 8 * (DST + NB0))
     first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
@@ -99,28 +109,16 @@ def _element_address(d, tensor, i):
     return row_address(d, tensor, row, ne1, ne2) + (i - row * ne0) * ld_i64(d + 8 * (tensor + NB0))
 
 
-@device
-def _reshaped(ith, nth, d, bytes_, src_type, dst_type):
+@op_kernel
+def copy_reshaped(ith, nth, d, ctl):
+    """Copy elements to another shape, perhaps with gaps, and perhaps to another element type."""
+    src_type, dst_type = _types(d)
+    bytes_ = ld_i64(d + 8 * BYTES)
     n = ld_i64(d + 8 * (DST + NE0)) * ld_i64(d + 8 * (DST + NE1))
     n *= ld_i64(d + 8 * (DST + NE2)) * ld_i64(d + 8 * (DST + NE3))
     first, end = share(n, ith, nth)
     for i in range(first, end):
         _copy_element(bytes_, src_type, dst_type, _element_address(d, SRC0, i), _element_address(d, DST, i))
-
-
-@op_kernel
-def copy_rows(ith, nth, d, ctl):
-    """Copy src0 to dst, whose element type, strides and shape may be others."""
-    how, bytes_ = ld_i64(d + 8 * HOW), ld_i64(d + 8 * BYTES)
-    src_type, dst_type = ld_i64(d + 8 * (SRC0 + TYPE)), ld_i64(d + 8 * (DST + TYPE))
-    if how == RAW_ROWS:
-        _raw_rows(ith, nth, d, bytes_)
-    elif how == CONVERTED_ROWS:
-        _converted_rows(ith, nth, d, ctl, src_type, dst_type)
-    elif how == STRIDED:
-        _strided(ith, nth, d, bytes_, src_type, dst_type)
-    else:
-        _reshaped(ith, nth, d, bytes_, src_type, dst_type)
 
 
 @op_kernel

@@ -118,47 +118,107 @@ def _q6_k(at, y):
 
 
 @kernel(4)
-def dequantise_row(type, src, dst, n):
-    """Write n elements of a quantised type as floats; n is a multiple of the block size."""
-    if type == Q8_0:
-        for i in range(n // 32):
-            _q8_0(src + 34 * i, floats(dst + 128 * i))
-    elif type == Q4_0:
-        for i in range(n // 32):
-            at = src + 18 * i
-            d = ld_f16(at)
-            _nibbles(at + 2, floats(dst + 128 * i), d, np.float32(-8.0) * d)
-    elif type == Q4_1:
-        for i in range(n // 32):
-            at = src + 20 * i
-            _nibbles(at + 4, floats(dst + 128 * i), ld_f16(at), ld_f16(at + 2))
-    elif type == Q5_0:
-        for i in range(n // 32):
-            at = src + 22 * i
-            d = ld_f16(at)
-            _five_bits(at + 6, at + 2, floats(dst + 128 * i), d, np.float32(-16.0) * d)
-    elif type == Q5_1:
-        for i in range(n // 32):
-            at = src + 24 * i
-            _five_bits(at + 8, at + 4, floats(dst + 128 * i), ld_f16(at), ld_f16(at + 2))
-    elif type == MXFP4:
-        for i in range(n // 32):
-            _mxfp4(src + 17 * i, floats(dst + 128 * i))
-    elif type == Q4_K:
-        for i in range(n // 256):
-            _q4_q5_k(src + 144 * i, floats(dst + 1024 * i), 0)
-    elif type == Q5_K:
-        for i in range(n // 256):
-            _q4_q5_k(src + 176 * i, floats(dst + 1024 * i), 1)
-    elif type == Q6_K:
-        for i in range(n // 256):
-            _q6_k(src + 210 * i, floats(dst + 1024 * i))
-    elif type == IQ4_NL:
-        for i in range(n // 32):
-            _iq4_nl(src + 18 * i, floats(dst + 128 * i))
-    elif type == Q2_K:
-        for i in range(n // 256):
-            _q2_k(src + 84 * i, floats(dst + 1024 * i))
-    elif type == Q3_K:
-        for i in range(n // 256):
-            _q3_k(src + 110 * i, floats(dst + 1024 * i))
+def dequantise_q8_0(_type, src, dst, n):
+    """Write n elements of Q8_0 as floats."""
+    for i in range(n // 32):
+        _q8_0(src + 34 * i, floats(dst + 128 * i))
+
+
+@kernel(4)
+def dequantise_q4_0(_type, src, dst, n):
+    """Write n elements of Q4_0 as floats."""
+    for i in range(n // 32):
+        at = src + 18 * i
+        d = ld_f16(at)
+        _nibbles(at + 2, floats(dst + 128 * i), d, np.float32(-8.0) * d)
+
+
+@kernel(4)
+def dequantise_q4_1(_type, src, dst, n):
+    """Write n elements of Q4_1 as floats."""
+    for i in range(n // 32):
+        at = src + 20 * i
+        _nibbles(at + 4, floats(dst + 128 * i), ld_f16(at), ld_f16(at + 2))
+
+
+@kernel(4)
+def dequantise_q5_0(_type, src, dst, n):
+    """Write n elements of Q5_0 as floats."""
+    for i in range(n // 32):
+        at = src + 22 * i
+        d = ld_f16(at)
+        _five_bits(at + 6, at + 2, floats(dst + 128 * i), d, np.float32(-16.0) * d)
+
+
+@kernel(4)
+def dequantise_q5_1(_type, src, dst, n):
+    """Write n elements of Q5_1 as floats."""
+    for i in range(n // 32):
+        at = src + 24 * i
+        _five_bits(at + 8, at + 4, floats(dst + 128 * i), ld_f16(at), ld_f16(at + 2))
+
+
+@kernel(4)
+def dequantise_mxfp4(_type, src, dst, n):
+    """Write n elements of MXFP4 as floats."""
+    for i in range(n // 32):
+        _mxfp4(src + 17 * i, floats(dst + 128 * i))
+
+
+@kernel(4)
+def dequantise_q4_k(_type, src, dst, n):
+    """Write n elements of Q4_K as floats."""
+    for i in range(n // 256):
+        _q4_q5_k(src + 144 * i, floats(dst + 1024 * i), 0)
+
+
+@kernel(4)
+def dequantise_q5_k(_type, src, dst, n):
+    """Write n elements of Q5_K as floats."""
+    for i in range(n // 256):
+        _q4_q5_k(src + 176 * i, floats(dst + 1024 * i), 1)
+
+
+@kernel(4)
+def dequantise_q6_k(_type, src, dst, n):
+    """Write n elements of Q6_K as floats."""
+    for i in range(n // 256):
+        _q6_k(src + 210 * i, floats(dst + 1024 * i))
+
+
+@kernel(4)
+def dequantise_iq4_nl(_type, src, dst, n):
+    """Write n elements of IQ4_NL as floats."""
+    for i in range(n // 32):
+        _iq4_nl(src + 18 * i, floats(dst + 128 * i))
+
+
+@kernel(4)
+def dequantise_q2_k(_type, src, dst, n):
+    """Write n elements of Q2_K as floats."""
+    for i in range(n // 256):
+        _q2_k(src + 84 * i, floats(dst + 1024 * i))
+
+
+@kernel(4)
+def dequantise_q3_k(_type, src, dst, n):
+    """Write n elements of Q3_K as floats."""
+    for i in range(n // 256):
+        _q3_k(src + 110 * i, floats(dst + 1024 * i))
+
+
+#: By type, the kernel ``(type, src, dst, n)`` that writes n elements as floats; n is a multiple of the block size.
+DEQUANTISE = {
+    Q8_0: dequantise_q8_0,
+    Q4_0: dequantise_q4_0,
+    Q4_1: dequantise_q4_1,
+    Q5_0: dequantise_q5_0,
+    Q5_1: dequantise_q5_1,
+    MXFP4: dequantise_mxfp4,
+    Q4_K: dequantise_q4_k,
+    Q5_K: dequantise_q5_k,
+    Q6_K: dequantise_q6_k,
+    IQ4_NL: dequantise_iq4_nl,
+    Q2_K: dequantise_q2_k,
+    Q3_K: dequantise_q3_k,
+}

@@ -11,7 +11,7 @@ from .memory import floats, ld_f16, ld_i64
 from .recurrent import dot_of, row_at
 from .words import DST, F32, NE0, NE1, NE2, NE3, PARAM, SRC0, SRC1, SRC2, SRC3, THREAD_BYTES, THREADS, TYPE
 
-#: Parameter: address of `dequantise_row`.
+#: Parameter: address of a kernel of `DEQUANTISE`.
 DEQUANTISE = PARAM
 
 

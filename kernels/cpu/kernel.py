@@ -12,7 +12,9 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ guard_files()
 
 #: All kernels by name.
 KERNELS: dict[str, Kernel] = {}
+#: What `collecting` collects; None: nothing.
+_FOUND: ContextVar[dict[str, Kernel] | None] = ContextVar("_FOUND", default=None)
 _OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "boundscheck": False}
 
 
@@ -59,8 +63,15 @@ class Kernel:
 
     @property
     def address(self) -> int:
-        """Address of the code, which is compiled if necessary."""
-        return self._address or self._compile()
+        """Address of the code, which is compiled if necessary; see `collecting`."""
+        return self._address or self._find()
+
+    def _find(self) -> int:
+        found = _FOUND.get()
+        if found is None:
+            return self._compile()
+        found[self.name] = self
+        return 1
 
     def _compile(self) -> int:
         with LOADING:
@@ -133,21 +144,41 @@ def entry(n: int) -> Callable[[Callable[..., int]], Any]:
     return njit(types.int64(*[types.int64] * n), nogil=True, **_OPTIONS)
 
 
-def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Compile all kernels but rare ones, or load them from the cache.
+@contextmanager
+def collecting() -> Iterator[dict[str, Kernel]]:
+    """Within the block, and this thread, addresses of kernels that are not loaded are 1: the kernels are only collected.
 
-    If the cache is empty and there is a second core, a second process compiles from the end of the list until the two
-    meet. Each finds the other's kernels in the cache.
+    Yields
+    ------
+    dict
+        The kernels by name.
+    """
+    found: dict[str, Kernel] = {}
+    token = _FOUND.set(found)
+    try:
+        yield found
+    finally:
+        _FOUND.reset(token)
+
+
+def warm_up(progress: Callable[[str, int, int], None] | None = None, kernels: Sequence[Kernel] | None = None) -> None:
+    """Compile kernels, or load them from the cache.
+
+    If several are not in the cache and there is a second core, a second process compiles from the end of the list until
+    the two meet. Each finds the other's kernels in the cache.
 
     Parameters
     ----------
     progress : callable, optional
         ``progress(name, i, n)``, before kernel i of n, and at the end with an empty name and i = n.
+    kernels : sequence of Kernel, optional
+        By default all but rare ones.
     """
-    kernels = common_kernels()
+    if kernels is None:
+        kernels = common_kernels()
     helper = None
-    if len(kernels) > 1 and not is_compiled() and (os.cpu_count() or 1) > 1:
-        helper = _helper()
+    if len(missing(kernels)) > 1 and (os.cpu_count() or 1) > 1:
+        helper = _helper([k.name for k in reversed(kernels)])
     try:
         for i, kernel in enumerate(kernels):
             if progress is not None:
@@ -161,9 +192,10 @@ def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
         progress("", len(kernels), len(kernels))
 
 
-def is_compiled() -> bool:
-    """Return whether the cache has kernels of these sources, apart from those that every import compiles."""
-    return any(Path(CACHE_DIR).rglob("matmul.mul_mat-*.nbi"))
+def missing(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Return the kernels that neither this process nor the cache has."""
+    cached = {path.name.partition("-")[0].rpartition(".")[2] for path in Path(CACHE_DIR).rglob("*.nbi")}
+    return [k for k in kernels if not k._address and k.name not in cached]
 
 
 def common_kernels() -> list[Kernel]:
@@ -174,9 +206,12 @@ def common_kernels() -> list[Kernel]:
     return [k for k in KERNELS.values() if not k.rare]
 
 
-def _helper() -> subprocess.Popen[bytes] | None:
-    """Start a process that compiles the same kernels in reverse order."""
-    code = f"from {__name__} import common_kernels\nfor kernel in reversed(common_kernels()): kernel.address"
+def _helper(names: list[str]) -> subprocess.Popen[bytes] | None:
+    """Start a process that compiles kernels, unless they are made on first use."""
+    code = (
+        f"from {__name__} import KERNELS, common_kernels\ncommon_kernels()\n"
+        f"for name in {names}:\n    if name in KERNELS: KERNELS[name].address"
+    )
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     quiet = subprocess.DEVNULL
     try:

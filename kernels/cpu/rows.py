@@ -27,7 +27,7 @@ from .words import (
     TYPE,
 )
 
-#: Parameters: address of `dequantise_row` (SET_ROWS: `quantiser`); bytes of a row copied as it is, else 0.
+#: Parameters: address of a kernel of `DEQUANTISE` (SET_ROWS: `quantiser`); bytes of a row copied as it is, else 0.
 DEQUANTISE, RAW_BYTES = PARAM, PARAM + 1
 QUANTISE = DEQUANTISE
 

@@ -162,7 +162,7 @@ def add_scaled(e, x, y, n, factor):
 def out_prod_rows(ith, nth, d, ctl):
     """Add up the outer products of the rows of src0, of any type that rows of floats can be made of, and src1.
 
-    PARAM: address of `dequantise_row`.
+    PARAM: address of a kernel of `DEQUANTISE`.
     """
     n, ne1 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1))
     ne2, ne3 = ld_i64(d + 8 * (DST + NE2)), ld_i64(d + 8 * (DST + NE3))

@@ -293,9 +293,9 @@ class _Opening:
         loading_s = time.perf_counter()
         opened = self._open_llama(recorder) if is_llama else self._open_session(backends, cpu, recorder, progress)
         loaded_s = time.perf_counter()
-        if not is_llama:  # compile after opening, so that an error comes first
+        if isinstance(opened, Session):  # compile after opening, so that an error comes first
             try:
-                warm_up(is_for_child=False)
+                warm_up(opened)
             except BaseException:
                 opened.close()
                 raise

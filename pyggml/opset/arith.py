@@ -150,9 +150,9 @@ def _refuses_part(t: Tensor) -> str:
 def _call_part(plan: HostPlan, t: Tensor) -> None:
     """Copy src0 unless in place, then add src1 to a part of it, or write it there."""
     a, b = source(t, 0), source(t, 1)
-    copy_rows, raw = kernels.copy.copy_rows, kernels.copy.RAW_ROWS
+    copy_rows = kernels.copy.copy_raw_rows
     if plan.address_of(a) != plan.address_of(t):
-        plan.add(copy_rows.address, t, flat(plan, t, a), (raw, t.nbytes, 0, 0), **by_elements(t))
+        plan.add(copy_rows.address, t, flat(plan, t, a), (t.nbytes,), **by_elements(t))
     nb = (t.type.type_size, t.param_i32(0), t.param_i32(1), t.param_i32(2))
     nbytes = t.type.type_size + sum((n - 1) * stride for n, stride in zip(b.ne, nb, strict=True))
     part = Layout(plan.address_of(t) + t.param_i32(3), t.type, b.ne, nb, nbytes)
@@ -160,7 +160,7 @@ def _call_part(plan: HostPlan, t: Tensor) -> None:
         code = kernels.elementwise.ADD
         plan.add(kernels.elementwise.join_rows.address, t, (part, part, b), (code,), **by_elements(b))
     else:
-        plan.add(copy_rows.address, t, (part, b), (raw, b.row_size, 0, 0), **by_elements(b))
+        plan.add(copy_rows.address, t, (part, b), (b.row_size,), **by_elements(b))
 
 
 declare(Op.ACC, Op.SET, refuses=_refuses_part, call=_call_part, n_sources=2, fits=like_source)

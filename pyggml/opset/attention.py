@@ -9,7 +9,7 @@ from ..hardware.formulas import Kind, Work
 from ..tensor import Tensor
 from ..types import Op, Type
 from . import kernels
-from .calls import PRODUCTS_PER_S, SERIAL_PRODUCTS, bits, by_rows
+from .calls import PRODUCTS_PER_S, SERIAL_PRODUCTS, bits, by_rows, dequantiser
 from .checks import F16_F32, F32, FLOATS, QUANTISED, gaps, like_source, not_f32_rows, optional, source, wrong_type
 from .declaration import UsedExperts, declare
 from .work import NOTHING, moved_bytes, one_pass, rows_bytes
@@ -80,7 +80,8 @@ def _call(plan: HostPlan, t: Tensor) -> None:
         attention.ADD_VALUES[value_type].address,
         attention.score_tile.address,
         attention.soften.address,
-        kernels.dequantise.dequantise_row.address,
+        dequantiser(k),
+        dequantiser(v),
     )
     n_products = q.nrows * k.ne[1] * (q.ne[0] + v.ne[0])
     plan.add(
@@ -128,7 +129,7 @@ def _call_indexer(plan: HostPlan, t: Tensor) -> None:
         kernels.indexer.lightning_indexer.address,
         t,
         (t, *(source(t, i) for i in range(4))),
-        (kernels.dequantise.dequantise_row.address,),
+        (dequantiser(k),),
         serial=n_products < SERIAL_PRODUCTS,
         cost=4 * n_products / PRODUCTS_PER_S,
     )

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from ..tensor import Tensor
+from . import kernels
 
 if TYPE_CHECKING:
     from ..backends.host.plan import HostPlan
@@ -72,3 +73,12 @@ def by_rows(t: Tensor) -> CallOptions:
     """Return how an op is run that has a cost per row in addition to that of elements."""
     n = t.numel + ROW_ELEMENTS * t.nrows
     return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
+
+
+def dequantiser(t: Tensor) -> int:
+    """Return the address of the function that dequantises a tensor's rows; 0 if the type is not quantised."""
+    coded = kernels.coded
+    known = kernels.dequantise.DEQUANTISE
+    if t.type in coded.TYPES:
+        return int(coded.dequantise_kernel(t.type).address)
+    return int(known[t.type].address) if t.type in known else 0

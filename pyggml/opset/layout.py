@@ -8,7 +8,7 @@ from ..hardware.formulas import Work
 from ..tensor import Tensor
 from ..types import Op, Type
 from . import kernels
-from .calls import Layout, by_elements, by_rows, flat
+from .calls import Layout, by_elements, by_rows, dequantiser, flat
 from .checks import CODED, F32, FLOATS, I32, QUANTISED, WEIGHTS, gaps, source, wrong_type
 from .declaration import Choice, UsedExperts, declare
 from .work import in_other_kernel, rows_bytes
@@ -23,13 +23,6 @@ _ROW_NUMBERS = frozenset({Type.I32, Type.I64})
 def _quantiser(t: Tensor) -> int:
     """Return the address of the function that quantises a node's rows; 0 if the type is not quantised."""
     return int(kernels.quantise.quantiser(t.type).address) if t.type.is_quantized else 0
-
-
-def _dequantiser(t: Tensor) -> int:
-    """Return the address of the function that dequantises a tensor's rows."""
-    coded = kernels.coded
-    kernel = coded.dequantise_kernel(t.type) if t.type in coded.TYPES else kernels.dequantise.dequantise_row
-    return int(kernel.address)
 
 
 # -- CPY, CONT, DUP ------------------------------------------------------------------------
@@ -56,15 +49,15 @@ def _call_copy(plan: HostPlan, t: Tensor) -> None:
     size = t.type.type_size if same_type else 0
     if src.is_contiguous() and t.is_contiguous() and (same_type or not same_shape):
         tensors = flat(plan, t, src)
-        how, size = (copy.RAW_ROWS, t.nbytes) if same_type else (copy.CONVERTED_ROWS, 0)
+        kernel, size = (copy.copy_raw_rows, t.nbytes) if same_type else (copy.copy_converted_rows, 0)
         plan.need_thread_bytes(0 if same_type else 4 * t.numel)
     elif same_shape and dense:
-        how, size = (copy.RAW_ROWS, t.row_size) if same_type else (copy.CONVERTED_ROWS, 0)
+        kernel, size = (copy.copy_raw_rows, t.row_size) if same_type else (copy.copy_converted_rows, 0)
         plan.need_thread_bytes(4 * t.ne[0])
     else:
-        how = copy.STRIDED if same_shape else copy.RESHAPED
-    params = (how, size, 0 if same_type else _dequantiser(src), _quantiser(t))
-    plan.add(copy.copy_rows.address, t, tensors, params, **by_elements(t))
+        kernel = copy.copy_strided_rows if same_shape else copy.copy_reshaped
+    params = (size,) if same_type else (size, dequantiser(src), _quantiser(t))
+    plan.add(kernel.address, t, tensors, params, **by_elements(t))
 
 
 declare(Op.CPY, Op.CONT, Op.DUP, refuses=_refuses_copy, call=_call_copy, fits=lambda t: t.numel == source(t, 0).numel)
@@ -117,7 +110,7 @@ def _refuses_get_rows(t: Tensor) -> str:
 def _call_get_rows(plan: HostPlan, t: Tensor) -> None:
     src = source(t, 0)
     raw = src.row_size if src.type is t.type else 0
-    params = (_dequantiser(src), raw)
+    params = (dequantiser(src), raw)
     plan.add(kernels.rows.get_rows.address, t, (t, src, source(t, 1)), params, **by_rows(t))
 
 

@@ -11,7 +11,7 @@ from ..ops.modes import skips_ids
 from ..tensor import Tensor
 from ..types import Op, Type
 from . import kernels
-from .calls import ELEMENTS_PER_S, PRODUCTS_PER_S, SERIAL_ELEMENTS, SERIAL_PRODUCTS
+from .calls import ELEMENTS_PER_S, PRODUCTS_PER_S, SERIAL_ELEMENTS, SERIAL_PRODUCTS, dequantiser
 from .checks import F32, FLOATS, I32, QUANTISED, WEIGHTS, gaps, source, wrong_type
 from .declaration import Choice, Role, UsedExperts, declare
 from .work import moved_bytes, rows_bytes
@@ -178,7 +178,7 @@ def _call_outer(plan: HostPlan, t: Tensor) -> None:
         kernels.shape.out_prod_rows.address,
         t,
         (t, a, source(t, 1)),
-        (kernels.dequantise.dequantise_row.address,),
+        (dequantiser(a),),
         serial=n_products < SERIAL_PRODUCTS,
         cost=4 * n_products / PRODUCTS_PER_S,
     )

@@ -78,9 +78,9 @@ class RunLog:
         "ids",
         "machine",
         "now",
-        "only_counts",
         "observers",
         "of",
+        "only_counts",
         "records",
         "stats",
     )

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,9 +29,10 @@ from ...types import TensorFlag
 from .indices import bad_index_error
 
 if TYPE_CHECKING:
+    from pyggml.kernels.cpu.kernel import Kernel
     from pyggml.kernels.cpu.pool import BadIndex, Pool
 
-__all__ = ["HostPlan", "Moved"]
+__all__ = ["HostPlan", "Moved", "kernels_of"]
 
 #: Seconds of work after which Python may look for signals (Ctrl-C).
 PIECE_S = 0.05
@@ -479,3 +480,18 @@ class HostPlan:
         return (
             f"<HostPlan of {self.n_descriptors} kernel calls for {len(self._node_spans)} nodes, {kib:,.0f} KiB scratch>"
         )
+
+
+def kernels_of(nodes: Iterable[Tensor]) -> list[Kernel]:
+    """Return the kernels that a plan of nodes would call and that are not loaded yet; nothing is compiled.
+
+    The nodes need no memory. Nodes that the kernels cannot run are left out.
+    """
+    from pyggml.kernels.cpu import kernel, matmul
+
+    with kernel.collecting() as found:
+        for node in nodes:
+            with suppress(UnsupportedOpError):
+                HostPlan([node], lambda t: 0)
+        _ = matmul.place_product.address  # whether a product moves depends on where tensors are
+    return list(found.values())
