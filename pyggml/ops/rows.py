@@ -6,7 +6,7 @@ from math import ceil, isfinite
 
 from ..tensor import Tensor
 from ..types import MAX_DIMS, Op, Type
-from ._make import can_repeat, divides, f32, is_matrix, like, new, refuse, require_sizes, round_f32, set_param
+from ._make import can_repeat, divides, f32, is_matrix, like, member, new, refuse, require_sizes, round_f32, set_param
 from .layout import view_4d
 from .modes import SortOrder
 
@@ -90,10 +90,10 @@ def count_equal(a: Tensor, b: Tensor) -> Tensor:
 
 
 def argsort(a: Tensor, order: SortOrder | int) -> Tensor:
-    """Return the indices that sort each row: i32, the shape of ``a``. Mirrors `ggml_argsort`."""
+    """Return the indices that sort each row: i32, the shape of ``a``; refuse an order that is none. Mirrors `ggml_argsort`."""
     if a.ne[0] > INT32_MAX:
         refuse("argsort", "indices do not fit in i32", a=a)
-    return new(Op.ARGSORT, Type.I32, a.ne, (a,), (int(order),))
+    return new(Op.ARGSORT, Type.I32, a.ne, (a,), (int(member(SortOrder, order)),))
 
 
 def argsort_top_k(a: Tensor, k: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Finds nodes that ggml's CPU backend claims to support but at which it ends the process.
 
-Its `supports_op` accepts nearly everything, and its kernels assert types and strides. Allowed is what those kernels
+Its `supports_op` accepts nearly everything, and its kernels assert types, strides and parameters. Allowed is what those kernels
 were compared with. Other devices refuse such nodes themselves.
 """
 
@@ -32,10 +32,10 @@ _ROPE_MODES = {0, 2}
 
 
 def is_safe_on_cpu(node: Tensor) -> bool:
-    """Return whether ggml's CPU kernels accept a node's types and strides."""
+    """Return whether ggml's CPU kernels accept a node's types, strides and parameters."""
     if node.op.is_empty:
         return True
-    if node.op not in _READ or (node.op is Op.ROPE and node.param_i32(2) not in _ROPE_MODES):
+    if node.op not in _READ or not _has_known_parameters(node):
         return False
     if node.op in (Op.MUL_MAT, Op.MUL_MAT_ID, Op.GET_ROWS) and not _is_plain_product(node):
         return False
@@ -53,6 +53,20 @@ def is_safe_on_cpu(node: Tensor) -> bool:
     if node.op in _DENSE and not all(t.is_contiguous() for t in used):
         return False
     return not reason_unsupported(node)
+
+
+def _has_known_parameters(node: Tensor) -> bool:
+    """Return whether the parameters are those that kernels assert, or have a case for."""
+    match node.op:
+        case Op.ROPE:
+            return node.param_i32(2) in _ROPE_MODES
+        case Op.NORM | Op.RMS_NORM | Op.L2_NORM:
+            return node.param_f32(0) >= 0.0  # not NaN either
+        case Op.DIAG_MASK_INF:
+            return node.param_i32(0) >= 0
+        case Op.ARGSORT:
+            return node.param_i32(0) in (0, 1)
+    return True
 
 
 def _has_rows_at_one_distance(t: Tensor) -> bool:

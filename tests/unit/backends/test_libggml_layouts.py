@@ -50,6 +50,15 @@ OPS: dict[str, Build] = {
     "cast": lambda x: ops.cast(x, "f16"),
     "mul_mat": lambda x: ops.mul_mat(x, x),
 }  # fmt: skip
+#: Parameters at which the library's kernels end the process.
+PARAMETERS: dict[str, Build] = {
+    **{f"{name} of {eps}": lambda x, name=name, eps=eps: getattr(ops, name)(x, eps)
+       for name in ("norm", "rms_norm", "l2_norm") for eps in (-1.0, -1e-30, float("nan"))},
+    "diag_mask_inf of -1": lambda x: ops.diag_mask_inf(x, -1),
+    "diag_mask_zero of -1": lambda x: ops.diag_mask_zero(x, -1),
+    "argsort of 3": lambda x: ops.argsort(x, 3),
+    "soft_max of a bias": lambda x: ops.soft_max_ext(x, None, 1.0, 8.0),
+}  # fmt: skip
 
 
 def _cases() -> Iterator[tuple[str, Build, tuple[int, ...]]]:
@@ -57,6 +66,8 @@ def _cases() -> Iterator[tuple[str, Build, tuple[int, ...]]]:
         for layout, lay in LAYOUTS.items():
             for ne in SHAPES:
                 yield f"{op}, {layout}, {ne}", lambda x, build=build, lay=lay: build(lay(x)), ne
+    for name, build in PARAMETERS.items():
+        yield name, build, (8, 6, 4)
 
 
 def _result(backend: ggml.Backend, build: Build, ne: tuple[int, ...], values: np.ndarray) -> np.ndarray | None:
@@ -101,7 +112,7 @@ def _compare() -> None:
 
 
 def test_the_librarys_cpu_survives_every_layout() -> None:
-    """No op over any layout ends the process that asks first, and each result is our kernels'."""
+    """No op over any layout, and no parameter, ends the process that asks first, and each result is our kernels'."""
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=200, check=False)
     last = done.stdout.splitlines()[-1]
     assert done.returncode == 0, f"{last}: {done.stderr[-500:]}"
