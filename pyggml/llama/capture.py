@@ -194,8 +194,8 @@ class Capture(Watcher):
     def _failure(self, what: str) -> CaptureFailed:
         """Return an error with llama.cpp's last line, which usually sums up those before."""
         said = [line.strip() for line in self.lines if re.search(r"error|failed|unsupported|missing|invalid", line)]
-        told = re.sub(r"^\w+: ", "", said[0]) if said else "no reason was given"
-        return CaptureFailed(f"{what}: {told}")
+        told = re.sub(r"^\w+: ", "", said[0] if said else self.library.warning)
+        return CaptureFailed(f"{what}: {told or 'no reason was given'}")
 
     # -- making --------------------------------------------------------------
 
@@ -219,6 +219,7 @@ class Capture(Watcher):
         ].items():  # weights have no memory here, so that llama.cpp cannot tell
             self.host.devices[name].free = free
         del self.lines[:]
+        self.library.warning = ""
         made = lib.llama_init_from_model(self._model, p)
         if made == self.ffi.NULL:
             raise self._failure("llama.cpp does not make a context")

@@ -222,6 +222,8 @@ class LlamaLibrary(DeviceLibrary):
     ----------
     on_line : callable
         Called with each line that llama.cpp logs.
+    warning : str
+        The last warning or error.
 
     Raises
     ------
@@ -236,6 +238,7 @@ class LlamaLibrary(DeviceLibrary):
         if not self.has("llama_model_load_from_file"):
             raise self._refuse("it has no llama_model_load_from_file")
         self.on_line: Callable[[str], None] = lambda line: None
+        self.warning = ""
         self._take_llama_log()
         self.lib.llama_backend_init()
         self._check_params()
@@ -250,6 +253,7 @@ class LlamaLibrary(DeviceLibrary):
                 is_loud = level >= _WARNING
             line = self.text(text)
             if is_loud:
+                self.warning = line.strip() or self.warning
                 os.write(2, line.encode(errors="replace"))
             self.on_line(line)
 

@@ -19,7 +19,10 @@ from ..ops import RopeType
 if TYPE_CHECKING:
     from ..gguf import GGUFFile
 
-__all__ = ["MAX_LAYERS", "Gating", "HParams", "KeyReader", "round_f32"]
+__all__ = ["MAX_LAYERS", "NOT_BUILT", "Gating", "HParams", "KeyReader", "round_f32"]
+
+#: What to do about a file that needs another graph.
+NOT_BUILT = "pyggml does not build this variant: `splits --graph llama` plans and `run --engine llama` runs what llama.cpp loads"
 
 #: How a router's logits become probabilities; ``softmax_weight`` applies a softmax to the chosen experts only.
 Gating = Literal["softmax", "sigmoid", "softmax_weight"]
@@ -212,6 +215,10 @@ class KeyReader:
         """Return the error for a key; the text is the full key and ``message``."""
         return FormatError(self.file.path, f"'{self.arch}.{key}' {message}", hint="the model was converted wrongly")
 
+    def unsupported(self, key: str, message: str) -> FormatError:
+        """Return the error for a value of a key that other graphs need than those that are built."""
+        return FormatError(self.file.path, f"'{self.arch}.{key}' {message}", hint=NOT_BUILT)
+
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         """Return an integer; of an array by layer, the common value, or for `uneven_keys` the largest."""
         full = f"{self.arch}.{key}"
@@ -283,7 +290,7 @@ class KeyReader:
         n_ctx_train = self.integer("context_length")
         n_embd_head_k = self.integer("attention.key_length", n_embd // n_head)
         if not self.file.require(f"{self.arch}.attention.causal", bool, True):
-            raise self.error("attention.causal", "is false: attention to what comes later is not supported")
+            raise self.unsupported("attention.causal", "is false: attention to what comes later is not supported")
         return HParams(
             arch=self.arch,
             name=self.file.require("general.name", str, ""),

@@ -14,7 +14,7 @@ from ..errors import FormatError
 from ..gguf import TensorInfo
 from ..tensor import Shape, Tensor, pad_ne
 from ..types import Op, Type
-from .hparams import HParams
+from .hparams import NOT_BUILT, HParams
 
 __all__ = [
     "EXPERT_OP",
@@ -290,7 +290,7 @@ def resolve_specs(specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo]
         raise FormatError(
             path,
             f"{len(unused)} tensors have no place in this architecture, such as '{min(unused)}'",
-            hint="the model is of a variant that is not supported",
+            hint=NOT_BUILT,
         )
     return found
 

@@ -159,9 +159,13 @@ class MoeCache:
         self._cpu = backends[-1]
         self.host = self._cpu if rule.misses == "cpu" else None
         if not self._gpus:
-            raise SchedError("the expert cache needs a GPU", hint="leave out --moe-cache-mib, or give a device")
+            raise SchedError(
+                "the expert cache needs a GPU", hint="leave out --moe-cache-mib or --expert-cache, or give a device"
+            )
         if not any(layers.values()) or not n_used:
-            raise SchedError("the expert cache needs a model with experts", hint="leave out --moe-cache-mib")
+            raise SchedError(
+                "the expert cache needs a model with experts", hint="leave out --moe-cache-mib or --expert-cache"
+            )
         self.groups: list[CacheGroup] = []
         self._held: list[_Group] = []
         self._group_of: dict[int, _Group] = {}

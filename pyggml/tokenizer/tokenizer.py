@@ -150,7 +150,10 @@ class Tokenizer:
         if self._unreadable is not None and (text or not self._has_vocabulary):
             raise self._unreadable
         if not self._has_vocabulary:
-            raise PyggmlError(f"{self.path}: the file has no vocabulary", hint="give token ids: `--tokens 1,2,3`")
+            raise PyggmlError(
+                f"{self.path}: the file has no vocabulary",
+                hint="give token ids: `run --tokens 1,2,3`; `savings --routing uniform` and plans need none",
+            )
         text = text.encode("utf-8", "replace").decode()  # lone surrogates, which a terminal may send
         ids: list[int] = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
         after_special = True

@@ -168,6 +168,12 @@ def test_damaged_files_are_refused_with_llama_cpps_words(tmp_path: Path, own_cac
     assert not (own_cache / "llama").exists()
 
 
+def test_a_context_is_refused_with_llama_cpps_words(random_model: Callable[[str], Path]) -> None:
+    """Flags that llama.cpp refuses with a warning alone are refused with it."""
+    with pytest.raises(ModelError, match="does not make a context: .*[Ff]lash"):
+        _plan(random_model("llama"), "llama", type_v=Type.Q8_0, flash_attn="off")
+
+
 def test_flags_are_checked_before_a_child_starts(random_model: Callable[[str], Path]) -> None:
     """An override to a buffer type that does not exist is refused as for built models."""
     with pytest.raises(GraphError, match="no buffer type is called 'GPU7'"):

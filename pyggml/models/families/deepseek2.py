@@ -34,7 +34,7 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     by position, are refused.
     """
     if keys.number("attention.temperature_scale", 0.0):
-        raise keys.error("attention.temperature_scale", "is set, which is not supported")
+        raise keys.unsupported("attention.temperature_scale", "is set, which is not supported")
     k_mla, v_mla = (keys.integer(f"attention.{which}_length_mla", 0, least=0) for which in ("key", "value"))
     rank, head_k, n_rot = keys.integer("attention.kv_lora_rank"), hp.n_embd_head_k, hp.n_rot
     if not k_mla or not v_mla:

@@ -21,7 +21,7 @@ __all__ = ["ARCHITECTURE"]
 
 def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     if (step := keys.integer("interleave_moe_layer_step")) != 1:
-        raise keys.error("interleave_moe_layer_step", f"is {step}; only 1 is supported")
+        raise keys.unsupported("interleave_moe_layer_step", f"is {step}; only 1 is supported")
     return replace(
         hp,
         n_layer_dense_lead=keys.n_layer_dense_lead(hp.n_layer),

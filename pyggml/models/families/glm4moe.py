@@ -21,7 +21,9 @@ __all__ = ["ARCHITECTURE"]
 
 def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     if sum(n > 0 for n in keys.rope_sections()[:2]) == 2:
-        raise keys.error("rope.dimension_sections", "asks for rotation by several positions, which is not supported")
+        raise keys.unsupported(
+            "rope.dimension_sections", "asks for rotation by several positions, which is not supported"
+        )
     return replace(
         hp,
         n_layer_dense_lead=keys.n_layer_dense_lead(hp.n_layer),
