@@ -59,7 +59,7 @@ class Host:
                 row_padding=about["row_padding"], watcher=watcher,
             )  # fmt: skip
         made.free, made.total, made.min_batch = about["free"], about["total"], about["min_batch"]
-        made.row_padding = about["row_padding"]
+        made.row_padding, made.pinned = about["row_padding"], about["pinned"]
         made.watcher = watcher
         return made
 
@@ -133,7 +133,7 @@ class Capture(Watcher):
         elif self.weights and _UNUSED.search(line):
             self.weights.pop()
 
-    def asked(self, device: str, tensor: Handle, answer: bool) -> None:
+    def asked(self, tensor: Handle, answer: bool) -> None:
         """Record the op and place of a weight that is being loaded, or a norm that may be pinned.
 
         The loader asks about an op whose only named source is the weight; the first device that supports it gets the
@@ -146,8 +146,8 @@ class Capture(Watcher):
             for source in tensor.src:
                 if source != self.ffi.NULL and self.library.text(source.name) == weight["name"]:
                     weight["op"] = self._text("op", tensor.op)
-                    if not weight["moved"]:
-                        weight["buft"] = device
+                    if not weight["moved"] and source.buffer != self.ffi.NULL:
+                        weight["buft"] = self._buft_of(source)
             return
         if found := _PINNED.fullmatch(self.ffi.string(tensor.name)):
             self._asked[self.library.address(tensor)] = int(found[1])
@@ -183,6 +183,9 @@ class Capture(Watcher):
     def failed(self, error: BaseException) -> None:
         """Record an exception of the two above, which becomes the answer."""
         self.error = self.error or error
+
+    def _buft_of(self, t: Handle) -> str:
+        return self.library.text(self.lib.ggml_backend_buft_name(self.lib.ggml_backend_buffer_get_type(t.buffer)))
 
     def _text(self, kind: str, number: int) -> str:
         known = self._names.get((kind, number))
@@ -423,10 +426,7 @@ class Capture(Watcher):
             if t.buffer != null and t.op == 0 and t.view_src == null:
                 usage = lib.ggml_backend_buffer_get_usage(t.buffer)
                 if usage != _COMPUTE_USAGE:
-                    where = [
-                        self.library.text(lib.ggml_backend_buft_name(lib.ggml_backend_buffer_get_type(t.buffer))),
-                        usage,
-                    ]
+                    where = [self._buft_of(t), usage]
             op = self._text("op", t.op)
             tensors.append({
                 "op": op, "name": ffi.string(t.name).decode("utf-8", "replace"), "type": self._text("type", t.type),

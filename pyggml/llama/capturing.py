@@ -9,7 +9,7 @@ graph is then one split without copies, and no source of a node is replaced. Not
 from __future__ import annotations
 
 from ..backends.libggml.library import Handle
-from .device import CPUHooks, Functions, PythonDevice, put
+from .device import CPUHooks, Functions, PythonDevice, keep_for_ever, put
 from .library import LlamaLibrary
 from .slots import N_WORDS
 
@@ -40,7 +40,11 @@ class Watcher:
     is_relaxed = False
     has_sizes = has_memory = True
 
-    def asked(self, device: str, tensor: Handle, answer: bool) -> None:
+    def bytes_of(self, n: int) -> int:
+        """Return the bytes that a tensor of n bytes is said to need."""
+        return n if self.has_sizes else min(n, 1)
+
+    def asked(self, tensor: Handle, answer: bool) -> None:
         """Receive a question whether a device supports an op."""
 
     def split(self, graph: Handle) -> None:
@@ -64,6 +68,8 @@ class CapturingDevice(PythonDevice):
         Fewest rows with which it offers to run an op with a host weight; None: never.
     row_padding : int
         Elements to a multiple of which the last row of a tensor of a quantised type is padded; 1: none are added.
+    pinned : str
+        Name of the buffer type of its pinned memory; may be changed. If empty, it has none.
     watcher : Watcher
         Receives questions and graphs.
     """
@@ -78,9 +84,11 @@ class CapturingDevice(PythonDevice):
         min_batch: int | None,
         row_padding: int,
         watcher: Watcher,
+        pinned: str = "",
     ) -> None:
         self.watcher, self.free, self.total, self.min_batch = watcher, free, total, min_batch
-        self.row_padding = row_padding
+        self.row_padding, self.pinned = row_padding, pinned
+        self._pinned: dict[str, Handle] = {}
         self._next = _NOWHERE
         self._op_names: dict[int, str] = {}
         self._bases: dict[int, int] = {}
@@ -100,6 +108,7 @@ class CapturingDevice(PythonDevice):
             },
             "backend": {"graph_compute": self._compute, "graph_optimize": self._optimize},
             "device": {
+                "get_host_buffer_type": self._pinned_type,
                 "supports_op": self._supports_op,
                 "supports_buft": lambda _, buft: self.watcher.is_relaxed or buft == self.buft,
                 "offload_op": self._offload_op,
@@ -122,18 +131,44 @@ class CapturingDevice(PythonDevice):
         self._next += -(-(size + 1) // _STEP) * _STEP
         return made
 
+    def _pinned_type(self, _: Handle) -> Handle:
+        """Return the buffer type of pinned memory, which is memory of the CPU by another name."""
+        if not self.pinned:
+            return self.ffi.NULL
+        if self.pinned not in self._pinned:
+            lib, at = self.library.lib, self.library.interfaces
+            words, name = self.ffi.new("void *[]", N_WORDS), self.ffi.new("char[]", self.pinned.encode())
+            buft = self.ffi.cast("void *", words)
+
+            def alloc(_: Handle, size: int) -> Handle:
+                made = lib.ggml_backend_buft_alloc_buffer(lib.ggml_backend_cpu_buffer_type(), size)
+                if made != self.ffi.NULL:
+                    self.ffi.cast("void **", made)[at.buffer.fields["buft"]] = buft
+                return made
+
+            own: Functions = {
+                "get_name": lambda _: name,
+                "alloc_buffer": alloc,
+                "get_alignment": lambda _: _ALIGNMENT,
+                "get_alloc_size": lambda _, t: self.watcher.bytes_of(int(lib.ggml_nbytes(t))),
+                "is_host": lambda _: True,
+            }
+            put(self.library, words, "buffer_type", own, self.failed)
+            words[at.buffer_type.fields["device"]] = self.handle
+            self._pinned[self.pinned] = buft
+            keep_for_ever((words, name))
+        return self._pinned[self.pinned]
+
     def _alloc_size(self, _: Handle, tensor: Handle) -> int:
         """Mirrors `ggml_backend_cuda_buffer_type_get_alloc_size`."""
         lib, rest = self.library.lib, tensor.ne[0] % self.row_padding
         size = int(lib.ggml_nbytes(tensor))
-        if not self.watcher.has_sizes:
-            return min(size, 1)
         if rest and lib.ggml_is_quantized(tensor.type):
             size += int(lib.ggml_row_size(tensor.type, self.row_padding - rest))
-        return size
+        return self.watcher.bytes_of(size)
 
     def _supports_op(self, _: Handle, tensor: Handle) -> bool:
-        self.watcher.asked(self.name, tensor, True)
+        self.watcher.asked(tensor, True)
         return True
 
     def _offload_op(self, _: Handle, tensor: Handle) -> bool:
@@ -190,12 +225,11 @@ class CapturingCPU(CPUHooks):
 
     def _supports_op(self, device: Handle, tensor: Handle) -> bool:
         answer = not self.watcher.is_relaxed and bool(self.original["supports_op"](device, tensor))
-        self.watcher.asked("CPU", tensor, answer)
+        self.watcher.asked(tensor, answer)
         return answer
 
     def _alloc_size(self, _: Handle, tensor: Handle) -> int:
-        size = int(self.library.lib.ggml_nbytes(tensor))
-        return size if self.watcher.has_sizes else min(size, 1)
+        return self.watcher.bytes_of(int(self.library.lib.ggml_nbytes(tensor)))
 
     def _init_backend(self, device: Handle, params: Handle) -> Handle:
         made = self.original["init_backend"](device, params)

@@ -133,6 +133,8 @@ def about_placement(placement: PlacementFlags, devices: Sequence[Device], overri
                 "total": d.memory()[1],
                 "min_batch": op_offload_min_batch() if _offers(d) else None,
                 "row_padding": _row_padding(d),
+                # a mapped file is used in place
+                "pinned": "" if placement.use_mmap or d.host_buffer_type is None else d.host_buffer_type.name,
             }
             for d in devices
         ],
@@ -216,6 +218,7 @@ class CapturedSource(GraphSource):
             raise GraphError(f"n_seq_max is {context.n_seq_max}, n_batch {context.n_batch}: at least 1 is needed")
         overrides = parse_overrides(placement, devices, cpu)
         self._bufts = {d.buffer_type.name: d.buffer_type for d in (*devices, cpu)}
+        self._bufts |= {d.host_buffer_type.name: d.host_buffer_type for d in devices if d.host_buffer_type is not None}
         about = {
             "placement": about_placement(placement, devices, overrides),
             "context": about_context(context),
@@ -292,14 +295,14 @@ class CapturedSource(GraphSource):
         info = self.file.tensors.get(name)
         if info is None:
             return None
-        part, layer, home, where = _home(name, op, layers, self.cpu)
         buft = self._bufts[weight["buft"]]
+        part, layer, home, where = _home(name, op, layers, self.cpu, buft)
         override = next((o for o in overrides if o.pattern.search(name)), None) if weight["moved"] else None
         if override is not None:
             reason = override.text
         else:
             reason = f"{where} is on {home.name}"
-            if buft is not home.buffer_type:
+            if buft is not home.buffer_type and not (home is self.cpu and buft.is_host):
                 reason += f", which cannot use a {info.type.ggml_name} weight for {op} in {home.buffer_type.name}"
         spec = WeightSpec(name, info.ne, part, layer, Op.__members__.get(op or "", Op.NONE))
         return WeightPlace(spec, info, buft, reason)
@@ -462,11 +465,17 @@ class CapturedSource(GraphSource):
             buffer.close()
 
 
-def _home(name: str, op: str | None, layers: Sequence[Device], cpu: Device) -> tuple[Part, int, Device, str]:
+def _home(
+    name: str, op: str | None, layers: Sequence[Device], cpu: Device, buft: BufferType
+) -> tuple[Part, int, Device, str]:
     """Return a weight's part of the model, layer, device and reason."""
     if found := re.match(r"(?:\w+\.)?blk\.(\d+)\.", name):
         layer = int(found[1])
         return "repeating", layer, layers[min(layer, len(layers) - 1)], f"layer {layer}"
+    if op == "ROPE":  # factors of rotation, once on each device whose layers use them
+        using = (i for i, d in enumerate(layers) if buft is d.buffer_type or (d is cpu and buft.is_host))
+        layer = next(using, len(layers) - 1)
+        return "repeating", layer, layers[layer], f"layer {layer}"
     if op == "GET_ROWS":
         return "input", -1, cpu, "the input embedding"
     return "output", -1, layers[-1], "the output"

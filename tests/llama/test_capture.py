@@ -49,6 +49,7 @@ CASES: dict[str, dict[str, object]] = {
     "quantised cache": {"type_k": Type.Q8_0, "type_v": Type.Q8_0, "flash_attn": "on"},
     "two devices": {"devices": ("mock:CUDA0:offload=32", "mock:CUDA1:offload=32"),
                     "placement": PlacementFlags(tensor_split=(2.0, 1.0))},
+    "pinned memory": {"devices": ("sim",), "placement": PlacementFlags(cpu_moe=True, use_mmap=False)},
     "an override": {"placement": PlacementFlags(overrides=(r"blk\.1\.attn=CPU",))},
 }  # fmt: skip
 
@@ -170,7 +171,7 @@ def test_damaged_files_are_refused_with_llama_cpps_words(tmp_path: Path, own_cac
 
 def test_a_context_is_refused_with_llama_cpps_words(random_model: Callable[[str], Path]) -> None:
     """Flags that llama.cpp refuses with a warning alone are refused with it."""
-    with pytest.raises(ModelError, match="does not make a context: .*[Ff]lash"):
+    with pytest.raises(ModelError, match=r"does not make a context: .*[Ff]lash"):
         _plan(random_model("llama"), "llama", type_v=Type.Q8_0, flash_attn="off")
 
 
