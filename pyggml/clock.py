@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from .cost import DeviceProfile, LinkProfile
 from .hardware.formulas import Work, pageable_rate
 from .hardware.hosts import Host
-from .opset import UsedExperts, node_work
+from .opset import NOTHING, UsedExperts, node_work
 from .tensor import Tensor
 
 __all__ = ["Reading", "Span", "VirtualClock"]
@@ -39,6 +39,10 @@ _TIMES = (
     "n_resets", "host_s", "stream_s", "busy_s", "to_device_busy_s", "from_device_busy_s", "_to_device_s", "_from_device_s",
     "_peer_s", "link_bytes", "_events", "_queue_s",
 )  # fmt: skip
+
+
+#: Most different works whose times are kept.
+_N_WORKS = 10_000
 
 
 class Span(NamedTuple):
@@ -124,6 +128,7 @@ class VirtualClock:
         self._has_one_engine = [p.copy_engines == 1 for p in self.profiles]
         #: What a host that waits for a device takes, beside the latencies of one copy back and two there.
         self._switch_s = max(0.0, rates.switch_s - 3 * 10e-6)
+        self._work_s: list[dict[Work, float]] = [{} for _ in self.profiles]  # of each backend
         self.n_resets = -1  #: how often it was set back since it was made
         self.reset()
 
@@ -313,8 +318,21 @@ class VirtualClock:
 
     def seconds(self, backend: int, nodes: Iterable[Tensor], used_experts: UsedExperts) -> float:
         """Return the time that a backend needs for nodes."""
-        profile, slow = self.profiles[backend], self._has_slow_host
-        return sum(profile.seconds(node_work(node, used_experts), slow_host=slow) for node in nodes)
+        known, total = self._work_s[backend], 0.0
+        for node in nodes:
+            work = node_work(node, used_experts)
+            if work is not NOTHING:
+                seconds = known.get(work)
+                total += self._keep_seconds(backend, work) if seconds is None else seconds
+        return total
+
+    def _keep_seconds(self, backend: int, work: Work) -> float:
+        """Return how long a backend needs for work; equal layers have equal work."""
+        known = self._work_s[backend]
+        if len(known) >= _N_WORKS:
+            known.clear()
+        seconds = known[work] = self.profiles[backend].seconds(work, slow_host=self._has_slow_host)
+        return seconds
 
     def copy_seconds(self, backend: int, n_bytes: int, *, is_pinned: bool) -> float:
         """Return how long one copy from host memory to a backend takes on an idle link."""

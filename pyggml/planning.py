@@ -36,6 +36,7 @@ from .sched.assign import OffloadOp
 from .sched.plan import Plan
 from .sched.policies import CopyPolicy
 from .sched.scheduler import Scheduler
+from .sched.state import SchedGraph
 
 __all__ = ["GraphChoice", "PlannedGraph", "Planner", "SchedOptions", "virtual_clock"]
 
@@ -117,6 +118,7 @@ class Planner:
         self.backends, self.source = tuple(backends), source
         self.is_closed = self._holds_largest = False
         self._current: PlannableGraph | None = None
+        self._largest: SchedGraph | None = None  # of the graph by which memory was planned
         self._cache_bytes: Mapping[BufferType, int] = {}
         self._planned_compute: list[int] = [0] * len(self.backends)
         self.expert_cache: MoeCache | None = None
@@ -410,8 +412,10 @@ class Planner:
         self._holds_largest = True
         n_seqs, n_tokens = self.params.n_seq_max, min(self.params.n_ctx, self.params.n_ubatch)
         n_outputs = min(n_tokens, self.params.n_outputs_max or self.params.n_batch)
-        graph = self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_outputs))
         with suppress(OutOfMemoryError):
+            if self.sched.sched_graph is self._largest and self.sched.reserve_measured():
+                return  # `_reserve` has split and measured it
+            graph = self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_outputs))
             self.sched.reserve(graph.graph)
 
     def _reserve_graph(self, n_tokens: int, n_seqs: int, n_outputs: int) -> None:
@@ -422,6 +426,7 @@ class Planner:
         self.sched.split_graph(graph.graph)
         self.sched.reserve_policy()
         self._planned_compute = self.size_of_split()
+        self._largest = self.sched.sched_graph
 
     def size_of_split(self) -> list[int]:
         """Return the sizes of the compute buffers that the last split graph needs."""

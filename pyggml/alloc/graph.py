@@ -87,6 +87,7 @@ class Gallocr:
         "_keeps_outputs",
         "_kept",
         "_leafs",
+        "_measured",
         "_n_srcs",
         "_nodes",
         "_placed",
@@ -114,6 +115,7 @@ class Gallocr:
         self._leafs: list[Place] = []
         self._n_srcs: list[int] = []  #: sources of each node
         self._places: list[Place] = []  #: of the sources of all nodes, then of the nodes
+        self._measured: tuple[GallocGraph, dict[Tensor, Life]] | None = None  #: the latest graph that was only measured
         self._placed: dict[object, _Placed] = {}  #: graphs that were placed, by structure; good for buffers and layout
         self.is_reserved = True  #: whether the buffers fit the places; at first there are none, for an empty graph
 
@@ -158,13 +160,34 @@ class Gallocr:
         self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
     ) -> list[int]:
         """Return the bytes that `reserve_n` would need by buffer id; buffers stay, the next graph gets a new layout."""
-        self._play(graph, node_buffer_ids, leaf_buffer_ids)
+        self._measured = graph, self._play(graph, node_buffer_ids, leaf_buffer_ids)
         return [sum(chunk.max_size for chunk in talloc.chunks) for talloc in self.tallocs]
+
+    def reserve_measured(self, graph: GallocGraph) -> bool:
+        """Do as `reserve_n` for the graph that was measured last, if this is it and nothing was reserved or placed since.
+
+        Returns
+        -------
+        bool
+            Whether it was that graph.
+
+        Raises
+        ------
+        OutOfMemoryError
+            See `reserve_n`.
+        """
+        measured = self._measured
+        if measured is None or measured[0] is not graph:
+            return False
+        self._note_places(graph, measured[1])
+        self._fit_buffers(allocate=True)
+        self.is_reserved = True
+        return True
 
     def _play(
         self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
     ) -> dict[Tensor, Life]:
-        self.is_reserved, self._placed = False, {}
+        self.is_reserved, self._placed, self._measured = False, {}, None
         for talloc in self.tallocs:
             talloc.reset()
         nodes, leafs = graph.nodes, graph.leafs
@@ -173,8 +196,10 @@ class Gallocr:
     def _lay_out(
         self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
     ) -> None:
+        self._note_places(graph, self._play(graph, node_buffer_ids, leaf_buffer_ids))
+
+    def _note_places(self, graph: GallocGraph, lives: dict[Tensor, Life]) -> None:
         nodes, leafs = graph.nodes, graph.leafs
-        lives = self._play(graph, node_buffer_ids, leaf_buffer_ids)
         places: dict[Tensor, Place] = {}
 
         def place(tensor: Tensor | None) -> Place:
@@ -404,7 +429,7 @@ class Gallocr:
             if vbuffer is not None:
                 vbuffer.close()
         self.buffers = [None] * len(self.bufts)
-        self.is_reserved, self._placed = False, {}
+        self.is_reserved, self._placed, self._measured = False, {}, None
 
 
 #: Structures that the places of are kept.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from ..hardware.cards import Card
 from ..hardware.formulas import Kind, Work, backend_family, card_s, family_of, host_s
@@ -24,11 +23,11 @@ class Clock:
     def dense_s(self, layer: Layer, m: int, model: ModelShape, card: Card, backend: str = "") -> float:
         """Return the seconds of a layer's products with dense weights on a card, without the small ops around them."""
         works = (product_work(p, m, model.n_used) for p in layer.products if not p.is_expert)
-        return sum(card_s(replace(w, moved_bytes=0.0), card, self.rates, backend=backend) for w in works)
+        return sum(card_s(w._replace(moved_bytes=0.0), card, self.rates, backend=backend) for w in works)
 
     def output_s(self, model: ModelShape, card: Card, backend: str = "") -> float:
         """Return the seconds of one token's logits on a card, without the small ops around the product."""
-        work = replace(product_work(model.output, 1, 1), moved_bytes=0.0)
+        work = product_work(model.output, 1, 1)._replace(moved_bytes=0.0)
         return card_s(work, card, self.rates, backend=backend)
 
     def layer_s(

@@ -7,8 +7,8 @@ in `rates`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from ..types import Type
 from .cards import Card
@@ -38,14 +38,15 @@ _QUERIES = 32
 class Kind(Enum):
     """The kind of kernels that do the work."""
 
+    __hash__ = object.__hash__  # members are single objects; an enum's own hash is a call in Python
+
     PASS = auto()  #: small ops: memory alone
     PRODUCT = auto()
     ATTENTION = auto()
     STATE = auto()  #: recurrent states
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """Operations and bytes, independent of the device.
 
     Attributes
@@ -85,14 +86,13 @@ class Work:
 
 def backend_family(card: Card, backend: str = "") -> str:
     """Return the family of kernels of the requested backend, or of the card."""
-    return "vulkan" if "vulkan" in backend.lower() else card.family
+    return "vulkan" if backend and "vulkan" in backend.lower() else card.family
 
 
 def family_of(rates: Rates, kind: str) -> Family:
     """Return the fitted numbers of a family of kernels."""
-    return {"cuda": rates.cuda, "rocm": rates.rocm, "vulkan": rates.vulkan, "metal": rates.metal}[
-        kind.partition("-")[0]
-    ]
+    family: Family = getattr(rates, kind.partition("-")[0])
+    return family
 
 
 def card_s(work: Work, card: Card, rates: Rates, *, backend: str = "", slow_host: bool = False) -> float:

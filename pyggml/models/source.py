@@ -104,8 +104,9 @@ class PlannableGraph(Protocol):
         """Nodes that must run on a given backend."""
 
 
-#: Most graphs that are kept for plans; the least recently used is dropped. A decode has two or three.
-_N_GRAPHS = 16
+#: Most graphs that are kept for plans; the least recently used is dropped. A decode has two or three, a search twenty; each
+#: has about 2 MB.
+_N_GRAPHS = 32
 #: Makes a graph after a reset of the scheduler; None: the previous graph is used again.
 Build = Callable[[], PlannableGraph] | None
 

@@ -27,6 +27,7 @@ from .declaration import (
 from .work import NOTHING, one_pass
 
 __all__ = [
+    "NOTHING",
     "OPS",
     "Choice",
     "Kernel",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import compress
 from weakref import WeakKeyDictionary
 
 from .. import config
-from ..buffer import BufferType
+from ..buffer import Buffer, BufferType
+from ..edits import EDITS
 from ..graph import Graph, Snapshot
 from ..tensor import Tensor
 from ..types import BufferUsage
@@ -130,17 +132,22 @@ class Passes:
     def restore(self, graph: Graph) -> None:
         """Undo the changes that an earlier cut and allocation made to a graph's tensors; forget views of memory that moved."""
         undo = self._replaced_sources.pop(graph, None)
+        tensors = [*graph.leafs, *graph.nodes]
         if undo is not None:
             replaced, copies = undo
+            origin: dict[Tensor | None, Tensor] = {
+                copy: src for src, by_backend in copies.items() for made in by_backend.values() for copy in made
+            }
+            EDITS.note()
             for node, j, src in replaced:
-                made = copies.get(src, {}).values()
-                if j < len(node.src) and any(node.src[j] in c for c in made):  # otherwise the user replaced it since
-                    node.src[j] = src
-            for tensor in (*graph.leafs, *graph.nodes):
-                storage = tensor.storage
-                if storage is not None and storage.usage is BufferUsage.COMPUTE:
-                    tensor.buffer = tensor.data = None
-        for tensor in (*graph.leafs, *graph.nodes):
+                sources = node.src
+                if j < len(sources) and origin.get(sources[j]) is src:  # otherwise the user replaced it since
+                    list.__setitem__(sources, j, src)
+            buffers: list[Buffer | None] = [tensor.buffer for tensor in tensors]  # a view's own, which placing sets, too
+            placed = {b: b is not None and b.usage is BufferUsage.COMPUTE for b in set(buffers)}
+            for tensor in compress(tensors, map(placed.__getitem__, buffers)):
+                tensor.buffer = tensor.data = None
+        for tensor in tensors:
             if tensor.view_src is not None and tensor.data is not None and tensor.is_stale_view:
                 tensor.buffer = tensor.data = None
 

@@ -312,6 +312,28 @@ class Scheduler(Observed):
             self.reserve_policy()
             self._reset()
 
+    def reserve_measured(self) -> bool:
+        """Do as `reserve` for the latest graph, if it was split and measured (`Gallocr.measure`), and nothing since.
+
+        Returns
+        -------
+        bool
+            Whether it was; otherwise nothing is done.
+
+        Raises
+        ------
+        OutOfMemoryError
+            See `reserve`.
+        """
+        with self._alone:
+            self._synchronize()
+            with self._noting_buffers(self.galloc, self.sched_graph):
+                is_done = self.galloc.reserve_measured(self.sched_graph)
+            if is_done:
+                self.reserve_policy()
+                self._reset()
+            return is_done
+
     def reserve_size(self, graph: Graph) -> list[int]:
         """Return the size of the compute buffer that a graph would need on each backend.
 

@@ -166,3 +166,32 @@ def test_a_source_that_was_replaced_is_not_put_back() -> None:
     sched.reset()
     with pytest.raises(ggml.errors.UnsupportedOpError):
         sched.alloc_graph(graph)
+
+
+def test_views_move_with_what_they_show() -> None:
+    """A graph that is allocated again, in another buffer, has its views where their owners are now."""
+    gpu, cpu = ggml.Sim("rtx4090-pcie4"), ggml.CPU(threads=1)
+
+    def make(n: int) -> tuple[ggml.Graph, ggml.Tensor, ggml.Tensor, ggml.Tensor]:
+        graph = ggml.Graph()
+        with graph:
+            x = graph.input("f32", (64, n), name="x")
+            y = ops.scale(x, 2.0).named("y")
+            view = ops.view_2d(y, 32, n, y.nb[1], 128)
+            z = ops.add(view, view).named("z")
+        graph.expand(z)
+        return graph, x, view, z
+
+    sched = ggml.Scheduler([gpu, cpu])
+    graph, x, view, z = make(4)
+    for again in range(2):
+        sched.alloc_graph(graph)
+        assert view.view_src is not None
+        assert view.view_src.data is not None
+        assert (view.buffer, view.data) == (view.view_src.buffer, view.view_src.data + 128), again
+        x.set_array(np.arange(256).reshape(4, 64))
+        sched.compute(graph)
+        assert (z.numpy().reshape(4, 32) == 4 * np.arange(256).reshape(4, 64)[:, 32:]).all()
+        sched.reset()
+        sched.alloc_graph(make(4000)[0])  # needs larger buffers
+        sched.reset()
