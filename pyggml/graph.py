@@ -154,6 +154,7 @@ class Graph:
         counts[root] = 0
         stack: list[tuple[Tensor, Iterator[Tensor | None]]] = [(root, iter(root.src))]
         open_: set[Tensor] = {root}
+        none, flag = Op.NONE, int(TensorFlag.COMPUTE)
         while stack:
             tensor, sources = stack[-1]
             for src in sources:
@@ -166,9 +167,12 @@ class Graph:
                     if compute:
                         self._flag_compute(src)
                     continue
-                if compute and src.op is not Op.NONE:
-                    src.flags |= TensorFlag.COMPUTE
                 counts[src] = 1
+                if src.op is none and not src.src:  # a weight or an input, which needs nothing
+                    self._append(src)
+                    continue
+                if compute and src.op is not none:
+                    src.flags |= flag
                 open_.add(src)
                 stack.append((src, iter(src.src)))
                 break

@@ -26,17 +26,19 @@ if TYPE_CHECKING:
 __all__ = ["Shape", "Tensor", "are_same_layout", "dup_layout", "pack_params", "view_tensor"]
 
 Shape = tuple[int, int, int, int]
+_ONES = (1,) * MAX_DIMS
 
 
 def pad_ne(ne: Sequence[int]) -> Shape:
     """Return ``ne`` extended to four dimensions with ones."""
     if len(ne) == MAX_DIMS and type(ne) is tuple:  # another tensor's, as most are
         return ne
-    if not 1 <= len(ne) <= MAX_DIMS:
-        raise ShapeError("tensor", f"1 to {MAX_DIMS} dimensions are possible, not {len(ne)}")
+    n = len(ne)
+    if not 1 <= n <= MAX_DIMS:
+        raise ShapeError("tensor", f"1 to {MAX_DIMS} dimensions are possible, not {n}")
     if min(ne) < 0:
         raise ShapeError("tensor", f"a dimension cannot have {min(ne)} elements")
-    return tuple(int(n) for n in ne) + (1,) * (MAX_DIMS - len(ne))  # type: ignore[return-value]
+    return (*map(int, ne), *_ONES[n:])  # type: ignore[return-value]
 
 
 def contiguous_nb(type: Type, ne: Sequence[int]) -> Shape:
@@ -51,9 +53,9 @@ def contiguous_nb(type: Type, ne: Sequence[int]) -> Shape:
     -----
     Mirrors `ggml_new_tensor_impl`.
     """
-    nb0 = type.type_size
-    n_block, rest = divmod(ne[0], type.block_size)
-    if rest:
+    nb0, ne0, n_per_block = type.type_size, ne[0], type.block_size
+    n_block = ne0 // n_per_block
+    if n_block * n_per_block != ne0:
         raise ShapeError(
             "tensor",
             f"a row of {ne[0]} elements does not consist of whole {type.ggml_name} blocks of {type.block_size}",
@@ -185,7 +187,10 @@ class Tensor:
     def _check_inside(self, root: Tensor) -> None:
         """Refuse a view that starts before or ends after the tensor that owns the memory."""
         ne0, ne1, ne2, ne3 = self.ne
-        size = max(self.last_byte, self.type.row_size(ne0) * ne1 * ne2 * ne3) if self.numel else 0
+        size, type = 0, self.type
+        if ne0 and ne1 and ne2 and ne3:
+            last, dense = self.last_byte, type.type_size * ne0 // type.block_size * ne1 * ne2 * ne3
+            size = max(dense, last)
         if self.view_offs < 0 or (size and size + self.view_offs > root.nbytes):
             gaps = "" if self.is_contiguous() else f" with nb {list(self.nb)}"
             raise ShapeError(

@@ -146,7 +146,8 @@ class Maker:
         memory = self.search.memory
 
         def on_devices(scored: Scored) -> tuple[int, int]:
-            taken = memory.estimate(scored.setting) or memory.devices(memory.weights(scored.setting))
+            taken = memory.estimate(scored.setting) or memory.bound(scored.setting, is_lower=False)
+            taken = taken or memory.devices(memory.weights(scored.setting))
             return sum(d.bytes for d in taken[:-1]), scored.setting.n_ubatch
 
         return sorted((s for s in ranked if s.seconds <= 1.1 * best.seconds), key=on_devices)
@@ -181,7 +182,7 @@ class Maker:
         goal, memory = self.search.goal, self.search.memory
         cached: set[Setting] = set()
         for scored in ranked:
-            taken = memory.estimate(scored.setting)
+            taken = memory.estimate(scored.setting) or memory.bound(scored.setting, is_lower=False)
             if taken is None or not all(d.fits for d in taken):
                 continue
             if scored.setting.moe_cache_mib:  # only the best size

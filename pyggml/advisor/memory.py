@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ..backend import Backend
 from ..cost import host_profile
@@ -17,9 +18,13 @@ from ..hardware.hosts import Host
 from ..memory_rows import Memory
 from ..moe_cache import LlamaCache
 from ..planning import Planner, virtual_clock
+from ..types import Type
 from .settings import context_flags, is_experts_only, placement_flags
 
 __all__ = ["DeviceMemory", "FitChoice", "MemoryModel", "ask_llama", "fit_setting"]
+
+#: How far compute buffers of settings that are alike may be apart; another KV type changed them by up to 1.4 times.
+_SLACK = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,15 @@ class DeviceMemory:
         return 0 if self.fits else self.bytes + self.margin_bytes - self.of_bytes
 
 
+class _Kind(NamedTuple):
+    """What of a setting changes its compute buffers; ``others``: all but micro-batch and KV types."""
+
+    n_ubatch: int
+    type_k: Type
+    type_v: Type
+    others: tuple[object, ...]
+
+
 class MemoryModel:
     """The memory of any setting of one model on one machine.
 
@@ -74,7 +88,8 @@ class MemoryModel:
         self.host, self.margin_bytes = host, margin_bytes
         self.n_opened = 0
         self._layers, self._experts, self._input, self._output = _weights(file)
-        self._rest: dict[tuple[object, ...], list[int]] = {}
+        self._has_window = f"{file.metadata.get('general.architecture')}.attention.sliding_window" in file.metadata
+        self._rest: dict[_Kind, list[int]] = {}
         self._exact: dict[Setting, list[DeviceMemory] | None] = {}
         self.refused: dict[Setting, str] = {}  #: why a setting cannot be planned at all
         self._sizes = [float(b.device.memory()[1]) for b in self.backends[:-1]]
@@ -153,11 +168,45 @@ class MemoryModel:
 
     def may_fit(self, setting: Setting) -> bool:
         """Return whether nothing known speaks against a setting: its weights and slots alone, or with the rest of one that is alike."""
-        taken = self.estimate(setting)
+        taken = self.estimate(setting) or self.bound(setting, is_lower=True)
         if taken is None:
             parts = zip(self.weights(setting), self._slots_of(setting), strict=True)
             taken = self.devices([a + b for a, b in parts])
         return all(d.fits for d in taken)
+
+    def bound(self, setting: Setting, *, is_lower: bool) -> list[DeviceMemory] | None:
+        """Return what a setting takes at least, or about at most, by some of another micro-batch or KV type; None if there are none.
+
+        Notes
+        -----
+        Compute buffers grow with the micro-batch, at most in proportion, and depend little on the KV type; `_SLACK` is for
+        that, and for holes between results.
+        """
+        if setting.overrides and not is_experts_only(setting):
+            return None
+        own, bounds = self._key(setting), []
+        for kind, (*rest, cache) in self._rest.items():
+            if kind.others == own.others:
+                ratio = own.n_ubatch / kind.n_ubatch
+                scale = min(1.0, ratio) * _SLACK if is_lower else max(1.0, ratio)
+                rest = [int(size * scale) if size > 0 else size for size in rest]
+                bounds.append([*rest, self._cache_bound(cache, own, kind, is_lower=is_lower)])
+        if not bounds:
+            return None
+        best = list(map(max if is_lower else min, zip(*bounds, strict=True)))
+        parts = zip(
+            self.weights(setting), self._cache_of(setting, best[-1]), self._slots_of(setting), best, strict=False
+        )
+        return self.devices([sum(own) for own in parts])
+
+    def _cache_bound(self, cache: int, own: _Kind, kind: _Kind, *, is_lower: bool) -> int:
+        """Return the bytes of the cache by those of another kind; a cache with a window grows with the micro-batch."""
+        pick = min if is_lower else max
+        scale = pick(
+            now.row_size(256) / then.row_size(256)
+            for now, then in ((own.type_k, kind.type_k), (own.type_v, kind.type_v))
+        )
+        return int(cache * scale * (pick(1.0, own.n_ubatch / kind.n_ubatch) if self._has_window else 1.0))
 
     def exact(self, setting: Setting) -> list[DeviceMemory] | None:
         """Return the memory of a setting as the scheduler reserves it; None if it cannot be planned at all."""
@@ -227,11 +276,12 @@ class MemoryModel:
             DeviceMemory(name, n, size, self.margin_bytes) for name, n, size in zip(names, taken, sizes, strict=True)
         ]
 
-    def _key(self, setting: Setting) -> tuple[object, ...]:
+    def _key(self, setting: Setting) -> _Kind:
         has_host = setting.n_cpu_moe > 0 or setting.n_gpu_layers >= 0 or bool(setting.overrides)
-        return (
-            setting.n_ubatch, setting.type_k, setting.type_v, setting.kv_offload, setting.op_offload and has_host,
-            min(setting.n_gpu_layers, 1), setting.tensor_split, setting.flash_attn,
+        return _Kind(
+            setting.n_ubatch, setting.type_k, setting.type_v,
+            (setting.kv_offload, setting.op_offload and has_host, min(setting.n_gpu_layers, 1), setting.tensor_split,
+             setting.flash_attn),
         )  # fmt: skip
 
 

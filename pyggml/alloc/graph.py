@@ -8,7 +8,6 @@ places the tensors of that graph, or of any other graph that fits (`Gallocr.allo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import chain, count
 from operator import attrgetter, itemgetter
 from typing import Any, Protocol
@@ -201,14 +200,15 @@ class Gallocr:
     def _note_places(self, graph: GallocGraph, lives: dict[Tensor, Life]) -> None:
         nodes, leafs = graph.nodes, graph.leafs
         places: dict[Tensor, Place] = {}
+        sizes = self.sizes()
 
         def place(tensor: Tensor | None) -> Place:
             if tensor is None or tensor.view_src is not None or tensor.data is not None:
                 return NOWHERE
             found = places.get(tensor)
             if found is None:
-                life = lives[tensor]
-                size = self.alloc_size(life.buffer_id, tensor)
+                life = lives.get(tensor) or Life()  # one with a buffer, but without data, has no place
+                size = sizes[life.buffer_id](tensor)
                 found = places[tensor] = Place(life.buffer_id, life.chunk, life.offset, size)
             return found
 
@@ -275,7 +275,7 @@ class Gallocr:
         placed = None
         if kind is not None and self.is_reserved:
             placed = self._placed.get(kind.structure)
-        if placed is not None and not placed.fits(graph, kind, self._sizes()):
+        if placed is not None and not placed.fits(graph, kind, self.sizes()):
             placed = None
         found = None
         if placed is None:
@@ -323,7 +323,7 @@ class Gallocr:
         pairs: Iterable[tuple[Tensor | None, Place]] = first.items()
         if list(map(first.setdefault, tensors, places)) != places:
             pairs = zip(tensors, places, strict=True)
-        sizes = self._sizes()
+        sizes = self.sizes()
         owners: list[tuple[Tensor, Place]] = []
         views: list[Tensor] = []
         for tensor, place in pairs:
@@ -370,11 +370,20 @@ class Gallocr:
 
     # -- sizes ---------------------------------------------------------------
 
-    def _sizes(self) -> list[Callable[[Tensor], int]]:
+    def sizes(self) -> list[Callable[[Tensor], int]]:
         """Return what tells the bytes of a tensor in each buffer; as `alloc_size`, but quicker to call."""
-        return [
-            partial(self.alloc_size, i) if self._check_size else buft.alloc_size for i, buft in enumerate(self.bufts)
-        ]
+        return [self._checked_size(i) if self._check_size else buft.alloc_size for i, buft in enumerate(self.bufts)]
+
+    def _checked_size(self, buffer_id: int) -> Callable[[Tensor], int]:
+        size_of, check = self.bufts[buffer_id].alloc_size, self._check_expansion
+
+        def ask(tensor: Tensor) -> int:
+            size = size_of(tensor)
+            if size > tensor.nbytes:
+                check(buffer_id, tensor, size)
+            return size
+
+        return ask
 
     def alloc_size(self, buffer_id: int, tensor: Tensor) -> int:
         """Bytes that a tensor takes in a buffer.
@@ -388,10 +397,7 @@ class Gallocr:
         -----
         Mirrors `ggml_backend_buft_get_alloc_size`.
         """
-        size = self.bufts[buffer_id].alloc_size(tensor)
-        if self._check_size and size > tensor.nbytes:
-            self._check_expansion(buffer_id, tensor, size)
-        return size
+        return self.sizes()[buffer_id](tensor)
 
     def _check_expansion(self, buffer_id: int, tensor: Tensor, size: int) -> None:
         if tensor.op.is_empty or tensor.type.is_quantized or tensor.op.may_expand:

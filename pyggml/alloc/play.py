@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,17 +18,15 @@ __all__ = ["NOWHERE", "Life", "Place", "Play", "places_of"]
 
 
 class Life:
-    """The state of one tensor while a graph is played through."""
+    """Where a tensor is while a graph is played through, and whether it still is."""
 
-    __slots__ = ("allocated", "buffer_id", "chunk", "n_children", "n_views", "offset")
+    __slots__ = ("allocated", "buffer_id", "chunk", "offset")
 
     def __init__(self) -> None:
-        self.n_children = 0
-        self.n_views = 0
         self.buffer_id = 0
         self.chunk = 0
         self.offset = 0
-        self.allocated = False
+        self.allocated = True
 
 
 @dataclass(slots=True)
@@ -61,19 +60,16 @@ class Play:
     Mirrors `ggml_gallocr_alloc_graph_impl`.
     """
 
-    __slots__ = ("alloc_size", "bufts", "galloc", "lives", "tallocs")
+    __slots__ = ("can_inplace", "children", "galloc", "lives", "sizes", "tallocs", "views")
 
     def __init__(self, galloc: Gallocr) -> None:
         self.galloc = galloc
         self.tallocs = galloc.tallocs
-        self.alloc_size: Callable[[int, Tensor], int] = galloc.alloc_size
+        self.sizes = galloc.sizes()
         self.lives: dict[Tensor, Life] = {}
-
-    def _life(self, tensor: Tensor) -> Life:
-        life = self.lives.get(tensor)
-        if life is None:
-            life = self.lives[tensor] = Life()
-        return life
+        self.children: defaultdict[Tensor, int] = defaultdict(int)  #: nodes that still read a tensor
+        self.views: defaultdict[Tensor, int] = defaultdict(int)  #: views of a tensor that are still read
+        self.can_inplace: dict[Op, bool] = {}
 
     def run(
         self,
@@ -82,40 +78,43 @@ class Play:
         node_buffer_ids: Sequence[int],
         leaf_buffer_ids: Sequence[int],
     ) -> dict[Tensor, Life]:
-        """Go through a graph and return the place of each tensor."""
+        """Go through a graph and return the place of each tensor that gets memory."""
         for leaf, buffer_id in zip(leafs, leaf_buffer_ids, strict=True):
             self._allocate(leaf, buffer_id)
         self._count(nodes, node_buffer_ids)
-        life_of = self._life
+        lives, children, views, allocate = self.lives, self.children, self.views, self._allocate
         for node, buffer_id in zip(nodes, node_buffer_ids, strict=True):
-            for parent in node.src:
-                if parent is not None:
-                    self._allocate(parent, buffer_id)
-            self._allocate(node, buffer_id)
-            for parent in node.src:
+            sources = node.src
+            for parent in sources:
+                if parent is not None and parent.data is None and parent.view_src is None:
+                    life = lives.get(parent)
+                    if life is None or not life.allocated:
+                        allocate(parent, buffer_id)
+            allocate(node, buffer_id)
+            for parent in sources:
                 if parent is None:
                     continue
-                life = life_of(parent)
-                life.n_children -= 1
-                if life.n_children == 0 and life.n_views == 0:
-                    self._release(parent, life)
-        return self.lives
+                children[parent] = left = children[parent] - 1
+                if left == 0 and views[parent] == 0:
+                    self._release(parent)
+        return lives
 
     def _count(self, nodes: Sequence[Tensor], node_buffer_ids: Sequence[int]) -> None:
         """Count children and views, and allocate flagged inputs before anything that could overwrite them."""
-        life_of = self._life
-        is_input = int(TensorFlag.INPUT)
+        children, views, allocate = self.children, self.views, self._allocate
+        is_input, none = int(TensorFlag.INPUT), Op.NONE
         for node, buffer_id in zip(nodes, node_buffer_ids, strict=True):
             # nodes without op are the scheduler's dependencies: their sources count, they do not
-            if node.view_src is not None and node.op is not Op.NONE:
-                life_of(node.view_src).n_views += 1
+            root = node.view_src
+            if root is not None and node.op is not none:
+                views[root] += 1
             if node.flags & is_input:
-                self._allocate(node, buffer_id)
+                allocate(node, buffer_id)
             for src in node.src:
                 if src is not None:
-                    life_of(src).n_children += 1
+                    children[src] += 1
                     if src.flags & is_input:
-                        self._allocate(src, buffer_id)
+                        allocate(src, buffer_id)
 
     def _allocate(self, tensor: Tensor, buffer_id: int) -> None:
         """Give a tensor without memory a parent's place, or a new one.
@@ -127,24 +126,31 @@ class Play:
         """
         if tensor.data is not None or tensor.buffer is not None or tensor.view_src is not None:
             return
-        life = self._life(tensor)
-        if life.allocated:
+        life = self.lives.get(tensor)
+        if life is None:
+            life = self.lives[tensor] = Life()
+        elif life.allocated:
             return
         life.allocated = True
-        if self.galloc.can_inplace(tensor.op):
+        op = tensor.op
+        can_inplace = self.can_inplace.get(op)
+        if can_inplace is None:
+            can_inplace = self.can_inplace[op] = self.galloc.can_inplace(op)
+        if can_inplace:
             for parent in tensor.src:
                 if parent is not None and self._take_over(tensor, life, parent):
                     return
         life.buffer_id = buffer_id
-        life.chunk, life.offset = self.tallocs[buffer_id].alloc(self.alloc_size(buffer_id, tensor))
+        life.chunk, life.offset = self.tallocs[buffer_id].alloc(self.sizes[buffer_id](tensor))
 
     def _take_over(self, tensor: Tensor, life: Life, parent: Tensor) -> bool:
         """Put a result in the place of a parent that no other node needs, if the layouts agree."""
-        parent_life = self._life(parent)
+        parent_life = self.lives.get(parent)
         if (
-            not parent_life.allocated
-            or parent_life.n_children != 1
-            or parent_life.n_views != 0
+            parent_life is None
+            or not parent_life.allocated
+            or self.children[parent] != 1
+            or self.views[parent] != 0
             or parent.flags & TensorFlag.OUTPUT
             or parent.type is not tensor.type
             or parent.ne != tensor.ne
@@ -152,9 +158,9 @@ class Play:
         ):
             return False
         buffer_id = parent_life.buffer_id
-        talloc = self.tallocs[buffer_id]
-        spare = pad(self.alloc_size(buffer_id, parent), talloc.alignment)
-        used = pad(self.alloc_size(buffer_id, tensor), talloc.alignment)
+        talloc, size = self.tallocs[buffer_id], self.sizes[buffer_id]
+        spare = pad(size(parent), talloc.alignment)
+        used = pad(size(tensor), talloc.alignment)
         if used > spare:  # upstream asserts that this never is
             return False
         life.buffer_id, life.chunk, life.offset = buffer_id, parent_life.chunk, parent_life.offset
@@ -163,16 +169,16 @@ class Play:
             talloc.free_bytes(life.chunk, life.offset + used, spare - used)
         return True
 
-    def _release(self, tensor: Tensor, life: Life) -> None:
+    def _release(self, tensor: Tensor) -> None:
         """Free the memory of a tensor that no node needs any more, or of the tensor that it shows."""
         root = tensor.view_src
         if root is not None:
-            life = self._life(root)
-            life.n_views -= 1
-            if life.n_views != 0 or life.n_children != 0:
+            self.views[root] = left = self.views[root] - 1
+            if left != 0 or self.children[root] != 0:
                 return
             tensor = root
-        if life.allocated and not tensor.flags & TensorFlag.OUTPUT:
-            talloc = self.tallocs[life.buffer_id]
-            talloc.free_bytes(life.chunk, life.offset, self.alloc_size(life.buffer_id, tensor))
+        life = self.lives.get(tensor)
+        if life is not None and life.allocated and not tensor.flags & TensorFlag.OUTPUT:
+            buffer_id = life.buffer_id
+            self.tallocs[buffer_id].free_bytes(life.chunk, life.offset, self.sizes[buffer_id](tensor))
             life.allocated = False

@@ -13,14 +13,12 @@ from ..buffer import Buffer
 from ..graph import Graph
 from ..tensor import Tensor
 from ..types import BufferUsage, Op, TensorFlag
-from .state import CAUSES_OF_WEIGHTS, Assignment, Cause, Machine, is_computed
+from .state import CAUSES_OF_WEIGHTS, Assignment, Cause, Machine, OpCheck, is_computed
 
 __all__ = ["OffloadOp", "assign", "assign_from_location", "expand", "inherit", "settle", "upgrade"]
 
 #: Whether a backend takes an op with host weights; None: nothing is offloaded.
 OffloadOp = Callable[[Backend, Tensor], bool]
-#: Whether a backend can run a node.
-Supports = Callable[[Tensor], bool]
 
 
 def assign(graph: Graph, asg: Assignment, machine: Machine, offload_op: OffloadOp | None) -> None:
@@ -79,7 +77,7 @@ def assign_from_location(graph: Graph, asg: Assignment, machine: Machine, offloa
                         break
 
 
-def _from_own_buffer(tensor: Tensor, buffer: Buffer, machine: Machine, supports_op: Sequence[Supports]) -> int:
+def _from_own_buffer(tensor: Tensor, buffer: Buffer, machine: Machine, supports_op: Sequence[OpCheck]) -> int:
     """Return the first backend that can use the tensor's buffer and run its op."""
     for b in machine.users[buffer.buft]:
         if supports_op[b](tensor):
@@ -97,7 +95,7 @@ def _from_weight(
     weight: Tensor,
     buffer: Buffer,
     machine: Machine,
-    supports_op: Sequence[Supports],
+    supports_op: Sequence[OpCheck],
     offload_op: OffloadOp | None,
 ) -> tuple[int, Cause] | None:
     """Return the backend by a node's first weight, and the cause: a device that offloads it, or the weight's backend.
@@ -145,7 +143,7 @@ def _sweep(
     left: Sequence[int],
     step: int,
     asg: Assignment,
-    supports_op: Sequence[Supports],
+    supports_op: Sequence[OpCheck],
     barrier: int | None,
 ) -> list[int]:
     """Assign nodes that follow one of a backend that supports them; return the positions of those still unassigned.

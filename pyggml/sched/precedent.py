@@ -20,7 +20,7 @@ from ..tensor import Tensor
 from .assign import OffloadOp, assign
 from .policies import default_offload
 from .split import Cutter
-from .state import Cause, Copies, Machine
+from .state import Cause, Copies, Machine, OpCheck
 
 __all__ = ["Precedent", "Precedents"]
 
@@ -67,13 +67,13 @@ class _Shape:
         looked_at = _LAYOUT if by_kind else _LAYOUT + _REST
         self.layouts = [list(map(attribute_of, tensors)) for attribute_of in looked_at]
 
-    def is_built_as(self, kept: _Shape) -> bool:
-        """Return whether this graph has the structure of a kept one: everything except layouts."""
+    def is_built_as(self, kept: _Shape, *, elsewhere: bool = False) -> bool:
+        """Return whether this graph has the structure of a kept one: everything except layouts, and memory if ``elsewhere``."""
         if self.n_leafs != kept.n_leafs or self.n_sources != kept.n_sources or self.kinds != kept.kinds:
             return False
         at = [*self.tensors, None].__getitem__  # -1 is the last
         return (
-            self.memory == kept.memory
+            (elsewhere or self.memory == kept.memory)
             and self.sources == list(map(at, kept.sources))
             and self.roots == list(map(at, kept.roots))
         )
@@ -88,9 +88,9 @@ class _Shape:
         return None if None in self.sources or None in self.roots else position
 
     def changed_since(self, kept: _Shape) -> set[int]:
-        """Return the positions whose layout, or that of a source or viewed tensor, may differ."""
+        """Return the positions whose layout or memory, or that of a source or viewed tensor, may differ."""
         changed: set[int] = set()
-        for now, was in zip(self.layouts, kept.layouts, strict=True):
+        for now, was in zip([*self.layouts, self.memory], [*kept.layouts, kept.memory], strict=True):
             if now != was:
                 changed.update(compress(count(), map(ne, now, was)))
         if 2 * len(changed) > len(kept.n_sources):
@@ -166,11 +166,12 @@ class Precedents:
     machine : Machine
     """
 
-    __slots__ = ("_answers", "_kept", "_machine")
+    __slots__ = ("_answers", "_kept", "_known", "_machine")
 
     def __init__(self, machine: Machine) -> None:
         self._answers: list[tuple[Tensor, int, bool]] = []
-        self._machine = replace(machine, note=self._note)
+        self._known: list[dict[Tensor, bool]] = [{} for _ in machine.backends]  # answers of each, from other graphs
+        self._machine = replace(machine, listen=self._listen)
         self._kept: list[Precedent] = []
 
     def follow(self, other: Precedents) -> None:
@@ -241,6 +242,7 @@ class Precedents:
         """Run the passes and keep the result, unless the graph has sources outside itself."""
         before, offload = _memory_of(cutter), rules[0]
         self._answers.clear()
+        self._known = self._known_answers(shape, rules)
         asg = cutter.asg
         assign(graph, asg, self._machine, None if offload is None else self._noting(offload))
         cutter.cut(graph)
@@ -253,6 +255,7 @@ class Precedents:
         made.answers = [(position[node], number, answer) for node, number, answer in self._answers]
         made.wishes = [asked for asked in made.answers if asked[1] < 0]
         self._answers.clear()
+        self._known = [{} for _ in self._known]
         made.unused = frozenset(range(shape.n_leafs)).difference(shape.sources)
         made.assigned = sorted(position[t] for t in asg.ids)
         tensors = [*graph.leafs, *graph.nodes]
@@ -264,8 +267,31 @@ class Precedents:
         made.replaced = [(position[n], j, position[src], asg.ids[n]) for n, j, src in cutter.replaced_sources]
         return made
 
-    def _note(self, node: Tensor, number: int, answer: bool) -> None:
-        self._answers.append((node, number, answer))
+    def _known_answers(self, shape: _Shape, rules: _Rules) -> list[dict[Tensor, bool]]:
+        """Return what backends said of an earlier graph of this structure in other memory, of the nodes that are as they were."""
+        known: list[dict[Tensor, bool]] = [{} for _ in self._machine.backends]
+        checks, tensors = rules[1:], shape.tensors
+        for kept in self._kept:
+            if kept.rules[1:] == checks and shape.is_built_as(kept.shape, elsewhere=True):
+                changed = shape.changed_since(kept.shape)
+                for i, number, answer in kept.answers:
+                    if number >= 0 and i not in changed:
+                        known[number][tensors[i]] = answer
+                break
+        return known
+
+    def _listen(self, backend_id: int, check: OpCheck) -> OpCheck:
+        """Return what answers in place of a backend where its answer is known, and takes down all answers."""
+        known, take = self._known[backend_id], self._answers.append
+
+        def ask(node: Tensor) -> bool:
+            answer = known.get(node)
+            if answer is None:
+                answer = check(node)
+            take((node, backend_id, answer))
+            return answer
+
+        return ask
 
     def _noting(self, offload: OffloadOp) -> OffloadOp:
         numbers = {backend: ~b for b, backend in enumerate(self._machine.backends)}

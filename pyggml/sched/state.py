@@ -24,6 +24,7 @@ __all__ = [
     "Cause",
     "Copies",
     "Machine",
+    "OpCheck",
     "SchedGraph",
     "Split",
     "check_backends",
@@ -91,6 +92,10 @@ _TEXTS = {
 
 #: Copies of a tensor: by tensor, then backend id, one for each pipeline copy.
 Copies = dict[Tensor, dict[int, list[Tensor]]]
+
+
+#: Whether a backend can run a node.
+OpCheck = Callable[[Tensor], bool]
 
 
 class Assignment:
@@ -226,7 +231,7 @@ class Machine:
     bufts: Sequence[BufferType]  #: where each backend's results go
     dialect: Dialect
     repairs: Repairs
-    note: Callable[[Tensor, int, bool], None] | None = None  #: takes every answer to `op_checks`: node, backend, answer
+    listen: Callable[[int, OpCheck], OpCheck] | None = None  #: returns what `op_checks` has for a backend instead
     users: BufferUsers = field(init=False, compare=False, repr=False)  #: which backends can use a buffer type
     cpu: int = field(init=False)  #: index of the last backend, which is a CPU
 
@@ -248,16 +253,16 @@ class Machine:
         raise SchedError(f"{backend!r} is not a backend of this scheduler")
 
     @property
-    def op_checks(self) -> list[Callable[[Tensor], bool]]:
+    def op_checks(self) -> list[OpCheck]:
         """The ``supports_op`` of each backend; that of its device if the backend only passes the call on."""
         passes_on = Backend.supports_op
         asked = [b.supports_op for b in self.backends]
-        checks: list[Callable[[Tensor], bool]] = [
+        checks: list[OpCheck] = [
             b.device.supports_op if getattr(ask, "__func__", None) is passes_on else ask
             for b, ask in zip(self.backends, asked, strict=True)
         ]
-        note = self.note
-        return checks if note is None else [_noting(b, check, note) for b, check in enumerate(checks)]
+        listen = self.listen
+        return checks if listen is None else [listen(b, check) for b, check in enumerate(checks)]
 
     def buffer_supported(self, tensor: Tensor, backend_id: int, asg: Assignment) -> bool:
         """Return whether a backend can use a tensor where it is, or will be.
@@ -274,17 +279,6 @@ class Machine:
         if at is None and root is not None:
             at = asg.ids.get(root)
         return at is not None and backend_id in self.users[self.bufts[at]]
-
-
-def _noting(
-    backend_id: int, check: Callable[[Tensor], bool], note: Callable[[Tensor, int, bool], None]
-) -> Callable[[Tensor], bool]:
-    def ask(node: Tensor) -> bool:
-        answer = check(node)
-        note(node, backend_id, answer)
-        return answer
-
-    return ask
 
 
 class Split(NamedTuple):
