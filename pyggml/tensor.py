@@ -506,10 +506,16 @@ def dup_layout(tensor: Tensor, name: str) -> Tensor:
     Mirrors `ggml_dup_tensor_layout`.
     """
     made = Tensor.__new__(Tensor)  # all is as in a tensor that was verified when it was made
-    made.type, made.ne, made.nb, made._nbytes = tensor.type, tensor.ne, tensor.nb, tensor._nbytes
-    made.name, made.op, made._op_params, made.src, made.flags = name, Op.NONE, (), Sources(), 0
+    made.type = tensor.type
+    made.ne = tensor.ne
+    made.nb = tensor.nb
+    made._nbytes = tensor._nbytes
+    made.name = name
+    made.op = _NONE
+    made._op_params = ()
+    made.src = Sources()
+    made.flags = made.view_offs = 0
     made.buffer = made.data = made.extra = made.view_src = None
-    made.view_offs = 0
     return made
 
 
@@ -521,10 +527,12 @@ def view_tensor(tensor: Tensor) -> Tensor:
     Mirrors `ggml_view_tensor`; the scheduler makes its dependency nodes with it.
     """
     made = dup_layout(tensor, f"{tensor.name} (view)")
-    made.view_src, made.view_offs = tensor.view_src or tensor, tensor.view_offs
-    root = made.view_src
-    made.data = None if root.data is None else root.data + made.view_offs
+    root = tensor.view_src
+    made.view_src = root = tensor if root is None else root
+    made.view_offs = offset = tensor.view_offs
+    made.data = None if root.data is None else root.data + offset
     return made
 
 
+_NONE = Op.NONE  # a name of a module is found sooner than a member
 _NUMBERS: dict[type[IntEnum], frozenset[int]] = {kinds: frozenset(kinds) for kinds in (UnaryOp, GluOp)}

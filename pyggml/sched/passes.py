@@ -102,7 +102,11 @@ class Passes:
         version = graph.version
         deps = optimize_splits(plan)
         self.precedent = precedent if not deps and graph.version == version else None
-        sched_graph = make_sched_graph(plan, deps)
+        known = self.precedent  # without a backend's changes equal graphs have equal ones
+        ids = None if known is None or not known.node_ids else (known.node_ids, known.leaf_ids)
+        sched_graph = make_sched_graph(plan, deps, ids)
+        if known is not None:
+            known.node_ids, known.leaf_ids = sched_graph.node_backend_ids, sched_graph.leaf_backend_ids
         self._node_ids.write(sched_graph.node_backend_ids)
         self._leaf_ids.write(sched_graph.leaf_backend_ids)
         self._prev_graph_size, self._graph_size = self._graph_size, graph_size(plan, sched_graph)

@@ -15,12 +15,12 @@ from typing import Any
 
 from ..backend import Backend, is_answered_by_kind
 from ..edits import EDITS
-from ..graph import Graph, Snapshot
+from ..graph import Graph, GraphView, Snapshot
 from ..tensor import Tensor
 from .assign import OffloadOp, assign
 from .policies import default_offload
 from .split import Cutter
-from .state import Cause, Copies, Machine, OpCheck
+from .state import Cause, Copies, Machine, OpCheck, Split
 
 __all__ = ["Precedent", "Precedents"]
 
@@ -107,8 +107,8 @@ class Precedent:
     """How a graph was assigned and cut, by positions. Graphs with the same precedent have the same layout."""
 
     __slots__ = (
-        "answers", "assigned", "backends", "causes", "copies", "memory", "memory_before", "replaced", "rules", "shape",
-        "splits", "structure", "unused", "wishes",
+        "answers", "assigned", "backends", "causes", "copies", "leaf_ids", "memory", "memory_before", "node_ids", "replaced",
+        "rules", "shape", "splits", "structure", "unused", "wishes",
     )  # fmt: skip
 
     shape: _Shape  #: without tensors
@@ -120,7 +120,9 @@ class Precedent:
     causes: list[Cause]
     splits: list[tuple[int, int, int, list[int]]]  #: backend, first node, end, inputs
     copies: list[tuple[int, int]]  #: source and backend
-    replaced: list[tuple[int, int, int, int]]  #: node, index of the source, source, backend of the copy
+    replaced: list[tuple[int, int, int, int]]  #: node, index of the source, source, position in ``copies``
+    node_ids: list[int]  #: backends of the nodes of the allocator's graph, once it was made
+    leaf_ids: list[int]
     memory_before: tuple[int, tuple[int, ...]]  #: of the cutter
     memory: tuple[int, tuple[int, ...]]
     structure: object  #: the same for precedents whose graphs differ in layouts only
@@ -146,7 +148,8 @@ class Precedent:
         def facts() -> tuple[list[Tensor | None], list[int], list[tuple[int, ...]], list[int]]:
             n_leafs, starts = shape.n_leafs, list(accumulate(shape.n_sources, initial=0))
             read = [None if i < 0 else tensors[i] for i in shape.sources]
-            for i, j, i_src, b in self.replaced:
+            for i, j, _, k in self.replaced:
+                i_src, b = self.copies[k]
                 read[starts[i] + j] = all_copies[tensors[i_src]][b][0]
             return (
                 read[starts[n_leafs] :],
@@ -264,7 +267,11 @@ class Precedents:
         made.causes = list(map(asg.causes.__getitem__, assigned))
         made.splits = [(s.backend_id, s.i_start, s.i_end, [position[t] for t in s.inputs]) for s in cutter.splits]
         made.copies = [(position[t], b) for t, by_backend in cutter.copies.items() for b in by_backend]
-        made.replaced = [(position[n], j, position[src], asg.ids[n]) for n, j, src in cutter.replaced_sources]
+        at = {copied: k for k, copied in enumerate(made.copies)}
+        made.replaced = [
+            (position[n], j, position[src], at[position[src], asg.ids[n]]) for n, j, src in cutter.replaced_sources
+        ]
+        made.node_ids, made.leaf_ids = [], []
         return made
 
     def _known_answers(self, shape: _Shape, rules: _Rules) -> list[dict[Tensor, bool]]:
@@ -313,16 +320,21 @@ def _memory_of(cutter: Cutter) -> tuple[int, tuple[int, ...]]:
 def _follow(precedent: Precedent, graph: Graph, cutter: Cutter) -> None:
     """Assign and cut a graph like its precedent."""
     tensors = [*graph.leafs, *graph.nodes]
+    at = tensors.__getitem__
     EDITS.note()
-    for backend_id, i_start, i_end, inputs in precedent.splits:
-        cutter.add_split(graph, backend_id, i_start, i_end, map(tensors.__getitem__, inputs))
-    for i, b in precedent.copies:
-        cutter.copy_to(tensors[i], b)
-    for i, j, i_src, b in precedent.replaced:
-        cutter.replace_source(tensors[i], j, tensors[i_src], b)
+    cutter.splits = [
+        Split(backend_id, i_start, i_end, tuple(map(at, inputs)), GraphView(graph, i_start, i_end))
+        for backend_id, i_start, i_end, inputs in precedent.splits
+    ]
+    copies = cutter.copy_once((tensors[i], b) for i, b in precedent.copies)
+    replaced, put = cutter.replaced_sources, list.__setitem__
+    for i, j, i_src, k in precedent.replaced:
+        node = tensors[i]
+        replaced.append((node, j, tensors[i_src]))
+        put(node.src, j, copies[k])
     is_whole = len(precedent.assigned) == len(tensors)
-    assigned = tensors if is_whole else list(map(tensors.__getitem__, precedent.assigned))
-    cutter.asg.follow(assigned, precedent.backends, precedent.causes)
+    assigned = tensors if is_whole else list(map(at, precedent.assigned))
+    cutter.asg.follow(assigned, precedent.backends, precedent.causes, copies)
     cutter.memory.backend_id, capacities = precedent.memory
     if capacities:
         cutter.memory.capacities[:] = capacities

@@ -142,6 +142,19 @@ class Cutter:
         """Make the copies of a tensor on a backend."""
         self.copies.setdefault(src, {})[backend_id] = self._make_copies(src, backend_id)
 
+    def copy_once(self, sources: Iterable[tuple[Tensor, int]]) -> list[Tensor]:
+        """Make the only copy of each tensor on a backend, without a cause (`Assignment.follow` has it)."""
+        copies, names, made = self.copies, [b.name for b in self.machine.backends], list[Tensor]()
+        for src, backend_id in sources:
+            copy = dup_layout(src, f"{names[backend_id]}#{src.name}#0")
+            made.append(copy)
+            known = copies.get(src)
+            if known is None:
+                copies[src] = {backend_id: [copy]}
+            else:
+                known[backend_id] = [copy]
+        return made
+
     def replace_source(self, node: Tensor, j: int, src: Tensor, backend_id: int) -> None:
         """Let a node read the copy of its source."""
         self.replaced_sources.append((node, j, src))
@@ -270,10 +283,15 @@ def optimize_splits(plan: Plan) -> AllocDeps:
     return deps
 
 
-def make_sched_graph(plan: Plan, deps: AllocDeps) -> SchedGraph:
+def make_sched_graph(plan: Plan, deps: AllocDeps, ids: tuple[list[int], list[int]] | None = None) -> SchedGraph:
     """Return the graph for the allocator.
 
     Before each split it has, for each input, a view that keeps the source alive, and the copy to allocate.
+
+    Parameters
+    ----------
+    ids : tuple of list of int, optional
+        The backends of its nodes and leafs, where they are known from an equal graph.
 
     Raises
     ------
@@ -285,29 +303,32 @@ def make_sched_graph(plan: Plan, deps: AllocDeps) -> SchedGraph:
     Mirrors the end of `ggml_backend_sched_split_graph`.
     """
     made = SchedGraph()
-    nodes, node_ids = made.nodes, made.node_backend_ids
-    graph, ids, copies = plan.graph, plan.assignment.ids, plan.copies
+    _add_nodes(plan, made, deps)
+    _add_leafs(plan, made)
+    made.node_backend_ids, made.leaf_backend_ids = _backend_ids(plan, deps) if ids is None else ids
+    return made
+
+
+def _add_nodes(plan: Plan, made: SchedGraph, deps: AllocDeps) -> None:
+    nodes, graph, copies, cur_copy = made.nodes, plan.graph, plan.copies, plan.cur_copy
     pending = set(deps)
     for split in plan.splits:
+        b = split.backend_id
         for tensor in split.inputs:
             dep = view_tensor(tensor)
             dep.src = [tensor]
-            nodes += (dep, copies[tensor][split.backend_id][plan.cur_copy])
-            node_ids += (ids[tensor], split.backend_id)
+            nodes += (dep, copies[tensor][b][cur_copy])
         in_split = graph.nodes[split.i_start : split.i_end]
         if not deps:
             nodes += in_split
-            node_ids += map(ids.__getitem__, in_split)
             continue
         for node in in_split:
             nodes.append(node)
-            node_ids.append(ids[node])
             kept = deps.get(node, ())
             for k in range(0, len(kept), MAX_SRC):
                 dep = view_tensor(kept[k])
                 dep.src = list(kept[k : k + MAX_SRC])
                 nodes.append(dep)
-                node_ids.append(split.backend_id)
             pending.discard(node)
     if pending:
         until = next(iter(pending))
@@ -315,8 +336,26 @@ def make_sched_graph(plan: Plan, deps: AllocDeps) -> SchedGraph:
             f"a backend asked to keep '{deps[until][0].name}' until '{until.name}', which is no node of a split",
             hint="its graph_optimize is wrong",
         )
-    _add_leafs(plan, made)
-    return made
+
+
+def _backend_ids(plan: Plan, deps: AllocDeps) -> tuple[list[int], list[int]]:
+    """Return the backends of the nodes and leafs of the allocator's graph; -1 for a leaf that no node reads and that is no input."""
+    ids, node_ids, leaf_ids = plan.assignment.ids, list[int](), list[int]()
+    for split in plan.splits:
+        b = split.backend_id
+        for tensor in split.inputs:
+            node_ids += (ids[tensor], b)
+        for node in plan.graph.nodes[split.i_start : split.i_end]:
+            node_ids.append(ids[node])
+            if deps:
+                node_ids += [b] * (-(-len(deps.get(node, ())) // MAX_SRC))
+    if plan.n_copies > 1:
+        for tensor in plan.graph_inputs:
+            leaf_ids += [ids[tensor]] * plan.n_copies
+        for split in plan.splits:
+            leaf_ids += [split.backend_id] * (plan.n_copies * len(split.inputs))
+    leaf_ids += [ids.get(leaf, -1) for leaf in plan.graph.leafs]
+    return node_ids, leaf_ids
 
 
 def _add_leafs(plan: Plan, made: SchedGraph) -> None:
@@ -325,13 +364,10 @@ def _add_leafs(plan: Plan, made: SchedGraph) -> None:
     if plan.n_copies > 1:
         for tensor in plan.graph_inputs:
             made.leafs += copies[tensor][ids[tensor]]
-            made.leaf_backend_ids += [ids[tensor]] * plan.n_copies
         for split in plan.splits:
             for tensor in split.inputs:
                 made.leafs += copies[tensor][split.backend_id]
-                made.leaf_backend_ids += [split.backend_id] * plan.n_copies
     made.leafs += graph.leafs
-    made.leaf_backend_ids += [ids.get(leaf, -1) for leaf in graph.leafs]  # -1: no node reads it, and it is not an input
 
 
 def graph_size(plan: Plan, copy: SchedGraph) -> int:

@@ -112,7 +112,7 @@ class Assignment:
     def __init__(self) -> None:
         self.ids: dict[Tensor, int] = {}
         self._causes: dict[Tensor, Cause] = {}
-        self._causes_before: tuple[Sequence[Tensor], Sequence[Cause]] | None = None
+        self._causes_before: tuple[Sequence[Tensor], Sequence[Cause], Sequence[Tensor]] | None = None
         self._counts: dict[tuple[int, int], tuple[tuple[str, int], ...]] = {}
         self.has_pins = False  #: whether the user pinned anything
 
@@ -120,15 +120,18 @@ class Assignment:
     def causes(self) -> dict[Tensor, Cause]:
         """The latest cause of each tensor."""
         if self._causes_before is not None:
-            tensors, causes = self._causes_before
-            self._causes = {**dict(zip(tensors, causes, strict=True)), **self._causes}
+            tensors, causes, copies = self._causes_before
+            copied = dict.fromkeys(copies, Cause.COPIED)
+            self._causes = {**dict(zip(tensors, causes, strict=True)), **copied, **self._causes}
             self._causes_before = None
         return self._causes
 
-    def follow(self, tensors: Sequence[Tensor], backend_ids: Sequence[int], causes: Sequence[Cause]) -> None:
-        """Assign tensors as earlier ones; nothing must be assigned yet. Causes are computed on first use."""
+    def follow(
+        self, tensors: Sequence[Tensor], backend_ids: Sequence[int], causes: Sequence[Cause], copies: Sequence[Tensor]
+    ) -> None:
+        """Assign tensors as earlier ones, and explain copies of inputs; nothing must be assigned yet. Causes are computed on first use."""
         self.ids.update(zip(tensors, backend_ids, strict=True))
-        self._causes_before = tensors, causes
+        self._causes_before = tensors, causes, copies
 
     def explain(self, tensor: Tensor, cause: Cause) -> None:
         """Set the cause of a tensor without an assignment, such as an input copy."""
