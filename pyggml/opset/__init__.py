@@ -24,7 +24,7 @@ from .declaration import (
     role_of,
     uses_experts,
 )
-from .work import NOTHING, one_pass
+from .work import NOTHING, in_other_kernel, one_pass
 
 __all__ = [
     "NOTHING",
@@ -92,7 +92,11 @@ def node_work(node: Tensor, used_experts: UsedExperts) -> Work:
     -----
     Weights count once per node, however often a kernel reads them from its caches.
     """
-    if node.op.is_empty or node.is_empty:
+    op = node.op
+    if op.is_empty:
         return NOTHING
-    declared = OPS.get(node.op)
-    return one_pass(node, used_experts) if declared is None else declared.work(node, used_experts)
+    declared = OPS.get(op)
+    rule = one_pass if declared is None else declared.work
+    if rule is in_other_kernel or 0 in node.ne:
+        return NOTHING
+    return rule(node, used_experts)

@@ -354,7 +354,7 @@ class RunLog:
         if kept is None or kept[0] is not clock:
             nodes = graph.nodes
             products = [n for n in nodes if uses_experts(n.op) is not None]
-            others = (n for n in nodes if uses_experts(n.op) is None)
+            others = [n for n in nodes if uses_experts(n.op) is None] if products else nodes
             fixed_s = clock.seconds(backend_id, others, self._count_experts)
             kept = graph.memo["work"] = (clock, fixed_s, products, {})
         fixed: float = kept[1]

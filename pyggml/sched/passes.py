@@ -147,7 +147,9 @@ class Passes:
                 sources = node.src
                 if j < len(sources) and origin.get(sources[j]) is src:  # otherwise the user replaced it since
                     list.__setitem__(sources, j, src)
-            buffers: list[Buffer | None] = [tensor.buffer for tensor in tensors]  # a view's own, which placing sets, too
+            buffers: list[Buffer | None] = [
+                tensor.buffer for tensor in tensors
+            ]  # a view's own, which placing sets, too
             placed = {b: b is not None and b.usage is BufferUsage.COMPUTE for b in set(buffers)}
             for tensor in compress(tensors, map(placed.__getitem__, buffers)):
                 tensor.buffer = tensor.data = None

@@ -230,11 +230,14 @@ def _overwritten_sources(plan: Plan) -> dict[int, list[tuple[Tensor, int]]]:
     users: dict[tuple[Tensor, int], list[int]] = {}
     for node, _, source in plan.replaced_sources:
         users.setdefault((source, plan.assignment.ids[node]), []).append(split_of[node])
+    by_root: dict[Tensor | None, list[tuple[tuple[Tensor, int], int, int]]] = {}
+    for copied, readers in users.items():
+        by_root.setdefault(copied[0].view_src or copied[0], []).append((copied, min(readers), max(readers)))
     for writer in writers:
         i = split_of[writer]
-        for (source, backend_id), readers in users.items():
-            if (source.view_src or source) is writer.view_src and min(readers) < i < max(readers):
-                found.setdefault(i, []).append((source, backend_id))
+        found_here = [copied for copied, first, last in by_root.get(writer.view_src, ()) if first < i < last]
+        if found_here:
+            found.setdefault(i, []).extend(found_here)
     return found
 
 

@@ -117,9 +117,9 @@ class DatalessCPUBackend(Backend):
             if node.op.is_empty or node.is_empty:
                 continue
             for tensor in (node, *node.src):
-                if tensor is None or tensor.is_empty:
+                if tensor is None:
                     continue
                 storage = tensor.storage
-                if storage is None or not storage.is_host or tensor.data is None:
+                if (storage is None or not storage.is_host or tensor.data is None) and not tensor.is_empty:
                     where = "in no memory" if storage is None else f"in {storage.buft.name}"
                     raise BackendError(self.name, f"'{tensor.name}' is {where}, not in host memory")

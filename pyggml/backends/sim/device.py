@@ -451,11 +451,16 @@ class SimBackend(Backend):
             self._parts_read[tensor] = parts
 
     def _check_places(self, nodes: Sequence[Tensor]) -> None:
+        buft, compute = self.device.buffer_type, int(TensorFlag.COMPUTE)
         for node in nodes:
-            if node.flags & TensorFlag.COMPUTE and not node.op.is_empty:
+            if node.flags & compute and not node.op.is_empty:
                 for tensor in (node, *node.src):
-                    if tensor is not None and not tensor.is_empty:
-                        self._check_own(tensor)
+                    if tensor is not None:
+                        root = tensor.view_src
+                        storage = tensor.buffer if root is None else root.buffer
+                        is_own = storage is not None and storage.buft is buft and tensor.data is not None
+                        if not is_own and not tensor.is_empty:
+                            self._check_own(tensor)  # tells what is wrong
 
     def _check_own(self, tensor: Tensor) -> None:
         storage = tensor.storage
