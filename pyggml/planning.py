@@ -342,9 +342,8 @@ class Planner:
     def _free_bytes(self, device: Device) -> int:
         """Return what is free on a device once weights and KV cache lie there."""
         free, buft = device.memory()[0], device.buffer_type
-        if self.data:
-            return free
-        return max(free - self.placement.weight_bytes().get(buft, 0) - self._cache_bytes.get(buft, 0), 0)
+        held = self.placement.weight_bytes().get(buft, 0) + self._cache_bytes.get(buft, 0)
+        return free if self.data else max(free - held, 0)
 
     def _where(self, sizes: Mapping[BufferType, int]) -> Iterator[tuple[int, BufferType, int]]:
         """Yield the backend to which each buffer type belongs; host memory belongs to the last backend."""
@@ -413,10 +412,8 @@ class Planner:
         n_seqs, n_tokens = self.params.n_seq_max, min(self.params.n_ctx, self.params.n_ubatch)
         n_outputs = min(n_tokens, self.params.n_outputs_max or self.params.n_batch)
         with suppress(OutOfMemoryError):
-            if self.sched.sched_graph is self._largest and self.sched.reserve_measured():
-                return  # `_reserve` has split and measured it
-            graph = self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_outputs))
-            self.sched.reserve(graph.graph)
+            if self.sched.sched_graph is not self._largest or not self.sched.reserve_measured():
+                self.sched.reserve(self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_outputs)).graph)
 
     def _reserve_graph(self, n_tokens: int, n_seqs: int, n_outputs: int) -> None:
         graph = self._adopt(lambda: self.source.reserved(n_tokens, n_seqs, n_outputs))
@@ -425,8 +422,7 @@ class Planner:
             return
         self.sched.split_graph(graph.graph)
         self.sched.reserve_policy()
-        self._planned_compute = self.size_of_split()
-        self._largest = self.sched.sched_graph
+        self._planned_compute, self._largest = self.size_of_split(), self.sched.sched_graph
 
     def size_of_split(self) -> list[int]:
         """Return the sizes of the compute buffers that the last split graph needs."""

@@ -313,22 +313,10 @@ class Scheduler(Observed):
             self._reset()
 
     def reserve_measured(self) -> bool:
-        """Do as `reserve` for the latest graph, if it was split and measured (`Gallocr.measure`), and nothing since.
-
-        Returns
-        -------
-        bool
-            Whether it was; otherwise nothing is done.
-
-        Raises
-        ------
-        OutOfMemoryError
-            See `reserve`.
-        """
-        with self._alone:
+        """Do as `reserve` for the latest graph, if it was split and measured (`Gallocr.measure`) and nothing since; return whether."""
+        with self._alone, self._noting_buffers(self.galloc, self.sched_graph):
             self._synchronize()
-            with self._noting_buffers(self.galloc, self.sched_graph):
-                is_done = self.galloc.reserve_measured(self.sched_graph)
+            is_done = self.galloc.reserve_measured(self.sched_graph)
             if is_done:
                 self.reserve_policy()
                 self._reset()
@@ -557,8 +545,7 @@ class Scheduler(Observed):
             self.assignment = Assignment()
             self.copies = {}
             self.is_reset = True
-        self.is_alloc = False
-        self._allocated = None
+        self.is_alloc, self._allocated = False, None
 
     def follow(self, other: Scheduler) -> None:
         """Use the `Precedents` of another scheduler over the same backends."""
