@@ -402,10 +402,7 @@ class Planner:
         return all(b is not None and b.device is self.placement.layers[layer] for b, layer in found)
 
     def reserve(self) -> None:
-        """Reserve compute buffers for the largest graph of a plan, as `Session` does; a device that is too small reserves none.
-
-        The memory has no bytes. Simulated batches then use the memory that `memory` returns. Further calls do nothing.
-        """
+        """Once reserve memory without bytes for the largest graph, as `memory` returns it; a device that is too small reserves none."""
         if self.data or self._holds_largest:
             return
         self._holds_largest = True
