@@ -295,7 +295,7 @@ class Engine:
         self._check_ids(tokens)
         if not 0 <= seq < n_seq:
             raise GraphError(f"sequence {seq} is not in 0..{n_seq - 1}")
-        n_past, n_ctx = self.n_past(seq), lib.llama_n_ctx(self._ctx)
+        n_past, n_ctx = self.n_past(seq), lib.llama_n_ctx_seq(self._ctx)
         if n_past + len(tokens) > n_ctx:
             raise CacheFullError(len(tokens), n_past, n_ctx)
         n_batch, n_ubatch = lib.llama_n_batch(self._ctx), lib.llama_n_ubatch(self._ctx)
@@ -449,7 +449,7 @@ class Engine:
 
     def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         """Return the ids of a text."""
-        data = text.encode()
+        data = text.encode("utf-8", "replace")  # lone surrogates, which a terminal may send
         n = len(data) + 8
         while True:
             into = self.ffi.new("int32_t[]", n)

@@ -94,6 +94,7 @@ int32_t llama_memory_seq_pos_max(void * memory, int32_t seq);
 void llama_free(void * ctx);
 void llama_model_free(void * model);
 uint32_t llama_n_ctx(const void * ctx);
+uint32_t llama_n_ctx_seq(const void * ctx);
 uint32_t llama_n_batch(const void * ctx);
 uint32_t llama_n_ubatch(const void * ctx);
 uint32_t llama_n_seq_max(const void * ctx);

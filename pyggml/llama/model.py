@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import logging
+import operator
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -52,12 +53,14 @@ if TYPE_CHECKING:
 
     from .engine import LateRun
 
-__all__ = ["LlamaModel", "RoutingTaker"]
+__all__ = ["WAITS", "LlamaModel", "RoutingTaker", "check_waits"]
 
 _log = logging.getLogger("pyggml.llama")
 
 #: Seconds that loading a model or one decode may take.
 TIMEOUT_S = 600.0
+#: The waits of a scheduler, by the slots of ggml's interfaces.
+WAITS = ("synchronize", "event_record", "event_wait", "event_synchronize")
 
 
 class RoutingTaker(Protocol):
@@ -247,8 +250,13 @@ class LlamaModel(Generator):
 
     # -- decoding ------------------------------------------------------------
 
+    def _check_seq(self, seq: int) -> None:
+        if not 0 <= seq < self.n_seq_max:
+            raise GraphError(f"sequence {seq} is not in 0..{self.n_seq_max - 1}")
+
     def n_past_of(self, seq: int) -> int:
         """Return the number of tokens of a sequence in the cache."""
+        self._check_seq(seq)
         return self._n_past[seq]
 
     @property
@@ -287,7 +295,10 @@ class LlamaModel(Generator):
         SchedError
             The model is closed, or another thread uses it.
         """
-        answer = self._ask("decode", tokens=[int(t) for t in tokens], outputs=outputs, seq=seq)
+        if outputs not in get_args(Outputs):
+            raise GraphError(f"no outputs are called {outputs!r}", hint=f"there are {', '.join(get_args(Outputs))}")
+        self._check_seq(seq)
+        answer = self._ask("decode", tokens=_ids(tokens), outputs=outputs, seq=seq)
         self._take_state(answer)
         for batch in answer["batches"]:
             self._splits = batch.splits, batch.n_inputs
@@ -373,7 +384,12 @@ class LlamaModel(Generator):
         ------
         AllocError
             llama.cpp's memory of this model cannot go back there; nothing was forgotten.
+        GraphError
+            There is no such sequence or position.
         """
+        self._check_seq(seq)
+        if n_past < 0:
+            raise GraphError(f"{n_past} is no position of a token")
         answer = self._ask("keep", n_past=n_past, seq=seq)
         self._take_state(answer)
         if not answer["is_done"]:
@@ -386,6 +402,7 @@ class LlamaModel(Generator):
         -----
         If only llama.cpp can decide, the result is True, and `rewind` may raise.
         """
+        self._check_seq(seq)
         return n_past == 0 or n_past >= self._reaches_back[seq]
 
     def reset(self) -> None:
@@ -397,17 +414,19 @@ class LlamaModel(Generator):
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return llama.cpp's ids of a text."""
+        if not isinstance(text, str):
+            raise GraphError(f"{text!r} is not a text")
         found: list[int] = self._ask("tokenize", text=text, add_special=add_special, parse_special=parse_special)
         return found
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Return llama.cpp's text of ids; bytes that are not UTF-8 become U+FFFD."""
-        found: str = self._ask("detokenize", tokens=[int(t) for t in tokens], special=special)
+        found: str = self._ask("detokenize", tokens=_ids(tokens), special=special)
         return found
 
     def pieces(self, tokens: Sequence[int], *, special: bool = False) -> list[bytes]:
         """Return the bytes of each id, as llama.cpp writes them."""
-        found: list[bytes] = self._ask("pieces", tokens=[int(t) for t in tokens], special=special)
+        found: list[bytes] = self._ask("pieces", tokens=_ids(tokens), special=special)
         return found
 
     # -- memory --------------------------------------------------------------
@@ -450,9 +469,8 @@ class LlamaModel(Generator):
             Waits that devices skip although llama.cpp requests them: ``synchronize``, ``event_record``, ``event_wait``,
             ``event_synchronize``.
         """
-        found: LateRun = self._ask(
-            "late", seed=seed, chunks=[[int(t) for t in c] for c in chunks], dropped=sorted(dropped)
-        )
+        check_waits(dropped)
+        found: LateRun = self._ask("late", seed=seed, chunks=[_ids(c) for c in chunks], dropped=sorted(dropped))
         return found
 
     def traffic(self, index: int = 0) -> Traffic:
@@ -464,6 +482,8 @@ class LlamaModel(Generator):
         """Let an allocation, copy or compute of a simulated device fail; see `SimDevice.fail_at`."""
         if moment not in get_args(Moment):
             raise GraphError(f"nothing fails at {moment!r}", hint=f"there are {', '.join(get_args(Moment))}")
+        if after < 0:
+            raise GraphError(f"nothing can fail {-after} calls ago")
         self._device(index, "fail_at", moment=moment, after=after)
 
     def recover(self, index: int = 0) -> None:
@@ -494,6 +514,33 @@ class LlamaModel(Generator):
     def __repr__(self) -> str:
         state = " (closed)" if self.is_closed else ""
         return f"<LlamaModel {self.path.name} on {', '.join([*self.device_names, 'CPU'])}{state}>"
+
+
+def check_waits(names: Collection[str]) -> None:
+    """Check names of waits.
+
+    Raises
+    ------
+    GraphError
+        There is no such wait.
+    """
+    unknown = sorted(set(names) - set(WAITS))
+    if unknown:
+        raise GraphError(f"no wait is called {unknown[0]!r}", hint=f"there are {', '.join(WAITS)}")
+
+
+def _ids(tokens: Sequence[int]) -> list[int]:
+    """Return ids as integers of Python.
+
+    Raises
+    ------
+    GraphError
+        One is not an integer.
+    """
+    try:
+        return [operator.index(t) for t in tokens]
+    except TypeError as error:
+        raise GraphError(f"a token id is not an integer: {error}") from None
 
 
 def _device_name(device: object) -> str:

@@ -17,18 +17,16 @@ from typing import Any
 import numpy as np
 
 from ..backends.host.race_watch import Hazard
-from ..errors import GraphError, ModelError
+from ..errors import ModelError
 from ..gguf import GGUFFile
 from ..models.context import ContextFlags
 from ..models.placement import PlacementFlags
 from .engine import FoundHazard
-from .model import LlamaModel
+from .model import WAITS, LlamaModel, check_waits
 from .source import CapturedFacts
 
 __all__ = ["WAITS", "RaceReport", "World", "WorldReport", "find_races", "worlds_of"]
 
-#: The waits of a scheduler, by the slots of ggml's interfaces.
-WAITS = ("synchronize", "event_record", "event_wait", "event_synchronize")
 #: Sizes of a prompt's chunks: more than there are pipeline copies, and all different, so that each has its own graph.
 _CHUNKS = tuple(range(33, 40))
 
@@ -153,9 +151,7 @@ def find_races(
     ModelError
         llama.cpp refuses the model, or fails on it.
     """
-    unknown = sorted(set(dropped) - set(WAITS))
-    if unknown:
-        raise GraphError(f"no wait is called {unknown[0]!r}", hint=f"there are {', '.join(WAITS)}")
+    check_waits(dropped)
     with GGUFFile.open(model) as file:
         facts = CapturedFacts.read(file, 0)
     report = RaceReport(os.fspath(model), "", tuple(sorted(dropped)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -213,6 +216,7 @@ def test_late_devices_show_no_hazard(random_model: Callable[[str], Path]) -> Non
 def test_wrong_uses_are_typed_errors(random_model: Callable[[str], Path]) -> None:
     """Each is told as what it is, and the model goes on."""
     path = random_model("qwen3moe")
+    wrong_outputs: Any = "x"
     wrong: list[Any] = ["cpu", "mock:CUDA0", ggml.Sim().device]
     for device in wrong:
         with pytest.raises(DeviceUnavailableError):
@@ -228,6 +232,20 @@ def test_wrong_uses_are_typed_errors(random_model: Callable[[str], Path]) -> Non
             model.decode([1] * 500)
         with pytest.raises(DeviceUnavailableError, match="no such device"):
             model.hazards(2)
+        calls: list[tuple[str, Callable[[], object]]] = [
+            ("sequence 1 is not in", lambda: model.rewind(0, seq=1)),
+            ("-1 is no position", lambda: model.rewind(-1)),
+            ("sequence -1", lambda: model.n_past_of(-1)),
+            ("no outputs are called 'x'", lambda: model.decode([1], outputs=wrong_outputs)),
+            ("is not an integer", lambda: model.decode([0.5])),  # type: ignore[list-item]
+            ("is not a text", lambda: model.tokenize(5)),  # type: ignore[arg-type]
+            ("no wait is called", lambda: model.decode_late([[1]], seed=1, dropped=["x"])),
+            ("calls ago", lambda: model.fail_at("copy", after=-1)),
+        ]
+        for words, call in calls:
+            with pytest.raises(GraphError, match=words):
+                call()
+        assert model.tokenize("\ud800") == model.tokenize("?")
         model.fail_at("compute")
         with pytest.raises(ComputeError, match="a fault that was asked for"):
             model.decode([1])
@@ -252,6 +270,22 @@ def test_wrong_uses_are_typed_errors(random_model: Callable[[str], Path]) -> Non
         assert "another thread" in str(failures[0])
     with pytest.raises(SchedError, match="closed"):
         model.decode([1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_wrong_uses(random_model: Callable[[str], Path], tmp_path: Path, seed: int) -> None:
+    """A hundred uses in a row, most of them wrong: each is told as an error of the tree, and the model computes right after it or is closed."""
+    from wrong_uses import MAY_PASS, USES
+
+    script, out = Path(__file__).with_name("wrong_uses.py"), tmp_path / "found.json"
+    command = [sys.executable, str(script), str(random_model("qwen3moe")), str(seed), "100", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert {f["use"] for f in found} == set(USES)
+    assert [f for f in found if not (f["is_typed"] and f["is_right"])] == []
+    assert [f["use"] for f in found if not f["error"] and f["use"] not in MAY_PASS] == []
 
 
 def test_a_crash_of_the_child_is_an_error(random_model: Callable[[str], Path]) -> None:
