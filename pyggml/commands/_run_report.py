@@ -171,6 +171,7 @@ class RunReport:
         if self.virtual is not None and self.virtual.phases:
             parts.append(self.virtual.table(self._counts()))
             parts.append(self.virtual.assumed())
+            parts += [links] if (links := self.virtual.links()) else []
         return parts
 
     def _splits_table(self) -> RenderableType:

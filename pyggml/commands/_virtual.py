@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from ..clock import Reading
 from ..hardware.rates import n_fitted
 from ..routing import DEFAULT_ROUTING
-from ._console import table
+from ._console import n_bytes, table
 
 if TYPE_CHECKING:
     from ..clock import VirtualClock
@@ -56,6 +56,7 @@ class VirtualReport:
         """
         return {
             "assumed": assumptions(self.clock, self.names),
+            "link_bytes": link_bytes(self.clock, self.names),
             "phases": {phase: self._phase(reading, n_tokens.get(phase)) for phase, reading in self.phases.items()},
         }
 
@@ -90,6 +91,18 @@ class VirtualReport:
     def assumed(self) -> str:
         """Return the assumptions of the times in one line."""
         return assumed_text(self.clock, self.names)
+
+    def links(self) -> str:
+        """Return what each link carried in one line; empty if no device copied to another by a link of their own."""
+        clock = self.clock
+        if not any(clock.peer_link(src, dst) for src, dst in clock.link_bytes):
+            return ""
+        return "Links: " + ", ".join(f"{link} {n_bytes(n)}" for link, n in link_bytes(clock, self.names).items())
+
+
+def link_bytes(clock: VirtualClock, names: Sequence[str]) -> dict[str, int]:
+    """Return the bytes that each link carried so far."""
+    return {f"{names[src]} to {names[dst]}": n for (src, dst), n in clock.link_bytes.items()}
 
 
 def assumptions(clock: VirtualClock, names: Sequence[str], routing: Routing | None = None) -> dict[str, Any]:

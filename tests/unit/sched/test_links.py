@@ -82,8 +82,8 @@ def test_a_wait_taken_out_is_named(place):
     assert {"SIM0 does not wait for SIM1", "SIM0 does not wait for SIM0 (stream 1)"} <= set(found), set(found)
 
 
-def test_a_model_gives_the_same_logits(tmp_path):
-    """With a device that only holds experts, and with layers on both; the memory is reported."""
+def test_a_model_gives_the_same_logits(tmp_path, capsys):
+    """With a device that only holds experts, and with layers on both; memory and bytes by link are reported."""
     model = write_edited(tmp_path / "m.gguf", "qwen3moe")
     found = []
     for policy, shares in (("used", (1.0, 0.0)), (TwoLinkExperts(), (1.0, 0.0)), (TwoLinkExperts(1 << 17), (1.0, 1.0))):
@@ -96,6 +96,23 @@ def test_a_model_gives_the_same_logits(tmp_path):
             assert (held["SIM1"] > 0) == (policy != "used")
     np.testing.assert_array_equal(found[1], found[0])
     np.testing.assert_array_equal(found[2], found[0])
+    words = [
+        "run",
+        str(model),
+        "--tokens",
+        ",".join(map(str, range(10, 50))),
+        "-n",
+        "1",
+        "--cpu-moe",
+        "-ts",
+        "1,0",
+        "-dev",
+    ]
+    words += [f"{BRIDGED},{BRIDGED},cpu", "--expert-copy", "two-links"]
+    assert cli.run(words) == 0
+    assert "Links: CPU to SIM0 " in capsys.readouterr().out
+    assert cli.run([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["virtual"]["link_bytes"]["SIM1 to SIM0"] > 0
 
 
 def _prompt(policy, n_ubatch=512):
