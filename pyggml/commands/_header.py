@@ -23,7 +23,7 @@ def why_not_captured(model: Path, graph: GraphChoice) -> DeviceUnavailableError 
     from ..llama.library import find_llama
     from ..models.architectures import ARCHITECTURES
 
-    if not model.exists():  # a name of the catalog, or nothing at all
+    if graph == "built" or not model.exists():  # a name of the catalog, or nothing at all
         return None
     with GGUFFile.open(model) as file:
         if graph == "auto" and file.metadata.get("general.architecture") in ARCHITECTURES:
@@ -40,6 +40,7 @@ def print_header(
 ) -> None:
     """Print what the header alone shows."""
     from ..gguf import GGUFFile
+    from ..models.architectures import ARCHITECTURES
     from ..models.header_plan import plan_header
 
     devices = [b.device for b in backends]
@@ -55,7 +56,9 @@ def print_header(
         })  # fmt: skip
         return
     console = report()
-    console.print(f"{model.name}: pyggml does not build the graph of {arch}. From the header alone:")
+    is_built = arch in ARCHITECTURES
+    how = "is to" if is_built else "can only"
+    console.print(f"{model.name}: the graph of {arch} {how} come from llama.cpp. From the header alone:")
     console.print()
     columns = ("buffer type", "weights", "KV cache (max.)")
     made = table("Memory", *columns, right=columns[1:])
@@ -63,4 +66,6 @@ def print_header(
         made.add_row(m.buft, *(n_bytes(n) if n else "-" for n in (m.weights, m.cache)))
     console.print(made)
     console.print()
-    console.print("Splits, copies and compute buffers need the graph, which llama.cpp can build.")
+    console.print(
+        "Splits, copies and compute buffers need the graph" + (", which --graph built makes." if is_built else ".")
+    )

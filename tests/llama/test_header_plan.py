@@ -13,6 +13,7 @@ from pyggml import config
 from pyggml.backend import REGISTRY
 from pyggml.cli import run
 from pyggml.gguf import GGUFFile
+from pyggml.makers.make_moe import Recipe, make_moe
 from pyggml.models.context import ContextFlags
 from pyggml.models.header_plan import plan_header
 from pyggml.models.placement import PlacementFlags
@@ -41,6 +42,15 @@ def test_splits_without_llama_tells_of_the_header(no_llama: None, tmp_path: Path
     out, err = capfd.readouterr()
     assert "KV cache (max.)" in out
     assert "llama.cpp is not installed" in err
+
+
+def test_graphs_that_are_built_need_no_llama(no_llama: None, tmp_path: Path, capfd) -> None:
+    """Without llama.cpp a family that is built is planned as always, and asking for llama.cpp tells of the other way."""
+    path = tmp_path / "llama.gguf"
+    make_moe(path, Recipe(arch="llama"))
+    assert run(["splits", str(path), "-c", "512", "--graph", "built", "--batches", "1"]) == 0
+    assert run(["splits", str(path), "-c", "512", "--graph", "llama", "--batches", "1"]) == 1
+    assert "--graph built" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("arch", ["stablelm", "falcon", "phi2", "glm4moe"])
