@@ -27,7 +27,8 @@ from .explain import flag_name
 from .limits import helps
 from .maker import Maker
 from .memory import MemoryModel, ask_llama, fit_setting
-from .search import Goal, Search, pays_from, plain_first
+from .offload import pays_from
+from .search import Goal, Search, plain_first
 from .settings import EXPLAIN, Space
 
 __all__ = ["open_machine", "plan", "this_machine"]
@@ -141,6 +142,7 @@ def plan(
         if advice.plans:
             maker.best_first()
             best = advice.plans[0]
+            tell("from when copying pays")
             advice.pays_from = pays_from(search, best.setting)
             tell("what would help")
             advice.helps = helps(search, settings, best.setting)

@@ -11,7 +11,7 @@ from ..simulation import SimulatedBatch
 from ..types import Type
 from .memory import MemoryModel
 
-__all__ = ["Goal", "Scored", "Search", "pays_from"]
+__all__ = ["Goal", "Scored", "Search", "plain_first"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,35 +161,6 @@ class Search:
         more = self.score(replace(setting, moe_cache_mib=setting.moe_cache_mib + (left >> 20)))
         filled = self.memory.exact(more.setting) if more.seconds < scored.seconds else None
         return more if filled is not None and all(d.fits for d in filled) else scored
-
-
-def pays_from(search: Search, setting: Setting) -> int | None:
-    """Return the number of tokens from which copying host weights to the device is faster than computing on the CPU.
-
-    Returns
-    -------
-    int or None
-        The smallest number of tokens of a micro-batch; None if it never is up to 4096, or nothing is on the host.
-    """
-    if not search.machine.cards or (setting.n_cpu_moe == 0 and setting.n_gpu_layers < 0 and not setting.overrides):
-        return None
-
-    def is_faster(n: int) -> bool:
-        at = replace(setting, n_ubatch=n, n_batch=n)
-        copied, on_cpu = (
-            predict(search.shape, search.machine, replace(at, op_offload=on), n, 0, is_prompt=True)
-            for on in (True, False)
-        )
-        return copied < on_cpu
-
-    known = None if search.shape.routing is None else search.shape.routing.n_tokens
-    low, high = 32, min(4096, known or 4096)  # llama.cpp's own threshold is 32: below it nothing is copied
-    if high < low or not is_faster(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_faster(middle) else (middle + 1, high)
-    return low
 
 
 def plain_first(setting: Setting) -> tuple[bool, bool, int]:

@@ -310,7 +310,7 @@ _SWEPT = ("ub", "b", "ncmoe", "ngl", "fa", "mmap", "ctk", "ctv", "threads")
 
 
 def sweeps(results: list[Result]) -> list[dict[str, Any]]:
-    """Return the sweeps among predictions: what the clock would choose, and how much slower that is."""
+    """Return the sweeps among predictions: what `pyggml plan` would choose, and how much slower that is."""
     groups: dict[tuple[str, ...], list[Result]] = {}
     for r in results:
         key = (r.kind, *(json.dumps(r.row.get(name), sort_keys=True) for name in _SAME))
@@ -324,7 +324,7 @@ def sweeps(results: list[Result]) -> list[dict[str, Any]]:
         speeds = [m.measured for m in members]
         if len(settings) < 3 or max(speeds) / min(speeds) < 1.10:
             continue
-        chosen = max(members, key=lambda m: m.predicted)
+        chosen = min(members, key=_as_plan_chooses)
         out.append(
             {
                 "series": members[0].row.get("series"), "kind": key[0], "n": len(members), "class": chosen.klass,
@@ -333,6 +333,13 @@ def sweeps(results: list[Result]) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return out
+
+
+def _as_plan_chooses(r: Result) -> tuple[int, bool, bool, int]:
+    """Return what `plan` orders by: times in steps of half a per cent, then the plainer setting."""
+    row = r.row
+    plain = str(row.get("ctk") or "f16") != "f16", row.get("mmap") in (False, 0, "0"), int(row.get("ub") or 512)
+    return round(200 * math.log(1.0 / r.predicted)), *plain
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from bench_foresight import DATA, Case, Unpredicted, case_of, read_lines
+from bench_foresight import DATA, Case, Unpredicted, case_of, read_lines, results_of, sweeps
 
 from pyggml.foresight.api import range_of
 from pyggml.foresight.estimate import Machine, predict
@@ -161,13 +161,33 @@ def show_families(items: list[Item], ratios: list[float]) -> None:
         print(f"{name}: n {len(own)}, 80 % within a factor of {np.exp(np.quantile(own, 0.8)):.2f}")
 
 
+def show_regrets(rows: list[dict[str, Any]], items: list[Item]) -> None:
+    """Print what `plan` would lose in each sweep of flags, with rates that were fitted without the sweep's series."""
+    regrets: list[float] = []
+    for series in sorted({s["series"] for s in sweeps(results_of(rows)[0])}):
+        others = [i for i in items if i.row["series"] != series]
+        rates = RATES if len(others) == len(items) else rates_of(fit(others, numbers(RATES), rounds=1, n_steps=5))
+        found = sweeps(results_of([r for r in rows if r.get("series") == series], rates)[0])
+        regrets += [s["regret"] for s in found]
+        told = ", ".join(f"{s['kind']} {s['regret']:.1%}" for s in found)
+        print(f"{series} ({len(items) - len(others)} of its speeds were fitted): {told}", flush=True)
+    print(f"{len(regrets)} sweeps: median {float(np.median(regrets)):.1%}, worst {max(regrets):.1%}")
+
+
 def main() -> int:
     """Fit, or leave out and fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=DATA / "foresight_runs.jsonl")
     parser.add_argument("--leave-out", choices=["series", "card"])
+    parser.add_argument(
+        "--sweeps", action="store_true", help="only: what is lost in each sweep if its series is left out"
+    )
     given = parser.parse_args()
-    items = items_of(read_lines(given.runs))
+    rows = read_lines(given.runs)
+    items = items_of(rows)
+    if given.sweeps:
+        show_regrets(rows, items)
+        return 0
     if given.leave_out is None:
         rates = rates_of(fit(items, numbers(START)))
         print(rates)

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from pyggml.advisor import EXPLAIN, Goal, MemoryModel, Search, Space, flags_of, plan
 from pyggml.advisor.advice import MARGIN_BYTES, open_machine
 from pyggml.advisor.maker import _step
+from pyggml.advisor.offload import pays_from
 from pyggml.advisor.page import page_html
-from pyggml.advisor.search import pays_from, plain_first
+from pyggml.advisor.search import plain_first
 from pyggml.advisor.settings import ik_flags_of
 from pyggml.catalog import MODELS, header_path
 from pyggml.cli import group
@@ -266,16 +267,43 @@ def test_flags_say_what_differs_from_defaults() -> None:
 
 
 def test_offloading_pays_later_with_a_slow_link() -> None:
-    """The threshold rises where copies are slower, and there is none where nothing is on the host."""
-    search, file = search_of("gpt-oss-20b", "rtx3060", Goal())
-    with file:
-        host = Setting(n_cpu_moe=24, threads=8)
-        fast = pays_from(search, host)
-        search.machine.links = [replace(link, bytes_per_s=link.bytes_per_s / 8) for link in search.machine.links]
-        slow = pays_from(search, host)
-        assert fast is not None
-        assert slow is None or slow > fast
-        assert pays_from(search, Setting()) is None
+    """The threshold rises where copies are slower, and there is none where nothing is on the host or copies never pay."""
+    found = []
+    for device in (
+        "sim:custom:12GiB,360GB/s,25GB/s",
+        "sim:custom:12GiB,360GB/s,6GB/s",
+        "sim:custom:12GiB,360GB/s,0.01GB/s",
+    ):
+        search, file = search_of("gpt-oss-20b", device, Goal())
+        with file:
+            found.append(pays_from(search, Setting(n_cpu_moe=24, n_ubatch=2048, is_pinned=True, threads=8)))
+            assert pays_from(search, Setting()) is None
+            search.memory.close()
+    fast, slow, never = found
+    assert fast is not None
+    assert slow is not None
+    assert 32 <= fast < slow
+    assert never is None
+
+
+@pytest.mark.parametrize(
+    ("model", "device"), [("qwen3-30b-a3b", "rtx3060"), pytest.param("gpt-oss-120b", "rtx3090", marks=pytest.mark.slow)]
+)
+def test_offloading_pays_from_the_printed_number_by_the_clock_of_splits(model: str, device: str) -> None:
+    """`splits` is faster with copies at the number that a plan prints, and not with one token less."""
+    answer = run(model, "--device", device, "-c", "4096", "--plans", "2", "--prompt", "1024")
+    flags = next(p for p in answer["plans"] if not p["moe_cache_mib"])["flags"]
+    n = answer["offload_pays_from_tokens"]
+    assert 32 < n <= 1024
+    line = ["splits", model, "-dev", f"{device},cpu", "--host", HOST, *flags, "--batches", f"{n},{n - 1}", "-o", "json"]
+    rates = []
+    for more in ([], ["--no-op-offload"]):
+        result = CliRunner().invoke(group, [*line, *more])
+        assert result.exit_code == 0, result.output
+        rates.append([row["t/s"] for row in json.loads(result.stdout)])
+    copied, computed = rates
+    assert copied[0] >= computed[0]
+    assert copied[1] <= computed[1]
 
 
 @pytest.mark.parametrize(
