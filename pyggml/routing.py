@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -56,13 +57,25 @@ class Routing(Protocol):
         """Return what each token chooses, in slot order; together they are `experts`."""
 
 
+#: Tokens are drawn in blocks, the first ones together: of a token far behind only its own block is drawn.
+_FIRST, _BLOCK = 4096, 1024
+
+
+def _block(token: int) -> int:
+    return 0 if token < _FIRST else 1 + (token - _FIRST) // _BLOCK
+
+
+def _start(block: int) -> int:
+    return 0 if block == 0 else _FIRST + (block - 1) * _BLOCK
+
+
 class _Popularity(ABC):
     """Tokens that choose independently of each other, in proportion to the popularity of a layer's experts."""
 
     __slots__ = ()
 
     seed: int
-    _drawn: dict[tuple[int, int, int], npt.NDArray[np.int64]]  #: choices of tokens, by layer and number of experts
+    _drawn: dict[tuple[int, ...], npt.NDArray[np.int64]]  #: choices of tokens, by layer, numbers of experts, and block
 
     @property
     def n_tokens(self) -> None:
@@ -105,20 +118,26 @@ class _Popularity(ABC):
             return [[] for _ in tokens]
         if n_used >= n_expert:
             return [list(range(n_expert)) for _ in tokens]
-        key = (layer, n_expert, n_used)
-        chosen = self._drawn.get(key)
-        if chosen is None or len(chosen) <= max(tokens):
-            n_token = max(max(tokens) + 1, 0 if chosen is None else 2 * len(chosen))  # not all again for each token
-            chosen = self._drawn[key] = self._draw(layer, n_token, n_expert, n_used)
-        found: list[list[int]] = chosen[list(tokens)].tolist()
+        found: list[list[int]] = []
+        for block, own in groupby(tokens, _block):
+            at = [token - _start(block) for token in own]
+            key = (layer, n_expert, n_used, block)
+            chosen = self._drawn.get(key)
+            if chosen is None or len(chosen) <= max(at):
+                n_token = max(
+                    max(at) + 1, _BLOCK if block else 0 if chosen is None else 2 * len(chosen)
+                )  # not all again for each token
+                chosen = self._drawn[key] = self._draw(layer, block, n_token, n_expert, n_used)
+            found += chosen[at].tolist()
         return found
 
-    def _draw(self, layer: int, n_token: int, n_expert: int, n_used: int) -> npt.NDArray[np.int64]:
-        """Return the choices of the first tokens: experts race, and the first to arrive are chosen."""
+    def _draw(self, layer: int, block: int, n_token: int, n_expert: int, n_used: int) -> npt.NDArray[np.int64]:
+        """Return the choices of the first tokens of a block: experts race, and the first to arrive are chosen."""
         import numpy as np
 
         rng = np.random.default_rng([self.seed, layer])
         popularity = self._of_layer(rng, n_expert)
+        rng = np.random.default_rng([self.seed, layer, block]) if block else rng
         arrivals = rng.standard_exponential((n_token, n_expert)) / popularity
         return np.argpartition(arrivals, n_used - 1, axis=1)[:, :n_used].astype(np.int64)
 
@@ -149,7 +168,7 @@ class LogNormal(_Popularity):
 
     spread: float
     seed: int = 0
-    _drawn: dict[tuple[int, int, int], npt.NDArray[np.int64]] = field(default_factory=dict, compare=False, repr=False)
+    _drawn: dict[tuple[int, ...], npt.NDArray[np.int64]] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         return _named(f"lognormal:{self.spread:g}", self.seed)
@@ -184,7 +203,7 @@ class Zipf(_Popularity):
 
     skew: float
     seed: int = 0
-    _drawn: dict[tuple[int, int, int], npt.NDArray[np.int64]] = field(default_factory=dict, compare=False, repr=False)
+    _drawn: dict[tuple[int, ...], npt.NDArray[np.int64]] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         return _named("uniform" if self.skew == 0 else f"zipf:{self.skew:g}", self.seed)

@@ -293,19 +293,8 @@ def summary(results: list[Result]) -> dict[str, Any]:
 
 
 _SAME = (
-    "series",
-    "engine",
-    "build",
-    "model",
-    "quant",
-    "gpus",
-    "cpu",
-    "ram",
-    "backend",
-    "n_prompt",
-    "n_gen",
-    "ctx_or_depth",
-)
+    "series", "engine", "build", "model", "quant", "gpus", "cpu", "ram", "backend", "n_prompt", "n_gen", "ctx_or_depth",
+)  # fmt: skip
 _SWEPT = ("ub", "b", "ncmoe", "ngl", "fa", "mmap", "ctk", "ctv", "threads")
 
 
