@@ -124,9 +124,8 @@ class _Popularity(ABC):
             key = (layer, n_expert, n_used, block)
             chosen = self._drawn.get(key)
             if chosen is None or len(chosen) <= max(at):
-                n_token = max(
-                    max(at) + 1, _BLOCK if block else 0 if chosen is None else 2 * len(chosen)
-                )  # not all again for each token
+                ahead = _BLOCK if block else min(0 if chosen is None else 2 * len(chosen), _FIRST)
+                n_token = max(max(at) + 1, ahead)  # not all again for each token
                 chosen = self._drawn[key] = self._draw(layer, block, n_token, n_expert, n_used)
             found += chosen[at].tolist()
         return found
