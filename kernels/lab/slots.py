@@ -215,7 +215,7 @@ def _use(policy, k, c, r, sizes, t, key, is_hit, clock, half_life, n_protected):
 @nb.njit(cache=True, nogil=True)
 def _pool_hits(
     offsets, keys, events, step, sizes, budget, n_slot, n_key, policy, half_life, preload, n_protected, must_admit, admission,
-    n_of, m_of, heat_half_life, hit,
+    n_of, m_of, heat_half_life, hit, held,
 ):  # fmt: skip
     """Replay the events of one pool."""
     k, r, c = np.zeros((17, n_key), np.int64), np.zeros((3, n_key), np.float64), np.zeros(19, np.int64)
@@ -234,6 +234,9 @@ def _pool_hits(
     for t in range(len(events)):
         event = events[t]
         lo, hi = offsets[event], offsets[event + 1]
+        if len(held):
+            for key in range(n_key):
+                held[event, key] = k[HERE, key] != 0
         if step[event] != at_step:
             at_step = step[event]
             c[N_ENTERED] = 0
@@ -306,7 +309,7 @@ def _pool_hits(
 @nb.njit(cache=True, nogil=True)
 def cache_hits(
     offsets, keys, order, starts, step, sizes, budget, n_slot, policy, half_life, preload, n_preload, n_protected, must_admit,
-    admission, n_of, m_of, heat_half_life, hit,
+    admission, n_of, m_of, heat_half_life, hit, held,
 ):  # fmt: skip
     """Replay a trace on caches of ``budget[p]`` bytes, or slots if all ``sizes`` are 1.
 
@@ -327,6 +330,8 @@ def cache_hits(
         `N_OF_M`: uses, and events of the pool in which they are. `AT_MOST`: keys that enter in a step.
     hit : bool, (n_touch,)
         Written: whether the touch was a hit.
+    held : bool, (n_event, n_key) or (0, 0)
+        Written, if there is room for it: which keys of its pool are resident before an event.
 
     Returns
     -------
@@ -339,6 +344,7 @@ def cache_hits(
         failed = _pool_hits(
             offsets, keys, order[starts[p] : starts[p + 1]], step, sizes[p], budget[p], n_slot[p], n_key, policy, half_life,
             preload[p, : n_preload[p]], n_protected[p], must_admit, admission, n_of, m_of, heat_half_life, hit,
+            held,
         )  # fmt: skip
         if failed >= 0 and (first_failed < 0 or failed < first_failed):
             first_failed = failed

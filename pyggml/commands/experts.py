@@ -134,9 +134,7 @@ def _compare_table(made: Comparison) -> Table:
     shown = table(f"{made.trace}, {made.setting.phase}", *columns, right=tuple(c for c in columns if c != "policy"))
     last = None
     resident = dict(made.resident)
-    for row in sorted(
-        made.rows, key=lambda row: list(dict.fromkeys(r.result.capacity for r in made.rows)).index(row.result.capacity)
-    ):
+    for row in sorted(made.rows, key=lambda row: made.capacities.index(row.result.capacity)):
         result = row.result
         if last is not None and result.capacity != last:
             _resident_row(shown, columns, resident.get(last), str(last))

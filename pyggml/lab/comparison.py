@@ -76,7 +76,14 @@ class Comparison:
     n_step: int
     sweep: int  #: most distinct experts of a step, over all layers
     seconds: float = 0.0  #: that the replays took on this machine
+    asked: Sequence[Capacity] = ()
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def capacities(self) -> list[Capacity]:
+        """Capacities with a result, in the order in which they were given."""
+        found = {row.result.capacity for row in self.rows}
+        return [capacity for capacity in self.asked if capacity in found]
 
     @property
     def n_replayed(self) -> int:
@@ -172,7 +179,9 @@ def compare(
             if held:
                 resident.append((capacity, resident_layers(trace, work, machine, held)))
     begins = lru_begins(trace, setting)
-    made = Comparison(trace, setting, machine, work, rows, refused, resident, begins, *_steps(trace, setting), seconds)
+    made = Comparison(
+        trace, setting, machine, work, rows, refused, resident, begins, *_steps(trace, setting), seconds, capacities
+    )
     made.warnings.extend(_warnings(made))
     return made
 

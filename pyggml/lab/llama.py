@@ -29,6 +29,9 @@ class LlamaCache:
         self._n_expert = n_expert
         self._rule = rule(n_slot, n_expert)
 
+    def __contains__(self, key: int) -> bool:
+        return self._rule.slot_of(key // self._n_expert, key % self._n_expert) is not None
+
     def event(self, step: int, layer: int, keys: Sequence[int]) -> Decision:
         """Decide an event of one layer; see `Cache.event`. Keys are in order of first appearance.
 

@@ -82,9 +82,8 @@ def _bars(made: Comparison) -> list[dict[str, Any]]:
     if made.trace.expert_bytes is None:
         return []
     bars = []
-    capacities = list(dict.fromkeys(row.result.capacity for row in made.rows))
     touches = made.rows[0].result.touches
-    for capacity in capacities:
+    for capacity in made.capacities:
         none = made.work.seconds(made.machine, made.work.expert_bytes, touches)
         bars.append(_bar(str(capacity), "no cache", none, 0.0))
         for row in made.rows:

@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import GraphError
-from .cache import Cache
+from ..kernels.lab import guesses as compiled
+from ..kernels.lab import stack
 from .machine import Machine, Workload, break_even
 from .policies import Policy
-from .pools import Capacity, Pools, RequestKeys, request_keys
-from .replay import Setting
+from .pools import Capacity, Pools, RequestKeys
+from .replay import Bools, Setting, replayer
 from .trace import Trace
 
 __all__ = [
@@ -34,10 +35,12 @@ __all__ = [
     "Score",
     "best_of",
     "events_of",
+    "guesses",
     "predict",
 ]
 
 Floats = npt.NDArray[np.float64]
+Guesses = npt.NDArray[np.int32]
 _DEFAULT = Setting()
 Events = Sequence[tuple[int, Sequence[int]]]  # index of the layer, experts
 
@@ -175,6 +178,8 @@ class Online(PreviousLayer):
 class Both(PreviousLayer):
     """`PreviousLayer` combined with `Average`."""
 
+    weight = 0.2
+
     def start(self, request: Events) -> None:
         """Begin again."""
         super().start(request)
@@ -182,7 +187,7 @@ class Both(PreviousLayer):
 
     def scores(self, layer: int) -> Floats:
         """Return the sum of both; the average has a fifth of the other's weight."""
-        return np.asarray(super().scores(layer) + 0.2 * self.average[layer])
+        return np.asarray(super().scores(layer) + self.weight * self.average[layer])
 
     def saw(self, layer: int, experts: Sequence[int]) -> None:
         """Tell both."""
@@ -292,27 +297,26 @@ def predict(
     unknown = [name for name in names if name not in PREFETCHERS]
     if unknown:
         raise GraphError(f"there is no prefetcher '{unknown[0]}'", hint=f"one of {', '.join(PREFETCHERS)}")
-    pools = Pools.of(trace, "layer")
-    runs = list(request_keys(trace, pools, phase=setting.phase))
-    requests = [events_of(run) for run in runs]
+    ready = replayer(trace, Setting("layer", setting.phase), by_first=policy.llama is not None)
+    pools, runs = ready.pools, ready.runs
     if len(runs) < 2 and FITTED & set(names):
         raise GraphError(
             "prefetchers that learn need other requests: the trace has one",
             hint="give several traces, or --prefetchers previous,average",
         )
     n = trace.n_used if n_guess is None else n_guess
+    used = [_as_mask(run, pools.n_key) for run in runs]
     resident = {}
     for capacity in capacities:
         slots = pools.slots(capacity)
         assert slots is not None
-        resident[capacity] = [_resident(run, pools, policy, slots.tolist()) for run in runs]
+        resident[capacity] = ready.resident(policy, slots)
+    late = None if machine is None or not pools.is_sized else _Lateness.of(trace, pools, runs, setting, machine)
     scores = []
     for name in names:
-        guesses = _guesses(PREFETCHERS[name](), requests, pools, n)
+        guessed = guesses(PREFETCHERS[name](), runs, pools, n)
         for capacity in capacities:
-            scores.append(
-                _score(name, n, capacity, trace, pools, runs, requests, guesses, resident[capacity], setting, machine)
-            )
+            scores.append(_score(name, n, capacity, pools, runs, guessed, used, resident[capacity], late))
     return scores
 
 
@@ -329,94 +333,126 @@ def best_of(scores: Floats, n: int) -> list[int]:
     return found
 
 
-def _guesses(prefetcher: Prefetcher, requests: Sequence[Events], pools: Pools, n: int) -> list[list[list[int]]]:
-    """Return the guesses of each event of each request, the best first."""
-    made = []
-    learned = [prefetcher.learn(request, pools.n_pool, pools.n_expert) for request in requests]
+def guesses(prefetcher: Prefetcher, runs: Sequence[RequestKeys], pools: Pools, n: int) -> list[Guesses]:
+    """Return the guesses of each event of each request, the best first: int32, (n_event, n); -1 where there are fewer.
+
+    Those of pyggml's own prefetchers are compiled; others are asked event by event.
+    """
+    size = pools.n_pool, pools.n_expert
+    kind = _COMPILED.get(type(prefetcher))
+    requests = [events_of(run) if kind is None else () for run in runs]
+    learned = [
+        prefetcher.learn(request, *size) if kind is None else _learn(run, kind, *size)
+        for run, request in zip(runs, requests, strict=True)
+    ]
     total = np.sum(learned, axis=0)
-    for i, request in enumerate(requests):
-        prefetcher.fit(total - learned[i])
-        prefetcher.start(request)
-        mine = []
-        for layer, experts in request:
-            mine.append(best_of(prefetcher.scores(layer), n))
-            prefetcher.saw(layer, experts)
-        made.append(mine)
+    made = []
+    for run, request, own in zip(runs, requests, learned, strict=True):
+        prefetcher.fit(total - own)
+        if kind is None:
+            made.append(_ask(prefetcher, request, n))
+            continue
+        counts, table, keep, weight = np.zeros(size), np.zeros((1, 1, 1)), 0.0, 1.0
+        if isinstance(prefetcher, Average):
+            counts, keep = prefetcher.ties, prefetcher.keep
+        elif isinstance(prefetcher, Popularity):
+            counts = prefetcher.counts
+        elif isinstance(prefetcher, PreviousLayer):
+            table = np.zeros((*size, size[1])) if isinstance(prefetcher, Online) else prefetcher.table
+            keep, weight = Average.keep, Both.weight
+        made.append(compiled.guesses(run.offsets, run.keys, run.pool, *size, kind, n, counts, table, keep, weight))
     return made
 
 
-def _resident(run: RequestKeys, pools: Pools, policy: Policy, slots: list[int]) -> list[set[int]]:
-    """Return the resident keys before each event."""
-    caches = [
-        Cache(slots[p], policy.eviction(slots[p], pools.n_key), policy.new_admission()) for p in range(pools.n_pool)
-    ]
-    there = []
-    for (p, keys), step, layer in zip(events_of(run), run.step.tolist(), run.layer.tolist(), strict=True):
-        there.append(set(caches[p].slot_of))
-        caches[p].event(step, layer, keys)
-    return there
+#: Number of the compiled form of each prefetcher.
+_COMPILED: dict[type, int] = {
+    Popularity: compiled.POPULARITY,
+    Average: compiled.AVERAGE,
+    Previous: compiled.AVERAGE,
+    PreviousLayer: compiled.PREVIOUS_LAYER,
+    Both: compiled.BOTH,
+    Online: compiled.ONLINE,
+    Oracle: compiled.ORACLE,
+}
+
+
+def _learn(run: RequestKeys, kind: int, n_layer: int, n_expert: int) -> Floats:
+    """Return what a prefetcher's `learn` returns."""
+    if kind in (compiled.POPULARITY, compiled.AVERAGE):
+        return np.asarray(stack.count_uses(run.offsets, run.keys, run.pool, n_layer, n_expert), np.float64)
+    if kind in (compiled.PREVIOUS_LAYER, compiled.BOTH):
+        table: Floats = compiled.count_followers(run.offsets, run.keys, run.pool, n_layer, n_expert)
+        return table
+    return np.zeros(n_expert)
+
+
+def _ask(prefetcher: Prefetcher, request: Events, n: int) -> Guesses:
+    """Return the guesses of a prefetcher for each event, asked one by one."""
+    prefetcher.start(request)
+    made: Guesses = np.full((len(request), n), -1, np.int32)
+    for event, (layer, experts) in enumerate(request):
+        best = best_of(prefetcher.scores(layer), n)
+        made[event, : len(best)] = best
+        prefetcher.saw(layer, experts)
+    return made
+
+
+def _as_mask(run: RequestKeys, n_key: int) -> Bools:
+    """Return the keys of each event: bool, (n_event, n_key)."""
+    mask = np.zeros((len(run.pool), n_key), np.bool_)
+    mask[np.repeat(np.arange(len(run.pool)), np.diff(run.offsets)), run.keys] = True
+    return mask
+
+
+@dataclass(frozen=True, slots=True)
+class _Lateness:
+    """Seconds of one expert's copy and of the time before it is needed, on a machine; and the precision that pays."""
+
+    copy_s: float
+    window_s: float
+    break_even: float | None
+
+    @classmethod
+    def of(
+        cls, trace: Trace, pools: Pools, runs: Sequence[RequestKeys], setting: Setting, machine: Machine
+    ) -> _Lateness:
+        work = Workload.of(trace, setting)
+        n_token = max(1, sum(run.n_token for run in runs))
+        per_layer_s = work.seconds(machine, 0, 0).total_s * n_token / max(1, work.n_layer_step)
+        mean = float(pools.sizes[:, 0].mean())
+        copy_s = machine.device.link.seconds(round(mean), n_copies=work.n_projection)
+        return cls(copy_s, per_layer_s, break_even(machine, mean, work.n_projection, per_layer_s))
 
 
 def _score(
     name: str,
     n: int,
     capacity: Capacity,
-    trace: Trace,
     pools: Pools,
-    runs: list[RequestKeys],
-    requests: Sequence[Events],
-    guesses: list[list[list[int]]],
-    resident: list[list[set[int]]],
-    setting: Setting,
-    machine: Machine | None,
+    runs: Sequence[RequestKeys],
+    guessed: list[Guesses],
+    used: list[Bools],
+    resident: list[Bools],
+    late: _Lateness | None,
 ) -> Score:
-    used = right = missing = right_missing = misses = 0
-    wasted = 0
-    for request, guessed, there in zip(requests, guesses, resident, strict=True):
-        for (layer, experts), guess, held in zip(request, guessed, there, strict=True):
-            needed = set(experts)
-            absent = [e for e in guess if e not in held]
-            good = sum(e in needed for e in absent)
-            used += len(needed)
-            right += sum(e in needed for e in guess)
-            misses += len(needed - held)
-            missing += len(absent)
-            right_missing += good
-            wasted += (len(absent) - good) * int(pools.sizes[layer, 0])
+    n_used = right = missing = right_missing = misses = wasted = n_late = 0
+    for run, guess, needed, held in zip(runs, guessed, used, resident, strict=True):
+        event = np.arange(len(guess))[:, None]
+        is_guess = guess >= 0
+        is_used = is_guess & needed[event, guess]
+        is_absent = is_guess & ~held[event, guess]
+        good = is_absent & is_used
+        n_used += len(run.keys)
+        right += int(is_used.sum())
+        misses += int((needed & ~held).sum())
+        missing += int(is_absent.sum())
+        right_missing += int(good.sum())
+        wasted += int(((is_absent & ~is_used).sum(axis=1) * pools.sizes[run.pool, 0]).sum())
+        if late is not None:  # copies of one event's guesses follow one another
+            n_late += int((good & (np.cumsum(is_absent, axis=1) * late.copy_s > late.window_s)).sum())
     n_token = max(1, sum(run.n_token for run in runs))
-    late = even = None
-    if machine is not None and pools.is_sized:
-        work = Workload.of(trace, setting)
-        per_layer_s = work.seconds(machine, 0, 0).total_s * n_token / max(1, work.n_layer_step)
-        mean = float(pools.sizes[:, 0].mean())
-        even = break_even(machine, mean, work.n_projection, per_layer_s)
-        late = _late(
-            guesses,
-            resident,
-            requests,
-            machine.device.link.seconds(round(mean), n_copies=work.n_projection),
-            per_layer_s,
-        )
     return Score(
-        name, n, capacity, right / max(1, used), right_missing / missing if missing else None, right_missing / misses if misses else 0.0,
-        wasted / n_token if pools.is_sized else None, late, even,
+        name, n, capacity, right / max(1, n_used), right_missing / missing if missing else None,
+        right_missing / misses if misses else 0.0, wasted / n_token if pools.is_sized else None,
+        n_late / right_missing if late is not None and right_missing else None, None if late is None else late.break_even,
     )  # fmt: skip
-
-
-def _late(
-    guesses: list[list[list[int]]],
-    resident: list[list[set[int]]],
-    requests: Sequence[Events],
-    copy_s: float,
-    window_s: float,
-) -> float | None:
-    """Return the share of right guesses whose copy is late; copies of one event's guesses follow one another."""
-    right = late = 0
-    for request, guessed, there in zip(requests, guesses, resident, strict=True):
-        for (_, experts), guess, held in zip(request, guessed, there, strict=True):
-            absent = [e for e in guess if e not in held]
-            for i, e in enumerate(absent):
-                if e in experts:
-                    right += 1
-                    late += (i + 1) * copy_s > window_s
-    return late / right if right else None

@@ -28,6 +28,10 @@ from .trace import Phase, Trace
 __all__ = ["Refusal", "Replayer", "RequestResult", "Result", "Setting", "lru_begins", "replay", "replayer"]
 
 
+Bools = npt.NDArray[np.bool_]
+_NOT_ASKED: Bools = np.zeros((0, 0), np.bool_)
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """The setting that all replays of a comparison share."""
@@ -285,7 +289,26 @@ class Replayer:
         ]
         return self._result(policy, capacity, slots, [c[0] for c in counted], [int(c[1]) for c in counted], preload)
 
-    def _compiled(self, policy: Policy, i: int, budgets: Ints, sizes: Ints, hit: npt.NDArray[np.bool_]) -> int:
+    def resident(self, policy: Policy, slots: Ints) -> list[Bools]:
+        """Return which keys of its pool are resident before each event, by request: bool, (n_event, n_key).
+
+        Raises
+        ------
+        GraphError
+            The policy knows the future, or must admit an event that does not fit.
+        """
+        found = []
+        for i, run in enumerate(self.runs):
+            held = np.zeros((len(run.pool), self.pools.n_key), np.bool_)
+            hit, ones = np.zeros(len(run.keys), np.bool_), np.ones_like(self.pools.sizes)
+            replayed = self._objects if policy.code is None or (policy.make or policy.llama) is None else self._compiled
+            replayed(policy, i, slots, ones, hit, held)
+            found.append(held)
+        return found
+
+    def _compiled(
+        self, policy: Policy, i: int, budgets: Ints, sizes: Ints, hit: Bools, held: Bools = _NOT_ASKED
+    ) -> int:
         """Replay a policy of pyggml's own, and return the bytes of its preload.
 
         Raises
@@ -312,13 +335,13 @@ class Replayer:
         admission = policy.new_admission()
         failed = compiled.cache_hits(
             run.offsets, run.keys, self.order[i], self.starts[i], run.step, sizes, budgets, n_slot, policy.code, policy.half_life, first,
-            n_first, n_protected, must_admit and admission.must_admit, *admission.numbers(), hit,
+            n_first, n_protected, must_admit and admission.must_admit, *admission.numbers(), hit, held,
         )  # fmt: skip
         if failed >= 0:
             raise too_small(int(budgets[run.pool[failed]]), is_bytes=bool((sizes != 1).any()))
         return preload
 
-    def _batch(self, policy: Policy, replay_events: Batch, run: RequestKeys, slots: Ints) -> npt.NDArray[np.bool_]:
+    def _batch(self, policy: Policy, replay_events: Batch, run: RequestKeys, slots: Ints) -> Bools:
         """Replay a policy that takes all events at once.
 
         Raises
@@ -336,7 +359,7 @@ class Replayer:
             )
         return hit
 
-    def _objects(self, policy: Policy, i: int, budgets: Ints, sizes: Ints, hit: npt.NDArray[np.bool_]) -> int:
+    def _objects(self, policy: Policy, i: int, budgets: Ints, sizes: Ints, hit: Bools, held: Bools = _NOT_ASKED) -> int:
         """Replay a policy's own objects, one cache per pool, and return the bytes of its preload.
 
         Raises
@@ -363,6 +386,8 @@ class Replayer:
             zip(run.pool.tolist(), run.step.tolist(), run.layer.tolist(), strict=True)
         ):
             lo, hi = offsets[event], offsets[event + 1]
+            if len(held):
+                held[event] = [key in caches[p] for key in range(pools.n_key)]
             hits = set(caches[p].event(step, layer, keys[lo:hi]).hits)
             for j in range(lo, hi):
                 hit[j] = keys[j] in hits

@@ -21,6 +21,7 @@ import numpy as np
 from pyggml.lab import Capacity
 from pyggml.lab.policies import POLICIES, Policy, parse_policy
 from pyggml.lab.pools import Pools, request_keys
+from pyggml.lab.predict import PREFETCHERS, guesses
 from pyggml.lab.replay import Refusal, Setting, replayer
 from pyggml.lab.running import LabRule
 from pyggml.lab.trace import Phase, Trace, TraceBuilder
@@ -109,6 +110,12 @@ def main() -> None:
             told += f"   with an admission at least {rate / 1e6:6.1f} {rate / BAR:5.1f} x (+{rule})"
             slowest = min(slowest, (f"{policy.name}+{rule}", rate), key=lambda pair: pair[1])
         print(told)
+    if options.scope == "layer":
+        for name, made in PREFETCHERS.items():
+            guesses(made(), runs, pools, N_USED)  # compiles
+            rate = n / _best(options.rounds, lambda made=made: guesses(made(), runs, pools, N_USED))
+            print(f"{name:18} guesses {rate / 1e6:5.1f} {rate / BAR:5.1f} x")
+            slowest = min(slowest, (name, rate), key=lambda pair: pair[1])
     print(f"slowest: {slowest[0]} {slowest[1] / 1e6:.1f} million, {slowest[1] / BAR:.1f} x the bar")
     for name in ("lru", "lfru", "arc", "lru+hotter"):
         policy = parse_policy(name)

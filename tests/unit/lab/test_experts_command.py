@@ -121,6 +121,12 @@ def test_tables_fit_a_terminal(columns, trace_path, monkeypatch):
     assert "previous-layer" in out
 
 
+def test_sizes_stay_in_the_order_in_which_they_were_given(trace_path):
+    """A size that only the last policy can be replayed at keeps its place."""
+    out = run("compare", trace_path, "--policies", "lru,belady-bypass", "--capacities", "1,4,8")[1]
+    assert [line.split()[0] for line in out.splitlines() if " slots  " in line] == ["size", "1", "4", "8"]
+
+
 def test_a_sweep_that_does_not_fit_is_warned_of(trace_path):
     """One pool for all layers below a token's sweep hits nothing, and the size where hits begin is told."""
     status, _, err = run("compare", trace_path, "--scope", "global", "--policies", "lru", "--capacities", "3,30")
