@@ -237,6 +237,8 @@ class KeyReader:
             value = self.file.require(full, int)
         if value < least:
             raise self.error(key, f"is {value}, at least {least} is needed")
+        if value >= 1 << 31:
+            raise self.error(key, f"is {value}, more than a number of 32 bits holds")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

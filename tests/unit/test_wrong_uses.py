@@ -151,6 +151,7 @@ KEYS: dict[str, tuple[ValueType, object]] = {
     "attention.head_count": (ValueType.STRING, ["4"]),
     "expert_group_count": (ValueType.FLOAT32, [float("inf")]),
     "embedding_length": (ValueType.FLOAT32, [float("nan")]),
+    "context_length": (ValueType.UINT32, 2**31),
     "rope.freq_base": (ValueType.FLOAT32, 0.0),
     "rope.scaling.factor": (ValueType.FLOAT32, 1e-45),
     "attention.layer_norm_rms_epsilon": (ValueType.FLOAT64, 1e300),
