@@ -20,7 +20,7 @@ from pyggml.models.placement import PlacementFlags
 SCRIPT = Path(__file__).with_name("on_library.py")
 
 
-def _run(what: str, library: Path, folder: Path, timeout_s: float = 300, **arguments: object) -> list[dict[str, Any]]:
+def _run(what: str, library: Path, folder: Path, timeout_s: float = 3600, **arguments: object) -> list[dict[str, Any]]:
     """Run the script in a process of its own, and return what it found."""
     out = folder / "found.json"
     command = [sys.executable, str(SCRIPT), what, str(library), str(out), json.dumps(arguments)]
@@ -44,8 +44,8 @@ def test_ops_are_those_of_ggmls_cpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [None, 1, 2])
 def test_many_cases_of_ops(tmp_path: Path, seed: int | None) -> None:
-    """The same over more cases, at once and late."""
-    _check_ops(_run("ops", find_llama(), tmp_path, seed=seed, n_case=4), 500)
+    """The same over more cases, at once and late: of some 600 all but views, and but those at which ggml's CPU would end the process."""
+    _check_ops(_run("ops", find_llama(), tmp_path, seed=seed, n_case=4), 450)
 
 
 def _request(path: Path, folder: Path, **more: Any) -> str:
