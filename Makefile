@@ -50,7 +50,7 @@ bench: $(VENV)/test.stamp
 	set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
 soak: $(VENV)/docs.stamp
-	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -m slow $(ARGS)
+	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
 
 $(VENV)/docs.stamp: pyproject.toml | $(VENV)/python.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,docs]'
