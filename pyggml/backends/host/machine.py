@@ -170,7 +170,12 @@ class HostBuffer(Buffer):
             _watch(tensor, offset, size, is_write=True)
             HOST.by_host([host_access(address, size, tensor, is_write=False)])
         at = tensor.data
-        if at is None or self.owner is None or not self.is_writable:
+        if (
+            at is None
+            or self.owner is None
+            or not self.is_writable
+            or (tensor.view_src is not None and tensor.is_stale_view)
+        ):
             at = self._writable(tensor)  # raises
         ctypes.memmove(at + offset, address, size)
 
@@ -179,7 +184,7 @@ class HostBuffer(Buffer):
         if HOST.is_busy:
             _watch(tensor, offset, size, is_write=False)
         at = tensor.data
-        if at is None or self.owner is None:
+        if at is None or self.owner is None or (tensor.view_src is not None and tensor.is_stale_view):
             at = self._address(tensor)  # raises
         ctypes.memmove(address, at + offset, size)
 
