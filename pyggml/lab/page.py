@@ -24,16 +24,20 @@ def write_comparison(path: Path, made: Comparison) -> None:
     report = made.json()
     told, machine = report["report"], report["machine"]
     about = (
-        f"{told['phase']}, contract {told['contract']}, scope {told['scope']}; {told['requests']} requests, {told['steps']} steps; "
-        f"{machine['name']}, link {machine['link_gb_per_s']:.1f} GB/s. {told['retention']}."
+        f"{told['phase']}, contract {told['contract']}, scope {told['scope']}; {_requests(told['requests'])}, {told['steps']} steps; "
+        f"{machine['name']}, link {machine['link_gb_per_s']:.1f} GB/s; {told['retention']}."
     )
     used = _used(usage(made.trace, phase=made.setting.phase), made.trace)
     _write(path, "Expert caches", made.trace, {**report, "about": about, "usage": used, "bars": _bars(made)})
 
 
+def _requests(n: int) -> str:
+    return f"{n:,} request{'s' if n != 1 else ''}"
+
+
 def write_usage(path: Path, trace: Trace, used: Usage, *, phase: str) -> None:
     """Write the page of used experts: by layer, and by the number of tokens of an event."""
-    about = f"{phase}; {len(trace.requests) or 1} requests"
+    about = f"{phase}; {_requests(len(trace.requests) or 1)}"
     _write(path, "Used experts", trace, {"about": about, "warnings": _warnings(trace), "usage": _used(used, trace)})
 
 
