@@ -232,7 +232,12 @@ class Runner:
         return found, hazards
 
     def can_run(self, graph: RandomGraph) -> bool:
-        """Whether ggml's CPU, on which any node may land, runs all nodes and is known not to end the process."""
+        """Whether ggml's CPU, on which any node may land, runs all nodes and is known not to end the process.
+
+        A batch of no tokens gives an empty buffer, at which ggml ends the process when it allocates the next.
+        """
+        if any(t.is_empty for t in graph.order if not t.op.is_empty):
+            return False
         if not all(can_translate(self.library, t) and is_safe_on_cpu(t) for t in graph.order if t.op is not Op.NONE):
             return False
         for tensor in graph.order:

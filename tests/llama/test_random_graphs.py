@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from pyggml.llama.library import find_llama
 from pyggml.testing.strategies import cases
 
+#: Further builds of ggml, by their shared objects.
+MORE = [Path(p) for p in os.environ.get("PYGGML_TEST_LIBRARIES", "").split(os.pathsep) if p]
 SCRIPT = Path(__file__).with_name("random_on_library.py")
 
 
@@ -59,3 +62,10 @@ def test_random_graphs_are_computed_right(tmp_path: Path) -> None:
 def test_random_graphs_soak(batch: int, tmp_path: Path) -> None:
     """More graphs and seeds; a child computes ten."""
     _check(find_llama(), tmp_path, _draw(40)[10 * batch : 10 * batch + 10], range(1, 6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", MORE)
+def test_random_graphs_in_other_builds(library: Path, tmp_path: Path) -> None:
+    """The same in builds that the environment names."""
+    _check(library, tmp_path, _draw(12), [1, 2, 3])
