@@ -255,6 +255,7 @@ class Capture(Watcher):
         self.is_relaxed = self.has_devices
 
     def _reserve(self, n_tokens: int, n_seqs: int, n_outputs: int) -> Handle:
+        self._clear()  # what earlier decodes left in the cache changes a few graphs
         del self.lines[:]
         graph = self.library.reserve(self._ctx, n_tokens, n_seqs, n_outputs)
         if graph == self.ffi.NULL:

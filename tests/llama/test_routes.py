@@ -58,7 +58,13 @@ def _equal(arch: str, place: str, folder: Path, build: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("arch", "place"),
-    [("qwen3moe", "experts offered"), ("gemma3", "one layer"), ("falcon-h1", "cache on the host"), ("bert", "all")],
+    [
+        ("qwen3moe", "experts offered"),
+        ("gemma3", "one layer"),
+        ("falcon-h1", "cache on the host"),
+        ("bert", "all"),
+        ("minimax-m3", "all"),
+    ],
 )
 def test_plans_are_the_same(
     arch: str, place: str, tmp_path: Path, hidden: Path, monkeypatch: pytest.MonkeyPatch
