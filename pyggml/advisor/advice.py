@@ -138,7 +138,10 @@ def plan(
                 advice.fit = maker.make("what llama.cpp's --fit chooses", search.score(chosen))
         settings.sort(key=plain_first)
         advice.plans = maker.best_plans(settings, around_fit, n_plans, Type.of(kv_types[0]), tell)
-        advice.compared = [maker.make("yours", search.score(setting)) for setting in compare]
+        advice.compared = [
+            maker.make("yours" if len(compare) < 2 else f"yours, {i}", search.score(setting))
+            for i, setting in enumerate(compare, 1)
+        ]
         if advice.plans:
             maker.best_first()
             best = advice.plans[0]

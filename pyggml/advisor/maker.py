@@ -12,7 +12,7 @@ from ..types import Type
 from .answer import Advice, Recommendation
 from .limits import bottleneck
 from .search import Scored, Search
-from .settings import command, flags_of, ik_flags_of
+from .settings import command, flags_of, ik_flags_of, with_llama_names
 
 __all__ = ["BEST", "Maker"]
 
@@ -63,11 +63,15 @@ class Maker:
         self._with_cache(plans, [s for s in every if s.setting.type_k is best.setting.type_k], tell)
         first = plans[0]
         wanted: list[tuple[str, list[Scored], Callable[[Recommendation], bool]]] = [
-            ("fastest prompt", sorted(plain, key=lambda s: (_step(s.prompt_s), s.generate_s)), _any),
+            (
+                "fastest prompt",
+                sorted(plain, key=lambda s: (_step(s.prompt_s), s.generate_s)),
+                lambda made: made.pp_tps.mid > _NOTEWORTHY_TIME * first.pp_tps.mid,
+            ),
             (
                 "fastest generation",
                 sorted(plain, key=lambda s: (_step(s.generate_s), s.prompt_s)),
-                lambda made: made.tg_tps.mid > first.tg_tps.mid,
+                lambda made: made.tg_tps.mid > _NOTEWORTHY_TIME * first.tg_tps.mid,
             ),
             (
                 "the same with a KV cache in q8_0",
@@ -108,9 +112,11 @@ class Maker:
             if scored.setting.type_k is best.setting.type_k and next(search.best([scored]), None) is not None:
                 rivals.append(self.make(BEST, scored))
         found = min((p for p in rivals if p.fits), key=lambda p: p.seconds, default=best)
+        if found.seconds * _NOTEWORTHY_TIME >= best.seconds:  # what gains less stays with its plainer flags
+            found = next((p for p in rivals if p is self.advice.fit and p.fits), best)
         if found.seconds < best.seconds:
             shown_below = self.advice.fit is not None and _is_same(self.advice.fit.setting, best.setting)
-            plans[:] = [replace(found, title=BEST), *([] if shown_below else [replace(best, title="nearly as fast")])]
+            plans[:] = [replace(found, title=BEST), *([] if shown_below else [replace(best, title="next best")])]
 
     def _with_cache(self, plans: list[Recommendation], ranked: list[Scored], tell: Callable[[str], None]) -> None:
         """Put the best setting with an expert cache first, if it is noteworthily faster on the simulated machine.
@@ -139,7 +145,7 @@ class Maker:
         if best.seconds * _NOTEWORTHY_TIME >= first.seconds:
             return
         others = [p for p in advice.plans[1:] if p is not best]
-        moved = [replace(best, title=first.title), replace(first, title="nearly as fast"), *others]
+        moved = [replace(best, title=first.title), replace(first, title="next best"), *others]
         advice.plans = moved[: max(len(advice.plans), 1)]
 
     def _small(self, ranked: list[Scored], best: Scored) -> list[Scored]:
@@ -163,6 +169,7 @@ class Maker:
         """Return the recommendation of a setting."""
         search, setting = self.search, scored.setting
         flags = flags_of(setting, search.goal.context, has_devices=bool(search.machine.cards))
+        shown = with_llama_names(flags, [card.family for card in search.machine.cards])
         memory = search.memory.exact(setting) or []
         names = [card.name for card in search.machine.cards]
         if len(set(names)) < len(names):
@@ -172,8 +179,8 @@ class Maker:
         goal = search.goal
         exact = Scored(setting, goal.prompt / times.pp.mid, goal.generate / times.tg.mid)
         return Recommendation(
-            title, setting, flags, command("llama-server", self.model, flags),
-            command("llama-server", self.model, ik_flags_of(flags)), times.pp, times.tg, exact.seconds, memory, times.link_prompt,
+            title, setting, flags, command("llama-server", self.model, shown),
+            command("llama-server", self.model, ik_flags_of(shown)), times.pp, times.tg, exact.seconds, memory, times.link_prompt,
             times.link_generated, bottleneck(search, scored, exact), times.hit_rate,
             search.memory.refused.get(setting, ""),
         )  # fmt: skip

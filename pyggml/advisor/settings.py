@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -25,6 +25,7 @@ __all__ = [
     "last_experts",
     "overrides_of",
     "placement_flags",
+    "with_llama_names",
 ]
 
 #: Micro-batches that are tried; llama.cpp's default is 512.
@@ -238,7 +239,7 @@ def flags_of(setting: Setting, n_ctx: int, *, has_devices: bool = True) -> list[
         flags.append("-nkvo")
     if setting.is_pinned:
         flags.append("--no-mmap")
-    if not setting.op_offload:
+    if not setting.op_offload and has_devices:
         flags.append("--no-op-offload")
     if setting.moe_cache_mib:
         flags += ["--moe-cache-mib", str(setting.moe_cache_mib)]
@@ -292,6 +293,25 @@ def is_experts_only(setting: Setting) -> bool:
 def overrides_of(texts: Iterable[str]) -> tuple[str, ...]:
     """Return overrides with llama.cpp's names of devices as those of simulated ones: ``CUDA0`` is ``SIM0``."""
     return tuple(re.sub(r"=(?:CUDA|ROCm|Vulkan|HIP|SYCL|Metal|MTL)(?=\d|$|,)", "=SIM", text) for text in texts)
+
+
+def with_llama_names(flags: Iterable[str], families: Sequence[str]) -> list[str]:
+    """Return flags with the names of simulated devices as those of llama.cpp, the inverse of `overrides_of`.
+
+    Examples
+    --------
+    >>> with_llama_names(["-ot", "output=SIM1,ffn_up=CPU"], ["cuda", "cuda"])
+    ['-ot', 'output=CUDA1,ffn_up=CPU']
+    """
+    names = {"cuda": "CUDA", "rocm": "ROCm", "vulkan": "Vulkan", "metal": "MTL"}
+    kinds = [names.get(family.partition("-")[0], "CUDA") for family in families]
+
+    def name(found: re.Match[str]) -> str:
+        i = int(found[1])
+        kind = kinds[i] if i < len(kinds) else "CUDA"
+        return f"={kind}{kinds[:i].count(kind)}"
+
+    return [re.sub(r"=SIM(\d+)(?=$|,)", name, flag) for flag in flags]
 
 
 def command(program: str, model: str, flags: list[str]) -> str:

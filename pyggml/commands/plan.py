@@ -336,7 +336,7 @@ def _print_plan(plan: Recommendation) -> None:
     out = report()
     out.print(f"{plan.title}:", style="bold")
     out.print(plan.command, soft_wrap=True)
-    if plan.ik_command != plan.command:
+    if plan.ik_command != plan.command and not plan.refused:
         note = f", {plan.ik_note}" if plan.ik_note else ""
         out.print(f"ik_llama.cpp{note}: {plan.ik_command}", soft_wrap=True, style="dim")
     if plan.refused:
@@ -360,7 +360,7 @@ def _table(advice: Advice) -> Table:
             f"{memory[d].bytes / 2**30:.1f}{'' if memory[d].fits else ' !'}" if d in memory else "" for d in devices
         ]
         made.add_row(
-            plan.title, _range(plan.pp_tps), _range(plan.tg_tps), f"{plan.seconds:.1f}", *cells,
+            plan.title, *(["-"] * 3 if plan.refused else [_range(plan.pp_tps), _range(plan.tg_tps), f"{plan.seconds:.1f}"]), *cells,
             n_bytes(round(plan.link_bytes_per_token)), style=None if plan.fits else "red",
         )  # fmt: skip
     return made

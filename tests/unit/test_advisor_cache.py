@@ -269,3 +269,20 @@ def test_a_recorded_routing_decides_the_hits(tmp_path: Path) -> None:
     result = CliRunner().invoke(group, ["plan", *args, "--routing", "nothing"])
     assert result.exit_code != 0
     assert parse_routing("uniform").n_tokens is None
+
+
+def test_command_lines_name_cards_as_llama_does() -> None:
+    """Patterns for the second card say CUDA1 in command lines, and SIM1 in the flags that `splits` takes."""
+    own = "-ts 1,1 -ot blk\\.1\\.ffn_down.*=CUDA1"
+    answer = run("llama-3.2-3b", "--device", "rtx3060,rtx3060", "-c", "4096", "--plans", "1", "--compare", own)
+    (made,) = answer["compared"]
+    assert "ffn_down.*=SIM1" in " ".join(made["flags"])
+    assert "ffn_down.*=CUDA1" in made["command"]
+    assert "SIM" not in made["command"] + made["ik_llama_command"]
+
+
+def test_a_machine_without_a_card_needs_no_flags_of_devices() -> None:
+    """Nothing is offloaded there, so that nothing switches it off."""
+    (made,) = plan("qwen3-0.6b", devices="cpu", host=HOST, context=4096).plans
+    assert "--no-op-offload" not in made.flags
+    assert "-op" not in made.ik_command.split()
