@@ -97,7 +97,7 @@ class Maker:
                 made = self.make(title, found)
                 if is_wanted(made):
                     plans.append(made)
-        self._points(every)
+        self._points([*(search.score(p.setting) for p in plans[:n_plans]), *every])
         return plans[:n_plans]
 
     def _with_fit(self, plans: list[Recommendation], around_fit: list[Setting], tell: Callable[[str], None]) -> None:
@@ -186,10 +186,10 @@ class Maker:
         )  # fmt: skip
 
     def _points(self, ranked: list[Scored]) -> None:
-        """Keep what the page draws: settings that fit by what is known."""
+        """Keep what the page draws: settings that fit by what is known, each once; the plans are first."""
         goal, memory = self.search.goal, self.search.memory
         cached: set[Setting] = set()
-        for scored in ranked:
+        for scored in {s.setting: s for s in ranked}.values():
             taken = memory.estimate(scored.setting) or memory.bound(scored.setting, is_lower=False)
             if taken is None or not all(d.fits for d in taken):
                 continue

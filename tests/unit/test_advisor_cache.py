@@ -160,7 +160,8 @@ def test_ik_llama_gets_no_cache_and_is_told_so() -> None:
     assert made.ik_note in page
     assert made.cache_line in page
     assert page.count('class="cached"') > 3
-    assert page.count("<circle") == 3 * len(advice.points)
+    assert page.count("<circle") == 3 * len(advice.points) == 3 * len({flags for *_, flags in advice.points})
+    assert page.count('class="plan"') == 3 * len(advice.plans)
 
 
 def test_explaining_says_whether_a_cache_pays_with_numbers() -> None:
