@@ -46,7 +46,7 @@ CONTROL, THREADS, SHARED_BYTES, THREAD_BYTES, N_PIECES, PIECES = 4, 5, 6, 7, 8, 
 
 
 @device
-def place_of(key, mask):
+def place_of(key: int, mask: int) -> int:
     """Return the first place of the table for a key."""
     return ((key * 0x9E3779B97F4A7C1) >> 24) & mask
 
