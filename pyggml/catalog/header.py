@@ -11,14 +11,16 @@ from .. import config
 from ..errors import FormatError, PyggmlError
 from ..gguf import ValueType
 from ..makers.gguf_writer import GGUFWriter
+from . import tensors
 from .hub import PREFIX, hub_header
 from .quantization import parse_quant, type_tensors
 from .sizes import MODELS, ModelSizes
-from .tensors import shapes
+from .tensors import compress_ratio, shapes
 
 __all__ = ["find_model", "header_path", "write_header"]
 
-_U32, _F32, _STR, _BOOL = ValueType.UINT32, ValueType.FLOAT32, ValueType.STRING, ValueType.BOOL
+_U32, _U64, _F32 = ValueType.UINT32, ValueType.UINT64, ValueType.FLOAT32
+_STR, _BOOL = ValueType.STRING, ValueType.BOOL
 #: What makers and converters append to a model's name and what changes no size.
 _TAIL = re.compile(
     r"([-_. ](instruct|it|chat|base|thinking|gguf|hf|text|v\d+(\.\d+)?|\d{4}|\d{2}-\d{2}|128k|1m|distill|reasoning|preview"
@@ -86,7 +88,7 @@ def header_path(text: str) -> Path:
         raise FormatError(text, "there is no such file, and no such model in the table", hint=hint)
     quant = quant or sizes.quant
     parse_quant(quant)
-    path = config.cache_dir() / "headers" / f"{sizes.name}-{quant}.v2.gguf"
+    path = config.cache_dir() / "headers" / f"{sizes.name}-{quant}.v3.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_header(sizes, quant, path)
@@ -127,18 +129,18 @@ def write_header(s: ModelSizes, quant: str, path: str | os.PathLike[str], *, fil
     for key, value in _keys(s).items():
         key = f"{s.arch}.{key}"
         if isinstance(value, list):
-            kind = _BOOL if isinstance(value[0], bool) else _U32
-            writer.add_array(key, kind, value)
+            kinds = {bool: _BOOL, int: _U32, float: _F32}
+            writer.add_array(key, _U64 if ".ple." in key and max(value) > 0xFF else kinds[type(value[0])], value)
         else:
             kind = {bool: _BOOL, int: _U32, float: _F32, str: _STR}[type(value)]
             writer.add(key, kind, value)
     writer.add("tokenizer.ggml.model", _STR, "no_vocab")
-    for tensor in type_tensors(s, rows, quant, file_bytes=file_bytes):
-        writer.add_tensor(tensor.name, tensor.type, tensor.ne, list)
+    for t in type_tensors(s, rows, quant, file_bytes=file_bytes):
+        writer.add_tensor(t.name, t.type, t.ne, list)
     writer.write_header(path)
 
 
-_Value = bool | int | float | str | list[int] | list[bool]
+_Value = bool | int | float | str | list[int] | list[bool] | list[float]
 
 
 def _keys(s: ModelSizes) -> dict[str, _Value]:
@@ -178,7 +180,7 @@ def _keys(s: ModelSizes) -> dict[str, _Value]:
             "ssm.time_step_rank": s.ssm_heads,
             "ssm.inner_size": s.ssm_heads * s.ssm_state,
         }
-    if s.kv_lora:
+    if s.kv_lora and s.arch != "deepseek4":
         keys |= {
             "attention.head_count_kv": 1,
             "attention.kv_lora_rank": s.kv_lora,
@@ -204,6 +206,42 @@ def _own_keys(s: ModelSizes) -> dict[str, _Value]:
         return {
             "rope.scaling.type": "yarn", "rope.scaling.factor": 32.0, "rope.scaling.original_context_length": 4096,
         }  # fmt: skip
+    if s.arch == "deepseek4":
+        return _selecting(s) | {
+            "attention.sliding_window": 128,
+            "attention.q_lora_rank": s.q_lora,
+            "attention.output_group_count": s.n_group,
+            "attention.output_lora_rank": tensors.OUTPUT_RANK,
+            "attention.compress_rope_freq_base": 160000.0,
+            "attention.indexer.top_k": 512,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 16.0,
+            "rope.scaling.original_context_length": 65536,
+            "expert_weights_scale": 1.5,
+            "expert_weights_norm": True,
+            "expert_gating_func": 4,
+            "swiglu_clamp_exp": [10.0] * s.n_layer,
+            "hyper_connection.sinkhorn_iterations": 20,
+            "hyper_connection.epsilon": 1e-6,
+            "hash_layer_count": tensors.HASHED_LAYERS,
+        }
+    if s.arch == "qwen4exp":
+        heads, rows = tensors.NGRAM_HEADS, tensors.NGRAM_ROWS
+        return _selecting(s) | {
+            "attention.indexer.top_k": 2048,
+            "hyper_connection.low_rank": tensors.STREAM_RANK,
+            "embedding_length_per_layer_input": s.per_layer // heads,
+            "ple.layers": [tensors.NGRAM_LAYER],
+            "ple.ngram_size": tensors.NGRAM_SIZE,
+            "ple.heads_per_ngram": heads // (tensors.NGRAM_SIZE - 1),
+            "ple.conv_kernel": s.ssm_conv,
+            "ple.eos_token_id": 248044,
+            "ple.layer_multipliers": [
+                2**40 + 2 * i + 1 for i in range(tensors.NGRAM_SIZE)
+            ],  # odd; no size hangs on them
+            "ple.head_offsets": [i * rows for i in range(heads)],
+            "ple.head_vocab_sizes": [rows] * heads,
+        }
     if s.arch == "gemma4":
         windows = [s.has_window(i) for i in range(s.n_layer)]
         return {
@@ -234,3 +272,13 @@ def _own_keys(s: ModelSizes) -> dict[str, _Value]:
             shared["rope.dimension_count"] = s.head // 2
         return shared
     return {"rope.dimension_count": s.head // 2} if s.arch == "glm4" else {}
+
+
+def _selecting(s: ModelSizes) -> dict[str, _Value]:
+    """Return the keys of residual streams and of attention that selects positions."""
+    return {
+        "attention.compress_ratios": [compress_ratio(s, i) for i in range(s.n_layer)],
+        "attention.indexer.head_count": tensors.INDEX_HEADS[s.arch],
+        "attention.indexer.key_length": tensors.INDEX_WIDTH,
+        "hyper_connection.count": tensors.STREAMS,
+    }

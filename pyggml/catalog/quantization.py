@@ -46,7 +46,9 @@ _FALLBACK = {
     Type.Q2_K: Type.Q4_0,
     Type.Q3_K: Type.Q4_0,
 }
-_KEPT = re.compile(r"_norm\.weight|ffn_gate_inp\.weight|ssm_conv1d|\.bias$|ffn_gate_inp_shexp")
+_KEPT = re.compile(
+    r"_norm\.weight|ffn_gate_inp\.weight|ssm_conv1d|\.bias$|ffn_gate_inp_shexp|ffn_gate_tid2eid|indexer\.[qk]_proj"
+)
 #: How near a total is to be to the file's.
 _CLOSE = 0.002
 _VERY_LOW = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ2_S", "IQ2_M", "IQ1_M")
@@ -212,7 +214,7 @@ def _by_rule(s: ModelSizes, rows: Sequence[Shape], name: str) -> list[TypedTenso
     out = []
     for row in rows:
         if not _is_quantized(row):
-            type = Type.F32
+            type = Type.I32 if "tid2eid" in row.name else Type.F32
         elif not base.is_quantized:
             type = base
         else:

@@ -7,16 +7,24 @@ from typing import NamedTuple
 
 from .sizes import ModelSizes
 
-__all__ = ["Shape", "shapes"]
+__all__ = ["Shape", "compress_ratio", "shapes"]
 
 #: Architectures with norms behind attention, where others have one before the feed-forward layer.
-_POST_ATTENTION = {"gpt-oss", "qwen35", "qwen35moe", "qwen3next", "qwen4exp", "glm4moe"}
+_POST_ATTENTION = {"gpt-oss", "qwen35", "qwen35moe", "qwen3next", "glm4moe", "seed_oss"}
 #: Architectures with norms before and behind both.
 _SANDWICHED = {"glm4", "gemma2", "gemma3", "gemma4"}
 #: Architectures whose router adds a bias to what it chooses by.
 _ROUTER_BIAS = {"glm4moe", "minimax-m2", "dots1", "ernie4_5-moe", "deepseek4"}
 #: Architectures whose feed-forward layers keep gate and up as one.
 _FUSED_UP = {"glm4", "phi3"}
+
+# DeepSeek 4 and Qwen 3.8 Flash Next, of which there is one size each; from their makers' configuration files
+STREAMS, STREAM_RANK = 4, 320  #: parallel residual streams (hyper-connections), and the rank of Qwen's mixers
+INDEX_HEADS, INDEX_WIDTH = {"deepseek4": 64, "qwen4exp": 4}, 128  #: of the attention that selects positions
+SPARSE_RATIO = 4  #: positions that are compressed to one where attention selects among them
+OUTPUT_RANK = 1024  #: of DeepSeek's projections after attention
+HASHED_LAYERS = 3  #: DeepSeek's first layers choose experts by a table of tokens
+NGRAM_LAYER, NGRAM_SIZE, NGRAM_HEADS, NGRAM_ROWS = 1, 3, 16, 20_000_000  #: Qwen's embeddings of two and three tokens
 
 
 class Shape(NamedTuple):
@@ -44,15 +52,18 @@ def shapes(s: ModelSizes, *, nextn: bool = True) -> list[Shape]:
 
     Notes
     -----
-    Mirrors `load_arch_tensors` of each architecture in llama.cpp. Differs: of deepseek4 and qwen4exp only what weighs is
-    listed, so their headers are for sizes and times.
+    Mirrors `load_arch_tensors` of each architecture in llama.cpp.
     """
     e = s.n_embd
     # llama-quantize writes by layer, then by name (`weight_name_comparer`)
     rows = [] if s.tied else [Shape("output.weight", (e, s.n_vocab))]
-    rows += [Shape("output_norm.weight", (e,))]
-    if s.arch == "qwen4exp":
-        rows.append(Shape("per_layer_token_embd.weight", (s.per_layer, 20_000_000)))
+    if s.arch == "qwen4exp":  # the last mixer of its residual streams has the norm
+        rows += [Shape(f"output_hc_{name}.weight", ne) for name, ne in _mixer(s)]
+        rows.append(Shape("per_layer_token_embd.weight", (s.per_layer // NGRAM_HEADS, NGRAM_HEADS * NGRAM_ROWS)))
+    else:
+        rows.append(Shape("output_norm.weight", (e,)))
+    if s.arch == "deepseek4":
+        rows += [Shape(f"output_hc_{name}.weight", ne) for name, ne in _streams(s, STREAMS, 1)]
     if s.arch == "gemma4":
         rows.append(Shape("rope_freqs.weight", (s.head_full // 2,)))
     rows.append(Shape("token_embd.weight", (e, s.n_vocab)))
@@ -61,21 +72,33 @@ def shapes(s: ModelSizes, *, nextn: bool = True) -> list[Shape]:
     return rows
 
 
+def compress_ratio(s: ModelSizes, i: int) -> int:
+    """Return how many positions a layer's attention compresses to one; 0 for none."""
+    if s.arch == "qwen4exp":
+        return 0 if s.is_recurrent(i) else SPARSE_RATIO
+    return 0 if i < 2 else SPARSE_RATIO if i % 2 == 0 else 128
+
+
 _Rows = Iterator[tuple[str, tuple[int, ...]]]
 
 
 def _layer(s: ModelSizes, i: int) -> _Rows:
     e = s.n_embd
-    yield "attn_norm.weight", (e,)
+    if s.arch == "qwen4exp":
+        yield from _mixed(s, i)
+    else:
+        yield "attn_norm.weight", (e,)
     if s.is_recurrent(i):
         yield from _recurrent(s)
     elif s.arch == "deepseek4":
-        yield from _compressed(s)
+        yield from _compressed(s, i)
     elif s.kv_lora:
         yield from _latent(s)
     else:
         yield from _attention(s, i)
-    if s.arch in _POST_ATTENTION:
+    if s.arch == "qwen4exp":
+        pass
+    elif s.arch in _POST_ATTENTION:
         yield "post_attention_norm.weight", (e,)
     elif s.arch in _SANDWICHED:
         yield "post_attention_norm.weight", (e,)
@@ -84,7 +107,7 @@ def _layer(s: ModelSizes, i: int) -> _Rows:
     else:
         yield "ffn_norm.weight", (e,)
     if s.has_experts(i):
-        yield from _experts(s)
+        yield from _experts(s, i)
     elif s.arch in _FUSED_UP:
         yield "ffn_up.weight", (e, 2 * s.n_ff)
         yield "ffn_down.weight", (s.n_ff, e)
@@ -153,19 +176,77 @@ def _latent(s: ModelSizes) -> _Rows:
     yield "attn_output.weight", (s.n_head * s.head_v, e)
 
 
-def _compressed(s: ModelSizes) -> _Rows:
-    e, rank = s.n_embd, 1024
+def _compressed(s: ModelSizes, i: int) -> _Rows:
+    """Yield a layer of DeepSeek 4: attention to a window and to compressed positions, and residual streams."""
+    e, ratio, out = s.n_embd, compress_ratio(s, i), s.n_head * s.head // s.n_group
+    yield "attn_sinks.weight", (s.n_head,)
     yield "attn_q_a.weight", (e, s.q_lora)
+    yield "attn_q_a_norm.weight", (s.q_lora,)
     yield "attn_q_b.weight", (s.q_lora, s.n_head * s.head)
     yield "attn_kv.weight", (e, s.head)
-    yield "attn_output_a.weight", (s.n_head * s.head // s.n_group, rank, s.n_group)
-    yield "attn_output_b.weight", (s.n_group * rank, e)
+    yield "attn_kv_a_norm.weight", (s.head,)
+    yield "attn_output_a.weight", (out, OUTPUT_RANK * s.n_group)
+    yield "attn_output_b.weight", (s.n_group * OUTPUT_RANK, e)
+    for place in ("attn", "ffn"):
+        for name, ne in _streams(s, STREAMS * (STREAMS + 2), 3):
+            yield f"hc_{place}_{name}.weight", ne
+    if ratio:
+        yield from _compressor("attn", s, s.head, ratio)
+    if ratio == SPARSE_RATIO:
+        yield "indexer.proj.weight", (e, INDEX_HEADS[s.arch])
+        yield "indexer.attn_q_b.weight", (s.q_lora, INDEX_HEADS[s.arch] * INDEX_WIDTH)
+        yield from _compressor("indexer", s, INDEX_WIDTH, ratio)
 
 
-def _experts(s: ModelSizes) -> _Rows:
+def _compressor(place: str, s: ModelSizes, width: int, ratio: int) -> _Rows:
+    n = 2 * width if ratio == SPARSE_RATIO else width  # sparse ones overlap
+    yield f"{place}_compressor_kv.weight", (s.n_embd, n)
+    yield f"{place}_compressor_gate.weight", (s.n_embd, n)
+    yield f"{place}_compressor_ape.weight", (n, ratio)
+    yield f"{place}_compressor_norm.weight", (width,)
+
+
+def _streams(s: ModelSizes, n: int, n_scales: int) -> _Rows:
+    """Yield what mixes the residual streams of DeepSeek 4 (hyper-connections)."""
+    yield "fn", (STREAMS * s.n_embd, n)
+    yield "base", (n,)
+    yield "scale", (n_scales,)
+
+
+def _mixer(s: ModelSizes) -> _Rows:
+    """Yield what mixes the residual streams of Qwen 3.8 Flash Next (hyper-connections of low rank)."""
+    e = s.n_embd
+    yield "norm", (e * STREAMS,)
+    yield "down", (STREAMS * e, STREAM_RANK)
+    yield "up", (STREAM_RANK, STREAMS * e)
+
+
+def _mixed(s: ModelSizes, i: int) -> _Rows:
+    """Yield what a layer of Qwen 3.8 Flash Next has beside attention, recurrence and experts."""
+    e = s.n_embd
+    for place in ("attn", "ffn"):
+        for name, ne in _mixer(s):
+            yield f"hc_{place}_{name}.weight", ne
+        yield f"hc_{place}_inject.weight", (STREAMS * e, STREAMS)
+    if not s.is_recurrent(i):
+        yield "indexer.q_proj.weight", (e, INDEX_HEADS[s.arch] * INDEX_WIDTH)
+        yield "indexer.k_proj.weight", (e, INDEX_WIDTH)
+        yield "indexer.q_norm.weight", (INDEX_WIDTH,)
+        yield "indexer.k_norm.weight", (INDEX_WIDTH,)
+    if i == NGRAM_LAYER:
+        yield "ple_key.weight", (e, STREAMS * e)
+        yield "ple_value.weight", (s.per_layer, e)
+        for name in ("norm_key", "norm_query", "norm_conv"):
+            yield f"ple_{name}.weight", (e * STREAMS,)
+        yield "ple_conv1d.weight", (s.ssm_conv, STREAMS * e)
+
+
+def _experts(s: ModelSizes, i: int) -> _Rows:
     e, n = s.n_embd, s.n_expert
     yield "ffn_gate_inp.weight", (e, n)
-    if s.arch in _ROUTER_BIAS or (s.arch == "deepseek2" and s.q_lora):
+    if s.arch == "deepseek4" and i < HASHED_LAYERS:
+        yield "ffn_gate_tid2eid.weight", (s.n_used, s.n_vocab)
+    elif s.arch in _ROUTER_BIAS or (s.arch == "deepseek2" and s.q_lora):
         yield "exp_probs_b.bias", (n,)
     if s.arch == "gemma4":
         yield from _dense(s)

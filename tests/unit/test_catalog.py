@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pyggml.catalog import MODELS, find_model, header_path, parse_quant, shapes, type_tensors, write_header
+from pyggml.catalog import MODELS, ModelSizes, find_model, header_path, parse_quant, shapes, type_tensors, write_header
 from pyggml.cli import run
 from pyggml.errors import FormatError, GraphError
 from pyggml.gguf import GGUFFile
+from pyggml.models.context import ContextFlags
 from pyggml.planning import Planner
 from pyggml.types import Type
 
@@ -107,6 +109,19 @@ def test_every_header_opens(tmp_path: Path) -> None:
         with GGUFFile.open(path) as file:
             assert list(file.tensors) == [row.name for row in shapes(s)]
             assert file.metadata[f"{s.arch}.block_count"] == s.n_layer + s.n_nextn
+
+
+_FIRST = list({s.arch: s for s in reversed(MODELS.values())}.values())
+
+
+@pytest.mark.parametrize("sizes", _FIRST, ids=[s.arch for s in _FIRST])
+def test_every_architecture_is_planned(sizes: ModelSizes, tmp_path: Path) -> None:
+    """Headers have all that llama.cpp asks for: a prompt and a token of each architecture's first layers are planned."""
+    path = tmp_path / f"{sizes.name}.gguf"
+    write_header(replace(sizes, n_layer=sizes.n_layer if sizes.n_layer < 28 else 8), sizes.quant, path)  # some go by it
+    context = ContextFlags(n_ctx=512)
+    with Planner.open(path, devices=["sim:rtx3090-pcie4"], context=context, data=False) as planner:
+        assert all(graph.plan.splits for n in (512, 1) for graph in planner.plan_batch(n))
 
 
 def test_planner_opens_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
