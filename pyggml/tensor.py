@@ -31,9 +31,9 @@ _ONES = (1,) * MAX_DIMS
 
 def pad_ne(ne: Sequence[int]) -> Shape:
     """Return ``ne`` extended to four dimensions with ones."""
-    if len(ne) == MAX_DIMS and type(ne) is tuple:  # another tensor's, as most are
-        return ne
     n = len(ne)
+    if n == MAX_DIMS and type(ne) is tuple and min(ne) >= 0:  # another tensor's, as most are
+        return ne
     if not 1 <= n <= MAX_DIMS:
         raise ShapeError("tensor", f"1 to {MAX_DIMS} dimensions are possible, not {n}")
     if min(ne) < 0:

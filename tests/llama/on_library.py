@@ -211,12 +211,12 @@ def known(path: Path, request: dict[str, Any]) -> Found:
 
     found: Found = []
     for is_on in (True, True, False):
-        calls.begin = lambda *, is_on, allowed=is_on: begin(is_on=is_on and allowed)  # type: ignore[method-assign]
+        calls.begin = lambda *, is_on, allowed=is_on: begin(is_on=is_on and allowed)
         cycles = calls.cycles
         found.append(run() | {"was_known": calls.cycles > cycles})
-    calls.begin = begin  # type: ignore[method-assign]
+    calls.begin = begin
     stream = next(iter(machine.streams.values()))[1]
-    stream.pool.abort()  # type: ignore[attr-defined]  # of a simulated device
+    stream.pool.abort()  # of a simulated device
     try:
         engine.decode([1], "last", 0)
     except ComputeError as error:

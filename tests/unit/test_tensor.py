@@ -114,6 +114,13 @@ def test_only_one_to_four_dimensions_are_possible(ne: tuple[int, ...]) -> None:
         Tensor("f32", ne)
 
 
+@pytest.mark.parametrize("ne", [(2, -1), (2, -1, 1, 1), [4, 1, 1, -8]])
+def test_no_dimension_is_negative(ne: tuple[int, ...]) -> None:
+    """A negative number of elements is refused, however many dimensions are given."""
+    with pytest.raises(ShapeError, match="cannot have -"):
+        Tensor("f32", ne)
+
+
 def test_an_unknown_type_is_refused_with_those_there_are() -> None:
     """A misspelt type is answered with the list of types."""
     with pytest.raises(ValueError, match="q4_K"):

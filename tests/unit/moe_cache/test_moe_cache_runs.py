@@ -19,12 +19,6 @@ def _mib(n_slots: int, n_devices: int = 1) -> int:
     return n_devices * SLOT_BYTES * (n_slots + 1)
 
 
-@pytest.fixture(autouse=True)
-def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verify copies, and results against those of whole copies."""
-    monkeypatch.setenv("PYGGML_CHECK", "2")
-
-
 @pytest.mark.parametrize("eviction", list(EVICTIONS))
 @pytest.mark.parametrize(("n_slots", "n_devices", "n_token"), [(2, 1, 1), (9, 1, 1), (7, 2, 1), (32, 1, 1), (8, 1, 5)])
 def test_results_are_those_without_a_cache(eviction, n_slots, n_devices, n_token):
