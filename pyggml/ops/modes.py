@@ -7,7 +7,7 @@ from enum import IntEnum
 from ..tensor import Tensor
 from ..types import Op
 
-__all__ = ["OpHint", "Prec", "RopeType", "SortOrder", "TriType", "skips_ids"]
+__all__ = ["OpHint", "Prec", "RopeType", "SortOrder", "TriType"]
 
 #: The parameter of a MUL_MAT_ID that may have negative ids; upstream has none.
 SKIP_PARAM = 1

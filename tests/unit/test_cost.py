@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from pyggml.cost import CPU_PROFILE, PROFILES, LinkProfile, link_of, parse_profile
@@ -41,11 +39,11 @@ def test_a_product_takes_the_longer_of_reading_and_multiplying():
     work = Work(Kind.PRODUCT, 2.0 * 4096 * 4096, 1e7, n_kernels=0, type=Type.Q4_K)
     few = card_s(work, card, RATES)
     assert few > 1e7 / (card.bytes_per_s * RATES.cuda.memory)
-    many = replace(work, flops=512 * work.flops, columns=512.0, n_tokens=512)
-    one, eight = card_s(many, card, RATES), card_s(replace(many, matrices=8.0), card, RATES)
+    many = work._replace(flops=512 * work.flops, columns=512.0, n_tokens=512)
+    one, eight = card_s(many, card, RATES), card_s(many._replace(matrices=8.0), card, RATES)
     assert eight / one == pytest.approx((512 + 8 * RATES.cuda.pad) / (512 + RATES.cuda.pad))
-    assert card_s(replace(many, flops=0.0), card, RATES) == pytest.approx(1e7 / (card.bytes_per_s * RATES.cuda.memory))
-    edge = [card_s(replace(work, columns=n, n_tokens=n), card, RATES) for n in (FEW_COLUMNS, FEW_COLUMNS + 1)]
+    assert card_s(many._replace(flops=0.0), card, RATES) == pytest.approx(1e7 / (card.bytes_per_s * RATES.cuda.memory))
+    edge = [card_s(work._replace(columns=n, n_tokens=n), card, RATES) for n in (FEW_COLUMNS, FEW_COLUMNS + 1)]
     assert edge[0] != edge[1]
 
 
@@ -75,7 +73,7 @@ def test_the_host_reads_and_multiplies():
     assert 0.5 * DEFAULT_HOST.read_bytes_per_s < read < DEFAULT_HOST.read_bytes_per_s
     assert CPU_PROFILE.seconds(Work(read_bytes=read)) == pytest.approx(1.0)
     many = Work(Kind.PRODUCT, 1e12, 1e6, type=Type.Q4_K, columns=512.0, n_tokens=512)
-    assert host_s(many, DEFAULT_HOST, RATES) < host_s(replace(many, type=Type.IQ3_XXS), DEFAULT_HOST, RATES)
+    assert host_s(many, DEFAULT_HOST, RATES) < host_s(many._replace(type=Type.IQ3_XXS), DEFAULT_HOST, RATES)
 
 
 def test_a_link_takes_latency_for_each_copy_and_is_no_faster_than_pageable_memory():
@@ -132,10 +130,10 @@ def test_blocks_of_attention_read_k_and_v_again_on_rocm():
     """A prompt of full multi-head attention waits for memory there; CUDA's heads read a quantised cache each for itself."""
     card = CARDS["rx7900xtx"]
     one = Work(Kind.ATTENTION, 1e9, 1e9, n_kernels=0, n_tokens=1)
-    many = replace(one, n_tokens=512)
+    many = one._replace(n_tokens=512)
     assert card_s(many, card, RATES) == pytest.approx(16 * card_s(one, card, RATES))
     nvidia = CARDS["rtx3090"]
     assert card_s(many, nvidia, RATES) == card_s(one, nvidia, RATES)
-    heads = replace(one, heads_bytes=16e9)
+    heads = one._replace(heads_bytes=16e9)
     assert card_s(heads, nvidia, RATES) == pytest.approx(16e9 / nvidia.bytes_per_s)
     assert card_s(heads, card, RATES) == card_s(one, card, RATES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 import pyggml as ggml
@@ -40,9 +38,9 @@ def test_nodes_and_layers_count_alike():
         x, ids = graph.input("f32", (64, 1, 5), name="x1"), graph.input("i32", (2, 5), name="ids")
         z = ggml.mul_mat_id(w, x, ids)
     counted = product_work(Product(Type.Q8_0, 64, 32), 5, 2, LogNormal(1.0))
-    assert node_work(y, _no_experts) == replace(counted, n_kernels=1)
+    assert node_work(y, _no_experts) == counted._replace(n_kernels=1)
     counted = product_work(Product(Type.Q4_0, 64, 32, 8, is_expert=True), 5, 2, LogNormal(1.0))
-    assert node_work(z, lambda _: counted.matrices) == replace(counted, n_kernels=1)
+    assert node_work(z, lambda _: counted.matrices) == counted._replace(n_kernels=1)
 
 
 def test_what_another_kernel_does_takes_nothing():
