@@ -107,7 +107,7 @@ class Repairs:
     other_graph: bool = True
     #: a node on a backend that cannot run it, or cannot write its memory, is moved to one that can, or else is an error
     unsupported_ops: bool = True
-    #: reading memory that was given to another tensor is an error
+    #: reading memory that was given to another tensor is an error; a graph does not get an earlier layout that overwrites it
     reused_memory: bool = True
 
     @classmethod

@@ -7,7 +7,7 @@ places the tensors of that graph, or of any other graph that fits (`Gallocr.allo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, count
 from operator import attrgetter, itemgetter
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from ..dialect import DEFAULT_DIALECT, Dialect
 from ..errors import AllocError, OutOfMemoryError
 from ..tensor import Tensor
 from ..types import BufferUsage, Op
+from .lives import Stay, have_one_layout, lives_of, overlaps, takes_over
 from .offsets import DynTallocr
 from .play import NOWHERE, Life, Place, Play, places_of
 
@@ -70,9 +71,10 @@ class Gallocr:
         One for each buffer id; ids with the same type share memory.
     dialect : Dialect
         Its `clamp_inplace` and `alloc_size_check` are used.
-    keeps_outputs : bool
-        Whether a graph gets a new layout if its inputs or outputs differ from the last one's. Upstream does not check
-        this, and reuses an output's memory if the tensor at its position was not an output.
+    keeps_needed : bool
+        Whether a graph gets a new layout if in the current one a tensor would overwrite another that is still needed.
+        Upstream looks at sizes only: after a graph of the same sizes with other sources, or with other outputs, it
+        overwrites results before they are read.
 
     Notes
     -----
@@ -83,8 +85,6 @@ class Gallocr:
     __slots__ = (
         "_check_size",
         "_clamp_inplace",
-        "_keeps_outputs",
-        "_kept",
         "_leafs",
         "_measured",
         "_n_srcs",
@@ -94,11 +94,12 @@ class Gallocr:
         "buffers",
         "bufts",
         "is_reserved",
+        "keeps_needed",
         "tallocs",
     )
 
     def __init__(
-        self, bufts: Sequence[BufferType], *, dialect: Dialect = DEFAULT_DIALECT, keeps_outputs: bool = True
+        self, bufts: Sequence[BufferType], *, dialect: Dialect = DEFAULT_DIALECT, keeps_needed: bool = True
     ) -> None:
         self.bufts = list(bufts)
         self.buffers: list[_VBuffer | None] = [None] * len(self.bufts)
@@ -108,8 +109,7 @@ class Gallocr:
         self.tallocs = [by_type[buft] for buft in self.bufts]
         self._clamp_inplace = dialect.clamp_inplace
         self._check_size = dialect.alloc_size_check
-        self._keeps_outputs = keeps_outputs
-        self._kept: list[int] = []  #: positions of inputs and outputs
+        self.keeps_needed = keeps_needed
         self._nodes: list[tuple[Place, list[Place]]] = []  #: of each node and its sources
         self._leafs: list[Place] = []
         self._n_srcs: list[int] = []  #: sources of each node
@@ -215,7 +215,6 @@ class Gallocr:
         self._nodes = [(place(node), [place(src) for src in node.src]) for node in nodes]
         self._leafs = [place(leaf) for leaf in leafs]
         self._n_srcs = [len(node.src) for node in nodes]
-        self._kept = _inputs_and_outputs(graph)
         self._places = places_of(self._nodes, [node.src for node in nodes])
 
     def _fit_buffers(self, *, allocate: bool) -> None:
@@ -254,7 +253,7 @@ class Gallocr:
 
     # -- placing -------------------------------------------------------------
 
-    def alloc_graph(self, graph: GallocGraph, kind: GraphKind | None = None) -> bool:
+    def alloc_graph(self, graph: GallocGraph, kind: GraphKind | None = None, *, is_laid_out: bool = False) -> bool:
         """Place the tensors of a graph by the layout; return False if it does not fit and there are several buffer types.
 
         Parameters
@@ -262,6 +261,8 @@ class Gallocr:
         kind : GraphKind, optional
             What the caller knows: graphs of one structure differ only in the tensors' sizes, so they are placed
             equally if they fit; graphs of one kind all fit if one does.
+        is_laid_out : bool
+            Whether the layout was made for this graph, which then fits.
 
         Raises
         ------
@@ -279,12 +280,12 @@ class Gallocr:
             placed = None
         found = None
         if placed is None:
-            found = self._find_places(graph) if self.is_reserved else None
+            found = self._find_places(graph, is_laid_out=is_laid_out) if self.is_reserved else None
             if found is None:
                 if len(self.bufts) > 1:
                     return False
                 self.reserve_n(graph, None, None)
-                found = self._find_places(graph)
+                found = self._find_places(graph, is_laid_out=True)
                 assert found is not None
         for vbuffer in self.buffers:
             if vbuffer is not None:
@@ -294,15 +295,16 @@ class Gallocr:
             assert placed is not None
             placed.place(graph)
         else:
-            tensors = self._place(graph.leafs, *found)
+            owners, views, taken_over = found
+            tensors = self._place(graph.leafs, owners, views)
             if kind is not None:
-                placed = _Placed.of(graph, tensors, found[0])
+                placed = _Placed.of(graph, tensors, owners, taken_over)
                 if placed is not None:
                     self._placed = {kind.structure: placed, **dict(list(self._placed.items())[: _N_PLACED - 1])}
         return True
 
-    def _find_places(self, graph: GallocGraph) -> tuple[list[tuple[Tensor, Place]], list[Tensor]] | None:
-        """Return the places of nodes and sources without memory, and the views; None if the layout does not fit.
+    def _find_places(self, graph: GallocGraph, *, is_laid_out: bool) -> _Found | None:
+        """Return places of nodes and sources without memory, views, and takeovers; None if the layout does not fit.
 
         Notes
         -----
@@ -312,8 +314,6 @@ class Gallocr:
         nodes = graph.nodes
         if len(self._nodes) != len(nodes) or len(self._leafs) != len(graph.leafs):
             return None
-        if self._keeps_outputs and self._kept != _inputs_and_outputs(graph):
-            return None
         srcs = [node.src for node in nodes]
         places = self._places
         if list(map(len, srcs)) != self._n_srcs:
@@ -322,7 +322,7 @@ class Gallocr:
         first: dict[Tensor | None, Place] = {}
         pairs: Iterable[tuple[Tensor | None, Place]] = first.items()
         if list(map(first.setdefault, tensors, places)) != places:
-            pairs = zip(tensors, places, strict=True)
+            pairs = _by_node(nodes, places)  # the first place counts
         sizes = self.sizes()
         owners: list[tuple[Tensor, Place]] = []
         views: list[Tensor] = []
@@ -336,7 +336,31 @@ class Gallocr:
                 if i < 0 or sizes[i](tensor) > place.size_max:
                     return None
                 owners.append((tensor, place))
-        return owners, views
+        taken_over = self._takeovers(graph, owners) if self.keeps_needed else []
+        if taken_over is None:
+            if not is_laid_out:
+                return None
+            taken_over = []
+        return owners, views, taken_over
+
+    def _takeovers(
+        self, graph: GallocGraph, owners: Iterable[tuple[Tensor, Place]]
+    ) -> list[tuple[Tensor, Tensor]] | None:
+        """Return results that are computed in place of a source, with it; None if a tensor is overwritten too early."""
+        places: dict[Tensor, Place] = {}
+        for tensor, place in (*zip(graph.leafs, self._leafs, strict=True), *owners):
+            if place.size_max:
+                places.setdefault(tensor, place)
+        stays: dict[tuple[int, int], list[Stay]] = {}
+        for tensor, (start, end) in lives_of(graph).items():
+            at = places.get(tensor)
+            if at is not None:
+                stay = Stay(tensor, start, end, at.offset, at.offset + at.size_max)
+                stays.setdefault((id(self.tallocs[at.buffer_id]), at.chunk), []).append(stay)
+        pairs = [pair for chunk in stays.values() for pair in overlaps(chunk)]
+        if not all(takes_over(stay, other, self.can_inplace) for stay, other in pairs):
+            return None
+        return [(stay.tensor, other.tensor) for stay, other in pairs]
 
     def _place(
         self, leafs: Sequence[Tensor], owners: Iterable[tuple[Tensor, Place]], views: Iterable[Tensor]
@@ -438,6 +462,17 @@ class Gallocr:
         self.is_reserved, self._placed, self._measured = False, {}, None
 
 
+def _by_node(nodes: Sequence[Tensor], places: Sequence[Place]) -> Iterator[tuple[Tensor | None, Place]]:
+    """Return the tensors with their places (`places_of`) in upstream's order: each node's sources, then the node."""
+    of_srcs, of_nodes = iter(places), places[len(places) - len(nodes) :]
+    for node, place in zip(nodes, of_nodes, strict=True):
+        yield from zip(node.src, of_srcs)  # noqa: B905 -- as many as the node has
+        yield node, place
+
+
+#: Places of what has no memory, the views, and results with the sources in whose place they are computed.
+_Found = tuple[list[tuple[Tensor, Place]], list[Tensor], list[tuple[Tensor, Tensor]]]
+
 #: Structures that the places of are kept.
 _N_PLACED = 4
 
@@ -445,18 +480,23 @@ _N_PLACED = 4
 class _Placed:
     """Where the tensors of a graph were placed, by position among nodes, then leafs."""
 
-    __slots__ = ("data", "fitting", "limits", "memory", "positions", "views")
+    __slots__ = ("data", "fitting", "limits", "memory", "positions", "taken_over", "views")
 
     positions: list[int]
     memory: list[Buffer]
     data: list[int]
     views: list[int]  #: positions
     limits: list[tuple[int, int, int]]  #: position, buffer, most bytes
+    taken_over: list[tuple[int, int]]  #: positions of a result and of the source in whose place it is computed
     fitting: list[object]  #: kinds of graphs that were looked at, and fit
 
     @classmethod
     def of(
-        cls, graph: GallocGraph, tensors: Sequence[Tensor], owners: Sequence[tuple[Tensor, Place]]
+        cls,
+        graph: GallocGraph,
+        tensors: Sequence[Tensor],
+        owners: Sequence[tuple[Tensor, Place]],
+        taken_over: Sequence[tuple[Tensor, Tensor]],
     ) -> _Placed | None:
         """Return where tensors of a graph are; None if one is only a source of its nodes."""
         position = dict(zip(chain(graph.nodes, graph.leafs), count()))
@@ -466,6 +506,7 @@ class _Placed:
         at = [(position.get(t, -1), t) for t in tensors]
         if at and min(at, key=itemgetter(0))[0] < 0:
             return None
+        made.taken_over = [(position[result], position[source]) for result, source in taken_over]
         own = [(i, t) for i, t in at if t.view_src is None]
         made.positions = [i for i, _ in own]
         made.memory = [_buffer_of(t) for _, t in own]
@@ -480,6 +521,8 @@ class _Placed:
             for i, buffer_id, limit in self.limits:
                 if sizes[buffer_id](tensors[i]) > limit:
                     return False
+            if not all(have_one_layout(tensors[i], tensors[j]) for i, j in self.taken_over):
+                return False
             self.fitting = [kind, *self.fitting[: _N_PLACED - 1]]
         return True
 
@@ -511,11 +554,4 @@ def _compute_buffer(buft: BufferType, size: int) -> Buffer:
     return buffer
 
 
-def _inputs_and_outputs(graph: GallocGraph) -> list[int]:
-    """Return where the graph has tensors that are flagged as input or output, as 4 times the position and the flags."""
-    flags = map(_flags_of, chain(graph.nodes, graph.leafs))
-    return [4 * i + (f & 3) for i, f in enumerate(flags) if f & 3]
-
-
-_flags_of: Callable[[Tensor], int] = attrgetter("flags")
 _buffer_of: Callable[[Tensor], Buffer] = attrgetter("buffer")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from ..alloc import Gallocr
+from ..alloc.lives import Stay, lives_of, overlaps, takes_over
 from ..buffer import Buffer
 from ..errors import SchedError
 from ..tensor import Tensor
-from ..types import Op, TensorFlag
 from .plan import Plan
 from .state import Assignment, Cause, SchedGraph, Split
 
@@ -106,17 +103,6 @@ def _error(message: str, node: Tensor, asg: Assignment) -> SchedError:
 # -- memory ------------------------------------------------------------------
 
 
-@dataclass(eq=False, slots=True)
-class _Stay:
-    """A tensor in a compute buffer, with the first and the last node that need it."""
-
-    tensor: Tensor
-    start: int
-    end: int
-    lo: int  #: first byte
-    hi: int  #: first byte after it
-
-
 def check_allocation(sched_graph: SchedGraph, galloc: Gallocr) -> None:
     """Verify that no two tensors that are needed at the same time overlap, and that all are inside their buffers.
 
@@ -127,11 +113,12 @@ def check_allocation(sched_graph: SchedGraph, galloc: Gallocr) -> None:
 
     Notes
     -----
-    A result may use the memory of a source that is not needed later, if its op computes in place.
+    A result may use the memory of a source that is not needed later, if its op computes in place. A strict scheduler may
+    let tensors overlap, as upstream does (`Repairs.reused_memory`).
     """
     chunks = {chunk for i in range(len(galloc.bufts)) for chunk in galloc.chunks(i)}
-    by_chunk: dict[Buffer, list[_Stay]] = {}
-    for tensor, (start, end) in _lives(sched_graph).items():
+    by_chunk: dict[Buffer, list[Stay]] = {}
+    for tensor, (start, end) in lives_of(sched_graph).items():
         buffer = tensor.buffer
         if tensor.data is None or buffer is None:
             raise SchedError(f"check: '{tensor.name}' has no memory")
@@ -140,47 +127,12 @@ def check_allocation(sched_graph: SchedGraph, galloc: Gallocr) -> None:
         lo = tensor.data - buffer.base
         if lo < 0 or lo + tensor.nbytes > buffer.size:
             raise SchedError(f"check: '{tensor.name}' lies outside its buffer of {buffer.size:,} bytes, at {lo:,}")
-        by_chunk.setdefault(buffer, []).append(_Stay(tensor, start, end, lo, lo + tensor.nbytes))
-    for stays in by_chunk.values():
-        _check_chunk(stays, galloc)
-
-
-def _lives(sched_graph: SchedGraph) -> dict[Tensor, tuple[int, int]]:
-    """Return, for each tensor that owns memory, the first and the last node that need it."""
-    forever = len(sched_graph.nodes)
-    starts: dict[Tensor, int] = {leaf: -1 for leaf in sched_graph.leafs if leaf.view_src is None}
-    ends: dict[Tensor, int] = {}
-    for i, node in enumerate(sched_graph.nodes):
-        for tensor in (node, *node.src):
-            if tensor is None:
-                continue
-            if node.op is Op.NONE and tensor is node and tensor.view_src is not None:
-                continue  # a dependency made by the scheduler: its sources count
-            root = tensor if tensor.view_src is None else tensor.view_src
-            starts.setdefault(root, -1 if root.flags & TensorFlag.INPUT else i)
-            ends[root] = i
-    return {t: (start, forever if t.flags & TensorFlag.OUTPUT else ends.get(t, start)) for t, start in starts.items()}
-
-
-def _check_chunk(stays: Sequence[_Stay], galloc: Gallocr) -> None:
-    present: list[_Stay] = []
-    for stay in sorted(stays, key=lambda s: s.start):
-        present = [other for other in present if other.end >= stay.start]
-        for other in present:
-            if stay.lo >= other.hi or other.lo >= stay.hi or _takes_over(stay, other, galloc):
-                continue
+        by_chunk.setdefault(buffer, []).append(Stay(tensor, start, end, lo, lo + tensor.nbytes))
+    if not galloc.keeps_needed:
+        return
+    for stay, other in (pair for stays in by_chunk.values() for pair in overlaps(stays)):
+        if not takes_over(stay, other, galloc.can_inplace):
             raise SchedError(
                 f"check: '{stay.tensor.name}' (bytes {stay.lo:,}..{stay.hi - 1:,}) overwrites '{other.tensor.name}' "
                 f"(bytes {other.lo:,}..{other.hi - 1:,}), which is needed until node {other.end}"
             )
-        present.append(stay)
-
-
-def _takes_over(stay: _Stay, other: _Stay, galloc: Gallocr) -> bool:
-    """Return whether a result was computed in place of a source that is not needed later."""
-    return (
-        other.end == stay.start
-        and other.lo == stay.lo
-        and other.tensor in stay.tensor.src
-        and galloc.can_inplace(stay.tensor.op)
-    )

@@ -176,7 +176,7 @@ class Scheduler(Observed):
         self.events: list[list[Event | None]] = [
             [b.device.event_new() if parallel else None for _ in range(self.n_copies)] for b in self.backends
         ]
-        self.galloc = Gallocr(self.bufts, dialect=dialect, keeps_outputs=self.repairs.reused_memory)
+        self.galloc = Gallocr(self.bufts, dialect=dialect, keeps_needed=self.repairs.reused_memory)
         self.is_reset, self.is_alloc = True, False
         self._passes = Passes(self.machine, self.resources)
         self._plan: Plan | None = None  # of the latest cut
@@ -436,7 +436,7 @@ class Scheduler(Observed):
             # inputs may move in memory; next_copy must not change, so this is no `synchronize`
             self._wait()
             self._reserve_sched_graph()
-            self.galloc.alloc_graph(self.sched_graph, self._passes.precedent)
+            self.galloc.alloc_graph(self.sched_graph, self._passes.precedent, is_laid_out=True)
         if config.check():
             check_allocation(self.sched_graph, self.galloc)
 

@@ -120,6 +120,36 @@ def test_an_abort_ends_a_trace_and_not_the_child(live: LiveScheduler) -> None:
         assert "id >= 0 && id < n_expert" in last["abort"]["message"]
 
 
+@pytest.mark.parametrize("second", [["x x", "a a", "b b", "c a"], ["x x", "x x", "a b", "c c"]])
+def test_a_graph_in_the_layout_of_another(
+    second: list[str], live: LiveScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph of the same sizes with other sources lies where the one before lay, although `c` overwrites `a` or `b`."""
+    monkeypatch.setenv("PYGGML_CHECK", "1")
+    graphs: dict[str, Json] = {}
+    steps: list[Json] = []
+    x = {"id": "x", "type": "f32", "ne": [64, 1, 1, 1], "flags": ["input"]}
+    for name, sums in (("g0", ["x x", "a a", "b b", "c c"]), ("g1", second)):
+        nodes = [{**x, "id": i, "op": "ADD", "src": s.split(), "flags": []} for i, s in zip("abcd", sums, strict=True)]
+        graphs[name] = {"tensors": [x, *nodes], "expand": ["d"]}
+        steps += [{"op": op, "graph": name} for op in ("reset", "build", "alloc_graph", "compute")]
+    case: Json = {
+        "format": "pyggml-sched-case/1",
+        "name": "other sources",
+        "buffer_types": [{"name": "CPU", "host": True, "alignment": 64}],
+        "backends": [{"name": "CPU", "device": "CPU", "buft": "CPU", "bufts": ["CPU"], "ops": "all", "caps": {}}],
+        "tensors": [],
+        "buffers": [],
+        "graphs": graphs,
+        "sched": {"graph_size": 64, "parallel": False, "op_offload": False},
+        "steps": steps,
+    }
+    _assert_same(live, case)
+    first, then = (r["state"]["alloc"] for r in live.trace(case) if r["op"] == "alloc_graph")
+    assert {name: then[name] for name in "abcd"} == {name: first[name] for name in "abcd"}
+    assert then["a"] == then["c"]
+
+
 def test_ids_that_are_a_host_weight_choose_wrong_experts_upstream(live: LiveScheduler) -> None:
     """An i32 table in host memory: 0.27 reads its copy before it is made, and so does our replay; earlier ones do not."""
     case = load(next(RECORDED.glob("106-*.case.json.gz")))
