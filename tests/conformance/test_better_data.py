@@ -248,11 +248,14 @@ def test_a_split_without_inputs_waits_for_the_one_before(case: str) -> None:
     assert len(waits["0.26"]) == 1
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_graph_of_the_same_sizes_with_other_sources(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_of_the_same_sizes_with_other_sources(
+    strict: bool, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """10 x after 16 x, in as many nodes: the kept layout would overwrite 2 x before it is read; if strict it does, as upstream."""
     monkeypatch.setenv("PYGGML_CHECK", "1")
-    world = World(on_device=False, strict=strict)
+    world = World(on_device=on_device, strict=strict)
     results = []
     for is_second in (False, True):
         world.new_graph()
@@ -261,7 +264,8 @@ def test_a_graph_of_the_same_sizes_with_other_sources(strict: bool, monkeypatch:
             eightfold = ggml.add(*[ggml.add(double, double)] * 2)
             y = ggml.add(eightfold, double if is_second else eightfold)
         results += world.run(y)
-    # the library gives 16 and 16: ggml-cpu 0.20.2 and llama.cpp b11739, called from C
+    assert len(world.sched.bufts) == 1 + on_device
+    # the library gives 16 and 16 on the CPU: ggml 0.20.2 and llama.cpp b11739, called from C
     assert [y[0] for y in results] == [16, 16 if strict else 10]
 
 
