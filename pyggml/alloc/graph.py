@@ -8,7 +8,7 @@ places the tensors of that graph, or of any other graph that fits (`Gallocr.allo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, count
+from itertools import chain, count, islice
 from operator import attrgetter, itemgetter
 from typing import Any, Protocol
 
@@ -466,7 +466,7 @@ def _by_node(nodes: Sequence[Tensor], places: Sequence[Place]) -> Iterator[tuple
     """Return the tensors with their places (`places_of`) in upstream's order: each node's sources, then the node."""
     of_srcs, of_nodes = iter(places), places[len(places) - len(nodes) :]
     for node, place in zip(nodes, of_nodes, strict=True):
-        yield from zip(node.src, of_srcs)  # noqa: B905 -- as many as the node has
+        yield from zip(node.src, islice(of_srcs, len(node.src)), strict=True)
         yield node, place
 
 
