@@ -34,7 +34,6 @@ DIFFERS = {
     "dsv4_hc_pre_gated": "new in 0.26",
     "dup_tensor": "makes a leaf, which a program has its own step for; compared by name in test_leafs",
     "view_tensor": "as dup_tensor",
-    "skips_ids": "asks a node for the project's own parameter of mul_mat_id",
     "flash_attn_ext_get_prec": "returns a number: tested with flash_attn_ext_set_prec in tests/unit/test_ops.py",
 }
 
