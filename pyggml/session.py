@@ -246,7 +246,7 @@ class Session(Planner, Generator):
                 return not found and is_computed(node) and node.view_src is None and node.type is Type.F32
             if np.isnan(node.numpy()).any():
                 found.append(node)
-            return not found
+            return True  # not stopped: the next split would read ids that were not computed
 
         assert self._filler is not None
         self._filler.fill(part, slot)

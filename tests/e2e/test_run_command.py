@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyggml import Type, cli
+from pyggml import GGUFFile, Type, cli
 from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 
 TOKENS = "32,85,138,191,244,41,94,147,200,253"
@@ -223,3 +223,22 @@ def test_damaged_model_is_one_clear_line(moe, tmp_path, capsys):
     other.write_bytes(raw.replace(b"llama", b"mamba"))
     assert cli.run(["run", str(other), "--prompt", "a"]) == 1
     assert "'mamba' is not supported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("draw", [(), ("--temp", "0.8", "--seed", "1")], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("device", [("--device", "cpu"), ("--cpu-moe",)], ids=["cpu", "device"])
+@pytest.mark.parametrize("weight", ["output_norm.weight", "blk.0.attn_q.weight"])
+def test_a_weight_that_is_no_number_is_named(weight, device, draw, moe, tmp_path, capsys):
+    """NaN in a weight of floats or of blocks ends the run with the node and the weight, however tokens are chosen."""
+    raw = bytearray(Path(moe).read_bytes())
+    with GGUFFile.open(moe) as file:
+        found = file.tensors[weight]
+        assert found.type in (Type.F32, Type.Q8_0)
+    nan = np.full(1, np.nan, "f4" if found.type is Type.F32 else "f2").tobytes()
+    raw[found.offset : found.offset + len(nan)] = nan
+    path = tmp_path / "nan.gguf"
+    path.write_bytes(raw)
+    assert cli.run(["run", str(path), "--tokens", TOKENS, "-n", "3", "--ignore-eos", *device, *draw]) == 1
+    err = capsys.readouterr().err
+    assert f"its weight '{weight}' contains NaN" in err
+    assert len(err.strip().splitlines()) == 1

@@ -7,6 +7,7 @@ import random
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +274,42 @@ def test_absurd_counts(tmp_path: Path) -> None:
         path = tmp_path / "m"
         path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_keys) + bytes(64))
         assert "cannot be in a file of" in str(refused(path))
+
+
+def peak_until_refused(path: Path) -> tuple[int, FormatError]:
+    """Return the most bytes that Python held while a file was refused, and the error."""
+    tracemalloc.start()
+    try:
+        error = refused(path)
+        return tracemalloc.get_traced_memory()[1], error
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_million_tensors_are_only_claimed(tmp_path: Path) -> None:
+    """A count without records takes no memory, in a file too short for it and in one that is long enough."""
+    path = tmp_path / "m"
+    for size, says in (
+        (4096, "1,000,000 tensors cannot be in a file of"),
+        (25 << 20, "tensor 0 of 1000000 is nameless"),
+    ):
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 10**6, 0))
+        os.truncate(path, size)
+        peak, error = peak_until_refused(path)
+        assert says in str(error)
+        assert peak < 200_000, peak
+
+
+def test_records_without_data_take_memory_in_proportion(tmp_path: Path) -> None:
+    """Records that are all there, of tensors that are not, are refused; each takes less than 1,000 bytes until then."""
+    peaks = []
+    for n in (1_000, 8_000):
+        path = build(tmp_path / "m", infos=[info(f"t{i}", (8,), 0, 32 * i) for i in range(n)])
+        peak, error = peak_until_refused(path)
+        assert "past the end of the file" in str(error)
+        peaks.append(peak)
+        assert peak < 1_000 * n, peak
+    assert peaks[1] < 10 * peaks[0]
 
 
 def test_names_may_be_any_bytes(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from conftest import nmse
 from test_rows import normal, slopes, softmax
 
-from pyggml.tensor import pack_params
+from pyggml.tensor import Tensor, pack_params
+from pyggml.testing import ref
 from pyggml.types import Op, Type
 
 
@@ -79,6 +80,33 @@ def test_rope_in_place_and_shared_angles(memory, mode):
     assert plan.n_descriptors == 3
     plan.run(memory.pool)
     np.testing.assert_allclose(memory.values(b), rope_define(x, 2.0 * positions, 64, mode), atol=1e-5)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
+@pytest.mark.parametrize("has_factors", [False, True], ids=["plain", "factors"])
+@pytest.mark.parametrize("n_dims", [48, 32, 8])
+@pytest.mark.parametrize("mode", [0, 2], ids=["normal", "neox"])
+def test_rope_of_a_part_of_each_head_of_a_fused_projection(memory, mode, n_dims, has_factors, in_place):
+    """The keys that lie between queries and values are turned as defined; the rest of the head and of the row stays."""
+    n_token, n_head, row = 6, 3, 48
+    fused = normal(n_token, 3, n_head, row, seed=4)
+    positions = np.array([0, 1, 7, 40, 511, 1500], "i4")
+    divisors = np.linspace(1, 5, row // 2).astype("f4") if has_factors else None
+    whole = memory.tensor(fused)
+    keys = memory.view(whole, (row, n_head, n_token), (4, 4 * row, 12 * n_head * row), 4 * n_head * row)
+    keys.data = whole.data + keys.view_offs
+    pos, factors = memory.tensor(positions), None if divisors is None else memory.tensor(divisors)
+    params = rope_params(n_dims, mode, scale=0.5)
+    node = memory.node(Op.ROPE, keys.ne, keys, pos, factors, params=params, into=keys if in_place else None)
+    got = memory.run(node)
+    used = None if divisors is None else divisors[: n_dims // 2]
+    want = rope_define(fused[:, 1], positions.astype("f8"), n_dims, mode, scale=0.5, divisors=used)
+    np.testing.assert_allclose(got, want, atol=1e-3)
+    assert nmse(got, want) < 1e-8
+    np.testing.assert_array_equal(got[..., n_dims:], fused[:, 1, :, n_dims:])
+    after = memory.values(whole).reshape(fused.shape)
+    np.testing.assert_array_equal(after[:, [0, 2]], fused[:, [0, 2]])
+    np.testing.assert_array_equal(after[:, 1], got if in_place else fused[:, 1])
 
 
 def attention_define(q, k, v, mask, scale, max_bias=0.0, softcap=0.0, sinks=None):
@@ -165,10 +193,57 @@ def test_hidden_keys_are_never_read(memory, kv_type):
     assert not got.reshape(4, 32)[2].any()
 
 
+#: A sink that counts, one that hardly does, one that takes nearly all, and none.
+SINKS = np.array([0.5, -3.0, 40.0, -np.inf], "f4")
+#: Of 4 tokens and 40 cells: all are seen, the first half, none, and one only.
+PARTLY = np.zeros((1, 1, 4, 40), "f4")
+PARTLY[..., 1, 20:] = PARTLY[..., 2, :] = PARTLY[..., 3, :39] = -np.inf
+MASKS = {"partly": PARTLY, "whole": np.full_like(PARTLY, -np.inf)}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("size", [1.0, 3e4], ids=["usual", "huge"])
+@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"max_bias": 8.0}, {"cap": 30.0}], ids=str)
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "f32"])
+def test_attention_where_little_or_nothing_is_seen(memory, kv_type, options, size, mask):
+    """Rows that are masked whole are zeros, sinks or not; scores of any size give the definition's numbers, never NaN."""
+    q, k, v = size * normal(1, 4, 4, 64), normal(1, 2, 40, 64, seed=1), normal(1, 2, 40, 64, seed=2)
+    kt, vt = memory.tensor(k, kv_type), memory.tensor(v, kv_type)
+    src = [memory.tensor(q), kt, vt, memory.tensor(MASKS[mask], "f16")]
+    src += [memory.tensor(SINKS)] if options.get("sinks") else []
+    params = pack_params(0.125, options.get("max_bias", 0.0), options.get("cap", 0.0))
+    got = memory.compute(Op.FLASH_ATTN_EXT, (64, 4, 4, 1), *src, params=params).reshape(1, 4, 4, 64)
+    node = Tensor(Type.F32, (64, 4, 4, 1), op=Op.FLASH_ATTN_EXT, src=src, op_params=params)
+    with np.errstate(over="ignore"):
+        want = ref.compute(node, [memory.values(t) for t in src])
+    if options.get("sinks"):  # a sink of -inf over nothing is 0 / 0, as libggml's
+        hidden = np.isneginf(MASKS[mask]).all(-1)[0, 0]
+        assert np.isnan(got[0, hidden, 3]).all()
+        got[0, hidden, 3] = 0
+    assert np.isfinite(got).all()
+    assert ref.nmse(want, got) < 5e-4 if want.any() else not got.any()
+    assert not got[0, 2].any()
+
+
+def test_a_sinks_mass_is_taken_from_the_keys(memory):
+    """With equal scores, the values' share is n / (n + e^sink): 0.3013 of 4 cells for a sink of 2.2274."""
+    share = 0.3013
+    sinks = np.full(2, np.log(4 / share - 4), "f4")
+    mask = np.where(np.arange(40) < 4, 0, -np.inf).astype("f4").reshape(1, 1, 1, 40)
+    zeros, ones = np.zeros((1, 2, 1, 64), "f4"), np.ones((1, 2, 40, 64), "f4")
+    src = [memory.tensor(zeros), memory.tensor(ones, "f16"), memory.tensor(ones, "f16"), memory.tensor(mask, "f16")]
+    got = memory.compute(Op.FLASH_ATTN_EXT, (64, 2, 1), *src, memory.tensor(sinks), params=pack_params(0.125, 0.0, 0.0))
+    np.testing.assert_allclose(got, share, rtol=1e-5)
+    scores = memory.tensor(np.zeros((1, 2, 1, 40), "f4"))
+    got = memory.compute(
+        Op.SOFT_MAX, scores.ne, scores, memory.tensor(mask), memory.tensor(sinks), params=pack_params(1.0, 0.0)
+    )
+    np.testing.assert_allclose(got.reshape(2, 40).sum(-1), share, rtol=1e-5)
+
+
 def test_attention_types_are_kept_apart():
     """The node's types decide support: a mask of floats is refused with its name."""
     from pyggml.opset import reason_unsupported, supports_op
-    from pyggml.tensor import Tensor
 
     q, k = Tensor(Type.F32, (32, 4, 1)), Tensor(Type.F16, (32, 8, 1))
     mask = Tensor(Type.F32, (8, 4), name="KQ_mask")

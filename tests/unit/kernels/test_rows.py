@@ -8,6 +8,7 @@ from test_products import BLOCKS_32, FLOATS, K_QUANTS, weights
 
 from pyggml.errors import ComputeError, ExpertIdError
 from pyggml.tensor import Tensor, pack_params
+from pyggml.testing import ref
 from pyggml.types import Op, Type
 
 
@@ -79,6 +80,24 @@ def test_soft_max(memory, mask_type, max_bias, has_sinks):
     if mask_type is not None:
         z = z + slopes(5, max_bias).reshape(5, 1, 1) * mask.astype(np.dtype(mask_type.replace("f", "float")))
     np.testing.assert_allclose(got, softmax(z, sinks), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["plain", "sinks"])
+@pytest.mark.parametrize("size", [1.0, 1e30], ids=["usual", "huge"])
+def test_soft_max_where_little_or_nothing_is_seen(memory, size, has_sinks):
+    """Scores of any size give the definition's numbers; a row masked whole is zeros beside a sink, and NaN without."""
+    x, mask = size * normal(1, 4, 4, 40), np.zeros((1, 1, 4, 40), "f4")
+    mask[..., 1, 20:] = mask[..., 2, :] = mask[..., 3, :39] = -np.inf
+    src = [memory.tensor(x), memory.tensor(mask)]
+    src += [memory.tensor(np.array([0.5, -3.0, 40.0, 2.0], "f4"))] if has_sinks else []
+    params = pack_params(1.0, 0.0)
+    got = memory.compute(Op.SOFT_MAX, (40, 4, 4, 1), *src, params=params).reshape(x.shape)
+    node = Tensor(Type.F32, (40, 4, 4, 1), op=Op.SOFT_MAX, src=src, op_params=params)
+    want = ref.compute(node, [memory.values(t) for t in src])
+    if not has_sinks:  # 0 / 0, as libggml's, where the definition says 0
+        assert not want[:, :, 2].any()
+        want[:, :, 2] = np.nan
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
 
 
 def test_soft_max_in_place(memory):
