@@ -388,7 +388,13 @@ def test_flags_fed_back_to_splits_give_the_same_times(model: str, device: str, t
             assert [row["low"], row["t/s"], row["high"]] == [round(speed[k], 2) for k in ("low", "mid", "high")]
 
 
-@pytest.mark.parametrize(("model", "device"), [("gpt-oss-20b", "rtx3060"), ("llama-3.2-3b", "gtx1650,gtx1650")])
+@pytest.mark.parametrize(
+    ("model", "device"),
+    [
+        pytest.param("gpt-oss-20b", "rtx3060", marks=pytest.mark.slow),
+        ("llama-3.2-3b", "gtx1650,gtx1650"),
+    ],
+)
 def test_long_prompts_fed_back_to_splits_give_the_same_times(model: str, device: str) -> None:
     """Prompts of many micro-batches, the last one smaller, have the same speed and range in `plan` and `splits`."""
     args = ("-c", "8192", "--prompt", "5000", "--plans", "1", "--compare", "-ngl 9 -ub 256")
