@@ -109,6 +109,57 @@ def test_a_backend_used_by_hand_refuses_the_same(device: str) -> None:
     assert n > 8
 
 
+def _of_columns(x: ggml.Tensor, first: int, last: int) -> ggml.Tensor:
+    """Return the blocks of columns from first to last of a matrix, still in its rows."""
+    at = x.type.row_size(first)
+    return ops.view_2d(x, last - first, x.ne[1], x.nb[1], at)
+
+
+#: Ops that take blocks apart or together: how it is built of x and y, and numpy's answer.
+MOVES: dict[str, tuple[Callable[..., ggml.Tensor], Callable[..., np.ndarray]]] = {
+    "cont of a transposed": (lambda x, y: ops.cont(ops.transpose(x)), lambda x, y: x.T),
+    "concat of rows": (lambda x, y: ops.concat(x, y, 1), lambda x, y: np.concatenate([x, y])),
+    "concat side by side": (lambda x, y: ops.concat(x, y, 0), lambda x, y: np.concatenate([x, y], axis=1)),
+    "cast of columns": (lambda x, y: ops.cast(_of_columns(x, 32, 96), "f32"), lambda x, y: x[:, 32:96]),
+    "cast to f16 of columns": (lambda x, y: ops.cast(_of_columns(x, 0, 64), "f16"), lambda x, y: x[:, :64].astype("f2")),
+    "cont of columns": (lambda x, y: ops.cont(_of_columns(x, 64, 128)), lambda x, y: x[:, 64:]),
+    "cpy of columns": (
+        lambda x, y: ops.cpy(_of_columns(x, 32, 64), ggml.Tensor("f32", (32, 24), name="into", flags=1)),
+        lambda x, y: x[:, 32:64],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+@pytest.mark.parametrize("kind", ["q4_0", "q5_1", "q8_0"])
+@pytest.mark.parametrize("name", MOVES)
+def test_blocks_are_moved_right_or_not_at_all(name: str, kind: str, device: str) -> None:
+    """Turned and joined matrices of blocks are refused when built or placed, or exact; columns that are whole blocks are exact."""
+    build, expected = MOVES[name]
+    cpu = ggml.CPU(threads=1)
+    first = cpu if device == "cpu" else ggml.Sim("rtx4090-pcie4")
+    rng = np.random.default_rng(3)
+    graph = ggml.Graph()
+    try:
+        with graph:
+            x, y = (graph.input(kind, (128, 24), name=n).set_output() for n in "xy")
+            z = build(x, y).named("z").set_output()
+        graph.expand(x, y, z)
+        sched = ggml.Scheduler([cpu] if first is cpu else [first, cpu])
+        for node in graph.nodes:
+            if not node.is_view:
+                sched.set_tensor_backend(node, first)
+        sched.alloc_graph(graph)
+    except (ggml.errors.ShapeError, ggml.errors.UnsupportedOpError):
+        if "columns" in name:  # whole blocks of each row, which kernels copy
+            raise
+        return
+    for t in (x, y):
+        t.set_array(rng.standard_normal((24, 128), dtype="f4"))
+    sched.compute(graph)
+    np.testing.assert_array_equal(z.numpy(), expected(x.numpy(), y.numpy()))
+
+
 def test_a_strict_scheduler_obeys_pins_and_computes_nothing_that_it_cannot() -> None:
     """With upstream's rules a pin is taken as it is; the kernels refuse it all the same."""
     graph, y = _built(ONE["sqr"], "q4_0") or pytest.fail("SQR of q4_0 has a kernel")
