@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from edited_models import write_edited
 
 from pyggml import GGUFFile, Type, cli
 from pyggml.makers.make_moe import Recipe, Sizes, make_moe
@@ -242,3 +245,54 @@ def test_a_weight_that_is_no_number_is_named(weight, device, draw, moe, tmp_path
     err = capsys.readouterr().err
     assert f"its weight '{weight}' contains NaN" in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def templated(tmp_path_factory) -> dict[str, str]:
+    """Give a tiny model with a chat template, and one that adds no BOS."""
+    folder = tmp_path_factory.mktemp("templated")
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    keys = {
+        "CHAT": {"tokenizer.chat_template": template},
+        "NOBOS": {"tokenizer.ggml.add_bos_token": False},
+    }
+    return {name: str(write_edited(folder / f"{name}.gguf", "llama", full_keys=k)) for name, k in keys.items()}
+
+
+@pytest.mark.parametrize("n", ["0", "2"])
+@pytest.mark.parametrize(
+    ("model", "words", "n_prompt"),
+    [
+        ("CHAT", [], 1), ("CHAT", ["-p", ""], 1), ("NOBOS", ["-p", ""], 1), ("CHAT", ["-p", " "], None),
+        ("CHAT", ["--chat", "-p", ""], 2),
+    ],
+)  # fmt: skip
+def test_an_empty_prompt_is_answered(model, words, n_prompt, n, templated, capsys):
+    """Of nothing the model goes on from BOS, in a chat from the template's text; -n is kept to."""
+    report = run_json(capsys, templated[model], *words, "-n", n, "--ignore-eos", "--device", "none")
+    assert len(report["prompt_tokens"]) == n_prompt or (n_prompt is None and len(report["prompt_tokens"]) > 1)
+    assert len(report["tokens"]) == int(n)
+
+
+@pytest.mark.parametrize("n", ["0", "2"])
+@pytest.mark.parametrize("tokens", ["", ",", " "])
+def test_no_tokens_are_refused(tokens, n, templated, capsys):
+    """An empty list of ids is one clear line, whatever -n."""
+    assert cli.run(["run", templated["CHAT"], "--tokens", tokens, "-n", n, "--json", "--device", "none"]) == 1
+    seen = capsys.readouterr()
+    assert seen.out == ""
+    assert seen.err.strip() == "Error: a batch without tokens cannot be decoded"
+
+
+def test_a_turn_longer_than_the_context_is_told(templated):
+    """The process of a conversation answers what fits, then says how many tokens do not, and where; no traceback."""
+    words = ["run", templated["CHAT"], "-i", "-c", "256", "-n", "4", "--temp", "0", "--device", "none", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pyggml", *words], input="hi\n" + "hello " * 600 + "\nhi again\n",
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.strip()
+    (line,) = done.stderr.strip().splitlines()
+    assert "tokens do not fit into the KV cache" in line
+    assert "of 256 cells are in use (make the context larger (-c)" in line

@@ -53,6 +53,13 @@ def test_a_prompt_longer_than_the_context_is_refused(llama):
         assert s.n_past == 40
 
 
+def test_a_context_is_a_whole_number_of_256_cells(llama):
+    """A size between two is rounded up, and all its cells can be used."""
+    with Session.open(llama, context=flags(n_ctx=1000), data=False) as s:
+        assert s.params.n_ctx == 1024
+        assert s.cache.n_cells == 1024
+
+
 def test_a_sequence_that_does_not_exist_is_refused(llama):
     """The context says how many sequences it has."""
     with Session.open(llama, context=flags()) as s, pytest.raises(GraphError, match="sequence 3"):
@@ -60,9 +67,12 @@ def test_a_sequence_that_does_not_exist_is_refused(llama):
 
 
 def test_a_batch_without_tokens_is_refused(llama):
-    """Nothing cannot be decoded."""
-    with Session.open(llama, context=flags()) as s, pytest.raises(GraphError, match="without tokens"):
-        s.decode([])
+    """Nothing cannot be decoded, be it a list or an array; the session goes on."""
+    with Session.open(llama, context=flags()) as s:
+        for nothing in ([], np.array([], np.int32)):
+            with pytest.raises(GraphError, match="without tokens"):
+                s.decode(nothing)
+        assert s.decode([1]).shape == (1, 320)
 
 
 def test_a_plan_cannot_decode(llama):

@@ -155,7 +155,7 @@ def test_deepseek_keeps_latents(words, mib, tolerance, plan):
 def test_pipeline_copies_multiply_the_mask(devices, override, copies, plan):
     """Per cell a device's compute buffer grows by a mask of 512 halves, four times over where batches are pipelined.
 
-    An override switches pipelining off; one of the two devices then has a larger peak than where its mask lives.
+    An override switches pipelining off; the last device's peak is then its logits, whatever the cells.
     """
     few, many = (
         plan("qwen2.5-3b:Q4_K_M", "-c", str(n), "-fa", "on", *override, devices=devices, batches="1").compute
