@@ -18,7 +18,10 @@ from pyggml.makers.quantize import dequantize
 from pyggml.tokenizer.words import bytes_of
 from pyggml.types import Type
 
-_KINDS = {bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32, str: ValueType.STRING}
+_KINDS = {
+    bool: ValueType.BOOL, int: ValueType.UINT32, float: ValueType.FLOAT32, str: ValueType.STRING,
+    np.int32: ValueType.INT32, np.uint64: ValueType.UINT64, np.float64: ValueType.FLOAT64,
+}  # fmt: skip
 #: Types whose codebooks libggml searches long.
 _RANDOM = (Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS, Type.IQ1_M, Type.IQ1_S)
 #: Small enough to be written and run in a moment.
@@ -59,7 +62,8 @@ def write_edited(
     Parameters
     ----------
     keys : mapping
-        Of the architecture, without its name: values that are set; None takes the key away.
+        Of the architecture, without its name: values that are set, in numpy's types where Python's
+        do not say which; None takes the key away.
     without : tuple of str
         Tensors that are left out, by their names with or without ``blk.N.``.
     tensors : mapping of str to tuple of int

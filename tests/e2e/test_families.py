@@ -430,7 +430,7 @@ def test_graphs_are_llama_cpps(name, flash, expected, capsys):
     assert len(printed) > 60
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name in ARCHITECTURES])
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n in ARCHITECTURES or n == "deepseek2, gates and ups in one"])
 @pytest.mark.parametrize(
     "placement",
     [PlacementFlags(cpu_moe=True), PlacementFlags(n_gpu_layers=2), PlacementFlags(n_cpu_moe=2)],
@@ -466,6 +466,20 @@ def test_layers_that_predict_further_count_in_placement(expected):
         assert len(s.cache.k) == 3
     with Session.open(path, placement=PlacementFlags(n_gpu_layers=5), **options) as s:
         assert s.placement.is_full_offload
+    found, without = (decode(p, Type.F32, "off") for p in (path, expected["glm4moe"][0]))
+    np.testing.assert_array_equal(found, without)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "gates and ups in one" in name])
+def test_cpu_moe_moves_gates_and_ups_in_one(name, expected):
+    """Where gates and ups are one weight, it and the downs of every layer with experts are on the CPU."""
+    path, _, _ = expected[name]
+    flags = PlacementFlags(cpu_moe=True)
+    with Session.open(path, placement=flags, devices=["mock:CUDA0"], data=False, context=ContextFlags(n_ctx=256)) as s:
+        moved = {w.spec.name for w in s.placement.weights if w.buft.name == "CPU" and w.spec.layer >= 0}
+    layers = (1, 2) if name.startswith("deepseek2") else (0, 1, 2)
+    moved = {n for n in moved if n.endswith(".weight")}  # scales of experts go along
+    assert moved == {f"blk.{i}.ffn_{kind}_exps.weight" for i in layers for kind in ("gate_up", "down")}
 
 
 def test_a_recorded_routing_counts_layers_with_experts(expected, tmp_path):

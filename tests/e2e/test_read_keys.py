@@ -156,6 +156,27 @@ def test_the_page_has_the_table():
     )
 
 
+#: Right numbers in types that are not those of llama.cpp's own files, and whether llama.cpp takes them.
+SPELLED: list[tuple[Values, bool]] = [
+    ({"block_count": np.uint64(3)}, False),
+    ({"embedding_length": np.int32(64)}, False),
+    ({"attention.layer_norm_rms_epsilon": np.float64(1e-5)}, False),
+    ({"rope.freq_base": 10000}, False),
+    ({"attention.head_count_kv": [np.int32(2)] * 3}, True),
+    ({"expert_used_count": [3, 3, 3]}, True),
+    ({"expert_used_count": [np.int32(3)] * 3}, True),
+]
+
+
+def test_numbers_may_be_of_other_types(tmp_path):
+    """The model is the same with a key in another type or as an array; llama.cpp's logits are those, where it takes the file."""
+    wanted = [ReadKey(next(iter(values)), EVERY, "honoured", (values,)) for values, _ in SPELLED]
+    tried = try_keys("llama", wanted, tmp_path / "f")
+    assert [t.theirs is not None for t in tried] == [takes for _, takes in SPELLED]
+    assert not [(t.values, t.ours) for t in tried if isinstance(t.ours, FormatError) or not same(t.ours, t.plain)]
+    assert not [t.values for t in tried if t.changes]
+
+
 GLM_FLASH = {"block_count": 47, "expert_gating_func": None}
 
 
@@ -188,6 +209,7 @@ def test_what_follows_from_a_models_size(keys, gating, tmp_path):
         ({"rope.freq_base": -1.0}, "above 0"),
         ({"rope.scaling.factor": 1e-45}, "above 0"),
         ({"expert_group_count": [0.5]}, "not of whole numbers"),
+        ({"expert_used_count": [2, 3, 1]}, "differs between layers"),
         ({"attention.layer_norm_rms_epsilon": float("inf")}, "no number"),
         ({"attention.layer_norm_rms_epsilon": float("nan")}, "no number"),
     ],

@@ -75,6 +75,27 @@ def test_a_model_in_one_part_has_no_others(tmp_path: Path) -> None:
         assert file.paths == (str(tmp_path / "small.gguf"),)
 
 
+def test_a_first_part_may_have_no_tensors(tmp_path: Path) -> None:
+    """Where the first part holds keys alone, as llama.cpp's tools can leave it, the tensors of the others are there."""
+    whole = GGUFWriter(str(tmp_path / "keys.gguf"), "llama", split_max_tensors=3, small_first_shard=True)
+    write(whole)
+    with GGUFFile.open(tmp_path / "keys-00001-of-00004.gguf") as file:
+        assert [file.tensors[name].part for name in SHAPES] == [1, 1, 1, 2, 2, 2, 3]
+        assert file.metadata["llama.block_count"] == 7
+        for name, array in arrays().items():
+            np.testing.assert_array_equal(file.data(name).view(np.float32), array.ravel())
+
+
+@pytest.mark.parametrize("name", ["joined.gguf", "joined-00001-of-00004.gguf"])
+def test_parts_that_were_joined_by_hand_are_refused(first: Path, name: str) -> None:
+    """Four parts one after the other are no model; the error says that it has 4 parts, and what to do."""
+    joined = first.with_name(name)
+    joined.write_bytes(b"".join(part(first, i).read_bytes() for i in (1, 2, 3, 4)))
+    error = refused(joined)
+    assert error.path == str(joined)
+    assert ("-00001-of-00004.gguf" if name == "joined.gguf" else "joined-00002-of-00004.gguf is missing") in str(error)
+
+
 def test_another_part_names_the_first(first: Path) -> None:
     """Opening the third part is refused with the name of the first."""
     error = refused(part(first, 3))

@@ -66,6 +66,31 @@ def test_cpu_moe_keeps_experts_on_the_cpu():
     }
 
 
+def test_cpu_moe_moves_nothing_but_experts():
+    """A shared expert, the router and its bias stay on the device; a dense first layer has nothing that moves."""
+    by_name = where(placed(PlacementFlags(cpu_moe=True), arch="glm4moe"))
+    assert {n for n, b in by_name.items() if b == "CPU"} == {"token_embd.weight"} | {
+        f"blk.{i}.ffn_{k}_exps.weight" for i in (1, 2) for k in ("gate", "up", "down")
+    }
+    stay = ("ffn_up_shexp.weight", "ffn_gate_inp.weight", "exp_probs_b.bias")
+    assert {by_name[f"blk.1.{name}"] for name in stay} == {"CUDA0"}
+
+
+def test_cpu_moe_moves_biases_of_experts():
+    """The biases of gpt-oss's experts go where their weights go; that of its router stays."""
+    by_name = where(placed(PlacementFlags(cpu_moe=True), arch="gpt-oss"))
+    biases = {f"blk.{i}.ffn_{k}_exps.bias" for i in range(3) for k in ("gate", "up", "down")}
+    assert {n for n, b in by_name.items() if b == "CPU" and n.endswith(".bias")} == biases
+    assert by_name["blk.0.ffn_gate_inp.bias"] == "CUDA0"
+
+
+def test_n_cpu_moe_counts_dense_layers():
+    """--n-cpu-moe 2 of a model whose first layer is dense moves the experts of the second layer alone."""
+    by_name = where(placed(PlacementFlags(n_cpu_moe=2), arch="glm4moe"))
+    assert {n.split(".")[1] for n, b in by_name.items() if b == "CPU" and n.startswith("blk.")} == {"1"}
+    assert by_name["blk.2.ffn_up_exps.weight"] == "CUDA0"
+
+
 def test_n_cpu_moe_keeps_the_first_layers_experts():
     """--n-cpu-moe 1 moves the experts of layer 0."""
     by_name = where(placed(PlacementFlags(n_cpu_moe=1)))
