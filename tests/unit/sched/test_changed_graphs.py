@@ -198,6 +198,38 @@ def test_views_move_with_what_they_show() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_graphs_that_share_a_leaf_take_turns(device: str) -> None:
+    """One scheduler computes two graphs over one leaf in turn, whether the leaf has memory of its own or is placed each time."""
+    cpu = ggml.CPU(threads=1)
+    backends = [ggml.Sim("rtx4090-pcie4", threads=1), cpu] if device == "sim" else [cpu]
+    sched = ggml.Scheduler(backends)
+    context = ggml.Context()
+    fixed = context.new_tensor("f32", (8, 4), name="leaf")
+    context.alloc(backends[0])
+    first, second = ggml.Graph(), ggml.Graph()
+    with first:
+        placed = first.input("f32", (8, 4), name="leaf")
+        doubled = {leaf: ops.scale(leaf, 2.0) for leaf in (placed, fixed)}
+    with second:
+        tail = {leaf: ops.view_2d(leaf, 8, 2, leaf.nb[1], 2 * leaf.nb[1]) for leaf in (placed, fixed)}
+        summed = {leaf: ops.sum_rows(tail[leaf]) for leaf in (placed, fixed)}
+    first.expand(*doubled.values())
+    second.expand(*summed.values())
+    rng = np.random.default_rng(3)
+    for turn in range(3):
+        values = {leaf: rng.standard_normal((4, 8), np.float32) for leaf in (placed, fixed)}
+        fixed.set_array(values[fixed])  # both graphs of a turn read what is written once
+        for graph, results in ((first, doubled), (second, summed)):
+            sched.reset()
+            sched.alloc_graph(graph)
+            placed.set_array(values[placed])
+            sched.compute(graph)
+            for leaf, x in values.items():
+                want = 2 * x if graph is first else x[2:].sum(1, keepdims=True)
+                np.testing.assert_allclose(results[leaf].numpy(), want, rtol=1e-4, atol=1e-5, err_msg=f"turn {turn}")
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
 def test_what_one_graph_wrote_is_a_leaf_of_the_next(device: str) -> None:
     """A tensor with memory of its own is written by one graph and, by a view, read by another, again and again."""
     cpu = ggml.CPU(threads=1)
