@@ -38,7 +38,8 @@ def pad_ne(ne: Sequence[int]) -> Shape:
         raise ShapeError("tensor", f"1 to {MAX_DIMS} dimensions are possible, not {n}")
     if min(ne) < 0:
         raise ShapeError("tensor", f"a dimension cannot have {min(ne)} elements")
-    return (*map(int, ne), *_ONES[n:])  # type: ignore[return-value]
+    ne0, ne1, ne2, ne3 = *map(int, ne), *_ONES[n:]
+    return ne0, ne1, ne2, ne3
 
 
 def contiguous_nb(type: Type, ne: Sequence[int]) -> Shape:

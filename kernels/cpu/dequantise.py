@@ -1,4 +1,7 @@
-"""Rows of quantised weights as floats, block by block; for GET_ROWS and attention, where few rows are read."""
+"""Rows of quantised weights as floats, block by block; for GET_ROWS and attention, where few rows are read.
+
+Each type's kernel is written out: Numba's cache never finds a function that closes over another.
+"""
 
 from __future__ import annotations
 

@@ -40,11 +40,8 @@ def _is_scored(policy):
 
 
 @nb.njit(inline="always")
-def _insert(k, c, which, key):
-    """Put a key that is in no list behind those of a list with smaller stamps."""
-    behind, ahead = c[LAST + which], NO_KEY
-    while behind != NO_KEY and k[STAMP, behind] > k[STAMP, key]:
-        behind, ahead = k[BEFORE, behind], behind
+def _link(k, c, which, key, behind, ahead):
+    """Put a key that is in no list between two neighbours; `NO_KEY` stands for an end of the list."""
     k[BEFORE, key], k[AFTER, key] = behind, ahead
     if behind == NO_KEY:
         c[FIRST + which] = key
@@ -59,17 +56,18 @@ def _insert(k, c, which, key):
 
 
 @nb.njit(inline="always")
+def _insert(k, c, which, key):
+    """Put a key that is in no list behind those of a list with smaller stamps."""
+    behind, ahead = c[LAST + which], NO_KEY
+    while behind != NO_KEY and k[STAMP, behind] > k[STAMP, key]:
+        behind, ahead = k[BEFORE, behind], behind
+    _link(k, c, which, key, behind, ahead)
+
+
+@nb.njit(inline="always")
 def _append(k, c, which, key):
     """Put a key that is in no list at the end of one."""
-    end = c[LAST + which]
-    k[BEFORE, key], k[AFTER, key] = end, NO_KEY
-    if end == NO_KEY:
-        c[FIRST + which] = key
-    else:
-        k[AFTER, end] = key
-    c[LAST + which] = key
-    c[SIZE + which] += 1
-    k[LIST, key] = which
+    _link(k, c, which, key, c[LAST + which], NO_KEY)
 
 
 @nb.njit(inline="always")

@@ -23,6 +23,7 @@ from .precedent import Precedent, Precedents
 from .resources import Resources
 from .split import CutMemory, Cutter, graph_size, make_sched_graph, optimize_splits
 from .state import Assignment, Copies, Machine, SchedGraph
+from .tenancy import Tenancy
 
 __all__ = ["Passes"]
 
@@ -134,7 +135,13 @@ class Passes:
         )
 
     def restore(self, graph: Graph) -> None:
-        """Undo the changes that an earlier cut and allocation made to a graph's tensors; forget views of memory that moved."""
+        """Undo what earlier cuts and allocations changed of a graph's tensors; forget views of memory that moved.
+
+        Notes
+        -----
+        Differs: upstream leaves a leaf where another graph had it, as memory of the leaf's own, and lays results over it
+        (`Repairs.reused_memory`).
+        """
         undo = self._replaced_sources.pop(graph, None)
         tensors = [*graph.leafs, *graph.nodes]
         if undo is not None:
@@ -153,9 +160,19 @@ class Passes:
             placed = {b: b is not None and b.usage is BufferUsage.COMPUTE for b in set(buffers)}
             for tensor in compress(tensors, map(placed.__getitem__, buffers)):
                 tensor.buffer = tensor.data = None
+        else:
+            elsewhere = {b: b is not None and self._is_compute_buffer(b) for b in {leaf.buffer for leaf in graph.leafs}}
+            if any(elsewhere.values()):
+                for leaf in graph.leafs:
+                    if elsewhere[leaf.buffer]:
+                        leaf.buffer = leaf.data = None
         for tensor in tensors:
             if tensor.view_src is not None and tensor.data is not None and tensor.is_stale_view:
                 tensor.buffer = tensor.data = None
+
+    def _is_compute_buffer(self, buffer: Buffer) -> bool:
+        """Whether a graph of these passes was allocated in a buffer."""
+        return isinstance(buffer.tenancy, Tenancy) and buffer.tenancy.owner is self
 
     def restore_all(self) -> None:
         """Undo the changes of every graph that still exists."""

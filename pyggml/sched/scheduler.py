@@ -183,7 +183,7 @@ class Scheduler(Observed):
         self._reserved_by: CopyPolicy | None = None  # the policy that has read the plan
         self._allocated: ref[Graph] | None = None
         self._snapshot = Snapshot(())  # of the allocated graph
-        self._tenancy = Tenancy(self.sched_graph, ())  # in the compute buffers
+        self._tenancy = Tenancy(self.sched_graph, (), self._passes)  # in the compute buffers
         self._kept: KeptAlloc | None = None
         self._alone = Exclusive()
 
@@ -387,7 +387,7 @@ class Scheduler(Observed):
             self._kept = KeptAlloc(plan, self._rules)
             self._snapshot = self._passes.snapshot(graph)
             chunks = [c for i in range(len(self.bufts)) for c in self.galloc.chunks(i)]
-            self._tenancy = Tenancy(self.sched_graph, chunks if self.repairs.reused_memory else ())
+            self._tenancy = Tenancy(self.sched_graph, chunks if self.repairs.reused_memory else (), self._passes)
             for split in plan.splits:
                 split.graph.is_verified = self.repairs.other_graph
         self._allocated = ref(graph)

@@ -26,15 +26,18 @@ class Tenancy:
         Nodes and copies in the order in which they are written.
     buffers : collection of Buffer
         The chunks of all compute buffers.
+    owner : object
+        Tells the buffers of one scheduler from those of another.
 
     Notes
     -----
     Differs: upstream reads whatever is there (`Repairs.reused_memory`).
     """
 
-    __slots__ = ("_by", "_leafs", "_lost", "_nodes", "_position", "is_over", "written_by_hand")
+    __slots__ = ("_by", "_leafs", "_lost", "_nodes", "_position", "is_over", "owner", "written_by_hand")
 
-    def __init__(self, graph: SchedGraph, buffers: Collection[Buffer]) -> None:
+    def __init__(self, graph: SchedGraph, buffers: Collection[Buffer], owner: object) -> None:
+        self.owner = owner
         self._nodes: Sequence[Tensor] = graph.nodes
         self._leafs: Sequence[Tensor] = graph.leafs
         self._position: dict[Tensor, int] | None = None  # of what owns memory, in the order of writing

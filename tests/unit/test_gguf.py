@@ -302,14 +302,11 @@ def test_a_million_tensors_are_only_claimed(tmp_path: Path) -> None:
 
 def test_records_without_data_take_memory_in_proportion(tmp_path: Path) -> None:
     """Records that are all there, of tensors that are not, are refused; each takes less than 1,000 bytes until then."""
-    peaks = []
-    for n in (1_000, 8_000):
+    for n in (1_000, 16_000):
         path = build(tmp_path / "m", infos=[info(f"t{i}", (8,), 0, 32 * i) for i in range(n)])
         peak, error = peak_until_refused(path)
         assert "past the end of the file" in str(error)
-        peaks.append(peak)
         assert peak < 1_000 * n, peak
-    assert peaks[1] < 10 * peaks[0]
 
 
 def test_names_may_be_any_bytes(tmp_path: Path) -> None:
