@@ -34,6 +34,8 @@ __all__ = [
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
+#: The most tensors and the most keys of a file. llama.cpp refuses more than 512 layers, and no layer has 256 tensors.
+MAX_RECORDS = 1 << 17
 
 #: What to try if a file is incomplete.
 AGAIN = "the file is damaged or its download is incomplete: download it again"
@@ -257,6 +259,11 @@ def read_header(path: str, mapped: mmap.mmap, part: int = 0) -> Header:
     ------
     FormatError
         The file is damaged or of an unsupported kind.
+
+    Notes
+    -----
+    Differs: ggml reads any number of tensors and keys. Here more than `MAX_RECORDS` are refused before they are read,
+    which bounds the time and memory that a hostile file takes.
     """
     walk = _Walk(path, mapped)
     version, n_tensors, n_keys = _read_counts(walk)
@@ -289,6 +296,8 @@ def _read_counts(walk: _Walk) -> tuple[int, int, int]:
     for n, least, what, at in ((n_tensors, 24, "tensors", 8), (n_keys, 13, "keys", 16)):
         if n * least > walk.end - walk.at:
             raise walk.error(f"{n:,} {what} cannot be in a file of {walk.end:,} bytes", offset=at)
+        if n > MAX_RECORDS:
+            raise walk.error(f"{n:,} {what} are more than the {MAX_RECORDS:,} that a model can have", offset=at)
     return version, n_tensors, n_keys
 
 

@@ -289,15 +289,27 @@ def peak_until_refused(path: Path) -> tuple[int, FormatError]:
 def test_a_million_tensors_are_only_claimed(tmp_path: Path) -> None:
     """A count without records takes no memory, in a file too short for it and in one that is long enough."""
     path = tmp_path / "m"
-    for size, says in (
-        (4096, "1,000,000 tensors cannot be in a file of"),
-        (25 << 20, "tensor 0 of 1000000 is nameless"),
+    for n, size, says in (
+        (10**6, 4096, "1,000,000 tensors cannot be in a file of"),
+        (10**5, 25 << 20, "tensor 0 of 100000 is nameless"),
     ):
-        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 10**6, 0))
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, n, 0))
         os.truncate(path, size)
         peak, error = peak_until_refused(path)
         assert says in str(error)
         assert peak < 200_000, peak
+
+
+@pytest.mark.parametrize(("counts", "what"), [((10**6, 0), "tensors"), ((0, 10**6), "keys")])
+def test_more_records_than_a_model_has(tmp_path: Path, counts: tuple[int, int], what: str) -> None:
+    """A million records that are all in the file are refused before they are read."""
+    path = tmp_path / "m"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts))
+    os.truncate(path, 25 << 20)
+    peak, error = peak_until_refused(path)
+    assert f"1,000,000 {what} are more than the 131,072 that a model can have" in str(error)
+    assert error.offset == {"tensors": 8, "keys": 16}[what]
+    assert peak < 200_000, peak
 
 
 def test_records_without_data_take_memory_in_proportion(tmp_path: Path) -> None:
