@@ -124,7 +124,7 @@ def plan(
             _describe(machine),
             [*machine_notes, *_assumptions(machine, host, shape, is_stated=routing is not None)],
         )
-        maker = Maker(search, shown, advice)
+        maker = Maker(search, shown, [name, *_where(devices, host)], advice)
         tell(f"timing {len(space)} settings")
         settings = list(space.settings(machine.host.n_cores))
         search.ranked(settings, lambda s: s.seconds)  # meanwhile
@@ -144,6 +144,7 @@ def plan(
         ]
         if advice.plans:
             maker.best_first()
+            advice.beyond = maker.beyond_llama(settings, tell)
             best = advice.plans[0]
             tell("from when copying pays")
             advice.pays_from = pays_from(search, best.setting)
@@ -213,6 +214,16 @@ def open_machine(devices: str | Sequence[str], host: str | Host) -> tuple[list[B
         )
     around = host if isinstance(host, Host) else parse_host(host) if host else DEFAULT_HOST
     return [d.backend() for d in opened], Machine.of_profiles(known, around)
+
+
+def _where(devices: str | Sequence[str], host: str | Host) -> list[str]:
+    """Return a machine as `pyggml splits` takes it."""
+    names = devices if isinstance(devices, str) else ",".join(devices)
+    if isinstance(host, Host):
+        gib, read = host.memory_bytes / 2**30, host.read_bytes_per_s / 1e9
+        host = f"read={read:.1f}GB/s,cores={host.n_cores},isa={host.isa}" + (f",{gib:.0f}GiB" if gib else "")
+    cpu = [] if "cpu" in names.split(",") else ["cpu"]
+    return ["-dev", ",".join([*filter(None, [names]), *cpu]), *(["--host", host] if host else [])]
 
 
 def _checked(routing: Routing, goal: Goal) -> Routing:

@@ -27,9 +27,9 @@ class Recommendation:
     flags : list of str
         The flags for `llama-server`, `llama-cli` and `pyggml splits`.
     command : str
-        A complete command line.
+        A complete command line; if llama.cpp cannot run the setting (`is_of_llama`), one of `pyggml splits`, which plans it.
     ik_command : str
-        The same for ik_llama.cpp, whose flags differ (`ik_flags_of`).
+        The same for ik_llama.cpp, whose flags differ (`ik_flags_of`); empty if llama.cpp cannot run the setting.
     pp_tps, tg_tps : Speed
         Tokens per second of the prompt and of the answer.
     seconds : float
@@ -67,6 +67,11 @@ class Recommendation:
         return sum(device.bytes for device in self.memory[:-1])
 
     @property
+    def is_of_llama(self) -> bool:
+        """Whether llama.cpp has all flags of the setting."""
+        return self.setting.moe_cache_misses == "copy"
+
+    @property
     def ik_note(self) -> str:
         """What ik_llama.cpp's command line lacks."""
         return "which has no expert cache (the plan without one is better there)" if self.setting.moe_cache_mib else ""
@@ -76,9 +81,10 @@ class Recommendation:
         """What the expert cache does, in one sentence; empty without one."""
         if self.hit_rate is None:
             return ""
+        others = "" if self.is_of_llama else "; the CPU computes the others, which llama.cpp cannot do"
         return (
             f"Expert cache: of the experts that the answer uses, {self.hit_rate:.0%} are in its {self.setting.moe_cache_mib} MiB, "
-            "from an empty cache on."
+            f"from an empty cache on{others}."
         )
 
     @property
@@ -103,6 +109,8 @@ class Advice:
         If nothing fits: the bytes that the smallest setting lacks; `smaller` names a quantisation that would fit.
     tried : int
         The number of settings with predicted times; `n_planned` of them were planned by the scheduler.
+    beyond : Recommendation or None
+        What is noteworthily faster than the best plan, but llama.cpp cannot do: an expert cache whose misses the CPU computes.
     fit : Recommendation or None
         What llama.cpp's ``--fit`` chooses with its own margin of 1 GiB and default flags; None without a card. `fit_note`: what it
         could not reach; `fit_by`: whether llama.cpp itself answered, or pyggml's rule.
@@ -118,6 +126,7 @@ class Advice:
     assumed: list[str]
     plans: list[Recommendation] = field(default_factory=list)
     compared: list[Recommendation] = field(default_factory=list)
+    beyond: Recommendation | None = None
     fit: Recommendation | None = None
     fit_note: str = ""
     fit_by: str = ""
@@ -133,5 +142,5 @@ class Advice:
 
     @property
     def shown(self) -> list[Recommendation]:
-        """The plans, then what they are compared with: the user's settings and what ``--fit`` chooses."""
-        return [*self.plans, *self.compared, *([] if self.fit is None else [self.fit])]
+        """The plans, then what they are compared with: the user's settings, what ``--fit`` chooses, and what llama.cpp cannot do."""
+        return [*self.plans, *self.compared, *(made for made in (self.fit, self.beyond) if made is not None)]

@@ -80,6 +80,8 @@ def explain(maker: Maker, space: Space, settings: list[Setting], best: Recommend
     choices = [_choice(maker, s, best.setting, flag) for s in tried]
     if flag == "--moe-cache-mib":
         return Explanation(flag, choices, _of_cache(maker, settings, best))
+    if flag == "--moe-cache-misses":
+        return Explanation(flag, choices if len(choices) > 1 else [], _of_misses(maker, best))
     if flag == "-c":
         goal = maker.search.goal
         gib = maker.search.memory.kv_bytes(best.setting) / 2**30
@@ -117,6 +119,9 @@ def _values(maker: Maker, space: Space, settings: list[Setting], best: Setting, 
         return [replace(best, threads=k) for k in {1, max(host.n_cores // 2, 1), host.n_cores}]
     if flag == "--moe-cache-mib":
         return _best_of_sizes(maker, settings, best)
+    if flag == "--moe-cache-misses":
+        other = [replace(best, moe_cache_misses="cpu")] if best.moe_cache_mib else []
+        return [*other, *([] if maker.advice.beyond is None else [maker.advice.beyond.setting])]
     if flag == "-ot":
         fit = maker.advice.fit
         return [] if fit is None or not fit.setting.overrides else [fit.setting]
@@ -170,6 +175,12 @@ def _shown(setting: Setting, flag: str) -> str:
         "--no-op-offload": "--op-offload" if setting.op_offload else "--no-op-offload",
         "--moe-cache-mib": f"-ncmoe {setting.n_cpu_moe} --moe-cache-mib {setting.moe_cache_mib}",
     }
+    if setting.moe_cache_misses != "copy":
+        shown["--moe-cache-misses"] = f"{shown['--moe-cache-mib']} --moe-cache-misses {setting.moe_cache_misses}"
+    elif setting.moe_cache_mib:
+        shown["--moe-cache-misses"] = shown["--moe-cache-mib"]
+    else:
+        shown["--moe-cache-misses"] = "no expert cache"
     return shown.get("-ctk" if flag == "-ctv" else flag, "")
 
 
@@ -182,6 +193,17 @@ def _words(flags: list[str]) -> list[str]:
         else:
             made[-1] += f" {word}"
     return made
+
+
+def _of_misses(maker: Maker, best: Recommendation) -> str:
+    """Return what misses on the CPU would bring, which llama.cpp cannot do."""
+    made = maker.advice.beyond
+    if made is None:
+        return "llama.cpp cannot do it, and it would not be faster than the best plan by 3 %."
+    return (
+        f"llama.cpp cannot do it. It would take {made.seconds:.1f} instead of {best.seconds:.1f} s, as `pyggml splits` shows. "
+        f"{made.cache_line}"
+    )
 
 
 def _of_cache(maker: Maker, settings: list[Setting], best: Recommendation) -> str:

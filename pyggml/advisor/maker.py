@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from ..simulation import simulate_batch, simulate_generation, simulate_prompt
 from ..types import Type
 from .answer import Advice, Recommendation
 from .limits import bottleneck
-from .search import Scored, Search
+from .search import Scored, Search, without_cache
 from .settings import command, flags_of, ik_flags_of, with_llama_names
 
 __all__ = ["BEST", "Maker"]
@@ -27,10 +28,18 @@ _NOTEWORTHY_TIME = 1.01
 
 
 class Maker:
-    """Makes plans of settings, each distinct from those before."""
+    """Makes plans of settings, each distinct from those before.
 
-    def __init__(self, search: Search, model: str, advice: Advice) -> None:
-        self.search, self.model, self.advice = search, model, advice
+    Parameters
+    ----------
+    model : str
+        The model as a llama-server line names it.
+    splits : list of str
+        Model and machine as a line of `pyggml splits` names them.
+    """
+
+    def __init__(self, search: Search, model: str, splits: list[str], advice: Advice) -> None:
+        self.search, self.model, self.splits, self.advice = search, model, splits, advice
 
     def best_plans(
         self,
@@ -133,6 +142,27 @@ class Maker:
         if made.seconds * _NOTEWORTHY <= without.seconds:
             plans[:] = [made, replace(without, title="without an expert cache")]
 
+    def beyond_llama(self, settings: list[Setting], tell: Callable[[str], None]) -> Recommendation | None:
+        """Return the best setting whose cache leaves misses to the CPU; None if it is not noteworthily faster than the best plan.
+
+        llama.cpp has no such flag, so it is no plan.
+        """
+        first, search = self.advice.plans[0], self.search
+        asked = (s for s in settings if s.moe_cache_mib and s.is_pinned and s.type_k is first.setting.type_k)
+        ranked = search.ranked((replace(s, moe_cache_misses="cpu") for s in asked), lambda s: _step(s.seconds))
+        faster = [s for s in ranked if s.seconds * _NOTEWORTHY <= first.seconds]
+        if not faster or search.memory.exact(without_cache(faster[0].setting)) is None:
+            return None
+        tell("planning: misses on the CPU")
+        for scored in faster:
+            taken = search.memory.exact(scored.setting) if search.memory.may_fit(scored.setting) else []
+            if taken is None:
+                return None  # the model's graphs cannot do that
+            if taken and all(d.fits for d in taken):
+                made = self.make("not in llama.cpp: misses on the CPU", search.filled(scored))
+                return made if made.seconds * _NOTEWORTHY <= first.seconds else None
+        return None
+
     def best_first(self) -> None:
         """Put first what the simulated machine finds fastest; formulas ranked before, and may be a few per cent off.
 
@@ -140,7 +170,7 @@ class Maker:
         """
         advice = self.advice
         first = advice.plans[0]
-        rivals = [p for p in advice.shown if p.fits and p.setting.type_k is first.setting.type_k]
+        rivals = [p for p in advice.shown if p.fits and p.is_of_llama and p.setting.type_k is first.setting.type_k]
         best = min(rivals, key=lambda p: p.seconds)
         if best.seconds * _NOTEWORTHY_TIME >= first.seconds:
             return
@@ -178,9 +208,13 @@ class Maker:
         times = _times(search, setting) if memory else _Times(*_formulas(search, setting))
         goal = search.goal
         exact = Scored(setting, goal.prompt / times.pp.mid, goal.generate / times.tg.mid)
+        if setting.moe_cache_misses == "copy":
+            line, ik_line = (command("llama-server", self.model, f) for f in (shown, ik_flags_of(shown)))
+        else:
+            asked = ["--batches", "1", "-d", str(goal.prompt), "--generate", str(goal.generate)]
+            line, ik_line = shlex.join(["pyggml", "splits", *self.splits, *flags, *asked]), ""
         return Recommendation(
-            title, setting, flags, command("llama-server", self.model, shown),
-            command("llama-server", self.model, ik_flags_of(shown)), times.pp, times.tg, exact.seconds, memory, times.link_prompt,
+            title, setting, flags, line, ik_line, times.pp, times.tg, exact.seconds, memory, times.link_prompt,
             times.link_generated, bottleneck(search, scored, exact), times.hit_rate,
             search.memory.refused.get(setting, ""),
         )  # fmt: skip
@@ -194,7 +228,7 @@ class Maker:
             if taken is None or not all(d.fits for d in taken):
                 continue
             if scored.setting.moe_cache_mib:  # only the best size
-                alike = replace(scored.setting, moe_cache_mib=0)
+                alike = without_cache(scored.setting)
                 if alike in cached:
                     continue
                 cached.add(alike)

@@ -239,7 +239,8 @@ class MemoryModel:
         """Return a planner of a setting, without data; it is this model's own, and the next setting changes it."""
         placement, context = placement_flags(setting), context_flags(setting, self.n_ctx)
         host = self.host.with_threads(setting.threads)
-        rule = LlamaCache(setting.moe_cache_mib << 20) if setting.moe_cache_mib else None
+        mib, misses = setting.moe_cache_mib, setting.moe_cache_misses
+        rule = LlamaCache(mib << 20, misses="cpu" if misses == "cpu" else "copy") if mib else None
         at = (placement, context, host, rule)
         if self._planner is not None and not self._planner.is_closed and self._at[2:] == at[2:]:
             if self._at != at:

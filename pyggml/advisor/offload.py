@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..foresight import Setting
 from ..foresight.estimate import predict
 from ..simulation import simulate_batch
-from .search import Search
+from .search import Search, without_cache
 
 __all__ = ["pays_from"]
 
@@ -40,7 +40,7 @@ def pays_from(search: Search, setting: Setting) -> int | None:
     most = min(_MOST, search.memory.n_ctx, known or _MOST)
     if most < _LEAST:
         return None
-    setting = replace(setting, moe_cache_mib=0)
+    setting = without_cache(setting)
     guess = _guess(search, setting, most)
     gains: dict[int, float] = {}
     low, high = _LEAST - 1, most + 1  # it pays not at the lower end, and does at the upper one, as far as is known

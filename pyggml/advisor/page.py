@@ -155,7 +155,7 @@ def _said(plan: Recommendation) -> str:
 
 
 def _for_ik(plan: Recommendation) -> str:
-    if plan.ik_command == plan.command:
+    if plan.ik_command in ("", plan.command):
         return ""
     note = f", {plan.ik_note}" if plan.ik_note else ""
     return f"<details><summary>for ik_llama.cpp{note}</summary><pre>{_command(plan.ik_command)}</pre></details>"

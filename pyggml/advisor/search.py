@@ -11,7 +11,7 @@ from ..simulation import SimulatedBatch
 from ..types import Type
 from .memory import MemoryModel
 
-__all__ = ["Goal", "Scored", "Search", "plain_first"]
+__all__ = ["Goal", "Scored", "Search", "plain_first", "without_cache"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Search:
 
     def _prompt_s(self, setting: Setting) -> float:
         """Return the time of the prompt; large micro-batches do not use an expert cache."""
-        key = replace(setting, moe_cache_mib=0) if setting.moe_cache_mib else setting
+        key = without_cache(setting)
         if key not in self._prompt:
             n = self.goal.prompt
             one = predict(
@@ -107,7 +107,8 @@ class Search:
             n_gpu_layers=setting.n_gpu_layers, n_cpu_moe=setting.n_cpu_moe, overrides=setting.overrides,
             tensor_split=setting.tensor_split, split_mode=setting.split_mode,
             threads=setting.threads, type_k=setting.type_k, type_v=setting.type_v, kv_offload=setting.kv_offload, flash_attn=setting.flash_attn,
-            moe_cache_mib=setting.moe_cache_mib, is_pinned=setting.is_pinned and setting.moe_cache_mib > 0,
+            moe_cache_mib=setting.moe_cache_mib, moe_cache_misses=setting.moe_cache_misses,
+            is_pinned=setting.is_pinned and setting.moe_cache_mib > 0,
         )  # fmt: skip
 
     def _generate_s(self, setting: Setting) -> float:
@@ -143,9 +144,7 @@ class Search:
         for scored in ranked:
             setting = scored.setting
             if setting.moe_cache_mib and memory.may_fit(setting) and memory.estimate(setting) is None:
-                memory.exact(
-                    replace(setting, moe_cache_mib=0)
-                )  # tells the rest, and is planned without another planner
+                memory.exact(without_cache(setting))  # tells the rest, and is planned without another planner
             if not memory.may_fit(setting):
                 continue
             taken = memory.exact(setting)
@@ -161,6 +160,11 @@ class Search:
         more = self.score(replace(setting, moe_cache_mib=setting.moe_cache_mib + (left >> 20)))
         filled = self.memory.exact(more.setting) if more.seconds < scored.seconds else None
         return more if filled is not None and all(d.fits for d in filled) else scored
+
+
+def without_cache(setting: Setting) -> Setting:
+    """Return a setting without its expert cache."""
+    return replace(setting, moe_cache_mib=0, moe_cache_misses="copy") if setting.moe_cache_mib else setting
 
 
 def plain_first(setting: Setting) -> tuple[bool, bool, int]:

@@ -58,6 +58,8 @@ EXPLAIN = {
     "ik_llama.cpp at 007d6400 has no such flag). The device computes these layers for up to 32 tokens, and each expert that is absent "
     "crosses the link, where the CPU would have read it from host memory. So it pays if hits are many and the link is fast. It has no hits "
     "at all up to (layers - 1) * (experts per token) slots. More layers on the host make room for a larger cache.",
+    "--moe-cache-misses": "what happens to experts that the cache lacks. llama.cpp copies them into it first (copy). With cpu the CPU computes "
+    "them while the device computes the others; only pyggml's run and splits have that, so no llama-server line has it.",
     "-c": "tokens that the KV cache holds.",
 }
 
@@ -243,6 +245,8 @@ def flags_of(setting: Setting, n_ctx: int, *, has_devices: bool = True) -> list[
         flags.append("--no-op-offload")
     if setting.moe_cache_mib:
         flags += ["--moe-cache-mib", str(setting.moe_cache_mib)]
+        if setting.moe_cache_misses != "copy":
+            flags += ["--moe-cache-misses", setting.moe_cache_misses]
     if setting.threads:
         flags += ["-t", str(setting.threads)]
     return flags

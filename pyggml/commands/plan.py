@@ -226,7 +226,7 @@ def _setting(text: str) -> Setting:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
         raise click.UsageError(f"--compare {text!r}: {reason}") from None
     ((flags, cache),) = found
-    if cache is not None and not (isinstance(cache, LlamaCache) and cache == LlamaCache(cache.size_bytes)):
+    if cache is not None and not (isinstance(cache, LlamaCache) and cache.eviction == LlamaCache(0).eviction):
         raise click.UsageError(f"--compare {text!r}: of caches --moe-cache-mib with its default eviction is compared")
     placement, made = flags.placement(), flags.context()
     if placement.fit:
@@ -236,6 +236,7 @@ def _setting(text: str) -> Setting:
         tensor_split=placement.tensor_split, n_ubatch=made.n_ubatch, n_batch=made.n_batch, threads=flags.threads or 0, flash_attn=made.flash_attn != "off", type_k=Type.of(made.type_k),
         type_v=Type.of(made.type_v), is_pinned=not placement.use_mmap, kv_offload=made.offload_kqv,
         op_offload=made.op_offload, moe_cache_mib=0 if cache is None else cache.size_bytes >> 20,
+        moe_cache_misses="copy" if cache is None else cache.misses,
     )  # fmt: skip
 
 
@@ -265,6 +266,7 @@ def _plan_dict(plan: Recommendation) -> dict[str, Any]:
         "bottleneck": plan.bottleneck,
         "refused": plan.refused,
         "moe_cache_mib": plan.setting.moe_cache_mib,
+        "moe_cache_misses": plan.setting.moe_cache_misses,
         "cache_hit_rate": plan.hit_rate,
     }  # fmt: skip
 
@@ -278,6 +280,7 @@ def as_dict(advice: Advice) -> dict[str, Any]:
         "assumed": advice.assumed,
         "plans": [_plan_dict(p) for p in advice.plans],
         "compared": [_plan_dict(p) for p in advice.compared],
+        "beyond_llama": None if advice.beyond is None else _plan_dict(advice.beyond),
         "fit": None if advice.fit is None else {**_plan_dict(advice.fit), "note": advice.fit_note, "by": advice.fit_by},
         "helps": [asdict(h) for h in advice.helps],
         "explained": None if advice.explained is None else asdict(advice.explained),
@@ -336,7 +339,7 @@ def _print_plan(plan: Recommendation) -> None:
     out = report()
     out.print(f"{plan.title}:", style="bold")
     out.print(plan.command, soft_wrap=True)
-    if plan.ik_command != plan.command and not plan.refused:
+    if plan.ik_command not in ("", plan.command) and not plan.refused:
         note = f", {plan.ik_note}" if plan.ik_note else ""
         out.print(f"ik_llama.cpp{note}: {plan.ik_command}", soft_wrap=True, style="dim")
     if plan.refused:

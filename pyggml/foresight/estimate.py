@@ -63,6 +63,8 @@ class Setting:
         (all of a layer).
     moe_cache_mib : int
         Size of llama.cpp's expert cache, over all cards; 0: none.
+    moe_cache_misses : str
+        ``"copy"``, or ``"cpu"``, which llama.cpp does not have: the CPU computes what the cache lacks.
     """
 
     n_gpu_layers: int = -1
@@ -82,6 +84,7 @@ class Setting:
     split_mode: str = "layer"
     tensor_split: tuple[float, ...] = ()
     moe_cache_mib: int = 0
+    moe_cache_misses: str = "copy"
 
 
 @dataclass(slots=True)
@@ -270,6 +273,7 @@ def _micro_batch_s(
     offloads = n >= _OFFLOAD and s.op_offload and bool(m.cards)
     flags = (
         n, n_kv, offloads, s.threads, s.type_k, s.type_v, s.flash_attn, s.kv_offload, s.is_pinned, s.backend, s.split_mode,
+        s.moe_cache_misses,
     )  # fmt: skip
     for i, p in enumerate(placed):
         missed = -1.0 if misses is None else misses[i]
@@ -314,7 +318,13 @@ def _layer_s(
         seconds = _sharing_s(m, s, p, n, seconds, dense_s, model.n_embd)
     if not s.kv_offload and p.layer.attention is not None:
         seconds += m.rates.switch_s + clock.cpu_attention_s(p.layer.attention, n, n_kv, m.host, kv_bytes)
-    if missed >= 0:
+    if missed >= 0 and s.moe_cache_misses == "cpu":
+        alone_s = clock.layer_s(
+            p.layer, n, n_kv, model, card, experts=False, kv_bytes=kv_bytes, flash=s.flash_attn, backend=s.backend,
+            attention=s.kv_offload, slow_host=m.host.isa == "neon",
+        )  # fmt: skip
+        seconds = _sides_s(clock, model, m, s, p, missed, alone_s, seconds - alone_s)
+    elif missed >= 0:
         seconds += _uploads_s(model, m, s, p, missed)
     elif p.experts_on_host and not offloads:
         seconds += m.rates.switch_s + clock.cpu_layer_s(p.layer, n, 0, model, m.host, kv_bytes, _is_expert)
@@ -401,6 +411,30 @@ def _uploads_s(model: ModelShape, m: Machine, s: Setting, p: Placed, misses: flo
     n_switches = n_weights if model.has_expert_biases else 1
     uploaded = misses * (p.layer.expert_bytes / model.n_expert / rate + n_weights * link.latency_s)
     return n_switches * m.rates.switch_s + link.latency_s + uploaded
+
+
+def _sides_s(
+    clock: Clock, model: ModelShape, m: Machine, s: Setting, p: Placed, misses: float, alone_s: float, experts_s: float
+) -> float:
+    """Return the seconds of a cached layer whose missing experts the CPU computes, while the device computes the others.
+
+    Parameters
+    ----------
+    alone_s, experts_s : float
+        Seconds of the layer on its device without experts, and of all its chosen experts there.
+
+    Notes
+    -----
+    What the cache admits is uploaded meanwhile; from a mapped file the host waits for it. From pinned memory the slower of both is
+    the limit, and a quarter of the other is not hidden: as much as the simulated machine shows, where tokens miss unevenly.
+    """
+    share = misses / model.n_used
+    link = m.links[0]
+    cpu_s = clock.cpu_layer_s(p.layer, 1, 0, model, m.host, 0.0, _is_expert)
+    computed = alone_s + max((1.0 - share) * experts_s, share * cpu_s) + m.rates.switch_s + 4.0 * link.latency_s
+    uploaded = _uploads_s(model, m, s, p, misses) - m.rates.switch_s
+    hidden = 0.75 * min(computed, uploaded) if s.is_pinned else 0.0
+    return computed + uploaded - hidden
 
 
 def _output_s(clock: Clock, model: ModelShape, m: Machine, s: Setting, placed: list[Placed], n: int) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+import shlex
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pyggml.advisor import EXPLAIN, Goal, MemoryModel, Search, Space, plan
+from pyggml.advisor import EXPLAIN, Advice, Goal, MemoryModel, Search, Space, plan
 from pyggml.advisor.advice import MARGIN_BYTES, open_machine
-from pyggml.advisor.maker import _step
+from pyggml.advisor.maker import Maker, _step
 from pyggml.advisor.page import page_html
 from pyggml.advisor.search import plain_first
 from pyggml.advisor.settings import ik_flags_of
 from pyggml.catalog import header_path
 from pyggml.cli import group
-from pyggml.commands.plan import command
+from pyggml.commands.plan import _setting, command
 from pyggml.errors import GraphError
 from pyggml.foresight import Machine, ModelShape, Setting, machine_of, model_shape
 from pyggml.foresight.caching import misses_per_token
@@ -117,6 +119,53 @@ def test_a_cache_fed_back_to_splits_gives_the_same_memory_times_and_hits() -> No
     assert [row["low"], row["t/s"], row["high"]] == [round(answered[k], 2) for k in ("low", "mid", "high")]
 
 
+def test_misses_on_the_cpu_are_found_as_by_exhaustive_search() -> None:
+    """Of caches whose misses the CPU computes, none that fits is faster than the one that is named."""
+    goal = Goal(512, 96, 4096)
+    search, file = search_of("gpt-oss-20b", "rtx3060", goal, margin_bytes=5 * GIB)
+    with file, closing(search.memory):
+        whole = space_of(search.shape, search.machine)
+        space = replace(
+            whole, n_ubatch=(512,), kv_types=(Type.F16,), kv_offload=(True,), op_offload=(True,),
+            n_gpu_layers=(-1,), n_cpu_moe=(0, 19, 24), moe_cache_mib=whole.moe_cache_mib[2:6],
+        )  # fmt: skip
+        settings = list(space.settings(8))
+        maker = Maker(search, "model.gguf", [], Advice("", goal, "", []))
+        maker.advice.plans = [maker.make("", search.score(Setting(n_cpu_moe=24, is_pinned=True, threads=8)))]
+        made = maker.beyond_llama(settings, str)
+        assert made is not None
+        every = [replace(s, moe_cache_misses="cpu") for s in settings if s.moe_cache_mib]
+        fitting = [s for s in every if all(d.fits for d in search.memory.exact(s) or [search_nothing()])]
+        assert 3 < len(fitting) < len(every)
+        assert search.score(made.setting).seconds <= 1.006 * min(search.score(s).seconds for s in fitting)
+        maker.advice.plans = [made]
+        assert maker.beyond_llama(settings, str) is None
+
+
+def test_misses_on_the_cpu_are_no_line_of_llama_and_equal_splits() -> None:
+    """The row is beside the plans; its line, given to `splits`, has its memory, speed and hits."""
+    own = "-ncmoe 24 --no-mmap --moe-cache-mib 3000 --moe-cache-misses cpu"
+    answer = plan(
+        "gpt-oss-20b", devices="rtx3060", host=HOST, prompt=512, generate=96, context=4096, margin_bytes=5 * GIB, n_plans=1,
+        explain="moe-cache-misses", compare=[_setting(own)],
+    )  # fmt: skip
+    made, best, (row,) = answer.beyond, answer.plans[0], answer.compared
+    assert made is not None
+    assert made.fits
+    assert made.seconds * 1.03 <= best.seconds
+    assert "misses" not in best.command
+    assert answer.explained is not None
+    assert answer.explained.verdict.startswith("llama.cpp cannot do it. It would take")
+    assert [c.flags for c in answer.explained.choices if "cpu" in c.flags]
+    assert row.command.startswith("pyggml splits gpt-oss-20b -dev rtx3060,cpu --host ")
+    program, *line = shlex.split(made.command)
+    assert (program, line[0], made.ik_command) == ("pyggml", "splits", "")
+    told = json.loads(CliRunner().invoke(group, [*line, "--json"]).stdout)
+    assert next(m for m in told["memory"] if m["buft"] == "SIM0")["total"] == made.memory[0].bytes
+    assert told["expert_cache"]["hit_rate"] == made.hit_rate
+    assert told["expert_cache"]["generated"]["speed"] == pytest.approx(asdict(made.tg_tps))
+
+
 @pytest.mark.parametrize(
     ("model", "devices"),
     [("llama-3.2-3b", "rtx3060"), ("gpt-oss-20b", ""), ("gpt-oss-20b", "m2ultra"), ("gpt-oss-20b", "rtx3060,rtx3060")],
@@ -179,7 +228,7 @@ def test_explaining_says_whether_a_cache_pays_with_numbers() -> None:
 
 
 _QUICK = {"-ngl", "-ub"}
-_FLAGS = sorted(EXPLAIN.keys() - {"--moe-cache-mib", "-ot", "-ts", "-b", "-ctv"})
+_FLAGS = sorted(EXPLAIN.keys() - {"--moe-cache-mib", "--moe-cache-misses", "-ot", "-ts", "-b", "-ctv"})
 
 
 @pytest.mark.parametrize("flag", [f if f in _QUICK else pytest.param(f, marks=pytest.mark.slow) for f in _FLAGS])
