@@ -9,8 +9,9 @@ MODEL  ?=
 PROMPT ?=
 ARGS   ?=
 
-# Kernels' threads that wait must not take the cores from the other test process.
-QUIET_THREADS := NUMBA_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+# Kernels' threads that wait must not take the cores from the other test process, and hundreds of processes of tests must
+# not each compile the package again, as they do where the environment forbids Python to keep bytecode.
+QUIET_THREADS := NUMBA_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE=
 
 .PHONY: run test check bench docs pictures soak clean
 .DEFAULT_GOAL := run
@@ -33,10 +34,11 @@ run: $(VENV)/run.stamp
 	@$(BIN)/pyggml demo $${MODEL:+--model "$$MODEL"} $${PROMPT:+--prompt "$$PROMPT"} $(ARGS)
 
 # A browser is found, or installed where that is possible; kernels are compiled once, before two processes would both do it.
+# With `worksteal` a process has tests in a row: what a file's tests share is made once.
 test: $(VENV)/test.stamp
 	$(BIN)/python tests/browser/find_browser.py $(ARGS)
 	$(QUIET_THREADS) $(BIN)/python -c 'from pyggml.commands._kernels import warm_up; warm_up()'
-	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -n 2 --durations=20 -m 'not slow and not gpu' $(ARGS)
+	$(QUIET_THREADS) PYGGML_CHECK=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 -m 'not slow and not gpu' $(ARGS)
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .

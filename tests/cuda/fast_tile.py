@@ -6,10 +6,14 @@ indices, 16-byte loads through intrinsics, scalar accumulators, and unrolling by
 
 from __future__ import annotations
 
+from functools import cache
+
 from llvmlite import ir
 from numba import cuda
 from numba import types as T
 from numba.cuda.extending import intrinsic
+
+from pyggml.testing.ptxemu.bridge import EmuKernel
 
 f32, i32, u32, u64, P = T.float32, T.int32, T.uint32, T.uint64, T.CPointer
 _I32 = ir.IntType(32)
@@ -115,3 +119,9 @@ def build():
 
 
 SIGNATURE = (P(f32), P(f32), P(f32), P(i32), P(i32), P(i32), i32, i32)
+
+
+@cache
+def kernel(cc):
+    """Return the tile, compiled for a compute capability."""
+    return EmuKernel(build(), SIGNATURE, cc=cc)
