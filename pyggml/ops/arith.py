@@ -172,8 +172,7 @@ def div_inplace(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _into(op: Op, a: Tensor, b: Tensor, nb: tuple[int, int, int], offset: int, inplace: bool) -> Tensor:
-    strides = (b.type.type_size, *nb)
-    end = offset + b.type.type_size + sum((n - 1) * stride for n, stride in zip(b.ne, strides, strict=True))
+    end = offset + b.type.row_size(b.ne[0]) + sum((n - 1) * stride for n, stride in zip(b.ne[1:], nb, strict=True))
     if min(offset, *nb) < 0 or max(offset, *nb) >= 1 << 31 or (not b.is_empty and end > a.nbytes):
         refuse(
             op.name.lower(),

@@ -59,8 +59,6 @@ PRODUCT_TYPES = tuple(
     ]
 )
 PRODUCT_TOKENS = (1, 8, 33)
-#: Ops with several kinds of arguments get more cases.
-MANY = ("mul_mat", "mul_mat_id", "get_rows", "set_rows", "cpy", "flash_attn_ext", "rope_ext", "rope_multi")
 #: Allowed NMSE for devices that compute the function with a table of f16, as ggml's CPU backend does.
 BY_TABLE = {"GELU": 5e-7, "GELU_QUICK": 5e-7, "GEGLU": 5e-7, "GEGLU_QUICK": 5e-7}
 
@@ -121,7 +119,7 @@ def run(
     ops : iterable of str, optional
         Names of builders (``"mul_mat_id"``, ``"rope_ext"``); by default all of `op_cases.OPS`.
     n_case : int
-        Cases of each op; four times as many for ops with many kinds of arguments.
+        Cases of each op; more or fewer by the number of the op's kinds of arguments (`op_cases.cases_of`).
     with_products : bool
         Also run `products`.
     on_result : callable, optional
@@ -151,7 +149,7 @@ def cases(
 ) -> Iterator[tuple[str, Callable[[], op_cases.Case]]]:
     """Yield the cases of `run`, each as its name and a function that makes it."""
     for op in op_cases.OPS if ops is None else ops:
-        for i in range(n_case * (4 if op in MANY else 1)):
+        for i in op_cases.cases_of(op, n_case):
             yield f"{op} {i}", partial(op_cases.of_op, op, i)
     if with_products:
         yield from products()
@@ -169,7 +167,7 @@ def run_case(backend: Backend, name: str, make: Callable[[], op_cases.Case]) -> 
     """Compute one case and compare it with the definition."""
     case = make()
     values = case.build()
-    result = values[case.result % len(values)]
+    result = values[case.result]
     assert result is not None
     node = ", ".join(f"{s.type.ggml_name}{[*s.ne]}" for s in result.src if s is not None)
     if not backend.supports_op(result):
@@ -206,7 +204,7 @@ def compute(backend: Backend, case: op_cases.Case) -> tuple[npt.NDArray[Any], Se
         Of the backend.
     """
     values = case.build()
-    last = case.result % len(values)
+    last = case.result
     result = values[last]
     assert result is not None
     known = {t: i for i, t in enumerate(values) if t is not None}

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import programs
 from oracle.child import Child
 
 from pyggml.testing.op_cases import Step, ref
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    """The real library, in a process of its own."""
-    with Child("oracle.programs") as child:
-        yield child
-
 
 UNARY = ["scale", "silu", "cont", "reshape", "cast", "view", "soft_max", "transpose", "add_inplace"]
 BINARY = ["add", "mul_inplace", "mul_mat", "cpy", "set_rows", "soft_max_ext"]

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import ast
-import re
 import sys
 from pathlib import Path
 
@@ -14,13 +12,10 @@ from pyggml import ops
 from pyggml.opset import supports_op
 from pyggml.tensor import Tensor
 from pyggml.testing import ref
-from pyggml.testing.op_cases import OPS, of_op
+from pyggml.testing.op_cases import OPS, SETTER, of_op
 from pyggml.types import Op, Type
 
 PAGE = Path(__file__).parents[2] / "docs" / "ops.md"
-FOLDER = Path(ops.__file__).parent
-#: Builders that set a parameter or look at one, and make no node.
-SETTERS = re.compile(r"_set_|_add_sinks|_get_|^(prec_|dup_tensor|view_tensor)")
 #: Why an op is missing.
 WHY = {
     "training": {
@@ -36,45 +31,6 @@ WHY = {
 }  # fmt: skip
 
 
-def _functions() -> dict[str, ast.FunctionDef]:
-    found = {}
-    for path in sorted(FOLDER.glob("*.py")):
-        if path.stem != "_make":
-            tree = ast.parse(path.read_text())
-            found.update({f.name: f for f in tree.body if isinstance(f, ast.FunctionDef)})
-    return found
-
-
-def builders_by_op() -> dict[Op, list[str]]:
-    """Return the public builders that make nodes of each op: those that name it, or call one that does."""
-    functions = _functions()
-
-    def ops_of(name: str) -> set[str]:
-        nodes = list(ast.walk(functions[name]))
-        named = {
-            n.attr
-            for n in nodes
-            if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "Op"
-        }
-        if named - {"NONE"}:
-            return named
-        called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-        return set().union(*(ops_of(f) for f in called if f in functions and f != name))
-
-    table: dict[Op, list[str]] = {}
-    for name in sorted(set(ops.__all__) & set(functions)):
-        if not SETTERS.search(name):
-            for op in ops_of(name):
-                table.setdefault(Op[op], []).append(name)
-    for name in sorted(set(ops.__all__) - set(functions)):  # made by a function: all of one or two tensors
-        make = getattr(ops, name)
-        if not isinstance(make, type):
-            x = Tensor("f32", (4, 2))
-            made = make(*[x] * (2 if "_split" in name else 1))
-            table.setdefault(made.op, []).append(name)
-    return table
-
-
 def _result(op: str, i: int) -> Tensor:
     case = of_op(op, i)
     made = case.build()[case.result]
@@ -82,8 +38,17 @@ def _result(op: str, i: int) -> Tensor:
     return made
 
 
+def builders_by_op() -> dict[Op, list[str]]:
+    """Return the builders whose cases are nodes of each op."""
+    table: dict[Op, list[str]] = {}
+    for name in sorted(OPS):
+        if not SETTER.search(name):
+            table.setdefault(_result(name, 0).op, []).append(name)
+    return table
+
+
 def _op_rows() -> list[str]:
-    builders, checked = builders_by_op(), {_result(op, 0).op for op in OPS}
+    builders = builders_by_op()
     kernels = {t.op for op in OPS for t in (_result(op, i) for i in range(6)) if supports_op(t)}
     why = {name: reason for reason, names in WHY.items() for name in names}
     rows = []
@@ -92,7 +57,7 @@ def _op_rows() -> list[str]:
         shown = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
         kernel = "a view: nothing to do" if op.is_view else _yes(op in kernels)
         rows.append(
-            f"| {op.name} | {shown or why[op.name]} | {kernel} | {_yes(op in ref.defined_ops())} | {_yes(op in checked)} |"
+            f"| {op.name} | {shown or why[op.name]} | {kernel} | {_yes(op in ref.defined_ops())} | {_yes(op in builders)} |"
         )
     return rows
 
@@ -166,11 +131,11 @@ def test_page_says_what_the_code_does() -> None:
 
 
 def test_every_op_is_there_or_has_a_reason() -> None:
-    """An op has builders, a kernel, a definition and a check, or none of them and a reason."""
+    """An op has a builder with cases and a definition, or none of them and a reason."""
     reasons = set().union(*WHY.values())
-    defined, builders = ref.defined_ops(), builders_by_op()
+    defined, made = ref.defined_ops(), builders_by_op()
     for op in set(Op) - {Op.NONE}:
-        assert (op.name in reasons) == (op not in builders) == (op not in defined), op.name
+        assert (op.name in reasons) == (op not in made) == (op not in defined), op.name
 
 
 if __name__ == "__main__":

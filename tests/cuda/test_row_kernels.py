@@ -9,8 +9,19 @@ import numpy as np
 import pytest
 from pyggml.kernels.cuda import copies, launch, reduce, rope, rows
 
+from pyggml.tensor import Tensor, pack_params
+from pyggml.testing import ref
+from pyggml.types import GluOp, Op, UnaryOp
+
 #: what the emulator is asked beside
 CARD_OPTIONS = {"racecheck": True}
+
+
+def define(op, *arrays, params):
+    """Return what an op is defined as; its result has the shape of the first array."""
+    src = [None if x is None else Tensor("f32", x.shape[::-1]) for x in arrays]
+    node = Tensor("f32", arrays[0].shape[::-1], op=op, src=src, op_params=params)
+    return ref.compute(node, [None if x is None else x.astype("f8") for x in arrays])
 
 
 @pytest.mark.parametrize(("n", "gap"), [(64, 0), (64, 16), (30, 0), (33, 4)])
@@ -101,21 +112,6 @@ def test_rms_norm(card, n):
     np.testing.assert_allclose(card.read(dst)[0, 0], want, rtol=1e-5)
 
 
-def gated(name, x, g, alpha, limit):
-    """Return what each gate is defined as, in float64."""
-    sigmoid = lambda v: 1 / (1 + np.exp(-v))
-    low, high = np.minimum(x, limit), np.clip(g, -limit, limit)
-    return {
-        "reglu": np.maximum(x, 0) * g,
-        "geglu": 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))) * g,
-        "swiglu": x * sigmoid(x) * g,
-        "swiglu_oai": low * sigmoid(alpha * low) * (1 + high),
-        "geglu_erf": 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) * g,
-        "geglu_quick": x * sigmoid(1.702 * x) * g,
-        "swiglu_clamp": low * sigmoid(low) * high,
-    }[name]
-
-
 @pytest.mark.parametrize("name", sorted(rows.GATES))
 def test_glu(card, name):
     """Every gate follows its definition."""
@@ -123,7 +119,8 @@ def test_glu(card, name):
     x, g = (rng.standard_normal((7, 50)).astype("f4") * 3 for _ in range(2))
     dst = card.result(50, 7)
     card.run(launch.glu(name, card.operand(x, gap=8), card.operand(g), dst, 1.25, 2.0))
-    want = gated(name, x.astype("f8"), g.astype("f8"), 1.25, 2.0)
+    params = pack_params(int(GluOp[name.upper()]), 0, 1.25, 2.0)
+    want = define(Op.GLU, x, g, params=params)[0, 0]
     np.testing.assert_allclose(card.read(dst)[0, 0], want, rtol=2e-5, atol=1e-6)
 
 
@@ -177,22 +174,6 @@ def test_sorting_what_is_no_number(card, bad):
     assert np.array_equal(np.sort(card.read(dst)[0, 0], axis=1), np.tile(np.arange(37), (2, 1)))
 
 
-def softened(x, mask, sinks, scale, max_bias):
-    """Return SOFT_MAX in float64; x is (stream, head, token, value)."""
-    n_head = x.shape[1]
-    base = 1 << (n_head.bit_length() - 1)
-    exponents = [(h + 1) / base if h < base else (2 * (h - base) + 1) / (2 * base) for h in range(n_head)]
-    slopes = 2.0 ** (-max_bias * np.array(exponents))
-    v = x.astype("f8") * scale
-    if mask is not None:
-        v += slopes[:, None, None] * np.tile(mask[:, :, : x.shape[2]].astype("f8"), (1, n_head // mask.shape[1], 1, 1))
-    e = np.exp(v - v.max(-1, keepdims=True))
-    total = e.sum(-1, keepdims=True)
-    if sinks is not None:
-        total = total + np.exp(sinks.astype("f8")[:, None, None] - v.max(-1, keepdims=True))
-    return e / total
-
-
 @pytest.mark.parametrize("n", [5, 64, 600])
 @pytest.mark.parametrize("mask", reduce.MASKS)
 @pytest.mark.parametrize(("max_bias", "with_sinks"), [(0.0, False), (8.0, False), (0.0, True)])
@@ -217,7 +198,7 @@ def test_soft_max(card, n, mask, max_bias, with_sinks):
             max_bias,
         )
     )
-    want = softened(x, None if mask == "none" else m, sinks, 0.5, max_bias)
+    want = define(Op.SOFT_MAX, x, None if mask == "none" else m, sinks, params=pack_params(0.5, max_bias))
     np.testing.assert_allclose(card.read(dst), want, rtol=1e-5, atol=1e-9)
 
 
@@ -226,25 +207,16 @@ def test_soft_max_of_large_values(card):
     x = np.array([[1e4, 1e4 + 1, -1e4, 0.0]], "f4")
     a = card.operand(x)
     card.run(launch.soft_max(a, None, None, a, 1.0, 0.0))
-    np.testing.assert_allclose(card.read(a)[0, 0], softened(x[None, None], None, None, 1.0, 0.0)[0, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        card.read(a)[0, 0], define(Op.SOFT_MAX, x, None, None, params=pack_params(1.0, 0.0))[0, 0], rtol=1e-6
+    )
 
 
 def turned(x, positions, factors, how):
-    """Return ROPE in float64; x is (token, head, value)."""
-    n, out = how.n_dims, x.astype("f8")
-    pair = np.arange(n // 2)
-    angle = positions[:, None] * how.freq_base ** (-2.0 * pair / n) / (1.0 if factors is None else factors[: n // 2])
-    theta, magnitude = how.freq_scale * angle, how.attn_factor
-    if how.ext_factor:
-        low, high = how.mixed_pairs()
-        mix = (1 - np.clip((pair - low) / max(0.001, high - low), 0, 1)) * how.ext_factor
-        theta = theta * (1 - mix) + angle * mix
-        magnitude *= 1 + 0.1 * math.log(1 / how.freq_scale)
-    c, s = (f(theta)[:, None] * magnitude for f in (np.cos, np.sin))
-    first, second = (pair, pair + n // 2) if how.is_neox else (2 * pair, 2 * pair + 1)
-    a, b = out[..., first].copy(), out[..., second].copy()
-    out[..., first], out[..., second] = a * c - b * s, a * s + b * c
-    return out
+    """Return what ROPE is defined as; x is (token, head, value)."""
+    params = pack_params(0, how.n_dims, 2 * how.is_neox, 0, how.n_ctx_orig, how.freq_base, how.freq_scale)
+    params += pack_params(how.ext_factor, how.attn_factor, how.beta_fast, how.beta_slow)
+    return define(Op.ROPE, x, positions, factors, params=params)[0]
 
 
 @pytest.mark.parametrize("type", rope.TYPES)
@@ -283,27 +255,14 @@ def test_rope_of_a_long_row_in_place(card):
     np.testing.assert_allclose(card.read(a)[0], turned(x, np.array([3.0, 9.0]), None, how), atol=1e-5)
 
 
-UNARY = {
-    "clamp": lambda x: np.clip(x, -0.5, 1.5),
-    "silu": lambda x: x / (1 + np.exp(-x)),
-    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "relu": lambda x: np.maximum(x, 0),
-    "gelu": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))),
-    "gelu_erf": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
-    "gelu_quick": lambda x: x / (1 + np.exp(-1.702 * x)),
-    "tanh": np.tanh,
-    "exp": np.exp,
-    "neg": np.negative,
-}
-
-
 @pytest.mark.parametrize("name", rows.UNARY)
 def test_unary(card, name):
     """CLAMP and each unary function follow their definition; CLAMP has limits that may be infinite."""
     x = np.random.default_rng(26).standard_normal(333).astype("f4") * 3
     dst = card.result(333)
     card.run(launch.unary(name, card.operand(x), dst, -0.5, 1.5))
-    np.testing.assert_allclose(card.read(dst).ravel(), UNARY[name](x.astype("f8")), rtol=2e-5, atol=1e-6)
+    op, params = (Op.CLAMP, pack_params(-0.5, 1.5)) if name == "clamp" else (Op.UNARY, (UnaryOp[name.upper()],))
+    np.testing.assert_allclose(card.read(dst), define(op, x, params=params), rtol=2e-5, atol=1e-6)
     if name == "clamp":
         card.run(launch.unary(name, card.operand(x), dst, 0.25, math.inf))
         assert np.array_equal(card.read(dst).ravel(), np.maximum(x, np.float32(0.25)).astype("f8"))

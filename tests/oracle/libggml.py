@@ -47,6 +47,12 @@ _ALWAYS = (
 )  # fmt: skip
 #: Functions that are newer than the headers of the package.
 _NEWER = {
+    "ggml_swiglu_clamp": "struct ggml_tensor * ggml_swiglu_clamp(struct ggml_context * ctx, struct ggml_tensor * a, "
+    "struct ggml_tensor * b, float limit);",
+    "ggml_prec_set_acc": "bool ggml_prec_set_acc(struct ggml_tensor * a, int prec);",
+    "ggml_prec_set_src": "bool ggml_prec_set_src(struct ggml_tensor * a, int prec, int idx);",
+    "ggml_rope_set_offset": "struct ggml_tensor * ggml_rope_set_offset(struct ggml_tensor * a, int n_offs);",
+    "ggml_flash_attn_ext_set_n_kv_max": "void ggml_flash_attn_ext_set_n_kv_max(struct ggml_tensor * a, int32_t n);",
     "ggml_dsv4_hc_pre_gated": "struct ggml_tensor * ggml_dsv4_hc_pre_gated(struct ggml_context * ctx, struct ggml_tensor * x, "
     "struct ggml_tensor * gate, float scale);",
 }

@@ -11,6 +11,7 @@ from pyggml.kernels.cpu.pool import Pool
 
 from pyggml.backends.host.plan import HostPlan
 from pyggml.tensor import Tensor
+from pyggml.testing import ref
 from pyggml.types import Op, TensorFlag, Type
 from pyggml.values import decode_array, encode_array
 
@@ -78,6 +79,11 @@ class Memory:
         import ctypes
 
         return ctypes.string_at(t.data, t.nbytes)
+
+    def define(self, op: Op, ne: Sequence[int], *src: Tensor | None, **options: Any) -> np.ndarray:
+        """Return what a node is defined as, of what is in its sources now."""
+        values = [None if t is None else self.values(t).astype("f8") for t in src]
+        return ref.compute(self.node(op, ne, *src, **options), values)
 
     def compute(self, op: Op, ne: Sequence[int], *src: Tensor | None, **options: Any) -> np.ndarray:
         """Make a node, compute it with one thread and with two, and return its values, which must be the same."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from conftest import nmse
-from test_rows import normal, slopes, softmax
+from test_rows import normal
 
 from pyggml.tensor import Tensor, pack_params
 from pyggml.testing import ref
@@ -19,32 +17,6 @@ def rope_params(
 ):
     """Return ROPE's op_params."""
     return pack_params(0, n_dims, mode, 0, n_ctx_orig, base, scale, ext, attn, fast, slow, 0, 0, 0, 0, at)
-
-
-def rope_define(x, positions, n_dims, mode, *, n_ctx_orig=2048, base=10000.0, scale=1.0, ext=0.0, attn=1.0, fast=32.0,
-                slow=1.0, at=0, divisors=None):  # fmt: skip
-    """Turn pairs of (token, head, row) by YaRN's angles, in float64."""
-    i = np.arange(n_dims // 2)
-    theta = positions[:, None] * base ** (-2.0 * i / n_dims) / (1 if divisors is None else divisors)
-    angle, magnitude = scale * theta, attn
-    if ext:
-
-        def pair(n):
-            return n_dims * math.log(n_ctx_orig / (n * 2 * math.pi)) / (2 * math.log(base))
-
-        low, high = max(0, math.floor(pair(fast))), min(n_dims - 1, math.ceil(pair(slow)))
-        mix = (1 - np.clip((i - low) / max(0.001, high - low), 0, 1)) * ext
-        angle = angle * (1 - mix) + theta * mix
-        magnitude *= 1 + 0.1 * math.log(1 / scale)
-    c, s = (f(angle)[:, None] * magnitude for f in (np.cos, np.sin))
-    y = x.astype("f8")
-    part = y[..., at : at + n_dims]
-    p, q = (part[..., 0::2], part[..., 1::2]) if mode == 0 else (part[..., : n_dims // 2], part[..., n_dims // 2 :])
-    turned = [p * c - q * s, p * s + q * c]
-    y[..., at : at + n_dims] = (
-        np.stack(turned, -1).reshape(part.shape) if mode == 0 else np.concatenate(turned, axis=-1)
-    )
-    return y
 
 
 @pytest.mark.parametrize("mode", [0, 2])
@@ -61,8 +33,8 @@ def test_rope(memory, mode, options, n_dims):
     x, positions = normal(7, 3, 72), np.array([0, 1, 5, 100, 2000, 3, 77], "i4")
     divisors = np.linspace(1, 8, n_dims // 2).astype("f4") if has_factors else None
     src = (memory.tensor(x), memory.tensor(positions), None if divisors is None else memory.tensor(divisors))
-    got = memory.compute(Op.ROPE, (72, 3, 7), *src, params=rope_params(n_dims, mode, **options))
-    want = rope_define(x, positions.astype("f8"), n_dims, mode, divisors=divisors, **options)
+    node, params = (Op.ROPE, (72, 3, 7), *src), rope_params(n_dims, mode, **options)
+    got, want = memory.compute(*node, params=params), memory.define(*node, params=params)[0]
     np.testing.assert_allclose(got, want, atol=2e-3)  # angles grow by repeated products of floats, as upstream's
     assert nmse(got, want) < 1e-7
 
@@ -79,7 +51,8 @@ def test_rope_in_place_and_shared_angles(memory, mode):
     plan = HostPlan([a, b], lambda n: n.data)
     assert plan.n_descriptors == 3
     plan.run(memory.pool)
-    np.testing.assert_allclose(memory.values(b), rope_define(x, 2.0 * positions, 64, mode), atol=1e-5)
+    want = memory.define(Op.ROPE, t.ne, memory.tensor(x), memory.tensor(2 * positions), params=rope_params(64, mode))
+    np.testing.assert_allclose(memory.values(b), want[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
@@ -97,10 +70,9 @@ def test_rope_of_a_part_of_each_head_of_a_fused_projection(memory, mode, n_dims,
     keys.data = whole.data + keys.view_offs
     pos, factors = memory.tensor(positions), None if divisors is None else memory.tensor(divisors)
     params = rope_params(n_dims, mode, scale=0.5)
+    want = memory.define(Op.ROPE, keys.ne, keys, pos, factors, params=params)[0]
     node = memory.node(Op.ROPE, keys.ne, keys, pos, factors, params=params, into=keys if in_place else None)
     got = memory.run(node)
-    used = None if divisors is None else divisors[: n_dims // 2]
-    want = rope_define(fused[:, 1], positions.astype("f8"), n_dims, mode, scale=0.5, divisors=used)
     np.testing.assert_allclose(got, want, atol=1e-3)
     assert nmse(got, want) < 1e-8
     np.testing.assert_array_equal(got[..., n_dims:], fused[:, 1, :, n_dims:])
@@ -109,22 +81,17 @@ def test_rope_of_a_part_of_each_head_of_a_fused_projection(memory, mode, n_dims,
     np.testing.assert_array_equal(after[:, 1], got if in_place else fused[:, 1])
 
 
-def attention_define(q, k, v, mask, scale, max_bias=0.0, softcap=0.0, sinks=None):
-    """Attend in float64: q (batch, head, token, row), k and v with fewer heads."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.astype("f8").repeat(group, axis=1) for x in (k, v))
-    z = scale * (q.astype("f8") @ k.transpose(0, 1, 3, 2))
-    if softcap:
-        z = softcap * np.tanh(z / softcap)
-    if mask is not None:
-        z = z + slopes(q.shape[1], max_bias).reshape(-1, 1, 1) * mask.astype("f8")
-    return (softmax(z, sinks) @ v).transpose(0, 2, 1, 3)
-
-
 def causal(n_token: int, n_kv: int) -> np.ndarray:
     """Return the mask of the last n_token of n_kv."""
     hidden = np.arange(n_kv) > np.arange(n_token)[:, None] + n_kv - n_token
     return np.where(hidden, -np.inf, 0).astype("f4")[None, None]
+
+
+def assert_defined(memory, ne, *src, params) -> None:
+    """Attention gives what it is defined as."""
+    got = memory.compute(Op.FLASH_ATTN_EXT, ne, *src, params=params)
+    want = memory.define(Op.FLASH_ATTN_EXT, ne, *src, params=params)
+    assert nmse(got.reshape(want.shape), want) < 1e-10
 
 
 @pytest.mark.parametrize(("n_token", "n_kv"), [(1, 1), (1, 300), (7, 64), (40, 130), (70, 70)])
@@ -133,14 +100,8 @@ def test_attention(memory, kv_type, n_token, n_kv):
     """Grouped heads and a causal mask give softmax(q k) v, for every type of cache and number of tokens."""
     q, k, v = normal(1, 6, n_token, 64), normal(1, 2, n_kv, 64, seed=1), normal(1, 2, n_kv, 32, seed=2)
     mask = causal(n_token, n_kv)
-    kt, vt = memory.tensor(k, kv_type), memory.tensor(v, kv_type)
-    got = memory.compute(
-        Op.FLASH_ATTN_EXT, (32, 6, n_token, 1), memory.tensor(q), kt, vt, memory.tensor(mask, "f16"),
-        params=pack_params(0.125, 0.0, 0.0),
-    )  # fmt: skip
-    k, v = (memory.values(x).reshape(y.shape) for x, y in ((kt, k), (vt, v)))
-    want = attention_define(q, k, v, mask, 0.125)
-    assert nmse(got.reshape(want.shape), want) < 1e-10
+    src = memory.tensor(q), memory.tensor(k, kv_type), memory.tensor(v, kv_type), memory.tensor(mask, "f16")
+    assert_defined(memory, (32, 6, n_token, 1), *src, params=pack_params(0.125, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("options", [{"max_bias": 8.0}, {"softcap": 20.0}, {"sinks": True}, {"mask": False}], ids=str)
@@ -152,9 +113,7 @@ def test_attention_options(memory, options):
     max_bias, softcap = options.get("max_bias", 0.0), options.get("softcap", 0.0)
     src = [memory.tensor(q), memory.tensor(k), memory.tensor(v)]
     src += [None if x is None else memory.tensor(x, t) for x, t in ((mask, "f16"), (sinks, "f32"))]
-    got = memory.compute(Op.FLASH_ATTN_EXT, (40, 3, 5, 2), *src, params=pack_params(0.2, max_bias, softcap))
-    want = attention_define(q, k, v, mask, 0.2, max_bias, softcap, sinks)
-    assert nmse(got, want) < 1e-10
+    assert_defined(memory, (40, 3, 5, 2), *src, params=pack_params(0.2, max_bias, softcap))
 
 
 def test_attention_over_a_strided_cache(memory):
@@ -166,12 +125,8 @@ def test_attention_over_a_strided_cache(memory):
     for x in (cache_k, cache_v):
         t = memory.tensor(x, "f16")
         views.append(memory.view(t, (64, 200, 2), (2, t.nb[2], t.nb[1])))
-    got = memory.compute(
-        Op.FLASH_ATTN_EXT, (64, 4, 3), queries, *views, memory.tensor(mask, "f16"), params=pack_params(0.125, 0.0, 0.0)
-    )
-    k, v = (x[:200].astype("f2").astype("f4").transpose(1, 0, 2)[None] for x in (cache_k, cache_v))
-    want = attention_define(q.transpose(1, 0, 2)[None], k, v, mask, 0.125)
-    assert nmse(got.reshape(want.shape), want) < 1e-10
+    src = queries, *views, memory.tensor(mask, "f16")
+    assert_defined(memory, (64, 4, 3), *src, params=pack_params(0.125, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
