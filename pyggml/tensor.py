@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .edits import EDITS, Sources
 from .errors import GraphError, ShapeError
@@ -77,6 +77,46 @@ def pack_params(*values: float) -> tuple[int, ...]:
     return tuple(struct.unpack("<i", struct.pack("<f", v))[0] if isinstance(v, float) else int(v) for v in values)
 
 
+#: Equal layouts and equal parameters are one object: quick to compare, and verified once.
+_LAYOUTS: dict[tuple[Type, tuple[int, ...], tuple[int, ...] | None], tuple[Shape, Shape, int, int]] = {}
+_SHAPES: dict[Shape, Shape] = {}
+_PARAMS: dict[tuple[int, ...], tuple[int, ...]] = {}
+_MOST_KEPT = 1 << 14
+
+
+def _lay_out(op: Op, type: Type, ne: tuple[int, ...], nb: tuple[int, ...] | None) -> tuple[Shape, Shape, int, int]:
+    """Return dimensions, strides, `nbytes`, and the bytes that a view needs; keep them."""
+    shape = pad_ne(ne)
+    if nb is None:
+        strides = contiguous_nb(type, shape)
+        n_bytes = n_inside = strides[3] * shape[3]
+        if n_bytes > MAX_BYTES or (n_bytes == 0 and max(ne) > MAX_BYTES):
+            raise ShapeError(op.name.lower(), f"a tensor of {list(ne)} elements has more bytes than 64 bits can count")
+    else:
+        if min(nb) < 0:
+            raise ShapeError(op.name.lower(), f"strides cannot be negative (nb {list(nb)})")
+        strides = cast("Shape", nb)
+        n_bytes, n_inside = _span_bytes(type, shape, strides), 0
+        if 0 not in shape:
+            dense = type.type_size * shape[0] // type.block_size * shape[1] * shape[2] * shape[3]
+            n_inside = max(dense, _last_byte(type, shape, strides))
+    if len(_LAYOUTS) >= _MOST_KEPT:
+        _LAYOUTS.clear()
+        _SHAPES.clear()
+    shape, strides = _SHAPES.setdefault(shape, shape), _SHAPES.setdefault(strides, strides)
+    found = _LAYOUTS[type, ne, nb] = shape, strides, n_bytes, n_inside
+    return found
+
+
+def _check_params(op: Op, op_params: tuple[int, ...]) -> tuple[int, ...]:
+    """Refuse parameters that are no integers of 32 bits; keep them."""
+    if not -(1 << 31) <= min(op_params) <= max(op_params) < 1 << 31:
+        raise ShapeError(op.name.lower(), f"parameters are integers of 32 bits, not {list(op_params)}")
+    if len(_PARAMS) >= _MOST_KEPT:
+        _PARAMS.clear()
+    return _PARAMS.setdefault(op_params, op_params)
+
+
 class Tensor:
     """One tensor: a weight, an input, or the result of an op.
 
@@ -106,14 +146,13 @@ class Tensor:
 
     Notes
     -----
-    Mirrors `struct ggml_tensor`. Compared and hashed by identity. ``ne``, ``nb`` and ``type`` never change.
+    Mirrors `struct ggml_tensor`. Compared and hashed by identity. ``ne``, ``nb``, ``nbytes`` and ``type`` never change.
     Differs: names have any length. The last element of a view must be inside its owner; upstream checks only the size of
     the same number of contiguous elements, so that strides can point outside.
     """
 
     __slots__ = (
         "__weakref__",
-        "_nbytes",
         "_op_params",
         "buffer",
         "data",
@@ -121,6 +160,7 @@ class Tensor:
         "flags",
         "name",
         "nb",
+        "nbytes",
         "ne",
         "op",
         "src",
@@ -132,6 +172,7 @@ class Tensor:
     type: Type
     ne: Shape
     nb: Shape
+    nbytes: int  #: from the start of the first to the end of the last element, including gaps (`ggml_nbytes`)
     op: Op
     flags: int  #: of `TensorFlag`
     src: list[Tensor | None]  #: at most 10; the scheduler rewrites entries to copies
@@ -157,63 +198,39 @@ class Tensor:
         view_offs: int = 0,
     ) -> None:
         self.type = type = Type.of(type) if isinstance(type, str) else type
-        self.ne = ne = pad_ne(ne)
-        self.nb = contiguous_nb(type, ne) if nb is None else tuple(nb)  # type: ignore[assignment]
+        key = type, tuple(ne), None if nb is None else tuple(nb)
+        self.ne, self.nb, self.nbytes, n_inside = _LAYOUTS.get(key) or _lay_out(op, *key)
         self.name = name
         self.op = op
-        self._op_params = op_params
+        self._op_params = op_params and (_PARAMS.get(op_params) or _check_params(op, op_params))
         self.src = Sources(src)
         self.flags = flags
         self.buffer = None
         self.data = None
         self.extra = None
-        self._nbytes = n_bytes = self.nb[3] * ne[3] if nb is None else -1
-        if n_bytes > MAX_BYTES or (n_bytes == 0 and max(ne) > MAX_BYTES):
-            raise ShapeError(op.name.lower(), f"a tensor of {list(ne)} elements has more bytes than 64 bits can count")
-        if op_params and not -(1 << 31) <= min(op_params) <= max(op_params) < 1 << 31:
-            raise ShapeError(op.name.lower(), f"parameters are integers of 32 bits, not {list(op_params)}")
-        if nb is not None and min(self.nb) < 0:
-            raise ShapeError(op.name.lower(), f"strides cannot be negative (nb {list(self.nb)})")
         if view_src is not None and view_src.view_src is not None:
             view_offs += view_src.view_offs
             view_src = view_src.view_src
         self.view_src = view_src
         self.view_offs = view_offs
         if view_src is not None:
-            self._check_inside(view_src)
+            if view_offs < 0 or (n_inside and n_inside + view_offs > view_src.nbytes):
+                raise self._outside(view_src)
             if view_src.data is not None:
                 # as in ggml: a view of a tensor with memory has its data at once, its buffer only at allocation
                 self.data = view_src.data + view_offs
 
-    def _check_inside(self, root: Tensor) -> None:
-        """Refuse a view that starts before or ends after the tensor that owns the memory."""
-        ne0, ne1, ne2, ne3 = self.ne
-        size, type = 0, self.type
-        if ne0 and ne1 and ne2 and ne3:
-            last, dense = self.last_byte, type.type_size * ne0 // type.block_size * ne1 * ne2 * ne3
-            size = max(dense, last)
-        if self.view_offs < 0 or (size and size + self.view_offs > root.nbytes):
-            gaps = "" if self.is_contiguous() else f" with nb {list(self.nb)}"
-            raise ShapeError(
-                self.op.name.lower(),
-                f"a view of {list(self.ne)} elements{gaps} takes {size:,} bytes from byte {self.view_offs:,} on: "
-                f"it ends past the {root.nbytes:,} bytes of {root.name!r}",
-            )
+    def _outside(self, root: Tensor) -> ShapeError:
+        """Return the error of a view that starts before or ends after the tensor that owns the memory."""
+        gaps = "" if self.is_contiguous() else f" with nb {list(self.nb)}"
+        n_bytes = _lay_out(self.op, self.type, self.ne, self.nb)[3]
+        return ShapeError(
+            self.op.name.lower(),
+            f"a view of {list(self.ne)} elements{gaps} takes {n_bytes:,} bytes from byte {self.view_offs:,} on: "
+            f"it ends past the {root.nbytes:,} bytes of {root.name!r}",
+        )
 
     # -- sizes ---------------------------------------------------------------
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes from the start of the first to the end of the last element, including gaps.
-
-        Notes
-        -----
-        Mirrors `ggml_nbytes`.
-        """
-        n = self._nbytes
-        if n < 0:
-            n = self._nbytes = _span_bytes(self.type, self.ne, self.nb)
-        return n
 
     @property
     def last_byte(self) -> int:
@@ -221,15 +238,7 @@ class Tensor:
 
         For a transposed tensor of a quantised type, `nbytes` counts each element as a block, as upstream does.
         """
-        ne, nb, type = self.ne, self.nb, self.type
-        if type.block_size == 1 or nb[0] == type.type_size or self.is_empty:
-            return self.nbytes
-        n = list(ne)
-        for i in range(MAX_DIMS):
-            if nb[i] == type.type_size and ne[i] % type.block_size == 0:
-                n[i] //= type.block_size
-                break
-        return type.type_size + sum((k - 1) * b for k, b in zip(n, nb, strict=True))
+        return _last_byte(self.type, self.ne, self.nb)
 
     @property
     def numel(self) -> int:
@@ -489,6 +498,17 @@ def _span_bytes(type: Type, ne: Shape, nb: Shape) -> int:
     return size + ne[0] * nb[0] // type.block_size
 
 
+def _last_byte(type: Type, ne: Shape, nb: Shape) -> int:
+    if type.block_size == 1 or nb[0] == type.type_size or 0 in ne:
+        return _span_bytes(type, ne, nb)
+    n = list(ne)
+    for i in range(MAX_DIMS):
+        if nb[i] == type.type_size and ne[i] % type.block_size == 0:
+            n[i] //= type.block_size
+            break
+    return type.type_size + sum((k - 1) * b for k, b in zip(n, nb, strict=True))
+
+
 def are_same_layout(a: Tensor, b: Tensor) -> bool:
     """Return whether type, ``ne`` and ``nb`` are equal.
 
@@ -510,7 +530,7 @@ def dup_layout(tensor: Tensor, name: str) -> Tensor:
     made.type = tensor.type
     made.ne = tensor.ne
     made.nb = tensor.nb
-    made._nbytes = tensor._nbytes
+    made.nbytes = tensor.nbytes
     made.name = name
     made.op = _NONE
     made._op_params = ()

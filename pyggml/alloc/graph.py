@@ -253,7 +253,14 @@ class Gallocr:
 
     # -- placing -------------------------------------------------------------
 
-    def alloc_graph(self, graph: GallocGraph, kind: GraphKind | None = None, *, is_laid_out: bool = False) -> bool:
+    def alloc_graph(
+        self,
+        graph: GallocGraph,
+        kind: GraphKind | None = None,
+        placeable: Sequence[Tensor] = (),
+        *,
+        is_laid_out: bool = False,
+    ) -> bool:
         """Place the tensors of a graph by the layout; return False if it does not fit and there are several buffer types.
 
         Parameters
@@ -261,6 +268,8 @@ class Gallocr:
         kind : GraphKind, optional
             What the caller knows: graphs of one structure differ only in the tensors' sizes, so they are placed
             equally if they fit; graphs of one kind all fit if one does.
+        placeable : sequence of Tensor
+            With a kind: all that may get memory of its own, in one order for graphs of a structure.
         is_laid_out : bool
             Whether the layout was made for this graph, which then fits.
 
@@ -276,7 +285,7 @@ class Gallocr:
         placed = None
         if kind is not None and self.is_reserved:
             placed = self._placed.get(kind.structure)
-        if placed is not None and not placed.fits(graph, kind, self.sizes()):
+        if placed is not None and not placed.fits(placeable, kind, self.sizes()):
             placed = None
         found = None
         if placed is None:
@@ -293,12 +302,12 @@ class Gallocr:
                     b.reset()
         if found is None:
             assert placed is not None
-            placed.place(graph)
+            placed.place(placeable)
         else:
             owners, views, taken_over = found
             tensors = self._place(graph.leafs, owners, views)
             if kind is not None:
-                placed = _Placed.of(graph, tensors, owners, taken_over)
+                placed = _Placed.of(placeable, tensors, owners, taken_over)
                 if placed is not None:
                     self._placed = {kind.structure: placed, **dict(list(self._placed.items())[: _N_PLACED - 1])}
         return True
@@ -478,7 +487,7 @@ _N_PLACED = 4
 
 
 class _Placed:
-    """Where the tensors of a graph were placed, by position among nodes, then leafs."""
+    """Where the tensors of a graph were placed, by position among those that may get memory."""
 
     __slots__ = ("data", "fitting", "limits", "memory", "positions", "taken_over", "views")
 
@@ -493,17 +502,18 @@ class _Placed:
     @classmethod
     def of(
         cls,
-        graph: GallocGraph,
+        placeable: Sequence[Tensor],
         tensors: Sequence[Tensor],
         owners: Sequence[tuple[Tensor, Place]],
         taken_over: Sequence[tuple[Tensor, Tensor]],
     ) -> _Placed | None:
         """Return where tensors of a graph are; None if one is only a source of its nodes."""
-        position = dict(zip(chain(graph.nodes, graph.leafs), count()))
+        position = dict(zip(placeable, count()))
         made = cls()
         made.fitting = []
         made.limits = [(position.get(t, -1), place.buffer_id, place.size_max) for t, place in owners]
-        at = [(position.get(t, -1), t) for t in tensors]
+        # views without op are the scheduler's dependencies
+        at = [(position.get(t, -1), t) for t in tensors if t in position or t.view_src is None or t.op is not Op.NONE]
         if at and min(at, key=itemgetter(0))[0] < 0:
             return None
         made.taken_over = [(position[result], position[source]) for result, source in taken_over]
@@ -514,10 +524,9 @@ class _Placed:
         made.views = [i for i, t in at if t.view_src is not None]
         return made
 
-    def fits(self, graph: GallocGraph, kind: object, sizes: Sequence[Callable[[Tensor], int]]) -> bool:
+    def fits(self, tensors: Sequence[Tensor], kind: object, sizes: Sequence[Callable[[Tensor], int]]) -> bool:
         """Whether each tensor of a graph of this structure has room in its place."""
         if kind not in self.fitting:
-            tensors = [*graph.nodes, *graph.leafs]
             for i, buffer_id, limit in self.limits:
                 if sizes[buffer_id](tensors[i]) > limit:
                     return False
@@ -526,9 +535,8 @@ class _Placed:
             self.fitting = [kind, *self.fitting[: _N_PLACED - 1]]
         return True
 
-    def place(self, graph: GallocGraph) -> None:
+    def place(self, tensors: Sequence[Tensor]) -> None:
         """Place the tensors of a graph of this structure likewise."""
-        tensors = [*graph.nodes, *graph.leafs]
         for i, buffer, data in zip(self.positions, self.memory, self.data, strict=True):
             tensor = tensors[i]
             tensor.buffer = buffer

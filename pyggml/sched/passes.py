@@ -116,12 +116,12 @@ class Passes:
             check_splits(plan)
         return plan, sched_graph
 
-    def snapshot(self, graph: Graph) -> Snapshot:
+    def snapshot(self, graph: Graph, sched_graph: SchedGraph) -> Snapshot:
         """Return the snapshot of the latest graph, after it is allocated."""
         if self.precedent is None:
             return Snapshot(graph.nodes)
         _, copies = self._replaced_sources[graph]
-        return self.precedent.snapshot(graph, copies)
+        return self.precedent.snapshot(graph, copies, sched_graph.placeable)
 
     @property
     def is_resized(self) -> bool:
@@ -130,8 +130,8 @@ class Passes:
 
     def moved(self, graph: SchedGraph, bufts: Sequence[BufferType]) -> bool:
         """Return whether a tensor of the latest graph has another buffer type than the previous one at its position."""
-        return self._node_ids.moved(self._prev_node_ids, len(graph.nodes), bufts) or self._leaf_ids.moved(
-            self._prev_leaf_ids, len(graph.leafs), bufts
+        return self._node_ids.moved(self._prev_node_ids, len(graph.node_backend_ids), bufts) or self._leaf_ids.moved(
+            self._prev_leaf_ids, len(graph.leaf_backend_ids), bufts
         )
 
     def restore(self, graph: Graph) -> None:

@@ -385,7 +385,7 @@ class Scheduler(Observed):
             self._alloc_splits()
             self.reserve_policy()
             self._kept = KeptAlloc(plan, self._rules)
-            self._snapshot = self._passes.snapshot(graph)
+            self._snapshot = self._passes.snapshot(graph, self.sched_graph)
             chunks = [c for i in range(len(self.bufts)) for c in self.galloc.chunks(i)]
             self._tenancy = Tenancy(self.sched_graph, chunks if self.repairs.reused_memory else (), self._passes)
             for split in plan.splits:
@@ -429,14 +429,15 @@ class Scheduler(Observed):
         moved = self._passes.moved(self.sched_graph, self.bufts)
         # with one buffer type the allocator reserves by itself
         with self._noting_buffers(self.galloc, self.sched_graph):
-            is_placed = not moved and self.galloc.alloc_graph(self.sched_graph, self._passes.precedent)
+            graph = self.sched_graph
+            is_placed = not moved and self.galloc.alloc_graph(graph, self._passes.precedent, graph.placeable)
         if not is_placed:
             if self.realloc_callback is not None:
                 self.realloc_callback(self, self.sched_graph, moved, self._passes.is_resized)
             # inputs may move in memory; next_copy must not change, so this is no `synchronize`
             self._wait()
             self._reserve_sched_graph()
-            self.galloc.alloc_graph(self.sched_graph, self._passes.precedent, is_laid_out=True)
+            self.galloc.alloc_graph(graph, self._passes.precedent, graph.placeable, is_laid_out=True)
         if config.check():
             check_allocation(self.sched_graph, self.galloc)
 

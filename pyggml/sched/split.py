@@ -302,23 +302,34 @@ def make_sched_graph(plan: Plan, deps: AllocDeps, ids: tuple[list[int], list[int
     -----
     Mirrors the end of `ggml_backend_sched_split_graph`.
     """
-    made = SchedGraph()
-    _add_nodes(plan, made, deps)
+    of_graph, copies = list(plan.graph.nodes), plan.copies.values()
+    made = SchedGraph(lambda: _nodes(plan, of_graph, deps))
     _add_leafs(plan, made)
-    made.node_backend_ids, made.leaf_backend_ids = _backend_ids(plan, deps) if ids is None else ids
+    made.placeable = [
+        *(copy for by_backend in copies for c in by_backend.values() for copy in c),
+        *of_graph,
+        *made.leafs,
+    ]
+    if ids is None:
+        made.node_backend_ids, made.leaf_backend_ids = _backend_ids(plan, deps)
+        _ = made.nodes
+    else:
+        made.node_backend_ids, made.leaf_backend_ids = ids
     return made
 
 
-def _add_nodes(plan: Plan, made: SchedGraph, deps: AllocDeps) -> None:
-    nodes, graph, copies, cur_copy = made.nodes, plan.graph, plan.copies, plan.cur_copy
+def _nodes(plan: Plan, of_graph: list[Tensor], deps: AllocDeps) -> list[Tensor]:
+    nodes, copies, cur_copy = list[Tensor](), plan.copies, plan.cur_copy
     pending = set(deps)
     for split in plan.splits:
         b = split.backend_id
         for tensor in split.inputs:
             dep = view_tensor(tensor)
             dep.src = [tensor]
+            if tensor.data is not None:  # the graph was placed before anyone asked
+                dep.buffer = tensor.buffer
             nodes += (dep, copies[tensor][b][cur_copy])
-        in_split = graph.nodes[split.i_start : split.i_end]
+        in_split = of_graph[split.i_start : split.i_end]
         if not deps:
             nodes += in_split
             continue
@@ -336,6 +347,7 @@ def _add_nodes(plan: Plan, made: SchedGraph, deps: AllocDeps) -> None:
             f"a backend asked to keep '{deps[until][0].name}' until '{until.name}', which is no node of a split",
             hint="its graph_optimize is wrong",
         )
+    return nodes
 
 
 def _backend_ids(plan: Plan, deps: AllocDeps) -> tuple[list[int], list[int]]:
@@ -360,10 +372,10 @@ def _backend_ids(plan: Plan, deps: AllocDeps) -> tuple[list[int], list[int]]:
 
 def _add_leafs(plan: Plan, made: SchedGraph) -> None:
     """Append the pipeline copies, which are allocated before all else, then the graph's leafs."""
-    graph, ids, copies = plan.graph, plan.assignment.ids, plan.copies
+    graph, copies = plan.graph, plan.copies
     if plan.n_copies > 1:
         for tensor in plan.graph_inputs:
-            made.leafs += copies[tensor][ids[tensor]]
+            made.leafs += copies[tensor][plan.assignment.ids[tensor]]
         for split in plan.splits:
             for tensor in split.inputs:
                 made.leafs += copies[tensor][split.backend_id]
@@ -379,6 +391,6 @@ def graph_size(plan: Plan, copy: SchedGraph) -> int:
     """
     graph = plan.graph
     n_inputs = sum(len(split.inputs) for split in plan.splits)
-    n_dep_nodes = len(copy.nodes) - len(graph.nodes) - 2 * n_inputs
+    n_dep_nodes = len(copy.node_backend_ids) - len(graph.nodes) - 2 * n_inputs
     n_copied = 2 * plan.n_copies * (len(plan.graph_inputs) + n_inputs)
     return max(len(graph.nodes), len(graph.leafs)) + n_copied + n_dep_nodes

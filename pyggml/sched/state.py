@@ -99,22 +99,25 @@ OpCheck = Callable[[Tensor], bool]
 
 
 class Assignment:
-    """The backend of each tensor, and why.
+    """The backend of each tensor, and why."""
 
-    Attributes
-    ----------
-    ids : dict of Tensor to int
-        The index of the backend; missing tensors are not assigned.
-    """
-
-    __slots__ = ("_causes", "_causes_before", "_counts", "has_pins", "ids")
+    __slots__ = ("_causes", "_causes_before", "_counts", "_ids", "_ids_before", "has_pins")
 
     def __init__(self) -> None:
-        self.ids: dict[Tensor, int] = {}
+        self._ids: dict[Tensor, int] = {}
+        self._ids_before: tuple[Sequence[Tensor], Sequence[int]] | None = None
         self._causes: dict[Tensor, Cause] = {}
         self._causes_before: tuple[Sequence[Tensor], Sequence[Cause], Sequence[Tensor]] | None = None
         self._counts: dict[tuple[int, int], tuple[tuple[str, int], ...]] = {}
         self.has_pins = False  #: whether the user pinned anything
+
+    @property
+    def ids(self) -> dict[Tensor, int]:
+        """The index of each tensor's backend; missing tensors are not assigned."""
+        if self._ids_before is not None:
+            self._ids = dict(zip(*self._ids_before, strict=True))
+            self._ids_before = None
+        return self._ids
 
     @property
     def causes(self) -> dict[Tensor, Cause]:
@@ -129,8 +132,8 @@ class Assignment:
     def follow(
         self, tensors: Sequence[Tensor], backend_ids: Sequence[int], causes: Sequence[Cause], copies: Sequence[Tensor]
     ) -> None:
-        """Assign tensors as earlier ones, and explain copies of inputs; nothing must be assigned yet. Causes are computed on first use."""
-        self.ids.update(zip(tensors, backend_ids, strict=True))
+        """Assign tensors as earlier ones, and explain copies of inputs; nothing must be assigned yet. All is looked up on first use."""
+        self._ids_before = tensors, backend_ids
         self._causes_before = tensors, causes, copies
 
     def explain(self, tensor: Tensor, cause: Cause) -> None:
@@ -155,7 +158,7 @@ class Assignment:
     def copy(self) -> Assignment:
         """Return an assignment of its own that begins like this one."""
         made = Assignment()
-        made.ids, made._causes, made.has_pins = dict(self.ids), dict(self.causes), self.has_pins
+        made._ids, made._causes, made.has_pins = dict(self.ids), dict(self.causes), self.has_pins
         return made
 
     def forget_counts(self) -> None:
@@ -309,19 +312,43 @@ class Split(NamedTuple):
         return html_table(title, ("input", "type", "ne", "bytes"), rows, n_rows=len(rows), right=("bytes",))
 
 
-@dataclass(slots=True)
 class SchedGraph:
     """The graph that the allocator sees: the nodes and, before each split, the sources and copies of its inputs.
+
+    Parameters
+    ----------
+    make_nodes : callable
+        Returns the nodes, when they are first asked for.
+
+    Attributes
+    ----------
+    leafs : list of Tensor
+    placeable : list of Tensor
+        All that may get memory of its own: nodes, copies and leafs, but no views that keep a source alive.
+    node_backend_ids, leaf_backend_ids : list of int
+        Of nodes and leafs; -1: a leaf that nothing uses has no backend.
 
     Notes
     -----
     Mirrors the copy of the graph made at the end of `ggml_backend_sched_split_graph`.
     """
 
-    nodes: list[Tensor] = field(default_factory=list)
-    leafs: list[Tensor] = field(default_factory=list)
-    node_backend_ids: list[int] = field(default_factory=list)
-    leaf_backend_ids: list[int] = field(default_factory=list)  #: -1: a leaf that nothing uses has no backend
+    __slots__ = ("_make_nodes", "_nodes", "leaf_backend_ids", "leafs", "node_backend_ids", "placeable")
+
+    def __init__(self, make_nodes: Callable[[], list[Tensor]] = list) -> None:
+        self._make_nodes: Callable[[], list[Tensor]] | None = make_nodes
+        self._nodes: list[Tensor] = []
+        self.leafs: list[Tensor] = []
+        self.placeable: list[Tensor] = []
+        self.node_backend_ids: list[int] = []
+        self.leaf_backend_ids: list[int] = []
+
+    @property
+    def nodes(self) -> list[Tensor]:
+        """Results and copies, in the order of computation; before a copy a view that keeps its source alive."""
+        if self._make_nodes is not None:
+            self._nodes, self._make_nodes = self._make_nodes(), None
+        return self._nodes
 
     def leaf_buffer_ids(self, unused: int) -> list[int]:
         """Return the backend in whose memory each leaf goes; ``unused`` for a leaf that no node uses.

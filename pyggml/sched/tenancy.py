@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from itertools import pairwise
 
 from ..buffer import Buffer
@@ -34,12 +34,11 @@ class Tenancy:
     Differs: upstream reads whatever is there (`Repairs.reused_memory`).
     """
 
-    __slots__ = ("_by", "_leafs", "_lost", "_nodes", "_position", "is_over", "owner", "written_by_hand")
+    __slots__ = ("_by", "_graph", "_lost", "_position", "is_over", "owner", "written_by_hand")
 
     def __init__(self, graph: SchedGraph, buffers: Collection[Buffer], owner: object) -> None:
         self.owner = owner
-        self._nodes: Sequence[Tensor] = graph.nodes
-        self._leafs: Sequence[Tensor] = graph.leafs
+        self._graph = graph
         self._position: dict[Tensor, int] | None = None  # of what owns memory, in the order of writing
         self._lost: list[tuple[Tensor, Tensor]] | None = None
         self._by: dict[Tensor, Tensor | None] = {}
@@ -103,11 +102,13 @@ class Tenancy:
     def _lost_inputs(self) -> list[tuple[Tensor, Tensor]]:
         """Leafs that computed nodes read, themselves or from a copy, and that others overwrite: with the first that does."""
         if self._lost is None:
-            read = {s.view_src or s for node in self._nodes if is_computed(node) for s in node.src if s is not None}
-            for dep, copy in pairwise(self._nodes):  # a view that keeps the source alive, then the copy
+            read = {
+                s.view_src or s for node in self._graph.nodes if is_computed(node) for s in node.src if s is not None
+            }
+            for dep, copy in pairwise(self._graph.nodes):  # a view that keeps the source alive, then the copy
                 if dep.op is Op.NONE and dep.view_src is not None and copy in read and dep.src[0] is not None:
                     read.add(dep.src[0].view_src or dep.src[0])
-            own = [leaf for leaf in self._leafs if leaf in read and leaf.view_src is None and self._is_here(leaf)]
+            own = [leaf for leaf in self._graph.leafs if leaf in read and leaf.view_src is None and self._is_here(leaf)]
             found = ((leaf, self._overwritten_by(leaf)) for leaf in own)
             self._lost = [(leaf, by) for leaf, by in found if by is not None]
         return self._lost
@@ -115,8 +116,8 @@ class Tenancy:
     @property
     def _positions(self) -> dict[Tensor, int]:
         if self._position is None:
-            self._position = {leaf: -1 for leaf in self._leafs}
-            for i, node in enumerate(self._nodes):
+            self._position = {leaf: -1 for leaf in self._graph.leafs}
+            for i, node in enumerate(self._graph.nodes):
                 for tensor in (*node.src, node):
                     if tensor is not None and tensor.view_src is None:
                         self._position.setdefault(tensor, i if tensor is node else -1)
@@ -136,7 +137,7 @@ class Tenancy:
         if lo is None:
             return None
         hi = lo + root.nbytes
-        for node in self._nodes[self._positions[root] + 1 :]:
+        for node in self._graph.nodes[self._positions[root] + 1 :]:
             at = node.data
             if at is None or node.buffer is not root.buffer or (node.view_src or node) is root:
                 continue
