@@ -324,11 +324,11 @@ def _nodes(plan: Plan, of_graph: list[Tensor], deps: AllocDeps) -> list[Tensor]:
     for split in plan.splits:
         b = split.backend_id
         for tensor in split.inputs:
-            dep = view_tensor(tensor)
+            dep, copy = view_tensor(tensor), copies[tensor][b][cur_copy]
             dep.src = [tensor]
-            if tensor.data is not None:  # the graph was placed before anyone asked
-                dep.buffer = tensor.buffer
-            nodes += (dep, copies[tensor][b][cur_copy])
+            if copy.buffer is not None:  # the graph was placed before anyone asked for these nodes
+                dep.buffer = tensor.storage
+            nodes += (dep, copy)
         in_split = of_graph[split.i_start : split.i_end]
         if not deps:
             nodes += in_split
