@@ -543,9 +543,7 @@ class Scheduler(Observed):
 
     def _reset(self) -> None:
         if not self.is_reset:
-            self.assignment = Assignment()
-            self.copies = {}
-            self.is_reset = True
+            self.assignment, self.copies, self.is_reset = Assignment(), {}, True
         self.is_alloc, self._allocated = False, None
 
     def follow(self, other: Scheduler) -> None:
