@@ -117,7 +117,7 @@ def run(
     backend : Backend
         Any backend; the host need not be able to read its memory.
     ops : iterable of str, optional
-        Names of builders (``"mul_mat_id"``, ``"rope_ext"``); by default all of `op_cases.OPS`.
+        Names of builders (``"mul_mat_id"``, ``"rope_ext"``); by default all of `op_cases.COMPUTED`.
     n_case : int
         Cases of each op; more or fewer by the number of the op's kinds of arguments (`op_cases.cases_of`).
     with_products : bool
@@ -148,7 +148,7 @@ def cases(
     ops: Iterable[str] | None = None, *, n_case: int = 3, with_products: bool = True
 ) -> Iterator[tuple[str, Callable[[], op_cases.Case]]]:
     """Yield the cases of `run`, each as its name and a function that makes it."""
-    for op in op_cases.OPS if ops is None else ops:
+    for op in op_cases.COMPUTED if ops is None else ops:
         for i in op_cases.cases_of(op, n_case):
             yield f"{op} {i}", partial(op_cases.of_op, op, i)
     if with_products:

@@ -131,7 +131,7 @@ class Case:
     def weight(self, ne: list[int], type: str) -> dict[str, int]:
         """Return a matrix of any type; the library makes types that gguf cannot."""
         if type.endswith("_K") or type == "iq4_nl":
-            return self.add("cast", self.tensor(ne, plain=True), type)
+            return self.add("cast", Case.tensor(self, ne, plain=True), type)
         return self.tensor(ne, type)
 
     def mask(self, ne: list[int], type: str) -> dict[str, int]:
@@ -560,6 +560,8 @@ OPS: dict[str, Arguments] = {
     "dsv4_hc_post": dsv4_hc_post,
 }
 OPS |= {f"{op}_inplace": arguments for op, arguments in OPS.items() if f"{op}_inplace" in ops.__all__}
+#: All that are computed: not a view of a node that no step is.
+COMPUTED = [op for op in OPS if op != "argsort_top_k"]
 #: Builders that change a node.
 SETTER = re.compile(r"_set_|_add_sinks|^prec_")
 #: Ops with several kinds of arguments get more cases.

@@ -8,11 +8,8 @@ from typing import Any
 from oracle.child import Child
 
 from pyggml.tensor import Tensor
-from pyggml.testing.op_cases import OPS, Case
+from pyggml.testing.op_cases import Case
 from pyggml.values import decode_array
-
-#: All but views of a node that a program has no step for.
-COMPUTED = [op for op in OPS if op != "argsort_top_k"]
 
 
 class Computed:

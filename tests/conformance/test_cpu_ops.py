@@ -15,10 +15,10 @@ from oracle.child import Child
 import pyggml as ggml
 from pyggml.opset import reason_unsupported
 from pyggml.testing import ref
-from pyggml.testing.op_cases import Case, cases_of, of_op
+from pyggml.testing.op_cases import COMPUTED, Case, cases_of, of_op
 from pyggml.types import Op
 
-from .computed import COMPUTED, Computed
+from .computed import Computed
 
 #: What the library looks up in tables of f16 is as near to ours as those are.
 BY_TABLE = ("GELU", "GELU_QUICK", "GEGLU", "GEGLU_QUICK")

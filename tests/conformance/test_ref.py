@@ -12,10 +12,10 @@ import pytest
 from oracle.child import Child
 
 from pyggml.testing import ref
-from pyggml.testing.op_cases import Case, cases_of, of_op
+from pyggml.testing.op_cases import COMPUTED, Case, cases_of, of_op
 from pyggml.types import Op
 
-from .computed import COMPUTED, Computed
+from .computed import Computed
 
 #: The library looks these up in a table of f16, for each f16; its own error is above upstream's bound, as upstream
 #: never compares it with anything exact.
