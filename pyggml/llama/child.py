@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import select
 import signal
 import struct
 import sys
+import threading
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -117,8 +119,18 @@ def _server(kind: str, library: Path) -> _Server:
     return Engine(library)
 
 
+def _end_with_parent() -> None:
+    """End this process when the parent has ended, even if a request is being answered."""
+    hung_up = select.poll()
+    hung_up.register(0, 0)  # reports only that no process has the other end
+    hung_up.poll()
+    os._exit(0)
+
+
 def main(path: str, kind: str) -> None:
     """Answer requests until the input ends."""
+    if hasattr(select, "poll"):
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output of the library must not mix with answers
     server: _Server | None = None

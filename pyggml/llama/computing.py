@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..backend import Backend, Device, Event
-from ..backends.host.machine import HostBlock, available_cores
+from ..backends.host.machine import HostBlock
 from ..backends.host.plan import HostPlan
 from ..backends.host.race_watch import HOST, accesses_of
 from ..backends.libggml.library import Handle
@@ -310,8 +310,7 @@ class ComputingDevice(PythonDevice):
         """Open a stream of the device."""
         self.machine.known.forget()
         open_stream: Callable[..., Backend] = self.device.backend
-        threads = available_cores() if self.threads is None else self.threads
-        self.machine.streams[address] = self.index, open_stream(threads=threads)
+        self.machine.streams[address] = self.index, open_stream(threads=self.threads)
 
     def stream_freed(self, address: int) -> None:
         """Close the stream."""

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..backend import REGISTRY, Device
-from ..backends.host.machine import available_cores
 from ..backends.host.race_watch import Hazard
 from ..backends.sim.device import SimDevice
 from ..clock import VirtualClock
@@ -176,7 +175,7 @@ class Engine:
         self.machine.ledger = Ledger(
             [*self.devices, self.cpu], self.machine.host.at, clock=clock, takes_records=request["takes_records"]
         )
-        self.threads = request["threads"] or available_cores()
+        self.threads = request["threads"]
         made = [ComputingDevice(self.machine, d, i, threads=self.threads) for i, d in enumerate(self.devices)]
         self._hooks = ComputingCPU(self.machine)
         self._load(request, made)
@@ -492,8 +491,11 @@ class Engine:
         Raises
         ------
         BackendError
-            The device is not simulated.
+            There is no such device, or it is not simulated.
         """
+        if not 0 <= index < len(self.devices):
+            names = ", ".join(d.name for d in self.devices)
+            raise DeviceUnavailableError(f"device {index}", "the model has no such device", hint=f"there are {names}")
         device = self.devices[index]
         if not isinstance(device, SimDevice):
             raise BackendError(device.name, "is not simulated", hint="name a device such as sim:rtx4090-pcie4")

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, get_args, overload
 
 from ..backend import REGISTRY
+from ..backends.host.machine import threads_of
 from ..backends.host.race_watch import Hazard
 from ..backends.sim.faults import Moment
 from ..backends.sim.memory import Traffic
@@ -59,6 +60,8 @@ _log = logging.getLogger("pyggml.llama")
 
 #: Seconds that loading a model or one decode may take.
 TIMEOUT_S = 600.0
+#: Upstream's `GGML_SCHED_MAX_BACKENDS`.
+_MAX_BACKENDS = 16
 #: The waits of a scheduler, by the slots of ggml's interfaces.
 WAITS = ("synchronize", "event_record", "event_wait", "event_synchronize")
 
@@ -77,7 +80,7 @@ class LlamaModel(Generator):
     ----------
     path : path-like
         The model's file.
-    devices : sequence of str
+    devices : str or sequence of str
         ``sim:PROFILE``, a card's name, or ``cuda:N``. llama.cpp's CPU is always the last device and must not be listed.
     placement : PlacementFlags, optional
         ``-ngl``, ``-ot``, ``--cpu-moe``, ``-ts``, ...
@@ -152,8 +155,12 @@ class LlamaModel(Generator):
     ) -> None:
         self.path, self._recorder = Path(path), recorder
         placement, context = placement or PlacementFlags(), context or ContextFlags()
-        names = [_device_name(d) for d in devices]
+        names = _device_names(devices)
         here = REGISTRY.open_all(names, data=False)
+        if placement.fit:
+            with Planner.open(self.path, devices=names, placement=placement, context=context, data=False) as planner:
+                assert planner.fit is not None
+                placement, context = planner.fit.placement, planner.fit.context
         with GGUFFile.open(self.path) as file:
             require_model(file)
             overrides = parse_overrides(placement, here, REGISTRY.open_all(["cpu"], data=False)[0])
@@ -174,7 +181,7 @@ class LlamaModel(Generator):
             "devices": [{"name": n, "index": kinds[:i].count(kinds[i]), "seed": seed} for i, n in enumerate(names)],
             "placement": about_placement(placement, here, overrides),
             "context": about_context(context, moe_cache_bytes),
-            "threads": threads,
+            "threads": threads_of("CPU", threads),
             "host": host,
             "use_mmap": placement.use_mmap,
             "takes_records": recorder is not None,
@@ -445,10 +452,6 @@ class LlamaModel(Generator):
     # -- simulated devices ---------------------------------------------------
 
     def _device(self, index: int, call: str, **arguments: object) -> Any:
-        if not 0 <= index < len(self.device_names):
-            raise DeviceUnavailableError(
-                f"device {index}", "the model has no such device", hint=f"there are {', '.join(self.device_names)}"
-            )
         return self._ask("device", index=index, call=call, arguments=arguments)
 
     def hazards(self, index: int = 0) -> list[Hazard]:
@@ -480,10 +483,6 @@ class LlamaModel(Generator):
 
     def fail_at(self, moment: Moment, *, after: int = 0, index: int = 0) -> None:
         """Let an allocation, copy or compute of a simulated device fail; see `SimDevice.fail_at`."""
-        if moment not in get_args(Moment):
-            raise GraphError(f"nothing fails at {moment!r}", hint=f"there are {', '.join(get_args(Moment))}")
-        if after < 0:
-            raise GraphError(f"nothing can fail {-after} calls ago")
         self._device(index, "fail_at", moment=moment, after=after)
 
     def recover(self, index: int = 0) -> None:
@@ -541,6 +540,24 @@ def _ids(tokens: Sequence[int]) -> list[int]:
         return [operator.index(t) for t in tokens]
     except TypeError as error:
         raise GraphError(f"a token id is not an integer: {error}") from None
+
+
+def _device_names(devices: Sequence[str]) -> list[str]:
+    """Return the names of devices that llama.cpp can use.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        As `_device_name`, or there are too many.
+    """
+    names = [_device_name(d) for d in ([devices] if isinstance(devices, str) else devices)]
+    if len(names) >= _MAX_BACKENDS:
+        raise DeviceUnavailableError(
+            names[-1],
+            f"llama.cpp's scheduler has at most {_MAX_BACKENDS} devices, the CPU among them",
+            hint=f"{len(names)} were given",
+        )
+    return names
 
 
 def _device_name(device: object) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
-from ..errors import DeviceUnavailableError, ModelError, PyggmlError
+from ..errors import DeviceUnavailableError, ModelError, PyggmlError, SchedError
 
 __all__ = ["TIMEOUT_S", "LlamaProcess", "shared_process"]
 
@@ -111,6 +111,8 @@ class LlamaProcess:
             next request starts a new child.
         DeviceUnavailableError
             The library cannot be used.
+        SchedError
+            Another thread closed it.
         PyggmlError
             Any other error that the child raised; the child is still running.
         """
@@ -130,9 +132,11 @@ class LlamaProcess:
             raise ModelError(
                 path, f"llama.cpp gave no answer in {self.timeout_s:g} s", words=words, hint="the child was ended"
             ) from None
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError):  # ValueError: of a closed pipe
+            if self._process is not process:
+                raise SchedError("the model was closed while another thread used it") from None
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1.0)
+                process.wait(5.0)
             words, how = self._last_words(), _ending(process.poll())
             self.close()
             raise ModelError(path, f"llama.cpp {how}", words=words) from None
@@ -174,9 +178,10 @@ class LlamaProcess:
 
     def close(self) -> None:
         """End the child, if there is one."""
-        if self._finalizer is not None:
-            self._finalizer()
-        self._process = self._words = self._finalizer = None
+        end = self._finalizer
+        self._process = self._words = self._finalizer = None  # first, for a thread that waits for an answer
+        if end is not None:
+            end()
 
     def __enter__(self) -> Self:
         return self

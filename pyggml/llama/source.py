@@ -24,7 +24,7 @@ from ..errors import GraphError, ModelError, SchedError
 from ..gguf import GGUFFile
 from ..graph import Graph
 from ..models.batch import Batch, MicroBatch, Outputs
-from ..models.context import ContextFlags, ContextParams
+from ..models.context import ContextFlags, ContextParams, check_context
 from ..models.kv_cache import CacheFullError
 from ..models.loading import Progress
 from ..models.placement import (
@@ -33,6 +33,7 @@ from ..models.placement import (
     Placement,
     PlacementFlags,
     WeightPlace,
+    check_shares,
     parse_overrides,
     warn_of_unmatched,
 )
@@ -57,6 +58,7 @@ _NOWHERE = 1 << 60
 _EXPERT_KINDS = ("gate_up", "gate", "up", "down")
 _EXPERT_WEIGHT = re.compile(rf"blk\.\d+\.ffn_({'|'.join(_EXPERT_KINDS)})_exps\.weight")
 _TYPES = {t.ggml_name: t for t in Type}
+_MAX_SEQ = 256  #: upstream's `LLAMA_MAX_SEQ`
 _WEIGHTS = 1  #: upstream's `GGML_BACKEND_BUFFER_USAGE_WEIGHTS`
 
 
@@ -124,7 +126,14 @@ class CapturedGraph:
 
 
 def about_placement(placement: PlacementFlags, devices: Sequence[Device], overrides: Sequence[Override]) -> Message:
-    """Return devices and placement flags for the child."""
+    """Return devices and placement flags for the child.
+
+    Raises
+    ------
+    GraphError
+        The shares do not fit the devices.
+    """
+    check_shares(placement, devices)
     return {
         "devices": [
             {
@@ -139,7 +148,7 @@ def about_placement(placement: PlacementFlags, devices: Sequence[Device], overri
             for d in devices
         ],
         "n_gpu_layers": placement.n_gpu_layers,
-        "tensor_split": list(placement.tensor_split),
+        "tensor_split": list(placement.tensor_split) if devices else [],
         "overrides": [[o.regex, o.buft.name] for o in overrides],
     }
 
@@ -158,7 +167,16 @@ def _row_padding(device: Device) -> int:
 
 
 def about_context(context: ContextFlags, moe_cache_bytes: int = 0) -> Message:
-    """Return the context's flags for the child."""
+    """Return the context's flags for the child.
+
+    Raises
+    ------
+    GraphError
+        A flag is invalid.
+    """
+    check_context(context, max_seq=_MAX_SEQ)
+    if moe_cache_bytes < 0:
+        raise GraphError(f"an expert cache cannot have {moe_cache_bytes} bytes", hint="0 turns it off")
     return {
         "n_ctx": context.n_ctx,
         "n_batch": context.n_batch,
@@ -214,8 +232,6 @@ class CapturedSource(GraphSource):
         context: ContextFlags,
     ) -> None:
         self.file, self.cpu, self.tensor_split = file, cpu, placement.tensor_split
-        if context.n_seq_max < 1 or context.n_batch < 1:
-            raise GraphError(f"n_seq_max is {context.n_seq_max}, n_batch {context.n_batch}: at least 1 is needed")
         overrides = parse_overrides(placement, devices, cpu)
         self._bufts = {d.buffer_type.name: d.buffer_type for d in (*devices, cpu)}
         self._bufts |= {d.host_buffer_type.name: d.host_buffer_type for d in devices if d.host_buffer_type is not None}

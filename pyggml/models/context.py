@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import GraphError
 from ..types import Type
 from .hparams import HParams, round_f32
 
-__all__ = ["MAX_SEQ", "ContextFlags", "ContextParams"]
+__all__ = ["MAX_SEQ", "ContextFlags", "ContextParams", "check_context"]
 
 #: Most sequences of a context: their set is one 64-bit word (`LLAMA_MAX_SEQ` is 256).
 MAX_SEQ = 64
@@ -95,7 +95,7 @@ class ContextParams:
         GraphError
             A number is out of range, or a cache type does not fit the model.
         """
-        _check(flags)
+        check_context(flags)
         _check_heads(flags, hparams)
         n_ctx = flags.n_ctx or hparams.n_ctx_train
         n_batch = min(n_ctx, flags.n_batch)
@@ -139,9 +139,18 @@ def _pad(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def _check(flags: ContextFlags) -> None:
-    if not 1 <= flags.n_seq_max <= MAX_SEQ:
-        raise GraphError(f"a context cannot have {flags.n_seq_max} sequences", hint=f"1 to {MAX_SEQ} are possible")
+def check_context(flags: ContextFlags, *, max_seq: int = MAX_SEQ) -> None:
+    """Check the flags of a context that do not depend on the model.
+
+    Raises
+    ------
+    GraphError
+        A number is out of range, or a cache type or the way of attention is not possible.
+    """
+    if not 1 <= flags.n_seq_max <= max_seq:
+        raise GraphError(f"a context cannot have {flags.n_seq_max} sequences", hint=f"1 to {max_seq} are possible")
+    if flags.flash_attn not in get_args(FlashAttn):
+        raise GraphError(f"-fa cannot be {flags.flash_attn!r}", hint=f"there are {', '.join(get_args(FlashAttn))}")
     for name, n, least in (("n_ctx", flags.n_ctx, 0), ("n_batch", flags.n_batch, 1), ("n_ubatch", flags.n_ubatch, 0)):
         if n < least:
             raise GraphError(f"{name} is {n}, at least {least} is needed")

@@ -275,12 +275,7 @@ def layer_devices(
 
 def _shares(flags: PlacementFlags, devices: Sequence[Device], cpu: Device) -> list[float]:
     """Return the end of each device's share of the layers, from 0 to 1."""
-    if len(flags.tensor_split) > len(devices) or any(s < 0 for s in flags.tensor_split):
-        names = ", ".join(d.name for d in devices) or "no device"
-        raise GraphError(
-            f"-ts {','.join(f'{s:g}' for s in flags.tensor_split)} does not fit {names}",
-            hint="give one share for each device, none below 0",
-        )
+    check_shares(flags, devices)
     if any(flags.tensor_split):
         shares = [*flags.tensor_split, *([0.0] * (len(devices) - len(flags.tensor_split)))]
     else:
@@ -294,6 +289,22 @@ def _shares(flags: PlacementFlags, devices: Sequence[Device], cpu: Device) -> li
         total_share = round_f32(total_share + round_f32(share))
         ends.append(total_share)
     return [round_f32(end / total_share) if total_share else 1.0 for end in ends]
+
+
+def check_shares(flags: PlacementFlags, devices: Sequence[Device]) -> None:
+    """Check ``-ts``, which has no effect without devices.
+
+    Raises
+    ------
+    GraphError
+        There are more shares than devices, or one is negative.
+    """
+    if devices and (len(flags.tensor_split) > len(devices) or any(s < 0 for s in flags.tensor_split)):
+        names = ", ".join(d.name for d in devices)
+        raise GraphError(
+            f"-ts {','.join(f'{s:g}' for s in flags.tensor_split)} does not fit {names}",
+            hint="give one share for each device, none below 0",
+        )
 
 
 # -- weights -----------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builds import BUILDS
 
 import pyggml as ggml
 from pyggml.backend import REGISTRY, Backend
@@ -22,6 +24,7 @@ from pyggml.errors import (
     GraphError,
     ModelError,
     OutOfMemoryError,
+    PyggmlError,
     SchedError,
 )
 from pyggml.lab.recording import RoutingRecorder
@@ -51,9 +54,9 @@ PROMPT = [(32 + 53 * i) % 250 for i in range(40)]
 EXPERTS_ON_HOST = PlacementFlags(cpu_moe=True)
 
 
-def _llamas_cpu() -> Backend:
+def _llamas_cpu(library: str = "") -> Backend:
     """Return the kernels of llama.cpp's own CPU under pyggml's scheduler."""
-    return REGISTRY.open(f"libggml:{find_llama()}#CPU").backend(threads=1)
+    return REGISTRY.open(f"libggml:{find_llama(library)}#CPU").backend(threads=1)
 
 
 def _greedy(model: Session | LlamaModel, n: int = 3) -> list[np.ndarray]:
@@ -64,7 +67,9 @@ def _greedy(model: Session | LlamaModel, n: int = 3) -> list[np.ndarray]:
     return logits
 
 
-def _compare(path: Path, placement: PlacementFlags, cpu: Backend, context: ContextFlags = CONTEXT) -> None:
+def _compare(
+    path: Path, placement: PlacementFlags, cpu: Backend, context: ContextFlags = CONTEXT, library: str = ""
+) -> None:
     """Let both schedulers decode over the same kernels: bits, bytes and causes of copies, splits and times are equal."""
     sim, recorders = ggml.Sim(threads=1), (Recording(), Recording())
     with Session.open(
@@ -73,7 +78,9 @@ def _compare(path: Path, placement: PlacementFlags, cpu: Backend, context: Conte
     ) as session:  # fmt: skip
         own = _greedy(session)
         splits, stats, clock = session.count_splits(), session.sched.stats, session.clock
-    with LlamaModel(path, context=context, placement=placement, threads=1, recorder=recorders[1]) as model:
+    with LlamaModel(
+        path, context=context, placement=placement, threads=1, recorder=recorders[1], library=library
+    ) as model:
         for got, expected in zip(_greedy(model), own, strict=True):
             assert np.array_equal(got, expected)
         assert list(model.count_splits()[0].values()) == list(splits[0].values())
@@ -114,16 +121,19 @@ def test_logits_with_experts_on_the_host_are_equal(random_model: Callable[[str],
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("library", ["", *map(str, BUILDS)])
 @pytest.mark.parametrize("flash", ["on", "off"])
 @pytest.mark.parametrize(
     "arch", ["llama", "llama-dense", "qwen3moe", "gpt-oss", "olmoe", "granitemoe", "qwen2moe", "glm4moe", "deepseek2"]
 )
-def test_logits_of_every_family_are_equal(random_model: Callable[[str], Path], arch: str, flash: str) -> None:
+def test_logits_of_every_family_are_equal(
+    random_model: Callable[[str], Path], arch: str, flash: str, library: str
+) -> None:
     """Every family that can be made here, whole and with experts on the host."""
     context = ContextFlags(n_ctx=256, n_batch=256, n_ubatch=64, flash_attn=flash)
-    _compare(random_model(arch), PlacementFlags(), ggml.CPU(threads=1), context)
+    _compare(random_model(arch), PlacementFlags(), ggml.CPU(threads=1), context, library)
     if arch != "llama-dense":
-        _compare(random_model(arch), EXPERTS_ON_HOST, _llamas_cpu(), context)
+        _compare(random_model(arch), EXPERTS_ON_HOST, _llamas_cpu(library), context, library)
 
 
 @pytest.mark.slow
@@ -203,6 +213,18 @@ def test_chosen_experts_are_taken(random_model: Callable[[str], Path], tmp_path:
     assert np.array_equal(*taken)
 
 
+def test_layers_that_fit_are_found(random_model: Callable[[str], Path]) -> None:
+    """With ``-ngl auto``, llama.cpp gets the flags that a plan finds: here a part of the layers."""
+    small = "sim:custom:1040MiB,100GB/s,10GB/s"
+    with LlamaModel(
+        random_model("qwen3moe"), devices=small, placement=PlacementFlags(fit=True), context=CONTEXT, threads=1
+    ) as model:
+        weights = {m.buft: m.weights for m in model.memory()}
+        assert 0 < weights["SIM0"] < 16 << 20
+        model.decode([1])
+        assert model.count_splits()[0]["CPU"] > 1
+
+
 def test_late_devices_show_no_hazard(random_model: Callable[[str], Path]) -> None:
     """With a seed, devices work late; llama.cpp's scheduler waits for all that it needs, and gives the same bits."""
     path = random_model("qwen3moe")
@@ -211,6 +233,29 @@ def test_late_devices_show_no_hazard(random_model: Callable[[str], Path]) -> Non
     with LlamaModel(path, context=CONTEXT, placement=EXPERTS_ON_HOST, threads=1, seed=7) as model:
         assert all(np.array_equal(a, b) for a, b in zip(_greedy(model), expected, strict=True))
         assert model.hazards() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "flags"),
+    [
+        (DeviceUnavailableError, "0 threads", {"threads": 0}),
+        (DeviceUnavailableError, "100000 threads", {"threads": 100_000}),
+        (DeviceUnavailableError, "at most 16 devices", {"devices": ["sim"] * 16}),
+        (DeviceUnavailableError, "no such device", {"faults": [(1, "alloc", 0)]}),
+        (GraphError, "nothing fails at 'x'", {"faults": [(0, "x", 0)]}),
+        (GraphError, "-5 bytes", {"moe_cache_bytes": -5}),
+        (GraphError, "-1,1 does not fit", {"placement": PlacementFlags(tensor_split=(-1.0, 1.0))}),
+        (GraphError, "n_ctx is -4", {"context": ContextFlags(n_ctx=-4)}),
+        (GraphError, "n_batch is 0", {"context": ContextFlags(n_batch=0)}),
+        (GraphError, "257 sequences", {"context": ContextFlags(n_seq_max=257)}),
+    ],
+)
+def test_wrong_openings_are_typed_errors(
+    random_model: Callable[[str], Path], kind: type[PyggmlError], words: str, flags: dict[str, Any]
+) -> None:
+    """Arguments out of range are refused before llama.cpp sees them."""
+    with pytest.raises(kind, match=words):
+        LlamaModel(random_model("qwen3moe"), **{"threads": 1, **flags})
 
 
 def test_wrong_uses_are_typed_errors(random_model: Callable[[str], Path]) -> None:
@@ -268,6 +313,12 @@ def test_wrong_uses_are_typed_errors(random_model: Callable[[str], Path]) -> Non
             thread.join()
         assert failures
         assert "another thread" in str(failures[0])
+        failures.clear()
+        thread = threading.Thread(target=decode)
+        thread.start()
+        model.close()
+        thread.join()
+        assert "closed" in str(failures[0])
     with pytest.raises(SchedError, match="closed"):
         model.decode([1])
 
@@ -307,3 +358,35 @@ def test_a_slow_decode_is_ended(random_model: Callable[[str], Path]) -> None:
         with pytest.raises(ModelError, match="no answer in 0 s"):
             model.decode(PROMPT)
         assert model.is_closed
+
+
+_HOLDER = """
+import sys, threading
+from pyggml.llama import LlamaModel
+from pyggml.models.context import ContextFlags
+model = LlamaModel(sys.argv[1], context=ContextFlags(n_ctx=1 << 16), threads=1)
+print(model._process._process.pid, flush=True)
+model.decode_late([[1] * 500] * 120, seed=None)  # takes minutes
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_child_ends_with_its_parent(random_model: Callable[[str], Path]) -> None:
+    """A caller that is killed while llama.cpp computes leaves no process behind."""
+    command = [sys.executable, "-c", _HOLDER, str(random_model("qwen3moe"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        time.sleep(0.3)
+        holder.kill()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and "Z" not in _state_of(child):
+        assert time.monotonic() < deadline, "the child still runs"
+        time.sleep(0.02)
+
+
+def _state_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"

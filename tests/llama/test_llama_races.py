@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from builds import BUILDS
 from click.testing import CliRunner
 
 from pyggml.cli import group
@@ -84,11 +85,14 @@ def test_worlds_are_of_the_model(random_model: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss", "deepseek2", "llama-dense", "glm4moe"])
-def test_no_other_race_in_two_hundred_runs(random_model: Callable[[str], Path], arch: str) -> None:
+@pytest.mark.parametrize("library", ["", *map(str, BUILDS)])
+@pytest.mark.parametrize(
+    "arch", ["llama", "llama-dense", "qwen3moe", "gpt-oss", "olmoe", "granitemoe", "qwen2moe", "glm4moe", "deepseek2"]
+)
+def test_no_other_race_in_two_hundred_runs(random_model: Callable[[str], Path], arch: str, library: str) -> None:
     """In every world, 34 orders of work each: the race of pipeline copies, and right results elsewhere."""
-    report = find_races(random_model(arch), seeds=range(1, 35 if arch != "llama-dense" else 51))
-    assert sum(w.n_runs for w in report.worlds) >= 200
+    report = find_races(random_model(arch), seeds=range(1, 35 if arch != "llama-dense" else 52), library=library)
+    assert sum(w.n_runs for w in report.worlds) == 204
     for world in report.worlds:
         assert world.n_failed == 0
         assert _known(world)

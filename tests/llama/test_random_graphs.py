@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builds import BUILDS
 from hypothesis import HealthCheck, given, settings
 
 from pyggml.llama.library import find_llama
 from pyggml.testing.strategies import cases
 
-#: Further builds of ggml, by their shared objects.
-MORE = [Path(p) for p in os.environ.get("PYGGML_TEST_LIBRARIES", "").split(os.pathsep) if p]
 SCRIPT = Path(__file__).with_name("random_on_library.py")
 
 
@@ -65,7 +63,7 @@ def test_random_graphs_soak(batch: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("library", MORE)
+@pytest.mark.parametrize("library", BUILDS)
 def test_random_graphs_in_other_builds(library: Path, tmp_path: Path) -> None:
-    """The same in builds that the environment names."""
+    """The same in further builds."""
     _check(library, tmp_path, _draw(12), [1, 2, 3])

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builds import BUILDS
 
 from pyggml.backends.libggml.library import find_library
 from pyggml.llama.library import find_llama
 
 SCRIPT = Path(__file__).with_name("split_on_library.py")
-#: Further builds of ggml, by their shared objects.
-MORE = [Path(p) for p in os.environ.get("PYGGML_TEST_LIBRARIES", "").split(os.pathsep) if p]
 N_SEEDS = 5
 
 
@@ -45,7 +43,7 @@ def test_version_0_20_has_the_race(tmp_path: Path) -> None:
         ) in run["hazards"]
 
 
-@pytest.mark.parametrize("library", [find_llama, *(lambda path=p: path for p in MORE)])
+@pytest.mark.parametrize("library", [find_llama, *(lambda path=p: path for p in BUILDS)])
 def test_later_versions_have_it_not(library: Any, tmp_path: Path) -> None:
     """Since 0.21 the scheduler waits for the split before: right results, no hazard."""
     version, runs = _runs(library(), tmp_path)

@@ -56,6 +56,13 @@ def _in_threads(model: LlamaModel) -> None:
         done.result()
 
 
+def _closed_elsewhere(model: LlamaModel) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        decodes = threads.submit(lambda: [model.decode([1]) for _ in range(100)])
+        model.close()
+        decodes.result()
+
+
 def _lost(model: LlamaModel) -> None:
     """Lose the device, and bring it back, empty: the model is of no more use."""
     model.fail_at("lost")
@@ -122,6 +129,7 @@ USES: dict[str, Callable[[LlamaModel, np.random.Generator], Any]] = {
     "a sampler of no token": lambda m, r: list(m.generate([1], 2, lambda _: -7)),
     "threads": lambda m, r: _in_threads(m),
     "closed": lambda m, r: (m.close(), m.decode([1])),
+    "closed by another thread": lambda m, r: _closed_elsewhere(m),
     "closed in the callback": lambda m, r: _in_batch(m, lambda _: m.close()),
     "finished": lambda m, r: (m.finish(), m.decode([1])),
     "finished twice": lambda m, r: (m.finish(), m.finish()),

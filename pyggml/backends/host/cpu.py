@@ -20,11 +20,11 @@ from .machine import (
     TENSOR_ALIGNMENT,
     HostBuffer,
     HostBufferType,
-    available_cores,
     is_writable,
     physical_memory,
     plan_of,
     shared_pool,
+    threads_of,
 )
 from .race_watch import HOST, accesses_of
 
@@ -93,11 +93,9 @@ class CPUBackend(Backend):
     """
 
     def __init__(self, device: CPUDevice, *, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise DeviceUnavailableError(device.name, f"{threads} threads cannot compute", hint="give 1 or more")
         self.device = device
         self.name = device.name
-        self.threads = available_cores() if threads is None else threads
+        self.threads = threads_of(device.name, threads)
         self._pool: Pool | None = None
 
     @property

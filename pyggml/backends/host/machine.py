@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pyggml.kernels.cpu.loading import LOADING
 
 from ...buffer import Buffer, BufferType
-from ...errors import AllocError, BackendError, ComputeError, OutOfMemoryError
+from ...errors import AllocError, BackendError, ComputeError, DeviceUnavailableError, OutOfMemoryError
 from ...graph import GraphView, Snapshot
 from ...tensor import Tensor
 from .plan import HostPlan
@@ -34,8 +34,11 @@ __all__ = [
     "physical_memory",
     "plan_of",
     "shared_pool",
+    "threads_of",
 ]
 
+#: Upstream's `GGML_MAX_N_THREADS`.
+MAX_THREADS = 512
 #: Mirrors `TENSOR_ALIGNMENT`; tensors in a mapped GGUF have no larger alignment, so kernels assume no more.
 TENSOR_ALIGNMENT = 32
 
@@ -58,6 +61,21 @@ def physical_memory() -> tuple[int, int]:
 def available_cores() -> int:
     """Return the number of cores that the process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_of(name: str, threads: int | None) -> int:
+    """Return the number of threads of a backend; by default one for each core that the process may use.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        It is below 1 or above ggml's limit.
+    """
+    if threads is None:
+        return available_cores()
+    if not 1 <= threads <= MAX_THREADS:
+        raise DeviceUnavailableError(name, f"{threads} threads cannot compute", hint=f"give 1 to {MAX_THREADS}")
+    return threads
 
 
 def _map_pages(size: int) -> mmap.mmap:

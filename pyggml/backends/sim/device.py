@@ -26,7 +26,7 @@ from ...opset import plans_op, supports_op
 from ...tensor import Tensor
 from ...types import DeviceType, TensorFlag
 from ..host.dataless import FIRST_ADDRESS, DatalessHostBufferType
-from ..host.machine import HostBlock, HostBufferType, available_cores, plan_of, shared_pool
+from ..host.machine import HostBlock, HostBufferType, plan_of, shared_pool, threads_of
 from ..host.race_watch import HOST, Access, Hazard, HazardWatch, Stream, access_to, accesses_of, host_access
 from .faults import Faults, Moment
 from .memory import POISON, SimBuffer, SimBufferType, Traffic
@@ -307,7 +307,7 @@ class SimBackend(Backend):
     def __init__(self, device: SimDevice, *, threads: int | None = None) -> None:
         self.device: SimDevice = device
         self.name = device.name
-        self.threads = available_cores() if threads is None else threads
+        self.threads = threads_of(device.name, threads)
         self.n_submitted = self.n_done = 0
         self.stream = device.next_stream()
         self._late: deque[Callable[[], None]] = deque()

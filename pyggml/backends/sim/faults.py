@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+from ...errors import GraphError
+
 __all__ = ["Faults", "Moment"]
 
 #: Calls that are counted and can fail: allocations, copies, computes; ``lost`` is before any of them.
@@ -29,7 +31,17 @@ class Faults:
         self._slowdown, self._n_carried = 1.0, 0
 
     def ask(self, moment: Moment, after: int) -> None:
-        """Make a moment fail once, after ``after`` more of its kind."""
+        """Make a moment fail once, after ``after`` more of its kind.
+
+        Raises
+        ------
+        GraphError
+            There is no such moment, or ``after`` is negative.
+        """
+        if moment not in self._pending:
+            raise GraphError(f"nothing fails at {moment!r}", hint=f"there are {', '.join(self._pending)}")
+        if after < 0:
+            raise GraphError(f"nothing can fail {-after} calls ago")
         self._pending[moment].add(self.counts[moment] + after)
         self.is_quiet = False
 
