@@ -155,7 +155,8 @@ def _bytes(a: Array, dt: str) -> Array:
 
 def dp4a(a: Array, b: Array, c: Array, ta: str, tb: str) -> Array:
     """Return c plus the dot product of four bytes."""
-    return (c.view("i4") + (_bytes(a, ta) * _bytes(b, tb)).sum(2, dtype="i4")).view("u4")
+    products = _bytes(a, ta) * _bytes(b, tb)
+    return (c.view("i4") + products[..., 0] + products[..., 1] + products[..., 2] + products[..., 3]).view("u4")
 
 
 def tof32(t: str, x: Array) -> Array:
