@@ -537,8 +537,7 @@ class _Placed:
 
     def place(self, tensors: Sequence[Tensor]) -> None:
         """Place the tensors of a graph of this structure likewise."""
-        for i, buffer, data in zip(self.positions, self.memory, self.data, strict=True):
-            tensor = tensors[i]
+        for tensor, buffer, data in zip(map(tensors.__getitem__, self.positions), self.memory, self.data, strict=True):
             tensor.buffer = buffer
             tensor.data = data
         for view in map(tensors.__getitem__, self.views):

@@ -166,9 +166,9 @@ class Passes:
                 for leaf in graph.leafs:
                     if elsewhere[leaf.buffer]:
                         leaf.buffer = leaf.data = None
-        for tensor in tensors:
-            if tensor.view_src is not None and tensor.data is not None and tensor.is_stale_view:
-                tensor.buffer = tensor.data = None
+        for view in [t for t in tensors if t.view_src is not None and t.data is not None]:
+            if view.is_stale_view:
+                view.buffer = view.data = None
 
     def _is_compute_buffer(self, buffer: Buffer) -> bool:
         """Whether a graph of these passes was allocated in a buffer."""

@@ -95,8 +95,6 @@ class _Shape:
         for now, was in zip([*self.layouts, self.memory], [*kept.layouts, kept.memory], strict=True):
             if now != was:
                 changed.update(compress(count(), map(ne, now, was)))
-        if 2 * len(changed) > len(kept.n_sources):
-            return set(range(len(kept.n_sources)))  # asking about all nodes is faster than finding those that differ
         starts = accumulate(kept.n_sources, initial=0)
         return {
             i
@@ -105,11 +103,47 @@ class _Shape:
         }
 
 
+class _Alike:
+    """Which tensors of a graph are of one kind, so that a backend is asked about one for all of them.
+
+    Parameters
+    ----------
+    shape : _Shape
+        Without tensors.
+    answers : list of (int, int, bool)
+        See `Precedent`.
+    """
+
+    __slots__ = ("answers", "first", "wishes")
+
+    first: Callable[[list[Any]], tuple[Any, ...]]  #: of a field of all tensors, that of the first of each one's kind
+    answers: list[tuple[int, int, bool]]  #: those of `Precedent` about the first node of each kind
+
+    def __init__(self, shape: _Shape, answers: list[tuple[int, int, bool]]) -> None:
+        first_of: dict[Any, int] = {}
+        fields = zip(*shape.kinds, *shape.layouts, shape.memory, strict=True)
+        first = [first_of.setdefault(of_tensor, i) for i, of_tensor in enumerate(fields)]
+        first += (0, 0)  # of one position it would not return a tuple
+        self.first = itemgetter(*first)
+        known: dict[Any, tuple[int, int, bool]] = {}
+        starts = list(accumulate(shape.n_sources, initial=0))
+        roots, kind_of = shape.roots, [*first, -1].__getitem__
+        for i, number, answer in answers:
+            sources = shape.sources[starts[i] : starts[i + 1]]
+            around = (i, roots[i], *sources, *(roots[s] for s in sources if s >= 0))
+            known.setdefault((number, answer, *map(kind_of, around)), (i, number, answer))
+        self.answers = list(known.values())
+
+    def holds(self, shape: _Shape) -> bool:
+        """Return whether tensors of one kind are of one kind in another graph of the structure, too."""
+        return all((*column, *column[:1] * 2) == self.first(column) for column in shape.layouts)
+
+
 class Precedent:
     """How a graph was assigned and cut, by positions. Graphs with the same precedent have the same layout."""
 
     __slots__ = (
-        "answers", "assigned", "backends", "causes", "copies", "leaf_ids", "memory", "memory_before", "node_ids", "replaced",
+        "_alike", "answers", "assigned", "backends", "causes", "copies", "leaf_ids", "memory", "memory_before", "node_ids", "replaced",
         "rules", "shape", "splits", "structure", "unused", "wishes",
     )  # fmt: skip
 
@@ -129,16 +163,33 @@ class Precedent:
     memory: tuple[int, tuple[int, ...]]
     structure: object  #: the same for precedents whose graphs differ in layouts only
     unused: frozenset[int]  #: leafs that no node reads
+    _alike: _Alike | None
 
-    def of(self, shape: _Shape) -> Precedent:
-        """Return the precedent of another graph with the same answers."""
+    @property
+    def alike(self) -> _Alike:
+        """Which of its tensors are of one kind; looked for when first asked for."""
+        if self._alike is None:
+            self._alike = _Alike(self.shape, self.answers)
+        return self._alike
+
+    def of(self, shape: _Shape, *, is_alike: bool) -> Precedent:
+        """Return the precedent of another graph with the same answers; ``is_alike``: whether `alike` holds of it."""
         made = Precedent()
         for name in self.__slots__:
             setattr(made, name, getattr(self, name))
+        if not is_alike:
+            made._alike = None
         shape.tensors, shape.sources, shape.roots = [], self.shape.sources, self.shape.roots
         shape.pick = self.shape.pick
         made.shape = shape
         return made
+
+    def asked_about(self, shape: _Shape, *, is_alike: bool) -> list[tuple[int, int, bool]]:
+        """Return the answers that may be others for a graph of this structure: about one node of each kind, or those that changed."""
+        if is_alike:
+            return self.alike.answers
+        changed = shape.changed_since(self.shape)
+        return [about for about in self.answers if about[0] in changed]
 
     def snapshot(self, graph: Graph, all_copies: Copies, placeable: list[Tensor]) -> Snapshot:
         """Return the snapshot of a graph that follows this precedent, from the facts known here.
@@ -236,19 +287,19 @@ class Precedents:
         )
         same = [p for p in alike if p.shape.layouts == shape.layouts]
         for kept in same or alike:
-            changed = set() if same else shape.changed_since(kept.shape)
-            asked = kept.answers if changed else () if is_fixed else kept.wishes
+            is_alike = bool(same) or kept.alike.holds(shape)
+            asked = [] if same else kept.asked_about(shape, is_alike=is_alike)
+            if not is_fixed:
+                asked = [*(about for about in asked if about[1] >= 0), *kept.wishes]
             for i, number, answer in asked:
                 if number < 0:
                     assert offload is not None
-                    if (i in changed or not is_fixed) and offload(
-                        cutter.machine.backends[~number], shape.tensors[i]
-                    ) != answer:
+                    if offload(cutter.machine.backends[~number], shape.tensors[i]) != answer:
                         break
-                elif i in changed and checks[number](shape.tensors[i]) != answer:
+                elif checks[number](shape.tensors[i]) != answer:
                     break
             else:
-                return kept if same else kept.of(shape)
+                return kept if same else kept.of(shape, is_alike=is_alike)
         return None
 
     def _first(self, graph: Graph, shape: _Shape, cutter: Cutter, rules: _Rules) -> Precedent | None:
@@ -281,7 +332,7 @@ class Precedents:
         made.replaced = [
             (position[n], j, position[src], at[position[src], asg.ids[n]]) for n, j, src in cutter.replaced_sources
         ]
-        made.node_ids, made.leaf_ids = [], []
+        made.node_ids, made.leaf_ids, made._alike = [], [], None
         return made
 
     def _known_answers(self, shape: _Shape, rules: _Rules) -> list[dict[Tensor, bool]]:
@@ -333,7 +384,7 @@ def _follow(precedent: Precedent, graph: Graph, cutter: Cutter) -> None:
     at = tensors.__getitem__
     EDITS.note()
     cutter.splits = [
-        Split(backend_id, i_start, i_end, tuple(map(at, inputs)), GraphView(graph, i_start, i_end))
+        Split._make((backend_id, i_start, i_end, tuple(map(at, inputs)), GraphView(graph, i_start, i_end)))
         for backend_id, i_start, i_end, inputs in precedent.splits
     ]
     copies = cutter.copy_once((tensors[i], b) for i, b in precedent.copies)

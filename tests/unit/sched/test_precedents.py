@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import pyggml as ggml
-from pyggml.backend import Backend, Device
+from pyggml.backend import Backend, Device, answers_by_kind
 from pyggml.backends.sim import SimDevice
 from pyggml.cost import parse_profile
 from pyggml.sched import precedent
@@ -151,3 +151,33 @@ def test_an_order_by_hand_is_still_verified(monkeypatch: pytest.MonkeyPatch) -> 
     graph.nodes.reverse()
     with pytest.raises(ggml.errors.GraphError, match="comes before its source"):
         bench.causes(graph)
+
+
+def test_one_node_of_each_kind_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal layers of a graph of another size are asked about once; a layer that has become another, for itself."""
+    bench = Bench(monkeypatch)
+    asked: list[str] = []
+    supports = SimDevice.supports_op
+
+    def noted(self: SimDevice, op: ggml.Tensor) -> bool:
+        asked.append(op.name)
+        return supports(self, op)
+
+    def graph(*n_tokens: int) -> ggml.Graph:
+        graph = ggml.Graph()
+        with graph:
+            for i, n_token in enumerate(n_tokens):
+                x = graph.input("f32", (8, n_token), name=f"x{i}")
+                graph.expand(ggml.mul_mat(bench.weights[1], x).named(f"y{i}").set_output())
+        return graph
+
+    monkeypatch.setattr(SimDevice, "supports_op", answers_by_kind(noted))
+    for _ in range(2):  # the first graph's splits start on another backend than those before
+        assert [c for _, c in bench.causes(graph(31, 31, 31))] == ["1.wgt0"] * 3
+    asked.clear()
+    assert [c for _, c in bench.causes(graph(20, 20, 20))] == ["1.wgt0"] * 3
+    assert bench.n_passes == 2
+    assert asked == ["y0"]
+    assert [c for _, c in bench.causes(graph(20, 40, 20))] == ["1.wgt0", "1.off", "1.wgt0"]
+    assert [c for _, c in bench.causes(graph(7, 40, 20))] == ["1.wgt0", "1.off", "1.wgt0"]
+    assert [c for _, c in bench.causes(graph(7, 20, 20))] == ["1.wgt0"] * 3
