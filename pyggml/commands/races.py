@@ -80,7 +80,7 @@ def command(ctx: click.Context, model: Path, seeds: int, drop: tuple[str, ...], 
 def _print(found: RaceReport) -> None:
     console = report()
     without = f", without {', '.join(found.dropped)}" if found.dropped else ""
-    console.print(f"{Path(found.model).name}: llama.cpp {found.build}{without}")
+    console.print(f"{Path(found.model).name}: llama.cpp {found.build} ({Path(found.library).name}){without}")
     console.print(_table(found))
     for world in found.worlds:
         if world.hazards or world.error:

@@ -22,6 +22,7 @@ from ..gguf import GGUFFile
 from ..models.context import ContextFlags
 from ..models.placement import PlacementFlags
 from .engine import FoundHazard
+from .library import find_llama
 from .model import WAITS, LlamaModel, check_waits
 from .source import CapturedFacts
 
@@ -87,7 +88,8 @@ class RaceReport:
     """The results of all worlds."""
 
     model: str
-    build: str
+    build: str  #: llama.cpp's version, which several builds share
+    library: str  #: its shared object
     dropped: tuple[str, ...]
     worlds: list[WorldReport] = field(default_factory=list)
 
@@ -99,7 +101,7 @@ class RaceReport:
     def as_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
         return {
-            "model": self.model, "build": self.build, "dropped": list(self.dropped), "hazards": self.n_hazards,
+            "model": self.model, "build": self.build, "library": self.library, "dropped": list(self.dropped), "hazards": self.n_hazards,
             "worlds": [w.as_dict() for w in self.worlds],
         }  # fmt: skip
 
@@ -137,6 +139,8 @@ def find_races(
 
     Parameters
     ----------
+    library : str
+        As for `LlamaModel`.
     dropped : collection of str
         Waits (of `WAITS`) that devices skip, to test whether the missing wait is found.
     worlds : sequence of World, optional
@@ -148,13 +152,16 @@ def find_races(
     ------
     GraphError
         There is no such wait.
+    DeviceUnavailableError
+        There is no llama.cpp.
     ModelError
         llama.cpp refuses the model, or fails on it.
     """
     check_waits(dropped)
     with GGUFFile.open(model) as file:
         facts = CapturedFacts.read(file, 0)
-    report = RaceReport(os.fspath(model), "", tuple(sorted(dropped)))
+    path = os.fspath(find_llama(library))
+    report = RaceReport(os.fspath(model), "", path, tuple(sorted(dropped)))
     context = replace(context or ContextFlags(n_ctx=512), n_ubatch=64)
     for world in worlds_of(facts) if worlds is None else worlds:
         made = WorldReport(world)
@@ -163,7 +170,7 @@ def find_races(
         while todo:  # repeats only if the child ends in a run without its waits
             with LlamaModel(
                 model, devices=world.devices, placement=world.placement, context=context, threads=threads, seed=0,
-                host=None, library=library, timeout_s=timeout_s,
+                host=None, library=path, timeout_s=timeout_s,
             ) as opened:  # fmt: skip
                 report.build = opened.build
                 _run(opened, made, todo, dropped, partial(progress, world.name))
