@@ -27,6 +27,7 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
         gc.collect()
         gc.freeze()
+        gc.set_threshold(5000, 20, 20)
 
 
 @pytest.fixture(scope="session")
