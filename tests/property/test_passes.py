@@ -17,7 +17,7 @@ from pyggml.testing.case_graph import Json
 from pyggml.testing.strategies import cases, moe_cases
 
 ALWAYS = settings(
-    max_examples=80,
+    max_examples=50,
     derandomize=True,
     database=None,
     deadline=None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,21 @@ from pyggml.types import Type
 HOST = "ddr4-3200x2,cores=8,64GiB"
 
 
-def run(*args: str, status: int = 0) -> Any:
-    """Return the JSON that the command prints."""
+#: What several tests look at.
+TWO_PLANS = ("gpt-oss-20b", "--device", "rtx3060", "-c", "4096", "--plans", "2")
+
+
+@cache
+def printed(*args: str, status: int = 0) -> str:
+    """Return what the command prints, without carrying it out again."""
     result = CliRunner().invoke(command, [*args, "--host", HOST, "--json"])
     assert result.exit_code == status, result.output
-    return json.loads(result.stdout)
+    return result.stdout
+
+
+def run(*args: str, status: int = 0) -> Any:
+    """Return the JSON that the command prints."""
+    return json.loads(printed(*args, status=status))
 
 
 def search_of(model: str, device: str, goal: Goal) -> tuple[Search, GGUFFile]:
@@ -148,7 +159,7 @@ def test_flags_of_your_own_may_override_anything() -> None:
 
 def test_a_plan_that_is_said_to_fit_does_and_splits_agrees() -> None:
     """The flags of each plan, given to `splits`, show the same memory, byte for byte."""
-    answer = run("gpt-oss-20b", "--device", "rtx3060", "-c", "4096", "--plans", "2")
+    answer = run(*TWO_PLANS)
     assert len(answer["plans"]) == 2
     for made in answer["plans"]:
         assert made["fits"]
@@ -160,19 +171,27 @@ def test_a_plan_that_is_said_to_fit_does_and_splits_agrees() -> None:
         assert device["weights"] + device["cache"] + device["compute"] == made["memory"][0]["bytes"]
 
 
-def test_the_answer_has_what_one_decides_by() -> None:
+#: Flags of answers that two tests look at.
+OFFLOADED = ("-c", "4096", "--prompt", "1024", "--compare", "-ngl 99 -ncmoe 30")
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "gib"),
+    [("qwen3-30b-a3b", "rtx3060", 17.2), pytest.param("gpt-oss-120b", "rtx3090", 59.02, marks=pytest.mark.slow)],
+)
+def test_the_answer_has_what_one_decides_by(model: str, device: str, gib: float) -> None:
     """Plans differ, have ranges around the middle, a command, a bottleneck, and what would help most comes first."""
-    answer = run("gpt-oss-120b", "--device", "rtx3090", "-c", "32768", "--compare", "-ngl 99 -ncmoe 30")
+    answer = run(model, "--device", device, *OFFLOADED)
     plans = answer["plans"]
     assert len(plans) >= 3
     assert len({tuple(p["flags"]) for p in plans}) == len(plans)
     for made in [*plans, *answer["compared"]]:
         for speed in (made["pp_tps"], made["tg_tps"]):
             assert 0 < speed["low"] < speed["mid"] < speed["high"]
-        assert made["command"].startswith("llama-server -m gpt-oss-120b.gguf -c 32768")
+        assert made["command"].startswith(f"llama-server -m {model}.gguf -c 4096")
         assert made["bottleneck"].endswith(".")
-        assert [m["device"] for m in made["memory"]] == ["rtx3090", "host"]
-        assert sum(m["bytes"] for m in made["memory"]) > 59.02 * 2**30
+        assert [m["device"] for m in made["memory"]] == [device, "host"]
+        assert sum(m["bytes"] for m in made["memory"]) > gib * 2**30
     assert plans[0]["seconds"] <= min(p["seconds"] for p in answer["compared"])
     speedups = [h["speedup"] for h in answer["helps"]]
     assert speedups == sorted(speedups, reverse=True)
@@ -236,7 +255,7 @@ def test_a_command_for_ik_llama_differs_where_its_flags_do() -> None:
     assert ik[ik.index("-op") + 1] == "-1,0"
     assert "--no-op-offload" not in ik
     assert [f for f in flags if "exps" in f] == [f for f in ik if "exps" in f]
-    made = run("gpt-oss-20b", "--device", "rtx3060", "-c", "4096", "--plans", "1")["plans"][0]
+    made = run(*TWO_PLANS)["plans"][0]
     assert made["ik_llama_command"] == made["command"].replace("-ngl all", "-ngl 999")
 
 
@@ -302,7 +321,7 @@ def test_offloading_pays_later_with_a_slow_link() -> None:
 )
 def test_offloading_pays_from_the_printed_number_by_the_clock_of_splits(model: str, device: str) -> None:
     """`splits` is faster with copies at the number that a plan prints, and not with one token less."""
-    answer = run(model, "--device", device, "-c", "4096", "--plans", "2", "--prompt", "1024")
+    answer = run(model, "--device", device, *OFFLOADED)
     flags = next(p for p in answer["plans"] if not p["moe_cache_mib"])["flags"]
     n = answer["offload_pays_from_tokens"]
     assert 32 < n <= 1024
@@ -368,14 +387,13 @@ def test_a_title_is_true() -> None:
 
 def test_without_llama_the_rule_of_pyggml_answers_for_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row names who chose: llama.cpp itself, or pyggml's rule and why it was not asked; both choose the same."""
-    args = ("gpt-oss-20b", "--device", "rtx3060", "-c", "4096", "--plans", "1")
-    live = run(*args)["fit"]
+    live = run(*TWO_PLANS)["fit"]
 
     def missing(given: str = "") -> Path:
         raise DeviceUnavailableError("llama", "llama.cpp is not installed")
 
     monkeypatch.setattr("pyggml.llama.live_fit.find_llama", missing)
-    own = run(*args)["fit"]
+    own = json.loads(printed.__wrapped__(*TWO_PLANS))["fit"]
     assert "common_fit_params" in live["by"]
     assert "llama.cpp is not installed" in own["by"]
     assert own["flags"] == live["flags"]
