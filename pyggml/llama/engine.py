@@ -246,7 +246,7 @@ class Engine:
         lib = self.lib
         return {
             "build": self.library.text(lib.llama_version()) if self.library.has("llama_version") else "",
-            "ggml": self.library.version,
+            "dialect": self.library.dialect,
             "n_vocab": self.n_vocab,
             "n_ctx": lib.llama_n_ctx(self._ctx),
             "n_batch": lib.llama_n_batch(self._ctx),

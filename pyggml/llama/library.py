@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .. import config
 from ..backends.libggml.library import Handle, Library
+from ..dialect import DIALECTS, Dialect
 from ..errors import DeviceUnavailableError
 from .slots import FUNCTIONS, Interfaces, find_interfaces
 
@@ -179,6 +180,8 @@ class DeviceLibrary(Library):
     ----------
     interfaces : Interfaces
         Layout of the build's interfaces.
+    dialect : Dialect
+        The rules of its scheduler: ggml's version alone does not tell them.
     has_heads : bool
         Whether the head of a graph is laid out as ``cgraph_head``, with the list of nodes after it.
     has_uids : bool
@@ -197,7 +200,17 @@ class DeviceLibrary(Library):
         self.ffi.cdef(FUNCTIONS)
         self.ffi.cdef(_BACKENDS)
         self.interfaces = find_interfaces(self)
+        self.has_copy_callback = self.has("ggml_backend_sched_set_copy_callback")
+        self.dialect = self._find_dialect()
         self._look_at_heads()
+
+    def _find_dialect(self) -> Dialect:
+        """Return the latest dialect that is not later than the build."""
+        version = (
+            max(self.version_tuple[:2], (0, 27)) if self.has_copy_callback else min(self.version_tuple[:2], (0, 26))
+        )
+        known = [d for d in DIALECTS.values() if tuple(map(int, d.version.split("."))) <= version]
+        return known[-1] if known else next(iter(DIALECTS.values()))
 
     def _look_at_heads(self) -> None:
         context = self.new_context(1, graph_size=16)
@@ -234,8 +247,7 @@ class LlamaLibrary(DeviceLibrary):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.has_moe_cache = self.has("ggml_backend_sched_set_copy_callback")
-        self.ffi.cdef(_LLAMA % ("size_t moe_cache_size;" if self.has_moe_cache else ""))
+        self.ffi.cdef(_LLAMA % ("size_t moe_cache_size;" if self.has_copy_callback else ""))
         if not self.has("llama_model_load_from_file"):
             raise self._refuse("it has no llama_model_load_from_file")
         self.on_line: Callable[[str], None] = lambda line: None

@@ -30,6 +30,7 @@ from ..backends.sim.faults import Moment
 from ..backends.sim.memory import Traffic
 from ..clock import Span, VirtualClock
 from ..cost import CPU_PROFILE, DeviceProfile
+from ..dialect import Dialect
 from ..errors import AllocError, DeviceUnavailableError, GraphError, ModelError, PyggmlError, SchedError
 from ..generation import Generator
 from ..gguf import GGUFFile, require_model
@@ -117,7 +118,9 @@ class LlamaModel(Generator):
         Receives the experts of each micro-batch, such as a `pyggml.lab.recording.RoutingRecorder`; see
         ``watches_experts``.
     build : str
-        llama.cpp's version.
+        llama.cpp's version, which several builds share.
+    dialect : Dialect
+        The rules of the build's scheduler.
 
     Raises
     ------
@@ -194,6 +197,7 @@ class LlamaModel(Generator):
             self._process.close()
             raise
         self.build: str = facts["build"]
+        self.dialect: Dialect = facts["dialect"]
         self.n_vocab, self.n_ctx, self.n_batch = facts["n_vocab"], facts["n_ctx"], facts["n_batch"]
         self.n_ubatch, self.n_seq_max = facts["n_ubatch"], facts["n_seq_max"]
         self.eog_ids = frozenset(facts["eog"])
@@ -246,7 +250,7 @@ class LlamaModel(Generator):
             try:
                 planner = Planner.open(
                     self.path, devices=self._names, placement=self._placement, context=self._context, data=False,
-                    recorder=recording, expert_cache=self._cache_rule,
+                    recorder=recording, expert_cache=self._cache_rule, dialect=self.dialect,
                 )  # fmt: skip
             except PyggmlError as error:
                 _log.info("no plan tells why nodes are where they are: %s", error)

@@ -61,7 +61,7 @@ def context_params(library: LlamaLibrary, context: Message, *, threads: int = 1)
     for name in _COPIED:
         setattr(p, name, context[name])
     if context["moe_cache_size"]:
-        if not library.has_moe_cache:
+        if not library.has_copy_callback:
             raise SchedError(
                 f"llama.cpp in {library.path} has no expert cache",
                 hint="use a build since b11549, or leave out --moe-cache-mib",

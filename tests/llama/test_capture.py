@@ -170,9 +170,9 @@ def test_damaged_files_are_refused_with_llama_cpps_words(tmp_path: Path, own_cac
 
 
 def test_a_context_is_refused_with_llama_cpps_words(random_model: Callable[[str], Path]) -> None:
-    """Flags that llama.cpp refuses with a warning alone are refused with it."""
-    with pytest.raises(ModelError, match=r"does not make a context: .*[Ff]lash"):
-        _plan(random_model("llama"), "llama", type_v=Type.Q8_0, flash_attn="off")
+    """Flags that do not fit the model are refused with llama.cpp's line about it."""
+    with pytest.raises(ModelError, match=r"does not make a context: .*different K"):
+        _plan(random_model("deepseek2"), "llama", type_k=Type.F32)
 
 
 def test_flags_are_checked_before_a_child_starts(random_model: Callable[[str], Path]) -> None:

@@ -72,8 +72,8 @@ def test_a_model_that_llama_refuses_is_a_typed_error(tmp_path: object) -> None:
     """The child answers with llama.cpp's refusal, and answers the next question."""
     backends, _ = open_machine("rtx3060", HOST)
     devices = [b.device for b in backends[:-1]]
-    with GGUFFile.open(header_path("qwen3-0.6b")) as file:
-        told = ContextFlags(n_ctx=4096, type_v=Type.Q8_0, flash_attn="off")
+    with GGUFFile.open(header_path("deepseek-v2-lite")) as file:
+        told = ContextFlags(n_ctx=4096, type_k=Type.F32)
         with pytest.raises(ModelError):
             live_fit(file, devices, told)
         assert live_fit(file, devices, ContextFlags(n_ctx=4096))[0].placement.n_gpu_layers == -1

@@ -72,17 +72,18 @@ def _compare(
 ) -> None:
     """Let both schedulers decode over the same kernels: bits, bytes and causes of copies, splits and times are equal."""
     sim, recorders = ggml.Sim(threads=1), (Recording(), Recording())
-    with Session.open(
-        path, devices=[sim], cpu=cpu, context=context, placement=placement, clock=virtual_clock([sim, cpu]),
-        recorder=recorders[0],
-    ) as session:  # fmt: skip
-        own = _greedy(session)
-        splits, stats, clock = session.count_splits(), session.sched.stats, session.clock
-    with LlamaModel(
-        path, context=context, placement=placement, threads=1, recorder=recorders[1], library=library
-    ) as model:
-        for got, expected in zip(_greedy(model), own, strict=True):
+    with (
+        LlamaModel(
+            path, context=context, placement=placement, threads=1, recorder=recorders[1], library=library
+        ) as model,
+        Session.open(
+            path, devices=[sim], cpu=cpu, context=context, placement=placement, clock=virtual_clock([sim, cpu]),
+            recorder=recorders[0], dialect=model.dialect,
+        ) as session,
+    ):  # fmt: skip
+        for got, expected in zip(_greedy(model), _greedy(session), strict=True):
             assert np.array_equal(got, expected)
+        splits, stats, clock = session.count_splits(), session.sched.stats, session.clock
         assert list(model.count_splits()[0].values()) == list(splits[0].values())
         assert model.count_splits()[1] == splits[1]
         assert model.stats.bytes_by_reason == stats.bytes_by_reason
@@ -147,12 +148,12 @@ def test_records_tell_of_copies_splits_and_experts(random_model: Callable[[str],
     """What llama.cpp's scheduler does is recorded as pyggml's own is: the same copies of the same splits, in order."""
     path, cpu, sim = random_model("qwen3moe"), _llamas_cpu(), ggml.Sim(threads=1)
     own, seen = Recording(), Recording()
-    with Session.open(
-        path, devices=[sim], cpu=cpu, context=CONTEXT, placement=EXPERTS_ON_HOST, recorder=own
-    ) as session:
-        session.decode(PROMPT)
     with LlamaModel(path, context=CONTEXT, placement=EXPERTS_ON_HOST, recorder=seen, threads=1) as model:
         model.decode(PROMPT)
+    with Session.open(
+        path, devices=[sim], cpu=cpu, context=CONTEXT, placement=EXPERTS_ON_HOST, recorder=own, dialect=model.dialect
+    ) as session:
+        session.decode(PROMPT)
 
     def facts(recording: Recording) -> list[tuple[object, ...]]:
         found: list[tuple[object, ...]] = []
