@@ -22,12 +22,13 @@ __all__ = [
     "SpecRow",
     "WeightSpec",
     "Weights",
+    "attention_rows",
     "dense_rows",
     "expert_rows",
     "gate_up_rows",
     "layer_specs",
     "nextn_rows",
-    "qkv_specs",
+    "qkv_rows",
     "resolve_specs",
     "rope_factor_specs",
     "scale_specs",
@@ -172,8 +173,8 @@ def trunk_specs(hp: HParams, present: Mapping[str, TensorInfo], *, tied_head: bo
     return out
 
 
-def qkv_specs(hp: HParams, layer: int, present: Mapping[str, TensorInfo], *, n_q_each: int = 1) -> list[WeightSpec]:
-    """Return the specs of one layer's projections to Q, K and V, fused if the file has them fused.
+def qkv_rows(hp: HParams, layer: int, present: Mapping[str, TensorInfo], *, n_q_each: int = 1) -> list[SpecRow]:
+    """Return the rows of one layer's projections to Q, K and V, fused if the file has them fused.
 
     Parameters
     ----------
@@ -184,23 +185,23 @@ def qkv_specs(hp: HParams, layer: int, present: Mapping[str, TensorInfo], *, n_q
     -----
     Mirrors `llama_model_base::create_tensor_qkv`.
     """
-    q, k, v = n_q_each * hp.n_embd_head_k * hp.n_head, hp.n_embd_k_gqa, hp.n_embd_v_gqa
-    biases = [
-        ("attn_q.bias", (q,), Op.ADD, True),
-        ("attn_k.bias", (k,), Op.ADD, True),
-        ("attn_v.bias", (v,), Op.ADD, True),
-    ]
+    sizes = {"q": n_q_each * hp.n_embd_head_k * hp.n_head, "k": hp.n_embd_k_gqa, "v": hp.n_embd_v_gqa}
+    biases: list[SpecRow] = [(f"attn_{part}.bias", (n,), Op.ADD, True) for part, n in sizes.items()]
     if f"blk.{layer}.attn_qkv.weight" in present:
-        fused = [("attn_qkv.weight", (hp.n_embd, q + k + v), Op.MUL_MAT, False)]
+        n = sum(sizes.values())
         if f"blk.{layer}.attn_qkv.bias" in present:
-            return layer_specs(layer, [*fused, ("attn_qkv.bias", (q + k + v,), Op.ADD, True)])
-        return layer_specs(layer, [*fused, *biases])
-    weights = [
-        ("attn_q.weight", (hp.n_embd, q), Op.MUL_MAT, False),
-        ("attn_k.weight", (hp.n_embd, k), Op.MUL_MAT, False),
-        ("attn_v.weight", (hp.n_embd, v), Op.MUL_MAT, False),
+            biases = [("attn_qkv.bias", (n,), Op.ADD, True)]
+        return [("attn_qkv.weight", (hp.n_embd, n), Op.MUL_MAT, False), *biases]
+    return [*((f"attn_{part}.weight", (hp.n_embd, n), Op.MUL_MAT, False) for part, n in sizes.items()), *biases]
+
+
+def attention_rows(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
+    """Return the rows of one layer's norm, projections to Q, K and V, and projection from the heads, as most families have them."""
+    return [
+        ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
+        *qkv_rows(hp, layer, present),
+        ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
     ]
-    return layer_specs(layer, [*weights, *biases])
 
 
 def rope_factor_specs(hp: HParams, layer: int) -> list[WeightSpec]:
@@ -288,9 +289,7 @@ def resolve_specs(specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo]
         found.append(s)
     if unused:
         raise FormatError(
-            path,
-            f"{len(unused)} tensors have no place in this architecture, such as '{min(unused)}'",
-            hint=NOT_BUILT,
+            path, f"{len(unused)} tensors have no place in this architecture, such as '{min(unused)}'", hint=NOT_BUILT
         )
     return found
 

@@ -14,7 +14,7 @@ from ...types import Op
 from ..architecture import Architecture
 from ..blocks import Builder
 from ..hparams import HParams, KeyReader, round_f32
-from ..weights import LayerWeights, WeightSpec, dense_rows, layer_specs, qkv_specs
+from ..weights import LayerWeights, WeightSpec, attention_rows, dense_rows, layer_specs
 
 __all__ = ["ARCHITECTURE"]
 
@@ -40,22 +40,18 @@ def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[Wei
     Mirrors `llama_model_gemma3::load_arch_tensors`. Differs: the dense layers of embedding models are not supported.
     """
     n_embd, head = (hp.n_embd,), (hp.n_embd_head_k,)
-    return [
-        *layer_specs(i, [("attn_norm.weight", n_embd, Op.MUL, False)]),
-        *qkv_specs(hp, i, present),
-        *layer_specs(
-            i,
-            [
-                ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
-                ("post_attention_norm.weight", n_embd, Op.MUL, False),
-                ("attn_k_norm.weight", head, Op.MUL, False),
-                ("attn_q_norm.weight", head, Op.MUL, False),
-                ("ffn_norm.weight", n_embd, Op.MUL, False),
-                *dense_rows(hp),
-                ("post_ffw_norm.weight", n_embd, Op.MUL, False),
-            ],
-        ),
-    ]
+    return layer_specs(
+        i,
+        [
+            *attention_rows(hp, i, present),
+            ("post_attention_norm.weight", n_embd, Op.MUL, False),
+            ("attn_k_norm.weight", head, Op.MUL, False),
+            ("attn_q_norm.weight", head, Op.MUL, False),
+            ("ffn_norm.weight", n_embd, Op.MUL, False),
+            *dense_rows(hp),
+            ("post_ffw_norm.weight", n_embd, Op.MUL, False),
+        ],
+    )
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

@@ -14,7 +14,16 @@ from ..architecture import Architecture
 from ..blocks import Builder
 from ..experts import routed_ffn
 from ..hparams import HParams, KeyReader
-from ..weights import LayerWeights, SpecRow, WeightSpec, dense_rows, expert_rows, layer_specs, qkv_specs, shared_rows
+from ..weights import (
+    LayerWeights,
+    SpecRow,
+    WeightSpec,
+    attention_rows,
+    dense_rows,
+    expert_rows,
+    layer_specs,
+    shared_rows,
+)
 
 __all__ = ["ARCHITECTURE"]
 
@@ -35,20 +44,16 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
 
 def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
     """Mirrors `llama_model_glm4_moe::load_arch_tensors`."""
-    return [
-        *layer_specs(i, [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]),
-        *qkv_specs(hp, i, present),
-        *layer_specs(
-            i,
-            [
-                ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
-                ("attn_q_norm.weight", (hp.n_embd_head_k,), Op.MUL, True),
-                ("attn_k_norm.weight", (hp.n_embd_head_k,), Op.MUL, True),
-                ("post_attention_norm.weight", (hp.n_embd,), Op.MUL, False),
-                *(dense_rows(hp) if i < hp.n_layer_dense_lead else _moe_rows(hp)),
-            ],
-        ),
-    ]
+    return layer_specs(
+        i,
+        [
+            *attention_rows(hp, i, present),
+            ("attn_q_norm.weight", (hp.n_embd_head_k,), Op.MUL, True),
+            ("attn_k_norm.weight", (hp.n_embd_head_k,), Op.MUL, True),
+            ("post_attention_norm.weight", (hp.n_embd,), Op.MUL, False),
+            *(dense_rows(hp) if i < hp.n_layer_dense_lead else _moe_rows(hp)),
+        ],
+    )
 
 
 def _moe_rows(hp: HParams) -> list[SpecRow]:

@@ -14,7 +14,7 @@ from ..architecture import Architecture
 from ..blocks import Builder, kq_scale
 from ..experts import moe_ffn
 from ..hparams import HParams, KeyReader
-from ..weights import EXPERT_OP, LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_specs
+from ..weights import EXPERT_OP, LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -26,29 +26,22 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
 def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
     """Mirrors `llama_model_openai_moe::load_arch_tensors`."""
     n_heads, n_ff, n_expert = hp.n_rot * hp.n_head, hp.n_ff_exp, hp.n_expert
-    return [
-        *layer_specs(
-            i,
-            [
-                ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
-                ("post_attention_norm.weight", (hp.n_embd,), Op.MUL, False),
-            ],
-        ),
-        *qkv_specs(hp, i, present),
-        *layer_specs(
-            i,
-            [
-                ("attn_output.weight", (n_heads, hp.n_embd), Op.MUL_MAT, False),
-                ("attn_sinks.weight", (hp.n_head,), Op.SCALE, False),
-                *expert_rows(hp, n_ff),
-                ("attn_output.bias", (hp.n_embd,), Op.MUL_MAT, False),
-                ("ffn_gate_inp.bias", (n_expert,), Op.MUL_MAT, False),
-                ("ffn_gate_exps.bias", (n_ff, n_expert), EXPERT_OP, False),
-                ("ffn_down_exps.bias", (hp.n_embd, n_expert), EXPERT_OP, False),
-                ("ffn_up_exps.bias", (n_ff, n_expert), EXPERT_OP, False),
-            ],
-        ),
-    ]
+    return layer_specs(
+        i,
+        [
+            ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
+            ("post_attention_norm.weight", (hp.n_embd,), Op.MUL, False),
+            *qkv_rows(hp, i, present),
+            ("attn_output.weight", (n_heads, hp.n_embd), Op.MUL_MAT, False),
+            ("attn_sinks.weight", (hp.n_head,), Op.SCALE, False),
+            *expert_rows(hp, n_ff),
+            ("attn_output.bias", (hp.n_embd,), Op.MUL_MAT, False),
+            ("ffn_gate_inp.bias", (n_expert,), Op.MUL_MAT, False),
+            ("ffn_gate_exps.bias", (n_ff, n_expert), EXPERT_OP, False),
+            ("ffn_down_exps.bias", (hp.n_embd, n_expert), EXPERT_OP, False),
+            ("ffn_up_exps.bias", (n_ff, n_expert), EXPERT_OP, False),
+        ],
+    )
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

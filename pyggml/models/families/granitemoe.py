@@ -14,7 +14,7 @@ from ..architecture import Architecture
 from ..blocks import Builder
 from ..experts import moe_ffn
 from ..hparams import HParams, KeyReader, round_f32
-from ..weights import LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_specs, rope_factor_specs, shared_rows
+from ..weights import LayerWeights, WeightSpec, attention_rows, expert_rows, layer_specs, rope_factor_specs, shared_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -36,12 +36,10 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
 def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
     """Mirrors `llama_model_granite_moe::load_arch_tensors`."""
     return [
-        *layer_specs(i, [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]),
-        *qkv_specs(hp, i, present),
         *layer_specs(
             i,
             [
-                ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
+                *attention_rows(hp, i, present),
                 ("attn_output.bias", (hp.n_embd,), Op.ADD, True),
                 ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
             ],

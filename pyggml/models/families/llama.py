@@ -17,10 +17,10 @@ from ..weights import (
     LayerWeights,
     SpecRow,
     WeightSpec,
+    attention_rows,
     dense_rows,
     expert_rows,
     layer_specs,
-    qkv_specs,
     rope_factor_specs,
 )
 
@@ -30,12 +30,10 @@ __all__ = ["ARCHITECTURE"]
 def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
     """Mirrors `llama_model_llama::load_arch_tensors`."""
     return [
-        *layer_specs(i, [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]),
-        *qkv_specs(hp, i, present),
         *layer_specs(
             i,
             [
-                ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
+                *attention_rows(hp, i, present),
                 ("attn_output.bias", (hp.n_embd,), Op.ADD, True),
                 ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
             ],

@@ -14,7 +14,7 @@ from ..architecture import Architecture
 from ..blocks import Builder
 from ..experts import moe_ffn
 from ..hparams import HParams, KeyReader
-from ..weights import LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_specs
+from ..weights import LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -26,21 +26,19 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
 def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
     """Mirrors `llama_model_minimax_m2::load_arch_tensors`."""
     n_q = hp.n_embd_head_k * hp.n_head
-    return [
-        *qkv_specs(hp, i, present),
-        *layer_specs(
-            i,
-            [
-                ("attn_output.weight", (n_q, hp.n_embd), Op.MUL_MAT, False),
-                ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
-                ("attn_q_norm.weight", (n_q,), Op.MUL, False),
-                ("attn_k_norm.weight", (hp.n_embd_k_gqa,), Op.MUL, False),
-                ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-                *expert_rows(hp, hp.n_ff),
-                ("exp_probs_b.bias", (hp.n_expert,), Op.ADD, False),
-            ],
-        ),
-    ]
+    return layer_specs(
+        i,
+        [
+            *qkv_rows(hp, i, present),
+            ("attn_output.weight", (n_q, hp.n_embd), Op.MUL_MAT, False),
+            ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
+            ("attn_q_norm.weight", (n_q,), Op.MUL, False),
+            ("attn_k_norm.weight", (hp.n_embd_k_gqa,), Op.MUL, False),
+            ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+            *expert_rows(hp, hp.n_ff),
+            ("exp_probs_b.bias", (hp.n_expert,), Op.ADD, False),
+        ],
+    )
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

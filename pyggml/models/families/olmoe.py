@@ -13,27 +13,25 @@ from ..architecture import Architecture
 from ..blocks import Builder
 from ..experts import moe_ffn
 from ..hparams import HParams
-from ..weights import LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_specs
+from ..weights import LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_rows
 
 __all__ = ["ARCHITECTURE"]
 
 
 def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
     """Mirrors `llama_model_olmoe::load_arch_tensors`."""
-    return [
-        *layer_specs(i, [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]),
-        *qkv_specs(hp, i, present),
-        *layer_specs(
-            i,
-            [
-                ("attn_output.weight", (hp.n_embd, hp.n_embd), Op.MUL_MAT, False),
-                ("attn_q_norm.weight", (hp.n_embd,), Op.MUL, False),
-                ("attn_k_norm.weight", (hp.n_embd,), Op.MUL, False),
-                ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-                *expert_rows(hp, hp.n_ff),
-            ],
-        ),
-    ]
+    return layer_specs(
+        i,
+        [
+            ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
+            *qkv_rows(hp, i, present),
+            ("attn_output.weight", (hp.n_embd, hp.n_embd), Op.MUL_MAT, False),
+            ("attn_q_norm.weight", (hp.n_embd,), Op.MUL, False),
+            ("attn_k_norm.weight", (hp.n_embd,), Op.MUL, False),
+            ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+            *expert_rows(hp, hp.n_ff),
+        ],
+    )
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

@@ -12,25 +12,16 @@ from ...types import Op
 from ..architecture import Architecture
 from ..blocks import Builder
 from ..hparams import HParams
-from ..weights import LayerWeights, WeightSpec, dense_rows, layer_specs, qkv_specs
+from ..weights import LayerWeights, WeightSpec, attention_rows, dense_rows, layer_specs
 
 __all__ = ["ARCHITECTURE"]
 
 
 def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
     """Mirrors `llama_model_qwen2::load_arch_tensors`."""
-    return [
-        *layer_specs(i, [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]),
-        *qkv_specs(hp, i, present),
-        *layer_specs(
-            i,
-            [
-                ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
-                ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-                *dense_rows(hp),
-            ],
-        ),
-    ]
+    return layer_specs(
+        i, [*attention_rows(hp, i, present), ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False), *dense_rows(hp)]
+    )
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

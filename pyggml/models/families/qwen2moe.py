@@ -14,7 +14,7 @@ from ..architecture import Architecture
 from ..blocks import Builder
 from ..experts import moe_ffn
 from ..hparams import HParams, KeyReader
-from ..weights import LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_specs, shared_rows
+from ..weights import LayerWeights, WeightSpec, attention_rows, expert_rows, layer_specs, shared_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -25,20 +25,16 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
 
 def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
     """Mirrors `llama_model_qwen2moe::load_arch_tensors`."""
-    return [
-        *layer_specs(i, [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]),
-        *qkv_specs(hp, i, present),
-        *layer_specs(
-            i,
-            [
-                ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
-                ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-                *expert_rows(hp, hp.n_ff_expert),
-                ("ffn_gate_inp_shexp.weight", (hp.n_embd,), Op.MUL_MAT, False),
-                *shared_rows(hp, hp.n_ff_shexp or hp.n_ff),
-            ],
-        ),
-    ]
+    return layer_specs(
+        i,
+        [
+            *attention_rows(hp, i, present),
+            ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+            *expert_rows(hp, hp.n_ff_expert),
+            ("ffn_gate_inp_shexp.weight", (hp.n_embd,), Op.MUL_MAT, False),
+            *shared_rows(hp, hp.n_ff_shexp or hp.n_ff),
+        ],
+    )
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

@@ -13,27 +13,23 @@ from ..architecture import Architecture
 from ..blocks import Builder
 from ..experts import moe_ffn
 from ..hparams import HParams
-from ..weights import LayerWeights, WeightSpec, dense_rows, expert_rows, layer_specs, qkv_specs
+from ..weights import LayerWeights, WeightSpec, attention_rows, dense_rows, expert_rows, layer_specs
 
 __all__ = ["ARCHITECTURE"]
 
 
 def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
     """Mirrors `load_arch_tensors` of `llama_model_qwen3` and `llama_model_qwen3moe`."""
-    return [
-        *layer_specs(i, [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]),
-        *qkv_specs(hp, i, present),
-        *layer_specs(
-            i,
-            [
-                ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
-                ("attn_k_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
-                ("attn_q_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
-                ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-                *(expert_rows(hp, hp.n_ff_expert) if hp.is_moe else dense_rows(hp)),
-            ],
-        ),
-    ]
+    return layer_specs(
+        i,
+        [
+            *attention_rows(hp, i, present),
+            ("attn_k_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
+            ("attn_q_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
+            ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+            *(expert_rows(hp, hp.n_ff_expert) if hp.is_moe else dense_rows(hp)),
+        ],
+    )
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

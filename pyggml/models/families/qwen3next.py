@@ -15,7 +15,7 @@ from ..blocks import Builder
 from ..delta_net import DeltaInputs, delta_layer
 from ..experts import moe_ffn
 from ..hparams import HParams, KeyReader
-from ..weights import EXPERT_OP, LayerWeights, SpecRow, WeightSpec, gate_up_rows, layer_specs, qkv_specs, shared_rows
+from ..weights import EXPERT_OP, LayerWeights, SpecRow, WeightSpec, gate_up_rows, layer_specs, qkv_rows, shared_rows
 
 __all__ = [
     "ARCHITECTURE",
@@ -56,11 +56,7 @@ def gated_layer_specs(
         ("attn_q_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
         ("attn_k_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
     ]
-    return [
-        *layer_specs(i, norms),
-        *qkv_specs(hp, i, present, n_q_each=2),
-        *layer_specs(i, [*attention, *moe_rows(hp, i, present)]),
-    ]
+    return layer_specs(i, [*norms, *qkv_rows(hp, i, present, n_q_each=2), *attention, *moe_rows(hp, i, present)])
 
 
 def recurrent_rows(hp: HParams, qkvz: list[SpecRow], beta_alpha: list[SpecRow]) -> list[SpecRow]:
