@@ -185,20 +185,6 @@ class Backend(ABC):
         self.synchronize()
         tensor_get(tensor, address, offset, size)
 
-    def set_tensor_2d_async(
-        self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
-    ) -> None:
-        """Copy ``n_copies`` pieces with strides; by default one by one."""
-        for i in range(n_copies):
-            self.set_tensor_async(tensor, address + i * stride_data, offset + i * stride_tensor, size)
-
-    def get_tensor_2d_async(
-        self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
-    ) -> None:
-        """Copy ``n_copies`` pieces with strides to host memory; by default one by one."""
-        for i in range(n_copies):
-            self.get_tensor_async(tensor, address + i * stride_data, offset + i * stride_tensor, size)
-
     def cpy_tensor_async(self, backend_src: Backend, src: Tensor, dst: Tensor) -> bool:
         """Copy a tensor of another backend in stream order; return False, and do nothing, if that is not possible."""
         return False

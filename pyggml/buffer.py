@@ -26,10 +26,8 @@ __all__ = [
     "tensor_alloc",
     "tensor_copy",
     "tensor_get",
-    "tensor_get_2d",
     "tensor_memset",
     "tensor_set",
-    "tensor_set_2d",
     "view_init",
 ]
 
@@ -162,20 +160,6 @@ class Buffer(ABC):
         Returns the memory itself or a copy of it. The result can be None at any time, for example while work is queued.
         """
         return None
-
-    def set_tensor_2d(
-        self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
-    ) -> None:
-        """Copy ``n_copies`` pieces of ``size`` bytes with strides; by default one by one."""
-        for i in range(n_copies):
-            self.set_tensor(tensor, address + i * stride_data, offset + i * stride_tensor, size)
-
-    def get_tensor_2d(
-        self, tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
-    ) -> None:
-        """Copy ``n_copies`` pieces of ``size`` bytes with strides to host memory; by default one by one."""
-        for i in range(n_copies):
-            self.get_tensor(tensor, address + i * stride_data, offset + i * stride_tensor, size)
 
     def init_tensor(self, tensor: Tensor) -> None:
         """Prepare a tensor that was just placed in this buffer; by default nothing."""
@@ -342,14 +326,6 @@ def _checked(tensor: Tensor, offset: int, end: int, verb: str) -> Buffer:
     return buffer
 
 
-def _checked_2d(tensor: Tensor, offset: int, size: int, n_copies: int, strides: tuple[int, int], verb: str) -> Buffer:
-    if min(strides) < 0:
-        raise GraphError(f"'{tensor.name}' cannot be {verb}: strides cannot be negative ({strides[0]}, {strides[1]})")
-    if size < 0:
-        raise GraphError(f"'{tensor.name}' cannot be {verb}: pieces cannot have {size} bytes")
-    return _checked(tensor, offset, offset + (n_copies - 1) * strides[0] + size, verb)
-
-
 def tensor_set(tensor: Tensor, address: int, offset: int, size: int) -> None:
     """Copy host memory into a tensor.
 
@@ -382,34 +358,6 @@ def tensor_get(tensor: Tensor, address: int, offset: int, size: int) -> None:
     """
     if size:
         _checked(tensor, offset, offset + size, "read").get_tensor(tensor, address, offset, size)
-
-
-def tensor_set_2d(
-    tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
-) -> None:
-    """Copy ``n_copies`` pieces of host memory (stride ``stride_data``) into a tensor (stride ``stride_tensor``).
-
-    Notes
-    -----
-    Mirrors `ggml_backend_tensor_set_2d`.
-    """
-    if size and n_copies > 0:
-        buffer = _checked_2d(tensor, offset, size, n_copies, (stride_tensor, stride_data), "written")
-        buffer.set_tensor_2d(tensor, address, offset, size, n_copies, stride_tensor, stride_data)
-
-
-def tensor_get_2d(
-    tensor: Tensor, address: int, offset: int, size: int, n_copies: int, stride_tensor: int, stride_data: int
-) -> None:
-    """Copy ``n_copies`` pieces of a tensor to host memory; see `tensor_set_2d`.
-
-    Notes
-    -----
-    Mirrors `ggml_backend_tensor_get_2d`.
-    """
-    if size and n_copies > 0:
-        buffer = _checked_2d(tensor, offset, size, n_copies, (stride_tensor, stride_data), "read")
-        buffer.get_tensor_2d(tensor, address, offset, size, n_copies, stride_tensor, stride_data)
 
 
 def tensor_memset(tensor: Tensor, value: int, offset: int, size: int) -> None:

@@ -302,12 +302,6 @@ class Tensor:
         """Mirrors `ggml_is_transposed`."""
         return self.nb[0] > self.nb[1]
 
-    @property
-    def is_permuted(self) -> bool:
-        """Mirrors `ggml_is_permuted`."""
-        nb = self.nb
-        return nb[0] > nb[1] or nb[1] > nb[2] or nb[2] > nb[3]
-
     def is_contiguous(self, n: int = 0) -> bool:
         """Return whether elements are dense from dimension n on.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -193,8 +193,3 @@ def card_of_rates(rates: Mapping[str, float], description: str, memory_bytes: in
         known.name if known else description, generation, memory_bytes or (known.memory_bytes if known else 0),
         read / f.memory, f32, f16, int8, known.pcie if known else 4, known.lanes if known else 16,
     )  # fmt: skip
-
-
-def rates_by_name(rates: Iterable[Any]) -> dict[str, float]:
-    """Return measured `Rate`s by name."""
-    return {rate.what: rate.per_s for rate in rates}
