@@ -12,7 +12,6 @@ from pyggml.record import Record, Recording
 from pyggml.sched.policies import CopyPolicy, FullCopier
 from pyggml.session import ContextFlags, PlacementFlags, Session
 from pyggml.simulation import simulate_batch
-from pyggml.testing.headers import SHAPES, write_header
 from pyggml.types import Type
 
 __all__ = ["record_large_plan", "record_runs"]
@@ -43,11 +42,9 @@ def _record_run(path: Path, policy: CopyPolicy | Literal["used"]) -> list[Record
 
 def record_large_plan(folder: Path) -> list[Record]:
     """Return what a plan of 94 layers of 128 experts records, carried out without data for 1,600 tokens."""
-    path = folder / "large.gguf"
-    write_header(path, SHAPES["qwen3-235b"])
     recording = Recording()
     with Planner.open(
-        path, devices=[f"sim:{SIM}"], placement=PlacementFlags(cpu_moe=True), context=ContextFlags(n_ctx=2048, n_ubatch=128),
+        "qwen3-235b-a22b", devices=[f"sim:{SIM}"], placement=PlacementFlags(cpu_moe=True), context=ContextFlags(n_ctx=2048, n_ubatch=128),
         data=False, strict=True, recorder=recording,
     ) as planner:  # fmt: skip
         planner.sched.clock = virtual_clock(planner.backends)

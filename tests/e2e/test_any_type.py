@@ -7,26 +7,36 @@ from dataclasses import replace
 import pytest
 from gguf import GGMLQuantizationType
 
+from pyggml.catalog import MODELS, type_tensors, write_header
 from pyggml.errors import UnsupportedOpError
 from pyggml.planning import Planner
 from pyggml.session import ContextFlags, PlacementFlags, Session
-from pyggml.testing.headers import SHAPES, write_header
 from pyggml.types import Type
 
 CONTEXT = ContextFlags(n_ctx=256)
-SMALL = replace(SHAPES["qwen3-235b"], n_layer=2, n_expert=4, n_expert_used=2, n_vocab=64)
+SMALL = replace(MODELS["qwen3-235b-a22b"], n_layer=2, n_expert=4, n_used=2, n_vocab=64)
 #: Intermediate results aside, every quantised type that the library which writes files knows.
 TYPES = [t for t in Type if t.is_quantized and t not in (Type.Q8_1, Type.Q8_K) and int(t) in list(GGMLQuantizationType)]
 
 
+def write_typed(path, kind, monkeypatch):
+    """Write a header whose quantised weights have one type, whatever mixes have it."""
+
+    def typed(*args, **options):
+        return [replace(t, type=kind if t.type.is_quantized else t.type) for t in type_tensors(*args, **options)]
+
+    monkeypatch.setattr("pyggml.catalog.header.type_tensors", typed)
+    write_header(SMALL, "Q8_0", path)
+
+
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("device", ["sim:rtx4090-pcie4", "mock:CUDA0:offload=32"])
-def test_weights_of_any_type_can_be_planned(tmp_path, kind, device):
+def test_weights_of_any_type_can_be_planned(tmp_path, kind, device, monkeypatch):
     """A plan has the splits of the same model in Q8_0, and sizes of its own."""
     found, sizes = [], []
     for name in (kind.name.lower(), "q8_0"):
         path = tmp_path / f"{name}.gguf"
-        write_header(path, replace(SMALL, expert_type=name, dense_type=name))
+        write_typed(path, Type.of(name), monkeypatch)
         with Planner.open(
             path, devices=[device], placement=PlacementFlags(cpu_moe=True), context=CONTEXT, data=False
         ) as planner:
@@ -38,9 +48,9 @@ def test_weights_of_any_type_can_be_planned(tmp_path, kind, device):
     assert sizes[0] * Type.Q8_0.row_size(256) == sizes[1] * kind.row_size(256)
 
 
-def test_a_type_without_a_kernel_is_refused_before_computing(tmp_path):
+def test_a_type_without_a_kernel_is_refused_before_computing(tmp_path, monkeypatch):
     """Q8_K is what some products make of activations; a model of such weights is refused, and the type named."""
     path = tmp_path / "q8_k.gguf"
-    write_header(path, replace(SMALL, n_layer=1, expert_type="q8_k"))
+    write_typed(path, Type.Q8_K, monkeypatch)
     with pytest.raises(UnsupportedOpError, match=r"its type is q8_K.*such as q8_0"):
         Session.open(path, context=CONTEXT)

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pyggml.backend import REGISTRY
+from pyggml.catalog import MODELS, write_header
 from pyggml.errors import GraphError, PyggmlError
 from pyggml.gguf import GGUFFile
 from pyggml.models.context import ContextFlags
 from pyggml.models.placement import PlacementFlags
 from pyggml.planning import Planner, virtual_clock
 from pyggml.simulation import simulate_batch
-from pyggml.testing.headers import SHAPES, write_header
 from pyggml.types import Type
 
 N_LAYER = 2
@@ -70,11 +70,11 @@ def _described(planner: Planner) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", ["gpt-oss-20b", "qwen3-235b"])
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "qwen3-235b-a22b"])
 def test_a_changed_planner_plans_as_a_new_one(name: str, tmp_path: Path) -> None:
     """Memory, placement, splits, causes, bytes and times after each of several changes are those of a planner opened so."""
     path = tmp_path / "model.gguf"
-    write_header(path, replace(SHAPES[name], n_layer=N_LAYER))
+    write_header(replace(MODELS[name], n_layer=N_LAYER), "Q4_K_M", path)
     file = GGUFFile.open(path)
     *gpus, cpu = (d.backend() for d in REGISTRY.open_all(["sim:rtx4090-pcie4", "sim:rtx3060-pcie3", "cpu"], data=False))
 
@@ -111,7 +111,7 @@ def test_a_changed_planner_plans_as_a_new_one(name: str, tmp_path: Path) -> None
 def test_a_flag_that_cannot_be_leaves_the_planner_as_it_was(tmp_path: Path) -> None:
     """A wrong override or context is an error, and the plan before stays."""
     path = tmp_path / "model.gguf"
-    write_header(path, replace(SHAPES["gpt-oss-20b"], n_layer=N_LAYER))
+    write_header(replace(MODELS["gpt-oss-20b"], n_layer=N_LAYER), "MXFP4", path)
     with Planner.open(path, devices=["sim:rtx4090-pcie4"], context=ContextFlags(n_ctx=512), data=False) as planner:
         before = list(planner.memory())
         with pytest.raises(GraphError, match="no buffer type"):
