@@ -25,7 +25,7 @@ from pyggml.backends.sim import Hazard, SimBackend
 from pyggml.buffer import tensor_copy
 from pyggml.dialect import DIALECTS
 
-N_SEEDS = 12
+N_SEEDS = 20
 N_RUNS = 8  # twice as many as there are pipeline copies
 Make = Callable[..., World]
 
