@@ -40,6 +40,7 @@ class Maker:
 
     def __init__(self, search: Search, model: str, splits: list[str], advice: Advice) -> None:
         self.search, self.model, self.splits, self.advice = search, model, splits, advice
+        self._times: dict[Setting, _Times] = {}  # of settings that were carried out
 
     def best_plans(
         self,
@@ -205,7 +206,10 @@ class Maker:
         if len(set(names)) < len(names):
             names = [f"{name} #{i}" for i, name in enumerate(names)]
         memory = [replace(m, device=name) for m, name in zip(memory, [*names, "host"], strict=False)]
-        times = _times(search, setting) if memory else _Times(*_formulas(search, setting))
+        times = self._times.get(setting)
+        if times is None:
+            times = _times(search, setting) if memory else _Times(*_formulas(search, setting))
+            self._times[setting] = times
         goal = search.goal
         exact = Scored(setting, goal.prompt / times.pp.mid, goal.generate / times.tg.mid)
         if setting.moe_cache_misses == "copy":

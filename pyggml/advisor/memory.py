@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import add
 from typing import NamedTuple
 
 from ..backend import Backend
@@ -92,7 +93,8 @@ class MemoryModel:
         self._rest: dict[_Kind, list[int]] = {}
         self._exact: dict[Setting, list[DeviceMemory] | None] = {}
         self.refused: dict[Setting, str] = {}  #: why a setting cannot be planned at all
-        self._sizes = [float(b.device.memory()[1]) for b in self.backends[:-1]]
+        self._sizes = [b.device.memory()[1] for b in self.backends[:-1]]
+        self._of_bytes = [*self._sizes, host.memory_bytes]
         self._planner: Planner | None = None
         self._at: tuple[object, ...] = ()
         self._weights: dict[tuple[object, ...], list[int]] = {}
@@ -129,12 +131,14 @@ class MemoryModel:
         if known is not None:
             return known
         rest = self._rest.get(self._key(setting))
-        if rest is None:
-            return None
+        return None if rest is None else self.devices(self._with(setting, rest))
+
+    def _with(self, setting: Setting, rest: list[int]) -> list[int]:
+        """Return the bytes of a setting on each device, then on the host; ``rest``: of its compute buffers, then of the KV cache."""
         parts = zip(
             self.weights(setting), self._cache_of(setting, rest[-1]), self._slots_of(setting), rest, strict=False
         )
-        return self.devices([sum(own) for own in parts])
+        return list(map(sum, parts))
 
     def _slots_of(self, setting: Setting) -> list[int]:
         """Return the bytes of the expert cache on each device, then on the host: all of its budget."""
@@ -168,11 +172,16 @@ class MemoryModel:
 
     def may_fit(self, setting: Setting) -> bool:
         """Return whether nothing known speaks against a setting: its weights and slots alone, or with the rest of one that is alike."""
-        taken = self.estimate(setting) or self.bound(setting, is_lower=True)
-        if taken is None:
-            parts = zip(self.weights(setting), self._slots_of(setting), strict=True)
-            taken = self.devices([a + b for a, b in parts])
-        return all(d.fits for d in taken)
+        known = self._exact.get(setting)
+        if known is not None:
+            return all(d.fits for d in known)
+        rest = self._rest.get(self._key(setting)) or self._bound_of_rest(setting, is_lower=True)
+        if rest is None:
+            taken = list(map(add, self.weights(setting), self._slots_of(setting)))
+        else:
+            taken = self._with(setting, rest)
+        margin = self.margin_bytes
+        return all(not size or n + margin <= size for n, size in zip(taken, self._of_bytes, strict=True))
 
     def bound(self, setting: Setting, *, is_lower: bool) -> list[DeviceMemory] | None:
         """Return what a setting takes at least, or about at most, by some of another micro-batch or KV type; None if there are none.
@@ -182,6 +191,10 @@ class MemoryModel:
         Compute buffers grow with the micro-batch, at most in proportion, and depend little on the KV type; `_SLACK` is for
         that, and for holes between results.
         """
+        rest = self._bound_of_rest(setting, is_lower=is_lower)
+        return None if rest is None else self.devices(self._with(setting, rest))
+
+    def _bound_of_rest(self, setting: Setting, *, is_lower: bool) -> list[int] | None:
         if setting.overrides and not is_experts_only(setting):
             return None
         own, bounds = self._key(setting), []
@@ -193,11 +206,7 @@ class MemoryModel:
                 bounds.append([*rest, self._cache_bound(cache, own, kind, is_lower=is_lower)])
         if not bounds:
             return None
-        best = list(map(max if is_lower else min, zip(*bounds, strict=True)))
-        parts = zip(
-            self.weights(setting), self._cache_of(setting, best[-1]), self._slots_of(setting), best, strict=False
-        )
-        return self.devices([sum(own) for own in parts])
+        return list(map(max if is_lower else min, zip(*bounds, strict=True)))
 
     def _cache_bound(self, cache: int, own: _Kind, kind: _Kind, *, is_lower: bool) -> int:
         """Return the bytes of the cache by those of another kind; a cache with a window grows with the micro-batch."""
@@ -272,9 +281,9 @@ class MemoryModel:
     def devices(self, taken: Sequence[int]) -> list[DeviceMemory]:
         """Return bytes of each backend beside what its device has."""
         names = [b.name for b in self.backends]
-        sizes = [b.device.memory()[1] for b in self.backends[:-1]] + [self.host.memory_bytes]
         return [
-            DeviceMemory(name, n, size, self.margin_bytes) for name, n, size in zip(names, taken, sizes, strict=True)
+            DeviceMemory(name, n, size, self.margin_bytes)
+            for name, n, size in zip(names, taken, self._of_bytes, strict=True)
         ]
 
     def _key(self, setting: Setting) -> _Kind:

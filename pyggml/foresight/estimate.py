@@ -86,6 +86,10 @@ class Setting:
     moe_cache_mib: int = 0
     moe_cache_misses: str = "copy"
 
+    def __hash__(self) -> int:
+        """Of what settings of a search differ in: they are looked up ten thousand times."""
+        return hash((self.n_gpu_layers, self.n_cpu_moe, self.n_ubatch, self.type_k, self.is_pinned, self.moe_cache_mib))
+
 
 @dataclass(slots=True)
 class Placed:
