@@ -12,8 +12,8 @@ from contextlib import ContextDecorator
 
 __all__ = ["rare_collections"]
 
-#: New containers between two collections; those of a plan's graphs have some 50 MB.
-_N_CONTAINERS = 200_000
+#: New containers between two collections; those of a plan's graphs have some 100 MB.
+_N_CONTAINERS = 400_000
 
 
 class _RareCollections(ContextDecorator):

@@ -99,6 +99,7 @@ class MemoryModel:
         self._at: tuple[object, ...] = ()
         self._weights: dict[tuple[object, ...], list[int]] = {}
         self._devices: dict[tuple[object, ...], list[int]] = {}
+        self._n_layers_on: dict[tuple[object, ...], list[int]] = {}
 
     @property
     def n_layer(self) -> int:
@@ -155,12 +156,19 @@ class MemoryModel:
         each = -(-total // max(n, 1))
         if not setting.kv_offload:
             return [0] * n_dev + [n * each]
-        n_on = Counter(self._devices_of(setting)[:-1])
-        return [*(n_on[i] * each for i in range(n_dev)), n_on[-1] * each]
+        key = self._devices_key(setting)
+        if key not in self._n_layers_on:
+            n_on = Counter(self._devices_of(setting)[:-1])
+            self._n_layers_on[key] = [n_on[i] for i in (*range(n_dev), -1)]
+        return [n * each for n in self._n_layers_on[key]]
+
+    @staticmethod
+    def _devices_key(setting: Setting) -> tuple[object, ...]:
+        return setting.n_gpu_layers, setting.tensor_split, setting.no_gpu
 
     def _devices_of(self, setting: Setting) -> list[int]:
         """Return the device of each layer, then of the output; -1: the host."""
-        key = setting.n_gpu_layers, setting.tensor_split, setting.no_gpu
+        key = self._devices_key(setting)
         if key not in self._devices:
             n = len(self._layers)
             self._devices[key] = [device_of(i, n, setting, self._sizes) for i in range(n + 1)]

@@ -60,11 +60,11 @@ class Search:
     def __init__(self, shape: ModelShape, machine: Machine, goal: Goal, memory: MemoryModel) -> None:
         self.shape, self.machine, self.goal, self.memory = shape, machine, goal, memory
         self.n_timed = 0
-        self._generation: dict[Setting, float] = {}
+        self._generation: dict[tuple[object, ...], float] = {}
         self._prompt: dict[Setting, float] = {}
         self._scored: dict[Setting, Scored] = {}
         #: The answer on the simulated machine and its hits in the expert cache, by `generation_key`.
-        self.generated: dict[Setting, tuple[SimulatedBatch, float | None]] = {}
+        self.generated: dict[tuple[object, ...], tuple[SimulatedBatch, float | None]] = {}
         self._places: dict[tuple[object, ...], list[Placed]] = {}
         self._layer_s: LayerTimes = {}
 
@@ -98,17 +98,14 @@ class Search:
         return self._places[key]
 
     @staticmethod
-    def generation_key(setting: Setting) -> Setting:
+    def generation_key(s: Setting) -> tuple[object, ...]:
         """Return what of a setting changes the time of the answer: no micro-batch and no offloading does.
 
         The load mode does with an expert cache, to which experts are sent.
         """
-        return Setting(
-            n_gpu_layers=setting.n_gpu_layers, n_cpu_moe=setting.n_cpu_moe, overrides=setting.overrides,
-            tensor_split=setting.tensor_split, split_mode=setting.split_mode,
-            threads=setting.threads, type_k=setting.type_k, type_v=setting.type_v, kv_offload=setting.kv_offload, flash_attn=setting.flash_attn,
-            moe_cache_mib=setting.moe_cache_mib, moe_cache_misses=setting.moe_cache_misses,
-            is_pinned=setting.is_pinned and setting.moe_cache_mib > 0,
+        return (
+            s.n_gpu_layers, s.n_cpu_moe, s.overrides, s.tensor_split, s.split_mode, s.threads, s.type_k, s.type_v,
+            s.kv_offload, s.flash_attn, s.moe_cache_mib, s.moe_cache_misses, s.is_pinned and s.moe_cache_mib > 0,
         )  # fmt: skip
 
     def _generate_s(self, setting: Setting) -> float:
