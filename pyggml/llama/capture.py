@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..backends.libggml.library import Handle
 from .capturing import CapturingCPU, CapturingDevice, Watcher
-from .library import LlamaLibrary
+from .library import LlamaLibrary, reason_of
 from .params import context_params, model_params
 
 __all__ = ["Capture", "CaptureFailed", "Host"]
@@ -195,10 +195,7 @@ class Capture(Watcher):
         return known
 
     def _failure(self, what: str) -> CaptureFailed:
-        """Return an error with llama.cpp's last line, which usually sums up those before."""
-        said = [line.strip() for line in self.lines if re.search(r"error|failed|unsupported|missing|invalid", line)]
-        told = re.sub(r"^\w+: ", "", said[0] if said else self.library.warning)
-        return CaptureFailed(f"{what}: {told or 'no reason was given'}")
+        return CaptureFailed(f"{what}: {reason_of(self.lines, self.library.warning) or 'no reason was given'}")
 
     # -- making --------------------------------------------------------------
 
@@ -235,7 +232,7 @@ class Capture(Watcher):
         lib = self.lib
         return {
             "build": {
-                "llama": self.library.text(lib.llama_version()) if self.library.has("llama_version") else "",
+                "llama": self.library.build,
                 "ggml": self.library.version,
                 "path": str(self.library.path),
             },
@@ -361,16 +358,9 @@ class Capture(Watcher):
             # another control vector, even none, makes the decode reserve again, and this time without sizes
             lib.llama_set_adapter_cvec(self._ctx, self.ffi.NULL, 0, 0, 0, 0)
             self.has_sizes, self._is_ready = False, True
-        batch = lib.llama_batch_init(n, 0, 1)
-        for i in range(n):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = 0, first + i, 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = i >= n - n_outputs
-        batch.n_tokens = n
         self._computed.clear()
         del self.lines[:]
-        status = lib.llama_decode(self._ctx, batch)
-        lib.llama_batch_free(batch)
+        status = self.library.decode(self._ctx, [0] * n, first, n_outputs)
         return not status and bool(self._computed)
 
     def _leafs_of(self, head: Handle) -> list[Handle]:

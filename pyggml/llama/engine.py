@@ -18,7 +18,7 @@ from ..backend import REGISTRY, Device
 from ..backends.host.race_watch import Hazard
 from ..backends.sim.device import SimDevice
 from ..clock import VirtualClock
-from ..cost import DeviceProfile, parse_profile
+from ..cost import parse_profile
 from ..errors import (
     BackendError,
     ComputeError,
@@ -32,7 +32,7 @@ from ..errors import (
 from ..models.kv_cache import CacheFullError
 from .computing import ComputingCPU, ComputingDevice, Machine
 from .ledger import Ledger
-from .library import LlamaLibrary
+from .library import LlamaLibrary, reason_of
 from .params import context_params, model_params
 
 __all__ = ["Engine", "FoundHazard", "LateRun"]
@@ -144,7 +144,7 @@ class Engine:
         methods: dict[str, Callable[..., Any]] = {
             "decode": self.decode, "keep": self.keep, "tokenize": self.tokenize, "detokenize": self.detokenize,
             "pieces": self.pieces,
-            "device": self.device, "state": self.state, "late": self.late, "finish": self.finish,
+            "device": self.device, "late": self.late, "finish": self.finish,
         }  # fmt: skip
         arguments = {k: v for k, v in request.items() if k not in ("do", "model", "timeout_s")}
         return methods[do](**arguments)
@@ -237,15 +237,13 @@ class Engine:
             raise error
 
     def _refusal(self, what: str) -> ModelError:
-        """Return an error with llama.cpp's last line, which usually sums up those before."""
-        said = [line.strip() for line in self.lines if re.search(r"error|failed|unsupported|missing|invalid", line)]
-        return ModelError(self._path, f"llama.cpp {what}", words=re.sub(r"^\w+: ", "", said[0]) if said else "")
+        return ModelError(self._path, f"llama.cpp {what}", words=reason_of(self.lines))
 
     def facts(self) -> Message:
         """Return facts about the open model."""
         lib = self.lib
         return {
-            "build": self.library.text(lib.llama_version()) if self.library.has("llama_version") else "",
+            "build": self.library.build,
             "dialect": self.library.dialect,
             "n_vocab": self.n_vocab,
             "n_ctx": lib.llama_n_ctx(self._ctx),
@@ -281,19 +279,16 @@ class Engine:
         Raises
         ------
         GraphError
-            An id or the sequence is out of range; nothing was computed.
+            There are no ids, or one is out of range; nothing was computed.
         CacheFullError
             The tokens do not fit; nothing was computed.
         ComputeError, BackendError
             llama.cpp or a device failed; the tokens from the failed micro-batch on are not in the cache.
         """
         lib = self.lib
-        n_seq = lib.llama_n_seq_max(self._ctx)
         if not tokens:
             raise GraphError("a batch needs at least one token")
         self._check_ids(tokens)
-        if not 0 <= seq < n_seq:
-            raise GraphError(f"sequence {seq} is not in 0..{n_seq - 1}")
         n_past, n_ctx = self.n_past(seq), lib.llama_n_ctx_seq(self._ctx)
         if n_past + len(tokens) > n_ctx:
             raise CacheFullError(len(tokens), n_past, n_ctx)
@@ -322,11 +317,8 @@ class Engine:
         return {"logits": logits, "batches": batches, "chosen": self._chosen} | self.state()
 
     def _decode(self, tokens: list[int], start: int, n_out: int, seq: int) -> npt.NDArray[np.float32]:
-        lib = self.lib
-        batch = self._batch(tokens, start, n_out, seq)
-        status = lib.llama_decode(self._ctx, batch)
-        lib.llama_synchronize(self._ctx)
-        lib.llama_batch_free(batch)
+        status = self.library.decode(self._ctx, tokens, start, n_out, seq)
+        self.lib.llama_synchronize(self._ctx)
         error = self.machine.take_error()
         if error is not None or status:
             for device in self.devices:
@@ -352,16 +344,6 @@ class Engine:
     def _forget_from(self, seq: int, start: int) -> None:
         if self._has_memory:
             self.lib.llama_memory_seq_rm(self._memory, seq, start, -1)
-
-    def _batch(self, tokens: list[int], start: int, n_out: int, seq: int) -> Any:
-        """Return a batch of a sequence's next tokens, to be freed; the last ``n_out`` have logits."""
-        batch = self.lib.llama_batch_init(len(tokens), 0, 1)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
-            batch.seq_id[i][0] = seq
-            batch.logits[i] = i >= len(tokens) - n_out
-        batch.n_tokens = len(tokens)
-        return batch
 
     def _logits(self, n_out: int) -> npt.NDArray[np.float32]:
         """Return llama.cpp's own rows, which the next decode overwrites."""
@@ -413,7 +395,7 @@ class Engine:
         dropped : list of str
             Waits that devices skip.
         """
-        lib, found = self.lib, list[FoundHazard]()
+        found: list[FoundHazard] = []
         self.keep(0, 0)
         sims = [d for d in self.devices if isinstance(d, SimDevice)]
         for device in sims:
@@ -428,10 +410,8 @@ class Engine:
         status = 0
         try:
             for chunk, start, n_out in zip(chunks, starts, n_outs, strict=True):
-                batch = self._batch(chunk, start, n_out, 0)
-                status = status or lib.llama_decode(self._ctx, batch)
-                lib.llama_batch_free(batch)
-            lib.llama_synchronize(self._ctx)
+                status = status or self.library.decode(self._ctx, chunk, start, n_out)
+            self.lib.llama_synchronize(self._ctx)
         finally:
             self.machine.dropped = set()
             for device in sims:  # finish work that nothing waited for
@@ -511,17 +491,9 @@ def _open_device(name: str, index: int, seed: int | None) -> Device:
     Raises
     ------
     DeviceUnavailableError
-        There is no such device, or llama.cpp cannot use it.
+        There is no such device.
     """
     kind, _, spec = name.partition(":")
     if kind == "sim":
-        return SimDevice(_profile(spec), index=index, seed=seed)
-    if kind == "cuda":
-        return REGISTRY.load(kind).open_device(spec, index=index)
-    raise DeviceUnavailableError(
-        name, "such a device cannot be given to llama.cpp", hint="sim:PROFILE and cuda:N can, and the CPU is there"
-    )
-
-
-def _profile(spec: str) -> DeviceProfile:
-    return parse_profile(spec or "rtx4090-pcie4")
+        return SimDevice(parse_profile(spec or "rtx4090-pcie4"), index=index, seed=seed)
+    return REGISTRY.load(kind).open_device(spec, index=index)

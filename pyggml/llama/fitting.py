@@ -89,5 +89,5 @@ def fit(host: Host, request: Message) -> Message:
         "overrides": chosen,
         "n_ctx": context.n_ctx,
         "n_tried": n_tried,
-        "build": library.text(lib.llama_version()) if library.has("llama_version") else library.version,
+        "build": library.build or library.version,
     }

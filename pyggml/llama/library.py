@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .. import config
@@ -18,7 +19,7 @@ from ..dialect import DIALECTS, Dialect
 from ..errors import DeviceUnavailableError
 from .slots import FUNCTIONS, Interfaces, find_interfaces
 
-__all__ = ["DeviceLibrary", "LlamaLibrary", "find_llama", "library_files"]
+__all__ = ["DeviceLibrary", "LlamaLibrary", "find_llama", "library_files", "reason_of"]
 
 _KIND = "llama"
 
@@ -165,6 +166,12 @@ def find_llama(given: str = "") -> Path:
     raise DeviceUnavailableError(_KIND, "llama.cpp is not installed", hint=hint)
 
 
+def reason_of(lines: Iterable[str], otherwise: str = "") -> str:
+    """Return llama.cpp's first line about an error, without the function's name; the rest follows from it."""
+    told = (line.strip() for line in lines if re.search(r"error|failed|unsupported|missing|invalid", line))
+    return re.sub(r"^\w+: ", "", next(told, otherwise))
+
+
 def library_files(path: Path) -> list[Path]:
     """Return the library's shared objects: itself, and those of ggml in the same folder."""
     beside = [
@@ -282,6 +289,34 @@ class LlamaLibrary(DeviceLibrary):
         if context != (512, 512, 1, 1, True, True, 0) or model != (True, False, False, True):
             raise self._refuse("its llama_context_params or llama_model_params are laid out in another way")
 
+    def _fit_function(self) -> Handle:
+        """Return `common_fit_params`, which builds with shared libraries have in a library of their own."""
+        beside = sorted(
+            p for p in self.path.parent.iterdir() if re.match(r"(lib)?llama-common\.(so|dylib|dll)", p.name)
+        )
+        for library in (self.lib, *(self.ffi.dlopen(str(p)) for p in beside)):
+            if (found := getattr(library, _FIT, None)) is not None:
+                return found
+        raise self._refuse("neither it nor a libllama-common beside it exports common_fit_params")
+
+    @property
+    def build(self) -> str:
+        """llama.cpp's version; empty if the build does not tell it."""
+        return self.text(self.lib.llama_version()) if self.has("llama_version") else ""
+
+    def decode(self, ctx: Handle, tokens: Sequence[int], start: int, n_out: int, seq: int = 0) -> int:
+        """Decode a sequence's tokens from a position on, with logits of the last ``n_out``; return llama.cpp's status."""
+        batch = self.lib.llama_batch_init(len(tokens), 0, 1)
+        try:
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
+                batch.seq_id[i][0] = seq
+                batch.logits[i] = i >= len(tokens) - n_out
+            batch.n_tokens = len(tokens)
+            return int(self.lib.llama_decode(ctx, batch))
+        finally:
+            self.lib.llama_batch_free(batch)
+
     @property
     def reserves(self) -> bool:
         """Whether the build exports `llama_graph_reserve`."""
@@ -306,9 +341,10 @@ class LlamaLibrary(DeviceLibrary):
         Raises
         ------
         DeviceUnavailableError
-            The build does not export it.
+            Neither the build nor a ``libllama-common`` beside it exports it.
         """
-        if not self.has(_FIT):
-            raise self._refuse("it does not export common_fit_params")
-        call = getattr(self.lib, _FIT)
-        return int(call(path.encode(), model, context, shares, overrides, margins, n_ctx_min, self.ffi.NULL, _WARNING))
+        return int(
+            self._fit_function()(
+                path.encode(), model, context, shares, overrides, margins, n_ctx_min, self.ffi.NULL, _WARNING
+            )
+        )

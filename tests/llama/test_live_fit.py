@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from builds import BUILDS
 
 from pyggml.advisor.advice import open_machine
 from pyggml.catalog import header_path
@@ -51,6 +54,15 @@ def check(model: str, cards: str, n_ctx: int, **flags: object) -> None:
 def test_live_equals_our_own(model: str, cards: str, n_ctx: int) -> None:
     """Layers, shares, patterns and context are the same, of dense models and mixtures of experts, on one card and on two."""
     check(model, cards, n_ctx)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", BUILDS)
+def test_live_equals_our_own_in_other_builds(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in further builds, which have the function in libllama-common."""
+    monkeypatch.setenv("PYGGML_LIBLLAMA", str(library))
+    for model, cards, n_ctx in FAST:
+        check(model, cards, n_ctx)
 
 
 @pytest.mark.slow
