@@ -11,6 +11,9 @@ start value of the dot product (`activations`), so it costs nothing. Each type h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from .dequantise import IQ4_NL_VALUES, MXFP4_DOUBLED
 from .emit import (
     F16,
@@ -24,10 +27,10 @@ from .emit import (
     F16x16,
     F32x4,
     F32x8,
+    F32x16,
     I16x16,
-    I32x8,
     I32x16,
-    I64x4,
+    I64x8,
     U8x16,
     U8x32,
     U8x64,
@@ -61,89 +64,49 @@ def e8m0(e: Emit, exponent: ir.Value) -> ir.Value:
     return b.bitcast(b.select(is_small, small, normal), vec(F32, type.count))
 
 
-def _codes(e: Emit, typ: int, block: ir.Value) -> ir.Value:
-    """Load the 32 bytes of a block: low nibbles first, then high ones."""
-    b = e.b
-    if typ == Q8_0:
-        return b.xor(e.load(U8x32, block, HEAD[typ]), e.const(U8x32, 128))
-    packed = e.load(U8x16, block, HEAD[typ])
-    twice = e.cast(e.cat(packed, packed), I64x4)
-    u = e.cast(b.lshr(twice, ir.Constant(I64x4, [0, 0, 4, 4])), U8x32)
-    if typ in BYTES:
-        return e.lookup(BYTES[typ], u)
-    u = b.and_(u, e.const(U8x32, 15))
-    if typ in FIFTH_BITS:
-        fifth = e.cast(e.load(I32, block, FIFTH_BITS[typ]), vec(I1, 32))
-        u = b.or_(u, b.select(fifth, e.const(U8x32, 16), e.const(U8x32, 0)))
-    return u
+def _scales(e: Emit, typ: int, block: ir.Value, n: int, at: int = 0) -> ir.Value:
+    """Load the scales of n blocks, or what else is a half in their heads."""
+    return e.to_f32(e.cast(e.scalars(e.add(block, at), SIZE[typ], n, 16), vec(F16, n)))
 
 
-def _scales(e: Emit, typ: int, block: ir.Value, n: int) -> tuple[ir.Value, ir.Value | None]:
-    """Load the scales of n blocks, and their minima if there are any."""
-
-    def halves(off: int) -> ir.Value:
-        return e.to_f32(e.cast(e.scalars(e.add(block, off), SIZE[typ], n, 16), vec(F16, n)))
-
-    return halves(0), halves(2) if typ in HAS_MINIMUM else None
-
-
-def _product(
-    e: Emit, typ: int, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
+def _product_q8(
+    e: Emit, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
 ) -> list[list[ir.Value]]:
-    """Return the products of rows with tokens: four blocks a step, each with sums of its own."""
+    """Return the products of rows of Q8_0 with tokens: four blocks a step, each with sums of its own."""
     b, n4 = e.b, e.mul(n_blocks, 4)
     acc = [[[e.zeros(F32x8) for _ in range(4)] for _ in xs] for _ in rows]
-    minimum_acc = [[e.zeros(F32x4) for _ in xs] for _ in rows]
     scales = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
     starts8 = [e.add(s, e.mul(n4, 2)) for s in scales]
-    sums = [e.add(s, e.mul(n4, 3)) for s in scales]
-    aside = typ != Q8_0  # whose rows are taken alone and would wait for what was stored
-    powers = e.table("e8m0", F32, [2.0 ** (exponent - 128) for exponent in range(256)]) if typ == MXFP4 else None
-
-    def take_minima(r: int, minima: ir.Value, i4: ir.Value, n: int) -> None:
-        for t, s in enumerate(sums):
-            m = b.fmul(minima, e.load(vec(F32, n), e.add(s, i4)))
-            if n < 4:
-                m = e.shuffle(m, e.const(m.type, 0.0), [min(n, lane) for lane in range(4)])
-            b.store(b.fadd(m, b.load(minimum_acc[r][t])), minimum_acc[r][t])
 
     def step(i: ir.Value, n: int) -> None:
         """Take n blocks from i on into the first n sums."""
-        i4, at_w = e.mul(i, 4), e.mul(i, SIZE[typ])
+        i4, at_w = e.mul(i, 4), e.mul(i, SIZE[Q8_0])
         at = [e.add(row, at_w) for row in rows]
-        factors: list[list[ir.Value]] = []
-        fetch(e, ahead, at_w, len(rows), n * SIZE[typ])
-        for r, block in enumerate(at):
-            if powers is None:
-                dw, minima = _scales(e, typ, block, n)
-                products = [b.fmul(dw, e.load(vec(F32, n), e.add(s, i4))) for s in scales]
-                factors.append([e.put_aside(f) for f in products] if aside and n == 4 else products)
-                if minima is not None:
-                    take_minima(r, minima, i4, n)
+        fetch(e, ahead, at_w, len(rows), n * SIZE[Q8_0])
+        dx = [e.load(vec(F32, n), e.add(s, i4)) for s in scales]
+        factors = [[b.fmul(_scales(e, Q8_0, block, n), d) for d in dx] for block in at]
         for j in range(n):
-            ints = [e.const(I32x8, 0)] * len(xs)
-            if OFFSET[typ]:
-                ints = [e.splat(e.load(I32, e.add(s, i4), 4 * j), 8) for s in starts8]
+            ints = [e.splat(e.load(I32, e.add(s, i4), 4 * j), 8) for s in starts8]
             v = [e.load(U8x32, e.add(x, e.mul(i, 32)), 32 * j) for x in xs]
-            dx = [e.splat(e.load(F32, e.add(s, i4), 4 * j), 8) for s in scales]
-            dx = (
-                [e.opaque(d) for d in dx] if powers is not None else dx
-            )  # else scalars would be multiplied, then spread
             for r, block in enumerate(at):
-                u = _codes(e, typ, e.add(block, SIZE[typ] * j))
-                if powers is None:
-                    own = [
-                        e.splat(e.load(F32, f, 4 * j), 8) if aside and n == 4 else e.shuffle(f, f, [j] * 8)
-                        for f in factors[r]
-                    ]
-                else:  # cheaper than spreading what was computed
-                    exponent = b.zext(e.load(I8, block, SIZE[typ] * j), I64)
-                    dw = e.splat(e.load(F32, e.add(powers, e.mul(exponent, 4))), 8)
-                    own = [b.fmul(dw, d) for d in dx]
-                for t, factor in enumerate(own):
+                u = b.xor(e.load(U8x32, block, SIZE[Q8_0] * j + HEAD[Q8_0]), e.const(U8x32, 128))
+                for t, factor in enumerate(factors[r]):
                     p = acc[r][t][j]
-                    b.store(e.fma(e.to_f32(e.dpbusd(ints[t], u, v[t])), factor, b.load(p)), p)
+                    own = e.shuffle(factor, factor, [j] * 8)
+                    b.store(e.fma(e.to_f32(e.dpbusd(ints[t], u, v[t])), own, b.load(p)), p)
 
+    _steps(e, n_blocks, step)
+
+    def total(r: int, t: int) -> ir.Value:
+        a, b_, c, d = (b.load(p) for p in acc[r][t])
+        return e.sum(b.fadd(b.fadd(a, c), b.fadd(b_, d)))
+
+    return [[total(r, t) for t in range(len(xs))] for r in range(len(rows))]
+
+
+def _steps(e: Emit, n_blocks: ir.Value, step: Callable[[ir.Value, int], None]) -> None:
+    """Write a step of four blocks from an index on, and those of the last two and one."""
+    b = e.b
     fours, twos = b.and_(n_blocks, I64(-4)), b.and_(n_blocks, I64(-2))
     with e.loop(fours, 4) as (i, _):
         step(i, 4)
@@ -152,9 +115,96 @@ def _product(
     with e.when(b.icmp_signed("<", twos, n_blocks)):
         step(twos, 1)
 
+
+#: Lanes of four blocks' numbers, each for the four lanes that have its block's sums.
+_BY_FOUR = [lane // 4 for lane in range(16)]
+
+
+def _by_four(e: Emit, v: ir.Value) -> ir.Value:
+    """Spread the numbers of up to four blocks over the lanes of their sums; zeros where there is no block."""
+    n = v.type.count
+    return e.shuffle(v, e.const(v.type, 0), [min(lane, n) for lane in _BY_FOUR])
+
+
+def _codes(e: Emit, typ: int, block: ir.Value, n: int) -> list[ir.Value]:
+    """Load the codes of n blocks: 16 bytes of columns 0 .. 15 of each, then the same of columns 16 .. 31."""
+    b = e.b
+    none = e.const(U8x16, 0)
+    parts = [e.load(U8x16, block, SIZE[typ] * j + HEAD[typ]) if j < n else none for j in range(4)]
+    low = e.cat(e.cat(*parts[:2]), e.cat(*parts[2:]))
+    words = vec(I16, 32)
+    high = e.cast(b.lshr(e.cast(low, words), e.const(words, 4)), U8x64)
+    if typ in BYTES:
+        return [e.lookup(BYTES[typ], low), e.lookup(BYTES[typ], high)]
+    out = [b.and_(v, e.const(U8x64, 15)) for v in (low, high)]
+    if typ in FIFTH_BITS:
+        for half in range(2):
+            bits = e.scalars(e.add(block, FIFTH_BITS[typ] + 2 * half), SIZE[typ], n, 16)
+            bits = e.cast(e.shuffle(bits, e.const(bits.type, 0), [min(j, n) for j in range(4)]), vec(I1, 64))
+            out[half] = b.or_(out[half], b.select(bits, e.const(U8x64, 16), e.const(U8x64, 0)))
+    return out
+
+
+def _columns(e: Emit, x: ir.Value, n: int) -> list[ir.Value]:
+    """Load the activations of n blocks in the order of `_codes`."""
+    none = e.const(U8x32, 0)
+    blocks = [e.load(U8x32, x, 32 * j) if j < n else none for j in range(4)]
+    low, high = (e.cast(e.cat(*two), I64x8) for two in (blocks[:2], blocks[2:]))
+    halves = ([half + i // 2 * 4 + i % 2 for i in range(8)] for half in (0, 2))
+    return [e.cast(e.shuffle(low, high, lanes), U8x64) for lanes in halves]
+
+
+def _scales_by_four(e: Emit, typ: int, block: ir.Value, n: int) -> ir.Value:
+    """Load the scales of n blocks, by fours."""
+    if typ != MXFP4:
+        return _by_four(e, _scales(e, typ, block, n))
+    powers = e.table("e8m0", F32, [2.0 ** (exponent - 128) for exponent in range(256)])
+    exponents = [e.b.zext(e.load(I8, block, SIZE[typ] * j), I64) for j in range(n)]
+    return _by_four(e, e.gather(F32, [e.add(powers, e.mul(x, 4)) for x in exponents]))
+
+
+def _product(
+    typ: int, e: Emit, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
+) -> list[list[ir.Value]]:
+    """Return the products of rows of nibbles with tokens: four blocks a step, each in four lanes of the sums."""
+    b, n4 = e.b, e.mul(n_blocks, 4)
+    acc = [[e.zeros(F32x16) for _ in xs] for _ in rows]
+    minimum_acc = [[e.zeros(F32x4) for _ in xs] for _ in rows]
+    scales = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
+    starts8 = [e.add(s, e.mul(n4, 2)) for s in scales]
+    sums = [e.add(s, e.mul(n4, 3)) for s in scales]
+
+    def step(i: ir.Value, n: int) -> None:
+        """Take n blocks from i on."""
+        i4, at_w = e.mul(i, 4), e.mul(i, SIZE[typ])
+        fetch(e, ahead, at_w, len(rows), n * SIZE[typ])
+        dx, first, v = [], [], []
+        for t, x in enumerate(xs):
+            dx.append(_by_four(e, e.load(vec(F32, n), e.add(scales[t], i4))))
+            eighths = _by_four(e, e.load(vec(I32, n), e.add(starts8[t], i4)))
+            first.append(b.shl(eighths, e.const(I32x16, 1)))
+            v.append(_columns(e, e.add(x, e.mul(i, 32)), n))
+        for r, row in enumerate(rows):
+            block = e.add(row, at_w)
+            codes = _codes(e, typ, block, n)
+            dw = _scales_by_four(e, typ, block, n)
+            for t in range(len(xs)):
+                ints = first[t]
+                for u, columns in zip(codes, v[t], strict=True):
+                    ints = e.dpbusd(ints, u, columns)
+                p = acc[r][t]
+                b.store(e.fma(e.to_f32(ints), b.fmul(dw, dx[t]), b.load(p)), p)
+            if typ in HAS_MINIMUM:
+                minima = _scales(e, typ, block, n, 2)
+                for t, s in enumerate(sums):
+                    m = b.fmul(minima, e.load(vec(F32, n), e.add(s, i4)))
+                    m = e.shuffle(m, e.const(m.type, 0), [min(n, lane) for lane in range(4)])
+                    b.store(b.fadd(m, b.load(minimum_acc[r][t])), minimum_acc[r][t])
+
+    _steps(e, n_blocks, step)
+
     def total(r: int, t: int) -> ir.Value:
-        a, b_, c, d = (b.load(p) for p in acc[r][t])
-        value = e.sum(b.fadd(b.fadd(a, c), b.fadd(b_, d)))
+        value = e.sum(b.load(acc[r][t]))
         return b.fadd(value, e.sum(b.load(minimum_acc[r][t]))) if typ in HAS_MINIMUM else value
 
     return [[total(r, t) for t in range(len(xs))] for r in range(len(rows))]
@@ -216,7 +266,8 @@ def _make_unpack(typ: int) -> Kernel:
 
 
 def _make_rows(typ: int) -> Kernel:
-    return make_rows_kernel(f"rows_{NAMES[typ]}", lambda e, *args: _product(e, typ, *args), one_by_one=typ == Q8_0)
+    product = _product_q8 if typ == Q8_0 else partial(_product, typ)
+    return make_rows_kernel(f"rows_{NAMES[typ]}", product, together=1 if typ == Q8_0 else 4)
 
 
 #: Kernels by type.

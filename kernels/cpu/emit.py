@@ -310,6 +310,9 @@ class Emit:
         if n == 32 and self.has("avx512vbmi", "avx512vl"):
             f = self.fn("llvm.x86.avx512.permvar.qi.256", U8x32, U8x32, U8x32)
             return self.b.call(f, [ir.Constant(U8x32, entries * 2), v])
+        if n == 64 and self.has("avx512vbmi"):
+            f = self.fn("llvm.x86.avx512.permvar.qi.512", U8x64, U8x64, U8x64)
+            return self.b.call(f, [ir.Constant(U8x64, entries * 4), v])
         v = self.b.and_(v, self.const(v.type, 15))
         if self.has("avx512bw") and n == 64:
             f = self.fn("llvm.x86.avx512.pshuf.b.512", U8x64, U8x64, U8x64)

@@ -63,7 +63,7 @@ def _shift_bytes(e: Emit, v: ir.Value, shift: int, keep: int) -> ir.Value:
 
 
 def _scales_and_minima(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Unpack 12 bytes of six-bit numbers into 8 scales and 8 minima, as floats, four at a time in 32-bit words."""
+    """Unpack d, dmin and 12 bytes of six-bit numbers into 8 scales and 8 minima, four at a time in 32-bit words."""
     b = e.b
     words = [e.load(I32, at, 4 + 4 * i) for i in range(3)]
 
@@ -74,11 +74,14 @@ def _scales_and_minima(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value]:
     scales = [b.and_(words[0], six), b.or_(b.and_(words[2], four), top(words[0]))]
     minima = [b.and_(words[1], six), b.or_(b.and_(b.lshr(words[2], I32(4)), four), top(words[1]))]
 
-    def widen(low: ir.Value, high: ir.Value) -> ir.Value:
-        both = b.or_(b.zext(low, I64), b.shl(b.zext(high, I64), I64(32)))
-        return b.uitofp(b.zext(e.cast(both, vec(I8, 8)), vec(I32, 8)), F32x8)
+    both = e.to_f32(e.load(vec(F16, 4), at))
 
-    return widen(*scales), widen(*minima)
+    def scaled(lane: int, low: ir.Value, high: ir.Value) -> ir.Value:
+        word = b.or_(b.zext(low, I64), b.shl(b.zext(high, I64), I64(32)))
+        numbers = b.uitofp(b.zext(e.cast(word, vec(I8, 8)), vec(I32, 8)), F32x8)
+        return b.fmul(numbers, e.shuffle(both, both, [lane] * 8))
+
+    return scaled(0, *scales), scaled(1, *minima)
 
 
 def _product_q4_q5(
@@ -93,12 +96,13 @@ def _product_q4_q5(
         i4, at_w = e.mul(i, 4), e.mul(b.lshr(i, I64(3)), SIZE[typ])
         at = [e.add(row, at_w) for row in rows]
         fetch(e, ahead, at_w, len(rows), SIZE[typ])
+        # a high nibble is taken where it lies, as sixteen times as much; Q5_K's moves down beside its fifth bit
+        sixteenth = e.const(F32x8, [1.0, 1.0 if typ == Q5_K else 2.0**-4] * 4)
+        dx = [b.fmul(e.load(F32x8, e.add(s, i4)), sixteenth) for s in scales_at]
         factors: list[list[ir.Value]] = []
         for r, block in enumerate(at):
             scales, minima = _scales_and_minima(e, block)
-            scales = b.fmul(scales, e.splat(e.to_f32(e.load(F16, block)), 8))
-            minima = b.fmul(minima, e.splat(e.to_f32(e.load(F16, block, 2)), 8))
-            factors.append([e.put_aside(b.fmul(scales, e.load(F32x8, e.add(s, i4)))) for s in scales_at])
+            factors.append([e.put_aside(b.fmul(scales, v)) for v in dx])
             for t, s in enumerate(sums_at):
                 m = minimum_acc[r][t]
                 b.store(e.fma(minima, e.load(F32x8, e.add(s, i4)), b.load(m)), m)
@@ -107,8 +111,10 @@ def _product_q4_q5(
             for r, block in enumerate(at):
                 q = e.load(U8x32, block, NIBBLES_AT[typ] + 32 * j)
                 for odd in range(2):
-                    u = _shift_bytes(e, q, 4 * odd, 15)
-                    if typ == Q5_K:
+                    if typ == Q4_K:
+                        u = b.and_(q, e.const(U8x32, 0xF0 if odd else 0x0F))
+                    else:
+                        u = _shift_bytes(e, q, 4 * odd, 15)
                         fifth = _shift_bytes(e, e.load(U8x32, block, FIFTH_BITS_AT), 2 * j + odd, 1)
                         u = b.or_(u, b.shl(fifth, e.const(U8x32, 4)))
                     for t in range(len(xs)):

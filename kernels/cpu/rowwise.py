@@ -15,7 +15,7 @@ from .kernel import Kernel, micro_kernel
 #: fetched meanwhile begins, as many bytes as the rows have (`fetch`).
 Product = Callable[[Emit, list[ir.Value], ir.Value, ir.Value, list[ir.Value]], list[list[ir.Value]]]
 
-#: Rows that are taken together for one token, and for two, where a CPU has 32 registers; with four, memory is slower.
+#: Rows that are taken together for one token, and for two, where a CPU has 32 registers.
 TOGETHER = {1: 2, 2: 2}
 #: The same with 16 registers.
 TOGETHER_NARROW = {1: 2, 2: 1}
@@ -38,7 +38,7 @@ def fetch(e: Emit, ahead: ir.Value, at: ir.Value, n_rows: int, n: int) -> None:
         e.prefetch(first, 64 * line)
 
 
-def make_rows_kernel(name: str, product: Product, *, one_by_one: bool = False, rare: bool = False) -> Kernel:
+def make_rows_kernel(name: str, product: Product, *, together: int = TOGETHER[1], rare: bool = False) -> Kernel:
     """Return the kernel of a type: ``(w, stride, n_rows, n_blocks, n_tokens, xs, outs, out_offset)``.
 
     Tokens are taken two by two. Results of row r go to ``outs[token] + out_offset + 4 * r``.
@@ -49,21 +49,23 @@ def make_rows_kernel(name: str, product: Product, *, one_by_one: bool = False, r
         Name of the kernel.
     product : callable
         See `Product`.
-    one_by_one : bool
-        Rows are taken alone for one token: memory limits the type, and likes that best.
+    together : int
+        Rows that are taken together for one token where a CPU has 32 registers. 1, also elsewhere: memory limits the
+        type, and likes that best.
     rare : bool
         See `Kernel`.
     """
 
     def rows(e, w, stride, n_rows, n_blocks, n_tokens, xs, outs, out_offset):
         b = e.b
-        together = dict(TOGETHER if e.has("avx512vl") else TOGETHER_NARROW)
-        if one_by_one:
-            together[1] = 1
+        is_wide = e.has("avx512vl")
+        rows_of = dict(TOGETHER if is_wide else TOGETHER_NARROW)
+        if is_wide or together == 1:
+            rows_of[1] = together
         last = e.add(n_rows, -1)
         least_ahead = I64(AHEAD_BYTES)
         distance = {}
-        for n, n_together in together.items():
+        for n, n_together in rows_of.items():
             group = e.mul(stride, n_together)
             distance[n] = b.select(b.icmp_signed(">", group, least_ahead), group, least_ahead)
 
@@ -74,9 +76,9 @@ def make_rows_kernel(name: str, product: Product, *, one_by_one: bool = False, r
             at = e.mul(token, 8)
             x = [e.load(I64, e.add(xs, at), 8 * t) for t in range(n)]
             out = [e.add(e.load(I64, e.add(outs, at), 8 * t), out_offset) for t in range(n)]
-            with e.loop(end, together[n], begin) as (first, _):
+            with e.loop(end, rows_of[n], begin) as (first, _):
                 # behind the last row comes the last again
-                group = [first, *[least(e.add(first, i), last) for i in range(1, together[n])]]
+                group = [first, *[least(e.add(first, i), last) for i in range(1, rows_of[n])]]
                 ahead = e.add(e.add(w, e.mul(first, stride)), distance[n])
                 values = product(e, [e.add(w, e.mul(r, stride)) for r in group], ahead, n_blocks, x)
                 for r, of_row in zip(group, values, strict=True):
