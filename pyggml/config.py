@@ -129,6 +129,8 @@ def op_offload_min_batch() -> int:
 def check() -> int:
     """Return the level of ``PYGGML_CHECK``: 0 is off; text that is not a number counts as 1."""
     text = os.environ.get("PYGGML_CHECK", "")
+    if not text:
+        return 0
     return _integer("PYGGML_CHECK", 0) if text.strip().isdigit() else int(_switch("PYGGML_CHECK"))
 
 

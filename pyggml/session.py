@@ -91,6 +91,7 @@ class Session(Planner, Generator):
     _is_built_only: ClassVar[bool] = True
     _current: ModelGraph | None = None
     _filler: InputFiller | None = None
+    _step: tuple[MicroBatch, Slot] | None = None  # of the latest token that was decoded alone
 
     @property
     def hparams(self) -> HParams:
@@ -145,8 +146,14 @@ class Session(Planner, Generator):
             usable. For a model with recurrent layers, all tokens of its sequences are removed.
         """
         self._check_open()
+        if len(tokens) == 1 and outputs == "last" and topk is None and self._take_step(tokens[0], seq):
+            assert self._step is not None
+            logits = np.empty((1, self.hparams.n_vocab), np.float32)
+            self._run(*self._step, logits, None)
+            return logits
         batches = self.source.batches(tokens, seq, outputs)
-        out = [self._decode(batch, topk) for batch in batches]
+        self._step = None
+        out = [self._decode(batch, topk, is_own=True) for batch in batches]
         return out[0] if len(out) == 1 else np.concatenate(out)
 
     def decode_batch(self, batch: Batch, *, topk: TopK | None = None) -> npt.NDArray[np.float32]:
@@ -160,14 +167,30 @@ class Session(Planner, Generator):
         batch.check(self.hparams.n_vocab, self.params.n_seq_max)
         return self._decode(batch, topk)
 
-    def _decode(self, batch: Batch, topk: TopK | None) -> npt.NDArray[np.float32]:
-        """Evaluate a checked batch."""
+    def _take_step(self, token: int, seq: int) -> bool:
+        """Write the next token of a sequence to the latest micro-batch of one token, and its cell; return whether that is possible.
+
+        It is if nothing but token, position and cell differ, and the cell is the one after all that are used.
+        """
+        if self._step is None or self.watcher is not None or type(token) is not int:
+            return False
+        part, slot = self._step
+        cell = self.cache.next_cell()
+        if cell is None or part.seqs_unq != (seq,) or not 0 <= token < self.hparams.n_vocab:
+            return False
+        part.tokens[0], part.pos[0], slot.cells[0, 0] = token, self.cache.seq_pos_max(seq) + 1, cell
+        return True
+
+    def _decode(self, batch: Batch, topk: TopK | None, *, is_own: bool = False) -> npt.NDArray[np.float32]:
+        """Evaluate a checked batch; its arrays may be used again if they are the session's own."""
         parts = self.cache.prepare(batch, self.params.n_ubatch)
         logits = np.empty((int(np.count_nonzero(batch.outputs)), self.hparams.n_vocab), np.float32)
         if topk is not None:
             topk.start(self.hparams, batch.n_tokens)
         if len(parts) == 1 and not parts[0][0].equal_seqs:  # in the batch's order
             self._run(*parts[0], logits, topk)
+            if is_own and batch.n_tokens == len(logits) == 1 and topk is self.watcher is None:
+                self._step = parts[0]
             return logits
         rows = np.cumsum(batch.outputs) - 1  # the row of each token whose logits are returned
         for part, slot in parts:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..buffer import tensor_set
 from ..tensor import Tensor
 from ..types import Type
 from .batch import MicroBatch
 from .graph import AttnInputs, GraphInputs
 from .kv_cache import KVCache, Slot, hadamard
+from .kv_cells import Cells
 
 __all__ = ["InputFiller"]
 
@@ -21,12 +21,12 @@ _DTYPES = {Type.F32: np.float32, Type.F16: np.float16, Type.I32: np.int32, Type.
 class _Input:
     """An input of a graph, with an array in host memory from which it is written."""
 
-    __slots__ = ("_address", "_tensor", "array")
+    __slots__ = ("_address", "_n_bytes", "_tensor", "array")
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self.array: npt.NDArray[np.generic] = np.empty(tensor.numel, _DTYPES[tensor.type])
-        self._address = self.array.ctypes.data
+        self._address, self._n_bytes = self.array.ctypes.data, self.array.nbytes
 
     def write(self, values: npt.NDArray[np.generic]) -> None:
         """Write the tensor."""
@@ -35,7 +35,12 @@ class _Input:
 
     def send(self) -> None:
         """Write the tensor from the array."""
-        tensor_set(self._tensor, self._address, 0, self.array.nbytes)
+        tensor = self._tensor
+        buffer = tensor.storage
+        assert buffer is not None
+        if buffer.tenancy is not None:
+            buffer.tenancy.note_write(tensor)
+        buffer.set_tensor(tensor, self._address, 0, self._n_bytes)
 
 
 class InputFiller:
@@ -104,11 +109,29 @@ class _AttnFiller:
         self._kq_mask, self._n_kv = _Input(inputs.kq_mask), inputs.kq_mask.ne[0]
         self._mask = self._kq_mask.array.reshape(-1, self._n_kv)
         self._drop = self._mask.dtype.type(-np.inf)
+        #: of the latest mask of one token that is its sequence's last: cells, their changes, sequence, position
+        self._masked: tuple[Cells, int, int, int] | None = None
         self._rotations = [_Input(t) for t in (inputs.k_rot, inputs.v_rot) if t is not None]
         for rotation, t in zip(
             self._rotations, (t for t in (inputs.k_rot, inputs.v_rot) if t is not None), strict=True
         ):
             rotation.array[:] = hadamard(t.ne[0]).reshape(-1)
+
+    def _write_mask(self, part: MicroBatch, slot: Slot) -> None:
+        """Write the mask; for the next token of the same sequence, only its own cell is seen in addition."""
+        cells, before = self.cache.streams[slot.streams[0]], self._masked
+        self._masked = None
+        now: tuple[Cells, int, int, int] | None = None
+        if part.n_tokens == 1 and not self.cache.window and len(self.cache.streams) == 1:
+            seq, pos = part.seqs_unq[0], int(part.pos[0])
+            if cells.last(seq) == pos:
+                now = cells, cells.n_changes, seq, pos
+        if now is not None and before == (cells, cells.n_changes - 1, now[2], now[3] - 1):
+            self._mask[0, slot.cells[0, 0]] = 0
+        else:
+            self._mask.fill(0)
+            np.copyto(self._mask, self._drop, where=self.cache.mask(part, self._n_kv))
+        self._masked = now
 
     def fill(self, part: MicroBatch, slot: Slot) -> None:
         """Write the inputs for a micro-batch whose cells are taken."""
@@ -119,8 +142,7 @@ class _AttnFiller:
         self._k_idxs.write(k_idxs)
         if self._v_idxs is not None:
             self._v_idxs.write(cache.v_idxs(slot) if cache.v_trans else k_idxs)
-        self._mask.fill(0)
-        np.copyto(self._mask, self._drop, where=cache.mask(part, self._n_kv))
+        self._write_mask(part, slot)
         self._kq_mask.send()
         for rotation in self._rotations:
             rotation.send()

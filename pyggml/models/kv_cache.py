@@ -283,6 +283,13 @@ class KVCache:
             found[row] = free[first : first + n_each] if first + n_each <= len(free) else np.roll(free, -first)[:n_each]
         return Slot(streams, found)
 
+    def next_cell(self) -> int | None:
+        """Return the cell that the next token takes if that is the one after all used cells; None: `prepare` decides."""
+        cells = self.streams[0]
+        head = cells.head
+        is_next = len(self.streams) == 1 and cells.used_end <= head < cells.n and head <= cells.n_used + 2
+        return head if is_next else None
+
     def apply(self, part: MicroBatch, slot: Slot) -> None:
         """Take the cells of a micro-batch.
 

@@ -85,6 +85,10 @@ class SlidingKVCache(KVCache):
         slots = zip(parts, self.find_slots(parts), self.swa.find_slots(parts), strict=True)
         return [(part, replace(slot, swa=swa)) for part, slot, swa in slots]
 
+    def next_cell(self) -> int | None:
+        """Return None: a token takes more than one cell."""
+        return None
+
     def apply(self, part: MicroBatch, slot: Slot) -> None:
         """Take the cells of a micro-batch."""
         super().apply(part, slot)

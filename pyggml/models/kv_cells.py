@@ -28,17 +28,19 @@ class Cells:
     Mirrors `llama_kv_cells`.
     """
 
-    __slots__ = ("_last", "_n_used", "_used_end", "head", "n", "pos", "seqs")
+    __slots__ = ("_last", "_n_used", "_used_end", "head", "n", "n_changes", "pos", "seqs")
 
     def __init__(self, n: int) -> None:
         self.n = n  #: cells of the stream
         self.pos = np.full(min(n, _N_FIRST), -1, np.int32)  #: -1: empty
         self.seqs = np.zeros(min(n, _N_FIRST), np.uint64)  #: bit s: the cell belongs to sequence s
         self.head = 0  #: where the search for cells starts
+        self.n_changes = 0  #: 1 more after a token was put behind the last used cell, 2 more after any other change
         self._recount()
 
     def _recount(self) -> None:
         """Forget what was counted."""
+        self.n_changes += 2
         self._n_used = self._used_end = -1
         self._last: dict[int, int] = {}  # by sequence
 
@@ -50,6 +52,7 @@ class Cells:
         self.seqs[chosen] = _ONE << seqs.astype(np.uint64)
         if len(chosen) == 1 and first >= self._used_end >= 0 and self._n_used >= 0:
             seq, at = int(seqs[0]), int(pos[0])
+            self.n_changes += 1
             self._n_used += 1
             self._used_end = end
             if seq in self._last:

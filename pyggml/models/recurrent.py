@@ -284,6 +284,10 @@ class HybridCache(KVCache):
         finally:
             self.states.book = kept
 
+    def next_cell(self) -> int | None:
+        """Return None: a token takes more than one cell."""
+        return None
+
     def apply(self, part: MicroBatch, slot: Slot) -> None:
         """Take the cells of a micro-batch."""
         super().apply(part, slot)

@@ -48,7 +48,7 @@ class SplitRun:
     """
 
     __slots__ = (
-        "_forked", "_joins", "_present", "asg", "cur_copy", "eval_callback", "events", "i_split", "ids", "log", "machine",
+        "_counts", "_forked", "_joins", "_present", "asg", "cur_copy", "eval_callback", "events", "i_split", "ids", "log", "machine",
         "plan", "policy", "repairs", "resources",
     )  # fmt: skip
 
@@ -72,6 +72,7 @@ class SplitRun:
         self.policy, self.repairs, self.ids = policy, repairs, ids
         self.eval_callback, self.log, self.resources = eval_callback, log, resources
         self.i_split = 0
+        self._counts = log.stats if log.only_counts else None
         self._present: dict[Tensor, Ranges] = {}  # copied bytes of input copies that several nodes read
         self._forked: set[CopyQueue] = set()  # queues that wait for all submitted work of this split's backend
         self._joins: set[CopyQueue] = set()  # queues that this split must wait for
@@ -93,10 +94,10 @@ class SplitRun:
 
     def synchronize(self, i_split: int, backend_id: int, place: str) -> None:
         """Make the host wait for all work of a backend."""
-        log = self.log
-        if log.only_counts:
+        log, counts = self.log, self._counts
+        if counts is not None:
             self.machine.backends[backend_id].synchronize()
-            log.stats.n_waits += 1
+            counts.n_waits += 1
             return
         start_s = log.now()
         self.machine.backends[backend_id].synchronize()

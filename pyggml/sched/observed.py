@@ -145,7 +145,7 @@ class Observed:
         of : Identity, optional
             The graph and run of its records; by default the latest.
         """
-        if of is None:
+        if of is None and (observers or self._told) is not None:
             of = Identity(i_graph=self._n_graphs - 1, i_run=self._n_runs - 1, i_clock=self._i_clock)
         return RunLog(self.machine, self.stats, observers or self._told, self._clock, self.ids_source, of)
 

@@ -360,3 +360,30 @@ def test_a_file_without_a_tensor_is_refused(tmp_path, llama):
     writer.close()
     with pytest.raises(FormatError, match=r"blk\.1\.attn_k\.weight"):
         Session.open(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("flash", ["on", "off"])
+def test_a_token_alone_has_the_logits_of_a_batch_of_one(llama, flash):
+    """What is used again from token to token does not show: after rewinding, for two sequences in turns, and when one shares cells."""
+    settings = flags(n_seq_max=2, kv_unified=True, flash_attn=flash, type_v=Type.F16 if flash == "on" else Type.F32)
+    with Session.open(llama, context=settings) as s, Session.open(llama, context=settings) as plain:
+
+        def same(token: int, seq: int = 0) -> None:
+            want = plain.decode_batch(Batch.of([token], plain.cache.seq_pos_max(seq) + 1, seq=seq))
+            np.testing.assert_array_equal(s.decode([token], seq=seq), want)
+
+        for one in (s, plain):
+            one.decode(TOKENS[:9])
+        for token in TOKENS[9:13]:
+            same(token)
+        for one in (s, plain):
+            one.rewind(7)
+        for token, seq in zip(TOKENS[7:15], (0, 0, 1, 1, 0, 1, 1, 0), strict=True):
+            same(token, seq)
+        for one in (s, plain):
+            one.rewind(3, seq=1)
+            one.rewind(0, seq=1)
+            one.cache.seq_cp(0, 1, 0, 5)
+        for token, seq in zip(TOKENS[15:23], (0, 0, 1, 1, 0, 0, 1, 1), strict=True):
+            same(token, seq)
+        assert s.n_reused > 10
