@@ -153,7 +153,9 @@ class Planner:
             The planner has data.
         GraphError
             A flag is invalid. The planner is as it was.
-        OutOfMemoryError, ModelError
+        ModelError
+            llama.cpp refuses the flags. The planner is as it was.
+        OutOfMemoryError
             See `open`. The planner is closed.
 
         Notes
@@ -167,17 +169,22 @@ class Planner:
         if placement.fit:
             self.fit = fit_flags(self, placement, context)
             placement, context = self.fit.placement, self.fit.context
-        source = self.source.changed(placement, context)
         before = self.sched
-        before.close()
-        if before.n_copies > 1:
-            source.forget_graphs()  # their inputs stay flagged as outputs
+        before.close()  # free memory decides about shares of devices, so that nothing may be held
         if self.expert_cache is not None:
             self.expert_cache.close()
             self.expert_cache = None
         self._holds_largest, self._current = False, None
         self._cache_bytes, self._planned_compute = {}, [0] * len(self.backends)
-        self.source = source
+        try:
+            self.source = self.source.changed(placement, context)
+        finally:
+            if before.n_copies > 1:
+                self.source.forget_graphs()  # their inputs stay flagged as outputs
+            self._follow(before)
+
+    def _follow(self, before: Scheduler) -> None:
+        """Make a scheduler that knows what another did, and load."""
         self.sched = self._new_sched(parallel=False)
         self.sched.follow(before)
         self._load(None)

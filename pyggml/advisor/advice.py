@@ -128,16 +128,20 @@ def plan(
         tell(f"timing {len(space)} settings")
         settings = list(space.settings(machine.host.n_cores))
         search.ranked(settings, lambda s: s.seconds)  # meanwhile
-        around_fit: list[Setting] = []
-        if machine.cards:
-            tell("what llama.cpp's --fit chooses")
+
+        def around_fit() -> list[Setting]:
+            """Ask what --fit chooses, and return the settings around it."""
             choice = fit_setting(memory, machine.host.n_cores, asked.result)
             chosen, advice.fit_note, advice.fit_by = choice.setting, choice.note, choice.by
-            around_fit = [s for s in space.around(chosen) if s != chosen]
             if memory.exact(chosen) is not None:
                 advice.fit = maker.make("what llama.cpp's --fit chooses", search.score(chosen))
+            return [s for s in space.around(chosen) if s != chosen]
+
         settings.sort(key=plain_first)
-        advice.plans = maker.best_plans(settings, around_fit, n_plans, Type.of(kv_types[0]), tell)
+        ask_fit = around_fit if machine.cards else list[Setting]
+        advice.plans = maker.best_plans(settings, ask_fit, n_plans, Type.of(kv_types[0]), tell)
+        if not advice.plans:
+            ask_fit()
         advice.compared = [
             maker.make("yours" if len(compare) < 2 else f"yours, {i}", search.score(setting))
             for i, setting in enumerate(compare, 1)

@@ -45,7 +45,7 @@ class Maker:
     def best_plans(
         self,
         settings: list[Setting],
-        around_fit: list[Setting],
+        around_fit: Callable[[], list[Setting]],
         n_plans: int,
         kv_type: Type,
         tell: Callable[[str], None],
@@ -56,8 +56,8 @@ class Maker:
         ----------
         settings : list of Setting
             The grid, the plainer first.
-        around_fit : list of Setting
-            What ``--fit`` chooses, with other micro-batches, load modes and KV types: its shares and its layer of which a part is
+        around_fit : callable
+            Returns what ``--fit`` chooses, with other micro-batches, load modes and KV types: its shares and its layer of which a part is
             on the host are in no grid.
         """
         search = self.search
@@ -69,7 +69,8 @@ class Maker:
         if best is None:
             return []
         plans = [self.make(BEST, best)]
-        self._with_fit(plans, around_fit, tell)
+        tell("what llama.cpp's --fit chooses")
+        self._with_fit(plans, around_fit(), tell)
         self._with_cache(plans, [s for s in every if s.setting.type_k is best.setting.type_k], tell)
         first = plans[0]
         wanted: list[tuple[str, list[Scored], Callable[[Recommendation], bool]]] = [

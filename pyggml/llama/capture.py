@@ -30,6 +30,7 @@ _LAYER = re.compile(r"layer\s+(\d+) assigned to device (\S+?),")
 _LOADING = re.compile(r"loading tensor (\S+)")
 _MOVED = re.compile(r"buffer type overridden to (\S+)")
 _UNUSED = re.compile(r"model has unused tensor (\S+)")
+_FUSED = re.compile(r"resolve_fused_ops: (.+?) (enabled|not supported, set to disabled)")
 _PINNED = re.compile(rb"(?:norm|l_last)-(\d+)")
 _RESERVING = re.compile(r"reserving a graph for ubatch with n_tokens = *(\d+), n_seqs = *(\d+), n_outputs = *(\d+)")
 
@@ -91,6 +92,7 @@ class Capture(Watcher):
         self.is_relaxed, self.has_sizes, self.has_memory = False, True, True
         self._is_ready = False
         self.lines: list[str] = []
+        self.fused: list[list[str]] = []
         self.weights: list[Message] = []
         self.layers: dict[int, str] = {}
         self._asked: dict[int, int] = {}
@@ -118,6 +120,8 @@ class Capture(Watcher):
 
     def _take_line(self, line: str) -> None:
         self.lines.append(line)
+        if found := _FUSED.search(line):
+            self.fused.append([found[1], found[2]])
         if self._ctx != self.ffi.NULL:
             if found := _RESERVING.search(line):
                 n, n_seqs, n_outputs = map(int, found.groups())
@@ -244,6 +248,7 @@ class Capture(Watcher):
             "n_seq_max": lib.llama_n_seq_max(self._ctx),
             "layers": [self.layers[i] for i in sorted(self.layers)],
             "weights": self.weights,
+            "fused": self.fused,
         }
 
     # -- graphs --------------------------------------------------------------

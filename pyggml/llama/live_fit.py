@@ -12,7 +12,7 @@ from ..gguf import GGUFFile
 from ..models.context import ContextFlags
 from ..models.placement import PlacementFlags
 from .library import find_llama
-from .process import shared_process
+from .process import LlamaProcess
 from .source import about_context, about_placement
 from .store import Captures
 
@@ -47,7 +47,7 @@ def live_fit(
     """
     placement = PlacementFlags(fit=True)
     about = {"placement": about_placement(placement, devices, []), "context": about_context(context)}
-    with shared_process(find_llama()) as process:
+    with LlamaProcess(find_llama()) as process:  # its own, so that graphs can be captured meanwhile
         answer = Captures(process, file.paths, about).ask("fit", margin=margin_bytes, n_ctx_min=n_ctx_min)
     # its last pattern is that of the layer behind the last one, which has no weights
     overrides = [

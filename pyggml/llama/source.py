@@ -10,19 +10,19 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .. import ops
-from ..backend import Backend, Device
+from ..backend import Device
 from ..buffer import Buffer, BufferType
 from ..config import op_offload_min_batch
 from ..errors import GraphError, ModelError, SchedError
 from ..gguf import GGUFFile
-from ..graph import Graph
 from ..models.batch import Batch, MicroBatch, Outputs
 from ..models.context import ContextFlags, ContextParams, check_context
 from ..models.kv_cache import CacheFullError
@@ -37,16 +37,17 @@ from ..models.placement import (
     parse_overrides,
     warn_of_unmatched,
 )
-from ..models.source import Build, GraphSource
+from ..models.source import N_GRAPHS, Build, GraphSource
 from ..models.weights import Part, WeightSpec
 from ..moe_cache import LlamaCache, MoeCache
 from ..tensor import Tensor
-from ..types import BufferUsage, GluOp, Op, Type, UnaryOp
+from ..types import BufferUsage, Op, Type
+from .answers import OF_LAYER, Answers, is_settled
+from .graphs import CapturedGraph, UnknownError, read_graph, read_tensor
 from .library import find_llama
 from .process import shared_process
-from .store import Captures
 
-__all__ = ["CapturedFacts", "CapturedGraph", "CapturedSource", "about_context", "about_placement", "read_graph"]
+__all__ = ["CapturedFacts", "CapturedSource", "about_context", "about_placement"]
 
 Message = dict[str, Any]  # what goes through JSON
 
@@ -106,23 +107,6 @@ class CapturedFacts:
             n_expert_used=number("expert_used_count"),
             n_layer_dense_lead=_n_dense_lead(file.tensors),
         )
-
-
-@dataclass(eq=False, slots=True)
-class CapturedGraph:
-    """A captured graph; see `PlannableGraph`."""
-
-    graph: Graph
-    n_tokens: int
-    logits: Tensor
-    norms: list[tuple[Tensor, int]]
-    attn_outputs: list[Tensor]
-    delta_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty, likewise
-    flash_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty: llama.cpp has decided it
-    pins: list[tuple[Tensor, Backend]] = field(default_factory=list)  #: lookups of slots of an expert cache
-
-    def __repr__(self) -> str:
-        return f"<CapturedGraph of {self.n_tokens} tokens: {self.graph!r}>"
 
 
 def about_placement(placement: PlacementFlags, devices: Sequence[Device], overrides: Sequence[Override]) -> Message:
@@ -231,29 +215,41 @@ class CapturedSource(GraphSource):
         placement: PlacementFlags,
         context: ContextFlags,
     ) -> None:
-        self.file, self.cpu, self.tensor_split = file, cpu, placement.tensor_split
-        overrides = parse_overrides(placement, devices, cpu)
+        self.file, self.cpu = file, cpu
         self._bufts = {d.buffer_type.name: d.buffer_type for d in (*devices, cpu)}
         self._bufts |= {d.host_buffer_type.name: d.host_buffer_type for d in devices if d.host_buffer_type is not None}
-        about = {
-            "placement": about_placement(placement, devices, overrides),
-            "context": about_context(context),
-        }
         self._held = ExitStack()
-        self.captures = Captures(self._held.enter_context(shared_process(find_llama())), file.paths, about)
         self._buffers: dict[tuple[str, int], Buffer] = {}
         self._ends: dict[str, int] = {}
         self._leafs: dict[tuple[str, str, int], Tensor] = {}
+        self._graphs: dict[tuple[object, ...], CapturedGraph] = {}
         try:
-            facts = self.captures.ask("facts")
-            self._largest: Message = facts["graph"]
-            self.build: dict[str, str] = facts["build"]
-            self.reserves = facts["reserves"]
-            self.hparams = CapturedFacts.read(file, facts["n_vocab"])
-            self.placement = self._place(facts, devices, placement, overrides)
+            self.answers = Answers(self._held.enter_context(shared_process(find_llama())), file.paths, file.tensors)
+            self._settle(devices, placement, context, derive=False)
         except BaseException:
             self._held.close()
             raise
+
+    def _settle(
+        self, devices: Sequence[Device], placement: PlacementFlags, context: ContextFlags, *, derive: bool
+    ) -> None:
+        """Take the flags; ``derive``: from what llama.cpp answered before, if that is possible."""
+        self.tensor_split, self.banks = placement.tensor_split, None
+        overrides = parse_overrides(placement, devices, self.cpu)
+        about = {"placement": about_placement(placement, devices, overrides), "context": about_context(context)}
+        if is_settled(about):  # then only the scheduler goes by this flag
+            about["context"]["op_offload"] = True
+        self.captures = self.answers.captures(about)
+        facts, self._kind = self.answers.facts(about, [(o.pattern, o.buft.name) for o in overrides], derive=derive)
+        self._largest: Message = facts["graph"]
+        self.build: dict[str, str] = facts["build"]
+        self.reserves = facts["reserves"]
+        self.hparams = CapturedFacts.read(self.file, facts["n_vocab"])
+        self.placement = self._place(facts, devices, placement, overrides)
+        places: dict[str, list[str]] = {}
+        for weight in self.placement.weights:
+            places.setdefault(weight.spec.name, []).append(weight.buft.name)
+        self._home = {name: bufts[0] for name, bufts in places.items() if len(bufts) == 1}
         has_flash = any(t["op"] == "FLASH_ATTN_EXT" for t in self._largest["tensors"])
         self.params = ContextParams(
             n_ctx=facts["n_ctx"],
@@ -298,11 +294,18 @@ class CapturedSource(GraphSource):
     def _weights(self, facts: Message) -> list[Message]:
         """Return the weights as llama.cpp loads them; if it does not report them, those of the graph."""
         told = [w for w in facts["weights"] if w["buft"] is not None]
-        known = {(w["name"], w["buft"]) for w in told}
+        known = {(w["name"], self._memory(w["buft"])) for w in told}
+        of_layers = {w["name"] for w in told if OF_LAYER.match(w["name"])}  # the graph may be of other overrides
         for t in self._largest["tensors"]:
-            if t["where"] is not None and t["where"][1] == _WEIGHTS and (t["name"], t["where"][0]) not in known:
+            if t["where"] is None or t["where"][1] != _WEIGHTS or t["name"] in of_layers:
+                continue
+            if (t["name"], self._memory(t["where"][0])) not in known:
                 told.append({"name": t["name"], "op": None, "buft": t["where"][0], "moved": False})
         return told
+
+    def _memory(self, buft: str) -> str:
+        """Return the memory of a buffer type; pinned memory is host memory."""
+        return "host" if self._bufts[buft].is_host else buft
 
     def _weight_place(
         self, weight: Message, layers: Sequence[Device], overrides: Sequence[Override]
@@ -326,10 +329,22 @@ class CapturedSource(GraphSource):
     # -- memory --------------------------------------------------------------
 
     def changed(self, placement: PlacementFlags, context: ContextFlags) -> CapturedSource:
-        """Return a source of the same model with other flags, from llama.cpp."""
-        made = CapturedSource(self.file, self.placement.devices, self.cpu, placement=placement, context=context)
-        self.close()
+        """Return a source of the same model with other flags; graphs are reused if only the places of weights change."""
+        made = copy(self)
+        made._settle(self.placement.devices, placement, context, derive=True)
+        for (name, _, _), tensor in self._leafs.items():
+            home = made._home.get(name)
+            if home is not None and tensor.buffer is not None and tensor.buffer.buft.name != home:
+                made._put(tensor, home, _WEIGHTS)
+        for graph in self._graphs.values():
+            for node in graph.graph.nodes:
+                if node.view_src is not None:  # what the scheduler wrote with the former places
+                    node.buffer = node.data = None
         return made
+
+    def forget_graphs(self) -> None:
+        """Keep no graph that was made before."""
+        self._graphs.clear()
 
     def load(self, *, data: bool, progress: Progress | None) -> None:
         """Put weights into buffers without bytes."""
@@ -368,6 +383,7 @@ class CapturedSource(GraphSource):
             "moe_cache_free": {d.buffer_type.name: n for d, n in free_bytes.items()},
         }
         self.captures.about = self.captures.about | {"context": context}
+        self._kind = self.answers.own_kind(self.captures.about)
         self._cached = {w.name: w for layer in self.expert_weights().values() for w in layer}
         self._largest = self.captures.ask("facts")["graph"]
 
@@ -405,19 +421,24 @@ class CapturedSource(GraphSource):
     def _leaf(self, about: Message, n_before: int) -> Tensor:
         """Return the tensor of a weight or cache, which is the same in every graph."""
         where, usage = about["where"]
-        key = (about["name"], where, n_before)
+        home = self._home.get(about["name"])
+        key = (about["name"], where if home is None else "", n_before)
         made = self._leafs.get(key)
         if made is None:
-            made = self._leafs[key] = _tensor(about)
-            buffer = self._buffers.get((where, usage))
-            if buffer is None:
-                buffer = self._buffers[where, usage] = self._bufts[where].alloc_buffer(0)
-                if usage == _WEIGHTS:
-                    buffer.set_usage(BufferUsage.WEIGHTS)
-            made.buffer, made.data = buffer, self._ends.get(where, _NOWHERE)
-            size = buffer.buft.alloc_size(made)
-            self._ends[where] = made.data + -(-size // buffer.buft.alignment) * buffer.buft.alignment
+            made = self._leafs[key] = read_tensor(about)
+            self._put(made, home or where, usage)
         return made
+
+    def _put(self, tensor: Tensor, where: str, usage: int) -> None:
+        """Give a weight or cache an address of its own in a buffer type."""
+        buffer = self._buffers.get((where, usage))
+        if buffer is None:
+            buffer = self._buffers[where, usage] = self._bufts[where].alloc_buffer(0)
+            if usage == _WEIGHTS:
+                buffer.set_usage(BufferUsage.WEIGHTS)
+        tensor.buffer, tensor.data = buffer, self._ends.get(where, _NOWHERE)
+        size = buffer.buft.alloc_size(tensor)
+        self._ends[where] = tensor.data + -(-size // buffer.buft.alignment) * buffer.buft.alignment
 
     # -- graphs --------------------------------------------------------------
 
@@ -426,8 +447,9 @@ class CapturedSource(GraphSource):
         p, n_tokens = self.params, -(-n_tokens // n_seqs) * n_seqs
         largest = min(p.n_ctx, p.n_ubatch)
         if (n_tokens, n_seqs, n_outputs) == (largest, p.n_seq_max, min(largest, p.n_batch)):
-            return self._graph(self._largest, n_tokens)
-        return self._graph(self.captures.ask("reserve", size=[n_tokens, n_seqs, n_outputs]), n_tokens)
+            return self._graph("largest", 0, lambda: self._largest, n_tokens)
+        size = [n_tokens, n_seqs, n_outputs]
+        return self._graph(str(size), 0, lambda: self.answers.reserve(self._kind, size), n_tokens)
 
     def parts(
         self, n_tokens: int, outputs: Outputs, *, depth: int = 0, is_generated: bool = False
@@ -437,29 +459,41 @@ class CapturedSource(GraphSource):
             raise CacheFullError(n_tokens, depth, self.params.n_ctx_seq)
         if is_generated:
             about = self._decode(1, "last", depth)["graphs"][0]
+            build = partial(self._graph, f"1 last {depth}", 0, lambda: about, 1)
             for i in range(n_tokens):
-                yield _micro_batch(1, depth + i, 1), None if i else partial(self._graph, about, 1)
+                yield _micro_batch(1, depth + i, 1), None if i else build
             return
         decoded = self._decode(n_tokens, outputs, depth)
         graphs, first, last = decoded["graphs"], 0, None
+        which = f"{n_tokens} {outputs} {depth}"
         for about in decoded["parts"]:
             n, i = about["n_tokens"], about["graph"]
             part = _micro_batch(n, depth + first, about["n_outputs"])
-            yield part, None if i == last else partial(self._graph, graphs[i], n)
+            yield part, None if i == last else partial(self._graph, which, i, partial(graphs.__getitem__, i), n)
             first, last = first + n, i
 
     def _decode(self, n_tokens: int, outputs: Outputs, depth: int) -> Message:
         """Return the graphs of a decode; if llama.cpp fails on it, those over the whole cache."""
+        decode = partial(self.answers.decode, self._kind, n_tokens=n_tokens, outputs=outputs, depth=depth)
         try:
-            return self.captures.ask("decode", n_tokens=n_tokens, outputs=outputs, depth=depth, is_full=False)
+            return decode(is_full=False)
         except ModelError as error:
             _log.info("%s; the graph of a full cache is taken", error)
-            return self.captures.ask("decode", n_tokens=n_tokens, outputs=outputs, depth=depth, is_full=True)
+            return decode(is_full=True)
 
-    def _graph(self, captured: Message, n_tokens: int) -> CapturedGraph:
+    def _graph(self, which: str, index: int, captured: Callable[[], Message], n_tokens: int) -> CapturedGraph:
+        """Return a graph; equal ones are the same object."""
+        key = (self._kind, which, index)
+        made = self._graphs.pop(key, None) or self._read(captured(), n_tokens)
+        self._graphs[key] = made
+        if len(self._graphs) > N_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        return made
+
+    def _read(self, captured: Message, n_tokens: int) -> CapturedGraph:
         try:
             made = read_graph(captured, n_tokens, self._leaf, self._bank)
-        except _UnknownError as error:
+        except UnknownError as error:
             raise ModelError(
                 self.file.path, f"llama.cpp's graph has {error}, which pyggml does not know", hint="a newer pyggml may"
             ) from None
@@ -485,7 +519,7 @@ def _home(
     name: str, op: str | None, layers: Sequence[Device], cpu: Device, buft: BufferType
 ) -> tuple[Part, int, Device, str]:
     """Return a weight's part of the model, layer, device and reason."""
-    if found := re.match(r"(?:\w+\.)?blk\.(\d+)\.", name):
+    if found := OF_LAYER.match(name):
         layer = int(found[1])
         return "repeating", layer, layers[min(layer, len(layers) - 1)], f"layer {layer}"
     if op == "ROPE":  # factors of rotation, once on each device whose layers use them
@@ -500,87 +534,3 @@ def _home(
 def _micro_batch(n: int, first: int, n_outputs: int) -> MicroBatch:
     outputs: Outputs = "none" if n_outputs == 0 else "all" if n_outputs == n else "last"
     return Batch.of([0] * n, first, outputs=outputs).take(np.arange(n), n, equal_seqs=False)
-
-
-class _UnknownError(Exception):
-    """An op or a type that pyggml does not have."""
-
-
-def _tensor(about: Message) -> Tensor:
-    op, element, params = Op.__members__.get(about["op"]), _TYPES.get(about["type"]), about["params"]
-    if op is None:
-        raise _UnknownError(f"the op {about['op']}")
-    if element is None:
-        raise _UnknownError(f"the type {about['type']}")
-    if op in (Op.UNARY, Op.GLU):
-        kind: type[UnaryOp | GluOp] = UnaryOp if op is Op.UNARY else GluOp
-        if about["desc"] not in kind.__members__:
-            raise _UnknownError(f"the op {about['desc']}")
-        params = [int(kind[about["desc"]]), *params[1:]]
-    return Tensor(
-        element, tuple(about["ne"]), tuple(about["nb"]), name=about["name"], op=op, op_params=tuple(params),
-        flags=about["flags"],
-    )  # fmt: skip
-
-
-def read_graph(
-    captured: Message, n_tokens: int, leaf: Any, known: Callable[[Message], Tensor | None] = lambda about: None
-) -> CapturedGraph:
-    """Return the graph of a child's answer.
-
-    Parameters
-    ----------
-    known : callable
-        Returns a tensor that exists already, with its sources, from its description; None for others.
-    leaf : callable
-        Returns the tensor of a weight or cache, from its description and the number of earlier ones in the graph with
-        that name and place.
-    """
-    tensors, n_nodes = captured["tensors"], captured["n_nodes"]
-    made: list[Tensor] = []
-    n_seen: dict[tuple[str, str], int] = {}
-    for about in tensors:
-        found = known(about)
-        if found is not None or about["where"] is None:
-            made.append(_tensor(about) if found is None else found)
-            continue
-        key = (about["name"], about["where"][0])
-        made.append(leaf(about, n_seen.get(key, 0)))
-        n_seen[key] = n_seen.get(key, 0) + 1
-    for about, tensor in zip(tensors, made, strict=True):
-        if tensor.op is Op.VIEW and tensor.view_src is not None:  # a known one
-            continue
-        tensor.src[:] = [None if i is None else made[i] for i in about["src"]]
-        if about["view"] is not None:
-            tensor.view_src, tensor.view_offs = made[about["view"]], about["offs"]
-    graph = Graph()
-    graph.nodes = made[:n_nodes]
-    graph.leafs = [made[i] for i in captured["leafs"]] or [t for t in made[n_nodes:] if t.op is Op.NONE]
-    graph.use_counts = dict.fromkeys([*graph.nodes, *graph.leafs], 0)
-    for node in graph.nodes:
-        for source in node.src:
-            if source is not None:
-                graph.use_counts[source] = graph.use_counts.get(source, 0) + 1
-    graph.version += 1
-    logits = next((t for t in reversed(graph.nodes) if t.name == "result_output"), graph.nodes[-1])
-    norms = [(graph.nodes[i], layer) for i, layer in captured["pins"]]
-    return CapturedGraph(graph, n_tokens, logits, norms, [t for t in graph.nodes if _is_attn_output(t)])
-
-
-def _is_attn_output(node: Tensor) -> bool:
-    """Return whether a node is the result of attention without FLASH_ATTN_EXT, by its sources: its own name may change.
-
-    Notes
-    -----
-    Mirrors the nodes that `llm_graph_context::build_attn_mha` pins to the CPU: CONT of PERMUTE of ``kqv``, which MLA
-    multiplies once more. Attention that a model writes out itself has another name for its SOFT_MAX and no pin.
-    """
-    permuted = node.src[0] if node.op is Op.CONT else None
-    product = permuted.src[0] if permuted is not None and permuted.op is Op.PERMUTE else None
-    for _ in range(2):
-        if product is None or product.op is not Op.MUL_MAT:
-            return False
-        product = product.src[1]
-        if product is not None and product.op is Op.SOFT_MAX:
-            return product.name.startswith("kq_soft_max")
-    return False

@@ -29,7 +29,7 @@ from .loading import LoadedWeights, Progress, allocate_cache, load_weights, plan
 from .placement import Placement, PlacementFlags, place
 from .weights import resolve_specs
 
-__all__ = ["BuiltSource", "GraphSource", "ModelFacts", "PlannableGraph"]
+__all__ = ["N_GRAPHS", "BuiltSource", "GraphSource", "ModelFacts", "PlannableGraph"]
 
 
 class ModelFacts(Protocol):
@@ -106,7 +106,7 @@ class PlannableGraph(Protocol):
 
 #: Most graphs that are kept for plans; the least recently used is dropped. A decode has two or three, a search twenty; each
 #: has about 2 MB.
-_N_GRAPHS = 32
+N_GRAPHS = 32
 #: Makes a graph after a reset of the scheduler; None: the previous graph is used again.
 Build = Callable[[], PlannableGraph] | None
 
@@ -290,7 +290,7 @@ class BuiltSource(GraphSource):
         key = self.cache, params, p.key
         graph = self._graphs.pop(key, None) or build_graph(p, self.loaded.weights)
         self._graphs[key] = graph
-        if len(self._graphs) > _N_GRAPHS:
+        if len(self._graphs) > N_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
         return graph
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from pyggml.backend import REGISTRY
+from pyggml.backend import REGISTRY, Backend
 from pyggml.catalog import MODELS, write_header
 from pyggml.errors import GraphError, PyggmlError
 from pyggml.gguf import GGUFFile
@@ -63,7 +63,7 @@ def _described(planner: Planner) -> Any:
     return (
         list(planner.memory()),
         planner.params,
-        [(w.spec.name, w.buft, w.reason) for w in planner.placement.weights],
+        [(w.spec.name, w.buft.name, w.reason) for w in planner.placement.weights],
         plans,
         [(s.bytes_copied, s.bytes_full, s.n_micro_batches) for s in simulated],
         [pytest.approx(s.seconds, rel=1e-9) for s in simulated],
@@ -76,7 +76,8 @@ def test_a_changed_planner_plans_as_a_new_one(name: str, tmp_path: Path) -> None
     path = tmp_path / "model.gguf"
     write_header(replace(MODELS[name], n_layer=N_LAYER), "Q4_K_M", path)
     file = GGUFFile.open(path)
-    *gpus, cpu = (d.backend() for d in REGISTRY.open_all(["sim:rtx4090-pcie4", "sim:rtx3060-pcie3", "cpu"], data=False))
+    names = ["sim:rtx4090-pcie4", "sim:rtx3060-pcie3", "cpu"]
+    both = [[d.backend() for d in REGISTRY.open_all(names, data=False)] for _ in range(2)]
 
     @settings(
         max_examples=8, phases=(Phase.generate,), derandomize=True, database=None, deadline=None,
@@ -84,19 +85,21 @@ def test_a_changed_planner_plans_as_a_new_one(name: str, tmp_path: Path) -> None
     )  # fmt: skip
     @given(flags=st.lists(st.tuples(placements, contexts), min_size=2, max_size=3), n_gpu=st.sampled_from([1, 1, 2]))
     def check(flags: list[tuple[PlacementFlags, ContextFlags]], n_gpu: int) -> None:
-        backends = [*gpus[:n_gpu], cpu]
+        own, others = (
+            [*backends[:n_gpu], backends[-1]] for backends in both
+        )  # each sees all memory of its devices free
 
-        def opened(placement: PlacementFlags, context: ContextFlags) -> Planner:
+        def opened(backends: list[Backend], placement: PlacementFlags, context: ContextFlags) -> Planner:
             return Planner.open(
-                file, devices=backends[:-1], cpu=cpu, placement=placement, context=context, data=False,
+                file, devices=backends[:-1], cpu=backends[-1], placement=placement, context=context, data=False,
                 clock=virtual_clock(backends),
             )  # fmt: skip
 
-        with opened(PlacementFlags(), ContextFlags(n_ctx=512)) as planner:
+        with opened(own, PlacementFlags(), ContextFlags(n_ctx=512)) as planner:
             _described(planner)
             for placement, context in [*flags, flags[0]]:
                 try:
-                    fresh = opened(placement, context)
+                    fresh = opened(others, placement, context)
                 except PyggmlError as error:
                     with pytest.raises(type(error)):
                         planner.change(placement, context)

@@ -1,0 +1,120 @@
+"""Captured graphs: from what the child says of one to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..backend import Backend
+from ..graph import Graph
+from ..tensor import Tensor
+from ..types import GluOp, Op, Type, UnaryOp
+
+__all__ = ["CapturedGraph", "UnknownError", "read_graph", "read_tensor"]
+
+Message = dict[str, Any]  # what goes through JSON
+
+_TYPES = {t.ggml_name: t for t in Type}
+
+
+@dataclass(eq=False, slots=True)
+class CapturedGraph:
+    """A captured graph; see `PlannableGraph`."""
+
+    graph: Graph
+    n_tokens: int
+    logits: Tensor
+    norms: list[tuple[Tensor, int]]
+    attn_outputs: list[Tensor]
+    delta_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty, likewise
+    flash_nodes: list[tuple[Tensor, int]] = field(default_factory=list)  #: empty: llama.cpp has decided it
+    pins: list[tuple[Tensor, Backend]] = field(default_factory=list)  #: lookups of slots of an expert cache
+
+    def __repr__(self) -> str:
+        return f"<CapturedGraph of {self.n_tokens} tokens: {self.graph!r}>"
+
+
+class UnknownError(Exception):
+    """An op or a type that pyggml does not have."""
+
+
+def read_tensor(about: Message) -> Tensor:
+    """Return a tensor without its sources."""
+    op, element, params = Op.__members__.get(about["op"]), _TYPES.get(about["type"]), about["params"]
+    if op is None:
+        raise UnknownError(f"the op {about['op']}")
+    if element is None:
+        raise UnknownError(f"the type {about['type']}")
+    if op in (Op.UNARY, Op.GLU):
+        kind: type[UnaryOp | GluOp] = UnaryOp if op is Op.UNARY else GluOp
+        if about["desc"] not in kind.__members__:
+            raise UnknownError(f"the op {about['desc']}")
+        params = [int(kind[about["desc"]]), *params[1:]]
+    return Tensor(
+        element, tuple(about["ne"]), tuple(about["nb"]), name=about["name"], op=op, op_params=tuple(params),
+        flags=about["flags"],
+    )  # fmt: skip
+
+
+def read_graph(
+    captured: Message, n_tokens: int, leaf: Any, known: Callable[[Message], Tensor | None] = lambda about: None
+) -> CapturedGraph:
+    """Return the graph of a child's answer.
+
+    Parameters
+    ----------
+    known : callable
+        Returns a tensor that exists already, with its sources, from its description; None for others.
+    leaf : callable
+        Returns the tensor of a weight or cache, from its description and the number of earlier ones in the graph with
+        that name and place.
+    """
+    tensors, n_nodes = captured["tensors"], captured["n_nodes"]
+    made: list[Tensor] = []
+    n_seen: dict[tuple[str, str], int] = {}
+    for about in tensors:
+        found = known(about)
+        if found is not None or about["where"] is None:
+            made.append(read_tensor(about) if found is None else found)
+            continue
+        key = (about["name"], about["where"][0])
+        made.append(leaf(about, n_seen.get(key, 0)))
+        n_seen[key] = n_seen.get(key, 0) + 1
+    for about, tensor in zip(tensors, made, strict=True):
+        if tensor.op is Op.VIEW and tensor.view_src is not None:  # a known one
+            continue
+        tensor.src[:] = [None if i is None else made[i] for i in about["src"]]
+        if about["view"] is not None:
+            tensor.view_src, tensor.view_offs = made[about["view"]], about["offs"]
+    graph = Graph()
+    graph.nodes = made[:n_nodes]
+    graph.leafs = [made[i] for i in captured["leafs"]] or [t for t in made[n_nodes:] if t.op is Op.NONE]
+    graph.use_counts = dict.fromkeys([*graph.nodes, *graph.leafs], 0)
+    for node in graph.nodes:
+        for source in node.src:
+            if source is not None:
+                graph.use_counts[source] = graph.use_counts.get(source, 0) + 1
+    graph.version += 1
+    logits = next((t for t in reversed(graph.nodes) if t.name == "result_output"), graph.nodes[-1])
+    norms = [(graph.nodes[i], layer) for i, layer in captured["pins"]]
+    return CapturedGraph(graph, n_tokens, logits, norms, [t for t in graph.nodes if _is_attn_output(t)])
+
+
+def _is_attn_output(node: Tensor) -> bool:
+    """Return whether a node is the result of attention without FLASH_ATTN_EXT, by its sources: its own name may change.
+
+    Notes
+    -----
+    Mirrors the nodes that `llm_graph_context::build_attn_mha` pins to the CPU: CONT of PERMUTE of ``kqv``, which MLA
+    multiplies once more. Attention that a model writes out itself has another name for its SOFT_MAX and no pin.
+    """
+    permuted = node.src[0] if node.op is Op.CONT else None
+    product = permuted.src[0] if permuted is not None and permuted.op is Op.PERMUTE else None
+    for _ in range(2):
+        if product is None or product.op is not Op.MUL_MAT:
+            return False
+        product = product.src[1]
+        if product is not None and product.op is Op.SOFT_MAX:
+            return product.name.startswith("kq_soft_max")
+    return False
