@@ -181,13 +181,9 @@ class Planner:
         finally:
             if before.n_copies > 1:
                 self.source.forget_graphs()  # their inputs stay flagged as outputs
-            self._follow(before)
-
-    def _follow(self, before: Scheduler) -> None:
-        """Make a scheduler that knows what another did, and load."""
-        self.sched = self._new_sched(parallel=False)
-        self.sched.follow(before)
-        self._load(None)
+            self.sched = self._new_sched(parallel=False)
+            self.sched.follow(before)
+            self._load(None)
 
     @classmethod
     def open(
