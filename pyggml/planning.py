@@ -151,10 +151,8 @@ class Planner:
         ------
         SchedError
             The planner has data.
-        GraphError
-            A flag is invalid. The planner is as it was.
-        ModelError
-            llama.cpp refuses the flags. The planner is as it was.
+        GraphError, ModelError
+            A flag is invalid, or llama.cpp refuses it. The planner is as it was.
         OutOfMemoryError
             See `open`. The planner is closed.
 
