@@ -16,8 +16,10 @@ from ..collector import rare_collections
 from ..errors import DeviceUnavailableError, GraphError
 from ..foresight import Machine, ModelShape, Setting
 from ..gguf import GGUFFile
-from ..hardware.hosts import DEFAULT_HOST, Host, parse_host
-from ..hardware.measure import measure_host
+from ..hardware.apple import found_mac
+from ..hardware.cards import Card
+from ..hardware.hosts import DEFAULT_HOST, Host, host_beside, host_spec, parse_host
+from ..hardware.measure import UNKNOWN, measure_host
 from ..hardware.pci import found_cards
 from ..routing import Routing, routing_of
 from ..types import Type
@@ -63,7 +65,8 @@ def plan(
     devices : str or sequence of str
         Names of cards, such as ``"rtx3090"`` or ``"rtx3090,rtx3090"``; ``"cpu"``: only the CPU; None: those of this machine.
     host : str or Host
-        ``"ddr4-3200x2,cores=8,64GiB"``; empty: a desktop with 8 cores and two channels of DDR5-5600.
+        ``"ddr4-3200x2,cores=8,64GiB"``; empty: that of a card with unified memory, else a desktop with 8 cores and two
+        channels of DDR5-5600.
     prompt, generate : int
         The number of tokens of prompt and answer for which settings are ranked.
     context : int
@@ -173,9 +176,10 @@ def this_machine(host: str | Host = "") -> tuple[list[str], str | Host, list[str
 
     Notes
     -----
-    Cards come from the system (`found_cards`); what is no card of the table cannot be planned with and is named.
+    Cards come from the system (`found_cards`, on macOS `found_mac`); what is no card of the table cannot be planned with and
+    is named.
     """
-    cards = found_cards()
+    cards, mac = found_cards(), found_mac()
     names = [card.profile for card in cards if card.profile]
     notes = [f"found {card.title} in slot {card.address}, planned as {card.profile}" for card in cards if card.profile]
     notes += [
@@ -183,11 +187,18 @@ def this_machine(host: str | Host = "") -> tuple[list[str], str | Host, list[str
         for card in cards
         if not card.profile
     ]
-    if not cards:
+    if mac is not None:
+        names += [mac.profile] if mac.profile else []
+        notes += mac.notes
+    elif not cards:
         notes.append("no card was found in this machine: the CPU alone (--device names one)")
     if not host:
         host = measure_host(n_bytes=1 << 28, n_times=3)
         notes.append(f"this machine's memory is read at {host.read_bytes_per_s / 1e9:.1f} GB/s, measured now")
+        if host.description == UNKNOWN:
+            notes.append(
+                f"{host.n_cores} logical processors were counted as cores, as this system does not tell more (set --host)"
+            )
     return names, host, notes
 
 
@@ -216,7 +227,10 @@ def open_machine(devices: str | Sequence[str], host: str | Host) -> tuple[list[B
             "`pyggml plan` takes cards by name or simulated devices",
             hint="such as rtx3090 or sim:rtx4090-pcie4",
         )
-    around = host if isinstance(host, Host) else parse_host(host) if host else DEFAULT_HOST
+    around = host if isinstance(host, Host) else parse_host(host) if host else None
+    if around is None:
+        shared = next((p.sheet for p in known if isinstance(p.sheet, Card) and p.sheet.is_unified), None)
+        around = DEFAULT_HOST if shared is None else host_beside(shared)
     return [d.backend() for d in opened], Machine.of_profiles(known, around)
 
 
@@ -224,8 +238,7 @@ def _where(devices: str | Sequence[str], host: str | Host) -> list[str]:
     """Return a machine as `pyggml splits` takes it."""
     names = devices if isinstance(devices, str) else ",".join(devices)
     if isinstance(host, Host):
-        gib, read = host.memory_bytes / 2**30, host.read_bytes_per_s / 1e9
-        host = f"read={read:.1f}GB/s,cores={host.n_cores},isa={host.isa}" + (f",{gib:.0f}GiB" if gib else "")
+        host = host_spec(host)
     cpu = [] if "cpu" in names.split(",") else ["cpu"]
     return ["-dev", ",".join([*filter(None, [names]), *cpu]), *(["--host", host] if host else [])]
 
@@ -259,13 +272,16 @@ def _describe(machine: Machine) -> str:
 
 
 def _assumptions(machine: Machine, host: str | Host, shape: ModelShape, *, is_stated: bool) -> list[str]:
-    said = [
+    links = [
         f"link of {card.name}: {link.bytes_per_s / 1e9:.1f} GB/s from pinned memory"
         for card, link in zip(machine.cards, machine.links, strict=True)
         if not card.is_unified
     ]
+    said = list(dict.fromkeys(links))
     if not host:
-        said.append(f"host: {machine.host.description} (set it with --host)")
+        is_shared = any(card.is_unified for card in machine.cards)
+        as_said = f"--host {host_spec(machine.host)}" if is_shared else "set it with --host"
+        said.append(f"host: {machine.host.description} ({as_said})")
     elif not machine.host.memory_bytes:
         said.append("the host's memory is large enough (its size was not given)")
     if shape.n_expert:

@@ -15,6 +15,7 @@ from ..errors import DeviceUnavailableError, ModelError, PyggmlError
 from ..fit import Fit, fit_flags
 from ..foresight.estimate import Setting, device_of, has_host_experts, place_key
 from ..gguf import GGUFFile
+from ..hardware.cards import Card
 from ..hardware.hosts import Host
 from ..memory_rows import Memory
 from ..moe_cache import LlamaCache
@@ -95,6 +96,12 @@ class MemoryModel:
         self.refused: dict[Setting, str] = {}  #: why a setting cannot be planned at all
         self._sizes = [b.device.memory()[1] for b in self.backends[:-1]]
         self._of_bytes = [*self._sizes, host.memory_bytes]
+        profiles = [b.device.profile for b in self.backends[:-1]]
+        sheets = [p.sheet if p is not None else None for p in profiles]
+        #: devices whose memory is the host's
+        self._shared = [
+            i for i, s in enumerate(sheets) if isinstance(s, Card) and s.is_unified and host.memory_bytes > 0
+        ]
         self._planner: Planner | None = None
         self._at: tuple[object, ...] = ()
         self._weights: dict[tuple[object, ...], list[int]] = {}
@@ -189,7 +196,7 @@ class MemoryModel:
         else:
             taken = self._with(setting, rest)
         margin = self.margin_bytes
-        return all(not size or n + margin <= size for n, size in zip(taken, self._of_bytes, strict=True))
+        return all(not size or n + margin <= size for n, size in zip(taken, self._room(taken), strict=True))
 
     def bound(self, setting: Setting, *, is_lower: bool) -> list[DeviceMemory] | None:
         """Return what a setting takes at least, or about at most, by some of another micro-batch or KV type; None if there are none.
@@ -286,12 +293,18 @@ class MemoryModel:
             out[own.get(m.buft, len(out) - 1)] += m.total
         return out
 
+    def _room(self, taken: Sequence[int]) -> list[int]:
+        """Return the size of each device's memory, then of the host's: without what devices take of it."""
+        if not self._shared:
+            return self._of_bytes
+        return [*self._sizes, max(self._of_bytes[-1] - sum(taken[i] for i in self._shared), 1)]
+
     def devices(self, taken: Sequence[int]) -> list[DeviceMemory]:
-        """Return bytes of each backend beside what its device has."""
+        """Return bytes of each backend beside what its device has; a host that shares its memory has what devices leave."""
         names = [b.name for b in self.backends]
         return [
             DeviceMemory(name, n, size, self.margin_bytes)
-            for name, n, size in zip(names, taken, self._of_bytes, strict=True)
+            for name, n, size in zip(names, taken, self._room(taken), strict=True)
         ]
 
     def _key(self, setting: Setting) -> _Kind:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import click
 
-from ._console import print_json, report, table
+from ._console import ROOMY_WIDTH, print_json, report, table
 
 __all__ = ["ModelRow", "command", "model_rows"]
 
@@ -73,13 +73,15 @@ def command(pattern: str, as_json: bool) -> None:
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    columns = ("name", "architecture", "layers", "parameters", "of a token", "experts", "context", "default", "GiB")
-    out = table("", *columns, right=("layers", "parameters", "of a token", "context", "GiB"))
+    out = report()
+    wide, is_narrow = ("architecture", "layers"), out.width < ROOMY_WIDTH
+    columns = ("name", *(() if is_narrow else wide), "params", "of a token", "experts", "context", "default", "GiB")
+    made = table("", *columns, right=("layers", "params", "of a token", "context", "GiB"))
     for r in rows:
         experts = f"{r.n_expert_used} of {r.n_expert}" if r.n_expert else ""
-        out.add_row(
-            r.name, r.arch, str(r.n_layer), f"{r.n_params / 1e9:.1f} B", f"{r.n_params_active / 1e9:.1f} B", experts,
-            str(r.n_ctx), r.quant, f"{r.file_bytes / 1024**3:.1f}",
+        made.add_row(
+            r.name, *(() if is_narrow else (r.arch, str(r.n_layer))), f"{r.n_params / 1e9:.1f} B",
+            f"{r.n_params_active / 1e9:.1f} B", experts, str(r.n_ctx), r.quant, f"{r.file_bytes / 1024**3:.1f}",
         )  # fmt: skip
-    report().print(out)
-    report().print("For another quantisation use NAME:QUANT, such as qwen3-30b-a3b:Q6_K or qwen3-30b-a3b:UD-Q4_K_XL.")
+    out.print(made)
+    out.print("For another quantisation use NAME:QUANT, such as qwen3-30b-a3b:Q6_K or qwen3-30b-a3b:UD-Q4_K_XL.")

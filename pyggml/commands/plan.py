@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["EXIT_DOES_NOT_FIT", "command"]
 
 EXIT_DOES_NOT_FIT = 3
+#: Columns from which on the table has room for ranges.
+_WIDE = 120
 EXAMPLES = """
 \b
 Examples:
@@ -138,7 +140,7 @@ def command(
 
     flag = "" if explain is None else _flag_to_explain(explain)
     if flag and model is None and hf_repo is None:
-        click.echo(f"{flag}: {EXPLAIN[flag]}")
+        report().print(f"{flag}: {EXPLAIN[flag]}")
         return
     if hf_repo is not None:
         if model is not None:
@@ -163,7 +165,7 @@ def command(
     if as_json:
         print_json(as_dict(advice))
     elif flag and advice.plans:
-        click.echo(f"{flag}: {EXPLAIN[flag]}\n")
+        report().print(f"{flag}: {EXPLAIN[flag]}\n")
         _print_plan(advice.plans[0])
         if advice.explained is not None:
             click.echo()
@@ -310,6 +312,7 @@ def _print(advice: Advice) -> None:
         out.print(f"Nothing fits: the smallest setting lacks {n_bytes(advice.missing_bytes)}.", style="bold red")
         if advice.smaller:
             out.print(f"{advice.smaller} would fit.")
+        out.print()
     shown = advice.shown
     if shown:
         out.print(_table(advice))
@@ -348,29 +351,53 @@ def _print_plan(plan: Recommendation) -> None:
         out.print(f"llama.cpp cannot run this: {plan.refused}.", style="red")
         return
     out.print(" ".join(filter(None, (plan.bottleneck, plan.cache_line))))
+    if out.width < _WIDE:  # what the table has no room for
+        link = n_bytes(round(plan.link_bytes_per_token))
+        out.print(
+            f"Prompt {_low_high(plan.pp_tps)}, answer {_low_high(plan.tg_tps)} t/s; {link} of link per prompt token.",
+            style="dim",
+        )
     for m in plan.memory:
         if not m.fits:
             out.print(f"{m.device} lacks {n_bytes(m.missing_bytes)}, margin included.", style="red")
 
 
 def _table(advice: Advice) -> Table:
-    sizes = {m.device: m.of_bytes for m in advice.shown[0].memory}
+    sizes: dict[str, int] = {}
+    for m in (m for plan in advice.shown for m in plan.memory):  # of a host that shares its memory rows differ
+        sizes[m.device] = m.of_bytes if sizes.get(m.device, m.of_bytes) == m.of_bytes else 0
     devices = list(sizes)
     shown = [f"{d} of {sizes[d] / 2**30:.0f} GiB" if sizes[d] else d for d in devices]
-    columns = ["prompt t/s", "answer t/s", "seconds", *shown, "link/token"]
-    made = table("", "recommendation", *columns, right=tuple(columns), free=("recommendation",))
+    is_narrow = report().width < _WIDE
+    if is_narrow:
+        shown = [name.replace(" of ", "\nof ") for name in shown]
+    first, gap = ("plan", "\n") if is_narrow else ("recommendation", " ")
+    columns = [f"prompt{gap}t/s", f"answer{gap}t/s", "seconds", *shown, *([] if is_narrow else ["link/token"])]
+    made = table("", first, *columns, right=tuple(columns), free=(first,))
     for plan in advice.shown:
         memory = {m.device: m for m in plan.memory}
         cells = [
             f"{memory[d].bytes / 2**30:.1f}{'' if memory[d].fits else ' !'}" if d in memory else "" for d in devices
         ]
+        speed = _middle if is_narrow else _range
         made.add_row(
-            plan.title, *(["-"] * 3 if plan.refused else [_range(plan.pp_tps), _range(plan.tg_tps), f"{plan.seconds:.1f}"]), *cells,
-            n_bytes(round(plan.link_bytes_per_token)), style=None if plan.fits else "red",
+            plan.title, *(["-"] * 3 if plan.refused else [speed(plan.pp_tps), speed(plan.tg_tps), f"{plan.seconds:.1f}"]), *cells,
+            *([] if is_narrow else [n_bytes(round(plan.link_bytes_per_token))]), style=None if plan.fits else "red",
         )  # fmt: skip
     return made
 
 
+def _digits(speed: Speed) -> int:
+    return 0 if speed.mid >= 100 else 1
+
+
+def _middle(speed: Speed) -> str:
+    return f"{speed.mid:.{_digits(speed)}f}"
+
+
+def _low_high(speed: Speed) -> str:
+    return f"{speed.low:.{_digits(speed)}f}-{speed.high:.{_digits(speed)}f}"
+
+
 def _range(speed: Speed) -> str:
-    digits = 0 if speed.mid >= 100 else 1
-    return f"{speed.mid:.{digits}f} ({speed.low:.{digits}f}-{speed.high:.{digits}f})"
+    return f"{_middle(speed)} ({_low_high(speed)})"

@@ -254,13 +254,16 @@ _NOISE = re.compile(
 
 
 def find_card(text: str, memory_gib: float | None = None) -> Card | None:
-    """Return the card with a name as people write it; None if it is unknown.
+    """Return the card with a name as people write it, of its size in the table or another (``m2max-48GiB``); None if it is unknown.
 
     Examples
     --------
     >>> find_card("NVIDIA GeForce RTX 3090").name, find_card("Radeon 8060S (Strix Halo iGPU, gfx1151)").name
     ('rtx3090', '8060s')
     """
+    sized = re.search(r"-([\d.]+)GiB$", text)
+    if sized is not None:
+        text, memory_gib = text[: sized.start()], memory_gib or float(sized[1])
     for part in re.split(r"[/(]", text):
         name = re.sub(r"[^a-z0-9]", "", re.sub(r"\b\d+ ?gi?b\b", "", part.lower()))
         name = re.sub(r"(aipro|arcpro)", "", name)

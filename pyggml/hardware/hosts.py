@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import DeviceUnavailableError
+from .cards import Card
 from .rates import RATES
 
-__all__ = ["DEFAULT_HOST", "Host", "find_cpu", "is_possible", "memory_rate", "parse_host"]
+__all__ = ["DEFAULT_HOST", "Host", "find_cpu", "host_beside", "host_spec", "is_possible", "memory_rate", "parse_host"]
 
 #: Relative rate of a core's 8-bit products, by instruction set.
-_ISA = {"amx": 2.0, "avx512": 1.6, "vnni": 1.3, "avx2": 1.0, "neon": 0.8}
+_ISA = {"amx": 2.0, "avx512": 1.6, "vnni": 1.3, "avx2": 1.0, "dotprod": 1.2, "neon": 0.8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class Host:
     n_cores : int
         Number of physical cores.
     isa : str
-        The best instruction set that ggml uses: ``avx2``, ``vnni``, ``avx512``, ``amx`` or ``neon``.
+        The best instruction set that ggml uses: ``avx2``, ``vnni``, ``avx512``, ``amx``, ``dotprod`` (large ARM cores, not
+        measured) or ``neon`` (small ones).
     memory_bytes : int
         Size of memory; 0: unknown.
     product_per_s : float
@@ -58,6 +60,8 @@ class Host:
 
 #: Bytes/s that one thread reads: four threads of a Ryzen 5700X read 42.4 GB/s, all that its memory provides.
 _THREAD_BYTES_PER_S = 10.6e9
+#: The same of one of Apple's performance cores, of which eight do not read all that the memory of a Max provides.
+_APPLE_BYTES_PER_S = 28e9
 #: The default host: a desktop with eight cores and two channels of DDR5-5600.
 DEFAULT_HOST = Host(0.88 * 89.6e9, 8, "vnni", 64 * 2**30, "8 cores, 2 channels of DDR5-5600")
 #: Measured share of the modules' rate: 0.92 and 0.88 (Ryzen 5700X, stream), 0.86 (9950X), 0.62 to 0.98 (servers).
@@ -159,6 +163,35 @@ def parse_host(text: str) -> Host:
     if (rate is not None and not rate > 0) or n_cores == 0:
         raise DeviceUnavailableError(f"host:{text}", "rates and cores must be above 0")
     return Host(rate or DEFAULT_HOST.read_bytes_per_s, n_cores or DEFAULT_HOST.n_cores, isa or "avx2", size, text)
+
+
+#: Performance cores beside GPUs with unified memory, and instructions.
+_BESIDE = {
+    "m1": 4, "m1pro": 8, "m1max": 8, "m1ultra": 16, "m2": 4, "m2pro": 8, "m2max": 8, "m2ultra": 16, "m3": 4, "m3pro": 6,
+    "m3max": 12, "m3ultra": 24, "m4": 4, "m4pro": 10, "m4max": 12, "gb10": 20, "780m": 8, "890m": 12, "8050s": 8, "8060s": 16,
+}  # fmt: skip
+
+
+def host_beside(card: Card) -> Host:
+    """Return the host whose memory a card with unified memory shares, as assumed: its cores read what they can of it."""
+    is_apple, is_arm = card.name.startswith("m"), card.name.startswith(("m", "gb"))
+    known = re.match(r"m\d(?:pro|max|ultra)?", card.name)
+    n = _BESIDE.get(known[0] if known and is_apple else card.name, DEFAULT_HOST.n_cores)
+    read = min(_READ_SHARE * card.bytes_per_s, n * (_APPLE_BYTES_PER_S if is_apple else _THREAD_BYTES_PER_S))
+    about = f"the CPU beside {card.name}, {n} cores that share its memory"
+    return Host(read, n, "dotprod" if is_arm else "avx512", card.memory_bytes, about)
+
+
+def host_spec(host: Host) -> str:
+    """Return a host as `parse_host` takes it.
+
+    Examples
+    --------
+    >>> host_spec(parse_host("ddr4-3200x2,cores=8,64GiB"))
+    'read=45.1GB/s,cores=8,isa=avx2,64GiB'
+    """
+    size = f",{host.memory_bytes / 2**30:.4g}GiB" if host.memory_bytes else ""
+    return f"read={host.read_bytes_per_s / 1e9:.4g}GB/s,cores={host.n_cores},isa={host.isa}{size}"
 
 
 def is_possible(host: Host) -> bool:

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from .apple import found_mac
 from .hosts import Host, find_cpu
 
-__all__ = ["found_host", "measure_host"]
+__all__ = ["UNKNOWN", "found_host", "measure_host"]
 
 _GIB = 2**30
+#: The description of a host of which the system tells nothing.
+UNKNOWN = "this machine"
 
 
 def found_host() -> Host | None:
@@ -21,8 +24,10 @@ def found_host() -> Host | None:
 
     Notes
     -----
-    Only on Linux: reads ``/proc`` and the CPUs that this process may use.
+    On Linux: reads ``/proc`` and the CPUs that this process may use. On macOS: see `found_mac`.
     """
+    if (mac := found_mac()) is not None:
+        return mac.host
     try:
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         memory = Path("/proc/meminfo").read_text(encoding="utf-8")
@@ -39,7 +44,7 @@ def found_host() -> Host | None:
         find_cpu(name)[1] or "avx2",
     )  # fmt: skip
     kib = int(next(line.split()[1] for line in memory.splitlines() if line.startswith("MemTotal")))
-    return Host(0.0, n_cores, isa, kib * 1024, name or "this machine")
+    return Host(0.0, n_cores, isa, kib * 1024, name or "a processor without a name")
 
 
 def measure_host(*, n_bytes: int = _GIB // 2, n_times: int = 5) -> Host:
@@ -59,7 +64,7 @@ def measure_host(*, n_bytes: int = _GIB // 2, n_times: int = 5) -> Host:
     -----
     Each thread sums its own array with numpy, which releases the interpreter lock.
     """
-    host = found_host() or Host(0.0, os.cpu_count() or 1, "avx2", 0, "this machine")
+    host = found_host() or Host(0.0, os.cpu_count() or 1, "avx2", 0, UNKNOWN)
     n = n_bytes // 8 // host.n_cores
     if n < 1:
         raise ValueError(f"{n_bytes} bytes are too few for {host.n_cores} threads")
