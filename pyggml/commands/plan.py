@@ -54,7 +54,7 @@ Examples:
         "--device",
         type=DeviceList(),
         default=None,
-        help="Cards, separated by commas; cpu for no card; or a profile FILE.json. `pyggml devices` lists names. "
+        help="Cards, separated by commas, also with another size (m2max-48GiB); cpu for no card; or a profile FILE.json. `pyggml devices` lists names. "
         "[default: those found in this machine]",
     ),
     cloup.option(

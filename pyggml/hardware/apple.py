@@ -81,8 +81,8 @@ def found_mac(ask: Callable[..., str] | None = None, platform: str = sys.platfor
     cores = f"{n_cores} performance cores (hw.perflevel0.physicalcpu)" if fast else f"{n_cores} cores (hw.physicalcpu)"
     said = f"found {name} (machdep.cpu.brand_string) with {cores}"
     if not name.startswith("Apple"):
-        notes = f"{said} and {gib:g} GiB of memory (hw.memsize)", "the graphics of Intel Macs are not planned"
-        return FoundMac(name, n_cores, memory, 0, None, notes)
+        size = f"{said} and {gib:g} GiB of memory (hw.memsize)"
+        return FoundMac(name, n_cores, memory, 0, None, (size, "the graphics of Intel Macs are not planned"))
     found = re.search(r'"gpu-core-count" = (\d+)', ask("ioreg", "-rd1", "-c", "AGXAccelerator"))
     whole = find_card(name)
     card = (find_card(name + found[1]) if found else None) or whole
