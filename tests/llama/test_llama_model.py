@@ -18,6 +18,7 @@ from builds import BUILDS
 
 import pyggml as ggml
 from pyggml.backend import REGISTRY, Backend
+from pyggml.dialect import DIALECTS
 from pyggml.errors import (
     ComputeError,
     DeviceUnavailableError,
@@ -91,8 +92,8 @@ def _compare(
         assert model.clock is not None
         assert clock is not None
         assert model.clock.host_s == pytest.approx(clock.host_s, rel=0.02)
-    if "gpt" in path.name:
-        return  # llama.cpp of today drops its rows one step earlier: less work
+    if "gpt" in path.name and model.dialect != DIALECTS["0.26"]:
+        return  # b11549 drops unneeded rows one step earlier than b11434, whose graphs pyggml builds: less work
     work, copies = (
         [[_seconds(r) for r in recorder.records if isinstance(r, kind)] for recorder in recorders]
         for kind in (ComputeRecord, CopyRecord)
@@ -138,10 +139,11 @@ def test_logits_of_every_family_are_equal(
 
 
 @pytest.mark.slow
-def test_the_upcycled_model_is_equal(example_path: Path) -> None:
+@pytest.mark.parametrize("library", ["", *map(str, BUILDS)])
+def test_the_upcycled_model_is_equal(example_path: Path, library: str) -> None:
     """The model that `make run` answers with, in Q8_0 and real: text and bits are those of the session."""
-    _compare(example_path, PlacementFlags(), ggml.CPU(threads=1))
-    _compare(example_path, EXPERTS_ON_HOST, _llamas_cpu())
+    _compare(example_path, PlacementFlags(), ggml.CPU(threads=1), library=library)
+    _compare(example_path, EXPERTS_ON_HOST, _llamas_cpu(library), library=library)
 
 
 def test_records_tell_of_copies_splits_and_experts(random_model: Callable[[str], Path]) -> None:
