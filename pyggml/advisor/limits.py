@@ -112,7 +112,7 @@ def helps(search: Search, settings: list[Setting], best: Setting) -> list[Help]:
 def _has_room(memory: MemoryModel, setting: Setting, more_bytes: int) -> bool:
     """Return whether a setting fits into devices that have more memory, by what is known of settings like it."""
     taken = memory.estimate(setting) or memory.bound(setting, is_lower=False)
-    return taken is not None and all(
-        replace(d, of_bytes=d.of_bytes + more_bytes if i < len(taken) - 1 and d.of_bytes else d.of_bytes).fits
-        for i, d in enumerate(taken)
-    )
+    if taken is None:
+        return False
+    *devices, host = taken
+    return host.fits and all(d.missing_bytes <= more_bytes for d in devices)

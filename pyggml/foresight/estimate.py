@@ -88,7 +88,12 @@ class Setting:
 
     def __hash__(self) -> int:
         """Of what settings of a search differ in: they are looked up ten thousand times."""
-        return hash((self.n_gpu_layers, self.n_cpu_moe, self.n_ubatch, self.type_k, self.is_pinned, self.moe_cache_mib))
+        return hash(
+            (
+                self.n_gpu_layers, self.n_cpu_moe, self.overrides, self.n_ubatch, self.type_k, self.is_pinned, self.kv_offload,
+                self.op_offload, self.tensor_split, self.moe_cache_mib,
+            )
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
