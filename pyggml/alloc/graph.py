@@ -199,23 +199,18 @@ class Gallocr:
 
     def _note_places(self, graph: GallocGraph, lives: dict[Tensor, Life]) -> None:
         nodes, leafs = graph.nodes, graph.leafs
-        places: dict[Tensor, Place] = {}
+        srcs = [node.src for node in nodes]
         sizes = self.sizes()
-
-        def place(tensor: Tensor | None) -> Place:
-            if tensor is None or tensor.view_src is not None or tensor.data is not None:
-                return NOWHERE
-            found = places.get(tensor)
-            if found is None:
+        places: dict[Tensor | None, Place] = dict.fromkeys(chain(nodes, leafs, *srcs), NOWHERE)
+        for tensor in places:
+            if tensor is not None and tensor.view_src is None and tensor.data is None:
                 life = lives.get(tensor) or Life()  # one with a buffer, but without data, has no place
-                size = sizes[life.buffer_id](tensor)
-                found = places[tensor] = Place(life.buffer_id, life.chunk, life.offset, size)
-            return found
-
-        self._nodes = [(place(node), [place(src) for src in node.src]) for node in nodes]
-        self._leafs = [place(leaf) for leaf in leafs]
-        self._n_srcs = [len(node.src) for node in nodes]
-        self._places = places_of(self._nodes, [node.src for node in nodes])
+                places[tensor] = Place(life.buffer_id, life.chunk, life.offset, sizes[life.buffer_id](tensor))
+        at = places.__getitem__
+        self._nodes = [(at(node), list(map(at, src))) for node, src in zip(nodes, srcs, strict=True)]
+        self._leafs = list(map(at, leafs))
+        self._n_srcs = list(map(len, srcs))
+        self._places = [*map(at, chain.from_iterable(srcs)), *map(at, nodes)]
 
     def _fit_buffers(self, *, allocate: bool) -> None:
         """Free and allocate buffers until each is large enough for the layout."""

@@ -90,7 +90,8 @@ class Play:
                     life = lives.get(parent)
                     if life is None or not life.allocated:
                         allocate(parent, buffer_id)
-            allocate(node, buffer_id)
+            if node.view_src is None and node.data is None:
+                allocate(node, buffer_id)
             for parent in sources:
                 if parent is None:
                     continue
