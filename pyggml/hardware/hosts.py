@@ -188,7 +188,7 @@ def host_spec(host: Host) -> str:
     Examples
     --------
     >>> host_spec(parse_host("ddr4-3200x2,cores=8,64GiB"))
-    'read=45.1GB/s,cores=8,isa=avx2,64GiB'
+    'read=45.06GB/s,cores=8,isa=avx2,64GiB'
     """
     size = f",{host.memory_bytes / 2**30:.4g}GiB" if host.memory_bytes else ""
     return f"read={host.read_bytes_per_s / 1e9:.4g}GB/s,cores={host.n_cores},isa={host.isa}{size}"
