@@ -1,7 +1,5 @@
 """Every op builder against the real library's, on random arguments: what it makes, and what it refuses."""
 
-# ruff: noqa: D102 - methods are those of Case
-
 from __future__ import annotations
 
 import inspect
@@ -36,15 +34,19 @@ class Loose(Case):
         self.may_misfit = self.one_in(2)
 
     def one_in(self, n: int) -> bool:
+        """Return True once in n times."""
         return self.random.randrange(n) == 0
 
     def dim(self) -> int:
+        """Return a dimension, seldom 0."""
         return 0 if self.one_in(60) else self.random.choice([1, 2, 3, 4, 6, 8])
 
     def ne(self) -> list[int]:
+        """Return four dimensions."""
         return [self.dim() for _ in range(4)]
 
     def choice(self, *options: Any, also: Any = ()) -> Any:
+        """Return an option, or, if arguments may misfit, one of ``also``."""
         if not self.may_misfit:
             return self.random.choice(options)
         if not also and all(isinstance(option, float) for option in options):
@@ -52,18 +54,23 @@ class Loose(Case):
         return self.random.choice([*options, *also])
 
     def node(self, builder: str) -> dict[str, int]:
+        """Return a result of the builder, or a leaf where a node is wanted."""
         return self.tensor(self.ne()) if self.may_misfit and self.one_in(4) else super().node(builder)
 
     def values(self, values: Any, type: str = "f32") -> dict[str, int]:
+        """Return a leaf of the values' shape; builders read none."""
         return self.tensor(list(np.shape(values)[::-1]), type, plain=True)
 
     def distinct(self, ne: list[int]) -> dict[str, int]:
+        """Return a leaf; builders read no values."""
         return self.tensor(ne)
 
     def integers(self, ne: list[int], n: int, type: str = "i32") -> dict[str, int]:
+        """Return a leaf of an integer type, whatever the range."""
         return self.tensor(ne, type, plain=True)
 
     def weight(self, ne: list[int], type: str) -> dict[str, int]:
+        """Return a leaf of a weight's type."""
         return self.tensor(ne, type)
 
     def tensor(self, ne: list[int], type: str = "f32", *, plain: bool = False, **values: float) -> dict[str, int]:

@@ -197,15 +197,20 @@ def test_views_move_with_what_they_show() -> None:
         sched.reset()
 
 
+def _sched_and_tensor(device: str, name: str) -> tuple[ggml.Scheduler, ggml.Tensor]:
+    """Return a scheduler over the CPU, or a simulated device and it, and a tensor in the first one's memory."""
+    cpu = ggml.CPU(threads=1)
+    backends = [ggml.Sim("rtx4090-pcie4", threads=1), cpu] if device == "sim" else [cpu]
+    context = ggml.Context()
+    tensor = context.new_tensor("f32", (8, 4), name=name)
+    context.alloc(backends[0])
+    return ggml.Scheduler(backends), tensor
+
+
 @pytest.mark.parametrize("device", ["cpu", "sim"])
 def test_graphs_that_share_a_leaf_take_turns(device: str) -> None:
     """One scheduler computes two graphs over one leaf in turn, whether the leaf has memory of its own or is placed each time."""
-    cpu = ggml.CPU(threads=1)
-    backends = [ggml.Sim("rtx4090-pcie4", threads=1), cpu] if device == "sim" else [cpu]
-    sched = ggml.Scheduler(backends)
-    context = ggml.Context()
-    fixed = context.new_tensor("f32", (8, 4), name="leaf")
-    context.alloc(backends[0])
+    sched, fixed = _sched_and_tensor(device, "leaf")
     first, second = ggml.Graph(), ggml.Graph()
     with first:
         placed = first.input("f32", (8, 4), name="leaf")
@@ -232,12 +237,7 @@ def test_graphs_that_share_a_leaf_take_turns(device: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", "sim"])
 def test_what_one_graph_wrote_is_a_leaf_of_the_next(device: str) -> None:
     """A tensor with memory of its own is written by one graph and, by a view, read by another, again and again."""
-    cpu = ggml.CPU(threads=1)
-    backends = [ggml.Sim("rtx4090-pcie4", threads=1), cpu] if device == "sim" else [cpu]
-    sched = ggml.Scheduler(backends)
-    context = ggml.Context()
-    state = context.new_tensor("f32", (8, 4), name="state")
-    context.alloc(backends[0])
+    sched, state = _sched_and_tensor(device, "state")
     writer, reader = ggml.Graph(), ggml.Graph()
     with writer:
         x = writer.input("f32", (8, 4), name="x")
