@@ -1,1 +1,1 @@
-"""The test kit: definitions of ops, Hypothesis strategies, headers of large models, a PTX emulator, an RPC server."""
+"""The test kit: definitions of ops, random cases of each, a PTX emulator, a fake CUDA driver, an RPC server."""

@@ -30,7 +30,7 @@ KINDS = (("new", "a new graph"), ("same", "the same graph"), ("other", "another 
 
 def make_case(n_layer: int) -> dict[str, Any]:
     """Return the case: a graph of 64 tokens, and others of fewer tokens and of longer caches."""
-    from pyggml.testing.case_moe import ARCHITECTURES, make_machine, moe_case
+    from cases.moe import ARCHITECTURES, make_machine, moe_case
 
     return moe_case(
         "bench", ARCHITECTURES["mixtral"], make_machine(1), [64 - i for i in range(1 + N_OTHER)], random.Random(1), n_layer=n_layer,

@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cases.graph import Json
+from cases.strategies import cases, moe_cases
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from oracle.compare import load, recorded
 from oracle.live_sched import LiveScheduler, compile_mock
@@ -24,8 +26,6 @@ from oracle.traces import differences
 
 from pyggml.dialect import DIALECTS, Dialect
 from pyggml.replay import parse_case, replay
-from pyggml.testing.case_graph import Json
-from pyggml.testing.strategies import cases, moe_cases
 
 ALWAYS = settings(
     derandomize=True,

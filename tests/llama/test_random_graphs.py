@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from builds import BUILDS
+from cases.strategies import cases
 from hypothesis import HealthCheck, given, settings
 
 from pyggml.llama.library import find_llama
-from pyggml.testing.strategies import cases
 
 SCRIPT = Path(__file__).with_name("random_on_library.py")
 

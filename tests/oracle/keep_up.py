@@ -21,11 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from cases.graph import Json
+
 from pyggml import config
 from pyggml.dialect import DIALECTS, Dialect
 from pyggml.replay import Replay, parse_case, replay
 from pyggml.replay.case import Step
-from pyggml.testing.case_graph import Json
 
 from .compare import load
 from .live_sched import LiveScheduler

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from cases.graph import Json
+
 from pyggml.sched.experts import expert_copy_ranges
-from pyggml.testing.case_graph import Json
 
 from .child import Message
 from .libggml import COPY_EXPERTS, Library

@@ -17,9 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from cases.graph import Json
+
 from pyggml import config
 from pyggml.dialect import Dialect
-from pyggml.testing.case_graph import Json
 
 from .child import Child
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pyggml.testing.case_graph import Json
+from cases.graph import Json
 
 if TYPE_CHECKING:
     from .live_run import Instance, LiveRun

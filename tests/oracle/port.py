@@ -11,8 +11,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cases.graph import contiguous
+
 from pyggml.dialect import DIALECTS, Dialect
-from pyggml.testing.case_graph import contiguous
 
 from .port_alloc import (
     PlainTensor,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from cases.graph import Json
+from cases.strategies import cases, moe_cases
 from hypothesis import HealthCheck, given, settings
 from oracle.port import Port
 from oracle.port_alloc import is_view_op
@@ -13,8 +15,6 @@ from oracle.traces import DECISIONS, differences
 
 from pyggml.dialect import DIALECTS
 from pyggml.replay import parse_case, replay
-from pyggml.testing.case_graph import Json
-from pyggml.testing.strategies import cases, moe_cases
 
 ALWAYS = settings(
     max_examples=50,

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from cases.graph import Json
 from oracle.port_trace import port_trace
 from oracle.traces import DECISIONS, differences
 
 from pyggml.dialect import DIALECTS
-from pyggml.testing.case_graph import Json
 
 CASES = sorted((Path(__file__).parent.parent / "replay" / "cases").glob("*.case.json.gz"))
 SUFFIXES = {

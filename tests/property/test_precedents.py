@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 import pytest
+from cases.graph import Json
+from cases.strategies import cases, moe_cases
 from hypothesis import HealthCheck, given, settings
 
 from pyggml.dialect import DIALECTS
 from pyggml.replay import Replay, parse_case
 from pyggml.replay.case import Step
 from pyggml.sched import precedent
-from pyggml.testing.case_graph import Json
-from pyggml.testing.strategies import cases, moe_cases
 
 SETTINGS = settings(
     max_examples=20,

@@ -1,6 +1,6 @@
 """Hypothesis strategies for scheduler cases: random machines, graphs, placements, routings and steps.
 
-A graph is drawn as a program (`case_program`), so that a failing example shrinks to a small one.
+A graph is drawn as a program (`program`), so that a failing example shrinks to a small one.
 
 Examples
 --------
@@ -17,9 +17,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from .case_graph import CaseGraph, CaseStatic, CaseTensor, Json, make_case
-from .case_moe import ARCHITECTURES, PLACEMENTS, ROUTINGS, make_machine, moe_case, routing
-from .case_program import HEADS, INSTRUCTIONS, N_KV, N_ROWS, Instruction, Weights, interpret
+from .graph import CaseGraph, CaseStatic, CaseTensor, Json, make_case
+from .moe import ARCHITECTURES, PLACEMENTS, ROUTINGS, make_machine, moe_case, routing
+from .program import HEADS, INSTRUCTIONS, N_KV, N_ROWS, Instruction, Weights, interpret
 
 __all__ = ["DrawnCase", "cases", "machines", "moe_cases", "programs"]
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..types import Type
+from pyggml.replay import CASE_FORMAT
+from pyggml.types import Type
 
-__all__ = ["CASE_FORMAT", "CaseGraph", "CaseStatic", "CaseTensor", "Json", "contiguous", "make_case"]
+__all__ = ["CaseGraph", "CaseStatic", "CaseTensor", "Json", "contiguous", "make_case"]
 
-CASE_FORMAT = "pyggml-sched-case/1"
 #: A JSON object.
 Json = dict[str, Any]
 

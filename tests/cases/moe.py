@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .case_graph import CaseGraph, CaseStatic, CaseTensor, Json, make_case
+from .graph import CaseGraph, CaseStatic, CaseTensor, Json, make_case
 
 __all__ = ["ARCHITECTURES", "PLACEMENTS", "ROUTINGS", "Architecture", "MoeModel", "make_machine", "moe_case", "routing"]
 

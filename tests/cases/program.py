@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .case_graph import CaseGraph, CaseStatic, CaseTensor
+from .graph import CaseGraph, CaseStatic, CaseTensor
 
 __all__ = ["HEADS", "INSTRUCTIONS", "N_KV", "N_ROWS", "Instruction", "Weights", "interpret"]
 
