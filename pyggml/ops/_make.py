@@ -7,10 +7,11 @@ touch no data and cost microseconds, because a graph of a thousand nodes is buil
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import wraps
 from math import inf
-from typing import NoReturn, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 from ..errors import ShapeError
 from ..graph_context import current
@@ -21,6 +22,7 @@ _FLOAT = struct.Struct("<f")
 _WORD = struct.Struct("<i")
 
 _Kind = TypeVar("_Kind", bound=IntEnum)
+_P = ParamSpec("_P")
 
 Sources = Sequence[Tensor | None]
 Params = tuple[int, ...]
@@ -115,7 +117,7 @@ def view_of(
 
 
 def like(op: Op, a: Tensor, src: Sources, params: Params = (), inplace: bool = False) -> Tensor:
-    """Return a contiguous tensor with the type and shape of ``a``, or a view of ``a`` if in place.
+    """Return a contiguous tensor with the type and shape of ``a``, or a view of ``a`` if in place; see `in_place`.
 
     Notes
     -----
@@ -124,6 +126,33 @@ def like(op: Op, a: Tensor, src: Sources, params: Params = (), inplace: bool = F
     if inplace:
         return view_of(op, a, a.ne, a.nb, src, params, name=a.name + " (view)")
     return new(op, a.type, a.ne, src, params)
+
+
+def in_place(build: Callable[_P, Tensor], *, flag: int | None = None) -> Callable[_P, Tensor]:
+    """Return the builder ``NAME_inplace`` of a builder NAME, which ends in `like`: its result is a view of its first source.
+
+    Parameters
+    ----------
+    flag : int, optional
+        Word of the parameters that is 1 if the op is in place.
+    """
+
+    @wraps(build)
+    def build_inplace(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        outside = current.set(None)  # the graph collects the view only
+        try:
+            made = build(*args, **kwargs)
+        finally:
+            current.reset(outside)
+        if flag is not None:
+            set_param(made, flag, 1)
+        a = made.src[0]
+        assert a is not None
+        return like(made.op, a, made.src, made.op_params, inplace=True)
+
+    build_inplace.__name__ = build_inplace.__qualname__ = f"{build.__name__}_inplace"
+    build_inplace.__doc__ = f"`{build.__name__}` in place: the result is a view of ``a``."
+    return build_inplace
 
 
 # -- refusals --------------------------------------------------------------------

@@ -8,7 +8,7 @@ from math import log as _log
 
 from ..tensor import Tensor
 from ..types import GluOp, Op, UnaryOp
-from ._make import f32, is_contiguous_rows, like, member, new, refuse, round_f32
+from ._make import f32, in_place, is_contiguous_rows, like, member, new, refuse, round_f32
 
 __all__ = [
     "abs", "abs_inplace", "ceil", "ceil_inplace", "elu", "elu_inplace", "exp", "exp_inplace", "expm1",
@@ -41,18 +41,16 @@ def unary(a: Tensor, op: UnaryOp | int) -> Tensor:
     -----
     Mirrors `ggml_unary`.
     """
-    return _unary(a, member(UnaryOp, op), False)
+    return _unary(a, member(UnaryOp, op))
 
 
-def unary_inplace(a: Tensor, op: UnaryOp | int) -> Tensor:
-    """`unary` in place: the result is a view of ``a``."""
-    return _unary(a, member(UnaryOp, op), True)
+unary_inplace = in_place(unary)
 
 
-def _unary(a: Tensor, op: UnaryOp, inplace: bool) -> Tensor:
+def _unary(a: Tensor, op: UnaryOp) -> Tensor:
     if not is_contiguous_rows(a):
         refuse(op.name.lower(), "a row of a has gaps", a=a)
-    return like(Op.UNARY, a, (a,), (op.value,), inplace)
+    return like(Op.UNARY, a, (a,), (op.value,))
 
 
 def _unary_pair(op: UnaryOp, what: str) -> tuple[UnaryBuilder, UnaryBuilder]:
@@ -60,16 +58,11 @@ def _unary_pair(op: UnaryOp, what: str) -> tuple[UnaryBuilder, UnaryBuilder]:
     name = op.name.lower()
 
     def build(a: Tensor) -> Tensor:
-        return _unary(a, op, False)
-
-    def build_inplace(a: Tensor) -> Tensor:
-        return _unary(a, op, True)
+        return _unary(a, op)
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"Return {what} for each element x. Mirrors `ggml_{name}`; refuses as `unary`."
-    build_inplace.__name__ = build_inplace.__qualname__ = f"{name}_inplace"
-    build_inplace.__doc__ = f"`{name}` in place: the result is a view of ``a``."
-    return build, build_inplace
+    return build, in_place(build)
 
 
 abs, abs_inplace = _unary_pair(UnaryOp.ABS, "its absolute value")

@@ -8,15 +8,7 @@ from __future__ import annotations
 
 from ..tensor import Tensor
 from ..types import Op, Type
-from ._make import (
-    can_repeat,
-    f32,
-    is_padded_1d,
-    like,
-    member,
-    new,
-    refuse,
-)
+from ._make import can_repeat, f32, in_place, is_padded_1d, like, member, new, refuse
 from .modes import TriType
 
 __all__ = [
@@ -33,18 +25,16 @@ def dup(a: Tensor) -> Tensor:
     return like(Op.DUP, a, (a,))
 
 
-def dup_inplace(a: Tensor) -> Tensor:
-    """DUP in place: the result is a view of ``a``. Mirrors `ggml_dup_inplace`."""
-    return like(Op.DUP, a, (a,), (), True)
+dup_inplace = in_place(dup)
 
 
 # -- two tensors -----------------------------------------------------------------
 
 
-def _binary(op: Op, a: Tensor, b: Tensor, inplace: bool = False) -> Tensor:
+def _binary(op: Op, a: Tensor, b: Tensor) -> Tensor:
     if not can_repeat(b, a):
         refuse(op.name.lower(), "b does not repeat to the shape of a", a=a, b=b)
-    return like(op, a, (a, b), (), inplace)
+    return like(op, a, (a, b))
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
@@ -62,9 +52,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     return _binary(Op.ADD, a, b)
 
 
-def add_inplace(a: Tensor, b: Tensor) -> Tensor:
-    """`add` in place: the result is a view of ``a``."""
-    return _binary(Op.ADD, a, b, True)
+add_inplace = in_place(add)
 
 
 def add_cast(a: Tensor, b: Tensor, type: Type | str) -> Tensor:
@@ -113,14 +101,6 @@ def add_id(a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
     return like(Op.ADD_ID, a, (a, b, ids))
 
 
-def _add1(a: Tensor, b: Tensor, inplace: bool) -> Tensor:
-    if b.ne != (1, 1, 1, 1):
-        refuse("add1", "b is not a scalar", a=a, b=b)
-    if not is_padded_1d(a):
-        refuse("add1", "a's rows do not lie at one distance", a=a)
-    return like(Op.ADD1, a, (a, b), (), inplace)
-
-
 def add1(a: Tensor, b: Tensor) -> Tensor:
     """Add the scalar ``b`` to each element.
 
@@ -133,12 +113,14 @@ def add1(a: Tensor, b: Tensor) -> Tensor:
     -----
     Mirrors `ggml_add1`.
     """
-    return _add1(a, b, False)
+    if b.ne != (1, 1, 1, 1):
+        refuse("add1", "b is not a scalar", a=a, b=b)
+    if not is_padded_1d(a):
+        refuse("add1", "a's rows do not lie at one distance", a=a)
+    return like(Op.ADD1, a, (a, b))
 
 
-def add1_inplace(a: Tensor, b: Tensor) -> Tensor:
-    """`add1` in place: the result is a view of ``a``."""
-    return _add1(a, b, True)
+add1_inplace = in_place(add1)
 
 
 def sub(a: Tensor, b: Tensor) -> Tensor:
@@ -146,9 +128,7 @@ def sub(a: Tensor, b: Tensor) -> Tensor:
     return _binary(Op.SUB, a, b)
 
 
-def sub_inplace(a: Tensor, b: Tensor) -> Tensor:
-    """`sub` in place: the result is a view of ``a``."""
-    return _binary(Op.SUB, a, b, True)
+sub_inplace = in_place(sub)
 
 
 def mul(a: Tensor, b: Tensor) -> Tensor:
@@ -156,9 +136,7 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
     return _binary(Op.MUL, a, b)
 
 
-def mul_inplace(a: Tensor, b: Tensor) -> Tensor:
-    """`mul` in place: the result is a view of ``a``."""
-    return _binary(Op.MUL, a, b, True)
+mul_inplace = in_place(mul)
 
 
 def div(a: Tensor, b: Tensor) -> Tensor:
@@ -166,12 +144,10 @@ def div(a: Tensor, b: Tensor) -> Tensor:
     return _binary(Op.DIV, a, b)
 
 
-def div_inplace(a: Tensor, b: Tensor) -> Tensor:
-    """`div` in place: the result is a view of ``a``."""
-    return _binary(Op.DIV, a, b, True)
+div_inplace = in_place(div)
 
 
-def _into(op: Op, a: Tensor, b: Tensor, nb: tuple[int, int, int], offset: int, inplace: bool) -> Tensor:
+def _into(op: Op, a: Tensor, b: Tensor, nb: tuple[int, int, int], offset: int) -> Tensor:
     end = offset + b.type.row_size(b.ne[0]) + sum((n - 1) * stride for n, stride in zip(b.ne[1:], nb, strict=True))
     if min(offset, *nb) < 0 or max(offset, *nb) >= 1 << 31 or (not b.is_empty and end > a.nbytes):
         refuse(
@@ -180,15 +156,7 @@ def _into(op: Op, a: Tensor, b: Tensor, nb: tuple[int, int, int], offset: int, i
             a=a,
             b=b,
         )
-    return like(op, a, (a, b), (*nb, offset, int(inplace)), inplace)
-
-
-def _acc(a: Tensor, b: Tensor, nb: tuple[int, int, int], offset: int, inplace: bool) -> Tensor:
-    if b.numel > a.numel:
-        refuse("acc", "b has more elements than a", a=a, b=b)
-    if not a.is_contiguous() or a.type is not Type.F32 or b.type is not Type.F32:
-        refuse("acc", "a and b must be f32, a contiguous", a=a, b=b)
-    return _into(Op.ACC, a, b, nb, offset, inplace)
+    return like(op, a, (a, b), (*nb, offset, 0))
 
 
 def acc(a: Tensor, b: Tensor, nb1: int, nb2: int, nb3: int, offset: int) -> Tensor:
@@ -203,20 +171,14 @@ def acc(a: Tensor, b: Tensor, nb1: int, nb2: int, nb3: int, offset: int) -> Tens
     -----
     Mirrors `ggml_acc`.
     """
-    return _acc(a, b, (nb1, nb2, nb3), offset, False)
-
-
-def acc_inplace(a: Tensor, b: Tensor, nb1: int, nb2: int, nb3: int, offset: int) -> Tensor:
-    """`acc` in place: the result is a view of ``a``."""
-    return _acc(a, b, (nb1, nb2, nb3), offset, True)
-
-
-def _set(a: Tensor, b: Tensor, nb: tuple[int, int, int], offset: int, inplace: bool) -> Tensor:
     if b.numel > a.numel:
-        refuse("set", "b has more elements than a", a=a, b=b)
-    if not 0 <= offset < 1 << 30:
-        refuse("set", f"offset {offset} is not in 0..2^30", a=a, b=b)
-    return _into(Op.SET, a, b, nb, offset, inplace)
+        refuse("acc", "b has more elements than a", a=a, b=b)
+    if not a.is_contiguous() or a.type is not Type.F32 or b.type is not Type.F32:
+        refuse("acc", "a and b must be f32, a contiguous", a=a, b=b)
+    return _into(Op.ACC, a, b, (nb1, nb2, nb3), offset)
+
+
+acc_inplace = in_place(acc, flag=4)
 
 
 def set(a: Tensor, b: Tensor, nb1: int, nb2: int, nb3: int, offset: int) -> Tensor:
@@ -231,32 +193,30 @@ def set(a: Tensor, b: Tensor, nb1: int, nb2: int, nb3: int, offset: int) -> Tens
     -----
     Mirrors `ggml_set`.
     """
-    return _set(a, b, (nb1, nb2, nb3), offset, False)
+    if b.numel > a.numel:
+        refuse("set", "b has more elements than a", a=a, b=b)
+    if not 0 <= offset < 1 << 30:
+        refuse("set", f"offset {offset} is not in 0..2^30", a=a, b=b)
+    return _into(Op.SET, a, b, (nb1, nb2, nb3), offset)
 
 
-def set_inplace(a: Tensor, b: Tensor, nb1: int, nb2: int, nb3: int, offset: int) -> Tensor:
-    """`set` in place: the result is a view of ``a``."""
-    return _set(a, b, (nb1, nb2, nb3), offset, True)
+set_inplace = in_place(set, flag=4)
 
 
 def set_1d(a: Tensor, b: Tensor, offset: int) -> Tensor:
     """`set` with all strides of ``a``. Mirrors `ggml_set_1d`."""
-    return _set(a, b, a.nb[1:], offset, False)
+    return set(a, b, *a.nb[1:], offset)
 
 
-def set_1d_inplace(a: Tensor, b: Tensor, offset: int) -> Tensor:
-    """`set_1d` in place: the result is a view of ``a``."""
-    return _set(a, b, a.nb[1:], offset, True)
+set_1d_inplace = in_place(set_1d, flag=4)
 
 
 def set_2d(a: Tensor, b: Tensor, nb1: int, offset: int) -> Tensor:
     """`set` with the upper strides of ``a``. Mirrors `ggml_set_2d`."""
-    return _set(a, b, (nb1, a.nb[2], a.nb[3]), offset, False)
+    return set(a, b, nb1, *a.nb[2:], offset)
 
 
-def set_2d_inplace(a: Tensor, b: Tensor, nb1: int, offset: int) -> Tensor:
-    """`set_2d` in place: the result is a view of ``a``."""
-    return _set(a, b, (nb1, a.nb[2], a.nb[3]), offset, True)
+set_2d_inplace = in_place(set_2d, flag=4)
 
 
 # -- functions of one element ----------------------------------------------------
@@ -267,9 +227,7 @@ def sqr(a: Tensor) -> Tensor:
     return like(Op.SQR, a, (a,))
 
 
-def sqr_inplace(a: Tensor) -> Tensor:
-    """`sqr` in place: the result is a view of ``a``."""
-    return like(Op.SQR, a, (a,), (), True)
+sqr_inplace = in_place(sqr)
 
 
 def sqrt(a: Tensor) -> Tensor:
@@ -277,9 +235,7 @@ def sqrt(a: Tensor) -> Tensor:
     return like(Op.SQRT, a, (a,))
 
 
-def sqrt_inplace(a: Tensor) -> Tensor:
-    """`sqrt` in place: the result is a view of ``a``."""
-    return like(Op.SQRT, a, (a,), (), True)
+sqrt_inplace = in_place(sqrt)
 
 
 def log(a: Tensor) -> Tensor:
@@ -287,9 +243,7 @@ def log(a: Tensor) -> Tensor:
     return like(Op.LOG, a, (a,))
 
 
-def log_inplace(a: Tensor) -> Tensor:
-    """`log` in place: the result is a view of ``a``."""
-    return like(Op.LOG, a, (a,), (), True)
+log_inplace = in_place(log)
 
 
 def sin(a: Tensor) -> Tensor:
@@ -297,9 +251,7 @@ def sin(a: Tensor) -> Tensor:
     return like(Op.SIN, a, (a,))
 
 
-def sin_inplace(a: Tensor) -> Tensor:
-    """`sin` in place: the result is a view of ``a``."""
-    return like(Op.SIN, a, (a,), (), True)
+sin_inplace = in_place(sin)
 
 
 def cos(a: Tensor) -> Tensor:
@@ -307,15 +259,7 @@ def cos(a: Tensor) -> Tensor:
     return like(Op.COS, a, (a,))
 
 
-def cos_inplace(a: Tensor) -> Tensor:
-    """`cos` in place: the result is a view of ``a``."""
-    return like(Op.COS, a, (a,), (), True)
-
-
-def _scale(a: Tensor, s: float, b: float, inplace: bool) -> Tensor:
-    if not is_padded_1d(a):
-        refuse("scale", "a's rows do not lie at one distance", a=a)
-    return like(Op.SCALE, a, (a,), (f32(s), f32(b)), inplace)
+cos_inplace = in_place(cos)
 
 
 def scale(a: Tensor, s: float) -> Tensor:
@@ -330,22 +274,20 @@ def scale(a: Tensor, s: float) -> Tensor:
     -----
     Mirrors `ggml_scale`.
     """
-    return _scale(a, s, 0.0, False)
+    return scale_bias(a, s, 0.0)
 
 
-def scale_inplace(a: Tensor, s: float) -> Tensor:
-    """`scale` in place: the result is a view of ``a``."""
-    return _scale(a, s, 0.0, True)
+scale_inplace = in_place(scale)
 
 
 def scale_bias(a: Tensor, s: float, b: float) -> Tensor:
     """Return ``a * s + b``; refuses as `scale`. Mirrors `ggml_scale_bias`."""
-    return _scale(a, s, b, False)
+    if not is_padded_1d(a):
+        refuse("scale", "a's rows do not lie at one distance", a=a)
+    return like(Op.SCALE, a, (a,), (f32(s), f32(b)))
 
 
-def scale_bias_inplace(a: Tensor, s: float, b: float) -> Tensor:
-    """`scale_bias` in place: the result is a view of ``a``."""
-    return _scale(a, s, b, True)
+scale_bias_inplace = in_place(scale_bias)
 
 
 def clamp(a: Tensor, min: float, max: float) -> Tensor:
@@ -358,20 +300,12 @@ def clamp(a: Tensor, min: float, max: float) -> Tensor:
     return like(Op.CLAMP, a, (a,), (f32(min), f32(max)))
 
 
-def clamp_inplace(a: Tensor, min: float, max: float) -> Tensor:
-    """`clamp` in place: the result is a view of ``a``."""
-    return like(Op.CLAMP, a, (a,), (f32(min), f32(max)), True)
+clamp_inplace = in_place(clamp)
 
 
 def leaky_relu(a: Tensor, negative_slope: float, inplace: bool) -> Tensor:
     """Return ``a`` where positive, else ``a * negative_slope``. Mirrors `ggml_leaky_relu`."""
     return like(Op.LEAKY_RELU, a, (a,), (f32(negative_slope),), inplace)
-
-
-def _fill(a: Tensor, c: float, inplace: bool) -> Tensor:
-    if (a.type is not Type.F32 and a.type is not Type.F16) or not a.is_contiguous():
-        refuse("fill", "a must be contiguous f32 or f16", a=a)
-    return like(Op.FILL, a, (a,), (f32(c),), inplace)
 
 
 def fill(a: Tensor, c: float) -> Tensor:
@@ -386,12 +320,12 @@ def fill(a: Tensor, c: float) -> Tensor:
     -----
     Mirrors `ggml_fill`.
     """
-    return _fill(a, c, False)
+    if (a.type is not Type.F32 and a.type is not Type.F16) or not a.is_contiguous():
+        refuse("fill", "a must be contiguous f32 or f16", a=a)
+    return like(Op.FILL, a, (a,), (f32(c),))
 
 
-def fill_inplace(a: Tensor, c: float) -> Tensor:
-    """`fill` in place: the result is a view of ``a``."""
-    return _fill(a, c, True)
+fill_inplace = in_place(fill)
 
 
 def tri(a: Tensor, type: TriType | int) -> Tensor:

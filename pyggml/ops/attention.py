@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..tensor import Tensor
 from ..types import Op, Type
-from ._make import can_mul_mat, divides, f32, like, new, refuse, set_param
+from ._make import can_mul_mat, divides, f32, in_place, like, new, refuse, set_param
 from .modes import Prec
 
 __all__ = [
@@ -19,9 +19,7 @@ def diag_mask_inf(a: Tensor, n_past: int) -> Tensor:
     return like(Op.DIAG_MASK_INF, a, (a,), (int(n_past),))
 
 
-def diag_mask_inf_inplace(a: Tensor, n_past: int) -> Tensor:
-    """`diag_mask_inf` in place: the result is a view of ``a``."""
-    return like(Op.DIAG_MASK_INF, a, (a,), (int(n_past),), True)
+diag_mask_inf_inplace = in_place(diag_mask_inf)
 
 
 def diag_mask_zero(a: Tensor, n_past: int) -> Tensor:
@@ -29,29 +27,10 @@ def diag_mask_zero(a: Tensor, n_past: int) -> Tensor:
     return like(Op.DIAG_MASK_ZERO, a, (a,), (int(n_past),))
 
 
-def diag_mask_zero_inplace(a: Tensor, n_past: int) -> Tensor:
-    """`diag_mask_zero` in place: the result is a view of ``a``."""
-    return like(Op.DIAG_MASK_ZERO, a, (a,), (int(n_past),), True)
+diag_mask_zero_inplace = in_place(diag_mask_zero)
 
 
 # -- softmax ---------------------------------------------------------------------
-
-
-def _soft_max(a: Tensor, mask: Tensor | None, scale: float, max_bias: float, inplace: bool) -> Tensor:
-    if not a.is_contiguous():
-        refuse("soft_max", "a is not contiguous", a=a)
-    if mask is not None:
-        if mask.type is not Type.F16 and mask.type is not Type.F32:
-            refuse("soft_max", "the mask must be f16 or f32", mask=mask)
-        if not mask.is_contiguous():
-            refuse("soft_max", "the mask is not contiguous", mask=mask)
-        if mask.ne[0] != a.ne[0] or mask.ne[1] < a.ne[1]:
-            refuse("soft_max", "the mask's rows are of another length, or too few", a=a, mask=mask)
-        if not divides(mask.ne[2], a.ne[2]) or not divides(mask.ne[3], a.ne[3]):
-            refuse("soft_max", "the mask does not broadcast to a", a=a, mask=mask)
-    elif max_bias > 0.0:
-        refuse("soft_max", f"max_bias {max_bias} needs a mask, whose values it scales by head", a=a)
-    return like(Op.SOFT_MAX, a, (a, mask, None), (f32(scale), f32(max_bias)), inplace)
 
 
 def soft_max(a: Tensor) -> Tensor:
@@ -66,12 +45,10 @@ def soft_max(a: Tensor) -> Tensor:
     -----
     Mirrors `ggml_soft_max`. The slots of mask and sinks are None.
     """
-    return _soft_max(a, None, 1.0, 0.0, False)
+    return soft_max_ext(a, None, 1.0, 0.0)
 
 
-def soft_max_inplace(a: Tensor) -> Tensor:
-    """`soft_max` in place: the result is a view of ``a``."""
-    return _soft_max(a, None, 1.0, 0.0, True)
+soft_max_inplace = in_place(soft_max)
 
 
 def soft_max_ext(a: Tensor, mask: Tensor | None, scale: float, max_bias: float) -> Tensor:
@@ -93,12 +70,23 @@ def soft_max_ext(a: Tensor, mask: Tensor | None, scale: float, max_bias: float) 
     -----
     Mirrors `ggml_soft_max_ext`.
     """
-    return _soft_max(a, mask, scale, max_bias, False)
+    if not a.is_contiguous():
+        refuse("soft_max", "a is not contiguous", a=a)
+    if mask is not None:
+        if mask.type is not Type.F16 and mask.type is not Type.F32:
+            refuse("soft_max", "the mask must be f16 or f32", mask=mask)
+        if not mask.is_contiguous():
+            refuse("soft_max", "the mask is not contiguous", mask=mask)
+        if mask.ne[0] != a.ne[0] or mask.ne[1] < a.ne[1]:
+            refuse("soft_max", "the mask's rows are of another length, or too few", a=a, mask=mask)
+        if not divides(mask.ne[2], a.ne[2]) or not divides(mask.ne[3], a.ne[3]):
+            refuse("soft_max", "the mask does not broadcast to a", a=a, mask=mask)
+    elif max_bias > 0.0:
+        refuse("soft_max", f"max_bias {max_bias} needs a mask, whose values it scales by head", a=a)
+    return like(Op.SOFT_MAX, a, (a, mask, None), (f32(scale), f32(max_bias)))
 
 
-def soft_max_ext_inplace(a: Tensor, mask: Tensor | None, scale: float, max_bias: float) -> Tensor:
-    """`soft_max_ext` in place: the result is a view of ``a``."""
-    return _soft_max(a, mask, scale, max_bias, True)
+soft_max_ext_inplace = in_place(soft_max_ext)
 
 
 def _add_sinks(builder: str, op: Op, slot: int, a: Tensor, sinks: Tensor | None) -> None:

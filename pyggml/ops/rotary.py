@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec
 
 from ..tensor import Tensor
 from ..types import Op, Type
-from ._make import f32, is_vector, like, refuse, set_param
+from ._make import f32, in_place, is_vector, like, refuse, set_param
 from .modes import RopeType
 
 __all__ = [
@@ -14,50 +16,21 @@ __all__ = [
     "rope_multi_inplace", "rope_set_offset",
 ]  # fmt: skip
 
+_P = ParamSpec("_P")
 
-def _rope(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    n_dims: int,
-    sections: Sequence[int] | None,
-    mode: int,
-    n_ctx_orig: int,
-    freq_base: float,
-    freq_scale: float,
-    ext_factor: float,
-    attn_factor: float,
-    beta_fast: float,
-    beta_slow: float,
-    inplace: bool,
-) -> Tensor:
-    if mode & 1:
-        refuse("rope", f"mode {mode} is no longer supported", a=a)
-    if not is_vector(b) or b.type is not Type.I32:
-        refuse("rope", "positions must be i32 in one dimension", a=a, b=b)
-    is_mrope = bool(mode & RopeType.MROPE)
-    if b.ne[0] != a.ne[2] * (4 if is_mrope else 1):
-        refuse("rope", f"{a.ne[2]} tokens need {'4 positions each' if is_mrope else 'a position each'}", a=a, b=b)
-    if c is not None and (c.type is not Type.F32 or c.ne[0] < n_dims // 2):
-        refuse("rope", f"frequency factors must be f32, at least {n_dims // 2}", c=c)
-    params: tuple[int, ...] = (
-        0,
-        int(n_dims),
-        int(mode),
-        0,
-        int(n_ctx_orig),
-        f32(freq_base),
-        f32(freq_scale),
-        f32(ext_factor),
-        f32(attn_factor),
-        f32(beta_fast),
-        f32(beta_slow),
-    )
-    if is_mrope and sections is not None:
-        if not isinstance(sections, Sequence) or len(sections) != 4:
-            refuse("rope", f"sections must be 4 numbers of pairs, not {sections!r}", a=a)
-        params += tuple(int(n) for n in sections)
-    return like(Op.ROPE, a, (a, b, c), params, inplace)
+
+def _back(build: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+    """Return the builder that rotates by the negated angles."""
+
+    @wraps(build)
+    def build_back(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        result = build(*args, **kwargs)
+        result.op = Op.ROPE_BACK
+        return result
+
+    name = build_back.__name__ = build_back.__qualname__ = f"{build.__name__}_back"
+    build_back.__doc__ = f"Rotate pairs back: `{build.__name__}` with negated angles. Mirrors `ggml_{name}`."
+    return build_back
 
 
 def rope(a: Tensor, b: Tensor, n_dims: int, mode: int) -> Tensor:
@@ -82,12 +55,10 @@ def rope(a: Tensor, b: Tensor, n_dims: int, mode: int) -> Tensor:
     -----
     Mirrors `ggml_rope`.
     """
-    return _rope(a, b, None, n_dims, None, mode, 0, 10000.0, 1.0, 0.0, 1.0, 0.0, 0.0, False)
+    return rope_ext(a, b, None, n_dims, mode, 0, 10000.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 
-def rope_inplace(a: Tensor, b: Tensor, n_dims: int, mode: int) -> Tensor:
-    """`rope` in place: the result is a view of ``a``."""
-    return _rope(a, b, None, n_dims, None, mode, 0, 10000.0, 1.0, 0.0, 1.0, 0.0, 0.0, True)
+rope_inplace = in_place(rope)
 
 
 def rope_ext(
@@ -124,31 +95,13 @@ def rope_ext(
     -----
     Mirrors `ggml_rope_ext`.
     """
-    return _rope(
+    return rope_multi(
         a, b, c, n_dims, None, mode, n_ctx_orig,
-        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, False,
+        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow,
     )  # fmt: skip
 
 
-def rope_ext_inplace(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    n_dims: int,
-    mode: int,
-    n_ctx_orig: int,
-    freq_base: float,
-    freq_scale: float,
-    ext_factor: float,
-    attn_factor: float,
-    beta_fast: float,
-    beta_slow: float,
-) -> Tensor:
-    """`rope_ext` in place: the result is a view of ``a``."""
-    return _rope(
-        a, b, c, n_dims, None, mode, n_ctx_orig,
-        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, True,
-    )  # fmt: skip
+rope_ext_inplace = in_place(rope_ext)
 
 
 def rope_multi(
@@ -156,7 +109,7 @@ def rope_multi(
     b: Tensor,
     c: Tensor | None,
     n_dims: int,
-    sections: Sequence[int],
+    sections: Sequence[int] | None,
     mode: int,
     n_ctx_orig: int,
     freq_base: float,
@@ -166,7 +119,7 @@ def rope_multi(
     beta_fast: float,
     beta_slow: float,
 ) -> Tensor:
-    """Rotate pairs by one of a token's four positions; ``sections`` has the number of pairs for each.
+    """Rotate pairs by one of a token's four positions; ``sections`` has the number of pairs for each, None with one position.
 
     Raises
     ------
@@ -177,89 +130,39 @@ def rope_multi(
     -----
     Mirrors `ggml_rope_multi`.
     """
-    return _rope(
-        a, b, c, n_dims, sections, mode, n_ctx_orig,
-        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, False,
-    )  # fmt: skip
-
-
-def rope_multi_inplace(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    n_dims: int,
-    sections: Sequence[int],
-    mode: int,
-    n_ctx_orig: int,
-    freq_base: float,
-    freq_scale: float,
-    ext_factor: float,
-    attn_factor: float,
-    beta_fast: float,
-    beta_slow: float,
-) -> Tensor:
-    """`rope_multi` in place: the result is a view of ``a``."""
-    return _rope(
-        a, b, c, n_dims, sections, mode, n_ctx_orig,
-        freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow, True,
-    )  # fmt: skip
-
-
-def rope_ext_back(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    n_dims: int,
-    mode: int,
-    n_ctx_orig: int,
-    freq_base: float,
-    freq_scale: float,
-    ext_factor: float,
-    attn_factor: float,
-    beta_fast: float,
-    beta_slow: float,
-) -> Tensor:
-    """Rotate pairs back: `rope_ext` with negated angles. Mirrors `ggml_rope_ext_back`."""
-    result = rope_ext(
-        a, b, c, n_dims, mode, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
+    if mode & 1:
+        refuse("rope", f"mode {mode} is no longer supported", a=a)
+    if not is_vector(b) or b.type is not Type.I32:
+        refuse("rope", "positions must be i32 in one dimension", a=a, b=b)
+    is_mrope = bool(mode & RopeType.MROPE)
+    if b.ne[0] != a.ne[2] * (4 if is_mrope else 1):
+        refuse("rope", f"{a.ne[2]} tokens need {'4 positions each' if is_mrope else 'a position each'}", a=a, b=b)
+    if c is not None and (c.type is not Type.F32 or c.ne[0] < n_dims // 2):
+        refuse("rope", f"frequency factors must be f32, at least {n_dims // 2}", c=c)
+    params: tuple[int, ...] = (
+        0,
+        int(n_dims),
+        int(mode),
+        0,
+        int(n_ctx_orig),
+        f32(freq_base),
+        f32(freq_scale),
+        f32(ext_factor),
+        f32(attn_factor),
+        f32(beta_fast),
+        f32(beta_slow),
     )
-    result.op = Op.ROPE_BACK
-    return result
+    if is_mrope and sections is not None:
+        if not isinstance(sections, Sequence) or len(sections) != 4:
+            refuse("rope", f"sections must be 4 numbers of pairs, not {sections!r}", a=a)
+        params += tuple(int(n) for n in sections)
+    return like(Op.ROPE, a, (a, b, c), params)
 
 
-def rope_multi_back(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    n_dims: int,
-    sections: Sequence[int],
-    mode: int,
-    n_ctx_orig: int,
-    freq_base: float,
-    freq_scale: float,
-    ext_factor: float,
-    attn_factor: float,
-    beta_fast: float,
-    beta_slow: float,
-) -> Tensor:
-    """Rotate pairs back: `rope_multi` with negated angles. Mirrors `ggml_rope_multi_back`."""
-    result = rope_multi(
-        a,
-        b,
-        c,
-        n_dims,
-        sections,
-        mode,
-        n_ctx_orig,
-        freq_base,
-        freq_scale,
-        ext_factor,
-        attn_factor,
-        beta_fast,
-        beta_slow,
-    )
-    result.op = Op.ROPE_BACK
-    return result
+rope_multi_inplace = in_place(rope_multi)
+
+
+rope_ext_back, rope_multi_back = _back(rope_ext), _back(rope_multi)
 
 
 def rope_set_offset(a: Tensor, n_offs: int) -> Tensor:

@@ -6,7 +6,20 @@ from math import ceil, isfinite
 
 from ..tensor import Tensor
 from ..types import MAX_DIMS, Op, Type
-from ._make import can_repeat, divides, f32, is_matrix, like, member, new, refuse, require_sizes, round_f32, set_param
+from ._make import (
+    can_repeat,
+    divides,
+    f32,
+    in_place,
+    is_matrix,
+    like,
+    member,
+    new,
+    refuse,
+    require_sizes,
+    round_f32,
+    set_param,
+)  # fmt: skip
 from .layout import view_4d
 from .modes import SortOrder
 
@@ -284,9 +297,7 @@ def norm(a: Tensor, eps: float) -> Tensor:
     return like(Op.NORM, a, (a,), (f32(eps),))
 
 
-def norm_inplace(a: Tensor, eps: float) -> Tensor:
-    """`norm` in place: the result is a view of ``a``."""
-    return like(Op.NORM, a, (a,), (f32(eps),), True)
+norm_inplace = in_place(norm)
 
 
 def rms_norm(a: Tensor, eps: float) -> Tensor:
@@ -294,9 +305,7 @@ def rms_norm(a: Tensor, eps: float) -> Tensor:
     return like(Op.RMS_NORM, a, (a,), (f32(eps),))
 
 
-def rms_norm_inplace(a: Tensor, eps: float) -> Tensor:
-    """`rms_norm` in place: the result is a view of ``a``."""
-    return like(Op.RMS_NORM, a, (a,), (f32(eps),), True)
+rms_norm_inplace = in_place(rms_norm)
 
 
 def l2_norm(a: Tensor, eps: float) -> Tensor:
@@ -304,9 +313,7 @@ def l2_norm(a: Tensor, eps: float) -> Tensor:
     return like(Op.L2_NORM, a, (a,), (f32(eps),))
 
 
-def l2_norm_inplace(a: Tensor, eps: float) -> Tensor:
-    """`l2_norm` in place: the result is a view of ``a``."""
-    return like(Op.L2_NORM, a, (a,), (f32(eps),), True)
+l2_norm_inplace = in_place(l2_norm)
 
 
 def group_norm(a: Tensor, n_groups: int, eps: float) -> Tensor:
@@ -314,6 +321,4 @@ def group_norm(a: Tensor, n_groups: int, eps: float) -> Tensor:
     return like(Op.GROUP_NORM, a, (a,), (int(n_groups), f32(eps)))
 
 
-def group_norm_inplace(a: Tensor, n_groups: int, eps: float) -> Tensor:
-    """`group_norm` in place: the result is a view of ``a``."""
-    return like(Op.GROUP_NORM, a, (a,), (int(n_groups), f32(eps)), True)
+group_norm_inplace = in_place(group_norm)
