@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 
 from ..backend import REGISTRY, Backend, split_devices
@@ -294,14 +295,23 @@ def _assumptions(machine: Machine, host: str | Host, shape: ModelShape, *, is_st
 
 
 def _nothing_fits(advice: Advice, search: Search, settings: list[Setting]) -> None:
-    """Return the minimum of missing bytes, and a smaller quantisation that would fit."""
+    """Find the minimum of missing bytes, and the largest quantisation that would fit."""
     from ..catalog import QUANTS, find_model
 
+    memory = search.memory
+
+    def at_least(setting: Setting) -> int:
+        bound = memory.estimate(setting) or memory.bound(setting, is_lower=True)
+        return sum(d.missing_bytes for d in bound or memory.devices(memory.weights(setting)))
+
+    queue = [(at_least(setting), i) for i, setting in enumerate(settings)]
+    heapify(queue)
     least: int | None = None
-    for setting in settings:
-        if setting.n_ubatch == settings[0].n_ubatch and not setting.is_pinned:
-            weights = search.memory.weights(setting)
-            taken = search.memory.estimate(setting) or search.memory.devices(weights)
+    while queue and (least is None or queue[0][0] < least):
+        bound, i = heappop(queue)
+        if (now := at_least(settings[i])) > bound:  # more is known of such settings than when it was put there
+            heappush(queue, (now, i))
+        elif taken := memory.exact(settings[i]):
             missing = sum(d.missing_bytes for d in taken)
             least = missing if least is None else min(least, missing)
     advice.missing_bytes = least or 0
@@ -309,7 +319,7 @@ def _nothing_fits(advice: Advice, search: Search, settings: list[Setting]) -> No
     sizes = find_model(name)
     if sizes is None:
         return
-    room = sum(d.of_bytes - d.margin_bytes for d in search.memory.devices([0] * len(search.memory.backends)))
+    room = search.shape.total_bytes - advice.missing_bytes
     by_size = sorted(((ModelShape.from_sizes(sizes, q).total_bytes, q) for q in QUANTS), reverse=True)
-    fitting = next((q for size, q in by_size if size < 0.9 * room), "")
+    fitting = next((q for size, q in by_size if size < 0.97 * room), "")
     advice.smaller = f"{name}:{fitting}" if fitting else ""

@@ -17,7 +17,6 @@ from ..errors import FormatError
 from ..foresight import Machine, ModelShape, Setting, Speed, model_shape, speed_of
 from ..foresight.estimate import Placed, place, predict
 from ..types import Type
-from .settings import overrides_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +127,7 @@ def _run(row: dict[str, Any]) -> BenchRun:
     """Return the run of a row; fields that older builds lack have llama-bench's defaults."""
     n_gpu = int(row.get("n_gpu_layers", 99))
     said = row.get("tensor_buft_overrides") or ""
-    overrides = overrides_of([] if said in ("none", "") else str(said).split(";"))
+    overrides = () if said in ("none", "") else tuple(str(said).split(";"))
     n_cpu_moe = int(row.get("n_cpu_moe", 0))
     mode = str(row.get("load_mode", ""))
     pinned = mode in ("none", "mlock") if mode else not row.get("use_mmap", True)

@@ -201,7 +201,7 @@ class Maker:
         """Return the recommendation of a setting."""
         search, setting = self.search, scored.setting
         flags = flags_of(setting, search.goal.context, has_devices=bool(search.machine.cards))
-        shown = with_llama_names(flags, [card.family for card in search.machine.cards])
+        shown = with_llama_names(flags, search.machine.cards)
         memory = search.memory.exact(setting) or []
         names = [card.name for card in search.machine.cards]
         if len(set(names)) < len(names):

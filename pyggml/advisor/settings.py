@@ -10,6 +10,7 @@ from itertools import product
 
 from ..foresight.estimate import Setting
 from ..foresight.shape import ModelShape
+from ..hardware.cards import Card, llama_names
 from ..models.context import ContextFlags
 from ..models.placement import PlacementFlags
 from ..types import Type
@@ -23,7 +24,6 @@ __all__ = [
     "ik_flags_of",
     "is_experts_only",
     "last_experts",
-    "overrides_of",
     "placement_flags",
     "with_llama_names",
 ]
@@ -294,28 +294,16 @@ def is_experts_only(setting: Setting) -> bool:
     )
 
 
-def overrides_of(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return overrides with llama.cpp's names of devices as those of simulated ones: ``CUDA0`` is ``SIM0``."""
-    return tuple(re.sub(r"=(?:CUDA|ROCm|Vulkan|HIP|SYCL|Metal|MTL)(?=\d|$|,)", "=SIM", text) for text in texts)
-
-
-def with_llama_names(flags: Iterable[str], families: Sequence[str]) -> list[str]:
-    """Return flags with the names of simulated devices as those of llama.cpp, the inverse of `overrides_of`.
+def with_llama_names(flags: Iterable[str], cards: Sequence[Card]) -> list[str]:
+    """Return flags with the names of simulated devices as those of llama.cpp, which ``-ot`` takes, too.
 
     Examples
     --------
-    >>> with_llama_names(["-ot", "output=SIM1,ffn_up=CPU"], ["cuda", "cuda"])
+    >>> with_llama_names(["-ot", "output=SIM1,ffn_up=CPU"], [CARDS["rtx3090"], CARDS["rtx3060"]])
     ['-ot', 'output=CUDA1,ffn_up=CPU']
     """
-    names = {"cuda": "CUDA", "rocm": "ROCm", "vulkan": "Vulkan", "metal": "MTL"}
-    kinds = [names.get(family.partition("-")[0], "CUDA") for family in families]
-
-    def name(found: re.Match[str]) -> str:
-        i = int(found[1])
-        kind = kinds[i] if i < len(kinds) else "CUDA"
-        return f"={kind}{kinds[:i].count(kind)}"
-
-    return [re.sub(r"=SIM(\d+)(?=$|,)", name, flag) for flag in flags]
+    names = llama_names(cards)
+    return [re.sub(r"=SIM(\d+)(?=$|,)", lambda found: f"={names[int(found[1])]}", flag) for flag in flags]
 
 
 def command(program: str, model: str, flags: list[str]) -> str:

@@ -85,6 +85,8 @@ def header_path(text: str) -> Path:
     if sizes is None:
         near = difflib.get_close_matches(name.lower(), MODELS, 3, 0.4)
         hint = f"`pyggml models` lists {len(MODELS)}" + (f", such as {', '.join(near)}" if near else "")
+        if re.match("https?:/", text):
+            hint = "download it, or give the repository as -hf USER/MODEL:QUANT"
         raise FormatError(text, "there is no such file, and no such model in the table", hint=hint)
     quant = quant or sizes.quant
     parse_quant(quant)

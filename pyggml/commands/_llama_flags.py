@@ -150,6 +150,8 @@ def translate(args: Collection[str], own: Mapping[str, bool]) -> Translated:
         A flag is refused or unknown, or its value is missing.
     """
     found, rest = Translated(), list(args)
+    prompts: list[str] = []
+    answers: list[str] = []
     while rest:
         word = rest.pop(0)
         if word == "--":
@@ -177,9 +179,9 @@ def translate(args: Collection[str], own: Mapping[str, bool]) -> Translated:
             text = take()  # llama-bench's -p 512,2048 -n 128; of the others, a text and a number
             is_bench = re.fullmatch(r"\d+(,\d+)*", text) is not None
             if flag.startswith(("-p", "--p", "--n-prompt")) and is_bench:
-                found.sizes = [n for n in text.split(",") if n != "0"] + found.sizes
-            elif is_bench and found.sizes:
-                found.sizes += ["1"] if text.strip("0,") else []
+                prompts += text.split(",")
+            elif is_bench:
+                answers.append(f"{flag} {text}")
             else:
                 found.ignored.append(f"{flag} {text}")
         elif flag in ("-m", "--model"):
@@ -200,6 +202,10 @@ def translate(args: Collection[str], own: Mapping[str, bool]) -> Translated:
         else:
             known = {*own, *WITHOUT_EFFECT, *_SAME, *_REFUSED, "--model", "--hf-repo", "--load-mode"}
             raise click.NoSuchOption(flag, possibilities=get_close_matches(flag, known, 3, 0.6))
+    if prompts:
+        found.sizes = [n for n in prompts if n != "0"] + ["1" for said in answers if re.search("[1-9]", said)]
+    else:
+        found.ignored += answers  # a -n alone is llama-cli's
     if found.sizes:
         found.words += ["--batches", ",".join(found.sizes)]
     found.words += found.models

@@ -36,7 +36,23 @@ Examples:
 """
 
 
-@cloup.command("plan", epilog=EXAMPLES)
+class _PlanCommand(cloup.Command):
+    """A command that refuses llama.cpp's flags by their names: what a plan chooses is not told to it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; click alone would read ``-ctk`` as ``-c tk``."""
+        own = {name for param in self.get_params(ctx) for name in param.opts}
+        for before, word in zip(["", *args], args, strict=False):
+            if word[:1] == "-" and word.partition("=")[0] not in own and before not in ("--explain", "--compare"):
+                from ..advisor import flag_name
+
+                if flag := flag_name(word.partition("=")[0]):
+                    hint = "--kv-types T,T allows types" if "-ct" in flag else f'--compare "{word} ..." adds a row'
+                    raise click.UsageError(f"{word}: a plan chooses {flag} ({hint}, --explain {flag} says why)", ctx)
+        return super().parse_args(ctx, args)
+
+
+@cloup.command("plan", epilog=EXAMPLES, cls=_PlanCommand)
 @click.argument("model", type=ModelPath(), required=False)
 @cloup.option_group(
     "Your model",
@@ -209,7 +225,6 @@ def _setting(text: str) -> Setting:
     """Return the setting that a user's flags describe."""
     import shlex
 
-    from ..advisor.settings import overrides_of
     from ..foresight import Setting
     from ..moe_cache import CacheRule, LlamaCache
     from ..types import Type
@@ -224,7 +239,9 @@ def _setting(text: str) -> Setting:
         found.append((flags, expert_cache))
 
     try:
-        with read.make_context("--compare", shlex.split(text)) as ctx:
+        words = shlex.shlex(text.replace("\\\n", " "), posix=True, punctuation_chars="")
+        words.whitespace_split, words.escape, words.commenters = True, "", ""  # a pattern's backslashes stay
+        with read.make_context("--compare", list(words)) as ctx:
             read.invoke(ctx)
     except (click.ClickException, ValueError) as error:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
@@ -236,7 +253,7 @@ def _setting(text: str) -> Setting:
     if placement.fit:
         raise click.UsageError(f"--compare {text!r}: a number of layers is compared, not -ngl auto")
     return Setting(
-        n_gpu_layers=placement.n_gpu_layers, overrides=overrides_of(placement.overrides), n_cpu_moe=placement.n_cpu_moe,
+        n_gpu_layers=placement.n_gpu_layers, overrides=placement.overrides, n_cpu_moe=placement.n_cpu_moe,
         tensor_split=placement.tensor_split, n_ubatch=made.n_ubatch, n_batch=made.n_batch, threads=flags.threads or 0, flash_attn=made.flash_attn != "off", type_k=Type.of(made.type_k),
         type_v=Type.of(made.type_v), is_pinned=not placement.use_mmap, kv_offload=made.offload_kqv,
         op_offload=made.op_offload, moe_cache_mib=0 if cache is None else cache.size_bytes >> 20,

@@ -15,6 +15,7 @@ from ..hardware.cards import Card
 from ..hardware.formulas import backend_family, overlapped, pageable_rate
 from ..hardware.hosts import DEFAULT_HOST, Host
 from ..hardware.rates import RATES, Rates
+from ..models.override_patterns import compile_pattern
 from ..types import Type
 from .caching import misses_of_groups
 from .counts import routing_in, used_experts
@@ -130,20 +131,20 @@ _DENSE = ("ffn_gate", "ffn_down")
 
 
 @lru_cache(maxsize=4096)
-def _rules(overrides: tuple[str, ...]) -> tuple[tuple[str, int, bool], ...]:
+def _rules(overrides: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], int, bool], ...]:
     """Return the patterns in order, with the number of first layers of each, and whether it means host memory."""
     found = []
     for text in overrides:
         word, _, value = text.partition(" ")
         if word in ("--cpu-moe", "--n-cpu-moe"):
-            found.append((r"_exps", int(value) if value else 1 << 30, True))
+            found.append((re.compile("_exps"), int(value) if value else 1 << 30, True))
         elif word == "--n-cpu-ffn":
-            found.append((r"\.ffn_(up|down|gate)\.", int(value), True))
+            found.append((re.compile(r"\.ffn_(up|down|gate)\."), int(value), True))
         else:
             for part in text.split(","):
-                pattern, _, where = part.rpartition("=")
+                pattern, _, where = part.partition("=")
                 if pattern:
-                    found.append((pattern, 1 << 30, where.upper() == "CPU"))
+                    found.append((compile_pattern(pattern), 1 << 30, where == "CPU"))
     return tuple(found)
 
 
@@ -152,7 +153,7 @@ def _overridden(overrides: tuple[str, ...], layer: int, names: tuple[str, ...], 
     """Return if the first pattern that matches a layer's weights (any, or all) means host memory; None if none does."""
     fits = all if every else any
     for pattern, n_layer, is_host in _rules(overrides):
-        if layer < n_layer and fits(re.search(pattern, f"blk.{layer}.{name}.weight") for name in names):
+        if layer < n_layer and fits(pattern.search(f"blk.{layer}.{name}.weight") for name in names):
             return is_host
     return None
 

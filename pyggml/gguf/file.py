@@ -290,10 +290,12 @@ def _map(path: str) -> mmap.mmap:
             )
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                raise FormatError(path, "the file is empty", offset=0, hint=AGAIN)
+                raise FormatError(path, "the file is empty", hint=AGAIN)
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
-        hint = "download it: -hf is for `plan` and `splits`" if path.startswith("hf:") else "check the path"
+        hint = "check the path; a name from `pyggml models` has no weights: `plan`, `splits` and `savings` take it"
+        if path.startswith(("hf:", "http:/", "https:/")):
+            hint = "download it; `plan` and `splits` read a header with -hf USER/MODEL:QUANT"
         raise FormatError(path, "no such file", hint=hint) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         if isinstance(error, FormatError):

@@ -407,7 +407,7 @@ def _place(walk: _Walk, info: TensorInfo, record_at: int, data_offset: int, alig
     if end > walk.end:
         raise walk.error(
             f"tensor '{info.name}' ({info.nbytes:,} bytes at {offset:,}) ends {end - walk.end:,} bytes past the end of "
-            f"the file, which has {walk.end:,}",
+            f"the file, which has {walk.end:,} bytes; it is described",
             offset=record_at,
         )
     return TensorInfo(info.name, info.type, info.ne, offset, info.nbytes, part)

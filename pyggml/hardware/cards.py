@@ -9,9 +9,10 @@ pages, Apple's specifications; computed from cores and clock if a maker states o
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["CARDS", "GENERATIONS", "Card", "find_card"]
+__all__ = ["CARDS", "GENERATIONS", "LLAMA_NAMES", "Card", "find_card", "llama_names"]
 
 #: The family of kernels that llama.cpp runs on each generation.
 GENERATIONS: dict[str, str] = {
@@ -20,6 +21,8 @@ GENERATIONS: dict[str, str] = {
     "rdna2": "rocm-dp4a", "rdna3": "rocm", "rdna3.5": "rocm", "rdna4": "rocm", "xe": "vulkan", "xe2": "vulkan",
     "apple": "metal", "m5": "metal",
 }  # fmt: skip
+#: How llama.cpp names the devices of a family, before their number.
+LLAMA_NAMES = {"cuda": "CUDA", "rocm": "ROCm", "vulkan": "Vulkan", "metal": "MTL"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +254,18 @@ _NOISE = re.compile(
     r"nvidia|geforce|amd|radeon(?!vii)|intel|apple|arc|tesla|instinct|graphics|gpu|workstation|blackwell|generation|edition|server"
     r"|aipro|pcie|\d+gb|\d+gib|core|series|mobile(?=$)|promax|(?<=b[5-7]0)pro"
 )
+
+
+def llama_names(cards: Sequence[Card]) -> list[str]:
+    """Return the names that llama.cpp gives cards: each of its backends counts its own from 0.
+
+    Examples
+    --------
+    >>> llama_names([CARDS["rtx3090"], CARDS["mi50"], CARDS["rtx3060"]])
+    ['CUDA0', 'ROCm0', 'CUDA1']
+    """
+    kinds = [LLAMA_NAMES[card.family.partition("-")[0]] for card in cards]
+    return [f"{kind}{kinds[:i].count(kind)}" for i, kind in enumerate(kinds)]
 
 
 def find_card(text: str, memory_gib: float | None = None) -> Card | None:

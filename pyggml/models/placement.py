@@ -19,6 +19,7 @@ from ..backend import Device
 from ..buffer import BufferType
 from ..errors import GraphError, UnsupportedOpError, visible
 from ..gguf import TensorInfo
+from ..hardware.cards import LLAMA_NAMES, Card, llama_names
 from ..tensor import Tensor
 from ..types import Op, Type
 from .context import ContextParams
@@ -200,11 +201,12 @@ def parse_overrides(flags: PlacementFlags, devices: Sequence[Device], cpu: Devic
     words = [*flags.overrides, *(["--cpu-moe"] if flags.cpu_moe else [])]
     words += [f"--n-cpu-moe {flags.n_cpu_moe}"] if flags.n_cpu_moe else []
     known = {device.buffer_type.name: device.buffer_type for device in (*devices, cpu)}
+    theirs = _llama_bufts(devices)
     out: list[Override] = []
     for word in words:
         name, _, count = word.partition(" ")
         if name not in _SHORTHANDS:
-            out += [_parse_override(text, known) for text in word.removesuffix(",").split(",")]
+            out += [_parse_override(text, known, theirs) for text in word.removesuffix(",").split(",")]
         elif name == "--cpu-moe":
             out.append(_override(_SHORTHANDS[name], cpu.buffer_type, word))
         elif count.isdecimal():
@@ -215,20 +217,31 @@ def parse_overrides(flags: PlacementFlags, devices: Sequence[Device], cpu: Devic
     return out
 
 
-def _parse_override(text: str, known: Mapping[str, BufferType]) -> Override:
+def _llama_bufts(devices: Sequence[Device]) -> dict[str, BufferType]:
+    """Return buffer types of cards by llama.cpp's names, so that a pasted ``=CUDA1`` names a simulated device.
+
+    Another backend's names count all cards: ``Vulkan1`` is the second one.
+    """
+    cards = {d.buffer_type: d.profile.sheet for d in devices if d.profile and isinstance(d.profile.sheet, Card)}
+    out = {f"{kind}{i}": buft for i, buft in enumerate(cards) for kind in LLAMA_NAMES.values()}
+    return out | dict(zip(llama_names(list(cards.values())), cards, strict=True))
+
+
+def _parse_override(text: str, known: Mapping[str, BufferType], theirs: Mapping[str, BufferType]) -> Override:
     pattern, equals, name = text.partition("=")
     if not equals or not pattern:
         raise GraphError(
             f"-ot '{text}' is not of the form REGEX=BUFT",
             hint=f"such as '{EXPERTS}=CPU'; commas separate overrides, so that a pattern cannot hold one",
         )
-    if name not in known:
+    buft = known.get(name) or theirs.get(name)
+    if buft is None:
         near = difflib.get_close_matches(name.upper(), known, 1, 0.5)
         meant = f"did you mean {near[0]}? " if near else ""
         raise GraphError(
             f"-ot '{text}': no buffer type is called '{name}'", hint=f"{meant}there are {', '.join(known)}"
         )
-    return _override(pattern, known[name], f"-ot {text}")
+    return _override(pattern, buft, f"-ot {text}")
 
 
 def _override(regex: str, buft: BufferType, text: str) -> Override:

@@ -58,7 +58,7 @@ def _run(words: list[str]) -> tuple[int, str, str]:
         status = cli.run(words)
     text = out.getvalue() + err.getvalue()
     assert status in STATUS, f"exit status {status}: {text[-400:]}"
-    assert "mistake in pyggml" not in text, text[-600:]
+    assert "error in pyggml" not in text, text[-600:]
     return status, text, out.getvalue()
 
 

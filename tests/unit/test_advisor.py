@@ -267,6 +267,15 @@ def test_nothing_fits_is_told_with_what_is_missing() -> None:
     assert answer["smaller"].startswith("llama-3.3-70b:")
 
 
+def test_what_is_missing_is_of_the_smallest_setting_with_its_cache() -> None:
+    """Weights alone would fit here, but not with the KV cache: bytes are missing, and a smaller type leaves them free."""
+    model = "qwen3-30b-a3b:IQ4_XS"
+    advice = plan(model, devices="rtx4060", host="ddr5-5600x2,cores=8,16GiB", context=131072, n_plans=1)
+    assert advice.plans == []
+    assert 0 < advice.missing_bytes < 1 << 30
+    assert 0.8 < advice_weights(advice.smaller) / (advice_weights(model) - advice.missing_bytes) < 1
+
+
 def test_a_dense_model_without_a_card() -> None:
     """The CPU alone is a machine: one plan, no flags of devices."""
     advice = plan("qwen3-0.6b", devices="cpu", host=HOST, context=4096)

@@ -78,7 +78,7 @@ def test_rows_have_the_meaning_of_llama_bench(tmp_path: Path) -> None:
     assert (s.n_gpu_layers, s.n_ubatch, s.type_k, s.is_pinned, s.kv_offload, s.op_offload, s.flash_attn) == (
         20, 256, Type.Q8_0, False, False, False, False,
     )  # fmt: skip
-    assert s.overrides == ("blk\\..*_exps=CPU", "output=SIM0")
+    assert s.overrides == ("blk\\..*_exps=CPU", "output=CUDA0")
     (c,) = compare_runs(MODEL, machine_of("rtx3090", HOST), [one])
     prompt, answer = (
         compare_runs(MODEL, machine_of("rtx3090", HOST), [type(one)(p, g, d, s, 1.0, "")])[0].predicted.mid

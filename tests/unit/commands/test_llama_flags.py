@@ -41,6 +41,17 @@ def test_flags_with_llama_cpps_meaning() -> None:
     assert words("-lm", "auto") == ["--mmap"]
 
 
+def test_sizes_of_llama_bench_come_in_any_order() -> None:
+    """-n before -p means the same as after it; -p 0 leaves the answer; a -n without a -p is llama-cli's."""
+    own = {"--batches": True}
+    for line in ("-p 64 -n 32", "-n 32 -p 64"):
+        found = translate(line.split(), own)
+        assert (found.words, found.ignored) == (["--batches", "64,1"], [])
+    assert translate(["-n", "32", "-p", "0"], own).words == ["--batches", "1"]
+    assert translate(["-n", "32"], own).ignored == ["-n 32"]
+    assert translate(["-p", "64", "-n", "0"], own).words == ["--batches", "64"]
+
+
 def test_flags_without_effect_are_named_with_their_values() -> None:
     """A flag of the server, of sampling or of threads is left out with its value, and told."""
     found = translate(["--port", "80", "-tb", "8", "--mlock", "--temp=0.5", "-ngl", "1"], OWN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,11 @@ MISTAKES = {
     "regex": ("splits MODEL -ot blk.(=CPU", 1, "-ot: 'blk.('", "escape dots and brackets"),
     "list": ("splits MODEL --batches 1,x", 2, "--batches 1,x", "give numbers above 0, separated by commas"),
     "port": ("run MODEL -p a -dev rpc:127.0.0.1:1,cpu", 1, "cannot connect", "is rpc-server running there?"),
+    "address": ("splits https://example.com/m.gguf", 1, "there is no such file", "-hf USER/MODEL:QUANT"),
+    "no weights": ("run gpt-oss-20b -p a", 1, "no such file", "has no weights"),
+    "chosen": ("plan gpt-oss-20b -dev rtx3060 -ctk q8_0", 2, "-ctk: a plan chooses -ctk", "--kv-types"),
+    "chosen, too": ("plan gpt-oss-20b -dev rtx3060 -ncmoe 3", 2, "a plan chooses -ncmoe", '--compare "-ncmoe ..."'),
+    "compared": ("plan gpt-oss-20b -dev rtx3060 --compare '-ot (=CPU'", 1, "-ot: '('", "escape dots and brackets"),
     "damaged": ("splits DAMAGED", 1, "at byte", "download it again"),
     "extra": ("splits MODEL -dev libggml:CPU,cpu", 1, "no ggml library is installed", "pip install 'libggml-python"),
 }
@@ -53,7 +59,7 @@ def test_a_mistake_is_told_with_what_to_do_next(
     monkeypatch.delenv("PYGGML_LIBGGML", raising=False)
     if name == "extra":
         monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
-    assert cli.run([files.get(word, word) for word in line.split()]) == status
+    assert cli.run([files.get(word, word) for word in shlex.split(line)]) == status
     seen = capsys.readouterr()
     told = " ".join((seen.err if status != 3 else seen.out).split())
     assert wrong in told

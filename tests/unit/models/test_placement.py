@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import tiny
 
-from pyggml.backend import REGISTRY
+from pyggml.backend import REGISTRY, Device
 from pyggml.backends.mock import MockDevice
 from pyggml.errors import GraphError, UnsupportedOpError
 from pyggml.models.architectures import weight_specs
@@ -23,10 +25,15 @@ def device(name: str) -> MockDevice:
 
 def placed(flags: PlacementFlags, names: tuple[str, ...] = ("CUDA0",), arch: str = "llama") -> Placement:
     """Return the placement of a tiny model over devices and the CPU."""
+    return placed_on(flags, [device(n) for n in names], arch)
+
+
+def placed_on(flags: PlacementFlags, devices: Sequence[Device], arch: str = "llama") -> Placement:
+    """Return the placement of a tiny model over open devices and the CPU."""
     hp = tiny.hparams(arch)
     infos = tiny.infos(hp)
     specs = resolve_specs(weight_specs(hp, infos), infos, "tiny.gguf")
-    return place(hp, specs, infos, [device(n) for n in names], REGISTRY.open("cpu"), flags)
+    return place(hp, specs, infos, devices, REGISTRY.open("cpu"), flags)
 
 
 def where(p: Placement) -> dict[str, str]:
@@ -109,6 +116,17 @@ def test_the_first_override_that_matches_holds():
     assert reasons["blk.2.attn_q.weight"] == "-ot attn_q=CPU"
     assert reasons["blk.0.ffn_gate_exps.weight"] == "--cpu-moe"
     assert p.has_overrides
+
+
+@pytest.mark.parametrize(
+    ("name", "is_put"),
+    [("CUDA1", "SIM2"), ("ROCm0", "SIM1"), ("Vulkan1", "SIM1"), ("CUDA2", "SIM2"), ("SIM0", "SIM0"), ("CPU", "CPU")],
+)
+def test_llama_cpps_names_are_simulated_devices(name: str, is_put: str) -> None:
+    """A backend of llama.cpp counts its own cards; another backend counts all. So a plan's command can be pasted."""
+    cards = REGISTRY.open_all(["rtx3090", "mi50", "rtx3060", "cpu"], data=False)[:-1]
+    by_name = where(placed_on(PlacementFlags(overrides=(rf"blk\.0\.ffn_up_exps={name}",)), cards))
+    assert by_name["blk.0.ffn_up_exps.weight"] == is_put
 
 
 @pytest.mark.parametrize(
