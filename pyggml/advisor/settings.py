@@ -299,6 +299,7 @@ def with_llama_names(flags: Iterable[str], cards: Sequence[Card]) -> list[str]:
 
     Examples
     --------
+    >>> from pyggml.hardware.cards import CARDS
     >>> with_llama_names(["-ot", "output=SIM1,ffn_up=CPU"], [CARDS["rtx3090"], CARDS["rtx3060"]])
     ['-ot', 'output=CUDA1,ffn_up=CPU']
     """
