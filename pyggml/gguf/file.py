@@ -290,7 +290,7 @@ def _map(path: str) -> mmap.mmap:
             )
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                raise FormatError(path, "the file is empty", hint=AGAIN)
+                raise FormatError(path, "the file is empty", offset=0, hint=AGAIN)
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         hint = "check the path; a name from `pyggml models` has no weights: `plan`, `splits` and `savings` take it"
