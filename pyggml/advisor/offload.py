@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from ..foresight import Setting
@@ -14,8 +15,8 @@ __all__ = ["pays_from"]
 #: llama.cpp's own threshold: below it nothing is copied.
 _LEAST = 32
 _MOST = 4096
-#: Rounds of two or three micro-batches each, after which what is known must do.
-_MOST_ROUNDS = 12
+#: Micro-batches that are tried, after which what is known must do.
+_MOST_ASKED = 24
 
 
 def pays_from(search: Search, setting: Setting) -> int | None:
@@ -41,29 +42,20 @@ def pays_from(search: Search, setting: Setting) -> int | None:
     if most < _LEAST:
         return None
     setting = without_cache(setting)
-    guess = _guess(search, setting, most)
     gains: dict[int, float] = {}
     low, high = _LEAST - 1, most + 1  # it pays not at the lower end, and does at the upper one, as far as is known
-    at, step = most if guess is None else guess, 1
-    for _ in range(_MOST_ROUNDS):
-        asked = [n for n in (at, at - 1) if n not in gains and _LEAST <= n <= most]
-        gains |= _gains(search, setting, asked)
-        for n in (at - 1, at):
-            if n in gains and gains[n] > 0 and n < high:
-                high = n
-            elif n in gains and gains[n] <= 0 and low < n < high:
-                low = n
+    at = _guess(search, setting, most) or most
+    for _ in range(_MOST_ASKED):
+        on_cpu, copied = _seconds(search, setting, at, copies_first=len(gains) % 2 > 0)
+        gains[at] = on_cpu - copied
+        low, high = (low, at) if gains[at] > 0 else (at, high)
         if high - low == 1:
             break
-        if high > most:  # none is known that pays
-            if low >= most:
-                break
-            at, step = min(most, max(low + 1, round(low * (1.0 + 0.03 * step)))), 4 * step
-        elif low < _LEAST:  # none is known that does not
-            at, step = max(_LEAST, min(high - 1, round(high / (1.0 + 0.03 * step)))), 4 * step
-        else:
-            share = gains[low] / (gains[low] - gains[high])
-            at = min(high - 1, max(low + 2, low + round(share * (high - low)))) if high - low > 2 else low + 1
+        if low >= _LEAST and high <= most:
+            nearest = math.ceil(low + gains[low] / (gains[low] - gains[high]) * (high - low))
+        else:  # the CPU's time is about in proportion to the tokens, that of copies about constant
+            nearest = math.floor(at * copied / on_cpu) if gains[at] > 0 else math.ceil(at * copied / on_cpu)
+        at = max(low + 1, min(high - 1, nearest))
     return high if high <= most else None
 
 
@@ -87,16 +79,13 @@ def _guess(search: Search, setting: Setting, most: int) -> int | None:
     return low
 
 
-def _gains(search: Search, setting: Setting, sizes: list[int]) -> dict[int, float]:
-    """Return by how many seconds micro-batches of some sizes are faster with copies."""
-    if not sizes:
-        return {}
-    size = max(setting.n_ubatch, *sizes)
-    seconds: list[list[float]] = []
-    for on in (False, True):
+def _seconds(search: Search, setting: Setting, n: int, *, copies_first: bool) -> tuple[float, float]:
+    """Return the time of a micro-batch on the CPU, and with copies; ``copies_first``: the planner is at that setting."""
+    size = max(setting.n_ubatch, n)
+    seconds: dict[bool, float] = {}
+    for on in (copies_first, not copies_first):
         planner = search.memory.planner(
             replace(setting, op_offload=on, n_ubatch=size, n_batch=max(size, setting.n_batch))
         )
-        made = (simulate_batch(planner, n, routing=search.shape.routing) for n in sizes)
-        seconds.append([m.seconds or 0.0 for m in made])
-    return {n: without - copied for n, without, copied in zip(sizes, *seconds, strict=True)}
+        seconds[on] = simulate_batch(planner, n, routing=search.shape.routing).seconds or 0.0
+    return seconds[False], seconds[True]

@@ -67,13 +67,14 @@ class Answers:
         self._places: dict[tuple[str, str, int, str], Message] = {}
         self._single_homes: set[str] = set()
         self._decodes: dict[tuple[Kind, str], Message] = {}
+        self._largest: dict[Kind, Message] = {}
 
     def captures(self, about: Message) -> Captures:
         """Return what asks with some flags."""
         return Captures(self.process, self.paths, about)
 
     def facts(self, about: Message, overrides: Overrides, *, derive: bool) -> tuple[Message, Kind]:
-        """Return what a plan needs, with the largest graph, and the kind of all graphs.
+        """Return what a plan needs besides graphs, and the kind of all graphs.
 
         Parameters
         ----------
@@ -110,8 +111,14 @@ class Answers:
             del self._decodes[next(iter(self._decodes))]
         return found
 
-    def reserve(self, kind: Kind, size: list[int]) -> Message:
-        """Return the graph of a size over the whole cache."""
+    def largest(self, kind: Kind) -> Message:
+        """Return the graph with which llama.cpp reserves memory."""
+        if kind not in self._largest:
+            self._largest[kind] = self.reserve(kind, None)
+        return self._largest[kind]
+
+    def reserve(self, kind: Kind, size: list[int] | None) -> Message:
+        """Return the graph of a size over the whole cache; None: the largest."""
         return self.captures(self._of_kind[kind][0]).ask("reserve", size=size)
 
     def _kind(self, about: Message, overrides: Overrides, fused: object) -> Kind:

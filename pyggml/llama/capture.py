@@ -6,7 +6,8 @@ Requests and answers are plain data that JSON can hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,9 @@ _UNUSED = re.compile(r"model has unused tensor (\S+)")
 _FUSED = re.compile(r"resolve_fused_ops: (.+?) (enabled|not supported, set to disabled)")
 _PINNED = re.compile(rb"(?:norm|l_last)-(\d+)")
 _RESERVING = re.compile(r"reserving a graph for ubatch with n_tokens = *(\d+), n_seqs = *(\d+), n_outputs = *(\d+)")
+
+#: `TENSOR_STRUCT` up to its name.
+_STRUCT = struct.Struct("@iP4q4Ni16ii10PPNP64s")
 
 Size = tuple[int, int, int]  # tokens, sequences, outputs
 
@@ -397,39 +401,38 @@ class Capture(Watcher):
                 self.host.cpu.fill(t.buffer)
 
     def _read(self, nodes: list[Handle], leafs: list[Handle]) -> Message:
-        """Return nodes in order, then leafs, then other reachable tensors, which refer to each other by index."""
-        ffi, lib, null = self.ffi, self.lib, self.ffi.NULL
+        """Return nodes in order, then leafs, then other reachable tensors, which refer to each other by index.
+
+        A tensor is what `CapturedTensor` takes.
+        """
+        ffi, lib = self.ffi, self.lib
         address = self.library.address
         todo = [*nodes, *leafs]
         index = {address(t): i for i, t in enumerate(todo)}
 
-        def place_of(t: Handle) -> int:
-            key = address(t)
+        def place_of(key: int) -> int:
             if key not in index:
                 index[key] = len(todo)
-                todo.append(t)
+                todo.append(ffi.cast("struct ggml_tensor *", key))
             return index[key]
 
-        tensors: list[Message] = []
+        tensors: list[tuple[object, ...]] = []
         for t in todo:  # grows while it is read
-            sources = [None if s == null else place_of(s) for s in t.src]
-            while sources and sources[-1] is None:
-                sources.pop()
-            params = list(t.op_params)
-            while params and not params[-1]:
-                params.pop()
+            fields = _STRUCT.unpack_from(ffi.buffer(t))
+            (type, buffer), ne, nb, n_op, params = fields[:2], fields[2:6], fields[6:10], fields[10], fields[11:27]
+            flags, sources, view, offs, name = fields[27], fields[28:38], fields[38], fields[39], fields[41]
             where = None
-            if t.buffer != null and t.op == 0 and t.view_src == null:
+            if buffer and not n_op and not view:
                 usage = lib.ggml_backend_buffer_get_usage(t.buffer)
                 if usage != _COMPUTE_USAGE:
-                    where = [self._buft_of(t), usage]
-            op = self._text("op", t.op)
-            tensors.append({
-                "op": op, "name": ffi.string(t.name).decode("utf-8", "replace"), "type": self._text("type", t.type),
-                "ne": list(t.ne), "nb": list(t.nb), "src": sources, "params": params, "flags": t.flags,
-                "view": None if t.view_src == null else place_of(t.view_src), "offs": t.view_offs, "where": where,
-                **({"desc": self.library.text(lib.ggml_op_desc(t))} if op in ("UNARY", "GLU") else {}),
-            })  # fmt: skip
+                    where = (self._buft_of(t), usage)
+            op = self._text("op", n_op)
+            tensors.append((
+                op, name.partition(b"\0")[0].decode("utf-8", "replace"), self._text("type", type), ne, nb,
+                _without_end([place_of(key) if key else None for key in sources], None), _without_end(params, 0), flags,
+                place_of(view) if view else None, offs, where,
+                self.library.text(lib.ggml_op_desc(t)) if op in ("UNARY", "GLU") else op,
+            ))  # fmt: skip
         n = len(nodes)
         return {
             "n_nodes": n,
@@ -448,3 +451,11 @@ class Capture(Watcher):
             self.lib.llama_model_free(self._model)
         self._ctx = self._model = self.ffi.NULL
         self.host.leave()
+
+
+def _without_end(values: Sequence[_T], end: _T) -> Sequence[_T]:
+    """Return values without equal ones at the end."""
+    n = len(values)
+    while n and values[n - 1] == end:
+        n -= 1
+    return values[:n]

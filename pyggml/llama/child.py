@@ -95,9 +95,9 @@ class _Captures:
             self._capture, self._about = Capture(self.host, about), about
         capture = self._capture
         if request["do"] == "facts":
-            return capture.facts() | {"graph": capture.reserve(*self._largest(capture.facts()))}
+            return capture.facts()
         if request["do"] == "reserve":
-            return capture.reserve(*request["size"])
+            return capture.reserve(*(request["size"] or self._largest(capture.facts())))
         if request["do"] == "printed":
             return {"lines": capture.printed(*request["size"])}
         return capture.decode(

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..backend import Backend
 from ..graph import Graph
 from ..tensor import Tensor
 from ..types import GluOp, Op, Type, UnaryOp
 
-__all__ = ["CapturedGraph", "UnknownError", "read_graph", "read_tensor"]
+__all__ = ["CapturedGraph", "CapturedTensor", "UnknownError", "read_graph", "read_tensor", "tensors_of"]
 
 Message = dict[str, Any]  # what goes through JSON
 
 _TYPES = {t.ggml_name: t for t in Type}
+_OPS = dict(Op.__members__)
+
+
+class CapturedTensor(NamedTuple):
+    """A tensor of a captured graph.
+
+    Attributes
+    ----------
+    src, view
+        Places in the list of the graph's tensors.
+    where
+        The name of the buffer type and the usage of a weight or cache; None for others.
+    desc : str
+        The name of the op's kind, such as ``"SILU"``.
+    """
+
+    op: str
+    name: str
+    type: str
+    ne: Sequence[int]
+    nb: Sequence[int]
+    src: Sequence[int | None]
+    params: Sequence[int]
+    flags: int
+    view: int | None
+    offs: int
+    where: Sequence[Any] | None
+    desc: str
 
 
 @dataclass(eq=False, slots=True)
@@ -39,26 +67,30 @@ class UnknownError(Exception):
     """An op or a type that pyggml does not have."""
 
 
-def read_tensor(about: Message) -> Tensor:
+def tensors_of(captured: Message) -> Iterator[CapturedTensor]:
+    """Return the tensors of a captured graph."""
+    return map(CapturedTensor._make, captured["tensors"])
+
+
+def read_tensor(about: CapturedTensor) -> Tensor:
     """Return a tensor without its sources."""
-    op, element, params = Op.__members__.get(about["op"]), _TYPES.get(about["type"]), about["params"]
+    op, element, params = _OPS.get(about.op), _TYPES.get(about.type), about.params
     if op is None:
-        raise UnknownError(f"the op {about['op']}")
+        raise UnknownError(f"the op {about.op}")
     if element is None:
-        raise UnknownError(f"the type {about['type']}")
+        raise UnknownError(f"the type {about.type}")
     if op in (Op.UNARY, Op.GLU):
         kind: type[UnaryOp | GluOp] = UnaryOp if op is Op.UNARY else GluOp
-        if about["desc"] not in kind.__members__:
-            raise UnknownError(f"the op {about['desc']}")
-        params = [int(kind[about["desc"]]), *params[1:]]
+        if about.desc not in kind.__members__:
+            raise UnknownError(f"the op {about.desc}")
+        params = [int(kind[about.desc]), *params[1:]]
     return Tensor(
-        element, tuple(about["ne"]), tuple(about["nb"]), name=about["name"], op=op, op_params=tuple(params),
-        flags=about["flags"],
-    )  # fmt: skip
+        element, tuple(about.ne), tuple(about.nb), name=about.name, op=op, op_params=tuple(params), flags=about.flags
+    )
 
 
 def read_graph(
-    captured: Message, n_tokens: int, leaf: Any, known: Callable[[Message], Tensor | None] = lambda about: None
+    captured: Message, n_tokens: int, leaf: Any, known: Callable[[CapturedTensor], Tensor | None] = lambda about: None
 ) -> CapturedGraph:
     """Return the graph of a child's answer.
 
@@ -70,23 +102,23 @@ def read_graph(
         Returns the tensor of a weight or cache, from its description and the number of earlier ones in the graph with
         that name and place.
     """
-    tensors, n_nodes = captured["tensors"], captured["n_nodes"]
+    tensors, n_nodes = list(tensors_of(captured)), captured["n_nodes"]
     made: list[Tensor] = []
     n_seen: dict[tuple[str, str], int] = {}
     for about in tensors:
         found = known(about)
-        if found is not None or about["where"] is None:
+        if found is not None or about.where is None:
             made.append(read_tensor(about) if found is None else found)
             continue
-        key = (about["name"], about["where"][0])
+        key = (about.name, about.where[0])
         made.append(leaf(about, n_seen.get(key, 0)))
         n_seen[key] = n_seen.get(key, 0) + 1
     for about, tensor in zip(tensors, made, strict=True):
         if tensor.op is Op.VIEW and tensor.view_src is not None:  # a known one
             continue
-        tensor.src[:] = [None if i is None else made[i] for i in about["src"]]
-        if about["view"] is not None:
-            tensor.view_src, tensor.view_offs = made[about["view"]], about["offs"]
+        tensor.src[:] = [None if i is None else made[i] for i in about.src]
+        if about.view is not None:
+            tensor.view_src, tensor.view_offs = made[about.view], about.offs
     graph = Graph()
     graph.nodes = made[:n_nodes]
     graph.leafs = [made[i] for i in captured["leafs"]] or [t for t in made[n_nodes:] if t.op is Op.NONE]

@@ -43,7 +43,7 @@ from ..moe_cache import LlamaCache, MoeCache
 from ..tensor import Tensor
 from ..types import BufferUsage, Op, Type
 from .answers import OF_LAYER, Answers, is_settled
-from .graphs import CapturedGraph, UnknownError, read_graph, read_tensor
+from .graphs import CapturedGraph, CapturedTensor, UnknownError, read_graph, read_tensor, tensors_of
 from .library import find_llama
 from .process import shared_process
 
@@ -241,7 +241,7 @@ class CapturedSource(GraphSource):
             about["context"]["op_offload"] = True
         self.captures = self.answers.captures(about)
         facts, self._kind = self.answers.facts(about, [(o.pattern, o.buft.name) for o in overrides], derive=derive)
-        self._largest: Message = facts["graph"]
+        self._largest = self.answers.largest(self._kind)
         self.build: dict[str, str] = facts["build"]
         self.reserves = facts["reserves"]
         self.hparams = CapturedFacts.read(self.file, facts["n_vocab"])
@@ -250,7 +250,7 @@ class CapturedSource(GraphSource):
         for weight in self.placement.weights:
             places.setdefault(weight.spec.name, []).append(weight.buft.name)
         self._home = {name: bufts[0] for name, bufts in places.items() if len(bufts) == 1}
-        has_flash = any(t["op"] == "FLASH_ATTN_EXT" for t in self._largest["tensors"])
+        has_flash = any(t.op == "FLASH_ATTN_EXT" for t in tensors_of(self._largest))
         self.params = ContextParams(
             n_ctx=facts["n_ctx"],
             n_ctx_seq=facts["n_ctx"] // (1 if context.kv_unified else facts["n_seq_max"]),
@@ -296,11 +296,11 @@ class CapturedSource(GraphSource):
         told = [w for w in facts["weights"] if w["buft"] is not None]
         known = {(w["name"], self._memory(w["buft"])) for w in told}
         of_layers = {w["name"] for w in told if OF_LAYER.match(w["name"])}  # the graph may be of other overrides
-        for t in self._largest["tensors"]:
-            if t["where"] is None or t["where"][1] != _WEIGHTS or t["name"] in of_layers:
+        for t in tensors_of(self._largest):
+            if t.where is None or t.where[1] != _WEIGHTS or t.name in of_layers:
                 continue
-            if (t["name"], self._memory(t["where"][0])) not in known:
-                told.append({"name": t["name"], "op": None, "buft": t["where"][0], "moved": False})
+            if (t.name, self._memory(t.where[0])) not in known:
+                told.append({"name": t.name, "op": None, "buft": t.where[0], "moved": False})
         return told
 
     def _memory(self, buft: str) -> str:
@@ -358,10 +358,10 @@ class CapturedSource(GraphSource):
             if found and layer < len(self.placement.layers):
                 info = place.info
                 made = Tensor(info.type, info.ne)
-                about = {
-                    "name": place.spec.name, "where": [place.buft.name, _WEIGHTS], "op": "NONE", "params": [], "flags": 0,
-                    "type": info.type.ggml_name, "ne": list(made.ne), "nb": list(made.nb),
-                }  # fmt: skip
+                about = CapturedTensor(
+                    "NONE", place.spec.name, info.type.ggml_name, made.ne, made.nb, src=(), params=(), flags=0,
+                    view=None, offs=0, where=(place.buft.name, _WEIGHTS), desc="NONE",
+                )  # fmt: skip
                 of_layer.setdefault(layer, {})[found[1]] = self._leaf(about, 0)
         return {il: [ws[kind] for kind in _EXPERT_KINDS if kind in ws] for il, ws in of_layer.items()}
 
@@ -385,23 +385,23 @@ class CapturedSource(GraphSource):
         self.captures.about = self.captures.about | {"context": context}
         self._kind = self.answers.own_kind(self.captures.about)
         self._cached = {w.name: w for layer in self.expert_weights().values() for w in layer}
-        self._largest = self.captures.ask("facts")["graph"]
+        self._largest = self.answers.largest(self._kind)
 
-    def _bank(self, about: Message) -> Tensor | None:
+    def _bank(self, about: CapturedTensor) -> Tensor | None:
         """Return the tensor of the expert cache that a graph names; None for any other tensor."""
-        kind, _, name = about["name"].partition(".")
+        kind, _, name = about.name.partition(".")
         if self.banks is None or kind != "moe_cache":
             return None
         if name.startswith("slot_map-"):
             found = self.banks.slot_map(int(name.removeprefix("slot_map-")))
-        elif about["op"] == "VIEW":
+        elif about.op == "VIEW":
             found = self.banks.bank(self._cached[name])
         else:
             found = self.banks.bank(self._cached[name.partition(".")[2]]).view_src
-        if found is None or list(found.ne) != about["ne"]:
+        if found is None or list(found.ne) != list(about.ne):
             shape = None if found is None else list(found.ne)
             raise SchedError(
-                f"the expert cache of llama.cpp has {about['ne']} as '{about['name']}', that of pyggml {shape}"
+                f"the expert cache of llama.cpp has {list(about.ne)} as '{about.name}', that of pyggml {shape}"
             )
         return found
 
@@ -409,20 +409,21 @@ class CapturedSource(GraphSource):
         """Return the bytes that caches need, including recurrent states."""
         sizes: dict[BufferType, int] = {}
         seen = set()
-        for t in self._largest["tensors"]:
-            if t["where"] is None or t["where"][1] == _WEIGHTS or t["name"] in seen:
+        for t in tensors_of(self._largest):
+            if t.where is None or t.where[1] == _WEIGHTS or t.name in seen:
                 continue
-            seen.add(t["name"])
-            buft = self._bufts[t["where"][0]]
-            size = buft.alloc_size(Tensor(_TYPES[t["type"]], tuple(t["ne"]), tuple(t["nb"])))
+            seen.add(t.name)
+            buft = self._bufts[t.where[0]]
+            size = buft.alloc_size(Tensor(_TYPES[t.type], tuple(t.ne), tuple(t.nb)))
             sizes[buft] = sizes.get(buft, 0) + -(-size // buft.alignment) * buft.alignment
         return sizes
 
-    def _leaf(self, about: Message, n_before: int) -> Tensor:
+    def _leaf(self, about: CapturedTensor, n_before: int) -> Tensor:
         """Return the tensor of a weight or cache, which is the same in every graph."""
-        where, usage = about["where"]
-        home = self._home.get(about["name"])
-        key = (about["name"], where if home is None else "", n_before)
+        assert about.where is not None
+        where, usage = about.where
+        home = self._home.get(about.name)
+        key = (about.name, where if home is None else "", n_before)
         made = self._leafs.get(key)
         if made is None:
             made = self._leafs[key] = read_tensor(about)

@@ -26,7 +26,7 @@ __all__ = ["Captures"]
 Message = dict[str, Any]  # what goes through JSON
 
 #: Increment it when the format of answers changes.
-_VERSION = 4
+_VERSION = 5
 #: Most kept answers; the oldest are deleted first.
 _MOST_FILES = 256
 

@@ -117,10 +117,10 @@ def test_what_was_captured_is_kept(random_model: Callable[[str], Path], own_cach
     for _ in range(2):
         with _plan(path, "llama") as planner:
             planner.plan_batch(40)
-    assert asked == ["facts", "decode"]
+    assert asked == ["facts", "reserve", "decode"]
     os.utime(path)
     _plan(path, "llama").close()
-    assert asked[2:] == ["facts"]
+    assert asked[3:] == ["facts", "reserve"]
     assert {p.suffix for p in (own_cache / "llama").iterdir()} == {".z"}
 
 
