@@ -21,6 +21,7 @@ import click
 import cloup
 
 from . import __version__, commands, config
+from .collector import rare_collections
 from .errors import PyggmlError, visible
 
 __all__ = ["QUESTIONS", "CommandGroup", "group", "main", "run"]
@@ -206,6 +207,7 @@ def _line(error: Exception) -> str:
 
 def main() -> None:
     """Run the command of this process, and exit with its status."""
-    status = run()
-    gc.freeze()  # the system takes back all memory at once: the interpreter need not look for garbage in it
+    with rare_collections:
+        status = run()
+        gc.freeze()  # the system takes back all memory at once: the interpreter need not look for garbage in it
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""`rare_collections`: Python's garbage collector runs seldom while a plan makes many tensors.
+"""`rare_collections`: Python's garbage collector runs seldom while a plan makes many tensors, and in the program `pyggml`.
 
 It visits all containers that are alive again and again, which takes a quarter of the time of a plan; little of what a plan makes is
 garbage in cycles.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -116,8 +117,6 @@ class Advice:
         could not reach; `fit_by`: whether llama.cpp itself answered, or pyggml's rule.
     explained : Explanation or None
         What the values of a flag come to, if that was asked for.
-    points : list of tuple
-        For the page, for each setting that fits: device bytes, tokens/s of prompt and answer, flags.
     """
 
     model: str
@@ -138,7 +137,12 @@ class Advice:
     n_planned: int = 0
     seconds: float = 0.0
     explained: Explanation | None = None
-    points: list[tuple[int, float, float, str]] = field(default_factory=list)
+    find_points: Callable[[], list[tuple[int, float, float, str]]] = list  #: see `points`
+
+    @property
+    def points(self) -> list[tuple[int, float, float, str]]:
+        """For the page, for each setting that fits: device bytes, tokens/s of prompt and answer, flags."""
+        return self.find_points()
 
     @property
     def shown(self) -> list[Recommendation]:

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ..foresight import Setting, Speed
 from ..simulation import simulate_batch, simulate_generation, simulate_prompt
@@ -108,7 +109,7 @@ class Maker:
                 made = self.make(title, found)
                 if is_wanted(made):
                     plans.append(made)
-        self._points([*(search.score(p.setting) for p in plans[:n_plans]), *every])
+        self.advice.find_points = partial(self._points, [*(search.score(p.setting) for p in plans[:n_plans]), *every])
         return plans[:n_plans]
 
     def _with_fit(self, plans: list[Recommendation], around_fit: list[Setting], tell: Callable[[str], None]) -> None:
@@ -224,8 +225,9 @@ class Maker:
             search.memory.refused.get(setting, ""),
         )  # fmt: skip
 
-    def _points(self, ranked: list[Scored]) -> None:
-        """Keep what the page draws: settings that fit by what is known, each once; the plans are first."""
+    def _points(self, ranked: list[Scored]) -> list[tuple[int, float, float, str]]:
+        """Return what the page draws: settings that fit by what is known, each once; the plans are first."""
+        points: list[tuple[int, float, float, str]] = []
         goal, memory = self.search.goal, self.search.memory
         cached: set[Setting] = set()
         for scored in {s.setting: s for s in ranked}.values():
@@ -240,7 +242,8 @@ class Maker:
             flags = " ".join(flags_of(scored.setting, goal.context))
             n_bytes = sum(d.bytes for d in taken[:-1])
             prompt, answer = goal.prompt / scored.prompt_s, goal.generate / scored.generate_s
-            self.advice.points.append((n_bytes, prompt, answer, flags))
+            points.append((n_bytes, prompt, answer, flags))
+        return points
 
 
 def _step(seconds: float) -> int:

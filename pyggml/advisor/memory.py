@@ -258,6 +258,7 @@ class MemoryModel:
         """Close the planner that is kept for the next setting."""
         if self._planner is not None:
             self._planner.close()
+            self._planner = None
 
     def planner(self, setting: Setting) -> Planner:
         """Return a planner of a setting, without data; it is this model's own, and the next setting changes it."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
-from ..collector import rare_collections
 from ..files import aside
 from ._cache_options import cache_options, stated_routing
 from ._console import n_bytes, print_json, progress, report, table
@@ -151,8 +150,7 @@ def command(
     complete llama-server command line with its speed, the range that holds in four cases of five, and its memory.
     Exit status 3: nothing fits.
     """
-    with rare_collections:
-        from ..advisor import EXPLAIN, plan
+    from ..advisor import EXPLAIN, plan
 
     flag = "" if explain is None else _flag_to_explain(explain)
     if flag and model is None and hf_repo is None:

@@ -258,6 +258,7 @@ class BuiltSource(GraphSource):
         self.delta_probes = (1, 16) if hp.n_ssm_state else ()
         #: graphs kept for plans, in which only the places of weights change; None with data
         self._graphs: dict[tuple[KVCache, ContextParams, GraphKey], ModelGraph] | None = None
+        self._to_follow: set[ModelGraph] = set()  #: those of them that were made before weights or cache moved
 
     def load(self, *, data: bool, progress: Progress | None) -> None:
         """Bring weights to their places."""
@@ -273,7 +274,7 @@ class BuiltSource(GraphSource):
         """Allocate the KV cache, or plan it."""
         if not data:
             sizes = plan_cache(self.cache, self.placement, self.params)
-            self._make_views_follow()
+            self._to_follow = set((self._graphs or {}).values())
             return sizes
         self._cache_buffers = allocate_cache(self.cache, self.placement, self.params)
         sizes = {}
@@ -289,6 +290,9 @@ class BuiltSource(GraphSource):
         params = replace(p.params, n_batch=0, n_ubatch=0, op_offload=True, n_outputs_max=0)
         key = self.cache, params, p.key
         graph = self._graphs.pop(key, None) or build_graph(p, self.loaded.weights)
+        if graph in self._to_follow:
+            self._to_follow.remove(graph)
+            _make_views_follow(graph.graph)
         self._graphs[key] = graph
         if len(self._graphs) > N_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
@@ -312,15 +316,6 @@ class BuiltSource(GraphSource):
         """Keep no graph that was made for a plan before."""
         if self._graphs is not None:
             self._graphs = {}
-
-    def _make_views_follow(self) -> None:
-        """Update views in kept graphs to the current addresses of weights and cache."""
-        for graph in (self._graphs or {}).values():
-            for node in graph.graph.nodes:
-                root = node.view_src
-                if root is not None:
-                    node.buffer = None
-                    node.data = None if root.data is None else root.data + node.view_offs
 
     def expert_weights(self) -> dict[int, list[Tensor]]:
         """Return the expert weights of each layer."""
@@ -386,3 +381,12 @@ class BuiltSource(GraphSource):
         for buffer in self._cache_buffers:
             buffer.close()
         self.loaded.close()
+
+
+def _make_views_follow(graph: Graph) -> None:
+    """Update views in a kept graph to the current addresses of weights and cache."""
+    for node in graph.nodes:
+        root = node.view_src
+        if root is not None:
+            node.buffer = None
+            node.data = None if root.data is None else root.data + node.view_offs
