@@ -287,7 +287,7 @@ class BuiltSource(GraphSource):
         if self._graphs is None or p.banks is not None:
             return build_graph(p, self.loaded.weights)
         # these have no effect on the graph
-        params = replace(p.params, n_batch=0, n_ubatch=0, op_offload=True, n_outputs_max=0)
+        params = replace(p.params, n_batch=0, n_ubatch=0, op_offload=True, offload_kqv=True, n_outputs_max=0)
         key = self.cache, params, p.key
         graph = self._graphs.pop(key, None) or build_graph(p, self.loaded.weights)
         if graph in self._to_follow:
