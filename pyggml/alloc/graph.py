@@ -204,8 +204,8 @@ class Gallocr:
         places: dict[Tensor | None, Place] = dict.fromkeys(chain(nodes, leafs, *srcs), NOWHERE)
         for tensor in places:
             if tensor is not None and tensor.view_src is None and tensor.data is None:
-                life = lives.get(tensor) or Life()  # one with a buffer, but without data, has no place
-                places[tensor] = Place(life.buffer_id, life.chunk, life.offset, sizes[life.buffer_id](tensor))
+                life = lives.get(tensor) or Life(sizes[0](tensor))  # one with a buffer, but without data, has no place
+                places[tensor] = Place(life.buffer_id, life.chunk, life.offset, life.size)
         at = places.__getitem__
         self._nodes = [(at(node), list(map(at, src))) for node, src in zip(nodes, srcs, strict=True)]
         self._leafs = list(map(at, leafs))

@@ -20,12 +20,13 @@ __all__ = ["NOWHERE", "Life", "Place", "Play", "places_of"]
 class Life:
     """Where a tensor is while a graph is played through, and whether it still is."""
 
-    __slots__ = ("allocated", "buffer_id", "chunk", "offset")
+    __slots__ = ("allocated", "buffer_id", "chunk", "offset", "size")
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 0) -> None:
         self.buffer_id = 0
         self.chunk = 0
         self.offset = 0
+        self.size = size  #: bytes that it takes there
         self.allocated = True
 
 
@@ -68,7 +69,7 @@ class Play:
         self.sizes = galloc.sizes()
         self.lives: dict[Tensor, Life] = {}
         self.children: defaultdict[Tensor, int] = defaultdict(int)  #: nodes that still read a tensor
-        self.views: defaultdict[Tensor, int] = defaultdict(int)  #: views of a tensor that are still read
+        self.views: dict[Tensor, int] = {}  #: views of a tensor that are still read, if there are any
         self.can_inplace: dict[Op, bool] = {}
 
     def run(
@@ -84,19 +85,17 @@ class Play:
         self._count(nodes, node_buffer_ids)
         lives, children, views, allocate = self.lives, self.children, self.views, self._allocate
         for node, buffer_id in zip(nodes, node_buffer_ids, strict=True):
-            sources = node.src
-            for parent in sources:
-                if parent is not None and parent.data is None and parent.view_src is None:
+            parents = [src for src in node.src if src is not None and src.data is None]  # others are not placed here
+            for parent in parents:
+                if parent.view_src is None:
                     life = lives.get(parent)
                     if life is None or not life.allocated:
                         allocate(parent, buffer_id)
             if node.view_src is None and node.data is None:
                 allocate(node, buffer_id)
-            for parent in sources:
-                if parent is None:
-                    continue
+            for parent in parents:
                 children[parent] = left = children[parent] - 1
-                if left == 0 and views[parent] == 0:
+                if left == 0 and parent not in views:
                     self._release(parent)
         return lives
 
@@ -108,11 +107,11 @@ class Play:
             # nodes without op are the scheduler's dependencies: their sources count, they do not
             root = node.view_src
             if root is not None and node.op is not none:
-                views[root] += 1
+                views[root] = views.get(root, 0) + 1
             if node.flags & is_input:
                 allocate(node, buffer_id)
             for src in node.src:
-                if src is not None:
+                if src is not None and src.data is None:
                     children[src] += 1
                     if src.flags & is_input:
                         allocate(src, buffer_id)
@@ -141,8 +140,8 @@ class Play:
             for parent in tensor.src:
                 if parent is not None and self._take_over(tensor, life, parent):
                     return
-        life.buffer_id = buffer_id
-        life.chunk, life.offset = self.tallocs[buffer_id].alloc(self.sizes[buffer_id](tensor))
+        life.buffer_id, life.size = buffer_id, self.sizes[buffer_id](tensor)
+        life.chunk, life.offset = self.tallocs[buffer_id].alloc(life.size)
 
     def _take_over(self, tensor: Tensor, life: Life, parent: Tensor) -> bool:
         """Put a result in the place of a parent that no other node needs, if the layouts agree."""
@@ -151,7 +150,7 @@ class Play:
             parent_life is None
             or not parent_life.allocated
             or self.children[parent] != 1
-            or self.views[parent] != 0
+            or parent in self.views
             or parent.flags & TensorFlag.OUTPUT
             or parent.type is not tensor.type
             or parent.ne != tensor.ne
@@ -159,12 +158,12 @@ class Play:
         ):
             return False
         buffer_id = parent_life.buffer_id
-        talloc, size = self.tallocs[buffer_id], self.sizes[buffer_id]
-        spare = pad(size(parent), talloc.alignment)
-        used = pad(size(tensor), talloc.alignment)
+        talloc, size = self.tallocs[buffer_id], self.sizes[buffer_id](tensor)
+        spare = pad(parent_life.size, talloc.alignment)
+        used = pad(size, talloc.alignment)
         if used > spare:  # upstream asserts that this never is
             return False
-        life.buffer_id, life.chunk, life.offset = buffer_id, parent_life.chunk, parent_life.offset
+        life.buffer_id, life.chunk, life.offset, life.size = buffer_id, parent_life.chunk, parent_life.offset, size
         parent_life.allocated = False  # so that the memory is not freed with the parent
         if spare > used:
             talloc.free_bytes(life.chunk, life.offset + used, spare - used)
@@ -174,12 +173,13 @@ class Play:
         """Free the memory of a tensor that no node needs any more, or of the tensor that it shows."""
         root = tensor.view_src
         if root is not None:
-            self.views[root] = left = self.views[root] - 1
+            self.views[root] = left = self.views.get(root, 0) - 1
+            if left == 0:
+                del self.views[root]
             if left != 0 or self.children[root] != 0:
                 return
             tensor = root
         life = self.lives.get(tensor)
         if life is not None and life.allocated and not tensor.flags & TensorFlag.OUTPUT:
-            buffer_id = life.buffer_id
-            self.tallocs[buffer_id].free_bytes(life.chunk, life.offset, self.sizes[buffer_id](tensor))
+            self.tallocs[life.buffer_id].free_bytes(life.chunk, life.offset, life.size)
             life.allocated = False
