@@ -26,7 +26,6 @@ from .emit import (
     Emit,
     F16x16,
     F32x4,
-    F32x8,
     F32x16,
     I16x16,
     I32x16,
@@ -69,39 +68,43 @@ def _scales(e: Emit, typ: int, block: ir.Value, n: int, at: int = 0) -> ir.Value
     return e.to_f32(e.cast(e.scalars(e.add(block, at), SIZE[typ], n, 16), vec(F16, n)))
 
 
+def _two(e: Emit, at: ir.Value, offset: int, stride: int, n: int) -> ir.Value:
+    """Load 32 bytes of two blocks; zeros for the second where n is 1."""
+    first = e.load(U8x32, at, offset)
+    return e.cat(first, e.load(U8x32, at, offset + stride) if n > 1 else e.const(U8x32, 0))
+
+
 def _product_q8(
     e: Emit, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
-) -> list[list[ir.Value]]:
-    """Return the products of rows of Q8_0 with tokens: four blocks a step, each with sums of its own."""
+) -> list[ir.Value]:
+    """Return the products of rows of Q8_0 with tokens: four blocks a step, each with eight lanes of sums of its own."""
     b, n4 = e.b, e.mul(n_blocks, 4)
-    acc = [[[e.zeros(F32x8) for _ in range(4)] for _ in xs] for _ in rows]
+    acc = [[[e.zeros(F32x16) for _ in range(2)] for _ in xs] for _ in rows]
     scales = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
     starts8 = [e.add(s, e.mul(n4, 2)) for s in scales]
 
     def step(i: ir.Value, n: int) -> None:
-        """Take n blocks from i on into the first n sums."""
+        """Take n blocks from i on, two by two, into the first sums."""
         i4, at_w = e.mul(i, 4), e.mul(i, SIZE[Q8_0])
         at = [e.add(row, at_w) for row in rows]
         fetch(e, ahead, at_w, len(rows), n * SIZE[Q8_0])
         dx = [e.load(vec(F32, n), e.add(s, i4)) for s in scales]
+        eighths = [e.load(vec(I32, n), e.add(s, i4)) for s in starts8]
         factors = [[b.fmul(_scales(e, Q8_0, block, n), d) for d in dx] for block in at]
-        for j in range(n):
-            ints = [e.splat(e.load(I32, e.add(s, i4), 4 * j), 8) for s in starts8]
-            v = [e.load(U8x32, e.add(x, e.mul(i, 32)), 32 * j) for x in xs]
+        for j in range(0, n, 2):
+            two = [j] * 8 + [min(j + 1, n)] * 8
+            first = [e.shuffle(x, e.const(x.type, 0), two) for x in eighths]
+            v = [_two(e, e.add(x, e.mul(i, 32)), 32 * j, 32, n - j) for x in xs]
             for r, block in enumerate(at):
-                u = b.xor(e.load(U8x32, block, SIZE[Q8_0] * j + HEAD[Q8_0]), e.const(U8x32, 128))
+                u = b.xor(_two(e, block, SIZE[Q8_0] * j + HEAD[Q8_0], SIZE[Q8_0], n - j), e.const(U8x64, 128))
                 for t, factor in enumerate(factors[r]):
-                    p = acc[r][t][j]
-                    own = e.shuffle(factor, factor, [j] * 8)
-                    b.store(e.fma(e.to_f32(e.dpbusd(ints[t], u, v[t])), own, b.load(p)), p)
+                    p = acc[r][t][j // 2]
+                    own = e.shuffle(factor, e.const(factor.type, 0.0), two)
+                    b.store(e.fma(e.to_f32(e.dpbusd(first[t], u, v[t])), own, b.load(p)), p)
 
     _steps(e, n_blocks, step)
 
-    def total(r: int, t: int) -> ir.Value:
-        a, b_, c, d = (b.load(p) for p in acc[r][t])
-        return e.sum(b.fadd(b.fadd(a, c), b.fadd(b_, d)))
-
-    return [[total(r, t) for t in range(len(xs))] for r in range(len(rows))]
+    return e.sums([b.fadd(*map(b.load, two)) for of_row in acc for two in of_row])
 
 
 def _steps(e: Emit, n_blocks: ir.Value, step: Callable[[ir.Value, int], None]) -> None:
@@ -131,7 +134,12 @@ def _codes(e: Emit, typ: int, block: ir.Value, n: int) -> list[ir.Value]:
     b = e.b
     none = e.const(U8x16, 0)
     parts = [e.load(U8x16, block, SIZE[typ] * j + HEAD[typ]) if j < n else none for j in range(4)]
-    low = e.cat(e.cat(*parts[:2]), e.cat(*parts[2:]))
+    low = e.cat(*parts)
+    begins = [SIZE[typ] * j + HEAD[typ] for j in range(3)]
+    if n == 4 and begins[2] + 16 <= 64 and e.has("avx512vbmi"):  # three in one load
+        v = e.load(U8x64, block)
+        low = e.shuffle(v, v, [begin + i for begin in (*begins, 0) for i in range(16)])
+        low = e.shuffle(low, e.cat(*parts[3:] * 4), [*range(48), *range(64, 80)])
     words = vec(I16, 32)
     high = e.cast(b.lshr(e.cast(low, words), e.const(words, 4)), U8x64)
     if typ in BYTES:
@@ -155,17 +163,20 @@ def _columns(e: Emit, x: ir.Value, n: int) -> list[ir.Value]:
 
 
 def _scales_by_four(e: Emit, typ: int, block: ir.Value, n: int) -> ir.Value:
-    """Load the scales of n blocks, by fours."""
+    """Load the scales of n blocks, by fours; of MXFP4, twice as much."""
     if typ != MXFP4:
         return _by_four(e, _scales(e, typ, block, n))
-    powers = e.table("e8m0", F32, [2.0 ** (exponent - 128) for exponent in range(256)])
-    exponents = [e.b.zext(e.load(I8, block, SIZE[typ] * j), I64) for j in range(n)]
-    return _by_four(e, e.gather(F32, [e.add(powers, e.mul(x, 4)) for x in exponents]))
+    b, v = e.b, e.load(vec(I8, 16 * n), block)
+    none, at = v.type.count, [SIZE[typ] * j for j in range(n)] + [v.type.count] * (4 - n)
+    bits = e.shuffle(v, e.const(v.type, 0), [x for j in _BY_FOUR for x in (none, none, none, at[j])])
+    bits = b.lshr(e.cast(bits, I32x16), e.const(I32x16, 1))
+    least = e.const(I32x16, 1 << 22)  # two to the power of -127
+    return e.cast(b.select(b.icmp_unsigned(">", bits, least), bits, least), F32x16)
 
 
 def _product(
     typ: int, e: Emit, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
-) -> list[list[ir.Value]]:
+) -> list[ir.Value]:
     """Return the products of rows of nibbles with tokens: four blocks a step, each in four lanes of the sums."""
     b, n4 = e.b, e.mul(n_blocks, 4)
     acc = [[e.zeros(F32x16) for _ in xs] for _ in rows]
@@ -180,7 +191,8 @@ def _product(
         fetch(e, ahead, at_w, len(rows), n * SIZE[typ])
         dx, first, v = [], [], []
         for t, x in enumerate(xs):
-            dx.append(_by_four(e, e.load(vec(F32, n), e.add(scales[t], i4))))
+            own = e.load(vec(F32, n), e.add(scales[t], i4))
+            dx.append(_by_four(e, b.fmul(own, e.const(own.type, 0.5)) if typ == MXFP4 else own))
             eighths = _by_four(e, e.load(vec(I32, n), e.add(starts8[t], i4)))
             first.append(b.shl(eighths, e.const(I32x16, 1)))
             v.append(_columns(e, e.add(x, e.mul(i, 32)), n))
@@ -203,11 +215,11 @@ def _product(
 
     _steps(e, n_blocks, step)
 
-    def total(r: int, t: int) -> ir.Value:
-        value = e.sum(b.load(acc[r][t]))
-        return b.fadd(value, e.sum(b.load(minimum_acc[r][t]))) if typ in HAS_MINIMUM else value
-
-    return [[total(r, t) for t in range(len(xs))] for r in range(len(rows))]
+    totals = e.sums([b.load(p) for of_row in acc for p in of_row])
+    if typ in HAS_MINIMUM:
+        minima = e.sums([b.load(p) for of_row in minimum_acc for p in of_row])
+        totals = [b.fadd(*both) for both in zip(totals, minima, strict=True)]
+    return totals
 
 
 def split_nibbles(e: Emit, vectors: list[ir.Value]) -> list[ir.Value]:

@@ -22,7 +22,7 @@ TYPES = frozenset(CODES)
 
 def _product(
     e: Emit, kind: Codes, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
-) -> list[list[ir.Value]]:
+) -> list[ir.Value]:
     """Return the products of rows with tokens, a unit at a time."""
     b, n = e.b, kind.unit // 32
     acc = [[e.zeros(F32x16) for _ in xs] for _ in rows]
@@ -50,7 +50,7 @@ def _product(
                 for t, p in enumerate(acc[r]):
                     ints = e.to_f32(e.dpbusd(first[t], codes, v[t]))
                     b.store(e.fma(ints, e.shuffle(factors[r][t], factors[r][t], fours), b.load(p)), p)
-    return [[e.sum(b.load(p)) for p in of_row] for of_row in acc]
+    return e.sums([b.load(p) for of_row in acc for p in of_row])
 
 
 @cache

@@ -123,9 +123,12 @@ class Emit:
         """Return lanes picked from a and, counted on, b."""
         return self.b.shuffle_vector(a, b, ir.Constant(vec(I32, len(lanes)), lanes))
 
-    def cat(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """Return a and b as one vector."""
-        return self.shuffle(a, b, list(range(2 * a.type.count)))
+    def cat(self, *parts: ir.Value) -> ir.Value:
+        """Return 1, 2, 4, ... vectors as one."""
+        while len(parts) > 1:
+            both = list(range(2 * parts[0].type.count))
+            parts = tuple(self.shuffle(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True))
+        return parts[0]
 
     def halves(self, v: ir.Value) -> list[ir.Value]:
         """Return the lower and the upper half."""
@@ -161,7 +164,7 @@ class Emit:
             )
             for low, high in zip(addresses[::2], addresses[1::2], strict=True)
         ]
-        return self.cast(self.cat(self.cat(pairs[0], pairs[1]), self.cat(pairs[2], pairs[3])), U8x64)
+        return self.cast(self.cat(*pairs), U8x64)
 
     def deposit(self, value: ir.Value, places: int) -> ir.Value:
         """Return a word with the low bits of another at the places of the bits that are set; needs "bmi2"."""
@@ -302,6 +305,20 @@ class Emit:
         """Return the sum of float lanes."""
         return self.fold(v, self.b.fadd)
 
+    def sums(self, vectors: list[ir.Value]) -> list[ir.Value]:
+        """Return the sums of 1, 2 or 4 vectors of float lanes; bits are those of `sum`."""
+        n_lanes, width = vectors[0].type.count, vectors[0].type.count  # width: lanes of a vector's sum
+        while width > 1:
+            width //= 2
+            pairs = list(zip(vectors[::2], vectors[1::2], strict=True)) if len(vectors) > 1 else [(vectors[0],) * 2]
+            begins = range(0, 2 * n_lanes if len(vectors) > 1 else n_lanes, 2 * width)
+            low = [b + i for b in begins for i in range(width)]
+            vectors = [
+                self.b.fadd(*[self.shuffle(*pair, [lane + up for lane in low]) for up in (0, width)]) for pair in pairs
+            ]
+            n_lanes = len(low)
+        return [self.b.extract_element(v, I32(lane)) for v in vectors for lane in range(n_lanes)]
+
     # -- bytes ---------------------------------------------------------------------
 
     def lookup(self, table: Iterable[int], v: ir.Value) -> ir.Value:
@@ -360,7 +377,7 @@ class Emit:
         quads = []
         for i in range(4):  # rows i, i+4, i+8, i+12 in the four lanes
             q = [self.cast(self.load(U8x16, rows[i + 4 * lane]), four) for lane in range(4)]
-            quads.append(self.cat(self.cat(q[0], q[1]), self.cat(q[2], q[3])))
+            quads.append(self.cat(*q))
 
         def within_lanes(a: ir.Value, b: ir.Value, pick: list[int]) -> ir.Value:
             return self.shuffle(a, b, [x + 4 * l if x < 4 else x + 12 + 4 * l for l in range(4) for x in pick])

@@ -10,7 +10,6 @@ from __future__ import annotations
 from .blocks32 import split_nibbles
 from .emit import (
     F16,
-    F32,
     I8,
     I16,
     I32,
@@ -20,7 +19,6 @@ from .emit import (
     F32x8,
     F32x16,
     I16x16,
-    I32x8,
     I32x16,
     U8x16,
     U8x32,
@@ -62,34 +60,52 @@ def _shift_bytes(e: Emit, v: ir.Value, shift: int, keep: int) -> ir.Value:
     return e.b.and_(v, e.const(v.type, keep))
 
 
-def _scales_and_minima(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Unpack d, dmin and 12 bytes of six-bit numbers into 8 scales and 8 minima, four at a time in 32-bit words."""
+def _scales_and_minima(e: Emit, blocks: list[ir.Value]) -> list[ir.Value]:
+    """Unpack each head, d, dmin and 12 bytes of six-bit numbers, into 8 scales and 8 minima; all heads at once."""
+    b, n = e.b, len(blocks)
+    heads = e.cat(*[e.load(vec(I32, 4), block) for block in blocks])
+
+    def words(*values: int) -> ir.Value:
+        return e.const(heads.type, list(values) * n)
+
+    def spread(*picks: int) -> ir.Value:
+        return e.shuffle(heads, heads, [4 * r + pick for r in range(n) for pick in picks])
+
+    low = b.and_(b.lshr(spread(1, 3, 2, 3), words(0, 0, 0, 4)), words(0x3F3F3F3F, 0x0F0F0F0F, 0x3F3F3F3F, 0x0F0F0F0F))
+    high = b.and_(b.lshr(spread(1, 1, 2, 2), words(2, 2, 2, 2)), words(0, 0x30303030, 0, 0x30303030))
+    numbers = e.cast(b.or_(low, high), vec(I8, 16 * n))
+    both = e.to_f32(e.cast(e.shuffle(heads, heads, [4 * r for r in range(n)]), vec(F16, 2 * n)))
+    out = []
+    for r in range(n):
+        ints = b.zext(e.shuffle(numbers, numbers, list(range(16 * r, 16 * r + 16))), I32x16)
+        out.append(b.fmul(e.to_f32(ints), e.shuffle(both, both, [2 * r] * 8 + [2 * r + 1] * 8)))
+    return out
+
+
+def _codes_q4_q5(e: Emit, typ: int, at: ir.Value, j: int) -> ir.Value:
+    """Load the codes of blocks 2j, the low nibbles of 32 bytes, and 2j + 1, the high ones."""
     b = e.b
-    words = [e.load(I32, at, 4 + 4 * i) for i in range(3)]
 
-    def top(x: ir.Value) -> ir.Value:
-        return b.shl(b.and_(b.lshr(x, I32(6)), I32(0x03030303)), I32(4))
+    def twice(offset: int) -> ir.Value:
+        v = e.load(U8x32, at, offset)
+        return e.cat(v, v)
 
-    six, four = I32(0x3F3F3F3F), I32(0x0F0F0F0F)
-    scales = [b.and_(words[0], six), b.or_(b.and_(words[2], four), top(words[0]))]
-    minima = [b.and_(words[1], six), b.or_(b.and_(b.lshr(words[2], I32(4)), four), top(words[1]))]
-
-    both = e.to_f32(e.load(vec(F16, 4), at))
-
-    def scaled(lane: int, low: ir.Value, high: ir.Value) -> ir.Value:
-        word = b.or_(b.zext(low, I64), b.shl(b.zext(high, I64), I64(32)))
-        numbers = b.uitofp(b.zext(e.cast(word, vec(I8, 8)), vec(I32, 8)), F32x8)
-        return b.fmul(numbers, e.shuffle(both, both, [lane] * 8))
-
-    return scaled(0, *scales), scaled(1, *minima)
+    q = twice(NIBBLES_AT[typ] + 32 * j)
+    if typ == Q4_K:
+        return b.and_(q, e.const(U8x64, [0x0F] * 32 + [0xF0] * 32))
+    words = vec(I16, 32)
+    q = e.cast(b.lshr(e.cast(q, words), e.const(words, [0] * 16 + [4] * 16)), U8x64)
+    fifth = b.and_(twice(FIFTH_BITS_AT), e.const(U8x64, [1 << 2 * j] * 32 + [2 << 2 * j] * 32))
+    is_set = b.icmp_signed("!=", fifth, e.const(U8x64, 0))
+    return b.add(b.and_(q, e.const(U8x64, 15)), b.select(is_set, e.const(U8x64, 16), e.const(U8x64, 0)))
 
 
 def _product_q4_q5(
     e: Emit, typ: int, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
-) -> list[list[ir.Value]]:
+) -> list[ir.Value]:
     b, n4 = e.b, e.mul(n_blocks, 4)
-    acc = [[[e.zeros(F32x8) for _ in range(2)] for _ in xs] for _ in rows]  # of even and of odd blocks
-    minimum_acc = [[e.zeros(F32x8) for _ in xs] for _ in rows]
+    acc = [[e.zeros(F32x16) for _ in xs] for _ in rows]  # of even blocks, and of odd ones
+    minimum_acc = [[e.zeros(F32x16) for _ in xs] for _ in rows]  # in the upper half
     scales_at = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
     sums_at = [e.add(s, e.mul(n4, 3)) for s in scales_at]
     with _super_blocks(e, n_blocks) as (i, _):
@@ -99,35 +115,23 @@ def _product_q4_q5(
         # a high nibble is taken where it lies, as sixteen times as much; Q5_K's moves down beside its fifth bit
         sixteenth = e.const(F32x8, [1.0, 1.0 if typ == Q5_K else 2.0**-4] * 4)
         dx = [b.fmul(e.load(F32x8, e.add(s, i4)), sixteenth) for s in scales_at]
+        sums = [e.cat(e.const(F32x8, 0.0), e.load(F32x8, e.add(s, i4))) for s in sums_at]
         factors: list[list[ir.Value]] = []
-        for r, block in enumerate(at):
-            scales, minima = _scales_and_minima(e, block)
-            factors.append([e.put_aside(b.fmul(scales, v)) for v in dx])
-            for t, s in enumerate(sums_at):
-                m = minimum_acc[r][t]
-                b.store(e.fma(minima, e.load(F32x8, e.add(s, i4)), b.load(m)), m)
-        for j in range(4):  # 32 bytes: low nibbles are block 2j, high ones 2j + 1
-            v = [[e.load(U8x32, e.add(x, e.mul(i, 32)), 64 * j + 32 * odd) for odd in range(2)] for x in xs]
+        for r, numbers in enumerate(_scales_and_minima(e, at)):
+            factors.append([b.fmul(e.halves(numbers)[0], v) for v in dx])
+            for t, m in enumerate(minimum_acc[r]):
+                b.store(e.fma(numbers, sums[t], b.load(m)), m)
+        for j in range(4):
+            v = [e.load(U8x64, e.add(x, e.mul(i, 32)), 64 * j) for x in xs]
             for r, block in enumerate(at):
-                q = e.load(U8x32, block, NIBBLES_AT[typ] + 32 * j)
-                for odd in range(2):
-                    if typ == Q4_K:
-                        u = b.and_(q, e.const(U8x32, 0xF0 if odd else 0x0F))
-                    else:
-                        u = _shift_bytes(e, q, 4 * odd, 15)
-                        fifth = _shift_bytes(e, e.load(U8x32, block, FIFTH_BITS_AT), 2 * j + odd, 1)
-                        u = b.or_(u, b.shl(fifth, e.const(U8x32, 4)))
-                    for t in range(len(xs)):
-                        p = acc[r][t][odd]
-                        factor = e.splat(e.load(F32, factors[r][t], 4 * (2 * j + odd)), 8)
-                        ints = e.dpbusd(e.const(I32x8, 0), u, v[t][odd])
-                        b.store(e.fma(e.to_f32(ints), factor, b.load(p)), p)
+                u = _codes_q4_q5(e, typ, block, j)
+                for t, p in enumerate(acc[r]):
+                    factor = e.shuffle(factors[r][t], factors[r][t], [2 * j] * 8 + [2 * j + 1] * 8)
+                    ints = e.dpbusd(e.const(I32x16, 0), u, v[t])
+                    b.store(e.fma(e.to_f32(ints), factor, b.load(p)), p)
 
-    def total(r: int, t: int) -> ir.Value:
-        even, odd = (b.load(p) for p in acc[r][t])
-        return b.fsub(e.sum(b.fadd(even, odd)), e.sum(b.load(minimum_acc[r][t])))
-
-    return [[total(r, t) for t in range(len(xs))] for r in range(len(rows))]
+    minima = e.sums([e.halves(b.load(p))[1] for of_row in minimum_acc for p in of_row])
+    return [b.fsub(x, m) for x, m in zip(e.sums([b.load(p) for of_row in acc for p in of_row]), minima, strict=True)]
 
 
 def _scales_q6(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value | None]:
@@ -183,7 +187,7 @@ _HALVES = {Q6_K: (_scales_q6, _codes_q6), Q3_K: (_scales_q3, _codes_q3), Q2_K: (
 
 def _product_of_halves(
     e: Emit, typ: int, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
-) -> list[list[ir.Value]]:
+) -> list[ir.Value]:
     b, (scales_of, codes_of) = e.b, _HALVES[typ]
     acc = [[e.zeros(F32x16) for _ in xs] for _ in rows]
     scales_at = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
@@ -212,7 +216,7 @@ def _product_of_halves(
                 for t, p in enumerate(acc[r]):
                     ints = e.to_f32(e.dpbusd(first[t], u, v[t]))
                     b.store(e.fma(ints, e.shuffle(factors[r][t], factors[r][t], fours), b.load(p)), p)
-    return [[e.sum(b.load(p)) for p in of_row] for of_row in acc]
+    return e.sums([b.load(p) for of_row in acc for p in of_row])
 
 
 def _byte(e: Emit, words: ir.Value, i: int, bits: int, shift: int = 0) -> ir.Value:
@@ -335,7 +339,7 @@ def unpack_q3_k(e, w, stride, n_blocks, panel):
 
 #: Kernels by type.
 ROWS = {
-    Q4_K: make_rows_kernel("rows_q4_k", lambda e, *args: _product_q4_q5(e, Q4_K, *args)),
+    Q4_K: make_rows_kernel("rows_q4_k", lambda e, *args: _product_q4_q5(e, Q4_K, *args), together=4),
     Q5_K: make_rows_kernel("rows_q5_k", lambda e, *args: _product_q4_q5(e, Q5_K, *args)),
     Q6_K: make_rows_kernel("rows_q6_k", lambda e, *args: _product_of_halves(e, Q6_K, *args)),
     Q3_K: make_rows_kernel("rows_q3_k", lambda e, *args: _product_of_halves(e, Q3_K, *args)),

@@ -7,13 +7,14 @@ A row's result does not depend on which rows it is taken with.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product as product_of
 
 from .emit import I64, Emit, ir
 from .kernel import Kernel, micro_kernel
 
-#: ``product(e, rows, ahead, n_blocks, xs)``: the products of each row with each token. ``ahead``: where what is to be
-#: fetched meanwhile begins, as many bytes as the rows have (`fetch`).
-Product = Callable[[Emit, list[ir.Value], ir.Value, ir.Value, list[ir.Value]], list[list[ir.Value]]]
+#: ``product(e, rows, ahead, n_blocks, xs)``: the products of each row with each token, row by row. ``ahead``: where
+#: what is to be fetched meanwhile begins, as many bytes as the rows have (`fetch`).
+Product = Callable[[Emit, list[ir.Value], ir.Value, ir.Value, list[ir.Value]], list[ir.Value]]
 
 #: Rows that are taken together for one token, and for two, where a CPU has 32 registers.
 TOGETHER = {1: 2, 2: 2}
@@ -81,9 +82,8 @@ def make_rows_kernel(name: str, product: Product, *, together: int = TOGETHER[1]
                 group = [first, *[least(e.add(first, i), last) for i in range(1, rows_of[n])]]
                 ahead = e.add(e.add(w, e.mul(first, stride)), distance[n])
                 values = product(e, [e.add(w, e.mul(r, stride)) for r in group], ahead, n_blocks, x)
-                for r, of_row in zip(group, values, strict=True):
-                    for t, value in enumerate(of_row):
-                        e.store(value, e.add(out[t], e.mul(r, 4)))
+                for value, (r, to) in zip(values, product_of(group, out), strict=True):
+                    e.store(value, e.add(to, e.mul(r, 4)))
 
         pairs = b.and_(n_tokens, I64(-2))
         with e.loop(n_rows, KEPT_ROWS) as (begin, _):
