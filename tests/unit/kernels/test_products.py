@@ -68,6 +68,17 @@ def test_quantised_product_of_few_blocks(memory, typ, k):
     assert nmse(got, x.astype("f8") @ memory.values(w).reshape(33, k).astype("f8").T) < BOUND[typ]
 
 
+def test_every_scale_of_mxfp4(memory):
+    """Scales from two to the power of -127 to that of 127 are exact, and no product overflows early."""
+    t = Tensor(Type.MXFP4, (32, 255))
+    blocks = np.zeros((255, t.type.type_size), np.uint8)
+    blocks[:, 0], blocks[:, 1] = np.arange(255), 2  # one weight a row: 1, times the scale
+    x = np.zeros((1, 32), "f4")
+    x[0, 0] = 127 / 4096
+    got = memory.compute(Op.MUL_MAT, (255, 1), memory.place(t, blocks), memory.tensor(x)).ravel()
+    assert np.array_equal(got, np.ldexp(x[0, 0], np.arange(255) - 127))
+
+
 @pytest.mark.parametrize("typ", [Type.F32, Type.F16, Type.Q8_0], ids=lambda t: t.name)
 def test_matrices_are_shared_by_heads_and_batches(memory, typ):
     """A matrix serves as many of src1 as there are more, in dimensions 2 and 3."""
