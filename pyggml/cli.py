@@ -8,9 +8,11 @@ that help is fast.
 from __future__ import annotations
 
 import ast
+import codecs
 import errno
 import gc
 import importlib
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -28,6 +30,8 @@ __all__ = ["QUESTIONS", "CommandGroup", "group", "main", "run"]
 
 #: The largest width of help, in columns.
 HELP_WIDTH = 110
+#: What stands for characters that the terminal's encoding lacks; for others a question mark.
+_PLAIN = dict(zip("█▓▒░━←×·…µ", "#%:.-<x..u", strict=True))
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 #: Which command answers which question; the help and the README show this table.
 QUESTIONS = (
@@ -205,8 +209,18 @@ def _line(error: Exception) -> str:
     return " ".join(text.split())
 
 
+def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:
+    """Return what stands for characters that an output cannot encode, as `codecs.register_error` takes it."""
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
 def main() -> None:
     """Run the command of this process, and exit with its status."""
+    codecs.register_error("pyggml", _in_plain_letters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(errors="pyggml")
     with rare_collections:
         status = run()
         gc.freeze()  # the system takes back all memory at once: the interpreter need not look for garbage in it

@@ -7,12 +7,11 @@ import os
 import re
 from pathlib import Path
 
-from .. import config
 from ..errors import FormatError, PyggmlError
 from ..gguf import ValueType
 from ..makers.gguf_writer import GGUFWriter
 from . import tensors
-from .hub import PREFIX, hub_header
+from .hub import PREFIX, headers_folder, hub_header
 from .quantization import parse_quant, type_tensors
 from .sizes import MODELS, ModelSizes
 from .tensors import compress_ratio, shapes
@@ -90,9 +89,8 @@ def header_path(text: str) -> Path:
         raise FormatError(text, "there is no such file, and no such model in the table", hint=hint)
     quant = quant or sizes.quant
     parse_quant(quant)
-    path = config.cache_dir() / "headers" / f"{sizes.name}-{quant}.v3.gguf"
+    path = headers_folder() / f"{sizes.name}-{quant}.v3.gguf"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_header(sizes, quant, path)
     return path
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import mmap
+import os
 import re
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ from ..errors import FormatError, PyggmlError
 from ..files import aside
 from ..gguf.header import MAGIC, header_end
 
-__all__ = ["PREFIX", "hub_header"]
+__all__ = ["PREFIX", "headers_folder", "hub_header"]
 
 #: What the name of a model on the hub begins with, here and on our command line.
 PREFIX = "hf:"
@@ -22,6 +27,23 @@ _FIRST_BYTES, _MOST_BYTES = 1 << 20, 1 << 28
 _ANSWER_S = 15.0
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _INSTEAD = "download the file and name it, or give a name from `pyggml models`"
+
+
+def headers_folder() -> Path:
+    """Return the folder of headers in the user's cache; one that goes with the process if that cannot be written."""
+    try:
+        folder = config.cache_dir() / "headers"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
+        return _passing_folder()
+    return folder if os.access(folder, os.W_OK) else _passing_folder()
+
+
+@cache
+def _passing_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="pyggml-headers-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def hub_header(name: str) -> Path:
@@ -98,7 +120,7 @@ def _chosen(name: str, paths: list[str], quant: str) -> list[str]:
 
 def _kept(hub: Any, repo: str, file: Any) -> Path:
     """Return the local file of one on the hub, whose header is read if it is not there; parts of a model share a folder."""
-    folder = config.cache_dir() / "headers" / "hub" / re.sub(r"[^\w.-]", "--", repo)
+    folder = headers_folder() / "hub" / re.sub(r"[^\w.-]", "--", repo)
     path = folder / Path(file.path).name
     stamp = path.with_suffix(".blob")
     if path.exists() and stamp.exists() and stamp.read_text() == file.blob_id:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,6 +125,19 @@ def test_every_architecture_is_planned(sizes: ModelSizes, tmp_path: Path) -> Non
     context = ContextFlags(n_ctx=512)
     with Planner.open(path, devices=["sim:rtx3090-pcie4"], context=context, data=False) as planner:
         assert all(graph.plan.splits for n in (512, 1) for graph in planner.plan_batch(n))
+
+
+@pytest.mark.parametrize("home", ["", "/dev/null"])
+def test_names_need_no_folder_to_keep_headers_in(home: str) -> None:
+    """Where the cache cannot be written, a header lasts as long as the process."""
+    code = "from pyggml.catalog import header_path as h; p = h('qwen3-0.6b'); print(p, p.stat().st_size > 1 << 20)"
+    environment = {**os.environ, "PYGGML_CACHE_DIR": "", "XDG_CACHE_HOME": home, "HOME": home}
+    if not home:
+        environment["PYGGML_CACHE_DIR"] = "/dev/null/cache"
+    path, is_whole = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split()
+    assert is_whole == "True"
+    assert "pyggml-headers-" in path
+    assert not Path(path).exists()
 
 
 def test_planner_opens_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

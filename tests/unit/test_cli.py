@@ -224,6 +224,17 @@ def test_closed_pipe_is_quiet(words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_an_output_that_lacks_our_characters(encoding: str) -> None:
+    """Bars and arrows become plain letters where the encoding of the output has none."""
+    words = ["splits", "qwen3-0.6b", "-ngl", "20", "-c", "512", "--batches", "8"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-m", "pyggml", *words], capture_output=True, check=True, env=environment)
+    text = done.stdout.decode(encoding)
+    assert ("####" in text, "░" in text) == ((False, True) if encoding == "utf-8" else (True, False))
+    assert done.stderr == b""
+
+
 # -- devices -----------------------------------------------------------------
 
 
