@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..errors import SchedError
+
 __all__ = ["EXPERT_PAD_BYTES", "CopyRange", "expert_copy_ranges", "find_bad_id", "layer_of", "used_experts"]
 
 #: MMQ reads past the last expert of a range; there must be no NaN (`ggml_backend_sched_compute_splits`).
@@ -91,6 +93,11 @@ def expert_copy_ranges(
     list of CopyRange
         Ranges in ascending order.
 
+    Raises
+    ------
+    SchedError
+        There is no such expert.
+
     Notes
     -----
     Mirrors the grouping in `ggml_backend_sched_compute_splits`.
@@ -105,7 +112,11 @@ def expert_copy_ranges(
     end = n_expert * expert_bytes if tensor_bytes is None else tensor_bytes
     pad = min(expert_bytes, pad_bytes)
     ranges = []
-    for first, last in _runs(sorted(set(used))):
+    ids = sorted(set(used))
+    if ids and not 0 <= ids[0] <= ids[-1] < n_expert:
+        wrong = next(i for i in ids if not 0 <= i < n_expert)
+        raise SchedError(f"there is no expert {wrong}; they are 0 .. {n_expert - 1}")
+    for first, last in _runs(ids):
         offset = first * expert_bytes
         size = (last - first + 1) * expert_bytes + (pad if last < n_expert - 1 else 0)
         ranges.append(CopyRange(offset, min(size, end - offset)))

@@ -145,7 +145,7 @@ def choose_policy(
     Raises
     ------
     SchedError
-        A policy and a copy callback are given.
+        A policy and a copy callback are given, or what is given is no policy.
     """
     if callback is not None:
         if policy != "used":
@@ -155,6 +155,9 @@ def choose_policy(
         return plain_policy(dialect)
     if policy == "used":
         return UpstreamCopier() if strict else UsedExpertCopier(repairs)
+    if not isinstance(policy, CopyPolicy):
+        hint = "subclass CopyPolicy and give an object; a function with ggml's arguments is a copy_callback"
+        raise SchedError(f"{policy!r} is not a copy policy", hint=hint)
     return policy
 
 

@@ -8,6 +8,7 @@ memory that is not an input of a split: a policy sends it to its own memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import index
 from typing import TYPE_CHECKING
 
 from ..backend import Backend
@@ -175,8 +176,12 @@ class Feed:
         storage = self.source.storage
         if storage is None or not storage.is_host or self.source.data is None:
             raise SchedError(f"{self!r} cannot be sent in parts: the source is not in host memory", hint="send_all()")
+        try:
+            offset, n, at = index(offset), index(n), index(at)  # numpy's integers, too
+        except TypeError as error:
+            raise SchedError(f"{self!r}: a number of bytes is no integer: {error}") from None
         if offset < 0 or n < 0 or offset + n > self.source.nbytes:
-            raise SchedError(f"{self!r}: {offset:,}..{offset + n - 1:,} are no bytes of {self.source.nbytes:,}")
+            raise SchedError(f"{self!r}: it has {self.source.nbytes:,} bytes, not {n:,} from byte {offset:,}")
         if own is None:
             self._announce(run)
         stream = run.before_send(self, own, queue)
@@ -516,7 +521,13 @@ class Transfer(Feed):
         self._n_sent = 0
         self._is_offered = True
         try:
-            if not policy_copies(self):
+            copied = policy_copies(self)
+            if copied is None:
+                raise SchedError(
+                    f"{self!r}: the policy's copy() returned nothing",
+                    hint="return True after sending what is needed, or False: then everything is copied",
+                )
+            if not copied:
                 self.send_all()
         finally:
             self._is_offered = False

@@ -308,3 +308,48 @@ def test_observers_are_told_only_what_they_override():
     assert every.records == world.recording.records
     with pytest.raises(TypeError, match="is not an observer"):
         World("used", observers=[object()])
+
+
+class Mistaken(ggml.CopyPolicy):
+    """Makes one mistake with each weight."""
+
+    def __init__(self, mistake: Callable[[Any], Any]) -> None:
+        self.mistake = mistake
+
+    def copy(self, transfer):
+        """Make a transfer."""
+        return self.mistake(transfer) if transfer.kind == "experts" else False
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (lambda t: t.send(), "returned nothing .*return True after sending"),
+        (lambda t: t.send_experts([0, 99]), "there is no expert 99; they are 0 .. "),
+        (lambda t: t.send_experts([-1]), "there is no expert -1"),
+        (lambda t: t.send(*t.expert_range(1000)), "there is no expert 1000"),
+        (lambda t: t.send(0, t.source.nbytes + 64), "bytes, not .* from byte 0"),
+        (lambda t: t.send(0, t.source.nbytes / 2), "no integer"),
+    ],
+)
+def test_mistakes_of_a_policy_are_named(mistake: Callable[[Any], Any], says: str) -> None:
+    """An error of our tree says what the policy did; with another policy the scheduler goes on."""
+    world = World(Mistaken(mistake))
+    with pytest.raises(ggml.errors.SchedError, match=says):
+        world.run(1)
+    world.sched.reset()
+    world.sched.policy = AlwaysWhole()
+    np.testing.assert_array_equal(world.run(2), World(AlwaysWhole()).run(2))
+
+
+def test_numpys_integers_are_numbers_of_experts() -> None:
+    """Ids of a numpy array can be sent as they are."""
+    world = World(Mistaken(lambda t: t.send_experts(np.unique(list(t.ids()))) or True))
+    np.testing.assert_array_equal(world.run(2), World(AlwaysWhole()).run(2))
+
+
+@pytest.mark.parametrize("given", [lambda transfer: False, ggml.FullCopier, "usd"])
+def test_what_is_no_policy_is_refused(given: Any) -> None:
+    """A function, a class and a misspelled name are no policies."""
+    with pytest.raises(ggml.errors.SchedError, match=r"is not a copy policy .*copy_callback"):
+        ggml.Scheduler([ggml.CPU()], policy=given)
