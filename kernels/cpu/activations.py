@@ -8,10 +8,11 @@ types with a minimum). Weights are unsigned bytes minus an offset; the offset is
 from __future__ import annotations
 
 from .convert import row_to_f32
+from .descriptor import row_address, rows_of, scratch, sizes, word
 from .emit import F32, I32, Emit, F32x16, I32x16, U8x16, ir
 from .kernel import device, micro_kernel, op_kernel
-from .memory import call4, ld_i64
-from .words import ADDRESS, NB1, NB2, NB3, NE0, NE1, NE2, NE3, PARAM, SCRATCH, SHARED, SRC0, TYPE
+from .memory import call4
+from .words import PARAM, SRC0, TYPE
 
 #: Parameters: the kind of rows (MODE_*), the offset of the weights, the address of a `quantise_row_*`.
 MODE, OFFSET, QUANTISE_ROW = PARAM, PARAM + 1, PARAM + 2
@@ -103,24 +104,20 @@ def quantise_row_halves_q8_0(e, x, q, n_blocks, offset):
 @device
 def _rows(d, ctl, first, last):
     """Prepare rows first .. last - 1 in the order of ne1, ne2, ne3."""
-    k, ne1, ne2 = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
-    nb1, nb2, nb3 = ld_i64(d + 8 * (SRC0 + NB1)), ld_i64(d + 8 * (SRC0 + NB2)), ld_i64(d + 8 * (SRC0 + NB3))
-    x, out = ld_i64(d + 8 * (SRC0 + ADDRESS)), ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
+    k, ne1, ne2, _ = sizes(d, SRC0)
+    out = scratch(d, ctl)
     row_bytes = (k + k // 32 * 16 + 63) // 64 * 64
-    mode, offset, quantise = ld_i64(d + 8 * MODE), ld_i64(d + 8 * OFFSET), ld_i64(d + 8 * QUANTISE_ROW)
+    mode, offset, quantise = word(d, MODE), word(d, OFFSET), word(d, QUANTISE_ROW)
     for r in range(first, last):
-        i1 = r % ne1
-        i2 = r // ne1 % ne2
-        at = x + i1 * nb1 + i2 * nb2 + r // (ne1 * ne2) * nb3
+        at = row_address(d, SRC0, r, ne1, ne2)
         if mode == MODE_BYTES:
             call4(quantise, at, out + r * row_bytes, k // 32, offset)
         else:
-            row_to_f32(ld_i64(d + 8 * (SRC0 + TYPE)), at, out + r * 4 * k, k, 0)
+            row_to_f32(word(d, SRC0 + TYPE), at, out + r * 4 * k, k, 0)
 
 
 @op_kernel
 def prepare_activations(ith, nth, d, ctl):
     """Prepare the rows that following products read, in the plan's scratch."""
-    n = ld_i64(d + 8 * (SRC0 + NE1)) * ld_i64(d + 8 * (SRC0 + NE2)) * ld_i64(d + 8 * (SRC0 + NE3))
-    per = (n + nth - 1) // nth
-    _rows(d, ctl, ith * per, min(n, ith * per + per))
+    _, _, _, first, end = rows_of(d, SRC0, ith, nth)
+    _rows(d, ctl, first, end)

@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from .convert import row_to_f32
-from .elementwise import repeated_row_address
+from .descriptor import address, number, own_scratch, repeated_row_address, row_at, sizes, word
 from .emit import F32, I16, I64, LANES, Emit, F16x16, F32x16, I16x16, ir, micro, types, vec
 from .floatrows import load_floats
 from .functions import V, exp, tanh
@@ -35,29 +35,7 @@ from .memory import (
 )
 from .norms import scale_row
 from .softmax import M0, M1, MAX_BIAS, N_HEAD_LOG2, SCALE, slope
-from .words import (
-    ADDRESS,
-    BF16,
-    COUNTER,
-    DST,
-    F16,
-    NB1,
-    NB2,
-    NB3,
-    NE0,
-    NE1,
-    NE2,
-    NE3,
-    PARAM,
-    SRC0,
-    SRC1,
-    SRC2,
-    SRC3,
-    SRC4,
-    THREAD_BYTES,
-    THREADS,
-    TYPE,
-)
+from .words import BF16, COUNTER, DST, F16, NB1, NE0, NE2, PARAM, SRC0, SRC1, SRC2, SRC3, SRC4, TYPE
 from .words import F32 as TYPE_F32
 
 #: Parameters after those of softmax: logit softcap (0: none), kernels; DEQUANTISE: of keys, then of values.
@@ -279,11 +257,9 @@ def _visible_tail(masks, n_queries, first, n_keys):
 @device
 def _address_rows(d, tensor, i2, i3, first, n_keys, seen, rows, floats_at):
     """Write the addresses of the rows of a block's keys; hidden keys get the row of a visible one, with weight 0."""
-    base = (
-        ld_i64(d + 8 * (tensor + ADDRESS)) + i2 * ld_i64(d + 8 * (tensor + NB2)) + i3 * ld_i64(d + 8 * (tensor + NB3))
-    )
-    nb1, typ, n = ld_i64(d + 8 * (tensor + NB1)), ld_i64(d + 8 * (tensor + TYPE)), ld_i64(d + 8 * (tensor + NE0))
-    dequantise = ld_i64(d + 8 * (DEQUANTISE if tensor == SRC1 else DEQUANTISE + 1))
+    base = row_at(d, tensor, 0, i2, i3)
+    nb1, typ, n = word(d, tensor + NB1), word(d, tensor + TYPE), word(d, tensor + NE0)
+    dequantise = word(d, DEQUANTISE if tensor == SRC1 else DEQUANTISE + 1)
     spare = 0
     while (seen >> spare) & 1 == 0:
         spare += 1
@@ -300,11 +276,11 @@ def _address_rows(d, tensor, i2, i3, first, n_keys, seen, rows, floats_at):
 @device
 def _attend(d, first_query, n_queries, kv_head, i3, scratch):
     """One job: queries first_query .. of those that share a key head; query = token * heads in group + head."""
-    d_key, n_head = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE2))
-    n_kv, n_kv_head, d_value = ld_i64(d + 8 * (SRC1 + NE1)), ld_i64(d + 8 * (SRC1 + NE2)), ld_i64(d + 8 * (SRC2 + NE0))
-    group = n_head // n_kv_head
-    i3_kv = i3 // (ld_i64(d + 8 * (SRC0 + NE3)) // ld_i64(d + 8 * (SRC1 + NE3)))
-    v_head = kv_head * group // (n_head // ld_i64(d + 8 * (SRC2 + NE2)))
+    d_key, _, n_head, n_stream = sizes(d, SRC0)
+    _, n_kv, n_kv_head, n_kv_stream = sizes(d, SRC1)
+    d_value, group = word(d, SRC2 + NE0), n_head // n_kv_head
+    i3_kv = i3 // (n_stream // n_kv_stream)
+    v_head = kv_head * group // (n_head // word(d, SRC2 + NE2))
     sum_bytes = (d_value + LANES - 1) // LANES * LANES * 4
     panel = scratch
     scores = panel + KEYS * ((d_key + LANES - 1) // LANES * LANES) * 4
@@ -316,10 +292,10 @@ def _attend(d, first_query, n_queries, kv_head, i3, scratch):
     value_rows = key_rows + 8 * KEYS
     key_floats = value_rows + 8 * KEYS
     value_floats = key_floats + 4 * KEYS * d_key
-    mask = ld_i64(d + 8 * (SRC3 + ADDRESS))
-    factor, softcap = bits_of(ld_f32(d + 8 * SCALE)), bits_of(ld_f32(d + 8 * SOFTCAP))
-    keys_panel, add_values = ld_i64(d + 8 * KEYS_KERNEL), ld_i64(d + 8 * VALUES_KERNEL)
-    score, soften_ = ld_i64(d + 8 * SCORES_KERNEL), ld_i64(d + 8 * SOFTEN_KERNEL)
+    mask = address(d, SRC3)
+    factor, softcap = bits_of(number(d, SCALE)), bits_of(number(d, SOFTCAP))
+    keys_panel, add_values = word(d, KEYS_KERNEL), word(d, VALUES_KERNEL)
+    score, soften_ = word(d, SCORES_KERNEL), word(d, SOFTEN_KERNEL)
     _begin(d, first_query, n_queries, kv_head * group, group, i3, queries, masks, states)
     zero = floats(sums)
     for i in range(n_queries * sum_bytes // 4):
@@ -360,9 +336,9 @@ def _attend(d, first_query, n_queries, kv_head, i3, scratch):
 @device
 def _begin(d, first_query, n_queries, first_head, group, i3, queries, masks, states):
     """Write the addresses of the queries and their masks, and initialise their states."""
-    mask = ld_i64(d + 8 * (SRC3 + ADDRESS))
-    max_bias, m0, m1 = ld_f32(d + 8 * MAX_BIAS), ld_f32(d + 8 * M0), ld_f32(d + 8 * M1)
-    n_head_log2 = ld_i64(d + 8 * N_HEAD_LOG2)
+    mask = address(d, SRC3)
+    max_bias, m0, m1 = number(d, MAX_BIAS), number(d, M0), number(d, M1)
+    n_head_log2 = word(d, N_HEAD_LOG2)
     for q in range(n_queries):
         token, head = (first_query + q) // group, first_head + (first_query + q) % group
         st_i64(queries + 8 * q, repeated_row_address(d, SRC0, token, head, i3))
@@ -376,9 +352,8 @@ def _begin(d, first_query, n_queries, first_head, group, i3, queries, masks, sta
 @device
 def _finish(d, first_query, n_queries, first_head, group, i3, states, sums, sum_bytes):
     """Divide by the sums of weights, sinks included, and write the rows: heads within tokens."""
-    d_value = ld_i64(d + 8 * (SRC2 + NE0))
-    sinks, dst = ld_i64(d + 8 * (SRC4 + ADDRESS)), ld_i64(d + 8 * (DST + ADDRESS))
-    nb1, nb2, nb3 = ld_i64(d + 8 * (DST + NB1)), ld_i64(d + 8 * (DST + NB2)), ld_i64(d + 8 * (DST + NB3))
+    d_value = word(d, SRC2 + NE0)
+    sinks = address(d, SRC4)
     for q in range(n_queries):
         token, head = (first_query + q) // group, first_head + (first_query + q) % group
         top, total = ld_f32(states + 4 * (QUERIES * LARGEST + q)), ld_f32(states + 4 * (QUERIES * TOTAL + q))
@@ -391,19 +366,19 @@ def _finish(d, first_query, n_queries, first_head, group, i3, states, sums, sum_
             else:
                 total += np.float32(math.exp(sink - top))
         factor = factor / total if total != np.float32(0.0) else np.float32(0.0)
-        out = dst + head * nb1 + token * nb2 + i3 * nb3
+        out = row_at(d, DST, head, token, i3)
         scale_row(sums + q * sum_bytes, out, d_value, bits_of(np.float32(0.0)), bits_of(factor))
 
 
 @op_kernel
 def flash_attention(ith, nth, d, ctl):
     """Attend with all queries; jobs are taken one by one."""
-    n_token, n_head = ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
-    n_kv_head = ld_i64(d + 8 * (SRC1 + NE2))
-    scratch = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
+    _, n_token, n_head, n_stream = sizes(d, SRC0)
+    n_kv_head = word(d, SRC1 + NE2)
+    scratch = own_scratch(ctl, ith)
     n_shared = n_head // n_kv_head * n_token
     chunks = (n_shared + QUERIES - 1) // QUERIES
-    n_jobs = chunks * n_kv_head * ld_i64(d + 8 * (SRC0 + NE3))
+    n_jobs = chunks * n_kv_head * n_stream
     while True:
         job = atomic_add(d + 8 * COUNTER, 1)
         if job >= n_jobs:

@@ -3,28 +3,10 @@
 from __future__ import annotations
 
 from .convert import ld_element, row_from_f32, row_to_f32, st_element
-from .elementwise import repeated_row_address, row_address, share
+from .descriptor import number, own_scratch, repeated_row_address, row_address, row_at, rows_of, share, sizes, word
 from .kernel import device, op_kernel
-from .memory import copy_bytes, ld_f32, ld_i32, ld_i64, ld_u8, ld_u16, st_i32, st_i64, st_u8, st_u16
-from .words import (
-    ADDRESS,
-    DST,
-    F32,
-    NB0,
-    NB1,
-    NB2,
-    NB3,
-    NE0,
-    NE1,
-    NE2,
-    NE3,
-    PARAM,
-    SRC0,
-    SRC1,
-    THREAD_BYTES,
-    THREADS,
-    TYPE,
-)
+from .memory import copy_bytes, ld_i32, ld_i64, ld_u8, ld_u16, st_i32, st_i64, st_u8, st_u16
+from .words import DST, F32, NB0, NE0, PARAM, SRC0, SRC1, TYPE
 
 #: Parameters of copies. BYTES: of an element, 0 if it is converted, or of a row for `copy_raw_rows`. DEQUANTISE: address of
 #: a kernel of `DEQUANTISE`; QUANTISE: of `quantiser`.
@@ -51,10 +33,10 @@ def _copy_element(bytes_, src_type, dst_type, at, out):
 @op_kernel
 def copy_raw_rows(ith, nth, d, ctl):
     """Copy rows as bytes."""
-    row_bytes = ld_i64(d + 8 * BYTES)
-    ne1, ne2 = ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
+    row_bytes = word(d, BYTES)
+    _, ne1, ne2, ne3 = sizes(d, DST)
     pieces = (row_bytes + PIECE - 1) // PIECE
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)) * pieces, ith, nth)
+    first, end = share(ne1 * ne2 * ne3 * pieces, ith, nth)
     for unit in range(first, end):
         row = unit // pieces
         start = (unit - row * pieces) * PIECE
@@ -65,17 +47,16 @@ def copy_raw_rows(ith, nth, d, ctl):
 
 @device
 def _types(d):
-    return ld_i64(d + 8 * (SRC0 + TYPE)), ld_i64(d + 8 * (DST + TYPE))
+    return word(d, SRC0 + TYPE), word(d, DST + TYPE)
 
 
 @op_kernel
 def copy_converted_rows(ith, nth, d, ctl):
     """Copy rows to another element type."""
     src_type, dst_type = _types(d)
-    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
-    dequantise, quantise = ld_i64(d + 8 * DEQUANTISE), ld_i64(d + 8 * QUANTISE)
-    floats_at = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    n, ne1, ne2, first, end = rows_of(d, DST, ith, nth)
+    dequantise, quantise = word(d, DEQUANTISE), word(d, QUANTISE)
+    floats_at = own_scratch(ctl, ith)
     for row in range(first, end):
         at, out = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)
         if dst_type == F32:
@@ -91,10 +72,9 @@ def copy_converted_rows(ith, nth, d, ctl):
 def copy_strided_rows(ith, nth, d, ctl):
     """Copy rows whose elements have gaps between them, perhaps to another element type."""
     src_type, dst_type = _types(d)
-    bytes_ = ld_i64(d + 8 * BYTES)
-    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
-    nb00, nb0 = ld_i64(d + 8 * (SRC0 + NB0)), ld_i64(d + 8 * (DST + NB0))
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    bytes_ = word(d, BYTES)
+    n, ne1, ne2, first, end = rows_of(d, DST, ith, nth)
+    nb00, nb0 = word(d, SRC0 + NB0), word(d, DST + NB0)
     for row in range(first, end):
         at, out = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)
         for i in range(n):
@@ -104,19 +84,18 @@ def copy_strided_rows(ith, nth, d, ctl):
 @device
 def _element_address(d, tensor, i):
     """Address of element i, counted in the tensor's own shape."""
-    ne0, ne1, ne2 = ld_i64(d + 8 * (tensor + NE0)), ld_i64(d + 8 * (tensor + NE1)), ld_i64(d + 8 * (tensor + NE2))
+    ne0, ne1, ne2, _ = sizes(d, tensor)
     row = i // ne0
-    return row_address(d, tensor, row, ne1, ne2) + (i - row * ne0) * ld_i64(d + 8 * (tensor + NB0))
+    return row_address(d, tensor, row, ne1, ne2) + (i - row * ne0) * word(d, tensor + NB0)
 
 
 @op_kernel
 def copy_reshaped(ith, nth, d, ctl):
     """Copy elements to another shape, perhaps with gaps, and perhaps to another element type."""
     src_type, dst_type = _types(d)
-    bytes_ = ld_i64(d + 8 * BYTES)
-    n = ld_i64(d + 8 * (DST + NE0)) * ld_i64(d + 8 * (DST + NE1))
-    n *= ld_i64(d + 8 * (DST + NE2)) * ld_i64(d + 8 * (DST + NE3))
-    first, end = share(n, ith, nth)
+    bytes_ = word(d, BYTES)
+    ne0, ne1, ne2, ne3 = sizes(d, DST)
+    first, end = share(ne0 * ne1 * ne2 * ne3, ith, nth)
     for i in range(first, end):
         _copy_element(bytes_, src_type, dst_type, _element_address(d, SRC0, i), _element_address(d, DST, i))
 
@@ -124,15 +103,10 @@ def copy_reshaped(ith, nth, d, ctl):
 @op_kernel
 def add_elements(ith, nth, d, ctl):
     """Add src1, repeated, to src0: elements of any float type, as masks of F16 are added."""
-    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
-    nb0, nb00, nb10 = ld_i64(d + 8 * (DST + NB0)), ld_i64(d + 8 * (SRC0 + NB0)), ld_i64(d + 8 * (SRC1 + NB0))
-    dst_type, a_type, b_type = (
-        ld_i64(d + 8 * (DST + TYPE)),
-        ld_i64(d + 8 * (SRC0 + TYPE)),
-        ld_i64(d + 8 * (SRC1 + TYPE)),
-    )
-    n1 = ld_i64(d + 8 * (SRC1 + NE0))
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    n, ne1, ne2, first, end = rows_of(d, DST, ith, nth)
+    nb0, nb00, nb10 = word(d, DST + NB0), word(d, SRC0 + NB0), word(d, SRC1 + NB0)
+    a_type, dst_type = _types(d)
+    b_type, n1 = word(d, SRC1 + TYPE), word(d, SRC1 + NE0)
     for row in range(first, end):
         a, out = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)
         b = repeated_row_address(d, SRC1, row % ne1, row // ne1 % ne2, row // (ne1 * ne2))
@@ -144,10 +118,9 @@ def add_elements(ith, nth, d, ctl):
 @op_kernel
 def fill_elements(ith, nth, d, ctl):
     """Set each element to a number, the first parameter."""
-    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
-    type_, nb0 = ld_i64(d + 8 * (DST + TYPE)), ld_i64(d + 8 * (DST + NB0))
-    value = ld_f32(d + 8 * PARAM)
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    n, ne1, ne2, first, end = rows_of(d, DST, ith, nth)
+    type_, nb0 = word(d, DST + TYPE), word(d, DST + NB0)
+    value = number(d, PARAM)
     for row in range(first, end):
         out = row_address(d, DST, row, ne1, ne2)
         for i in range(n):
@@ -157,9 +130,9 @@ def fill_elements(ith, nth, d, ctl):
 @op_kernel
 def repeat_rows(ith, nth, d, ctl):
     """Fill dst with src0, repeated over all dimensions; PARAM: bytes of an element."""
-    size, ne1, ne2 = ld_i64(d + 8 * PARAM), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
-    n, n0 = ld_i64(d + 8 * (DST + NE0)) * size, ld_i64(d + 8 * (SRC0 + NE0)) * size
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    size = word(d, PARAM)
+    n, ne1, ne2, first, end = rows_of(d, DST, ith, nth)
+    n, n0 = n * size, word(d, SRC0 + NE0) * size
     for row in range(first, end):
         at = repeated_row_address(d, SRC0, row % ne1, row // ne1 % ne2, row // (ne1 * ne2))
         out = row_address(d, DST, row, ne1, ne2)
@@ -169,12 +142,6 @@ def repeat_rows(ith, nth, d, ctl):
         else:
             for i in range(0, n, n0):
                 copy_bytes(out + i, at, n0)
-
-
-@device
-def _shifted_row_address(d, tensor, i1, i2, i3):
-    nb1, nb2, nb3 = ld_i64(d + 8 * (tensor + NB1)), ld_i64(d + 8 * (tensor + NB2)), ld_i64(d + 8 * (tensor + NB3))
-    return ld_i64(d + 8 * (tensor + ADDRESS)) + i1 * nb1 + i2 * nb2 + i3 * nb3
 
 
 @device
@@ -190,22 +157,17 @@ def _copy_row(out, at, n, size, nb0):
 @op_kernel
 def concat_rows(ith, nth, d, ctl):
     """Put src1 behind src0 along a dimension (second parameter); the first: bytes of an element."""
-    size, dim, ne1, ne2 = (
-        ld_i64(d + 8 * PARAM),
-        ld_i64(d + 8 * (PARAM + 1)),
-        ld_i64(d + 8 * (DST + NE1)),
-        ld_i64(d + 8 * (DST + NE2)),
-    )
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
-    left, right = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC1 + NE0))
-    nb00, nb10 = ld_i64(d + 8 * (SRC0 + NB0)), ld_i64(d + 8 * (SRC1 + NB0))
-    before = ld_i64(d + 8 * (SRC0 + NE0 + dim))
+    size, dim = word(d, PARAM), word(d, PARAM + 1)
+    _, ne1, ne2, first, end = rows_of(d, DST, ith, nth)
+    left, right = word(d, SRC0 + NE0), word(d, SRC1 + NE0)
+    nb00, nb10 = word(d, SRC0 + NB0), word(d, SRC1 + NB0)
+    before = word(d, SRC0 + NE0 + dim)
     for row in range(first, end):
         i1, i2, i3 = row % ne1, row // ne1 % ne2, row // (ne1 * ne2)
         out = row_address(d, DST, row, ne1, ne2)
         if dim == 0:
-            _copy_row(out, _shifted_row_address(d, SRC0, i1, i2, i3), left, size, nb00)
-            _copy_row(out + left * size, _shifted_row_address(d, SRC1, i1, i2, i3), right, size, nb10)
+            _copy_row(out, row_at(d, SRC0, i1, i2, i3), left, size, nb00)
+            _copy_row(out + left * size, row_at(d, SRC1, i1, i2, i3), right, size, nb10)
             continue
         j1, j2, j3 = (
             i1 - before if dim == 1 else i1,
@@ -213,6 +175,6 @@ def concat_rows(ith, nth, d, ctl):
             i3 - before if dim == 3 else i3,
         )
         if j1 < 0 or j2 < 0 or j3 < 0:
-            _copy_row(out, _shifted_row_address(d, SRC0, i1, i2, i3), left, size, nb00)
+            _copy_row(out, row_at(d, SRC0, i1, i2, i3), left, size, nb00)
         else:
-            _copy_row(out, _shifted_row_address(d, SRC1, j1, j2, j3), right, size, nb10)
+            _copy_row(out, row_at(d, SRC1, j1, j2, j3), right, size, nb10)

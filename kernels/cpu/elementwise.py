@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .descriptor import repeated_row_address, row_address, share, sizes, word
 from .emit import F32, Emit, F32x16, ir, micro, types
 from .functions import V, exp, expm1, gelu, gelu_erf, gelu_quick, sigmoid, silu, tanh
 from .kernel import device, op_kernel
-from .memory import floats, ld_f32, ld_i64
-from .words import ADDRESS, DST, NB0, NB1, NB2, NB3, NE0, NE1, NE2, NE3, PARAM, SRC0, SRC1
+from .memory import floats, ld_f32
+from .words import DST, NB0, NE0, PARAM, SRC0, SRC1
 
 #: Elements of a chunk: long enough that its start costs nothing, short enough to share a single row.
 CHUNK = 4096
@@ -85,29 +86,13 @@ def _map(e, code, x, y, n, params):
     e.switch(code, MAPS, write)
 
 
-@device
-def share(n, ith, nth):
-    """Return the first and the end of what thread ith of nth does of n equal parts."""
-    per = (n + nth - 1) // nth
-    return min(n, ith * per), min(n, ith * per + per)
-
-
-@device
-def row_address(d, tensor, row, ne1, ne2):
-    """Address of a row of a tensor in a descriptor, rows counted over dimensions of ne1 and ne2."""
-    i1 = row % ne1
-    outer = row // ne1
-    nb1, nb2, nb3 = ld_i64(d + 8 * (tensor + NB1)), ld_i64(d + 8 * (tensor + NB2)), ld_i64(d + 8 * (tensor + NB3))
-    return ld_i64(d + 8 * (tensor + ADDRESS)) + i1 * nb1 + outer % ne2 * nb2 + outer // ne2 * nb3
-
-
 @op_kernel
 def map_rows(ith, nth, d, ctl):
     """Apply a function of one float to each element."""
-    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
+    n, ne1, ne2, ne3 = sizes(d, DST)
     chunks = (n + CHUNK - 1) // CHUNK
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)) * chunks, ith, nth)
-    code = ld_i64(d + 8 * CODE)
+    first, end = share(ne1 * ne2 * ne3 * chunks, ith, nth)
+    code = word(d, CODE)
     for unit in range(first, end):
         row = unit // chunks
         start = (unit - row * chunks) * CHUNK
@@ -151,10 +136,10 @@ def _glu(e, code, gate, value, y, n, params):
 @op_kernel
 def glu_rows(ith, nth, d, ctl):
     """Multiply a function of the gate with the value; src1 is the value, or src0 again."""
-    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
+    n, ne1, ne2, ne3 = sizes(d, DST)
     chunks = (n + CHUNK - 1) // CHUNK
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)) * chunks, ith, nth)
-    gate_at, value_at, code = ld_i64(d + 8 * GATE_AT), ld_i64(d + 8 * VALUE_AT), ld_i64(d + 8 * CODE)
+    first, end = share(ne1 * ne2 * ne3 * chunks, ith, nth)
+    gate_at, value_at, code = word(d, GATE_AT), word(d, VALUE_AT), word(d, CODE)
     for unit in range(first, end):
         row = unit // chunks
         start = (unit - row * chunks) * CHUNK
@@ -217,23 +202,15 @@ def _join_strided(code, a, b, nb10, ne10, y, start, n):
             out[i] = left[i] / right
 
 
-@device
-def repeated_row_address(d, tensor, i1, i2, i3):
-    """Address of a row of a tensor that is repeated as often as need be."""
-    ne1, ne2, ne3 = ld_i64(d + 8 * (tensor + NE1)), ld_i64(d + 8 * (tensor + NE2)), ld_i64(d + 8 * (tensor + NE3))
-    nb1, nb2, nb3 = ld_i64(d + 8 * (tensor + NB1)), ld_i64(d + 8 * (tensor + NB2)), ld_i64(d + 8 * (tensor + NB3))
-    return ld_i64(d + 8 * (tensor + ADDRESS)) + i1 % ne1 * nb1 + i2 % ne2 * nb2 + i3 % ne3 * nb3
-
-
 @op_kernel
 def join_rows(ith, nth, d, ctl):
     """Join src0 with src1, repeated over any dimension."""
-    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
-    ne10, nb10 = ld_i64(d + 8 * (SRC1 + NE0)), ld_i64(d + 8 * (SRC1 + NB0))
+    n, ne1, ne2, ne3 = sizes(d, DST)
+    ne10, nb10 = word(d, SRC1 + NE0), word(d, SRC1 + NB0)
     chunks = (n + CHUNK - 1) // CHUNK if ne10 == n else 1
     per = (n + chunks - 1) // chunks
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)) * chunks, ith, nth)
-    code = ld_i64(d + 8 * CODE)
+    first, end = share(ne1 * ne2 * ne3 * chunks, ith, nth)
+    code = word(d, CODE)
     for unit in range(first, end):
         row = unit // chunks
         start = (unit - row * chunks) * per

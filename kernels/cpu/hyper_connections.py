@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 
-from .elementwise import share
+from .descriptor import number, row_at, share, sizes, word
 from .emit import F32x16, ir, micro, types
 from .functions import V, sigmoid
 from .kernel import device, rare_op_kernel
-from .memory import bits_of, floats, ld_f32, ld_i64
+from .memory import bits_of, floats, ld_f32
 from .norms import scale_row
-from .recurrent import row_at
-from .shape import add_scaled
-from .words import DST, NB0, NE0, NE1, NE2, PARAM, SRC0, SRC1, SRC2, SRC3
+from .shape import add_scaled, clear
+from .words import DST, NB0, NE2, PARAM, SRC0, SRC1, SRC2, SRC3
 
 import numpy as np  # isort: skip
 
@@ -32,7 +31,7 @@ CHUNK = 512
 @device
 def _weight(d, tensor, i0, i1, i2):
     """One element of a tensor in a descriptor."""
-    return ld_f32(row_at(d, tensor, i1, i2, 0) + i0 * ld_i64(d + 8 * (tensor + NB0)))
+    return ld_f32(row_at(d, tensor, i1, i2, 0) + i0 * word(d, tensor + NB0))
 
 
 @device
@@ -49,9 +48,9 @@ def _divide_by_sums(comb, first, step, eps):
 @rare_op_kernel
 def dsv4_hc_comb(ith, nth, d, ctl):
     """Make the matrix that mixes streams: a softmax of each row, then columns and rows divided by their sums in turn."""
-    eps, n_iter = ld_f32(d + 8 * EPS), ld_i64(d + 8 * N_ITER)
+    eps, n_iter = number(d, EPS), word(d, N_ITER)
     scale = _weight(d, SRC1, 2, 0, 0)
-    first, end = share(ld_i64(d + 8 * (DST + NE2)), ith, nth)
+    first, end = share(word(d, DST + NE2), ith, nth)
     for t in range(first, end):
         comb = floats(row_at(d, DST, 0, t, 0))
         for row in range(N_STREAM):
@@ -90,16 +89,14 @@ def _add_gated(e, x, gate, y, n):
 @rare_op_kernel
 def dsv4_hc_pre(ith, nth, d, ctl):
     """Add up the streams of src0, each weighted by src1."""
-    n, n_stream, n_token = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
-    scale, is_gated, zero = ld_i64(d + 8 * SCALE), ld_i64(d + 8 * IS_GATED), bits_of(np.float32(0.0))
+    n, n_stream, n_token, _ = sizes(d, SRC0)
+    scale, is_gated, zero = word(d, SCALE), word(d, IS_GATED), bits_of(np.float32(0.0))
     pieces = (n + CHUNK - 1) // CHUNK
     first, end = share(pieces * n_token, ith, nth)
     for unit in range(first, end):
         start, t = unit % pieces * CHUNK, unit // pieces
         count, out = min(CHUNK, n - start), row_at(d, DST, t, 0, 0) + 4 * start
-        y = floats(out)
-        for i in range(count):
-            y[i] = np.float32(0.0)
+        clear(out, 0, count)
         for stream in range(n_stream):
             x = row_at(d, SRC0, stream, t, 0) + 4 * start
             if is_gated:
@@ -112,8 +109,8 @@ def dsv4_hc_pre(ith, nth, d, ctl):
 @rare_op_kernel
 def dsv4_hc_post(ith, nth, d, ctl):
     """Add the block's result (src0), weighted by src2, to each stream of src1, mixed by src3."""
-    n, n_stream, n_token = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
-    is_mixed, zero, one = ld_i64(d + 8 * IS_MIXED), bits_of(np.float32(0.0)), bits_of(np.float32(1.0))
+    n, n_stream, n_token, _ = sizes(d, DST)
+    is_mixed, zero, one = word(d, IS_MIXED), bits_of(np.float32(0.0)), bits_of(np.float32(1.0))
     pieces = (n + CHUNK - 1) // CHUNK
     first, end = share(pieces * n_stream * n_token, ith, nth)
     for unit in range(first, end):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from .convert import row_to_f32
-from .elementwise import share
+from .descriptor import own_scratch, row_at, share, sizes, word
 from .kernel import rare_op_kernel
-from .memory import floats, ld_f16, ld_i64
-from .recurrent import dot_of, row_at
-from .words import DST, F32, NE0, NE1, NE2, NE3, PARAM, SRC0, SRC1, SRC2, SRC3, THREAD_BYTES, THREADS, TYPE
+from .memory import floats, ld_f16
+from .recurrent import dot_of
+from .words import DST, F32, NE2, NE3, PARAM, SRC0, SRC1, SRC2, SRC3, TYPE
 
 #: Parameter: address of a kernel of `DEQUANTISE`.
 DEQUANTISE = PARAM
@@ -18,20 +18,15 @@ DEQUANTISE = PARAM
 @rare_op_kernel
 def lightning_indexer(ith, nth, d, ctl):
     """Add up positive products of queries (src0) and keys (src1), weighed by head (src2), and the mask (src3)."""
-    n, n_head = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1))
-    n_token, n_stream, n_kv = (
-        ld_i64(d + 8 * (SRC0 + NE2)),
-        ld_i64(d + 8 * (SRC0 + NE3)),
-        ld_i64(d + 8 * (SRC1 + NE2)),
-    )
-    type, n_mask = ld_i64(d + 8 * (SRC1 + TYPE)), ld_i64(d + 8 * (SRC3 + NE3))
-    floats_at = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
+    n, n_head, n_token, n_stream = sizes(d, SRC0)
+    type, n_kv, n_mask = word(d, SRC1 + TYPE), word(d, SRC1 + NE2), word(d, SRC3 + NE3)
+    floats_at = own_scratch(ctl, ith)
     first, end = share(n_kv * n_stream, ith, nth)
     for unit in range(first, end):
         i_kv, stream = unit % n_kv, unit // n_kv
         key = row_at(d, SRC1, 0, i_kv, stream)
         if type != F32:
-            row_to_f32(type, key, floats_at, n, ld_i64(d + 8 * DEQUANTISE))
+            row_to_f32(type, key, floats_at, n, word(d, DEQUANTISE))
             key = floats_at
         for t in range(n_token):
             weights, score = floats(row_at(d, SRC2, t, 0, stream)), np.float32(0.0)

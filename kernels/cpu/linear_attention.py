@@ -6,14 +6,13 @@ states. A head of a sequence is taken by one thread from the first token to the 
 
 from __future__ import annotations
 
-from .elementwise import share
+from .descriptor import address, number, share, sizes, word
 from .emit import F32, F32x16, ir, micro, types
 from .kernel import device, rare_op_kernel
-from .memory import bits_of, floats, ld_f32, ld_i64
+from .memory import bits_of, floats, ld_f32
 from .recurrent import dot_of
-from .words import ADDRESS, DST, NE0, NE1, NE2, PARAM, SRC0, SRC1, SRC2, SRC3, SRC4, SRC5, SRC6
-
-import numpy as np  # isort: skip
+from .shape import clear
+from .words import DST, PARAM, SRC0, SRC1, SRC2, SRC3, SRC4, SRC5, SRC6
 
 #: Parameters: how many sequences the tokens are divided into; the scale of GATED_LINEAR_ATTN's queries (bits).
 N_SEQ, SCALE = PARAM, PARAM + 1
@@ -21,14 +20,16 @@ N_SEQ, SCALE = PARAM, PARAM + 1
 
 @device
 def _at(d, tensor, offset):
-    return ld_i64(d + 8 * (tensor + ADDRESS)) + offset
+    return address(d, tensor) + offset
 
 
 @device
-def _clear(y, n):
-    out = floats(y)
-    for i in range(n):
-        out[i] = np.float32(0.0)
+def _heads_of(d, ith, nth):
+    """Return elements and number of heads, tokens of a sequence, where states begin in dst, and which heads of all sequences thread ith does."""
+    n, n_head, n_token, _ = sizes(d, SRC0)
+    n_seq = word(d, N_SEQ)
+    first, end = share(n_head * n_seq, ith, nth)
+    return n, n_head, n_token // n_seq, 4 * n * n_head * n_token, first, end
 
 
 @micro(types.void, 9)
@@ -49,10 +50,7 @@ def _wkv6_row(e, n, old, to, v, out, k, r, bonus, decay):
 @rare_op_kernel
 def rwkv_wkv6(ith, nth, d, ctl):
     """Forget by src4, learn src0 times src1, read by src2, with a bonus (src3) for the token itself."""
-    n, n_head, n_token = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
-    n_seq = ld_i64(d + 8 * N_SEQ)
-    states, per_seq = 4 * n * n_head * n_token, n_token // n_seq
-    first, end = share(n_head * n_seq, ith, nth)
+    n, n_head, per_seq, states, first, end = _heads_of(d, ith, nth)
     for unit in range(first, end):
         head, seq = unit % n_head, unit // n_head
         old, to = _at(d, SRC5, 4 * n * n * unit), _at(d, DST, states + 4 * n * n * unit)
@@ -61,7 +59,7 @@ def rwkv_wkv6(ith, nth, d, ctl):
             at = 4 * n * (head + n_head * t)
             out, v = _at(d, DST, at), _at(d, SRC1, at)
             k, r, decay = _at(d, SRC0, at), _at(d, SRC2, at), _at(d, SRC4, at)
-            _clear(out, n)
+            clear(out, 0, n)
             for i in range(n):
                 row = 4 * n * i
                 _wkv6_row(n, old + row, to + row, v, out, k + 4 * i, r + 4 * i, bonus + 4 * i, decay + 4 * i)
@@ -87,10 +85,8 @@ def _gated_row(e, n, old, to, v, out, k, q, gate):
 @rare_op_kernel
 def gated_linear_attn(ith, nth, d, ctl):
     """Forget by src3, learn src0 times src1, read by src2, which is scaled."""
-    n, n_head, n_token = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
-    n_seq, scale = ld_i64(d + 8 * N_SEQ), ld_f32(d + 8 * SCALE)
-    states, per_seq = 4 * n * n_head * n_token, n_token // n_seq
-    first, end = share(n_head * n_seq, ith, nth)
+    n, n_head, per_seq, states, first, end = _heads_of(d, ith, nth)
+    scale = number(d, SCALE)
     for unit in range(first, end):
         head, seq = unit % n_head, unit // n_head
         old, to = _at(d, SRC4, 4 * n * n * unit), _at(d, DST, states + 4 * n * n * unit)
@@ -98,7 +94,7 @@ def gated_linear_attn(ith, nth, d, ctl):
             at = 4 * n * (head + n_head * t)
             out, v = _at(d, DST, at), _at(d, SRC1, at)
             k, q, gate = _at(d, SRC0, at), _at(d, SRC2, at), _at(d, SRC3, at)
-            _clear(out, n)
+            clear(out, 0, n)
             for i in range(n):
                 row = 4 * n * i
                 read = bits_of(ld_f32(q + 4 * i) * scale)
@@ -126,10 +122,7 @@ def _wkv7_row(e, n, old, to, w, k, b, r, value, removed):
 @rare_op_kernel
 def rwkv_wkv7(ith, nth, d, ctl):
     """Forget by src1, remove what src4 reads and put it at src5, learn src3 at src2, read by src0; rows of a state belong to values."""
-    n, n_head, n_token = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
-    n_seq = ld_i64(d + 8 * N_SEQ)
-    states, per_seq = 4 * n * n_head * n_token, n_token // n_seq
-    first, end = share(n_head * n_seq, ith, nth)
+    n, n_head, per_seq, states, first, end = _heads_of(d, ith, nth)
     for unit in range(first, end):
         head, seq = unit % n_head, unit // n_head
         old, to = _at(d, SRC6, 4 * n * n * unit), _at(d, DST, states + 4 * n * n * unit)

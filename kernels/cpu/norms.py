@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .elementwise import row_address, share
+from .descriptor import number, row_address, rows_of, word
 from .emit import I64, LANES, Emit, F32x16, ir, micro, types
 from .kernel import op_kernel
-from .memory import bits_of, ld_f32, ld_i64
-from .words import DST, NE0, NE1, NE2, NE3, PARAM, SRC0
+from .memory import bits_of
+from .words import DST, PARAM, SRC0
 
 import numpy as np  # isort: skip
 
@@ -95,9 +95,8 @@ def scale_row(e, x, y, n, less, factor):
 @op_kernel
 def norm_rows(ith, nth, d, ctl):
     """Scale each row by one over its norm; NORM takes off its mean first."""
-    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
-    kind, eps = ld_i64(d + 8 * KIND), ld_f32(d + 8 * EPS)
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    n, ne1, ne2, first, end = rows_of(d, DST, ith, nth)
+    kind, eps = word(d, KIND), number(d, EPS)
     for row in range(first, end):
         x, y = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)
         mean = np.float32(0.0)

@@ -7,47 +7,20 @@ from __future__ import annotations
 
 import math
 
-from .elementwise import share
+from .descriptor import address, own_scratch, row_at, share, sizes, word
 from .emit import Emit, F32x16, ir, micro, types
 from .functions import V, exp
-from .kernel import device, rare_op_kernel
-from .memory import bits_of, copy_bytes, floats, ld_f32, ld_i32, ld_i64, st_f32
+from .kernel import rare_op_kernel
+from .memory import bits_of, copy_bytes, floats, ld_f32, ld_i32, st_f32
 from .norms import fold_row, scale_row
 from .plan import report
 from .shape import add_scaled
-from .words import (
-    ADDRESS,
-    DST,
-    NB1,
-    NB2,
-    NB3,
-    NE0,
-    NE1,
-    NE2,
-    NE3,
-    PARAM,
-    SRC0,
-    SRC1,
-    SRC2,
-    SRC3,
-    SRC4,
-    SRC5,
-    SRC6,
-    THREAD_BYTES,
-    THREADS,
-)
+from .words import DST, NB1, NE0, NE1, NE3, PARAM, SRC0, SRC1, SRC2, SRC3, SRC4, SRC5, SRC6
 
 import numpy as np  # isort: skip
 
 #: Parameter of SSM_SCAN and GATED_DELTA_NET: number of last tokens whose states are kept.
 N_KEPT = PARAM
-
-
-@device
-def row_at(d, tensor, i1, i2, i3):
-    """Address of a row of a tensor in a descriptor."""
-    nb1, nb2, nb3 = ld_i64(d + 8 * (tensor + NB1)), ld_i64(d + 8 * (tensor + NB2)), ld_i64(d + 8 * (tensor + NB3))
-    return ld_i64(d + 8 * (tensor + ADDRESS)) + i1 * nb1 + i2 * nb2 + i3 * nb3
 
 
 @micro(types.float32, 3)
@@ -67,17 +40,14 @@ def dot_of(e, x, y, n):
 @rare_op_kernel
 def ssm_conv(ith, nth, d, ctl):
     """Slide each channel's few weights (src1) over its row of src0."""
-    n_tap, n_channel = ld_i64(d + 8 * (SRC1 + NE0)), ld_i64(d + 8 * (SRC1 + NE1))
-    n_token, n_seq = ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
-    nb_token = ld_i64(d + 8 * (DST + NB1))
+    n_tap, n_channel, _, _ = sizes(d, SRC1)
+    _, n_token, n_seq, _ = sizes(d, DST)
+    nb_token = word(d, DST + NB1)
     first, end = share(n_channel * n_seq, ith, nth)
     for unit in range(first, end):
         channel, seq = unit % n_channel, unit // n_channel
-        x, w, out = (
-            floats(row_at(d, SRC0, channel, seq, 0)),
-            floats(row_at(d, SRC1, channel, 0, 0)),
-            row_at(d, DST, 0, seq, 0),
-        )
+        x, w = floats(row_at(d, SRC0, channel, seq, 0)), floats(row_at(d, SRC1, channel, 0, 0))
+        out = row_at(d, DST, 0, seq, 0)
         for t in range(n_token):
             total = np.float32(0.0)
             for i in range(n_tap):
@@ -127,18 +97,10 @@ def _scan_by_element(e, n, state, to, b, c, x, rates, step):
 @rare_op_kernel
 def ssm_scan(ith, nth, d, ctl):
     """Scan each head of each sequence; dst: outputs of all tokens, then the states after the last N_KEPT."""
-    n_state, dim, n_head = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC1 + NE0)), ld_i64(d + 8 * (SRC1 + NE1))
-    n_token, n_seq = ld_i64(d + 8 * (SRC1 + NE2)), ld_i64(d + 8 * (SRC1 + NE3))
-    n_kept, n_rate, per_group = (
-        ld_i64(d + 8 * N_KEPT),
-        ld_i64(d + 8 * (SRC3 + NE0)),
-        n_head // ld_i64(d + 8 * (SRC4 + NE1)),
-    )
-    y, ids, n_slot = (
-        ld_i64(d + 8 * (DST + ADDRESS)),
-        ld_i64(d + 8 * (SRC6 + ADDRESS)),
-        ld_i64(d + 8 * (SRC0 + NE3)),
-    )
+    n_state, _, _, n_slot = sizes(d, SRC0)
+    dim, n_head, n_token, n_seq = sizes(d, SRC1)
+    n_kept, n_rate, per_group = word(d, N_KEPT), word(d, SRC3 + NE0), n_head // word(d, SRC4 + NE1)
+    y, ids = address(d, DST), address(d, SRC6)
     states, head_bytes = y + 4 * dim * n_head * n_token * n_seq, 4 * n_state * dim
     first, end = share(n_head * n_seq, ith, nth)
     for unit in range(first, end):
@@ -174,13 +136,12 @@ def ssm_scan(ith, nth, d, ctl):
 @rare_op_kernel
 def gated_delta_net(ith, nth, d, ctl):
     """Update each head's state, kept transposed, by the delta rule; dst: outputs, then the last N_KEPT states."""
-    n, n_head = ld_i64(d + 8 * (SRC2 + NE0)), ld_i64(d + 8 * (SRC2 + NE1))
-    n_token, n_seq, n_kept = ld_i64(d + 8 * (SRC2 + NE2)), ld_i64(d + 8 * (SRC2 + NE3)), ld_i64(d + 8 * N_KEPT)
-    n_q, n_k = ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC1 + NE1))
-    seqs_a_q, seqs_a_k = n_seq // ld_i64(d + 8 * (SRC0 + NE3)), n_seq // ld_i64(d + 8 * (SRC1 + NE3))
-    one_gate, y = ld_i64(d + 8 * (SRC3 + NE0)) == 1, ld_i64(d + 8 * (DST + ADDRESS))
+    n, n_head, n_token, n_seq = sizes(d, SRC2)
+    n_kept, n_q, n_k = word(d, N_KEPT), word(d, SRC0 + NE1), word(d, SRC1 + NE1)
+    seqs_a_q, seqs_a_k = n_seq // word(d, SRC0 + NE3), n_seq // word(d, SRC1 + NE3)
+    one_gate, y = word(d, SRC3 + NE0) == 1, address(d, DST)
     states, head_bytes = y + 4 * n * n_head * n_token * n_seq, 4 * n * n
-    decays = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
+    decays = own_scratch(ctl, ith)
     state, scale = decays + 4 * n, np.float32(1.0) / np.float32(math.sqrt(np.float32(n)))
     first, end = share(n_head * n_seq, ith, nth)
     for unit in range(first, end):
@@ -188,11 +149,8 @@ def gated_delta_net(ith, nth, d, ctl):
         copy_bytes(state, row_at(d, SRC5, 0, head, seq), head_bytes)
         for t in range(n_token):
             q, k = row_at(d, SRC0, head % n_q, t, seq // seqs_a_q), row_at(d, SRC1, head % n_k, t, seq // seqs_a_k)
-            v, gate, beta = (
-                row_at(d, SRC2, head, t, seq),
-                row_at(d, SRC3, head, t, seq),
-                ld_f32(row_at(d, SRC4, head, t, seq)),
-            )
+            v, gate = row_at(d, SRC2, head, t, seq), row_at(d, SRC3, head, t, seq)
+            beta = ld_f32(row_at(d, SRC4, head, t, seq))
             decay = np.float32(math.exp(ld_f32(gate)))
             if not one_gate:
                 _exponentials(gate, decays, n)
@@ -241,10 +199,9 @@ N_TOGETHER = 64
 @rare_op_kernel
 def solve_tri(ith, nth, d, ctl):
     """Solve ``a x = b`` for lower triangles a (src0), row by row, for some columns of b (src1) at a time."""
-    n_column, n = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1))
-    ne2 = ld_i64(d + 8 * (DST + NE2))
+    n_column, n, ne2, ne3 = sizes(d, DST)
     pieces = (n_column + N_TOGETHER - 1) // N_TOGETHER
-    first, end = share(pieces * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    first, end = share(pieces * ne2 * ne3, ith, nth)
     for unit in range(first, end):
         start, i2, i3 = unit % pieces * N_TOGETHER, unit // pieces % ne2, unit // (pieces * ne2)
         count = min(N_TOGETHER, n_column - start)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .elementwise import row_address, share
+from .descriptor import address, number, row_address, rows_of, sizes, word
 from .kernel import op_kernel
-from .memory import copy_bytes, floats, ld_f32, ld_i64, st_f32, st_i32
+from .memory import copy_bytes, floats, ld_f32, st_f32, st_i32
 from .norms import sum_of
-from .words import ADDRESS, DST, NB0, NE0, NE1, NE2, NE3, PARAM, SRC0
+from .words import DST, NB0, PARAM, SRC0
 
 #: Parameters: which op; what is written outside the diagonal's mask (bits), and its column of the first row.
 KIND, MASKED, N_PAST = PARAM, PARAM + 1, PARAM + 2
@@ -18,10 +18,8 @@ SUM_ROWS, MEAN, CUMSUM, ARGMAX, DIAG_MASK = range(5)
 @op_kernel
 def reduce_rows(ith, nth, d, ctl):
     """Reduce or scan each row of src0."""
-    kind, n = ld_i64(d + 8 * KIND), ld_i64(d + 8 * (SRC0 + NE0))
-    ne1, ne2 = ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
-    n_past, masked = ld_i64(d + 8 * N_PAST), ld_f32(d + 8 * MASKED)
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (SRC0 + NE3)), ith, nth)
+    n, ne1, ne2, first, end = rows_of(d, SRC0, ith, nth)
+    kind, n_past, masked = word(d, KIND), word(d, N_PAST), number(d, MASKED)
     for row in range(first, end):
         at = row_address(d, SRC0, row, ne1, ne2)
         x = floats(at)
@@ -30,7 +28,7 @@ def reduce_rows(ith, nth, d, ctl):
             for i in range(n):
                 if x[i] > x[best]:
                     best = i
-            st_i32(ld_i64(d + 8 * (DST + ADDRESS)) + 4 * row, best)
+            st_i32(address(d, DST) + 4 * row, best)
             continue
         out = row_address(d, DST, row, ne1, ne2)
         y = floats(out)
@@ -53,11 +51,11 @@ def reduce_rows(ith, nth, d, ctl):
 @op_kernel
 def sum_all(ith, nth, d, ctl):
     """Add all elements up, in double precision from row to row; one thread."""
-    n, ne1, ne2 = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
-    nb0 = ld_i64(d + 8 * (SRC0 + NB0))
+    n, ne1, ne2, ne3 = sizes(d, SRC0)
+    nb0 = word(d, SRC0 + NB0)
     total = 0.0
-    for row in range(ne1 * ne2 * ld_i64(d + 8 * (SRC0 + NE3))):
+    for row in range(ne1 * ne2 * ne3):
         at = row_address(d, SRC0, row, ne1, ne2)
         for i in range(n):
             total += ld_f32(at + i * nb0)
-    st_f32(ld_i64(d + 8 * (DST + ADDRESS)), np.float32(total))
+    st_f32(address(d, DST), np.float32(total))

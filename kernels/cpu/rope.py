@@ -13,29 +13,11 @@ import math
 import numpy as np
 
 from .convert import row_from_f32, row_to_f32
-from .elementwise import row_address, share
+from .descriptor import address, number, own_scratch, row_address, rows_of, scratch, share, word
 from .emit import I64, LANES, F32x8, F32x16, ir, micro, types
 from .kernel import device, op_kernel
 from .memory import copy_bytes, floats, ld_f32, ld_i32, ld_i64
-from .words import (
-    ADDRESS,
-    DST,
-    F32,
-    NB0,
-    NB1,
-    NE0,
-    NE1,
-    NE2,
-    NE3,
-    PARAM,
-    SCRATCH,
-    SHARED,
-    SRC0,
-    SRC1,
-    THREAD_BYTES,
-    THREADS,
-    TYPE,
-)
+from .words import DST, F32, NB0, NB1, NE0, PARAM, SRC0, SRC1, TYPE
 
 #: Parameters of `rope_angles`: pairs of a row. THETA_SCALE: factor of the angle from pair to pair; LOW, HIGH: pairs
 #: between which YaRN mixes; MAGNITUDE: factor of cosines and sines. AXES: see below; SECTIONS: pairs of each of the four
@@ -62,18 +44,14 @@ def _axis_of_pair(axes, sections, sector):
 @device
 def _pair_angle(d, i, angle, table, half):
     """Write cosine and sine of pair i, whose frequency is divided and scaled first."""
-    divisors, freq_scale, ext_factor = (
-        ld_i64(d + 8 * (SRC1 + ADDRESS)),
-        ld_f32(d + 8 * FREQ_SCALE),
-        ld_f32(d + 8 * EXT_FACTOR),
-    )
-    magnitude, row = ld_f32(d + 8 * MAGNITUDE), floats(table)
+    divisors, freq_scale, ext_factor = address(d, SRC1), number(d, FREQ_SCALE), number(d, EXT_FACTOR)
+    magnitude, row = number(d, MAGNITUDE), floats(table)
     extrapolated = angle
     if divisors != 0:
         extrapolated = angle / ld_f32(divisors + 4 * i)
     theta = freq_scale * extrapolated
     if ext_factor != np.float32(0.0):
-        low, high = ld_f32(d + 8 * LOW), ld_f32(d + 8 * HIGH)
+        low, high = number(d, LOW), number(d, HIGH)
         ramp = (np.float32(i) - low) / max(np.float32(0.001), high - low)
         mix = (np.float32(1.0) - min(np.float32(1.0), max(np.float32(0.0), ramp))) * ext_factor
         theta = theta * (np.float32(1.0) - mix) + extrapolated * mix
@@ -84,14 +62,10 @@ def _pair_angle(d, i, angle, table, half):
 @op_kernel
 def rope_angles(ith, nth, d, ctl):
     """Write cosines and sines for the positions of src0; src1: divisors of the frequencies, or absent."""
-    half, axes, sections = ld_i64(d + 8 * N_PAIRS), ld_i64(d + 8 * AXES), d + 8 * SECTIONS
-    n_token = ld_i64(d + 8 * (SRC0 + NE0)) // (1 if axes == ONE else 4)
-    theta_scale, positions, nb0 = (
-        ld_f32(d + 8 * THETA_SCALE),
-        ld_i64(d + 8 * (SRC0 + ADDRESS)),
-        ld_i64(d + 8 * (SRC0 + NB0)),
-    )
-    table = ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
+    half, axes, sections = word(d, N_PAIRS), word(d, AXES), d + 8 * SECTIONS
+    n_token = word(d, SRC0 + NE0) // (1 if axes == ONE else 4)
+    theta_scale, positions, nb0 = number(d, THETA_SCALE), address(d, SRC0), word(d, SRC0 + NB0)
+    table = scratch(d, ctl)
     n_sector = ld_i64(sections) + ld_i64(sections + 8) + ld_i64(sections + 16) + ld_i64(sections + 24)
     first, end = share(n_token, ith, nth)
     for t in range(first, end):
@@ -188,13 +162,12 @@ def _turn_row(x, y, table, n_dims, is_neox, sign):
 @op_kernel
 def rope_rows(ith, nth, d, ctl):
     """Turn n_dims elements of each row, from FIRST_DIM on, and copy the rest."""
-    ne0, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
-    n_dims, first_dim = ld_i64(d + 8 * N_DIMS), ld_i64(d + 8 * FIRST_DIM)
-    is_neox, sign = ld_i64(d + 8 * IS_NEOX), ld_i64(d + 8 * SINE_SIGN)
-    table, type = ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH), ld_i64(d + 8 * (SRC0 + TYPE))
-    floats_at = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
-    nb01, nb1, start = ld_i64(d + 8 * (SRC0 + NB1)), ld_i64(d + 8 * (DST + NB1)), 4 * first_dim
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    ne0, ne1, ne2, first, end = rows_of(d, DST, ith, nth)
+    n_dims, first_dim = word(d, N_DIMS), word(d, FIRST_DIM)
+    is_neox, sign = word(d, IS_NEOX), word(d, SINE_SIGN)
+    table, type = scratch(d, ctl), word(d, SRC0 + TYPE)
+    floats_at = own_scratch(ctl, ith)
+    nb01, nb1, start = word(d, SRC0 + NB1), word(d, DST + NB1), 4 * first_dim
     head, token = first % ne1, first // ne1 % ne2
     x, y = row_address(d, SRC0, first, ne1, ne2) - nb01, row_address(d, DST, first, ne1, ne2) - nb1
     for row in range(first, end):

@@ -7,10 +7,11 @@ group those that are skipped), the number of experts that are used, and their nu
 
 from __future__ import annotations
 
+from .descriptor import address, scratch, sizes, strides, word
 from .kernel import device, op_kernel
 from .memory import ld_i32, ld_i64, st_i64
 from .plan import report
-from .words import ADDRESS, NB0, NB1, NE0, NE1, PARAM, SCRATCH, SHARED, SRC0
+from .words import PARAM, SRC0
 
 #: SKIPS: whether negative ids are skipped; otherwise they are reported.
 N_EXPERT, SKIPS = PARAM, PARAM + 1
@@ -30,11 +31,11 @@ def active_at(groups, n_expert, n_pairs):
 @op_kernel
 def group_by_expert(ith, nth, d, ctl):
     """Sort the pairs of (token, slot) by expert; one thread."""
-    ids = ld_i64(d + 8 * (SRC0 + ADDRESS))
-    n_used, n_token = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1))
-    nb0, nb1 = ld_i64(d + 8 * (SRC0 + NB0)), ld_i64(d + 8 * (SRC0 + NB1))
-    n_expert, skips = ld_i64(d + 8 * N_EXPERT), ld_i64(d + 8 * SKIPS)
-    first = ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH)
+    ids = address(d, SRC0)
+    n_used, n_token, _, _ = sizes(d, SRC0)
+    nb0, nb1, _, _ = strides(d, SRC0)
+    n_expert, skips = word(d, N_EXPERT), word(d, SKIPS)
+    first = scratch(d, ctl)
     order = first + 8 * (n_expert + 1)
     active = active_at(first, n_expert, n_token * n_used)
     for e in range(n_expert + 1):

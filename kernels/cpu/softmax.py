@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 
-from .elementwise import repeated_row_address, row_address, share
+from .descriptor import address, number, repeated_row_address, row_address, rows_of, word
 from .emit import F16x16, F32x16, I16x16, ir, micro, types
 from .functions import V, exp
 from .kernel import device, op_kernel
-from .memory import bits_of, ld_f32, ld_i64
+from .memory import bits_of, ld_f32
 from .norms import fold_row, largest_of, scale_row
-from .words import ADDRESS, DST, F16, NE0, NE1, NE2, NE3, PARAM, SRC0, SRC1, SRC2, TYPE
+from .words import DST, F16, PARAM, SRC0, SRC1, SRC2, TYPE
 
 #: Parameters: scale, largest ALiBi bias, and its two bases (`slope`), heads of the first base.
 SCALE, MAX_BIAS, M0, M1, N_HEAD_LOG2 = (PARAM + i for i in range(5))
@@ -68,12 +68,11 @@ def exp_row(e, x, n, less):
 @op_kernel
 def soft_max_rows(ith, nth, d, ctl):
     """Turn each row into probabilities."""
-    n, ne1, ne2 = ld_i64(d + 8 * (DST + NE0)), ld_i64(d + 8 * (DST + NE1)), ld_i64(d + 8 * (DST + NE2))
-    factor, max_bias = ld_f32(d + 8 * SCALE), ld_f32(d + 8 * MAX_BIAS)
-    m0, m1, n_head_log2 = ld_f32(d + 8 * M0), ld_f32(d + 8 * M1), ld_i64(d + 8 * N_HEAD_LOG2)
-    mask, sinks = ld_i64(d + 8 * (SRC1 + ADDRESS)), ld_i64(d + 8 * (SRC2 + ADDRESS))
-    is_f16 = 1 if ld_i64(d + 8 * (SRC1 + TYPE)) == F16 else 0
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (DST + NE3)), ith, nth)
+    n, ne1, ne2, first, end = rows_of(d, DST, ith, nth)
+    factor, max_bias = number(d, SCALE), number(d, MAX_BIAS)
+    m0, m1, n_head_log2 = number(d, M0), number(d, M1), word(d, N_HEAD_LOG2)
+    mask, sinks = address(d, SRC1), address(d, SRC2)
+    is_f16 = 1 if word(d, SRC1 + TYPE) == F16 else 0
     for row in range(first, end):
         i1, i2, i3 = row % ne1, row // ne1 % ne2, row // (ne1 * ne2)
         x, y = row_address(d, SRC0, row, ne1, ne2), row_address(d, DST, row, ne1, ne2)

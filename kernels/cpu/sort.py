@@ -6,10 +6,10 @@ deep, insertion sort at the end) and `std::partial_sort` (heap select).
 
 from __future__ import annotations
 
-from .elementwise import row_address, share
+from .descriptor import own_scratch, row_address, rows_of, word
 from .kernel import device, op_kernel
-from .memory import floats, ld_i64
-from .words import DST, NE0, NE1, NE2, NE3, PARAM, SRC0, THREAD_BYTES, THREADS
+from .memory import floats
+from .words import DST, NE0, PARAM, SRC0
 
 from .emit import intrinsic, types  # isort: skip
 
@@ -165,10 +165,9 @@ def sort(x, order, n, descending, stack):
 @op_kernel
 def argsort_rows(ith, nth, d, ctl):
     """Write the indices that sort each row."""
-    n, ne1, ne2 = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
-    descending = ld_i64(d + 8 * DESCENDING)
-    stack = ints(ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES))
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (SRC0 + NE3)), ith, nth)
+    n, ne1, ne2, first, end = rows_of(d, SRC0, ith, nth)
+    descending = word(d, DESCENDING)
+    stack = ints(own_scratch(ctl, ith))
     for row in range(first, end):
         x, order = floats(row_address(d, SRC0, row, ne1, ne2)), ints(row_address(d, DST, row, ne1, ne2))
         for i in range(n):
@@ -179,10 +178,9 @@ def argsort_rows(ith, nth, d, ctl):
 @op_kernel
 def top_k_rows(ith, nth, d, ctl):
     """Write the indices of the k largest of each row, the first two swapped as upstream does."""
-    n, ne1, ne2 = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
-    k = ld_i64(d + 8 * (DST + NE0))
-    order = ints(ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES))
-    first, end = share(ne1 * ne2 * ld_i64(d + 8 * (SRC0 + NE3)), ith, nth)
+    n, ne1, ne2, first, end = rows_of(d, SRC0, ith, nth)
+    k = word(d, DST + NE0)
+    order = ints(own_scratch(ctl, ith))
     for row in range(first, end):
         x, out = floats(row_address(d, SRC0, row, ne1, ne2)), ints(row_address(d, DST, row, ne1, ne2))
         for i in range(n):
