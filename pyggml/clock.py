@@ -370,7 +370,8 @@ class VirtualClock:
 
     def _host_until(self, when_s: float) -> Span:
         start = self.host_s
-        self.host_s = max(start, when_s)
+        if when_s > start:
+            self.host_s = when_s
         return Span(start, self.host_s)
 
     @contextmanager

@@ -7,6 +7,7 @@ and ``strides`` are in numpy's order.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Shape", "Tensor", "are_same_layout", "dup_layout", "pack_params", "view_tensor"]
 
 Shape = tuple[int, int, int, int]
+_Layout = tuple[Shape, Shape, int, int, int]
 _ONES = (1,) * MAX_DIMS
 
 
@@ -78,14 +80,15 @@ def pack_params(*values: float) -> tuple[int, ...]:
 
 
 #: Equal layouts and equal parameters are one object: quick to compare, and verified once.
-_LAYOUTS: dict[tuple[Type, tuple[int, ...], tuple[int, ...] | None], tuple[Shape, Shape, int, int]] = {}
+_LAYOUTS: dict[tuple[Type, tuple[int, ...], tuple[int, ...] | None], _Layout] = {}
+_numbers = itertools.count()
 _SHAPES: dict[Shape, Shape] = {}
 _PARAMS: dict[tuple[int, ...], tuple[int, ...]] = {}
 _MOST_KEPT = 1 << 14
 
 
-def _lay_out(op: Op, type: Type, ne: tuple[int, ...], nb: tuple[int, ...] | None) -> tuple[Shape, Shape, int, int]:
-    """Return dimensions, strides, `nbytes`, and the bytes that a view needs; keep them."""
+def _lay_out(op: Op, type: Type, ne: tuple[int, ...], nb: tuple[int, ...] | None) -> _Layout:
+    """Return dimensions, strides, `nbytes`, the bytes that a view needs, and the layout's number; keep them."""
     shape = pad_ne(ne)
     if nb is None:
         strides = contiguous_nb(type, shape)
@@ -104,7 +107,7 @@ def _lay_out(op: Op, type: Type, ne: tuple[int, ...], nb: tuple[int, ...] | None
         _LAYOUTS.clear()
         _SHAPES.clear()
     shape, strides = _SHAPES.setdefault(shape, shape), _SHAPES.setdefault(strides, strides)
-    found = _LAYOUTS[type, ne, nb] = shape, strides, n_bytes, n_inside
+    found = _LAYOUTS[type, ne, nb] = shape, strides, n_bytes, n_inside, next(_numbers)
     return found
 
 
@@ -158,6 +161,7 @@ class Tensor:
         "data",
         "extra",
         "flags",
+        "layout",
         "name",
         "nb",
         "nbytes",
@@ -172,6 +176,7 @@ class Tensor:
     type: Type
     ne: Shape
     nb: Shape
+    layout: int  #: a number: tensors with the same have the same type, `ne` and `nb`
     nbytes: int  #: from the start of the first to the end of the last element, including gaps (`ggml_nbytes`)
     op: Op
     flags: int  #: of `TensorFlag`
@@ -199,7 +204,7 @@ class Tensor:
     ) -> None:
         self.type = type = Type.of(type) if isinstance(type, str) else type
         key = type, tuple(ne), None if nb is None else tuple(nb)
-        self.ne, self.nb, self.nbytes, n_inside = _LAYOUTS.get(key) or _lay_out(op, *key)
+        self.ne, self.nb, self.nbytes, n_inside, self.layout = _LAYOUTS.get(key) or _lay_out(op, *key)
         self.name = name
         self.op = op
         self._op_params = op_params and (_PARAMS.get(op_params) or _check_params(op, op_params))
@@ -524,6 +529,7 @@ def dup_layout(tensor: Tensor, name: str) -> Tensor:
     made.type = tensor.type
     made.ne = tensor.ne
     made.nb = tensor.nb
+    made.layout = tensor.layout
     made.nbytes = tensor.nbytes
     made.name = name
     made.op = _NONE

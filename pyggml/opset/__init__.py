@@ -49,9 +49,23 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 
+#: Whether nodes are supported, by what `OpDeclaration.refuses` looks at.
+_SUPPORTED: dict[tuple[object, ...], bool] = {}
+_MOST_KEPT = 1 << 14
+
+
 def supports_op(t: Tensor) -> bool:
-    """Return whether the host's kernels can run a node; views count as supported."""
-    return not reason_unsupported(t)
+    """Return whether the host's kernels can run a node; views count as supported. Equal nodes are looked at once."""
+    op, declared = t.op, OPS.get(t.op)
+    if declared is None:
+        return op.is_empty
+    kind = declared.refuses, op, t._op_params, t.layout, *[src if src is None else src.layout for src in t.src]
+    answer = _SUPPORTED.get(kind)
+    if answer is None:
+        if len(_SUPPORTED) >= _MOST_KEPT:
+            _SUPPORTED.clear()
+        answer = _SUPPORTED[kind] = not reason_unsupported(t)
+    return answer
 
 
 def plans_op(t: Tensor) -> bool:

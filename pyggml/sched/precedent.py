@@ -61,9 +61,7 @@ class _Shape:
         # what the passes read
         self.kinds = [[t.op for t in tensors], [t.flags for t in tensors]]
         # what only backends read, when they are asked about a node or its sources
-        self.layouts = [
-            [t.type for t in tensors], [t.ne for t in tensors], [t.nb for t in tensors], [t._op_params for t in tensors]
-        ]  # fmt: skip
+        self.layouts = [[t._op_params for t in tensors], [t.layout for t in tensors]]
         if not by_kind:  # what third-party backends may also read; see `answers_by_kind`
             self.layouts += [[t.view_offs for t in tensors], [t.name for t in tensors]]
 
@@ -215,7 +213,7 @@ class Precedent:
             return (
                 read[starts[n_leafs] :],
                 shape.n_sources[n_leafs:],
-                shape.layouts[3][n_leafs:],
+                shape.layouts[0][n_leafs:],
                 shape.kinds[1][n_leafs:],
             )
 
