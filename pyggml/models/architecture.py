@@ -7,21 +7,29 @@ family with a graph of another form sets `Architecture.graph`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .. import ops
-from ..gguf import TensorInfo
 from ..ops import RopeType
 from ..tensor import Tensor
 from .blocks import Builder
 from .graph import GraphParams, ModelGraph
 from .hparams import HParams, KeyReader, round_f32
-from .weights import LayerWeights, Weights, WeightSpec, layer_specs, nextn_rows, scale_specs, skipped, trunk_specs
+from .weights import (
+    LayerWeights,
+    Present,
+    Row,
+    Weights,
+    WeightSpec,
+    layer_specs,
+    nextn_rows,
+    scale_specs,
+    skipped,
+    trunk_specs,
+)
 
 __all__ = ["Architecture", "decoder_graph", "finish_decoder"]
-
-Present = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +47,7 @@ class Architecture:
     rope : RopeType
         Which elements of a row rotate together.
     layer_weights : callable
-        Returns the specs of a layer's weights, from hyper-parameters, layer and the file's tensors.
+        Returns a layer's weights as rows for `layer_specs`, from hyper-parameters, layer and the file's tensors.
     layer : callable
         Adds the nodes of a layer to the graph and returns its output: f32, [n_embd, n_token].
     graph : callable
@@ -69,7 +77,7 @@ class Architecture:
     moe_names: tuple[str, ...] = ()
     may_have_experts: bool = False
     rope: RopeType
-    layer_weights: Callable[[HParams, int, Present], list[WeightSpec]]
+    layer_weights: Callable[[HParams, int, Present], list[Row]]
     layer: Callable[[Builder, LayerWeights, Tensor], Tensor] | None = None
     graph: Callable[[GraphParams, Weights], ModelGraph] | None = None
     hparams: Callable[[KeyReader, HParams], HParams] | None = None
@@ -103,9 +111,9 @@ class Architecture:
         if self.more_weights is not None:
             specs += self.more_weights(hp)
         for i in range(hp.n_layer):
-            specs += self.layer_weights(hp, i, present)
+            specs += layer_specs(i, self.layer_weights(hp, i, present))
         for i in range(hp.n_layer, hp.n_layer_all):
-            specs += skipped(self.layer_weights(hp, i, present) + layer_specs(i, nextn_rows(hp)))
+            specs += skipped(layer_specs(i, [*self.layer_weights(hp, i, present), *nextn_rows(hp)]))
         scales = scale_specs(hp, specs, present, of_ffn=self.has_ffn_scales, of_recurrent=self.has_recurrent_scales)
         return [*specs, *scales]
 

@@ -20,7 +20,7 @@ from .weights import LayerWeights
 if TYPE_CHECKING:
     from ..moe_cache import ExpertSides
 
-__all__ = ["moe_ffn", "routed_ffn"]
+__all__ = ["moe_ffn", "routed_ffn", "with_shared"]
 
 #: Smallest sum that expert weights are divided by: the smallest normal F16, as upstream.
 _MIN_WEIGHT_SUM = 6.103515625e-5
@@ -39,6 +39,13 @@ def routed_ffn(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
         norm_weights=hp.expert_weights_norm,
         weights_scale=hp.expert_weights_scale,
     )
+
+
+def with_shared(b: Builder, w: LayerWeights, cur: Tensor, routed: Tensor, name: str = "ffn_shexp") -> Tensor:
+    """Return the chosen experts' outputs plus the shared expert's, if the layer has one."""
+    if w.get("ffn_up_shexp.weight") is None:
+        return routed
+    return ops.add(routed, b.name(b.ffn(w, cur, suffix="_shexp"), name, w.layer))
 
 
 def moe_ffn(

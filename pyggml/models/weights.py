@@ -19,7 +19,8 @@ from .hparams import NOT_BUILT, HParams
 __all__ = [
     "EXPERT_OP",
     "LayerWeights",
-    "SpecRow",
+    "Present",
+    "Row",
     "WeightSpec",
     "Weights",
     "attention_rows",
@@ -40,7 +41,9 @@ __all__ = [
 #: The op that uses weights of experts.
 EXPERT_OP = Op.MUL_MAT_ID
 #: A tensor of a layer: name without ``blk.N.``, ``ne``, op that uses it, whether it is optional.
-SpecRow = tuple[str, tuple[int, ...], Op, bool]
+_Row = tuple[str, tuple[int, ...], Op, bool]
+#: The tensors of a file, by name.
+Present = Mapping[str, TensorInfo]
 Part = Literal["input", "repeating", "output"]
 
 
@@ -81,14 +84,22 @@ def spec(name: str, ne: Iterable[int], part: Part, layer: int, op: Op, *, option
     return WeightSpec(name, pad_ne(tuple(ne)), part, layer, op, optional)
 
 
-def layer_specs(layer: int, table: Iterable[SpecRow]) -> list[WeightSpec]:
+#: What a family lists for a layer.
+Row = _Row | WeightSpec
+
+
+def layer_specs(layer: int, rows: Iterable[Row]) -> list[WeightSpec]:
     """Return the specs of one layer."""
-    return [
-        spec(f"blk.{layer}.{name}", ne, "repeating", layer, op, optional=optional) for name, ne, op, optional in table
-    ]
+    specs = []
+    for row in rows:
+        if not isinstance(row, WeightSpec):
+            name, ne, op, optional = row
+            row = spec(f"blk.{layer}.{name}", ne, "repeating", layer, op, optional=optional)
+        specs.append(row)
+    return specs
 
 
-def dense_rows(hp: HParams) -> list[SpecRow]:
+def dense_rows(hp: HParams) -> list[Row]:
     """Return the rows of a dense feed-forward network."""
     return [
         ("ffn_gate.weight", (hp.n_embd, hp.n_ff), Op.MUL_MAT, False),
@@ -99,7 +110,7 @@ def dense_rows(hp: HParams) -> list[SpecRow]:
 
 def expert_rows(
     hp: HParams, n_ff: int, *, is_gate_optional: bool = False, bias: Literal["none", "optional", "required"] = "none"
-) -> list[SpecRow]:
+) -> list[Row]:
     """Return the rows of a router and its experts.
 
     Parameters
@@ -120,7 +131,7 @@ def expert_rows(
     ]
 
 
-def gate_up_rows(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
+def gate_up_rows(hp: HParams, layer: int, present: Present) -> list[Row]:
     """Return the rows of the experts' gate and up weights, fused if the file has them fused.
 
     Notes
@@ -133,7 +144,7 @@ def gate_up_rows(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> 
     return [(f"ffn_{which}_exps.weight", (n_embd, n_ff, n_expert), EXPERT_OP, False) for which in ("gate", "up")]
 
 
-def shared_rows(hp: HParams, n_ff: int) -> list[SpecRow]:
+def shared_rows(hp: HParams, n_ff: int) -> list[Row]:
     """Return the rows of a shared expert."""
     return [
         ("ffn_gate_shexp.weight", (hp.n_embd, n_ff), Op.MUL_MAT, False),
@@ -142,7 +153,7 @@ def shared_rows(hp: HParams, n_ff: int) -> list[SpecRow]:
     ]
 
 
-def nextn_rows(hp: HParams) -> list[SpecRow]:
+def nextn_rows(hp: HParams) -> list[Row]:
     """Return the additional rows of a layer that predicts the token after the next."""
     return [
         ("nextn.eh_proj.weight", (2 * hp.n_embd, hp.n_embd), Op.MUL_MAT, True),
@@ -159,7 +170,7 @@ def skipped(specs: Iterable[WeightSpec]) -> list[WeightSpec]:
     return [replace(s, is_skipped=True) for s in specs]
 
 
-def trunk_specs(hp: HParams, present: Mapping[str, TensorInfo], *, tied_head: bool = True) -> list[WeightSpec]:
+def trunk_specs(hp: HParams, present: Present, *, tied_head: bool = True) -> list[WeightSpec]:
     """Return the specs of the embedding, the last norm and the head; if tied, the embedding can be the head."""
     ne = pad_ne((hp.n_embd, hp.n_vocab))
     out = [
@@ -173,7 +184,7 @@ def trunk_specs(hp: HParams, present: Mapping[str, TensorInfo], *, tied_head: bo
     return out
 
 
-def qkv_rows(hp: HParams, layer: int, present: Mapping[str, TensorInfo], *, n_q_each: int = 1) -> list[SpecRow]:
+def qkv_rows(hp: HParams, layer: int, present: Present, *, n_q_each: int = 1) -> list[Row]:
     """Return the rows of one layer's projections to Q, K and V, fused if the file has them fused.
 
     Parameters
@@ -186,7 +197,7 @@ def qkv_rows(hp: HParams, layer: int, present: Mapping[str, TensorInfo], *, n_q_
     Mirrors `llama_model_base::create_tensor_qkv`.
     """
     sizes = {"q": n_q_each * hp.n_embd_head_k * hp.n_head, "k": hp.n_embd_k_gqa, "v": hp.n_embd_v_gqa}
-    biases: list[SpecRow] = [(f"attn_{part}.bias", (n,), Op.ADD, True) for part, n in sizes.items()]
+    biases: list[Row] = [(f"attn_{part}.bias", (n,), Op.ADD, True) for part, n in sizes.items()]
     if f"blk.{layer}.attn_qkv.weight" in present:
         n = sum(sizes.values())
         if f"blk.{layer}.attn_qkv.bias" in present:
@@ -195,7 +206,7 @@ def qkv_rows(hp: HParams, layer: int, present: Mapping[str, TensorInfo], *, n_q_
     return [*((f"attn_{part}.weight", (hp.n_embd, n), Op.MUL_MAT, False) for part, n in sizes.items()), *biases]
 
 
-def attention_rows(hp: HParams, layer: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
+def attention_rows(hp: HParams, layer: int, present: Present) -> list[Row]:
     """Return the rows of one layer's norm, projections to Q, K and V, and projection from the heads, as most families have them."""
     return [
         ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
@@ -225,7 +236,7 @@ _RECURRENT = ("ssm_", "attn_gate")
 
 
 def scale_specs(
-    hp: HParams, specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo], *, of_ffn: bool, of_recurrent: bool
+    hp: HParams, specs: Iterable[WeightSpec], present: Present, *, of_ffn: bool, of_recurrent: bool
 ) -> list[WeightSpec]:
     """Return the specs of the scales of weights: one value for each matrix, or for each expert.
 
@@ -254,7 +265,7 @@ def scale_specs(
     return out
 
 
-def resolve_specs(specs: Iterable[WeightSpec], present: Mapping[str, TensorInfo], path: str) -> list[WeightSpec]:
+def resolve_specs(specs: Iterable[WeightSpec], present: Present, path: str) -> list[WeightSpec]:
     """Return the specs whose tensors are in the file and used, after checking each.
 
     Raises

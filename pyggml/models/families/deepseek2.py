@@ -7,20 +7,18 @@ that would expand V to the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
 from ..architecture import Architecture
 from ..blocks import Builder
 from ..context import ContextParams
-from ..experts import routed_ffn
+from ..experts import routed_ffn, with_shared
 from ..hparams import HParams, KeyReader, round_f32
-from ..weights import EXPERT_OP, LayerWeights, SpecRow, WeightSpec, dense_rows, layer_specs, shared_rows
+from ..weights import EXPERT_OP, LayerWeights, Present, Row, dense_rows, gate_up_rows, shared_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -61,15 +59,11 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     )
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `llama_model_deepseek2::load_arch_tensors`."""
-    return layer_specs(i, _rows(hp, i, present))
-
-
-def _rows(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
     k_mla, v_mla, rank = hp.n_embd_head_k_mla, hp.n_embd_head_v_mla, hp.n_lora_kv
     n_q = hp.n_head * k_mla
-    rows: list[SpecRow] = [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]
+    rows: list[Row] = [("attn_norm.weight", (hp.n_embd,), Op.MUL, False)]
     if hp.n_lora_q:
         rows.append(("attn_q_a_norm.weight", (hp.n_lora_q,), Op.MUL, False))
     rows.append(("attn_kv_a_norm.weight", (rank,), Op.MUL, False))
@@ -89,19 +83,13 @@ def _rows(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[SpecRo
     ]
 
 
-def _moe_rows(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
+def _moe_rows(hp: HParams, i: int, present: Present) -> list[Row]:
     n_ff, n_expert = hp.n_ff_exp, hp.n_expert
-    if f"blk.{i}.ffn_gate_up_exps.weight" in present:
-        gate_up: list[SpecRow] = [("ffn_gate_up_exps.weight", (hp.n_embd, 2 * n_ff, n_expert), EXPERT_OP, False)]
-    else:
-        gate_up = [
-            (f"ffn_{which}_exps.weight", (hp.n_embd, n_ff, n_expert), EXPERT_OP, False) for which in ("gate", "up")
-        ]
     return [
         ("ffn_gate_inp.weight", (hp.n_embd, n_expert), Op.MUL_MAT, False),
         ("exp_probs_b.bias", (n_expert,), Op.ADD, True),
         ("ffn_down_exps.weight", (n_ff, hp.n_embd, n_expert), EXPERT_OP, False),
-        *gate_up,
+        *gate_up_rows(hp, i, present),
         *shared_rows(hp, n_ff * hp.n_expert_shared),
     ]
 
@@ -123,7 +111,7 @@ def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
     cur = b.mla_attention(w, q, k, v, _mla_scale(b.hp, b.cp))
     ffn_in = b.add_to_residual(cur, layer_in, il)
     cur = b.norm_by(w, "ffn_norm", ffn_in)
-    cur = b.ffn(w, cur) if il < b.hp.n_layer_dense_lead else _experts(b, w, cur)
+    cur = b.ffn(w, cur) if il < b.hp.n_layer_dense_lead else with_shared(b, w, cur, routed_ffn(b, w, cur))
     return b.name(ops.add(b.name(cur, "ffn_out", il), ffn_in), "l_out", il)
 
 
@@ -160,13 +148,6 @@ def _project_q(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
     else:
         q = b.name(ops.mul_mat(w["attn_q.weight"], cur), "q", il)
     return b.name(ops.reshape_3d(q, hp.n_embd_head_k_mla, hp.n_head, b.n_tokens), "q", il)
-
-
-def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return the sum of the chosen experts' outputs and the shared expert's."""
-    routed = routed_ffn(b, w, cur)
-    shared = b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp", w.layer)
-    return ops.add(routed, shared)
 
 
 ARCHITECTURE = Architecture(

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
 from ..architecture import Architecture
 from ..blocks import Builder
-from ..experts import moe_ffn
+from ..experts import moe_ffn, with_shared
 from ..hparams import HParams, KeyReader
-from ..weights import (
-    LayerWeights,
-    SpecRow,
-    WeightSpec,
-    attention_rows,
-    dense_rows,
-    expert_rows,
-    layer_specs,
-    shared_rows,
-)
+from ..weights import LayerWeights, Present, Row, attention_rows, dense_rows, expert_rows, shared_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -38,19 +27,16 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     )
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `llama_model_ernie4_5::load_arch_tensors`, as far as it has experts."""
-    return layer_specs(
-        i,
-        [
-            *attention_rows(hp, i, present),
-            ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-            *(dense_rows(hp) if i < hp.n_layer_dense_lead else _moe_rows(hp)),
-        ],
-    )
+    return [
+        *attention_rows(hp, i, present),
+        ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+        *(dense_rows(hp) if i < hp.n_layer_dense_lead else _moe_rows(hp)),
+    ]
 
 
-def _moe_rows(hp: HParams) -> list[SpecRow]:
+def _moe_rows(hp: HParams) -> list[Row]:
     return [
         *expert_rows(hp, hp.n_ff_exp, is_gate_optional=True, bias="optional"),
         *(shared_rows(hp, hp.n_ff_shexp) if hp.n_ff_shexp else []),
@@ -65,16 +51,8 @@ def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
     cur = b.name(b.attention(w, q, k, v, b.kq_scale), "attn_out", il)
     ffn_in = b.add_to_residual(cur, layer_in, il)
     cur = b.norm_by(w, "ffn_norm", ffn_in)
-    cur = b.ffn(w, cur) if il < b.hp.n_layer_dense_lead else _experts(b, w, cur)
+    cur = b.ffn(w, cur) if il < b.hp.n_layer_dense_lead else with_shared(b, w, cur, moe_ffn(b, w, cur))
     return b.name(ops.add(b.name(cur, "ffn_out", il), ffn_in), "l_out", il)
-
-
-def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return the sum of the chosen experts' outputs and the shared expert's, if there is one."""
-    routed = moe_ffn(b, w, cur)
-    if not b.hp.n_ff_shexp:
-        return routed
-    return ops.add(routed, b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp", w.layer))
 
 
 ARCHITECTURE = Architecture(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
 from ..architecture import Architecture
 from ..blocks import Builder
 from ..hparams import HParams, KeyReader, round_f32
-from ..weights import LayerWeights, WeightSpec, attention_rows, dense_rows, layer_specs
+from ..weights import LayerWeights, Present, Row, attention_rows, dense_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -32,7 +30,7 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     )
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Return the weights of a layer.
 
     Notes
@@ -40,18 +38,15 @@ def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[Wei
     Mirrors `llama_model_gemma3::load_arch_tensors`. Differs: the dense layers of embedding models are not supported.
     """
     n_embd, head = (hp.n_embd,), (hp.n_embd_head_k,)
-    return layer_specs(
-        i,
-        [
-            *attention_rows(hp, i, present),
-            ("post_attention_norm.weight", n_embd, Op.MUL, False),
-            ("attn_k_norm.weight", head, Op.MUL, False),
-            ("attn_q_norm.weight", head, Op.MUL, False),
-            ("ffn_norm.weight", n_embd, Op.MUL, False),
-            *dense_rows(hp),
-            ("post_ffw_norm.weight", n_embd, Op.MUL, False),
-        ],
-    )
+    return [
+        *attention_rows(hp, i, present),
+        ("post_attention_norm.weight", n_embd, Op.MUL, False),
+        ("attn_k_norm.weight", head, Op.MUL, False),
+        ("attn_q_norm.weight", head, Op.MUL, False),
+        ("ffn_norm.weight", n_embd, Op.MUL, False),
+        *dense_rows(hp),
+        ("post_ffw_norm.weight", n_embd, Op.MUL, False),
+    ]
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

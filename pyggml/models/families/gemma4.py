@@ -6,11 +6,9 @@ Dense models may have a second embedding of each token for each layer, which the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor, pad_ne
 from ...types import Op
@@ -19,7 +17,7 @@ from ..blocks import Builder
 from ..experts import moe_ffn
 from ..graph import GraphParams, ModelGraph
 from ..hparams import HParams, KeyReader, round_f32
-from ..weights import EXPERT_OP, LayerWeights, SpecRow, Weights, WeightSpec, dense_rows, gate_up_rows, layer_specs
+from ..weights import EXPERT_OP, LayerWeights, Present, Row, Weights, WeightSpec, dense_rows, gate_up_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -77,12 +75,12 @@ def _more_weights(hp: HParams) -> list[WeightSpec]:
     ]
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `llama_model_gemma4::load_arch_tensors`."""
     own = hp.of_layer(i)
     n_embd, head, is_own = hp.n_embd, own.n_embd_head_k, hp.kv_layer(i) == i
     n_q, n_k, n_v = head * hp.n_head, own.n_embd_k_gqa, own.n_embd_v_gqa
-    rows: list[SpecRow] = [("attn_norm.weight", (n_embd,), Op.MUL, False)]
+    rows: list[Row] = [("attn_norm.weight", (n_embd,), Op.MUL, False)]
     if f"blk.{i}.attn_qkv.weight" in present:
         rows.append(("attn_qkv.weight", (n_embd, n_q + n_k + n_v), Op.MUL_MAT, False))
     else:
@@ -96,17 +94,16 @@ def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[Wei
         ("post_attention_norm.weight", (n_embd,), Op.MUL, False),
         ("layer_output_scale.weight", (1,), Op.MUL, True),
     ]
-    out = layer_specs(i, rows)
     if i not in hp.swa_layers:
         is_first = all(j in hp.swa_layers for j in range(i))
         ne = pad_ne((head // 2,))
-        out.append(WeightSpec("rope_freqs.weight", ne, "repeating", i, Op.ROPE, is_duplicate=not is_first))
-    return out + layer_specs(i, [*_feed_forward_rows(own, i, present), *_per_layer_rows(hp)])
+        rows.append(WeightSpec("rope_freqs.weight", ne, "repeating", i, Op.ROPE, is_duplicate=not is_first))
+    return [*rows, *_feed_forward_rows(own, i, present), *_per_layer_rows(hp)]
 
 
-def _feed_forward_rows(own: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
+def _feed_forward_rows(own: HParams, i: int, present: Present) -> list[Row]:
     norm = (own.n_embd,)
-    rows: list[SpecRow] = [
+    rows: list[Row] = [
         ("ffn_norm.weight", norm, Op.MUL, False),
         *dense_rows(own),
         ("post_ffw_norm.weight", norm, Op.MUL, False),
@@ -123,7 +120,7 @@ def _feed_forward_rows(own: HParams, i: int, present: Mapping[str, TensorInfo]) 
     ]
 
 
-def _per_layer_rows(hp: HParams) -> list[SpecRow]:
+def _per_layer_rows(hp: HParams) -> list[Row]:
     n = hp.n_embd_per_layer
     if not n:
         return []

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
@@ -14,7 +12,7 @@ from ..architecture import Architecture
 from ..blocks import Builder, kq_scale
 from ..experts import moe_ffn
 from ..hparams import HParams, KeyReader
-from ..weights import EXPERT_OP, LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_rows
+from ..weights import EXPERT_OP, LayerWeights, Present, Row, expert_rows, qkv_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -23,25 +21,22 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     return replace(hp, **keys.sliding_window(hp, period=2))
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `llama_model_openai_moe::load_arch_tensors`."""
     n_heads, n_ff, n_expert = hp.n_rot * hp.n_head, hp.n_ff_exp, hp.n_expert
-    return layer_specs(
-        i,
-        [
-            ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
-            ("post_attention_norm.weight", (hp.n_embd,), Op.MUL, False),
-            *qkv_rows(hp, i, present),
-            ("attn_output.weight", (n_heads, hp.n_embd), Op.MUL_MAT, False),
-            ("attn_sinks.weight", (hp.n_head,), Op.SCALE, False),
-            *expert_rows(hp, n_ff),
-            ("attn_output.bias", (hp.n_embd,), Op.MUL_MAT, False),
-            ("ffn_gate_inp.bias", (n_expert,), Op.MUL_MAT, False),
-            ("ffn_gate_exps.bias", (n_ff, n_expert), EXPERT_OP, False),
-            ("ffn_down_exps.bias", (hp.n_embd, n_expert), EXPERT_OP, False),
-            ("ffn_up_exps.bias", (n_ff, n_expert), EXPERT_OP, False),
-        ],
-    )
+    return [
+        ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
+        ("post_attention_norm.weight", (hp.n_embd,), Op.MUL, False),
+        *qkv_rows(hp, i, present),
+        ("attn_output.weight", (n_heads, hp.n_embd), Op.MUL_MAT, False),
+        ("attn_sinks.weight", (hp.n_head,), Op.SCALE, False),
+        *expert_rows(hp, n_ff),
+        ("attn_output.bias", (hp.n_embd,), Op.MUL_MAT, False),
+        ("ffn_gate_inp.bias", (n_expert,), Op.MUL_MAT, False),
+        ("ffn_gate_exps.bias", (n_ff, n_expert), EXPERT_OP, False),
+        ("ffn_down_exps.bias", (hp.n_embd, n_expert), EXPERT_OP, False),
+        ("ffn_up_exps.bias", (n_ff, n_expert), EXPERT_OP, False),
+    ]
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
 from ..architecture import Architecture
 from ..blocks import Builder
-from ..experts import moe_ffn
+from ..experts import moe_ffn, with_shared
 from ..hparams import HParams, KeyReader, round_f32
-from ..weights import LayerWeights, WeightSpec, attention_rows, expert_rows, layer_specs, rope_factor_specs, shared_rows
+from ..weights import LayerWeights, Present, Row, attention_rows, expert_rows, rope_factor_specs, shared_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -33,25 +31,15 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     )
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `llama_model_granite_moe::load_arch_tensors`."""
     return [
-        *layer_specs(
-            i,
-            [
-                *attention_rows(hp, i, present),
-                ("attn_output.bias", (hp.n_embd,), Op.ADD, True),
-                ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-            ],
-        ),
+        *attention_rows(hp, i, present),
+        ("attn_output.bias", (hp.n_embd,), Op.ADD, True),
+        ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
         *rope_factor_specs(hp, i),
-        *layer_specs(
-            i,
-            [
-                *expert_rows(hp, hp.n_ff, is_gate_optional=True),
-                *(shared_rows(hp, hp.n_ff_shexp) if hp.n_ff_shexp else []),
-            ],
-        ),
+        *expert_rows(hp, hp.n_ff, is_gate_optional=True),
+        *(shared_rows(hp, hp.n_ff_shexp) if hp.n_ff_shexp else []),
     ]
 
 
@@ -74,12 +62,9 @@ def _scaled(hp: HParams, cur: Tensor) -> Tensor:
 
 
 def _experts(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
-    """Return the sum of the chosen experts' outputs and the shared expert's, if there is one."""
-    routed = moe_ffn(b, w, cur)
-    if not b.hp.n_ff_shexp:
-        return routed
-    shared = b.name(b.ffn(w, cur, suffix="_shexp"), "ffn_shexp", w.layer)
-    return b.name(ops.add(routed, shared), "ffn_out", w.layer)
+    """Return the experts' outputs, named only if a shared expert's are among them."""
+    out = with_shared(b, w, cur, moe_ffn(b, w, cur))
+    return b.name(out, "ffn_out", w.layer) if b.hp.n_ff_shexp else out
 
 
 ARCHITECTURE = Architecture(

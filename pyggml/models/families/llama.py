@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
@@ -13,37 +10,23 @@ from ..architecture import Architecture
 from ..blocks import Builder
 from ..experts import moe_ffn
 from ..hparams import HParams
-from ..weights import (
-    LayerWeights,
-    SpecRow,
-    WeightSpec,
-    attention_rows,
-    dense_rows,
-    expert_rows,
-    layer_specs,
-    rope_factor_specs,
-)
+from ..weights import LayerWeights, Present, Row, attention_rows, dense_rows, expert_rows, rope_factor_specs
 
 __all__ = ["ARCHITECTURE"]
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `llama_model_llama::load_arch_tensors`."""
     return [
-        *layer_specs(
-            i,
-            [
-                *attention_rows(hp, i, present),
-                ("attn_output.bias", (hp.n_embd,), Op.ADD, True),
-                ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-            ],
-        ),
+        *attention_rows(hp, i, present),
+        ("attn_output.bias", (hp.n_embd,), Op.ADD, True),
+        ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
         *rope_factor_specs(hp, i),
-        *layer_specs(i, expert_rows(hp, hp.n_ff, is_gate_optional=True) if hp.is_moe else _dense_rows(hp)),
+        *(expert_rows(hp, hp.n_ff, is_gate_optional=True) if hp.is_moe else _dense_rows(hp)),
     ]
 
 
-def _dense_rows(hp: HParams) -> list[SpecRow]:
+def _dense_rows(hp: HParams) -> list[Row]:
     """Return the rows of a dense feed-forward network that may have biases."""
     return [
         *dense_rows(hp),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
@@ -14,7 +12,7 @@ from ..architecture import Architecture
 from ..blocks import Builder
 from ..experts import moe_ffn
 from ..hparams import HParams, KeyReader
-from ..weights import LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_rows
+from ..weights import LayerWeights, Present, Row, expert_rows, qkv_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -23,22 +21,19 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     return replace(hp, expert_gating=keys.gating())
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `llama_model_minimax_m2::load_arch_tensors`."""
     n_q = hp.n_embd_head_k * hp.n_head
-    return layer_specs(
-        i,
-        [
-            *qkv_rows(hp, i, present),
-            ("attn_output.weight", (n_q, hp.n_embd), Op.MUL_MAT, False),
-            ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
-            ("attn_q_norm.weight", (n_q,), Op.MUL, False),
-            ("attn_k_norm.weight", (hp.n_embd_k_gqa,), Op.MUL, False),
-            ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-            *expert_rows(hp, hp.n_ff),
-            ("exp_probs_b.bias", (hp.n_expert,), Op.ADD, False),
-        ],
-    )
+    return [
+        *qkv_rows(hp, i, present),
+        ("attn_output.weight", (n_q, hp.n_embd), Op.MUL_MAT, False),
+        ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
+        ("attn_q_norm.weight", (n_q,), Op.MUL, False),
+        ("attn_k_norm.weight", (hp.n_embd_k_gqa,), Op.MUL, False),
+        ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+        *expert_rows(hp, hp.n_ff),
+        ("exp_probs_b.bias", (hp.n_expert,), Op.ADD, False),
+    ]
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

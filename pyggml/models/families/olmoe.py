@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
@@ -13,25 +10,22 @@ from ..architecture import Architecture
 from ..blocks import Builder
 from ..experts import moe_ffn
 from ..hparams import HParams
-from ..weights import LayerWeights, WeightSpec, expert_rows, layer_specs, qkv_rows
+from ..weights import LayerWeights, Present, Row, expert_rows, qkv_rows
 
 __all__ = ["ARCHITECTURE"]
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `llama_model_olmoe::load_arch_tensors`."""
-    return layer_specs(
-        i,
-        [
-            ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
-            *qkv_rows(hp, i, present),
-            ("attn_output.weight", (hp.n_embd, hp.n_embd), Op.MUL_MAT, False),
-            ("attn_q_norm.weight", (hp.n_embd,), Op.MUL, False),
-            ("attn_k_norm.weight", (hp.n_embd,), Op.MUL, False),
-            ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-            *expert_rows(hp, hp.n_ff),
-        ],
-    )
+    return [
+        ("attn_norm.weight", (hp.n_embd,), Op.MUL, False),
+        *qkv_rows(hp, i, present),
+        ("attn_output.weight", (hp.n_embd, hp.n_embd), Op.MUL_MAT, False),
+        ("attn_q_norm.weight", (hp.n_embd,), Op.MUL, False),
+        ("attn_k_norm.weight", (hp.n_embd,), Op.MUL, False),
+        ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+        *expert_rows(hp, hp.n_ff),
+    ]
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

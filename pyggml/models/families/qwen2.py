@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
 from ..architecture import Architecture
 from ..blocks import Builder
 from ..hparams import HParams
-from ..weights import LayerWeights, WeightSpec, attention_rows, dense_rows, layer_specs
+from ..weights import LayerWeights, Present, Row, attention_rows, dense_rows
 
 __all__ = ["ARCHITECTURE"]
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `llama_model_qwen2::load_arch_tensors`."""
-    return layer_specs(
-        i, [*attention_rows(hp, i, present), ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False), *dense_rows(hp)]
-    )
+    return [*attention_rows(hp, i, present), ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False), *dense_rows(hp)]
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

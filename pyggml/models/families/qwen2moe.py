@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
@@ -14,7 +12,7 @@ from ..architecture import Architecture
 from ..blocks import Builder
 from ..experts import moe_ffn
 from ..hparams import HParams, KeyReader
-from ..weights import LayerWeights, WeightSpec, attention_rows, expert_rows, layer_specs, shared_rows
+from ..weights import LayerWeights, Present, Row, attention_rows, expert_rows, shared_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -23,18 +21,15 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     return replace(hp, n_ff_shexp=keys.integer("expert_shared_feed_forward_length", 0, least=0))
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `llama_model_qwen2moe::load_arch_tensors`."""
-    return layer_specs(
-        i,
-        [
-            *attention_rows(hp, i, present),
-            ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-            *expert_rows(hp, hp.n_ff_expert),
-            ("ffn_gate_inp_shexp.weight", (hp.n_embd,), Op.MUL_MAT, False),
-            *shared_rows(hp, hp.n_ff_shexp or hp.n_ff),
-        ],
-    )
+    return [
+        *attention_rows(hp, i, present),
+        ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+        *expert_rows(hp, hp.n_ff_expert),
+        ("ffn_gate_inp_shexp.weight", (hp.n_embd,), Op.MUL_MAT, False),
+        *shared_rows(hp, hp.n_ff_shexp or hp.n_ff),
+    ]
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
@@ -13,23 +10,20 @@ from ..architecture import Architecture
 from ..blocks import Builder
 from ..experts import moe_ffn
 from ..hparams import HParams
-from ..weights import LayerWeights, WeightSpec, attention_rows, dense_rows, expert_rows, layer_specs
+from ..weights import LayerWeights, Present, Row, attention_rows, dense_rows, expert_rows
 
 __all__ = ["ARCHITECTURE"]
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `load_arch_tensors` of `llama_model_qwen3` and `llama_model_qwen3moe`."""
-    return layer_specs(
-        i,
-        [
-            *attention_rows(hp, i, present),
-            ("attn_k_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
-            ("attn_q_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
-            ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
-            *(expert_rows(hp, hp.n_ff_expert) if hp.is_moe else dense_rows(hp)),
-        ],
-    )
+    return [
+        *attention_rows(hp, i, present),
+        ("attn_k_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
+        ("attn_q_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
+        ("ffn_norm.weight", (hp.n_embd,), Op.MUL, False),
+        *(expert_rows(hp, hp.n_ff_expert) if hp.is_moe else dense_rows(hp)),
+    ]
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

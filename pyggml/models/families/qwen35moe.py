@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
@@ -14,8 +12,8 @@ from ..architecture import Architecture
 from ..blocks import Builder
 from ..delta_net import DeltaInputs, delta_layer
 from ..hparams import HParams, KeyReader
-from ..weights import LayerWeights, WeightSpec
-from .qwen3next import decay, finish_layer, gate_and_project, gated_experts, gated_layer_specs, recurrent_rows
+from ..weights import LayerWeights, Present, Row
+from .qwen3next import decay, finish_layer, gate_and_project, gated_experts, gated_layer_rows, recurrent_rows
 
 __all__ = ["ARCHITECTURE"]
 
@@ -32,7 +30,7 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     )
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `llama_model_qwen35moe::load_arch_tensors`."""
     rows = recurrent_rows(
         hp,
@@ -42,7 +40,7 @@ def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[Wei
         ],
         [(f"ssm_{name}.weight", (hp.n_embd, hp.n_ssm_head), Op.MUL_MAT, False) for name in ("beta", "alpha")],
     )
-    return gated_layer_specs(hp, i, present, rows)
+    return gated_layer_rows(hp, i, present, rows)
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from ... import ops
-from ...gguf import TensorInfo
 from ...ops import RopeType
 from ...tensor import Tensor
 from ...types import Op
@@ -15,7 +14,7 @@ from ..blocks import Builder
 from ..delta_net import DeltaInputs, delta_layer
 from ..experts import moe_ffn
 from ..hparams import HParams, KeyReader
-from ..weights import EXPERT_OP, LayerWeights, SpecRow, WeightSpec, gate_up_rows, layer_specs, qkv_rows, shared_rows
+from ..weights import EXPERT_OP, LayerWeights, Present, Row, gate_up_rows, qkv_rows, shared_rows
 
 __all__ = [
     "ARCHITECTURE",
@@ -23,7 +22,7 @@ __all__ = [
     "finish_layer",
     "gate_and_project",
     "gated_experts",
-    "gated_layer_specs",
+    "gated_layer_rows",
     "recurrent_rows",
 ]
 
@@ -32,34 +31,32 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     return replace(hp, n_ff_shexp=keys.integer("expert_shared_feed_forward_length", 0, least=0), **keys.recurrent(hp))
 
 
-def _weights(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[WeightSpec]:
+def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
     """Mirrors `llama_model_qwen3next::load_arch_tensors`."""
     n_head, n_keys = hp.n_ssm_head, hp.n_ssm_group * hp.n_ssm_state
     is_joint = f"blk.{i}.ssm_in.weight" in present
-    qkvz: list[SpecRow] = [("ssm_in.weight", (hp.n_embd, 2 * n_keys + 2 * hp.n_ssm_inner), Op.MUL_MAT, True)]
+    qkvz: list[Row] = [("ssm_in.weight", (hp.n_embd, 2 * n_keys + 2 * hp.n_ssm_inner), Op.MUL_MAT, True)]
     if not is_joint or f"blk.{i}.attn_qkv.weight" in present:
         qkvz.append(("attn_qkv.weight", (hp.n_embd, hp.n_conv_channels), Op.MUL_MAT, False))
         qkvz.append(("attn_gate.weight", (hp.n_embd, hp.n_ssm_inner), Op.MUL_MAT, False))
-    own: list[SpecRow] = [("ssm_ba.weight", (hp.n_embd, 2 * n_head), Op.MUL_MAT, False)]
-    return gated_layer_specs(hp, i, present, recurrent_rows(hp, qkvz, own))
+    own: list[Row] = [("ssm_ba.weight", (hp.n_embd, 2 * n_head), Op.MUL_MAT, False)]
+    return gated_layer_rows(hp, i, present, recurrent_rows(hp, qkvz, own))
 
 
-def gated_layer_specs(
-    hp: HParams, i: int, present: Mapping[str, TensorInfo], recurrent: list[SpecRow]
-) -> list[WeightSpec]:
-    """Return the specs of a layer with attention or, if recurrent, with the given rows."""
-    norms: list[SpecRow] = [(f"{n}.weight", (hp.n_embd,), Op.MUL, False) for n in ("attn_norm", "post_attention_norm")]
+def gated_layer_rows(hp: HParams, i: int, present: Present, recurrent: list[Row]) -> list[Row]:
+    """Return the rows of a layer with attention or, if recurrent, with the given rows."""
+    norms: list[Row] = [(f"{n}.weight", (hp.n_embd,), Op.MUL, False) for n in ("attn_norm", "post_attention_norm")]
     if i in hp.recurrent_layers:
-        return layer_specs(i, [*norms, *recurrent, *moe_rows(hp, i, present)])
-    attention: list[SpecRow] = [
+        return [*norms, *recurrent, *moe_rows(hp, i, present)]
+    attention: list[Row] = [
         ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
         ("attn_q_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
         ("attn_k_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
     ]
-    return layer_specs(i, [*norms, *qkv_rows(hp, i, present, n_q_each=2), *attention, *moe_rows(hp, i, present)])
+    return [*norms, *qkv_rows(hp, i, present, n_q_each=2), *attention, *moe_rows(hp, i, present)]
 
 
-def recurrent_rows(hp: HParams, qkvz: list[SpecRow], beta_alpha: list[SpecRow]) -> list[SpecRow]:
+def recurrent_rows(hp: HParams, qkvz: list[Row], beta_alpha: list[Row]) -> list[Row]:
     """Return the rows of a gated delta net, with those of its projections."""
     return [
         *qkvz,
@@ -72,7 +69,7 @@ def recurrent_rows(hp: HParams, qkvz: list[SpecRow], beta_alpha: list[SpecRow]) 
     ]
 
 
-def moe_rows(hp: HParams, i: int, present: Mapping[str, TensorInfo]) -> list[SpecRow]:
+def moe_rows(hp: HParams, i: int, present: Present) -> list[Row]:
     """Return the rows of experts and of a shared expert with a gate."""
     return [
         ("ffn_gate_inp.weight", (hp.n_embd, hp.n_expert), Op.MUL_MAT, False),

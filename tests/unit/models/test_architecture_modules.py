@@ -24,7 +24,6 @@ EXCEPTIONS = {
     "makers": "random models, of which most families need none of their own",
     "commands/make_moe.py": "the choices of --arch, without importing what makes them",
     "selftest/models.py": "the models that a device is tested with",
-    "testing": "headers and cases of the test kit",
     "lab/formats/bigmoeonedge.py": "names that another program's files use",
 }
 #: Names that mean something else, too: a folder, a vocabulary, a library.
