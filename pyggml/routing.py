@@ -75,7 +75,7 @@ class _Popularity(ABC):
     __slots__ = ()
 
     seed: int
-    _drawn: dict[tuple[int, ...], npt.NDArray[np.int64]]  #: choices of tokens, by layer, numbers of experts, and block
+    _drawn: dict[tuple[int, ...], _Race]  #: by layer, numbers of experts, and block
 
     @property
     def n_tokens(self) -> None:
@@ -122,23 +122,40 @@ class _Popularity(ABC):
         for block, own in groupby(tokens, _block):
             at = [token - _start(block) for token in own]
             key = (layer, n_expert, n_used, block)
-            chosen = self._drawn.get(key)
-            if chosen is None or len(chosen) <= max(at):
-                ahead = _BLOCK if block else min(0 if chosen is None else 2 * len(chosen), _FIRST)
-                n_token = max(max(at) + 1, ahead)  # not all again for each token
-                chosen = self._drawn[key] = self._draw(layer, block, n_token, n_expert, n_used)
-            found += chosen[at].tolist()
+            race = self._drawn.get(key)
+            if race is None:
+                race = self._drawn[key] = self._race(layer, block, n_expert, n_used)
+            ahead = _BLOCK if block else min(len(race.chosen) * 17 // 16, _FIRST)  # not each token by itself
+            found += race.run(max(max(at) + 1, ahead))[at].tolist()
         return found
 
-    def _draw(self, layer: int, block: int, n_token: int, n_expert: int, n_used: int) -> npt.NDArray[np.int64]:
-        """Return the choices of the first tokens of a block: experts race, and the first to arrive are chosen."""
+    def _race(self, layer: int, block: int, n_expert: int, n_used: int) -> _Race:
         import numpy as np
 
         rng = np.random.default_rng([self.seed, layer])
         popularity = self._of_layer(rng, n_expert)
         rng = np.random.default_rng([self.seed, layer, block]) if block else rng
-        arrivals = rng.standard_exponential((n_token, n_expert)) / popularity
-        return np.argpartition(arrivals, n_used - 1, axis=1)[:, :n_used].astype(np.int64)
+        return _Race(popularity, rng, np.empty((0, n_used), np.int64))
+
+
+@dataclass(eq=False, slots=True)
+class _Race:
+    """The choices of a block's first tokens in a layer: the experts race, and the first to arrive are chosen."""
+
+    popularity: npt.NDArray[np.float64]
+    rng: np.random.Generator
+    chosen: npt.NDArray[np.int64]
+
+    def run(self, n_token: int) -> npt.NDArray[np.int64]:
+        """Return the choices of at least so many tokens."""
+        import numpy as np
+
+        n_more, n_used = n_token - len(self.chosen), self.chosen.shape[1]
+        if n_more > 0:
+            arrivals = self.rng.standard_exponential((n_more, len(self.popularity))) / self.popularity
+            more = np.argpartition(arrivals, n_used - 1, axis=1)[:, :n_used].astype(np.int64)
+            self.chosen = np.concatenate([self.chosen, more])
+        return self.chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +184,7 @@ class LogNormal(_Popularity):
 
     spread: float
     seed: int = 0
-    _drawn: dict[tuple[int, ...], npt.NDArray[np.int64]] = field(default_factory=dict, compare=False, repr=False)
+    _drawn: dict[tuple[int, ...], _Race] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         return _named(f"lognormal:{self.spread:g}", self.seed)
@@ -202,7 +219,7 @@ class Zipf(_Popularity):
 
     skew: float
     seed: int = 0
-    _drawn: dict[tuple[int, ...], npt.NDArray[np.int64]] = field(default_factory=dict, compare=False, repr=False)
+    _drawn: dict[tuple[int, ...], _Race] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         return _named("uniform" if self.skew == 0 else f"zipf:{self.skew:g}", self.seed)

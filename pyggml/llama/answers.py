@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..models.placement import EXPERTS
+from .graphs import with_tensors
 from .process import LlamaProcess
 from .store import Captures
 
@@ -105,7 +106,10 @@ class Answers:
     def decode(self, kind: Kind, **how: object) -> Message:
         """Return the graphs of a decode; see `Capture.decode`."""
         key = (kind, _text(how))
-        found = self._decodes.pop(key, None) or self.captures(self._of_kind[kind][0]).ask("decode", **how)
+        found = self._decodes.pop(key, None)
+        if found is None:
+            found = self.captures(self._of_kind[kind][0]).ask("decode", **how)
+            found["graphs"] = [with_tensors(graph) for graph in found["graphs"]]
         self._decodes[key] = found
         if len(self._decodes) > _N_DECODES:
             del self._decodes[next(iter(self._decodes))]
@@ -119,7 +123,7 @@ class Answers:
 
     def reserve(self, kind: Kind, size: list[int] | None) -> Message:
         """Return the graph of a size over the whole cache; None: the largest."""
-        return self.captures(self._of_kind[kind][0]).ask("reserve", size=size)
+        return with_tensors(self.captures(self._of_kind[kind][0]).ask("reserve", size=size))
 
     def _kind(self, about: Message, overrides: Overrides, fused: object) -> Kind:
         """Return the kind of the graphs of some flags; pinned memory is like other host memory if each weight is in one place."""

@@ -157,7 +157,7 @@ class Capture(Watcher):
                     if not weight["moved"] and source.buffer != self.ffi.NULL:
                         weight["buft"] = self._buft_of(source)
             return
-        if found := _PINNED.fullmatch(self.ffi.string(tensor.name)):
+        if tensor.name[0] in b"nl" and (found := _PINNED.fullmatch(self.ffi.string(tensor.name))):
             self._asked[self.library.address(tensor)] = int(found[1])
 
     def split(self, graph: Handle) -> None:

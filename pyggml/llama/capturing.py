@@ -161,11 +161,13 @@ class CapturingDevice(PythonDevice):
 
     def _alloc_size(self, _: Handle, tensor: Handle) -> int:
         """Mirrors `ggml_backend_cuda_buffer_type_get_alloc_size`."""
-        lib, rest = self.library.lib, tensor.ne[0] % self.row_padding
+        lib = self.library.lib
         size = int(lib.ggml_nbytes(tensor))
-        if rest and lib.ggml_is_quantized(tensor.type):
+        if not self.watcher.has_sizes:
+            return min(size, 1)
+        if lib.ggml_is_quantized(tensor.type) and (rest := tensor.ne[0] % self.row_padding):
             size += int(lib.ggml_row_size(tensor.type, self.row_padding - rest))
-        return self.watcher.bytes_of(size)
+        return size
 
     def _supports_op(self, _: Handle, tensor: Handle) -> bool:
         self.watcher.asked(tensor, True)

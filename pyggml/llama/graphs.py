@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..backend import Backend
+from ..edits import Sources
 from ..graph import Graph
 from ..tensor import Tensor
 from ..types import GluOp, Op, Type, UnaryOp
 
-__all__ = ["CapturedGraph", "CapturedTensor", "UnknownError", "read_graph", "read_tensor", "tensors_of"]
+__all__ = ["CapturedGraph", "CapturedTensor", "UnknownError", "read_graph", "read_tensor", "with_tensors"]
 
 Message = dict[str, Any]  # what goes through JSON
 
@@ -67,9 +69,9 @@ class UnknownError(Exception):
     """An op or a type that pyggml does not have."""
 
 
-def tensors_of(captured: Message) -> Iterator[CapturedTensor]:
-    """Return the tensors of a captured graph."""
-    return map(CapturedTensor._make, captured["tensors"])
+def with_tensors(captured: Message) -> Message:
+    """Return a child's answer about a graph, with each tensor a `CapturedTensor`."""
+    return captured | {"tensors": list(map(CapturedTensor._make, captured["tensors"]))}
 
 
 def read_tensor(about: CapturedTensor) -> Tensor:
@@ -79,7 +81,7 @@ def read_tensor(about: CapturedTensor) -> Tensor:
         raise UnknownError(f"the op {about.op}")
     if element is None:
         raise UnknownError(f"the type {about.type}")
-    if op in (Op.UNARY, Op.GLU):
+    if about.op in ("UNARY", "GLU"):
         kind: type[UnaryOp | GluOp] = UnaryOp if op is Op.UNARY else GluOp
         if about.desc not in kind.__members__:
             raise UnknownError(f"the op {about.desc}")
@@ -90,9 +92,9 @@ def read_tensor(about: CapturedTensor) -> Tensor:
 
 
 def read_graph(
-    captured: Message, n_tokens: int, leaf: Any, known: Callable[[CapturedTensor], Tensor | None] = lambda about: None
+    captured: Message, n_tokens: int, leaf: Any, known: Callable[[CapturedTensor], Tensor | None] | None = None
 ) -> CapturedGraph:
-    """Return the graph of a child's answer.
+    """Return the graph of an answer of `with_tensors`.
 
     Parameters
     ----------
@@ -102,31 +104,29 @@ def read_graph(
         Returns the tensor of a weight or cache, from its description and the number of earlier ones in the graph with
         that name and place.
     """
-    tensors, n_nodes = list(tensors_of(captured)), captured["n_nodes"]
+    tensors, n_nodes = captured["tensors"], captured["n_nodes"]
     made: list[Tensor] = []
     n_seen: dict[tuple[str, str], int] = {}
     for about in tensors:
-        found = known(about)
-        if found is not None or about.where is None:
-            made.append(read_tensor(about) if found is None else found)
-            continue
-        key = (about.name, about.where[0])
-        made.append(leaf(about, n_seen.get(key, 0)))
-        n_seen[key] = n_seen.get(key, 0) + 1
+        if known is not None and (found := known(about)) is not None:
+            made.append(found)
+        elif about.where is None:
+            made.append(read_tensor(about))
+        else:
+            key = (about.name, about.where[0])
+            made.append(leaf(about, n_seen.get(key, 0)))
+            n_seen[key] = n_seen.get(key, 0) + 1
     for about, tensor in zip(tensors, made, strict=True):
         if tensor.op is Op.VIEW and tensor.view_src is not None:  # a known one
             continue
-        tensor.src[:] = [None if i is None else made[i] for i in about.src]
+        tensor.src = Sources([None if i is None else made[i] for i in about.src])
         if about.view is not None:
             tensor.view_src, tensor.view_offs = made[about.view], about.offs
     graph = Graph()
     graph.nodes = made[:n_nodes]
     graph.leafs = [made[i] for i in captured["leafs"]] or [t for t in made[n_nodes:] if t.op is Op.NONE]
     graph.use_counts = dict.fromkeys([*graph.nodes, *graph.leafs], 0)
-    for node in graph.nodes:
-        for source in node.src:
-            if source is not None:
-                graph.use_counts[source] = graph.use_counts.get(source, 0) + 1
+    graph.use_counts.update(Counter(source for node in graph.nodes for source in node.src if source is not None))
     graph.version += 1
     logits = next((t for t in reversed(graph.nodes) if t.name == "result_output"), graph.nodes[-1])
     norms = [(graph.nodes[i], layer) for i, layer in captured["pins"]]

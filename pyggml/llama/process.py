@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
@@ -63,6 +63,11 @@ class LlamaProcess:
         Let its scheduler print splits (``GGML_SCHED_DEBUG=2``).
     timeout_s : float or None
         Most seconds for one answer; None: no limit.
+
+    Attributes
+    ----------
+    chores : list of callable
+        Called while the next answer is waited for, or at the end.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class LlamaProcess:
     ) -> None:
         self.library, self.kind, self.prints, self.timeout_s = library, kind, prints, timeout_s
         self.n_started = 0
+        self.chores: list[Callable[[], None]] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._words: IO[bytes] | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
@@ -124,6 +130,7 @@ class LlamaProcess:
             assert process.stdin is not None
             process.stdin.write(_HEAD.pack(len(body)) + body)
             process.stdin.flush()
+            self._do_chores()
             head = self._read(process, _HEAD.size, deadline)
             answer = pickle.loads(self._read(process, _HEAD.unpack(head)[0], deadline))
         except TimeoutError:
@@ -148,6 +155,10 @@ class LlamaProcess:
         if isinstance(answer, PyggmlError):
             raise answer
         return answer
+
+    def _do_chores(self) -> None:
+        while self.chores:
+            self.chores.pop(0)()
 
     def _read(self, process: subprocess.Popen[bytes], n: int, deadline: float | None) -> bytes:
         assert process.stdout is not None
@@ -178,6 +189,7 @@ class LlamaProcess:
 
     def close(self) -> None:
         """End the child, if there is one."""
+        self._do_chores()
         end = self._finalizer
         self._process = self._words = self._finalizer = None  # first, for a thread that waits for an answer
         if end is not None:

@@ -43,7 +43,7 @@ from ..moe_cache import LlamaCache, MoeCache
 from ..tensor import Tensor
 from ..types import BufferUsage, Op, Type
 from .answers import OF_LAYER, Answers, is_settled
-from .graphs import CapturedGraph, CapturedTensor, UnknownError, read_graph, read_tensor, tensors_of
+from .graphs import CapturedGraph, CapturedTensor, UnknownError, read_graph, read_tensor
 from .library import find_llama
 from .process import shared_process
 
@@ -250,7 +250,7 @@ class CapturedSource(GraphSource):
         for weight in self.placement.weights:
             places.setdefault(weight.spec.name, []).append(weight.buft.name)
         self._home = {name: bufts[0] for name, bufts in places.items() if len(bufts) == 1}
-        has_flash = any(t.op == "FLASH_ATTN_EXT" for t in tensors_of(self._largest))
+        has_flash = any(t.op == "FLASH_ATTN_EXT" for t in self._largest["tensors"])
         self.params = ContextParams(
             n_ctx=facts["n_ctx"],
             n_ctx_seq=facts["n_ctx"] // (1 if context.kv_unified else facts["n_seq_max"]),
@@ -296,7 +296,7 @@ class CapturedSource(GraphSource):
         told = [w for w in facts["weights"] if w["buft"] is not None]
         known = {(w["name"], self._memory(w["buft"])) for w in told}
         of_layers = {w["name"] for w in told if OF_LAYER.match(w["name"])}  # the graph may be of other overrides
-        for t in tensors_of(self._largest):
+        for t in self._largest["tensors"]:
             if t.where is None or t.where[1] != _WEIGHTS or t.name in of_layers:
                 continue
             if (t.name, self._memory(t.where[0])) not in known:
@@ -389,8 +389,9 @@ class CapturedSource(GraphSource):
 
     def _bank(self, about: CapturedTensor) -> Tensor | None:
         """Return the tensor of the expert cache that a graph names; None for any other tensor."""
+        assert self.banks is not None
         kind, _, name = about.name.partition(".")
-        if self.banks is None or kind != "moe_cache":
+        if kind != "moe_cache":
             return None
         if name.startswith("slot_map-"):
             found = self.banks.slot_map(int(name.removeprefix("slot_map-")))
@@ -409,7 +410,7 @@ class CapturedSource(GraphSource):
         """Return the bytes that caches need, including recurrent states."""
         sizes: dict[BufferType, int] = {}
         seen = set()
-        for t in tensors_of(self._largest):
+        for t in self._largest["tensors"]:
             if t.where is None or t.where[1] == _WEIGHTS or t.name in seen:
                 continue
             seen.add(t.name)
@@ -493,7 +494,7 @@ class CapturedSource(GraphSource):
 
     def _read(self, captured: Message, n_tokens: int) -> CapturedGraph:
         try:
-            made = read_graph(captured, n_tokens, self._leaf, self._bank)
+            made = read_graph(captured, n_tokens, self._leaf, None if self.banks is None else self._bank)
         except UnknownError as error:
             raise ModelError(
                 self.file.path, f"llama.cpp's graph has {error}, which pyggml does not know", hint="a newer pyggml may"

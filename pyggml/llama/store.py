@@ -12,6 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ class Captures:
                 return found
         answer: Message = self.process.ask(request)
         if kept is not None:
-            with contextlib.suppress(OSError, PyggmlError):  # without a writable folder, answers are not kept
-                _write(kept, answer)
+            self.process.chores.append(partial(_write, kept, answer))
         return answer
 
     def _file(self, request: Message) -> Path | None:
@@ -90,10 +90,11 @@ class Captures:
 
 
 def _write(path: Path, answer: Message) -> None:
-    """Write an answer atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = sorted(path.parent.glob("*.z"), key=lambda p: p.stat().st_mtime)
-    for old in kept[: max(len(kept) + 1 - _MOST_FILES, 0)]:
-        old.unlink(missing_ok=True)
-    with aside(path) as part:
-        part.write_bytes(zlib.compress(json.dumps(answer, separators=(",", ":")).encode(), 1))
+    """Write an answer atomically; without a writable folder it is not kept."""
+    with contextlib.suppress(OSError, PyggmlError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = sorted(path.parent.glob("*.z"), key=lambda p: p.stat().st_mtime)
+        for old in kept[: max(len(kept) + 1 - _MOST_FILES, 0)]:
+            old.unlink(missing_ok=True)
+        with aside(path) as part:
+            part.write_bytes(zlib.compress(json.dumps(answer, separators=(",", ":")).encode(), 1))
