@@ -322,11 +322,12 @@ def test_a_recorded_routing_decides_the_hits(tmp_path: Path) -> None:
 
 
 def test_command_lines_name_cards_as_llama_does() -> None:
-    """Patterns for the second card say CUDA1 in command lines, and SIM1 in the flags that `splits` takes."""
+    """Patterns for the second card say CUDA1 in command lines, and in flags as they were given; the weights are on that card."""
     own = "-ts 1,1 -ot blk\\.1\\.ffn_down.*=CUDA1"
     answer = run("llama-3.2-3b", "--device", "rtx3060,rtx3060", "-c", "4096", "--plans", "1", "--compare", own)
     (made,) = answer["compared"]
-    assert "ffn_down.*=SIM1" in " ".join(made["flags"])
+    assert "ffn_down.*=CUDA1" in " ".join(made["flags"])
+    assert made["memory"][1]["bytes"] > made["memory"][0]["bytes"]
     assert "ffn_down.*=CUDA1" in made["command"]
     assert "SIM" not in made["command"] + made["ik_llama_command"]
 
