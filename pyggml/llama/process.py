@@ -67,7 +67,7 @@ class LlamaProcess:
     Attributes
     ----------
     chores : list of callable
-        Called while the next answer is waited for, or at the end.
+        Called while the next answer is waited for, or when a user of the child is done.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class LlamaProcess:
             assert process.stdin is not None
             process.stdin.write(_HEAD.pack(len(body)) + body)
             process.stdin.flush()
-            self._do_chores()
+            self.do_chores()
             head = self._read(process, _HEAD.size, deadline)
             answer = pickle.loads(self._read(process, _HEAD.unpack(head)[0], deadline))
         except TimeoutError:
@@ -156,7 +156,8 @@ class LlamaProcess:
             raise answer
         return answer
 
-    def _do_chores(self) -> None:
+    def do_chores(self) -> None:
+        """Do what waits for a pause."""
         while self.chores:
             self.chores.pop(0)()
 
@@ -189,7 +190,7 @@ class LlamaProcess:
 
     def close(self) -> None:
         """End the child, if there is one."""
-        self._do_chores()
+        self.do_chores()
         end = self._finalizer
         self._process = self._words = self._finalizer = None  # first, for a thread that waits for an answer
         if end is not None:
@@ -220,6 +221,7 @@ def shared_process(library: Path, *, prints: bool = False) -> Iterator[LlamaProc
         yield process
     finally:
         process, n_users = _shared[key]
+        process.do_chores()
         if n_users > 1:
             _shared[key] = (process, n_users - 1)
         else:
