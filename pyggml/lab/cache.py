@@ -192,7 +192,7 @@ class Cache:
         Raises
         ------
         GraphError
-            The event's keys do not fit, and the policies must admit them.
+            The event's keys do not fit, and the policies must admit them; or a policy names a victim that cannot leave.
         """
         evicted: list[int] = []
         loads: list[Load] = []
@@ -236,7 +236,7 @@ class Cache:
     def _enter(self, key: int, protected: Collection[int], loads: list[Load], evicted: list[int]) -> bool:
         victim = None
         if self._size(key) > self.budget - self.used:
-            victim = self.eviction.victim(self.slot_of.keys(), protected)
+            victim = self._victim(protected)
             if victim is None:
                 if self.must_admit:
                     raise too_small(self.budget, is_bytes=self.sizes is not None)
@@ -245,13 +245,21 @@ class Cache:
             return False
         return self._make_room_and_add(key, protected, loads, evicted, victim)
 
+    def _victim(self, protected: Collection[int]) -> int | None:
+        victim = self.eviction.victim(self.slot_of.keys(), protected)
+        if victim is not None and (victim not in self.slot_of or victim in protected):
+            why = "protected" if victim in protected else "not resident"
+            hint = "return a key of `resident` that is not in `protected`, or None if there is none"
+            raise GraphError(f"{type(self.eviction).__name__}.victim() returned {victim!r}, which is {why}", hint=hint)
+        return victim
+
     def _make_room_and_add(
         self, key: int, protected: Collection[int], loads: list[Load], evicted: list[int], victim: int | None = None
     ) -> bool:
         size = self._size(key)
         while size > self.budget - self.used:
             if victim is None:
-                victim = self.eviction.victim(self.slot_of.keys(), protected)
+                victim = self._victim(protected)
             if victim is None:
                 return False
             self.used -= self._size(victim)

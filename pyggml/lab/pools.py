@@ -269,7 +269,9 @@ def request_keys(
         )
     wanted = np.ones(trace.n_event, bool) if phase == "all" else trace.phase == Phase[phase.upper()]
     if not wanted.any():
-        raise GraphError(f"{trace.source or 'the trace'} has no events of phase {phase}")
+        raise GraphError(
+            f"{trace.source or 'the trace'} has no events of phase {phase}", hint="phase all takes every event"
+        )
     if contract != "bigmoeonedge":  # that one replays the prompt to warm the cache
         trace, wanted = trace.select(wanted), wanted[wanted]
     together = contract == "bigmoeonedge" or are_interleaved(trace.request)

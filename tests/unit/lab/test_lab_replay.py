@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable, Collection
 from dataclasses import replace as changed
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from pyggml.errors import FormatError, GraphError
 from pyggml.lab import Trace, open_trace
-from pyggml.lab.cache import Cache
+from pyggml.lab.cache import Cache, Eviction
 from pyggml.lab.policies import POLICIES, parse_policy
 from pyggml.lab.pools import Capacity, Pools, parse_capacities
 from pyggml.lab.replay import Refusal, Result, Setting, lru_begins, replay
@@ -411,3 +413,28 @@ def test_llama_cpps_lru_differs_in_the_order_within_an_event_only(trace, scope, 
             assert result.hits <= best.hits
     lru, llama = replay(trace, ["lru", "llama-lru"], [Capacity(fraction=1.0)], Setting(scope, "all"))
     assert lru.hits == llama.hits
+
+
+@pytest.mark.parametrize(
+    ("victim", "says"),
+    [
+        (lambda resident, protected: 999, "returned 999, which is not resident"),
+        (lambda resident, protected: next(iter(protected)), "which is (protected|not resident)"),
+        (lambda resident, protected: "a", "returned 'a', which is not resident"),
+    ],
+)
+def test_a_victim_that_cannot_leave_is_named(victim: Callable[..., Any], says: str) -> None:
+    """An own eviction that answers wrongly is told what it returned."""
+
+    class Mine(Eviction):
+        def used(self, key: int, is_hit: bool) -> None:
+            """Nothing is kept."""
+
+        def victim(self, resident: Collection[int], protected: Collection[int]) -> int | None:
+            """Return a wrong one."""
+            return victim(resident, protected)
+
+    cache = Cache(2, Mine(2, 8))
+    cache.event(0, 0, [0, 1])
+    with pytest.raises(GraphError, match=rf"Mine\.victim\(\) .*{says}"):
+        cache.event(1, 0, [1, 2])
