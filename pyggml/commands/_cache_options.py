@@ -11,6 +11,7 @@ import click
 import cloup
 
 from ._console import n_bytes, report, table
+from ._options import choice, count, file_option, option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,18 +28,17 @@ N_FORECAST = 64
 
 _OPTIONS = cloup.option_group(
     "Expert cache",
-    cloup.option("--moe-cache-mib", type=click.IntRange(0), default=0, metavar="N",
-                 help="Size of llama.cpp's expert cache, over all devices. [0: off]"),
-    cloup.option("--moe-cache-eviction", type=click.Choice(["lru", "slru"]), default="slru", show_default=True,
-                 help="Its rule: lru is llama.cpp b11549 and 0.7.0, slru b11739; with --engine llama the library's own."),
-    cloup.option("--moe-cache-misses", type=click.Choice(["copy", "cpu"]), default="copy", show_default=True,
-                 help="copy: what the cache lacks is copied there first, as in llama.cpp; cpu: the CPU computes it, while the device computes the rest."),
-    cloup.option("--expert-cache", default="", metavar="POLICY:SIZE",
-                 help="A cache with a policy of `pyggml experts` instead: lfru:20%, lru+hotter:512MiB, lfu:6 (slots)."),
-    cloup.option("--expert-cache-scope", type=click.Choice(["layer", "group", "global"]), default="layer", show_default=True,
-                 help="Which layers share its slots."),
-    cloup.option("--expert-cache-fit", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="TRACE",
-                 help="Routing trace of other requests, for static and half-pinned."),
+    count("--moe-cache-mib", default=0, help="Size of llama.cpp's expert cache, over all devices. [0: off]"),
+    choice("--moe-cache-eviction", values=["lru", "slru"], shown="slru",
+         help="Its rule: lru is llama.cpp b11549 and 0.7.0, slru b11739; with --engine llama the library's own."),
+    choice("--moe-cache-misses", values=["copy", "cpu"], shown="copy",
+         help="copy: what the cache lacks is copied there first, as in llama.cpp; cpu: the CPU computes it, while the device computes the rest."),
+    option("--expert-cache", default="", metavar="POLICY:SIZE",
+         help="A cache with a policy of `pyggml experts` instead: lfru:20%, lru+hotter:512MiB, lfu:6 (slots)."),
+    choice("--expert-cache-scope", values=["layer", "group", "global"], shown="layer",
+         help="Which layers share its slots."),
+    file_option("--expert-cache-fit", exists=True, dir_okay=False, metavar="TRACE",
+         help="Routing trace of other requests, for static and half-pinned."),
 )  # fmt: skip
 _NAMES = (
     "moe_cache_mib",

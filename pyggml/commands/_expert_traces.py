@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import cloup
 
+from ._options import choice, count, file_option, json_option, option
 from ._page import check_outputs
 
 if TYPE_CHECKING:
@@ -88,39 +88,22 @@ def trace_options(function: Callable[..., Any]) -> Callable[..., Any]:
             check_outputs(path, flags.html)
         return function(flags=flags, **values)
 
-    for option in reversed(
+    for add in reversed(
         (
             click.argument("traces", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="TRACE|MODEL..."),
-            cloup.option(
-                "--format", "form", default="", metavar="NAME", help="Format of the files, if it is not recognised."
-            ),
-            cloup.option("--expert-bytes", metavar="SIZE", help="Size of one expert, if the trace lacks it: 12.6MiB."),
-            cloup.option(
-                "--n-expert",
-                type=click.IntRange(1),
-                metavar="N",
-                help="Experts per layer, if the trace lacks it.",
-            ),
-            cloup.option(
-                "--phase",
-                type=click.Choice(["decode", "prefill", "all"]),
-                default="decode",
-                show_default=True,
-                help="Steps to count.",
-            ),
-            cloup.option(
-                "-p", "--prompt", "prompts", multiple=True, metavar="TEXT",
-                help="With a model: a prompt to record; each is a request.  [three texts]",
-            ),
-            cloup.option(
-                "-n", "--n-predict", type=click.IntRange(2), default=32, show_default=True, metavar="N",
-                help="With a model: tokens to generate after each prompt.",
-            ),
-            cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with plots."),
-            cloup.option("--json", "as_json", is_flag=True, help="Print JSON."),
+            option("--format", "form", default="", metavar="NAME",
+                 help="Format of the files, if it is not recognised."),
+            option("--expert-bytes", metavar="SIZE", help="Size of one expert, if the trace lacks it: 12.6MiB."),
+            count("--n-expert", least=1, help="Experts per layer, if the trace lacks it."),
+            choice("--phase", values=["decode", "prefill", "all"], shown="decode", help="Steps to count."),
+            option("-p", "--prompt", "prompts", multiple=True, metavar="TEXT",
+                 help="With a model: a prompt to record; each is a request.  [three texts]"),
+            count("-n", "--n-predict", least=2, shown=32, help="With a model: tokens to generate after each prompt."),
+            file_option("--html", help="Write a page with plots."),
+            json_option("Print JSON."),
         )
     ):  # fmt: skip
-        with_flags = option(with_flags)
+        with_flags = add(with_flags)
     return with_flags
 
 

@@ -10,6 +10,7 @@ import click
 import cloup
 
 from ._console import print_json, report, table
+from ._options import file_option, json_option, option
 from ._values import DeviceList, ModelPath
 
 if TYPE_CHECKING:
@@ -33,23 +34,15 @@ Examples:
 @click.argument("runs", type=click.Path(path_type=Path))
 @cloup.option_group(
     "The machine that was measured",
-    cloup.option(
-        "-dev",
-        "--device",
-        type=DeviceList(),
-        default=None,
-        help="Cards, separated by commas; cpu for no card; or a profile FILE.json. [default: those found in this machine]",
-    ),
-    cloup.option(
-        "--host", default="", metavar="SPEC", help="RAM type x channels, cores, size: ddr4-3200x2,cores=8,64GiB."
-    ),
-)
+    option("-dev", "--device", type=DeviceList(),
+         help="Cards, separated by commas; cpu for no card; or a profile FILE.json. [default: those found in this machine]"),
+    option("--host", default="", metavar="SPEC", help="RAM type x channels, cores, size: ddr4-3200x2,cores=8,64GiB."),
+)  # fmt: skip
 @cloup.option_group(
     "Output",
-    cloup.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE.json",
-                 help="Write the fitted machine, for --device and --host."),
-    cloup.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON."),
-)  # fmt: skip
+    file_option("-o", "--output", metavar="FILE.json", help="Write the fitted machine, for --device and --host."),
+    json_option("Print the comparison as JSON."),
+)
 def command(model: Path, runs: Path, device: str | None, host: str, output: Path | None, as_json: bool) -> None:
     """Compare predictions with measurements, and fit the machine to them.
 

@@ -8,6 +8,7 @@ import click
 import cloup
 
 from ._console import progress
+from ._options import count, file_option, option
 
 __all__ = ["PROMPT", "command"]
 
@@ -29,9 +30,9 @@ Examples:
 
 
 @cloup.command("demo", epilog=EXAMPLES, context_settings={"ignore_unknown_options": True})
-@click.option("--model", type=click.Path(dir_okay=False, path_type=Path), help="Your own GGUF file.  [an example]")
-@click.option("--prompt", default=PROMPT, help="The prompt.  [an example]")
-@click.option("-n", "n_predict", type=click.IntRange(0), default=160, show_default=True, help="Tokens to generate.")
+@file_option("--model", dir_okay=False, metavar=None, help="Your own GGUF file.  [an example]")
+@option("--prompt", default=PROMPT, help="The prompt.  [an example]")
+@count("-n", "n_predict", metavar=None, shown=160, help="Tokens to generate.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def command(ctx: click.Context, model: Path | None, prompt: str, n_predict: int, more: tuple[str, ...]) -> None:

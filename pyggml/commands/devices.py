@@ -16,6 +16,7 @@ from ..errors import PyggmlError
 from ..hardware.cards import Card
 from ..hardware.pci import found_cards
 from ..types import DeviceType, Type
+from ._options import file_option, json_option, option
 
 __all__ = ["DeviceFacts", "command", "find_devices", "weight_types"]
 
@@ -111,15 +112,11 @@ def find_devices() -> tuple[list[DeviceFacts], dict[str, str]]:
 
 
 @cloup.command("devices", short_help="Show devices, their memory, and what they can run.")
-@click.option("--json", "as_json", is_flag=True, help="Print the devices as JSON.")
-@click.option(
-    "--measure", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="Measure memory, link and kernels here in under a minute, and write FILE, which --host and --device take.",
-)  # fmt: skip
-@click.option(
-    "-dev", "--device", default="", metavar="DEVICE",
-    help="With --measure: what to measure beside the CPU. [default: the first accelerator found]",
-)  # fmt: skip
+@json_option("Print the devices as JSON.")
+@file_option("--measure", dir_okay=False,
+     help="Measure memory, link and kernels here in under a minute, and write FILE, which --host and --device take.")  # fmt: skip
+@option("-dev", "--device", default="", metavar="DEVICE",
+     help="With --measure: what to measure beside the CPU. [default: the first accelerator found]")  # fmt: skip
 def command(as_json: bool, measure: Path | None, device: str) -> None:
     """List the devices of this machine, their buffer types and memory, what they can run, and why others are missing.
 

@@ -11,6 +11,7 @@ import cloup
 
 from ._console import n_bytes, n_seconds, print_json, progress, report, table, warn
 from ._expert_traces import TraceFlags, trace_options
+from ._options import choice, count, option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,38 +46,16 @@ def command() -> None:
 
 @command.command("compare", short_help="Compare policies by cache size: bytes, hit rate, tokens/s.")
 @trace_options
-@cloup.option(
-    "--policies",
-    default="lru,lfu,lfru,belady,belady-bypass",
-    show_default=True,
-    metavar="P,P",
-    help="Policies (--list-policies lists them); P+2of8, P+hotter, P+atmost:2, P+next set the admission.",
-)
-@cloup.option(
-    "--capacities",
-    default="10%,20%,30%,40%,50%",
-    show_default=True,
-    metavar="C,C",
-    help="Sizes: 10% of the experts, 6 slots per pool, or 512MiB in total.",
-)
-@cloup.option(
-    "--scope",
-    type=click.Choice(["layer", "global", "group"]),
-    default="layer",
-    show_default=True,
-    help="Pools of slots: per layer, one for all layers, or one per group of equal layers as in llama.cpp.",
-)
-@cloup.option(
-    "--contract",
-    type=click.Choice(["event", "bigmoeonedge", "sequential"]),
-    default="event",
-    show_default=True,
-    help="How ids are replayed; sequential gives misleading results.",
-)
-@cloup.option(
-    "--machine", default="rtx4090-pcie4", show_default=True, metavar="PROFILE", help="A profile of `pyggml devices`."
-)
-@cloup.option("--dense-bytes", metavar="SIZE", help="Bytes that a step reads besides experts, for times.")
+@option("--policies", shown="lru,lfu,lfru,belady,belady-bypass", metavar="P,P",
+     help="Policies (--list-policies lists them); P+2of8, P+hotter, P+atmost:2, P+next set the admission.")  # fmt: skip
+@option("--capacities", shown="10%,20%,30%,40%,50%", metavar="C,C",
+     help="Sizes: 10% of the experts, 6 slots per pool, or 512MiB in total.")  # fmt: skip
+@choice("--scope", values=["layer", "global", "group"], shown="layer",
+     help="Pools of slots: per layer, one for all layers, or one per group of equal layers as in llama.cpp.")  # fmt: skip
+@choice("--contract", values=["event", "bigmoeonedge", "sequential"], shown="event",
+     help="How ids are replayed; sequential gives misleading results.")  # fmt: skip
+@option("--machine", shown="rtx4090-pcie4", metavar="PROFILE", help="A profile of `pyggml devices`.")
+@option("--dense-bytes", metavar="SIZE", help="Bytes that a step reads besides experts, for times.")
 def compare_command(
     flags: TraceFlags, policies: str, capacities: str, scope: str, contract: str, machine: str, dense_bytes: str | None
 ) -> None:
@@ -259,25 +238,12 @@ def _union_table(found: Usage, trace: Trace) -> Table:
 
 @command.command("predict", short_help="Show how often prefetchers are right.")
 @trace_options
-@cloup.option(
-    "--prefetchers",
-    default="popularity,previous,average,previous-layer,both",
-    show_default=True,
-    metavar="P,P",
-    help="Prefetchers; oracle is the limit.",
-)
-@cloup.option(
-    "--capacities",
-    default="20%,30%,50%",
-    show_default=True,
-    metavar="C,C",
-    help="Sizes of the cache.",
-)
-@cloup.option("--policy", default="lru", show_default=True, help="Policy of the cache.")
-@cloup.option("--guesses", type=click.IntRange(1), metavar="N", help="Guesses per layer.  [experts per token]")
-@cloup.option(
-    "--machine", default="rtx4090-pcie4", show_default=True, metavar="PROFILE", help="A profile of `pyggml devices`."
-)
+@option("--prefetchers", shown="popularity,previous,average,previous-layer,both", metavar="P,P",
+     help="Prefetchers; oracle is the limit.")  # fmt: skip
+@option("--capacities", shown="20%,30%,50%", metavar="C,C", help="Sizes of the cache.")
+@option("--policy", shown="lru", help="Policy of the cache.")
+@count("--guesses", least=1, help="Guesses per layer.  [experts per token]")
+@option("--machine", shown="rtx4090-pcie4", metavar="PROFILE", help="A profile of `pyggml devices`.")
 def predict_command(
     flags: TraceFlags, prefetchers: str, capacities: str, policy: str, guesses: int | None, machine: str
 ) -> None:

@@ -10,6 +10,7 @@ import click
 import cloup
 
 from ..types import Type
+from ._options import choice, count, file_option, json_option, number, option
 
 if TYPE_CHECKING:
     from ..makers.gguf_writer import Progress, Written
@@ -62,60 +63,37 @@ Examples:
   pyggml make-moe moe.gguf --from dense.gguf --experts 8
 """
 _TYPE = click.Choice(_TYPES, case_sensitive=False)
-_N = click.IntRange(min=1)
 
 
 @cloup.command("make-moe", short_help="Write a small mixture-of-experts model.", epilog=EXAMPLES)
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @cloup.option_group(
     "Source",
-    cloup.option(
-        "--from",
-        "dense",
-        type=click.Path(dir_okay=False, path_type=Path),
-        metavar="MODEL",
-        help="Make it from this dense llama model.",
-    ),
-    cloup.option("--preset", type=click.Choice(["fine-grained"]), help="32 small experts, 4 used per token, unevenly."),
-    cloup.option(
-        "--arch",
-        type=click.Choice(_ARCHS),
-        metavar="NAME",
-        help=f"Architecture of a random model: {', '.join(_ARCHS)}. [default: llama]",
-    ),
-    cloup.option(
-        "--tokenizer", type=click.Choice(["bytes", "none"]), help="Tokenizer of a random model. [default: bytes]"
-    ),
-)
+    file_option("--from", "dense", dir_okay=False, metavar="MODEL", help="Make it from this dense llama model."),
+    choice("--preset", values=["fine-grained"], help="32 small experts, 4 used per token, unevenly."),
+    choice("--arch", values=_ARCHS, metavar="NAME",
+         help=f"Architecture of a random model: {', '.join(_ARCHS)}. [default: llama]"),
+    choice("--tokenizer", values=["bytes", "none"], help="Tokenizer of a random model. [default: bytes]"),
+)  # fmt: skip
 @cloup.option_group(
     "Experts and weights",
-    cloup.option("--experts", type=_N, metavar="N", help="Experts per layer. [default: 8]"),
-    cloup.option("--used", type=_N, metavar="N", help="Experts used per token. [default: 2]"),
-    cloup.option("--skew", type=click.FloatRange(min=0), metavar="X", help="How strongly routers prefer some experts."),
-    cloup.option(
-        "--noise",
-        type=click.FloatRange(min=0),
-        metavar="X",
-        help="With --from: how much the experts differ. [default: 0.05]",
-    ),
-    cloup.option(
-        "--type",
-        "kind",
-        type=_TYPE,
-        metavar="TYPE",
-        help=f"Type of the weights; with --from, of the experts: {', '.join(_TYPES)}.",
-    ),
-    cloup.option("--dense-type", type=_TYPE, metavar="TYPE", help="Type of all other weights."),
-    cloup.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of all random numbers. [default: 1]"),
-)
+    count("--experts", least=1, help="Experts per layer. [default: 8]"),
+    count("--used", least=1, help="Experts used per token. [default: 2]"),
+    number("--skew", metavar="X", help="How strongly routers prefer some experts."),
+    number("--noise", metavar="X", help="With --from: how much the experts differ. [default: 0.05]"),
+    option("--type", "kind", type=_TYPE, metavar="TYPE",
+         help=f"Type of the weights; with --from, of the experts: {', '.join(_TYPES)}."),
+    option("--dense-type", type=_TYPE, metavar="TYPE", help="Type of all other weights."),
+    count("--seed", help="Seed of all random numbers. [default: 1]"),
+)  # fmt: skip
 @cloup.option_group(
     "Sizes of a random model",
-    *(cloup.option(f"--{name}", type=_N, metavar="N", help=help) for name, help in _SIZES.items()),
+    *(count(f"--{name}", least=1, help=help) for name, help in _SIZES.items()),
 )
 @cloup.option_group(
     "Output",
-    cloup.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-)  # fmt: skip
+    json_option("Print the report as JSON."),
+)
 def command(out: Path, dense: Path | None, as_json: bool, **given: Any) -> None:
     """Write a small mixture-of-experts model to OUT. The same arguments give the same bytes.
 

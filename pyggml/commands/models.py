@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import click
 
 from ._console import ROOMY_WIDTH, print_json, report, table
+from ._options import json_option
 
 __all__ = ["ModelRow", "command", "model_rows"]
 
@@ -61,7 +62,7 @@ def model_rows(pattern: str = "") -> list[ModelRow]:
 
 @click.command("models")
 @click.argument("pattern", default="")
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+@json_option("Print the rows as JSON.")
 def command(pattern: str, as_json: bool) -> None:
     """List the models that commands accept as NAME[:QUANT] instead of a file, with their default quantisation.
 

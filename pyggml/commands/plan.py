@@ -12,6 +12,7 @@ import cloup
 from ..files import aside
 from ._cache_options import cache_options, stated_routing
 from ._console import n_bytes, print_json, progress, report, table
+from ._options import count, file_option, json_option, number, option
 from ._values import DeviceList, ModelPath
 
 if TYPE_CHECKING:
@@ -55,77 +56,37 @@ class _PlanCommand(cloup.Command):
 @click.argument("model", type=ModelPath(), required=False)
 @cloup.option_group(
     "Your model",
-    cloup.option(
-        "-hf",
-        "--hf-repo",
-        metavar="REPO[:QUANT]",
-        help="A model on Hugging Face instead of MODEL; only its header is read.",
-    ),
-)
+    option("-hf", "--hf-repo", metavar="REPO[:QUANT]",
+         help="A model on Hugging Face instead of MODEL; only its header is read."),
+)  # fmt: skip
 @cloup.option_group(
     "Your machine",
-    cloup.option(
-        "-dev",
-        "--device",
-        type=DeviceList(),
-        default=None,
-        help="Cards, separated by commas, also with another size (m2max-48GiB); cpu for no card; or a profile FILE.json. `pyggml devices` lists names. "
-        "[default: those found in this machine]",
-    ),
-    cloup.option(
-        "--host",
-        default="",
-        metavar="SPEC",
-        help="RAM type x channels, cores, size: ddr4-3200x2,cores=8,64GiB. Or read=60GB/s, or a processor's name.",
-    ),
-    cloup.option(
-        "--margin",
-        default=1.0,
-        show_default=True,
-        metavar="GiB",
-        type=click.FloatRange(0),
-        help="Memory to keep free on each device and on the host.",
-    ),
-)
+    option("-dev", "--device", type=DeviceList(),
+         help="Cards, separated by commas, also with another size (m2max-48GiB); cpu for no card; or a profile FILE.json. `pyggml devices` lists names. "
+         "[default: those found in this machine]"),
+    option("--host", default="", metavar="SPEC",
+         help="RAM type x channels, cores, size: ddr4-3200x2,cores=8,64GiB. Or read=60GB/s, or a processor's name."),
+    number("--margin", shown=1.0, metavar="GiB", help="Memory to keep free on each device and on the host."),
+)  # fmt: skip
 @cloup.option_group(
     "Your work",
-    cloup.option(
-        "--prompt", default=2048, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens per prompt."
-    ),
-    cloup.option(
-        "--generate", default=256, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens per answer."
-    ),
-    cloup.option(
-        "-c",
-        "--context",
-        "--ctx-size",
-        default=8192,
-        show_default=True,
-        type=click.IntRange(1),
-        metavar="N",
-        help="Context: tokens in the KV cache.",
-    ),
-    cloup.option(
-        "--kv-types",
-        default="f16,q8_0",
-        show_default=True,
-        metavar="T,T",
-        help="Allowed types of the KV cache; the first is preferred.",
-    ),
-    cloup.option(
-        "--routing",
-        default="",
-        metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
-        help="How tokens choose experts, as for `splits`: it decides the hits of an expert cache. [default: by the model's router]",
-    ),
-)
+    count("--prompt", least=1, shown=2048, help="Tokens per prompt."),
+    count("--generate", least=1, shown=256, help="Tokens per answer."),
+    count("-c", "--context", "--ctx-size", least=1, shown=8192, help="Context: tokens in the KV cache."),
+    option("--kv-types", shown="f16,q8_0", metavar="T,T",
+         help="Allowed types of the KV cache; the first is preferred."),
+    option("--routing", default="", metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
+         help="How tokens choose experts, as for `splits`: it decides the hits of an expert cache. [default: by the model's router]"),
+)  # fmt: skip
 @cloup.option_group(
     "Output",
-    cloup.option("--plans", default=4, show_default=True, type=click.IntRange(1, 20), metavar="N", help="Maximum number of recommendations."),
-    cloup.option("--compare", multiple=True, metavar="FLAGS", help="Add a row for your own flags, such as \"-ngl 99 -ncmoe 30\"; repeatable."),
-    cloup.option("--explain", metavar="FLAG", help="Say what a flag does. With MODEL also what its other values come to on this machine, and why it is chosen or not."),
-    cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page that plots memory against speed for all settings."),
-    cloup.option("--json", "as_json", is_flag=True, help="Print the recommendations as JSON."),
+    count("--plans", least=1, most=20, shown=4, help="Maximum number of recommendations."),
+    option("--compare", multiple=True, metavar="FLAGS",
+         help="Add a row for your own flags, such as \"-ngl 99 -ncmoe 30\"; repeatable."),
+    option("--explain", metavar="FLAG",
+         help="Say what a flag does. With MODEL also what its other values come to on this machine, and why it is chosen or not."),
+    file_option("--html", help="Write a page that plots memory against speed for all settings."),
+    json_option("Print the recommendations as JSON."),
 )  # fmt: skip
 def command(
     model: Path | None,

@@ -9,6 +9,7 @@ import click
 import cloup
 
 from ._console import print_json, progress, report, table
+from ._options import choice, count, json_option
 from ._values import ModelPath
 
 if TYPE_CHECKING:
@@ -34,24 +35,10 @@ Examples:
 
 @cloup.command("races", epilog=EXAMPLES)
 @click.argument("model", type=ModelPath())
-@cloup.option(
-    "--seeds",
-    type=click.IntRange(1),
-    default=10,
-    show_default=True,
-    metavar="N",
-    help="Runs of each world; each seed gives another order of work.",
-)
-@cloup.option(
-    "--drop",
-    type=click.Choice(WAITS),
-    multiple=True,
-    help="Make devices skip this wait, to check that it is found.",
-)
-@cloup.option(
-    "-t", "--threads", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Threads of the kernels."
-)
-@cloup.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@count("--seeds", least=1, shown=10, help="Runs of each world; each seed gives another order of work.")
+@choice("--drop", values=WAITS, multiple=True, help="Make devices skip this wait, to check that it is found.")
+@count("-t", "--threads", least=1, shown=1, help="Threads of the kernels.")
+@json_option("Print the report as JSON.")
 @click.pass_context
 def command(ctx: click.Context, model: Path, seeds: int, drop: tuple[str, ...], threads: int, as_json: bool) -> None:
     """Run a GGUF model in the real llama.cpp on simulated devices that work late, and list hazards.

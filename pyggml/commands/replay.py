@@ -15,6 +15,7 @@ from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect
 from ..errors import FormatError
 from ..replay import replay_file
 from ._console import n_seconds
+from ._options import choice, file_option, json_option
 
 __all__ = ["command", "trace_name"]
 
@@ -39,26 +40,11 @@ _MANY = 8  #: cases from which on progress is shown: fewer take less than a seco
 
 @click.command("replay", short_help="Run scheduler cases and write their traces.")
 @click.argument("case", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--trace",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the trace to FILE; compressed if it ends in .gz.",
-)
-@click.option(
-    "--all",
-    "folder",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Run every case in this folder.",
-)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the traces of --all.")
-@click.option(
-    "--dialect",
-    type=click.Choice(list(_VERSIONS)),
-    default=DEFAULT_DIALECT.version,
-    show_default=True,
-    help="Version of ggml.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
+@file_option("--trace", dir_okay=False, metavar=None, help="Write the trace to FILE; compressed if it ends in .gz.")
+@file_option("--all", "folder", exists=True, file_okay=False, metavar=None, help="Run every case in this folder.")
+@file_option("--out", file_okay=False, metavar=None, help="Folder for the traces of --all.")
+@choice("--dialect", values=list(_VERSIONS), shown=DEFAULT_DIALECT.version, help="Version of ggml.")
+@json_option("Print a summary as JSON.")
 def command(
     case: Path | None, trace: Path | None, folder: Path | None, out: Path | None, dialect: str, as_json: bool
 ) -> None:

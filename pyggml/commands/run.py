@@ -10,6 +10,7 @@ import cloup
 
 from ._cache_options import cache_options
 from ._model_options import ModelCommand, ModelFlags, model_options
+from ._options import choice, count, file_option, flag, json_option, number, option
 from ._page import check_outputs
 from ._values import ModelPath
 
@@ -36,89 +37,40 @@ Examples:
 @click.argument("model", type=ModelPath())
 @cloup.option_group(
     "Prompt and answer",
-    cloup.option("-p", "--prompt", metavar="TEXT", help="The prompt."),
-    cloup.option("--tokens", metavar="1,2,3", help="The prompt as token ids."),
-    cloup.option(
-        "-n",
-        "--n-predict",
-        type=click.IntRange(0),
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Tokens to generate.",
-    ),
-    cloup.option("--chat", is_flag=True, help="Format the prompt with the model's chat template."),
-    cloup.option(
-        "-i",
-        "--interactive",
-        is_flag=True,
-        help="Chat: each line is a prompt, and the KV cache is kept. /help lists commands.",
-    ),
-    cloup.option("--system", default="", metavar="TEXT", help="System message for --chat or -i."),
-    cloup.option("--ignore-eos", is_flag=True, help="Continue after the end-of-text token."),
+    option("-p", "--prompt", metavar="TEXT", help="The prompt."),
+    option("--tokens", metavar="1,2,3", help="The prompt as token ids."),
+    count("-n", "--n-predict", shown=0, help="Tokens to generate."),
+    flag("--chat", help="Format the prompt with the model's chat template."),
+    flag("-i", "--interactive", help="Chat: each line is a prompt, and the KV cache is kept. /help lists commands."),
+    option("--system", default="", metavar="TEXT", help="System message for --chat or -i."),
+    flag("--ignore-eos", help="Continue after the end-of-text token."),
 )
 @cloup.option_group(
     "Sampling",
-    cloup.option(
-        "--temp",
-        type=click.FloatRange(0),
-        default=0.0,
-        show_default=True,
-        metavar="T",
-        help="Temperature; 0: always the most likely token.",
-    ),
-    cloup.option(
-        "--top-k",
-        type=click.IntRange(0),
-        default=40,
-        show_default=True,
-        metavar="K",
-        help="Sample from the K most likely tokens; 0: all.",
-    ),
-    cloup.option(
-        "--top-p",
-        type=click.FloatRange(0, 1),
-        default=0.95,
-        show_default=True,
-        metavar="P",
-        help="Sample from the most likely tokens with total probability P.",
-    ),
-    cloup.option(
-        "--min-p",
-        type=click.FloatRange(0, 1),
-        default=0.05,
-        show_default=True,
-        metavar="P",
-        help="Sample from tokens at least P times as likely as the most likely one.",
-    ),
-    cloup.option(
-        "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Seed of the sampling."
-    ),
-)
+    number("--temp", shown=0.0, metavar="T", help="Temperature; 0: always the most likely token."),
+    count("--top-k", metavar="K", shown=40, help="Sample from the K most likely tokens; 0: all."),
+    number("--top-p", most=1, shown=0.95, metavar="P",
+         help="Sample from the most likely tokens with total probability P."),
+    number("--min-p", most=1, shown=0.05, metavar="P",
+         help="Sample from tokens at least P times as likely as the most likely one."),
+    count("--seed", shown=0, help="Seed of the sampling."),
+)  # fmt: skip
 @model_options
 @cache_options
 @cloup.option_group(
     "Engine",
-    cloup.option(
-        "--engine",
-        type=click.Choice(["pyggml", "llama"]),
-        default="pyggml",
-        show_default=True,
-        help="llama: the real llama.cpp schedules and pyggml's devices compute; runs every model that llama.cpp supports.",
-    ),
-)
+    choice("--engine", values=["pyggml", "llama"], shown="pyggml",
+         help="llama: the real llama.cpp schedules and pyggml's devices compute; runs every model that llama.cpp supports."),
+)  # fmt: skip
 @cloup.option_group(
     "Output",
-    cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Write a page that shows what happened and why."),
-    cloup.option("--timeline", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Write a timeline for Perfetto and `pyggml viz`."),
-    cloup.option("--dump-logits", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Write the prompt's logits and chosen experts to an NPZ file."),
-    cloup.option("--record-routing", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Write the experts that tokens choose (.npz or .jsonl), for `splits --routing trace:FILE` and `experts`."),
-    cloup.option("--quiet", is_flag=True, help="Print only the text, no report."),
-    cloup.option("--json", "as_json", is_flag=True, help="Print text and report as one JSON document."),
+    file_option("--html", help="Write a page that shows what happened and why."),
+    file_option("--timeline", help="Write a timeline for Perfetto and `pyggml viz`."),
+    file_option("--dump-logits", help="Write the prompt's logits and chosen experts to an NPZ file."),
+    file_option("--record-routing",
+         help="Write the experts that tokens choose (.npz or .jsonl), for `splits --routing trace:FILE` and `experts`."),
+    flag("--quiet", help="Print only the text, no report."),
+    json_option("Print text and report as one JSON document."),
 )  # fmt: skip
 def command(
     flags: ModelFlags,

@@ -14,6 +14,7 @@ from ._cache_options import stated_routing
 from ._console import Bar, n_bytes, print_json, progress, report, table
 from ._kernels import warm_up
 from ._model_options import ModelCommand, ModelFlags, model_options, open_backends, parse_sizes
+from ._options import choice, json_option, option
 from ._values import ModelPath
 
 if TYPE_CHECKING:
@@ -68,16 +69,16 @@ Examples:
 @click.argument("model", type=ModelPath(), required=False)
 @cloup.option_group(
     "Batches",
-    cloup.option("--batches", default="1,2,4,8,16,32,64", show_default=True, metavar="N,N", help="Batch sizes."),
-    cloup.option("-p", "--prompt", default=TEXT, metavar="TEXT", help="Text that is cut into batches. [a paragraph]"),
-    cloup.option("--json", "as_json", is_flag=True, help="Print the rows as JSON."),
+    option("--batches", shown="1,2,4,8,16,32,64", metavar="N,N", help="Batch sizes."),
+    option("-p", "--prompt", default=TEXT, metavar="TEXT", help="Text that is cut into batches. [a paragraph]"),
+    json_option("Print the rows as JSON."),
 )
 @cloup.option_group(
     "Without computing",
-    cloup.option("--routing", default="", metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
-                 help="Plan instead of computing: how tokens are assumed to choose experts."),
-    cloup.option("--graph", type=click.Choice(["auto", "built", "llama"]), default="auto", show_default=True,
-                 help="Who builds the graph of a plan: pyggml, or llama.cpp, whose graphs are planned and not computed."),
+    option("--routing", default="", metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
+         help="Plan instead of computing: how tokens are assumed to choose experts."),
+    choice("--graph", values=["auto", "built", "llama"], shown="auto",
+         help="Who builds the graph of a plan: pyggml, or llama.cpp, whose graphs are planned and not computed."),
 )  # fmt: skip
 @model_options
 def command(

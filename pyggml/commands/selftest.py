@@ -12,6 +12,7 @@ from ..files import aside
 from ..selftest import STAGES, Report, Result, Verdict, is_there, run
 from ._console import print_json, progress, report, table
 from ._kernels import warm_up
+from ._options import count, file_option, json_option, option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,16 +21,16 @@ __all__ = ["command"]
 
 
 @click.command("selftest", short_help="Test a device: results, copies, races, then speed.")
-@click.option("-dev", "--device", default="cuda:0", show_default=True, metavar="DEVICE",
-              help="Device to test: cuda:0, libggml:CUDA0, libggml:CPU, sim:NAME, cpu, or emulator (pyggml's CUDA kernels, emulated).")  # fmt: skip
-@click.option("--beside", metavar="DEVICE", help="Time this device, too. By default ggml's own for the same card or CPU, "
-              "if its library is there; 'none' for none.")  # fmt: skip
-@click.option("--stages", default=",".join(STAGES), show_default=True, metavar="S,S", help="Stages to run, in order.")
-@click.option("--budget", default=180, show_default=True, type=click.IntRange(1), metavar="SECONDS",
-              help="Start no kernel case after this time; the other stages take about a minute.")  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.json",
-              help="Write the report to this file, and a page of the same name.  [selftest-DEVICE.json]")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON and write no files.")
+@option("-dev", "--device", shown="cuda:0", metavar="DEVICE",
+     help="Device to test: cuda:0, libggml:CUDA0, libggml:CPU, sim:NAME, cpu, or emulator (pyggml's CUDA kernels, emulated).")  # fmt: skip
+@option("--beside", metavar="DEVICE",
+     help="Time this device, too. By default ggml's own for the same card or CPU, if its library is there; 'none' for none.")  # fmt: skip
+@option("--stages", shown=",".join(STAGES), metavar="S,S", help="Stages to run, in order.")
+@count("--budget", least=1, metavar="SECONDS", shown=180,
+     help="Start no kernel case after this time; the other stages take about a minute.")  # fmt: skip
+@file_option("-o", "--output", dir_okay=False, metavar="FILE.json",
+     help="Write the report to this file, and a page of the same name.  [selftest-DEVICE.json]")  # fmt: skip
+@json_option("Print the report as JSON and write no files.")
 @click.pass_context
 def command(
     ctx: click.Context,

@@ -20,6 +20,7 @@ from ._cache_options import N_FORECAST, cache_options, forecast, print_forecast,
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table, warn
 from ._header import print_header, why_not_captured
 from ._model_options import ModelFlags, model_options, open_backends, parse_sizes
+from ._options import choice, count, file_option, flag, json_option, option
 from ._page import about_devices, about_model, check_outputs, given_options, write_records
 from ._sweep import FORMATS, SweepCommand, combinations, print_sweep, sweep_rows
 from ._tables import memory_table, too_large
@@ -56,81 +57,31 @@ Examples:
 @click.argument("model", type=ModelPath())
 @cloup.option_group(
     "What is planned",
-    cloup.option(
-        "--batches",
-        default="512,1",
-        show_default=True,
-        metavar="N,N",
-        help="Batch sizes; each is planned alone.",
-    ),
-    cloup.option(
-        "-d",
-        "--depth",
-        "--n-depth",
-        default=0,
-        show_default=True,
-        type=click.IntRange(0),
-        metavar="N",
-        help="Tokens in the cache before each batch.",
-    ),
-    cloup.option(
-        "--generate",
-        default=N_FORECAST,
-        show_default=True,
-        type=click.IntRange(1),
-        metavar="N",
-        help="With an expert cache: tokens that are generated, one by one after --depth, from an empty cache on.",
-    ),
-    cloup.option(
-        "--outputs",
-        type=click.Choice(["last", "all"]),
-        default="last",
-        show_default=True,
-        help="Tokens whose logits are computed.",
-    ),
-    cloup.option(
-        "--graph",
-        type=click.Choice(["auto", "built", "llama"]),
-        default="auto",
-        show_default=True,
-        help="Plan the graph that pyggml builds, or the one captured from llama.cpp. auto: built if pyggml knows the architecture.",
-    ),
-    cloup.option(
-        "--dialect",
-        "versions",
-        default=DEFAULT_DIALECT.version,
-        show_default=True,
-        metavar="V[,V]",
-        help="Version of ggml: 0.20, 0.21, 0.26, 0.27. Several: a table of what each upgrade changes, and by which rule.",
-    ),
-    cloup.option(
-        "--routing",
-        default="",
-        metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
-        help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them. "
-        "[default: by the model's router]",
-    ),
-    cloup.option(
-        "--host",
-        default="",
-        metavar="SPEC",
-        help="The host of simulated devices: ddr4-3200x2,cores=8,64GiB, or FILE.json from devices --measure.",
-    ),
-)
+    option("--batches", shown="512,1", metavar="N,N", help="Batch sizes; each is planned alone."),
+    count("-d", "--depth", "--n-depth", shown=0, help="Tokens in the cache before each batch."),
+    count("--generate", least=1, shown=N_FORECAST,
+         help="With an expert cache: tokens that are generated, one by one after --depth, from an empty cache on."),
+    choice("--outputs", values=["last", "all"], shown="last", help="Tokens whose logits are computed."),
+    choice("--graph", values=["auto", "built", "llama"], shown="auto",
+         help="Plan the graph that pyggml builds, or the one captured from llama.cpp. auto: built if pyggml knows the architecture."),
+    option("--dialect", "versions", shown=DEFAULT_DIALECT.version, metavar="V[,V]",
+         help="Version of ggml: 0.20, 0.21, 0.26, 0.27. Several: a table of what each upgrade changes, and by which rule."),
+    option("--routing", default="", metavar="lognormal:SPREAD|zipf:SKEW|uniform|trace:FILE|counts:N,N",
+         help="How tokens are assumed to choose experts; counts: used experts by layer, or a JSON file of them. [default: by the model's router]"),
+    option("--host", default="", metavar="SPEC",
+         help="The host of simulated devices: ddr4-3200x2,cores=8,64GiB, or FILE.json from devices --measure."),
+)  # fmt: skip
 @model_options
 @cache_options
 @cloup.option_group(
     "Output",
-    cloup.option("--html", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Write a page that shows what would happen and why."),
-    cloup.option("--timeline", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Write a timeline for Perfetto and `pyggml viz`."),
-    cloup.option("--all-splits", is_flag=True, help="List every split, also those that repeat in each layer."),
-    cloup.option("--format", "form", type=click.Choice(["table", "ggml"]), default="table", show_default=True,
-                 help="ggml: the text of GGML_SCHED_DEBUG=2."),
-    cloup.option("--json", "as_json", is_flag=True, help="Print the plan as JSON."),
-    cloup.option("-o", "--output", "bench", type=click.Choice(FORMATS),
-                 help="Print one row per batch, like llama-bench. Lists such as -ncmoe 20,24 -ub 512,2048 also do this."),
+    file_option("--html", help="Write a page that shows what would happen and why."),
+    file_option("--timeline", help="Write a timeline for Perfetto and `pyggml viz`."),
+    flag("--all-splits", help="List every split, also those that repeat in each layer."),
+    choice("--format", "form", values=["table", "ggml"], shown="table", help="ggml: the text of GGML_SCHED_DEBUG=2."),
+    json_option("Print the plan as JSON."),
+    choice("-o", "--output", "bench", values=FORMATS,
+         help="Print one row per batch, like llama-bench. Lists such as -ncmoe 20,24 -ub 512,2048 also do this."),
 )  # fmt: skip
 def command(
     flags: ModelFlags,

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from ._cache_options import cache_options
 from ._console import print_json, report, table, warn
 from ._model_options import ModelCommand, ModelFlags, model_options, open_backends, parse_sizes
+from ._options import choice, json_option, option
 from ._values import ModelPath
 
 if TYPE_CHECKING:
@@ -38,15 +39,12 @@ Examples:
 @click.argument("model", type=ModelPath())
 @cloup.option_group(
     "Batches",
-    cloup.option(
-        "--batches", default="512,1", show_default=True, metavar="N,N", help="Batch sizes; each with a full cache."
-    ),
-    cloup.option("--outputs", type=click.Choice(["last", "all"]), default="last", show_default=True,
-                 help="Tokens whose logits are computed."),
-)  # fmt: skip
+    option("--batches", shown="512,1", metavar="N,N", help="Batch sizes; each with a full cache."),
+    choice("--outputs", values=["last", "all"], shown="last", help="Tokens whose logits are computed."),
+)
 @model_options
 @cache_options
-@cloup.option_group("Output", cloup.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON."))
+@cloup.option_group("Output", json_option("Print the comparison as JSON."))
 @click.pass_context
 def command(
     ctx: click.Context,

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 import cloup
 
+from ._options import file_option, option
+
 __all__ = ["command"]
 
 
@@ -21,9 +23,9 @@ Examples:
 @cloup.command("viz", epilog=EXAMPLES)
 @click.argument("timeline", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path), required=False)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the page to this file. [TIMELINE.html]")
-@click.option("--title", default="", help="Title of the page. [the files' names]")
-@click.option("--name", "names", multiple=True, help="Name of a timeline; repeat it for the second. [the file's name]")
+@file_option("-o", "--out", metavar=None, help="Write the page to this file. [TIMELINE.html]")
+@option("--title", default="", help="Title of the page. [the files' names]")
+@option("--name", "names", multiple=True, help="Name of a timeline; repeat it for the second. [the file's name]")
 def command(timeline: Path, other: Path | None, out: Path | None, title: str, names: tuple[str, ...]) -> None:
     """Write an HTML page of a TIMELINE from `run --timeline` or `splits --timeline`, or of two side by side.
 

@@ -1,0 +1,54 @@
+"""Kinds of options: `cloup.option` with what all counts, choices, files and switches of the program have.
+
+A default given as ``shown`` is in the help; of another ``default``, the help says what it means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import cloup
+
+__all__ = ["choice", "count", "file_option", "flag", "json_option", "number", "option"]
+
+Decorator = Callable[[Callable[..., Any]], Any]
+
+
+def option(*names: str, help: str, shown: object = None, **more: Any) -> Decorator:  # of what click's options take
+    """Return an option of any value that click makes of a text."""
+    if shown is not None:
+        more |= {"default": shown, "show_default": True}
+    return cloup.option(*names, help=help, **more)
+
+
+def count(*names: str, least: int = 0, most: int | None = None, metavar: str | None = "N", **more: Any) -> Decorator:
+    """Return an option of a whole number."""
+    return option(*names, type=click.IntRange(least, most), metavar=metavar, **more)
+
+
+def number(*names: str, most: float | None = None, **more: Any) -> Decorator:
+    """Return an option of a number that is not negative."""
+    return option(*names, type=click.FloatRange(0, most), **more)
+
+
+def choice(*names: str, values: Sequence[str], **more: Any) -> Decorator:
+    """Return an option of a few values."""
+    return option(*names, type=click.Choice(values), **more)
+
+
+def file_option(*names: str, help: str, metavar: str | None = "FILE", **kinds: bool) -> Decorator:
+    """Return an option of a path; ``kinds`` are those of `click.Path`."""
+    return cloup.option(*names, type=click.Path(path_type=Path, **kinds), metavar=metavar, help=help)
+
+
+def flag(*names: str, help: str) -> Decorator:
+    """Return a switch that is off without the option."""
+    return cloup.option(*names, is_flag=True, help=help)
+
+
+def json_option(help: str) -> Decorator:
+    """Return the switch that prints a result for programs."""
+    return flag("--json", "as_json", help=help)
