@@ -9,7 +9,7 @@ graph is then one split without copies, and no source of a node is replaced. Not
 from __future__ import annotations
 
 from ..backends.libggml.library import Handle
-from .device import CPUHooks, Functions, PythonDevice, keep_for_ever, put
+from .device import CPUHooks, Functions, PythonDevice, put
 from .library import LlamaLibrary
 from .slots import N_WORDS
 
@@ -88,7 +88,6 @@ class CapturingDevice(PythonDevice):
     ) -> None:
         self.watcher, self.free, self.total, self.min_batch = watcher, free, total, min_batch
         self.row_padding, self.pinned = row_padding, pinned
-        self._pinned: dict[str, Handle] = {}
         self._next = _NOWHERE
         self._op_names: dict[int, str] = {}
         self._bases: dict[int, int] = {}
@@ -132,32 +131,15 @@ class CapturingDevice(PythonDevice):
         return made
 
     def _pinned_type(self, _: Handle) -> Handle:
-        """Return the buffer type of pinned memory, which is memory of the CPU by another name."""
         if not self.pinned:
             return self.ffi.NULL
-        if self.pinned not in self._pinned:
-            lib, at = self.library.lib, self.library.interfaces
-            words, name = self.ffi.new("void *[]", N_WORDS), self.ffi.new("char[]", self.pinned.encode())
-            buft = self.ffi.cast("void *", words)
-
-            def alloc(_: Handle, size: int) -> Handle:
-                made = lib.ggml_backend_buft_alloc_buffer(lib.ggml_backend_cpu_buffer_type(), size)
-                if made != self.ffi.NULL:
-                    self.ffi.cast("void **", made)[at.buffer.fields["buft"]] = buft
-                return made
-
-            own: Functions = {
-                "get_name": lambda _: name,
-                "alloc_buffer": alloc,
-                "get_alignment": lambda _: _ALIGNMENT,
-                "get_alloc_size": lambda _, t: self.watcher.bytes_of(int(lib.ggml_nbytes(t))),
-                "is_host": lambda _: True,
-            }
-            put(self.library, words, "buffer_type", own, self.failed)
-            words[at.buffer_type.fields["device"]] = self.handle
-            self._pinned[self.pinned] = buft
-            keep_for_ever((words, name))
-        return self._pinned[self.pinned]
+        lib = self.library.lib
+        more: Functions = {
+            "get_alignment": lambda _: _ALIGNMENT,
+            "get_alloc_size": lambda _, t: self.watcher.bytes_of(int(lib.ggml_nbytes(t))),
+        }
+        cpu = lib.ggml_backend_cpu_buffer_type()
+        return self.pinned_type(self.pinned, lambda size: lib.ggml_backend_buft_alloc_buffer(cpu, size), more)
 
     def _alloc_size(self, _: Handle, tensor: Handle) -> int:
         """Mirrors `ggml_backend_cuda_buffer_type_get_alloc_size`."""

@@ -8,6 +8,7 @@ code that uses them as host memory fails at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..backend import Backend, Device, Event
@@ -22,12 +23,11 @@ from ..errors import BackendError, PyggmlError
 from ..graph import GraphView
 from ..tensor import Tensor
 from ..types import Type
-from .device import CPUHooks, Functions, PythonDevice, functions_of, keep_for_ever, put
+from .device import CPUHooks, Functions, PythonDevice, functions_of, put
 from .host_memory import HostMemory
 from .known import KnownCalls, repeats
 from .ledger import Ledger, copied_name
 from .library import DeviceLibrary
-from .slots import N_WORDS
 from .tensors import Translator
 
 if TYPE_CHECKING:
@@ -136,7 +136,6 @@ class ComputingDevice(PythonDevice):
     ) -> None:
         self.machine, self.device, self.index, self.threads = machine, device, index, threads
         self._n_events = 0
-        self._host_words: Handle = None
         self._events: dict[int, Handle] = {}
         super().__init__(machine.library, name or device.buffer_type.name)
         machine.devices.append(self)
@@ -214,9 +213,23 @@ class ComputingDevice(PythonDevice):
         buft = self.device.host_buffer_type
         if buft is None:
             return self.ffi.NULL
-        if self._host_words is None:
-            self._host_words = _pinned_type(self, buft)
-        return self.ffi.cast("void *", self._host_words)
+        if buft.name not in self._pinned:
+            self.machine.host.use_pinned(buft)
+        return self.pinned_type(
+            buft.name, partial(self._alloc_pinned, buft), {"get_alignment": lambda _: buft.alignment}
+        )
+
+    def _alloc_pinned(self, buft: BufferType, size: int) -> Handle:
+        block = HostBlock(size, owner=buft.name, purpose="a buffer")
+        made = self.library.lib.ggml_backend_cpu_buffer_from_ptr(self.library.pointer(block.address), size)
+        self.machine.host.add(made, buft.name)
+
+        def free(address: int) -> None:
+            self.machine.host.remove(address)
+            block.close()
+
+        put(self.library, self.ffi.cast("void **", made), "buffer", {"free_buffer": free}, self.failed)
+        return made
 
     # -- copies --------------------------------------------------------------
 
@@ -401,46 +414,6 @@ class ComputingDevice(PythonDevice):
 
 def _covered(slots: dict[str, int], *names: str) -> dict[str, int]:
     return {name: slots[name] for name in names}
-
-
-def _pinned_type(device: ComputingDevice, buft: BufferType) -> Handle:
-    """Return a ggml buffer type for pinned memory of a pyggml device; its buffers are CPU buffers with another type.
-
-    Notes
-    -----
-    Mirrors `ggml_backend_cuda_host_buffer_type`.
-    """
-    library, host = device.library, device.machine.host
-    ffi, lib, at = library.ffi, library.lib, library.interfaces
-    words = ffi.new("void *[]", N_WORDS)
-    name = ffi.new("char[]", buft.name.encode())
-    blocks: dict[int, HostBlock] = {}
-    freeing = ffi.new("struct iface *")
-    host.use_pinned(buft)
-
-    def alloc(_: Handle, size: int) -> Handle:
-        block = HostBlock(size, owner=buft.name, purpose="a buffer")
-        made = lib.ggml_backend_cpu_buffer_from_ptr(library.pointer(block.address), size)
-        own = ffi.cast("void **", made)
-        own[at.buffer.fields["buft"]] = ffi.cast("void *", words)
-        own[at.buffer.slots["free_buffer"]] = freeing.word[at.buffer.slots["free_buffer"]]
-        blocks[library.address(made)] = block
-        host.add(made, buft.name)
-        return made
-
-    def free(address: int) -> None:
-        host.remove(address)
-        blocks.pop(address).close()
-
-    put(library, freeing.word, "buffer", {"free_buffer": free}, device.failed)
-    functions: Functions = {
-        "get_name": lambda _: name, "alloc_buffer": alloc, "get_alignment": lambda _: buft.alignment,
-        "is_host": lambda _: True,
-    }  # fmt: skip
-    put(library, words, "buffer_type", functions, device.failed)
-    words[at.buffer_type.fields["device"]] = device.handle
-    keep_for_ever((words, name, freeing, blocks))
-    return words
 
 
 class ComputingCPU(CPUHooks):

@@ -130,6 +130,7 @@ class PythonDevice(ABC):
         self._c_name = self.ffi.new("char[]", name.encode())
         self._guid = self.ffi.new("unsigned char[16]", b"pyggml-in-python")
         self._backends: dict[int, Handle] = {}
+        self._pinned: dict[str, Handle] = {}
         self._made = [self.ffi.new("void *[]", N_WORDS) for _ in range(3)]
         self.buft, self.handle, self.registry = (self.ffi.cast("void *", m) for m in self._made)
         self._buffer_functions = self.ffi.new("struct iface *")
@@ -175,6 +176,40 @@ class PythonDevice(ABC):
         """Return a new ggml buffer of the device's buffer type."""
         lib = self.library.lib
         return lib.ggml_backend_buffer_init(self.buft, self._buffer_functions[0], self.ffi.NULL, size)
+
+    def pinned_type(self, name: str, alloc: Callable[[int], Handle], more: Functions) -> Handle:
+        """Return the buffer type of the device's pinned memory, made once for each name: its buffers are the CPU's by another name.
+
+        Parameters
+        ----------
+        alloc : callable
+            Returns a CPU buffer of so many bytes, or null.
+        more : dict
+            Functions of the buffer type besides its name and buffers.
+
+        Notes
+        -----
+        Mirrors `ggml_backend_cuda_host_buffer_type`.
+        """
+        if name not in self._pinned:
+            at, words, c_name = (
+                self.library.interfaces,
+                self.ffi.new("void *[]", N_WORDS),
+                self.ffi.new("char[]", name.encode()),
+            )
+            buft = self._pinned[name] = self.ffi.cast("void *", words)
+
+            def alloc_buffer(_: Handle, size: int) -> Handle:
+                made = alloc(size)
+                if made != self.ffi.NULL:
+                    self.ffi.cast("void **", made)[at.buffer.fields["buft"]] = buft
+                return made
+
+            own: Functions = {"get_name": lambda _: c_name, "alloc_buffer": alloc_buffer, "is_host": lambda _: True}
+            put(self.library, words, "buffer_type", own | more, self.failed)
+            words[at.buffer_type.fields["device"]] = self.handle
+            keep_for_ever((words, c_name))
+        return self._pinned[name]
 
     def _memory(self, _: Handle, free: Handle, total: Handle) -> None:
         free[0], total[0] = self.memory()
