@@ -53,6 +53,8 @@ def test_loads(open_page: OpenPage, pages: Pages, name: str, size: tuple[int, in
     assert overflow(page) == 0
     assert all(n > 50 for n in settled(page, DRAWN))
     assert overlapping_texts(page) == []
+    words = page.locator("#tiles, .tiles").first.inner_text() if name == "used" else "micro-batches"
+    assert "micro-batches" in words, "one graph is computed for each micro-batch"
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     lightness = sum(int(n) for n in ground.removeprefix("rgb(").removesuffix(")").split(","))
     assert lightness < 200 if dark else lightness > 600
@@ -256,7 +258,7 @@ def test_time_is_that_of_the_records(open_page: OpenPage, pages: Pages, runs: Ru
 
 
 def test_experts_are_those_of_the_records(open_page: OpenPage, pages: Pages, runs: Runs) -> None:
-    """The map of experts counts in how many batches each was needed, and sums the bytes of their copies."""
+    """The map of experts counts in how many micro-batches each was needed, and sums the bytes of their copies."""
     needed: set[tuple[int, int | None, str, int]] = set()
     batch = 0
     for r in runs["used"]:

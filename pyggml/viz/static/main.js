@@ -96,7 +96,7 @@
     }
     const counts = [[t.n_runs, view.runWord(1), view.runWord(2)], [t.n_splits, "split", "splits"], [t.n_copies, "copy", "copies"], [t.n_launches, "launch", "launches"], [t.n_waits, "wait", "waits"]]
       .filter(([n]) => n)
-      .map(([n, one, more]) => `<li data-total="${more.replace("batches", "runs")}" data-value="${n}"><b>${P.count(n)}</b> ${n === 1 ? one : more}</li>`);
+      .map(([n, one, more]) => `<li data-total="${more.replace("micro-batches", "runs")}" data-value="${n}"><b>${P.count(n)}</b> ${n === 1 ? one : more}</li>`);
     if (counts.length) made.push(`<div class="tile counts"><h3>${view.is_plan ? "planned" : "in all"}</h3><ul>${counts.join("")}</ul></div>`);
     return made.join("");
   };

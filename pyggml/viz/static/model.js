@@ -86,9 +86,9 @@
       return (this.runSpans[clock] = spans);
     }
 
-    /** What a run is called: a batch, if somebody told its tokens. */
+    /** What a run is called: a micro-batch, if its tokens are known. */
     runWord(n) {
-      const one = this.runs.some((r) => r.n_tokens !== null) ? ["batch", "batches"] : this.is_plan ? ["plan", "plans"] : ["run", "runs"];
+      const one = this.runs.some((r) => r.n_tokens !== null) ? ["micro-batch", "micro-batches"] : this.is_plan ? ["plan", "plans"] : ["run", "runs"];
       return n === 1 ? one[0] : one[1];
     }
 

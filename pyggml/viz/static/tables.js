@@ -14,7 +14,7 @@
   /** A select of the runs of a view: all, or one. */
   P.runSelect = (view, { all = true } = {}) => {
     const made = document.createElement("select");
-    made.setAttribute("aria-label", "Which batch");
+    made.setAttribute("aria-label", "Which micro-batch");
     if (all) made.add(new Option(view.runs.length === 1 ? view.runTitle(0) : `all ${P.count(view.runs.length)} ${view.runWord(2)}`, "all"));
     const several = view.runs.some((r) => r.n_tokens > 1) && view.runs.some((r) => r.n_tokens === 1);
     if (all && several && view.runs.length > 2) {
