@@ -22,7 +22,7 @@ from ..hardware.cards import Card
 from ..hardware.hosts import DEFAULT_HOST, Host, host_beside, host_spec, parse_host
 from ..hardware.measure import UNKNOWN, measure_host
 from ..hardware.pci import found_cards
-from ..routing import Routing, routing_of
+from ..routing import Routing, parse_routing, routing_of
 from ..types import Type
 from .answer import Advice
 from .explain import explain as explain_flag
@@ -52,7 +52,7 @@ def plan(
     margin_bytes: int = MARGIN_BYTES,
     kv_types: Sequence[str] = ("f16", "q8_0"),
     n_plans: int = 4,
-    routing: Routing | None = None,
+    routing: Routing | str | None = None,
     compare: Sequence[Setting] = (),
     explain: str = "",
     on_progress: Callable[[str], None] | None = None,
@@ -78,8 +78,8 @@ def plan(
         Allowed types of the KV cache; at equal speed the first is preferred.
     n_plans : int
         The maximum number of recommendations.
-    routing : Routing, optional
-        How tokens choose experts, such as `parse_routing` returns; by default by the model's router (`routing_of`).
+    routing : Routing or str, optional
+        How tokens choose experts, or a text for `parse_routing`; by default by the model's router (`routing_of`).
     compare : sequence of Setting
         Your own settings, for comparison.
     explain : str
@@ -94,9 +94,17 @@ def plan(
     DeviceUnavailableError
         A card, or a part of the host's description, is unknown.
     GraphError
-        A number of tokens is below 1, or the context is too small for them; or a flag to explain is none that is chosen.
+        A number of tokens or plans is below 1, or the context is too small; a flag to explain is none that is chosen; or
+        ``compare`` has what is no `Setting`.
     """
     begin = time.perf_counter()
+    if n_plans < 1 or margin_bytes < 0:
+        raise GraphError(f"{n_plans} plans with {margin_bytes:,} bytes free: at least 1 plan and 0 bytes are needed")
+    if isinstance(routing, str):
+        routing = parse_routing(routing)
+    for own in compare:
+        if not isinstance(own, Setting):
+            raise GraphError(f"{own!r} is no Setting", hint="such as pyggml.foresight.Setting(n_cpu_moe=30)")
     goal = _goal(prompt, generate, context)
     flag = flag_name(explain) if explain else ""
     if flag is None:

@@ -22,7 +22,7 @@ from pyggml.advisor.settings import ik_flags_of
 from pyggml.catalog import MODELS, header_path
 from pyggml.cli import group
 from pyggml.commands.plan import command
-from pyggml.errors import DeviceUnavailableError, FormatError, GraphError
+from pyggml.errors import DeviceUnavailableError, FormatError, GraphError, PyggmlError
 from pyggml.foresight import ModelShape, Setting, machine_of
 from pyggml.gguf import GGUFFile
 from pyggml.hardware.formulas import overlapped
@@ -274,6 +274,22 @@ def test_what_is_missing_is_of_the_smallest_setting_with_its_cache() -> None:
     assert advice.plans == []
     assert 0 < advice.missing_bytes < 1 << 30
     assert 0.8 < advice_weights(advice.smaller) / (advice_weights(model) - advice.missing_bytes) < 1
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"routing": "unifrm"}, "unifrm"),
+        ({"compare": ["-ngl 1"]}, "is no Setting"),
+        ({"compare": "-ngl 1"}, "is no Setting"),
+        ({"n_plans": 0}, "at least 1 plan"),
+        ({"margin_bytes": -1}, "at least 1 plan"),
+    ],
+)
+def test_what_is_no_argument_of_a_plan_is_told(given: dict[str, Any], says: str) -> None:
+    """What the command line takes as text is an object in Python; the error says which."""
+    with pytest.raises(PyggmlError, match=says):
+        plan("qwen3-0.6b", devices="rtx3060", host=HOST, **given)
 
 
 def test_a_dense_model_without_a_card() -> None:
