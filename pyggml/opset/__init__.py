@@ -13,6 +13,7 @@ from ..hardware.formulas import Work
 from ..tensor import Tensor
 from .calls import Layout
 from .declaration import (
+    EXPERT_OPS,
     OPS,
     Choice,
     Kernel,
@@ -24,9 +25,10 @@ from .declaration import (
     role_of,
     uses_experts,
 )
-from .work import NOTHING, in_other_kernel, one_pass
+from .work import NOTHING, by_kind, in_other_kernel, one_pass
 
 __all__ = [
+    "EXPERT_OPS",
     "NOTHING",
     "OPS",
     "Choice",
@@ -49,23 +51,14 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 
-#: Whether nodes are supported, by what `OpDeclaration.refuses` looks at.
-_SUPPORTED: dict[tuple[object, ...], bool] = {}
-_MOST_KEPT = 1 << 14
-
-
 def supports_op(t: Tensor) -> bool:
-    """Return whether the host's kernels can run a node; views count as supported. Equal nodes are looked at once."""
-    op, declared = t.op, OPS.get(t.op)
-    if declared is None:
-        return op.is_empty
-    kind = declared.refuses, op, t._op_params, t.layout, *[src if src is None else src.layout for src in t.src]
-    answer = _SUPPORTED.get(kind)
-    if answer is None:
-        if len(_SUPPORTED) >= _MOST_KEPT:
-            _SUPPORTED.clear()
-        answer = _SUPPORTED[kind] = not reason_unsupported(t)
-    return answer
+    """Return whether the host's kernels can run a node; views count as supported."""
+    return not _is_refused(t) if t.op in OPS else t.op.is_empty
+
+
+@by_kind
+def _is_refused(t: Tensor) -> bool:
+    return bool(reason_unsupported(t))
 
 
 def plans_op(t: Tensor) -> bool:

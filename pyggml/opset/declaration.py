@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..backends.host.plan import HostPlan
 
 __all__ = [
+    "EXPERT_OPS",
     "OPS",
     "Choice",
     "Kernel",
@@ -106,6 +107,8 @@ class OpDeclaration(Kernel["HostPlan", None]):
 
 #: The declaration of each op.
 OPS: dict[Op, OpDeclaration] = {}
+#: Ops that choose experts from a weight of which only the used ones need be copied (`uses_experts`).
+EXPERT_OPS: set[Op] = set()
 
 
 def declare(
@@ -124,6 +127,8 @@ def declare(
         OPS[op] = OpDeclaration(
             refuses=refuses, call=call, n_sources=n_sources, work=work, fits=fits, chooses=chooses, role=role
         )
+        if chooses is not None and chooses.used_only:
+            EXPERT_OPS.add(op)
 
 
 def role_of(op: Op) -> Role:
@@ -134,9 +139,7 @@ def role_of(op: Op) -> Role:
 
 def uses_experts(op: Op) -> Choice | None:
     """Return how an op chooses experts from a weight of which only the used ones need be copied; None of other ops."""
-    declared = OPS.get(op)
-    choice = None if declared is None else declared.chooses
-    return choice if choice is not None and choice.used_only else None
+    return OPS[op].chooses if op in EXPERT_OPS else None
 
 
 def ids_of(node: Tensor, i_source: int) -> Tensor | None:

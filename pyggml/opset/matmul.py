@@ -14,7 +14,7 @@ from . import kernels
 from .calls import ELEMENTS_PER_S, PRODUCTS_PER_S, SERIAL_ELEMENTS, SERIAL_PRODUCTS, dequantiser
 from .checks import F32, FLOATS, I32, QUANTISED, WEIGHTS, gaps, source, wrong_type
 from .declaration import Choice, Role, UsedExperts, declare
-from .work import moved_bytes, rows_bytes
+from .work import by_kind, moved_bytes, rows_bytes
 
 if TYPE_CHECKING:
     from ..backends.host.plan import HostPlan
@@ -121,13 +121,22 @@ def _call(plan: HostPlan, t: Tensor) -> None:
 def _work(node: Tensor, used_experts: UsedExperts) -> Work:
     weight, x = source(node, 0), source(node, 1)
     is_expert = node.op is Op.MUL_MAT_ID
-    columns = node.numel / weight.ne[1]
-    read = float(rows_bytes(weight))
     is_view = not weight.op.is_empty or weight.view_src is not None
     if is_view and not is_expert:  # K or V: attention without flash; a bank of experts is a view, too
-        return Work(Kind.ATTENTION, 2.0 * weight.ne[0] * node.numel, read, n_tokens=x.ne[1])
+        return Work(Kind.ATTENTION, 2.0 * weight.ne[0] * node.numel, float(rows_bytes(weight)), n_tokens=x.ne[1])
+    return _product(node, used_experts) if is_expert else _dense_product(node)
+
+
+@by_kind
+def _dense_product(node: Tensor) -> Work:
+    return _product(node, None)
+
+
+def _product(node: Tensor, used_experts: UsedExperts | None) -> Work:
+    weight, x = source(node, 0), source(node, 1)
+    columns, read = node.numel / weight.ne[1], float(rows_bytes(weight))
     n_matrix, n_tokens = float(weight.ne[2] * weight.ne[3]), x.nrows
-    if is_expert:
+    if used_experts is not None:
         used = min(used_experts(node), weight.ne[2])
         read *= used / max(weight.ne[2], 1)
         n_matrix, n_tokens = used, node.ne[2]
@@ -139,7 +148,7 @@ def _work(node: Tensor, used_experts: UsedExperts) -> Work:
     moved = 4.0 * columns * (0.75 * weight.ne[0] + 1.5 * weight.ne[1])
     return Work(
         Kind.PRODUCT, flops, read, moved, type=weight.type, columns=columns, matrices=n_matrix, n_tokens=n_tokens,
-        is_expert=is_expert,
+        is_expert=used_experts is not None,
     )  # fmt: skip
 
 

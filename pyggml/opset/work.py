@@ -7,18 +7,44 @@ What those move is charged once, with the product or the norm, as the rates of `
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from ..hardware.formulas import Work
 from ..tensor import Tensor
 
-__all__ = ["NOTHING", "in_other_kernel", "made_by", "moved_bytes", "one_pass", "rows_bytes"]
+__all__ = ["NOTHING", "by_kind", "in_other_kernel", "made_by", "moved_bytes", "one_pass", "rows_bytes"]
 
 NOTHING = Work(n_kernels=0)
+#: Most kinds of nodes for which an answer is kept.
+_MOST_KINDS = 1 << 14
+
+_Answer = TypeVar("_Answer")
+
+
+def by_kind(answer: Callable[[Tensor], _Answer]) -> Callable[[Tensor], _Answer]:
+    """Keep the answers about nodes, which depend on op, parameters, and the layouts of node and sources alone."""
+    known: dict[tuple[object, ...], _Answer] = {}
+
+    def ask(node: Tensor) -> _Answer:
+        kind = node.op, node._op_params, node.layout, *[src if src is None else src.layout for src in node.src]
+        found = known.get(kind)
+        if found is None:
+            if len(known) >= _MOST_KINDS:
+                known.clear()
+            found = known[kind] = answer(node)
+        return found
+
+    return ask
 
 
 def one_pass(node: Tensor, used_experts: Any) -> Work:
     """One operation for each element of the result."""
+    return _one_pass(node)
+
+
+@by_kind
+def _one_pass(node: Tensor) -> Work:
     return Work(flops=float(node.numel), moved_bytes=moved_bytes(node))
 
 
@@ -34,6 +60,7 @@ def made_by(src: Tensor) -> Tensor:
     return src
 
 
+@by_kind
 def moved_bytes(node: Tensor) -> float:
     """Return the bytes that a node reads and writes."""
     return float(node.nbytes + sum(rows_bytes(src) for src in node.src if src is not None))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from ..clock import Span, VirtualClock
 from ..graph import GraphView
-from ..opset import uses_experts
+from ..opset import EXPERT_OPS
 from ..record import (
     UNKNOWN,
     AllocPurpose,
@@ -352,9 +352,9 @@ class RunLog:
         """Return how long nodes take; all but the products with used experts is worked out once for a range."""
         kept = graph.memo.get("work")
         if kept is None or kept[0] is not clock:
-            nodes = graph.nodes
-            products = [n for n in nodes if uses_experts(n.op) is not None]
-            others = [n for n in nodes if uses_experts(n.op) is None] if products else nodes
+            nodes, by_ids = graph.nodes, EXPERT_OPS
+            products = [n for n in nodes if n.op in by_ids]
+            others = [n for n in nodes if n.op not in by_ids] if products else nodes
             fixed_s = clock.seconds(backend_id, others, self._count_experts)
             kept = graph.memo["work"] = (clock, fixed_s, products, {})
         fixed: float = kept[1]

@@ -327,6 +327,10 @@ class SimBackend(Backend):
     def _submit(self, work: Callable[[], None]) -> None:
         """Submit one piece of work to the stream. With a seed it is done at any time until someone waits for it."""
         self.n_submitted += 1
+        if self._random is None and not self._late:
+            self.n_done += 1
+            work()
+            return
         self._late.append(work)
         if self._random is None:
             self.wait_for(self.n_submitted)
@@ -403,7 +407,7 @@ class SimBackend(Backend):
         Mirrors `ggml_backend_cuda_cpy_tensor_async`: the receiving stream waits for an event after the copy. The copy
         does not wait for earlier work of the receiving stream: the scheduler must do that.
         """
-        if not isinstance(src.storage, SimBuffer) or not isinstance(backend_src, SimBackend):
+        if not isinstance(backend_src, SimBackend) or not isinstance(src.storage, SimBuffer):
             return False
         if src.is_empty:
             return True
