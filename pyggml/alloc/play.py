@@ -80,12 +80,11 @@ class Play:
         leaf_buffer_ids: Sequence[int],
     ) -> dict[Tensor, Life]:
         """Go through a graph and return the place of each tensor that gets memory."""
-        for leaf, buffer_id in zip(leafs, leaf_buffer_ids, strict=True):
-            self._allocate(leaf, buffer_id)
-        self._count(nodes, node_buffer_ids)
         lives, children, views, allocate = self.lives, self.children, self.views, self._allocate
-        for node, buffer_id in zip(nodes, node_buffer_ids, strict=True):
-            parents = [src for src in node.src if src is not None and src.data is None]  # others are not placed here
+        for leaf, buffer_id in zip(leafs, leaf_buffer_ids, strict=True):
+            if leaf.data is None:
+                allocate(leaf, buffer_id)
+        for node, buffer_id, parents in zip(nodes, node_buffer_ids, self._count(nodes, node_buffer_ids), strict=True):
             for parent in parents:
                 if parent.view_src is None:
                     life = lives.get(parent)
@@ -99,8 +98,15 @@ class Play:
                     self._release(parent)
         return lives
 
-    def _count(self, nodes: Sequence[Tensor], node_buffer_ids: Sequence[int]) -> None:
-        """Count children and views, and allocate flagged inputs before anything that could overwrite them."""
+    def _count(self, nodes: Sequence[Tensor], node_buffer_ids: Sequence[int]) -> list[list[Tensor]]:
+        """Count children and views, and allocate flagged inputs before anything that could overwrite them.
+
+        Returns
+        -------
+        list of list of Tensor
+            The sources of each node that have no memory: all others are not placed here.
+        """
+        parents: list[list[Tensor]] = []
         children, views, allocate = self.children, self.views, self._allocate
         is_input, none = int(TensorFlag.INPUT), Op.NONE
         for node, buffer_id in zip(nodes, node_buffer_ids, strict=True):
@@ -110,11 +116,15 @@ class Play:
                 views[root] = views.get(root, 0) + 1
             if node.flags & is_input:
                 allocate(node, buffer_id)
+            own: list[Tensor] = []
             for src in node.src:
                 if src is not None and src.data is None:
+                    own.append(src)
                     children[src] += 1
                     if src.flags & is_input:
                         allocate(src, buffer_id)
+            parents.append(own)
+        return parents
 
     def _allocate(self, tensor: Tensor, buffer_id: int) -> None:
         """Give a tensor without memory a parent's place, or a new one.

@@ -429,12 +429,12 @@ def place(
     cpu_list = _cpu_bufts(devices, cpu)
     lists: dict[Device, BuftList] = {d: [(d, d.buffer_type), *cpu_list] for d in devices}
     lists[cpu] = cpu_list
+    outside = {"input": (cpu, "the input embedding"), "output": (by_layer[n_layer], "the output")}
     placed: list[WeightPlace] = []
     for spec in specs:
         info = infos[spec.name]
-        device = {"input": cpu, "output": by_layer[n_layer]}.get(spec.part) or by_layer[spec.layer]
-        where = {"input": "the input embedding", "output": "the output"}.get(spec.part) or f"layer {spec.layer}"
-        override = next((o for o in overrides if o.pattern.search(spec.name)), None)
+        device, where = outside.get(spec.part) or (by_layer[spec.layer], f"layer {spec.layer}")
+        override = next((o for o in overrides if o.pattern.search(spec.name)), None) if overrides else None
         if override is not None:
             reason = override.text
             # an override to the CPU still takes the best of the CPU's list
