@@ -51,6 +51,11 @@ class Emit:
         """Whether the CPU that is compiled for has all these features."""
         return all("+" + name in self.features for name in names)
 
+    @property
+    def streams_alone(self) -> bool:
+        """Whether the CPU reads one row after another best without prefetches: AMD's do, Intel's stop at each page."""
+        return self.has("sse4a")  # which only AMD's have
+
     # -- constants and addresses ---------------------------------------------
 
     def const(self, type: ir.VectorType, value: Any) -> ir.Constant:

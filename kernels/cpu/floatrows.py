@@ -12,7 +12,8 @@ from .words import BF16, F16, F32
 
 NAMES = {F32: "f32", F16: "f16", BF16: "bf16"}
 ELEMENT_BYTES = {F32: 4, F16: 2, BF16: 2}
-#: How far ahead four rows are fetched. One at a time the processor fetches by itself, a fifth faster.
+#: How far ahead rows are fetched. One at a time some processors fetch by themselves (`Emit.streams_alone`), a fifth
+#: faster on AMD's.
 PREFETCH_BYTES = 2048
 MAX_ROWS = 4
 MAX_TOKENS = 4
@@ -39,7 +40,7 @@ def _rows_of(e: Emit, typ: int, n_rows: int, n_tokens: int, args: tuple[ir.Value
         tokens = [e.load_lanes(F32x16, e.add(a, e.mul(i, 4)), mask) for a in x]
         at = e.mul(i, ELEMENT_BYTES[typ])
         for r, row in enumerate(rows):
-            if n_rows > 1 and mask is None and which * LANES * ELEMENT_BYTES[typ] % 64 == 0:
+            if (n_rows > 1 or not e.streams_alone) and mask is None and which * LANES * ELEMENT_BYTES[typ] % 64 == 0:
                 e.prefetch(row, e.add(at, PREFETCH_BYTES))
             v = load_floats(e, typ, e.add(row, at), mask)
             for t in range(n_tokens):

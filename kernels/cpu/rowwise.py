@@ -30,8 +30,10 @@ def fetch(e: Emit, ahead: ir.Value, at: ir.Value, n_rows: int, n: int) -> None:
     """Fetch what comes after some rows, while n bytes of each, ``at`` bytes from its start, are used.
 
     In the order of memory, line by line: so the processor's own prefetcher runs ahead. It does not where several rows
-    are read at once, nor, on Intel's, across pages.
+    are read at once.
     """
+    if n_rows == 1 and e.streams_alone:
+        return
     first = e.add(ahead, e.mul(at, n_rows))
     for line in range(max(1, n_rows * n // 64)):
         e.prefetch(first, 64 * line)
