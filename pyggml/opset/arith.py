@@ -8,7 +8,7 @@ from ..hardware.formulas import Work
 from ..tensor import Tensor
 from ..types import Op, Type
 from . import kernels
-from .calls import SERIAL_JOINS, Layout, by_elements, by_rows, flat
+from .calls import SERIAL_JOINS, Layout, by_elements, by_rows, flat, with_sources
 from .checks import (
     F16_F32,
     F32,
@@ -39,11 +39,10 @@ def _refuses_add(t: Tensor) -> str:
 
 
 def _call_add(plan: HostPlan, t: Tensor) -> None:
-    a, b = source(t, 0), source(t, 1)
-    if t.type is Type.F32 and b.type is Type.F32:
+    if t.type is Type.F32 and source(t, 1).type is Type.F32:
         _call_join(plan, t)
     else:
-        plan.add(kernels.copy.add_elements.address, t, (t, a, b), **by_elements(t))
+        plan.add(kernels.copy.add_elements.address, t, with_sources(t, 2), **by_elements(t))
 
 
 def _call_join(plan: HostPlan, t: Tensor) -> None:
@@ -120,8 +119,7 @@ declare(Op.FILL, refuses=lambda t: wrong_type(t, F16_F32, {t.type}) or gaps(t, 0
 
 
 def _call_add_id(plan: HostPlan, t: Tensor) -> None:
-    tensors = (t, source(t, 0), source(t, 1), source(t, 2))
-    plan.add(kernels.rows.add_id_rows.address, t, tensors, **by_rows(t))
+    plan.add(kernels.rows.add_id_rows.address, t, with_sources(t, 3), **by_rows(t))
 
 
 declare(

@@ -9,7 +9,7 @@ from ..hardware.formulas import Kind, Work
 from ..tensor import Tensor
 from ..types import Op, Type
 from . import kernels
-from .calls import PRODUCTS_PER_S, SERIAL_PRODUCTS, bits, by_rows, dequantiser
+from .calls import bits, by_products, by_rows, dequantiser, with_sources
 from .checks import F16_F32, F32, FLOATS, QUANTISED, gaps, like_source, not_f32_rows, optional, source, wrong_type
 from .declaration import UsedExperts, declare
 from .work import NOTHING, moved_bytes, one_pass, rows_bytes
@@ -84,14 +84,8 @@ def _call(plan: HostPlan, t: Tensor) -> None:
         dequantiser(v),
     )
     n_products = q.nrows * k.ne[1] * (q.ne[0] + v.ne[0])
-    plan.add(
-        attention.flash_attention.address,
-        t,
-        (t, q, k, v, optional(t, 3), optional(t, 4)),
-        params,
-        serial=n_products < SERIAL_PRODUCTS,
-        cost=n_products / PRODUCTS_PER_S,
-    )
+    tensors = (t, q, k, v, optional(t, 3), optional(t, 4))
+    plan.add(attention.flash_attention.address, t, tensors, params, **by_products(n_products))
 
 
 def _work(node: Tensor, used_experts: UsedExperts) -> Work:
@@ -125,14 +119,8 @@ def _call_indexer(plan: HostPlan, t: Tensor) -> None:
     q, k = source(t, 0), source(t, 1)
     n_products = q.numel * k.ne[2]
     plan.need_thread_bytes(4 * k.ne[0])
-    plan.add(
-        kernels.indexer.lightning_indexer.address,
-        t,
-        (t, *(source(t, i) for i in range(4))),
-        (dequantiser(k),),
-        serial=n_products < SERIAL_PRODUCTS,
-        cost=4 * n_products / PRODUCTS_PER_S,
-    )
+    kernel, how = kernels.indexer.lightning_indexer, by_products(n_products, 4)
+    plan.add(kernel.address, t, with_sources(t, 4), (dequantiser(k),), **how)
 
 
 def _work_of_indexer(node: Tensor, used_experts: UsedExperts) -> Work:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from ..tensor import Tensor
 from . import kernels
+from .checks import source
 
 if TYPE_CHECKING:
     from ..backends.host.plan import HostPlan
@@ -63,16 +64,29 @@ class CallOptions(TypedDict):
     cost: float
 
 
+def by_steps(n: int, times: int = 1) -> CallOptions:
+    """Return how an op of n steps is run, each of which takes ``times`` as long as an element of a simple op."""
+    return {"serial": n < SERIAL_ELEMENTS, "cost": times * n / ELEMENTS_PER_S}
+
+
+def by_products(n: int, times: int = 1) -> CallOptions:
+    """Return how an op of n multiplications is run, each of which takes ``times`` as long as one of a matrix product."""
+    return {"serial": n < SERIAL_PRODUCTS, "cost": times * n / PRODUCTS_PER_S}
+
+
 def by_elements(t: Tensor) -> CallOptions:
     """Return how an element-wise op is run."""
-    n = t.numel
-    return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
+    return by_steps(t.numel)
 
 
 def by_rows(t: Tensor) -> CallOptions:
     """Return how an op is run that has a cost per row in addition to that of elements."""
-    n = t.numel + ROW_ELEMENTS * t.nrows
-    return {"serial": n < SERIAL_ELEMENTS, "cost": n / ELEMENTS_PER_S}
+    return by_steps(t.numel + ROW_ELEMENTS * t.nrows)
+
+
+def with_sources(t: Tensor, n: int) -> tuple[Tensor, ...]:
+    """Return a node and its first n sources."""
+    return t, *(source(t, i) for i in range(n))
 
 
 def dequantiser(t: Tensor) -> int:

@@ -8,7 +8,7 @@ from ..hardware.formulas import Work
 from ..tensor import Tensor
 from ..types import Op
 from . import kernels
-from .calls import ELEMENTS_PER_S, SERIAL_ELEMENTS, bits, by_elements
+from .calls import bits, by_elements, by_steps, with_sources
 from .checks import F32, gaps, optional, source, wrong_type
 from .declaration import UsedExperts, declare
 from .work import moved_bytes
@@ -34,14 +34,8 @@ def _refuses_comb(t: Tensor) -> str:
 
 def _call_comb(plan: HostPlan, t: Tensor) -> None:
     n = t.numel * t.param_i32(1)
-    plan.add(
-        kernels.hyper_connections.dsv4_hc_comb.address,
-        t,
-        (t, *(source(t, i) for i in range(3))),
-        (t.param_i32(0), t.param_i32(1)),
-        serial=n < SERIAL_ELEMENTS,
-        cost=n / ELEMENTS_PER_S,
-    )
+    params = (t.param_i32(0), t.param_i32(1))
+    plan.add(kernels.hyper_connections.dsv4_hc_comb.address, t, with_sources(t, 3), params, **by_steps(n))
 
 
 def _work_of_comb(node: Tensor, used_experts: UsedExperts) -> Work:
@@ -88,7 +82,7 @@ def _refuses_post(t: Tensor) -> str:
 
 def _call_post(plan: HostPlan, t: Tensor) -> None:
     comb = optional(t, 3)
-    tensors = (t, *(source(t, i) for i in range(3)), *([comb] if comb is not None else []))
+    tensors = with_sources(t, 3 if comb is None else 4)
     plan.add(kernels.hyper_connections.dsv4_hc_post.address, t, tensors, (comb is not None,), **by_elements(t))
 
 

@@ -11,7 +11,7 @@ from ..ops.modes import skips_ids
 from ..tensor import Tensor
 from ..types import Op, Type
 from . import kernels
-from .calls import ELEMENTS_PER_S, PRODUCTS_PER_S, SERIAL_ELEMENTS, SERIAL_PRODUCTS, dequantiser
+from .calls import ELEMENTS_PER_S, SERIAL_ELEMENTS, by_products, dequantiser, with_sources
 from .checks import F32, FLOATS, I32, QUANTISED, WEIGHTS, gaps, source, wrong_type
 from .declaration import Choice, Role, UsedExperts, declare
 from .work import by_kind, moved_bytes, rows_bytes
@@ -94,19 +94,10 @@ def _call(plan: HostPlan, t: Tensor) -> None:
         -1,
     )
     n_products = weights.ne[0] * t.numel
-    serial = n_products < SERIAL_PRODUCTS
+    how = by_products(n_products)
     reads = [plan.slot_range(s) for s in (slot, groups) if s is not None]
-    moved = None if serial or groups is not None else plan.move(t, (weights, x), reads)
-    start = plan.add(
-        matmul.mul_mat.address,
-        t,
-        (t, weights, x),
-        params,
-        serial=serial,
-        cost=n_products / PRODUCTS_PER_S,
-        reads=reads,
-        moved=moved,
-    )
+    moved = None if how["serial"] or groups is not None else plan.move(t, (weights, x), reads)
+    start = plan.add(matmul.mul_mat.address, t, (t, weights, x), params, reads=reads, moved=moved, **how)
     if slot is not None:
         plan.fix(start + matmul.X_BASE, slot)
     if groups is not None:
@@ -183,14 +174,8 @@ def _call_outer(plan: HostPlan, t: Tensor) -> None:
     a = source(t, 0)
     n_products = t.numel * a.ne[1]
     plan.need_thread_bytes(0 if a.type is Type.F32 else 4 * t.ne[0])
-    plan.add(
-        kernels.shape.out_prod_rows.address,
-        t,
-        (t, a, source(t, 1)),
-        (dequantiser(a),),
-        serial=n_products < SERIAL_PRODUCTS,
-        cost=4 * n_products / PRODUCTS_PER_S,
-    )
+    how = by_products(n_products, 4)
+    plan.add(kernels.shape.out_prod_rows.address, t, with_sources(t, 2), (dequantiser(a),), **how)
 
 
 def _work_outer(node: Tensor, used_experts: UsedExperts) -> Work:

@@ -8,7 +8,7 @@ from ..hardware.formulas import Kind, Work
 from ..tensor import Tensor
 from ..types import Op
 from . import kernels
-from .calls import ELEMENTS_PER_S, PRODUCTS_PER_S, SERIAL_ELEMENTS, SERIAL_PRODUCTS
+from .calls import by_products, by_steps, with_sources
 from .checks import F32, I32, gaps, not_all_f32, not_dense_f32, source, wrong_type
 from .declaration import OPS, Choice, Rule, UsedExperts, declare
 from .work import moved_bytes
@@ -27,13 +27,7 @@ def _refuses(t: Tensor) -> str:
 
 def _call_conv(plan: HostPlan, t: Tensor) -> None:
     n = t.numel * source(t, 1).ne[0]
-    plan.add(
-        kernels.recurrent.ssm_conv.address,
-        t,
-        (t, source(t, 0), source(t, 1)),
-        serial=n < SERIAL_ELEMENTS,
-        cost=n / ELEMENTS_PER_S,
-    )
+    plan.add(kernels.recurrent.ssm_conv.address, t, with_sources(t, 2), **by_steps(n))
 
 
 declare(Op.SSM_CONV, refuses=_refuses, call=_call_conv, n_sources=2)
@@ -51,14 +45,7 @@ def _refuses_scan(t: Tensor) -> str:
 
 def _call_scan(plan: HostPlan, t: Tensor) -> None:
     n = source(t, 0).ne[0] * source(t, 1).numel
-    plan.add(
-        kernels.recurrent.ssm_scan.address,
-        t,
-        (t, *(source(t, i) for i in range(7))),
-        (t.param_i32(0),),
-        serial=n < SERIAL_ELEMENTS,
-        cost=n / ELEMENTS_PER_S,
-    )
+    plan.add(kernels.recurrent.ssm_scan.address, t, with_sources(t, 7), (t.param_i32(0),), **by_steps(n))
 
 
 def _work_of_scan(node: Tensor, used_experts: UsedExperts) -> Work:
@@ -84,14 +71,7 @@ def _call_delta(plan: HostPlan, t: Tensor) -> None:
     v = source(t, 2)
     n = v.ne[0] * v.numel
     plan.need_thread_bytes(4 * v.ne[0] * (v.ne[0] + 1))
-    plan.add(
-        kernels.recurrent.gated_delta_net.address,
-        t,
-        (t, *(source(t, i) for i in range(6))),
-        (t.param_i32(0),),
-        serial=n < SERIAL_ELEMENTS,
-        cost=3 * n / ELEMENTS_PER_S,
-    )
+    plan.add(kernels.recurrent.gated_delta_net.address, t, with_sources(t, 6), (t.param_i32(0),), **by_steps(n, 3))
 
 
 def _work_of_delta(node: Tensor, used_experts: UsedExperts) -> Work:
@@ -106,14 +86,9 @@ declare(Op.GATED_DELTA_NET, refuses=_refuses, call=_call_delta, n_sources=6, wor
 def _call_linear(plan: HostPlan, t: Tensor) -> None:
     n_source = OPS[t.op].n_sources
     n = source(t, 1).ne[0] * source(t, 1).numel
-    plan.add(
-        getattr(kernels.linear_attention, t.op.name.lower()).address,
-        t,
-        (t, *(source(t, i) for i in range(n_source))),
-        (source(t, n_source - 1).ne[1], t.param_i32(0)),
-        serial=n < SERIAL_ELEMENTS,
-        cost=3 * n / ELEMENTS_PER_S,
-    )
+    kernel = getattr(kernels.linear_attention, t.op.name.lower())
+    params = (source(t, n_source - 1).ne[1], t.param_i32(0))
+    plan.add(kernel.address, t, with_sources(t, n_source), params, **by_steps(n, 3))
 
 
 def _refuses_linear(t: Tensor) -> str:
@@ -151,13 +126,7 @@ declare(Op.RWKV_WKV7, refuses=_refuses_linear, call=_call_linear, n_sources=7, w
 
 def _call_solve(plan: HostPlan, t: Tensor) -> None:
     n_products = t.numel * t.ne[1] // 2
-    plan.add(
-        kernels.recurrent.solve_tri.address,
-        t,
-        (t, source(t, 0), source(t, 1)),
-        serial=n_products < SERIAL_PRODUCTS,
-        cost=4 * n_products / PRODUCTS_PER_S,
-    )
+    plan.add(kernels.recurrent.solve_tri.address, t, with_sources(t, 2), **by_products(n_products, 4))
 
 
 def _work_of_solve(node: Tensor, used_experts: UsedExperts) -> Work:

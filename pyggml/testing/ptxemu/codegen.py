@@ -27,6 +27,21 @@ CMP = {
     "hi": ">",
     "hs": ">=",
 }
+#: Instructions that are one expression of their operands, the operands' types and the result's: the instruction's (t), that
+#: without sign (u), u32 (w) or a predicate (p).
+SIMPLE = {
+    "and": ("{} & {}", "tt", "t"),
+    "or": ("{} | {}", "tt", "t"),
+    "xor": ("{} ^ {}", "tt", "t"),
+    "not": ("~{}", "t", "t"),
+    "cnot": ("({} == 0).astype({type})", "t", "t"),
+    "rem": ("irem({}, {})", "tt", "t"),
+    "shl": ("shl({}, {})", "uw", "u"),
+    "bfe": ("bfe({}, {}, {})", "tww", "t"),
+    "bfi": ("bfi({}, {}, {}, {})", "uuww", "u"),
+    "copysign": ("np.copysign({1}, {0})", "tt", "t"),
+    "selp": ("where({2}, {0}, {1})", "ttp", "t"),
+}
 
 Op = tuple[str, ...]
 Args = list[str]
@@ -230,16 +245,9 @@ class Gen(Emitter):
         self.put(a[0], e, t, m)
 
     def _op_add(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        self._bin(it, op, a, m, "add")
+        self._bin(it, op, a, m, op[0])
 
-    def _op_sub(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        self._bin(it, op, a, m, "sub")
-
-    def _op_min(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        self._bin(it, op, a, m, "min")
-
-    def _op_max(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        self._bin(it, op, a, m, "max")
+    _op_sub = _op_min = _op_max = _op_add
 
     def _op_mul(self, it: Instr, op: Op, a: Args, m: str) -> None:
         t = op[-1]
@@ -281,10 +289,6 @@ class Gen(Emitter):
         x, y = self.src(a[1], t), self.src(a[2], t)
         self.put(a[0], f"{x} / {y}" if t[0] == "f" else f"idiv({x}, {y})", t, m)
 
-    def _op_rem(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        t = op[-1]
-        self.put(a[0], f"irem({self.src(a[1], t)}, {self.src(a[2], t)})", t, m)
-
     def _un(self, it: Instr, op: Op, a: Args, m: str, f: str) -> None:
         t = op[-1]
         if t in ("f16", "bf16", "f16x2", "bf16x2"):
@@ -304,18 +308,14 @@ class Gen(Emitter):
             }[f].format(self.src(a[1], t))
             self.put(a[0], f"({e}).astype({NP[t]!r})", t, m)
 
-    def _bits(self, op: Op, a: Args, m: str, sign: str) -> None:
-        t = op[-1]
-        self.put(a[0], f"{self.src(a[1], t)} {sign} {self.src(a[2], t)}", t, m)
-
     def _op_and(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        self._bits(op, a, m, "&")
+        text, kinds, result = SIMPLE[op[0]]
+        t = op[-1]
+        types = {"t": t, "u": "u" + t[1:], "w": "u32", "p": "pred"}
+        operands = (self.src(x, types[kind]) for x, kind in zip(a[1:], kinds, strict=True))
+        self.put(a[0], text.format(*operands, type=repr(NP.get(t))), types[result], m)
 
-    def _op_or(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        self._bits(op, a, m, "|")
-
-    def _op_xor(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        self._bits(op, a, m, "^")
+    _op_or = _op_xor = _op_not = _op_cnot = _op_rem = _op_shl = _op_bfe = _op_bfi = _op_copysign = _op_selp = _op_and
 
     def _op_neg(self, it: Instr, op: Op, a: Args, m: str) -> None:
         self._un(it, op, a, m, op[0])
@@ -326,16 +326,6 @@ class Gen(Emitter):
         self.put(a[0], f"{op[0]}({self.src(a[1], op[-1])})", op[-1] if op[0] == "brev" else "u32", m)
 
     _op_clz = _op_brev = _op_bfind = _op_popc
-
-    def _op_not(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        self.put(a[0], f"~{self.src(a[1], op[-1])}", op[-1], m)
-
-    def _op_cnot(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        self.put(a[0], f"({self.src(a[1], op[-1])} == 0).astype({NP[op[-1]]!r})", op[-1], m)
-
-    def _op_shl(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        t = op[-1]
-        self.put(a[0], f"shl({self.src(a[1], 'u' + t[1:])}, {self.src(a[2], 'u32')})", "u" + t[1:], m)
 
     def _op_shr(self, it: Instr, op: Op, a: Args, m: str) -> None:
         t = "u" + op[-1][1:] if op[-1][0] == "b" else op[-1]
@@ -352,19 +342,6 @@ class Gen(Emitter):
             raise ValueError("prmt mode")
         self.put(a[0], f"prmt({', '.join(self.src(x, 'u32') for x in a[1:])})", "u32", m)
 
-    def _op_bfe(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        t = op[-1]
-        self.put(a[0], f"bfe({self.src(a[1], t)}, {self.src(a[2], 'u32')}, {self.src(a[3], 'u32')})", t, m)
-
-    def _op_bfi(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        t = "u" + op[-1][1:]
-        self.put(
-            a[0],
-            f"bfi({self.src(a[1], t)}, {self.src(a[2], t)}, {self.src(a[3], 'u32')}, {self.src(a[4], 'u32')})",
-            t,
-            m,
-        )
-
     def _op_dp4a(self, it: Instr, op: Op, a: Args, m: str) -> None:
         ta, tb = op[1], op[2]
         self.put(
@@ -375,18 +352,10 @@ class Gen(Emitter):
             m,
         )
 
-    def _op_copysign(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        t = op[-1]
-        self.put(a[0], f"np.copysign({self.src(a[2], t)}, {self.src(a[1], t)})", t, m)
-
     def _op_testp(self, it: Instr, op: Op, a: Args, m: str) -> None:
         x = self.src(a[1], op[-1])
         f = {"finite": "np.isfinite", "infinite": "np.isinf", "notanumber": "np.isnan", "number": "~np.isnan"}[op[1]]
         self.put(a[0], f"{f}({x})", "pred", m)
-
-    def _op_selp(self, it: Instr, op: Op, a: Args, m: str) -> None:
-        t = op[-1]
-        self.put(a[0], f"where({self.src(a[3], 'pred')}, {self.src(a[1], t)}, {self.src(a[2], t)})", t, m)
 
     def _cmp(self, c: str, x: str, y: str, t: str) -> str:
         if t in ("f16", "bf16"):
