@@ -7,6 +7,7 @@ upstream's fallback as their default, so callers never test whether they exist.
 from __future__ import annotations
 
 import importlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -350,11 +351,14 @@ class Registry:
             The kind does not exist.
         """
         if kind not in self.modules:
-            from .hardware.cards import CARDS
+            from .hardware.cards import CARDS, LLAMA_NAMES
 
-            near = get_close_matches(kind.lower(), [*self.modules, *CARDS], 3)
+            is_llamas = re.fullmatch(rf"({'|'.join(LLAMA_NAMES.values())})\d+", kind)
+            near = [] if is_llamas else get_close_matches(kind.lower(), [*self.modules, *CARDS], 3)
             there = (
-                f"did you mean {', '.join(near)}?"
+                f"llama.cpp's name: give the card, such as rtx3090, or libggml:{kind} for one of this machine;"
+                if is_llamas
+                else f"did you mean {', '.join(near)}?"
                 if near
                 else f"kinds are {', '.join(self.modules)}, and cards by name;"
             )

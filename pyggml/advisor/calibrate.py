@@ -117,7 +117,8 @@ def read_bench(path: Path) -> list[BenchRun]:
     except OSError as error:
         raise FormatError(str(path), f"cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FormatError(str(path), f"is no JSON of llama-bench: {error!r}", hint=hint) from None
+        reason = f"{type(error).__name__}: {error}"  # its repr may hold the whole file
+        raise FormatError(str(path), f"is no JSON of llama-bench: {reason[:200]}", hint=hint) from None
     if not runs:
         raise FormatError(str(path), "has no run with a speed", hint=hint)
     return runs

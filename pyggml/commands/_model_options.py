@@ -336,7 +336,7 @@ def device_names(flags: ModelFlags) -> list[str]:
     if flags.split_mode == "none" and names:
         if flags.main_gpu >= len(names):
             raise click.UsageError(
-                f"-mg {flags.main_gpu}: there are {len(names)} devices besides the CPU, numbered from 0"
+                f"-mg {flags.main_gpu}: devices besides the CPU are numbered from 0 to {len(names) - 1}"
             )
         names = [names[flags.main_gpu]]
     return names

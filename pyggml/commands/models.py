@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import click
 
@@ -74,6 +75,12 @@ def command(pattern: str, as_json: bool) -> None:
     if as_json:
         print_json([asdict(row) for row in rows])
         return
+    if not rows:
+        from ..catalog import MODELS
+
+        near = get_close_matches(pattern.lower(), MODELS, 3, 0.4)
+        meant = f" (did you mean {', '.join(near)}?)" if near else ""
+        raise click.ClickException(f"no model's name or architecture contains '{pattern}'{meant}")
     out = report()
     wide, is_narrow = ("architecture", "layers"), out.width < ROOMY_WIDTH
     columns = ("name", *(() if is_narrow else wide), "params", "of a token", "experts", "context", "default", "GiB")

@@ -104,7 +104,9 @@ def unpack_records(packed: Mapping[str, Any], path: str) -> list[Record]:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration, RuntimeError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(path, f"its records cannot be read: {error!r}", hint="write the timeline again") from error
+        raise FormatError(
+            path, f"its records cannot be read: {type(error).__name__}: {error}", hint="write the timeline again"
+        ) from error
 
 
 def _unpack(kind: str, packed: Mapping[str, Any], strings: list[str]) -> Iterator[Any]:
