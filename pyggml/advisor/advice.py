@@ -18,8 +18,7 @@ from ..errors import DeviceUnavailableError, GraphError
 from ..foresight import Machine, ModelShape, Setting
 from ..gguf import GGUFFile
 from ..hardware.apple import found_mac
-from ..hardware.cards import Card
-from ..hardware.hosts import DEFAULT_HOST, Host, host_beside, host_spec, parse_host
+from ..hardware.hosts import Host, assumed_host, host_spec, parse_host
 from ..hardware.measure import UNKNOWN, measure_host
 from ..hardware.pci import found_cards
 from ..routing import Routing, parse_routing, routing_of
@@ -236,10 +235,8 @@ def open_machine(devices: str | Sequence[str], host: str | Host) -> tuple[list[B
             "`pyggml plan` takes cards by name or simulated devices",
             hint="such as rtx3090 or sim:rtx4090-pcie4",
         )
-    around = host if isinstance(host, Host) else parse_host(host) if host else None
-    if around is None:
-        shared = next((p.sheet for p in known if isinstance(p.sheet, Card) and p.sheet.is_unified), None)
-        around = DEFAULT_HOST if shared is None else host_beside(shared)
+    stated = host if isinstance(host, Host) else parse_host(host) if host else None
+    around = stated or assumed_host(p.sheet for p in known)
     return [d.backend() for d in opened], Machine.of_profiles(known, around)
 
 

@@ -77,11 +77,10 @@ def sweep_rows(
     is read as one of 256. With an expert cache ``generate`` tokens are generated, from an empty cache on.
     """
     from ..cost import host_profile
-    from ..hardware.hosts import DEFAULT_HOST
+    from ..hardware.hosts import assumed_host
     from ..plan_report import memory_fits, plan_batches
     from ..planning import Planner, virtual_clock
 
-    around = host or DEFAULT_HOST
     planner: Planner | None = None
     kept: tuple[object, ...] = ()
     try:
@@ -93,6 +92,7 @@ def sweep_rows(
                 if planner is not None:
                     planner.close()
                 backends, cpu = open_backends(flags, data=False)
+                around = host or assumed_host(b.device.profile.sheet for b in backends if b.device.profile)
                 clock = virtual_clock([*backends, cpu], host_profile(around.with_threads(flags.threads or 0)))
                 planner = Planner.open(
                     model, devices=backends, cpu=cpu, placement=flags.placement(), context=flags.context(), data=False,

@@ -104,7 +104,7 @@ def command(
 ) -> None:
     """Plan a GGUF model without reading a weight: splits, copies, memory, causes."""
     from ..cost import host_profile
-    from ..hardware.hosts import DEFAULT_HOST, parse_host
+    from ..hardware.hosts import assumed_host, parse_host
     from ..plan_report import ggml_text, memory_fits, plan_batches
     from ..planning import Planner, virtual_clock
     from ..record import Recording
@@ -113,8 +113,7 @@ def command(
     context = _context(flags)
     given = stated_routing(routing) if routing else None
     dialects = _parse_dialects(versions)
-    around = parse_host(host) if host else DEFAULT_HOST
-    machine = host_profile(around.with_threads(flags.threads or 0))
+    stated = parse_host(host) if host else None
     if len(dialects) > 1 and (form == "ggml" or timeline or html):
         raise click.UsageError("several versions give a table or JSON: remove --format, --timeline and --html")
     if expert_cache is not None and len(dialects) > 1:
@@ -129,7 +128,6 @@ def command(
             raise click.UsageError("lists and -o print only rows: remove --html, --timeline and --format ggml")
         if len(dialects) > 1:
             raise click.UsageError("lists and -o work with one --dialect")
-        stated = around if host else None
         rows = [*sweep_rows(
             ctx, model, batches, depth, assumed, outputs, graph, dialects[0], stated, expert_cache, generate
         )]  # fmt: skip
@@ -137,6 +135,8 @@ def command(
         ctx.exit(0 if any(row["fits"] for row in rows) else EXIT_DOES_NOT_FIT)
     recording = Recording() if timeline or html else None
     backends, cpu = open_backends(flags, data=False)
+    around = stated or assumed_host(b.device.profile.sheet for b in backends if b.device.profile)
+    machine = host_profile(around.with_threads(flags.threads or 0))
     if graph != "built" and (missing := why_not_captured(model, graph)) is not None:
         print_header(flags, model, [*backends, cpu], missing, as_json=as_json)
         raise missing
@@ -174,7 +174,7 @@ def command(
         from ..moe_cache import prefetch_of
 
         prefetch = prefetch_of(planner.sched.policy)
-        fits = memory_fits(planner.memory(), planner.backends, host_bytes=around.memory_bytes if host else None)
+        fits = memory_fits(planner.memory(), planner.backends, host_bytes=stated.memory_bytes if stated else None)
         if recording is not None:
             write_records(
                 recording.records, _about(planner, assumed, fits), timeline=timeline, html=html, name=model.stem

@@ -12,7 +12,7 @@ from ..cost import link_of
 from ..errors import DeviceUnavailableError, FormatError
 from ..gguf import GGUFFile
 from ..hardware.cards import Card, find_card
-from ..hardware.hosts import DEFAULT_HOST, Host, parse_host
+from ..hardware.hosts import Host, assumed_host, parse_host
 from ..hardware.ranges import Speed, spread_of
 from .estimate import Machine, Placed, Setting, place, predict
 from .shape import ModelShape
@@ -57,7 +57,7 @@ def machine_of(devices: str | Sequence[str] = (), host: str | Host = "", *, pcie
     devices : str or sequence of str
         ``"rtx3090"``, ``"rtx3090,rtx3090"``; a prefix ``sim:`` and a suffix such as ``-pcie4`` are ignored.
     host : str or Host
-        See `parse_host`; empty: the default host.
+        See `parse_host`; empty: see `assumed_host`.
     pcie : str
         Link of the cards, such as ``"4.0 x8"``; by default the cards' own.
 
@@ -73,7 +73,7 @@ def machine_of(devices: str | Sequence[str] = (), host: str | Host = "", *, pcie
         if card is None:
             raise DeviceUnavailableError(name, "no card of this name is known", hint="`pyggml devices` lists them")
         cards.append(card)
-    found = host if isinstance(host, Host) else parse_host(host) if host else DEFAULT_HOST
+    found = host if isinstance(host, Host) else parse_host(host) if host else assumed_host(cards)
     return Machine(cards, [link_of(card, pcie) for card in cards], found)
 
 

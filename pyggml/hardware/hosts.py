@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,17 @@ from ..errors import DeviceUnavailableError
 from .cards import Card
 from .rates import RATES
 
-__all__ = ["DEFAULT_HOST", "Host", "find_cpu", "host_beside", "host_spec", "is_possible", "memory_rate", "parse_host"]
+__all__ = [
+    "DEFAULT_HOST",
+    "Host",
+    "assumed_host",
+    "find_cpu",
+    "host_beside",
+    "host_spec",
+    "is_possible",
+    "memory_rate",
+    "parse_host",
+]
 
 #: Relative rate of a core's 8-bit products, by instruction set.
 _ISA = {"amx": 2.0, "avx512": 1.6, "vnni": 1.3, "avx2": 1.0, "dotprod": 1.2, "neon": 0.8}
@@ -180,6 +191,18 @@ def host_beside(card: Card) -> Host:
     read = min(_READ_SHARE * card.bytes_per_s, n * (_APPLE_BYTES_PER_S if is_apple else _THREAD_BYTES_PER_S))
     about = f"the CPU beside {card.name}, {n} cores that share its memory"
     return Host(read, n, "dotprod" if is_arm else "avx512", card.memory_bytes, about)
+
+
+def assumed_host(sheets: Iterable[object]) -> Host:
+    """Return the host of some devices if none is described: the one beside a card with unified memory, else the default.
+
+    Parameters
+    ----------
+    sheets : iterable
+        Data sheets of the devices, as far as they have one (`DeviceProfile.sheet`).
+    """
+    shared = next((card for card in sheets if isinstance(card, Card) and card.is_unified), None)
+    return DEFAULT_HOST if shared is None else host_beside(shared)
 
 
 def host_spec(host: Host) -> str:
