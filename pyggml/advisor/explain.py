@@ -94,7 +94,7 @@ def explain(maker: Maker, space: Space, settings: list[Setting], best: Recommend
             flag, choices if others else [], "No other value fits." if others else "It has no other value here."
         )
     ratio = fitting.seconds / choices[0].seconds
-    verdict = f"The next best value that fits, {fitting.flags}, takes {ratio:.2f} times as long."
+    verdict = f"The next best value that fits, {fitting.flags}, takes {f'{ratio:.2f} times ' if ratio >= 1.005 else ''}as long."
     return Explanation(flag, sorted(choices, key=lambda c: c.seconds), verdict)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..foresight import Machine, Setting
+from ..hardware.formulas import pageable_rate
 from .memory import MemoryModel
 from .search import Scored, Search
 from .settings import flags_of
 
 __all__ = ["Help", "bottleneck", "helps"]
+
+#: A smaller share of the time is not worth a name.
+_NOTEWORTHY_SHARE = 0.04
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +36,29 @@ class Help:
 
 
 def bottleneck(search: Search, scored: Scored, exact: Scored) -> str:
-    """Return the bottleneck in one sentence: each resource is doubled in turn, and the one that helps most is named."""
+    """Return the bottleneck in one sentence: each resource is doubled in turn, host weights are pinned, and what helps most is named."""
     machine = search.machine
     phase = "The prompt" if exact.prompt_s > exact.generate_s else "Generation"
-    best, what = 1.0, "small kernels and their launches"
-    for label, faster in _faster(machine):
-        setting = scored.setting
-        if setting.threads == machine.host.n_cores:
-            setting = replace(setting, threads=0)  # all cores, however many there are
-        other = Search(search.shape, faster, search.goal, search.memory).score(setting)
-        now, then = (
-            (scored.prompt_s, other.prompt_s) if phase == "The prompt" else (scored.generate_s, other.generate_s)
-        )
-        if now / then > best + 0.02:
-            best, what = now / then, label
-    share = 2.0 * (1.0 - 1.0 / best)  # of the time that goes away with half of it
-    by = f" for {min(share, 1.0):.0%} of its time" if best > 1.0 else ""
+    setting = scored.setting
+    if setting.threads == machine.host.n_cores:
+        setting = replace(setting, threads=0)  # all cores, however many there are
+
+    def gone(machine: Machine, setting: Setting) -> float:
+        """Return the share of the time that goes away on a machine with a setting."""
+        then = Search(search.shape, machine, search.goal, search.memory).score(setting)
+        if phase == "The prompt":
+            return 1.0 - then.prompt_s / scored.prompt_s
+        return 1.0 - then.generate_s / scored.generate_s
+
+    shares = {label: 2.0 * gone(faster, setting) for label, faster in _faster(machine)}  # half of it goes away
+    slow = pageable_rate(machine.host, machine.rates)
+    if machine.cards and not setting.is_pinned and slow < machine.links[0].bytes_per_s:
+        saved = 1.0 - slow / machine.links[0].bytes_per_s  # of each copy's time, with pinned memory
+        shares["copies from memory that is not pinned"] = gone(machine, replace(setting, is_pinned=True)) / saved
+    what, share = max(shares.items(), key=lambda s: s[1])
+    if share <= _NOTEWORTHY_SHARE:
+        what, share = "small kernels and their launches", 0.0
+    by = f" for {min(share, 1.0):.0%} of its time" if share else ""
     return (
         f"{phase} takes {max(exact.prompt_s, exact.generate_s):.1f} of {exact.seconds:.1f} s and waits{by} for {what}."
     )

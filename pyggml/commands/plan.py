@@ -292,9 +292,14 @@ def _print(advice: Advice) -> None:
     shown = advice.shown
     if shown:
         out.print(_table(advice))
+    titles: dict[str, str] = {}  # by command
     for plan in shown:
         out.print()
-        _print_plan(plan)
+        if (same := titles.setdefault(plan.command, plan.title)) == plan.title:
+            _print_plan(plan)
+        else:
+            out.print(f"{plan.title}:", style="bold")
+            out.print(f"the same as '{same}'.")
         if plan is advice.fit:
             out.print(f"Chosen by {advice.fit_by}.", style="dim")
             if advice.fit_note:
@@ -302,9 +307,14 @@ def _print(advice: Advice) -> None:
     if advice.plans:
         out.print()
         if advice.pays_from is not None:
-            less = "llama.cpp copies from 32 tokens on (GGML_OP_OFFLOAD_MIN_BATCH changes that)"
+            is_same = advice.pays_from == 32
+            less = (
+                ", as llama.cpp does"
+                if is_same
+                else "; llama.cpp copies from 32 on (GGML_OP_OFFLOAD_MIN_BATCH changes that)"
+            )
             out.print(
-                f"Copying host weights to the device pays from {advice.pays_from} tokens per micro-batch; {less}."
+                f"Copying host weights to the device pays from {advice.pays_from} tokens per micro-batch on{less}."
             )
         for help in advice.helps:
             if help.speedup > 1.01:
@@ -328,11 +338,9 @@ def _print_plan(plan: Recommendation) -> None:
         return
     out.print(" ".join(filter(None, (plan.bottleneck, plan.cache_line))))
     if out.width < _WIDE:  # what the table has no room for
-        link = n_bytes(round(plan.link_bytes_per_token))
-        out.print(
-            f"Prompt {_low_high(plan.pp_tps)}, answer {_low_high(plan.tg_tps)} t/s; {link} of link per prompt token.",
-            style="dim",
-        )
+        n = round(plan.link_bytes_per_token)
+        link = f"; {n_bytes(n)} of link per prompt token" if n else ""
+        out.print(f"Prompt {_low_high(plan.pp_tps)}, answer {_low_high(plan.tg_tps)} t/s{link}.", style="dim")
     for m in plan.memory:
         if not m.fits:
             out.print(f"{m.device} lacks {n_bytes(m.missing_bytes)}, margin included.", style="red")
@@ -348,7 +356,8 @@ def _table(advice: Advice) -> Table:
     if is_narrow:
         shown = [name.replace(" of ", "\nof ") for name in shown]
     first, gap = ("plan", "\n") if is_narrow else ("recommendation", " ")
-    columns = [f"prompt{gap}t/s", f"answer{gap}t/s", "seconds", *shown, *([] if is_narrow else ["link/token"])]
+    links = [] if is_narrow or not any(plan.link_bytes_per_token for plan in advice.shown) else ["link/token"]
+    columns = [f"prompt{gap}t/s", f"answer{gap}t/s", "seconds", *shown, *links]
     made = table("", first, *columns, right=tuple(columns), free=(first,))
     for plan in advice.shown:
         memory = {m.device: m for m in plan.memory}
@@ -358,13 +367,13 @@ def _table(advice: Advice) -> Table:
         speed = _middle if is_narrow else _range
         made.add_row(
             plan.title, *(["-"] * 3 if plan.refused else [speed(plan.pp_tps), speed(plan.tg_tps), f"{plan.seconds:.1f}"]), *cells,
-            *([] if is_narrow else [n_bytes(round(plan.link_bytes_per_token))]), style=None if plan.fits else "red",
+            *([n_bytes(round(plan.link_bytes_per_token))] if links else []), style=None if plan.fits else "red",
         )  # fmt: skip
     return made
 
 
 def _digits(speed: Speed) -> int:
-    return 0 if speed.mid >= 100 else 1
+    return 0 if speed.mid >= 100 else 1 if speed.mid >= 1 else 2
 
 
 def _middle(speed: Speed) -> str:

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from pyggml.advisor import EXPLAIN, Goal, MemoryModel, Search, Space, flags_of, plan
 from pyggml.advisor.advice import MARGIN_BYTES, open_machine
 from pyggml.advisor.maker import _step
+from pyggml.advisor.limits import bottleneck
 from pyggml.advisor.offload import pays_from
 from pyggml.advisor.page import page_html
 from pyggml.advisor.search import plain_first
@@ -339,6 +340,18 @@ def test_offloading_pays_later_with_a_slow_link() -> None:
     assert slow is not None
     assert 32 <= fast < slow
     assert never is None
+
+
+def test_a_prompt_from_a_mapped_file_waits_for_copies() -> None:
+    """The bottleneck is the staging of memory that is not pinned; with pinned weights it is the link."""
+    search, file = search_of("gpt-oss-120b", "rtx3090", Goal(2048, 1))
+    with file:
+        for is_pinned, what in ((False, "copies from memory that is not pinned"), (True, "the link to the device")):
+            scored = search.score(Setting(n_cpu_moe=36, n_ubatch=512, is_pinned=is_pinned, threads=8))
+            told = bottleneck(search, scored, scored)
+            assert told.startswith("The prompt takes")
+            assert told.endswith(f"for {what}.")
+        search.memory.close()
 
 
 @pytest.mark.parametrize(

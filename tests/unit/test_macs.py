@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from pyggml.advisor import advice, plan
+from pyggml.cli import group
+from pyggml.foresight import machine_of
 from pyggml.hardware import measure
 from pyggml.hardware.apple import found_mac
-from pyggml.hardware.cards import find_card
-from pyggml.hardware.hosts import Host
+from pyggml.hardware.cards import CARDS, find_card
+from pyggml.hardware.hosts import DEFAULT_HOST, Host, assumed_host
 
 GIB = 1 << 30
 M2 = {
@@ -95,6 +98,15 @@ def test_a_named_mac_is_no_desktop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--host read=224GB/s,cores=8,isa=dotprod,48GiB" in line
     assert not any("DDR" in line for line in made.assumed)
     assert made.plans[0].flags[-2:] == ["-t", "8"]
+
+
+def test_splits_have_the_cpu_beside_a_mac() -> None:
+    """Without --host `splits` assumes the host that `plan` does: the cores of the chip, not a desktop."""
+    line = ["splits", "qwen3-0.6b", "-dev", "m2max,cpu", "--batches", "1"]
+    assert "the CPU beside m2max, 8 cores" in CliRunner().invoke(group, line).stdout
+    assert CliRunner().invoke(group, [*line, "-o", "json"]).exit_code == 0
+    assert assumed_host([None, CARDS["rtx3090"]]) is DEFAULT_HOST
+    assert machine_of("m2max").host == assumed_host([CARDS["m2max"]])
 
 
 def test_a_system_that_says_nothing_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
