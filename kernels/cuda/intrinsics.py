@@ -6,48 +6,92 @@ Addresses are plain ``uint64``, so that strides in bytes need no casts; loads by
 
 from __future__ import annotations
 
+import inspect
+
 from llvmlite import ir
 from numba import types as T
 from numba.cuda.extending import intrinsic
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
+#: Address spaces.
+GLOBAL, SHARED = 1, 3
 
 
-def _pointer(builder, address, element):
-    return builder.inttoptr(address, ir.PointerType(element, 1))
+def instruction(result, *kinds, name=""):
+    """Return a decorator that makes an instruction of ``emit(builder, *values)``.
+
+    Parameters
+    ----------
+    result : numba type
+        Of what ``emit`` returns: a value, a list of values for a tuple, or None for void.
+    kinds : numba types
+        Of the arguments.
+    """
+
+    def wrap(emit):
+        def codegen(context, builder, sig, args):
+            made = emit(builder, *args)
+            if made is None:
+                return context.get_dummy_value()
+            return context.make_tuple(builder, sig.return_type, made) if isinstance(made, list) else made
+
+        def typed(typingctx, *arguments):
+            return result(*kinds), codegen
+
+        typed.__name__, typed.__doc__ = name or emit.__name__, emit.__doc__
+        # Numba counts an intrinsic's arguments by its signature
+        names = ["typingctx", *list(inspect.signature(emit).parameters)[1 : 1 + len(kinds)]]
+        typed.__signature__ = inspect.Signature(
+            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_ONLY) for n in names]
+        )
+        return intrinsic(typed)
+
+    return wrap
+
+
+# -- loads and stores ----------------------------------------------------------------------
+
+
+def _load(builder, address, element, align, space=GLOBAL):
+    value = builder.load(builder.inttoptr(address, ir.PointerType(element, space)))
+    value.align = align
+    return value
 
 
 def _read(builder, address, element, align):
-    value = builder.load(_pointer(builder, address, element))
-    value.align = align
+    """Load through the read-only path."""
+    value = _load(builder, address, element, align)
     value.set_metadata("invariant.load", builder.module.add_metadata([]))
     return value
 
 
+def _elements(builder, vector):
+    return [builder.extract_element(vector, I32(i)) for i in range(vector.type.count)]
+
+
+def _store(builder, address, values, space=GLOBAL):
+    """Store one value, or several as a vector, at a multiple of their size."""
+    value = values[0]
+    if len(values) > 1:
+        value = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
+        for i, element in enumerate(values):
+            value = builder.insert_element(value, element, I32(i))
+    stored = builder.store(value, builder.inttoptr(address, ir.PointerType(value.type, space)))
+    stored.align = 2 if value.type == I16 else 4 * len(values)
+
+
 def _scalar_load(name, element, align, numba_type):
-    def load(typingctx, address):
-        def codegen(context, builder, sig, args):
-            return _read(builder, args[0], element, align)
-
-        return numba_type(T.uint64), codegen
-
-    load.__name__ = name
-    return intrinsic(load)
+    return instruction(numba_type, T.uint64, name=name)(
+        lambda builder, address: _read(builder, address, element, align)
+    )
 
 
 def _vector_load(name, element, n, numba_type):
-    def load(typingctx, address):
-        def codegen(context, builder, sig, args):
-            value = _read(builder, args[0], ir.VectorType(element, n), 4 * n)
-            return context.make_tuple(
-                builder, sig.return_type, [builder.extract_element(value, I32(i)) for i in range(n)]
-            )
+    def load(builder, address):
+        return _elements(builder, _read(builder, address, ir.VectorType(element, n), 4 * n))
 
-        return T.UniTuple(numba_type, n)(T.uint64), codegen
-
-    load.__name__ = name
-    return intrinsic(load)
+    return instruction(T.UniTuple(numba_type, n), T.uint64, name=name)(load)
 
 
 ld_u8 = _scalar_load("ld_u8", I8, 1, T.uint8)
@@ -59,67 +103,43 @@ ld4_f32 = _vector_load("ld4_f32", F32, 4, T.float32)
 ld4_u32 = _vector_load("ld4_u32", I32, 4, T.uint32)
 
 
-@intrinsic
-def own_f32(typingctx, address):
+@instruction(T.float32, T.uint64)
+def own_f32(builder, address):
     """Load a float32 that this thread itself may have written."""
-
-    def codegen(context, builder, sig, args):
-        value = builder.load(_pointer(builder, args[0], F32))
-        value.align = 4
-        return value
-
-    return T.float32(T.uint64), codegen
+    return _load(builder, address, F32, 4)
 
 
-@intrinsic
-def st_f32(typingctx, address, value):
+@instruction(T.void, T.uint64, T.float32)
+def st_f32(builder, address, value):
     """Store a float32 to global memory."""
-
-    def codegen(context, builder, sig, args):
-        builder.store(args[1], _pointer(builder, args[0], F32)).align = 4
-        return context.get_dummy_value()
-
-    return T.void(T.uint64, T.float32), codegen
+    _store(builder, address, [value])
 
 
-@intrinsic
-def st_u32(typingctx, address, value):
+@instruction(T.void, T.uint64, T.uint32)
+def st_u32(builder, address, value):
     """Store a word to global memory."""
-
-    def codegen(context, builder, sig, args):
-        builder.store(args[1], _pointer(builder, args[0], I32)).align = 4
-        return context.get_dummy_value()
-
-    return T.void(T.uint64, T.uint32), codegen
+    _store(builder, address, [value])
 
 
-def _store_vector(builder, pointer, values, element, align):
-    vector = ir.Constant(ir.VectorType(element, len(values)), ir.Undefined)
-    for i, value in enumerate(values):
-        vector = builder.insert_element(vector, value, I32(i))
-    builder.store(vector, pointer).align = align
+@instruction(T.void, T.uint64, T.uint32)
+def st_u16(builder, address, value):
+    """Store the lower 16 bits of a word to global memory."""
+    _store(builder, address, [builder.trunc(value, I16)])
 
 
-@intrinsic
-def st4_f32(typingctx, address, a, b, c, d):
+@instruction(T.void, T.uint64, *[T.float32] * 4)
+def st4_f32(builder, address, a, b, c, d):
     """Store four float32 to global memory, at a multiple of 16 bytes."""
-
-    def codegen(context, builder, sig, args):
-        _store_vector(builder, _pointer(builder, args[0], ir.VectorType(F32, 4)), args[1:], F32, 16)
-        return context.get_dummy_value()
-
-    return T.void(T.uint64, T.float32, T.float32, T.float32, T.float32), codegen
+    _store(builder, address, [a, b, c, d])
 
 
-@intrinsic
-def st2_f32(typingctx, address, a, b):
+@instruction(T.void, T.uint64, *[T.float32] * 2)
+def st2_f32(builder, address, a, b):
     """Store two float32 to global memory, at a multiple of 8 bytes."""
+    _store(builder, address, [a, b])
 
-    def codegen(context, builder, sig, args):
-        _store_vector(builder, _pointer(builder, args[0], ir.VectorType(F32, 2)), args[1:], F32, 8)
-        return context.get_dummy_value()
 
-    return T.void(T.uint64, T.float32, T.float32), codegen
+# -- shared memory -------------------------------------------------------------------------
 
 
 @intrinsic
@@ -128,168 +148,115 @@ def shared_address(typingctx, array):
 
     def codegen(context, builder, sig, args):
         data = context.make_array(sig.args[0])(context, builder, args[0]).data
-        return builder.ptrtoint(builder.addrspacecast(data, ir.PointerType(I32, 3)), I64)
+        return builder.ptrtoint(builder.addrspacecast(data, ir.PointerType(I32, SHARED)), I64)
 
     return T.uint64(array), codegen
 
 
-@intrinsic
-def keep(typingctx, value):
-    """Return the value as something that must not be computed again: NVVM likes to do so in every turn of a loop."""
-
-    def codegen(context, builder, sig, args):
-        function = ir.FunctionType(I64, [I64])
-        return builder.call(ir.InlineAsm(function, "mov.b64 $0, $1;", "=l,l", side_effect=True), args)
-
-    return T.uint64(T.uint64), codegen
-
-
 def shared_load(builder, address, offset, element, n):
     """Emit one load of ``n`` values of 4 bytes from shared memory, at a multiple of its size."""
-    at = builder.inttoptr(builder.add(address, I64(offset)), ir.PointerType(ir.VectorType(element, n), 3))
-    value = builder.load(at)
-    value.align = 4 * n
-    return [builder.extract_element(value, I32(i)) for i in range(n)]
+    at = builder.add(address, I64(offset))
+    return _elements(builder, _load(builder, at, ir.VectorType(element, n), 4 * n, SHARED))
 
 
-@intrinsic
-def lds4_u32(typingctx, address):
+@instruction(T.UniTuple(T.uint32, 4), T.uint64)
+def lds4_u32(builder, address):
     """Load four words from shared memory, at a multiple of 16 bytes."""
-
-    def codegen(context, builder, sig, args):
-        return context.make_tuple(builder, sig.return_type, shared_load(builder, args[0], 0, I32, 4))
-
-    return T.UniTuple(T.uint32, 4)(T.uint64), codegen
+    return shared_load(builder, address, 0, I32, 4)
 
 
-@intrinsic
-def sts4_u32(typingctx, address, a, b, c, d):
+@instruction(T.void, T.uint64, *[T.uint32] * 4)
+def sts4_u32(builder, address, a, b, c, d):
     """Store four words to shared memory, at a multiple of 16 bytes."""
-
-    def codegen(context, builder, sig, args):
-        at = builder.inttoptr(args[0], ir.PointerType(ir.VectorType(I32, 4), 3))
-        _store_vector(builder, at, args[1:], I32, 16)
-        return context.get_dummy_value()
-
-    return T.void(T.uint64, T.uint32, T.uint32, T.uint32, T.uint32), codegen
+    _store(builder, address, [a, b, c, d], SHARED)
 
 
-@intrinsic
-def sts2_f32(typingctx, address, a, b):
+@instruction(T.void, T.uint64, *[T.float32] * 2)
+def sts2_f32(builder, address, a, b):
     """Store two float32 to shared memory, at a multiple of 8 bytes."""
-
-    def codegen(context, builder, sig, args):
-        at = builder.inttoptr(args[0], ir.PointerType(ir.VectorType(F32, 2), 3))
-        _store_vector(builder, at, args[1:], F32, 8)
-        return context.get_dummy_value()
-
-    return T.void(T.uint64, T.float32, T.float32), codegen
+    _store(builder, address, [a, b], SHARED)
 
 
-@intrinsic
-def sts_f32(typingctx, address, value):
+@instruction(T.void, T.uint64, T.float32)
+def sts_f32(builder, address, value):
     """Store a float32 to shared memory."""
+    _store(builder, address, [value], SHARED)
 
-    def codegen(context, builder, sig, args):
-        builder.store(args[1], builder.inttoptr(args[0], ir.PointerType(F32, 3))).align = 4
-        return context.get_dummy_value()
 
-    return T.void(T.uint64, T.float32), codegen
+# -- arithmetic ----------------------------------------------------------------------------
+
+
+def _assembly(builder, text, constraints, result, *values, side_effect=False):
+    function = ir.FunctionType(result, [value.type for value in values])
+    return builder.call(ir.InlineAsm(function, text, constraints, side_effect=side_effect), values)
+
+
+@instruction(T.uint64, T.uint64)
+def keep(builder, value):
+    """Return the value as something that must not be computed again: NVVM likes to do so in every turn of a loop."""
+    return _assembly(builder, "mov.b64 $0, $1;", "=l,l", I64, value, side_effect=True)
 
 
 def emit_dp4a(builder, a, b, c):
     """Emit c plus the dot product of four signed bytes."""
-    function = ir.FunctionType(I32, [I32] * 3)
-    return builder.call(ir.InlineAsm(function, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r"), [a, b, c])
+    return _assembly(builder, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", I32, a, b, c)
 
 
 def emit_dp4a_fma(builder, a, b, c, factor, addend):
     """Emit ``dp4a(a, b, c)``, its bits taken as a float32, times ``factor`` plus ``addend``."""
-    function = ir.FunctionType(F32, [I32] * 3 + [F32] * 2)
     text = "{ .reg .b32 t; dp4a.s32.s32 t, $1, $2, $3; fma.rn.f32 $0, t, $4, $5; }"
-    return builder.call(ir.InlineAsm(function, text, "=f,r,r,r,f,f"), [a, b, c, factor, addend])
+    return _assembly(builder, text, "=f,r,r,r,f,f", F32, a, b, c, factor, addend)
 
 
-@intrinsic
-def dp4a(typingctx, a, b, c):
+@instruction(T.int32, T.uint32, T.uint32, T.int32)
+def dp4a(builder, a, b, c):
     """Return c plus the dot product of four signed bytes."""
-    return T.int32(T.uint32, T.uint32, T.int32), lambda context, builder, sig, args: emit_dp4a(builder, *args)
+    return emit_dp4a(builder, a, b, c)
 
 
-@intrinsic
-def prmt(typingctx, a, b, selector):
+@instruction(T.uint32, *[T.uint32] * 3)
+def prmt(builder, a, b, selector):
     """Return the four bytes of the pair (a, b) that the selector's nibbles name."""
-
-    def codegen(context, builder, sig, args):
-        function = ir.FunctionType(I32, [I32] * 3)
-        return builder.call(ir.InlineAsm(function, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r"), args)
-
-    return T.uint32(T.uint32, T.uint32, T.uint32), codegen
+    return _assembly(builder, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", I32, a, b, selector)
 
 
-@intrinsic
-def funnel(typingctx, low, high, bits):
+@instruction(T.uint32, *[T.uint32] * 3)
+def funnel(builder, low, high, bits):
     """Return the word that starts ``bits`` into the pair (low, high)."""
-
-    def codegen(context, builder, sig, args):
-        function = ir.FunctionType(I32, [I32] * 3)
-        return builder.call(ir.InlineAsm(function, "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r"), args)
-
-    return T.uint32(T.uint32, T.uint32, T.uint32), codegen
+    return _assembly(builder, "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", I32, low, high, bits)
 
 
-@intrinsic
-def f16_to_f32(typingctx, bits):
+@instruction(T.float32, T.uint32)
+def f16_to_f32(builder, bits):
     """Return the value of the lower 16 bits as an IEEE half."""
-
-    def codegen(context, builder, sig, args):
-        half = builder.bitcast(builder.trunc(args[0], I16), F16)
-        return builder.fpext(half, F32)
-
-    return T.float32(T.uint32), codegen
+    return builder.fpext(builder.bitcast(builder.trunc(bits, I16), F16), F32)
 
 
-@intrinsic
-def f32_to_f16(typingctx, value):
+@instruction(T.uint32, T.float32)
+def f32_to_f16(builder, value):
     """Return the bits of the nearest IEEE half."""
-
-    def codegen(context, builder, sig, args):
-        half = builder.fptrunc(args[0], F16)
-        return builder.zext(builder.bitcast(half, I16), I32)
-
-    return T.uint32(T.float32), codegen
+    return builder.zext(builder.bitcast(builder.fptrunc(value, F16), I16), I32)
 
 
-@intrinsic
-def st_u16(typingctx, address, value):
-    """Store the lower 16 bits of a word to global memory."""
-
-    def codegen(context, builder, sig, args):
-        builder.store(builder.trunc(args[1], I16), _pointer(builder, args[0], I16)).align = 2
-        return context.get_dummy_value()
-
-    return T.void(T.uint64, T.uint32), codegen
-
-
-@intrinsic
-def as_f32(typingctx, bits):
+@instruction(T.float32, T.uint32)
+def as_f32(builder, bits):
     """Return the float32 of the same bits."""
-    return T.float32(T.uint32), lambda context, builder, sig, args: builder.bitcast(args[0], F32)
+    return builder.bitcast(bits, F32)
 
 
-@intrinsic
-def as_u32(typingctx, value):
+@instruction(T.uint32, T.float32)
+def as_u32(builder, value):
     """Return the bits of a float32."""
-    return T.uint32(T.float32), lambda context, builder, sig, args: builder.bitcast(args[0], I32)
+    return builder.bitcast(value, I32)
 
 
-@intrinsic
-def udiv(typingctx, a, b):
+@instruction(T.uint32, T.uint32, T.uint32)
+def udiv(builder, a, b):
     """Return a // b of unsigned words; b is not 0."""
-    return T.uint32(T.uint32, T.uint32), lambda context, builder, sig, args: builder.udiv(args[0], args[1])
+    return builder.udiv(a, b)
 
 
-@intrinsic
-def urem(typingctx, a, b):
+@instruction(T.uint32, T.uint32, T.uint32)
+def urem(builder, a, b):
     """Return a % b of unsigned words; b is not 0."""
-    return T.uint32(T.uint32, T.uint32), lambda context, builder, sig, args: builder.urem(args[0], args[1])
+    return builder.urem(a, b)

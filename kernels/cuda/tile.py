@@ -251,26 +251,20 @@ def _multiply_quantized(fmt: Format) -> dict[str, Any]:
 def accumulating(emit: Any, n: int) -> dict[str, Any]:
     """Return intrinsics for ``n`` results in a tuple: ``zeros()`` and ``multiply(results, weights, activations)``."""
     from numba import types as T
-    from numba.cuda.extending import intrinsic
 
-    from .intrinsics import F32
+    from .intrinsics import F32, instruction
 
-    results_type = T.UniTuple(T.float32, n)
+    kind = T.UniTuple(T.float32, n)
 
-    def multiply(typingctx, results, w, y):
-        def codegen(context, builder, sig, args):
-            values = [builder.extract_value(args[0], k) for k in range(n)]
-            return context.make_tuple(builder, sig.return_type, emit(builder, values, *args[1:]))
+    @instruction(kind, kind, T.uint64, T.uint64)
+    def multiply(builder, results, w, y):
+        return emit(builder, [builder.extract_value(results, k) for k in range(n)], w, y)
 
-        return results_type(results_type, T.uint64, T.uint64), codegen
+    @instruction(kind)
+    def zeros(builder):
+        return [F32(0.0)] * n
 
-    def zeros(typingctx):
-        def codegen(context, builder, sig, args):
-            return context.make_tuple(builder, sig.return_type, [F32(0.0)] * n)
-
-        return results_type(), codegen
-
-    return {"multiply": intrinsic(multiply), "zeros": intrinsic(zeros)}
+    return {"multiply": multiply, "zeros": zeros}
 
 
 def quantized(fmt: Format, *, odd: bool = False) -> Kernel:
