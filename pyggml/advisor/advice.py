@@ -138,7 +138,6 @@ def plan(
         maker = Maker(search, shown, [name, *_where(devices, host)], advice)
         tell(f"timing {len(space)} settings")
         settings = list(space.settings(machine.host.n_cores))
-        search.ranked(settings, lambda s: s.seconds)  # meanwhile
 
         def around_fit() -> list[Setting]:
             """Ask what --fit chooses, and return the settings around it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from math import inf
 
 from ..foresight import Machine, Setting
 from ..hardware.formulas import pageable_rate
@@ -103,13 +105,14 @@ def helps(search: Search, settings: list[Setting], best: Setting) -> list[Help]:
     found = []
     alike = [search.score(s) for s in settings if s.type_k is best.type_k]
     now = sorted(alike, key=lambda s: s.seconds)
+    missing = cache(partial(_missing_bytes, search.memory))
     for label, other, more in changes:
         again = search if other is machine else Search(search.shape, other, search.goal, search.memory)
         then: Scored | None = None
         for scored in now:
             if then is not None and scored.seconds >= 2.0 * then.seconds:
                 break  # a resource twice as fast saves half of the time at most
-            if _has_room(search.memory, scored.setting, more):
+            if missing(scored.setting) <= more:
                 made = again.score(scored.setting)
                 then = made if then is None or made.seconds < then.seconds else then
         if again is not search:
@@ -120,10 +123,9 @@ def helps(search: Search, settings: list[Setting], best: Setting) -> list[Help]:
     return sorted(found, key=lambda h: -h.speedup)
 
 
-def _has_room(memory: MemoryModel, setting: Setting, more_bytes: int) -> bool:
-    """Return whether a setting fits into devices that have more memory, by what is known of settings like it."""
+def _missing_bytes(memory: MemoryModel, setting: Setting) -> float:
+    """Return how much more memory each device must have for a setting, by what is known of settings like it."""
     taken = memory.estimate(setting) or memory.bound(setting, is_lower=False)
-    if taken is None:
-        return False
-    *devices, host = taken
-    return host.fits and all(d.missing_bytes <= more_bytes for d in devices)
+    if taken is None or not taken[-1].fits:
+        return inf
+    return max((d.missing_bytes for d in taken[:-1]), default=0)
