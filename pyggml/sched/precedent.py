@@ -65,11 +65,11 @@ class _Shape:
         if not by_kind:  # what third-party backends may also read; see `answers_by_kind`
             self.layouts += [[t.view_offs for t in tensors], [t.name for t in tensors]]
 
-    def is_built_as(self, kept: _Shape, *, elsewhere: bool = False) -> bool:
-        """Return whether this graph has the structure of a kept one: everything except layouts, and memory if ``elsewhere``."""
+    def is_built_as(self, kept: _Shape) -> bool:
+        """Return whether this graph has the structure of a kept one: everything except layouts."""
         if self.n_leafs != kept.n_leafs or self.n_sources != kept.n_sources or self.kinds != kept.kinds:
             return False
-        if not elsewhere and self.memory != kept.memory:
+        if self.memory != kept.memory:
             return False
         now: tuple[Tensor | None, ...] = (*self.sources, *self.roots, None, None)
         return now == kept.pick([*self.tensors, None])  # -1 is the last
@@ -228,11 +228,10 @@ class Precedents:
     machine : Machine
     """
 
-    __slots__ = ("_answers", "_kept", "_known", "_machine")
+    __slots__ = ("_answers", "_kept", "_machine")
 
     def __init__(self, machine: Machine) -> None:
         self._answers: list[tuple[Tensor, int, bool]] = []
-        self._known: list[dict[Tensor, bool]] = [{} for _ in machine.backends]  # answers of each, from other graphs
         self._machine = replace(machine, listen=self._listen)
         self._kept: list[Precedent] = []
 
@@ -304,7 +303,6 @@ class Precedents:
         """Run the passes and keep the result, unless the graph has sources outside itself."""
         before, offload = _memory_of(cutter), rules[0]
         self._answers.clear()
-        self._known = self._known_answers(shape, rules)
         asg = cutter.asg
         assign(graph, asg, self._machine, None if offload is None else self._noting(offload))
         cutter.cut(graph)
@@ -317,7 +315,6 @@ class Precedents:
         made.answers = [(position[node], number, answer) for node, number, answer in self._answers]
         made.wishes = [asked for asked in made.answers if asked[1] < 0]
         self._answers.clear()
-        self._known = [{} for _ in self._known]
         made.unused = frozenset(range(shape.n_leafs)).difference(shape.sources)
         made.assigned = sorted(position[t] for t in asg.ids)
         tensors = [*graph.leafs, *graph.nodes]
@@ -333,27 +330,12 @@ class Precedents:
         made.node_ids, made.leaf_ids, made._alike = [], [], None
         return made
 
-    def _known_answers(self, shape: _Shape, rules: _Rules) -> list[dict[Tensor, bool]]:
-        """Return what backends said of an earlier graph of this structure in other memory, of the nodes that are as they were."""
-        known: list[dict[Tensor, bool]] = [{} for _ in self._machine.backends]
-        checks, tensors = rules[1:], shape.tensors
-        for kept in self._kept:
-            if kept.rules[1:] == checks and shape.is_built_as(kept.shape, elsewhere=True):
-                changed = shape.changed_since(kept.shape)
-                for i, number, answer in kept.answers:
-                    if number >= 0 and i not in changed:
-                        known[number][tensors[i]] = answer
-                break
-        return known
-
     def _listen(self, backend_id: int, check: OpCheck) -> OpCheck:
-        """Return what answers in place of a backend where its answer is known, and takes down all answers."""
-        known, take = self._known[backend_id], self._answers.append
+        """Return what asks a backend, and takes down all answers."""
+        take = self._answers.append
 
         def ask(node: Tensor) -> bool:
-            answer = known.get(node)
-            if answer is None:
-                answer = check(node)
+            answer = check(node)
             take((node, backend_id, answer))
             return answer
 
