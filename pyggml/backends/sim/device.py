@@ -460,8 +460,7 @@ class SimBackend(Backend):
             if node.flags & compute and not node.op.is_empty:
                 for tensor in (node, *node.src):
                     if tensor is not None:
-                        root = tensor.view_src
-                        storage = tensor.buffer if root is None else root.buffer
+                        storage = (tensor.view_src or tensor).buffer
                         is_own = storage is not None and storage.buft is buft and tensor.data is not None
                         if not is_own and not tensor.is_empty:
                             self._check_own(tensor)  # tells what is wrong
