@@ -34,7 +34,7 @@ def live_fit(
     file : GGUFFile
         The model; its header is enough.
     devices : sequence of Device
-        The cards, without the CPU. llama.cpp sees as much free memory as they have.
+        The cards, without the CPU. llama.cpp sees all of their memory as free.
     context
         The flags of the context; a size of 0 lets ``--fit`` choose it.
 
@@ -47,6 +47,8 @@ def live_fit(
     """
     placement = PlacementFlags(fit=True)
     about = {"placement": about_placement(placement, devices, []), "context": about_context(context)}
+    for device in about["placement"]["devices"]:
+        device["free"] = device["total"]  # a planner in another thread may hold some of it now
     with LlamaProcess(find_llama()) as process:  # its own, so that graphs can be captured meanwhile
         answer = Captures(process, file.paths, about).ask("fit", margin=margin_bytes, n_ctx_min=n_ctx_min)
     # its last pattern is that of the layer behind the last one, which has no weights

@@ -56,6 +56,17 @@ def test_live_equals_our_own(model: str, cards: str, n_ctx: int) -> None:
     check(model, cards, n_ctx)
 
 
+def test_what_is_held_meanwhile_counts_as_free() -> None:
+    """The answer does not depend on the memory that a planner holds while llama.cpp is asked."""
+    devices = [b.device for b in open_machine("rtx3090", HOST)[0][:-1]]
+    context = ContextFlags(n_ctx=8192, flash_attn="on")
+    with GGUFFile.open(header_path("gpt-oss-120b")) as file:
+        alone = live_fit(file, devices, context)
+        held = devices[0].buffer_type.alloc_buffer(8 << 30)
+        assert live_fit(file, devices, context) == alone
+        held.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("library", BUILDS)
 def test_live_equals_our_own_in_other_builds(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
