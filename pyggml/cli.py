@@ -32,6 +32,8 @@ __all__ = ["QUESTIONS", "CommandGroup", "group", "main", "run"]
 HELP_WIDTH = 110
 #: What stands for characters that the terminal's encoding lacks; for others a question mark.
 _PLAIN = dict(zip("█▓▒░━←×·…µ", "#%:.-<x..u", strict=True))
+#: Of an error's line: a damaged file may have a name of megabytes.
+MOST_LETTERS = 2500
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 #: Which command answers which question; the help and the README show this table.
 QUESTIONS = (
@@ -206,7 +208,8 @@ def _line(error: Exception) -> str:
             f"{type(error).__name__}: {error} (this is an error in pyggml; please report it with the traceback that "
             "PYGGML_TRACEBACK=1 shows)"
         )
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 500]} … {text[-500:]}"
 
 
 def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:

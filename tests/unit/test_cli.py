@@ -164,8 +164,9 @@ def test_options_that_do_not_go_together(words: str, text: str, capsys: pytest.C
         (OSError(28, "No space left on device", "/x/out.gguf"), "Error: /x/out.gguf: No space left on device"),
         (MemoryError(), "Error: out of memory (try a smaller model or context)"),
         (ZeroDivisionError("a\nb"), f"Error: ZeroDivisionError: a b {BUG}"),
+        (FormatError("a.gguf", "x" * 10**6, hint="y"), f"Error: a.gguf: {'x' * 1992} … {'x' * 496} (y)"),
     ],
-    ids=["ours", "system", "memory", "bug"],
+    ids=["ours", "system", "memory", "bug", "long"],
 )  # fmt: skip
 def test_failures_are_one_line(
     broken: dict[str, BaseException], error: Exception, line: str, capsys: pytest.CaptureFixture[str]
