@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from pyggml.advisor import EXPLAIN, Goal, MemoryModel, Search, Space, flags_of, plan
 from pyggml.advisor.advice import MARGIN_BYTES, open_machine
-from pyggml.advisor.maker import _step
 from pyggml.advisor.limits import bottleneck
+from pyggml.advisor.maker import _step
 from pyggml.advisor.offload import pays_from
 from pyggml.advisor.page import page_html
 from pyggml.advisor.search import plain_first
