@@ -140,6 +140,27 @@ class Advice:
     find_points: Callable[[], list[tuple[int, float, float, str]]] = list  #: see `points`
 
     @property
+    def nothing_fits(self) -> str:
+        """What is missing if nothing fits; empty if something does."""
+        if self.plans:
+            return ""
+        smaller = f" {self.smaller} would fit." if self.smaller else ""
+        return f"Nothing fits: the smallest setting lacks {self.missing_bytes / 2**30:.1f} GiB.{smaller}"
+
+    @property
+    def pays_line(self) -> str:
+        """From when copying host weights pays; empty if it never does."""
+        if self.pays_from is None:
+            return ""
+        is_same = self.pays_from == 32
+        llama = (
+            ", as llama.cpp does"
+            if is_same
+            else "; llama.cpp copies from 32 on (GGML_OP_OFFLOAD_MIN_BATCH changes that)"
+        )
+        return f"Copying host weights to the device pays from {self.pays_from} tokens per micro-batch on{llama}."
+
+    @property
     def points(self) -> list[tuple[int, float, float, str]]:
         """For the page, for each setting that fits: device bytes, tokens/s of prompt and answer, flags."""
         return self.find_points()

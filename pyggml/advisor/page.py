@@ -25,6 +25,7 @@ circle.plan { fill: var(--activation); fill-opacity: 1; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.n b { color: var(--bad); font-weight: normal; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0; font: 12.5px ui-monospace, monospace; }
 pre .w { white-space: nowrap; }
 #shown { min-height: 3.2em; }
@@ -85,14 +86,14 @@ def page_html(advice: Advice) -> str:
             for name, x, y, at in plots
         )
         body.append(
-            f"<section><h2>{len(points)} settings that fit</h2><p id=shown class=hint>Click a point to see its flags. Green: the recommendations above.{cached}</p>"
+            f"<section><h2>{len(points)} setting{'s that fit' if len(points) > 1 else ' that fits'}</h2><p id=shown class=hint>Click a point to see its flags. Green: the recommendations above.{cached}</p>"
             f'<div class="plots">{shown}</div></section>'
         )
     helps = "".join(
         f"<li>{escape(h.change)}: {h.speedup:.2f} times as fast</li>" for h in advice.helps if h.speedup > 1.01
     )
-    if advice.pays_from is not None:
-        helps += f"<li>Copying host weights to the device pays from {advice.pays_from} tokens per micro-batch; llama.cpp copies from 32 on</li>"
+    if advice.pays_line:
+        helps += f"<li>{escape(advice.pays_line)}</li>"
     if helps:
         body.append(f"<section><h2>What would help</h2><ul>{helps}</ul></section>")
     return (
@@ -105,13 +106,15 @@ def page_html(advice: Advice) -> str:
 
 
 def _plans(advice: Advice) -> str:
-    nothing = "" if advice.plans else "<p><b>Nothing fits.</b></p>"
+    nothing = f"<p><b>{escape(advice.nothing_fits)}</b></p>" if advice.nothing_fits else ""
     if not advice.shown:
         return nothing
     rows = []
     for plan in advice.shown:
         memory = "<br>".join(
-            f"{escape(m.device)} {m.bytes / _GB:.1f}" + (f" of {m.of_bytes / _GB:.0f}" if m.of_bytes else "") + " GiB"
+            f"{escape(m.device)} {m.bytes / _GB:.1f}"
+            + (f" of {m.of_bytes / _GB:.0f}" if m.of_bytes else "")
+            + (" GiB" if m.fits else f" GiB<br><b>lacks {m.missing_bytes / _GB:.1f} GiB</b>")
             for m in plan.memory
         )
         speeds = "".join(
@@ -138,7 +141,7 @@ def _command(line: str) -> str:
 
 
 def _number(speed: float) -> str:
-    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"
+    return f"{speed:,.{0 if speed >= 100 else 1 if speed >= 1 else 2}f}"
 
 
 def _chosen_by(advice: Advice, plan: Recommendation) -> str:

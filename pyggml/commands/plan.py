@@ -284,10 +284,8 @@ def _print(advice: Advice) -> None:
     for line in advice.assumed:
         out.print(f"assumed: {line}", style="dim")
     out.print()
-    if not advice.plans:
-        out.print(f"Nothing fits: the smallest setting lacks {n_bytes(advice.missing_bytes)}.", style="bold red")
-        if advice.smaller:
-            out.print(f"{advice.smaller} would fit.")
+    if advice.nothing_fits:
+        out.print(advice.nothing_fits, style="bold red")
         out.print()
     shown = advice.shown
     if shown:
@@ -306,16 +304,8 @@ def _print(advice: Advice) -> None:
                 out.print(f"--fit: {advice.fit_note}.", style="red")
     if advice.plans:
         out.print()
-        if advice.pays_from is not None:
-            is_same = advice.pays_from == 32
-            less = (
-                ", as llama.cpp does"
-                if is_same
-                else "; llama.cpp copies from 32 on (GGML_OP_OFFLOAD_MIN_BATCH changes that)"
-            )
-            out.print(
-                f"Copying host weights to the device pays from {advice.pays_from} tokens per micro-batch on{less}."
-            )
+        if advice.pays_line:
+            out.print(advice.pays_line)
         for help in advice.helps:
             if help.speedup > 1.01:
                 out.print(f"{help.change[0].upper()}{help.change[1:]}: {help.speedup:.2f} times as fast.")

@@ -275,6 +275,8 @@ def test_what_is_missing_is_of_the_smallest_setting_with_its_cache() -> None:
     assert advice.plans == []
     assert 0 < advice.missing_bytes < 1 << 30
     assert 0.8 < advice_weights(advice.smaller) / (advice_weights(model) - advice.missing_bytes) < 1
+    assert f"<b>{advice.nothing_fits}</b>" in page_html(advice)
+    assert advice.smaller in advice.nothing_fits
 
 
 @pytest.mark.parametrize(
