@@ -7,7 +7,7 @@ them out, because few files have such weights.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 from .codes import CODES, OFFSET, Codes
 from .emit import F32, I8, I32, I64, Emit, F32x16, I32x16, U8x16, U8x64, cgutils, ir, vec
@@ -20,8 +20,8 @@ __all__ = ["CODES", "OFFSET", "TYPES", "dequantise_kernel", "rows_kernel", "unpa
 TYPES = frozenset(CODES)
 
 
-def _product(
-    e: Emit, kind: Codes, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
+def product_of_halves(
+    kind: Codes, e: Emit, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
 ) -> list[ir.Value]:
     """Return the products of rows with tokens, a unit at a time."""
     b, n = e.b, kind.unit // 32
@@ -36,12 +36,16 @@ def _product(
         starts = [e.load(vec(I32, 2 * n), e.add(s, e.mul(i, 8))) for s in starts_at]
         fetch(e, ahead, at_w, len(rows), kind.size)
         factors: list[list[ir.Value]] = []
-        for block in at:
+        for r, block in enumerate(at):
             scales = kind.scales(e, block)
             factors.append([b.fmul(scales, d) for d in dx])
+            if kind.minima is not None:
+                minima = kind.minima(e, block)
+                for t, p in enumerate(acc[r]):  # starts are less than 0, so what is added takes off
+                    b.store(e.fma(e.to_f32(starts[t]), b.fmul(minima, dx[t]), b.load(p)), p)
         for j in range(kind.unit // 64):
             fours = [4 * j + lane // 4 for lane in range(16)]
-            first = [e.shuffle(s, s, fours) for s in starts]
+            first = [e.const(I32x16, 0) if kind.minima is not None else e.shuffle(s, s, fours) for s in starts]
             v = [e.load(U8x64, e.add(x, e.mul(i, 32)), 64 * j) for x in xs]
             if kind.in_order:
                 e.keep_order()
@@ -57,7 +61,7 @@ def _product(
 def rows_kernel(typ: int) -> Kernel:
     """Return the kernel of rows as they lie; see `blocks32`."""
     kind = CODES[typ]
-    return make_rows_kernel(f"rows_{kind.name}", lambda e, *args: _product(e, kind, *args), rare=True)
+    return make_rows_kernel(f"rows_{kind.name}", partial(product_of_halves, kind), rare=True)
 
 
 def _on_stack(e: Emit, n: int) -> ir.Value:

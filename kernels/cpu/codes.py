@@ -66,6 +66,8 @@ class Codes:
         ``scales(e, at)``: the scales of a block's columns, 16 by 16.
     codes : callable
         ``codes(e, at, j)``: columns 64j .. 64j+63 of a block, as bytes.
+    minima : callable, optional
+        The same of what is subtracted from the columns, for a unit of 256 columns.
     in_order : bool
         Whether products load 64 columns after the other; measured.
     """
@@ -75,6 +77,7 @@ class Codes:
     unit: int
     scales: Callable[[Emit, ir.Value], ir.Value]
     codes: Callable[[Emit, ir.Value, int], ir.Value]
+    minima: Callable[[Emit, ir.Value], ir.Value] | None = None
     in_order: bool = False
 
 

@@ -7,7 +7,11 @@ A panel has no room for Q2_K's minima: its rows are taken as they lie, however m
 
 from __future__ import annotations
 
+from functools import partial
+
 from .blocks32 import split_nibbles
+from .coded import product_of_halves
+from .codes import Codes
 from .emit import (
     F16,
     I8,
@@ -101,7 +105,7 @@ def _codes_q4_q5(e: Emit, typ: int, at: ir.Value, j: int) -> ir.Value:
 
 
 def _product_q4_q5(
-    e: Emit, typ: int, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
+    typ: int, e: Emit, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
 ) -> list[ir.Value]:
     b, n4 = e.b, e.mul(n_blocks, 4)
     acc = [[e.zeros(F32x16) for _ in xs] for _ in rows]  # of even blocks, and of odd ones
@@ -134,9 +138,9 @@ def _product_q4_q5(
     return [b.fsub(x, m) for x, m in zip(e.sums([b.load(p) for of_row in acc for p in of_row]), minima, strict=True)]
 
 
-def _scales_q6(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+def _scales_q6(e: Emit, at: ir.Value) -> ir.Value:
     scales = e.b.sitofp(e.b.sext(e.load(vec(I8, 16), at, Q6_SCALES_AT), I32x16), F32x16)
-    return e.b.fmul(scales, e.splat(e.to_f32(e.load(F16, at, Q6_D_AT)))), None
+    return e.b.fmul(scales, e.splat(e.to_f32(e.load(F16, at, Q6_D_AT))))
 
 
 def _codes_q6(e: Emit, at: ir.Value, j: int) -> ir.Value:
@@ -147,7 +151,7 @@ def _codes_q6(e: Emit, at: ir.Value, j: int) -> ir.Value:
     return b.or_(low, b.shl(pairs, e.const(U8x64, 4)))
 
 
-def _scales_q3(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+def _scales_q3(e: Emit, at: ir.Value) -> ir.Value:
     """Unpack 12 bytes: sixteen low halves, then four times four upper pairs of bits."""
     b, eight = e.b, e.load(vec(I8, 8), at, Q3_SCALES_AT)
     low = e.cat(_shift_bytes(e, eight, 0, 15), _shift_bytes(e, eight, 4, 15))
@@ -155,7 +159,7 @@ def _scales_q3(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value | None]:
     four = b.and_(b.lshr(four, e.const(vec(I32, 4), [0, 2, 4, 6])), e.const(vec(I32, 4), 0x03030303))
     six = b.or_(low, b.shl(e.cast(four, U8x16), e.const(U8x16, 4)))
     scales = b.sitofp(b.sext(b.sub(six, e.const(U8x16, 32)), I32x16), F32x16)
-    return b.fmul(scales, e.splat(e.to_f32(e.load(F16, at, Q3_D_AT)))), None
+    return b.fmul(scales, e.splat(e.to_f32(e.load(F16, at, Q3_D_AT))))
 
 
 def _codes_q3(e: Emit, at: ir.Value, j: int) -> ir.Value:
@@ -166,14 +170,10 @@ def _codes_q3(e: Emit, at: ir.Value, j: int) -> ir.Value:
     return b.or_(low, b.shl(high, e.const(U8x64, 2)))
 
 
-def _scales_q2(e: Emit, at: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-    bytes_ = e.load(U8x16, at)
-
-    def scaled(shift: int, d_at: int) -> ir.Value:
-        numbers = e.b.zext(_shift_bytes(e, bytes_, shift, 15), I32x16)
-        return e.b.fmul(e.to_f32(numbers), e.splat(e.to_f32(e.load(F16, at, d_at))))
-
-    return scaled(0, Q2_D_AT), scaled(4, Q2_D_AT + 2)
+def _numbers_q2(shift: int, d_at: int, e: Emit, at: ir.Value) -> ir.Value:
+    """Return the scales or the minima, which share bytes."""
+    numbers = e.b.zext(_shift_bytes(e, e.load(U8x16, at), shift, 15), I32x16)
+    return e.b.fmul(e.to_f32(numbers), e.splat(e.to_f32(e.load(F16, at, d_at))))
 
 
 def _codes_q2(e: Emit, at: ir.Value, j: int) -> ir.Value:
@@ -181,42 +181,14 @@ def _codes_q2(e: Emit, at: ir.Value, j: int) -> ir.Value:
     return e.cat(_shift_bytes(e, pairs, shift, 3), _shift_bytes(e, pairs, shift + 2, 3))
 
 
-#: Scales and minima of 16 columns each; the codes of 64 columns.
-_HALVES = {Q6_K: (_scales_q6, _codes_q6), Q3_K: (_scales_q3, _codes_q3), Q2_K: (_scales_q2, _codes_q2)}
-
-
-def _product_of_halves(
-    e: Emit, typ: int, rows: list[ir.Value], ahead: ir.Value, n_blocks: ir.Value, xs: list[ir.Value]
-) -> list[ir.Value]:
-    b, (scales_of, codes_of) = e.b, _HALVES[typ]
-    acc = [[e.zeros(F32x16) for _ in xs] for _ in rows]
-    scales_at = [e.add(x, e.mul(n_blocks, 32)) for x in xs]
-    starts_at = [e.add(s, e.mul(n_blocks, 4)) for s in scales_at]
-    with _super_blocks(e, n_blocks) as (i, _):
-        i4, at_w = e.mul(i, 4), e.mul(b.lshr(i, I64(3)), SIZE[typ])
-        at = [e.add(row, at_w) for row in rows]
-        dx = [e.load(F32x8, e.add(s, i4)) for s in scales_at]
-        dx = [e.shuffle(d, d, [lane // 2 for lane in range(16)]) for d in dx]
-        starts = [e.load(I32x16, e.add(s, e.mul(i, 8))) for s in starts_at]
-        fetch(e, ahead, at_w, len(rows), SIZE[typ])
-        factors: list[list[ir.Value]] = []
-        for r, block in enumerate(at):
-            scales, minima = scales_of(e, block)
-            factors.append([b.fmul(scales, d) for d in dx])
-            for t, start in enumerate(starts if minima is not None else []):  # less than 0, so what is added takes off
-                p = acc[r][t]
-                b.store(e.fma(e.to_f32(start), b.fmul(minima, dx[t]), b.load(p)), p)
-            no_minima = minima is None
-        for j in range(4):  # 64 columns: blocks 2j and 2j + 1
-            fours = [4 * j + lane // 4 for lane in range(16)]
-            first = [e.shuffle(s, s, fours) if no_minima else e.const(I32x16, 0) for s in starts]
-            v = [e.load(U8x64, e.add(x, e.mul(i, 32)), 64 * j) for x in xs]
-            for r, block in enumerate(at):
-                u = codes_of(e, block, j)
-                for t, p in enumerate(acc[r]):
-                    ints = e.to_f32(e.dpbusd(first[t], u, v[t]))
-                    b.store(e.fma(ints, e.shuffle(factors[r][t], factors[r][t], fours), b.load(p)), p)
-    return e.sums([b.load(p) for of_row in acc for p in of_row])
+#: Types with a scale for 16 columns.
+_HALVES = {
+    Q6_K: Codes("q6_k", SIZE[Q6_K], 256, _scales_q6, _codes_q6),
+    Q3_K: Codes("q3_k", SIZE[Q3_K], 256, _scales_q3, _codes_q3),
+    Q2_K: Codes(
+        "q2_k", SIZE[Q2_K], 256, partial(_numbers_q2, 0, Q2_D_AT), _codes_q2, partial(_numbers_q2, 4, Q2_D_AT + 2)
+    ),
+}
 
 
 def _byte(e: Emit, words: ir.Value, i: int, bits: int, shift: int = 0) -> ir.Value:
@@ -339,11 +311,11 @@ def unpack_q3_k(e, w, stride, n_blocks, panel):
 
 #: Kernels by type.
 ROWS = {
-    Q4_K: make_rows_kernel("rows_q4_k", lambda e, *args: _product_q4_q5(e, Q4_K, *args), together=4),
-    Q5_K: make_rows_kernel("rows_q5_k", lambda e, *args: _product_q4_q5(e, Q5_K, *args)),
-    Q6_K: make_rows_kernel("rows_q6_k", lambda e, *args: _product_of_halves(e, Q6_K, *args)),
-    Q3_K: make_rows_kernel("rows_q3_k", lambda e, *args: _product_of_halves(e, Q3_K, *args)),
-    Q2_K: make_rows_kernel("rows_q2_k", lambda e, *args: _product_of_halves(e, Q2_K, *args)),
+    Q4_K: make_rows_kernel("rows_q4_k", partial(_product_q4_q5, Q4_K), together=4),
+    Q5_K: make_rows_kernel("rows_q5_k", partial(_product_q4_q5, Q5_K)),
+    Q6_K: make_rows_kernel("rows_q6_k", partial(product_of_halves, _HALVES[Q6_K])),
+    Q3_K: make_rows_kernel("rows_q3_k", partial(product_of_halves, _HALVES[Q3_K])),
+    Q2_K: make_rows_kernel("rows_q2_k", partial(product_of_halves, _HALVES[Q2_K])),
 }
 #: Those that have panels.
 UNPACK = {Q4_K: _make_unpack_q4_q5(Q4_K), Q5_K: _make_unpack_q4_q5(Q5_K), Q6_K: unpack_q6_k, Q3_K: unpack_q3_k}
