@@ -18,7 +18,7 @@ from ..errors import DeviceUnavailableError, GraphError
 from ..foresight import Machine, ModelShape, Setting
 from ..gguf import GGUFFile
 from ..hardware.apple import found_mac
-from ..hardware.hosts import Host, assumed_host, host_spec, parse_host
+from ..hardware.hosts import ASSUMED_MEMORY, Host, assumed_host, host_spec, parse_host
 from ..hardware.measure import UNKNOWN, measure_host
 from ..hardware.pci import found_cards
 from ..routing import Routing, parse_routing, routing_of
@@ -116,6 +116,11 @@ def plan(
         tell("looking at this machine")
         devices, host, machine_notes = this_machine(host)
     backends, machine = open_machine(devices, host)
+    for card in machine.cards:
+        if margin_bytes >= card.memory_bytes:
+            raise GraphError(
+                f"a margin of {margin_bytes / 2**30:.1f} GiB leaves nothing of {card.name}", hint="ask for less"
+            )
     tell("reading the header")
     with GGUFFile.open(path) as file, ExitStack() as held:
         shape = ModelShape.from_header(file.metadata, file.tensors, Path(name).name)
@@ -287,7 +292,9 @@ def _assumptions(machine: Machine, host: str | Host, shape: ModelShape, *, is_st
         is_shared = any(card.is_unified for card in machine.cards)
         as_said = f"--host {host_spec(machine.host)}" if is_shared else "set it with --host"
         said.append(f"host: {machine.host.description} ({as_said})")
-    elif not machine.host.memory_bytes:
+    elif ASSUMED_MEMORY in machine.host.description:
+        said.append("the host's memory is 2 channels of DDR5-5600 (its type was not given: --host ddr4-3200x2,...)")
+    if host and not machine.host.memory_bytes:
         said.append("the host's memory is large enough (its size was not given)")
     if shape.n_expert:
         said.append(

@@ -12,6 +12,7 @@ from .cards import Card
 from .rates import RATES
 
 __all__ = [
+    "ASSUMED_MEMORY",
     "DEFAULT_HOST",
     "Host",
     "assumed_host",
@@ -75,6 +76,8 @@ _THREAD_BYTES_PER_S = 10.6e9
 _APPLE_BYTES_PER_S = 28e9
 #: The default host: a desktop with eight cores and two channels of DDR5-5600.
 DEFAULT_HOST = Host(0.88 * 89.6e9, 8, "vnni", 64 * 2**30, "8 cores, 2 channels of DDR5-5600")
+#: In the description of a host whose memory was not given.
+ASSUMED_MEMORY = "memory assumed as ddr5-5600x2"
 #: Measured share of the modules' rate: 0.92 and 0.88 (Ryzen 5700X, stream), 0.86 (9950X), 0.62 to 0.98 (servers).
 _READ_SHARE = 0.88
 _SPEC = re.compile(r"(?P<kind>l?p?ddr[345]x?)-(?P<rate>\d+)(?:x(?P<channels>\d+))?", re.IGNORECASE)
@@ -173,7 +176,8 @@ def parse_host(text: str) -> Host:
             n_cores, isa = n_cores or n, isa or what
     if (rate is not None and not rate > 0) or n_cores == 0:
         raise DeviceUnavailableError(f"host:{text}", "rates and cores must be above 0")
-    return Host(rate or DEFAULT_HOST.read_bytes_per_s, n_cores or DEFAULT_HOST.n_cores, isa or "avx2", size, text)
+    about = text if rate else f"{text}, {ASSUMED_MEMORY}"
+    return Host(rate or DEFAULT_HOST.read_bytes_per_s, n_cores or DEFAULT_HOST.n_cores, isa or "avx2", size, about)
 
 
 #: Performance cores beside GPUs with unified memory, and instructions.

@@ -287,12 +287,22 @@ def test_what_is_missing_is_of_the_smallest_setting_with_its_cache() -> None:
         ({"compare": "-ngl 1"}, "is no Setting"),
         ({"n_plans": 0}, "at least 1 plan"),
         ({"margin_bytes": -1}, "at least 1 plan"),
+        ({"margin_bytes": 30 << 30}, "leaves nothing of rtx3060"),
     ],
 )
 def test_what_is_no_argument_of_a_plan_is_told(given: dict[str, Any], says: str) -> None:
     """What the command line takes as text is an object in Python; the error says which."""
     with pytest.raises(PyggmlError, match=says):
         plan("qwen3-0.6b", devices="rtx3060", host=HOST, **given)
+
+
+def test_memory_of_a_host_that_was_not_given_is_an_assumption() -> None:
+    """A processor's name says nothing of its memory: what is assumed of it is told."""
+    said = {
+        spec: plan("qwen3-0.6b", devices="cpu", host=spec, context=4096, n_plans=1).assumed
+        for spec in ("Ryzen 7 5700X,64GiB", HOST)
+    }
+    assert [any("DDR5-5600" in line for line in lines) for lines in said.values()] == [True, False]
 
 
 def test_a_dense_model_without_a_card() -> None:
