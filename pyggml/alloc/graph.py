@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from ..buffer import Buffer, BufferType
 from ..dialect import DEFAULT_DIALECT, Dialect
 from ..errors import AllocError, OutOfMemoryError
-from ..tensor import Tensor
+from ..tensor import Tensor, are_same_layout
 from ..types import BufferUsage, Op
-from .lives import Stay, have_one_layout, lives_of, overlaps, takes_over
+from .lives import Stay, lives_of, overlaps, takes_over
 from .offsets import DynTallocr
 from .play import NOWHERE, Life, Place, Play, places_of
 
@@ -525,7 +525,7 @@ class _Placed:
             for i, buffer_id, limit in self.limits:
                 if sizes[buffer_id](tensors[i]) > limit:
                     return False
-            if not all(have_one_layout(tensors[i], tensors[j]) for i, j in self.taken_over):
+            if not all(are_same_layout(tensors[i], tensors[j]) for i, j in self.taken_over):
                 return False
             self.fitting = [kind, *self.fitting[: _N_PLACED - 1]]
         return True

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..tensor import Tensor
+from ..tensor import Tensor, are_same_layout
 from ..types import Op, TensorFlag
 
 if TYPE_CHECKING:
     from .graph import GallocGraph
 
-__all__ = ["Stay", "have_one_layout", "lives_of", "overlaps", "takes_over"]
+__all__ = ["Stay", "lives_of", "overlaps", "takes_over"]
 
 
 @dataclass(eq=False, slots=True)
@@ -71,11 +71,6 @@ def takes_over(stay: Stay, other: Stay, can_inplace: Callable[[Op], bool]) -> bo
         and other.lo == stay.lo
         and bool(read)
         and all(src is source for src in read)
-        and have_one_layout(node, source)
+        and are_same_layout(node, source)
         and can_inplace(node.op)
     )
-
-
-def have_one_layout(a: Tensor, b: Tensor) -> bool:
-    """Return whether elements of both tensors are at the same offsets (`ggml_are_same_layout`)."""
-    return a.type is b.type and a.ne == b.ne and a.nb == b.nb

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..tensor import Tensor
+from ..tensor import Tensor, are_same_layout
 from ..types import SIZE_MAX, Op, TensorFlag
 from .offsets import pad
 
@@ -162,9 +162,7 @@ class Play:
             or self.children[parent] != 1
             or parent in self.views
             or parent.flags & TensorFlag.OUTPUT
-            or parent.type is not tensor.type
-            or parent.ne != tensor.ne
-            or parent.nb != tensor.nb
+            or not are_same_layout(parent, tensor)
         ):
             return False
         buffer_id = parent_life.buffer_id
