@@ -60,7 +60,9 @@ class Answers:
 
     def __init__(self, process: LlamaProcess, paths: Sequence[str], names: Iterable[str]) -> None:
         self.process, self.paths = process, tuple(paths)
-        self._single = [name for name in names if not OF_LAYER.match(name)]
+        self._names = list(names)
+        self._single = [name for name in self._names if not OF_LAYER.match(name)]
+        self._matching: dict[re.Pattern[str], list[str]] = {}
         self.n_asked = 0  #: placements that llama.cpp was asked about
         self._facts: dict[tuple[str, str, str], Message] = {}
         self._of_kind: dict[Kind, tuple[Message, Message]] = {}  # flags that were asked, and facts
@@ -150,8 +152,9 @@ class Answers:
             self._single_homes.add(base)
         self._fused[base, _text(about["placement"]["overrides"]), _probes(about)] = facts["fused"]
         self._of_kind[self._kind(about, overrides, facts["fused"])] = about, facts  # the latest is open in the child
+        moved = self._moved(overrides)
         for place, n in _numbered(facts["weights"]):
-            self._places[base, place["name"], n, _buft(place["name"], overrides)] = place
+            self._places[base, place["name"], n, moved.get(place["name"], "")] = place
         return facts
 
     def _derived(self, about: Message, overrides: Overrides) -> Message | None:
@@ -162,9 +165,9 @@ class Answers:
         known = self._of_kind.get(self._kind(about, overrides, fused))
         if known is None:
             return None
-        weights = []
+        weights, moved = [], self._moved(overrides)
         for place, n in _numbered(known[1]["weights"]):
-            found = self._places.get((base, place["name"], n, _buft(place["name"], overrides)))
+            found = self._places.get((base, place["name"], n, moved.get(place["name"], "")))
             if found is None:
                 return None
             weights.append(found)
@@ -179,8 +182,8 @@ class Answers:
         some = next((facts for k, facts in self._facts.items() if k[0] == base), None)
         if some is None or "CPU" in some["layers"] or {where for _, where in overrides} != {"CPU"}:
             return None
-        moved = (place["name"] for place in some["weights"] if _buft(place["name"], overrides))
-        if not all(map(_EXPERT.search, moved)):
+        moved = self._moved(overrides)
+        if not all(_EXPERT.search(place["name"]) for place in some["weights"] if place["name"] in moved):
             return None
         found = []
         for rows in ([], [[EXPERTS, "CPU"]]):
@@ -192,6 +195,15 @@ class Answers:
         if found[0] == found[1]:
             self._fused[key] = found[0]
         return self._fused.get(key)
+
+    def _moved(self, overrides: Overrides) -> dict[str, str]:
+        """Return the buffer type of the first override that matches, for each name with one."""
+        found: dict[str, str] = {}
+        for pattern, buft in reversed(overrides):
+            if pattern not in self._matching:
+                self._matching[pattern] = list(filter(pattern.search, self._names))
+            found |= dict.fromkeys(self._matching[pattern], buft)
+        return found
 
 
 def is_settled(about: Message) -> bool:
@@ -216,8 +228,3 @@ def _numbered(weights: list[Message]) -> Iterator[tuple[Message, int]]:
     for place in weights:
         yield place, seen[place["name"]]
         seen[place["name"]] += 1
-
-
-def _buft(name: str, overrides: Overrides) -> str:
-    """Return the buffer type of the first override that matches a name; empty if none does."""
-    return next((buft for pattern, buft in overrides if pattern.search(name)), "")
