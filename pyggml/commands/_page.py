@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["about_devices", "about_model", "check_outputs", "given_options", "write_records"]
 
 
-def check_outputs(model: Path | None, *paths: Path | None) -> None:
-    """Refuse outputs whose folder does not exist, that are the model, or that are the same file, before anything is computed.
+def check_outputs(source: Path | None, *paths: Path | None) -> None:
+    """Refuse outputs that are a folder, or in none, that are what is read, or the same file, before anything is computed.
 
     Raises
     ------
@@ -37,8 +37,10 @@ def check_outputs(model: Path | None, *paths: Path | None) -> None:
             continue
         if not path.absolute().parent.is_dir():
             raise click.UsageError(f"{path}: its folder does not exist")
-        if model is not None and _is_part(path, model):
-            raise click.UsageError(f"{path} is the model and would be overwritten: choose another file")
+        if path.is_dir():
+            raise click.UsageError(f"{path} is a folder: name a file in it")
+        if source is not None and _is_part(path, source):
+            raise click.UsageError(f"{path} is read and would be overwritten: choose another file")
         if any(_same(path, other) for other in written):
             raise click.UsageError(f"{path} is given for two outputs: choose a different file for each")
         written.append(path)

@@ -11,6 +11,7 @@ import cloup
 
 from ._console import print_json, report, table
 from ._options import file_option, json_option, option
+from ._page import check_outputs
 from ._values import DeviceList, ModelPath
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def command(model: Path, runs: Path, device: str | None, host: str, output: Path
     from ..advisor.advice import open_machine, this_machine
     from ..hardware.files import ProfileFile, write_profile
 
+    for source in (model, runs):
+        check_outputs(source, output)
     measured = read_bench(runs)
     notes: list[str] = []
     devices: Any = device

@@ -13,6 +13,7 @@ from ..files import aside
 from ._cache_options import cache_options, stated_routing
 from ._console import n_bytes, print_json, progress, report, table
 from ._options import count, file_option, json_option, number, option
+from ._page import check_outputs
 from ._values import DeviceList, ModelPath
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def command(
         model = Path(f"hf:{hf_repo}")
     if model is None:
         raise click.UsageError("Missing argument 'MODEL': a GGUF file, or a name from `pyggml models`.")
+    check_outputs(model, html)
     own = [_setting(text) for text in compare]
     with progress() as bar:
         task = bar.add_task("starting", total=None)

@@ -8,6 +8,7 @@ import click
 import cloup
 
 from ._options import file_option, option
+from ._page import check_outputs
 
 __all__ = ["command"]
 
@@ -38,8 +39,8 @@ def command(timeline: Path, other: Path | None, out: Path | None, title: str, na
     if len(names) > len(paths):
         raise click.UsageError(f"--name is given {len(names)} times for {len(paths)} timelines")
     into = timeline.with_suffix(".html") if out is None else out
-    if not into.absolute().parent.is_dir():
-        raise click.UsageError(f"{into}: its folder does not exist")
+    for path in paths:
+        check_outputs(path, into)
     shown = [*names, *(path.stem for path in paths[len(names) :])]
     views = []
     for path, name in zip(paths, shown, strict=True):

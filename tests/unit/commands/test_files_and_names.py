@@ -101,6 +101,28 @@ def test_parts_of_the_model_are_never_written(model, tmp_path, capsys):
     assert "would be overwritten" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "plan IN -dev rtx3060 --html IN",
+        "viz IN -o IN",
+        "viz other.json IN -o IN",
+        "calibrate qwen3-0.6b IN -o IN",
+        "calibrate IN runs -o IN",
+    ],
+)
+def test_what_a_command_reads_is_never_written(line, model, tmp_path, capsys):
+    """A model, a timeline or measurements stay as they are, and a folder is no file."""
+    own = tmp_path / "in"
+    shutil.copy(model, own)
+    assert cli.run([str(own) if word == "IN" else word for word in line.split()]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert own.read_bytes() == model.read_bytes()
+    words = [str(own) if word == "IN" else word for word in line.split()]
+    assert cli.run([*words[:-1], str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
 def test_two_outputs_need_two_files(model, tmp_path, capsys):
     """Two outputs in one file, of which one would be lost, are refused."""
     path = tmp_path / "out"
