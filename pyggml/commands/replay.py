@@ -16,6 +16,7 @@ from ..errors import FormatError
 from ..replay import replay_file
 from ._console import n_seconds
 from ._options import choice, file_option, json_option
+from ._page import check_outputs
 
 __all__ = ["command", "trace_name"]
 
@@ -40,7 +41,7 @@ _MANY = 8  #: cases from which on progress is shown: fewer take less than a seco
 
 @click.command("replay", short_help="Run scheduler cases and write their traces.")
 @click.argument("case", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@file_option("--trace", dir_okay=False, metavar=None, help="Write the trace to FILE; compressed if it ends in .gz.")
+@file_option("--trace", metavar=None, help="Write the trace to FILE; compressed if it ends in .gz.")
 @file_option("--all", "folder", exists=True, file_okay=False, metavar=None, help="Run every case in this folder.")
 @file_option("--out", file_okay=False, metavar=None, help="Folder for the traces of --all.")
 @choice("--dialect", values=list(_VERSIONS), shown=DEFAULT_DIALECT.version, help="Version of ggml.")
@@ -58,6 +59,7 @@ def command(
     if case is not None:
         if trace is None:
             raise click.UsageError("--trace OUT is missing: the file to write the trace to")
+        check_outputs(case, trace)
         todo = [(case, trace)]
     else:
         assert folder is not None

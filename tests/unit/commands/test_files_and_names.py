@@ -109,6 +109,7 @@ def test_parts_of_the_model_are_never_written(model, tmp_path, capsys):
         "viz other.json IN -o IN",
         "calibrate qwen3-0.6b IN -o IN",
         "calibrate IN runs -o IN",
+        "replay IN --trace IN",
     ],
 )
 def test_what_a_command_reads_is_never_written(line, model, tmp_path, capsys):
