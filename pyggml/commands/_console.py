@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
@@ -125,6 +125,12 @@ class Bar:
         yield Text(self.text(min(BAR_WIDTH, options.max_width)))
 
 
+class _Counted(MofNCompleteColumn):
+    def render(self, task: Task) -> Text:
+        """Return what is done of all, and nothing where all is unknown."""
+        return Text() if task.total is None else super().render(task)
+
+
 def progress() -> Progress:
     """Return a progress display on stderr; outside a terminal it shows nothing."""
     console = _errors()
@@ -132,7 +138,7 @@ def progress() -> Progress:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        _Counted(),
         TimeElapsedColumn(),
         console=console,
         transient=True,

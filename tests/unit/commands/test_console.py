@@ -112,3 +112,15 @@ def test_memory_that_does_not_fit() -> None:
     assert too_large(memory_fits([Memory("SIM0", 24 << 30, 0, 0)], backends)) == []
     (line,) = too_large(memory_fits([Memory("CPU", 3 << 30, 0, 0)], backends, host_bytes=2 << 30))
     assert line.startswith("Does not fit: CPU has 2.0 GiB")
+
+
+@pytest.mark.parametrize(("total", "is_shown"), [(None, False), (8, True)])
+def test_progress_counts_what_has_an_end(total: int | None, is_shown: bool) -> None:
+    """Without a known end there is no count; "0/?" would say nothing."""
+    bar = _console.progress()
+    bar.add_task("working", total=total)
+    console = _console.report()
+    console.file, console.width = io.StringIO(), 80
+    console.print(bar.get_renderable())
+    assert ("0/8" in console.file.getvalue()) is is_shown
+    assert "0/?" not in console.file.getvalue()
