@@ -92,6 +92,8 @@ def plan(
         The file or model does not exist.
     DeviceUnavailableError
         A card, or a part of the host's description, is unknown.
+    ModelError
+        pyggml does not build the model's graph, and llama.cpp refuses the model.
     GraphError
         A number of tokens or plans is below 1, or the context is too small; a flag to explain is none that is chosen; or
         ``compare`` has what is no `Setting`.

@@ -29,6 +29,10 @@ __all__ = ["DeviceMemory", "FitChoice", "MemoryModel", "ask_llama", "fit_setting
 _SLACK = 0.7
 
 
+#: So many refusals with the same words, and nothing else before, are about the model, not a setting.
+_MOST_REFUSALS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
     """The memory of a setting on one device or on the host.
@@ -233,7 +237,13 @@ class MemoryModel:
         return int(cache * scale * (pick(1.0, own.n_ubatch / kind.n_ubatch) if self._has_window else 1.0))
 
     def exact(self, setting: Setting) -> list[DeviceMemory] | None:
-        """Return the memory of a setting as the scheduler reserves it; None if it cannot be planned at all."""
+        """Return the memory of a setting as the scheduler reserves it; None if it cannot be planned at all.
+
+        Raises
+        ------
+        ModelError
+            llama.cpp refused the first settings with the same words: it refuses the model.
+        """
         if setting not in self._exact:
             self._exact[setting] = self._open(setting)
         return self._exact[setting]
@@ -244,6 +254,13 @@ class MemoryModel:
             rows = self.planner(setting).memory()
         except PyggmlError as error:
             self.refused[setting] = error.message
+            first = list(self.refused.values())[:_MOST_REFUSALS]
+            if (
+                isinstance(error, ModelError)
+                and not any(self._exact.values())
+                and first == [error.message] * _MOST_REFUSALS
+            ):
+                raise
             return None
         taken, cache = self._by_device(rows), sum(m.cache for m in rows)
         if setting.moe_cache_mib or (setting.overrides and not is_experts_only(setting)):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import pyggml.llama.source as source_module
+from pyggml.advisor import plan
 from pyggml.errors import DeviceUnavailableError, GraphError, ModelError
 from pyggml.llama.library import find_llama
 from pyggml.llama.process import LlamaProcess
@@ -167,6 +168,16 @@ def test_damaged_files_are_refused_with_llama_cpps_words(tmp_path: Path, own_cac
     with pytest.raises(ModelError, match=r"tensor 'blk\.0\.attn_norm\.weight' not found"):
         _plan(path, "llama")
     assert not (own_cache / "llama").exists()
+
+
+def test_a_plan_of_a_model_that_llama_cpp_refuses_ends_soon(
+    random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Three settings are asked for, not all; the error has llama.cpp's words."""
+    path = tmp_path / "other.gguf"
+    path.write_bytes(random_model("llama").read_bytes().replace(b"llama", b"llamX"))
+    with pytest.raises(ModelError, match="unknown model architecture: 'llamX'"):
+        plan(path, devices="rtx3060", host="ddr4-3200x2,cores=8,64GiB", prompt=64, generate=16, context=128)
 
 
 def test_a_context_is_refused_with_llama_cpps_words(random_model: Callable[[str], Path]) -> None:
