@@ -104,7 +104,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[ggml.PyggmlError], str]] = {
         )
     },
     "a text into i32": (lambda: _write("i32", "one"), ggml.errors.GraphError, "cannot be written into it"),
-    "no file": (lambda: ggml.Session.open("nowhere.gguf"), ggml.errors.FormatError, r"no such file \(check the path\)"),
+    "no file": (lambda: ggml.Session.open("nowhere.gguf"), ggml.errors.FormatError, r"no such file \(check the path"),
 }  # fmt: skip
 
 
