@@ -161,7 +161,7 @@ class Tensor:
         "data",
         "extra",
         "flags",
-        "layout",
+        "layout_id",
         "name",
         "nb",
         "nbytes",
@@ -176,7 +176,7 @@ class Tensor:
     type: Type
     ne: Shape
     nb: Shape
-    layout: int  #: a number: tensors with the same have the same type, `ne` and `nb`
+    layout_id: int  #: tensors with the same have the same type, `ne` and `nb`
     nbytes: int  #: from the start of the first to the end of the last element, including gaps (`ggml_nbytes`)
     op: Op
     flags: int  #: of `TensorFlag`
@@ -204,7 +204,7 @@ class Tensor:
     ) -> None:
         self.type = type = Type.of(type) if isinstance(type, str) else type
         key = type, tuple(ne), None if nb is None else tuple(nb)
-        self.ne, self.nb, self.nbytes, n_inside, self.layout = _LAYOUTS.get(key) or _lay_out(op, *key)
+        self.ne, self.nb, self.nbytes, n_inside, self.layout_id = _LAYOUTS.get(key) or _lay_out(op, *key)
         self.name = name
         self.op = op
         self._op_params = op_params and (_PARAMS.get(op_params) or _check_params(op, op_params))
@@ -529,7 +529,7 @@ def dup_layout(tensor: Tensor, name: str) -> Tensor:
     made.type = tensor.type
     made.ne = tensor.ne
     made.nb = tensor.nb
-    made.layout = tensor.layout
+    made.layout_id = tensor.layout_id
     made.nbytes = tensor.nbytes
     made.name = name
     made.op = _NONE

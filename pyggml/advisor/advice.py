@@ -18,7 +18,7 @@ from ..errors import DeviceUnavailableError, GraphError
 from ..foresight import Machine, ModelShape, Setting
 from ..gguf import GGUFFile
 from ..hardware.apple import found_mac
-from ..hardware.hosts import ASSUMED_MEMORY, Host, assumed_host, host_spec, parse_host
+from ..hardware.hosts import Host, assumed_host, host_spec, parse_host
 from ..hardware.measure import UNKNOWN, measure_host
 from ..hardware.pci import found_cards
 from ..routing import Routing, parse_routing, routing_of
@@ -294,7 +294,7 @@ def _assumptions(machine: Machine, host: str | Host, shape: ModelShape, *, is_st
         is_shared = any(card.is_unified for card in machine.cards)
         as_said = f"--host {host_spec(machine.host)}" if is_shared else "set it with --host"
         said.append(f"host: {machine.host.description} ({as_said})")
-    elif ASSUMED_MEMORY in machine.host.description:
+    elif machine.host.is_memory_assumed:
         said.append("the host's memory is 2 channels of DDR5-5600 (its type was not given: --host ddr4-3200x2,...)")
     if host and not machine.host.memory_bytes:
         said.append("the host's memory is large enough (its size was not given)")

@@ -12,7 +12,6 @@ from .cards import Card
 from .rates import RATES
 
 __all__ = [
-    "ASSUMED_MEMORY",
     "DEFAULT_HOST",
     "Host",
     "assumed_host",
@@ -45,6 +44,8 @@ class Host:
         Size of memory; 0: unknown.
     product_per_s : float
         Measured operations/s of quantised products of many tokens; 0: computed from cores and instructions.
+    is_memory_assumed : bool
+        Whether the type of memory was not given, so that the default host's was taken.
     """
 
     read_bytes_per_s: float
@@ -53,6 +54,7 @@ class Host:
     memory_bytes: int = 0
     description: str = ""
     product_per_s: float = 0.0
+    is_memory_assumed: bool = False
 
     @property
     def int8_per_s(self) -> float:
@@ -76,8 +78,6 @@ _THREAD_BYTES_PER_S = 10.6e9
 _APPLE_BYTES_PER_S = 28e9
 #: The default host: a desktop with eight cores and two channels of DDR5-5600.
 DEFAULT_HOST = Host(0.88 * 89.6e9, 8, "vnni", 64 * 2**30, "8 cores, 2 channels of DDR5-5600")
-#: In the description of a host whose memory was not given.
-ASSUMED_MEMORY = "memory assumed as ddr5-5600x2"
 #: Measured share of the modules' rate: 0.92 and 0.88 (Ryzen 5700X, stream), 0.86 (9950X), 0.62 to 0.98 (servers).
 _READ_SHARE = 0.88
 _SPEC = re.compile(r"(?P<kind>l?p?ddr[345]x?)-(?P<rate>\d+)(?:x(?P<channels>\d+))?", re.IGNORECASE)
@@ -176,8 +176,11 @@ def parse_host(text: str) -> Host:
             n_cores, isa = n_cores or n, isa or what
     if (rate is not None and not rate > 0) or n_cores == 0:
         raise DeviceUnavailableError(f"host:{text}", "rates and cores must be above 0")
-    about = text if rate else f"{text}, {ASSUMED_MEMORY}"
-    return Host(rate or DEFAULT_HOST.read_bytes_per_s, n_cores or DEFAULT_HOST.n_cores, isa or "avx2", size, about)
+    about = text if rate else f"{text}, memory assumed as ddr5-5600x2"
+    return Host(
+        rate or DEFAULT_HOST.read_bytes_per_s, n_cores or DEFAULT_HOST.n_cores, isa or "avx2", size, about,
+        is_memory_assumed=not rate,
+    )  # fmt: skip
 
 
 #: Performance cores beside GPUs with unified memory, and instructions.

@@ -27,7 +27,7 @@ def by_kind(answer: Callable[[Tensor], _Answer]) -> Callable[[Tensor], _Answer]:
     known: dict[tuple[object, ...], _Answer] = {}
 
     def ask(node: Tensor) -> _Answer:
-        kind = node.op, node._op_params, node.layout, *[src if src is None else src.layout for src in node.src]
+        kind = node.op, node._op_params, node.layout_id, *[src if src is None else src.layout_id for src in node.src]
         found = known.get(kind)
         if found is None:
             if len(known) >= _MOST_KINDS:

@@ -61,7 +61,7 @@ class _Shape:
         # what the passes read
         self.kinds = [[t.op for t in tensors], [t.flags for t in tensors]]
         # what only backends read, when they are asked about a node or its sources
-        self.layouts = [[t._op_params for t in tensors], [t.layout for t in tensors]]
+        self.layouts = [[t._op_params for t in tensors], [t.layout_id for t in tensors]]
         if not by_kind:  # what third-party backends may also read; see `answers_by_kind`
             self.layouts += [[t.view_offs for t in tensors], [t.name for t in tensors]]
 
