@@ -310,3 +310,9 @@ def test_a_plan_and_an_estimate_agree(
             said = speed_of(model_shape(model), machine, setting, n, 0, is_prompt=n > 1)
             assert speed.mid == pytest.approx(said.mid, rel=0.08)
             assert speed.high / speed.low == pytest.approx(said.high / said.low)
+
+
+def test_a_host_says_that_its_memory_was_assumed() -> None:
+    """A processor's name says nothing about memory; a type or a rate does."""
+    assert parse_host("Ryzen 7 5700X").is_memory_assumed
+    assert not any(parse_host(text).is_memory_assumed for text in ("ddr4-3200x2", "read=60GB/s,cores=8"))
