@@ -112,12 +112,13 @@ def time_ours(case: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Time both and print."""
+    from arguments import count
     from oracle.child import Child
     from oracle.live_sched import compile_mock
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--layers", type=count, default=48)
+    parser.add_argument("--rounds", type=count, default=15)
     args = parser.parse_args()
     case = make_case(args.layers)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

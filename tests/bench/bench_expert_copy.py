@@ -15,6 +15,7 @@ import statistics
 import time
 
 import numpy as np
+from arguments import count
 
 import pyggml as ggml
 from pyggml.sched.experts import expert_copy_ranges
@@ -25,7 +26,7 @@ N_EXPERT, N_COLUMNS, N_ROWS = 128, 2048, 768
 def main() -> None:
     """Time both and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--rounds", type=count, default=50)
     rounds = parser.parse_args().rounds
     cpu, gpu = ggml.CPU(), ggml.Sim()
     host, device = ggml.Context(), ggml.Context()

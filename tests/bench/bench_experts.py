@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace as changed
 
 import numpy as np
+from arguments import count
 
 from pyggml.lab import Capacity
 from pyggml.lab.policies import POLICIES, Policy, parse_policy
@@ -76,8 +77,8 @@ def _run(policy: Policy, trace: Trace) -> Callable[[], object]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=count, default=2000)
+    parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--scope", default="layer", choices=("layer", "global", "group"))
     options = parser.parse_args()
     # two requests, so that static sets can be fitted

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+from arguments import count, counts, some_of
 from pyggml.kernels.cpu import coded, matmul, panel
 from pyggml.kernels.cpu.activations import quantised_row_bytes
 from pyggml.kernels.cpu.emit import I64, F32x16, I32x16, U8x64, micro, types
@@ -193,10 +194,10 @@ def main() -> None:
     """Measure limits and kernels in turns, and print shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [Type(t).name for t in (*matmul.FLOAT_TYPES, *matmul.QUANTISED_TYPES, *coded.TYPES)]
-    parser.add_argument("--types", default=",".join(every))
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--columns", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--types", type=some_of(every), default=",".join(every))
+    parser.add_argument("--threads", type=counts, default="1,2")
+    parser.add_argument("--columns", type=count, default=1024)
+    parser.add_argument("--rounds", type=count, default=7)
     args = parser.parse_args()
     far = np.full(FAR, 0x38, np.uint8)  # of whatever type, no number is slow
     some = aligned(4096)
@@ -204,10 +205,10 @@ def main() -> None:
     n_bytes_read = FAR // 256 * 256
     print(f"{args.columns} columns a row; GB/s of weights, best of {args.rounds}")
     print("type     threads |  memory   limit  share |  cache | 10^9 products/s of 6 tokens, limit, share")
-    for name in args.types.split(","):
+    for name in args.types:
         weights = Weights(name, args.columns, far)
         tiles = many_tokens(weights)
-        for n_threads in map(int, args.threads.split(",")):
+        for n_threads in args.threads:
             best = {"memory": 0.0, "limit": 0.0, "cache": 0.0, "tile": 0.0}
             part = n_bytes_read // n_threads // 256 * 256
             readers = [partial(read_bytes, far.ctypes.data + i * part, part) for i in range(n_threads)]

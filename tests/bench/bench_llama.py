@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arguments import count, file
 from bench_token import measure_cycles
 
 from pyggml.llama import LlamaModel
@@ -48,11 +49,11 @@ def measure(decode: Callable[[], Any], kernels_s: Callable[[], float], n: int) -
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", type=Path)
-    parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("models", nargs="*", type=file)
+    parser.add_argument("--tokens", type=count, default=60)
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
-    paths = given.models
+    paths = [Path(model) for model in given.models]
     for layers in () if paths else (4, 24):
         paths.append(folder / f"qwen3moe-{layers}.gguf")
         make_moe(paths[-1], Recipe(arch="qwen3moe", sizes=Sizes(layers=layers)))

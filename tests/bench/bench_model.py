@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import count, file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
@@ -77,9 +78,9 @@ def serve(contender: str, model: str, threads: int) -> None:
 def main() -> None:
     """Run the contenders and print their rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?")
+    parser.add_argument("model", nargs="?", type=file)
     for name, value in (("threads", 2), ("prompt", 128), ("generate", 32), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=count, default=value)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:

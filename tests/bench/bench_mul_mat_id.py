@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import count, counts, some_of
 
 N_COLUMNS, N_ROWS, N_EXPERTS, N_USED = 2048, 768, 128, 8
 TYPES = {
@@ -205,10 +206,10 @@ def work(library: str, threads: int) -> None:
 def main() -> None:
     """Time all cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", default="q8_0,q4_1,q4_0,q4_k,mxfp4,f16,f32,bf16")
-    parser.add_argument("--tokens", default="1,8,64,512")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--types", type=some_of(TYPES), default="q8_0,q4_1,q4_0,q4_k,mxfp4,f16,f32,bf16")
+    parser.add_argument("--tokens", type=counts, default="1,8,64,512")
+    parser.add_argument("--threads", type=count, default=2)
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--worker", choices=LIBRARIES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -238,8 +239,8 @@ def main() -> None:
         return json.loads(line)
 
     print(f"MUL_MAT_ID [{N_COLUMNS} x {N_ROWS} x {N_EXPERTS}], {N_USED} used, {args.threads} threads; ms: p10 (median)")
-    for type_name in args.types.split(","):
-        for n_tokens in map(int, args.tokens.split(",")):
+    for type_name in args.types:
+        for n_tokens in args.tokens:
             errors = {library: ask(library, f"case {type_name} {n_tokens}") for library in LIBRARIES}
             times: dict[str, list[float]] = {library: [] for library in LIBRARIES}
             for _ in range(args.rounds):

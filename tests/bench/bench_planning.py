@@ -14,6 +14,8 @@ import math
 import statistics
 import time
 
+from arguments import count
+
 from pyggml.backend import REGISTRY
 from pyggml.planning import ContextFlags, PlacementFlags, Planner, virtual_clock
 from pyggml.simulation import simulate_batch
@@ -26,8 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="gpt-oss-120b")
     parser.add_argument("--device", default="sim:rtx3090-pcie4")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--prompt", type=count, default=2048)
     args = parser.parse_args()
     gpu, cpu = (REGISTRY.open_all([name], data=False)[0].backend() for name in (args.device, "cpu"))
 

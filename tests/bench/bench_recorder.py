@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import numpy as np
+from arguments import count
 
 import pyggml as ggml
 from pyggml.clock import VirtualClock
@@ -67,8 +68,8 @@ def make(kind: type[ggml.Scheduler], n_splits: int, **options: Any) -> tuple[ggm
 def main() -> None:
     """Time all and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--splits", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--splits", type=count, default=100)
+    parser.add_argument("--rounds", type=count, default=300)
     args = parser.parse_args()
     recording = ggml.Recording()
     clock = VirtualClock([PROFILES["rtx4090-pcie4"], CPU_PROFILE])

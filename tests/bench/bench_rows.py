@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from arguments import count, counts, some_of
 from bench_mul_mat_id import libggml
 
 N_NODES, N_COLUMNS, N_CACHE, N_EMBD_HEAD, N_HEAD = 32, 1024, 4096, 128, 16
@@ -159,18 +160,18 @@ def time_both(runs: list[Run], rounds: int) -> list[float]:
 def main() -> None:
     """Time all cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="1,512")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--types", default=",".join(TYPES))
-    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--rows", type=counts, default="1,512")
+    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--types", type=some_of(TYPES), default=",".join(TYPES))
+    parser.add_argument("--modes", type=some_of(MODES), default=",".join(MODES))
     args = parser.parse_args()
     ours, theirs, rng = Ours(), Theirs(), np.random.default_rng(0)
-    for n in map(int, args.rows.split(",")):
+    for n in args.rows:
         x = rng.standard_normal((n, N_COLUMNS), dtype="f4")
         ids = rng.permutation(N_CACHE)[:n].astype("i8")
         heads = rng.standard_normal((n, N_HEAD, N_EMBD_HEAD), dtype="f4")
-        cases = [(f"SET_ROWS {name}", name, "set_rows", x, ids) for name in filter(None, args.types.split(","))]
-        for name in filter(None, args.modes.split(",")):
+        cases = [(f"SET_ROWS {name}", name, "set_rows", x, ids) for name in args.types]
+        for name in args.modes:
             positions = np.tile(np.arange(n, dtype="i4"), 4 if MODES[name] & 8 else 1)
             cases.append((f"ROPE {name}", name, "rope", heads, positions))
         for label, name, kind, *arrays in cases:

@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_model
+from arguments import count, file
 
 #: Sizes of the made MoE; see `pyggml make-moe`.
 MADE = "--arch qwen3moe --embd 1024 --layers 8 --experts 32 --used 4 --ff-exp 512 --heads 16 --kv-heads 4 --vocab 8192"
@@ -205,9 +206,9 @@ def models(given: list[str]) -> Iterator[Path]:
 def main() -> None:
     """Profile the models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*")
+    parser.add_argument("models", nargs="*", type=file)
     for name, value in (("threads", 2), ("prompt", 128), ("generate", 64), ("rounds", 5), ("kinds", 14)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=count, default=value)
     parser.add_argument("--device", action="store_true")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()

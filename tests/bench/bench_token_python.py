@@ -19,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_model
+from arguments import count, file
 
 BYTES = 54 << 20
 
@@ -60,8 +61,8 @@ class Reads:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("model", type=file)
+    parser.add_argument("--threads", type=count, default=2)
     parser.add_argument("--device", action="store_true")
     args = parser.parse_args()
     session = bench_model.open_session(args.model, args.threads, over_device=args.device)
