@@ -1,20 +1,27 @@
-"""Write files whole or not at all."""
+"""Read files of a bounded size, and write files whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import json
 import os
 import secrets
 import shutil
+import stat
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from .errors import PyggmlError
+from .errors import FormatError, PyggmlError
 
-__all__ = ["aside", "writing"]
+__all__ = ["MOST_BYTES", "aside", "check_regular", "opened", "parse_json", "read_json", "read_text", "writing"]
 
+#: Most bytes of a file of text, JSON or arrays that are read, after decompression.
+MOST_BYTES = 1 << 30
 #: A writer touches its temporary file all the time; one left alone for this long has lost its writer.
 _ABANDONED_S = 600.0
 _HINTS = {
@@ -27,6 +34,104 @@ _HINTS = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "the name is a link to itself: remove it, or choose another",
 }
+
+
+def check_regular(path: str | os.PathLike[str], *, most_bytes: int | None = MOST_BYTES) -> None:
+    """Refuse what is not a regular file or is too large, without opening it: a pipe would block, a device would not end.
+
+    Raises
+    ------
+    FormatError
+        It is refused.
+    OSError
+        There is no such file, or it cannot be looked at.
+    """
+    path = os.fspath(path)
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise FormatError(path, "this is a folder", hint="name a file in it")
+    if not stat.S_ISREG(found.st_mode):
+        raise FormatError(path, "this is not a regular file", hint="copy it to a regular file")
+    if most_bytes is not None and found.st_size > most_bytes:
+        raise _too_large(path, most_bytes)
+
+
+def _too_large(path: str, most_bytes: int) -> FormatError:
+    return FormatError(path, f"larger than {most_bytes >> 20:,} MiB, the most that is read", hint="is it another file?")
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[io.BufferedIOBase]:
+    """Open a regular file for reading, decompressed if it is compressed with gzip; an error while it is read is a `FormatError`.
+
+    Raises
+    ------
+    FormatError
+        The file does not exist, is not a regular file, is too large, cannot be read, or its compression is damaged.
+    """
+    import gzip
+
+    name = os.fspath(path)
+    try:
+        check_regular(name)
+        with open(name, "rb") as file:
+            is_gzip = file.read(2) == b"\x1f\x8b"
+        with gzip.open(name) if is_gzip else open(name, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise FormatError(name, "no such file") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise FormatError(name, f"damaged gzip: {error}") from None
+    except OSError as error:
+        raise FormatError(name, f"cannot be read: {error.strerror or error}") from None
+
+
+def read_text(path: str | os.PathLike[str], *, hint: str = "") -> str:
+    """Return a whole text file, decompressed.
+
+    Raises
+    ------
+    FormatError
+        As `opened`, or it is not UTF-8 text, or its text is longer than `MOST_BYTES`.
+    """
+    with opened(path) as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise _too_large(os.fspath(path), MOST_BYTES)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FormatError(os.fspath(path), "not UTF-8 text", offset=error.start, hint=hint) from None
+
+
+def parse_json(path: str | os.PathLike[str], text: str, *, where: str = "", hint: str = "") -> Any:  # of JSON's values
+    """Return the value of a JSON text, which is that of a file or of the line ``where`` of it.
+
+    Raises
+    ------
+    FormatError
+        It is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = "" if where else f", line {error.lineno} column {error.colno}"
+        raise FormatError(os.fspath(path), f"{where}not JSON: {error.msg}{at}", hint=hint) from None
+    except RecursionError:
+        raise FormatError(os.fspath(path), f"{where}not JSON that can be read: nested too deeply", hint=hint) from None
+    except ValueError as error:  # an integer of too many digits
+        raise FormatError(os.fspath(path), f"{where}not JSON that can be read: {error}", hint=hint) from None
+
+
+def read_json(path: str | os.PathLike[str], *, hint: str = "") -> Any:  # of JSON's values
+    """Return the value of a JSON file, decompressed.
+
+    Raises
+    ------
+    FormatError
+        As `read_text`, or it is not JSON.
+    """
+    return parse_json(path, read_text(path, hint=hint), hint=hint)
 
 
 @contextlib.contextmanager

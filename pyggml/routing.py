@@ -7,7 +7,6 @@ with a much more even use. `routing_of` says what is assumed of a model; docs/ac
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .errors import FormatError, GraphError
+from .files import check_regular, read_json
 from .hardware.rates import RATES
 
 if TYPE_CHECKING:
@@ -267,11 +267,14 @@ class RecordedRouting:
         import numpy as np
 
         try:
+            check_regular(path)
             with np.load(path) as file:
                 ids = file["topk"]
         except FileNotFoundError:
             raise FormatError(str(path), "no such file", hint="make one by `run --record-routing`") from None
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, MemoryError, zipfile.BadZipFile) as error:
+            if isinstance(error, FormatError):
+                raise
             raise FormatError(
                 str(path), "this is not a recorded routing", hint="make one by `run --record-routing`"
             ) from error
@@ -370,13 +373,14 @@ class UsedCounts:
             return cls(_positive(int(n) for n in text.split(",")), f"counts:{text}")
         path = Path(text)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             if not isinstance(found, list) or any(type(n) is not int for n in found):
                 raise ValueError("not a list of whole numbers")
             counts = _positive(found)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{path}: ")
             raise FormatError(
-                text, f"no counts of used experts ({error})", hint="a list with one count for each layer"
+                text, f"no counts of used experts: {reason}", hint="a list with one count for each layer"
             ) from None
         return cls(counts, f"counts ({path.name}, {len(counts)} layers)")
 

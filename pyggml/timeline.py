@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from .errors import FormatError
-from .files import aside
+from .files import aside, read_json
 from .record import (
     AllocPurpose,
     AllocRecord,
@@ -222,15 +222,10 @@ def read_timeline(path: Path) -> tuple[list[Record], dict[str, Any]]:
 
     Raises
     ------
-    OSError
-        The file cannot be read.
     FormatError
-        The file is not such a timeline, or has no records.
+        The file cannot be read, is not such a timeline, or has no records.
     """
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(str(path), f"it is not JSON: {error}", hint="give a file that --timeline wrote") from error
+    whole = read_json(path, hint="give a file that --timeline wrote")
     if not isinstance(whole, dict) or "traceEvents" not in whole:
         raise FormatError(str(path), "it is not a timeline", hint="give a file that --timeline wrote")
     kept = whole.get(_RECORDS_KEY)

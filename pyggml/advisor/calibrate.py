@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FormatError
+from ..files import read_text
 from ..foresight import Machine, ModelShape, Setting, Speed, model_shape, speed_of
 from ..foresight.estimate import Placed, place, predict
 from ..types import Type
@@ -106,17 +107,15 @@ def read_bench(path: Path) -> list[BenchRun]:
         The file cannot be read, is something else, or has no run with a speed.
     """
     hint = "write it with `llama-bench ... -o json > FILE`"
+    text = read_text(path, hint=hint)
     try:
-        text = path.read_text(encoding="utf-8")
         rows = (
             json.loads(text)
             if text.lstrip().startswith("[")
             else [json.loads(x) for x in text.splitlines() if x.strip()]
         )
         runs = [_run(row) for row in rows if row["avg_ts"] > 0]
-    except OSError as error:
-        raise FormatError(str(path), f"cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"  # its repr may hold the whole file
         raise FormatError(str(path), f"is no JSON of llama-bench: {reason[:200]}", hint=hint) from None
     if not runs:

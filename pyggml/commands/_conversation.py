@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import PyggmlError
+from ..errors import FormatError, PyggmlError
+from ..files import read_text
 
 if TYPE_CHECKING:
     from ..llama import LlamaModel
@@ -163,7 +164,6 @@ class Conversation:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise LineError(f"/read {path}: {reason}") from error
+        return read_text(path)
+    except FormatError as error:
+        raise LineError(f"/read {error}") from error

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import FormatError
+from ..files import check_regular
 from ._options import choice, count, file_option, json_option, option
 from ._page import check_outputs
 
@@ -108,11 +110,12 @@ def trace_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_model(path: Path) -> bool:
-    """Return whether a file is a GGUF file, by its first bytes; a missing one, by its name."""
+    """Return whether a file is a GGUF file, by its first bytes; one that cannot be read, by its name."""
     try:
+        check_regular(path, most_bytes=None)
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"
-    except OSError:
+    except (OSError, FormatError):
         return path.suffix == ".gguf"
 
 

@@ -17,12 +17,12 @@ import contextlib
 import mmap
 import os
 import re
-import stat
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from ..errors import FormatError
+from ..files import check_regular
 from .header import AGAIN, Header, TensorInfo, ValueType, read_header
 
 if TYPE_CHECKING:
@@ -279,15 +279,9 @@ def _part_paths(path: str, count: int, number: int) -> list[str]:
 
 
 def _map(path: str) -> mmap.mmap:
-    """Map a file read-only. A file that cannot be mapped is refused without opening it, because a pipe would block."""
+    """Map a file read-only."""
     try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise FormatError(path, "this is a folder", hint="name the .gguf file in it")
-        if not stat.S_ISREG(mode):
-            raise FormatError(
-                path, "this is not a regular file", hint="copy it to a regular file: pyggml maps it into memory"
-            )
+        check_regular(path, most_bytes=None)
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise FormatError(path, "the file is empty", offset=0, hint=AGAIN)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DeviceUnavailableError
+from ..files import read_json
 from .cards import GENERATIONS, Card, find_card
 from .formulas import family_of
 from .hosts import Host, is_possible
@@ -77,7 +78,7 @@ def read_profile(path: Path) -> ProfileFile:
         The file cannot be read, or is neither.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if isinstance(data, dict) and "outcomes" in data and "rates" in data:
             return _of_selftest(data)
         if not isinstance(data, dict) or data.get("pyggml_profile") != 1:
@@ -94,10 +95,9 @@ def read_profile(path: Path) -> ProfileFile:
         if card.generation not in GENERATIONS or min(rates) <= 0 or min(link, back) < 0:
             raise ValueError("a rate, the memory or the generation cannot be")
         return ProfileFile(host, card, link, back)
-    except OSError as error:
-        raise DeviceUnavailableError(f"profile:{path}", f"cannot be read: {error.strerror}") from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise DeviceUnavailableError(f"profile:{path}", f"is no profile: {error}", hint=_HINT) from None
+        reason = str(error).removeprefix(f"{path}: ")
+        raise DeviceUnavailableError(f"profile:{path}", f"is no profile: {reason}", hint=_HINT) from None
 
 
 def _of_selftest(data: dict[str, Any]) -> ProfileFile:

@@ -5,10 +5,7 @@ If a file is not a case, the error names the place in it and what was expected t
 
 from __future__ import annotations
 
-import gzip
-import json
 import struct
-import zlib
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from ..backends.mock import (
     OpSupport,
     Optimize,
 )
-from ..errors import FormatError
+from ..files import read_json
 from ..types import MAX_DIMS, MAX_SRC, SIZE_MAX, BufferUsage, DeviceType, Op, TensorFlag, Type
 from .case import BufferSpec, Case, GraphSpec, Step, TensorSpec
 from .json_walk import At, shown
@@ -40,22 +37,9 @@ def read_case(path: str | Path) -> Case:
     Raises
     ------
     FormatError
-        It is not a case; the text says where and what was expected.
-    OSError
-        The file cannot be read.
+        The file cannot be read or is not a case; the text says where and what was expected.
     """
-    raw = Path(path).read_bytes()
-    try:
-        value = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise FormatError(str(path), f"damaged gzip: {error}") from None
-    except UnicodeDecodeError as error:
-        raise FormatError(str(path), "not text", offset=error.start) from None
-    except json.JSONDecodeError as error:
-        raise FormatError(str(path), f"not JSON: {error.msg}, line {error.lineno} column {error.colno}") from None
-    except RecursionError:
-        raise FormatError(str(path), "not a case: nested too deeply") from None
-    return _parse(At(str(path), "", value))
+    return _parse(At(str(path), "", read_json(path)))
 
 
 def parse_case(value: object) -> Case:

@@ -99,7 +99,7 @@ def test_what_is_no_measurement_is_told(text: str, tmp_path: Path, capsys: pytes
         read_bench(path)
     assert run(["calibrate", MODEL, str(path), "-dev", "rtx3090"]) == 1
     assert "llama-bench ... -o json" in capsys.readouterr().err
-    with pytest.raises(FormatError, match="cannot be read"):
+    with pytest.raises(FormatError, match="no such file"):
         read_bench(tmp_path / "missing.json")
 
 

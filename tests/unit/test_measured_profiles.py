@@ -86,7 +86,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         write_profile(tmp_path / "p.txt", ProfileFile(host), {})
     with pytest.raises(DeviceUnavailableError, match="cannot be written"):
         write_profile(tmp_path / "no" / "p.json", ProfileFile(host), {})
-    with pytest.raises(DeviceUnavailableError, match="cannot be read"):
+    with pytest.raises(DeviceUnavailableError, match="is no profile: no such file"):
         read_profile(tmp_path / "missing.json")
 
 

@@ -151,7 +151,7 @@ def test_view_of_view_is_refused(case, write) -> None:
         (b"", "not JSON"),
         (b"{]", "not JSON"),
         (b"[]", "an object expected"),
-        (b'{"\xff"}', "not text"),
+        (b'{"\xff"}', "not UTF-8 text"),
         (b"[" * 100_000, "nested too deeply"),
         (gzip.compress(b"{}" * 500, mtime=0)[:-9], "damaged gzip"),
     ],

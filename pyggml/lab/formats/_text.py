@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ...errors import FormatError
+from ...files import MOST_BYTES, opened
 
-__all__ = ["as_ids", "as_int", "load_json", "open_lines", "read_start", "read_text"]
+__all__ = ["as_ids", "as_int", "open_lines", "read_start"]
 
-#: Most bytes of text that are read, after decompression.
-MAX_TEXT = 1 << 30
 MAX_LINE = 1 << 26
-
-
-def _is_gzip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
 
 
 def read_start(path: Path, n_bytes: int) -> bytes:
@@ -29,35 +20,10 @@ def read_start(path: Path, n_bytes: int) -> bytes:
     Raises
     ------
     FormatError
-        The file does not exist, or its compression is damaged.
+        As `opened`.
     """
-    try:
-        if _is_gzip(path):
-            with gzip.open(path) as file:
-                return file.read(n_bytes)
-        with path.open("rb") as raw:
-            return raw.read(n_bytes)
-    except FileNotFoundError:
-        raise FormatError(str(path), "no such file") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise FormatError(str(path), f"cannot be read ({error})") from None
-
-
-def read_text(path: Path) -> str:
-    """Return a whole text file, decompressed.
-
-    Raises
-    ------
-    FormatError
-        It is not UTF-8 text, or longer than `MAX_TEXT`.
-    """
-    data = read_start(path, MAX_TEXT + 1)
-    if len(data) > MAX_TEXT:
-        raise FormatError(str(path), f"more than {MAX_TEXT >> 20} MiB of text", hint="cut the trace")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FormatError(str(path), "not UTF-8 text", offset=error.start) from None
+    with opened(path) as file:
+        return file.read(n_bytes)
 
 
 def open_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -66,38 +32,20 @@ def open_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises
     ------
     FormatError
-        A line is not UTF-8 text, or the file is longer than `MAX_TEXT`.
+        As `opened`, or a line is not UTF-8 text, or the text is longer than `MOST_BYTES`.
     """
-    n_read = 0
-    try:
-        with gzip.open(path) if _is_gzip(path) else path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE):
-                number += 1
-                n_read += len(line)
-                if len(line) == MAX_LINE or n_read > MAX_TEXT:
-                    raise FormatError(str(path), f"line {number}: more text than a trace has", offset=n_read)
-                yield number, line.decode("utf-8")
-    except UnicodeDecodeError:
-        raise FormatError(str(path), "not UTF-8 text", offset=n_read) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise FormatError(str(path), f"cannot be read ({error})", offset=n_read) from None
-
-
-def load_json(path: Path | str, text: str, *, where: str = "") -> Any:  # of JSON's values
-    """Return the value of a JSON text.
-
-    Raises
-    ------
-    FormatError
-        It is not JSON.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise FormatError(str(path), f"{where}not JSON ({error.msg})", offset=error.pos) from None
-    except (RecursionError, ValueError) as error:  # nested too deep; an integer of too many digits
-        raise FormatError(str(path), f"{where}not JSON that can be read ({error})") from None
+    n_read = number = 0
+    with opened(path) as file:
+        while line := file.readline(MAX_LINE):
+            number += 1
+            n_read += len(line)
+            if len(line) == MAX_LINE or n_read > MOST_BYTES:
+                raise FormatError(str(path), f"line {number}: more text than a trace has", offset=n_read)
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError:
+                raise FormatError(str(path), "not UTF-8 text", offset=n_read) from None
+            yield number, text
 
 
 def as_int(path: Path | str, where: str, value: Any, low: int = 0, high: int = 1 << 40) -> int:  # of JSON's values

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FormatError
+from ...files import parse_json
 from ..trace import Phase, Trace, TraceBuilder
-from ._text import as_ids, as_int, load_json, open_lines
+from ._text import as_ids, as_int, open_lines
 
 __all__ = ["read", "sniff"]
 
@@ -35,7 +36,7 @@ def read(path: Path) -> Trace:
     for number, line in open_lines(path):
         if not line.strip():
             continue
-        entry = load_json(path, line, where=f"line {number}: ")
+        entry = parse_json(path, line, where=f"line {number}: ")
         if not isinstance(entry, dict):
             raise FormatError(str(path), f"line {number} is no object")
         where = f"line {number}: "

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FormatError
+from ...files import read_json
 from ..trace import Phase, Trace, TraceBuilder
-from ._text import as_ids, load_json, read_text
+from ._text import as_ids
 
 __all__ = ["read", "sniff"]
 
@@ -29,7 +30,7 @@ def read(path: Path) -> Trace:
     FormatError
         The file contradicts the format.
     """
-    whole = load_json(path, read_text(path))
+    whole = read_json(path)
     tokens = whole.get("router_data") if isinstance(whole, dict) else None
     if not isinstance(tokens, list):
         raise FormatError(str(path), "no list 'router_data'")

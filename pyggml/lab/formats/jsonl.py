@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import FormatError
-from ...files import aside
+from ...files import aside, parse_json
 from ..trace import MAX_LAYERS, Phase, Trace, TraceBuilder
-from ._text import as_ids, as_int, load_json, open_lines
+from ._text import as_ids, as_int, open_lines
 
 __all__ = ["read", "sniff", "write"]
 
@@ -52,7 +52,7 @@ def read(path: Path) -> Trace:
     """
     lines = open_lines(path)
     _, first = next(lines, (1, ""))
-    header = load_json(path, first, where="line 1: ")
+    header = parse_json(path, first, where="line 1: ")
     if not isinstance(header, dict) or header.get("format") != NAME or header.get("version") != VERSION:
         raise FormatError(str(path), f"line 1 does not describe {NAME} of version {VERSION}")
     names = {field: field for field in _FIELDS}
@@ -67,7 +67,7 @@ def read(path: Path) -> Trace:
     reader = _Reader(path, names, _phases(path, header.get("phases", {})))
     for number, line in lines:
         if line.strip():
-            reader.take(f"line {number}: ", load_json(path, line, where=f"line {number}: "))
+            reader.take(f"line {number}: ", parse_json(path, line, where=f"line {number}: "))
     reader.flush()
     sizes, n_layer = _sizes(path, header)
     requests = header.get("requests", reader.request_names())

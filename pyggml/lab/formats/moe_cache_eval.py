@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import FormatError
-from ...files import aside
+from ...files import aside, read_json
 from ..trace import MAX_IDS, MAX_SLOTS, Trace, check_ids, check_shape
 
 __all__ = ["read", "sniff", "write"]
@@ -175,9 +175,7 @@ def _model(path: Path, columns: dict[str, npt.NDArray[Any]]) -> dict[str, Any]: 
     told: dict[str, Any] = {"num_layers": 0, "num_experts": 0, "top_k": 0, "id": ""}
     beside = path.with_name("manifest.json")
     if beside.is_file() and "num_layers" not in columns:
-        from ._text import load_json, read_text
-
-        manifest = load_json(beside, read_text(beside))
+        manifest = read_json(beside)
         model = manifest.get("model") if isinstance(manifest, dict) else None
         if isinstance(model, dict):
             told.update({key: model[key] for key in told if key in model})

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FormatError
+from ...files import read_json
 from ..trace import Phase, Trace, TraceBuilder
-from ._text import as_ids, as_int, load_json, read_text
+from ._text import as_ids, as_int
 
 __all__ = ["read", "sniff"]
 
@@ -28,7 +29,7 @@ def read(path: Path) -> Trace:
     FormatError
         The file contradicts the format.
     """
-    whole = load_json(path, read_text(path))
+    whole = read_json(path)
     prompts = whole.get("prompts") if isinstance(whole, dict) else None
     if not isinstance(prompts, dict):
         raise FormatError(str(path), "no object of prompts by name")
