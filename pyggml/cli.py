@@ -93,7 +93,9 @@ class CommandGroup(cloup.Group):
     """
 
     def __init__(self, name: str, folder: Path, package: str, *, help: str) -> None:
-        theme = cloup.HelpTheme(heading=cloup.Style(bold=True), col1=cloup.Style(fg="cyan"))
+        theme = cloup.HelpTheme(
+            heading=cloup.Style(bold=True), col1=cloup.Style(fg=None if config.no_color() else "cyan")
+        )
         look = cloup.HelpFormatter.settings(max_width=HELP_WIDTH, col1_max_width=34, theme=theme)
         settings = cloup.Context.settings(help_option_names=["-h", "--help"], formatter_settings=look)
         super().__init__(name, help=help, no_args_is_help=True, context_settings=settings, params=[VERSION])

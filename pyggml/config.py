@@ -19,6 +19,7 @@ __all__ = [
     "install_hint",
     "libggml_path",
     "libllama_path",
+    "no_color",
     "op_offload_min_batch",
     "rpc_timeout_s",
     "sched_debug",
@@ -55,6 +56,12 @@ VARIABLES = (
         "0",
         "1 prints the splits of each graph to stderr, 2 also its nodes, both exactly as upstream does; "
         "3 adds why each node is where it is.",
+    ),
+    Variable(
+        "NO_COLOR",
+        "text",
+        "",
+        "Anything but empty: no colours. Bold, dim and italic text stays, as [the convention](https://no-color.org) has it.",
     ),
     Variable(
         "PYGGML_CACHE_DIR",
@@ -147,6 +154,11 @@ def libggml_path() -> str:
 def libllama_path() -> str:
     """Return ``PYGGML_LIBLLAMA``; empty if it is not set."""
     return os.environ.get("PYGGML_LIBLLAMA", "")
+
+
+def no_color() -> bool:
+    """Return whether ``NO_COLOR`` is set to anything but an empty text."""
+    return bool(os.environ.get("NO_COLOR", ""))
 
 
 def rpc_timeout_s() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,6 +122,19 @@ def test_help_is_light() -> None:
     for words, heavy in ((["--help"], {"numba", "numpy", "rich", "gguf"}), (["devices", "--json"], {"numba"})):
         done = subprocess.run([sys.executable, "-c", script.format(words)], capture_output=True, text=True, check=True)
         assert not heavy & set(done.stderr.split())
+
+
+@pytest.mark.parametrize(("setting", "coloured"), [("1", set()), ("", {"36", "33"})])
+def test_no_color(setting: str, coloured: set[str]) -> None:
+    """With NO_COLOR neither help nor messages have colours; what is bold stays bold, as the convention has it."""
+    script = (
+        "from pyggml import cli\ncli.group.main(['--help'], standalone_mode=False, color=True)\n"
+        "from pyggml.commands._console import warn\nwarn('late')\n"
+    )
+    env = {**os.environ, "NO_COLOR": setting, "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
+    codes = set(re.findall(r"\x1b\[(\d+)m", done.stdout + done.stderr))
+    assert codes == {"0", "1"} | coloured
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
