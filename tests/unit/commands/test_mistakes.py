@@ -28,7 +28,7 @@ MISTAKES = {
     "runs": (
         "calibrate gpt-oss-20b MODEL",
         1,
-        "is no JSON of llama-bench: UnicodeDecodeError: 'utf-8' codec",
+        "not UTF-8 text at byte",
         "-o json",
     ),
     "model": ("splits gpt-os-120b", 1, "no such model in the table", "such as gpt-oss-120b"),
