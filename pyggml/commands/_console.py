@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from rich.cells import cell_len
@@ -22,8 +23,10 @@ __all__ = ["ROOMY_WIDTH", "Bar", "n_bytes", "n_seconds", "print_json", "progress
 #: Columns of a report that does not go to a terminal: wide enough that no cell of ours is folded.
 PIPE_WIDTH = 160
 BAR_WIDTH, MIN_BAR_WIDTH = 10, 5
-#: Of a column of words, before numbers are folded.
+#: Of a column of words.
 MIN_FREE_WIDTH = 16
+#: A longer word of a free column may be broken.
+MAX_WORD_WIDTH = 24
 #: Columns from which on a table of long names has room for bars.
 ROOMY_WIDTH = 100
 
@@ -73,21 +76,106 @@ def print_json(value: Any) -> None:  # of JSON's values
 
 
 class _Table(Table):
-    """A table that folds only its free columns, unless the others alone are too wide."""
+    """A table that breaks no number: only its free columns are folded.
+
+    With less room headers are folded between words, gaps are narrower, and a column of one value is said once above.
+    Where that is still too wide, each row is a paragraph of names and values.
+    """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if sum(map(_least_width, self.columns)) > options.max_width:
-            for column in self.columns:
-                column.no_wrap = False
-        return super().__rich_console__(console, options)
+        for form, told in self._forms():
+            if form._fits(options.max_width):
+                if told:  # wrapped by the terminal's width, not the table's
+                    yield Text(told, style="table.title")
+                yield from Table.__rich_console__(form, console, options)
+                return
+        if self.title:
+            yield Text(str(self.title), style="table.title")
+        for i, row in enumerate(self.rows):
+            cells = [(column, column._cells[i]) for column in self.columns]
+            pieces = [
+                _piece(column, cell, not k) for k, (column, cell) in enumerate(cells) if not isinstance(cell, Bar)
+            ]
+            for line in _paragraph(console, [piece for piece in pieces if piece], options.max_width):
+                line.stylize(row.style or "")
+                yield line
+
+    @property
+    def _gap(self) -> int:
+        return self.padding[1]
+
+    def _fits(self, width: int) -> bool:
+        """Return whether no number and no word is broken in some columns; then the columns of words share what is free."""
+        gaps = self._gap * (len(self.columns) - 1)
+        room = width - gaps - sum(_width(column, is_least=True) for column in self.columns)
+        if room < 0:
+            return False
+        free = [column for column in self.columns if not column.no_wrap and not _has_bars(column)]
+        for n, column in zip(range(len(free), 0, -1), free, strict=True):
+            least = _width(column, is_least=True)
+            more = min(_width(column, is_least=False) - least, room // n)
+            column.width, room = least + more, room - more
+        return True
+
+    def _forms(self) -> Iterator[tuple[_Table, str]]:
+        """Yield the table in forms that need less and less room, and what is said before the last."""
+        whole, folded = copy(self), copy(self)
+        whole.columns = [replace(column) for column in self.columns]
+        folded.columns = [replace(column, header=str(column.header).replace(" ", "\n")) for column in self.columns]
+        yield from ((whole, ""), (folded, ""))
+        close = copy(folded)
+        close.padding = (0, 1, 0, 0)
+        yield close, ""
+        same = [c for c in self.columns if c.header and len(c._cells) > 1 and len(set(map(str, c._cells))) == 1]
+        if same and len(same) < len(self.columns):
+            some = copy(close)
+            kept = [column for column, old in zip(close.columns, self.columns, strict=True) if old not in same]
+            some.columns = [replace(column, _index=i) for i, column in enumerate(kept)]
+            some.title = None
+            told = "  ".join(f"{_joined(c.header)}: {_joined(c._cells[0])}" for c in same)
+            yield some, f"{self.title}\n{told}" if self.title else told
 
 
-def _least_width(column: Column) -> int:
-    """Return the width that a column needs, with the space after it."""
-    if not column.no_wrap:
-        return MIN_FREE_WIDTH if column.header else 0
-    lines = (line for cell in (column.header, *column.cells) for line in str(cell).splitlines())
-    return 2 + max(map(cell_len, lines), default=0)
+def _has_bars(column: Column) -> bool:
+    return any(isinstance(cell, Bar) for cell in column.cells)
+
+
+def _width(column: Column, *, is_least: bool) -> int:
+    """Return the width of a column's longest line, or if it is free the least with which no word is broken; bars need none."""
+    lines = [
+        line for cell in (column.header, *column.cells) if not isinstance(cell, Bar) for line in str(cell).splitlines()
+    ]
+    longest = max(map(cell_len, lines), default=0)
+    if not is_least or column.no_wrap:
+        return longest
+    word = max((cell_len(word) for line in lines for word in line.split()), default=0)
+    return min(max(word, MIN_FREE_WIDTH), longest, MAX_WORD_WIDTH)
+
+
+def _joined(cell: object) -> Text:
+    """Return the text of a cell on one line, with its styles."""
+    text = cell if isinstance(cell, Text) else Text(str(cell))
+    return Text(" ").join(text.split("\n"))
+
+
+def _piece(column: Column, cell: object, is_first: bool) -> Text:
+    """Return what a paragraph says of a cell; of the row's name, only the name."""
+    text = _joined(cell)
+    if not text or not column.header or (is_first and column.justify == "left"):
+        return text
+    return Text.assemble((f"{_joined(column.header)}: ", "bold"), text)
+
+
+def _paragraph(console: Console, pieces: Iterable[Text], width: int) -> list[Text]:
+    """Return pieces as lines, two columns between them and at the start of further lines; one that is too long is wrapped."""
+    lines = [Text()]
+    for piece in pieces:
+        if lines[-1] and lines[-1].cell_len + 2 + piece.cell_len > width:
+            lines.append(Text())
+        first, *rest = piece.wrap(console, max(width - 2, 1), overflow="fold") or [Text()]
+        lines[-1].append("  " if lines[-1] or len(lines) > 1 else "").append_text(first)
+        lines += [Text("  ").append_text(line) for line in rest]
+    return lines
 
 
 def table(title: str, *columns: str, right: tuple[str, ...] = (), free: tuple[str, ...] = ("",)) -> Table:

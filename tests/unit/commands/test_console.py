@@ -45,19 +45,33 @@ def test_wide(made: Table) -> None:
 
 def test_words_and_bars_give_way_to_numbers(made: Table) -> None:
     """With little room words are folded and bars left out, but no number is."""
-    lines = printed(made, 40)
-    assert max(map(len, lines)) <= 40
+    lines = printed(made, 46)
+    assert max(map(len, lines)) <= 46
     assert lines[2].startswith("    0  1,234.5 MiB")
     assert len(lines) > 6
     text = "".join(line[18:].strip() for line in lines[2:])
     assert "blk.0.ffn_gate_exps.weight" in text.replace(" ", "")
 
 
-def test_nothing_is_cut_off(made: Table) -> None:
-    """With too little room for the numbers they are folded: every digit is shown."""
-    lines = printed(made, 24)
-    start = next(i for i, line in enumerate(lines) if line.startswith("   0"))
-    assert "".join(line[6:10].strip() for line in lines[start : start + 3]) == "1,234.5MiB"
+def test_a_row_becomes_a_paragraph(made: Table) -> None:
+    """With too little room for whole numbers and words each row is a paragraph of names and values; bars are left out."""
+    assert printed(made, 40) == [
+        "Title", "layer: 0  copied: 1,234.5 MiB", "  names: blk.0.ffn_up_exps.weight and", "  blk.0.ffn_gate_exps.weight",
+        "layer: 12  copied: 2.0 KiB  names: x", "",
+    ]  # fmt: skip
+    assert max(map(len, printed(made, 24))) <= 24
+
+
+def test_narrower_forms_of_a_table() -> None:
+    """Headers are folded first, then gaps are narrower, then what is equal in all rows is said in the title."""
+    made = _console.table("T", "model", "of device", "fits", right=("of device",))
+    for share in ("10.5%", "100.0%"):
+        made.add_row("gpt", share, "yes")
+    assert printed(made, 23)[:3] == ["T", "model  of device  fits", "gpt        10.5%  yes"]
+    assert printed(made, 19)[1:4] == ["           of", "model  device  fits", "gpt     10.5%  yes"]
+    assert printed(made, 17)[1:4] == ["          of", "model device fits", "gpt    10.5% yes"]
+    assert printed(made, 16) == ["T", "model: gpt", "fits: yes", "    of", "device", " 10.5%", "100.0%", ""]
+    assert "10.5%" in printed(made, 12)[-3]
 
 
 @pytest.mark.parametrize(("width", "text"), [(10, "████░░░░░░"), (5, "██░░░"), (4, ""), (0, "")])
