@@ -15,6 +15,7 @@ import importlib
 import io
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,8 @@ def _line(error: Exception) -> str:
         text = f"{where}{error.strerror or error}"
     elif isinstance(error, MemoryError):
         text = f"out of memory{f': {error}' if str(error) else ''} (try a smaller model or context)"
+    elif place := _own_policy(error):
+        text = f"{place}: {type(error).__name__}: {error} (PYGGML_TRACEBACK=1 shows the traceback)"
     else:
         text = (
             f"{type(error).__name__}: {error} (this is an error in pyggml; please report it with the traceback that "
@@ -212,6 +215,20 @@ def _line(error: Exception) -> str:
         )
     text = " ".join(text.split())
     return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 500]} … {text[-500:]}"
+
+
+def _own_policy(error: Exception) -> str:
+    """Return which of the user's own policies (``module:Class``) failed, and where; empty if none did."""
+    policies = sys.modules.get(f"{__package__}.lab.policies")  # without it no policy was named
+    own: set[str] = policies.OWN_MODULES if policies else set()
+    place, is_in_own_file = "", False
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        cls, code = type(frame.f_locals.get("self")), frame.f_code
+        if frame.f_globals.get("__name__") in own or (cls.__module__ in own and not is_in_own_file):  # or inherited
+            is_in_own_file = frame.f_globals.get("__name__") in own
+            who = f"policy {cls.__module__}:{cls.__qualname__}" if cls.__module__ in own else "your own policy"
+            place = f"{who} failed in {code.co_qualname}, {code.co_filename}:{line}"
+    return place
 
 
 def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:

@@ -47,7 +47,7 @@ def command() -> None:
 @command.command("compare", short_help="Compare policies by cache size: bytes, hit rate, tokens/s.")
 @trace_options
 @option("--policies", shown="lru,lfu,lfru,belady,belady-bypass", metavar="P,P",
-     help="Policies (--list-policies lists them); P+2of8, P+hotter, P+atmost:2, P+next set the admission.")  # fmt: skip
+     help="Policies (--list-policies lists them); P+2of8, P+hotter, P+atmost:2, P+next set the admission; module:Class is your own.")  # fmt: skip
 @option("--capacities", shown="10%,20%,30%,40%,50%", metavar="C,C",
      help="Sizes: 10% of the experts, 6 slots per pool, or 512MiB in total.")  # fmt: skip
 @choice("--scope", values=["layer", "global", "group"], shown="layer",

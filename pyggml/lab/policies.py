@@ -1,13 +1,17 @@
 """The policies by name: how each is replayed and run.
 
 A name is an eviction, optionally with ``+`` and an admission: ``lru``, ``lfu-decay:32``, ``lru+hotter:64``,
-``lfru+2of8``. ``module:Class`` names a user's own `Eviction`.
+``lfru+2of8``. ``module:Class`` names a user's own `Eviction`, of a module in the current folder or on ``PYTHONPATH``.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +32,8 @@ __all__ = ["POLICIES", "Batch", "Policy", "parse_policy"]
 #: See `Eviction.replay_events`.
 Batch = Callable[[Events], npt.NDArray[np.bool_]]
 _HALF_LIFE = 64.0
+#: Modules of ``module:Class``: their errors are the policies'.
+OWN_MODULES: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +154,8 @@ def parse_policy(text: str) -> Policy:
     if found is None:
         raise GraphError(
             f"there is no policy '{text}'",
-            hint=f"{', '.join(POLICIES)}; +2of8, +hotter, +atmost:2, +next; module:Class",
+            hint=f"{', '.join(POLICIES)}; +2of8, +hotter, +atmost:2, +next; module:Class, of a module in the current folder or "
+            "on PYTHONPATH",
         )
     if admission:
         if found.make is None:
@@ -159,12 +166,42 @@ def parse_policy(text: str) -> Policy:
 
 
 def _own(text: str) -> Policy | None:
-    """Return the policy of ``module:Class``, or None if there is no such class."""
-    module, _, name = text.partition(":")
+    """Return the policy of ``module:Class``, or None if there is no such module.
+
+    Raises
+    ------
+    GraphError
+        The module cannot be imported, or has no such `Eviction`.
+    """
+    name, _, wanted = text.partition(":")
     try:
-        made = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        return None
+        with _current_folder_last():
+            module = importlib.import_module(name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            return None
+        raise GraphError(f"policy '{text}': {name} cannot be imported: {type(error).__name__}: {error}") from error
+    made = getattr(module, wanted, None)
     if not (isinstance(made, type) and issubclass(made, Eviction)):
-        raise GraphError(f"'{text}' is no Eviction")
+        raise GraphError(
+            f"policy '{text}': {getattr(module, '__file__', name)} has no class '{wanted}' that is an Eviction"
+        )
+    if missing := sorted(getattr(made, "__abstractmethods__", ())):
+        raise GraphError(f"policy '{text}': {wanted} lacks {', '.join(missing)}", hint="see pyggml.lab.Eviction")
+    try:
+        inspect.signature(made).bind(1, 1)
+    except TypeError:
+        raise GraphError(f"policy '{text}': {wanted} must be made by {wanted}(n_slot, n_key)") from None
+    OWN_MODULES.add(made.__module__)
     return Policy(text, made, "own", must_admit=made.must_admit)
+
+
+@contextmanager
+def _current_folder_last() -> Iterator[None]:
+    """Let a module of the current folder be imported, unless the path has one of its name."""
+    folder = os.getcwd()
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path[:] = [path for path in sys.path if path is not folder]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace as changed
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyggml import cli
 from pyggml.errors import FormatError, GraphError
-from pyggml.lab import Trace, open_trace
+from pyggml.lab import Trace, open_trace, save_trace
 from pyggml.lab.cache import Cache, Eviction
 from pyggml.lab.policies import POLICIES, parse_policy
 from pyggml.lab.pools import Capacity, Pools, parse_capacities
@@ -342,6 +346,39 @@ def test_own_policies_are_plugged_in_by_name(tmp_path, monkeypatch):
     assert mine.hits == fifo.hits
     with pytest.raises(GraphError, match="no policy 'nothing'"):
         parse_policy("nothing")
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "told"),
+    [
+        ("failing", "class P(LRU):\n    def used(self, key, is_hit):\n        1 / 0\n", r"policy failing:P failed in P\.used, .*failing\.py:4: ZeroDivisionError: "),
+        ("inherited", "class P(LRU):\n    def __init__(self, n_slot, n_key):\n        pass\n", r"policy inherited:P failed in LRU\.used, .*: AttributeError: .*'_order'"),
+        ("batch", "class P(LRU):\n    replay_events = staticmethod(lambda e: e.nothing)\n", r"your own policy failed in P\.<lambda>, .*batch\.py:3: "),
+        ("short", "class P(Eviction):\n    def used(self, key, is_hit):\n        pass\n", "P lacks victim"),
+        ("unmade", "class P(LRU):\n    def __init__(self):\n        pass\n", r"must be made by P\(n_slot, n_key\)"),
+        ("absent", "class Q(LRU):\n    pass\n", "absent.py has no class 'P' that is an Eviction"),
+        ("unread", "import no_such_module\n", "unread cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("unparsed", "class (\n", "unparsed cannot be imported: SyntaxError: .*unparsed.py, line 2"),
+    ],
+)  # fmt: skip
+def test_an_error_of_an_own_policy_is_its_own(
+    module: str,
+    text: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A module of the current folder is found; what fails in it is said by class, file and line, and not as an error of pyggml."""
+    monkeypatch.chdir(tmp_path)
+    Path(f"{module}.py").write_text(f"from pyggml.lab.evictions import LRU, Eviction\n{text}")
+    save_trace(make([[[0, 1], [2, 3]], [[1, 2], [3, 0]], [[0, 1], [2, 3]]]), Path("t.jsonl"))
+    path = list(sys.path)
+    assert cli.run(["experts", "compare", "t.jsonl", "--capacities", "3", "--policies", f"{module}:P"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(told, " ".join(error.split()))
+    assert "error in pyggml" not in error
+    assert sys.path == path
 
 
 def test_own_policies_may_take_all_events_at_once(tmp_path, monkeypatch):
