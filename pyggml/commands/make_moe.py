@@ -33,6 +33,7 @@ _ARCHS = [
     "deepseek2",
     "qwen3next",
     "qwen35moe",
+    "qwen35-dense",
     "gemma4",
     "gemma4-dense",
     "llama-dense",

@@ -426,10 +426,11 @@ def _delta_net(model: RandomModel, block: str, *, is_joint: bool) -> None:
 
 
 def _hybrid(model: RandomModel, *, is_joint: bool) -> None:
-    """Add attention in every second layer, delta nets in the others, and a shared expert with a sigmoid gate."""
-    sizes = model.sizes
-    model.count("expert_feed_forward_length", sizes.ff_exp)
-    model.count("expert_shared_feed_forward_length", sizes.ff)
+    """Add attention in every second layer, delta nets in the others; with experts a shared one with a sigmoid gate."""
+    sizes, is_moe = model.sizes, not model.recipe.arch.endswith("-dense")
+    if is_moe:
+        model.count("expert_feed_forward_length", sizes.ff_exp)
+        model.count("expert_shared_feed_forward_length", sizes.ff)
     model.count("ssm.conv_kernel", 4)
     model.count("ssm.state_size", sizes.head_dim)
     model.count("ssm.inner_size", sizes.heads * sizes.head_dim)
@@ -442,6 +443,9 @@ def _hybrid(model: RandomModel, *, is_joint: bool) -> None:
             _gated_attention(model, block)
         else:
             _delta_net(model, block, is_joint=is_joint)
+        if not is_moe:
+            model.dense(block)
+            continue
         model.experts(block)
         std = float(np.float32(1) / np.sqrt(np.float32(sizes.embd)))
         model.vector(f"{block}.ffn_gate_inp_shexp", sizes.embd, std=std, suffix=".weight", own=False)
@@ -452,8 +456,8 @@ def _qwen3next(model: RandomModel) -> None:
     _hybrid(model, is_joint=True)
 
 
-def _qwen35moe(model: RandomModel) -> None:
-    """Qwen3.5: rotation by three positions, which are equal for text."""
+def _qwen35(model: RandomModel) -> None:
+    """Qwen3.5, with experts or dense: rotation by three positions, which are equal for text."""
     third = model.sizes.head_dim // 2 // 3
     sections = [model.sizes.head_dim // 2 - 2 * third, third, third, 0]
     model.keys.append((f"{model.arch}.rope.dimension_sections", ValueType.INT32, sections))
@@ -533,7 +537,8 @@ ARCHS: dict[str, Callable[[RandomModel], None]] = {
     "glm4moe": _glm4moe,
     "deepseek2": _deepseek2,
     "qwen3next": _qwen3next,
-    "qwen35moe": _qwen35moe,
+    "qwen35moe": _qwen35,
+    "qwen35-dense": _qwen35,
     "gemma4": _gemma4,
     "gemma4-dense": _gemma4_dense,
     "llama-dense": _llama_dense,

@@ -131,7 +131,10 @@ def decoder_graph(arch: Architecture, p: GraphParams, weights: Weights) -> Model
     """
     assert arch.layer is not None
     b = Builder(p, weights, has_exact_sums=arch.has_exact_sums)
-    cur = b.name(b.input_embd(), arch.embedding_name)
+    cur = b.input_embd()
+    if b.hp.stream_scale:
+        cur = ops.scale(cur, b.hp.stream_scale)
+    b.name(cur, arch.embedding_name)
     b.make_inputs()
     for w in weights.layers:
         cur = arch.layer(b, w, cur)

@@ -406,7 +406,7 @@ class Builder:
             k = ops.cast(k, Type.F16)
         if v.type is Type.F32:
             v = ops.cast(v, Type.F16)
-        cur = ops.flash_attn_ext(q, k, v, mask, scale, 0.0, 0.0)
+        cur = ops.flash_attn_ext(q, k, v, mask, scale, 0.0, self.hp.attention_softcap)
         self.flash_nodes.append((cur, il))
         ops.flash_attn_ext_add_sinks(cur, sinks)
         ops.prec_set_acc(cur, Prec.F32)
@@ -430,6 +430,9 @@ class Builder:
     ) -> Tensor:
         kq = self.name(ops.mul_mat(k, q), "kq", il)
         ops.prec_set_acc(kq, Prec.F32)
+        if most := self.hp.attention_softcap:
+            kq = self.name(ops.scale(kq, round_f32(1.0 / most)), "kq_scaled_1", il)
+            kq = self.name(ops.scale(self.name(ops.tanh(kq), "kq_tanh", il), most), "kq_scaled_2", il)
         kq = ops.soft_max_ext(kq, mask, scale, 0.0)
         ops.soft_max_add_sinks(kq, sinks)
         self.name(kq, "kq_soft_max", il)
@@ -448,7 +451,7 @@ class Builder:
     def ffn(
         self, w: LayerWeights, cur: Tensor, *, suffix: str = "", activation: Literal["swiglu", "geglu"] = "swiglu"
     ) -> Tensor:
-        """Return the dense feed-forward with a parallel gate; weights are named ``ffn_up`` + ``suffix`` and so on.
+        """Return the dense feed-forward; weights are named ``ffn_up`` + ``suffix`` and so on, and that may be gate and up in one.
 
         Notes
         -----
@@ -456,8 +459,11 @@ class Builder:
         """
         il = w.layer
         up = self._biased(w, "ffn_up", suffix, cur)
-        gate = self._biased(w, "ffn_gate", suffix, cur)
-        joined = ops.swiglu_split(gate, up) if activation == "swiglu" else ops.geglu_split(gate, up)
+        if w.get(f"ffn_gate{suffix}.weight") is None:
+            joined = ops.swiglu(up)
+        else:
+            gate = self._biased(w, "ffn_gate", suffix, cur)
+            joined = ops.swiglu_split(gate, up) if activation == "swiglu" else ops.geglu_split(gate, up)
         cur = self.name(joined, f"ffn_{activation}", il)
         cur = self._mul_mat_exactly(w[f"ffn_down{suffix}.weight"], cur)
         bias, factor = w.get(f"ffn_down{suffix}.bias"), w.get(f"ffn_down{suffix}.scale")

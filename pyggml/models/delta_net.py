@@ -103,7 +103,7 @@ def delta_layer(b: Builder, w: LayerWeights, x: DeltaInputs, *, are_heads_interl
 
     Notes
     -----
-    Mirrors `build_layer_attn_linear` of `llama_model_qwen3next` and `llama_model_qwen35moe`.
+    Mirrors `build_layer_attn_linear` of `llama_model_qwen3next`, `llama_model_qwen35` and `llama_model_qwen35moe`.
     """
     hp, il = b.hp, w.layer
     n, n_each, n_seqs = hp.n_ssm_head_v, b.part.n_seq_tokens, b.part.n_seqs

@@ -93,8 +93,10 @@ class HParams:
     rope_yarn_log_mul: float = 0.0
     embedding_scale: float = 0.0  #: factor of the embeddings; 0: none
     token_scale: float = 1.0  #: factor of token embeddings only, not of images'
+    stream_scale: float = 0.0  #: factor of what the first layer reads; 0: none
     residual_scale: float = 0.0  #: factor of what is added to the residual stream; 0: none
     attention_scale: float = 0.0  #: factor of Q times K; 0: one over the root of the head size
+    attention_softcap: float = 0.0  #: bound of Q times K, by tanh; 0: none
     logit_scale: float = 0.0  #: divisor of the logits, in families that have one
     logit_softcap: float = 0.0  #: bound of the logits, by tanh; 0: none
     n_embd_head_swa: int = 0  #: head size in layers with a sliding window; 0: as in the others
@@ -456,7 +458,9 @@ class KeyReader:
             raise self.error(key, f"has {len(values)} values for {n_layer} layers")
         return [v > 0 for v in values]
 
-    def sliding_window(self, hp: HParams, *, period: int, is_own: bool = False) -> dict[str, Any]:
+    def sliding_window(
+        self, hp: HParams, *, period: int, is_own: bool = False, default: int | None = None
+    ) -> dict[str, Any]:
         """Return the hyper-parameters of layers with a sliding window.
 
         Parameters
@@ -465,6 +469,8 @@ class KeyReader:
             If the file does not name the layers: every ``period``-th layer has no window.
         is_own : bool
             Layers with a window have their own rotation.
+        default : int, optional
+            The window of a file that does not say it.
 
         Notes
         -----
@@ -475,7 +481,7 @@ class KeyReader:
             if own is not None and own != common:
                 raise self.error(f"{name}_swa", f"is {own}, another size than that of the other layers ({common})")
         return {
-            "n_swa": self.integer("attention.sliding_window"),
+            "n_swa": self.integer("attention.sliding_window", default),
             "swa_layers": self.swa_layers(hp.n_layer, period),
             "rope_freq_base_swa": self.freq_base("rope.freq_base_swa", 10000.0 if is_own else hp.rope_freq_base),
             "rope_freq_scale_swa": 1.0 if is_own else hp.rope_freq_scale,

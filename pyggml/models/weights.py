@@ -26,6 +26,7 @@ __all__ = [
     "attention_rows",
     "dense_rows",
     "expert_rows",
+    "gate_up_row",
     "gate_up_rows",
     "layer_specs",
     "nextn_rows",
@@ -106,6 +107,11 @@ def dense_rows(hp: HParams) -> list[Row]:
         ("ffn_down.weight", (hp.n_ff, hp.n_embd), Op.MUL_MAT, False),
         ("ffn_up.weight", (hp.n_embd, hp.n_ff), Op.MUL_MAT, False),
     ]
+
+
+def gate_up_row(hp: HParams) -> Row:
+    """Return the row of a dense feed-forward's gate and up in one weight."""
+    return ("ffn_up.weight", (hp.n_embd, 2 * hp.n_ff), Op.MUL_MAT, False)
 
 
 def expert_rows(
@@ -215,9 +221,10 @@ def attention_rows(hp: HParams, layer: int, present: Present) -> list[Row]:
     ]
 
 
-def rope_factor_specs(hp: HParams, layer: int) -> list[WeightSpec]:
-    """Return the specs of the frequency factors: one tensor that every layer uses."""
-    names = ("rope_factors_long", "rope_factors_short") if hp.rope_scaling == "longrope" else ("rope_freqs",)
+def rope_factor_specs(hp: HParams, layer: int, *, is_long: bool = False) -> list[WeightSpec]:
+    """Return the specs of the frequency factors: one tensor that every layer uses, or with ``is_long`` or longrope two."""
+    is_long = is_long or hp.rope_scaling == "longrope"
+    names = ("rope_factors_long", "rope_factors_short") if is_long else ("rope_freqs",)
     ne = (hp.n_rot // 2, 1, 1, 1)
     return [
         WeightSpec(f"{n}.weight", ne, "repeating", layer, Op.ROPE, is_optional=True, is_duplicate=layer != 0)

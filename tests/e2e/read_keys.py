@@ -15,11 +15,11 @@ Verdict = Literal["honoured", "refused", "cannot matter"]
 #: The families, as `test_families.FAMILIES` names them.
 EVERY = tuple(name for name in ARCHITECTURES if name != "qwen3")  # qwen3 is in test_variants.py
 _ROUTED = ("glm4moe", "deepseek2", "dots1")
-_WINDOWED = ("gpt-oss", "gemma3", "gemma4")
+_WINDOWED = ("gpt-oss", "gemma2", "gemma3", "gemma4")
 _NO_WINDOW = tuple(family for family in EVERY if family not in _WINDOWED)
 _EXPERTS = tuple(f for f in EVERY if ARCHITECTURES[f].may_have_experts or f in ARCHITECTURES[f].moe_names)
 _DENSE = tuple(family for family in EVERY if family not in _EXPERTS)
-_HYBRID = ("qwen3next", "qwen35moe")
+_HYBRID = ("qwen3next", "qwen35moe", "qwen35")
 _YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
 Values = dict[str, Any]
 
@@ -96,21 +96,23 @@ READ_KEYS: list[ReadKey] = [
     _nothing("attention.value_length_swa", _NO_WINDOW, 8),
     _nothing("rope.dimension_count_swa", _NO_WINDOW, 8),
     _size("expert_feed_forward_length", tuple(f for f in _EXPERTS if f not in ("llama", "olmoe", "granitemoe")), None, 16),
-    _size("expert_shared_feed_forward_length", ("qwen2moe", "granitemoe", "ernie4_5-moe", *_HYBRID), None, 16),
+    _size("expert_shared_feed_forward_length", ("qwen2moe", "granitemoe", "ernie4_5-moe", *_HYBRID[:2]), None, 16),
     _size("expert_shared_count", _ROUTED, 2),
     _size("leading_dense_block_count", (*_ROUTED, "ernie4_5-moe"), None, 2),
     _key("expert_weights_scale", _ROUTED, "honoured", None, 0.0, 3.0),
     _key("expert_weights_norm", _ROUTED, "honoured", None, True, False),
     _key("expert_gating_func", (*_ROUTED, "minimax-m2"), "honoured", None, 1, 2, 3),
     _key("attention.sliding_window", _WINDOWED, "honoured", 4, 40),
-    _key("attention.sliding_window_pattern", ("gpt-oss", "gemma3"), "honoured",
+    _nothing("attention.sliding_window", ("phi3",), 4, 40),
+    _key("attention.sliding_window_pattern", ("gpt-oss", "gemma2", "gemma3"), "honoured",
          *({"attention.sliding_window": 4, "attention.sliding_window_pattern": p} for p in (0, 3, [True, True, False]))),
     _key("rope.freq_base_swa", _WINDOWED, "honoured", 100.0),
-    _key("attention.key_length_swa", ("gpt-oss", "gemma3"), "refused", 8, counts=False),
-    _key("attention.value_length_swa", ("gpt-oss", "gemma3"), "refused", 8, counts=False),
-    _key("rope.dimension_count_swa", ("gpt-oss", "gemma3"), "refused", 8, counts=False),
+    _key("attention.key_length_swa", ("gpt-oss", "gemma2", "gemma3"), "refused", 8, counts=False),
+    _key("attention.value_length_swa", ("gpt-oss", "gemma2", "gemma3"), "refused", 8, counts=False),
+    _key("rope.dimension_count_swa", ("gpt-oss", "gemma2", "gemma3"), "refused", 8, counts=False),
+    _key("rope.dimension_sections", ("glm4",), "honoured", [0, 0, 0, 0], [4, 2, 2, 0], [4, 4, 0, 0]),
     _key("rope.dimension_sections", ("glm4moe",), "refused", [0, 0, 0, 0], [4, 2, 2, 0], 2, counts=False),
-    _key("rope.dimension_sections", ("qwen35moe",), "honoured", [8, 0, 0, 0], [2, 2, 2, 2]),
+    _key("rope.dimension_sections", ("qwen35moe", "qwen35"), "honoured", [8, 0, 0, 0], [2, 2, 2, 2]),
     _size("ssm.conv_kernel", _HYBRID, None, 3),
     _size("ssm.inner_size", _HYBRID, None, 32),
     _size("ssm.state_size", _HYBRID, None, 8),
@@ -127,6 +129,8 @@ READ_KEYS: list[ReadKey] = [
     _size("embedding_length_per_layer_input", ("gemma4",), 16),
     _nothing("rope.dimension_sections", ("ernie4_5-moe",), [4, 2, 2, 0]),
     _key("final_logit_softcapping", ("gemma3", "gemma4"), "honoured", 0.0, 2.0),
+    _key("final_logit_softcapping", ("gemma2",), "honoured", None, 2.0),
+    _key("attn_logit_softcapping", ("gemma2",), "honoured", None, 2.0),
     _key("logit_scale", ("granitemoe",), "honoured", 2.0),
     _key("residual_scale", ("granitemoe",), "honoured", None, 2.0),
     _key("embedding_scale", ("granitemoe",), "honoured", None, 2.0),

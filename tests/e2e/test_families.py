@@ -43,6 +43,22 @@ _NEXTN_LAYER = {
     "nextn.hnorm.weight": (64,),
     "nextn.shared_head_norm.weight": (64,),
 }
+_QWEN35_NEXTN_LAYER = {
+    **{
+        name: shape
+        for name, shape in _NEXTN_LAYER.items()
+        if name.startswith(("nextn.", "post_attention", "attn_norm"))
+    },
+    "attn_q.weight": (128, 64),
+    "attn_k.weight": (32, 64),
+    "attn_v.weight": (32, 64),
+    "attn_output.weight": (64, 64),
+    "attn_q_norm.weight": (16,),
+    "attn_k_norm.weight": (16,),
+    "ffn_gate.weight": (96, 64),
+    "ffn_up.weight": (96, 64),
+    "ffn_down.weight": (64, 96),
+}
 _ROUTED_WEIGHTS = {
     "ffn_gate_inp.weight": (8, 64),
     "exp_probs_b.bias": (8,),
@@ -69,6 +85,30 @@ _QKVO = ("attn_q", "attn_k", "attn_v", "attn_output")
 _EXPS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 32.0, "rope.scaling.original_context_length": 64}
 
+
+def _in_layers(tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return tensors of every layer."""
+    return {f"blk.{i}.{name}": shape for i in range(3) for name, shape in tensors.items()}
+
+
+_QKV_BIASES = (("attn_q.bias", 64), ("attn_k.bias", 32), ("attn_v.bias", 32))
+_GLM4: dict[str, Any] = {
+    "renamed_arch": "glm4",
+    "without": ("ffn_gate.weight", "ffn_up.weight"),
+    "tensors": _in_layers(
+        {"ffn_up.weight": (192, 64), "post_attention_norm.weight": (64,), "post_ffw_norm.weight": (64,)}
+    ),
+}
+_PHI3: dict[str, Any] = {
+    "renamed_arch": "phi3",
+    "without": (*(f"attn_{part}.weight" for part in "qkv"), "ffn_gate.weight", "ffn_up.weight"),
+    "tensors": _in_layers({"attn_qkv.weight": (128, 64), "ffn_up.weight": (192, 64)}),
+}
+_GEMMA2: dict[str, Any] = {
+    "renamed_arch": "gemma2",
+    "without": ("output.weight",),
+    "tensors": _in_layers({"post_attention_norm.weight": (64,), "post_ffw_norm.weight": (64,)}),
+}
 _GEMMA3 = {
     "renamed_arch": "gemma3",
     "without": (*_EXPERT_WEIGHTS, "output.weight"),
@@ -307,6 +347,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3moe",
         {**_GEMMA3, "keys": {**_GEMMA3_KEYS, "final_logit_softcapping": 3.0}},
     ),
+    "gemma2": ("llama-dense", _GEMMA2),
+    "gemma2, a short window in two layers, other bounds, another base": (
+        "llama-dense",
+        {
+            **_GEMMA2,
+            "keys": {
+                "attention.sliding_window": 16,
+                "attention.sliding_window_pattern": 3,
+                "attn_logit_softcapping": 2.0,
+                "final_logit_softcapping": 3.0,
+                "rope.freq_base_swa": 5000.0,
+                "rope.scaling.type": "linear",
+                "rope.scaling.factor": 8.0,
+            },
+        },
+    ),
     "qwen3next": ("qwen3next", {}),
     "qwen3next, projections in one by groups, tied": (
         "qwen3next",
@@ -349,6 +405,69 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "keys": {"block_count": 2},
             "without": tuple(f"blk.2.{name}" for name in _HYBRID_LAYER),
+        },
+    ),
+    "qwen35": ("qwen35-dense", {}),
+    "qwen35, tied, with scales": (
+        "qwen35-dense",
+        {
+            "without": ("output.weight",),
+            "tensors": _scales("attn_qkv", "attn_gate", "ssm_out", layers=(0, 2))
+            | _scales(*_QKVO, layers=(1,))
+            | _scales("ffn_gate", "ffn_up", "ffn_down"),
+        },
+    ),
+    "qwen35 with a layer that predicts further": (
+        "qwen35-dense",
+        {
+            "keys": {"block_count": 4, "nextn_predict_layers": 1},
+            "tensors": {f"blk.3.{name}": shape for name, shape in _QWEN35_NEXTN_LAYER.items()},
+        },
+    ),
+    "seed_oss": (
+        "llama-dense",
+        {
+            "renamed_arch": "seed_oss",
+            "without": ("ffn_norm.weight",),
+            "tensors": {f"blk.{i}.post_attention_norm.weight": (64,) for i in range(3)},
+        },
+    ),
+    "seed_oss, tied, with biases": (
+        "llama-dense",
+        {
+            "renamed_arch": "seed_oss",
+            "without": ("ffn_norm.weight", "output.weight"),
+            "tensors": {
+                f"blk.{i}.{name}": (n,)
+                for i in range(3)
+                for name, n in (("post_attention_norm.weight", 64), *_QKV_BIASES)
+            },
+        },
+    ),
+    "glm4": ("llama-dense", _GLM4),
+    "glm4, a part of each head rotates, with biases, tied": (
+        "llama-dense",
+        {
+            **_GLM4,
+            "keys": {"rope.dimension_count": 8},
+            "without": (*_GLM4["without"], "output.weight"),
+            "tensors": _GLM4["tensors"] | {f"blk.{i}.{name}": (n,) for i in range(3) for name, n in _QKV_BIASES},
+        },
+    ),
+    "phi3": ("llama-dense", _PHI3),
+    "phi3 with factors of frequencies, a part of each head rotates, q, k and v apart": (
+        "llama-dense",
+        {
+            "renamed_arch": "phi3",
+            "keys": {
+                "rope.dimension_count": 8,
+                "rope.scaling.type": "longrope",
+                "rope.scaling.attn_factor": 1.2,
+                "rope.scaling.original_context_length": 128,
+            },
+            "without": ("ffn_gate.weight", "ffn_up.weight"),
+            "tensors": _in_layers({"ffn_up.weight": (192, 64)})
+            | {"rope_factors_long.weight": (4,), "rope_factors_short.weight": (4,)},
         },
     ),
     "gemma4": ("gemma4", {}),
@@ -510,6 +629,9 @@ def test_a_recorded_routing_counts_layers_with_experts(expected, tmp_path):
         ("granitemoe", {"keys": {"logit_scale": None}}, "no key 'granitemoe.logit_scale'"),
         ("granitemoe", {"keys": {"logit_scale": 0.0}}, "logits are divided by it"),
         ("olmoe", {"keys": {"expert_count": 0, "expert_used_count": 0}}, "has experts"),
+        ("llama-dense", {**_GEMMA2, "keys": {"final_logit_softcapping": 0.0}}, "what it bounds is divided by it"),
+        ("llama-dense", {**_GEMMA2, "keys": {"attn_logit_softcapping": 0.0}}, "what it bounds is divided by it"),
+        ("llama-dense", {**_GLM4, "keys": {"rope.dimension_sections": [4, 4]}}, "has 2 numbers, 4 are needed"),
         ("qwen2moe", {"without": ("output.weight",)}, "'output.weight' is missing"),
         ("deepseek2", {"keys": {"attention.key_length_mla": None}}, "converted before MLA"),
         ("deepseek2", {"keys": {"attention.kv_lora_rank": 64}}, "is 64, which does not go with"),

@@ -19,6 +19,8 @@ from pyggml.session import ContextFlags, PlacementFlags, Session
 from pyggml.types import Type
 
 ARCHS = ("qwen3next", "qwen35moe")
+#: What only plans are compared of: its recurrent layers are those of qwen35moe.
+DENSE = "qwen35-dense"
 TOKENS = [(i * 37 + 11) % 300 for i in range(40)]
 
 
@@ -51,7 +53,7 @@ SHARED = [
 def models(tmp_path_factory) -> dict[str, Path]:
     """Give a tiny model of each family."""
     folder = tmp_path_factory.mktemp("recurrent")
-    return {arch: write_edited(folder / f"{arch}.gguf", arch) for arch in ARCHS}
+    return {arch: write_edited(folder / f"{arch}.gguf", arch) for arch in (*ARCHS, DENSE)}
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +208,7 @@ def test_sizes_that_cannot_be_are_refused_by_name(keys, message, tmp_path):
     [["--cpu-moe"], ["-ngl", "2"], ["-ngl", "99"], ["-ngl", "99", "--no-kv-offload"], ["-ngl", "99", "-fa", "on"]],
     ids=" ".join,
 )
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [*ARCHS, DENSE])
 def test_plans_are_those_of_llama_cpps_graph(arch, words, models, capsys):
     """Over a device, splits, copies and pins are those of the graph that llama.cpp builds, line for line."""
     assert plan_of_both_graphs(models[arch], words, capsys).count("GATED_DELTA_NET"[:10]) >= 4

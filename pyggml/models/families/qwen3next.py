@@ -14,7 +14,7 @@ from ..blocks import Builder
 from ..delta_net import DeltaInputs, delta_layer
 from ..experts import moe_ffn
 from ..hparams import HParams, KeyReader
-from ..weights import EXPERT_OP, LayerWeights, Present, Row, gate_up_rows, qkv_rows, shared_rows
+from ..weights import EXPERT_OP, LayerWeights, Present, Row, dense_rows, gate_up_rows, qkv_rows, shared_rows
 
 __all__ = [
     "ARCHITECTURE",
@@ -46,14 +46,15 @@ def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
 def gated_layer_rows(hp: HParams, i: int, present: Present, recurrent: list[Row]) -> list[Row]:
     """Return the rows of a layer with attention or, if recurrent, with the given rows."""
     norms: list[Row] = [(f"{n}.weight", (hp.n_embd,), Op.MUL, False) for n in ("attn_norm", "post_attention_norm")]
+    feed_forward = moe_rows(hp, i, present) if hp.is_moe else dense_rows(hp)
     if i in hp.recurrent_layers:
-        return [*norms, *recurrent, *moe_rows(hp, i, present)]
+        return [*norms, *recurrent, *feed_forward]
     attention: list[Row] = [
         ("attn_output.weight", (hp.n_embd_head_k * hp.n_head, hp.n_embd), Op.MUL_MAT, False),
         ("attn_q_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
         ("attn_k_norm.weight", (hp.n_embd_head_k,), Op.MUL, False),
     ]
-    return [*norms, *qkv_rows(hp, i, present, n_q_each=2), *attention, *moe_rows(hp, i, present)]
+    return [*norms, *qkv_rows(hp, i, present, n_q_each=2), *attention, *feed_forward]
 
 
 def recurrent_rows(hp: HParams, qkvz: list[Row], beta_alpha: list[Row]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The architecture qwen35moe (Qwen3.5, Qwen3.6): qwen3next with M-RoPE and separate projection weights."""
+"""The architectures qwen35 (dense) and qwen35moe (Qwen3.5, Qwen3.6): qwen3next with M-RoPE and separate projection weights."""
 
 from __future__ import annotations
 
@@ -22,16 +22,12 @@ def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     sections = keys.rope_sections()
     if len(sections) != 4:
         raise keys.error("rope.dimension_sections", f"has {len(sections)} numbers, 4 are needed")
-    return replace(
-        hp,
-        rope_sections=tuple(sections),
-        n_ff_shexp=keys.integer("expert_shared_feed_forward_length", 0, least=0),
-        **keys.recurrent(hp),
-    )
+    n_ff_shexp = keys.integer("expert_shared_feed_forward_length", 0, least=0) if hp.is_moe else 0
+    return replace(hp, rope_sections=tuple(sections), n_ff_shexp=n_ff_shexp, **keys.recurrent(hp))
 
 
 def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
-    """Mirrors `llama_model_qwen35moe::load_arch_tensors`."""
+    """Mirrors `load_arch_tensors` of `llama_model_qwen35` and `llama_model_qwen35moe`."""
     rows = recurrent_rows(
         hp,
         [
@@ -44,11 +40,11 @@ def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
 
 
 def _layer(b: Builder, w: LayerWeights, layer_in: Tensor) -> Tensor:
-    """Mirrors `llama_model_qwen35moe::graph`."""
+    """Mirrors `llama_model_qwen35::graph` and `llama_model_qwen35moe::graph`."""
     cur = b.norm_by(w, "attn_norm", layer_in)
     b.graph.expand(cur)
     cur = _delta(b, w, cur) if w.layer in b.hp.recurrent_layers else _attention(b, w, cur)
-    return finish_layer(b, w, cur, layer_in, gated_experts)
+    return finish_layer(b, w, cur, layer_in, gated_experts if b.hp.is_moe else Builder.ffn)
 
 
 def _attention(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
@@ -85,6 +81,7 @@ def _delta(b: Builder, w: LayerWeights, cur: Tensor) -> Tensor:
 
 
 ARCHITECTURE = Architecture(
+    names=("qwen35",),
     moe_names=("qwen35moe",),
     rope=RopeType.IMROPE,
     hparams=_hparams,
