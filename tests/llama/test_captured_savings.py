@@ -39,7 +39,7 @@ def test_a_family_that_is_not_built(arch, tmp_path, capsys):
 
 def test_what_cannot_be_planned_is_said(tmp_path, capsys):
     """A family without experts, a text for a plan, and a routing that there is not are errors of one line."""
-    dense = str(write_known("phi3", tmp_path))
+    dense = str(write_known("starcoder2", tmp_path))
     for words, says in (
         ([dense], "no experts"),
         ([dense, "--prompt", "hello"], "a plan has no text"),
