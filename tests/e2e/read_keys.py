@@ -12,7 +12,7 @@ from pyggml.models.architectures import ARCHITECTURES
 
 Verdict = Literal["honoured", "refused", "cannot matter"]
 
-#: The families, as `test_families.FAMILIES` names them.
+#: The families, as `families.FAMILIES` names them.
 EVERY = tuple(name for name in ARCHITECTURES if name != "qwen3")  # qwen3 is in test_variants.py
 _ROUTED = ("glm4moe", "deepseek2", "dots1")
 _WINDOWED = ("gpt-oss", "gemma2", "gemma3", "gemma4")

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from edited_models import write_edited
+from families import FAMILIES
 from gguf import constants
 from read_keys import EVERY, READ_KEYS, ReadKey, Values
-from test_families import FAMILIES
 
 from pyggml.errors import FormatError
 from pyggml.gguf import GGUFFile
