@@ -18,14 +18,14 @@ LATER = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def child() -> Iterator[Child]:
     """Ggml 0.20.2."""
     with Child("oracle.programs") as child:
         yield child
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def child_of(child: Child) -> Iterator[Callable[[str], Child]]:
     """Return the library that answers for a builder."""
     with ExitStack() as stack:
