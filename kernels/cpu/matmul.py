@@ -9,36 +9,12 @@ from __future__ import annotations
 
 from . import blocks32, coded, floatrows, kquants, panel
 from .activations import quantise_row_halves, quantise_row_halves_q8_0, quantise_row_q8_0, quantise_row_q8_k
+from .descriptor import address, own_scratch, scratch, sizes, strides, word
 from .kernel import device, op_kernel
 from .memory import atomic_add, atomic_store, call4, call8, copy_bytes, ld_i64, st_i32, st_i64
 from .panel import PANEL_BLOCK, ROWS, TILE_TOKENS
 from .routing import active_at
-from .words import (
-    ADDRESS,
-    BF16,
-    COUNTER,
-    DST,
-    F16,
-    F32,
-    NB0,
-    NB1,
-    NB2,
-    NB3,
-    NE0,
-    NE1,
-    NE2,
-    NE3,
-    NVFP4,
-    PARAM,
-    Q1_0,
-    Q2_0,
-    SCRATCH,
-    SHARED,
-    SRC0,
-    SRC1,
-    THREAD_BYTES,
-    THREADS,
-)
+from .words import BF16, COUNTER, DST, F16, F32, NB1, NE0, NE2, NE3, NVFP4, PARAM, Q1_0, Q2_0, SHARED, SRC0, SRC1
 
 #: Parameters. X_BASE: byte offset of prepared rows in the shared scratch, or -1: src1 itself. GROUPS: the same of the
 #: grouping by expert, or -1: dense. FEW: up to so many tokens rows are taken as they lie. OUT_BASE: byte offset in the
@@ -101,16 +77,14 @@ def thread_bytes(typ: int, k: int) -> int:
 @device
 def _address_tokens(d, ctl, i02, i03, order, j, n, lists):
     """Write where tokens j .. j+n-1 of a group lie and where their results go, to the lists."""
-    ne11, ne12 = ld_i64(d + 8 * (SRC1 + NE1)), ld_i64(d + 8 * (SRC1 + NE2))
-    x_base, row_bytes = ld_i64(d + 8 * X_BASE), ld_i64(d + 8 * X_ROW_BYTES)
-    nb11, nb12, nb13 = ld_i64(d + 8 * (SRC1 + NB1)), ld_i64(d + 8 * (SRC1 + NB2)), ld_i64(d + 8 * (SRC1 + NB3))
-    nb1, nb2, nb3 = ld_i64(d + 8 * (DST + NB1)), ld_i64(d + 8 * (DST + NB2)), ld_i64(d + 8 * (DST + NB3))
-    x = ld_i64(d + 8 * (SRC1 + ADDRESS)) if x_base < 0 else ld_i64(ctl + 8 * SHARED) + x_base
-    out_base = ld_i64(d + 8 * OUT_BASE)
-    out = ld_i64(d + 8 * (DST + ADDRESS)) if out_base < 0 else ld_i64(ctl + 8 * SHARED) + out_base
-    r2 = max(1, ne12 // ld_i64(d + 8 * (SRC0 + NE2)))
-    r3 = max(1, ld_i64(d + 8 * (SRC1 + NE3)) // ld_i64(d + 8 * (SRC0 + NE3)))
-    n_used = ld_i64(d + 8 * N_USED)
+    ne11, ne12, ne13 = sizes(d, SRC1)[1:]
+    nb11, nb12, nb13 = strides(d, SRC1)[1:]
+    nb1, nb2, nb3 = strides(d, DST)[1:]
+    x_base, row_bytes, out_base, n_used = word(d, X_BASE), word(d, X_ROW_BYTES), word(d, OUT_BASE), word(d, N_USED)
+    shared = ld_i64(ctl + 8 * SHARED)
+    x = address(d, SRC1) if x_base < 0 else shared + x_base
+    out = address(d, DST) if out_base < 0 else shared + out_base
+    r2, r3 = max(1, ne12 // word(d, SRC0 + NE2)), max(1, ne13 // word(d, SRC0 + NE3))
     for i in range(n):
         if order != 0:
             pair = ld_i64(order + 8 * (j + i))
@@ -130,7 +104,7 @@ def _address_tokens(d, ctl, i02, i03, order, j, n, lists):
 @device
 def _float_job(d, w, r0, r1, n_tokens, lists):
     """Rows r0 .. r1-1 of a float matrix at w times the tokens in the lists."""
-    k, nb01, kernel = ld_i64(d + 8 * (SRC0 + NE0)), ld_i64(d + 8 * (SRC0 + NB1)), ld_i64(d + 8 * ROWS_KERNEL)
+    k, nb01, kernel = word(d, SRC0 + NE0), word(d, SRC0 + NB1), word(d, ROWS_KERNEL)
     outs = lists + 8 * _LISTS
     if n_tokens <= FEW_FLOAT_TOKENS:
         call8(kernel, w + r0 * nb01, nb01, r1 - r0, k, n_tokens, lists, outs, 4 * r0)
@@ -147,9 +121,9 @@ def _float_job(d, w, r0, r1, n_tokens, lists):
 @device
 def _quantised_job(d, w, r0, r1, n_tokens, few, thread_panel, lists):
     """Rows r0 .. r1-1 of a quantised matrix at w times the tokens in the lists."""
-    n_blocks, nb01 = ld_i64(d + 8 * (SRC0 + NE0)) // 32, ld_i64(d + 8 * (SRC0 + NB1))
-    rows_kernel, unpack = ld_i64(d + 8 * ROWS_KERNEL), ld_i64(d + 8 * UNPACK_KERNEL)
-    tile, n_rows = ld_i64(d + 8 * TILE_KERNEL), ld_i64(d + 8 * (SRC0 + NE1))
+    k, n_rows, _, _ = sizes(d, SRC0)
+    n_blocks, nb01 = k // 32, word(d, SRC0 + NB1)
+    rows_kernel, unpack, tile = word(d, ROWS_KERNEL), word(d, UNPACK_KERNEL), word(d, TILE_KERNEL)
     outs, r = lists + 8 * _LISTS, r0
     if not few:
         while r + ROWS <= r1:
@@ -181,29 +155,28 @@ def _job_rows(n_rows, n_matrices, nth):
 @device
 def _clear_skipped(ith, nth, d, order, n_pairs, total):
     """Set the results of pairs without an expert to 0; this thread's share of them."""
-    out, n_used = ld_i64(d + 8 * (DST + ADDRESS)), ld_i64(d + 8 * N_USED)
-    nb0, nb1, nb2 = ld_i64(d + 8 * (DST + NB0)), ld_i64(d + 8 * (DST + NB1)), ld_i64(d + 8 * (DST + NB2))
+    out, n_used, ne0 = address(d, DST), word(d, N_USED), word(d, DST + NE0)
+    nb0, nb1, nb2, _ = strides(d, DST)
     for j in range(total + ith, n_pairs, nth):
         pair = ld_i64(order + 8 * j)
         row = out + pair % n_used * nb1 + pair // n_used * nb2
-        for i in range(ld_i64(d + 8 * (DST + NE0))):
+        for i in range(ne0):
             st_i32(row + i * nb0, 0)
 
 
 @op_kernel
 def mul_mat(ith, nth, d, ctl):
     """Multiply matrices src0 with the tokens of src1 that belong to each."""
-    n_rows, ne02 = ld_i64(d + 8 * (SRC0 + NE1)), ld_i64(d + 8 * (SRC0 + NE2))
-    nb02, nb03 = ld_i64(d + 8 * (SRC0 + NB2)), ld_i64(d + 8 * (SRC0 + NB3))
-    weights, groups = ld_i64(d + 8 * (SRC0 + ADDRESS)), ld_i64(d + 8 * GROUPS)
-    ne03 = ld_i64(d + 8 * (SRC0 + NE3))
-    is_float = ld_i64(d + 8 * IS_FLOAT)
-    n_outs = ld_i64(d + 8 * (DST + NE1)) * ld_i64(d + 8 * (DST + NE2)) * ld_i64(d + 8 * (DST + NE3))
+    _, n_rows, ne02, ne03 = sizes(d, SRC0)
+    _, _, nb02, nb03 = strides(d, SRC0)
+    _, ne1, ne2, ne3 = sizes(d, DST)
+    n_outs = ne1 * ne2 * ne3
+    weights, groups, is_float = address(d, SRC0), word(d, GROUPS), word(d, IS_FLOAT)
     first = ld_i64(ctl + 8 * SHARED) + groups
     active = active_at(first, ne02, n_outs)
     order = first + 8 * (ne02 + 1) if groups >= 0 else 0
     n_matrices = ld_i64(active) if groups >= 0 else ne02 * ne03
-    lists = ld_i64(ctl + 8 * THREADS) + ith * ld_i64(ctl + 8 * THREAD_BYTES)
+    lists = own_scratch(ctl, ith)
     thread_panel = lists + 2 * 8 * _LISTS
     job_rows = _job_rows(n_rows, n_matrices, nth)
     if groups >= 0:
@@ -222,7 +195,7 @@ def mul_mat(ith, nth, d, ctl):
         r0 = (job - matrix * per_matrix) * job_rows
         r1 = min(n_rows, r0 + job_rows)
         w = weights + i02 * nb02 + i03 * nb03
-        few = j1 - j0 <= ld_i64(d + 8 * FEW)
+        few = j1 - j0 <= word(d, FEW)
         for j in range(j0, j1, _LISTS):
             n = min(_LISTS, j1 - j)
             _address_tokens(d, ctl, i02, i03, order, j, n, lists)
@@ -237,6 +210,4 @@ def mul_mat(ith, nth, d, ctl):
 @op_kernel
 def place_product(ith, nth, d, ctl):
     """Copy a product's result from scratch to its own memory."""
-    copy_bytes(
-        ld_i64(d + 8 * (DST + ADDRESS)), ld_i64(ctl + 8 * SHARED) + ld_i64(d + 8 * SCRATCH), ld_i64(d + 8 * N_BYTES)
-    )
+    copy_bytes(address(d, DST), scratch(d, ctl), word(d, N_BYTES))
