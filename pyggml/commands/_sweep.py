@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..hardware.hosts import Host
     from ..moe_cache import CacheRule
     from ..planning import GraphChoice
+    from ._beside import Beside
 
 __all__ = ["FORMATS", "SweepCommand", "combinations", "print_sweep", "sweep_rows"]
 
@@ -68,6 +69,7 @@ def sweep_rows(
     host: Host | None,
     expert_cache: CacheRule | None,
     generate: int,
+    beside: Beside,
 ) -> Iterator[dict[str, Any]]:
     """Plan every combination and yield a row for each batch size.
 
@@ -101,7 +103,9 @@ def sweep_rows(
                 )  # fmt: skip
                 kept = same
             plans = plan_batches(planner, parse_sizes(batches), outputs=outputs, routing=routing, depth=depth)
-            fits = memory_fits(planner.memory(), planner.backends, host_bytes=host.memory_bytes if host else None)
+            fits = memory_fits(
+                beside.count(planner, flags)[0], planner.backends, host_bytes=host.memory_bytes if host else None
+            )
             for plan in plans:
                 is_cached = planner.expert_cache is not None and plan.n_tokens == 1
                 s = forecast(planner, routing, generate, depth) if is_cached else plan.simulated

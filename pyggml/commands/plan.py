@@ -37,6 +37,10 @@ Examples:
 """
 
 
+#: Options of llama.cpp that load something beside the model.
+_BESIDE = ("-md", "--model-draft", "--spec-draft-model", "-mm", "--mmproj")
+
+
 class _PlanCommand(cloup.Command):
     """A command that refuses llama.cpp's flags by their names: what a plan chooses is not told to it."""
 
@@ -47,6 +51,11 @@ class _PlanCommand(cloup.Command):
             if word[:1] == "-" and word.partition("=")[0] not in own and before not in ("--explain", "--compare"):
                 from ..advisor import flag_name
 
+                if word.partition("=")[0] in _BESIDE:
+                    raise click.UsageError(
+                        f"{word}: a plan does not count it; keep its memory free with --margin GiB (`pyggml splits {word} ...` counts it)",
+                        ctx,
+                    )
                 if flag := flag_name(word.partition("=")[0]):
                     hint = "--kv-types T,T allows types" if "-ct" in flag else f'--compare "{word} ..." adds a row'
                     raise click.UsageError(f"{word}: a plan chooses {flag} ({hint}, --explain {flag} says why)", ctx)
@@ -67,7 +76,7 @@ class _PlanCommand(cloup.Command):
          "[default: those found in this machine]"),
     option("--host", default="", metavar="SPEC",
          help="RAM type x channels, cores, size: ddr4-3200x2,cores=8,64GiB. Or read=60GB/s, or a processor's name."),
-    number("--margin", shown=1.0, metavar="GiB", help="Memory to keep free on each device and on the host."),
+    number("--margin", shown=1.0, metavar="GiB", help="Memory to keep free on each device and on the host, also for a draft model or a projector: `pyggml splits -md MODEL --mmproj FILE` counts them."),
 )  # fmt: skip
 @cloup.option_group(
     "Your work",

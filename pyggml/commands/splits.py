@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect
 from ..sched.state import Cause
+from ._beside import Beside, Loaded, beside_options
 from ._cache_options import N_FORECAST, cache_options, forecast, print_forecast, stated_routing
 from ._console import ROOMY_WIDTH, Bar, n_bytes, print_json, report, table, warn
 from ._header import print_header, why_not_captured
@@ -73,6 +74,7 @@ Examples:
 )  # fmt: skip
 @model_options
 @cache_options
+@beside_options
 @cloup.option_group(
     "Output",
     file_option("--html", help="Write a page that shows what would happen and why."),
@@ -93,6 +95,7 @@ def command(
     form: str,
     graph: GraphChoice,
     expert_cache: CacheRule | None,
+    beside: Beside,
     versions: str,
     routing: str,
     host: str,
@@ -129,7 +132,7 @@ def command(
         if len(dialects) > 1:
             raise click.UsageError("lists and -o work with one --dialect")
         rows = [*sweep_rows(
-            ctx, model, batches, depth, assumed, outputs, graph, dialects[0], stated, expert_cache, generate
+            ctx, model, batches, depth, assumed, outputs, graph, dialects[0], stated, expert_cache, generate, beside
         )]  # fmt: skip
         print_sweep(rows, "json" if as_json else bench)
         ctx.exit(0 if any(row["fits"] for row in rows) else EXIT_DOES_NOT_FIT)
@@ -174,13 +177,16 @@ def command(
         from ..moe_cache import prefetch_of
 
         prefetch = prefetch_of(planner.sched.policy)
-        fits = memory_fits(planner.memory(), planner.backends, host_bytes=stated.memory_bytes if stated else None)
+        memory, loaded = beside.count(planner, flags)
+        fits = memory_fits(memory, planner.backends, host_bytes=stated.memory_bytes if stated else None)
         if recording is not None:
             write_records(
                 recording.records, _about(planner, assumed, fits), timeline=timeline, html=html, name=model.stem
             )
         if as_json:
             found = _as_dict(planner, plans, assumed, fits)
+            if loaded:
+                found["beside"] = [one.as_dict() for one in loaded]
             if cached is not None:
                 found["expert_cache"] = {
                     **cached.as_dict(), "generated": _generated_dict(generated), "generated_without": _generated_dict(without)
@@ -189,7 +195,7 @@ def command(
                 found["expert_prefetch"] = prefetch.as_dict()
             print_json(found)
         else:
-            _print(planner, plans, assumed, fits, all_splits=all_splits)
+            _print(planner, plans, assumed, fits, loaded, all_splits=all_splits)
             if cached is not None:
                 print_forecast(cached, generated, without)
             if prefetch is not None:
@@ -282,7 +288,13 @@ def _as_dict(planner: Planner, plans: Iterable[BatchPlan], routing: Routing, fit
 
 
 def _print(
-    planner: Planner, plans: list[BatchPlan], routing: Routing, fits: list[MemoryFit], *, all_splits: bool
+    planner: Planner,
+    plans: list[BatchPlan],
+    routing: Routing,
+    fits: list[MemoryFit],
+    loaded: list[Loaded],
+    *,
+    all_splits: bool,
 ) -> None:
     from ._virtual import assumed_text
 
@@ -297,6 +309,8 @@ def _print(
         console.print(planner.fit.line)
     console.print()
     console.print(memory_table(fits))
+    for one in loaded:
+        console.print(one.line())
     for line in too_large(fits):
         console.print(line, style="red")
     console.print()
