@@ -17,10 +17,11 @@ from ..collector import rare_collections
 from ..errors import DeviceUnavailableError, GraphError
 from ..foresight import Machine, ModelShape, Setting
 from ..gguf import GGUFFile
-from ..hardware.apple import found_mac
+from ..hardware.apple import found_mac, usable_bytes
 from ..hardware.hosts import Host, assumed_host, host_spec, parse_host
 from ..hardware.measure import UNKNOWN, measure_host
 from ..hardware.pci import found_cards
+from ..models.placement import parse_overrides, warn_of_unmatched
 from ..routing import Routing, parse_routing, routing_of
 from ..types import Type
 from .answer import Advice
@@ -31,7 +32,7 @@ from .maker import Maker
 from .memory import MemoryModel, ask_llama, fit_setting
 from .offload import pays_from
 from .search import Goal, Search, plain_first
-from .settings import EXPLAIN, Space
+from .settings import EXPLAIN, Space, placement_flags
 
 __all__ = ["open_machine", "plan", "this_machine"]
 
@@ -131,6 +132,9 @@ def plan(
         memory = held.enter_context(
             closing(MemoryModel(file, backends, context, host=machine.host, margin_bytes=margin_bytes))
         )
+        *others, last = (b.device for b in backends)
+        for own in compare:
+            warn_of_unmatched(parse_overrides(placement_flags(own), others, last), list(file.tensors))
         threads = held.enter_context(ThreadPoolExecutor(1))
         asked = threads.submit(ask_llama, file, backends, context)  # llama.cpp answers in a process of its own
         search = Search(shape, machine, goal, memory)
@@ -140,7 +144,11 @@ def plan(
             name,
             goal,
             _describe(machine),
-            [*machine_notes, *_assumptions(machine, host, shape, is_stated=routing is not None)],
+            [
+                *machine_notes,
+                *_assumptions(machine, host, shape, is_stated=routing is not None),
+                *_beyond_training(file, context),
+            ],
         )
         maker = Maker(search, shown, [name, *_where(devices, host)], advice)
         tell(f"timing {len(space)} settings")
@@ -296,6 +304,13 @@ def _assumptions(machine: Machine, host: str | Host, shape: ModelShape, *, is_st
         said.append(f"host: {machine.host.description} ({as_said})")
     elif machine.host.is_memory_assumed:
         said.append("the host's memory is 2 channels of DDR5-5600 (its type was not given: --host ddr4-3200x2,...)")
+    for card in machine.cards:
+        if card.family == "metal" and 0 < machine.host.memory_bytes <= card.memory_bytes:
+            gib, whole = usable_bytes(machine.host.memory_bytes) / 2**30, host_spec(machine.host)
+            said.append(
+                f"{card.name}'s GPU may use all of the memory; macOS gives it {gib:g} GiB unless iogpu.wired_limit_mb is set "
+                f"(--device {card.name}-{gib:g}GiB --host {whole})"
+            )
     if host and not machine.host.memory_bytes:
         said.append("the host's memory is large enough (its size was not given)")
     if shape.n_expert:
@@ -305,6 +320,14 @@ def _assumptions(machine: Machine, host: str | Host, shape: ModelShape, *, is_st
             else "tokens choose experts as in published runs"
         )
     return said
+
+
+def _beyond_training(file: GGUFFile, context: int) -> list[str]:
+    """Return what is said of a context that is longer than the model's own."""
+    trained = file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length")
+    if not isinstance(trained, int) or context <= trained:
+        return []
+    return [f"memory for {context} tokens; the model was trained with {trained}, and llama-server uses no more"]
 
 
 def _nothing_fits(advice: Advice, search: Search, settings: list[Setting]) -> None:

@@ -22,7 +22,7 @@ __all__ = ["BEST", "Maker"]
 BEST = "best for this prompt and answer"
 #: A plan that gives something up must gain this much.
 _NOTEWORTHY = 1.03
-#: By so much formulas may be off for a layer of which a part is on the host.
+#: By so much formulas may be off for a layer of which a part is on the host, and for an expert cache, which they find slower than it is.
 _NEAR = 1.1
 #: Times closer than this are equal.
 _NOTEWORTHY_TIME = 1.01
@@ -100,6 +100,8 @@ class Maker:
             ("micro-batches of 512, as llama.cpp's default", [s for s in plain if s.setting.n_ubatch == 512], _any),
             ("one step less on the device", self._next(plain, best), _any),
         ]
+        if all(card.is_unified for card in search.machine.cards):  # what leaves the device stays in the same memory
+            wanted = [w for w in wanted if not w[0].endswith("on the device")]
         for title, ranked, is_wanted in wanted:
             if len(plans) >= n_plans:
                 break
@@ -136,12 +138,16 @@ class Maker:
         No other is shown: each takes a second to carry out, and not every llama.cpp has the flag.
         """
         without = plans[0]
-        faster = (s for s in ranked if s.setting.moe_cache_mib and s.seconds * _NOTEWORTHY <= without.seconds)
-        found = next(self.search.best(faster), None)
+        limit = _NEAR * without.seconds
+        near = (s for s in ranked if s.setting.moe_cache_mib and s.seconds <= _NEAR * limit)  # before it is filled
+        found = next(self.search.best(near), None)
         if found is None:
             return
+        found = self.search.filled(found)
+        if found.seconds > limit:
+            return
         tell("planning: an expert cache")
-        made = self.make(BEST, self.search.filled(found))
+        made = self.make(BEST, found)
         if made.seconds * _NOTEWORTHY <= without.seconds:
             plans[:] = [made, replace(without, title="without an expert cache")]
 

@@ -290,17 +290,21 @@ class MemoryModel:
                 self._planner.change(placement, context)
         else:
             self.close()  # before the next: both would hold memory of the devices
+            # to open with patterns would warn of those that match nothing; a cache needs the experts that they move
+            plain = placement if rule is not None else replace(placement, overrides=())
             self._planner = Planner.open(
                 self.file,
                 devices=self.backends[:-1],
                 cpu=self.backends[-1],
-                placement=placement,
+                placement=plain,
                 context=context,
                 data=False,
                 strict=True,
                 clock=virtual_clock(self.backends, host_profile(host)),
                 expert_cache=rule,
             )
+            if plain != placement:
+                self._planner.change(placement, context)
         self._at = at
         return self._planner
 

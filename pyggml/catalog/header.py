@@ -73,7 +73,7 @@ def header_path(text: str) -> Path:
     Raises
     ------
     FormatError
-        No model of that name is in the table.
+        No model of that name is in the table, or the name is that of a file.
     GraphError
         No quantisation has that name.
     """
@@ -81,6 +81,8 @@ def header_path(text: str) -> Path:
         return _from_hub(text.removeprefix(PREFIX))
     name, _, quant = text.partition(":")
     sizes = find_model(name)
+    if sizes is not None and name.lower().endswith(".gguf"):
+        raise FormatError(text, "there is no such file", hint=f"for published sizes name the model: {sizes.name}")
     if sizes is None:
         near = difflib.get_close_matches(name.lower(), MODELS, 3, 0.4)
         hint = f"`pyggml models` lists {len(MODELS)}" + (f", such as {', '.join(near)}" if near else "")

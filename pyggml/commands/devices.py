@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import cloup
 from ..backend import REGISTRY, Device
 from ..cost import PROFILES, DeviceProfile
 from ..errors import PyggmlError
-from ..hardware.cards import Card
+from ..hardware.cards import CARDS, GENERATIONS, LLAMA_NAMES, Card
 from ..hardware.pci import found_cards
 from ..types import DeviceType, Type
 from ._options import file_option, json_option, option
@@ -120,7 +121,7 @@ def find_devices() -> tuple[list[DeviceFacts], dict[str, str]]:
 def command(as_json: bool, measure: Path | None, device: str) -> None:
     """List the devices of this machine, their buffer types and memory, what they can run, and why others are missing.
 
-    Also lists the simulated cards that --device takes by name.
+    Also lists the cards that --device takes by name, which are simulated.
     """
     if measure is not None:
         _measure(measure, device, as_json=as_json)
@@ -184,6 +185,7 @@ def _as_json(found: list[DeviceFacts], missing: dict[str, str]) -> dict[str, Any
             for c in found_cards()
         ],
         "missing": [{"kind": kind, "why": why} for kind, why in missing.items()],
+        "cards": [asdict(card) for card in CARDS.values()],
         "profiles": [
             {
                 "device": f"sim:{p.name}",
@@ -234,6 +236,13 @@ def _print(found: list[DeviceFacts], missing: dict[str, str]) -> None:
         )
     console.print()
     console.print(simulated)
+    console.print()
+    named = _console.table("Cards by name (--device)", "generation", "", "names", free=("names",))
+    for generation, alike in groupby(CARDS.values(), key=lambda card: card.generation):
+        backend = LLAMA_NAMES[GENERATIONS[generation].partition("-")[0]]
+        named.add_row(generation, backend, ", ".join(card.name for card in alike))
+    console.print(named)
+    console.print("With another memory or link: rtx4060ti-8GiB, rtx3090-pcie3x8")
     if cards := found_cards():
         console.print()
         slots = _console.table("Cards in this machine's slots", "address", "name", "link", "plan with", free=("name",))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .cards import Card, find_card
 from .hosts import Host, find_cpu
 
-__all__ = ["FoundMac", "found_mac"]
+__all__ = ["FoundMac", "found_mac", "usable_bytes"]
 
 #: Up to so much memory macOS gives the GPU two thirds of it, above three quarters, unless ``iogpu.wired_limit_mb`` is set.
 _SMALL_BYTES = 36 << 30
@@ -88,7 +88,7 @@ def found_mac(ask: Callable[..., str] | None = None, platform: str = sys.platfor
     card = (find_card(name + found[1]) if found else None) or whole
     limit = number("iogpu.wired_limit_mb") << 20
     share = "two thirds" if memory <= _SMALL_BYTES else "three quarters"
-    usable = limit or (memory * 2 // 3 if memory <= _SMALL_BYTES else memory * 3 // 4)
+    usable = limit or usable_bytes(memory)
     notes = [
         f"{said}" + (f" and {found[1]} GPU cores (ioreg)" if found else ""),
         f"{gib:g} GiB of unified memory (hw.memsize), of which the GPU may use {usable / 2**30:g} GiB: "
@@ -99,6 +99,11 @@ def found_mac(ask: Callable[..., str] | None = None, platform: str = sys.platfor
     else:
         notes.append(f"planned as {card.name}, by its data sheet" + ("" if found else "; its GPU cores were not told"))
     return FoundMac(name, n_cores, memory, usable, card, tuple(notes))
+
+
+def usable_bytes(memory_bytes: int) -> int:
+    """Return how much of a Mac's memory macOS gives its GPU unless ``iogpu.wired_limit_mb`` is set."""
+    return memory_bytes * 2 // 3 if memory_bytes <= _SMALL_BYTES else memory_bytes * 3 // 4
 
 
 def _printed(program: str, *arguments: str) -> str:

@@ -249,6 +249,8 @@ def _read() -> dict[str, Card]:
 
 #: Cards by name.
 CARDS: dict[str, Card] = _read()
+#: Machines that people name instead of their card.
+_MACHINES = {"strixhalo": "8060s", "ryzenaimax395": "8060s", "ryzenaimax385": "8050s", "dgxspark": "gb10"}
 #: Words in names of cards that do not identify a card.
 _NOISE = re.compile(
     r"nvidia|geforce|amd|radeon(?!vii)|intel|apple|arc|tesla|instinct|graphics|gpu|workstation|blackwell|generation|edition|server"
@@ -275,6 +277,8 @@ def find_card(text: str, memory_gib: float | None = None) -> Card | None:
     --------
     >>> find_card("NVIDIA GeForce RTX 3090").name, find_card("Radeon 8060S (Strix Halo iGPU, gfx1151)").name
     ('rtx3090', '8060s')
+    >>> find_card("strix-halo").name, find_card("DGX Spark").name
+    ('8060s', 'gb10')
     """
     sized = re.search(r"-([\d.]+)GiB$", text)
     if sized is not None:
@@ -286,7 +290,7 @@ def find_card(text: str, memory_gib: float | None = None) -> Card | None:
         apple = re.fullmatch(r"(m\d(?:pro|max|ultra)?)(\d*)", short)
         for guess in (
             *((short, apple[1]) if apple else ()),
-            name,
+            _MACHINES.get(name, name),
             short,
             re.sub(r"^(rtx|rx|pro)", "", short),
             f"rtx{short}",

@@ -35,7 +35,6 @@ from ..models.placement import (
     WeightPlace,
     check_shares,
     parse_overrides,
-    warn_of_unmatched,
 )
 from ..models.source import N_GRAPHS, Build, GraphSource
 from ..models.weights import Part, WeightSpec
@@ -274,7 +273,6 @@ class CapturedSource(GraphSource):
         self, facts: Message, devices: Sequence[Device], flags: PlacementFlags, overrides: Sequence[Override]
     ) -> Placement:
         by_name = {d.buffer_type.name: d for d in (*devices, self.cpu)}
-        warn_of_unmatched(overrides, list(self.file.tensors))
         layers = [by_name[name] for name in facts["layers"]]
         if not layers:
             raise ModelError(self.file.path, "llama.cpp does not tell which device each layer is on")

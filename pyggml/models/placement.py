@@ -423,8 +423,6 @@ def place(
     n_gpu_layers = flags.n_gpu_layers if flags.n_gpu_layers >= 0 else n_layer + 1
     by_layer = layer_devices(n_layer, n_gpu_layers, flags, devices, cpu)
     overrides = parse_overrides(flags, devices, cpu)
-    specs = list(specs)
-    warn_of_unmatched(overrides, [spec.name for spec in specs])
     supports = _Support(hparams)
     cpu_list = _cpu_bufts(devices, cpu)
     lists: dict[Device, BuftList] = {d: [(d, d.buffer_type), *cpu_list] for d in devices}

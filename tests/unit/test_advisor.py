@@ -386,6 +386,24 @@ def test_offloading_pays_from_the_printed_number_by_the_clock_of_splits(model: s
     assert copied[1] <= computed[1]
 
 
+def test_patterns_that_match_nothing_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Of --fit's own patterns nothing is said; of the user's once, however many settings are planned."""
+    args = ("deepseek-v2-lite", "--device", "rtx3060-8GiB", "-c", "4096", "--plans", "1")
+    assert run(*args)["fit"]["command"].count("exps=CPU") == 1
+    assert not caplog.records
+    run(*args, "--compare", "-ot ffn_no_exps=CPU -ncmoe 4")
+    line = ["splits", "deepseek-v2-lite", "-dev", "rtx3060", "-c", "2048", "-ncmoe", "1,2", "-ot", "ffn_no_exps=CPU"]
+    assert CliRunner().invoke(group, line).exit_code == 0
+    assert [record.getMessage().count("ffn_no_exps=CPU matches no weight") for record in caplog.records] == [1, 1]
+
+
+def test_a_context_beyond_training_is_told() -> None:
+    """A context longer than the model's own takes memory that llama-server does not use, which is said."""
+    for n_ctx, is_told in ((32768, False), (40960, False), (40961, True)):
+        assumed = run("qwen3-0.6b", "--device", "rtx3060", "-c", str(n_ctx), "--plans", "1")["assumed"]
+        assert any("trained with 40960" in line for line in assumed) is is_told
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [

@@ -166,6 +166,16 @@ def test_misses_on_the_cpu_are_no_line_of_llama_and_equal_splits() -> None:
     assert told["expert_cache"]["generated"]["speed"] == pytest.approx(asdict(made.tg_tps))
 
 
+def test_a_cache_is_tried_where_formulas_find_it_a_little_slower() -> None:
+    """Faster host memory never makes the best plan slower: formulas find a cache 5 % slower than the simulated machine does."""
+    slow, fast = (
+        plan("gpt-oss-120b", devices="rtx3060", host=f"{ram}x2,cores=8,64GiB", n_plans=1).plans[0]
+        for ram in ("ddr4-2666", "ddr4-3200")
+    )
+    assert slow.setting.moe_cache_mib
+    assert fast.seconds <= 1.01 * slow.seconds
+
+
 @pytest.mark.parametrize(
     ("model", "devices"),
     [("llama-3.2-3b", "rtx3060"), ("gpt-oss-20b", ""), ("gpt-oss-20b", "m2ultra"), ("gpt-oss-20b", "rtx3060,rtx3060")],

@@ -99,6 +99,13 @@ def test_unknown_names(tmp_path: Path) -> None:
         Planner.open(tmp_path / "missing.gguf", data=False)
 
 
+def test_a_missing_file_is_not_planned_by_its_name() -> None:
+    """A mistyped path is an error that names the model of the table, not a plan of a file that is not there."""
+    with pytest.raises(FormatError, match="no such file") as caught:
+        header_path("models/gpt-oss-20b-mxfp4.gguf")
+    assert "gpt-oss-20b" in caught.value.hint
+
+
 def test_every_header_opens(tmp_path: Path) -> None:
     """Each of the models has a header that parses, with all tensors, and takes little space of the disk."""
     assert len(MODELS) >= 40

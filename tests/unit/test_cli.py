@@ -19,6 +19,7 @@ from pyggml import cli
 from pyggml.backend import REGISTRY, Registry
 from pyggml.commands import _console
 from pyggml.errors import FormatError
+from pyggml.hardware.cards import CARDS
 
 BUG = "(this is an error in pyggml; please report it with the traceback that PYGGML_TRACEBACK=1 shows)"
 COMMANDS = ("run", "splits", "replay", "devices", "make-moe", "viz")
@@ -264,14 +265,17 @@ def test_devices_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"f32", "f16", "q4_1", "q8_0"} <= set(cpu["weight_types"])
     assert {"f32", "f16", "q4_1", "q8_0"} <= set(cpu["expert_weight_types"])
     assert "sim:rtx4090-pcie4" in [p["device"] for p in told["profiles"]]
+    assert [card["name"] for card in told["cards"]] == list(CARDS)
 
 
 def test_devices_as_text(capsys: pytest.CaptureFixture[str]) -> None:
-    """`devices` names the CPU, the simulated devices and what is missing; without colour where that is no terminal."""
+    """`devices` names the CPU, every card that --device takes, and what is missing; without colour where that is no terminal."""
     assert cli.run(["devices"]) == 0
     text = capsys.readouterr().out
     for word in ("CPU", "sim:h100-pcie5", "80.0 GiB", "mock", "q4_1"):
         assert word in text
+    named = set(re.split(r"[\s,]+", text))
+    assert named >= set(CARDS)
     assert "\x1b" not in text
 
 

@@ -100,6 +100,19 @@ def test_a_named_mac_is_no_desktop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.plans[0].flags[-2:] == ["-t", "8"]
 
 
+def test_what_a_shared_memory_cannot_give_is_told_and_not_proposed() -> None:
+    """Moving weights to the host frees nothing of a memory that is shared; that macOS keeps a quarter from the GPU is said."""
+    made = plan("gpt-oss-20b", devices="m2max-64GiB", context=4096, n_plans=20)
+    assert not any("on the device" in p.title for p in made.plans)
+    (line,) = [line for line in made.assumed if "iogpu.wired_limit_mb" in line]
+    assert "--device m2max-48GiB --host read=224GB/s,cores=8,isa=dotprod,64GiB" in line
+    again = plan(
+        "gpt-oss-20b", devices="m2max-48GiB", host=line.split("--host ")[1].strip(")"), context=4096, n_plans=1
+    )
+    assert not any("iogpu" in line for line in again.assumed)
+    assert next(m.of_bytes for m in again.plans[0].memory) == 48 * GIB
+
+
 def test_splits_have_the_cpu_beside_a_mac() -> None:
     """Without --host `splits` assumes the host that `plan` does: the cores of the chip, not a desktop."""
     line = ["splits", "qwen3-0.6b", "-dev", "m2max,cpu", "--batches", "1"]
