@@ -15,6 +15,7 @@ from .answer import Advice, Recommendation
 from .limits import bottleneck
 from .search import Scored, Search, without_cache
 from .settings import command, flags_of, ik_flags_of, with_llama_names
+from .shares import filling
 
 __all__ = ["BEST", "Maker"]
 
@@ -71,7 +72,7 @@ class Maker:
             return []
         plans = [self.make(BEST, best)]
         tell("what llama.cpp's --fit chooses")
-        self._with_fit(plans, around_fit(), tell)
+        self._with_fit(plans, [*around_fit(), *filling(search, best.setting)], tell)
         self._with_cache(plans, [s for s in every if s.setting.type_k is best.setting.type_k], tell)
         first = plans[0]
         wanted: list[tuple[str, list[Scored], Callable[[Recommendation], bool]]] = [

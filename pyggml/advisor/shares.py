@@ -1,0 +1,85 @@
+"""Finds shares of several cards that leave no card empty: each takes whole layers but one, which takes the rest without experts that lack room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..foresight import Setting
+from .search import Search
+from .settings import DEFAULT_BATCH, last_experts
+
+__all__ = ["filling"]
+
+#: What a first guess leaves on each card for compute buffers.
+_GUESS_BYTES = 1 << 30
+#: Guesses that the scheduler is asked about, each corrected by what it says of the one before.
+_MOST_GUESSES = 4
+
+
+def filling(search: Search, like: Setting) -> Iterator[Setting]:
+    """Yield settings like one with experts on the host, whose cards are as full as their margin allows.
+
+    Either the first card takes the rest of the layers, with the experts of the first ones on the host (``-ncmoe``), or the
+    last card, with those of the last ones (``-ot``).
+    """
+    n_cards = len(search.machine.cards)
+    if n_cards < 2 or like.n_gpu_layers >= 0 or not (like.n_cpu_moe or like.overrides):
+        return
+    for n_ubatch in {like.n_ubatch, DEFAULT_BATCH}:
+        for rest in (0, n_cards - 1):
+            found = _fill(search, replace(like, n_ubatch=n_ubatch), rest)
+            if found is not None:
+                yield found
+
+
+def _fill(search: Search, like: Setting, rest: int) -> Setting | None:
+    """Return the fastest guess that fits; None if none does.
+
+    Parameters
+    ----------
+    rest : int
+        The card that takes the layers that have no place on the others: the first or the last.
+    """
+    memory, n_layer = search.memory, search.memory.n_layer
+    cards = [card.memory_bytes for card in search.machine.cards]
+    others = [i for i in range(len(cards)) if i != rest]
+    shape = search.shape.layers
+    expert = max(layer.expert_bytes for layer in shape)
+    other = max(layer.other_bytes for layer in shape) + memory.kv_bytes(like) // n_layer
+    whole = expert + other
+
+    def setting(shares: list[int], n_host: int) -> Setting:
+        at_end = rest > 0
+        return replace(
+            like, tensor_split=tuple(map(float, shares)), n_cpu_moe=0 if at_end else n_host,
+            overrides=(last_experts(n_host, n_layer),) if at_end and n_host else (),
+        )  # fmt: skip
+
+    room = [size - memory.margin_bytes - _GUESS_BYTES for size in cards]
+    shares = [max(n // whole, 0) for n in room]
+    shares[rest] = n_layer + 1 - sum(shares[i] for i in others)
+    n_host = shares[rest] - max(room[rest] - shares[rest] * other, 0) // expert
+    fitting: list[Setting] = []
+    seen: set[Setting] = set()
+    for _ in range(_MOST_GUESSES):
+        n_host = min(max(n_host, 0), n_layer)
+        if shares[rest] < 1:
+            break
+        guess = setting(shares, n_host)
+        taken = None if guess in seen else memory.exact(guess)
+        if taken is None:
+            break
+        seen.add(guess)
+        if all(d.fits for d in taken):
+            fitting.append(guess)
+        spare = [d.of_bytes - d.margin_bytes - d.bytes for d in taken[:-1]]
+        moved = 0
+        for i in others:
+            more = max(spare[i] // whole, -shares[i])
+            shares[i] += more
+            moved += more
+        shares[rest] -= moved
+        # a layer that moves had its experts on the host
+        n_host -= moved + (spare[rest] + moved * other) // expert
+    return min(fitting, key=lambda s: search.score(s).seconds, default=None)

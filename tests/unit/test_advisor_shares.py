@@ -1,0 +1,44 @@
+"""`pyggml plan` with several cards and experts on the host: each card is filled with whole layers."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyggml.advisor import plan
+from pyggml.advisor.advice import MARGIN_BYTES, open_machine
+from pyggml.advisor.memory import MemoryModel
+from pyggml.advisor.search import Goal, Search
+from pyggml.advisor.shares import filling
+from pyggml.catalog import header_path
+from pyggml.foresight import ModelShape, Setting
+from pyggml.gguf import GGUFFile
+
+HOST = "ddr5-6000x2,cores=8,64GiB"
+
+
+@pytest.mark.parametrize("cards", ["rtx3060-6GiB,rtx2060", "rtx3060-4GiB,rtx3060-4GiB,rtx2060"])
+def test_no_card_has_room_for_another_layer(cards: str) -> None:
+    """Of each card less than a whole layer is free beside the margin, whichever end of the model has experts on the host."""
+    backends, machine = open_machine(cards, HOST)
+    with GGUFFile.open(header_path("gpt-oss-20b")) as file:
+        shape = ModelShape.from_header(file.metadata, file.tensors, "gpt-oss-20b")
+        memory = MemoryModel(file, backends, 4096, host=machine.host, margin_bytes=MARGIN_BYTES)
+        search = Search(shape, machine, Goal(2048, 256, 4096), memory)
+        whole = max(layer.expert_bytes + layer.other_bytes for layer in shape.layers)
+        found = list(filling(search, Setting(n_cpu_moe=12, is_pinned=True, n_ubatch=512)))
+        assert {bool(s.overrides) for s in found} == {False, True}
+        for setting in found:
+            *on_cards, host = memory.exact(setting) or []
+            assert host.fits
+            assert all(0 <= d.of_bytes - d.margin_bytes - d.bytes < 1.1 * whole for d in on_cards), setting
+        assert not list(filling(search, Setting()))
+        memory.close()
+
+
+def test_another_card_makes_no_plan_slower() -> None:
+    """Beside two small cards the best plan is faster than on the first alone."""
+    one, three = (
+        plan("gpt-oss-20b", devices=cards, host=HOST, context=4096, n_plans=1).plans[0].seconds
+        for cards in ("rtx3060-6GiB", "rtx3060-6GiB,rtx3060-3GiB,rtx3060-3GiB")
+    )
+    assert one > 1.1 * three
