@@ -266,7 +266,8 @@ def simulate_batch(
         took = totals.took
         result.seconds = took.host_s
         if sched.n_copies > 1 and not is_generated:
-            result.overlap = overlapped(n_all, len(planner.placement.devices), clock.profiles[-1].rates)
+            at_work = {*planner.placement.layers, planner.placement.output}
+            result.overlap = overlapped(n_all, len(at_work), clock.profiles[-1].rates)
         result.compute_s = dict(zip(names, took.busy_s, strict=True))
         result.link_bytes = {f"{names[src]} to {names[dst]}": round(n) for (src, dst), n in totals.link_bytes.items()}
         result.copy_to_s = dict(zip(names[:-1], took.to_device_busy_s, strict=False))

@@ -50,7 +50,7 @@ EXPLAIN = {
     "-nkvo": "keep the KV cache in host memory, and compute attention on the CPU.",
     "--no-op-offload": "never copy host weights to the device for a micro-batch: the CPU computes with them at any size.",
     "-ts": "shares of several cards, in layers. By default llama.cpp shares by free memory; other shares make room for experts or "
-    "a KV cache on one card, or give the faster card more layers.",
+    "a KV cache on one card, or give the faster card more layers; a share of 0 leaves a card out.",
     "-ot": "weights whose names fit a pattern go to a memory. With several cards it is used to keep the experts of the last layers in host "
     "memory, which makes room on the last card, where -ncmoe makes room on the first.",
     "-t": "threads: one for each physical core.",

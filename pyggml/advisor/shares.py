@@ -1,4 +1,4 @@
-"""Finds shares of several cards that leave no card empty: each takes whole layers but one, which takes the rest without experts that lack room."""
+"""Finds shares of several cards: full ones if experts are on the host, and none for slow cards that a model does not need."""
 
 from __future__ import annotations
 
@@ -21,16 +21,28 @@ def filling(search: Search, like: Setting) -> Iterator[Setting]:
     """Yield settings like one with experts on the host, whose cards are as full as their margin allows.
 
     Either the first card takes the rest of the layers, with the experts of the first ones on the host (``-ncmoe``), or the
-    last card, with those of the last ones (``-ot``).
+    last card, with those of the last ones (``-ot``). Of a model that is on cards alone, the slower ones are left out.
     """
     n_cards = len(search.machine.cards)
-    if n_cards < 2 or like.n_gpu_layers >= 0 or not (like.n_cpu_moe or like.overrides):
+    if n_cards < 2 or like.n_gpu_layers >= 0:
+        return
+    if not (like.n_cpu_moe or like.overrides):
+        yield from _on_fewer(search, like)
         return
     for n_ubatch in {like.n_ubatch, DEFAULT_BATCH}:
         for rest in (0, n_cards - 1):
             found = _fill(search, replace(like, n_ubatch=n_ubatch), rest)
             if found is not None:
                 yield found
+
+
+def _on_fewer(search: Search, like: Setting) -> Iterator[Setting]:
+    """Yield settings without the slowest card, without the two slowest, and so on; cards of one speed stay together."""
+    cards = search.machine.cards
+    for slowest in sorted({card.bytes_per_s for card in cards})[:-1]:
+        kept = [card.memory_bytes / 2**30 if card.bytes_per_s > slowest else 0.0 for card in cards]
+        for n_ubatch in {like.n_ubatch, DEFAULT_BATCH}:
+            yield replace(like, n_ubatch=n_ubatch, tensor_split=tuple(kept))
 
 
 def _fill(search: Search, like: Setting, rest: int) -> Setting | None:

@@ -262,7 +262,7 @@ def predict(
 
 def _pipeline(m: Machine, s: Setting, placed: list[Placed], n: int) -> float:
     """Return the fraction of the time that remains when several cards compute different micro-batches at once."""
-    k = len(m.cards)
+    k = len({p.device for p in placed})  # a card without layers overlaps with nothing
     if k < 2 or n < 2 or _shares_layers(m, s) or any(p.device < 0 or p.experts_on_host for p in placed) or s.overrides:
         return 1.0
     return overlapped(n, k, m.rates)
