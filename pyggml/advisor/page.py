@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from html import escape
 
-from ..viz.page import static_text
+from ..viz.page import html_page
 from .answer import Advice, Recommendation
 
 __all__ = ["page_html"]
@@ -96,13 +96,7 @@ def page_html(advice: Advice) -> str:
         helps += f"<li>{escape(advice.pays_line)}</li>"
     if helps:
         body.append(f"<section><h2>What would help</h2><ul>{helps}</ul></section>")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{static_text('page.css')}{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
-        + f"\n</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    return html_page(title, _STYLE, body, script=_SCRIPT)
 
 
 def _plans(advice: Advice) -> str:

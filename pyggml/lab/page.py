@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..files import aside
+from ..viz.page import fill
 from .comparison import Comparison
 from .machine import Machine, TokenTime
 from .predict import Score
@@ -56,18 +55,10 @@ def _warnings(trace: Trace) -> list[str]:
 
 def _write(path: Path, kind: str, trace: Trace, data: dict[str, Any]) -> None:
     """Write a page as one file that needs no network."""
-    text = json.dumps({**data, "title": str(trace)}, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    style = (files("pyggml.viz") / "static" / "page.css").read_text(encoding="utf-8")
     page = (files(__package__) / "static" / "lab.html").read_text(encoding="utf-8")
-    parts = {"TITLE": escape(f"{kind}: {trace.model or trace.source}"), "STYLE": style, "DATA": text}
-    before, *pieces = page.split("{{")
-    out = [before]
-    for piece in pieces:
-        key, _, rest = piece.partition("}}")
-        out += [parts[key], rest]
+    text = fill(page, f"{kind}: {trace.model or trace.source}", {**data, "title": str(trace)})
     with aside(path) as part:
-        part.write_text("".join(out), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
 
 
 def _used(used: Usage, trace: Trace) -> dict[str, Any]:

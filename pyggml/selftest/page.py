@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from ..viz.page import static_text
+from ..viz.page import html_page
 from .report import Outcome, Rate, Report, Result, Verdict
 from .run import STAGES
 
@@ -52,14 +52,7 @@ def page_html(report: Report) -> str:
     if report.rates:
         peaks = ", ".join(f"{shown_rate(value, unit)}" for unit, value in report.peaks.items())
         body.append(_section("Measured rates", _rates(report), f"Best of this device in this run: {peaks}."))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>pyggml selftest: {escape(report.device)}</title>\n"
-        f"<style>\n{static_text('page.css')}{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return html_page(f"pyggml selftest: {report.device}", _STYLE, body)
 
 
 def _section(title: str, table: str, hint: str = "") -> str:
