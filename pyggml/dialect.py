@@ -49,35 +49,17 @@ class Dialect:
     realloc_callback: bool = True
 
 
-_V0_20 = Dialect(
-    version="0.20",
-    wait_previous_split=False,
-    record_every_split=False,
-    cut_at_input_capacity=True,
-    graph_inputs_from="sources",
-    alloc_deps=False,
-    clamp_inplace=False,
-    skip_empty_ids=False,
-    reserve_failure="ignored",
-    alloc_size_check=False,
-    expert_copy="scheduler",
-    host_weights_last=False,
-    wait_weight_backend=True,
-    ids_from="original",
-    ids_by_n_expert=False,
-    realloc_callback=False,
-)
-_V0_21 = replace(_V0_20, version="0.21", wait_previous_split=True, record_every_split=True)
-_V0_26 = Dialect(
-    version="0.26",
-    expert_copy="scheduler",
-    host_weights_last=False,
-    wait_weight_backend=True,
-    ids_from="original",
-    ids_by_n_expert=False,
-    realloc_callback=False,
-)
+# each is its successor with the older rules
 DEFAULT_DIALECT = Dialect()
+_V0_26 = replace(
+    DEFAULT_DIALECT, version="0.26", expert_copy="scheduler", host_weights_last=False, wait_weight_backend=True,
+    ids_from="original", ids_by_n_expert=False, realloc_callback=False,
+)  # fmt: skip
+_V0_21 = replace(
+    _V0_26, version="0.21", cut_at_input_capacity=True, graph_inputs_from="sources", alloc_deps=False, clamp_inplace=False,
+    skip_empty_ids=False, reserve_failure="ignored", alloc_size_check=False,
+)  # fmt: skip
+_V0_20 = replace(_V0_21, version="0.20", wait_previous_split=False, record_every_split=False)
 #: The dialects by version, oldest first.
 DIALECTS: dict[str, Dialect] = {d.version: d for d in (_V0_20, _V0_21, _V0_26, DEFAULT_DIALECT)}
 
