@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from .edits import EDITS
@@ -133,9 +132,7 @@ class Graph:
         self._token = graph_context.current.set(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         from . import graph_context
 
         if self._token is not None:
