@@ -1,4 +1,4 @@
-"""Replays a cache of one size with any eviction and admission; each decides like its class in `pyggml.lab`.
+"""Replays a pool of one size with any eviction and admission; each decides like its class in `pyggml.lab`.
 
 Evictions by a score scan the resident keys. The others keep their keys in lists, which are linked through the keys, so that
 a key is removed in constant time; a key is in at most one list.
@@ -11,7 +11,7 @@ from .stack import FIFO, LFRU, LFU, LFU_DECAY, LRU, better, touch
 
 __all__ = [
     "ALWAYS", "ARC", "AT_MOST", "CLOCK", "HALF_PINNED", "HOTTER", "LLAMA_LRU", "LLAMA_SLRU", "NEXT_STEP", "N_OF_M", "SLRU", "STATIC",
-    "cache_hits",
+    "pool_hits",
 ]  # fmt: skip
 
 #: Evictions, beside those of `stack`.
@@ -19,7 +19,8 @@ SLRU, CLOCK, ARC, HALF_PINNED, STATIC, LLAMA_LRU, LLAMA_SLRU = 7, 8, 9, 10, 11, 
 #: Admissions.
 ALWAYS, N_OF_M, HOTTER, AT_MOST, NEXT_STEP = 0, 1, 2, 3, 4
 NO_LIST, ONCE, OFTEN, GHOSTS_ONCE, GHOSTS_OFTEN = 0, 1, 2, 3, 4
-NO_KEY = -1
+#: A compiled function is typed once if these are no literals.
+NO_KEY, NOBODY, START = np.int64(-1), np.int64(-2), np.int64(0)
 
 # What a pool knows is in few arrays, because each costs time in every call.
 #: Rows of ``k``, by key: whether it is resident; the last event, or step, that protects it; whether it is pinned; CLOCK: used since
@@ -211,11 +212,37 @@ def _use(policy, k, c, r, sizes, t, key, is_hit, clock, half_life, n_protected):
 
 
 @nb.njit(cache=True, nogil=True)
-def _pool_hits(
-    offsets, keys, events, step, sizes, budget, n_slot, n_key, policy, half_life, preload, n_protected, must_admit, admission,
-    n_of, m_of, heat_half_life, hit, held,
+def pool_hits(
+    offsets, keys, events, step, sizes, budget, n_slot, policy, half_life, preload, n_protected, must_admit, admission, n_of, m_of,
+    heat_half_life, hit, held,
 ):  # fmt: skip
-    """Replay the events of one pool."""
+    """Replay the events of one pool on a cache of ``budget`` bytes, or slots if all ``sizes`` are 1.
+
+    Parameters
+    ----------
+    events : int64, (n_event of the pool,)
+    sizes : int64, (n_key,)
+    n_slot : int
+        Slots by which an eviction divides its lists.
+    preload : int64, (n_preload,)
+        Keys that are resident before the first event, the oldest first.
+    n_protected : int
+        Keys that `SLRU` protects.
+    must_admit : bool
+        Whether each event's misses always enter.
+    n_of, m_of : int
+        `N_OF_M`: uses, and events of the pool in which they are. `AT_MOST`: keys that enter in a step.
+    hit : bool, (n_touch,)
+        Written: whether the touch was a hit.
+    held : bool, (n_event, n_key) or (0, 0)
+        Written, if there is room for it: which keys of its pool are resident before an event.
+
+    Returns
+    -------
+    int
+        The first event whose keys do not fit, though the policy must admit them; -1 if all do.
+    """
+    n_key = len(sizes)
     k, r, c = np.zeros((17, n_key), np.int64), np.zeros((3, n_key), np.float64), np.zeros(19, np.int64)
     k[MARK] = -1
     c[:SIZE] = NO_KEY
@@ -227,7 +254,7 @@ def _pool_hits(
         clock += 1
         k[PINNED, key] = 1
         k[STAMP, key] = clock
-        _add(policy, k, c, r, sizes, 0, -2, budget, key, NO_KEY, clock)
+        _add(policy, k, c, r, sizes, START, NOBODY, budget, key, NO_KEY, clock)
     at_step = np.int64(1) << 62
     for t in range(len(events)):
         event = events[t]
@@ -302,48 +329,3 @@ def _pool_hits(
             clock += 1
             _add(policy, k, c, r, sizes, t, event, budget, key, victim, clock)
     return -1
-
-
-@nb.njit(cache=True, nogil=True)
-def cache_hits(
-    offsets, keys, order, starts, step, sizes, budget, n_slot, policy, half_life, preload, n_preload, n_protected, must_admit,
-    admission, n_of, m_of, heat_half_life, hit, held,
-):  # fmt: skip
-    """Replay a trace on caches of ``budget[p]`` bytes, or slots if all ``sizes`` are 1.
-
-    Parameters
-    ----------
-    order, starts : int64, (n_event,) and (n_pool + 1,)
-        Events of pool ``p`` are ``order[starts[p]:starts[p + 1]]``.
-    sizes : int64, (n_pool, n_key)
-    n_slot : int64, (n_pool,)
-        Slots by which an eviction divides its lists.
-    preload : int64, (n_pool, n_key)
-        Keys that are resident before the first event, ``n_preload[p]`` of each pool, the oldest first.
-    n_protected : int64, (n_pool,)
-        Keys that `SLRU` protects.
-    must_admit : bool
-        Whether each event's misses always enter.
-    n_of, m_of : int
-        `N_OF_M`: uses, and events of the pool in which they are. `AT_MOST`: keys that enter in a step.
-    hit : bool, (n_touch,)
-        Written: whether the touch was a hit.
-    held : bool, (n_event, n_key) or (0, 0)
-        Written, if there is room for it: which keys of its pool are resident before an event.
-
-    Returns
-    -------
-    int
-        The first event whose keys do not fit, though the policy must admit them; -1 if all do.
-    """
-    n_pool, n_key = sizes.shape
-    first_failed = -1
-    for p in range(n_pool):
-        failed = _pool_hits(
-            offsets, keys, order[starts[p] : starts[p + 1]], step, sizes[p], budget[p], n_slot[p], n_key, policy, half_life,
-            preload[p, : n_preload[p]], n_protected[p], must_admit, admission, n_of, m_of, heat_half_life, hit,
-            held,
-        )  # fmt: skip
-        if failed >= 0 and (first_failed < 0 or failed < first_failed):
-            first_failed = failed
-    return first_failed

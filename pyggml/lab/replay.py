@@ -262,10 +262,12 @@ class Replayer:
         in_bytes = slots is None or (self.setting.contract == "bigmoeonedge" and capacity.n_bytes is not None)
         budgets = self.pools.budgets(capacity) if slots is None or in_bytes else slots
         sizes = self.pools.sizes if in_bytes else np.ones_like(self.pools.sizes)
+        # lists are 3 times as fast as the heap, but an event must fit
+        in_lists = policy.code in (stack.LRU, stack.FIFO) and self.setting.contract != "bigmoeonedge"
         hits, preload = [], 0
         for i, run in enumerate(self.runs):
             hit = np.zeros(len(run.keys), np.bool_)
-            if policy.code is not None and policy.code < compiled.SLRU and not policy.admission:
+            if policy.code is not None and policy.code < compiled.SLRU and not policy.admission and not in_lists:
                 _, over = sized.sized_hits(
                     run.offsets, run.keys, run.pool, sizes, budgets, self.pools.n_pool, self.pools.n_key, policy.code,
                     self.after[i], policy.half_life, hit,
@@ -319,25 +321,23 @@ class Replayer:
         assert policy.code is not None
         pools, run, counts = self.pools, self.runs[i], self._counts(policy, i)
         n_slot = budgets // np.maximum(1, sizes.max(axis=1))
-        first = np.zeros((pools.n_pool, pools.n_key), np.int64)
-        n_first, n_protected = np.zeros(pools.n_pool, np.int64), np.zeros(pools.n_pool, np.int64)
-        preload, must_admit = 0, True
-        if policy.llama is not None:
-            n_protected = n_slot // 2
-        else:
-            for p in range(pools.n_pool):
+        admission = policy.new_admission()
+        preload, failed = 0, len(run.pool)  # the first event that does not fit
+        for p in range(pools.n_pool):
+            keys: list[int] = []
+            n_protected, must_admit = int(n_slot[p]) // 2, True
+            if policy.llama is None:
                 made = policy.eviction(int(n_slot[p]), pools.n_key, None if counts is None else counts[p])
-                keys = getattr(made, "preload", [])
-                n_first[p], n_protected[p] = len(keys), getattr(made, "n_protected", 0)
-                first[p, : len(keys)] = keys
+                keys, n_protected = getattr(made, "preload", []), getattr(made, "n_protected", 0)
                 preload += int(pools.sizes[p, keys].sum()) if keys else 0
                 must_admit = made.must_admit
-        admission = policy.new_admission()
-        failed = compiled.cache_hits(
-            run.offsets, run.keys, self.order[i], self.starts[i], run.step, sizes, budgets, n_slot, policy.code, policy.half_life, first,
-            n_first, n_protected, must_admit and admission.must_admit, *admission.numbers(), hit, held,
-        )  # fmt: skip
-        if failed >= 0:
+            event = compiled.pool_hits(
+                run.offsets, run.keys, self.order[i][self.starts[i][p] : self.starts[i][p + 1]], run.step, sizes[p], budgets[p],
+                n_slot[p], policy.code, policy.half_life, np.array(keys, np.int64), n_protected,
+                must_admit and admission.must_admit, *admission.numbers(), hit, held,
+            )  # fmt: skip
+            failed = min(failed, event) if event >= 0 else failed
+        if failed < len(run.pool):
             raise too_small(int(budgets[run.pool[failed]]), is_bytes=bool((sizes != 1).any()))
         return preload
 
