@@ -83,14 +83,14 @@ class _Table(Table):
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        title = [str(self.title)] if self.title else []  # wrapped by the terminal's width, not the table's
         for form, told in self._forms():
             if form._fits(options.max_width):
-                if told:  # wrapped by the terminal's width, not the table's
-                    yield Text(told, style="table.title")
+                yield from (Text(line, style="table.title") for line in (*title, *told))
+                form.title = None
                 yield from Table.__rich_console__(form, console, options)
                 return
-        if self.title:
-            yield Text(str(self.title), style="table.title")
+        yield from (Text(line, style="table.title") for line in title)
         for i, row in enumerate(self.rows):
             cells = [(column, column._cells[i]) for column in self.columns]
             pieces = [
@@ -117,23 +117,21 @@ class _Table(Table):
             column.width, room = least + more, room - more
         return True
 
-    def _forms(self) -> Iterator[tuple[_Table, str]]:
+    def _forms(self) -> Iterator[tuple[_Table, list[str]]]:
         """Yield the table in forms that need less and less room, and what is said before the last."""
         whole, folded = copy(self), copy(self)
         whole.columns = [replace(column) for column in self.columns]
         folded.columns = [replace(column, header=str(column.header).replace(" ", "\n")) for column in self.columns]
-        yield from ((whole, ""), (folded, ""))
+        yield from ((whole, []), (folded, []))
         close = copy(folded)
         close.padding = (0, 1, 0, 0)
-        yield close, ""
+        yield close, []
         same = [c for c in self.columns if c.header and len(c._cells) > 1 and len(set(map(str, c._cells))) == 1]
         if same and len(same) < len(self.columns):
             some = copy(close)
             kept = [column for column, old in zip(close.columns, self.columns, strict=True) if old not in same]
             some.columns = [replace(column, _index=i) for i, column in enumerate(kept)]
-            some.title = None
-            told = "  ".join(f"{_joined(c.header)}: {_joined(c._cells[0])}" for c in same)
-            yield some, f"{self.title}\n{told}" if self.title else told
+            yield some, ["  ".join(f"{_joined(c.header)}: {_joined(c._cells[0])}" for c in same)]
 
 
 def _has_bars(column: Column) -> bool:

@@ -91,7 +91,7 @@ def test_no_spaces_at_the_ends_of_lines(made: Table) -> None:
     lines = printed(made, 120)
     assert lines == [line.rstrip() for line in lines]
     assert "\x1b" not in "".join(lines)
-    assert printed(made, 120, is_terminal=True)[0] != lines[0]
+    assert printed(made, 120, is_terminal=True)[1] != lines[1]
 
 
 @pytest.mark.parametrize(
