@@ -165,7 +165,7 @@ def test_slash_words_of_a_conversation(converse, tmp_path, capsys):
         ("/hlep", "did you mean /help? /help lists commands, //hlep sends the line"),
         ("/home/me is a folder", "there is no command /home/me (/help lists commands, //home/me is a folder sends"),
         ("/read", "/read needs an argument: /read FILE"),
-        ("/read no-such-file", "/read no-such-file: No such file or directory"),
+        ("/read no-such-file", "/read no-such-file: no such file"),
         ("/regen", "there is no answer to generate again"),
     ],
     ids=lambda text: text.split()[0],
