@@ -206,6 +206,8 @@ def _line(error: Exception) -> str:
         text = f"{where}{error.strerror or error}"
     elif isinstance(error, MemoryError):
         text = f"out of memory{f': {error}' if str(error) else ''} (try a smaller model or context)"
+    elif isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        text = f"{error.object}: not a name that a file can have"
     elif place := _own_policy(error):
         text = f"{place}: {type(error).__name__}: {error} (PYGGML_TRACEBACK=1 shows the traceback)"
     else:

@@ -88,13 +88,15 @@ class Graph:
         Raises
         ------
         GraphError
-            The graph is full, or a tensor is its own ancestor.
+            The graph is full, a tensor is its own ancestor, or what is given is not a tensor.
 
         Notes
         -----
         Mirrors `ggml_build_forward_expand`: depth first, sources in order.
         """
         for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                raise GraphError(f"expand: {tensor!r:.60} is not a tensor", hint="give each tensor as an argument")
             self._visit(tensor, compute=True)
         self.version += 1
 

@@ -11,6 +11,7 @@ import itertools
 import struct
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from operator import index
 from typing import TYPE_CHECKING, Any, cast
 
 from .edits import EDITS, Sources
@@ -89,7 +90,10 @@ _MOST_KEPT = 1 << 14
 
 def _lay_out(op: Op, type: Type, ne: tuple[int, ...], nb: tuple[int, ...] | None) -> _Layout:
     """Return dimensions, strides, `nbytes`, the bytes that a view needs, and the layout's number; keep them."""
-    shape = pad_ne(ne)
+    try:
+        shape = pad_ne(tuple(map(index, ne)))
+    except TypeError:
+        raise ShapeError(op.name.lower(), f"dimensions are whole numbers, not {list(ne)}") from None
     if nb is None:
         strides = contiguous_nb(type, shape)
         n_bytes = n_inside = strides[3] * shape[3]

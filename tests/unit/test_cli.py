@@ -177,11 +177,12 @@ def test_options_that_do_not_go_together(words: str, text: str, capsys: pytest.C
         (FormatError("a.gguf", "the header ends", offset=12, hint="fetch it again"),
          "Error: a.gguf: the header ends at byte 12 (fetch it again)"),
         (OSError(28, "No space left on device", "/x/out.gguf"), "Error: /x/out.gguf: No space left on device"),
+        (UnicodeEncodeError("utf-8", "\ud800x", 0, 1, "surrogates not allowed"), "Error: \\ud800x: not a name that a file can have"),
         (MemoryError(), "Error: out of memory (try a smaller model or context)"),
         (ZeroDivisionError("a\nb"), f"Error: ZeroDivisionError: a b {BUG}"),
         (FormatError("a.gguf", "x" * 10**6, hint="y"), f"Error: a.gguf: {'x' * 1992} … {'x' * 496} (y)"),
     ],
-    ids=["ours", "system", "memory", "bug", "long"],
+    ids=["ours", "system", "no name", "memory", "bug", "long"],
 )  # fmt: skip
 def test_failures_are_one_line(
     broken: dict[str, BaseException], error: Exception, line: str, capsys: pytest.CaptureFixture[str]
