@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -86,6 +87,7 @@ class Beside:
             yield Loaded("projector", str(self.projector), (_weights(self.projector, backend),), note)
 
     def _draft(self, path: Path, planner: Planner, flags: ModelFlags) -> Loaded:
+        from ..catalog import header_path
         from ..planning import Planner
         from ..types import Type
 
@@ -105,8 +107,9 @@ class Beside:
             raise
         except PyggmlError as error:
             warn(f"only the weights of the draft model {path} are counted: {error}")
+            file = path if os.path.lexists(path) else header_path(str(path))
             return Loaded(
-                "draft model", str(path), (_weights(path, [*devices, cpu][0]),), "; its context is not counted"
+                "draft model", str(path), (_weights(file, [*devices, cpu][0]),), "; its context is not counted"
             )
 
 

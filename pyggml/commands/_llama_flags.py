@@ -106,6 +106,8 @@ _SAME = {
     "-nkvo": "--no-kv-offload", "-kvo": "--kv-offload", "-no-kvu": "--no-kv-unified", "-sys": "--system",
     "--system-prompt": "--system", "--predict": "--n-predict", "--temperature": "--temp", "-s": "--seed",
 }  # fmt: skip
+#: A draft model on Hugging Face, where the command counts one.
+_DRAFT_ON_HUB = ("-hfd", "-hfrd", "--spec-draft-hf", "--hf-repo-draft")
 _FLASH = {"1": "on", "true": "on", "enabled": "on", "0": "off", "false": "off", "disabled": "off", "-1": "auto"}
 _LOAD_MODES = {"auto": "--mmap", "mmap": "--mmap", "mmap+mlock": "--mmap"} | dict.fromkeys(
     ("none", "mlock", "dio"), "--no-mmap"
@@ -188,6 +190,8 @@ def translate(args: Collection[str], own: Mapping[str, bool]) -> Translated:
             found.models.append(take())
         elif flag in ("-hf", "-hfr", "--hf-repo"):
             found.models.append(f"hf:{take()}")
+        elif flag in _DRAFT_ON_HUB and "-md" in own:
+            found.words += ["-md", f"hf:{take()}"]
         elif flag in ("-lm", "--load-mode"):
             mode = take()
             if mode not in _LOAD_MODES:

@@ -41,6 +41,13 @@ def test_flags_with_llama_cpps_meaning() -> None:
     assert words("-lm", "auto") == ["--mmap"]
 
 
+def test_a_draft_model_on_the_hub_is_one() -> None:
+    """Where a command counts a draft model, -hfd names one as -hf does; elsewhere it has no effect."""
+    assert translate(["-hfd", "a/b:Q4_K_M"], {"-md": True}).words == ["-md", "hf:a/b:Q4_K_M"]
+    assert translate(["--hf-repo-draft=a/b"], {"-md": True}).words == ["-md", "hf:a/b"]
+    assert translate(["-hfd", "a/b"], {}).ignored == ["-hfd a/b"]
+
+
 def test_sizes_of_llama_bench_come_in_any_order() -> None:
     """-n before -p means the same as after it; -p 0 leaves the answer; a -n without a -p is llama-cli's."""
     own = {"--batches": True}
