@@ -7,7 +7,10 @@ GLU (a, b), FLASH_ATTN_EXT (q, k, v, mask, sinks). Inside ``with graph:`` the gr
 
 from __future__ import annotations
 
+from inspect import isfunction
+
 from . import activation, arith, attention, hyper_connections, layout, matmul, modes, recurrent, rotary, rows
+from ._make import naming
 from .activation import *
 from .arith import *
 from .attention import *
@@ -30,3 +33,7 @@ __all__ += modes.__all__
 __all__ += recurrent.__all__
 __all__ += rotary.__all__
 __all__ += rows.__all__
+
+for _name in __all__:
+    if isfunction(globals()[_name]):
+        globals()[_name] = naming(globals()[_name])

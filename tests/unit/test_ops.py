@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pyggml import graph_context, ops
 from pyggml.errors import GraphError, ShapeError
 from pyggml.graph import Graph
 from pyggml.tensor import Tensor
+from pyggml.testing.op_cases import OPS, of_op, run
 from pyggml.types import GluOp, Op, TensorFlag, Type, UnaryOp
 
 
@@ -309,3 +311,35 @@ def test_flags_are_not_inherited(a: Tensor) -> None:
     """What an op makes of a flagged tensor, views included, has no flags."""
     a.flags |= TensorFlag.INPUT | TensorFlag.OUTPUT
     assert [t.flags for t in (ops.view_1d(a, 4, 0), ops.cont(a), ops.add_inplace(a, a))] == [0, 0, 0]
+
+
+# -- arguments of another kind -----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_argument_that_is_no_tensor_is_named(name: str) -> None:
+    """Each builder names the argument, says what it got, and takes it by keyword as well."""
+    case = of_op(name, 0)
+    last = max(i for i, step in enumerate(case.steps) if step[0] == name)
+    values = run(case.steps[:last])
+    given = [values[a["t"]] if isinstance(a, dict) else a for a in case.steps[last][1:]]
+    build = getattr(ops, name)
+    for parameter, value in zip(inspect.signature(build).parameters.values(), given, strict=False):
+        if not str(parameter.annotation).startswith("Tensor"):
+            continue
+        for wrong, shown in ((3, "3"), ([1.0], "of type list")):
+            arguments = dict(zip(inspect.signature(build).parameters, given, strict=False)) | {parameter.name: wrong}
+            with pytest.raises(ShapeError, match=rf"{parameter.name} is {shown}, not a tensor") as caught:
+                build(**arguments)
+            assert caught.value.op == name
+        assert value is None or isinstance(value, Tensor)
+
+
+def test_a_missing_tensor_and_a_number_that_is_none_are_named(a: Tensor) -> None:
+    """None stands for a tensor only where one may be absent; a wrong number of arguments is Python's own error."""
+    with pytest.raises(ShapeError, match="mul_mat: b is None, not a tensor"):
+        ops.mul_mat(a, None)
+    with pytest.raises(ShapeError, match=r"scale: s is 'x', not a number$"):
+        ops.scale(a, "x")
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'b'"):
+        ops.add(a)
