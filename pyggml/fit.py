@@ -79,15 +79,8 @@ class _Share:
         return self.n_layer - self.n_part
 
 
-def fit_flags(
-    planner: Planner,
-    placement: PlacementFlags,
-    context: ContextFlags,
-    *,
-    margin_bytes: int = MARGIN_BYTES,
-    n_ctx_min: int = N_CTX_MIN,
-) -> Fit:
-    """Return flags with which a model leaves a margin of each device's memory free.
+def fit_flags(planner: Planner, placement: PlacementFlags, context: ContextFlags) -> Fit:
+    """Return flags with which a model leaves `MARGIN_BYTES` of each device's memory free.
 
     The context gets smaller first, if its size was not given; then layers go to the host, or, of a mixture of experts,
     experts.
@@ -103,7 +96,7 @@ def fit_flags(
     -----
     Mirrors `common_fit_params`. Differs: a device whose memory is unknown counts as one without.
     """
-    return _Fitter(planner, placement, context, margin_bytes, n_ctx_min).run()
+    return _Fitter(planner, placement, context).run()
 
 
 @dataclass(slots=True)
@@ -111,8 +104,6 @@ class _Fitter:
     planner: Planner
     placement: PlacementFlags
     context: ContextFlags
-    margin: int
-    n_ctx_min: int
     n_tried: int = 0
     shares: list[_Share] = field(default_factory=list)
     mem: list[int] = field(default_factory=list)
@@ -123,7 +114,7 @@ class _Fitter:
         devices = self.planner.backends[:-1]
         n_dev = len(devices)
         free = [b.device.memory()[0] for b in devices] or [self.planner.backends[-1].device.memory()[1]]
-        targets = [n - self.margin for n in free]
+        targets = [n - MARGIN_BYTES for n in free]
         n_ctx_auto = self.context.n_ctx == 0
         if n_ctx_auto:  # as much for each sequence as the model was trained with
             self.context = replace(self.context, n_ctx=self._n_ctx_max)
@@ -238,10 +229,10 @@ class _Fitter:
 
     def _shrink_context(self, full: Sequence[int], free: Sequence[int]) -> bool:
         """Make the context smaller; return whether the whole model then fits."""
-        largest, smallest = self._n_ctx_max, self.n_ctx_min * self._n_streams
+        largest, smallest = self._n_ctx_max, N_CTX_MIN * self._n_streams
         if largest <= smallest:
             return False
-        target = sum(free) - self.margin * len(free)
+        target = sum(free) - MARGIN_BYTES * len(free)
         if len(free) > 1:
             weights = self.planner.placement.weight_bytes()
             on_devices = sum(weights.get(b.buffer_type, 0) for b in self.planner.backends[:-1])

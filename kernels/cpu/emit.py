@@ -179,14 +179,6 @@ class Emit:
         """Let no load or store move across here: LLVM would load much at once, and run out of registers."""
         self.b.call(ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", side_effect=True), [])
 
-    def put_aside(self, v: ir.Value) -> ir.Value:
-        """Store a vector on the stack and return its address; loading an element from there can also broadcast it."""
-        at = self.b.ptrtoint(cgutils.alloca_once(self.b, v.type), I64)
-        self.store(v, at)
-        hide = ir.InlineAsm(ir.FunctionType(ir.VoidType(), [I64]), "", "r,~{memory}", side_effect=True)
-        self.b.call(hide, [at])  # else LLVM would not load what it has in a register
-        return at
-
     def table(self, name: str, type: ir.Type, values: Iterable[Any]) -> ir.Value:
         """Return the address of constants in the module, put there once under a name."""
         table = self.b.module.globals.get(name)

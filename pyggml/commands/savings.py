@@ -218,7 +218,11 @@ def _row(n: int, account: CopyAccount, backends: list[Backend]) -> Saving:
         raise GraphError(
             "nothing was copied: there is no device besides the CPU", hint="use --device sim:rtx4090-pcie4,cpu"
         )
-    return _saving(n, total.used_mean, total.n_expert, total.bytes_copied, total.bytes_full, backends)
+    profile: Any = getattr(backends[0].device, "profile", None)  # of simulated devices only
+    link: LinkProfile | None = None if profile is None else profile.link
+    sizes = total.bytes_copied, total.bytes_full
+    copied_s, full_s = (None if link is None else link.seconds(size, n_copies=0) for size in sizes)
+    return Saving(n, total.used_mean, total.n_expert, *sizes, copied_s, full_s)
 
 
 def _every_product(backend: Backend, op: Tensor) -> bool:
@@ -226,13 +230,6 @@ def _every_product(backend: Backend, op: Tensor) -> bool:
     from ..opset import uses_experts
 
     return uses_experts(op.op) is not None
-
-
-def _saving(n: int, used: float, n_expert: int, copied: int, full: int, backends: list[Backend]) -> Saving:
-    profile: Any = getattr(backends[0].device, "profile", None)  # of simulated devices only
-    link: LinkProfile | None = None if profile is None else profile.link
-    times = (None, None) if link is None else (link.seconds(copied, n_copies=0), link.seconds(full, n_copies=0))
-    return Saving(n, used, n_expert, copied, full, *times)
 
 
 def savings_table(rows: list[Saving], title: str) -> Table:

@@ -116,17 +116,10 @@ def estimate(
 
 
 def speed_of(
-    shape: ModelShape,
-    machine: Machine,
-    setting: Setting,
-    n_tokens: int,
-    depth: int,
-    *,
-    is_prompt: bool,
-    placed: list[Placed] | None = None,
+    shape: ModelShape, machine: Machine, setting: Setting, n_tokens: int, depth: int, *, is_prompt: bool
 ) -> Speed:
-    """Predict the speed of a prompt or of generation, with its range; ``placed`` is as for `predict`."""
-    where = place(shape, setting, [c.memory_bytes for c in machine.cards]) if placed is None else placed
+    """Predict the speed of a prompt or of generation, with its range."""
+    where = place(shape, setting, [c.memory_bytes for c in machine.cards])
     mid = 1.0 / predict(shape, machine, setting, n_tokens, depth, is_prompt=is_prompt, placed=where)
     return Speed.around(mid, range_of(machine, setting, where, is_prompt=is_prompt))
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..errors import GraphError
 from ..kernels.lab import slots as compiled
 
-__all__ = ["Admission", "Always", "Cache", "Decision", "Events", "Eviction", "Load", "too_small"]
+__all__ = ["Admission", "Cache", "Decision", "Events", "Eviction", "Load", "too_small"]
 
 
 class Load(NamedTuple):
@@ -135,9 +135,6 @@ class Admission:
     def numbers(self) -> tuple[int, int, int, float]:
         """Return the admission's number in the compiled replay, ``n``, ``m`` and a half-life."""
         return compiled.ALWAYS, 1, 1, 1.0
-
-
-Always = Admission
 
 
 def too_small(budget: int, *, is_bytes: bool) -> GraphError:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from .machine import Machine, ResidentLayers, TokenTime, Workload, resident_layers
-from .policies import POLICIES
 from .pools import Capacity, Pools, request_keys
 from .replay import Refusal, Result, Setting, lru_begins, replay
 from .trace import Trace
@@ -228,7 +227,3 @@ def _warnings(made: Comparison) -> list[str]:
         share = sum(q.first_touches for q in first[0].result.requests) / first[0].result.touches
         said.append(f"{share:.0%} of all touches are first touches, which no cache avoids: the trace is short")
     return said
-
-
-#: Policies that a comparison shows if none are named.
-DEFAULT_POLICIES = tuple(name for name in ("lru", "lfu", "lfru", "belady", "belady-bypass") if name in POLICIES)

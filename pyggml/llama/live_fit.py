@@ -19,14 +19,7 @@ from .store import Captures
 __all__ = ["live_fit"]
 
 
-def live_fit(
-    file: GGUFFile,
-    devices: Sequence[Device],
-    context: ContextFlags,
-    *,
-    margin_bytes: int = MARGIN_BYTES,
-    n_ctx_min: int = N_CTX_MIN,
-) -> tuple[Fit, str]:
+def live_fit(file: GGUFFile, devices: Sequence[Device], context: ContextFlags) -> tuple[Fit, str]:
     """Return the flags that `common_fit_params` chooses where the user gave none that places weights, and llama.cpp's version.
 
     Parameters
@@ -50,7 +43,7 @@ def live_fit(
     for device in about["placement"]["devices"]:
         device["free"] = device["total"]  # a planner in another thread may hold some of it now
     with LlamaProcess(find_llama()) as process:  # its own, so that graphs can be captured meanwhile
-        answer = Captures(process, file.paths, about).ask("fit", margin=margin_bytes, n_ctx_min=n_ctx_min)
+        answer = Captures(process, file.paths, about).ask("fit", margin=MARGIN_BYTES, n_ctx_min=N_CTX_MIN)
     # its last pattern is that of the layer behind the last one, which has no weights
     overrides = [
         (pattern, where) for pattern, where in answer["overrides"] if any(re.search(pattern, n) for n in file.tensors)

@@ -129,10 +129,8 @@ def find_races(
     seeds: Sequence[int],
     dropped: Collection[str] = (),
     worlds: Sequence[World] | None = None,
-    context: ContextFlags | None = None,
     threads: int | None = 1,
     library: str = "",
-    timeout_s: float | None = 600.0,
     progress: Callable[[str, int, int], None] = lambda world, done, total: None,
 ) -> RaceReport:
     """Run a model in llama.cpp on late devices, in each world with each seed.
@@ -162,7 +160,7 @@ def find_races(
         facts = CapturedFacts.read(file, 0)
     path = os.fspath(find_llama(library))
     report = RaceReport(os.fspath(model), "", path, tuple(sorted(dropped)))
-    context = replace(context or ContextFlags(n_ctx=512), n_ubatch=64)
+    context = ContextFlags(n_ctx=512, n_ubatch=64)
     for world in worlds_of(facts) if worlds is None else worlds:
         made = WorldReport(world)
         report.worlds.append(made)
@@ -170,7 +168,7 @@ def find_races(
         while todo:  # repeats only if the child ends in a run without its waits
             with LlamaModel(
                 model, devices=world.devices, placement=world.placement, context=context, threads=threads, seed=0,
-                host=None, library=path, timeout_s=timeout_s,
+                host=None, library=path, timeout_s=600.0,
             ) as opened:  # fmt: skip
                 report.build = opened.build
                 _run(opened, made, todo, dropped, partial(progress, world.name))

@@ -2,7 +2,7 @@
 
 What has no kernel here (`CudaDevice.supports_op`) the scheduler gives to the CPU. A split becomes a plan of launches
 once (`pyggml.kernels.cuda.launch`); computing it puts the launches on the backend's stream and returns. No op reads
-anything on the host. All that depends on a real driver is behind `_cuda_driver`.
+anything on the host. All that depends on a real driver is behind `driver`.
 """
 
 from __future__ import annotations
