@@ -104,7 +104,6 @@ class Placed:
     layer: Layer
     device: int  #: -1: the CPU
     experts_on_host: bool
-    host_other: bool = False  #: dense weights are in host memory, too (``-ot`` of whole layers)
     count: int = 1
 
 
@@ -127,7 +126,8 @@ class Machine:
 LayerTimes = dict[tuple[object, ...], float]
 
 _EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-_DENSE = ("ffn_gate", "ffn_down")
+#: What stands for all weights of a layer.
+_WHOLE = ("attn_output", "ffn_gate", "ffn_down")
 
 
 @lru_cache(maxsize=4096)
@@ -187,16 +187,17 @@ def has_host_experts(layer: int, device: int, s: Setting) -> bool:
 def place(model: ModelShape, s: Setting, sizes: Sequence[float]) -> list[Placed]:
     """Return the places of layers on cards with the given memory sizes; equal layers are grouped."""
     n = len(model.layers)
-    groups: dict[tuple[int, int, bool, bool], Placed] = {}
+    groups: dict[tuple[int, int, bool], Placed] = {}
     for i, layer in enumerate(model.layers):
         device = device_of(i, n, s, sizes)
         on_host = layer.has_experts and has_host_experts(i, device, s)
-        other = bool(s.overrides) and bool(_overridden(s.overrides, i, _DENSE, every=True))
-        key = (id(layer), device, on_host, other)
+        if s.overrides and _overridden(s.overrides, i, _WHOLE, every=True):
+            device = -1
+        key = (id(layer), device, on_host)
         if key in groups:
             groups[key].count += 1
         else:
-            groups[key] = Placed(layer, device, on_host, other)
+            groups[key] = Placed(layer, device, on_host)
     return list(groups.values())
 
 

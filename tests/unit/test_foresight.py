@@ -312,6 +312,15 @@ def test_a_plan_and_an_estimate_agree(
             assert speed.high / speed.low == pytest.approx(said.high / said.low)
 
 
+@pytest.mark.parametrize(("model", "n_on_host"), [("llama-3.3-70b", 60), ("gpt-oss-120b", 20)])
+def test_layers_that_are_put_whole_into_host_memory_are_as_slow_as_without_a_card(model: str, n_on_host: int) -> None:
+    """A pattern of ``-ot`` that matches all weights of the first layers gives the speeds of ``-ngl`` for the others."""
+    by_pattern = Setting(overrides=(rf"blk\.({'|'.join(map(str, range(n_on_host)))})\.=CPU",))
+    rest = Setting(n_gpu_layers=len(model_shape(model).layers) + 1 - n_on_host)
+    assert estimate(model, MACHINE, by_pattern) == estimate(model, MACHINE, rest)
+    assert estimate(model, MACHINE, by_pattern).generation.mid < 0.5 * estimate(model, MACHINE).generation.mid
+
+
 def test_a_host_says_that_its_memory_was_assumed() -> None:
     """A processor's name says nothing about memory; a type or a rate does."""
     assert parse_host("Ryzen 7 5700X").is_memory_assumed
