@@ -44,10 +44,30 @@ def command() -> None:
     """
 
 
+def _list_policies(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Print the policies and what each does, and exit."""
+    if value and not ctx.resilient_parsing:
+        from ..lab.policies import POLICIES
+
+        shown = table("Policies of expert caches", "policy", "what it does", free=("what it does",))
+        for policy in POLICIES.values():
+            shown.add_row(policy.name, policy.meaning)
+        report().print(shown)
+        ctx.exit()
+
+
 @command.command("compare", short_help="Compare policies by cache size: bytes, hit rate, tokens/s.")
 @trace_options
 @option("--policies", shown="lru,lfu,lfru,belady,belady-bypass", metavar="P,P",
      help="Policies (--list-policies lists them); P+2of8, P+hotter, P+atmost:2, P+next set the admission; module:Class is your own.")  # fmt: skip
+@option(
+    "--list-policies",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_policies,
+    help="List the policies and exit.",
+)
 @option("--capacities", shown="10%,20%,30%,40%,50%", metavar="C,C",
      help="Sizes: 10% of the experts, 6 slots per pool, or 512MiB in total.")  # fmt: skip
 @choice("--scope", values=["layer", "global", "group"], shown="layer",
@@ -116,7 +136,7 @@ def _compare_table(made: Comparison) -> Table:
     for row in sorted(made.rows, key=lambda row: made.capacities.index(row.result.capacity)):
         result = row.result
         if last is not None and result.capacity != last:
-            _resident_row(shown, columns, resident.get(last), str(last))
+            _resident_row(shown, columns, resident.get(last))
         first = result.capacity != last
         last = result.capacity
         cells = {
@@ -134,11 +154,11 @@ def _compare_table(made: Comparison) -> Table:
             cells["tokens/s"] = f"{1 / row.time.total_s:,.1f}"
         shown.add_row(*(cells.get(name, "") for name in columns))
     if last is not None:
-        _resident_row(shown, columns, resident.get(last), str(last))
+        _resident_row(shown, columns, resident.get(last))
     return shown
 
 
-def _resident_row(shown: Table, columns: list[str], resident: Any, size: str) -> None:  # of a ResidentLayers, or None
+def _resident_row(shown: Table, columns: list[str], resident: Any) -> None:  # of a ResidentLayers, or None
     if resident is None:
         return
     cells = {

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -23,6 +24,25 @@ from pyggml.hardware.cards import CARDS
 
 BUG = "(this is an error in pyggml; please report it with the traceback that PYGGML_TRACEBACK=1 shows)"
 COMMANDS = ("run", "splits", "replay", "devices", "make-moe", "viz")
+
+
+def _commands(command: click.Command, ctx: click.Context) -> Iterator[click.Command]:
+    """Yield a command and all below it."""
+    yield command
+    if isinstance(command, click.Group):
+        for name in command.list_commands(ctx):
+            found = command.get_command(ctx, name)
+            assert found is not None
+            yield from _commands(found, click.Context(found, parent=ctx, info_name=name))
+
+
+def test_help_names_no_option_that_does_not_exist() -> None:
+    """Each ``--option`` in the help of a command or an option is one of some command's."""
+    commands = list(_commands(cli.group, click.Context(cli.group)))
+    known = {name for command in commands for param in command.params for name in (*param.opts, *param.secondary_opts)}
+    for command in commands:
+        for text in (command.help, *(getattr(param, "help", None) for param in command.params)):
+            assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text or "")) <= known, text
 
 
 @pytest.fixture

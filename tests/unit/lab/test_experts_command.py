@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from samples import bigmoeonedge, onnx_genai
 
 from pyggml.cli import group
+from pyggml.lab.policies import POLICIES as POLICIES_BY_NAME
 
 POLICIES = "lru,lfu,lfru,belady,belady-bypass"
 
@@ -35,6 +36,16 @@ def run(*words):
     """Return the exit status, and what went to stdout and stderr."""
     result = CliRunner().invoke(group, ["experts", *map(str, words)])
     return result.exit_code, result.stdout, result.stderr
+
+
+def test_policies_are_listed_with_what_they_do():
+    """Every name that a comparison takes is in the list, and no trace is needed for it."""
+    status, out, _ = run("compare", "--list-policies")
+    assert status == 0
+    for policy in POLICIES_BY_NAME.values():
+        assert f"{policy.name:18} {policy.meaning}".split() == next(
+            line.split() for line in out.splitlines() if line.split()[:1] == [policy.name]
+        )
 
 
 def test_rows_have_the_form_that_tools_read(trace_path):
