@@ -121,13 +121,11 @@ class VirtualClock:
     def __init__(self, profiles: Sequence[DeviceProfile]) -> None:
         self.profiles = list(profiles)
         self.cpu = len(self.profiles) - 1
-        sheet, rates = self.profiles[-1].sheet, self.profiles[-1].rates
+        sheet = self.profiles[-1].sheet
         assert isinstance(sheet, Host), "the last backend is the host"
-        self._pageable = pageable_rate(sheet, rates)
+        self._pageable = pageable_rate(sheet, self.profiles[-1].rates)
         self._has_slow_host = sheet.isa == "neon"
         self._has_one_engine = [p.copy_engines == 1 for p in self.profiles]
-        #: What a host that waits for a device takes, beside the latencies of one copy back and two there.
-        self._switch_s = max(0.0, rates.switch_s - 3 * 10e-6)
         self._work_s: list[dict[Work, float]] = [{} for _ in self.profiles]  # of each backend
         self.n_resets = -1  #: how often it was set back since it was made
         self.reset()

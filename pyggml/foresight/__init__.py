@@ -4,7 +4,7 @@
 """
 
 from .api import Estimate, Speed, estimate, machine_of, model_shape, speed_of
-from .estimate import Machine, Setting, Unpredicted
+from .estimate import Machine, Setting
 from .shape import ModelShape
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "ModelShape",
     "Setting",
     "Speed",
-    "Unpredicted",
     "estimate",
     "machine_of",
     "model_shape",

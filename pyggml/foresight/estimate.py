@@ -27,8 +27,6 @@ __all__ = [
     "Machine",
     "Placed",
     "Setting",
-    "Unpredicted",
-    "host_weight_bytes",
     "place",
     "place_key",
     "predict",
@@ -36,10 +34,6 @@ __all__ = [
 
 #: Fewest tokens with which products with host weights are offloaded (`GGML_OP_OFFLOAD_MIN_BATCH`).
 _OFFLOAD = 32
-
-
-class Unpredicted(Exception):  # it is an answer, not an error
-    """Raised with the reason why there is no prediction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,16 +200,6 @@ def place_key(s: Setting) -> tuple[object, ...]:
     return s.n_gpu_layers, s.n_cpu_moe, s.overrides, s.tensor_split, s.no_gpu
 
 
-def host_weight_bytes(model: ModelShape, placed: list[Placed]) -> int:
-    """Return the bytes of host weights of layers."""
-    total = 0
-    for p in placed:
-        total += p.count * (
-            (p.layer.expert_bytes if p.experts_on_host else 0) + (p.layer.other_bytes if p.device < 0 else 0)
-        )
-    return total
-
-
 def predict(
     model: ModelShape,
     m: Machine,
@@ -293,7 +277,7 @@ def _micro_batch_s(
         if seconds is None:
             seconds = known[key] = _layer_s(clock, model, m, s, p, n, n_kv, offloads=offloads, missed=missed)
         total += p.count * seconds
-    total += _output_s(clock, model, m, s, placed, n)
+    total += _output_s(clock, model, m, s)
     if len(m.cards) > 1 and not _shares_layers(m, s):
         total += (len(m.cards) - 1) * (50e-6 + 4.0 * n * model.n_embd / 10e9)
     return total
@@ -340,7 +324,7 @@ def _layer_s(
     elif p.experts_on_host and not offloads:
         seconds += m.rates.switch_s + clock.cpu_layer_s(p.layer, n, 0, model, m.host, kv_bytes, _is_expert)
     elif not card.is_unified and offloads:
-        seconds += _copies_s(clock, model, m, s, p, n, i)
+        seconds += _copies_s(model, m, s, p, n)
     return seconds
 
 
@@ -378,7 +362,7 @@ def _is_expert(p: Product) -> bool:
     return p.is_expert
 
 
-def _copies_s(clock: Clock, model: ModelShape, m: Machine, s: Setting, p: Placed, n: int, i: int) -> float:
+def _copies_s(model: ModelShape, m: Machine, s: Setting, p: Placed, n: int) -> float:
     """Return the seconds of copying a layer's host weights to its device."""
     link = m.links[0]
     rate = link.bytes_per_s if s.is_pinned else min(link.bytes_per_s, pageable_rate(m.host, m.rates))
@@ -448,7 +432,7 @@ def _sides_s(
     return computed + uploaded - hidden
 
 
-def _output_s(clock: Clock, model: ModelShape, m: Machine, s: Setting, placed: list[Placed], n: int) -> float:
+def _output_s(clock: Clock, model: ModelShape, m: Machine, s: Setting) -> float:
     on_host = not m.cards or s.no_gpu or s.n_gpu_layers == 0
     if on_host:
         return clock.cpu_output_s(model, m.host)

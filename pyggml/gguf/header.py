@@ -209,7 +209,7 @@ class Metadata(Mapping[str, Any]):  # Any: the type of a value depends on the fi
             walk.at = entry.offset
             if entry.length is None:
                 return walk.text(f"the value of '{key}'")
-            return self._strings(key, entry, entry.length)
+            return self._strings(key, entry.length)
         if entry.length is None:
             return _SCALARS[entry.type].unpack_from(self._map, entry.offset)[0]
         import numpy as np
@@ -217,7 +217,7 @@ class Metadata(Mapping[str, Any]):  # Any: the type of a value depends on the fi
         values: npt.NDArray[Any] = np.frombuffer(self.raw(key), dtype="<" + _LETTERS[entry.type])
         return values
 
-    def _strings(self, key: str, entry: Entry, n: int) -> list[str]:
+    def _strings(self, key: str, n: int) -> list[str]:
         """Decode an array of strings. Their lengths were checked when the file was opened."""
         raw, at, unpack = self.raw(key), 0, _U64.unpack_from
         strings: list[str] = []

@@ -40,7 +40,6 @@ class Translator:
         self._answers: dict[object, bool] = {}
         self._known: dict[bytes, Tensor] = {}
         self._struct_bytes = self.ffi.sizeof("struct ggml_tensor")
-        self.n_translated = 0
 
     def is_quantized(self, t: Handle) -> bool:
         """Whether a tensor's type has blocks."""
@@ -128,7 +127,6 @@ class Translator:
         if found is not None:
             return found, nodes, uid
         made = self._translate(graph)
-        self.n_translated += 1
         if uid:
             made.is_verified = True  # tensors of a numbered graph do not move
             self._views[uid] = made

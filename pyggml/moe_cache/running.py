@@ -181,7 +181,6 @@ class MoeCache:
         self.layer_of: dict[Tensor, int] = {}  #: layer of each slot map
         self._buffers: list[Buffer] = []
         self._sizes: dict[BufferType, int] = {}
-        self._lookups: dict[tuple[int, int], bool] = {}
         self._host_layers = [
             HostLayer(il, self._gpus.index(homes[il]), tuple(map(_about, experts)))
             for il, experts in sorted(layers.items())

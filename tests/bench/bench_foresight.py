@@ -26,7 +26,7 @@ from pyggml.catalog import find_model, parse_quant
 from pyggml.cost import link_of
 from pyggml.errors import PyggmlError
 from pyggml.foresight.api import range_of
-from pyggml.foresight.estimate import Machine, Placed, Setting, Unpredicted, host_weight_bytes, place, predict
+from pyggml.foresight.estimate import Machine, Placed, Setting, place, predict
 from pyggml.foresight.shape import ModelShape
 from pyggml.hardware.cards import Card, find_card
 from pyggml.hardware.hosts import DEFAULT_HOST, Host, find_cpu, memory_rate
@@ -40,6 +40,10 @@ SEEN = {
     "rtx3090ti", "rtxa6000", "rtxpro6000", "rtx5090", "b580", "rtx4090d", "rtx5070", "rx7900xt", "rtx4070", "mi60",
     "rtx3080ti", "gb10",
 }  # fmt: skip
+
+
+class Unpredicted(Exception):
+    """Raised with the reason why there is no prediction."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ def case_of(row: dict[str, Any], rates: Rates = RATES) -> Case:
     is_chat = "server" in tool or "main" in tool
     depth = 0 if is_chat else _int(row.get("ctx_or_depth"), 0)
     placed = place(model, setting, [c.memory_bytes for c in cards])
-    on_host = host_weight_bytes(model, placed) if setting.kv_offload else model.total_bytes
+    on_host = host_weight_bytes(placed) if setting.kv_offload else model.total_bytes
     if setting.kv_offload:
         check_fit(model, setting, cards, host, on_host)
     is_shared = bool(cards) and cards[0].is_unified
@@ -211,6 +215,16 @@ def case_of(row: dict[str, Any], rates: Rates = RATES) -> Case:
         partial_tg=not tiny and not knows_ram,
         is_seen=all(c.name in SEEN for c in cards), placed=placed,
     )  # fmt: skip
+
+
+def host_weight_bytes(placed: list[Placed]) -> int:
+    """Return the bytes of host weights of layers."""
+    total = 0
+    for p in placed:
+        total += p.count * (
+            (p.layer.expert_bytes if p.experts_on_host else 0) + (p.layer.other_bytes if p.device < 0 else 0)
+        )
+    return total
 
 
 def check_fit(model: ModelShape, s: Setting, cards: list[Card], host: Host, on_host: int) -> None:
