@@ -64,8 +64,8 @@ class WeightSpec:
         The layer of a repeating tensor; otherwise -1.
     op : Op
         The op that uses it, which the device must support with the buffer type.
-    is_optional, is_duplicate, is_skipped : bool
-        The file may lack it; it is another use of an earlier tensor; it is in files but no graph uses it.
+    is_optional, is_skipped : bool
+        The file may lack it; it is in files but no graph uses it.
     """
 
     name: str
@@ -74,7 +74,6 @@ class WeightSpec:
     layer: int
     op: Op
     is_optional: bool = False
-    is_duplicate: bool = False
     is_skipped: bool = False
 
 
@@ -179,15 +178,12 @@ def skipped(specs: Iterable[WeightSpec]) -> list[WeightSpec]:
 def trunk_specs(hp: HParams, present: Present, *, tied_head: bool = True) -> list[WeightSpec]:
     """Return the specs of the embedding, the last norm and the head; if tied, the embedding can be the head."""
     ne = pad_ne((hp.n_embd, hp.n_vocab))
-    out = [
+    head = "output.weight" if "output.weight" in present or not tied_head else "token_embd.weight"
+    return [
         WeightSpec("token_embd.weight", ne, "input", -1, Op.GET_ROWS),
         WeightSpec("output_norm.weight", pad_ne((hp.n_embd,)), "output", -1, Op.MUL),
+        WeightSpec(head, ne, "output", -1, Op.MUL_MAT),
     ]
-    if "output.weight" in present or not tied_head:
-        out.append(WeightSpec("output.weight", ne, "output", -1, Op.MUL_MAT))
-    else:
-        out.append(WeightSpec("token_embd.weight", ne, "output", -1, Op.MUL_MAT, is_duplicate=True))
-    return out
 
 
 def qkv_rows(hp: HParams, layer: int, present: Present, *, n_q_each: int = 1) -> list[Row]:
@@ -226,10 +222,7 @@ def rope_factor_specs(hp: HParams, layer: int, *, is_long: bool = False) -> list
     is_long = is_long or hp.rope_scaling == "longrope"
     names = ("rope_factors_long", "rope_factors_short") if is_long else ("rope_freqs",)
     ne = (hp.n_rot // 2, 1, 1, 1)
-    return [
-        WeightSpec(f"{n}.weight", ne, "repeating", layer, Op.ROPE, is_optional=True, is_duplicate=layer != 0)
-        for n in names
-    ]
+    return [WeightSpec(f"{n}.weight", ne, "repeating", layer, Op.ROPE, is_optional=True) for n in names]
 
 
 #: Weights that may have a ``.scale`` and an ``.input_scale``, in llama.cpp's order.

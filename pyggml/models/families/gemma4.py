@@ -95,9 +95,7 @@ def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
         ("layer_output_scale.weight", (1,), Op.MUL, True),
     ]
     if i not in hp.swa_layers:
-        is_first = all(j in hp.swa_layers for j in range(i))
-        ne = pad_ne((head // 2,))
-        rows.append(WeightSpec("rope_freqs.weight", ne, "repeating", i, Op.ROPE, is_duplicate=not is_first))
+        rows.append(WeightSpec("rope_freqs.weight", pad_ne((head // 2,)), "repeating", i, Op.ROPE))
     return [*rows, *_feed_forward_rows(own, i, present), *_per_layer_rows(hp)]
 
 
