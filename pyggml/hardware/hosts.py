@@ -19,7 +19,6 @@ __all__ = [
     "host_beside",
     "host_spec",
     "is_possible",
-    "memory_rate",
     "parse_host",
 ]
 
@@ -79,27 +78,8 @@ _APPLE_BYTES_PER_S = 28e9
 #: The default host: a desktop with eight cores and two channels of DDR5-5600.
 DEFAULT_HOST = Host(0.88 * 89.6e9, 8, "vnni", 64 * 2**30, "8 cores, 2 channels of DDR5-5600")
 #: Measured share of the modules' rate: 0.92 and 0.88 (Ryzen 5700X, stream), 0.86 (9950X), 0.62 to 0.98 (servers).
-_READ_SHARE = 0.88
+READ_SHARE = 0.88
 _SPEC = re.compile(r"(?P<kind>l?p?ddr[345]x?)-(?P<rate>\d+)(?:x(?P<channels>\d+))?", re.IGNORECASE)
-
-
-def memory_rate(text: str) -> float | None:
-    """Return the bytes/s of memory described as people write it; None if the type is not stated.
-
-    Examples
-    --------
-    >>> round(memory_rate("64 GB, 4x16 GB DDR4-3200, 2 channels") / 1e9, 1)
-    45.1
-    """
-    low = text.lower()
-    found = re.search(r"(l?p?ddr[345]x?)[- ](?:at )?(\d{4,5})", low)
-    if found is None:
-        return None
-    wide = re.search(r"(\d+)[- ]bit", low)
-    n_channels = re.search(r"(\d+)[- ]channel", low)
-    bits = int(wide[1]) if wide else 64 * (int(n_channels[1]) if n_channels else 2)
-    return _READ_SHARE * int(found[2]) * 1e6 * bits / 8
-
 
 #: Cores and instructions of processors, by a part of their name.
 _CPUS = [
@@ -159,7 +139,7 @@ def parse_host(text: str) -> Host:
     for part in filter(None, (p.strip() for p in text.split(","))):
         low = part.lower()
         if ram := _SPEC.fullmatch(low):
-            rate = _READ_SHARE * int(ram["rate"]) * 1e6 * 8 * int(ram["channels"] or 2)
+            rate = READ_SHARE * int(ram["rate"]) * 1e6 * 8 * int(ram["channels"] or 2)
         elif said := re.fullmatch(r"read=([\d.]+)gb/s", low):
             rate = float(said[1]) * 1e9
         elif said := re.fullmatch(r"cores=(\d+)", low):
@@ -195,7 +175,7 @@ def host_beside(card: Card) -> Host:
     is_apple, is_arm = card.name.startswith("m"), card.name.startswith(("m", "gb"))
     known = re.match(r"m\d(?:pro|max|ultra)?", card.name)
     n = _BESIDE.get(known[0] if known and is_apple else card.name, DEFAULT_HOST.n_cores)
-    read = min(_READ_SHARE * card.bytes_per_s, n * (_APPLE_BYTES_PER_S if is_apple else _THREAD_BYTES_PER_S))
+    read = min(READ_SHARE * card.bytes_per_s, n * (_APPLE_BYTES_PER_S if is_apple else _THREAD_BYTES_PER_S))
     about = f"the CPU beside {card.name}, {n} cores that share its memory"
     return Host(read, n, "dotprod" if is_arm else "avx512", card.memory_bytes, about)
 

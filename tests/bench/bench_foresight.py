@@ -29,7 +29,7 @@ from pyggml.foresight.api import range_of
 from pyggml.foresight.estimate import Machine, Placed, Setting, place, predict
 from pyggml.foresight.shape import ModelShape
 from pyggml.hardware.cards import Card, find_card
-from pyggml.hardware.hosts import DEFAULT_HOST, Host, find_cpu, memory_rate
+from pyggml.hardware.hosts import DEFAULT_HOST, READ_SHARE, Host, find_cpu
 from pyggml.hardware.rates import RATES, Rates, n_fitted
 from pyggml.types import Type
 
@@ -225,6 +225,18 @@ def host_weight_bytes(placed: list[Placed]) -> int:
             (p.layer.expert_bytes if p.experts_on_host else 0) + (p.layer.other_bytes if p.device < 0 else 0)
         )
     return total
+
+
+def memory_rate(text: str) -> float | None:
+    """Return the bytes/s of memory described as people write it; None if the type is not stated."""
+    low = text.lower()
+    found = re.search(r"(l?p?ddr[345]x?)[- ](?:at )?(\d{4,5})", low)
+    if found is None:
+        return None
+    wide = re.search(r"(\d+)[- ]bit", low)
+    n_channels = re.search(r"(\d+)[- ]channel", low)
+    bits = int(wide[1]) if wide else 64 * (int(n_channels[1]) if n_channels else 2)
+    return READ_SHARE * int(found[2]) * 1e6 * bits / 8
 
 
 def check_fit(model: ModelShape, s: Setting, cards: list[Card], host: Host, on_host: int) -> None:

@@ -20,7 +20,7 @@ from pyggml.errors import DeviceUnavailableError, FormatError
 from pyggml.foresight import Machine, Setting, estimate, machine_of, model_shape, speed_of
 from pyggml.foresight.estimate import LayerTimes, place, predict
 from pyggml.hardware.cards import CARDS, GENERATIONS, Card, find_card
-from pyggml.hardware.hosts import find_cpu, memory_rate, parse_host
+from pyggml.hardware.hosts import find_cpu, parse_host
 from pyggml.hardware.rates import RATES, n_fitted
 from pyggml.models.context import ContextFlags
 from pyggml.models.placement import PlacementFlags
@@ -80,16 +80,16 @@ def test_data_sheets_are_plausible() -> None:
     assert small.memory_bytes == 12 * 2**30
 
 
-def test_hosts() -> None:
+def test_hosts(bench: ModuleType) -> None:
     """A host is read from a specification or from what people write of their machine."""
     host = parse_host("ddr5-6000x2,cores=16,isa=avx512,96GiB")
     assert (host.n_cores, host.isa, host.memory_bytes) == (16, "avx512", 96 * 2**30)
     assert host.read_bytes_per_s == pytest.approx(0.88 * 96e9)
     assert parse_host("read=60GB/s").read_bytes_per_s == 60e9
     assert parse_host("Ryzen 9 5950X,ddr4-3600x2").n_cores == 16
-    assert memory_rate("512 GB of 768 GB, 12 channels DDR5-6000") == pytest.approx(0.88 * 576e9)
-    assert memory_rate("128 GB LPDDR5X-8000 256 bit, shared") == pytest.approx(0.88 * 256e9)
-    assert memory_rate("126 GiB (type not stated)") is None
+    assert bench.memory_rate("512 GB of 768 GB, 12 channels DDR5-6000") == pytest.approx(0.88 * 576e9)
+    assert bench.memory_rate("128 GB LPDDR5X-8000 256 bit, shared") == pytest.approx(0.88 * 256e9)
+    assert bench.memory_rate("126 GiB (type not stated)") is None
     assert find_cpu("i7-7700 4c/8t") == (4, "avx2")
     for bad in ("ddr4-3200x2,cores=0", "many cores"):
         with pytest.raises(DeviceUnavailableError):
