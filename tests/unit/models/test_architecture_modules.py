@@ -30,6 +30,8 @@ EXCEPTIONS = {
 OTHERWISE = {
     "llama": {"llama", "tokenizer", "commands", "planning.py"},
     "qwen2": {"tokenizer"},
+    "qwen35": {"tokenizer"},
+    "glm4": {"tokenizer"},
     "minimax-m2": {"tokenizer"},
 }
 
