@@ -60,7 +60,7 @@ class CopyAccount:
 
     phase: Phase = "prompt"
     _layers: dict[tuple[Phase, int | None], LayerCopies] = field(default_factory=dict)
-    _bytes: dict[tuple[str, str], int] = field(default_factory=dict)
+    _bytes: dict[tuple[Phase, str, str], int] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Set all sums to zero."""
@@ -81,7 +81,7 @@ class CopyAccount:
                 row.bytes_copied += record.size_bytes
                 if record.reason == "weight":
                     row.bytes_full += record.tensor_bytes
-            key = (record.dst, record.reason)
+            key = (self.phase, record.dst, record.reason)
             self._bytes[key] = self._bytes.get(key, 0) + record.size_bytes
 
     def _row(self, tensor: str) -> LayerCopies:
@@ -123,6 +123,10 @@ class CopyAccount:
             total.add(row)
         return total
 
-    def bytes_to(self, backend: str) -> dict[str, int]:
+    def bytes_to(self, backend: str, phase: Phase | None = None) -> dict[str, int]:
         """Return the bytes that were copied to a backend, by reason."""
-        return {reason: n for (dst, reason), n in self._bytes.items() if dst == backend}
+        found: dict[str, int] = {}
+        for (p, dst, reason), n in self._bytes.items():
+            if dst == backend and phase in (None, p):
+                found[reason] = found.get(reason, 0) + n
+        return found
