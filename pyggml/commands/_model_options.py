@@ -179,10 +179,13 @@ class ModelFlags:
 
     def _prefetched(self) -> CopyPolicy:
         from ..lab.formats import open_trace
+        from ..lab.predict import PREFETCHERS
         from ..lab.running import RunningPredictor
         from ..sched.prefetch import ExpertPrefetch, PrefetchedExperts
 
-        name, colon, n = self.prefetcher.partition(":")
+        name, colon, n = self.prefetcher.rpartition(":")
+        if not colon or (n.isidentifier() and name not in PREFETCHERS):  # a name alone, or module:Class
+            name, colon, n = self.prefetcher, "", ""
         if colon and not (n.isdigit() and int(n)):
             raise click.UsageError(f"--prefetcher {self.prefetcher}: '{n}' is not a number of experts")
         trace = None if self.prefetch_fit is None else open_trace(self.prefetch_fit)

@@ -259,7 +259,7 @@ def _union_table(found: Usage, trace: Trace) -> Table:
 @command.command("predict", short_help="Show how often prefetchers are right.")
 @trace_options
 @option("--prefetchers", shown="popularity,previous,average,previous-layer,both", metavar="P,P",
-     help="Prefetchers; oracle is the limit.")  # fmt: skip
+     help="Prefetchers; oracle is the limit. module:Class is your own.")  # fmt: skip
 @option("--capacities", shown="20%,30%,50%", metavar="C,C", help="Sizes of the cache.")
 @option("--policy", shown="lru", help="Policy of the cache.")
 @count("--guesses", least=1, help="Guesses per layer.  [experts per token]")

@@ -27,7 +27,7 @@ from .cache import Admission, Cache, Events, Eviction
 from .llama import LlamaCache
 from .pools import Pools
 
-__all__ = ["POLICIES", "Batch", "Policy", "parse_policy"]
+__all__ = ["OWN_MODULES", "POLICIES", "Batch", "Policy", "own_class", "parse_policy"]
 
 #: See `Eviction.replay_events`.
 Batch = Callable[[Events], npt.NDArray[np.bool_]]
@@ -166,12 +166,30 @@ def parse_policy(text: str) -> Policy:
 
 
 def _own(text: str) -> Policy | None:
-    """Return the policy of ``module:Class``, or None if there is no such module.
+    """Return the policy of ``module:Class``, or None if there is no such module; raises as `own_class`."""
+    made = own_class(text, "policy", Eviction, n_args=2)
+    if made is None:
+        return None
+    assert issubclass(made, Eviction)
+    return Policy(text, made, "own", must_admit=made.must_admit)
+
+
+def own_class(text: str, what: str, base: type[object], *, n_args: int) -> type[object] | None:
+    """Return the user's class ``module:Class``, or None if there is no such module.
+
+    Parameters
+    ----------
+    what : str
+        What errors call it: ``"policy"``.
+    base : type
+        What it is derived from.
+    n_args : int
+        It is made with so many arguments.
 
     Raises
     ------
     GraphError
-        The module cannot be imported, or has no such `Eviction`.
+        The module cannot be imported, or has no such class.
     """
     name, _, wanted = text.partition(":")
     try:
@@ -180,20 +198,24 @@ def _own(text: str) -> Policy | None:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             return None
-        raise GraphError(f"policy '{text}': {name} cannot be imported: {type(error).__name__}: {error}") from error
+        raise GraphError(f"{what} '{text}': {name} cannot be imported: {type(error).__name__}: {error}") from error
     made = getattr(module, wanted, None)
-    if not (isinstance(made, type) and issubclass(made, Eviction)):
+    if not (isinstance(made, type) and issubclass(made, base)):
+        article = "an" if base.__name__[0] in "AEIOU" else "a"
         raise GraphError(
-            f"policy '{text}': {getattr(module, '__file__', name)} has no class '{wanted}' that is an Eviction"
+            f"{what} '{text}': {getattr(module, '__file__', name)} has no class '{wanted}' that is {article} {base.__name__}"
         )
     if missing := sorted(getattr(made, "__abstractmethods__", ())):
-        raise GraphError(f"policy '{text}': {wanted} lacks {', '.join(missing)}", hint="see pyggml.lab.Eviction")
+        raise GraphError(
+            f"{what} '{text}': {wanted} lacks {', '.join(missing)}", hint=f"see {base.__module__}.{base.__name__}"
+        )
     try:
-        inspect.signature(made).bind(1, 1)
+        inspect.signature(made).bind(*range(n_args))
     except TypeError:
-        raise GraphError(f"policy '{text}': {wanted} must be made by {wanted}(n_slot, n_key)") from None
+        args = ", ".join(list(inspect.signature(base).parameters)[:n_args])
+        raise GraphError(f"{what} '{text}': {wanted} must be made by {wanted}({args})") from None
     OWN_MODULES.add(made.__module__)
-    return Policy(text, made, "own", must_admit=made.must_admit)
+    return made
 
 
 @contextmanager

@@ -5,9 +5,9 @@ A prefetcher predicts each event's experts before it receives the event. Those t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from ..errors import GraphError
 from ..kernels.lab import guesses as compiled
 from ..kernels.lab import stack
 from .machine import Machine, Workload, break_even
-from .policies import Policy
+from .policies import Policy, own_class
 from .pools import Capacity, Pools, RequestKeys
 from .replay import Bools, Setting, replayer
 from .trace import Trace
@@ -35,6 +35,7 @@ __all__ = [
     "Score",
     "best_of",
     "events_of",
+    "find_prefetcher",
     "guesses",
     "predict",
 ]
@@ -45,26 +46,34 @@ _DEFAULT = Setting()
 Events = Sequence[tuple[int, Sequence[int]]]  # index of the layer, experts
 
 
-class Prefetcher(Protocol):
-    """Ranks the experts of the next event. An instance serves one model's layers."""
+class Prefetcher(ABC):
+    """Ranks the experts of the next event. An instance serves one model's layers; ``module:Class`` names a user's own.
+
+    The order of calls: `learn` with each of the other requests, `fit`, `start`; then, for each event, `scores` and `saw`.
+    """
 
     def learn(self, request: Events, n_layer: int, n_expert: int) -> Floats:
-        """Return counts of a request, which are summed over requests."""
+        """Return counts of a request, which are summed over requests: by default zeros, (n_layer, n_expert)."""
+        return np.zeros((n_layer, n_expert))
 
     def fit(self, learned: Floats) -> None:
-        """Receive the summed counts of other requests."""
+        """Receive the summed counts of other requests: by default only their sizes are kept."""
+        self.n_layer, self.n_expert = learned.shape
 
     def start(self, request: Events) -> None:
         """Begin a request: forget the previous one. Only `Oracle` reads its events."""
+        return
 
+    @abstractmethod
     def scores(self, layer: int) -> Floats:
-        """Return a score for each expert in the next event, of ``layer``: float64, (n_expert,)."""
+        """Return a score for each expert in the next event, of ``layer``: float64, (n_expert,); an expert without one is not guessed."""
 
+    @abstractmethod
     def saw(self, layer: int, experts: Sequence[int]) -> None:
         """Receive an event."""
 
 
-class Popularity:
+class Popularity(Prefetcher):
     """The experts that other requests used most."""
 
     def learn(self, request: Events, n_layer: int, n_expert: int) -> Floats:
@@ -119,7 +128,7 @@ class Previous(Average):
     keep = 0.0
 
 
-class PreviousLayer:
+class PreviousLayer(Prefetcher):
     """A table of which experts follow those of the previous layer; layer 0 follows the previous token's last layer."""
 
     def learn(self, request: Events, n_layer: int, n_expert: int) -> Floats:
@@ -196,7 +205,7 @@ class Both(PreviousLayer):
         self.average[layer, experts] += 1
 
 
-class Oracle:
+class Oracle(Prefetcher):
     """The next event itself: the limit of all prefetchers."""
 
     def learn(self, request: Events, n_layer: int, n_expert: int) -> Floats:
@@ -238,6 +247,24 @@ PREFETCHERS: dict[str, type[Prefetcher]] = {
 FITTED = frozenset(("popularity", "previous-layer", "both"))
 
 
+def find_prefetcher(name: str | type[Prefetcher]) -> type[Prefetcher]:
+    """Return the prefetcher of a name, or of ``module:Class``; a class itself is one.
+
+    Raises
+    ------
+    GraphError
+        There is no such prefetcher; or see `own_class`.
+    """
+    if not isinstance(name, str):
+        return name
+    found: type[object] | None = PREFETCHERS.get(name)
+    if found is None and ":" in name:
+        found = own_class(name, "prefetcher", Prefetcher, n_args=0)
+    if found is None or not issubclass(found, Prefetcher):
+        raise GraphError(f"there is no prefetcher '{name}'", hint=f"{', '.join(PREFETCHERS)}; module:Class")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """The accuracy of a prefetcher, beside a cache.
@@ -277,7 +304,7 @@ class Score:
 
 def predict(
     trace: Trace,
-    names: Sequence[str],
+    names: Sequence[str | type[Prefetcher]],
     capacities: Sequence[Capacity],
     policy: Policy,
     *,
@@ -292,11 +319,9 @@ def predict(
     Raises
     ------
     GraphError
-        A prefetcher is unknown, or must learn and the trace has only one request.
+        See `find_prefetcher`; or a prefetcher must learn and the trace has only one request.
     """
-    unknown = [name for name in names if name not in PREFETCHERS]
-    if unknown:
-        raise GraphError(f"there is no prefetcher '{unknown[0]}'", hint=f"one of {', '.join(PREFETCHERS)}")
+    found = {name: find_prefetcher(name) for name in names}
     ready = replayer(trace, Setting("layer", setting.phase), by_first=policy.llama is not None)
     pools, runs = ready.pools, ready.runs
     if len(runs) < 2 and FITTED & set(names):
@@ -314,9 +339,10 @@ def predict(
     late = None if machine is None or not pools.is_sized else _Lateness.of(trace, pools, runs, setting, machine)
     scores = []
     for name in names:
-        guessed = guesses(PREFETCHERS[name](), runs, pools, n)
+        guessed = guesses(found[name](), runs, pools, n)
         for capacity in capacities:
-            scores.append(_score(name, n, capacity, pools, runs, guessed, used, resident[capacity], late))
+            label = name if isinstance(name, str) else name.__name__
+            scores.append(_score(label, n, capacity, pools, runs, guessed, used, resident[capacity], late))
     return scores
 
 
@@ -326,8 +352,19 @@ def events_of(run: RequestKeys) -> Events:
     return [(p, keys[offsets[i] : offsets[i + 1]]) for i, p in enumerate(run.pool.tolist())]
 
 
-def best_of(scores: Floats, n: int) -> list[int]:
-    """Return the experts that most speaks for, at most ``n``; none for which nothing does."""
+def best_of(prefetcher: Prefetcher, layer: int, n: int, n_expert: int) -> list[int]:
+    """Return the experts with the highest scores, at most ``n``; none without a score.
+
+    Raises
+    ------
+    GraphError
+        The scores are not one number for each expert.
+    """
+    scores = np.asarray(prefetcher.scores(layer))
+    if scores.shape != (n_expert,):
+        raise GraphError(
+            f"{type(prefetcher).__name__}.scores() returned an array of shape {scores.shape}; a layer has {n_expert} experts"
+        )
     best = np.argsort(-scores, kind="stable")[:n]
     found: list[int] = best[scores[best] > 0].tolist()
     return found
@@ -350,7 +387,7 @@ def guesses(prefetcher: Prefetcher, runs: Sequence[RequestKeys], pools: Pools, n
     for run, request, own in zip(runs, requests, learned, strict=True):
         prefetcher.fit(total - own)
         if kind is None:
-            made.append(_ask(prefetcher, request, n))
+            made.append(_ask(prefetcher, request, n, pools.n_expert))
             continue
         counts, table, keep, weight = np.zeros(size), np.zeros((1, 1, 1)), 0.0, 1.0
         if isinstance(prefetcher, Average):
@@ -386,12 +423,12 @@ def _learn(run: RequestKeys, kind: int, n_layer: int, n_expert: int) -> Floats:
     return np.zeros(n_expert)
 
 
-def _ask(prefetcher: Prefetcher, request: Events, n: int) -> Guesses:
+def _ask(prefetcher: Prefetcher, request: Events, n: int, n_expert: int) -> Guesses:
     """Return the guesses of a prefetcher for each event, asked one by one."""
     prefetcher.start(request)
     made: Guesses = np.full((len(request), n), -1, np.int32)
     for event, (layer, experts) in enumerate(request):
-        best = best_of(prefetcher.scores(layer), n)
+        best = best_of(prefetcher, layer, n, n_expert)
         made[event, : len(best)] = best
         prefetcher.saw(layer, experts)
     return made

@@ -15,7 +15,7 @@ from ..moe_cache import CacheGroup, HostLayer, Lookup, Misses, SlotTable, Upload
 from .cache import Cache
 from .policies import Policy, parse_policy
 from .pools import SCOPES, Capacity, Pools, request_keys
-from .predict import FITTED, PREFETCHERS, Prefetcher, best_of, events_of
+from .predict import FITTED, PREFETCHERS, Prefetcher, best_of, events_of, find_prefetcher
 from .trace import Trace
 
 __all__ = ["LabRule", "RunningPredictor", "TraceRouting", "counts_of", "parse_rule"]
@@ -227,8 +227,8 @@ class RunningPredictor:
 
     Parameters
     ----------
-    name : str
-        As in `predict.PREFETCHERS`, except ``oracle``.
+    name : str or type
+        As `find_prefetcher` reads it, except ``oracle``.
     trace : Trace, optional
         Other requests, from which prefetchers learn that need them.
 
@@ -238,11 +238,14 @@ class RunningPredictor:
         There is no such prefetcher, it cannot run, or it needs a trace.
     """
 
-    def __init__(self, name: str = "online", trace: Trace | None = None) -> None:
-        self._name, self._trace = name, trace
+    def __init__(self, name: str | type[Prefetcher] = "online", trace: Trace | None = None) -> None:
+        self._name, self._trace = name if isinstance(name, str) else name.__name__, trace
         can_run = [known for known in PREFETCHERS if known != "oracle"]
-        if name not in can_run:
-            raise GraphError(f"there is no prefetcher '{name}' that can run", hint=f"one of {', '.join(can_run)}")
+        if isinstance(name, str) and name not in can_run and ":" not in name:
+            raise GraphError(
+                f"there is no prefetcher '{name}' that can run", hint=f"one of {', '.join(can_run)}; module:Class"
+            )
+        self._make = find_prefetcher(name)
         if trace is None and name in FITTED:
             raise GraphError(
                 f"prefetcher {name} learns from other requests", hint="give a trace of them, or use online"
@@ -266,7 +269,7 @@ class RunningPredictor:
         place = {il: i for i, il in enumerate(sorted(layers))}
         if self._made is not None and place == self._place:
             return
-        made, trace = PREFETCHERS[self._name](), self._trace
+        made, trace = self._make(), self._trace
         if trace is None:
             made.fit(made.learn([], len(place), n_expert))
         else:
@@ -284,7 +287,7 @@ class RunningPredictor:
             ]
             made.fit(np.sum(learned, axis=0))
         made.start([])
-        self._made, self._place = made, place
+        self._made, self._place, self._n_expert = made, place, n_expert
 
     def restart(self) -> None:
         """Begin another request."""
@@ -299,7 +302,7 @@ class RunningPredictor:
     def best(self, layer: int, n: int) -> list[int]:
         """Return the experts with the highest scores."""
         assert self._made is not None
-        return best_of(self._made.scores(self._place[layer]), n)
+        return best_of(self._made, self._place[layer], n, self._n_expert)
 
 
 class TraceRouting:

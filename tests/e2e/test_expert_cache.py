@@ -9,6 +9,7 @@ import pytest
 from edited_models import write_edited
 
 from pyggml import Type, cli
+from pyggml.lab.predict import Online
 from pyggml.makers.make_moe import Recipe, Sizes, make_moe
 from pyggml.models.placement import PlacementFlags
 from pyggml.moe_cache import LlamaCache
@@ -224,6 +225,10 @@ def test_guesses_of_a_run_and_of_a_plan_are_told(model, capsys, tmp_path) -> Non
     assert planned["late"] is not None
     status, out, err = _run(model, capsys, *DEVICE, "--cpu-moe", *words, *fitted)
     assert "Prefetch: recall" in out
+    own = f"{Online.__module__}:{Online.__name__}:2"  # module:Class:N
+    status, out, err = _run(model, capsys, *DEVICE, "--cpu-moe", *words, "--prefetcher", own, "--json")
+    assert status == 0, err
+    assert json.loads(out)["expert_prefetch"]["n_guess"] == 2
     for wrong, text in (
         (("--prefetcher", "average"), "need --expert-copy prefetch"),
         (("--expert-copy", "prefetch", "--prefetcher", "average:x"), "is not a number"),

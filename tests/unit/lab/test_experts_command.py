@@ -178,6 +178,30 @@ def test_the_oracle_prefetcher_is_always_right(trace_path):
     assert rows["popularity"]["wasted_bytes"] > 0
 
 
+def test_an_own_prefetcher_is_plugged_in_by_name(trace_path, tmp_path, monkeypatch):
+    """``module:Class`` of the current folder scores as the compiled one with the same rule; what is wrong with it is told."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "guess_mine.py").write_text(
+        "import numpy as np\nfrom pyggml.lab.predict import Online, Prefetcher\n"
+        "class Same(Online):\n    pass\n"
+        "class Short(Online):\n    def scores(self, layer):\n        return np.zeros(3)\n"
+        "class Deaf(Prefetcher):\n    def scores(self, layer):\n        return np.ones(self.n_expert)\n"
+        "class Asks(Online):\n    def __init__(self, more):\n        pass\n"
+    )
+    words = ["predict", trace_path, "--capacities", "25%", "--prefetchers"]
+    online, own = json.loads(run(*words, "online,guess_mine:Same", "--json")[1])["rows"]
+    assert own == online | {"prefetcher": "guess_mine:Same"}
+    for name, told in (
+        ("Short", "Short.scores() returned an array of shape (3,); a layer has 16 experts"),
+        ("Deaf", "Deaf lacks saw"),
+        ("Asks", "must be made by Asks()"),
+        ("Nothing", "has no class 'Nothing' that is a Prefetcher"),
+    ):
+        status, _, err = run(*words, f"guess_mine:{name}")
+        assert (status, told in " ".join(err.split())) == (1, True), err
+    assert "there is no prefetcher 'no_such:Class'" in run(*words, "no_such:Class")[2]
+
+
 def _data(page):
     """Return the data in a page."""
     text = page.read_text().partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
