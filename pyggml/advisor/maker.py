@@ -189,13 +189,14 @@ class Maker:
         advice.plans = moved[: max(len(advice.plans), 1)]
 
     def _small(self, ranked: list[Scored], best: Scored) -> list[Scored]:
-        """Return settings that are at most 10 % slower, those with the least on the devices first."""
+        """Return settings that are at most 10 % slower, those with the least on the devices first; of about as much the fastest."""
         memory = self.search.memory
 
-        def on_devices(scored: Scored) -> tuple[int, int]:
+        def on_devices(scored: Scored) -> tuple[int, float, int]:
             taken = memory.estimate(scored.setting) or memory.bound(scored.setting, is_lower=False)
             taken = taken or memory.devices(memory.weights(scored.setting))
-            return sum(d.bytes for d in taken[:-1]), scored.setting.n_ubatch
+            n_bytes = sum(d.bytes for d in taken[:-1])
+            return round(math.log(max(n_bytes, 1), _NOTEWORTHY)), scored.seconds, n_bytes
 
         return sorted((s for s in ranked if s.seconds <= 1.1 * best.seconds), key=on_devices)
 

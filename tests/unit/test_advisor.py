@@ -560,3 +560,13 @@ def test_a_token_behind_others_reads_their_cache() -> None:
     assert rates == sorted(rates, reverse=True)
     assert rates[0] > 1.05 * rates[2]
     assert CliRunner().invoke(group, [*line, "-d", "8192"]).exit_code != 0
+
+
+def test_no_plan_gives_up_speed_for_about_the_same_memory() -> None:
+    """The plan with less memory is not slower than another that takes as much."""
+    plans = run("qwen3-30b-a3b", "--device", "rtx4090")["plans"]
+    small = next(p for p in plans if p["title"] == "less memory on the device")
+    taken = {p["title"]: p["memory"][0]["bytes"] for p in plans}
+    for other in plans:
+        if taken[other["title"]] <= 1.01 * taken[small["title"]]:
+            assert other["seconds"] >= 0.99 * small["seconds"], other["title"]
