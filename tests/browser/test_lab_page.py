@@ -57,8 +57,10 @@ def test_three_plots_with_a_table_beside_each(
     page.locator("#size").select_option("50%")
     assert page.locator("#time-plot rect").count() > 10
     assert page.locator("#predicted").is_hidden()
-    hidden = "() => [...document.querySelectorAll('.beside > div')].map(e => e.scrollWidth - e.clientWidth)"
-    assert size == PHONE or max(page.evaluate(hidden)) <= 0, "a column of a table is out of sight"
+    hidden = "s => [...document.querySelectorAll(s)].map(e => e.scrollWidth - e.clientWidth)"
+    assert size == PHONE or max(page.evaluate(hidden, ".beside > div")) <= 0, "a column of a table is out of sight"
+    plots = "#cost-plot, #union-plot, #time-plot, :has(> #cost-plot), :has(> #union-plot), :has(> #time-plot)"
+    assert max(page.evaluate(hidden, plots)) <= 0, "a part of a plot is out of sight"
 
 
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
