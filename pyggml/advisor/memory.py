@@ -21,7 +21,7 @@ from ..memory_rows import Memory
 from ..moe_cache import LlamaCache
 from ..planning import Planner, virtual_clock
 from ..types import Type
-from .settings import context_flags, is_experts_only, placement_flags
+from .settings import context_flags, is_experts_only, numbers_pattern, placement_flags
 
 __all__ = ["DeviceMemory", "FitChoice", "MemoryModel", "ask_llama", "fit_setting"]
 
@@ -398,13 +398,14 @@ def ask_llama(file: GGUFFile, backends: Sequence[Backend], n_ctx: int) -> tuple[
 
 def _merged(overrides: Sequence[str]) -> tuple[str, ...]:
     """Return overrides of single layers with one for all layers of a pattern: the same weights, a shorter command line."""
-    layers: dict[str, list[str]] = {}
+    layers: dict[str, list[int]] = {}
     for text in overrides:
         found = re.fullmatch(r"blk\\\.(\d+)(\\\..*)", text)
         assert found is not None
-        layers.setdefault(found[2], []).append(found[1])
-    joined = {rest: "|".join(n) for rest, n in layers.items()}
-    return tuple(rf"blk\.({n}){rest}" if "|" in n else rf"blk\.{n}{rest}" for rest, n in joined.items())
+        layers.setdefault(found[2], []).append(int(found[1]))
+    return tuple(
+        rf"blk\.({numbers_pattern(n)}){rest}" if len(n) > 1 else rf"blk\.{n[0]}{rest}" for rest, n in layers.items()
+    )
 
 
 def _weights(file: GGUFFile) -> tuple[list[int], list[int], int, int]:

@@ -24,6 +24,7 @@ __all__ = [
     "ik_flags_of",
     "is_experts_only",
     "last_experts",
+    "numbers_pattern",
     "placement_flags",
     "with_llama_names",
 ]
@@ -283,14 +284,42 @@ def ik_flags_of(flags: Iterable[str]) -> list[str]:
 
 def last_experts(n: int, n_layer: int) -> str:
     """Return the override that keeps the experts of the last ``n`` layers in host memory."""
-    layers = "|".join(str(i) for i in range(n_layer - n, n_layer))
-    return rf"blk\.({layers})\.ffn_(up|down|gate|gate_up)_exps=CPU"
+    return rf"blk\.({numbers_pattern(range(n_layer - n, n_layer))})\.ffn_(up|down|gate|gate_up)_exps=CPU"
+
+
+def numbers_pattern(numbers: Iterable[int]) -> str:
+    """Return alternatives of a regular expression that match these numbers.
+
+    Examples
+    --------
+    >>> numbers_pattern([3, 7, *range(18, 62)])
+    '[37]|1[89]|[2-5][0-9]|6[01]'
+    """
+    by_ten: dict[int, str] = {}
+    for i in sorted(numbers):
+        by_ten[i // 10] = by_ten.get(i // 10, "") + str(i % 10)
+    alike: dict[str, str] = {}  # digits of ones: the digits of tens before them
+    for ten, ones in by_ten.items():
+        if 0 < ten < 10:
+            alike[ones] = alike.get(ones, "") + str(ten)
+    parts = [_digits(by_ten[0])] if 0 in by_ten else []
+    parts += [_digits(tens) + _digits(ones) for ones, tens in alike.items()]
+    return "|".join([*parts, *(f"{ten}{_digits(ones)}" for ten, ones in by_ten.items() if ten >= 10)])
+
+
+def _digits(digits: str) -> str:
+    """Return a pattern of one of some ascending digits."""
+    if len(digits) < 2:
+        return digits
+    is_run = int(digits[-1]) - int(digits[0]) == len(digits) - 1 > 1
+    return f"[{digits[0]}-{digits[-1]}]" if is_run else f"[{digits}]"
 
 
 def is_experts_only(setting: Setting) -> bool:
     """Return whether the overrides of a setting are those of `last_experts`."""
     return all(
-        re.fullmatch(r"blk\\\.\([\d|]+\)\\\.ffn_\(up\|down\|gate\|gate_up\)_exps=CPU", o) for o in setting.overrides
+        re.fullmatch(r"blk\\\.\([\d|\[\]-]+\)\\\.ffn_\(up\|down\|gate\|gate_up\)_exps=CPU", o)
+        for o in setting.overrides
     )
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyggml.advisor import plan
 from pyggml.advisor.advice import MARGIN_BYTES, open_machine
 from pyggml.advisor.memory import MemoryModel
 from pyggml.advisor.search import Goal, Search
+from pyggml.advisor.settings import is_experts_only, last_experts, numbers_pattern
 from pyggml.advisor.shares import filling
 from pyggml.catalog import header_path
 from pyggml.foresight import ModelShape, Setting
@@ -49,3 +54,18 @@ def test_a_slow_card_that_is_not_needed_is_left_out(cards: str) -> None:
     alone, beside = (plan("qwen3-8b", devices=d, host=HOST, n_plans=1).plans[0] for d in ("rtx4090", cards))
     assert [share > 0 for share in beside.setting.tensor_split] == [name == "rtx4090" for name in cards.split(",")]
     assert beside.seconds == pytest.approx(alone.seconds, rel=0.01)
+
+
+@given(st.sets(st.integers(0, 130), min_size=1))
+def test_a_short_pattern_matches_the_same_layers(layers: set[int]) -> None:
+    """Alternatives with ranges of digits match these layers and no other; a long list of numbers is no command to read."""
+    pattern = re.compile(rf"blk\.({numbers_pattern(layers)})\.ffn")
+    assert {i for i in range(1400) if pattern.search(f"blk.{i}.ffn")} == layers
+
+
+def test_experts_of_the_last_layers_are_named_in_few_letters() -> None:
+    """The override of 77 layers has a line of its own, and is known again as one of experts only."""
+    text = last_experts(77, 94)
+    assert text == r"blk\.(1[7-9]|[2-8][0-9]|9[0-3])\.ffn_(up|down|gate|gate_up)_exps=CPU"
+    assert is_experts_only(Setting(overrides=(text,)))
+    assert not is_experts_only(Setting(overrides=(text.replace("_exps", ""),)))
