@@ -67,10 +67,14 @@ def bottleneck(search: Search, scored: Scored, exact: Scored) -> str:
 
 
 def _faster(machine: Machine) -> list[tuple[str, Machine]]:
-    """Return the machine with each of its resources doubled."""
-    host = machine.host
+    """Return the machine with each of its resources doubled; of host memory what threads read of it, too, however fast it is."""
+    host, rates = machine.host, machine.rates
+    memory_and_threads = replace(rates, cpu_read=2 * rates.cpu_read)
     made = [
-        ("host memory", replace(machine, host=replace(host, read_bytes_per_s=2 * host.read_bytes_per_s))),
+        (
+            "host memory",
+            replace(machine, host=replace(host, read_bytes_per_s=2 * host.read_bytes_per_s), rates=memory_and_threads),
+        ),
         ("the CPU's arithmetic", replace(machine, host=replace(host, n_cores=2 * host.n_cores))),
     ]
     if machine.cards:
@@ -101,7 +105,8 @@ def helps(search: Search, settings: list[Setting], best: Setting) -> list[Help]:
     if machine.cards and not machine.cards[0].is_unified:
         links = [replace(link, bytes_per_s=2 * link.bytes_per_s) for link in machine.links]
         changes.append(("a link twice as fast", replace(machine, links=links), 0))
-        changes.append(("4 GiB more memory on the device", machine, 4 << 30))
+        where = "each device" if len(machine.cards) > 1 else "the device"
+        changes.append((f"4 GiB more memory on {where}", machine, 4 << 30))
     found = []
     alike = [search.score(s) for s in settings if s.type_k is best.type_k]
     now = sorted(alike, key=lambda s: s.seconds)

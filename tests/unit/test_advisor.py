@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import closing
 from dataclasses import replace
 from functools import cache
@@ -570,3 +571,19 @@ def test_no_plan_gives_up_speed_for_about_the_same_memory() -> None:
     for other in plans:
         if taken[other["title"]] <= 1.01 * taken[small["title"]]:
             assert other["seconds"] >= 0.99 * small["seconds"], other["title"]
+
+
+def test_generation_waits_for_fast_host_memory_too() -> None:
+    """Threads read fast memory no faster than slower one; that time is host memory's, though twice the channels would not help."""
+    advice = plan("gpt-oss-120b", devices="rtx3060", host="ddr5-4800x12,cores=32,256GiB", context=4096, n_plans=1)
+    told = re.search(r"Generation .* waits for (\d+)% of its time for host memory", advice.plans[0].bottleneck)
+    assert told is not None, advice.plans[0].bottleneck
+    assert int(told[1]) > 40
+    (channels,) = [h for h in advice.helps if "channels" in h.change]
+    assert channels.speedup < 1.1
+
+
+def test_more_memory_is_asked_of_each_card() -> None:
+    """With several cards the change is one of each."""
+    advice = plan("qwen3-30b-a3b", devices="rtx3060-6GiB,rtx3060-6GiB", host=HOST, context=4096, n_plans=1)
+    assert "4 GiB more memory on each device" in [h.change for h in advice.helps]
