@@ -354,10 +354,14 @@ class Registry:
             from .hardware.cards import CARDS, LLAMA_NAMES
 
             is_llamas = re.fullmatch(rf"({'|'.join(LLAMA_NAMES.values())})\d+", kind)
+            several = re.fullmatch(r"(\d)x(\w+)|(\w+)[x*](\d)", kind)
+            card = find_card(several[2] or several[3]) if several else None
             near = [] if is_llamas else get_close_matches(kind.lower(), [*self.modules, *CARDS], 3)
             there = (
                 f"llama.cpp's name: give the card, such as rtx3090, or libggml:{kind} for one of this machine;"
                 if is_llamas
+                else f"name each card: {','.join([card.name] * min(int(several[1] or several[4]), 4))};"
+                if card and several
                 else f"did you mean {', '.join(near)}?"
                 if near
                 else f"kinds are {', '.join(self.modules)}, and cards by name;"

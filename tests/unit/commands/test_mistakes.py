@@ -17,6 +17,7 @@ MISTAKES = {
     "path": ("splits no/where.gguf", 1, "there is no such file", "`pyggml models` lists"),
     "flag": ("splits MODEL --n-cpu-mo 3", 2, "No such option '--n-cpu-mo'", "'--n-cpu-moe'"),
     "command": ("split MODEL", 2, "No such command 'split'", "'splits'"),
+    "two devices in one word": ("splits MODEL -dev 2xrtx3090", 1, "no such device", "name each card: rtx3090,rtx3090"),
     "device": ("splits MODEL -dev rtx309", 1, "no such device", "did you mean rtx3090"),
     "llama.cpp's device": ("splits MODEL -dev CUDA0,cpu", 1, "CUDA0: no such device", "give the card, such as rtx3090"),
     "no models": (
