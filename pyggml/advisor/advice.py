@@ -21,9 +21,9 @@ from ..hardware.apple import found_mac, usable_bytes
 from ..hardware.hosts import Host, assumed_host, host_spec, parse_host
 from ..hardware.measure import UNKNOWN, measure_host
 from ..hardware.pci import found_cards
+from ..models.context import cache_type
 from ..models.placement import parse_overrides, warn_of_unmatched
 from ..routing import Routing, parse_routing, routing_of
-from ..types import Type
 from .answer import Advice
 from .explain import explain as explain_flag
 from .explain import flag_name
@@ -96,7 +96,7 @@ def plan(
     ModelError
         pyggml does not build the model's graph, and llama.cpp refuses the model.
     GraphError
-        A number of tokens or plans is below 1, or the context is too small; a flag to explain is none that is chosen; or
+        A number of tokens or plans is below 1, or the context is too small; no KV cache has a type; a flag to explain is none that is chosen; or
         ``compare`` has what is no `Setting`.
     """
     begin = time.perf_counter()
@@ -164,7 +164,7 @@ def plan(
 
         settings.sort(key=plain_first)
         ask_fit = around_fit if machine.cards else list[Setting]
-        advice.plans = maker.best_plans(settings, ask_fit, n_plans, Type.of(kv_types[0]), tell)
+        advice.plans = maker.best_plans(settings, ask_fit, n_plans, space.kv_types[0], tell)
         if not advice.plans:
             ask_fit()
         advice.compared = [
@@ -275,6 +275,9 @@ def _checked(routing: Routing, goal: Goal) -> Routing:
 
 
 def _space(shape: ModelShape, machine: Machine, goal: Goal, kv_types: Sequence[str]) -> Space:
+    types = tuple(cache_type(t, "a type of the KV cache") for t in kv_types)
+    if not types:
+        raise GraphError("no type of the KV cache is allowed", hint="such as f16")
     space = Space.of(
         shape,
         n_ctx=goal.context,
@@ -282,7 +285,7 @@ def _space(shape: ModelShape, machine: Machine, goal: Goal, kv_types: Sequence[s
         has_unified=any(card.is_unified for card in machine.cards),
         device_bytes=sum(card.memory_bytes for card in machine.cards),
     )
-    return replace(space, kv_types=tuple(Type.of(t) for t in kv_types))
+    return replace(space, kv_types=types)
 
 
 def _describe(machine: Machine) -> str:

@@ -10,7 +10,7 @@ from ..errors import GraphError
 from ..types import Type
 from .hparams import HParams, round_f32
 
-__all__ = ["MAX_SEQ", "ContextFlags", "ContextParams", "check_context"]
+__all__ = ["MAX_SEQ", "ContextFlags", "ContextParams", "cache_type", "check_context"]
 
 #: Most sequences of a context: their set is one 64-bit word (`LLAMA_MAX_SEQ` is 256).
 MAX_SEQ = 64
@@ -155,13 +155,33 @@ def check_context(flags: ContextFlags, *, max_seq: int = MAX_SEQ) -> None:
         if n < least:
             raise GraphError(f"{name} is {n}, at least {least} is needed")
     for name, type in (("type_k", flags.type_k), ("type_v", flags.type_v)):
-        if type not in CACHE_TYPES:
-            known = ", ".join(t.ggml_name for t in CACHE_TYPES)
-            raise GraphError(f"{name} cannot be {type.ggml_name}", hint=f"a KV cache is of {known}")
+        cache_type(type, name)
     if flags.type_v.is_quantized and flags.flash_attn == "off":
         raise GraphError(
             f"a V cache of {flags.type_v.ggml_name} needs flash attention", hint="use -fa on, or -ctv f16 or f32"
         )
+
+
+def cache_type(type: Type | str, name: str) -> Type:
+    """Return a type of a KV cache.
+
+    Parameters
+    ----------
+    name : str
+        What errors call it.
+
+    Raises
+    ------
+    GraphError
+        No KV cache has this type.
+    """
+    found = type if isinstance(type, Type) else next((t for t in CACHE_TYPES if t.ggml_name == type.lower()), None)
+    if found not in CACHE_TYPES:
+        told = type.ggml_name if isinstance(type, Type) else repr(type)
+        raise GraphError(
+            f"{name} cannot be {told}", hint=f"a KV cache is of {', '.join(t.ggml_name for t in CACHE_TYPES)}"
+        )
+    return found
 
 
 def _check_heads(flags: ContextFlags, hparams: HParams) -> None:

@@ -413,6 +413,9 @@ def test_a_context_beyond_training_is_told() -> None:
         ({"devices": "rtx9999"}, DeviceUnavailableError),
         ({"devices": "libggml:CPU"}, DeviceUnavailableError),
         ({"host": "ddr9-1"}, DeviceUnavailableError),
+        ({"kv_types": ["f16", "i8"]}, GraphError),
+        ({"kv_types": ["q9"]}, GraphError),
+        ({"kv_types": []}, GraphError),
     ],
 )
 def test_wrong_requests_are_typed_errors(options: dict[str, Any], error: type[Exception]) -> None:
