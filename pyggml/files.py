@@ -7,7 +7,6 @@ import errno
 import io
 import json
 import os
-import secrets
 import shutil
 import stat
 import time
@@ -179,7 +178,7 @@ def aside(path: str | os.PathLike[str], n_bytes: int | None = None) -> Iterator[
         _remove_abandoned(target)
         if n_bytes is not None and (free := shutil.disk_usage(target.parent).free) < n_bytes:
             raise OSError(errno.ENOSPC, f"{n_bytes / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        part = target.with_name(f".{target.name}.{os.urandom(4).hex()}.part")
         try:
             yield part
             os.replace(part, target)

@@ -335,7 +335,7 @@ def _beyond_training(file: GGUFFile, context: int) -> list[str]:
 
 def _nothing_fits(advice: Advice, search: Search, settings: list[Setting]) -> None:
     """Find the minimum of missing bytes, and the largest quantisation that would fit."""
-    from ..catalog import QUANTS, find_model
+    from ..catalog import QUANTS, find_model, shapes, type_tensors
 
     memory = search.memory
 
@@ -359,6 +359,7 @@ def _nothing_fits(advice: Advice, search: Search, settings: list[Setting]) -> No
     if sizes is None:
         return
     room = search.shape.total_bytes - advice.missing_bytes
-    by_size = sorted(((ModelShape.from_sizes(sizes, q).total_bytes, q) for q in QUANTS), reverse=True)
+    rows = shapes(sizes)
+    by_size = sorted(((sum(t.nbytes for t in type_tensors(sizes, rows, q)), q) for q in QUANTS), reverse=True)
     fitting = next((q for size, q in by_size if size < 0.97 * room), "")
     advice.smaller = f"{name}:{fitting}" if fitting else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from ..errors import GraphError
 from ..types import Type
@@ -209,22 +210,25 @@ def _fitting(row: Shape, type: Type) -> Type:
 
 def _by_rule(s: ModelSizes, rows: Sequence[Shape], name: str) -> list[TypedTensor]:
     base = QUANTS[name]
-    counts = {c: sum(_category(r.name) == c for r in rows) for c in ("v", "down")}
+    kinds = [_category(row.name) for row in rows]
+    counts = {kind: kinds.count(kind) for kind in ("v", "down")}
     seen = {"v": 0, "down": 0}
     out = []
-    for row in rows:
-        if not _is_quantized(row):
+    for row, kind in zip(rows, kinds, strict=True):
+        is_quantized = _is_quantized(row)
+        if not is_quantized:
             type = Type.I32 if "tid2eid" in row.name else Type.F32
         elif not base.is_quantized:
             type = base
         else:
-            type = _fitting(row, _rule(s, row, name, base, seen, counts))
-        if s.arch == "gpt-oss" and name == "MXFP4" and len(row.ne) == 2 and _is_quantized(row):
+            type = _fitting(row, _rule(s, row, kind, name, base, seen, counts))
+        if s.arch == "gpt-oss" and name == "MXFP4" and len(row.ne) == 2 and is_quantized:
             type = Type.Q8_0 if row.ne[0] % 32 == 0 else Type.F16
         out.append(TypedTensor(row.name, row.ne, type))
     return out
 
 
+@cache
 def _category(name: str) -> str:
     """Return the kind of tensor that the rules know (`tensor_get_category`)."""
     for part, kind in (
@@ -241,15 +245,16 @@ def _more_bits(i: int, n: int) -> bool:
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
-def _rule(s: ModelSizes, row: Shape, name: str, base: Type, seen: dict[str, int], counts: dict[str, int]) -> Type:
-    """Return the type of one tensor.
+def _rule(
+    s: ModelSizes, row: Shape, kind: str, name: str, base: Type, seen: dict[str, int], counts: dict[str, int]
+) -> Type:
+    """Return the type of one tensor; ``kind``: its `_category`.
 
     Notes
     -----
     Mirrors `llama_tensor_get_type_impl`. Differs: rules of falcon and of unused names are left out; files of IQ types
     are taken to be made with an importance matrix, and others without.
     """
-    kind = _category(row.name)
     gqa = s.n_head // s.n_head_kv if s.n_head_kv else 1
     if s.kv_lora and not s.is_recurrent(0):
         gqa = s.n_head

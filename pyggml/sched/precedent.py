@@ -21,7 +21,7 @@ from ..tensor import Tensor
 from .assign import OffloadOp, assign
 from .policies import default_offload
 from .split import Cutter
-from .state import Cause, Copies, Machine, OpCheck, Split
+from .state import BufferUsers, Cause, Copies, Machine, OpCheck, Split
 
 __all__ = ["Precedent", "Precedents"]
 
@@ -35,7 +35,7 @@ _Rules = tuple[Any, ...]
 class _Shape:
     """The facts of a graph that determine passes 1 to 5: first with its tensors, leafs before nodes, later without."""
 
-    __slots__ = ("kinds", "layouts", "memory", "n_leafs", "n_sources", "pick", "roots", "sources", "tensors")
+    __slots__ = ("kinds", "layouts", "n_leafs", "n_sources", "pick", "roots", "sources", "tensors")
 
     tensors: list[Tensor]
     sources: list[Any]  #: of all tensors: tensors, later their positions, -1 for None
@@ -46,9 +46,8 @@ class _Shape:
     n_sources: list[int]
     kinds: list[list[Any]]  #: fields that the passes read, by tensor
     layouts: list[list[Any]]  #: fields that only backends read, by tensor
-    memory: list[Any]  #: facts about each tensor's buffer
 
-    def __init__(self, graph: Graph, *, by_kind: bool) -> None:
+    def __init__(self, graph: Graph, users: BufferUsers, *, by_kind: bool) -> None:
         self.n_leafs = len(graph.leafs)
         self.tensors = tensors = [*graph.leafs, *graph.nodes]
         sources = [t.src for t in tensors]  # a list of one field is made twice as fast as with an attrgetter
@@ -56,20 +55,24 @@ class _Shape:
         self.sources = list(chain.from_iterable(sources))
         self.roots = [t.view_src for t in tensors]
         buffers = [t.buffer for t in tensors]
-        memory = {b: b and (type(b), b.buft, b.usage, b.is_writable) for b in set(buffers)}
-        self.memory = list(map(memory.__getitem__, buffers))
+        places, memory = {}, {}  # facts about each buffer
+        for b in set(buffers):
+            places[b] = b and (users[b.buft], b.usage, b.is_host)
+            memory[b] = b and (type(b), b.buft, b.usage, b.is_writable)
         # what the passes read
-        self.kinds = [[t.op for t in tensors], [t.flags for t in tensors]]
+        self.kinds = [[t.op for t in tensors], [t.flags for t in tensors], list(map(places.__getitem__, buffers))]
         # what only backends read, when they are asked about a node or its sources
-        self.layouts = [[t._op_params for t in tensors], [t.layout_id for t in tensors]]
+        self.layouts = [
+            [t._op_params for t in tensors],
+            [t.layout_id for t in tensors],
+            list(map(memory.__getitem__, buffers)),
+        ]
         if not by_kind:  # what third-party backends may also read; see `answers_by_kind`
             self.layouts += [[t.view_offs for t in tensors], [t.name for t in tensors]]
 
     def is_built_as(self, kept: _Shape) -> bool:
         """Return whether this graph has the structure of a kept one: everything except layouts."""
         if self.n_leafs != kept.n_leafs or self.n_sources != kept.n_sources or self.kinds != kept.kinds:
-            return False
-        if self.memory != kept.memory:
             return False
         now: tuple[Tensor | None, ...] = (*self.sources, *self.roots, None, None)
         return now == kept.pick([*self.tensors, None])  # -1 is the last
@@ -88,9 +91,9 @@ class _Shape:
         return position
 
     def changed_since(self, kept: _Shape) -> set[int]:
-        """Return the positions whose layout or memory, or that of a source or viewed tensor, may differ."""
+        """Return the positions whose layout, or that of a source or viewed tensor, may differ."""
         changed: set[int] = set()
-        for now, was in zip([*self.layouts, self.memory], [*kept.layouts, kept.memory], strict=True):
+        for now, was in zip(self.layouts, kept.layouts, strict=True):
             if now != was:
                 changed.update(compress(count(), map(ne, now, was)))
         starts = accumulate(kept.n_sources, initial=0)
@@ -119,7 +122,7 @@ class _Alike:
 
     def __init__(self, shape: _Shape, answers: list[tuple[int, int, bool]]) -> None:
         first_of: dict[Any, int] = {}
-        fields = zip(*shape.kinds, *shape.layouts, shape.memory, strict=True)
+        fields = zip(*shape.kinds, *shape.layouts, strict=True)
         first = [first_of.setdefault(of_tensor, i) for i, of_tensor in enumerate(fields)]
         first += (0, 0)  # of one position it would not return a tuple
         self.first = itemgetter(*first)
@@ -252,7 +255,7 @@ class Precedents:
         rules: _Rules = (offload, *checks)
         shape = found = None
         if cutter.n_copies == 1 and not asg.ids:
-            shape = _Shape(graph, by_kind=all(map(is_answered_by_kind, checks)))
+            shape = _Shape(graph, machine.users, by_kind=all(map(is_answered_by_kind, checks)))
             found = self._find(shape, cutter, rules)
         if found is not None:
             del shape  # so that the garbage collector has less to visit
@@ -271,7 +274,7 @@ class Precedents:
 
     def _find(self, shape: _Shape, cutter: Cutter, rules: _Rules) -> Precedent | None:
         """Return the precedent of a graph, or a new one that follows a precedent with the same answers."""
-        memory, (offload, *checks) = _memory_of(cutter), rules
+        memory, (offload, *checks) = _memory_of(cutter, shape), rules
         alike = [p for p in self._kept if p.memory_before == memory and p.rules == rules]
         built = {s for s, kept in {p.structure: p.shape for p in alike}.items() if shape.is_built_as(kept)}
         alike = [p for p in alike if p.structure in built]
@@ -301,7 +304,7 @@ class Precedents:
 
     def _first(self, graph: Graph, shape: _Shape, cutter: Cutter, rules: _Rules) -> Precedent | None:
         """Run the passes and keep the result, unless the graph has sources outside itself."""
-        before, offload = _memory_of(cutter), rules[0]
+        before, offload = _memory_of(cutter, shape), rules[0]
         self._answers.clear()
         asg = cutter.asg
         assign(graph, asg, self._machine, None if offload is None else self._noting(offload))
@@ -352,10 +355,13 @@ class Precedents:
         return ask
 
 
-def _memory_of(cutter: Cutter) -> tuple[int, tuple[int, ...]]:
-    """Return what the cutter keeps of earlier graphs, as far as the dialect uses it."""
+def _memory_of(cutter: Cutter, shape: _Shape | None = None) -> tuple[int, tuple[int, ...]]:
+    """Return what the cutter keeps of earlier graphs, as far as the dialect, and with ``shape`` the cut of that graph, uses it."""
     memory = cutter.memory
-    return memory.backend_id, tuple(memory.capacities) if cutter.machine.dialect.cut_at_input_capacity else ()
+    # a node that is computed gives the first split its backend
+    is_free = shape is not None and not all(op.is_view for op in shape.kinds[0][shape.n_leafs :])
+    capacities = tuple(memory.capacities) if cutter.machine.dialect.cut_at_input_capacity else ()
+    return 0 if is_free else memory.backend_id, capacities
 
 
 def _follow(precedent: Precedent, graph: Graph, cutter: Cutter) -> None:
