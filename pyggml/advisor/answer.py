@@ -154,7 +154,7 @@ class Advice:
             return ""
         is_same = self.pays_from == 32
         llama = (
-            ", as llama.cpp does"
+            ", where llama.cpp starts to copy"
             if is_same
             else "; llama.cpp copies from 32 on (GGML_OP_OFFLOAD_MIN_BATCH changes that)"
         )

@@ -79,12 +79,12 @@ class Maker:
             (
                 "fastest prompt",
                 sorted(plain, key=lambda s: (_step(s.prompt_s), s.generate_s)),
-                lambda made: made.pp_tps.mid > _NOTEWORTHY_TIME * first.pp_tps.mid,
+                lambda made: made.pp_tps.mid > _NOTEWORTHY * first.pp_tps.mid,
             ),
             (
                 "fastest generation",
                 sorted(plain, key=lambda s: (_step(s.generate_s), s.prompt_s)),
-                lambda made: made.tg_tps.mid > _NOTEWORTHY_TIME * first.tg_tps.mid,
+                lambda made: made.tg_tps.mid > _NOTEWORTHY * first.tg_tps.mid,
             ),
             (
                 "the same with a KV cache in q8_0",
@@ -99,7 +99,7 @@ class Maker:
             ),
             ("mapped file, as llama.cpp's default", [s for s in plain if not s.setting.is_pinned], _any),
             ("micro-batches of 512, as llama.cpp's default", [s for s in plain if s.setting.n_ubatch == 512], _any),
-            ("one step less on the device", self._next(plain, best), _any),
+            ("fewer weights on the device", self._next(plain, best), _any),
         ]
         if all(card.is_unified for card in search.machine.cards):  # what leaves the device stays in the same memory
             wanted = [w for w in wanted if not w[0].endswith("on the device")]

@@ -29,7 +29,7 @@ __all__ = ["DeviceMemory", "FitChoice", "MemoryModel", "ask_llama", "fit_setting
 _SLACK = 0.7
 
 
-#: So many refusals with the same words, and nothing else before, are about the model, not a setting.
+#: So many refusals with the same words, and nothing else before, are about the model or about the types of the KV cache, not a setting.
 _MOST_REFUSALS = 3
 
 
@@ -75,7 +75,8 @@ class MemoryModel:
 
     A setting's weights are known from the header. KV cache and compute buffers come from the scheduler's reserve: `exact`
     calculates them for a setting, and `estimate` takes them from the nearest such setting, the cache by the layers on each
-    device, because compute buffers hardly depend on the number of layers on the host.
+    device, because compute buffers hardly depend on the number of layers on the host. Of a mapped file the weights on the host
+    count, not the range that llama.cpp reports.
 
     Parameters
     ----------
@@ -98,6 +99,7 @@ class MemoryModel:
         self._rest: dict[_Kind, list[int]] = {}
         self._exact: dict[Setting, list[DeviceMemory] | None] = {}
         self.refused: dict[Setting, str] = {}  #: why a setting cannot be planned at all
+        self._refusals: dict[tuple[Type, Type], list[str] | None] = {}  #: the first by KV types; None: one was planned
         self._sizes = [b.device.memory()[1] for b in self.backends[:-1]]
         self._of_bytes = [*self._sizes, host.memory_bytes]
         profiles = [b.device.profile for b in self.backends[:-1]]
@@ -245,15 +247,24 @@ class MemoryModel:
             llama.cpp refused the first settings with the same words: it refuses the model.
         """
         if setting not in self._exact:
-            self._exact[setting] = self._open(setting)
+            told = self._refusals.get((setting.type_k, setting.type_v))
+            if told is not None and len(told) == _MOST_REFUSALS and len(set(told)) == 1:
+                self.refused[setting], self._exact[setting] = told[0], None
+            else:
+                self._exact[setting] = self._open(setting)
         return self._exact[setting]
 
     def _open(self, setting: Setting) -> list[DeviceMemory] | None:
         self.n_opened += 1
+        types = setting.type_k, setting.type_v
         try:
-            rows = self.planner(setting).memory()
+            planner = self.planner(setting)
+            rows, gap = planner.memory(), planner.placement.gap_bytes()
         except PyggmlError as error:
             self.refused[setting] = error.message
+            told = self._refusals.setdefault(types, [])
+            if told is not None and len(told) < _MOST_REFUSALS:
+                told.append(error.message)
             first = list(self.refused.values())[:_MOST_REFUSALS]
             if (
                 isinstance(error, ModelError)
@@ -262,7 +273,9 @@ class MemoryModel:
             ):
                 raise
             return None
+        self._refusals[types] = None
         taken, cache = self._by_device(rows), sum(m.cache for m in rows)
+        taken[-1] -= gap  # the file's weights between those on the host are read once, for a device
         if setting.moe_cache_mib or (setting.overrides and not is_experts_only(setting)):
             return self.devices(taken)  # what follows from the header is not what was planned
         known = [a + b for a, b in zip(self.weights(setting), self._cache_of(setting, cache), strict=True)]

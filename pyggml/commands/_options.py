@@ -12,7 +12,9 @@ from typing import Any
 import click
 import cloup
 
-__all__ = ["choice", "count", "file_option", "flag", "json_option", "number", "option"]
+from ._values import DeviceList
+
+__all__ = ["cards_option", "choice", "count", "file_option", "flag", "json_option", "number", "option"]
 
 Decorator = Callable[[Callable[..., Any]], Any]
 
@@ -37,6 +39,14 @@ def number(*names: str, most: float | None = None, **more: Any) -> Decorator:
 def choice(*names: str, values: Sequence[str], **more: Any) -> Decorator:
     """Return an option of a few values."""
     return option(*names, type=click.Choice(values), **more)
+
+
+def cards_option(*, help: str) -> Decorator:
+    """Return the option of the cards to plan for; given several times, the lists are one."""
+    return option(
+        *("-dev", "--device"), type=DeviceList(), multiple=True, help=help,
+        callback=lambda ctx, param, lists: ",".join(lists) or None,
+    )  # fmt: skip
 
 
 def file_option(*names: str, help: str, metavar: str | None = "FILE", **kinds: bool) -> Decorator:

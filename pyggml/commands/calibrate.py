@@ -10,9 +10,9 @@ import click
 import cloup
 
 from ._console import print_json, report, table
-from ._options import file_option, json_option, option
+from ._options import cards_option, file_option, json_option, option
 from ._page import check_outputs
-from ._values import DeviceList, ModelPath
+from ._values import ModelPath
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +35,7 @@ Examples:
 @click.argument("runs", type=click.Path(path_type=Path))
 @cloup.option_group(
     "The machine that was measured",
-    option("-dev", "--device", type=DeviceList(),
+    cards_option(
          help="Cards, separated by commas; cpu for no card; or a profile FILE.json. [default: those found in this machine]"),
     option("--host", default="", metavar="SPEC", help="RAM type x channels, cores, size: ddr4-3200x2,cores=8,64GiB."),
 )  # fmt: skip

@@ -12,9 +12,9 @@ import cloup
 from ..files import aside
 from ._cache_options import cache_options, stated_routing
 from ._console import n_bytes, print_json, progress, report, table
-from ._options import count, file_option, json_option, number, option
+from ._options import cards_option, count, file_option, json_option, number, option
 from ._page import check_outputs
-from ._values import DeviceList, ModelPath
+from ._values import ModelPath
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,7 +71,7 @@ class _PlanCommand(cloup.Command):
 )  # fmt: skip
 @cloup.option_group(
     "Your machine",
-    option("-dev", "--device", type=DeviceList(),
+    cards_option(
          help="Cards, separated by commas, also with another size (m2max-48GiB); cpu for no card; or a profile FILE.json. `pyggml devices` lists names. "
          "[default: those found in this machine]"),
     option("--host", default="", metavar="SPEC",

@@ -11,10 +11,13 @@ import difflib
 import logging
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .. import ops
+from ..alloc.offsets import pad
 from ..backend import Device
 from ..buffer import BufferType
 from ..errors import GraphError, UnsupportedOpError, visible
@@ -96,8 +99,7 @@ class Override:
     text: str  #: as the user gave it
 
 
-@dataclass(frozen=True, slots=True)
-class WeightPlace:
+class WeightPlace(NamedTuple):
     """The place of one weight, and why."""
 
     spec: WeightSpec
@@ -175,9 +177,16 @@ class Placement:
                     max(i.offset + i.nbytes for i in p) - min(i.offset for i in p) for p in by_part.values()
                 )
             else:
-                sizes = (buft.alloc_size(Tensor(w.info.type, w.info.ne)) for w in places)
-                out[buft] = sum(-(-size // buft.alignment) * buft.alignment for size in sizes)
+                counts = Counter((w.info.type, w.info.ne) for w in places)
+                out[buft] = sum(
+                    n * pad(buft.alloc_size(Tensor(type, ne)), buft.alignment) for (type, ne), n in counts.items()
+                )
         return out
+
+    def gap_bytes(self) -> int:
+        """Return the bytes of mapped ranges that are in no host weight: `weight_bytes` counts them, but nothing keeps them in memory."""
+        sizes, places = self.weight_bytes(), self.by_buft()
+        return sum(sizes[b] - sum(w.info.nbytes for w in places[b]) for b in sizes if self.is_mapped(b))
 
 
 # -- overrides ---------------------------------------------------------------

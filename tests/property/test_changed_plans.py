@@ -28,6 +28,7 @@ placements = st.builds(
     n_cpu_moe=st.integers(0, N_LAYER),
     tensor_split=st.sampled_from([(), (1, 3)]),
     overrides=st.sampled_from([(), (r"blk\.1\.attn=CPU",), ("ffn_(up|down)=CPU",)]),
+    use_mmap=st.booleans(),
 )
 contexts = st.builds(
     ContextFlags,

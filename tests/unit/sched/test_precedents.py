@@ -64,6 +64,56 @@ def test_a_graph_like_one_before_runs_no_pass(monkeypatch: pytest.MonkeyPatch) -
     assert bench.n_passes == 2
 
 
+def test_what_came_between_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph follows the one like it also after a graph that starts on the other backend."""
+    bench = Bench(monkeypatch)
+    first = bench.causes(bench.graph(4))
+    other = ggml.Graph()
+    with other:
+        x = other.input("f32", (8, 4), name="x")
+        other.expand(ggml.mul_mat(bench.weights[1], x).named("on the CPU"))
+    assert bench.causes(other) == [("CPU", "1.wgt0")]
+    assert bench.n_passes == 2
+    assert bench.causes(bench.graph(4)) == first
+    assert bench.n_passes == 2
+
+
+def test_other_memory_of_the_same_backends_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight in pinned memory, which the same backends use, changes no pass; in the device's memory it does, and so does another answer."""
+    bench = Bench(monkeypatch)
+    first = bench.causes(bench.graph(4))
+
+    def move(buft: ggml.BufferType | None) -> None:
+        context = ggml.Context()
+        bench.weights[1] = context.new_tensor("f32", (8, 8), name="w1")
+        assert buft is not None
+        context.alloc(buft, usage="weights")
+
+    pinned = bench.gpu.device.host_buffer_type
+    move(pinned)
+    assert bench.causes(bench.graph(4)) == first
+    assert bench.n_passes == 1
+    move(bench.gpu.buffer_type)
+    assert [name for name, _ in bench.causes(bench.graph(4))] == [bench.gpu.name] * 3
+    assert bench.n_passes == 2
+    supports_op = SimDevice.supports_op
+
+    @answers_by_kind
+    def refusing(device: SimDevice, op: ggml.Tensor) -> bool:
+        return all(t is None or t.buffer is None or t.buffer.buft is not pinned for t in op.src) and supports_op(
+            device, op
+        )
+
+    monkeypatch.setattr(SimDevice, "supports_op", refusing)
+    bench = Bench(monkeypatch)
+    large = bench.causes(bench.graph(32))
+    assert large[-1] == (bench.gpu.name, "1.off")
+    pinned = bench.gpu.device.host_buffer_type
+    move(pinned)
+    assert bench.causes(bench.graph(32))[-1] == ("CPU", "1.wgt0")
+    assert bench.n_passes >= 2
+
+
 def test_another_answer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """From 32 tokens on the device wants the second product, too; the graph before does not decide."""
     bench = Bench(monkeypatch)
@@ -172,11 +222,10 @@ def test_one_node_of_each_kind_is_asked_about(monkeypatch: pytest.MonkeyPatch) -
         return graph
 
     monkeypatch.setattr(SimDevice, "supports_op", answers_by_kind(noted))
-    for _ in range(2):  # the first graph's splits start on another backend than those before
-        assert [c for _, c in bench.causes(graph(31, 31, 31))] == ["1.wgt0"] * 3
+    assert [c for _, c in bench.causes(graph(31, 31, 31))] == ["1.wgt0"] * 3
     asked.clear()
     assert [c for _, c in bench.causes(graph(20, 20, 20))] == ["1.wgt0"] * 3
-    assert bench.n_passes == 2
+    assert bench.n_passes == 1
     assert asked == ["y0"]
     assert [c for _, c in bench.causes(graph(20, 40, 20))] == ["1.wgt0", "1.off", "1.wgt0"]
     assert [c for _, c in bench.causes(graph(7, 40, 20))] == ["1.wgt0", "1.off", "1.wgt0"]
