@@ -235,21 +235,21 @@ KINDS: dict[str, Callable[[int, Path], str]] = {
 }
 
 
-def main(kind: str, first: int, n: int, folder: Path) -> None:
-    """Run cases and print how they ended."""
+def main(first: int, folder: Path, n_of: dict[str, int]) -> None:
+    """Run n cases of each kind, and print how they ended."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warm_up()  # what is compiled once is no hang
-    endings: Counter[str] = Counter()
+    endings: dict[str, Counter[str]] = {kind: Counter() for kind in n_of}
     failed: list[str] = []
-    for seed in range(first, first + n):
+    for kind, seed in [(kind, first + i) for kind, n in n_of.items() for i in range(n)]:
         sys.stderr.write(f"{kind} {seed}\n")
         faulthandler.dump_traceback_later(WALL_LIMIT_S, exit=True)
         start_s = time.process_time()
         try:
             with np.errstate(all="ignore"):
-                endings[KINDS[kind](seed, folder)] += 1
+                endings[kind][KINDS[kind](seed, folder)] += 1
         except ggml.PyggmlError as error:
-            endings[type(error).__name__] += 1
+            endings[kind][type(error).__name__] += 1
         except Exception as error:  # noqa: BLE001  (what is looked for)
             failed.append(
                 f"{kind} {seed}: {type(error).__name__}: {str(error)[:300]} at {traceback.format_exc().splitlines()[-3].strip()}"
@@ -261,4 +261,8 @@ def main(kind: str, first: int, n: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(
+        int(sys.argv[1]),
+        Path(sys.argv[2]),
+        {kind: int(n) for kind, _, n in (word.partition("=") for word in sys.argv[3:])},
+    )
