@@ -116,17 +116,25 @@ def sections(step: Step) -> dict[str, Any]:
 
 def difference(expected: Any, got: Any) -> str | None:
     """Return where two JSON values differ first, and how."""
+    return None if _sorted_text(expected) == _sorted_text(got) else _first_difference(expected, got)
+
+
+def _sorted_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _first_difference(expected: Any, got: Any) -> str | None:
     if isinstance(expected, dict) and isinstance(got, dict):
         for key in [*expected, *(k for k in got if k not in expected)]:
             if key not in expected or key not in got:
                 return f".{key}: {_short(expected.get(key))} expected, got {_short(got.get(key))}"
-            found = difference(expected[key], got[key])
+            found = _first_difference(expected[key], got[key])
             if found is not None:
                 return f".{key}{found}"
         return None
     if isinstance(expected, list) and isinstance(got, list):
         for i, (a, b) in enumerate(zip(expected, got, strict=False)):
-            found = difference(a, b)
+            found = _first_difference(a, b)
             if found is not None:
                 return f"[{i}]{found}" if isinstance(a, dict) else f"[{i}]: {_short(a)} expected, got {_short(b)}"
         if len(expected) != len(got):
