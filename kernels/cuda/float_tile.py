@@ -23,8 +23,10 @@ class _FloatStaging:
     ----------
     where : list of str
         Before the loop.
-    load, load_last : list of str
-        The loads of a whole stage at ``k0``, and of one that the rows may end in.
+    load : list of str
+        The loads of a whole stage at ``k0``.
+    lasts : dict
+        The loads of a stage that the rows may end in, and what is there instead of a lane past the end, by the lane's place.
     store : list of str
         What was loaded goes to shared memory.
     """
@@ -34,7 +36,7 @@ class _FloatStaging:
         self.size = 4 if type == "f32" else 2
         self.where: Text = []
         self.load: Text = []
-        self.load_last: Text = []
+        self.lasts: dict[str, tuple[Text, Text]] = {"wk": ([], []), "yk": ([], [])}
         self.store: Text = []
         self._place("w", 16 // self.size if wide else 1)
         for i, row in enumerate(self._rows("w", ROWS)):
@@ -88,13 +90,18 @@ class _FloatStaging:
         line = f"{', '.join(names)} = {load}"
         self.where.append(f"{', '.join(names)} = {zeros}")
         self.load.append(line)
-        self.load_last += [f"if k0 + {k} < n_k:", f"    {line}", "else:", f"    {', '.join(names)} = {zeros}"]
+        loads, empty = self.lasts[k]
+        loads.append(line)
+        empty.append(f"{', '.join(names)} = {zeros}")
 
     @property
     def next(self) -> Text:
         """The loads of the stage at ``k0``, if there is one: a question for all of it, and none for each value."""
         whole = [f"if u32(k0 + u32({STAGE})) <= n_k:", *indent(self.load)]
-        return [*whole, "elif k0 < n_k:", *indent(self.load_last)]
+        last: Text = []
+        for k, (loads, empty) in self.lasts.items():
+            last += [f"if k0 + {k} < n_k:", *indent(loads), "else:", *indent(empty)]
+        return [*whole, "elif k0 < n_k:", *indent(last)]
 
 
 def _multiply_floats() -> dict[str, Any]:
