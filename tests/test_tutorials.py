@@ -307,14 +307,6 @@ def test_named_code_exists(page: str) -> None:
             assert set(re.findall(r"\w+", code)) <= words, f"{page}: nothing is called {code}"
 
 
-@pytest.mark.parametrize("path", [*PAGES, *OTHERS], ids=lambda p: p.stem)
-def test_links_lead_somewhere(path: Path) -> None:
-    """Relative links of a page lead to files of the project."""
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
-
-
 if __name__ == "__main__":
     if sys.argv[1:] != ["--update"]:
         sys.exit("usage: python tests/test_tutorials.py --update")
