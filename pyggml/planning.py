@@ -27,7 +27,7 @@ from .models.architectures import ARCHITECTURES
 from .models.batch import MicroBatch, Outputs
 from .models.context import ContextFlags, ContextParams
 from .models.loading import Progress
-from .models.placement import Placement, PlacementFlags, norm_pins, parse_overrides, warn_of_unmatched
+from .models.placement import Placement, PlacementFlags, norm_pins, warn_of_unmatched
 from .models.source import BuiltSource, GraphSource, ModelFacts, PlannableGraph
 from .moe_cache import CacheRule, MoeCache, MoeCachePolicy
 from .notebook import Bar, html_table
@@ -245,8 +245,7 @@ class Planner:
         ModelError
             llama.cpp refuses the model, or fails on it.
         """
-        if isinstance(devices, str):
-            devices = [devices]
+        devices = [devices] if isinstance(devices, str) else devices
         if "cpu" in devices:
             raise DeviceUnavailableError(
                 "cpu", "the CPU is always the last device", hint='remove "cpu" from the devices'
@@ -266,8 +265,7 @@ class Planner:
             placement, context = fit.placement, fit.context
         source = _open_source(file, backends, graph, placement, context, data=for_data)
         if fit is None:  # its patterns are not the user's
-            *others, last = (b.device for b in backends)
-            warn_of_unmatched(parse_overrides(placement, others, last), [w.spec.name for w in source.placement.weights])
+            warn_of_unmatched(placement, [b.device for b in backends], [w.spec.name for w in source.placement.weights])
         options = SchedOptions(strict, dialect, policy, offload_rule, recorder, clock, debug, expert_cache)
         made = cls(file, backends, source, options=options, data=data, progress=progress)
         made.fit = fit

@@ -22,7 +22,7 @@ from ..hardware.hosts import Host, assumed_host, host_spec, parse_host
 from ..hardware.measure import UNKNOWN, measure_host
 from ..hardware.pci import found_cards
 from ..models.context import cache_type
-from ..models.placement import parse_overrides, warn_of_unmatched
+from ..models.placement import warn_of_unmatched
 from ..routing import Routing, parse_routing, routing_of
 from .answer import Advice
 from .explain import explain as explain_flag
@@ -132,9 +132,8 @@ def plan(
         memory = held.enter_context(
             closing(MemoryModel(file, backends, context, host=machine.host, margin_bytes=margin_bytes))
         )
-        *others, last = (b.device for b in backends)
         for own in compare:
-            warn_of_unmatched(parse_overrides(placement_flags(own), others, last), list(file.tensors))
+            warn_of_unmatched(placement_flags(own), [b.device for b in backends], list(file.tensors))
         threads = held.enter_context(ThreadPoolExecutor(1))
         asked = threads.submit(ask_llama, file, backends, context)  # llama.cpp answers in a process of its own
         search = Search(shape, machine, goal, memory)

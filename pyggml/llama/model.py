@@ -165,8 +165,9 @@ class LlamaModel(Generator):
                 placement, context = planner.fit.placement, planner.fit.context
         with GGUFFile.open(self.path) as file:
             require_model(file)
-            overrides = parse_overrides(placement, here, REGISTRY.open_all(["cpu"], data=False)[0])
-            warn_of_unmatched(overrides, list(file.tensors))
+            cpu = REGISTRY.open_all(["cpu"], data=False)[0]
+            overrides = parse_overrides(placement, here, cpu)
+            warn_of_unmatched(placement, [*here, cpu], list(file.tensors))
             self.metadata = dict(file.metadata)
         self.device_names = [d.name for d in here]
         self._names, self._placement, self._context = names, placement, context

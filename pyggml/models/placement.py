@@ -257,9 +257,9 @@ def _override(regex: str, buft: BufferType, text: str) -> Override:
     return Override(regex, compile_pattern(regex), buft, text)
 
 
-def warn_of_unmatched(overrides: Sequence[Override], names: Sequence[str]) -> None:
-    """Warn of each ``-ot`` that matches no weight, with the nearest names."""
-    for override in overrides:
+def warn_of_unmatched(flags: PlacementFlags, devices: Sequence[Device], names: Sequence[str]) -> None:
+    """Warn of each ``-ot`` that matches no weight, with the nearest names; the last device is the CPU."""
+    for override in parse_overrides(flags, devices[:-1], devices[-1]):
         if not override.text.startswith("-ot ") or any(override.pattern.search(name) for name in names):
             continue
         wanted = override.text.removeprefix("-ot ").partition("=")[0].replace("\\", "").strip("^$.*")

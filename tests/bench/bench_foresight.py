@@ -22,6 +22,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from memory_logs import Unpredicted, integer, memory_rows
+
 from pyggml.catalog import find_model, parse_quant
 from pyggml.cost import link_of
 from pyggml.errors import PyggmlError
@@ -40,10 +42,6 @@ SEEN = {
     "rtx3090ti", "rtxa6000", "rtxpro6000", "rtx5090", "b580", "rtx4090d", "rtx5070", "rx7900xt", "rtx4070", "mi60",
     "rtx3080ti", "gb10",
 }  # fmt: skip
-
-
-class Unpredicted(Exception):
-    """Raised with the reason why there is no prediction."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +77,6 @@ def model_of(name: str, quant: str, gib: float | None) -> ModelShape:
     return ModelShape.from_sizes(sizes, quant, file_bytes=None if gib is None else gib * 2**30)
 
 
-def _int(value: Any, default: int) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return default
-
-
 def is_pinned(row: dict[str, Any]) -> bool | None:
     """Return whether host weights are in pinned memory; None if nothing says so.
 
@@ -119,7 +110,7 @@ def host_of(row: dict[str, Any]) -> tuple[Host, bool]:
     is_desktop = isa is not None and not re.search(r"epyc|xeon|threadripper|gold|platinum", cpu.lower())
     known = rate is not None and (bool(measured) or is_desktop or "channel" in ram or "bit" in ram)
     size = re.search(r"(\d+(?:\.\d+)?) ?gi?b", ram.lower())
-    threads = _int(row.get("threads"), 0)
+    threads = integer(row.get("threads"), 0)
     return Host(
         rate or DEFAULT_HOST.read_bytes_per_s, cores or (threads if threads > 1 else DEFAULT_HOST.n_cores),
         isa or "avx2", int(float(size[1]) * 2**30) if size else 0,
@@ -179,14 +170,14 @@ def case_of(row: dict[str, Any], rates: Rates = RATES) -> Case:
     pinned = is_pinned(row)
     links = [link_of(card, str(row.get("pcie") or ""), row.get("h2d_measured_gbs")) for card in cards]
     ngl = row.get("ngl")
-    n_ubatch = _int(row.get("ub"), 512)
+    n_ubatch = integer(row.get("ub"), 512)
     setting = Setting(
-        n_gpu_layers=-1 if ngl is None else _int(ngl, -1) if _int(ngl, -1) <= len(model.layers) else -1,
-        n_cpu_moe=len(model.layers) if re.search(r"--cpu-moe|-cmoe", flags) else _int(row.get("ncmoe"), 0),
+        n_gpu_layers=-1 if ngl is None else integer(ngl, -1) if integer(ngl, -1) <= len(model.layers) else -1,
+        n_cpu_moe=len(model.layers) if re.search(r"--cpu-moe|-cmoe", flags) else integer(row.get("ncmoe"), 0),
         overrides=overrides_of(flags),
         n_ubatch=n_ubatch,
-        n_batch=max(_int(row.get("b"), max(2048, n_ubatch)), 1),
-        threads=_int(row.get("threads"), 0),
+        n_batch=max(integer(row.get("b"), max(2048, n_ubatch)), 1),
+        threads=integer(row.get("threads"), 0),
         flash_attn=has_flash(row),
         type_k=cache_type(row, "k"),
         type_v=cache_type(row, "v"),
@@ -198,9 +189,9 @@ def case_of(row: dict[str, Any], rates: Rates = RATES) -> Case:
         split_mode=said[1] if (said := re.search(r"(?:-sm|--split-mode) (row|tensor)", flags)) else "layer",
     )  # fmt: skip
     tool = str(row.get("tool") or "")
-    n_prompt, n_gen = _int(row.get("n_prompt"), 0), _int(row.get("n_gen"), 128)
+    n_prompt, n_gen = integer(row.get("n_prompt"), 0), integer(row.get("n_gen"), 128)
     is_chat = "server" in tool or "main" in tool
-    depth = 0 if is_chat else _int(row.get("ctx_or_depth"), 0)
+    depth = 0 if is_chat else integer(row.get("ctx_or_depth"), 0)
     placed = place(model, setting, [c.memory_bytes for c in cards])
     on_host = host_weight_bytes(placed) if setting.kv_offload else model.total_bytes
     if setting.kv_offload:
@@ -385,137 +376,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         else:
             print(f"{path}:{number}: not a JSON object, left out", file=sys.stderr)
     return rows
-
-
-# -- memory ------------------------------------------------------------------
-
-
-def memory_rows(logs: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Return predicted and logged buffers of llama.cpp's own logs whose model and buffers are named."""
-    out: list[dict[str, Any]] = []
-    why: Counter[str] = Counter()
-    for log in logs:
-        try:
-            if not log.get("mainline"):
-                raise Unpredicted("engine")
-            named: dict[str, list[float]] = {}
-            for name, values in (log.get("buffers_mib") or {}).items():
-                if key := _plain_name(name):
-                    named.setdefault(key, []).extend(
-                        float(v) for v in (values if isinstance(values, list) else [values])
-                    )
-            if not named or not log.get("ctx"):
-                raise Unpredicted("no named buffers")
-            found = planned_mib(log)
-            for key, values in named.items():
-                if key not in found or (key == "CPU_Mapped model" and len(values) > 1):
-                    why["mapped ranges of several files" if key in found else f"not planned: {key}"] += 1
-                    continue
-                planned, logged = found[key], sum(values)
-                error = math.exp(abs(math.log(max(planned, 1e-3) / max(logged, 1e-3)))) - 1
-                out.append({"id": log.get("id"), "buffer": key, "predicted": planned, "logged": logged, "error": error})
-        except Unpredicted as reason:
-            why[str(reason)] += 1
-        except PyggmlError as error:
-            why[f"refused: {type(error).__name__}"] += 1
-        except Exception as error:  # noqa: BLE001  # one strange log must not end the benchmark
-            why[f"not understood: {type(error).__name__}"] += 1
-    return out, why
-
-
-def _plain_name(name: str) -> str:
-    """Return a buffer's name as llama.cpp prints it, without what was added in brackets; empty for another thing.
-
-    Buffers of one device that hold the same are added: caches with and without a window, and weights that are read into host
-    memory, which older builds kept in two kinds of buffers.
-    """
-    plain = re.sub(r"\s*\(.*|non-SWA|SWA", "", name).strip()
-    kinds = "model|KV|compute|output"
-    if (
-        not re.fullmatch(rf"((CUDA|ROCm|Vulkan)\d|CPU|CPU_Mapped|(CUDA|ROCm|Vulkan)_Host) ({kinds})", plain)
-        or "fail" in name
-    ):
-        return ""
-    plain = re.sub(r"^(ROCm|Vulkan)", "CUDA", plain)
-    return "host model" if plain in ("CPU model", "CUDA_Host model") else plain
-
-
-def planned_mib(log: dict[str, Any]) -> dict[str, float]:
-    """Return the buffers that a plan gives for a log's flags, by the names that llama.cpp prints."""
-    import tempfile
-
-    from pyggml.catalog import write_header
-    from pyggml.models.context import ContextFlags
-    from pyggml.models.placement import PlacementFlags
-    from pyggml.planning import Planner
-
-    flags = str(log.get("flags") or "")
-    sizes = find_model(str(log.get("model") or ""))
-    if sizes is None:
-        raise Unpredicted("unknown model")
-    try:
-        parse_quant(quant := str(log.get("quant") or sizes.quant))
-    except PyggmlError:
-        raise Unpredicted("unknown quantisation") from None
-    size = re.search(r"([\d.]+) ?Gi?B", str(log.get("file_size") or ""))
-    is_mapped = not re.search(r"--no-mmap|-mmp 0", flags)
-    n_gpu = len(log.get("gpus") or []) or (0 if log.get("backend") == "CPU" else 1)
-    kv = {k: m[1] if (m := re.search(rf"-{k} (\w+)", flags)) else "f16" for k in ("ctk", "ctv")}
-    ngl = int(m[1]) if (m := re.search(r"(?:-ngl|--n-gpu-layers) (\d+)", flags)) else (-1 if n_gpu else 0)
-    ncmoe = int(m[1]) if (m := re.search(r"(?:-ncmoe|--n-cpu-moe) (\d+)", flags)) else 0
-    ots = tuple(f"{pattern}={'CPU' if host else f'CUDA{device}'}" for pattern, host, device in _placed_overrides(flags))
-    kinds = [f"sim:custom:{round(_gib(log, i))}GiB,900GB/s,25GB/s,pinned" for i in range(n_gpu)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.gguf"
-        write_header(sizes, quant, path, file_bytes=float(size[1]) * 2**30 if size and "GiB" in size[0] else None)
-        with Planner.open(
-            path, devices=kinds, data=False,
-            placement=PlacementFlags(
-                n_gpu_layers=ngl, n_cpu_moe=ncmoe, cpu_moe="--cpu-moe" in flags,
-                overrides=tuple(o.replace("CUDA", "SIM") for o in ots), use_mmap=is_mapped,
-            ),
-            context=ContextFlags(
-                n_ctx=int(log["ctx"]), n_batch=_int(log.get("batch"), 2048), n_ubatch=_int(log.get("ubatch"), 512),
-                type_k=Type.of(kv["ctk"]), type_v=Type.of(kv["ctv"]),
-                flash_attn="on" if re.search(r"-fa", flags) else "auto",
-            ),
-        ) as planner:  # fmt: skip
-            return _named(planner, is_mapped)
-
-
-def _gib(log: dict[str, Any], i: int) -> float:
-    gpus = log.get("gpus") or []
-    return float(gpus[i].get("vram_gib") or 48) if i < len(gpus) else 48.0
-
-
-def _placed_overrides(flags: str) -> list[tuple[str, bool, int]]:
-    out = []
-    for group in re.findall(r"(?:-ot|--override-tensor)[ =]+(?:\"([^\"]*)\"|'([^']*)'|(\S+))", flags):
-        for part in "".join(group).split(","):
-            pattern, _, where = part.rpartition("=")
-            if pattern:
-                number = re.search(r"\d+$", where)
-                out.append((pattern, where.upper() == "CPU", int(number[0]) if number else 0))
-    return out
-
-
-def _named(planner: Any, is_mapped: bool) -> dict[str, float]:
-    """Return a plan's memory under llama.cpp's names, in MiB."""
-    mib = 2.0**20
-    out: dict[str, float] = {}
-
-    def add(name: str, n: int) -> None:
-        if n:
-            out[name] = out.get(name, 0.0) + n / mib
-
-    for use in planner.memory():
-        cuda = re.sub(r"^SIM\d*_Host$", "CUDA_Host", re.sub(r"^SIM(\d+)$", r"CUDA\1", use.buft))
-        host = "CPU_Mapped model" if is_mapped else "host model"
-        add(host if cuda in ("CPU", "CUDA_Host") else f"{cuda} model", use.weights)
-        add(f"{cuda} KV", use.cache)
-        add(f"{cuda} compute", use.compute)
-    add("CUDA_Host output" if len(planner.backends) > 1 else "CPU output", 4 * planner.hparams.n_vocab)
-    return out
 
 
 # -- the program ---------------------------------------------------------------
