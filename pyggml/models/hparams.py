@@ -378,6 +378,13 @@ class KeyReader:
             return []
         return [given] * 4 if isinstance(given, int) else self.whole_numbers("rope.dimension_sections")
 
+    def mrope_sections(self) -> tuple[int, ...]:
+        """Return `rope_sections` of a model that rotates by four positions; another number of them is an error."""
+        sections = tuple(self.rope_sections())
+        if len(sections) != 4:
+            raise self.error("rope.dimension_sections", f"has {len(sections)} numbers, 4 are needed")
+        return sections
+
     def size_vocab(self) -> int:
         """Return the number of tokens by which some families distinguish their models."""
         return self.integer("vocab_size", 0, least=0) or self.n_vocab()

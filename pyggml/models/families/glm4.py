@@ -18,12 +18,9 @@ __all__ = ["ARCHITECTURE"]
 
 def _hparams(keys: KeyReader, hp: HParams) -> HParams:
     """Mirrors `llama_hparams::use_mrope`: files of models that also see have sections of each head."""
-    sections = tuple(keys.rope_sections())
-    if not all(n > 0 for n in sections[:2]) or not sections:
+    if min(keys.rope_sections()[:2], default=0) <= 0:
         return hp
-    if len(sections) != 4:
-        raise keys.error("rope.dimension_sections", f"has {len(sections)} numbers, 4 are needed")
-    return replace(hp, rope_type=RopeType.MROPE, rope_sections=sections)
+    return replace(hp, rope_type=RopeType.MROPE, rope_sections=keys.mrope_sections())
 
 
 def _weights(hp: HParams, i: int, present: Present) -> list[Row]:

@@ -19,11 +19,8 @@ __all__ = ["ARCHITECTURE"]
 
 
 def _hparams(keys: KeyReader, hp: HParams) -> HParams:
-    sections = keys.rope_sections()
-    if len(sections) != 4:
-        raise keys.error("rope.dimension_sections", f"has {len(sections)} numbers, 4 are needed")
     n_ff_shexp = keys.integer("expert_shared_feed_forward_length", 0, least=0) if hp.is_moe else 0
-    return replace(hp, rope_sections=tuple(sections), n_ff_shexp=n_ff_shexp, **keys.recurrent(hp))
+    return replace(hp, rope_sections=keys.mrope_sections(), n_ff_shexp=n_ff_shexp, **keys.recurrent(hp))
 
 
 def _weights(hp: HParams, i: int, present: Present) -> list[Row]:
