@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Text = list[str]
-#: The cast of a constant, and the name that stands for it.
-_CAST, _CONSTANT = (re.compile(rf"\b(u32|u64){form}") for form in (r"\((0x[0-9A-F]+|\d+)\)", r"_(0x[0-9A-F]+|\d+)\b"))
+#: The cast of a constant, and the constant's type.
+_CONSTANT = re.compile(r"\b(u32|u64)\((0x[0-9A-F]+|\d+)\)")
 _TYPE_OF = {"u32": np.uint32, "u64": np.uint64}
 
 
@@ -67,9 +67,9 @@ class Kernel:
 
     @property
     def text(self) -> str:
-        """The whole function, with a name for each typed constant: numba compiles it in less time than a cast, to the same code."""
+        """The whole function."""
         head = f"def {self.name}({', '.join(p.name for p in self.params)}):"
-        return _CAST.sub(r"\1_\2", "\n".join([head, *indent(self.body)]) + "\n")
+        return "\n".join([head, *indent(self.body)]) + "\n"
 
     def function(self) -> tuple[Any, tuple[Any, ...]]:
         """Return the Python function and its numba signature."""
@@ -80,8 +80,10 @@ class Kernel:
 
         types = {"u64": T.uint64, "u32": T.uint32, "i32": T.int32, "f32": T.float32, "i8": T.int8}
         space = {"cuda": cuda, "math": math, "libdevice": cuda.libdevice, **vars(intrinsics), **types, **self.helpers()}
+        # numba compiles a typed constant in less time than a cast of one, to the same code
+        text = _CONSTANT.sub(r"\1_\2", self.text)
         space |= {f"{kind}_{n}": _TYPE_OF[kind](int(n, 0)) for kind, n in _CONSTANT.findall(self.text)}
-        exec(compile(self.text, f"<kernel {self.name}>", "exec"), space)  # noqa: S102 - our own text
+        exec(compile(text, f"<kernel {self.name}>", "exec"), space)  # noqa: S102 - our own text
         return space[self.name], tuple(types[p.type] for p in self.params)
 
 
