@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from math import inf
 
 from ..foresight import Machine, Setting
@@ -47,10 +46,10 @@ def bottleneck(search: Search, scored: Scored, exact: Scored) -> str:
 
     def gone(machine: Machine, setting: Setting) -> float:
         """Return the share of the time that goes away on a machine with a setting."""
-        then = Search(search.shape, machine, search.goal, search.memory).score(setting)
+        then = search.on(machine)
         if phase == "The prompt":
-            return 1.0 - then.prompt_s / scored.prompt_s
-        return 1.0 - then.generate_s / scored.generate_s
+            return 1.0 - then.prompt_s(setting) / scored.prompt_s
+        return 1.0 - then.generate_s(setting) / scored.generate_s
 
     shares = {label: 2.0 * gone(faster, setting) for label, faster in _faster(machine)}  # half of it goes away
     slow = pageable_rate(machine.host, machine.rates)
@@ -108,16 +107,16 @@ def helps(search: Search, settings: list[Setting], best: Setting) -> list[Help]:
         where = "each device" if len(machine.cards) > 1 else "the device"
         changes.append((f"4 GiB more memory on {where}", machine, 4 << 30))
     found = []
-    alike = [search.score(s) for s in settings if s.type_k is best.type_k]
-    now = sorted(alike, key=lambda s: s.seconds)
-    missing = cache(partial(_missing_bytes, search.memory))
+    missing = {s: _missing_bytes(search.memory, s) for s in settings if s.type_k is best.type_k}
+    most = max(more for *_, more in changes)
+    now = sorted((search.score(s) for s, n in missing.items() if n <= most), key=lambda s: s.seconds)
     for label, other, more in changes:
-        again = search if other is machine else Search(search.shape, other, search.goal, search.memory)
+        again = search if other is machine else search.on(other)
         then: Scored | None = None
         for scored in now:
             if then is not None and scored.seconds >= 2.0 * then.seconds:
                 break  # a resource twice as fast saves half of the time at most
-            if missing(scored.setting) <= more:
+            if missing[scored.setting] <= more:
                 made = again.score(scored.setting)
                 then = made if then is None or made.seconds < then.seconds else then
         if again is not search:

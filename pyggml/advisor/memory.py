@@ -13,7 +13,7 @@ from ..backend import Backend
 from ..cost import host_profile
 from ..errors import DeviceUnavailableError, ModelError, PyggmlError
 from ..fit import Fit, fit_flags
-from ..foresight.estimate import Setting, device_of, has_host_experts, place_key
+from ..foresight.estimate import Setting, devices_of, has_host_experts, place_key
 from ..gguf import GGUFFile
 from ..hardware.cards import Card
 from ..hardware.hosts import Host
@@ -97,6 +97,8 @@ class MemoryModel:
         self._layers, self._experts, self._input, self._output = _weights(file)
         self._has_window = f"{file.metadata.get('general.architecture')}.attention.sliding_window" in file.metadata
         self._rest: dict[_Kind, list[int]] = {}
+        self._bounds: dict[tuple[_Kind, bool], list[int] | None] = {}  #: by what is known now of the rest
+        self._has_room: dict[tuple[object, ...], bool] = {}  #: for weights and slots alone
         self._exact: dict[Setting, list[DeviceMemory] | None] = {}
         self.refused: dict[Setting, str] = {}  #: why a setting cannot be planned at all
         self._refusals: dict[tuple[Type, Type], list[str] | None] = {}  #: the first by KV types; None: one was planned
@@ -183,8 +185,7 @@ class MemoryModel:
         """Return the device of each layer, then of the output; -1: the host."""
         key = self._devices_key(setting)
         if key not in self._devices:
-            n = len(self._layers)
-            self._devices[key] = [device_of(i, n, setting, self._sizes) for i in range(n + 1)]
+            self._devices[key] = devices_of(len(self._layers), setting, self._sizes)
         return self._devices[key]
 
     def kv_bytes(self, setting: Setting) -> int:
@@ -193,14 +194,21 @@ class MemoryModel:
 
     def may_fit(self, setting: Setting) -> bool:
         """Return whether nothing known speaks against a setting: its weights and slots alone, or with the rest of one that is alike."""
-        known = self._exact.get(setting)
-        if known is not None:
-            return all(d.fits for d in known)
-        rest = self._rest.get(self._key(setting)) or self._bound_of_rest(setting, is_lower=True)
-        if rest is None:
-            taken = list(map(add, self.weights(setting), self._slots_of(setting)))
-        else:
-            taken = self._with(setting, rest)
+        rest = None
+        if self._rest:
+            known = self._exact.get(setting)
+            if known is not None:
+                return all(d.fits for d in known)
+            rest = self._rest.get(self._key(setting)) or self._bound_of_rest(setting, is_lower=True)
+        if rest is not None:
+            return self._has_room_for(self._with(setting, rest))
+        key = place_key(setting), setting.moe_cache_mib
+        if key not in self._has_room:
+            alone = list(map(add, self.weights(setting), self._slots_of(setting)))
+            self._has_room[key] = self._has_room_for(alone)
+        return self._has_room[key]
+
+    def _has_room_for(self, taken: list[int]) -> bool:
         margin = self.margin_bytes
         return all(not size or n + margin <= size for n, size in zip(taken, self._room(taken), strict=True))
 
@@ -218,7 +226,13 @@ class MemoryModel:
     def _bound_of_rest(self, setting: Setting, *, is_lower: bool) -> list[int] | None:
         if setting.overrides and not is_experts_only(setting):
             return None
-        own, bounds = self._key(setting), []
+        own = self._key(setting)
+        if (own, is_lower) not in self._bounds:
+            self._bounds[own, is_lower] = self._bound_of_kind(own, is_lower=is_lower)
+        return self._bounds[own, is_lower]
+
+    def _bound_of_kind(self, own: _Kind, *, is_lower: bool) -> list[int] | None:
+        bounds = []
         for kind, (*rest, cache) in self._rest.items():
             if kind.others == own.others:
                 ratio = own.n_ubatch / kind.n_ubatch
@@ -281,6 +295,7 @@ class MemoryModel:
         known = [a + b for a, b in zip(self.weights(setting), self._cache_of(setting, cache), strict=True)]
         rest = [*(a - b for a, b in zip(taken, known, strict=True)), cache]
         kept = self._rest.get(self._key(setting))
+        self._bounds.clear()
         self._rest[self._key(setting)] = rest if kept is None else [max(a, b) for a, b in zip(rest, kept, strict=True)]
         return self.devices(taken)
 

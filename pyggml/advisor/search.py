@@ -68,6 +68,12 @@ class Search:
         self._places: dict[tuple[object, ...], list[Placed]] = {}
         self._layer_s: LayerTimes = {}
 
+    def on(self, machine: Machine) -> Search:
+        """Return the search with another machine, whose cards have the same memory."""
+        made = Search(self.shape, machine, self.goal, self.memory)
+        made._places = self._places
+        return made
+
     def score(self, setting: Setting) -> Scored:
         """Return the times of a setting."""
         known = self._scored.get(setting)
@@ -77,9 +83,9 @@ class Search:
 
     def _score(self, setting: Setting) -> Scored:
         self.n_timed += 1
-        return Scored(setting, self._prompt_s(setting), self._generate_s(setting))
+        return Scored(setting, self.prompt_s(setting), self.generate_s(setting))
 
-    def _prompt_s(self, setting: Setting) -> float:
+    def prompt_s(self, setting: Setting) -> float:
         """Return the time of the prompt; large micro-batches do not use an expert cache."""
         key = without_cache(setting)
         if key not in self._prompt:
@@ -108,7 +114,8 @@ class Search:
             s.kv_offload, s.flash_attn, s.moe_cache_mib, s.moe_cache_misses, s.is_pinned and s.moe_cache_mib > 0,
         )  # fmt: skip
 
-    def _generate_s(self, setting: Setting) -> float:
+    def generate_s(self, setting: Setting) -> float:
+        """Return the time of the answer."""
         key = self.generation_key(setting)
         if key not in self._generation:
             goal = self.goal

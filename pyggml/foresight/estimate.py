@@ -6,9 +6,11 @@ Work is counted from the model's tensors and the flags, and turned into seconds 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 
 from ..cost import DeviceProfile, LinkProfile
 from ..hardware.cards import Card
@@ -116,7 +118,7 @@ class Machine:
         return cls([p.sheet for p in profiles if isinstance(p.sheet, Card)], [p.link for p in profiles], host)
 
 
-#: Seconds of layers of one model on one machine, by layer, place, tokens and flags.
+#: Seconds of layers of one model on one machine, by layer, place, tokens and flags; and of its output.
 LayerTimes = dict[tuple[object, ...], float]
 
 _EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -152,24 +154,20 @@ def _overridden(overrides: tuple[str, ...], layer: int, names: tuple[str, ...], 
     return None
 
 
-def device_of(layer: int, n_layer: int, s: Setting, sizes: Sequence[float]) -> int:
-    """Return the card of a layer (``n_layer`` is the output), by ``-ts`` or the cards' memory; -1: the CPU.
+def devices_of(n_layer: int, s: Setting, sizes: Sequence[float]) -> list[int]:
+    """Return the card of each layer, then of the output, by ``-ts`` or the cards' memory; -1: the CPU.
 
     Notes
     -----
     Mirrors `llama_model_base::load_tensors`, like `pyggml.models.placement`.
     """
     n_on = n_layer + 1 if s.n_gpu_layers < 0 else min(s.n_gpu_layers, n_layer + 1)
-    first = max(0, n_layer + 1 - n_on)
-    if s.no_gpu or not sizes or layer < first:
-        return -1
+    if s.no_gpu or not sizes:
+        n_on = 0
     shares = s.tensor_split if any(s.tensor_split) else sizes
-    at, total = (layer - first) / max(n_on, 1), 0.0
-    for i, share in enumerate(shares):
-        total += share
-        if at < total / sum(shares):
-            return i
-    return len(sizes) - 1
+    whole = sum(shares)
+    ends = [total / whole for total in accumulate(shares)] if n_on else []
+    return [-1] * (n_layer + 1 - n_on) + [min(bisect_right(ends, i / n_on), len(sizes) - 1) for i in range(n_on)]
 
 
 def has_host_experts(layer: int, device: int, s: Setting) -> bool:
@@ -180,11 +178,10 @@ def has_host_experts(layer: int, device: int, s: Setting) -> bool:
 
 def place(model: ModelShape, s: Setting, sizes: Sequence[float]) -> list[Placed]:
     """Return the places of layers on cards with the given memory sizes; equal layers are grouped."""
-    n = len(model.layers)
     groups: dict[tuple[int, int, bool], Placed] = {}
-    for i, layer in enumerate(model.layers):
-        device = device_of(i, n, s, sizes)
-        on_host = layer.has_experts and has_host_experts(i, device, s)
+    has_experts = {id(layer): layer.has_experts for layer in {id(layer): layer for layer in model.layers}.values()}
+    for i, (layer, device) in enumerate(zip(model.layers, devices_of(len(model.layers), s, sizes), strict=False)):
+        on_host = has_experts[id(layer)] and has_host_experts(i, device, s)
         if s.overrides and _overridden(s.overrides, i, _WHOLE, every=True):
             device = -1
         key = (id(layer), device, on_host)
@@ -277,7 +274,11 @@ def _micro_batch_s(
         if seconds is None:
             seconds = known[key] = _layer_s(clock, model, m, s, p, n, n_kv, offloads=offloads, missed=missed)
         total += p.count * seconds
-    total += _output_s(clock, model, m, s)
+    on_host = not m.cards or s.no_gpu or s.n_gpu_layers == 0
+    output = ("output", on_host, s.threads, s.backend)
+    if output not in known:
+        known[output] = clock.cpu_output_s(model, m.host) if on_host else clock.output_s(model, m.cards[-1], s.backend)
+    total += known[output]
     if len(m.cards) > 1 and not _shares_layers(m, s):
         total += (len(m.cards) - 1) * (50e-6 + 4.0 * n * model.n_embd / 10e9)
     return total
@@ -430,10 +431,3 @@ def _sides_s(
     uploaded = _uploads_s(model, m, s, p, misses) - m.rates.switch_s
     hidden = 0.75 * min(computed, uploaded) if s.is_pinned else 0.0
     return computed + uploaded - hidden
-
-
-def _output_s(clock: Clock, model: ModelShape, m: Machine, s: Setting) -> float:
-    on_host = not m.cards or s.no_gpu or s.n_gpu_layers == 0
-    if on_host:
-        return clock.cpu_output_s(model, m.host)
-    return clock.output_s(model, m.cards[-1], s.backend)

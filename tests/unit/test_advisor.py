@@ -120,6 +120,7 @@ def test_no_setting_is_left_out_that_might_fit(model: str, device: str, flags: d
         rests = dict(memory._rest)
         for kind, rest in rests.items():
             memory._rest = {kind: rest}  # as if this alone had been planned
+            memory._bounds.clear()
             for setting, planned in exact.items():
                 least = memory.bound(setting, is_lower=True)
                 assert least is not None
