@@ -13,7 +13,7 @@ from ..backend import Backend
 from ..cost import host_profile
 from ..errors import DeviceUnavailableError, ModelError, PyggmlError
 from ..fit import Fit, fit_flags
-from ..foresight.estimate import Setting, devices_of, has_host_experts, place_key
+from ..foresight.estimate import Setting, devices_of, has_host_experts, overridden, place_key
 from ..gguf import GGUFFile
 from ..hardware.cards import Card
 from ..hardware.hosts import Host
@@ -94,7 +94,8 @@ class MemoryModel:
         self.file, self.backends, self.n_ctx = file, list(backends), n_ctx
         self.host, self.margin_bytes = host, margin_bytes
         self.n_opened = 0
-        self._layers, self._experts, self._input, self._output = _weights(file)
+        self._others, self._experts, self._input, self._output = _weights(file)
+        self._layers = [sum(sizes.values()) for sizes in self._others]
         self._has_window = f"{file.metadata.get('general.architecture')}.attention.sliding_window" in file.metadata
         self._rest: dict[_Kind, list[int]] = {}
         self._bounds: dict[tuple[_Kind, bool], list[int] | None] = {}  #: by what is known now of the rest
@@ -124,7 +125,7 @@ class MemoryModel:
     # -- weights -------------------------------------------------------------
 
     def weights(self, setting: Setting) -> list[int]:
-        """Return the bytes of weights on each device, then on the host; of overrides those of experts are counted."""
+        """Return the bytes of weights on each device, then on the host; what an override moves to another device is not counted there."""
         key = place_key(setting)
         if key not in self._weights:
             self._weights[key] = self._weights_of(setting)
@@ -135,6 +136,10 @@ class MemoryModel:
         out = [0] * (n_dev + 1)
         *devices, last = self._devices_of(setting)
         for i, (device, every, experts) in enumerate(zip(devices, self._layers, self._experts, strict=True)):
+            if setting.overrides and device >= 0:
+                moved = sum(n for name, n in self._others[i].items() if overridden(setting.overrides, i, name))
+                out[n_dev] += moved
+                every -= moved
             out[device if device >= 0 else n_dev] += every
             out[n_dev if device < 0 or has_host_experts(i, device, setting) else device] += experts
         out[last if last >= 0 else n_dev] += self._output
@@ -436,16 +441,19 @@ def _merged(overrides: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _weights(file: GGUFFile) -> tuple[list[int], list[int], int, int]:
-    """Return the bytes of each layer without experts, of its experts, of the input tables, and of the output."""
-    every: dict[int, int] = {}
+def _weights(file: GGUFFile) -> tuple[list[dict[str, int]], list[int], int, int]:
+    """Return the bytes of each layer by weight without experts, of its experts, of the input tables, and of the output."""
+    every: dict[int, dict[str, int]] = {}
     experts: dict[int, int] = {}
     table = output = 0
     for name, info in file.tensors.items():
-        found = re.match(r"blk\.(\d+)\.", name)
+        found = re.match(r"blk\.(\d+)\.(.*)", name)
         if found:
-            part = experts if re.search(r"_(?:ch|)exps(?:\.|$)", name) else every
-            part[int(found[1])] = part.get(int(found[1]), 0) + info.nbytes
+            i = int(found[1])
+            if re.search(r"_(?:ch|)exps(?:\.|$)", name):
+                experts[i] = experts.get(i, 0) + info.nbytes
+            else:
+                every.setdefault(i, {})[found[2]] = info.nbytes
         elif name.startswith(("token_embd", "per_layer_token_embd")):
             table += info.nbytes
         else:
@@ -453,4 +461,4 @@ def _weights(file: GGUFFile) -> tuple[list[int], list[int], int, int]:
     if "output.weight" not in file.tensors:  # tied: the output reads the table, from a copy of its own on the device
         output += file.tensors["token_embd.weight"].nbytes if "token_embd.weight" in file.tensors else 0
     n = max([*every, *experts], default=-1) + 1
-    return [every.get(i, 0) for i in range(n)], [experts.get(i, 0) for i in range(n)], table, output
+    return [every.get(i, {}) for i in range(n)], [experts.get(i, 0) for i in range(n)], table, output

@@ -126,5 +126,5 @@ def speed_of(
 
 def range_of(machine: Machine, setting: Setting, placed: list[Placed], *, is_prompt: bool) -> float:
     """Return the factor by which a prediction is multiplied and divided to give its range."""
-    has_host_weights = any(p.experts_on_host or p.device < 0 for p in placed)
+    has_host_weights = any(p.has_host_weights for p in placed)
     return spread_of(machine.cards, is_prompt=is_prompt, has_host_weights=has_host_weights, backend=setting.backend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
 from ..hardware.cards import Card
 from ..hardware.formulas import Kind, Work, backend_family, card_s, family_of, host_s
@@ -57,26 +57,21 @@ class Clock:
         """Return the seconds of one token's logits on the CPU."""
         return host_s(product_work(model.output, 1, 1), host, self.rates)
 
-    def cpu_layer_s(
-        self,
-        layer: Layer,
-        m: int,
-        n_kv: float,
-        model: ModelShape,
-        host: Host,
-        kv_bytes: float,
-        wanted: Callable[[Product], bool],
-    ) -> float:
-        """Return the seconds of the selected products of a layer on the CPU; if all are, with attention and states."""
+    def cpu_products_s(self, products: Iterable[Product], m: int, model: ModelShape, host: Host) -> float:
+        """Return the seconds of products of a layer on the CPU."""
         routing = routing_in(model, self.rates)
-        works = [product_work(p, m, model.n_used, routing) for p in layer.products if wanted(p)]
-        total = sum(host_s(work, host, self.rates) for work in works)
-        if not layer.products[0].is_expert and wanted(layer.products[0]):
-            if layer.attention is not None:
-                total += self.cpu_attention_s(layer.attention, m, n_kv, host, kv_bytes)
-            if layer.state is not None:
-                s = layer.state
-                total += host_s(Work(Kind.STATE, m * 8.0 * s.n_head * s.size**2), host, self.rates)
+        return sum(host_s(product_work(p, m, model.n_used, routing), host, self.rates) for p in products)
+
+    def cpu_layer_s(
+        self, layer: Layer, m: int, n_kv: float, model: ModelShape, host: Host, kv_bytes: float
+    ) -> float:  # fmt: skip
+        """Return the seconds of a layer on the CPU."""
+        total = self.cpu_products_s(layer.products, m, model, host)
+        if layer.attention is not None:
+            total += self.cpu_attention_s(layer.attention, m, n_kv, host, kv_bytes)
+        if layer.state is not None:
+            s = layer.state
+            total += host_s(Work(Kind.STATE, m * 8.0 * s.n_head * s.size**2), host, self.rates)
         return total
 
     def cpu_attention_s(self, a: Attention, m: int, n_kv: float, host: Host, kv_bytes: float) -> float:

@@ -100,7 +100,13 @@ class Placed:
     layer: Layer
     device: int  #: -1: the CPU
     experts_on_host: bool
+    others_on_host: tuple[Product, ...] = ()  #: of a layer on a card: products that are no experts, with weights in host memory
     count: int = 1
+
+    @property
+    def has_host_weights(self) -> bool:
+        """Whether any weight is in host memory."""
+        return self.device < 0 or self.experts_on_host or bool(self.others_on_host)
 
 
 @dataclass(slots=True)
@@ -121,9 +127,7 @@ class Machine:
 #: Seconds of layers of one model on one machine, by layer, place, tokens and flags; and of its output.
 LayerTimes = dict[tuple[object, ...], float]
 
-_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-#: What stands for all weights of a layer.
-_WHOLE = ("attn_output", "ffn_gate", "ffn_down")
+_EXPERTS = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight")
 
 
 @lru_cache(maxsize=4096)
@@ -145,11 +149,10 @@ def _rules(overrides: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], int, bool
 
 
 @lru_cache(maxsize=65536)
-def _overridden(overrides: tuple[str, ...], layer: int, names: tuple[str, ...], *, every: bool) -> bool | None:
-    """Return if the first pattern that matches a layer's weights (any, or all) means host memory; None if none does."""
-    fits = all if every else any
+def overridden(overrides: tuple[str, ...], layer: int, *names: str) -> bool | None:
+    """Return if the first pattern that matches any of a layer's weights means host memory; None if none does."""
     for pattern, n_layer, is_host in _rules(overrides):
-        if layer < n_layer and fits(pattern.search(f"blk.{layer}.{name}.weight") for name in names):
+        if layer < n_layer and any(pattern.search(f"blk.{layer}.{name}") for name in names):
             return is_host
     return None
 
@@ -172,23 +175,24 @@ def devices_of(n_layer: int, s: Setting, sizes: Sequence[float]) -> list[int]:
 
 def has_host_experts(layer: int, device: int, s: Setting) -> bool:
     """Return whether the experts of a layer are in host memory."""
-    said = _overridden(s.overrides, layer, _EXPERTS, every=False) if s.overrides else None
+    said = overridden(s.overrides, layer, *_EXPERTS) if s.overrides else None
     return (device < 0 or layer < s.n_cpu_moe) if said is None else said
 
 
 def place(model: ModelShape, s: Setting, sizes: Sequence[float]) -> list[Placed]:
     """Return the places of layers on cards with the given memory sizes; equal layers are grouped."""
-    groups: dict[tuple[int, int, bool], Placed] = {}
+    groups: dict[tuple[object, ...], Placed] = {}
     has_experts = {id(layer): layer.has_experts for layer in {id(layer): layer for layer in model.layers}.values()}
     for i, (layer, device) in enumerate(zip(model.layers, devices_of(len(model.layers), s, sizes), strict=False)):
         on_host = has_experts[id(layer)] and has_host_experts(i, device, s)
-        if s.overrides and _overridden(s.overrides, i, _WHOLE, every=True):
-            device = -1
-        key = (id(layer), device, on_host)
+        others: tuple[Product, ...] = ()
+        if s.overrides and device >= 0:
+            others = tuple(x for x in layer.products if not x.is_expert and overridden(s.overrides, i, x.name))
+        key = (id(layer), device, on_host, others)
         if key in groups:
             groups[key].count += 1
         else:
-            groups[key] = Placed(layer, device, on_host)
+            groups[key] = Placed(layer, device, on_host, others)
     return list(groups.values())
 
 
@@ -245,7 +249,7 @@ def predict(
 def _pipeline(m: Machine, s: Setting, placed: list[Placed], n: int) -> float:
     """Return the fraction of the time that remains when several cards compute different micro-batches at once."""
     k = len({p.device for p in placed})  # a card without layers overlaps with nothing
-    if k < 2 or n < 2 or _shares_layers(m, s) or any(p.device < 0 or p.experts_on_host for p in placed) or s.overrides:
+    if k < 2 or n < 2 or _shares_layers(m, s) or any(p.has_host_weights for p in placed) or s.overrides:
         return 1.0
     return overlapped(n, k, m.rates)
 
@@ -269,7 +273,7 @@ def _micro_batch_s(
     )  # fmt: skip
     for i, p in enumerate(placed):
         missed = -1.0 if misses is None else misses[i]
-        key = (id(p.layer), p.device, p.experts_on_host, missed, flags)
+        key = (id(p.layer), p.device, p.experts_on_host, p.others_on_host, missed, flags)
         seconds = known.get(key)
         if seconds is None:
             seconds = known[key] = _layer_s(clock, model, m, s, p, n, n_kv, offloads=offloads, missed=missed)
@@ -294,10 +298,14 @@ def _layer_s(
     kv_bytes = (s.type_k.row_size(256) + s.type_v.row_size(256)) / 512
     i = max(p.device, 0)
     if p.device < 0 and not offloads:
-        return clock.cpu_layer_s(p.layer, n, n_kv, model, m.host, kv_bytes, lambda _: True)
+        return clock.cpu_layer_s(p.layer, n, n_kv, model, m.host, kv_bytes)
     card = m.cards[i]
+    layer, on_cpu = p.layer, ()
+    if p.others_on_host and not offloads:
+        on_cpu = p.others_on_host
+        layer = replace(layer, products=tuple(x for x in layer.products if x not in on_cpu))
     seconds = clock.layer_s(
-        p.layer,
+        layer,
         n,
         n_kv,
         model,
@@ -316,15 +324,17 @@ def _layer_s(
         seconds += m.rates.switch_s + clock.cpu_attention_s(p.layer.attention, n, n_kv, m.host, kv_bytes)
     if missed >= 0 and s.moe_cache_misses == "cpu":
         alone_s = clock.layer_s(
-            p.layer, n, n_kv, model, card, experts=False, kv_bytes=kv_bytes, flash=s.flash_attn, backend=s.backend,
+            layer, n, n_kv, model, card, experts=False, kv_bytes=kv_bytes, flash=s.flash_attn, backend=s.backend,
             attention=s.kv_offload, slow_host=m.host.isa == "neon",
         )  # fmt: skip
         seconds = _sides_s(clock, model, m, s, p, missed, alone_s, seconds - alone_s)
     elif missed >= 0:
         seconds += _uploads_s(model, m, s, p, missed)
     elif p.experts_on_host and not offloads:
-        seconds += m.rates.switch_s + clock.cpu_layer_s(p.layer, n, 0, model, m.host, kv_bytes, _is_expert)
-    elif not card.is_unified and offloads:
+        on_cpu = (*on_cpu, *(x for x in p.layer.products if x.is_expert))
+    if on_cpu:
+        seconds += m.rates.switch_s + clock.cpu_products_s(on_cpu, n, model, m.host)
+    if missed < 0 and not card.is_unified and offloads:
         seconds += _copies_s(model, m, s, p, n)
     return seconds
 
@@ -359,10 +369,6 @@ def _sharing_s(m: Machine, s: Setting, p: Placed, n: int, alone_s: float, produc
     return alone_s / k + 2 * (2.0 * others * 4.0 * n * n_embd / link.bytes_per_s + 2 * link.latency_s)
 
 
-def _is_expert(p: Product) -> bool:
-    return p.is_expert
-
-
 def _copies_s(model: ModelShape, m: Machine, s: Setting, p: Placed, n: int) -> float:
     """Return the seconds of copying a layer's host weights to its device."""
     link = m.links[0]
@@ -375,6 +381,8 @@ def _copies_s(model: ModelShape, m: Machine, s: Setting, p: Placed, n: int) -> f
     if p.device < 0:
         n_bytes += p.layer.other_bytes
         n_copies += 6
+    n_bytes += sum(x.nbytes for x in p.others_on_host)
+    n_copies += len(p.others_on_host)
     return n_bytes / rate + n_copies * link.latency_s + (m.rates.switch_s if n_copies else 0.0)
 
 
@@ -426,7 +434,7 @@ def _sides_s(
     """
     share = misses / model.n_used
     link = m.links[0]
-    cpu_s = clock.cpu_layer_s(p.layer, 1, 0, model, m.host, 0.0, _is_expert)
+    cpu_s = clock.cpu_products_s((x for x in p.layer.products if x.is_expert), 1, model, m.host)
     computed = alone_s + max((1.0 - share) * experts_s, share * cpu_s) + m.rates.switch_s + 4.0 * link.latency_s
     uploaded = _uploads_s(model, m, s, p, misses) - m.rates.switch_s
     hidden = 0.75 * min(computed, uploaded) if s.is_pinned else 0.0

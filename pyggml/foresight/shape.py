@@ -28,6 +28,8 @@ class Product:
         Size of one matrix.
     n_matrix : int
         Number of experts; 1 if every token uses the matrix.
+    name : str
+        Of its weight within the layer, such as ``"ffn_up.weight"``.
     """
 
     type: Type
@@ -35,6 +37,7 @@ class Product:
     n_out: int
     n_matrix: int = 1
     is_expert: bool = False
+    name: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -181,11 +184,11 @@ def _product(name: str, t: TypedTensor) -> Product | None:
     if not name.endswith(".weight") or len(t.ne) < 2 or "conv" in name or "_norm" in name or t.ne[-1] == 1 == t.ne[1]:
         return None
     if len(t.ne) > 2 and "_exps" in name:
-        return Product(t.type, t.ne[0], t.ne[1], t.ne[2], is_expert=True)
+        return Product(t.type, t.ne[0], t.ne[1], t.ne[2], is_expert=True, name=name)
     n = 1
     for size in t.ne[1:]:
         n *= size
-    return Product(t.type, t.ne[0], n)
+    return Product(t.type, t.ne[0], n, name=name)
 
 
 def _attention(s: ModelSizes, i: int) -> Attention | None:

@@ -212,9 +212,8 @@ def host_weight_bytes(placed: list[Placed]) -> int:
     """Return the bytes of host weights of layers."""
     total = 0
     for p in placed:
-        total += p.count * (
-            (p.layer.expert_bytes if p.experts_on_host else 0) + (p.layer.other_bytes if p.device < 0 else 0)
-        )
+        others = p.layer.other_bytes if p.device < 0 else sum(x.nbytes for x in p.others_on_host)
+        total += p.count * ((p.layer.expert_bytes if p.experts_on_host else 0) + others)
     return total
 
 
