@@ -100,7 +100,8 @@ class Placed:
     layer: Layer
     device: int  #: -1: the CPU
     experts_on_host: bool
-    others_on_host: tuple[Product, ...] = ()  #: of a layer on a card: products that are no experts, with weights in host memory
+    #: of a layer on a card: products that are no experts, with weights in host memory
+    others_on_host: tuple[Product, ...] = ()
     count: int = 1
 
     @property
@@ -300,9 +301,9 @@ def _layer_s(
     if p.device < 0 and not offloads:
         return clock.cpu_layer_s(p.layer, n, n_kv, model, m.host, kv_bytes)
     card = m.cards[i]
-    layer, on_cpu = p.layer, ()
-    if p.others_on_host and not offloads:
-        on_cpu = p.others_on_host
+    layer = p.layer
+    on_cpu = () if offloads else p.others_on_host
+    if on_cpu:
         layer = replace(layer, products=tuple(x for x in layer.products if x not in on_cpu))
     seconds = clock.layer_s(
         layer,
