@@ -337,17 +337,13 @@ def _nothing_fits(advice: Advice, search: Search, settings: list[Setting]) -> No
     from ..catalog import QUANTS, find_model, shapes, type_tensors
 
     memory = search.memory
-
-    def at_least(setting: Setting) -> int:
-        bound = memory.estimate(setting) or memory.bound(setting, is_lower=True)
-        return sum(d.missing_bytes for d in bound or memory.devices(memory.weights(setting)))
-
-    queue = [(at_least(setting), i) for i, setting in enumerate(settings)]
+    queue = [(memory.least_missing(setting), i) for i, setting in enumerate(settings)]
     heapify(queue)
     least: int | None = None
     while queue and (least is None or queue[0][0] < least):
         bound, i = heappop(queue)
-        if (now := at_least(settings[i])) > bound:  # more is known of such settings than when it was put there
+        now = memory.least_missing(settings[i])
+        if now > bound:  # more is known of such settings than when it was put there
             heappush(queue, (now, i))
         elif taken := memory.exact(settings[i]):
             missing = sum(d.missing_bytes for d in taken)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import add
 from typing import NamedTuple
@@ -17,7 +17,6 @@ from ..foresight.estimate import Setting, devices_of, has_host_experts, overridd
 from ..gguf import GGUFFile
 from ..hardware.cards import Card
 from ..hardware.hosts import Host
-from ..memory_rows import Memory
 from ..moe_cache import LlamaCache
 from ..planning import Planner, virtual_clock
 from ..types import Type
@@ -94,12 +93,15 @@ class MemoryModel:
         self.file, self.backends, self.n_ctx = file, list(backends), n_ctx
         self.host, self.margin_bytes = host, margin_bytes
         self.n_opened = 0
-        self._others, self._experts, self._input, self._output = _weights(file)
+        self._others, self._experts, self._input, self._output, self._tied = _weights(file)
         self._layers = [sum(sizes.values()) for sizes in self._others]
         self._has_window = f"{file.metadata.get('general.architecture')}.attention.sliding_window" in file.metadata
         self._rest: dict[_Kind, list[int]] = {}
         self._bounds: dict[tuple[_Kind, bool], list[int] | None] = {}  #: by what is known now of the rest
         self._has_room: dict[tuple[object, ...], bool] = {}  #: for weights and slots alone
+        self._least: dict[_Kind, list[int]] = {}  #: the rest by the devices that are used, whatever their shares
+        self._least_of: dict[tuple[_Kind, _Kind], list[int] | None] = {}  #: what follows from that now
+        self._has_equal_layers = True  #: whether all layers were seen to have equal parts of the KV cache
         self._exact: dict[Setting, list[DeviceMemory] | None] = {}
         self.refused: dict[Setting, str] = {}  #: why a setting cannot be planned at all
         self._refusals: dict[tuple[Type, Type], list[str] | None] = {}  #: the first by KV types; None: one was planned
@@ -142,7 +144,7 @@ class MemoryModel:
                 every -= moved
             out[device if device >= 0 else n_dev] += every
             out[n_dev if device < 0 or has_host_experts(i, device, setting) else device] += experts
-        out[last if last >= 0 else n_dev] += self._output
+        out[last] += self._output + (self._tied if last >= 0 else 0)
         out[n_dev] += self._input
         return out
 
@@ -228,6 +230,29 @@ class MemoryModel:
         rest = self._bound_of_rest(setting, is_lower=is_lower)
         return None if rest is None else self.devices(self._with(setting, rest))
 
+    def least_missing(self, setting: Setting) -> int:
+        """Return the bytes that a setting lacks at least, by what is known of settings like it and of those with other shares."""
+        taken = self.estimate(setting)
+        if taken is None:
+            key = self._key(setting), self._key(setting, self._used_by(setting))
+            if key not in self._least_of:
+                self._least_of[key] = self._least_rest(setting)
+            rest = self._least_of[key]
+            taken = self.devices(self.weights(setting) if rest is None else self._with(setting, rest))
+        return sum(d.missing_bytes for d in taken)
+
+    def _least_rest(self, setting: Setting) -> list[int] | None:
+        """Return the least rest: other shares of the same devices need the same buffers, a larger micro-batch no smaller ones."""
+        rest = self._bound_of_rest(setting, is_lower=True)
+        if not self._has_equal_layers or (setting.overrides and not is_experts_only(setting)):
+            return rest
+        own, bounds = self._key(setting, self._used_by(setting)), [] if rest is None else [rest]
+        for kind, (*computed, cache) in self._least.items():
+            is_less = kind.n_ubatch <= own.n_ubatch and kind[1:] == own[1:]
+            known = computed if is_less else [0] * len(computed)
+            bounds.append([*known, self._cache_bound(cache, own, kind, is_lower=True)])
+        return list(map(max, zip(*bounds, strict=True))) if bounds else None
+
     def _bound_of_rest(self, setting: Setting, *, is_lower: bool) -> list[int] | None:
         if setting.overrides and not is_experts_only(setting):
             return None
@@ -293,15 +318,23 @@ class MemoryModel:
                 raise
             return None
         self._refusals[types] = None
-        taken, cache = self._by_device(rows), sum(m.cache for m in rows)
+        taken = self._by_device({m.buft: m.total for m in rows})
+        cached = self._by_device({m.buft: m.cache for m in rows})
+        cache = sum(cached)
         taken[-1] -= gap  # the file's weights between those on the host are read once, for a device
         if setting.moe_cache_mib or (setting.overrides and not is_experts_only(setting)):
             return self.devices(taken)  # what follows from the header is not what was planned
         known = [a + b for a, b in zip(self.weights(setting), self._cache_of(setting, cache), strict=True)]
         rest = [*(a - b for a, b in zip(taken, known, strict=True)), cache]
-        kept = self._rest.get(self._key(setting))
+        kind = self._key(setting)
+        kept = self._rest.get(kind)
         self._bounds.clear()
-        self._rest[self._key(setting)] = rest if kept is None else [max(a, b) for a, b in zip(rest, kept, strict=True)]
+        self._rest[kind] = rest if kept is None else list(map(max, rest, kept))
+        self._has_equal_layers &= cached == self._cache_of(setting, cache)
+        alike = self._key(setting, self._used_by(setting))
+        kept = self._least.get(alike)
+        self._least[alike] = rest if kept is None else list(map(min, rest, kept))
+        self._least_of.clear()
         return self.devices(taken)
 
     def close(self) -> None:
@@ -341,11 +374,11 @@ class MemoryModel:
         self._at = at
         return self._planner
 
-    def _by_device(self, memory: Sequence[Memory]) -> list[int]:
+    def _by_device(self, sizes: Mapping[str, int]) -> list[int]:
         own = {b.buffer_type.name: i for i, b in enumerate(self.backends[:-1])}
         out = [0] * len(self.backends)
-        for m in memory:
-            out[own.get(m.buft, len(out) - 1)] += m.total
+        for buft, size in sizes.items():
+            out[own.get(buft, len(out) - 1)] += size
         return out
 
     def _room(self, taken: Sequence[int]) -> list[int]:
@@ -362,13 +395,19 @@ class MemoryModel:
             for name, n, size in zip(names, taken, self._room(taken), strict=True)
         ]
 
-    def _key(self, setting: Setting) -> _Kind:
+    def _key(self, setting: Setting, shares: object = None) -> _Kind:
+        """Return the kind of a setting; ``shares``: what stands for ``-ts``."""
         has_host = setting.n_cpu_moe > 0 or setting.n_gpu_layers >= 0 or bool(setting.overrides)
         return _Kind(
             setting.n_ubatch, setting.type_k, setting.type_v,
-            (setting.kv_offload, setting.op_offload and has_host, min(setting.n_gpu_layers, 1), setting.tensor_split,
-             setting.flash_attn),
+            (setting.kv_offload, setting.op_offload and has_host, min(setting.n_gpu_layers, 1),
+             shares or setting.tensor_split, setting.flash_attn),
         )  # fmt: skip
+
+    def _used_by(self, setting: Setting) -> object:
+        """Return which devices have layers, and which the output."""
+        *layers, output = self._devices_of(setting)
+        return frozenset(layers), output
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,8 +480,11 @@ def _merged(overrides: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _weights(file: GGUFFile) -> tuple[list[dict[str, int]], list[int], int, int]:
-    """Return the bytes of each layer by weight without experts, of its experts, of the input tables, and of the output."""
+def _weights(file: GGUFFile) -> tuple[list[dict[str, int]], list[int], int, int, int]:
+    """Return the bytes of each layer by weight without experts, of its experts, of the input tables, and of the output.
+
+    Last are those of a table that output and input share: an output on a device reads a copy of its own there.
+    """
     every: dict[int, dict[str, int]] = {}
     experts: dict[int, int] = {}
     table = output = 0
@@ -458,7 +500,7 @@ def _weights(file: GGUFFile) -> tuple[list[dict[str, int]], list[int], int, int]
             table += info.nbytes
         else:
             output += info.nbytes
-    if "output.weight" not in file.tensors:  # tied: the output reads the table, from a copy of its own on the device
-        output += file.tensors["token_embd.weight"].nbytes if "token_embd.weight" in file.tensors else 0
+    is_tied = "output.weight" not in file.tensors and "token_embd.weight" in file.tensors
+    tied = file.tensors["token_embd.weight"].nbytes if is_tied else 0
     n = max([*every, *experts], default=-1) + 1
-    return [every.get(i, {}) for i in range(n)], [experts.get(i, 0) for i in range(n)], table, output
+    return [every.get(i, {}) for i in range(n)], [experts.get(i, 0) for i in range(n)], table, output, tied

@@ -48,3 +48,35 @@ def test_memory_of_a_mapped_file_is_that_of_its_weights_on_the_host() -> None:
     assert mapped is not None
     assert pinned is not None
     assert mapped[-1].bytes == pytest.approx(pinned[-1].bytes, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "device"),
+    [("llama-3.2-3b:F16", "gtx1650,gtx1650"), ("qwen3-30b-a3b", "rtx3090,rtx3060"), ("gemma-3-4b", "rtx3060,rtx3060")],
+)
+def test_a_setting_of_other_shares_never_lacks_less_than_its_bound(model: str, device: str) -> None:
+    """What is known of one setting bounds what any other lacks, so that no smaller lack is overlooked where nothing fits."""
+    file = GGUFFile.open(header_path(model))
+    backends, machine = open_machine(device, "ddr4-3200x2,cores=8,64GiB")
+    model_memory = MemoryModel(file, backends, 8192, host=machine.host, margin_bytes=0)
+    n = model_memory.n_layer
+    some = [
+        Setting(n_gpu_layers=ngl, tensor_split=shares, n_ubatch=n_ubatch, type_k=t, type_v=t, kv_offload=kv, op_offload=kv, threads=8)
+        for ngl, shares, n_ubatch, t, kv in [
+            (n - 2, (), 512, Type.F16, True), (n - 2, (1.0, 4.0), 512, Type.F16, True), (n // 2, (4.0, 1.0), 512, Type.F16, True),
+            (1, (1.0, 4.0), 512, Type.F16, True), (-1, (1.0, 2.0), 512, Type.F16, True), (n - 2, (1.0, 4.0), 2048, Type.F16, True),
+            (n - 2, (1.0, 4.0), 512, Type.Q8_0, True), (n - 2, (1.0, 4.0), 512, Type.F16, False), (0, (), 512, Type.Q8_0, False),
+            (n - 2, (4.0, 1.0), 2048, Type.Q8_0, False),
+        ]
+    ]  # fmt: skip
+    with file, closing(model_memory) as memory:
+        memory._of_bytes = [1] * 3  # all is missing
+        exact = {s: sum(d.missing_bytes for d in memory.exact(s) or []) for s in some}
+        least = dict(memory._least)
+        for kind, rest in least.items():
+            memory._least, memory._rest, memory._exact = {kind: rest}, {}, {}  # as if this alone had been planned
+            memory._least_of.clear()
+            memory._bounds.clear()
+            told = {s: memory.least_missing(s) for s in some}
+            assert all(told[s] <= exact[s] + 3 for s in some), kind  # a layer's part of the cache is rounded up
+            assert model.startswith("gemma") or sum(told.values()) > sum(sum(memory.weights(s)) for s in some)
