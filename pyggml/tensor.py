@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .buffer import Buffer
 
-__all__ = ["Shape", "Tensor", "are_same_layout", "dup_layout", "pack_params", "view_tensor"]
+__all__ = ["Shape", "Tensor", "are_same_layout", "copy_node", "dup_layout", "pack_params", "view_tensor"]
 
 Shape = tuple[int, int, int, int]
 _Layout = tuple[Shape, Shape, int, int, int]
@@ -541,6 +541,26 @@ def dup_layout(tensor: Tensor, name: str) -> Tensor:
     made.src = Sources()
     made.flags = made.view_offs = 0
     made.buffer = made.data = made.extra = made.view_src = None
+    return made
+
+
+def copy_node(like: Tensor, name: str, flags: int, src: Iterable[Tensor | None], root: Tensor | None) -> Tensor:
+    """Return a tensor with the op, parameters and layout of ``like``, but other sources and another owner of its memory."""
+    made = Tensor.__new__(Tensor)  # as in `dup_layout`
+    made.type = like.type
+    made.ne = like.ne
+    made.nb = like.nb
+    made.layout_id = like.layout_id
+    made.nbytes = like.nbytes
+    made.name = name
+    made.op = like.op
+    made._op_params = like._op_params
+    made.src = Sources(src)
+    made.flags = flags
+    made.buffer = made.extra = None
+    made.view_src = root
+    made.view_offs = offset = like.view_offs
+    made.data = None if root is None or root.data is None else root.data + offset
     return made
 
 

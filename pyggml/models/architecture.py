@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from .. import ops
 from ..ops import RopeType
@@ -136,9 +137,7 @@ def decoder_graph(arch: Architecture, p: GraphParams, weights: Weights) -> Model
         cur = ops.scale(cur, b.hp.stream_scale)
     b.name(cur, arch.embedding_name)
     b.make_inputs()
-    for w in weights.layers:
-        cur = arch.layer(b, w, cur)
-    return finish_decoder(b, cur)
+    return finish_decoder(b, b.layers(partial(arch.layer, b), cur))
 
 
 def finish_decoder(b: Builder, cur: Tensor) -> ModelGraph:

@@ -6,6 +6,8 @@ A family calls the methods in upstream's order, because the order of calls and o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from .. import ops
@@ -52,7 +54,8 @@ class Builder:
         self.has_exact_sums = has_exact_sums
         self.is_cropped = False
         self.layer_tokens: Tensor | None = None
-        self.graph = Graph()
+        self.tape = p.tape
+        self.graph = Graph() if p.tape is None else p.tape.graph
         self.topk: list[Tensor] = []
         self.norms: list[tuple[Tensor, int]] = []
         self.attn_outputs: list[Tensor] = []
@@ -86,7 +89,10 @@ class Builder:
     # -- inputs --------------------------------------------------------------
 
     def _input(self, type: Type, ne: tuple[int, ...], name: str) -> Tensor:
-        return Tensor(type, ne, name=name, flags=TensorFlag.INPUT)
+        tensor = Tensor(type, ne, name=name, flags=TensorFlag.INPUT)
+        if self.tape is not None:
+            self.tape.add(tensor)
+        return tensor
 
     def input_embd(self) -> Tensor:
         """Return the embedded tokens. Two unused inputs are also added to the graph, as upstream does.
@@ -157,6 +163,14 @@ class Builder:
         if cache.n_rot_v and not is_mla:
             inputs.v_rot = self._input(Type.F32, (cache.n_rot_v,) * 2, "attn_inp_v_rot")
         return inputs
+
+    # -- layers --------------------------------------------------------------
+
+    def layers(self, build: Callable[[LayerWeights, Tensor], Tensor], cur: Tensor) -> Tensor:
+        """Return the output of the last layer; ``build`` adds one, given its weights and the output of the one before."""
+        for w in self.weights.layers:
+            cur = build(w, cur) if self.tape is None else self.tape.layer(partial(build, w), cur)
+        return cur
 
     # -- norms and projections -----------------------------------------------
 

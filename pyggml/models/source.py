@@ -27,6 +27,7 @@ from .hparams import HParams
 from .kv_cache import CacheFullError, KVCache
 from .loading import LoadedWeights, Progress, allocate_cache, load_weights, plan_cache, plan_weights
 from .placement import Placement, PlacementFlags, place
+from .repeats import Pattern, build_repeated
 from .weights import resolve_specs
 
 __all__ = ["N_GRAPHS", "BuiltSource", "GraphSource", "ModelFacts", "PlannableGraph"]
@@ -258,6 +259,7 @@ class BuiltSource(GraphSource):
         self.delta_probes = (1, 16) if hp.n_ssm_state else ()
         #: graphs kept for plans, in which only the places of weights change; None with data
         self._graphs: dict[tuple[KVCache, ContextParams, GraphKey], ModelGraph] | None = None
+        self._patterns: dict[ContextParams, list[Pattern]] = {}  #: the structures of those graphs
         self._to_follow: set[ModelGraph] = set()  #: those of them that were made before weights or cache moved
 
     def load(self, *, data: bool, progress: Progress | None) -> None:
@@ -268,7 +270,7 @@ class BuiltSource(GraphSource):
             before = None if self._graphs is None else self.loaded
             self.loaded = plan_weights(self.placement, self.hparams, before)
             if before is None or before.weights is not self.loaded.weights:
-                self._graphs = {}
+                self._graphs, self._patterns = {}, {}
 
     def make_cache(self, *, data: bool) -> Mapping[BufferType, int]:
         """Allocate the KV cache, or plan it."""
@@ -289,7 +291,9 @@ class BuiltSource(GraphSource):
         # these have no effect on the graph
         params = replace(p.params, n_batch=0, n_ubatch=0, op_offload=True, offload_kqv=True, n_outputs_max=0)
         key = self.cache, params, p.key
-        graph = self._graphs.pop(key, None) or build_graph(p, self.loaded.weights)
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            graph = build_repeated(build_graph, p, self.loaded.weights, self._patterns.setdefault(params, []))
         if graph in self._to_follow:
             self._to_follow.remove(graph)
             _make_views_follow(graph.graph)

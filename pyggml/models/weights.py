@@ -321,6 +321,10 @@ class LayerWeights:
         """Return a weight by name, or None."""
         return self._by_name.get(name)
 
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        """Return names and weights."""
+        return self._by_name.items()
+
 
 class Weights:
     """The weights of a model: ``weights["output_norm.weight"]``, ``weights.layers[3]["attn_q.weight"]``.

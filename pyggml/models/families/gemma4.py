@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 from ... import ops
 from ...ops import RopeType
@@ -146,9 +147,7 @@ def _graph(p: GraphParams, weights: Weights) -> ModelGraph:
     b.make_inputs()
     if by_layer is not None:
         by_layer = _project_layers(b, weights.layers[0], cur, by_layer)
-    for w in weights.layers:
-        cur = _layer(b, w, cur, by_layer)
-    return finish_decoder(b, cur)
+    return finish_decoder(b, b.layers(partial(_layer, b, by_layer), cur))
 
 
 def _project_layers(b: Builder, w: LayerWeights, cur: Tensor, by_layer: Tensor) -> Tensor:
@@ -164,7 +163,7 @@ def _project_layers(b: Builder, w: LayerWeights, cur: Tensor, by_layer: Tensor) 
     return ops.cont(ops.permute(b.name(both, "inp_per_layer"), 0, 2, 1, 3))
 
 
-def _layer(b: Builder, w: LayerWeights, layer_in: Tensor, by_layer: Tensor | None) -> Tensor:
+def _layer(b: Builder, by_layer: Tensor | None, w: LayerWeights, layer_in: Tensor) -> Tensor:
     il = w.layer
     cur = _attention(b, w, b.norm_by(w, "attn_norm", layer_in))
     cur, residual = b.crop(cur, layer_in, il)
