@@ -84,6 +84,11 @@ class Device(ABC):
     profile: DeviceProfile | None = None
     has_data: bool = True
 
+    @property
+    def only_counts(self) -> bool:
+        """Whether copies and computes do nothing but count: there are no data, and no fault is pending."""
+        return False
+
     def link_slowdown(self) -> float:
         """Return the factor by which the next copy is slower than the profile on a virtual clock, and count the copy."""
         return 1.0

@@ -93,6 +93,8 @@ class BufferType(ABC):
 class Tenants(Protocol):
     """Which tensor owns which bytes of a compute buffer; see the scheduler's `Tenancy`."""
 
+    is_over: bool  #: whether tensors may be lost: the compute has ended
+
     def check_read(self, tensor: Tensor) -> None:
         """Raise `GraphError` if the tensor's memory now holds another tensor."""
 
@@ -153,6 +155,14 @@ class Buffer(ABC):
     def cpy_tensor(self, src: Tensor, dst: Tensor) -> bool:
         """Copy a tensor of another buffer into a tensor of this one; return False if the copy must go through the host."""
         return False
+
+    def count_in(self, size: int) -> None:
+        """Count bytes that came in, without a copy: there are no data; by default nothing is counted."""
+        return
+
+    def count_out(self, size: int) -> None:
+        """Count bytes that went out; see `count_in`."""
+        return
 
     def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
         """Return bytes of the tensor for a check, without a call of the device; None if they are not available.

@@ -175,9 +175,10 @@ class RunLog:
             self.stats.count_copy(n_bytes, tensor_bytes, reason)
         span = None
         if self.clock is not None:
-            slow_src, slow_dst = self._slowdown(src), self._slowdown(dst)
+            backends = self.machine.backends
+            slow_src, slow_dst = backends[src].device.link_slowdown(), backends[dst].device.link_slowdown()
             span = self.clock.copy(
-                src, dst, n_bytes, is_async=is_async, is_pinned=self._is_pinned(transfer.source), slow_src=slow_src,
+                src, dst, n_bytes, is_async=is_async, is_pinned=self.is_pinned(transfer.source), slow_src=slow_src,
                 slow_dst=slow_dst, queue=number,
             )  # fmt: skip
         if self.records is not None:
@@ -221,7 +222,7 @@ class RunLog:
         link = self.clock.peer_link(src, dst)
         if link is not None:
             return link.seconds(n_bytes)
-        return self.clock.copy_seconds(dst, n_bytes, is_pinned=src != self.clock.cpu or self._is_pinned(tensor))
+        return self.clock.copy_seconds(dst, n_bytes, is_pinned=src != self.clock.cpu or self.is_pinned(tensor))
 
     def _engines(self, src: int, dst: int) -> tuple[str, ...]:
         """Return the names of the copy engines between two backends, as the virtual clock has them."""
@@ -229,10 +230,8 @@ class RunLog:
             return ()
         return tuple(f"{self._names[b]} copy engine {engine}" for b, engine in self.clock.engines(src, dst))
 
-    def _slowdown(self, backend_id: int) -> float:
-        return self.machine.backends[backend_id].device.link_slowdown()
-
-    def _is_pinned(self, tensor: Tensor) -> bool:
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is in pinned host memory."""
         storage = tensor.storage
         return storage is not None and storage.is_host and storage.buft.device is not self.machine.backends[-1].device
 
@@ -259,7 +258,7 @@ class RunLog:
         if self.clock is not None:
             span = self.clock.copy(
                 backend_id, self.clock.cpu, tensor.nbytes, is_async=False, is_pinned=False,
-                slow_src=self._slowdown(backend_id),
+                slow_src=self.machine.backends[backend_id].device.link_slowdown(),
             )  # fmt: skip
         if self.records is not None:
             end_s, engines = perf_counter(), self._engines(backend_id, len(self.machine.backends) - 1)
@@ -299,7 +298,7 @@ class RunLog:
         self.stats.n_launches += 1
         span = None
         if self.clock is not None:
-            span = self.clock.spend(backend_id, self._seconds(self.clock, backend_id, graph))
+            span = self.clock.spend(backend_id, self.seconds_of(self.clock, backend_id, graph))
         if self.records is not None:
             end_s = perf_counter()
             first = graph.graph.nodes[graph.i_start].name if len(graph) else ""
@@ -348,7 +347,7 @@ class RunLog:
             name = self._names[backend_id]
             self.records.record(AllocRecord(graph, name, buft.name, size, purpose, start_s, end_s, span, **self.of))
 
-    def _seconds(self, clock: VirtualClock, backend_id: int, graph: GraphView) -> float:
+    def seconds_of(self, clock: VirtualClock, backend_id: int, graph: GraphView) -> float:
         """Return how long nodes take; all but the products with used experts is worked out once for a range."""
         kept = graph.memo.get("work")
         if kept is None or kept[0] is not clock:

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..backend import Backend
+from ..dialect import Repairs
 from ..graph import Graph
 from ..opset import expert_sources, ids_of, uses_experts
 from ..record import CopyReason
@@ -19,6 +20,7 @@ from .transfer import Feed, RunSlot, Transfer, is_host_weight
 
 if TYPE_CHECKING:
     from .resources import CopyQueue, Resources
+    from .tape import Tape
 
 __all__ = ["Plan", "Transfers", "input_kind"]
 
@@ -104,6 +106,7 @@ class Plan:
     cur_copy: int
     resources: Resources = field(repr=False)
     slot: RunSlot = field(default_factory=RunSlot, repr=False)
+    tapes: dict[Repairs, Tape] = field(default_factory=dict, repr=False)  #: of computes of it, if there is no precedent
 
     @property
     def backends(self) -> Sequence[Backend]:

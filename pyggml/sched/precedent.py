@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, chain, compress, count
 from operator import itemgetter, ne
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..backend import Backend, is_answered_by_kind
+from ..dialect import Repairs
 from ..edits import EDITS
 from ..graph import Graph, GraphView, Snapshot
 from ..tensor import Tensor
@@ -22,6 +23,9 @@ from .assign import OffloadOp, assign
 from .policies import default_offload
 from .split import Cutter
 from .state import BufferUsers, Cause, Copies, Machine, OpCheck, Split
+
+if TYPE_CHECKING:
+    from .tape import Tape
 
 __all__ = ["Precedent", "Precedents"]
 
@@ -145,7 +149,7 @@ class Precedent:
 
     __slots__ = (
         "_alike", "answers", "assigned", "backends", "causes", "copies", "leaf_ids", "memory", "memory_before", "node_ids", "replaced",
-        "rules", "shape", "splits", "structure", "unused", "wishes",
+        "rules", "shape", "splits", "structure", "tapes", "unused", "wishes",
     )  # fmt: skip
 
     shape: _Shape  #: without tensors
@@ -163,6 +167,7 @@ class Precedent:
     memory_before: tuple[int, tuple[int, ...]]  #: of the cutter
     memory: tuple[int, tuple[int, ...]]
     structure: object  #: the same for precedents whose graphs differ in layouts only
+    tapes: dict[Repairs, Tape]  #: of computes of graphs with this structure, by the repairs that applied
     unused: frozenset[int]  #: leafs that no node reads
     _alike: _Alike | None
 
@@ -313,7 +318,7 @@ class Precedents:
         if position is None:
             return None
         made = Precedent()
-        made.shape, made.rules, made.structure = shape, rules, object()
+        made.shape, made.rules, made.structure, made.tapes = shape, rules, object(), {}
         made.memory_before, made.memory = before, _memory_of(cutter)
         made.answers = [(position[node], number, answer) for node, number, answer in self._answers]
         made.wishes = [asked for asked in made.answers if asked[1] < 0]

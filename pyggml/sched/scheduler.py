@@ -48,7 +48,7 @@ from ..tensor import Tensor
 from ..types import SCHED_MAX_COPIES
 from .assign import OffloadOp
 from .check import check_allocation
-from .compute import EvalCallback, SplitRun, compute_splits
+from .compute import EvalCallback, SplitRun
 from .describe import split_records, splits_table
 from .exclusive import Exclusive
 from .kept import KeptAlloc
@@ -58,6 +58,7 @@ from .plan import Plan
 from .policies import CopyCallback, CopyPolicy, choose_policy, default_offload
 from .resources import Resources
 from .state import Assignment, Cause, Copies, Machine, SchedGraph, Split, check_backends, check_bufts
+from .tape import compute_with_tape
 from .tenancy import Tenancy
 
 if TYPE_CHECKING:
@@ -492,17 +493,16 @@ class Scheduler(Observed):
                     hint="call reset() and alloc_graph(), then set the inputs again",
                 )
         self.reserve_policy()  # the policy may have been replaced
-        policy, plan = self.policy, self.plan
+        policy, plan = self.policy, self._plan
+        assert plan is not None
         self._tenancy.begin()
         self._begin_run()
-        compute_splits(
-            self.run_type(
-                plan, cur_copy=self.cur_copy, events=self.events, policy=policy,
-                repairs=self.repairs if policy.repairs is None else policy.repairs, ids=self.ids_source,
-                eval_callback=self.eval_callback, resources=self.resources,
-                log=self.new_log(self._checking_observers(plan)),
-            )
+        run = self.run_type(
+            plan, cur_copy=self.cur_copy, events=self.events, policy=policy,
+            repairs=self.repairs if policy.repairs is None else policy.repairs, ids=self.ids_source,
+            eval_callback=self.eval_callback, resources=self.resources, log=self.new_log(self._checking_observers(plan)),
         )  # fmt: skip
+        compute_with_tape(run, self._passes.precedent)
         self._tenancy.end()
 
     def synchronize(self) -> None:

@@ -76,6 +76,11 @@ class DatalessCPU(Device):
         self._buft.device = self
 
     @property
+    def only_counts(self) -> bool:
+        """Always: there are no data."""
+        return True
+
+    @property
     def buffer_type(self) -> DatalessHostBufferType:
         """Host memory."""
         return self._buft

@@ -232,6 +232,11 @@ class SimDevice(Device):
         """Whether equal work has equal effects: it is done at once, and no fault is pending."""
         return self.has_data and self.seed is None and not self.is_lost and self._faults.is_clear
 
+    @property
+    def only_counts(self) -> bool:
+        """Whether copies and computes do nothing but count: there are no data, and no fault is pending."""
+        return not self.has_data and self.seed is None and not self.is_lost and self._faults.is_clear
+
     def counters(self) -> list[tuple[Any, str]]:
         """Return what is counted of calls: an object and the name of the attribute, or a dict and the key."""
         return self._faults.counters()
@@ -307,6 +312,7 @@ class SimBackend(Backend):
     def __init__(self, device: SimDevice, *, threads: int | None = None) -> None:
         self.device: SimDevice = device
         self.name = device.name
+        self._buft = device.buffer_type
         self.threads = threads_of(device.name, threads)
         self.n_submitted = self.n_done = 0
         self.stream = device.next_stream()
@@ -407,12 +413,15 @@ class SimBackend(Backend):
         Mirrors `ggml_backend_cuda_cpy_tensor_async`: the receiving stream waits for an event after the copy. The copy
         does not wait for earlier work of the receiving stream: the scheduler must do that.
         """
-        if not isinstance(backend_src, SimBackend) or not isinstance(src.storage, SimBuffer):
+        storage = src.storage
+        if storage is None or storage.is_host:
+            return False  # most copies
+        if not isinstance(backend_src, SimBackend) or not isinstance(storage, SimBuffer):
             return False
         if src.is_empty:
             return True
         work = self._own(dst).copying(src, dst)
-        backend_src._watch(src.storage.device, access_to(src, is_write=False))
+        backend_src._watch(storage.device, access_to(src, is_write=False))
         backend_src._watch(self.device, access_to(dst, is_write=True, size=src.nbytes))
         backend_src._submit(work)
         if backend_src is not self:
@@ -455,14 +464,13 @@ class SimBackend(Backend):
             self._parts_read[tensor] = parts
 
     def _check_places(self, nodes: Sequence[Tensor]) -> None:
-        buft, compute = self.device.buffer_type, int(TensorFlag.COMPUTE)
+        buft, compute = self._buft, int(TensorFlag.COMPUTE)
         for node in nodes:
-            if node.flags & compute and not node.op.is_empty:
+            if not node.op.is_empty and node.flags & compute:
                 for tensor in (node, *node.src):
                     if tensor is not None:
                         storage = (tensor.view_src or tensor).buffer
-                        is_own = storage is not None and storage.buft is buft and tensor.data is not None
-                        if not is_own and not tensor.is_empty:
+                        if (storage is None or storage.buft is not buft or tensor.data is None) and not tensor.is_empty:
                             self._check_own(tensor)  # tells what is wrong
 
     def _check_own(self, tensor: Tensor) -> None:

@@ -126,7 +126,8 @@ class SimBuffer(Buffer):
     def _where(self, tensor: Tensor, address: int, offset: int) -> int | None:
         """Return where host memory is copied to; None if the device has no data."""
         if self._block is None:
-            self.check_open(tensor)
+            if not self._is_open or tensor.view_src is not None:
+                self.check_open(tensor)
             return None
         where = self.arena(tensor) + offset
         if address >= FIRST_ADDRESS:
@@ -138,8 +139,7 @@ class SimBuffer(Buffer):
         device.at("copy", name)
         if where is not None:
             ctypes.memmove(where, address, size)
-        self.traffic.count_in(size)
-        device.traffic.count_in(size)
+        self.count_in(size)
 
     def get_tensor(self, tensor: Tensor, address: int, offset: int, size: int) -> None:
         """Copy bytes of the tensor to host memory."""
@@ -163,8 +163,17 @@ class SimBuffer(Buffer):
         device.at("copy", name)
         if where is not None:
             ctypes.memmove(address, where, size)
-        self.traffic.count_out(size)
-        device.traffic.count_out(size)
+        self.count_out(size)
+
+    def count_in(self, size: int) -> None:
+        """Count bytes that came in, for itself and the device."""
+        for traffic in self.counters:
+            traffic.count_in(size)
+
+    def count_out(self, size: int) -> None:
+        """Count bytes that went out, for itself and the device."""
+        for traffic in self.counters:
+            traffic.count_out(size)
 
     def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
         """Return the bytes in place; None if there are none, or if work can be late."""
@@ -202,10 +211,8 @@ class SimBuffer(Buffer):
             if to is not None and start is not None:
                 ctypes.memmove(to, start, n_bytes)
             if storage.device is not self.device:
-                for traffic in (storage.traffic, storage.device.traffic):
-                    traffic.count_out(n_bytes)
-                for traffic in (self.traffic, self.device.traffic):
-                    traffic.count_in(n_bytes)
+                storage.count_out(n_bytes)
+                self.count_in(n_bytes)
 
         return copy
 
