@@ -21,7 +21,7 @@ __all__ = ["BEST", "Maker"]
 
 #: The title of the first plan.
 BEST = "best for this prompt and answer"
-#: A plan that gives something up must gain this much.
+#: A plan that gives something up must gain this much; one with its cache on the host becomes slower as the cache fills.
 _NOTEWORTHY = 1.03
 #: By so much formulas may be off for a layer of which a part is on the host, and for an expert cache, which they find slower than it is.
 _NEAR = 1.1
@@ -63,7 +63,7 @@ class Maker:
             on the host are in no grid.
         """
         search = self.search
-        every = search.ranked(settings, lambda s: _step(s.seconds))
+        every = search.ranked(settings, lambda s: _step(s.seconds if s.setting.kv_offload else _NOTEWORTHY * s.seconds))
         by_goal = [s for s in every if not s.setting.moe_cache_mib]
         plain = [s for s in by_goal if s.setting.type_k is kv_type]
         tell("planning the best")

@@ -171,6 +171,6 @@ def without_cache(setting: Setting) -> Setting:
     return replace(setting, moe_cache_mib=0, moe_cache_misses="copy") if setting.moe_cache_mib else setting
 
 
-def plain_first(setting: Setting) -> tuple[bool, bool, int]:
+def plain_first(setting: Setting) -> tuple[bool, bool, bool, int]:
     """Return what orders settings of equal speed: fewer flags first."""
-    return setting.type_k is not Type.F16, setting.is_pinned, setting.n_ubatch
+    return setting.type_k is not Type.F16, not setting.kv_offload, setting.is_pinned, setting.n_ubatch

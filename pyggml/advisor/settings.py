@@ -48,7 +48,8 @@ EXPLAIN = {
     "-ctv": "type of the V cache. q8_0 takes 53 % of f16; results change slightly.",
     "--no-mmap": "read the weights into memory instead of mapping the file. Host weights are then pinned, so copies to the "
     "device reach the link's rate instead of about half of the RAM's rate.",
-    "-nkvo": "keep the KV cache in host memory, and compute attention on the CPU.",
+    "-nkvo": "keep the KV cache in host memory. With flash attention the device computes attention with copies of K and V, without it the CPU does. "
+    "It makes room for weights, which pays while the cache holds few tokens.",
     "--no-op-offload": "never copy host weights to the device for a micro-batch: the CPU computes with them at any size.",
     "-ts": "shares of several cards, in layers. By default llama.cpp shares by free memory; other shares make room for experts or "
     "a KV cache on one card, or give the faster card more layers; a share of 0 leaves a card out.",

@@ -1,11 +1,13 @@
-"""Finds shares of several cards: full ones if experts are on the host, and none for slow cards that a model does not need."""
+"""Finds settings that fill cards: shares of several ones, and feed-forward weights of a dense model on the host."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
 from ..foresight import Setting
+from ..models.placement import DENSE_FFN
 from .search import Search
 from .settings import DEFAULT_BATCH, last_experts
 
@@ -15,15 +17,21 @@ __all__ = ["filling"]
 _GUESS_BYTES = 1 << 30
 #: Guesses that the scheduler is asked about, each corrected by what it says of the one before.
 _MOST_GUESSES = 4
+#: A first guess may be so much slower and become faster: what it leaves for compute buffers is too much for a small card.
+_NEARLY = 1.05
 
 
 def filling(search: Search, like: Setting) -> Iterator[Setting]:
-    """Yield settings like one with experts on the host, whose cards are as full as their margin allows.
+    """Yield settings like one with weights on the host, whose cards are as full as their margin allows.
 
-    Either the first card takes the rest of the layers, with the experts of the first ones on the host (``-ncmoe``), or the
-    last card, with those of the last ones (``-ot``). Of a model that is on cards alone, the slower ones are left out.
+    With experts on the host either the first card takes the rest of the layers, with the experts of the first ones on the host
+    (``-ncmoe``), or the last card, with those of the last ones (``-ot``). Of a model that is on cards alone, the slower ones
+    are left out. Of a dense model a card has attention and KV cache of as many layers as it can, and the host feed-forward
+    weights: with a long prompt in the cache the CPU's attention costs more than what it reads of weights.
     """
     n_cards = len(search.machine.cards)
+    if n_cards == 1 and like.n_gpu_layers >= 0 and not search.shape.n_expert:
+        yield from _with_attention_on_card(search, like)
     if n_cards < 2 or like.n_gpu_layers >= 0:
         return
     if not (like.n_cpu_moe or like.overrides):
@@ -43,6 +51,34 @@ def _on_fewer(search: Search, like: Setting) -> Iterator[Setting]:
         kept = [card.memory_bytes / 2**30 if card.bytes_per_s > slowest else 0.0 for card in cards]
         for n_ubatch in {like.n_ubatch, DEFAULT_BATCH}:
             yield replace(like, n_ubatch=n_ubatch, tensor_split=tuple(kept))
+
+
+def _with_attention_on_card(search: Search, like: Setting) -> Iterator[Setting]:
+    """Yield the fastest setting whose card has attention of as many layers as fit, if it is faster than the one with whole layers."""
+    memory, n_layer = search.memory, search.memory.n_layer
+    layers = search.shape.layers
+    ffn = max(sum(x.nbytes for x in layer.products if re.match(DENSE_FFN, f".{x.name}")) for layer in layers)
+    other = max(layer.other_bytes for layer in layers) - ffn + memory.kv_bytes(like) // n_layer
+    found: list[Setting] = []
+    for n_ubatch in {like.n_ubatch, DEFAULT_BATCH}:
+        room = search.machine.cards[0].memory_bytes - memory.margin_bytes - _GUESS_BYTES - search.shape.output.nbytes
+        seen: set[Setting] = set()
+        while ffn and len(seen) < _MOST_GUESSES:
+            n_on = min(max(room, 0) // other, n_layer)
+            n_host = max(n_layer - max(room - n_layer * other, 0) // ffn, 1)
+            guess = replace(
+                like, n_gpu_layers=-1 if n_on == n_layer else n_on + 1, n_ubatch=n_ubatch, overrides=(f"--n-cpu-ffn {n_host}",)
+            )  # fmt: skip
+            if guess in seen or search.score(guess).seconds > _NEARLY * search.score(like).seconds:
+                break
+            seen.add(guess)
+            taken = memory.exact(guess)
+            if taken is None:
+                break
+            if all(d.fits for d in taken):
+                found.append(guess)
+            room += taken[0].of_bytes - taken[0].margin_bytes - taken[0].bytes
+    yield from sorted(found, key=lambda s: search.score(s).seconds)[:1]
 
 
 def _fill(search: Search, like: Setting, rest: int) -> Setting | None:

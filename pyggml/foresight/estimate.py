@@ -20,7 +20,7 @@ from ..hardware.rates import RATES, Rates
 from ..models.override_patterns import compile_pattern
 from ..types import Type
 from .caching import misses_of_groups
-from .counts import routing_in, used_experts
+from .counts import attention_work, routing_in, used_experts
 from .engine import Clock
 from .shape import Layer, ModelShape, Product
 
@@ -315,18 +315,24 @@ def _layer_s(
         kv_bytes=kv_bytes,
         flash=s.flash_attn,
         backend=s.backend,
-        attention=s.kv_offload,
+        attention=s.kv_offload or s.flash_attn,
         slow_host=m.host.isa == "neon",
     )
     if _shares_layers(m, s):
         dense_s = clock.dense_s(p.layer, n, model, card, s.backend)
         seconds = _sharing_s(m, s, p, n, seconds, dense_s, model.n_embd)
-    if not s.kv_offload and p.layer.attention is not None:
-        seconds += m.rates.switch_s + clock.cpu_attention_s(p.layer.attention, n, n_kv, m.host, kv_bytes)
+    if p.layer.attention is not None and (p.device < 0 or not s.kv_offload):
+        if s.flash_attn:  # it is computed where its layer is, with copies of the host's K and V
+            link = m.links[i]
+            rate = min(link.bytes_per_s, pageable_rate(m.host, m.rates))
+            copied = attention_work(p.layer.attention, n, n_kv + n / 2, kv_bytes).read_bytes
+            seconds += m.rates.switch_s + 2 * link.latency_s + copied / rate
+        elif not s.kv_offload:
+            seconds += m.rates.switch_s + clock.cpu_attention_s(p.layer.attention, n, n_kv, m.host, kv_bytes)
     if missed >= 0 and s.moe_cache_misses == "cpu":
         alone_s = clock.layer_s(
             layer, n, n_kv, model, card, experts=False, kv_bytes=kv_bytes, flash=s.flash_attn, backend=s.backend,
-            attention=s.kv_offload, slow_host=m.host.isa == "neon",
+            attention=s.kv_offload or s.flash_attn, slow_host=m.host.isa == "neon",
         )  # fmt: skip
         seconds = _sides_s(clock, model, m, s, p, missed, alone_s, seconds - alone_s)
     elif missed >= 0:

@@ -290,6 +290,7 @@ def test_cards_are_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         ("gemma-3-4b", "rtx3060", {"overrides": (r"blk\.1.\.ffn_(up|down)=CPU",)}),
         ("llama-3-8b", "rtx3090", {"overrides": (r"blk\.[0-9]\.=CPU",)}),
         ("gpt-oss-20b", "rtx3060", {"overrides": (r"ffn_.*=CPU",)}),
+        ("llama-3-8b", "rtx3090", {"n_gpu_layers": 20, "offload_kqv": False}),
     ],
 )  # fmt: skip
 def test_a_plan_and_an_estimate_agree(
@@ -298,17 +299,19 @@ def test_a_plan_and_an_estimate_agree(
     """Virtual time, node by node through the scheduler, comes within 8 % of the estimate from the tensors alone."""
     monkeypatch.setenv("PYGGML_CACHE_DIR", str(tmp_path))
     host = parse_host("ddr4-3200x2,cores=8")
+    context = ContextFlags(n_ctx=1024, offload_kqv=flags.get("offload_kqv", True), flash_attn="on")
+    flags = {name: value for name, value in flags.items() if name != "offload_kqv"}
     backends = [d.backend() for d in REGISTRY.open_all([device, "cpu"], data=False)]
     profile = backends[0].device.profile
     assert profile is not None
     machine = Machine.of_profiles([profile], host)
     setting = Setting(
         n_gpu_layers=flags.get("n_gpu_layers", -1), n_cpu_moe=flags.get("n_cpu_moe", 0),
-        overrides=flags.get("overrides", ()), is_pinned=not flags.get("use_mmap", True),
+        overrides=flags.get("overrides", ()), kv_offload=context.offload_kqv, is_pinned=not flags.get("use_mmap", True),
     )  # fmt: skip
     with Planner.open(
         model, devices=backends[:-1], cpu=backends[-1], data=False, placement=PlacementFlags(**flags),
-        context=ContextFlags(n_ctx=1024), clock=virtual_clock(backends, host_profile(host)),
+        context=context, clock=virtual_clock(backends, host_profile(host)),
     ) as planner:  # fmt: skip
         for n in (512, 1):
             speed = simulate_batch(planner, n).speed
