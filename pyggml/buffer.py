@@ -156,11 +156,11 @@ class Buffer(ABC):
         """Copy a tensor of another buffer into a tensor of this one; return False if the copy must go through the host."""
         return False
 
-    def count_in(self, size: int) -> None:
-        """Count bytes that came in, without a copy: there are no data; by default nothing is counted."""
+    def count_in(self, size: int, n: int = 1) -> None:
+        """Count bytes that came in with ``n`` copies, which are not made: there are no data. By default nothing is counted."""
         return
 
-    def count_out(self, size: int) -> None:
+    def count_out(self, size: int, n: int = 1) -> None:
         """Count bytes that went out; see `count_in`."""
         return
 

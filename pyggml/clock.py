@@ -188,6 +188,10 @@ class VirtualClock:
             The number of the receiving backend's queue; 0: its own stream.
         """
         at_most = math.inf if is_pinned or self.cpu not in (src, dst) else self._pageable
+        if src == self.cpu != dst:  # most copies
+            seconds = self.profiles[dst].link.seconds(n_bytes, at_most=at_most) * slow_dst
+            host_waits = not is_async or not is_pinned
+            return self._send(src, dst, seconds, queue, is_async=is_async, host_waits=host_waits, n_bytes=n_bytes)
         if dst == self.cpu:
             seconds = self.profiles[src].from_device.seconds(n_bytes, at_most=at_most) * slow_src
             return self._read(src, seconds, n_bytes=n_bytes)
@@ -197,20 +201,21 @@ class VirtualClock:
         if peer is not None:
             seconds = peer.seconds(n_bytes) * max(slow_src, slow_dst)
             return self._send_to_peer(src, dst, seconds, queue, is_async=is_async, n_bytes=n_bytes)
-        seconds = self.profiles[dst].link.seconds(n_bytes, at_most=at_most) * slow_dst
-        if src != self.cpu:  # from device to device: through both links at the pace of the slower
-            seconds = max(seconds, self.profiles[src].from_device.seconds(n_bytes) * slow_src)
-        host_waits = not is_async or (src == self.cpu and not is_pinned)
-        return self._send(src, dst, seconds, queue, is_async=is_async, host_waits=host_waits, n_bytes=n_bytes)
+        there_s = self.profiles[dst].link.seconds(n_bytes, at_most=at_most) * slow_dst
+        # through both links, at the pace of the slower
+        seconds = max(there_s, self.profiles[src].from_device.seconds(n_bytes) * slow_src)
+        return self._send(src, dst, seconds, queue, is_async=is_async, host_waits=not is_async, n_bytes=n_bytes)
 
     def _send(
         self, src: int, dst: int, seconds: float, queue: int, *, is_async: bool, host_waits: bool, n_bytes: int
     ) -> Span:
         """Copy to a device by its link to the host."""
         self._count(src, dst, n_bytes)
-        start = max(self.host_s, self._to_device_s[dst])
-        if is_async:
-            start = max(start, self.ready_s(dst, queue))
+        ready_s = self.stream_s[dst] if queue == 0 else self._queue_s.get((dst, queue), 0.0)
+        start, free_s = self.host_s, self._to_device_s[dst]
+        start = max(start, free_s)
+        if is_async and ready_s > start:
+            start = ready_s
         if src != self.cpu:
             start = max(start, self._from_device_s[src], self.stream_s[src])
             self._use_link(src, self._from_device_s, start + seconds)
@@ -218,7 +223,10 @@ class VirtualClock:
         end = start + seconds
         self.to_device_busy_s[dst] += seconds
         self._use_link(dst, self._to_device_s, end)
-        self._set_ready(dst, queue, max(self.ready_s(dst, queue), end))
+        if queue:
+            self._queue_s[dst, queue] = max(ready_s, end)
+        elif end > ready_s:
+            self.stream_s[dst] = end
         if host_waits:
             self.host_s = end
         return Span(start, end)

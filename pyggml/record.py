@@ -478,9 +478,9 @@ class Statistics:
         self.n_launches = self.n_waits = 0
         self.bytes_by_reason = {"input": 0, "activation": 0, "weight": 0, "experts": 0}
 
-    def count_copy(self, size_bytes: int, tensor_bytes: int, reason: CopyReason) -> None:
-        """Count one copy; `count_experts` counts the full copy of an expert weight."""
-        self.n_copies += 1
+    def count_copy(self, size_bytes: int, tensor_bytes: int, reason: CopyReason, *, n_copies: int = 1) -> None:
+        """Count one copy, or several together; `count_experts` counts the full copy of an expert weight."""
+        self.n_copies += n_copies
         self.bytes_copied += size_bytes
         self.bytes_by_reason[reason] += size_bytes
         if reason != "experts":

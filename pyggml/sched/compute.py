@@ -149,7 +149,19 @@ class SplitRun:
         self.read_wait(backend_id)
         self.log.was_read(i_split, tensor, backend_id, start_s)
 
+    # -- launches ------------------------------------------------------------
+
+    def launch(self, i_split: int, backend_id: int, graph: GraphView) -> None:
+        """Submit nodes of a split to its backend."""
+        start_s = self.log.now()
+        self.machine.backends[backend_id].graph_compute(graph)
+        self.log.launched(i_split, backend_id, graph, self.asg, start_s)
+
     # -- transfers -----------------------------------------------------------
+
+    def copy(self, source: Tensor, copy: Tensor) -> None:
+        """Copy a tensor without streams."""
+        tensor_copy(source, copy)
 
     def report_whole(
         self, transfer: Transfer, i_split: int, reason: CopyReason, start_s: float, *, is_async: bool
@@ -308,7 +320,7 @@ def compute_splits(run: SplitRun) -> None:
             if is_observed:
                 log.will_launch(run, i_split)
             if run.eval_callback is None:
-                _compute(run, i_split, split.graph)
+                run.launch(i_split, b, split.graph)
             else:
                 _launch_in_parts(run, i_split, run.eval_callback)
             if is_observed:
@@ -339,7 +351,7 @@ def _transfer(run: SplitRun, transfer: Transfer) -> None:
         # at once: the user may overwrite an input as soon as compute_async returns
         run.host_wait(i_split, b, "input")
         start_s = run.log.now()
-        tensor_copy(source, transfer.copy)
+        run.copy(source, transfer.copy)
         run.report_whole(transfer, i_split, "input", start_s, is_async=False)
         return
     run.stream_wait(i_split, b, "copy")
@@ -351,7 +363,7 @@ def _copy_again(run: SplitRun, i_split: int, transfer: Transfer) -> None:
     run.synchronize(i_split, run.plan.splits[i_split].backend_id, "again")
     run.synchronize(i_split, transfer.backend_id, "again")
     start_s = run.log.now()
-    tensor_copy(transfer.source, transfer.copy)
+    run.copy(transfer.source, transfer.copy)
     run.report_whole(transfer, i_split, "activation", start_s, is_async=False)
 
 
@@ -366,7 +378,7 @@ def _launch_in_parts(run: SplitRun, i_split: int, callback: EvalCallback) -> Non
         while not wanted and end + 1 < len(nodes):
             end += 1
             wanted = _call_back(run, i_split, callback, nodes[end], ask=True)
-        _compute(run, i_split, split.graph.view(start, end + 1))
+        run.launch(i_split, split.backend_id, split.graph.view(start, end + 1))
         run.synchronize(i_split, split.backend_id, "part")
         if wanted and not _call_back(run, i_split, callback, nodes[end], ask=False):
             return
@@ -378,10 +390,3 @@ def _call_back(run: SplitRun, i_split: int, callback: EvalCallback, node: Tensor
     answer = callback(node, ask)
     run.log.called_back(i_split, node, start_s, asked=ask, answer=bool(answer))
     return answer
-
-
-def _compute(run: SplitRun, i_split: int, graph: GraphView) -> None:
-    backend_id = run.plan.splits[i_split].backend_id
-    start_s = run.log.now()
-    run.machine.backends[backend_id].graph_compute(graph)
-    run.log.launched(i_split, backend_id, graph, run.asg, start_s)

@@ -30,7 +30,7 @@ from ..tensor import Tensor
 from .state import is_computed
 
 if TYPE_CHECKING:
-    from ..buffer import BufferType
+    from ..buffer import Buffer, BufferType
     from ..graph import Graph
     from .compute import SplitRun
     from .ids import IdsSource
@@ -178,7 +178,7 @@ class RunLog:
             backends = self.machine.backends
             slow_src, slow_dst = backends[src].device.link_slowdown(), backends[dst].device.link_slowdown()
             span = self.clock.copy(
-                src, dst, n_bytes, is_async=is_async, is_pinned=self.is_pinned(transfer.source), slow_src=slow_src,
+                src, dst, n_bytes, is_async=is_async, is_pinned=self.is_pinned(transfer.source.storage), slow_src=slow_src,
                 slow_dst=slow_dst, queue=number,
             )  # fmt: skip
         if self.records is not None:
@@ -222,7 +222,7 @@ class RunLog:
         link = self.clock.peer_link(src, dst)
         if link is not None:
             return link.seconds(n_bytes)
-        return self.clock.copy_seconds(dst, n_bytes, is_pinned=src != self.clock.cpu or self.is_pinned(tensor))
+        return self.clock.copy_seconds(dst, n_bytes, is_pinned=src != self.clock.cpu or self.is_pinned(tensor.storage))
 
     def _engines(self, src: int, dst: int) -> tuple[str, ...]:
         """Return the names of the copy engines between two backends, as the virtual clock has them."""
@@ -230,9 +230,8 @@ class RunLog:
             return ()
         return tuple(f"{self._names[b]} copy engine {engine}" for b, engine in self.clock.engines(src, dst))
 
-    def is_pinned(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is in pinned host memory."""
-        storage = tensor.storage
+    def is_pinned(self, storage: Buffer | None) -> bool:
+        """Return whether memory is pinned host memory."""
         return storage is not None and storage.is_host and storage.buft.device is not self.machine.backends[-1].device
 
     def experts(self, i_split: int, weight: Tensor, ids: Tensor | None, experts: set[int], *, is_added: bool) -> None:

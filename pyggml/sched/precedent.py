@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate, chain, compress, count
+from itertools import accumulate, chain, compress, count, repeat
 from operator import itemgetter, ne
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +196,21 @@ class Precedent:
             return self.alike.answers
         changed = shape.changed_since(self.shape)
         return [about for about in self.answers if about[0] in changed]
+
+    def changed_near(self, kept: Precedent, changed: set[int]) -> set[int]:
+        """Return the positions in ``changed``, those with other layouts than kept, and those that read or view these or their users."""
+        shape = self.shape
+        near = set(changed)
+        for now, was in zip(shape.layouts[:2], kept.shape.layouts, strict=False):
+            if now != was:
+                near.update(compress(count(), map(ne, now, was)))
+        if not near:
+            return near
+        owners = list(chain.from_iterable(map(repeat, count(), shape.n_sources)))
+        for _ in range(2):
+            readers = compress(owners, map(near.__contains__, shape.sources))
+            near.update([*readers, *compress(count(), map(near.__contains__, shape.roots))])
+        return near
 
     def snapshot(self, graph: Graph, all_copies: Copies, placeable: list[Tensor]) -> Snapshot:
         """Return the snapshot of a graph that follows this precedent, from the facts known here.

@@ -7,32 +7,31 @@ and seconds: the tape is played for it, and `compute_splits` does not run.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterable
 from itertools import chain, compress, count
 from operator import ne
 from typing import TYPE_CHECKING, Any
 
+from ..buffer import Buffer
+from ..clock import VirtualClock
 from ..graph import GraphView
 from ..record import CopyReason
 from ..tensor import Tensor
 from .compute import SplitRun, compute_splits
-from .log import RunLog, Wait
+from .log import RunLog
 from .policies import FullCopier, UsedExpertCopier
-from .transfer import Transfer
 
 if TYPE_CHECKING:
     from .plan import Plan
     from .precedent import Precedent
-    from .state import Assignment
-    from .transfer import Feed
+    from .transfer import Transfer
 
 __all__ = ["Tape", "compute_with_tape"]
 
 #: `copy` of policies that copy everything whole that is not of kind "experts".
 _WHOLE = FullCopier.copy, UsedExpertCopier.copy
 _WAIT, _COPY, _LAUNCH = range(3)
-
-#: Input copies of a plan with their sources.
-_Inputs = list[tuple[Tensor, Tensor]]
 
 
 def compute_with_tape(run: SplitRun, precedent: Precedent | None) -> None:
@@ -57,68 +56,94 @@ def compute_with_tape(run: SplitRun, precedent: Precedent | None) -> None:
     ):
         compute_splits(run)
         return
-    inputs = [(source, by_b[b][0]) for source, by_b in plan.copies.items() for b in by_b]
+    inputs = _Inputs(plan)
     tapes = plan.tapes if precedent is None else precedent.tapes
     tape = tapes.get(run.repairs)
-    if tape is not None and _are_plain(inputs):
+    if tape is not None and inputs.are_plain:
         run.ids.begin()
-        for source, copy in inputs:
-            n_bytes, origin, target = source.nbytes, source.storage, copy.buffer
-            if n_bytes and origin is not None and target is not None:
-                origin.count_out(n_bytes)
-                target.count_in(n_bytes)
-        tape.play(plan, log, inputs)
-    elif plan.expert_transfers() or not _are_plain(inputs):
+        tape.play(plan, log, inputs, precedent)
+    elif plan.expert_transfers() or not inputs.are_plain:
         compute_splits(run)
     else:
         tape = Tape()
-        run.log = _Taping(tape, run, inputs)
         try:
-            compute_splits(run)
+            compute_splits(_TapedRun(run, tape, inputs))
         finally:
-            tape.play(plan, log, inputs)
+            tape.play(plan, log, inputs, precedent, is_new=True)
         tapes[run.repairs] = tape
 
 
-def _are_plain(inputs: _Inputs) -> bool:
-    """Return whether no copy of an input can be refused: they have memory in which nothing else was computed, and whole blocks."""
-    places = {source.storage for source, _ in inputs}
-    return not any(s is None or s.is_closed or (s.tenancy is not None and s.tenancy.is_over) for s in places) and all(
-        source.view_src is None or source.type.block_size == 1 for source, _ in inputs
-    )
+class _Inputs:
+    """The inputs of a plan's splits in a fixed order, with their input copies, memory and bytes."""
+
+    __slots__ = ("copies", "sizes", "sources", "storages")
+
+    def __init__(self, plan: Plan) -> None:
+        self.sources = sources = [source for source, by_backend in plan.copies.items() for _ in by_backend]
+        self.copies = [made[0] for by_backend in plan.copies.values() for made in by_backend.values()]
+        self.storages = [(s if s.view_src is None else s.view_src).buffer for s in sources]
+        self.sizes = [s.nbytes for s in sources]
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether no copy can be refused: sources have memory in which nothing else was computed, and whole blocks."""
+        return not any(
+            s is None or s.is_closed or (s.tenancy is not None and s.tenancy.is_over) for s in set(self.storages)
+        ) and not any(s.view_src is not None and s.type.block_size > 1 for s in self.sources)
+
+    def count_traffic(self, copied: Iterable[int]) -> None:
+        """Count copies in the buffers."""
+        by_way: dict[tuple[Buffer | None, Buffer | None], list[int]] = {}
+        for i in copied:
+            if size := self.sizes[i]:
+                by_way.setdefault((self.storages[i], self.copies[i].buffer), []).append(size)
+        for (origin, target), sizes in by_way.items():
+            assert origin is not None
+            assert target is not None
+            origin.count_out(sum(sizes), len(sizes))
+            target.count_in(sum(sizes), len(sizes))
 
 
-class _Taping(RunLog):
-    """A log that writes a tape."""
+class _TapedRun(SplitRun):
+    """A compute that writes a tape and moves nothing."""
 
     __slots__ = ("_at", "_busy", "_tape")
 
-    def __init__(self, tape: Tape, run: SplitRun, inputs: _Inputs) -> None:
-        log = run.log
-        super().__init__(log.machine, log.stats, None, log.clock, log.ids)
+    def __init__(self, run: SplitRun, tape: Tape, inputs: _Inputs) -> None:
+        super().__init__(
+            run.plan, cur_copy=run.cur_copy, events=run.events, policy=run.policy, repairs=run.repairs, ids=run.ids,
+            eval_callback=None, log=run.log, resources=run.resources,
+        )  # fmt: skip
         self._tape = tape
-        self._at = {copy: i for i, (_, copy) in enumerate(inputs)}
-        self._busy = set(
-            range(len(log.machine.backends))
-        )  # backends that may have work that the host has not waited for
+        self._at = {copy: i for i, copy in enumerate(inputs.copies)}
+        self._busy = set(range(len(run.machine.backends)))  # may have work that the host has not waited for
 
-    def copied(self, transfer: Feed, i_split: int, src: int, reason: CopyReason, start_s: float, offset: int, n_bytes: int,
-               tensor_bytes: int, *, is_async: bool, number: int = 0, is_own: bool = False) -> None:  # fmt: skip
-        """Note a copy of a whole input."""
-        assert isinstance(transfer, Transfer)
-        self._tape.steps.append((_COPY, transfer.backend_id, self._at[transfer.copy], src, is_async, reason))
-        if is_async:
-            self._busy.add(transfer.backend_id)
-
-    def waited(self, i_split: int | None, what: Wait, backend_id: int, copy: int | None, start_s: float) -> None:
+    def synchronize(self, i_split: int, backend_id: int, place: str) -> None:
         """Note a wait of the host; without new work since the last one it takes no time."""
         self._tape.n_waits += 1
         if backend_id in self._busy:
             self._busy.remove(backend_id)
-            self._tape.steps.append((_WAIT, backend_id))
+            self._tape.steps.append((_WAIT, backend_id, 0))
 
-    def launched(self, i_split: int, backend_id: int, graph: GraphView, asg: Assignment, start_s: float) -> None:
-        """Note a launch of a split."""
+    host_wait = stream_wait = synchronize  # there are no events
+
+    def copy(self, source: Tensor, copy: Tensor) -> None:
+        """Do nothing: there are no bytes."""
+
+    def report_whole(
+        self, transfer: Transfer, i_split: int, reason: CopyReason, start_s: float, *, is_async: bool
+    ) -> None:
+        """Note a copy of an input."""
+        i = self._at[transfer.copy]
+        self._tape.steps.append((_COPY, transfer.backend_id, i, transfer.source_id, is_async))
+        self._tape.copied.setdefault((reason, is_async), []).append(i)
+        if is_async:
+            self._busy.add(transfer.backend_id)
+
+    def launch(self, i_split: int, backend_id: int, graph: GraphView) -> None:
+        """Note a launch of a split; the backend checks that it could compute it."""
+        self.machine.backends[backend_id].graph_compute(graph)
+        self._tape.n_launches += 1
         self._tape.steps.append((_LAUNCH, backend_id, i_split))
         if backend_id != self.machine.cpu:
             self._busy.add(backend_id)
@@ -127,67 +152,64 @@ class _Taping(RunLog):
 class Tape:
     """The copies, waits and launches of a compute."""
 
-    __slots__ = ("_facts", "_users", "_works", "n_waits", "steps")
+    __slots__ = ("_clock", "_offsets", "_precedent", "_seconds", "copied", "n_launches", "n_waits", "steps")
 
     def __init__(self) -> None:
         self.steps: list[tuple[Any, ...]] = []
-        self.n_waits = 0
-        self._facts: list[list[Any]] = []  # of all tensors: what the work of nodes depends on
-        self._users: list[list[int]] = []  # of each tensor: those that read or view it
-        self._works: list[Any] = []  # of each split: what `RunLog.seconds_of` has worked out
+        self.n_waits = self.n_launches = 0
+        self.copied: dict[tuple[CopyReason, bool], list[int]] = {}  # inputs, by reason and whether in a stream
+        self._clock: VirtualClock | None = (
+            None  # of the latest play, with its seconds of each split and what these follow from
+        )
+        self._seconds: list[float | None] = []
+        self._precedent: Precedent | None = None
+        self._offsets: list[int] = []
 
-    def play(self, plan: Plan, log: RunLog, inputs: _Inputs) -> None:
-        """Count all steps for a plan, and advance the clock."""
-        clock, stats, splits, seconds_of = log.clock, log.stats, plan.splits, log.seconds_of
+    def play(
+        self, plan: Plan, log: RunLog, inputs: _Inputs, precedent: Precedent | None, *, is_new: bool = False
+    ) -> None:
+        """Count all steps for a plan, and advance the clock; ``is_new``: copies in streams were made, without bytes, and counted."""
+        clock, stats, splits, sizes = log.clock, log.stats, plan.splits, inputs.sizes
         assert clock is not None
-        self._carry_works(plan)
-        stats.n_waits += self.n_waits
-        sizes = [source.nbytes for source, _ in inputs]
-        pinned = {source.storage: log.is_pinned(source) for source, _ in inputs}
+        seconds = self._known_seconds(plan, precedent, clock)
+        is_pinned = {s: log.is_pinned(s) for s in set(inputs.storages)}
+        pinned = [is_pinned[s] for s in inputs.storages]
+        spend, synchronize, copy = clock.spend, clock.synchronize, clock.copy
         for step in self.steps:
-            kind, b = step[:2]
+            kind, b, i = step[:3]
             if kind == _LAUNCH:
-                stats.n_launches += 1
-                clock.spend(b, seconds_of(clock, b, splits[step[2]].graph))
+                known = seconds[i]
+                if known is None:
+                    graph = splits[i].graph
+                    known = log.seconds_of(clock, b, graph)
+                    if not graph.memo["work"][2]:  # else it follows from the experts that tokens choose
+                        seconds[i] = known
+                spend(b, known)
             elif kind == _WAIT:
-                clock.synchronize(b)
+                synchronize(b)
             else:
-                _, _, i, src, is_async, reason = step
-                stats.count_copy(sizes[i], sizes[i], reason)
-                clock.copy(src, b, sizes[i], is_async=is_async, is_pinned=pinned[inputs[i][0].storage])
-        self._works = [split.graph.memo.get("work") for split in splits]
+                copy(step[3], b, sizes[i], is_async=step[4], is_pinned=pinned[i])
+        stats.n_waits += self.n_waits
+        stats.n_launches += self.n_launches
+        for (reason, is_async), copied in self.copied.items():
+            if not (is_new and is_async):
+                inputs.count_traffic(copied)
+            n_bytes = sum([sizes[i] for i in copied])
+            stats.count_copy(n_bytes, n_bytes, reason, n_copies=len(copied))
 
-    def _carry_works(self, plan: Plan) -> None:
-        """Give splits the work that was worked out for an earlier graph, unless it may be another."""
-        graph, was, splits = plan.graph, self._facts, plan.splits
-        tensors = [*graph.leafs, *graph.nodes]
-        self._facts = [[t._op_params for t in tensors], [t.layout_id for t in tensors], [t.view_offs for t in tensors]]
-        if not self._works:
-            return
-        if not self._users:
-            self._users = _users_of(plan, tensors)
-        changed = {i for now, old in zip(self._facts, was, strict=True) for i in compress(count(), map(ne, now, old))}
-        for _ in range(2):  # rules look at sources, and at what these show
-            changed.update(chain.from_iterable(map(self._users.__getitem__, list(changed))))
-        n_leafs = len(graph.leafs)
-        is_same = [True] * len(graph.nodes)
-        for i in changed:
-            if i >= n_leafs:
-                is_same[i - n_leafs] = False
-        for split, work in zip(splits, self._works, strict=True):
-            if work is not None and not work[2] and all(is_same[split.i_start : split.i_end]):
-                split.graph.memo.setdefault("work", work)
-
-
-def _users_of(plan: Plan, tensors: list[Tensor]) -> list[list[int]]:
-    """Return, for each tensor of a graph, the positions of those that read or view it, also by an input copy."""
-    position: dict[Tensor | None, int] = {tensor: i for i, tensor in enumerate(tensors)}
-    for source, by_backend in plan.copies.items():
-        position |= {copy: position[source] for made in by_backend.values() for copy in made}
-    users: list[list[int]] = [[] for _ in tensors]
-    for i, tensor in enumerate(tensors):
-        for read in (tensor.view_src, *tensor.src):
-            at = position.get(read)
-            if at is not None:
-                users[at].append(i)
-    return users
+    def _known_seconds(self, plan: Plan, precedent: Precedent | None, clock: VirtualClock) -> list[float | None]:
+        """Return the seconds of each split in the latest play; None for those with a node whose work may be another."""
+        graph, was, old = plan.graph, self._precedent, self._offsets
+        self._offsets = [t.view_offs for t in chain(graph.leafs, graph.nodes)]
+        if self._clock is not clock or not old:
+            self._seconds = [None] * len(plan.splits)
+        elif precedent is not None and was is not None:
+            changed = set(compress(count(), map(ne, self._offsets, old)))
+            changed |= precedent.changed_near(was, changed)
+            n_leafs = len(graph.leafs)
+            starts = [split.i_start for split in plan.splits]
+            for i in changed:
+                if i >= n_leafs:
+                    self._seconds[bisect_right(starts, i - n_leafs) - 1] = None
+        self._clock, self._precedent = clock, precedent
+        return self._seconds

@@ -506,7 +506,7 @@ class Transfer(Feed):
             run.synchronize(self.split, self._source_id, "source")
             run.host_wait(self.split, self.backend_id, "fallback")
             start_s = now()
-            tensor_copy(source, copy)
+            run.copy(source, copy)
         run.report_whole(
             self, self.split, "weight" if self.kind == "experts" else self.kind, start_s, is_async=is_async
         )

@@ -86,10 +86,10 @@ def test_a_tape_gives_the_times_of_every_call(name: str, tmp_path: Path, monkeyp
     n_played = 0
 
     def counting(play: Any) -> Any:
-        def count(*arguments: Any) -> None:
+        def count(*arguments: Any, **options: Any) -> None:
             nonlocal n_played
             n_played += 1
-            play(*arguments)
+            play(*arguments, **options)
 
         return count
 

@@ -35,15 +35,15 @@ class Traffic:
     bytes_out: int = 0
     n_out: int = 0
 
-    def count_in(self, size: int) -> None:
-        """Count a copy to the memory."""
+    def count_in(self, size: int, n: int = 1) -> None:
+        """Count copies to the memory."""
         self.bytes_in += size
-        self.n_in += 1
+        self.n_in += n
 
-    def count_out(self, size: int) -> None:
-        """Count a copy from the memory."""
+    def count_out(self, size: int, n: int = 1) -> None:
+        """Count copies from the memory."""
         self.bytes_out += size
-        self.n_out += 1
+        self.n_out += n
 
 
 class SimBufferType(BufferType):
@@ -165,15 +165,15 @@ class SimBuffer(Buffer):
             ctypes.memmove(address, where, size)
         self.count_out(size)
 
-    def count_in(self, size: int) -> None:
-        """Count bytes that came in, for itself and the device."""
+    def count_in(self, size: int, n: int = 1) -> None:
+        """Count bytes that came in with ``n`` copies, for itself and the device."""
         for traffic in self.counters:
-            traffic.count_in(size)
+            traffic.count_in(size, n)
 
-    def count_out(self, size: int) -> None:
+    def count_out(self, size: int, n: int = 1) -> None:
         """Count bytes that went out, for itself and the device."""
         for traffic in self.counters:
-            traffic.count_out(size)
+            traffic.count_out(size, n)
 
     def peek(self, tensor: Tensor, offset: int, size: int) -> memoryview | None:
         """Return the bytes in place; None if there are none, or if work can be late."""
