@@ -22,7 +22,7 @@ from ..hardware.hosts import Host, assumed_host, host_spec, parse_host
 from ..hardware.measure import UNKNOWN, measure_host
 from ..hardware.pci import found_cards
 from ..models.context import cache_type
-from ..models.placement import warn_of_unmatched
+from ..models.placement import check_shares, warn_of_unmatched
 from ..routing import Routing, parse_routing, routing_of
 from .answer import Advice
 from .explain import explain as explain_flag
@@ -97,7 +97,7 @@ def plan(
         pyggml does not build the model's graph, and llama.cpp refuses the model.
     GraphError
         A number of tokens or plans is below 1, or the context is too small; no KV cache has a type; a flag to explain is none that is chosen; or
-        ``compare`` has what is no `Setting`.
+        ``compare`` has what is no `Setting`, or shares that the cards do not have.
     """
     begin = time.perf_counter()
     if n_plans < 1 or margin_bytes < 0:
@@ -133,6 +133,7 @@ def plan(
             closing(MemoryModel(file, backends, context, host=machine.host, margin_bytes=margin_bytes))
         )
         for own in compare:
+            check_shares(placement_flags(own), [b.device for b in backends[:-1]])
             warn_of_unmatched(placement_flags(own), [b.device for b in backends], list(file.tensors))
         threads = held.enter_context(ThreadPoolExecutor(1))
         asked = threads.submit(ask_llama, file, backends, context)  # llama.cpp answers in a process of its own

@@ -107,7 +107,8 @@ class Advice:
     pays_from : int or None
         The size of a micro-batch, in tokens, from which offloading pays with the best setting.
     missing_bytes : int
-        If nothing fits: the bytes that the smallest setting lacks; `smaller` names a quantisation that would fit.
+        If nothing fits: the bytes that the smallest setting lacks; `smaller` names a quantisation that would fit, and is empty if
+        none would, None if that is unknown.
     tried : int
         The number of settings with predicted times; `n_planned` of them were planned by the scheduler.
     beyond : Recommendation or None
@@ -132,7 +133,7 @@ class Advice:
     helps: list[Help] = field(default_factory=list)
     pays_from: int | None = None
     missing_bytes: int = 0
-    smaller: str = ""
+    smaller: str | None = None
     tried: int = 0
     n_planned: int = 0
     seconds: float = 0.0
@@ -144,8 +145,8 @@ class Advice:
         """What is missing if nothing fits; empty if something does."""
         if self.plans:
             return ""
-        smaller = f" {self.smaller} would fit." if self.smaller else ""
-        return f"Nothing fits: the smallest setting lacks {self.missing_bytes / 2**30:.1f} GiB.{smaller}"
+        told = {None: "", "": " No other quantisation would fit."}.get(self.smaller, f" {self.smaller} would fit.")
+        return f"Nothing fits: the smallest setting lacks {self.missing_bytes / 2**30:.1f} GiB.{told}"
 
     @property
     def pays_line(self) -> str:

@@ -247,7 +247,7 @@ class Maker:
                 if alike in cached:
                     continue
                 cached.add(alike)
-            flags = " ".join(flags_of(scored.setting, goal.context))
+            flags = " ".join(flags_of(scored.setting, goal.context, has_devices=bool(self.search.machine.cards)))
             n_bytes = sum(d.bytes for d in taken[:-1])
             prompt, answer = goal.prompt / scored.prompt_s, goal.generate / scored.generate_s
             points.append((n_bytes, prompt, answer, flags))
@@ -297,6 +297,10 @@ def _times(search: Search, setting: Setting) -> _Times:
     routing = search.shape.routing
     prompt = simulate_prompt(planner, goal.prompt, routing=routing)
     key = search.generation_key(setting)
+    if (
+        search.memory.has_window
+    ):  # the cache of a sliding window has room for a micro-batch, and generation reads it all
+        key += (setting.n_ubatch,)
     if key not in search.generated:
         if setting.moe_cache_mib:
             answer = simulate_generation(planner, goal.generate, depth=goal.prompt, routing=routing)

@@ -95,7 +95,7 @@ class MemoryModel:
         self.n_opened = 0
         self._others, self._experts, self._input, self._output, self._tied = _weights(file)
         self._layers = [sum(sizes.values()) for sizes in self._others]
-        self._has_window = f"{file.metadata.get('general.architecture')}.attention.sliding_window" in file.metadata
+        self.has_window = f"{file.metadata.get('general.architecture')}.attention.sliding_window" in file.metadata
         self._rest: dict[_Kind, list[int]] = {}
         self._bounds: dict[tuple[_Kind, bool], list[int] | None] = {}  #: by what is known now of the rest
         self._has_room: dict[tuple[object, ...], bool] = {}  #: for weights and slots alone
@@ -280,7 +280,7 @@ class MemoryModel:
             now.row_size(256) / then.row_size(256)
             for now, then in ((own.type_k, kind.type_k), (own.type_v, kind.type_v))
         )
-        return int(cache * scale * (pick(1.0, own.n_ubatch / kind.n_ubatch) if self._has_window else 1.0))
+        return int(cache * scale * (pick(1.0, own.n_ubatch / kind.n_ubatch) if self.has_window else 1.0))
 
     def exact(self, setting: Setting) -> list[DeviceMemory] | None:
         """Return the memory of a setting as the scheduler reserves it; None if it cannot be planned at all.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from html import escape
 
+from ..foresight import Speed
 from ..viz.page import html_page
 from .answer import Advice, Recommendation
 
@@ -71,6 +72,8 @@ def page_html(advice: Advice) -> str:
         ("Memory and answer", "GiB on devices", "answer tokens/s", [(p[0], p[2]) for p in points]),
         ("Prompt and answer", "prompt tokens/s", "answer tokens/s", [(p[1], p[2]) for p in points]),
     ]
+    if not any(p[0] for p in points):  # no card
+        del plots[:2]
     marks = ["plan" if flags in chosen else "cached" if "--moe-cache-mib" in flags else "" for *_, flags in points]
     title = f"Flags for {advice.model}"
     body = [
@@ -86,7 +89,7 @@ def page_html(advice: Advice) -> str:
             for name, x, y, at in plots
         )
         body.append(
-            f"<section><h2>{len(points)} setting{'s that fit' if len(points) > 1 else ' that fits'}</h2><p id=shown class=hint>Click a point to see its flags. Green: the recommendations above.{cached}</p>"
+            f"<section><h2>{len(points)} setting{'s that fit' if len(points) > 1 else ' that fits'}</h2><p id=shown class=hint>Click a point to see its flags. Green: the recommendations above.{cached} Speeds are those of the formulas that rank settings.</p>"
             f'<div class="plots">{shown}</div></section>'
         )
     helps = "".join(
@@ -112,7 +115,7 @@ def _plans(advice: Advice) -> str:
             for m in plan.memory
         )
         speeds = "".join(
-            f'<td class=n data-label="{label}">{_number(s.mid)}<br><small>{_number(s.low)} to {_number(s.high)}</small></td>'
+            f'<td class=n data-label="{label}">{"-" if plan.refused else _speed(s)}</td>'
             for label, s in (("prompt t/s", plan.pp_tps), ("answer t/s", plan.tg_tps))
         )
         rows.append(
@@ -132,6 +135,10 @@ def _command(line: str) -> str:
         else:
             words.append(word)
     return " ".join(f"<span class=w>{escape(w)}</span>" if len(w) < 32 else escape(w) for w in words)
+
+
+def _speed(speed: Speed) -> str:
+    return f"{_number(speed.mid)}<br><small>{_number(speed.low)} to {_number(speed.high)}</small>"
 
 
 def _number(speed: float) -> str:

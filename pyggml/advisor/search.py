@@ -63,7 +63,7 @@ class Search:
         self._generation: dict[tuple[object, ...], float] = {}
         self._prompt: dict[Setting, float] = {}
         self._scored: dict[Setting, Scored] = {}
-        #: The answer on the simulated machine and its hits in the expert cache, by `generation_key`.
+        #: The answer on the simulated machine and its hits in the expert cache, by `generation_key` and more.
         self.generated: dict[tuple[object, ...], tuple[SimulatedBatch, float | None]] = {}
         self._places: dict[tuple[object, ...], list[Placed]] = {}
         self._layer_s: LayerTimes = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +106,9 @@ class ModelFlags:
         from ..models.placement import PlacementFlags
 
         try:
-            shares = tuple(float(s) for s in self.tensor_split.split(",") if s)
+            shares = tuple(float(s) for s in re.split("[,/]", self.tensor_split) if s)
+            if not all(map(math.isfinite, shares)):
+                raise ValueError(self.tensor_split)
         except ValueError:
             raise click.UsageError(f"-ts {self.tensor_split}: shares are numbers, such as 3,1") from None
         return PlacementFlags(

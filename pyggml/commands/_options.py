@@ -5,6 +5,7 @@ A default given as ``shown`` is in the help; of another ``default``, the help sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,19 @@ def count(*names: str, least: int = 0, most: int | None = None, metavar: str | N
     return option(*names, type=click.IntRange(least, most), metavar=metavar, **more)
 
 
+class _Number(click.FloatRange):
+    """A number in a range; ``nan`` and ``inf`` are none."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value!r} is not a number.", param, ctx)
+
+
 def number(*names: str, most: float | None = None, **more: Any) -> Decorator:
     """Return an option of a number that is not negative."""
-    return option(*names, type=click.FloatRange(0, most), **more)
+    return option(*names, type=_Number(0, most), **more)
 
 
 def choice(*names: str, values: Sequence[str], **more: Any) -> Decorator:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import cloup
+from click.core import ParameterSource
 
 from ..files import aside
 from ._cache_options import cache_options, stated_routing
@@ -39,6 +41,13 @@ Examples:
 
 #: Options of llama.cpp that load something beside the model.
 _BESIDE = ("-md", "--model-draft", "--spec-draft-model", "-mm", "--mmproj")
+#: Those that name the model.
+_MODEL = ("-m", "--model", "-hf", "-hfr", "--hf-repo")
+#: Options of `splits` that a row of a plan cannot have of its own, and the value that all rows have.
+_NOT_COMPARED = {
+    "device": None, "split_mode": "layer", "main_gpu": 0, "swa_full": False, "n_seq_max": 1, "kv_unified": False,
+    "expert_copy": "used", "prefetcher": None, "prefetch_fit": None, "peer_mib": None, "offload_by": "rows",
+}  # fmt: skip
 
 
 class _PlanCommand(cloup.Command):
@@ -51,15 +60,19 @@ class _PlanCommand(cloup.Command):
             if word[:1] == "-" and word.partition("=")[0] not in own and before not in ("--explain", "--compare"):
                 from ..advisor import flag_name
 
-                if word.partition("=")[0] in _BESIDE:
-                    raise click.UsageError(
-                        f"{word}: a plan does not count it; keep its memory free with --margin GiB (`pyggml splits {word} ...` counts it)",
-                        ctx,
-                    )
+                _refuse_beside(word, ctx)
                 if flag := flag_name(word.partition("=")[0]):
                     hint = "--kv-types T,T allows types" if "-ct" in flag else f'--compare "{word} ..." adds a row'
                     raise click.UsageError(f"{word}: a plan chooses {flag} ({hint}, --explain {flag} says why)", ctx)
         return super().parse_args(ctx, args)
+
+
+def _refuse_beside(word: str, ctx: click.Context | None = None) -> None:
+    if word.partition("=")[0] in _BESIDE:
+        raise click.UsageError(
+            f"{word}: a plan does not count it; keep its memory free with --margin GiB (`pyggml splits {word} ...` counts it)",
+            ctx,
+        )
 
 
 @cloup.command("plan", epilog=EXAMPLES, cls=_PlanCommand)
@@ -134,7 +147,7 @@ def command(
     if model is None:
         raise click.UsageError("Missing argument 'MODEL': a GGUF file, or a name from `pyggml models`.")
     check_outputs(model, html)
-    own = [_setting(text) for text in compare]
+    own = [_setting(text, n_ctx=context) for text in compare]
     with progress() as bar:
         task = bar.add_task("starting", total=None)
         advice = plan(
@@ -191,8 +204,11 @@ def _print_explanation(told: Explanation) -> None:
     out.print(told.verdict)
 
 
-def _setting(text: str) -> Setting:
-    """Return the setting that a user's flags describe."""
+def _setting(text: str, *, n_ctx: int = 0) -> Setting:
+    """Return the setting that a user's flags, or a line of llama-server, describe.
+
+    What a row cannot have of its own, such as another context than the plan's, is refused.
+    """
     import shlex
 
     from ..foresight import Setting
@@ -211,8 +227,16 @@ def _setting(text: str) -> Setting:
     try:
         words = shlex.shlex(text.replace("\\\n", " "), posix=True, punctuation_chars="")
         words.whitespace_split, words.escape, words.commenters = True, "", ""  # a pattern's backslashes stay
-        with read.make_context("--compare", list(words)) as ctx:
+        with read.make_context("--compare", _without_model(words)) as ctx:
+            for name, value in _NOT_COMPARED.items():
+                if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE and ctx.params[name] != value:
+                    option = next(param.opts[0] for param in read.params if param.name == name)
+                    raise click.UsageError(f"{option} is the same for all rows (`pyggml splits` takes it)")
             read.invoke(ctx)
+        if found[0][0].n_ctx not in (0, n_ctx):
+            raise click.UsageError(
+                f"the plan's context is {n_ctx} (--context {found[0][0].n_ctx} plans with the other)"
+            )
     except (click.ClickException, ValueError) as error:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
         raise click.UsageError(f"--compare {text!r}: {reason}") from None
@@ -222,13 +246,31 @@ def _setting(text: str) -> Setting:
     placement, made = flags.placement(), flags.context()
     if placement.fit:
         raise click.UsageError(f"--compare {text!r}: a number of layers is compared, not -ngl auto")
+    overrides, n_cpu_moe = placement.overrides, 0
+    if overrides and overrides[-1].startswith(
+        "--n-cpu-moe "
+    ):  # after patterns it is a number, as in a plan's own settings
+        overrides, n_cpu_moe = overrides[:-1], int(overrides[-1].split()[1])
     return Setting(
-        n_gpu_layers=placement.n_gpu_layers, overrides=placement.overrides, n_cpu_moe=placement.n_cpu_moe,
+        n_gpu_layers=placement.n_gpu_layers, overrides=overrides, n_cpu_moe=n_cpu_moe,
         tensor_split=placement.tensor_split, n_ubatch=made.n_ubatch, n_batch=made.n_batch, threads=flags.threads or 0, flash_attn=made.flash_attn != "off", type_k=Type.of(made.type_k),
         type_v=Type.of(made.type_v), is_pinned=not placement.use_mmap, kv_offload=made.offload_kqv,
         op_offload=made.op_offload, moe_cache_mib=0 if cache is None else cache.size_bytes >> 20,
         moe_cache_misses="copy" if cache is None else cache.misses,
     )  # fmt: skip
+
+
+def _without_model(words: Iterable[str]) -> list[str]:
+    """Return the words of a command line without its program and model."""
+    made: list[str] = []
+    given = iter(words)
+    for i, word in enumerate(given):
+        _refuse_beside(word)
+        if word in _MODEL:
+            next(given, None)
+        elif not (i == 0 and Path(word).name.startswith("llama-")) and word.partition("=")[0] not in _MODEL:
+            made.append(word)
+    return made
 
 
 # -- JSON ------------------------------------------------------------------------

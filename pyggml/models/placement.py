@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -319,9 +320,9 @@ def check_shares(flags: PlacementFlags, devices: Sequence[Device]) -> None:
     Raises
     ------
     GraphError
-        There are more shares than devices, or one is negative.
+        There are more shares than devices, or one is negative or infinite.
     """
-    if devices and (len(flags.tensor_split) > len(devices) or any(s < 0 for s in flags.tensor_split)):
+    if devices and (len(flags.tensor_split) > len(devices) or not all(0 <= s < math.inf for s in flags.tensor_split)):
         names = ", ".join(d.name for d in devices)
         raise GraphError(
             f"-ts {','.join(f'{s:g}' for s in flags.tensor_split)} does not fit {names}",

@@ -268,6 +268,7 @@ def test_nothing_fits_is_told_with_what_is_missing() -> None:
     assert answer["plans"] == []
     assert answer["missing_bytes"] > 1 << 30
     assert answer["smaller"].startswith("llama-3.3-70b:")
+    assert plan("deepseek-r1", devices="rtx3060", host=HOST).nothing_fits.endswith("No other quantisation would fit.")
 
 
 def test_what_is_missing_is_of_the_smallest_setting_with_its_cache() -> None:
@@ -287,6 +288,8 @@ def test_what_is_missing_is_of_the_smallest_setting_with_its_cache() -> None:
         ({"routing": "unifrm"}, "unifrm"),
         ({"compare": ["-ngl 1"]}, "is no Setting"),
         ({"compare": "-ngl 1"}, "is no Setting"),
+        ({"compare": [Setting(tensor_split=(1.0, 1.0))]}, "-ts 1,1 does not fit"),
+        ({"compare": [Setting(tensor_split=(float("nan"),))]}, "-ts nan does not fit"),
         ({"n_plans": 0}, "at least 1 plan"),
         ({"margin_bytes": -1}, "at least 1 plan"),
         ({"margin_bytes": 30 << 30}, "leaves nothing of rtx3060"),
@@ -443,6 +446,9 @@ def test_page_shows_every_point(tmp_path: Path) -> None:
     assert page.count("<circle") == 3 * len(advice.points) > 30
     assert all(" ".join(p.flags[:4]) in page for p in advice.plans)
     assert "<b>model" not in page
+    on_cpu = page_html(plan("qwen3-0.6b", devices="cpu", host=HOST))
+    assert on_cpu.count("<svg") == on_cpu.count('<circle class="plan"') == 1
+    assert "GiB on devices</text>" not in on_cpu
 
 
 @pytest.mark.slow
@@ -479,8 +485,8 @@ def test_without_llama_the_rule_of_pyggml_answers_for_fit(monkeypatch: pytest.Mo
 )
 def test_flags_fed_back_to_splits_give_the_same_times(model: str, device: str, threads: int) -> None:
     """`splits` with a plan's flags finds the plan's speeds and their ranges, of every plan and row that is printed."""
-    own = f"-ngl 9 -ub 256 --no-mmap -t {threads}"
-    answer = run(model, "--device", device, "-c", "4096", "--prompt", "1024", "--plans", "1", "--compare", own)
+    own = [w for ub in (256, 1024) for w in ("--compare", f"-ngl 9 -ub {ub} --no-mmap -t {threads}")]
+    answer = run(model, "--device", device, "-c", "4096", "--prompt", "1024", "--plans", "1", *own)
     for made in [*answer["plans"], *answer["compared"], answer["fit"]]:
         line = ["splits", model, "-dev", f"{device},cpu", "--host", HOST, *made["flags"], "-o", "json"]
         for speed, size, depth in ((made["pp_tps"], 1024, 0), (made["tg_tps"], 1, 1024 + 128)):

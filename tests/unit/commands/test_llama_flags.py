@@ -10,7 +10,9 @@ import click
 import pytest
 
 from pyggml import cli
+from pyggml.advisor import plan
 from pyggml.commands._llama_flags import WITHOUT_EFFECT, translate
+from pyggml.commands.plan import _setting
 
 MODEL = "qwen3-0.6b"
 OWN = {
@@ -93,6 +95,16 @@ def test_a_server_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     seen = capsys.readouterr()
     assert json.loads(seen.out)["context"]["n_ctx"] == 512
     assert " ".join(seen.err.split()) == "Warning: no effect in pyggml: --host 0.0.0.0, --jinja"
+
+
+def test_a_plans_own_line_can_be_compared() -> None:
+    """Each llama-server line that a plan prints is read back as the setting that it was made from."""
+    advice = plan("gpt-oss-20b", devices="rtx3060", host="ddr4-3200x2,cores=8,64GiB", context=4096, n_plans=3)
+    assert any(made.setting.n_cpu_moe for made in advice.shown)
+    assert any(made.setting.overrides for made in advice.shown)
+    for made in advice.shown:
+        if made.is_of_llama:
+            assert _setting(made.command, n_ctx=4096) == made.setting
 
 
 def test_a_stated_host_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,17 @@ MISTAKES = {
     "chosen": ("plan gpt-oss-20b -dev rtx3060 -ctk q8_0", 2, "-ctk: a plan chooses -ctk", "--kv-types"),
     "chosen, too": ("plan gpt-oss-20b -dev rtx3060 -ncmoe 3", 2, "a plan chooses -ncmoe", '--compare "-ncmoe ..."'),
     "compared": ("plan gpt-oss-20b -dev rtx3060 --compare '-ot (=CPU'", 1, "-ot: '('", "escape dots and brackets"),
+    "compared context": (
+        "plan gpt-oss-20b -dev rtx3060 --compare '-c 512'",
+        2,
+        "the plan's context is 8192",
+        "--context 512",
+    ),
+    "compared slots": ("plan gpt-oss-20b -dev rtx3060 --compare '-np 4'", 2, "-np is the same for all rows", "splits"),
+    "compared draft": ("plan gpt-oss-20b -dev rtx3060 --compare '-md a.gguf'", 2, "does not count it", "--margin GiB"),
+    "shares": ("plan gpt-oss-20b -dev rtx3060 --compare '-ts 3,1'", 1, "-ts 3,1 does not fit", "one share for each"),
+    "infinite shares": ("plan gpt-oss-20b -dev rtx3060 --compare '-ts inf,1'", 2, "-ts inf,1", "such as 3,1"),
+    "infinite margin": ("plan gpt-oss-20b -dev rtx3060 --margin inf", 2, "'--margin'", "'inf' is not a number"),
     "damaged": ("splits DAMAGED", 1, "at byte", "download it again"),
     "extra": ("splits MODEL -dev libggml:CPU,cpu", 1, "no ggml library is installed", "pip install 'libggml-python"),
 }
