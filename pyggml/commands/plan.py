@@ -247,9 +247,8 @@ def _setting(text: str, *, n_ctx: int = 0) -> Setting:
     if placement.fit:
         raise click.UsageError(f"--compare {text!r}: a number of layers is compared, not -ngl auto")
     overrides, n_cpu_moe = placement.overrides, 0
-    if overrides and overrides[-1].startswith(
-        "--n-cpu-moe "
-    ):  # after patterns it is a number, as in a plan's own settings
+    # after all patterns -ncmoe is a number, as in a plan's own settings
+    if overrides and overrides[-1].startswith("--n-cpu-moe "):
         overrides, n_cpu_moe = overrides[:-1], int(overrides[-1].split()[1])
     return Setting(
         n_gpu_layers=placement.n_gpu_layers, overrides=overrides, n_cpu_moe=n_cpu_moe,
@@ -319,7 +318,7 @@ def as_dict(advice: Advice) -> dict[str, Any]:
         "explained": None if advice.explained is None else asdict(advice.explained),
         "offload_pays_from_tokens": advice.pays_from,
         "missing_bytes": advice.missing_bytes,
-        "smaller": advice.smaller,
+        "smaller": advice.smaller or "",
         "seconds": advice.seconds,
         "tried": advice.tried,
         "planned": advice.n_planned,
