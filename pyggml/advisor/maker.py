@@ -15,7 +15,7 @@ from .answer import Advice, Recommendation
 from .limits import bottleneck
 from .search import Scored, Search, without_cache
 from .settings import command, flags_of, ik_flags_of, with_llama_names
-from .shares import filling
+from .shares import filling, with_cache
 
 __all__ = ["BEST", "Maker"]
 
@@ -43,6 +43,7 @@ class Maker:
     def __init__(self, search: Search, model: str, splits: list[str], advice: Advice) -> None:
         self.search, self.model, self.splits, self.advice = search, model, splits, advice
         self._times: dict[Setting, _Times] = {}  # of settings that were carried out
+        self._cached: list[Scored] = []  # those with an expert cache
 
     def best_plans(
         self,
@@ -73,7 +74,10 @@ class Maker:
         plans = [self.make(BEST, best)]
         tell("what llama.cpp's --fit chooses")
         self._with_fit(plans, [*around_fit(), *filling(search, best.setting)], tell)
-        self._with_cache(plans, [s for s in every if s.setting.type_k is best.setting.type_k], tell)
+        cached = [s for s in every if s.setting.moe_cache_mib and s.setting.type_k is best.setting.type_k]
+        cached += map(search.score, with_cache(search, best.setting))
+        self._cached = sorted(cached, key=lambda s: _step(s.seconds))
+        self._with_cache(plans, tell)
         first = plans[0]
         wanted: list[tuple[str, list[Scored], Callable[[Recommendation], bool]]] = [
             (
@@ -130,17 +134,18 @@ class Maker:
         if found.seconds * _NOTEWORTHY_TIME >= best.seconds:  # what gains less stays with its plainer flags
             found = next((p for p in rivals if p is self.advice.fit and p.fits), best)
         if found.seconds < best.seconds:
-            shown_below = self.advice.fit is not None and _is_same(self.advice.fit.setting, best.setting)
-            plans[:] = [replace(found, title=BEST), *([] if shown_below else [replace(best, title="next best")])]
+            second = min((p for p in [best, *rivals] if p.fits and p is not found), key=lambda p: p.seconds)
+            shown_below = self.advice.fit is not None and _is_same(self.advice.fit.setting, second.setting)
+            plans[:] = [replace(found, title=BEST), *([] if shown_below else [replace(second, title="next best")])]
 
-    def _with_cache(self, plans: list[Recommendation], ranked: list[Scored], tell: Callable[[str], None]) -> None:
+    def _with_cache(self, plans: list[Recommendation], tell: Callable[[str], None]) -> None:
         """Put the best setting with an expert cache first, if it is noteworthily faster on the simulated machine.
 
         No other is shown: each takes a second to carry out, and not every llama.cpp has the flag.
         """
         without = plans[0]
         limit = _NEAR * without.seconds
-        near = (s for s in ranked if s.setting.moe_cache_mib and s.seconds <= _NEAR * limit)  # before it is filled
+        near = (s for s in self._cached if s.seconds <= _NEAR * limit)  # before it is filled
         found = next(self.search.best(near), None)
         if found is None:
             return
@@ -158,7 +163,8 @@ class Maker:
         llama.cpp has no such flag, so it is no plan.
         """
         first, search = self.advice.plans[0], self.search
-        asked = (s for s in settings if s.moe_cache_mib and s.is_pinned and s.type_k is first.setting.type_k)
+        every = dict.fromkeys([*settings, *(s.setting for s in self._cached)])
+        asked = (s for s in every if s.moe_cache_mib and s.is_pinned and s.type_k is first.setting.type_k)
         ranked = search.ranked((replace(s, moe_cache_misses="cpu") for s in asked), lambda s: _step(s.seconds))
         faster = [s for s in ranked if s.seconds * _NOTEWORTHY <= first.seconds]
         if not faster or search.memory.exact(without_cache(faster[0].setting)) is None:

@@ -117,6 +117,7 @@ class MemoryModel:
         self._at: tuple[object, ...] = ()
         self._weights: dict[tuple[object, ...], list[int]] = {}
         self._devices: dict[tuple[object, ...], list[int]] = {}
+        self._cached: dict[tuple[object, ...], list[int]] = {}
         self._n_layers_on: dict[tuple[object, ...], list[int]] = {}
 
     @property
@@ -164,13 +165,31 @@ class MemoryModel:
         return list(map(sum, parts))
 
     def _slots_of(self, setting: Setting) -> list[int]:
-        """Return the bytes of the expert cache on each device, then on the host: all of its budget."""
+        """Return the bytes of the expert cache on each device, then on the host: all of its budget, where layers have host experts."""
         out = [0] * len(self.backends)
         if setting.moe_cache_mib:
             shares = setting.tensor_split if any(setting.tensor_split) else self._sizes
-            for i, share in enumerate(shares):
-                out[i] = int((setting.moe_cache_mib << 20) * share / sum(shares))
+            cached = self._cached_on(setting)
+            total = sum(shares[i] for i in cached)
+            for i in cached:
+                out[i] = int((setting.moe_cache_mib << 20) * shares[i] / total)
         return out
+
+    def _cached_on(self, setting: Setting) -> list[int]:
+        """Return the devices with layers whose experts are on the host."""
+        key = place_key(setting)
+        if key not in self._cached:
+            layers = enumerate(zip(self._devices_of(setting), self._experts, strict=False))
+            self._cached[key] = sorted({d for i, (d, n) in layers if n and d >= 0 and has_host_experts(i, d, setting)})
+        return self._cached[key]
+
+    def spare_for_slots(self, setting: Setting, taken: Sequence[DeviceMemory]) -> int:
+        """Return how many more bytes the expert cache of a setting may have, whose memory is ``taken``; below 0 that it has too many."""
+        shares = setting.tensor_split if any(setting.tensor_split) else self._sizes
+        cached = self._cached_on(setting)
+        total = sum(shares[i] for i in cached)
+        spare = ((taken[i].of_bytes - taken[i].margin_bytes - taken[i].bytes) * total / shares[i] for i in cached)
+        return int(min(spare, default=0))
 
     def _cache_of(self, setting: Setting, total: int) -> list[int]:
         """Return the bytes of the KV cache on each device, then on the host: layers have equal parts."""

@@ -158,9 +158,9 @@ class Search:
     def filled(self, scored: Scored) -> Scored:
         """Return a setting with an expert cache that takes what is left of the devices' memory, if that is faster."""
         setting, taken = scored.setting, self.memory.exact(scored.setting)
-        if taken is None or len(taken) != 2:
+        if taken is None:
             return scored
-        left = taken[0].of_bytes - taken[0].margin_bytes - taken[0].bytes
+        left = self.memory.spare_for_slots(setting, taken)
         more = self.score(replace(setting, moe_cache_mib=setting.moe_cache_mib + (left >> 20)))
         filled = self.memory.exact(more.setting) if more.seconds < scored.seconds else None
         return more if filled is not None and all(d.fits for d in filled) else scored

@@ -82,8 +82,8 @@ class Space:
         Layers from the last whose experts are on the host (``-ot``); never beside layers from the first. With one
         device both ends are alike.
     moe_cache_mib : tuple of int
-        Sizes of the expert cache. One is tried with experts on the host and all else on devices, as far as llama.cpp
-        caches: not with shares of cards or experts from the last layers.
+        Sizes of the expert cache. One is tried with experts on the host and all else on devices; with shares of cards by
+        `shares.with_cache`.
     """
 
     n_gpu_layers: tuple[int, ...] = (-1,)

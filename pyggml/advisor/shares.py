@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..foresight import Setting
@@ -11,7 +11,7 @@ from ..models.placement import DENSE_FFN
 from .search import Search
 from .settings import DEFAULT_BATCH, last_experts
 
-__all__ = ["filling"]
+__all__ = ["filling", "with_cache"]
 
 #: What a first guess leaves on each card for compute buffers.
 _GUESS_BYTES = 1 << 30
@@ -38,10 +38,54 @@ def filling(search: Search, like: Setting) -> Iterator[Setting]:
         yield from _on_fewer(search, like)
         return
     for n_ubatch in {like.n_ubatch, DEFAULT_BATCH}:
-        for rest in (0, n_cards - 1):
-            found = _fill(search, replace(like, n_ubatch=n_ubatch), rest)
+        for rest, others in _divisions(search):
+            found = _fill(search, replace(like, n_ubatch=n_ubatch), rest, others)
             if found is not None:
                 yield found
+
+
+def with_cache(search: Search, like: Setting) -> Iterator[Setting]:
+    """Yield settings like one with experts on the host, in which an expert cache takes what is left of one card.
+
+    That card has all layers with host experts, and the others whole ones or none.
+    """
+    memory = search.memory
+    if len(search.machine.cards) < 2 or not (like.n_cpu_moe or like.overrides) or like.n_gpu_layers >= 0:
+        return
+    for rest, others in _divisions(search):
+        full = _fill(search, like, rest, others)
+        if full is None:
+            continue
+        shares = full.tensor_split
+        most = int(shares[rest]) - (not any(shares[rest + 1 :]))  # the last card has the output
+        if memory.exact(_on_host(search, like, shares, rest, most)) is None:
+            continue
+        found: list[Setting] = []
+        for n_host in range(1, most + 1):
+            setting = _on_host(search, like, shares, rest, n_host)
+            taken = memory.estimate(setting)
+            if taken is not None and (left := memory.spare_for_slots(setting, taken) >> 20) > 0:
+                found.append(replace(setting, moe_cache_mib=left))
+        yield from sorted(found, key=lambda s: search.score(s).seconds)[:1]
+
+
+def _divisions(search: Search) -> Iterator[tuple[int, list[int]]]:
+    """Yield the card that takes layers with host experts, the first or the last of those in use, and the others that take whole layers."""
+    cards = search.machine.cards
+    for slowest in [0.0, *sorted({card.bytes_per_s for card in cards})[:-1]]:
+        kept = [i for i, card in enumerate(cards) if card.bytes_per_s > slowest]
+        for rest in dict.fromkeys((kept[0], kept[-1])):
+            yield rest, [i for i in kept if i != rest]
+
+
+def _on_host(search: Search, like: Setting, shares: Sequence[float], rest: int, n_host: int) -> Setting:
+    """Return a setting with shares in layers, and experts of so many layers of one card on the host."""
+    at_end = any(shares[:rest])
+    n_layer = search.memory.n_layer
+    return replace(
+        like, tensor_split=tuple(map(float, shares)), n_cpu_moe=0 if at_end else n_host,
+        overrides=(last_experts(n_host, n_layer),) if at_end and n_host else (),
+    )  # fmt: skip
 
 
 def _on_fewer(search: Search, like: Setting) -> Iterator[Setting]:
@@ -81,31 +125,23 @@ def _with_attention_on_card(search: Search, like: Setting) -> Iterator[Setting]:
     yield from sorted(found, key=lambda s: search.score(s).seconds)[:1]
 
 
-def _fill(search: Search, like: Setting, rest: int) -> Setting | None:
+def _fill(search: Search, like: Setting, rest: int, others: list[int]) -> Setting | None:
     """Return the fastest guess that fits; None if none does.
 
     Parameters
     ----------
     rest : int
-        The card that takes the layers that have no place on the others: the first or the last.
+        The card that takes the layers that have no place on the others, which are all before it or all behind it.
     """
     memory, n_layer = search.memory, search.memory.n_layer
     cards = [card.memory_bytes for card in search.machine.cards]
-    others = [i for i in range(len(cards)) if i != rest]
     shape = search.shape.layers
     expert = max(layer.expert_bytes for layer in shape)
     other = max(layer.other_bytes for layer in shape) + memory.kv_bytes(like) // n_layer
     whole = expert + other
 
-    def setting(shares: list[int], n_host: int) -> Setting:
-        at_end = rest > 0
-        return replace(
-            like, tensor_split=tuple(map(float, shares)), n_cpu_moe=0 if at_end else n_host,
-            overrides=(last_experts(n_host, n_layer),) if at_end and n_host else (),
-        )  # fmt: skip
-
     room = [size - memory.margin_bytes - _GUESS_BYTES for size in cards]
-    shares = [max(n // whole, 0) for n in room]
+    shares = [max(n // whole, 0) if i in others else 0 for i, n in enumerate(room)]
     shares[rest] = n_layer + 1 - sum(shares[i] for i in others)
     n_host = shares[rest] - max(room[rest] - shares[rest] * other, 0) // expert
     fitting: list[Setting] = []
@@ -114,7 +150,7 @@ def _fill(search: Search, like: Setting, rest: int) -> Setting | None:
         n_host = min(max(n_host, 0), n_layer)
         if shares[rest] < 1:
             break
-        guess = setting(shares, n_host)
+        guess = _on_host(search, like, shares, rest, n_host)
         taken = None if guess in seen else memory.exact(guess)
         if taken is None:
             break

@@ -280,12 +280,15 @@ def _micro_batch_s(
             seconds = known[key] = _layer_s(clock, model, m, s, p, n, n_kv, offloads=offloads, missed=missed)
         total += p.count * seconds
     on_host = not m.cards or s.no_gpu or s.n_gpu_layers == 0
-    output = ("output", on_host, s.threads, s.backend)
+    cards = {p.device for p in placed if p.device >= 0}
+    output = ("output", on_host, max(cards, default=-1), s.threads, s.backend)
     if output not in known:
-        known[output] = clock.cpu_output_s(model, m.host) if on_host else clock.output_s(model, m.cards[-1], s.backend)
+        known[output] = (
+            clock.cpu_output_s(model, m.host) if on_host else clock.output_s(model, m.cards[output[2]], s.backend)
+        )
     total += known[output]
-    if len(m.cards) > 1 and not _shares_layers(m, s):
-        total += (len(m.cards) - 1) * (50e-6 + 4.0 * n * model.n_embd / 10e9)
+    if len(cards) > 1 and not _shares_layers(m, s):
+        total += (len(cards) - 1) * (50e-6 + 4.0 * n * model.n_embd / 10e9)
     return total
 
 
@@ -301,23 +304,27 @@ def _layer_s(
     if p.device < 0 and not offloads:
         return clock.cpu_layer_s(p.layer, n, n_kv, model, m.host, kv_bytes)
     card = m.cards[i]
-    layer = p.layer
+
+    def on(card: Card, layer: Layer, *, experts: bool) -> float:
+        return clock.layer_s(
+            layer, n, n_kv, model, card, experts=experts, kv_bytes=kv_bytes, flash=s.flash_attn, backend=s.backend,
+            attention=s.kv_offload or s.flash_attn, slow_host=m.host.isa == "neon",
+        )  # fmt: skip
+
     on_cpu = () if offloads else p.others_on_host
-    if on_cpu:
-        layer = replace(layer, products=tuple(x for x in layer.products if x not in on_cpu))
-    seconds = clock.layer_s(
-        layer,
-        n,
-        n_kv,
-        model,
-        card,
-        experts=not p.experts_on_host or offloads or missed >= 0,
-        kv_bytes=kv_bytes,
-        flash=s.flash_attn,
-        backend=s.backend,
-        attention=s.kv_offload or s.flash_attn,
-        slow_host=m.host.isa == "neon",
-    )
+    rest = p.layer
+    if p.others_on_host:
+        rest = replace(rest, products=tuple(x for x in rest.products if x not in p.others_on_host))
+    has_experts = not p.experts_on_host or missed >= 0
+    if offloads and p.has_host_weights:  # the first card computes what is copied
+        full_s = on(m.cards[0], p.layer, experts=True)
+        seconds = (
+            full_s
+            if i == 0
+            else on(card, rest, experts=has_experts) + full_s - on(m.cards[0], rest, experts=has_experts)
+        )
+    else:
+        seconds = on(card, rest, experts=has_experts)
     if _shares_layers(m, s):
         dense_s = clock.dense_s(p.layer, n, model, card, s.backend)
         seconds = _sharing_s(m, s, p, n, seconds, dense_s, model.n_embd)
@@ -330,10 +337,7 @@ def _layer_s(
         elif not s.kv_offload:
             seconds += m.rates.switch_s + clock.cpu_attention_s(p.layer.attention, n, n_kv, m.host, kv_bytes)
     if missed >= 0 and s.moe_cache_misses == "cpu":
-        alone_s = clock.layer_s(
-            layer, n, n_kv, model, card, experts=False, kv_bytes=kv_bytes, flash=s.flash_attn, backend=s.backend,
-            attention=s.kv_offload or s.flash_attn, slow_host=m.host.isa == "neon",
-        )  # fmt: skip
+        alone_s = on(card, rest, experts=False)
         seconds = _sides_s(clock, model, m, s, p, missed, alone_s, seconds - alone_s)
     elif missed >= 0:
         seconds += _uploads_s(model, m, s, p, missed)
@@ -416,7 +420,7 @@ def _uploads_s(model: ModelShape, m: Machine, s: Setting, p: Placed, misses: flo
     -----
     Biases of experts stay in host memory: the CPU adds them, after each product.
     """
-    link = m.links[0]
+    link = m.links[p.device]
     rate = link.bytes_per_s if s.is_pinned else min(link.bytes_per_s, pageable_rate(m.host, m.rates))
     n_weights = sum(x.is_expert for x in p.layer.products)
     n_switches = n_weights if model.has_expert_biases else 1
@@ -440,7 +444,7 @@ def _sides_s(
     the limit, and a quarter of the other is not hidden: as much as the simulated machine shows, where tokens miss unevenly.
     """
     share = misses / model.n_used
-    link = m.links[0]
+    link = m.links[p.device]
     cpu_s = clock.cpu_products_s((x for x in p.layer.products if x.is_expert), 1, model, m.host)
     computed = alone_s + max((1.0 - share) * experts_s, share * cpu_s) + m.rates.switch_s + 4.0 * link.latency_s
     uploaded = _uploads_s(model, m, s, p, misses) - m.rates.switch_s

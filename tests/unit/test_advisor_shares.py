@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -35,7 +36,10 @@ def test_no_card_has_room_for_another_layer(cards: str) -> None:
         for setting in found:
             *on_cards, host = memory.exact(setting) or []
             assert host.fits
-            assert all(0 <= d.of_bytes - d.margin_bytes - d.bytes < 1.1 * whole for d in on_cards), setting
+            spare = [
+                d.of_bytes - d.margin_bytes - d.bytes for d, n in zip(on_cards, setting.tensor_split, strict=True) if n
+            ]
+            assert all(0 <= n < 1.1 * whole for n in spare), setting
         memory.close()
 
 
@@ -80,3 +84,33 @@ def test_experts_of_the_last_layers_are_named_in_few_letters() -> None:
     assert text == r"blk\.(1[7-9]|[2-8][0-9]|9[0-3])\.ffn_(up|down|gate|gate_up)_exps=CPU"
     assert is_experts_only(Setting(overrides=(text,)))
     assert not is_experts_only(Setting(overrides=(text.replace("_exps", ""),)))
+
+
+def test_an_expert_cache_is_tried_beside_a_full_card() -> None:
+    """The second card has whole layers, and what is left of the first is a cache: faster than the first alone, and it fits."""
+    one, two = (
+        plan("gpt-oss-20b", devices=cards, host=HOST, context=4096, n_plans=2).plans
+        for cards in ("rtx4090-6GiB", "rtx4090-6GiB,rtx3060-3GiB")
+    )
+    best = two[0]
+    assert best.setting.moe_cache_mib
+    assert best.setting.tensor_split
+    assert best.fits
+    assert best.seconds < min(one[0].seconds, 0.97 * two[1].seconds)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_cache_is_only_on_cards_with_host_experts(at_end: bool) -> None:
+    """The estimate of a cache's memory is what the scheduler plans: the card with whole layers has no part of it."""
+    backends, machine = open_machine("rtx3060-6GiB,rtx3060-6GiB", HOST)
+    with GGUFFile.open(header_path("gpt-oss-20b")) as file:
+        memory = MemoryModel(file, backends, 4096, host=machine.host, margin_bytes=MARGIN_BYTES)
+        shares = (5.0, 20.0) if at_end else (19.0, 6.0)
+        plain = Setting(tensor_split=shares, n_cpu_moe=0 if at_end else 15, overrides=(last_experts(15, 24),) * at_end)
+        memory.exact(plain)
+        cached = replace(plain, moe_cache_mib=1500)
+        told = memory.estimate(cached)
+        for a, b, without in zip(told or [], memory.exact(cached) or [], memory.exact(plain) or [], strict=True):
+            assert a.bytes == pytest.approx(b.bytes, abs=48 << 20)
+            assert (b.bytes > without.bytes + (1400 << 20)) == (a.device == f"SIM{int(at_end)}")
+        memory.close()
