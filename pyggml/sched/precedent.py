@@ -1,7 +1,7 @@
 """`Precedents`: how graphs were assigned and cut before, for graphs of the same structure.
 
-Passes 1 to 5 depend on a graph's structure, on the memory that its tensors already have, and on the backends' answers
-about its nodes. If a new graph has the structure of an earlier one, backends are only asked about nodes with another
+Passes 1 to 5 depend on a graph's structure, on its pins, on the memory that its tensors already have, and on the backends'
+answers about its nodes. If a new graph has the structure of an earlier one, backends are only asked about nodes with another
 shape or other parameters. If all answers are equal, so are assignment and cut. The rules themselves are only in
 `assign` and `split`.
 """
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Precedent", "Precedents"]
 
-#: Most kept graphs; a session has one for prompts and one for single tokens, each in up to two lengths.
-N_KEPT = 4
+#: Most kept graphs: of prompts and of single tokens, each of some lengths, with and without pins.
+N_KEPT = 8
 
 #: The offload rule, and each backend's `supports_op`.
 _Rules = tuple[Any, ...]
@@ -39,7 +39,7 @@ _Rules = tuple[Any, ...]
 class _Shape:
     """The facts of a graph that determine passes 1 to 5: first with its tensors, leafs before nodes, later without."""
 
-    __slots__ = ("kinds", "layouts", "n_leafs", "n_sources", "pick", "roots", "sources", "tensors")
+    __slots__ = ("has_own_pins", "kinds", "layouts", "n_leafs", "n_sources", "pick", "roots", "sources", "tensors")
 
     tensors: list[Tensor]
     sources: list[Any]  #: of all tensors: tensors, later their positions, -1 for None
@@ -51,7 +51,7 @@ class _Shape:
     kinds: list[list[Any]]  #: fields that the passes read, by tensor
     layouts: list[list[Any]]  #: fields that only backends read, by tensor
 
-    def __init__(self, graph: Graph, users: BufferUsers, *, by_kind: bool) -> None:
+    def __init__(self, graph: Graph, pins: dict[Tensor, int], users: BufferUsers, *, by_kind: bool) -> None:
         self.n_leafs = len(graph.leafs)
         self.tensors = tensors = [*graph.leafs, *graph.nodes]
         sources = [t.src for t in tensors]  # a list of one field is made twice as fast as with an attrgetter
@@ -65,6 +65,11 @@ class _Shape:
             memory[b] = b and (type(b), b.buft, b.usage, b.is_writable)
         # what the passes read
         self.kinds = [[t.op for t in tensors], [t.flags for t in tensors], list(map(places.__getitem__, buffers))]
+        self.has_own_pins = True  #: whether all that is pinned is in the graph
+        if pins:
+            pinned = list(map(pins.get, tensors))
+            self.kinds.append(pinned)
+            self.has_own_pins = len(pinned) - pinned.count(None) == len(pins)
         # what only backends read, when they are asked about a node or its sources
         self.layouts = [
             [t._op_params for t in tensors],
@@ -186,7 +191,7 @@ class Precedent:
         if not is_alike:
             made._alike = None
         shape.tensors, shape.sources, shape.roots = [], self.shape.sources, self.shape.roots
-        shape.pick = self.shape.pick
+        shape.pick, shape.kinds, shape.n_sources = self.shape.pick, self.shape.kinds, self.shape.n_sources
         made.shape = shape
         return made
 
@@ -274,9 +279,12 @@ class Precedents:
         checks = machine.op_checks
         rules: _Rules = (offload, *checks)
         shape = found = None
-        if cutter.n_copies == 1 and not asg.ids:
-            shape = _Shape(graph, machine.users, by_kind=all(map(is_answered_by_kind, checks)))
-            found = self._find(shape, cutter, rules)
+        if cutter.n_copies == 1 and all(cause is Cause.USER for cause in asg.causes.values()):
+            shape = _Shape(graph, asg.ids, machine.users, by_kind=all(map(is_answered_by_kind, checks)))
+            if shape.has_own_pins:
+                found = self._find(shape, cutter, rules)
+            else:
+                shape = None
         if found is not None:
             del shape  # so that the garbage collector has less to visit
             _follow(found, graph, cutter)

@@ -170,16 +170,36 @@ def test_a_device_that_goes_by_names_is_asked_about_names(monkeypatch: pytest.Mo
     assert bench.causes(bench.graph(64, name="not here"))[-1][1] == "1.wgt0"
 
 
-def test_pins_are_for_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph with pins follows nothing, and nothing follows it."""
+def test_a_graph_follows_one_with_the_same_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pins are part of what a graph has: only one with the same pins follows, and each pin is for one graph."""
     bench = Bench(monkeypatch)
+    pinned: list[tuple[str, int]] = []
+
+    def causes(*pins: tuple[str, int], n_token: int = 4) -> list[tuple[str, str]]:
+        graph = bench.graph(n_token)
+        bench.sched.reset()
+        for name, b in pins:
+            bench.sched.set_tensor_backend(graph[name], bench.sched.backends[b])
+        bench.sched.alloc_graph(graph)
+        found = [(bench.sched.tensor_backend(n), bench.sched.cause(n)) for n in graph.nodes]
+        pinned[:] = [
+            (n.name, b.name) for n, (b, c) in zip(graph.nodes, found, strict=True) if b and c is ggml.Cause.USER
+        ]
+        return [(b.name, c.value) for b, c in found if b is not None and c is not None]
+
     free = bench.causes(bench.graph(4))
-    graph = bench.graph(4)
-    bench.sched.reset()
-    bench.sched.set_tensor_backend(graph["active"], bench.sched.backends[1])
-    bench.sched.alloc_graph(graph)
-    assert bench.sched.cause(graph["active"]) is ggml.Cause.USER
+    on_cpu = causes(("active", 1))
+    assert pinned == [("active", "CPU")]
+    assert on_cpu != free
+    assert bench.n_passes == 2
+    assert causes(("active", 1), n_token=6) == on_cpu
+    assert pinned == [("active", "CPU")]
+    assert bench.n_passes == 2
+    assert causes(("active", 0)) != on_cpu
+    assert causes(("active", 1), ("first", 0)) != on_cpu
+    assert bench.n_passes == 4
     assert bench.causes(bench.graph(4)) == free
+    assert bench.n_passes == 4
 
 
 def test_a_larger_graph_is_laid_out_itself(monkeypatch: pytest.MonkeyPatch) -> None:
