@@ -7,7 +7,7 @@ from math import inf
 
 from ..foresight import Machine, Setting
 from ..hardware.formulas import pageable_rate
-from .memory import MemoryModel
+from .memory import DeviceMemory, MemoryModel
 from .search import Scored, Search
 from .settings import flags_of
 
@@ -15,6 +15,8 @@ __all__ = ["Help", "bottleneck", "helps"]
 
 #: A smaller share of the time is not worth a name.
 _NOTEWORTHY_SHARE = 0.04
+#: For less the scheduler is not asked whether a setting would have room.
+_NOTEWORTHY_GAIN = 1.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ def helps(search: Search, settings: list[Setting], best: Setting) -> list[Help]:
         where = "each device" if len(machine.cards) > 1 else "the device"
         changes.append((f"4 GiB more memory on {where}", machine, 4 << 30))
     found = []
-    missing = {s: _missing_bytes(search.memory, s) for s in settings if s.type_k is best.type_k}
+    memory = search.memory
+    missing = {s: _missing_bytes(memory, s) for s in settings if s.type_k is best.type_k}
     most = max(more for *_, more in changes)
     now = sorted((search.score(s) for s, n in missing.items() if n <= most), key=lambda s: s.seconds)
     for label, other, more in changes:
@@ -119,6 +122,15 @@ def helps(search: Search, settings: list[Setting], best: Setting) -> list[Help]:
             if missing[scored.setting] <= more:
                 made = again.score(scored.setting)
                 then = made if then is None or made.seconds < then.seconds else then
+        unsure = (s for s, n in missing.items() if more < n < inf and _missing(memory.at_least(s)) <= more)
+        for made in sorted(map(again.score, unsure), key=lambda s: s.seconds):
+            if then is not None and made.seconds * _NOTEWORTHY_GAIN >= then.seconds:
+                break
+            if memory.estimate(made.setting) is None:
+                memory.exact(made.setting)
+            if _missing_bytes(memory, made.setting) <= more:
+                then = made
+                break
         if again is not search:
             search.n_timed += again.n_timed
         if then is not None:
@@ -129,7 +141,9 @@ def helps(search: Search, settings: list[Setting], best: Setting) -> list[Help]:
 
 def _missing_bytes(memory: MemoryModel, setting: Setting) -> float:
     """Return how much more memory each device must have for a setting, by what is known of settings like it."""
-    taken = memory.estimate(setting) or memory.bound(setting, is_lower=False)
-    if taken is None or not taken[-1].fits:
-        return inf
-    return max((d.missing_bytes for d in taken[:-1]), default=0)
+    taken = memory.estimate(setting) or memory.at_most(setting)
+    return inf if taken is None else _missing(taken)
+
+
+def _missing(taken: list[DeviceMemory]) -> float:
+    return max((d.missing_bytes for d in taken[:-1]), default=0) if taken[-1].fits else inf

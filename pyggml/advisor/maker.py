@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -79,7 +79,7 @@ class Maker:
         self._cached = sorted(cached, key=lambda s: _step(s.seconds))
         self._with_cache(plans, tell)
         first = plans[0]
-        wanted: list[tuple[str, list[Scored], Callable[[Recommendation], bool]]] = [
+        wanted: list[tuple[str, Iterable[Scored], Callable[[Recommendation], bool]]] = [
             (
                 "fastest prompt",
                 sorted(plain, key=lambda s: (_step(s.prompt_s), s.generate_s)),
@@ -194,17 +194,24 @@ class Maker:
         moved = [replace(best, title=first.title), replace(first, title="next best"), *others]
         advice.plans = moved[: max(len(advice.plans), 1)]
 
-    def _small(self, ranked: list[Scored], best: Scored) -> list[Scored]:
-        """Return settings that are at most 10 % slower, those with the least on the devices first; of about as much the fastest."""
+    def _small(self, ranked: list[Scored], best: Scored) -> Iterator[Scored]:
+        """Yield settings that are at most 10 % slower, those with the least on the devices first; of about as much the fastest."""
         memory = self.search.memory
 
         def on_devices(scored: Scored) -> tuple[int, float, int]:
-            taken = memory.estimate(scored.setting) or memory.bound(scored.setting, is_lower=False)
-            taken = taken or memory.devices(memory.weights(scored.setting))
+            taken = memory.estimate(scored.setting) or memory.at_least(scored.setting)
             n_bytes = sum(d.bytes for d in taken[:-1])
             return round(math.log(max(n_bytes, 1), _NOTEWORTHY)), scored.seconds, n_bytes
 
-        return sorted((s for s in ranked if s.seconds <= 1.1 * best.seconds), key=on_devices)
+        left = [s for s in ranked if s.seconds <= 1.1 * best.seconds]
+        while left:
+            found = min(left, key=on_devices)
+            is_known = memory.estimate(found.setting) is not None
+            if (
+                is_known or not memory.may_fit(found.setting) or memory.exact(found.setting) is None
+            ):  # else more is known now
+                left.remove(found)
+                yield found
 
     def _next(self, ranked: list[Scored], best: Scored) -> list[Scored]:
         """Return settings with the best one's micro-batch and fewer weights on the devices."""
@@ -245,7 +252,7 @@ class Maker:
         goal, memory = self.search.goal, self.search.memory
         cached: set[Setting] = set()
         for scored in {s.setting: s for s in ranked}.values():
-            taken = memory.estimate(scored.setting) or memory.bound(scored.setting, is_lower=False)
+            taken = memory.estimate(scored.setting) or memory.at_most(scored.setting)
             if taken is None or not all(d.fits for d in taken):
                 continue
             if scored.setting.moe_cache_mib:  # only the best size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import add
@@ -17,6 +16,10 @@ from ..foresight.estimate import Setting, devices_of, has_host_experts, overridd
 from ..gguf import GGUFFile
 from ..hardware.cards import Card
 from ..hardware.hosts import Host
+from ..models.architectures import read_hparams
+from ..models.caches import make_cache
+from ..models.context import ContextFlags, ContextParams
+from ..models.hparams import HParams
 from ..moe_cache import LlamaCache
 from ..planning import Planner, virtual_clock
 from ..types import Type
@@ -93,12 +96,14 @@ class MemoryModel:
         self.file, self.backends, self.n_ctx = file, list(backends), n_ctx
         self.host, self.margin_bytes = host, margin_bytes
         self.n_opened = 0
-        self._others, self._experts, self._input, self._output, self._tied = _weights(file)
+        self._hparams = hp = _hparams(file)
+        found = _weights(file, None if hp is None else hp.n_layer)
+        self._others, self._experts, self._input, self._output, self._tied = found
         self._layers = [sum(sizes.values()) for sizes in self._others]
         self.has_window = f"{file.metadata.get('general.architecture')}.attention.sliding_window" in file.metadata
         self._rest: dict[_Kind, list[int]] = {}
         self._bounds: dict[tuple[_Kind, bool], list[int] | None] = {}  #: by what is known now of the rest
-        self._has_room: dict[tuple[object, ...], bool] = {}  #: for weights and slots alone
+        self._caches: dict[tuple[object, ...], list[int]] = {}  #: bytes of KV caches by layer, or by device
         self._least: dict[_Kind, list[int]] = {}  #: the rest by the devices that are used, whatever their shares
         self._least_of: dict[tuple[_Kind, _Kind], list[int] | None] = {}  #: what follows from that now
         self._has_equal_layers = True  #: whether all layers were seen to have equal parts of the KV cache
@@ -118,7 +123,6 @@ class MemoryModel:
         self._weights: dict[tuple[object, ...], list[int]] = {}
         self._devices: dict[tuple[object, ...], list[int]] = {}
         self._cached: dict[tuple[object, ...], list[int]] = {}
-        self._n_layers_on: dict[tuple[object, ...], list[int]] = {}
 
     @property
     def n_layer(self) -> int:
@@ -192,16 +196,27 @@ class MemoryModel:
         return int(min(spare, default=0))
 
     def _cache_of(self, setting: Setting, total: int) -> list[int]:
-        """Return the bytes of the KV cache on each device, then on the host: layers have equal parts."""
-        n, n_dev = len(self._layers), len(self.backends) - 1
-        each = -(-total // max(n, 1))
+        """Return the bytes of the KV cache on each device, then on the host; without sizes from the header, layers have equal parts."""
+        n_dev, hp = len(self.backends) - 1, self._hparams
+        size = (
+            total if hp is None else 0,
+            setting.type_k,
+            setting.type_v,
+            setting.flash_attn,
+            setting.n_ubatch if self.has_window else 0,
+        )
+        if size not in self._caches:
+            n = len(self._layers)
+            each = [-(-total // max(n, 1))] * n
+            self._caches[size] = each if hp is None else _cache_of_layers(hp, context_flags(setting, self.n_ctx))
         if not setting.kv_offload:
-            return [0] * n_dev + [n * each]
-        key = self._devices_key(setting)
-        if key not in self._n_layers_on:
-            n_on = Counter(self._devices_of(setting)[:-1])
-            self._n_layers_on[key] = [n_on[i] for i in (*range(n_dev), -1)]
-        return [n * each for n in self._n_layers_on[key]]
+            return [0] * n_dev + [sum(self._caches[size])]
+        key = size, self._devices_key(setting)
+        if key not in self._caches:
+            self._caches[key] = taken = [0] * (n_dev + 1)
+            for device, n_bytes in zip(self._devices_of(setting), self._caches[size], strict=False):
+                taken[device] += n_bytes
+        return self._caches[key]
 
     @staticmethod
     def _devices_key(setting: Setting) -> tuple[object, ...]:
@@ -219,34 +234,42 @@ class MemoryModel:
         return self._rest.get(self._key(setting), [0])[-1]
 
     def may_fit(self, setting: Setting) -> bool:
-        """Return whether nothing known speaks against a setting: its weights and slots alone, or with the rest of one that is alike."""
+        """Return whether nothing known speaks against a setting: what it takes at least, or with the rest of one that is alike."""
         rest = None
         if self._rest:
             known = self._exact.get(setting)
             if known is not None:
                 return all(d.fits for d in known)
-            rest = self._rest.get(self._key(setting)) or self._bound_of_rest(setting, is_lower=True)
-        if rest is not None:
-            return self._has_room_for(self._with(setting, rest))
-        key = place_key(setting), setting.moe_cache_mib
-        if key not in self._has_room:
-            alone = list(map(add, self.weights(setting), self._slots_of(setting)))
-            self._has_room[key] = self._has_room_for(alone)
-        return self._has_room[key]
-
-    def _has_room_for(self, taken: list[int]) -> bool:
+            rest = self._rest.get(self._key(setting))
+        taken = self._at_least(setting) if rest is None else self._with(setting, rest)
         margin = self.margin_bytes
         return all(not size or n + margin <= size for n, size in zip(taken, self._room(taken), strict=True))
 
-    def bound(self, setting: Setting, *, is_lower: bool) -> list[DeviceMemory] | None:
-        """Return what a setting takes at least, or about at most, by some of another micro-batch or KV type; None if there are none.
+    def at_least(self, setting: Setting) -> list[DeviceMemory]:
+        """Return what a setting takes at least, also if nothing like it was planned."""
+        return self.devices(self._at_least(setting))
+
+    def _at_least(self, setting: Setting) -> list[int]:
+        """Return the least bytes on each device, then on the host, by the header and by settings of another micro-batch or KV type.
 
         Notes
         -----
-        Compute buffers grow with the micro-batch, at most in proportion, and depend little on the KV type; `_SLACK` is for
-        that, and for holes between results.
+        The logits and the last norm of all tokens of a micro-batch stay in the compute buffer of the output's device to the end.
         """
-        rest = self._bound_of_rest(setting, is_lower=is_lower)
+        taken = list(map(add, self.weights(setting), self._slots_of(setting)))
+        if setting.overrides and not is_experts_only(setting):
+            return taken
+        hp, at = self._hparams, self._devices_of(setting)[-1]
+        if hp is not None:
+            taken = list(map(add, taken, self._cache_of(setting, 0)))
+            if at >= 0:
+                taken[at] += 4 * min(setting.n_ubatch, setting.n_batch, self.n_ctx) * (hp.n_vocab + hp.n_embd)
+        rest = self._bound_of_rest(setting, is_lower=True)
+        return taken if rest is None else list(map(max, taken, self._with(setting, rest)))
+
+    def at_most(self, setting: Setting) -> list[DeviceMemory] | None:
+        """Return what a setting takes about at most, by some of another micro-batch or KV type; None if there are none."""
+        rest = self._bound_of_rest(setting, is_lower=False)
         return None if rest is None else self.devices(self._with(setting, rest))
 
     def least_missing(self, setting: Setting) -> int:
@@ -257,7 +280,8 @@ class MemoryModel:
             if key not in self._least_of:
                 self._least_of[key] = self._least_rest(setting)
             rest = self._least_of[key]
-            taken = self.devices(self.weights(setting) if rest is None else self._with(setting, rest))
+            least = self._at_least(setting)
+            taken = self.devices(least if rest is None else list(map(max, least, self._with(setting, rest))))
         return sum(d.missing_bytes for d in taken)
 
     def _least_rest(self, setting: Setting) -> list[int] | None:
@@ -273,6 +297,13 @@ class MemoryModel:
         return list(map(max, zip(*bounds, strict=True))) if bounds else None
 
     def _bound_of_rest(self, setting: Setting, *, is_lower: bool) -> list[int] | None:
+        """Return a bound of the rest by settings of another micro-batch or KV type; None if there are none.
+
+        Notes
+        -----
+        Compute buffers grow with the micro-batch, at most in proportion, and depend little on the KV type; `_SLACK` is for
+        that, and for holes between results.
+        """
         if setting.overrides and not is_experts_only(setting):
             return None
         own = self._key(setting)
@@ -499,10 +530,31 @@ def _merged(overrides: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _weights(file: GGUFFile) -> tuple[list[dict[str, int]], list[int], int, int, int]:
+def _hparams(file: GGUFFile) -> HParams | None:
+    """Return the sizes of a model whose graph pyggml builds; None of another."""
+    try:
+        return read_hparams(file)
+    except PyggmlError:
+        return None
+
+
+def _cache_of_layers(hp: HParams, context: ContextFlags) -> list[int]:
+    """Return the bytes of each layer's KV cache; none if there can be no such cache."""
+    try:
+        params = ContextParams.resolve(context, hp)
+    except PyggmlError:
+        return []
+    made = [0] * hp.n_layer
+    for layer, tensor in make_cache(hp, params, v_trans=not params.flash_attn).tensors():
+        made[layer] += tensor.nbytes
+    return made
+
+
+def _weights(file: GGUFFile, n_layer: int | None) -> tuple[list[dict[str, int]], list[int], int, int, int]:
     """Return the bytes of each layer by weight without experts, of its experts, of the input tables, and of the output.
 
-    Last are those of a table that output and input share: an output on a device reads a copy of its own there.
+    Last are those of a table that output and input share: an output on a device reads a copy of its own there. What predicts more
+    tokens, in layers from ``n_layer`` on, is not loaded.
     """
     every: dict[int, dict[str, int]] = {}
     experts: dict[int, int] = {}
@@ -511,10 +563,11 @@ def _weights(file: GGUFFile) -> tuple[list[dict[str, int]], list[int], int, int,
         found = re.match(r"blk\.(\d+)\.(.*)", name)
         if found:
             i = int(found[1])
+            n_bytes = info.nbytes if n_layer is None or i < n_layer else 0
             if re.search(r"_(?:ch|)exps(?:\.|$)", name):
-                experts[i] = experts.get(i, 0) + info.nbytes
+                experts[i] = experts.get(i, 0) + n_bytes
             else:
-                every.setdefault(i, {})[found[2]] = info.nbytes
+                every.setdefault(i, {})[found[2]] = n_bytes
         elif name.startswith(("token_embd", "per_layer_token_embd")):
             table += info.nbytes
         else:

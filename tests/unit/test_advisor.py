@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -100,32 +99,6 @@ def test_the_answer_equals_exhaustive_search_on_two_cards() -> None:
         for setting in every:
             for told, planned in zip(search.memory.weights(setting), exact_weights(search, setting), strict=True):
                 assert told == pytest.approx(planned, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("model", "device", "flags"),
-    [
-        ("gpt-oss-20b", "rtx3060", {"n_cpu_moe": 12}),
-        ("llama-3.2-3b:Q8_0", "gtx1650", {"n_gpu_layers": 20}),
-        ("gemma-3-4b", "rtx3060,rtx3060", {"tensor_split": (1.0, 2.0)}),
-    ],
-)
-def test_no_setting_is_left_out_that_might_fit(model: str, device: str, flags: dict[str, Any]) -> None:
-    """A setting takes at least what the memory of another micro-batch or KV type has as its bound."""
-    search, file = search_of(model, device, Goal())
-    base = Setting(n_batch=4096, threads=8, **flags)
-    some = [replace(base, n_ubatch=n, type_k=t, type_v=t) for n in (512, 1024, 4096) for t in (Type.F16, Type.Q8_0)]
-    with file, closing(search.memory) as memory:
-        exact = {s: memory.exact(s) for s in some}
-        rests = dict(memory._rest)
-        for kind, rest in rests.items():
-            memory._rest = {kind: rest}  # as if this alone had been planned
-            memory._bounds.clear()
-            for setting, planned in exact.items():
-                least = memory.bound(setting, is_lower=True)
-                assert least is not None
-                assert planned is not None
-                assert all(a.bytes <= b.bytes for a, b in zip(least, planned, strict=True)), (kind, setting)
 
 
 def exact_weights(search: Search, setting: Setting) -> list[int]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from pyggml.advisor import MemoryModel, plan
 from pyggml.advisor.advice import open_machine
+from pyggml.advisor.memory import DeviceMemory
 from pyggml.catalog import header_path
 from pyggml.errors import GraphError
 from pyggml.foresight import Setting
 from pyggml.gguf import GGUFFile
 from pyggml.planning import Planner
 from pyggml.types import Type
+
+HOST = "ddr4-3200x2,cores=8,64GiB"
 
 
 def test_types_of_the_cache_that_a_model_cannot_have_are_tried_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +42,7 @@ def test_types_of_the_cache_that_a_model_cannot_have_are_tried_three_times(monke
 
 def test_memory_of_a_mapped_file_is_that_of_its_weights_on_the_host() -> None:
     """Weights of devices between those on the host are in the mapped range, but take no memory of the host."""
-    backends, machine = open_machine("rtx3060", "ddr4-3200x2,cores=8,64GiB")
+    backends, machine = open_machine("rtx3060", HOST)
     with (
         GGUFFile.open(header_path("qwen3-8b")) as file,
         closing(MemoryModel(file, backends, 4096, host=machine.host, margin_bytes=0)) as memory,
@@ -57,7 +61,7 @@ def test_memory_of_a_mapped_file_is_that_of_its_weights_on_the_host() -> None:
 def test_a_setting_of_other_shares_never_lacks_less_than_its_bound(model: str, device: str) -> None:
     """What is known of one setting bounds what any other lacks, so that no smaller lack is overlooked where nothing fits."""
     file = GGUFFile.open(header_path(model))
-    backends, machine = open_machine(device, "ddr4-3200x2,cores=8,64GiB")
+    backends, machine = open_machine(device, HOST)
     model_memory = MemoryModel(file, backends, 8192, host=machine.host, margin_bytes=0)
     n = model_memory.n_layer
     some = [
@@ -80,3 +84,53 @@ def test_a_setting_of_other_shares_never_lacks_less_than_its_bound(model: str, d
             told = {s: memory.least_missing(s) for s in some}
             assert all(told[s] <= exact[s] + 3 for s in some), kind  # a layer's part of the cache is rounded up
             assert model.startswith("gemma") or sum(told.values()) > sum(sum(memory.weights(s)) for s in some)
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "flags"),
+    [
+        ("gpt-oss-20b", "rtx3060", {"n_cpu_moe": 12}),
+        ("llama-3.2-3b:Q8_0", "gtx1650", {"n_gpu_layers": 20}),
+        ("gemma-3-4b", "rtx3060,rtx3060", {"tensor_split": (1.0, 2.0)}),
+        ("gemma-4-31b", "rtx3060", {"n_gpu_layers": 31, "op_offload": False}),
+        ("qwen3.5-4b", "gtx1650", {"n_gpu_layers": 9, "kv_offload": False}),
+        ("deepseek-v2-lite", "gtx1650", {"n_cpu_moe": 20}),
+        ("glm-4.5-air", "rtx3060", {"n_cpu_moe": 43}),
+    ],
+)
+def test_no_setting_is_left_out_that_might_fit(model: str, device: str, flags: dict[str, Any]) -> None:
+    """A setting takes at least what the header and the memory of another micro-batch or KV type say; little less if it copies nothing."""
+    base = Setting(n_batch=4096, threads=8, **flags)
+    some = [replace(base, n_ubatch=n, type_k=t, type_v=t) for n in (512, 1024, 4096) for t in (Type.F16, Type.Q8_0)]
+    backends, machine = open_machine(device, HOST)
+    with (
+        GGUFFile.open(header_path(model)) as file,
+        closing(MemoryModel(file, backends, 8192, host=machine.host, margin_bytes=0)) as memory,
+    ):
+        exact = {s: memory.exact(s) for s in some}
+        rests = dict(memory._rest)
+        for kind, rest in [(None, []), *rests.items()]:
+            memory._rest = {} if kind is None else {kind: rest}  # as if this alone had been planned
+            memory._bounds.clear()
+            for setting, planned in exact.items():
+                least = memory.at_least(setting)
+                assert planned is not None
+                assert all(a.bytes <= b.bytes for a, b in zip(least, planned, strict=True)), (kind, setting)
+                assert setting.op_offload or least[0].bytes > 0.98 * planned[0].bytes
+
+
+def test_the_scheduler_is_asked_of_few_settings_that_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, KV cache and results are known from the header, so a plan of a model larger than its card opens hardly a setting in vain."""
+    asked: list[bool] = []
+    answer = MemoryModel._open
+
+    def counting(memory: MemoryModel, setting: Setting) -> list[DeviceMemory] | None:
+        taken = answer(memory, setting)
+        asked.append(taken is not None and all(d.fits for d in taken))
+        return taken
+
+    monkeypatch.setattr(MemoryModel, "_open", counting)
+    advice = plan("qwen3-8b", devices="gtx1650", host=HOST)
+    assert len(advice.plans) == 4
+    assert len(asked) == advice.n_planned < 10
+    assert asked.count(False) <= 3
