@@ -74,7 +74,8 @@ VARIABLES = (
         "integer",
         "0",
         "1 verifies the scheduler's and the allocator's invariants after each step, that each copy holds all bytes "
-        "that are read, and that copied layers of a plan's graph equal built ones; 2 also computes each split with used-expert copies a second time with full copies; slow.",
+        "that are read, and that copied layers of a plan's graph equal built ones; 2 also computes each split with "
+        "used-expert copies a second time with full copies; slow.",
     ),
     Variable(
         "PYGGML_LIBGGML",

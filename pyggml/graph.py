@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Graph", "GraphView", "Snapshot"]
 
 _uids = itertools.count(1)
+_NONE, _COMPUTE, _PARAM = Op.NONE, int(TensorFlag.COMPUTE), int(TensorFlag.PARAM)  # quicker than members
 
 
 class Graph:
@@ -143,19 +144,19 @@ class Graph:
 
     def _visit(self, root: Tensor, *, compute: bool) -> None:
         """Visit depth first with an explicit stack, because graphs are deeper than Python's recursion limit."""
-        counts = self.use_counts
+        counts, append, flag_compute = self.use_counts, self._append, self._flag_compute
         if root in counts:
             if compute:
-                self._flag_compute(root)
+                flag_compute(root)
             return
-        if compute and root.op is not Op.NONE:
-            root.flags |= TensorFlag.COMPUTE
+        none, flag = _NONE, _COMPUTE if compute else 0
+        if root.op is not none:
+            root.flags |= flag
         counts[root] = 0
-        stack: list[tuple[Tensor, Iterator[Tensor | None]]] = [(root, iter(root.src))]
-        open_: set[Tensor] = {root}
-        none, flag = Op.NONE, int(TensorFlag.COMPUTE)
-        while stack:
-            tensor, sources = stack[-1]
+        tensor, sources = root, iter(root.src)
+        above: list[tuple[Tensor, Iterator[Tensor | None]]] = []
+        open_ = {root}
+        while True:
             for src in sources:
                 if src is None:
                     continue
@@ -163,37 +164,40 @@ class Graph:
                     if src in open_ and src is not tensor:  # CAST is its own second source
                         raise GraphError(f"'{src.name}' is its own ancestor, through '{tensor.name}'")
                     counts[src] += 1
-                    if compute:
-                        self._flag_compute(src)
+                    if flag and (src.op is not none or src.src):
+                        flag_compute(src)
                     continue
                 counts[src] = 1
-                if src.op is none and not src.src:  # a weight or an input, which needs nothing
-                    self._append(src)
-                    continue
-                if compute and src.op is not none:
+                if src.op is not none:
                     src.flags |= flag
+                elif not src.src:  # a weight or an input, which needs nothing
+                    append(src)
+                    continue
                 open_.add(src)
-                stack.append((src, iter(src.src)))
+                above.append((tensor, sources))
+                tensor, sources = src, iter(src.src)
                 break
             else:
-                stack.pop()
                 open_.discard(tensor)
-                self._append(tensor)
+                append(tensor)
+                if not above:
+                    return
+                tensor, sources = above.pop()
 
     def _flag_compute(self, tensor: Tensor) -> None:
         """Flag a tensor that the graph already contains, and what it needs, to be computed."""
-        compute = int(TensorFlag.COMPUTE)
-        if tensor.op is not Op.NONE:
-            tensor.flags |= compute
+        none, flag = _NONE, _COMPUTE
+        if tensor.op is not none:
+            tensor.flags |= flag
         stack = [tensor]
         while stack:
             for src in stack.pop().src:
-                if src is not None and src.op is not Op.NONE and not src.flags & compute:
-                    src.flags |= compute
+                if src is not None and not src.flags & flag and src.op is not none:
+                    src.flags |= flag
                     stack.append(src)
 
     def _append(self, tensor: Tensor) -> None:
-        is_leaf = tensor.op is Op.NONE and not tensor.flags & TensorFlag.PARAM
+        is_leaf = tensor.op is _NONE and not tensor.flags & _PARAM
         into, kind = (self.leafs, "leaf") if is_leaf else (self.nodes, "node")
         if self.size is not None and len(into) >= self.size:
             raise GraphError(

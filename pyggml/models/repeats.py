@@ -25,7 +25,6 @@ from .weights import Weights
 
 __all__ = ["Pattern", "Tape", "build_repeated"]
 
-_op_of, _name_of, _flags_of = map(attrgetter, ("op", "name", "flags"))
 _facts_of = attrgetter("op", "layout_id", "_op_params", "view_offs")
 _LISTS = ("topk", "norms", "attn_outputs", "flash_nodes", "pins", "delta_nodes")
 
@@ -116,8 +115,9 @@ class Tape:
             self.end_stage(cur)
             return cur
         tensors, add = self.tensors, self.add
+        at = tensors.__getitem__
         for like, _, name, flags, src, root in stage.rows:
-            add(copy_node(tensors[like], name, flags, [tensors[k] for k in src], tensors[root]))
+            add(copy_node(tensors[like], name, flags, map(at, src), tensors[root]))
         cur = tensors[stage.result]
         self._note(cur)
         return cur
@@ -187,10 +187,10 @@ class Tape:
                 own = self._own(i - 1, place)
                 own.update(zip(range(begin, end), range(-1, begin - end - 1, -1), strict=True))
                 used = [*itertools.chain.from_iterable(sources), *roots, *calls, place[result]]
-                n_sources = tuple(map(len, sources))
-                like = known.setdefault((n_sources, *map(_facts_of, made), *[own.get(k, k) for k in used]), begin)
-            kept = (map(attribute, made) for attribute in (_op_of, _name_of, _flags_of))
-            rows = list(zip(range(like, like + len(made)), *kept, sources, roots, strict=True))
+                kind = *map(_facts_of, made), *map(len, sources), *[own.get(k, k) for k in used]
+                like = known.setdefault(kind, begin)
+            places, names, flags = range(like, like + len(made)), [t.name for t in made], [t.flags for t in made]
+            rows = list(zip(places, [t.op for t in made], names, flags, sources, roots, strict=True))
             out.append(_Stage(rows, calls, place[result], like != begin))
         return out
 
