@@ -18,6 +18,7 @@ from ..errors import DeviceUnavailableError, GraphError
 from ..foresight import Machine, ModelShape, Setting
 from ..gguf import GGUFFile
 from ..hardware.apple import found_mac, usable_bytes
+from ..hardware.cards import llama_names
 from ..hardware.hosts import Host, assumed_host, host_spec, parse_host
 from ..hardware.measure import UNKNOWN, measure_host
 from ..hardware.pci import found_cards
@@ -175,6 +176,7 @@ def plan(
             maker.best_first()
             advice.beyond = maker.beyond_llama(settings, tell)
             best = advice.plans[0]
+            advice.assumed += order_of_cards(machine, best.setting)
             tell("from when copying pays")
             advice.pays_from = pays_from(search, best.setting)
             tell("what would help")
@@ -323,6 +325,21 @@ def _assumptions(machine: Machine, host: str | Host, shape: ModelShape, *, is_st
             else "tokens choose experts as in published runs"
         )
     return said
+
+
+def order_of_cards(machine: Machine, best: Setting) -> list[str]:
+    """Return what is said where a faster card than the first one would compute the prompt's copied weights, if it were the first."""
+    cards = machine.cards
+    if len(cards) < 2 or not (best.n_cpu_moe or best.overrides or best.n_gpu_layers >= 0) or not best.op_offload:
+        return []
+    order = sorted(range(len(cards)), key=lambda i: -cards[i].f16_per_s)
+    if cards[order[0]].f16_per_s < 1.2 * cards[0].f16_per_s:
+        return []
+    names = llama_names(cards)
+    own, first = ",".join(cards[i].name for i in order), cards[order[0]].name
+    said = f"{cards[0].name} is llama.cpp's first device, which computes what a prompt copies from host memory"
+    flag = ",".join(names[i] for i in order)
+    return [f"{said}; with {first} first prompts are faster (--device {flag}: plan with --device {own})"]
 
 
 def _beyond_training(file: GGUFFile, context: int) -> list[str]:

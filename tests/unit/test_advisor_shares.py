@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyggml.advisor import plan
-from pyggml.advisor.advice import MARGIN_BYTES, open_machine
+from pyggml.advisor.advice import MARGIN_BYTES, open_machine, order_of_cards
 from pyggml.advisor.memory import MemoryModel
 from pyggml.advisor.search import Goal, Search
 from pyggml.advisor.settings import is_experts_only, last_experts, numbers_pattern
@@ -97,6 +97,16 @@ def test_an_expert_cache_is_tried_beside_a_full_card() -> None:
     assert best.setting.tensor_split
     assert best.fits
     assert best.seconds < min(one[0].seconds, 0.97 * two[1].seconds)
+
+
+def test_the_order_of_cards_is_named_where_another_is_faster() -> None:
+    """With weights on the host the first device computes a prompt's copies: a plan says so if a faster card is not the first."""
+    for cards, setting, is_said in (
+        ("rtx2060,rtx4090", Setting(n_cpu_moe=3), True), ("rtx4090,rtx2060", Setting(n_cpu_moe=3), False),
+        ("rtx2060,rtx4090", Setting(), False), ("rtx2060,rtx4090", Setting(n_cpu_moe=3, op_offload=False), False),
+    ):  # fmt: skip
+        said = order_of_cards(open_machine(cards, HOST)[1], setting)
+        assert ["--device CUDA1,CUDA0: plan with --device rtx4090,rtx2060" in line for line in said] == [True] * is_said
 
 
 @pytest.mark.parametrize("at_end", [False, True])
