@@ -88,7 +88,6 @@ class Gallocr:
         "_leafs",
         "_measured",
         "_n_srcs",
-        "_nodes",
         "_placed",
         "_places",
         "buffers",
@@ -110,7 +109,6 @@ class Gallocr:
         self._clamp_inplace = dialect.clamp_inplace
         self._check_size = dialect.alloc_size_check
         self.keeps_needed = keeps_needed
-        self._nodes: list[tuple[Place, list[Place]]] = []  #: of each node and its sources
         self._leafs: list[Place] = []
         self._n_srcs: list[int] = []  #: sources of each node
         self._places: list[Place] = []  #: of the sources of all nodes, then of the nodes
@@ -150,8 +148,7 @@ class Gallocr:
         """
         self._lay_out(graph, node_buffer_ids, leaf_buffer_ids)
         self._fit_buffers(allocate=False)
-        used = {place.buffer_id for dst, srcs in self._nodes for place in (dst, *srcs)}
-        used.update(place.buffer_id for place in self._leafs)
+        used = {place.buffer_id for place in (*self._places, *self._leafs)}
         self.is_reserved = all(i < 0 or self.buffers[i] is not None for i in used)
         return [sum(chunk.max_size for chunk in talloc.chunks) for talloc in self.tallocs]
 
@@ -207,7 +204,6 @@ class Gallocr:
                 life = lives.get(tensor) or Life(sizes[0](tensor))  # one with a buffer, but without data, has no place
                 places[tensor] = Place(life.buffer_id, life.chunk, life.offset, life.size)
         at = places.__getitem__
-        self._nodes = [(at(node), list(map(at, src))) for node, src in zip(nodes, srcs, strict=True)]
         self._leafs = list(map(at, leafs))
         self._n_srcs = list(map(len, srcs))
         self._places = [*map(at, chain.from_iterable(srcs)), *map(at, nodes)]
@@ -316,12 +312,12 @@ class Gallocr:
         was laid out a tensor stands at positions of one place only, and is looked at once.
         """
         nodes = graph.nodes
-        if len(self._nodes) != len(nodes) or len(self._leafs) != len(graph.leafs):
+        if len(self._n_srcs) != len(nodes) or len(self._leafs) != len(graph.leafs):
             return None
         srcs = [node.src for node in nodes]
         places = self._places
         if list(map(len, srcs)) != self._n_srcs:
-            places = places_of(self._nodes, srcs)
+            places = places_of(places, self._n_srcs, srcs)
         tensors: list[Tensor | None] = [*chain.from_iterable(srcs), *nodes]
         first: dict[Tensor | None, Place] = {}
         pairs: Iterable[tuple[Tensor | None, Place]] = first.items()

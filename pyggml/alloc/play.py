@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from ..tensor import Tensor, are_same_layout
@@ -43,14 +44,13 @@ class Place:
 NOWHERE = Place(-1, -1, SIZE_MAX, 0)
 
 
-def places_of(laid_out: Sequence[tuple[Place, list[Place]]], srcs: Sequence[Sequence[Tensor | None]]) -> list[Place]:
-    """Return the places of sources and nodes in a row; where a node has more sources than it had, they have none."""
-    places: list[Place] = []
-    for (_, known), present in zip(laid_out, srcs, strict=True):
-        places += known[: len(present)]
-        places += [NOWHERE] * (len(present) - len(known))
-    places += [dst for dst, _ in laid_out]
-    return places
+def places_of(laid_out: Iterable[Place], n_srcs: Sequence[int], srcs: Sequence[Sequence[Tensor | None]]) -> list[Place]:
+    """Return the places of other sources and the nodes in a row; where a node has more sources than it had, they have none."""
+    places, rest = list[Place](), iter(laid_out)
+    for n, present in zip(n_srcs, srcs, strict=True):
+        places += list(islice(rest, n))[: len(present)]
+        places += [NOWHERE] * (len(present) - n)
+    return [*places, *rest]
 
 
 class Play:
