@@ -203,7 +203,7 @@ class Precedent:
         return [about for about in self.answers if about[0] in changed]
 
     def changed_near(self, kept: Precedent, changed: set[int]) -> set[int]:
-        """Return the positions in ``changed``, those with other layouts than kept, and those that read or view these or their users."""
+        """Return the positions in ``changed``, those with other layouts than kept, and those that read or view these or their views."""
         shape = self.shape
         near = set(changed)
         for now, was in zip(shape.layouts[:2], kept.shape.layouts, strict=False):
@@ -212,9 +212,12 @@ class Precedent:
         if not near:
             return near
         owners = list(chain.from_iterable(map(repeat, count(), shape.n_sources)))
+        new = near
         for _ in range(2):
-            readers = compress(owners, map(near.__contains__, shape.sources))
-            near.update([*readers, *compress(count(), map(near.__contains__, shape.roots))])
+            readers = compress(owners, map(new.__contains__, shape.sources))
+            new = {*readers, *compress(count(), map(new.__contains__, shape.roots))}
+            near |= new
+            new = {i for i in near if shape.roots[i] >= 0}
         return near
 
     def snapshot(self, graph: Graph, all_copies: Copies, placeable: list[Tensor]) -> Snapshot:
