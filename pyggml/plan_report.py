@@ -38,11 +38,17 @@ class MemoryFit:
     backend: str  #: the backend to which the memory belongs; empty for other buffer types
     memory: Memory
     total_bytes: int | None  #: size of the device; None if unknown
+    more_bytes: int = 0  #: of the host: pinned memory, less what of a mapped file is only read for devices
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes that must be in the device's memory at once."""
+        return self.memory.total + self.more_bytes
 
     @property
     def missing_bytes(self) -> int:
         """Bytes that the device lacks; 0 if everything fits or the size is unknown."""
-        return 0 if self.total_bytes is None else max(self.memory.total - self.total_bytes, 0)
+        return 0 if self.total_bytes is None else max(self.needed_bytes - self.total_bytes, 0)
 
     @property
     def fits(self) -> bool | None:
@@ -53,13 +59,13 @@ class MemoryFit:
         """Return values for JSON; ``device_bytes`` and ``fits`` are null if the size is unknown."""
         m = self.memory
         return {
-            **asdict(m), "total": m.total, "backend": self.backend, "device_bytes": self.total_bytes,
+            **asdict(m), "total": m.total, "backend": self.backend, "needed": self.needed_bytes, "device_bytes": self.total_bytes,
             "fits": self.fits, "missing_bytes": self.missing_bytes,
         }  # fmt: skip
 
 
 def memory_fits(
-    memory: Sequence[Memory], backends: Sequence[Backend], *, host_bytes: int | None = None
+    memory: Sequence[Memory], backends: Sequence[Backend], *, host_bytes: int | None = None, gap_bytes: int = 0
 ) -> list[MemoryFit]:
     """Return for each buffer type whether the memory of a session or plan fits in its device.
 
@@ -71,16 +77,26 @@ def memory_fits(
         The backends of the devices, then that of the CPU.
     host_bytes : int, optional
         The size of the planned host's memory, if stated. The size of this machine's memory is not used.
+    gap_bytes : int
+        `Placement.gap_bytes`: what of a mapped file the host need not keep.
+
+    Notes
+    -----
+    All that is not a device's is in the host's memory, pinned or not: one row has the host's name, its size, and the sum.
     """
-    sizes: dict[str, tuple[str, int | None]] = {}
-    for backend in backends:
-        device = backend.device
-        size = host_bytes if device.type is DeviceType.CPU else device.memory()[1]
-        sizes.setdefault(device.buffer_type.name, (backend.name, size or None))
+    host = backends[-1]
+    sizes = {
+        b.device.buffer_type.name: (b.name, b.device.memory()[1] or None)
+        for b in reversed(backends)
+        if b.device.type is not DeviceType.CPU
+    }
+    on_host = sorted((m for m in memory if m.buft not in sizes), key=lambda m: m.buft != host.device.buffer_type.name)
     found = []
     for m in memory:
-        name, total = sizes.get(m.buft, ("", None))
-        found.append(MemoryFit(name, m, total))
+        (name, total), more = sizes.get(m.buft, ("", None)), 0
+        if m in on_host[:1]:
+            name, total, more = host.name, host_bytes or None, sum(other.total for other in on_host[1:]) - gap_bytes
+        found.append(MemoryFit(name, m, total, more))
     return found
 
 

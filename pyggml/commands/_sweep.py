@@ -104,8 +104,9 @@ def sweep_rows(
                 kept = same
             plans = plan_batches(planner, parse_sizes(batches), outputs=outputs, routing=routing, depth=depth)
             fits = memory_fits(
-                beside.count(planner, flags)[0], planner.backends, host_bytes=host.memory_bytes if host else None
-            )
+                beside.count(planner, flags)[0], planner.backends, host_bytes=host.memory_bytes if host else None,
+                gap_bytes=planner.placement.gap_bytes(),
+            )  # fmt: skip
             for plan in plans:
                 is_cached = planner.expert_cache is not None and plan.n_tokens == 1
                 s = forecast(planner, routing, generate, depth) if is_cached else plan.simulated
@@ -120,7 +121,7 @@ def sweep_rows(
                     "high": None if speed is None else round(speed.high, 2),
                     "splits": len(plan.graphs[0].splits),
                     "copied_bytes": sum(g.bytes_expected for g in plan.graphs) if s is None else s.bytes_copied,
-                    **{f"{f.memory.buft}_bytes": f.memory.total for f in fits if f.backend},
+                    **{f"{f.backend}_bytes": f.needed_bytes for f in fits if f.backend},
                     "fits": not any(f.missing_bytes for f in fits),
                 }
     finally:

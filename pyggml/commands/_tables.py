@@ -26,7 +26,7 @@ def memory_table(fits: Sequence[MemoryFit]) -> Table:
         sizes = [
             n_bytes(n) if n else "-" for n in (m.weights, m.cache, m.compute, *([m.policy] if own else []), m.total)
         ]
-        share = None if f.total_bytes is None else m.total / f.total_bytes
+        share = None if f.total_bytes is None else f.needed_bytes / f.total_bytes
         style = "red" if f.missing_bytes else None
         made.add_row(m.buft, *sizes, *(("-", "") if share is None else (f"{share:.1%}", Bar(share))), style=style)
     return made
@@ -35,7 +35,7 @@ def memory_table(fits: Sequence[MemoryFit]) -> Table:
 def too_large(fits: Sequence[MemoryFit]) -> list[str]:
     """Return a sentence for each device with too little memory."""
     return [
-        f"Does not fit: {f.memory.buft} has {n_bytes(f.total_bytes)}, the plan needs {n_bytes(f.memory.total)}: "
+        f"Does not fit: {f.backend} has {n_bytes(f.total_bytes)}, the plan needs {n_bytes(f.needed_bytes)}: "
         f"{n_bytes(f.missing_bytes)} are missing."
         for f in fits
         if f.missing_bytes and f.total_bytes is not None

@@ -178,7 +178,8 @@ def command(
 
         prefetch = prefetch_of(planner.sched.policy)
         memory, loaded = beside.count(planner, flags)
-        fits = memory_fits(memory, planner.backends, host_bytes=stated.memory_bytes if stated else None)
+        gap = planner.placement.gap_bytes()
+        fits = memory_fits(memory, planner.backends, host_bytes=stated.memory_bytes if stated else None, gap_bytes=gap)
         if recording is not None:
             write_records(
                 recording.records, _about(planner, assumed, fits), timeline=timeline, html=html, name=model.stem
@@ -309,6 +310,11 @@ def _print(
         console.print(planner.fit.line)
     console.print()
     console.print(memory_table(fits))
+    if gap := planner.placement.gap_bytes():
+        host = next(f for f in fits if f.backend == planner.backends[-1].name)
+        console.print(
+            f"The host needs {n_bytes(host.needed_bytes)} in all: of the mapped file {n_bytes(gap)} are read once, for devices."
+        )
     for one in loaded:
         console.print(one.line())
     for line in too_large(fits):

@@ -137,7 +137,7 @@ def test_a_plan_that_is_said_to_fit_does_and_splits_agrees() -> None:
     """The flags of each plan, given to `splits`, show the same memory, byte for byte."""
     answer = run(*TWO_PLANS)
     assert len(answer["plans"]) == 2
-    for made in answer["plans"]:
+    for made in [*answer["plans"], answer["fit"]]:  # --fit maps the file
         assert made["fits"]
         args = ["splits", "gpt-oss-20b", "-dev", "rtx3060,cpu", *made["flags"], "--batches", "1", "--json"]
         result = CliRunner().invoke(group, args)
@@ -145,6 +145,7 @@ def test_a_plan_that_is_said_to_fit_does_and_splits_agrees() -> None:
         memory = json.loads(result.stdout)["memory"]
         device = next(m for m in memory if m["buft"] == "SIM0")
         assert device["weights"] + device["cache"] + device["compute"] == made["memory"][0]["bytes"]
+        assert [m["needed"] for m in memory if m["backend"] == "CPU"] == [made["memory"][1]["bytes"]]
 
 
 #: Flags of answers that two tests look at.
