@@ -55,6 +55,7 @@ class Beside:
     draft: Path | None
     draft_layers: int
     draft_devices: str
+    draft_overrides: tuple[str, ...]
     draft_type_k: str
     draft_type_v: str
     projector: Path | None
@@ -97,7 +98,9 @@ class Beside:
             flags.context(), n_ctx=target.n_ctx, n_batch=target.n_batch, n_ubatch=target.n_ubatch,
             n_outputs_max=target.n_seq_max, type_k=Type.of(self.draft_type_k), type_v=Type.of(self.draft_type_v),
         )  # fmt: skip
-        placement = replace(flags.placement(), n_gpu_layers=max(self.draft_layers, -1), fit=False, overrides=())
+        placement = replace(
+            flags.placement(), n_gpu_layers=max(self.draft_layers, -1), fit=False, overrides=self.draft_overrides
+        )
         try:
             with Planner.open(
                 path, devices=devices, cpu=cpu, placement=placement, context=context, data=False
@@ -151,6 +154,8 @@ def beside_options(function: Callable[..., Any]) -> Callable[..., Any]:
                help="Layers of the draft model on devices. [all]"),
         option("-devd", "--device-draft", "--spec-draft-device", "draft_devices", default="", metavar="LIST",
                help="Devices of the draft model. [those of the model]"),
+        option("-otd", "--override-tensor-draft", "--spec-draft-override-tensor", "draft_overrides", multiple=True, metavar="REGEX=BUFT",
+               help="Where weights of the draft model go; -cmoed and -ncmoed N are understood, too."),
         option("-ctkd", "--cache-type-k-draft", "--spec-draft-type-k", "draft_type_k", type=_TYPE, shown="f16", metavar="TYPE",
                help="Type of the draft model's K cache."),
         option("-ctvd", "--cache-type-v-draft", "--spec-draft-type-v", "draft_type_v", type=_TYPE, shown="f16", metavar="TYPE",

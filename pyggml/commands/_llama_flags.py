@@ -70,7 +70,7 @@ WITHOUT_EFFECT: dict[str, bool] = _each(
     --cpu-mask-batch-draft --spec-draft-cpu-range-batch -Crbd --cpu-range-batch-draft --spec-draft-cpu-strict-batch
     --cpu-strict-batch-draft --spec-draft-prio-batch --prio-batch-draft --spec-draft-poll-batch --poll-batch-draft
     --spec-draft-type-k -ctkd --cache-type-k-draft --spec-draft-type-v -ctvd --cache-type-v-draft
-    --spec-draft-override-tensor --override-tensor-draft --spec-draft-n-cpu-moe --spec-draft-ncmoe -ncmoed
+    --spec-draft-override-tensor --override-tensor-draft -otd --spec-draft-n-cpu-moe --spec-draft-ncmoe -ncmoed
     --n-cpu-moe-draft --spec-draft-n-max --spec-draft-n-min --spec-synth-len --spec-synth-rates --spec-draft-p-split
     --draft-p-split --spec-draft-p-min --draft-p-min --spec-draft-sampling --spec-draft-device -devd --device-draft
     --spec-draft-ngl -ngld --gpu-layers-draft --n-gpu-layers-draft --spec-ngram-mod-n-min --spec-ngram-mod-n-max
@@ -108,6 +108,10 @@ _SAME = {
 }  # fmt: skip
 #: A draft model on Hugging Face, where the command counts one.
 _DRAFT_ON_HUB = ("-hfd", "-hfrd", "--spec-draft-hf", "--hf-repo-draft")
+#: What `-otd` takes instead of these flags.
+_DRAFT_EXPERTS = _each("-cmoed --cpu-moe-draft --spec-draft-cpu-moe", "--cpu-moe") | _each(
+    "-ncmoed --n-cpu-moe-draft --spec-draft-n-cpu-moe --spec-draft-ncmoe", "--n-cpu-moe"
+)
 _FLASH = {"1": "on", "true": "on", "enabled": "on", "0": "off", "false": "off", "disabled": "off", "-1": "auto"}
 _LOAD_MODES = {"auto": "--mmap", "mmap": "--mmap", "mmap+mlock": "--mmap"} | dict.fromkeys(
     ("none", "mlock", "dio"), "--no-mmap"
@@ -192,6 +196,13 @@ def translate(args: Collection[str], own: Mapping[str, bool]) -> Translated:
             found.models.append(f"hf:{take()}")
         elif flag in _DRAFT_ON_HUB and "-md" in own:
             found.words += ["-md", f"hf:{take()}"]
+        elif flag in _DRAFT_EXPERTS and "-otd" in own:
+            word = _DRAFT_EXPERTS[flag]
+            if WITHOUT_EFFECT[flag]:
+                word = f"{word} {(n := take())}"
+                if not n.isdigit():
+                    raise click.UsageError(f"{flag} {n}: give a number of layers")
+            found.words += ["-otd", word]
         elif flag in ("-lm", "--load-mode"):
             mode = take()
             if mode not in _LOAD_MODES:

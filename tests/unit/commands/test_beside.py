@@ -72,6 +72,27 @@ def test_a_draft_model_has_a_context_like_the_models(
     assert {m["buft"]: m["total"] for m in beside["memory"]} == own
 
 
+@pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        (("-otd", r"ffn_up_exps=CPU", "-cmoed"), ("ffn_up_exps=CPU", "--cpu-moe")),
+        (("--n-cpu-moe-draft", "5"), ("--n-cpu-moe 5",)),
+    ],
+)
+def test_weights_of_a_draft_model_go_where_its_flags_say(
+    words: tuple[str, ...], overrides: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The draft model's -ot, -cmoe and -ncmoe place its weights, and not the model's."""
+    context = ContextFlags(n_ctx=4096, n_batch=1024, n_ubatch=256, n_outputs_max=1)
+    placement = PlacementFlags(overrides=overrides)
+    names = ["sim:rtx3060-pcie4", "sim:rtx3060-pcie4"]
+    with Planner.open("gpt-oss-20b", devices=names, placement=placement, context=context, data=False) as draft:
+        own = {m.buft: m.total for m in draft.memory()}
+    (beside,) = planned(capsys, "-md", "gpt-oss-20b", *words)["beside"]
+    assert {m["buft"]: m["total"] for m in beside["memory"]} == own
+    assert run([*LINE, "-md", "gpt-oss-20b", "-ncmoed", "x"]) == 2
+
+
 def test_a_projector_is_on_the_first_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its weights count there, or in host memory if asked for; its compute buffer is said not to."""
     size = header(tmp_path / "mmproj.gguf", "clip", 1024, 512)
