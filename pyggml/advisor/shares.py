@@ -17,8 +17,8 @@ __all__ = ["filling", "with_cache"]
 _GUESS_BYTES = 1 << 30
 #: Guesses that the scheduler is asked about, each corrected by what it says of the one before.
 _MOST_GUESSES = 4
-#: A first guess may be so much slower and become faster: what it leaves for compute buffers is too much for a small card.
-_NEARLY = 1.05
+#: What attention on the card must gain to be planned at all.
+_GAIN = 1.01
 
 
 def filling(search: Search, like: Setting) -> Iterator[Setting]:
@@ -102,18 +102,27 @@ def _with_attention_on_card(search: Search, like: Setting) -> Iterator[Setting]:
     memory, n_layer = search.memory, search.memory.n_layer
     layers = search.shape.layers
     ffn = max(sum(x.nbytes for x in layer.products if re.match(DENSE_FFN, f".{x.name}")) for layer in layers)
-    other = max(layer.other_bytes for layer in layers) - ffn + memory.kv_bytes(like) // n_layer
+    kv = memory.kv_bytes(like) // n_layer if like.kv_offload else 0
+    other = max(layer.other_bytes for layer in layers) - ffn + kv
+    taken = memory.exact(like)
+    if not ffn or taken is None:
+        return
+    now = taken[0]
+    compute = now.bytes - memory.weights(like)[0] - max(like.n_gpu_layers - 1, 0) * kv
+    limit = search.score(like).seconds / _GAIN
     found: list[Setting] = []
     for n_ubatch in {like.n_ubatch, DEFAULT_BATCH}:
-        room = search.machine.cards[0].memory_bytes - memory.margin_bytes - _GUESS_BYTES - search.shape.output.nbytes
+        room = (
+            now.of_bytes - now.margin_bytes - compute * max(1, n_ubatch // like.n_ubatch) - search.shape.output.nbytes
+        )
         seen: set[Setting] = set()
-        while ffn and len(seen) < _MOST_GUESSES:
+        while len(seen) < _MOST_GUESSES:
             n_on = min(max(room, 0) // other, n_layer)
             n_host = max(n_layer - max(room - n_layer * other, 0) // ffn, 1)
             guess = replace(
                 like, n_gpu_layers=-1 if n_on == n_layer else n_on + 1, n_ubatch=n_ubatch, overrides=(f"--n-cpu-ffn {n_host}",)
             )  # fmt: skip
-            if guess in seen or search.score(guess).seconds > _NEARLY * search.score(like).seconds:
+            if guess in seen or search.score(guess).seconds > limit:
                 break
             seen.add(guess)
             taken = memory.exact(guess)
