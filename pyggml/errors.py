@@ -24,6 +24,7 @@ be pickled.
 
 from __future__ import annotations
 
+from types import UnionType
 from typing import Any
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "SchedError",
     "ShapeError",
     "UnsupportedOpError",
+    "check_kind",
     "visible",
 ]
 
@@ -131,6 +133,22 @@ class UnsupportedOpError(GraphError):
         who = f"{backends[0]} cannot" if len(backends) == 1 else f"no backend of {', '.join(backends)} can"
         super().__init__(f"{who} run {op} '{tensor}'{why}", hint=hint)
         self.tensor, self.op, self.backends, self.reason = tensor, op, backends, reason
+
+
+def check_kind(
+    what: str, given: object, kind: type | UnionType, *, hint: str, error: type[PyggmlError] = GraphError
+) -> None:
+    """Raise an error of pyggml if an argument is not of a kind: a user took one object for another.
+
+    Examples
+    --------
+    >>> check_kind("the prompt", "2048", int, hint="such as 2048")
+    Traceback (most recent call last):
+    ...
+    pyggml.errors.GraphError: the prompt cannot be '2048' (such as 2048)
+    """
+    if not isinstance(given, kind):
+        raise error(f"{what} cannot be {given!r:.60}", hint=hint)
 
 
 class AllocError(PyggmlError):

@@ -206,8 +206,11 @@ class Tensor:
         view_src: Tensor | None = None,
         view_offs: int = 0,
     ) -> None:
-        self.type = type = Type.of(type) if isinstance(type, str) else type
-        key = type, tuple(ne), None if nb is None else tuple(nb)
+        self.type = type = type if isinstance(type, Type) else Type.of(type)
+        try:
+            key = type, tuple(ne), None if nb is None else tuple(nb)
+        except TypeError:
+            raise ShapeError("tensor", f"dimensions cannot be {ne!r:.60}", hint="such as (4, 3)") from None
         self.ne, self.nb, self.nbytes, n_inside, self.layout_id = _LAYOUTS.get(key) or _lay_out(op, *key)
         self.name = name
         self.op = op

@@ -96,7 +96,7 @@ class Type(IntEnum):
             return name
         try:
             return cls[name.upper()]
-        except KeyError:
+        except (KeyError, AttributeError):
             known = ", ".join(t.ggml_name for t in cls)
             raise GraphError(f"no type is called {name!r}", hint=f"there are {known}") from None
 

@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
+from numbers import Integral
 from pathlib import Path
 
 from ..backend import REGISTRY, Backend, split_devices
 from ..catalog import header_path
 from ..collector import rare_collections
-from ..errors import DeviceUnavailableError, GraphError
+from ..errors import DeviceUnavailableError, GraphError, check_kind
 from ..foresight import Machine, ModelShape, Setting
 from ..gguf import GGUFFile
 from ..hardware.apple import found_mac, usable_bytes
@@ -101,13 +102,14 @@ def plan(
         ``compare`` has what is no `Setting`, or shares that the cards do not have.
     """
     begin = time.perf_counter()
+    for what, n in (("n_plans", n_plans), ("margin_bytes", margin_bytes)):
+        check_kind(what, n, Integral, hint="a whole number")
     if n_plans < 1 or margin_bytes < 0:
         raise GraphError(f"{n_plans} plans with {margin_bytes:,} bytes free: at least 1 plan and 0 bytes are needed")
     if isinstance(routing, str):
         routing = parse_routing(routing)
     for own in compare:
-        if not isinstance(own, Setting):
-            raise GraphError(f"{own!r} is no Setting", hint="such as pyggml.foresight.Setting(n_cpu_moe=30)")
+        check_kind("a setting to compare", own, Setting, hint="such as pyggml.foresight.Setting(n_cpu_moe=30)")
     goal = _goal(prompt, generate, context)
     flag = flag_name(explain) if explain else ""
     if flag is None:
@@ -228,6 +230,7 @@ def this_machine(host: str | Host = "") -> tuple[list[str], str | Host, list[str
 
 def _goal(prompt: int, generate: int, context: int) -> Goal:
     for what, n in (("prompt", prompt), ("generate", generate), ("context", context)):
+        check_kind(what, n, Integral, hint="a whole number of tokens")
         if n < 1:
             raise GraphError(f"{what} is {n}; it counts tokens, from 1 up")
     if prompt + generate > context:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from ..buffer import Buffer, BufferType, MultiBuffer, tensor_alloc, view_init
 from ..edits import EDITS
-from ..errors import AllocError
+from ..errors import AllocError, check_kind
 from ..tensor import Tensor
 from ..types import BufferUsage, Type
 from .offsets import pad
@@ -119,6 +119,7 @@ def _place(tensors: Iterable[Tensor], tallocr: Tallocr) -> None:
             tallocr.alloc(tensor)
 
 
+@runtime_checkable
 class HasBufferType(Protocol):
     """A device or a backend: an object with a default buffer type."""
 
@@ -173,8 +174,9 @@ class Context:
         OutOfMemoryError
             The device has not so much; nothing stays allocated.
         GraphError
-            The usage does not exist.
+            ``where`` is no memory, or the usage does not exist.
         """
+        check_kind("the place of tensors", where, BufferType | HasBufferType, hint="such as pyggml.CPU()")
         buft = where if isinstance(where, BufferType) else where.buffer_type
         usage = BufferUsage.of(usage)
         EDITS.note()

@@ -33,7 +33,7 @@ def used_experts(words: Sequence[int], *, n_used: int, n_token: int, strides: tu
     Parameters
     ----------
     words : sequence of int32
-        The bytes of the ids tensor, including gaps.
+        The ids tensor in words of 32 bits, including gaps.
     n_used, n_token : int
         The number of slots per token and of tokens: the tensor's ``ne[0]`` and ``ne[1]``.
     strides : (int, int)

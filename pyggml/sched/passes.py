@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from .. import config
 from ..buffer import Buffer, BufferType
 from ..edits import EDITS
+from ..errors import SchedError, check_kind
 from ..graph import Graph, Snapshot
 from ..tensor import Tensor
 from ..types import BufferUsage
@@ -142,6 +143,7 @@ class Passes:
         Differs: upstream leaves a leaf where another graph had it, as memory of the leaf's own, and lays results over it
         (`Repairs.reused_memory`).
         """
+        check_kind("the graph", graph, Graph, hint="graph = pyggml.Graph(); graph.expand(result)", error=SchedError)
         undo = self._replaced_sources.pop(graph, None)
         tensors = [*graph.leafs, *graph.nodes]
         if undo is not None:

@@ -41,7 +41,7 @@ from ..backend import Backend, Event
 from ..buffer import BufferType
 from ..clock import VirtualClock
 from ..dialect import DEFAULT_DIALECT, DIALECTS, Dialect, Repairs
-from ..errors import SchedError
+from ..errors import SchedError, check_kind
 from ..graph import Graph, Snapshot
 from ..record import Observer, Recorder, SplitRecord
 from ..tensor import Tensor
@@ -146,6 +146,7 @@ class Scheduler(Observed):
         eval_callback: EvalCallback | None = None,
         debug: int | None = None,
     ) -> None:
+        check_kind("the backends", backends, Iterable, hint="give a list", error=SchedError)
         self.backends = tuple(backends)
         check_backends(self.backends)
         self.bufts = tuple(b.buffer_type for b in self.backends) if bufts is None else tuple(bufts)

@@ -260,8 +260,10 @@ def test_what_is_missing_is_of_the_smallest_setting_with_its_cache() -> None:
     ("given", "says"),
     [
         ({"routing": "unifrm"}, "unifrm"),
-        ({"compare": ["-ngl 1"]}, "is no Setting"),
-        ({"compare": "-ngl 1"}, "is no Setting"),
+        ({"compare": ["-ngl 1"]}, "compare cannot be '-ngl 1'"),
+        ({"compare": "-ngl 1"}, "compare cannot be '-'"),
+        ({"prompt": "2048"}, "prompt cannot be '2048'"),
+        ({"n_plans": 1.5}, "n_plans cannot be 1.5"),
         ({"compare": [Setting(tensor_split=(1.0, 1.0))]}, "-ts 1,1 does not fit"),
         ({"compare": [Setting(tensor_split=(float("nan"),))]}, "-ts nan does not fit"),
         ({"n_plans": 0}, "at least 1 plan"),

@@ -77,6 +77,12 @@ _X = ggml.Tensor("f32", (8, 4), name="x")
 WRONG: dict[str, tuple[Callable[[], object], type[ggml.PyggmlError], str]] = {
     "a type that is none": (lambda: ggml.Tensor("f33", (4,)), ggml.errors.GraphError, r"no type is called 'f33' \(there are f32,"),
     "a usage that is none": (lambda: _alloc_with_usage("wieghts"), ggml.errors.GraphError, r"'wieghts' \(there are any, weights"),
+    "a number for a type": (lambda: ggml.Tensor(3, (4,)), ggml.errors.GraphError, "no type is called 3"),
+    "a number for dimensions": (lambda: ggml.Tensor("f32", 4), ggml.errors.ShapeError, r"dimensions cannot be 4 \(such as"),
+    "a name for memory": (lambda: ggml.Context().alloc("cpu"), ggml.errors.GraphError, r"cannot be 'cpu' \(such as pyggml.CPU"),
+    "a tensor for a graph": (lambda: ggml.Scheduler([ggml.CPU(threads=1)]).alloc_graph(_X), ggml.errors.SchedError, "the graph cannot be <f32 'x'"),
+    "one backend": (lambda: ggml.Scheduler(ggml.CPU(threads=1)), ggml.errors.SchedError, r"the backends cannot be <CPU.*give a list"),
+    "tokens for a context": (lambda: ggml.Planner.open("qwen3-0.6b", devices="rtx3060", context=4096, data=False), ggml.errors.GraphError, "context cannot be 4096"),
     "elements below none": (lambda: ggml.Tensor("f32", (-4, 3)), ggml.errors.ShapeError, "cannot have -4 elements"),
     "elements of a part": (lambda: ggml.Tensor("f32", (4.5, 3)), ggml.errors.ShapeError, r"dimensions are whole numbers, not \[4.5, 3\]"),
     "a text for dimensions": (lambda: ggml.Graph().input("f32", "ab"), ggml.errors.ShapeError, r"whole numbers, not \['a', 'b'\]"),
