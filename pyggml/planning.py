@@ -19,7 +19,7 @@ from .catalog import header_path
 from .clock import VirtualClock
 from .cost import CPU_PROFILE, DeviceProfile
 from .dialect import DEFAULT_DIALECT, Dialect
-from .errors import DeviceUnavailableError, FormatError, OutOfMemoryError, SchedError, check_kind
+from .errors import DeviceUnavailableError, FormatError, OutOfMemoryError, SchedError
 from .fit import Fit, fit_flags
 from .gguf import GGUFFile, require_model
 from .memory_rows import Memory, MemoryRows
@@ -246,8 +246,6 @@ class Planner:
             llama.cpp refuses the model, or fails on it.
         """
         devices = [devices] if isinstance(devices, str) else devices
-        check_kind("placement", placement, PlacementFlags | None, hint="such as PlacementFlags(n_gpu_layers=20)")
-        check_kind("context", context, ContextFlags | None, hint="such as ContextFlags(n_ctx=4096)")
         if "cpu" in devices:
             raise DeviceUnavailableError(
                 "cpu", "the CPU is always the last device", hint='remove "cpu" from the devices'

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..errors import GraphError
+from ..errors import GraphError, check_kind
 from ..types import Type
 from .hparams import HParams, round_f32
 
@@ -147,6 +147,7 @@ def check_context(flags: ContextFlags, *, max_seq: int = MAX_SEQ) -> None:
     GraphError
         A number is out of range, or a cache type or the way of attention is not possible.
     """
+    check_kind("context", flags, ContextFlags, hint="such as ContextFlags(n_ctx=4096)")
     if not 1 <= flags.n_seq_max <= max_seq:
         raise GraphError(f"a context cannot have {flags.n_seq_max} sequences", hint=f"1 to {max_seq} are possible")
     if flags.flash_attn not in get_args(FlashAttn):
