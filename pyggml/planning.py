@@ -178,7 +178,7 @@ class Planner:
             self.source = self.source.changed(placement, context)
         finally:
             if before.n_copies > 1:
-                self.source.forget_graphs()  # their inputs stay flagged as outputs
+                self.source.forget_pipeline()
             self.sched = self._new_sched(parallel=False)
             self.sched.follow(before)
             self._load(None)
@@ -376,8 +376,10 @@ class Planner:
         """
         parallel = self._can_pipeline()
         if parallel:
-            self.sched.close()
+            before = self.sched
+            before.close()
             self.sched = self._new_sched(parallel=True)
+            self.sched.follow(before)
         n_seqs, n_tokens = self.params.n_seq_max, min(self.params.n_ctx, self.params.n_ubatch)
         if self.params.auto_flash_attn:
             self.source.settle_flash_attention(self._is_on_its_layers(n_seqs, n_seqs, "flash_nodes"))

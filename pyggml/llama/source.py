@@ -340,8 +340,8 @@ class CapturedSource(GraphSource):
                     node.buffer = node.data = None
         return made
 
-    def forget_graphs(self) -> None:
-        """Keep no graph that was made before."""
+    def forget_pipeline(self) -> None:
+        """Keep no graph that was made before: which of its inputs llama.cpp flagged is not known."""
         self._graphs.clear()
 
     def load(self, *, data: bool, progress: Progress | None) -> None:

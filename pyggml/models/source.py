@@ -18,6 +18,7 @@ from ..gguf import GGUFFile
 from ..graph import Graph
 from ..moe_cache import MoeCache
 from ..tensor import Tensor
+from ..types import TensorFlag
 from .architectures import build_graph, read_hparams, weight_specs
 from .batch import Batch, MicroBatch, Outputs
 from .caches import make_cache
@@ -200,8 +201,8 @@ class GraphSource(ABC):
         else:
             self.params = replace(self.params, fused_delta_many=on)
 
-    def forget_graphs(self) -> None:
-        """Drop graphs kept from earlier plans; a source that keeps none does nothing."""
+    def forget_pipeline(self) -> None:
+        """Make graphs kept from earlier plans as they were before pipeline copies, which flag inputs as outputs, or drop them."""
         return
 
     @abstractmethod
@@ -316,10 +317,12 @@ class BuiltSource(GraphSource):
         made.cache = next((known for known in caches if cache.is_like(known)), cache)
         return made
 
-    def forget_graphs(self) -> None:
-        """Keep no graph that was made for a plan before."""
-        if self._graphs is not None:
-            self._graphs = {}
+    def forget_pipeline(self) -> None:
+        """Remove the flags of outputs from inputs of kept graphs; builders flag no input so."""
+        for graph in (self._graphs or {}).values():
+            for leaf in graph.graph.leafs:
+                if leaf.flags & TensorFlag.INPUT:
+                    leaf.flags &= ~TensorFlag.OUTPUT
 
     def expert_weights(self) -> dict[int, list[Tensor]]:
         """Return the expert weights of each layer."""

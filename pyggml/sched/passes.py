@@ -103,8 +103,8 @@ class Passes:
         self._leaf_ids, self._prev_leaf_ids = self._prev_leaf_ids, self._leaf_ids
         version = graph.version
         deps = optimize_splits(plan)
-        self.precedent = precedent if not deps and graph.version == version else None
-        known = self.precedent  # without a backend's changes equal graphs have equal ones
+        known = precedent if not deps and graph.version == version else None  # else a backend changed the graph
+        self.precedent = known if n_copies == 1 else None  # places depend on the current copy
         ids = None if known is None or not known.node_ids else (known.node_ids, known.leaf_ids)
         sched_graph = make_sched_graph(plan, deps, ids)
         if known is not None:

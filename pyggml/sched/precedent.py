@@ -32,7 +32,7 @@ __all__ = ["Precedent", "Precedents"]
 #: Most kept graphs: of prompts and of single tokens, each of some lengths, with and without pins.
 N_KEPT = 8
 
-#: The offload rule, and each backend's `supports_op`.
+#: The number of pipeline copies, the offload rule, and each backend's `supports_op`.
 _Rules = tuple[Any, ...]
 
 
@@ -280,9 +280,10 @@ class Precedents:
         """
         asg, machine = cutter.asg, cutter.machine
         checks = machine.op_checks
-        rules: _Rules = (offload, *checks)
+        rules: _Rules = (cutter.n_copies, offload, *checks)
         shape = found = None
-        if cutter.n_copies == 1 and all(cause is Cause.USER for cause in asg.causes.values()):
+        has_pins_only = all(cause is Cause.USER for cause in asg.causes.values())
+        if has_pins_only and (cutter.n_copies == 1 or machine.dialect.graph_inputs_from == "leafs"):
             shape = _Shape(graph, asg.ids, machine.users, by_kind=all(map(is_answered_by_kind, checks)))
             if shape.has_own_pins:
                 found = self._find(shape, cutter, rules)
@@ -305,7 +306,7 @@ class Precedents:
 
     def _find(self, shape: _Shape, cutter: Cutter, rules: _Rules) -> Precedent | None:
         """Return the precedent of a graph, or a new one that follows a precedent with the same answers."""
-        memory, (offload, *checks) = _memory_of(cutter, shape), rules
+        memory, (_, offload, *checks) = _memory_of(cutter, shape), rules
         alike = [p for p in self._kept if p.memory_before == memory and p.rules == rules]
         built = {s for s, kept in {p.structure: p.shape for p in alike}.items() if shape.is_built_as(kept)}
         alike = [p for p in alike if p.structure in built]
@@ -335,7 +336,7 @@ class Precedents:
 
     def _first(self, graph: Graph, shape: _Shape, cutter: Cutter, rules: _Rules) -> Precedent | None:
         """Run the passes and keep the result, unless the graph has sources outside itself."""
-        before, offload = _memory_of(cutter, shape), rules[0]
+        before, offload = _memory_of(cutter, shape), rules[1]
         self._answers.clear()
         asg = cutter.asg
         assign(graph, asg, self._machine, None if offload is None else self._noting(offload))
@@ -404,15 +405,15 @@ def _follow(precedent: Precedent, graph: Graph, cutter: Cutter) -> None:
         Split._make((backend_id, i_start, i_end, tuple(map(at, inputs)), GraphView(graph, i_start, i_end)))
         for backend_id, i_start, i_end, inputs in precedent.splits
     ]
-    copies = cutter.copy_once((tensors[i], b) for i, b in precedent.copies)
+    copies = cutter.copy_all((tensors[i], b) for i, b in precedent.copies)
     replaced, put = cutter.replaced_sources, list.__setitem__
     for i, j, i_src, k in precedent.replaced:
         node = tensors[i]
         replaced.append((node, j, tensors[i_src]))
-        put(node.src, j, copies[k])
+        put(node.src, j, copies[k][cutter.cur_copy])
     is_whole = len(precedent.assigned) == len(tensors)
     assigned = tensors if is_whole else list(map(at, precedent.assigned))
-    cutter.asg.follow(assigned, precedent.backends, precedent.causes, copies)
+    cutter.asg.follow(assigned, precedent.backends, precedent.causes, list(chain.from_iterable(copies)))
     cutter.memory.backend_id, capacities = precedent.memory
     if capacities:
         cutter.memory.capacities[:] = capacities

@@ -140,19 +140,24 @@ class Cutter:
 
     def copy_to(self, src: Tensor, backend_id: int) -> None:
         """Make the copies of a tensor on a backend."""
-        self.copies.setdefault(src, {})[backend_id] = self._make_copies(src, backend_id)
+        (made,) = self.copy_all([(src, backend_id)])
+        for copy in made:
+            self.asg.explain(copy, Cause.COPIED)
 
-    def copy_once(self, sources: Iterable[tuple[Tensor, int]]) -> list[Tensor]:
-        """Make the only copy of each tensor on a backend, without a cause (`Assignment.follow` has it)."""
-        copies, names, made = self.copies, [b.name for b in self.machine.backends], list[Tensor]()
+    def copy_all(self, sources: Iterable[tuple[Tensor, int]]) -> list[list[Tensor]]:
+        """Make the copies of each tensor on a backend, without a cause (`Assignment.follow` has it)."""
+        copies, names, made = self.copies, [b.name for b in self.machine.backends], list[list[Tensor]]()
         for src, backend_id in sources:
-            copy = dup_layout(src, f"{names[backend_id]}#{src.name}#0")
-            made.append(copy)
+            of_src = [dup_layout(src, f"{names[backend_id]}#{src.name}#{c}") for c in range(self.n_copies)]
+            made.append(of_src)
             known = copies.get(src)
             if known is None:
-                copies[src] = {backend_id: [copy]}
+                copies[src] = {backend_id: of_src}
             else:
-                known[backend_id] = [copy]
+                known[backend_id] = of_src
+            if self.n_copies > 1:
+                for copy in of_src:
+                    copy.set_input().set_output()  # the allocator must not overwrite it
         return made
 
     def replace_source(self, node: Tensor, j: int, src: Tensor, backend_id: int) -> None:
@@ -196,18 +201,6 @@ class Cutter:
         i_split = len(self.splits)
         if n_before >= self.memory.capacity(i_split):
             self.memory.grow(i_split)
-
-    def _make_copies(self, src: Tensor, backend_id: int) -> list[Tensor]:
-        """Return a tensor on the backend for each pipeline copy."""
-        name, asg = self.machine.backends[backend_id].name, self.asg
-        made = []
-        for c in range(self.n_copies):
-            copy = dup_layout(src, f"{name}#{src.name}#{c}")
-            if self.n_copies > 1:
-                copy.set_input().set_output()  # the allocator must not overwrite it
-            asg.explain(copy, Cause.COPIED)
-            made.append(copy)
-        return made
 
     def plan(self, graph: Graph, resources: Resources) -> Plan:
         """Return what was decided.
