@@ -113,53 +113,64 @@ class _Shape:
         }
 
 
-class _Alike:
-    """Which tensors of a graph are of one kind, so that a backend is asked about one for all of them.
+class _Structure:
+    """What graphs that differ in layouts only have in common: which tensors are of one kind in all of them.
+
+    A backend is asked about one node of each kind.
 
     Parameters
     ----------
     shape : _Shape
-        Without tensors.
+        Of the first graph, without tensors.
     answers : list of (int, int, bool)
-        See `Precedent`.
+        Node; the number of the backend that was asked whether it runs it, or (inverted) wants it; the answer.
     """
 
-    __slots__ = ("answers", "first", "wishes")
-
-    first: Callable[[list[Any]], tuple[Any, ...]]  #: of a field of all tensors, that of the first of each one's kind
-    answers: list[tuple[int, int, bool]]  #: those of `Precedent` about the first node of each kind
+    __slots__ = ("_about", "_answers", "_first", "_pick", "_shape")
 
     def __init__(self, shape: _Shape, answers: list[tuple[int, int, bool]]) -> None:
+        self._shape, self._answers = shape, answers
+        self._first: list[int] = []  #: of all tensors, the first of each one's kind; empty until a second graph comes
+        self._pick: Callable[[list[Any]], tuple[Any, ...]]  #: of a field of all tensors, those of these first ones
+        self._about: list[tuple[int, int, bool]] = []  #: the answers about the first node of each kind
+
+    def asked_about(self, shape: _Shape, kept: _Shape) -> list[tuple[int, int, bool]]:
+        """Return the answers that may be others for a graph than for a kept one: about a node of each kind, or those that changed."""
+        if not self._first:
+            self._tell_apart([*self._shape.kinds, *self._shape.layouts])
+        if any((*column, *column[:1] * 2) != self._pick(column) for column in shape.layouts):
+            self._tell_apart([self._first, *shape.layouts])
+        if 2 * len(self._about) < len(self._answers):
+            return self._about
+        changed = shape.changed_since(kept)
+        return [about for about in self._answers if about[0] in changed]
+
+    def _tell_apart(self, columns: list[list[Any]]) -> None:
+        """Let tensors be of one kind that are equal in each column."""
         first_of: dict[Any, int] = {}
-        fields = zip(*shape.kinds, *shape.layouts, strict=True)
-        first = [first_of.setdefault(of_tensor, i) for i, of_tensor in enumerate(fields)]
-        first += (0, 0)  # of one position it would not return a tuple
-        self.first = itemgetter(*first)
+        first = [first_of.setdefault(of_tensor, i) for i, of_tensor in enumerate(zip(*columns, strict=True))]
+        self._first, self._pick = first, itemgetter(*first, 0, 0)  # of one position it would not return a tuple
         known: dict[Any, tuple[int, int, bool]] = {}
+        shape = self._shape
         starts = list(accumulate(shape.n_sources, initial=0))
         roots, kind_of = shape.roots, [*first, -1].__getitem__
-        for i, number, answer in answers:
+        for i, number, answer in self._answers:
             sources = shape.sources[starts[i] : starts[i + 1]]
             around = (i, roots[i], *sources, *(roots[s] for s in sources if s >= 0))
             known.setdefault((number, answer, *map(kind_of, around)), (i, number, answer))
-        self.answers = list(known.values())
-
-    def holds(self, shape: _Shape) -> bool:
-        """Return whether tensors of one kind are of one kind in another graph of the structure, too."""
-        return all((*column, *column[:1] * 2) == self.first(column) for column in shape.layouts)
+        self._about = list(known.values())
 
 
 class Precedent:
     """How a graph was assigned and cut, by positions. Graphs with the same precedent have the same layout."""
 
     __slots__ = (
-        "_alike", "answers", "assigned", "backends", "causes", "copies", "leaf_ids", "memory", "memory_before", "node_ids", "replaced",
+        "assigned", "backends", "causes", "copies", "leaf_ids", "memory", "memory_before", "node_ids", "replaced",
         "rules", "shape", "splits", "structure", "tapes", "unused", "wishes",
     )  # fmt: skip
 
     shape: _Shape  #: without tensors
     rules: _Rules  #: the functions that the passes call
-    answers: list[tuple[int, int, bool]]  #: node; whether a backend runs it, or (inverted) wants it; the answer
     wishes: list[tuple[int, int, bool]]  #: the answers that a user's rule may have given
     assigned: list[int]  #: positions of assigned tensors
     backends: list[int]
@@ -171,36 +182,19 @@ class Precedent:
     leaf_ids: list[int]
     memory_before: tuple[int, tuple[int, ...]]  #: of the cutter
     memory: tuple[int, tuple[int, ...]]
-    structure: object  #: the same for precedents whose graphs differ in layouts only
+    structure: _Structure
     tapes: dict[Repairs, Tape]  #: of computes of graphs with this structure, by the repairs that applied
     unused: frozenset[int]  #: leafs that no node reads
-    _alike: _Alike | None
 
-    @property
-    def alike(self) -> _Alike:
-        """Which of its tensors are of one kind; looked for when first asked for."""
-        if self._alike is None:
-            self._alike = _Alike(self.shape, self.answers)
-        return self._alike
-
-    def of(self, shape: _Shape, *, is_alike: bool) -> Precedent:
-        """Return the precedent of another graph with the same answers; ``is_alike``: whether `alike` holds of it."""
+    def of(self, shape: _Shape) -> Precedent:
+        """Return the precedent of another graph with the same answers."""
         made = Precedent()
         for name in self.__slots__:
             setattr(made, name, getattr(self, name))
-        if not is_alike:
-            made._alike = None
         shape.tensors, shape.sources, shape.roots = [], self.shape.sources, self.shape.roots
         shape.pick, shape.kinds, shape.n_sources = self.shape.pick, self.shape.kinds, self.shape.n_sources
         made.shape = shape
         return made
-
-    def asked_about(self, shape: _Shape, *, is_alike: bool) -> list[tuple[int, int, bool]]:
-        """Return the answers that may be others for a graph of this structure: about one node of each kind, or those that changed."""
-        if is_alike:
-            return self.alike.answers
-        changed = shape.changed_since(self.shape)
-        return [about for about in self.answers if about[0] in changed]
 
     def changed_near(self, kept: Precedent, changed: set[int]) -> set[int]:
         """Return the positions in ``changed``, those with other layouts than kept, and those that read or view these or their views."""
@@ -308,19 +302,18 @@ class Precedents:
         """Return the precedent of a graph, or a new one that follows a precedent with the same answers."""
         memory, (_, offload, *checks) = _memory_of(cutter, shape), rules
         alike = [p for p in self._kept if p.memory_before == memory and p.rules == rules]
-        built = {s for s, kept in {p.structure: p.shape for p in alike}.items() if shape.is_built_as(kept)}
-        alike = [p for p in alike if p.structure in built]
-        if not alike:
+        latest = {p.structure: p for p in reversed(alike)}
+        built = {s: kept for s, kept in latest.items() if shape.is_built_as(kept.shape)}
+        if not built:
             return None
         # a user's rule may answer differently each time
         is_fixed = offload is None or (
             offload is default_offload
             and all(is_answered_by_kind(b.device.offload_op) for b in cutter.machine.backends[:-1])
         )
-        same = [p for p in alike if p.shape.layouts == shape.layouts]
-        for kept in same or alike:
-            is_alike = bool(same) or kept.alike.holds(shape)
-            asked = [] if same else kept.asked_about(shape, is_alike=is_alike)
+        same = [p for p in alike if p.structure in built and p.shape.layouts == shape.layouts]
+        for kept in same or built.values():
+            asked = [] if same else kept.structure.asked_about(shape, kept.shape)
             if not is_fixed:
                 asked = [*(about for about in asked if about[1] >= 0), *kept.wishes]
             for i, number, answer in asked:
@@ -331,7 +324,7 @@ class Precedents:
                 elif checks[number](shape.tensors[i]) != answer:
                     break
             else:
-                return kept if same else kept.of(shape, is_alike=is_alike)
+                return kept if same else kept.of(shape)
         return None
 
     def _first(self, graph: Graph, shape: _Shape, cutter: Cutter, rules: _Rules) -> Precedent | None:
@@ -345,10 +338,10 @@ class Precedents:
         if position is None:
             return None
         made = Precedent()
-        made.shape, made.rules, made.structure, made.tapes = shape, rules, object(), {}
+        made.shape, made.rules, made.tapes = shape, rules, {}
         made.memory_before, made.memory = before, _memory_of(cutter)
-        made.answers = [(position[node], number, answer) for node, number, answer in self._answers]
-        made.wishes = [asked for asked in made.answers if asked[1] < 0]
+        answers = [(position[node], number, answer) for node, number, answer in self._answers]
+        made.structure, made.wishes = _Structure(shape, answers), [asked for asked in answers if asked[1] < 0]
         self._answers.clear()
         made.unused = frozenset(range(shape.n_leafs)).difference(shape.sources)
         made.assigned = sorted(position[t] for t in asg.ids)
@@ -362,7 +355,7 @@ class Precedents:
         made.replaced = [
             (position[n], j, position[src], at[position[src], asg.ids[n]]) for n, j, src in cutter.replaced_sources
         ]
-        made.node_ids, made.leaf_ids, made._alike = [], [], None
+        made.node_ids, made.leaf_ids = [], []
         return made
 
     def _listen(self, backend_id: int, check: OpCheck) -> OpCheck:

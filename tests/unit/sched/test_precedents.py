@@ -202,6 +202,21 @@ def test_a_graph_follows_one_with_the_same_pins(monkeypatch: pytest.MonkeyPatch)
     assert bench.n_passes == 4
 
 
+def test_a_graph_with_pipeline_copies_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With four pipeline copies a graph follows one like it, also at the next copy, and computes with its own tensors."""
+    bench = Bench(monkeypatch, parallel=True)
+    for weight in bench.weights:
+        weight.set_array([[float(i == j) * 3 for i in range(8)] for j in range(8)])
+    for value in (1.0, 2.0, 5.0, 6.0, 7.0):
+        graph = bench.graph(2, scales=True)
+        bench.causes(graph)
+        graph["x"].set_array([[value] * 8] * 2)
+        bench.sched.compute(graph)
+        assert graph["last"].numpy().tolist() == [[value * 18] * 8] * 2
+        assert [c.value for c in map(bench.sched.cause, bench.sched.copies[graph["scaled"]][1]) if c] == ["4.cpy"] * 4
+    assert bench.n_passes == 1
+
+
 def test_a_larger_graph_is_laid_out_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that follows a smaller one gets the memory that it needs, and the smaller one its own places again."""
     bench = Bench(monkeypatch)
