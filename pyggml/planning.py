@@ -179,8 +179,7 @@ class Planner:
         finally:
             if before.n_copies > 1:
                 self.source.forget_pipeline()
-            self.sched = self._new_sched(parallel=False)
-            self.sched.follow(before)
+            self.sched = self._new_sched(parallel=False).follow(before)
             self._load(None)
 
     @classmethod
@@ -376,10 +375,8 @@ class Planner:
         """
         parallel = self._can_pipeline()
         if parallel:
-            before = self.sched
-            before.close()
-            self.sched = self._new_sched(parallel=True)
-            self.sched.follow(before)
+            self.sched.close()
+            self.sched = self._new_sched(parallel=True).follow(self.sched)
         n_seqs, n_tokens = self.params.n_seq_max, min(self.params.n_ctx, self.params.n_ubatch)
         if self.params.auto_flash_attn:
             self.source.settle_flash_attention(self._is_on_its_layers(n_seqs, n_seqs, "flash_nodes"))

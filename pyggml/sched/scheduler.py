@@ -318,8 +318,7 @@ class Scheduler(Observed):
         """Do as `reserve` for the latest graph, if it was split and measured (`Gallocr.measure`) and nothing since; return whether."""
         with self._alone, self._noting_buffers(self.galloc, self.sched_graph):
             self._synchronize()
-            is_done = self.galloc.reserve_measured(self.sched_graph)
-            if is_done:
+            if is_done := self.galloc.reserve_measured(self.sched_graph):
                 self.reserve_policy()
                 self._reset()
             return is_done
@@ -547,9 +546,10 @@ class Scheduler(Observed):
             self.assignment, self.copies, self.is_reset = Assignment(), {}, True
         self.is_alloc, self._allocated = False, None
 
-    def follow(self, other: Scheduler) -> None:
-        """Use the `Precedents` of another scheduler over the same backends."""
+    def follow(self, other: Scheduler) -> Self:
+        """Use the `Precedents` of another scheduler over the same backends; return this one."""
         self._passes.precedents.follow(other._passes.precedents)
+        return self
 
     def close(self) -> None:
         """Free the compute buffers, and restore the sources of graphs. The backends stay open."""
