@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from ..types import SIZE_MAX
 
 __all__ = ["DynTallocr", "pad"]
@@ -53,11 +55,10 @@ class DynTallocr:
         i_chunk = i_block = -1
         # the last block of a chunk is its open end: it is taken only if no hole fits
         for c, chunk in enumerate(self.chunks):
-            best_size = SIZE_MAX
-            free = chunk.free
-            for i in range(len(free) - 1):
-                if size <= free[i][1] <= best_size:
-                    i_chunk, i_block, best_size = c, i, free[i][1]
+            best_size, last = SIZE_MAX, len(chunk.free) - 1
+            for i, (_, room) in enumerate(chunk.free):
+                if size <= room <= best_size and i < last:
+                    i_chunk, i_block, best_size = c, i, room
         if i_block == -1:
             i_chunk, i_block = self._best_open_end(size)
         if i_block == -1:
@@ -117,4 +118,4 @@ class DynTallocr:
                     del free[i]
                 return
         # a block of no bytes, left by an empty tensor, may be inside the range: later blocks can still touch it
-        free.insert(next((i for i, (start, _) in enumerate(free) if start >= offset), len(free)), [offset, size])
+        free.insert(bisect_left(free, [offset]), [offset, size])

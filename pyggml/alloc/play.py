@@ -147,19 +147,19 @@ class Play:
         if can_inplace is None:
             can_inplace = self.can_inplace[op] = self.galloc.can_inplace(op)
         if can_inplace:
+            n_readers = self.children.get
             for parent in tensor.src:
-                if parent is not None and self._take_over(tensor, life, parent):
+                if parent is not None and n_readers(parent) == 1 and self._take_over(tensor, life, parent):
                     return
         life.buffer_id, life.size = buffer_id, self.sizes[buffer_id](tensor)
         life.chunk, life.offset = self.tallocs[buffer_id].alloc(life.size)
 
     def _take_over(self, tensor: Tensor, life: Life, parent: Tensor) -> bool:
-        """Put a result in the place of a parent that no other node needs, if the layouts agree."""
+        """Put a result in the place of a parent that no other node reads, if no view shows it and the layouts agree."""
         parent_life = self.lives.get(parent)
         if (
             parent_life is None
             or not parent_life.allocated
-            or self.children[parent] != 1
             or parent in self.views
             or parent.flags & TensorFlag.OUTPUT
             or not are_same_layout(parent, tensor)
