@@ -73,7 +73,9 @@ class Maker:
             return []
         plans = [self.make(BEST, best)]
         tell("what llama.cpp's --fit chooses")
-        self._with_fit(plans, [*around_fit(), *filling(search, best.setting)], tell)
+        around = around_fit()
+        known = min([best, *(search.score(s) for s in around if search.memory.may_fit(s))], key=lambda s: s.seconds)
+        self._with_fit(plans, [*around, *filling(search, best.setting, limit=known.seconds)], tell)
         cached = [s for s in every if s.setting.moe_cache_mib and s.setting.type_k is best.setting.type_k]
         cached += map(search.score, with_cache(search, best.setting))
         self._cached = sorted(cached, key=lambda s: _step(s.seconds))

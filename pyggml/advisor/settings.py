@@ -24,6 +24,7 @@ __all__ = [
     "ik_flags_of",
     "is_experts_only",
     "last_experts",
+    "last_ffn",
     "numbers_pattern",
     "placement_flags",
     "with_llama_names",
@@ -286,6 +287,11 @@ def ik_flags_of(flags: Iterable[str]) -> list[str]:
 def last_experts(n: int, n_layer: int) -> str:
     """Return the override that keeps the experts of the last ``n`` layers in host memory."""
     return rf"blk\.({numbers_pattern(range(n_layer - n, n_layer))})\.ffn_(up|down|gate|gate_up)_exps=CPU"
+
+
+def last_ffn(n: int, n_layer: int) -> str:
+    """Return the override that keeps dense feed-forward weights of the last ``n`` layers in host memory."""
+    return rf"blk\.({numbers_pattern(range(n_layer - n, n_layer))})\.ffn_(up|down|gate)\.weight=CPU"
 
 
 def numbers_pattern(numbers: Iterable[int]) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import inf
 
 from ..foresight import Setting
 from ..models.placement import DENSE_FFN
 from .search import Search
-from .settings import DEFAULT_BATCH, last_experts
+from .settings import DEFAULT_BATCH, last_experts, last_ffn
 
 __all__ = ["filling", "with_cache"]
 
@@ -21,25 +22,32 @@ _MOST_GUESSES = 4
 _GAIN = 1.01
 
 
-def filling(search: Search, like: Setting) -> Iterator[Setting]:
+def filling(search: Search, like: Setting, *, limit: float = inf) -> Iterator[Setting]:
     """Yield settings like one with weights on the host, whose cards are as full as their margin allows.
 
     With experts on the host either the first card takes the rest of the layers, with the experts of the first ones on the host
     (``-ncmoe``), or the last card, with those of the last ones (``-ot``). Of a model that is on cards alone, the slower ones
     are left out. Of a dense model a card has attention and KV cache of as many layers as it can, and the host feed-forward
-    weights: with a long prompt in the cache the CPU's attention costs more than what it reads of weights.
+    weights: with a long prompt in the cache the CPU's attention costs more than what it reads of weights. ``limit``: seconds of
+    the best setting that is known, which a dense model's must beat.
     """
-    n_cards = len(search.machine.cards)
-    if n_cards == 1 and like.n_gpu_layers >= 0 and not search.shape.n_expert:
-        yield from _with_attention_on_card(search, like)
-    if n_cards < 2 or like.n_gpu_layers >= 0:
+    n_cards, is_dense = len(search.machine.cards), not search.shape.n_expert
+    if n_cards == 1 and like.n_gpu_layers >= 0 and is_dense:
+        yield from _with_attention_on_card(search, like, limit)
+    if n_cards < 2 or (like.n_gpu_layers >= 0 and not is_dense):
         return
-    if not (like.n_cpu_moe or like.overrides):
+    if not (like.n_cpu_moe or like.overrides or like.n_gpu_layers >= 0):
         yield from _on_fewer(search, like)
         return
     for n_ubatch in {like.n_ubatch, DEFAULT_BATCH}:
         for rest, others in _divisions(search):
-            found = _fill(search, replace(like, n_ubatch=n_ubatch), rest, others)
+            found = _fill(
+                search,
+                replace(like, n_ubatch=n_ubatch, n_gpu_layers=-1),
+                rest,
+                others,
+                limit=limit if is_dense else inf,
+            )
             if found is not None:
                 yield found
 
@@ -79,12 +87,15 @@ def _divisions(search: Search) -> Iterator[tuple[int, list[int]]]:
 
 
 def _on_host(search: Search, like: Setting, shares: Sequence[float], rest: int, n_host: int) -> Setting:
-    """Return a setting with shares in layers, and experts of so many layers of one card on the host."""
-    at_end = any(shares[:rest])
+    """Return a setting with shares in layers, and experts or feed-forward weights of so many layers of one card on the host."""
+    at_end, is_dense = any(shares[:rest]), not search.shape.n_expert
     n_layer = search.memory.n_layer
+    overrides: tuple[str, ...] = ()
+    if n_host and (at_end or is_dense):
+        at_last = (last_ffn if is_dense else last_experts)(n_host, n_layer)
+        overrides = (at_last if at_end else f"--n-cpu-ffn {n_host}",)
     return replace(
-        like, tensor_split=tuple(map(float, shares)), n_cpu_moe=0 if at_end else n_host,
-        overrides=(last_experts(n_host, n_layer),) if at_end and n_host else (),
+        like, tensor_split=tuple(map(float, shares)), n_cpu_moe=0 if at_end or is_dense else n_host, overrides=overrides
     )  # fmt: skip
 
 
@@ -97,11 +108,17 @@ def _on_fewer(search: Search, like: Setting) -> Iterator[Setting]:
             yield replace(like, n_ubatch=n_ubatch, tensor_split=tuple(kept))
 
 
-def _with_attention_on_card(search: Search, like: Setting) -> Iterator[Setting]:
-    """Yield the fastest setting whose card has attention of as many layers as fit, if it is faster than the one with whole layers."""
+def _ffn_bytes(search: Search) -> int:
+    """Return the most bytes of dense feed-forward weights of a layer."""
+    layers = search.shape.layers
+    return max(sum(x.nbytes for x in layer.products if re.match(DENSE_FFN, f".{x.name}")) for layer in layers)
+
+
+def _with_attention_on_card(search: Search, like: Setting, limit: float) -> Iterator[Setting]:
+    """Yield the fastest setting whose card has attention of as many layers as fit, if it takes noteworthily less than so many seconds."""
     memory, n_layer = search.memory, search.memory.n_layer
     layers = search.shape.layers
-    ffn = max(sum(x.nbytes for x in layer.products if re.match(DENSE_FFN, f".{x.name}")) for layer in layers)
+    ffn = _ffn_bytes(search)
     kv = memory.kv_bytes(like) // n_layer if like.kv_offload else 0
     other = max(layer.other_bytes for layer in layers) - ffn + kv
     taken = memory.exact(like)
@@ -109,7 +126,6 @@ def _with_attention_on_card(search: Search, like: Setting) -> Iterator[Setting]:
         return
     now = taken[0]
     compute = now.bytes - memory.weights(like)[0] - max(like.n_gpu_layers - 1, 0) * kv
-    limit = search.score(like).seconds / _GAIN
     found: list[Setting] = []
     for n_ubatch in {like.n_ubatch, DEFAULT_BATCH}:
         room = (
@@ -122,7 +138,7 @@ def _with_attention_on_card(search: Search, like: Setting) -> Iterator[Setting]:
             guess = replace(
                 like, n_gpu_layers=-1 if n_on == n_layer else n_on + 1, n_ubatch=n_ubatch, overrides=(f"--n-cpu-ffn {n_host}",)
             )  # fmt: skip
-            if guess in seen or search.score(guess).seconds > limit:
+            if guess in seen or search.score(guess).seconds > limit / _GAIN:
                 break
             seen.add(guess)
             taken = memory.exact(guess)
@@ -134,20 +150,24 @@ def _with_attention_on_card(search: Search, like: Setting) -> Iterator[Setting]:
     yield from sorted(found, key=lambda s: search.score(s).seconds)[:1]
 
 
-def _fill(search: Search, like: Setting, rest: int, others: list[int]) -> Setting | None:
+def _fill(search: Search, like: Setting, rest: int, others: list[int], *, limit: float = inf) -> Setting | None:
     """Return the fastest guess that fits; None if none does.
 
     Parameters
     ----------
     rest : int
         The card that takes the layers that have no place on the others, which are all before it or all behind it.
+    limit : float
+        Seconds from which on guesses are given up.
     """
     memory, n_layer = search.memory, search.memory.n_layer
     cards = [card.memory_bytes for card in search.machine.cards]
     shape = search.shape.layers
-    expert = max(layer.expert_bytes for layer in shape)
-    other = max(layer.other_bytes for layer in shape) + memory.kv_bytes(like) // n_layer
+    expert = max(layer.expert_bytes for layer in shape) or _ffn_bytes(search)
+    other = max(layer.other_bytes + layer.expert_bytes for layer in shape) - expert + memory.kv_bytes(like) // n_layer
     whole = expert + other
+    if not expert:
+        return None
 
     room = [size - memory.margin_bytes - _GUESS_BYTES for size in cards]
     shares = [max(n // whole, 0) if i in others else 0 for i, n in enumerate(room)]
@@ -160,7 +180,7 @@ def _fill(search: Search, like: Setting, rest: int, others: list[int]) -> Settin
         if shares[rest] < 1:
             break
         guess = _on_host(search, like, shares, rest, n_host)
-        taken = None if guess in seen else memory.exact(guess)
+        taken = None if guess in seen or search.score(guess).seconds > limit else memory.exact(guess)
         if taken is None:
             break
         seen.add(guess)

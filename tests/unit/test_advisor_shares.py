@@ -60,13 +60,12 @@ def test_a_slow_card_that_is_not_needed_is_left_out(cards: str) -> None:
     assert beside.seconds == pytest.approx(alone.seconds, rel=0.01)
 
 
-def test_with_a_long_prompt_attention_stays_on_the_card() -> None:
+@pytest.mark.parametrize("cards", ["rtx3060-4GiB", "rtx3060-4GiB,rtx2060-3GiB"])
+def test_with_a_long_prompt_attention_stays_on_the_cards(cards: str) -> None:
     """Feed-forward weights on the host beat whole layers there, whose attention the CPU would compute over a full cache."""
-    made = plan(
-        "llama-3-8b", devices="rtx3060-4GiB", host="ddr4-3200x2,cores=8", prompt=12000, context=12288, kv_types=["f16"]
-    )
+    made = plan("llama-3-8b", devices=cards, host="ddr4-3200x2,cores=8", prompt=12000, context=12288, kv_types=["f16"])
     best, whole = made.plans[0], next(p for p in made.plans if not p.setting.overrides)
-    assert best.setting.overrides[0].startswith("--n-cpu-ffn")
+    assert "ffn" in best.setting.overrides[0]
     assert best.fits
     assert best.seconds * 1.03 < whole.seconds
 
