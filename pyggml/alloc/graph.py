@@ -19,7 +19,7 @@ from ..tensor import Tensor, are_same_layout
 from ..types import BufferUsage, Op
 from .lives import Stay, lives_of, overlaps, takes_over
 from .offsets import DynTallocr
-from .play import NOWHERE, Life, Place, Play, places_of
+from .play import NOWHERE, Place, Play, places_of
 
 __all__ = ["GallocGraph", "Gallocr"]
 
@@ -112,7 +112,8 @@ class Gallocr:
         self._leafs: list[Place] = []
         self._n_srcs: list[int] = []  #: sources of each node
         self._places: list[Place] = []  #: of the sources of all nodes, then of the nodes
-        self._measured: tuple[GallocGraph, dict[Tensor, Life]] | None = None  #: the latest graph that was only measured
+        #: the latest graph that was only measured
+        self._measured: tuple[GallocGraph, dict[Tensor, Place]] | None = None
         self._placed: dict[object, _Placed] = {}  #: graphs that were placed, by structure; good for buffers and layout
         self.is_reserved = True  #: whether the buffers fit the places; at first there are none, for an empty graph
 
@@ -182,7 +183,7 @@ class Gallocr:
 
     def _play(
         self, graph: GallocGraph, node_buffer_ids: Sequence[int] | None, leaf_buffer_ids: Sequence[int] | None
-    ) -> dict[Tensor, Life]:
+    ) -> dict[Tensor, Place]:
         self.is_reserved, self._placed, self._measured = False, {}, None
         for talloc in self.tallocs:
             talloc.reset()
@@ -194,15 +195,15 @@ class Gallocr:
     ) -> None:
         self._note_places(graph, self._play(graph, node_buffer_ids, leaf_buffer_ids))
 
-    def _note_places(self, graph: GallocGraph, lives: dict[Tensor, Life]) -> None:
+    def _note_places(self, graph: GallocGraph, lives: dict[Tensor, Place]) -> None:
         nodes, leafs = graph.nodes, graph.leafs
         srcs = [node.src for node in nodes]
         sizes = self.sizes()
         places: dict[Tensor | None, Place] = dict.fromkeys(chain(nodes, leafs, *srcs), NOWHERE)
         for tensor in places:
             if tensor is not None and tensor.view_src is None and tensor.data is None:
-                life = lives.get(tensor) or Life(sizes[0](tensor))  # one with a buffer, but without data, has no place
-                places[tensor] = Place(life.buffer_id, life.chunk, life.offset, life.size)
+                # one with a buffer, but without data, was not placed
+                places[tensor] = lives.get(tensor) or Place(0, 0, 0, sizes[0](tensor))
         at = places.__getitem__
         self._leafs = list(map(at, leafs))
         self._n_srcs = list(map(len, srcs))
@@ -333,7 +334,7 @@ class Gallocr:
                 views.append(tensor)
             elif tensor.data is None:
                 i = place.buffer_id
-                if i < 0 or sizes[i](tensor) > place.size_max:
+                if i < 0 or (not is_laid_out and sizes[i](tensor) > place.size):
                     return None
                 owners.append((tensor, place))
         taken_over = self._takeovers(graph, owners) if self.keeps_needed else []
@@ -349,13 +350,13 @@ class Gallocr:
         """Return results that are computed in place of a source, with it; None if a tensor is overwritten too early."""
         places: dict[Tensor, Place] = {}
         for tensor, place in (*zip(graph.leafs, self._leafs, strict=True), *owners):
-            if place.size_max:
+            if place.size:
                 places.setdefault(tensor, place)
         stays: dict[tuple[int, int], list[Stay]] = {}
         for tensor, (start, end) in lives_of(graph).items():
             at = places.get(tensor)
             if at is not None:
-                stay = Stay(tensor, start, end, at.offset, at.offset + at.size_max)
+                stay = Stay(tensor, start, end, at.offset, at.offset + at.size)
                 stays.setdefault((id(self.tallocs[at.buffer_id]), at.chunk), []).append(stay)
         pairs = [pair for chunk in stays.values() for pair in overlaps(chunk)]
         if not all(takes_over(stay, other, self.can_inplace) for stay, other in pairs):
@@ -502,7 +503,7 @@ class _Placed:
         position = dict(zip(placeable, count()))
         made = cls()
         made.fitting = []
-        made.limits = [(position.get(t, -1), place.buffer_id, place.size_max) for t, place in owners]
+        made.limits = [(position.get(t, -1), place.buffer_id, place.size) for t, place in owners]
         # views without op are the scheduler's dependencies
         at = [(position.get(t, -1), t) for t in tensors if t in position or t.view_src is None or t.op is not Op.NONE]
         if at and min(at, key=itemgetter(0))[0] < 0:

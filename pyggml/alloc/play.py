@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -15,30 +15,18 @@ from .offsets import pad
 if TYPE_CHECKING:
     from .graph import Gallocr
 
-__all__ = ["NOWHERE", "Life", "Place", "Play", "places_of"]
-
-
-class Life:
-    """Where a tensor is while a graph is played through, and whether it still is."""
-
-    __slots__ = ("allocated", "buffer_id", "chunk", "offset", "size")
-
-    def __init__(self, size: int = 0) -> None:
-        self.buffer_id = 0
-        self.chunk = 0
-        self.offset = 0
-        self.size = size  #: bytes that it takes there
-        self.allocated = True
+__all__ = ["NOWHERE", "Place", "Play", "places_of"]
 
 
 @dataclass(slots=True)
 class Place:
-    """The place of a tensor at one position of the graph."""
+    """Where a tensor is."""
 
     buffer_id: int  #: -1: it has memory, or is a view
     chunk: int
     offset: int
-    size_max: int  #: bytes that a tensor here may have
+    size: int  #: bytes that it takes; another tensor here may have as many
+    allocated: bool = field(default=True, compare=False)  #: while a graph is played through: whether it still is here
 
 
 NOWHERE = Place(-1, -1, SIZE_MAX, 0)
@@ -67,7 +55,7 @@ class Play:
         self.galloc = galloc
         self.tallocs = galloc.tallocs
         self.sizes = galloc.sizes()
-        self.lives: dict[Tensor, Life] = {}
+        self.lives: dict[Tensor, Place] = {}
         self.children: defaultdict[Tensor, int] = defaultdict(int)  #: nodes that still read a tensor
         self.views: dict[Tensor, int] = {}  #: views of a tensor that are still read, if there are any
         self.can_inplace: dict[Op, bool] = {}
@@ -78,7 +66,7 @@ class Play:
         leafs: Sequence[Tensor],
         node_buffer_ids: Sequence[int],
         leaf_buffer_ids: Sequence[int],
-    ) -> dict[Tensor, Life]:
+    ) -> dict[Tensor, Place]:
         """Go through a graph and return the place of each tensor that gets memory."""
         lives, children, views, allocate = self.lives, self.children, self.views, self._allocate
         for leaf, buffer_id in zip(leafs, leaf_buffer_ids, strict=True):
@@ -137,11 +125,8 @@ class Play:
         if tensor.data is not None or tensor.buffer is not None or tensor.view_src is not None:
             return
         life = self.lives.get(tensor)
-        if life is None:
-            life = self.lives[tensor] = Life()
-        elif life.allocated:
+        if life is not None and life.allocated:
             return
-        life.allocated = True
         op = tensor.op
         can_inplace = self.can_inplace.get(op)
         if can_inplace is None:
@@ -149,30 +134,29 @@ class Play:
         if can_inplace:
             n_readers = self.children.get
             for parent in tensor.src:
-                if parent is not None and n_readers(parent) == 1 and self._take_over(tensor, life, parent):
+                if parent is not None and n_readers(parent) == 1 and self._take_over(tensor, parent):
                     return
-        life.buffer_id, life.size = buffer_id, self.sizes[buffer_id](tensor)
-        life.chunk, life.offset = self.tallocs[buffer_id].alloc(life.size)
+        size = self.sizes[buffer_id](tensor)
+        self.lives[tensor] = Place(buffer_id, *self.tallocs[buffer_id].alloc(size), size)
 
-    def _take_over(self, tensor: Tensor, life: Life, parent: Tensor) -> bool:
+    def _take_over(self, tensor: Tensor, parent: Tensor) -> bool:
         """Put a result in the place of a parent that no other node reads, if no view shows it and the layouts agree."""
-        parent_life = self.lives.get(parent)
+        life = self.lives.get(parent)
         if (
-            parent_life is None
-            or not parent_life.allocated
+            life is None
+            or not life.allocated
             or parent in self.views
             or parent.flags & TensorFlag.OUTPUT
             or not are_same_layout(parent, tensor)
         ):
             return False
-        buffer_id = parent_life.buffer_id
-        talloc, size = self.tallocs[buffer_id], self.sizes[buffer_id](tensor)
-        spare = pad(parent_life.size, talloc.alignment)
+        talloc, size = self.tallocs[life.buffer_id], self.sizes[life.buffer_id](tensor)
+        spare = pad(life.size, talloc.alignment)
         used = pad(size, talloc.alignment)
         if used > spare:  # upstream asserts that this never is
             return False
-        life.buffer_id, life.chunk, life.offset, life.size = buffer_id, parent_life.chunk, parent_life.offset, size
-        parent_life.allocated = False  # so that the memory is not freed with the parent
+        self.lives[tensor] = Place(life.buffer_id, life.chunk, life.offset, size)
+        life.allocated = False  # so that the memory is not freed with the parent
         if spare > used:
             talloc.free_bytes(life.chunk, life.offset + used, spare - used)
         return True
