@@ -149,7 +149,7 @@ class Search:
             setting = scored.setting
             if setting.moe_cache_mib and memory.may_fit(setting) and memory.estimate(setting) is None:
                 memory.exact(without_cache(setting))  # tells the rest, and is planned without another planner
-            if not memory.may_fit(setting):
+            if not memory.may_fit(setting) or memory.least_missing(setting):
                 continue
             taken = memory.exact(setting)
             if taken is not None and all(device.fits for device in taken):
