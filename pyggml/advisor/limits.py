@@ -11,7 +11,7 @@ from .memory import DeviceMemory, MemoryModel
 from .search import Scored, Search
 from .settings import flags_of
 
-__all__ = ["Help", "bottleneck", "helps"]
+__all__ = ["Help", "bottleneck", "helps", "short_s"]
 
 #: A smaller share of the time is not worth a name.
 _NOTEWORTHY_SHARE = 0.04
@@ -62,9 +62,18 @@ def bottleneck(search: Search, scored: Scored, exact: Scored) -> str:
     if share <= _NOTEWORTHY_SHARE:
         what, share = "small kernels and their launches", 0.0
     by = f" for {min(share, 1.0):.0%} of its time" if share else ""
-    return (
-        f"{phase} takes {max(exact.prompt_s, exact.generate_s):.1f} of {exact.seconds:.1f} s and waits{by} for {what}."
-    )
+    return f"{phase} takes {short_s(max(exact.prompt_s, exact.generate_s))} of {short_s(exact.seconds)} s and waits{by} for {what}."
+
+
+def short_s(seconds: float) -> str:
+    """Return seconds for people: with one decimal, or below one with two digits.
+
+    Examples
+    --------
+    >>> short_s(12.34), short_s(0.0345)
+    ('12.3', '0.035')
+    """
+    return f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.2g}"
 
 
 def _faster(machine: Machine) -> list[tuple[str, Machine]]:

@@ -93,7 +93,7 @@ class Maker:
                 lambda made: made.tg_tps.mid > _NOTEWORTHY * first.tg_tps.mid,
             ),
             (
-                "the same with a KV cache in q8_0",
+                "with a KV cache in q8_0",
                 # by the formulas, too: the machine that is simulated found less to gain wherever both were asked
                 [s for s in by_goal if s.setting.type_k is not kv_type and s.seconds * _NOTEWORTHY <= best.seconds],
                 lambda made: made.seconds * _NOTEWORTHY <= first.seconds,  # else worse results for nothing

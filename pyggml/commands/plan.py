@@ -186,6 +186,8 @@ def _flag_to_explain(flag: str) -> str:
 
 def _print_explanation(told: Explanation) -> None:
     """Print what a flag's values come to."""
+    from ..advisor.limits import short_s
+
     out = report()
     if told.choices:
         columns = ("seconds", "prompt s", "answer s", "fits")
@@ -198,7 +200,7 @@ def _print_explanation(told: Explanation) -> None:
         for c in told.choices:
             fits = f"lacks {n_bytes(c.missing_bytes)}" if c.missing_bytes else "yes"
             style = "bold" if c.is_chosen else "red" if c.missing_bytes else None
-            made.add_row(c.flags, f"{c.seconds:.1f}", f"{c.prompt_s:.1f}", f"{c.generate_s:.1f}", fits, style=style)
+            made.add_row(c.flags, *map(short_s, (c.seconds, c.prompt_s, c.generate_s)), fits, style=style)
         out.print(made)
         out.print("Bold: the best plan's value. Seconds are those of the formulas that rank settings.", style="dim")
     out.print(told.verdict)
@@ -389,6 +391,8 @@ def _print_plan(plan: Recommendation) -> None:
 
 
 def _table(advice: Advice) -> Table:
+    from ..advisor.limits import short_s
+
     sizes: dict[str, int] = {}
     for m in (m for plan in advice.shown for m in plan.memory):  # of a host that shares its memory rows differ
         sizes[m.device] = m.of_bytes if sizes.get(m.device, m.of_bytes) == m.of_bytes else 0
@@ -408,7 +412,7 @@ def _table(advice: Advice) -> Table:
         ]
         speed = _middle if is_narrow else _range
         made.add_row(
-            plan.title, *(["-"] * 3 if plan.refused else [speed(plan.pp_tps), speed(plan.tg_tps), f"{plan.seconds:.1f}"]), *cells,
+            plan.title, *(["-"] * 3 if plan.refused else [speed(plan.pp_tps), speed(plan.tg_tps), short_s(plan.seconds)]), *cells,
             *([n_bytes(round(plan.link_bytes_per_token))] if links else []), style=None if plan.fits else "red",
         )  # fmt: skip
     return made
