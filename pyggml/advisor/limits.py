@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from math import inf
 
 from ..foresight import Machine, Setting
@@ -16,7 +17,7 @@ __all__ = ["Help", "bottleneck", "helps", "short_s"]
 #: A smaller share of the time is not worth a name.
 _NOTEWORTHY_SHARE = 0.04
 #: For less the scheduler is not asked whether a setting would have room.
-_NOTEWORTHY_GAIN = 1.01
+_NOTEWORTHY_GAIN = 1.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,7 @@ def helps(search: Search, settings: list[Setting], best: Setting) -> list[Help]:
     found = []
     memory = search.memory
     missing = {s: _missing_bytes(memory, s) for s in settings if s.type_k is best.type_k}
+    least = cache(lambda s: _missing(memory.at_least(s)))
     most = max(more for *_, more in changes)
     now = sorted((search.score(s) for s, n in missing.items() if n <= most), key=lambda s: s.seconds)
     for label, other, more in changes:
@@ -131,7 +133,7 @@ def helps(search: Search, settings: list[Setting], best: Setting) -> list[Help]:
             if missing[scored.setting] <= more:
                 made = again.score(scored.setting)
                 then = made if then is None or made.seconds < then.seconds else then
-        unsure = (s for s, n in missing.items() if more < n < inf and _missing(memory.at_least(s)) <= more)
+        unsure = (s for s, n in missing.items() if more < n < inf and least(s) <= more)
         for made in sorted(map(again.score, unsure), key=lambda s: s.seconds):
             if then is not None and made.seconds * _NOTEWORTHY_GAIN >= then.seconds:
                 break

@@ -103,6 +103,7 @@ class MemoryModel:
         self.has_window = f"{file.metadata.get('general.architecture')}.attention.sliding_window" in file.metadata
         self._rest: dict[_Kind, list[int]] = {}
         self._bounds: dict[tuple[_Kind, bool], list[int] | None] = {}  #: by what is known now of the rest
+        self._has_room: dict[tuple[object, ...], bool] = {}  #: for weights alone
         self._caches: dict[tuple[object, ...], list[int]] = {}  #: bytes of KV caches by layer, or by device
         self._least: dict[_Kind, list[int]] = {}  #: the rest by the devices that are used, whatever their shares
         self._least_of: dict[tuple[_Kind, _Kind], list[int] | None] = {}  #: what follows from that now
@@ -241,7 +242,14 @@ class MemoryModel:
             if known is not None:
                 return all(d.fits for d in known)
             rest = self._rest.get(self._key(setting))
-        taken = self._at_least(setting) if rest is None else self._with(setting, rest)
+        if rest is not None:
+            return self._has_room_for(self._with(setting, rest))
+        key = place_key(setting)
+        if key not in self._has_room:
+            self._has_room[key] = self._has_room_for(self.weights(setting))
+        return self._has_room[key] and self._has_room_for(self._at_least(setting))
+
+    def _has_room_for(self, taken: list[int]) -> bool:
         margin = self.margin_bytes
         return all(not size or n + margin <= size for n, size in zip(taken, self._room(taken), strict=True))
 
@@ -304,7 +312,7 @@ class MemoryModel:
         Compute buffers grow with the micro-batch, at most in proportion, and depend little on the KV type; `_SLACK` is for
         that, and for holes between results.
         """
-        if setting.overrides and not is_experts_only(setting):
+        if not self._rest or (setting.overrides and not is_experts_only(setting)):
             return None
         own = self._key(setting)
         if (own, is_lower) not in self._bounds:

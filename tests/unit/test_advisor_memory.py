@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from pyggml.advisor import MemoryModel, plan
+from pyggml.advisor import Goal, MemoryModel, Search, plan
 from pyggml.advisor.advice import open_machine
+from pyggml.advisor.maker import _NOTEWORTHY, _WORTH_A_TRY, _times
 from pyggml.advisor.memory import DeviceMemory
 from pyggml.catalog import header_path
 from pyggml.errors import GraphError
-from pyggml.foresight import Setting
+from pyggml.foresight import ModelShape, Setting
 from pyggml.gguf import GGUFFile
 from pyggml.planning import Planner
 from pyggml.types import Type
@@ -136,3 +137,30 @@ def test_the_scheduler_is_asked_of_few_settings_that_have_no_room(monkeypatch: p
     assert len(advice.plans) == 4
     assert len(asked) == advice.n_planned < 10
     assert asked.count(False) <= 3
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "n_layers"),
+    [("qwen3-8b", "gtx1650", (12, 16)), ("gemma-3-4b", "gtx1650", (10, 20)), ("qwen3-30b-a3b", "rtx3060", (-1, -1))],
+)
+def test_the_simulated_machine_finds_no_more_to_gain_than_formulas(
+    model: str, device: str, n_layers: tuple[int, int]
+) -> None:
+    """So a row that must gain 3 % is not carried out where formulas find less than 2 %."""
+    backends, machine = open_machine(device, HOST)
+    experts = (40, 36) if n_layers[0] < 0 else (0, 0)
+    less, more = (
+        Setting(n_gpu_layers=n, n_cpu_moe=moe, n_ubatch=ub, threads=8)
+        for n, moe, ub in zip(n_layers, experts, (512, 1024), strict=True)
+    )
+    with (
+        GGUFFile.open(header_path(model)) as file,
+        closing(MemoryModel(file, backends, 8192, host=machine.host, margin_bytes=0)) as memory,
+    ):
+        shape = ModelShape.from_header(file.metadata, file.tensors, model)
+        search = Search(shape, machine, Goal(), memory)
+        slow, fast = _times(search, less), _times(search, more)
+        by_formula = search.score(less), search.score(more)
+    margin = _NOTEWORTHY / _WORTH_A_TRY
+    assert fast.pp.mid / slow.pp.mid < margin * by_formula[0].prompt_s / by_formula[1].prompt_s
+    assert fast.tg.mid / slow.tg.mid < margin * by_formula[0].generate_s / by_formula[1].generate_s
