@@ -105,12 +105,15 @@ class _Shape:
         for now, was in zip(self.layouts, kept.layouts, strict=True):
             if now != was:
                 changed.update(compress(count(), map(ne, now, was)))
-        starts = accumulate(kept.n_sources, initial=0)
-        return {
-            i
-            for i, (start, n) in enumerate(zip(starts, kept.n_sources, strict=False))
-            if i in changed or kept.roots[i] in changed or not changed.isdisjoint(kept.sources[start : start + n])
-        }
+        return changed | kept.users(changed)
+
+    def users(self, used: set[int]) -> set[int]:
+        """Return the positions of tensors that read or view some."""
+        if not used:
+            return set()
+        owners = list(chain.from_iterable(map(repeat, count(), self.n_sources)))
+        readers = compress(owners, map(used.__contains__, self.sources))
+        return {*readers, *compress(count(), map(used.__contains__, self.roots))}
 
 
 class _Structure:
@@ -203,16 +206,8 @@ class Precedent:
         for now, was in zip(shape.layouts[:2], kept.shape.layouts, strict=False):
             if now != was:
                 near.update(compress(count(), map(ne, now, was)))
-        if not near:
-            return near
-        owners = list(chain.from_iterable(map(repeat, count(), shape.n_sources)))
-        new = near
-        for _ in range(2):
-            readers = compress(owners, map(new.__contains__, shape.sources))
-            new = {*readers, *compress(count(), map(new.__contains__, shape.roots))}
-            near |= new
-            new = {i for i in near if shape.roots[i] >= 0}
-        return near
+        near |= shape.users(near)
+        return near | shape.users({i for i in near if shape.roots[i] >= 0})
 
     def snapshot(self, graph: Graph, all_copies: Copies, placeable: list[Tensor]) -> Snapshot:
         """Return the snapshot of a graph that follows this precedent, from the facts known here.
