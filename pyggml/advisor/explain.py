@@ -14,10 +14,10 @@ from .settings import DEFAULT_BATCH, EXPLAIN, Space
 __all__ = ["Choice", "Explanation", "explain", "flag_name"]
 
 _NAMES = {
-    "--n-cpu-moe": "-ncmoe", "--cpu-moe": "-ncmoe", "-cmoe": "-ncmoe", "--n-gpu-layers": "-ngl", "--gpu-layers": "-ngl",
+    "--n-cpu-moe": "-ncmoe", "--cpu-moe": "-ncmoe", "-cmoe": "-ncmoe", "--n-cpu-ffn": "-ncffn", "--n-gpu-layers": "-ngl", "--gpu-layers": "-ngl",
     "--ubatch-size": "-ub", "--batch-size": "-b", "--flash-attn": "-fa", "--threads": "-t", "--ctx-size": "-c",
     "--cache-type-k": "-ctk", "--cache-type-v": "-ctv", "--no-kv-offload": "-nkvo", "--tensor-split": "-ts",
-    "--override-tensor": "-ot", "--mmap": "--no-mmap", "--op-offload": "--no-op-offload",
+    "--override-tensor": "-ot", "--mmap": "--no-mmap", "-lm": "--no-mmap", "--load-mode": "--no-mmap", "--op-offload": "--no-op-offload",
 }  # fmt: skip
 
 
@@ -108,6 +108,12 @@ def _values(maker: Maker, space: Space, settings: list[Setting], best: Setting, 
     if flag == "-ncmoe":
         all_but = {best.n_cpu_moe + k for k in (-4, -1, 1, 4)} | {0, n}
         return [replace(best, n_cpu_moe=k) for k in sorted(all_but & set(space.n_cpu_moe))]
+    if flag == "-ncffn":
+        at = _n_cpu_ffn(best)
+        if maker.search.shape.n_expert or not maker.search.machine.cards or len(best.overrides) > (at > 0):
+            return []
+        near = {0, at - 4, at - 1, at + 1, at + 4, n} & set(range(n + 1))
+        return [replace(best, overrides=(f"--n-cpu-ffn {k}",) if k else ()) for k in sorted(near)]
     if flag in ("-ub", "-b"):
         return [replace(best, n_ubatch=k, n_batch=max(k, DEFAULT_BATCH)) for k in space.n_ubatch]
     if flag in ("-ctk", "-ctv"):
@@ -150,7 +156,8 @@ def _choice(maker: Maker, setting: Setting, best: Setting, flag: str) -> Choice:
     scored, taken = search.score(setting), search.memory.estimate(setting)
     if taken is None:
         taken = search.memory.exact(setting) or []
-    shown = "what --fit chooses" if setting.overrides and flag == "-ot" else _shown(setting, flag)
+    fit = maker.advice.fit
+    shown = "what --fit chooses" if flag == "-ot" and fit and setting == fit.setting else _shown(setting, flag)
     return Choice(
         shown, scored.prompt_s, scored.generate_s,
         sum(d.missing_bytes for d in taken), setting == best,
@@ -169,7 +176,8 @@ def _shown(setting: Setting, flag: str) -> str:
         "-ts": f"-ts {shares}" if shares else "shares by memory",
         "-t": f"-t {setting.threads}",
         "-fa": f"-fa {'on' if setting.flash_attn else 'off'}",
-        "-ot": "without -ot",
+        "-ncffn": f"-ncffn {_n_cpu_ffn(setting)}",
+        "-ot": "the best plan's" if setting.overrides else "without -ot",
         "-nkvo": "KV cache on the device" if setting.kv_offload else "-nkvo",
         "--no-mmap": "--no-mmap" if setting.is_pinned else "--mmap",
         "--no-op-offload": "--op-offload" if setting.op_offload else "--no-op-offload",
@@ -182,6 +190,11 @@ def _shown(setting: Setting, flag: str) -> str:
     else:
         shown["--moe-cache-misses"] = "no expert cache"
     return shown.get("-ctk" if flag == "-ctv" else flag, "")
+
+
+def _n_cpu_ffn(setting: Setting) -> int:
+    """Return the layers whose dense feed-forward weights are in host memory."""
+    return sum(int(o.split()[1]) for o in setting.overrides if o.startswith("--n-cpu-ffn "))
 
 
 def _words(flags: list[str]) -> list[str]:

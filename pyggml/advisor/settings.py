@@ -41,6 +41,8 @@ EXPLAIN = {
     "-ncmoe": "layers, from the first, whose experts stay in host memory. Their other weights are on the device. For single "
     "tokens the CPU computes these experts, so generation waits for host memory; for prompts the used experts are copied once "
     "per micro-batch.",
+    "-ncffn": "layers, from the first, whose dense feed-forward weights stay in host memory, while the device has their attention and KV "
+    "cache. For single tokens the CPU computes them.",
     "-ub": "tokens of a micro-batch. Weights in host memory are copied once per micro-batch, so a larger one spreads the "
     "copies over more tokens. It costs compute buffer on the device.",
     "-b": "tokens that are prepared together; at least the micro-batch.",
@@ -256,25 +258,31 @@ def flags_of(setting: Setting, n_ctx: int, *, has_devices: bool = True) -> list[
 
 
 def ik_flags_of(flags: Iterable[str]) -> list[str]:
-    """Return flags of llama.cpp as ik_llama.cpp takes them.
+    r"""Return flags of llama.cpp as ik_llama.cpp takes them.
 
     Notes
     -----
     By its ``common/common.cpp`` (commit 007d6400): ``-ngl`` takes a number only, and ``--no-op-offload`` does not
     exist; ``-op -1,0`` does the same. ``-ncmoe``, ``-ot``, ``-ts``, ``-ub``, ``-nkvo`` and ``--no-mmap`` are as in
     llama.cpp. Fused experts (``-fmoe``) and copies of used experts only are its defaults. ``-rtr`` is never given: its
-    README warns that repacked weights are not offloaded. An expert cache (``--moe-cache-mib``) does not exist there.
+    README warns that repacked weights are not offloaded. An expert cache (``--moe-cache-mib``) does not exist there,
+    nor ``--n-cpu-ffn``, for which ``-ot`` stands.
 
     Examples
     --------
     >>> ik_flags_of(["-ngl", "all", "-ncmoe", "24", "--no-op-offload", "--moe-cache-mib", "4096"])
     ['-ngl', '999', '-ncmoe', '24', '-op', '-1,0']
+    >>> ik_flags_of(["--n-cpu-ffn", "12"])
+    ['-ot', 'blk\\.([0-9]|1[01])\\.ffn_(up|down|gate)\\.weight=CPU']
     """
     made: list[str] = []
     given = iter(flags)
     for flag in given:
         if flag == "--moe-cache-mib":
             next(given)
+        elif flag == "--n-cpu-ffn":
+            n = int(next(given))
+            made += ["-ot", last_ffn(n, n)] if n else []
         elif flag == "--no-op-offload":
             made += ["-op", "-1,0"]
         elif flag == "all" and made[-1:] == ["-ngl"]:

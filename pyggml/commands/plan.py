@@ -105,7 +105,7 @@ def _refuse_beside(word: str, ctx: click.Context | None = None) -> None:
     "Output",
     count("--plans", least=1, most=20, shown=4, help="Maximum number of recommendations."),
     option("--compare", multiple=True, metavar="FLAGS",
-         help="Add a row for your own flags, such as \"-ngl 99 -ncmoe 30\"; repeatable."),
+         help="Add a row for your own flags, such as \"-ngl 99 -ncmoe 30\", or for a llama-server line; repeatable."),
     option("--explain", metavar="FLAG",
          help="Say what a flag does. With MODEL also what its other values come to on this machine, and why it is chosen or not."),
     file_option("--html", help="Write a page that plots memory against speed for all settings."),

@@ -410,6 +410,7 @@ def test_explain_and_wrong_flags() -> None:
     """`--explain` says what a flag does; one that a plan does not choose, or that is wrong, is a usage error."""
     runner = CliRunner()
     assert "host memory" in runner.invoke(command, ["--explain", "--n-cpu-moe"]).output
+    assert "pinned" in runner.invoke(command, ["--explain", "--load-mode"]).output
     assert runner.invoke(command, ["--explain", "--temp"]).exit_code == 2
     assert runner.invoke(command, ["qwen3-0.6b", "--compare", "--no-such-flag"]).exit_code == 2
 

@@ -51,7 +51,7 @@ MISTAKES = {
     ),
     "compared slots": ("plan gpt-oss-20b -dev rtx3060 --compare '-np 4'", 2, "-np is the same for all rows", "splits"),
     "compared draft": ("plan gpt-oss-20b -dev rtx3060 --compare '-md a.gguf'", 2, "does not count it", "--margin GiB"),
-    "shares": ("plan gpt-oss-20b -dev rtx3060 --compare '-ts 3,1'", 1, "-ts 3,1 does not fit", "one share for each"),
+    "shares": ("plan gpt-oss-20b -dev rtx3060 --compare '-ts 3/1'", 1, "-ts 3,1 does not fit", "one share for each"),
     "infinite shares": ("plan gpt-oss-20b -dev rtx3060 --compare '-ts inf,1'", 2, "-ts inf,1", "such as 3,1"),
     "infinite margin": ("plan gpt-oss-20b -dev rtx3060 --margin inf", 2, "'--margin'", "'inf' is not a number"),
     "damaged": ("splits DAMAGED", 1, "at byte", "download it again"),
