@@ -67,7 +67,7 @@ class Maker:
             on the host are in no grid.
         """
         search = self.search
-        every = search.ranked(settings, lambda s: _step(s.seconds if s.setting.kv_offload else _NOTEWORTHY * s.seconds))
+        every = search.ranked(settings, lambda s: _step(_weighed(s, s.seconds)))
         by_goal = [s for s in every if not s.setting.moe_cache_mib]
         plain = [s for s in by_goal if s.setting.type_k is kv_type]
         tell("planning the best")
@@ -91,23 +91,27 @@ class Maker:
             (
                 "fastest prompt",
                 sorted(
-                    (s for s in plain if least * s.prompt_s <= of_first.prompt_s),
-                    key=lambda s: (_step(s.prompt_s), s.generate_s),
+                    (s for s in plain if least * _weighed(s, s.prompt_s) <= of_first.prompt_s),
+                    key=lambda s: (_step(_weighed(s, s.prompt_s)), s.generate_s),
                 ),
                 lambda made: made.pp_tps.mid > _NOTEWORTHY * first.pp_tps.mid,
             ),
             (
                 "fastest generation",
                 sorted(
-                    (s for s in plain if least * s.generate_s <= of_first.generate_s),
-                    key=lambda s: (_step(s.generate_s), s.prompt_s),
+                    (s for s in plain if least * _weighed(s, s.generate_s) <= of_first.generate_s),
+                    key=lambda s: (_step(_weighed(s, s.generate_s)), s.prompt_s),
                 ),
                 lambda made: made.tg_tps.mid > _NOTEWORTHY * first.tg_tps.mid,
             ),
             (
                 "with a KV cache in q8_0",
                 # by the formulas, too: the machine that is simulated found less to gain wherever both were asked
-                [s for s in by_goal if s.setting.type_k is not kv_type and s.seconds * _NOTEWORTHY <= best.seconds],
+                [
+                    s
+                    for s in by_goal
+                    if s.setting.type_k is not kv_type and _weighed(s, s.seconds) * _NOTEWORTHY <= best.seconds
+                ],
                 lambda made: made.seconds * _NOTEWORTHY <= first.seconds,  # else worse results for nothing
             ),
             (
@@ -284,6 +288,11 @@ class Maker:
 def _step(seconds: float) -> int:
     """Return a time in steps of half a per cent: at smaller differences the plainer setting wins."""
     return round(200 * math.log(seconds))
+
+
+def _weighed(scored: Scored, seconds: float) -> float:
+    """Return a time of a setting, longer with its cache on the host."""
+    return seconds if scored.setting.kv_offload else _NOTEWORTHY * seconds
 
 
 def _any(made: Recommendation) -> bool:

@@ -54,8 +54,8 @@ class Builder:
         self.has_exact_sums = has_exact_sums
         self.is_cropped = False
         self.layer_tokens: Tensor | None = None
-        self.tape = p.tape
-        self.graph = Graph() if p.tape is None else p.tape.graph
+        self.listing = p.listing
+        self.graph = Graph() if p.listing is None else p.listing.graph
         self.topk: list[Tensor] = []
         self.norms: list[tuple[Tensor, int]] = []
         self.attn_outputs: list[Tensor] = []
@@ -90,8 +90,8 @@ class Builder:
 
     def _input(self, type: Type, ne: tuple[int, ...], name: str) -> Tensor:
         tensor = Tensor(type, ne, name=name, flags=TensorFlag.INPUT)
-        if self.tape is not None:
-            self.tape.add(tensor)
+        if self.listing is not None:
+            self.listing.add(tensor)
         return tensor
 
     def input_embd(self) -> Tensor:
@@ -169,7 +169,7 @@ class Builder:
     def layers(self, build: Callable[[LayerWeights, Tensor], Tensor], cur: Tensor) -> Tensor:
         """Return the output of the last layer; ``build`` adds one, given its weights and the output of the one before."""
         for w in self.weights.layers:
-            cur = build(w, cur) if self.tape is None else self.tape.layer(partial(build, w), cur)
+            cur = build(w, cur) if self.listing is None else self.listing.layer(partial(build, w), cur)
         return cur
 
     # -- norms and projections -----------------------------------------------

@@ -20,7 +20,7 @@ from .hparams import HParams
 
 if TYPE_CHECKING:
     from ..moe_cache import ExpertSides
-    from .repeats import Tape
+    from .repeats import Listing
 
 __all__ = ["AttnInputs", "ExpertBanks", "GraphInputs", "GraphKey", "GraphParams", "ModelGraph"]
 
@@ -63,7 +63,7 @@ class GraphParams:
     n_outputs: int
     view: CacheView
     banks: ExpertBanks | None = None
-    tape: Tape | None = None  #: notes what is made, for graphs with repeated layers
+    listing: Listing | None = None  #: notes what is made, for graphs with repeated layers
 
     @property
     def key(self) -> GraphKey:

@@ -23,7 +23,7 @@ from ..types import Op
 from .graph import GraphParams, ModelGraph
 from .weights import Weights
 
-__all__ = ["Pattern", "Tape", "build_repeated"]
+__all__ = ["Listing", "Pattern", "build_repeated"]
 
 _facts_of = attrgetter("op", "layout_id", "_op_params", "view_offs")
 _LISTS = ("topk", "norms", "attn_outputs", "flash_nodes", "pins", "delta_nodes")
@@ -34,7 +34,7 @@ class _OtherStructureError(Exception):
 
 
 #: A tensor that is made for a graph, without its sizes: the tensor that has the same (if its layer is copied, one of an earlier
-#: layer), op, name, flags, sources and `view_src`. Tensors are given by their places on the tape.
+#: layer), op, name, flags, sources and `view_src`. Tensors are given by their places in the listing.
 _Row = tuple[int, Op, str, int, tuple[int, ...], int]
 
 
@@ -49,7 +49,7 @@ class _Stage(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pattern:
-    """The structure of a graph; tensors are given by their places on the tape.
+    """The structure of a graph; tensors are given by their places in the listing.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ class Pattern:
     lists: dict[str, list[tuple[int, Any]]]
 
 
-class _TapedGraph(Graph):
+class _ListedGraph(Graph):
     """A graph that remembers what is expanded, and can leave the order to a pattern."""
 
     __slots__ = ("expanded", "is_ordered")
@@ -86,7 +86,7 @@ class _TapedGraph(Graph):
             super().expand(*tensors)
 
 
-class Tape:
+class Listing:
     """The tensors of a graph in the order in which they are made, after None, the weights and the caches.
 
     Parameters
@@ -100,7 +100,7 @@ class Tape:
         # Any: the first is None, so that place 0 stands for no tensor
         self.tensors: list[Any] = [None, *weights.tensors, *(tensor for _, tensor in self.caches)]
         self.add = self.tensors.append
-        self.graph = _TapedGraph(is_ordered=pattern is None)
+        self.graph = _ListedGraph(is_ordered=pattern is None)
         #: of each stage: where its tensors begin, what is expanded, and the result
         self.stages: list[tuple[int, list[Tensor], Tensor]] = []
         self._begin = len(self.tensors)
@@ -154,7 +154,7 @@ class Tape:
         return made
 
     def pattern_of(self, made: ModelGraph) -> Pattern | None:
-        """Return the structure of a graph that was built whole; None if it has tensors that are not on the tape."""
+        """Return the structure of a graph that was built whole; None if it has tensors that are not in the listing."""
         place = {tensor: i for i, tensor in enumerate(self.tensors)}
         at, graph = place.__getitem__, made.graph
         try:
@@ -215,32 +215,32 @@ def build_repeated(
         Of graphs with the same weights and parameters; that of a graph that is like none of them is added.
     """
     for pattern in patterns:
-        tape = Tape(p, weights, pattern)
+        listing = Listing(p, weights, pattern)
         try:
-            made = tape.ordered(_taped(build, p, weights, tape), pattern)
+            made = listing.ordered(_listed(build, p, weights, listing), pattern)
         except _OtherStructureError:
             continue
         if config.check():
             _verify(made, build(p, weights))
         return made
-    tape = Tape(p, weights)
-    made = _taped(build, p, weights, tape)
-    learnt = tape.pattern_of(made)
+    listing = Listing(p, weights)
+    made = _listed(build, p, weights, listing)
+    learnt = listing.pattern_of(made)
     if learnt is None:
         return made
     patterns.append(learnt)
-    return tape.ordered(made, learnt)
+    return listing.ordered(made, learnt)
 
 
-def _taped(
-    build: Callable[[GraphParams, Weights], ModelGraph], p: GraphParams, weights: Weights, tape: Tape
+def _listed(
+    build: Callable[[GraphParams, Weights], ModelGraph], p: GraphParams, weights: Weights, listing: Listing
 ) -> ModelGraph:
-    outside = current.set(tape)
+    outside = current.set(listing)
     try:
-        made = build(replace(p, tape=tape), weights)
+        made = build(replace(p, listing=listing), weights)
     finally:
         current.reset(outside)
-    tape.end_stage(made.logits)
+    listing.end_stage(made.logits)
     return made
 
 
