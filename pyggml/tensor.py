@@ -549,18 +549,9 @@ def dup_layout(tensor: Tensor, name: str) -> Tensor:
 
 def copy_node(like: Tensor, name: str, flags: int, src: Iterable[Tensor | None], root: Tensor | None) -> Tensor:
     """Return a tensor with the op, parameters and layout of ``like``, but other sources and another owner of its memory."""
-    made = Tensor.__new__(Tensor)  # as in `dup_layout`
-    made.type = like.type
-    made.ne = like.ne
-    made.nb = like.nb
-    made.layout_id = like.layout_id
-    made.nbytes = like.nbytes
-    made.name = name
-    made.op = like.op
-    made._op_params = like._op_params
-    made.src = Sources(src)
-    made.flags = flags
-    made.buffer = made.extra = None
+    made = dup_layout(like, name)
+    made.op, made._op_params = like.op, like._op_params
+    made.src, made.flags = Sources(src), flags
     made.view_src = root
     made.view_offs = offset = like.view_offs
     made.data = None if root is None or root.data is None else root.data + offset

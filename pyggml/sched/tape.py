@@ -158,9 +158,8 @@ class Tape:
         self.steps: list[tuple[Any, ...]] = []
         self.n_waits = self.n_launches = 0
         self.copied: dict[tuple[CopyReason, bool], list[int]] = {}  # inputs, by reason and whether in a stream
-        self._clock: VirtualClock | None = (
-            None  # of the latest play, with its seconds of each split and what these follow from
-        )
+        #: of the latest play, with its seconds of each split and what these follow from
+        self._clock: VirtualClock | None = None
         self._seconds: list[float | None] = []
         self._precedent: Precedent | None = None
         self._offsets: list[int] = []
