@@ -29,6 +29,8 @@ _NOTEWORTHY = 1.03
 _NEAR = 1.1
 #: What formulas find less faster is not carried out: on one card they find as much to gain as the simulated machine, or more.
 _WORTH_A_TRY = 1.02
+#: So many plans are shown where that many settings fit, also if the others are better in nothing.
+_LEAST_PLANS = 3
 #: Times closer than this are equal.
 _NOTEWORTHY_TIME = 1.01
 
@@ -136,6 +138,11 @@ class Maker:
                 made = self.make(title, found)
                 if is_wanted(made):
                     plans.append(made)
+        for found in search.best([*plain, *by_goal]):
+            if len(plans) >= min(_LEAST_PLANS, n_plans):
+                break
+            if not any(_is_same(found.setting, p.setting) for p in plans):
+                plans.append(self.make("another that fits", found))
         self.advice.find_points = partial(self._points, [*(search.score(p.setting) for p in plans[:n_plans]), *every])
         return plans[:n_plans]
 

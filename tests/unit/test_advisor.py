@@ -423,8 +423,10 @@ def test_page_shows_every_point(tmp_path: Path) -> None:
     assert page.count("<circle") == 3 * len(advice.points) > 30
     assert all(" ".join(p.flags[:4]) in page for p in advice.plans)
     assert "<b>model" not in page
-    on_cpu = page_html(plan("qwen3-0.6b", devices="cpu", host=HOST))
-    assert on_cpu.count("<svg") == on_cpu.count('<circle class="plan"') == 1
+    advice = plan("qwen3-0.6b", devices="cpu", host=HOST)
+    on_cpu = page_html(advice)
+    assert on_cpu.count("<svg") == 1
+    assert on_cpu.count('<circle class="plan"') == len(advice.plans) == 2
     assert "GiB on devices</text>" not in on_cpu
 
 
@@ -574,3 +576,12 @@ def test_more_memory_is_asked_of_each_card() -> None:
     """With several cards the change is one of each."""
     advice = plan("qwen3-30b-a3b", devices="rtx3060-6GiB,rtx3060-6GiB", host=HOST, context=4096, n_plans=1)
     assert "4 GiB more memory on each device" in [h.change for h in advice.helps]
+
+
+@pytest.mark.parametrize("n_plans", [1, 2, 4])
+def test_two_other_plans_are_shown_where_nothing_is_given_up_for_anything(n_plans: int) -> None:
+    """A model that fits wholly has one plan that is best in all; others that fit stand beside it, each with other flags."""
+    made = plan("qwen3-0.6b", devices="rtx3090", host="ddr4-3200x2,cores=8,64GiB", n_plans=n_plans).plans
+    assert min(3, n_plans) <= len(made) <= n_plans
+    assert len({tuple(p.flags) for p in made}) == len(made)
+    assert all(p.fits for p in made)

@@ -344,6 +344,6 @@ def test_command_lines_name_cards_as_llama_does() -> None:
 
 def test_a_machine_without_a_card_needs_no_flags_of_devices() -> None:
     """Nothing is offloaded there, so that nothing switches it off."""
-    (made,) = plan("qwen3-0.6b", devices="cpu", host=HOST, context=4096).plans
-    assert "--no-op-offload" not in made.flags
-    assert "-op" not in made.ik_command.split()
+    plans = plan("qwen3-0.6b", devices="cpu", host=HOST, context=4096).plans
+    assert [made.setting.type_k for made in plans] == [Type.F16, Type.Q8_0]
+    assert not any("--no-op-offload" in made.flags or "-op" in made.ik_command.split() for made in plans)
